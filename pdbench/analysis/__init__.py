@@ -1,0 +1,1 @@
+"""A saved run to its summary; two summaries to their differences."""

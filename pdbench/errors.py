@@ -1,0 +1,9 @@
+"""The one exception for what a user can mend: cli prints it as one line and exits with its code."""
+
+
+class UserError(Exception):
+    """What is wrong, where, and the remedy, in one line; `exit_code` is what the process ends with (1 unless told)."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,1 @@
+"""The load: prompts, arrivals and the client that measures."""

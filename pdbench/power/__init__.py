@@ -1,0 +1,1 @@
+"""Device meters, the sampler and energy."""

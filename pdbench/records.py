@@ -1,0 +1,221 @@
+"""What is saved: requests, device samples, trials, runs; versioned JSON, written whole or not at all.
+
+All instants are seconds on the run's one monotonic clock, 0 at its start. Unknown is None, never 0.
+Try: python -c "from pdbench.records import load_run; print(load_run('disaggregated_results').summary)"
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pdbench.errors import UserError
+
+SCHEMA = "pdbench/1"
+Interval = tuple[float, float]
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """A run's clock: `monotonic_s` and `unix_s` are the two system clocks' readings at the run's zero."""
+
+    monotonic_s: float
+    unix_s: float
+
+    @classmethod
+    def start(cls) -> "Clock":
+        """A clock whose zero is now."""
+        return cls(monotonic_s=time.monotonic(), unix_s=time.time())
+
+    def now(self) -> float:
+        """Seconds since the run's zero."""
+        return time.monotonic() - self.monotonic_s
+
+    def of_monotonic(self, monotonic_s: float) -> float:
+        """A `time.monotonic()` reading of any process of this host, on the run's clock."""
+        return monotonic_s - self.monotonic_s
+
+
+class RequestError(msgspec.Struct, frozen=True):
+    """Why a request failed: `kind` is a short class (refused, reset, timeout, http_503, ...), `message` one line."""
+
+    kind: str
+    message: str
+
+
+class RequestRecord(msgspec.Struct, kw_only=True):
+    """One request as the client saw it; durations are derived from these instants in `analysis`.
+
+    `token_s` has one instant a token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
+    or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user".
+    """
+
+    id: str
+    planned_s: float
+    sent_s: float | None = None
+    token_s: list[float] = []
+    end_s: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    text: str = ""
+    error: RequestError | None = None
+    phases: dict[str, Interval | None] = {}
+    trial: int = 0
+    warmup: bool = False
+    stamp: str | None = None
+    finish_reason: str | None = None
+
+
+class DeviceSample(msgspec.Struct, kw_only=True):
+    """One reading of one device; None where it was not measured. `t_s` is the middle of the read."""
+
+    t_s: float
+    read_s: float | None = None
+    power_w: float | None = None
+    power_average_w: float | None = None
+    energy_j: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    gpu_utilization_pct: float | None = None
+    memory_utilization_pct: float | None = None
+    temperature_c: float | None = None
+    memory_used_mib: float | None = None
+    throttle: list[str] | None = None
+    power_limit_w: float | None = None
+
+
+class DeviceRecord(msgspec.Struct, kw_only=True):
+    """One device over a run. `kind` is gpu, process (CPU use of a role's processes), cpu or dram (RAPL).
+
+    `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; empty where there is none.
+    `not_measured` maps a field to the reason; `sampling` reports the achieved interval (p50_ms, p99_ms, largest_gap_ms,
+    missed_ticks, stale_repeats); `statistics` maps a field to its avg, min and max over the run.
+    """
+
+    id: str
+    kind: str
+    name: str
+    role: str | None = None
+    host: str | None = None
+    index: int | None = None
+    samples: list[DeviceSample] = []
+    fine_power: list[tuple[float, float]] = []
+    not_measured: dict[str, str] = {}
+    sampling: dict[str, float | None] = {}
+    statistics: dict[str, dict[str, float | None]] = {}
+    idle_power_w: dict[str, float | None] = {}
+
+
+class Trial(msgspec.Struct, kw_only=True):
+    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth."""
+
+    index: int
+    start_s: float
+    end_s: float
+    client: dict[str, Any] = {}
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """Something a reader must know wherever the run's figures appear: `name` (client-limited, gate-failed, ...), `detail`."""
+
+    name: str
+    detail: str
+
+
+class Gate(msgspec.Struct, kw_only=True):
+    """The correctness gate: were outputs equal to the reference's, and did decode get all its KV from prefill?"""
+
+    passed: bool
+    prompts: int
+    equal_outputs: int | None
+    prompt_tokens: int | None
+    external_kv_tokens: int | None
+    detail: str
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """A deployment under one load: all of its trials, requests and devices. `config` is all options as used.
+
+    `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids.
+    `events` are the proxy's and connector's own instants, joined to requests by id.
+    """
+
+    schema: str = SCHEMA
+    name: str
+    clock: Clock
+    config: dict[str, Any]
+    host: dict[str, Any]
+    versions: dict[str, str | None]
+    roles: dict[str, list[str]] = {}
+    trials: list[Trial] = []
+    requests: list[RequestRecord] = []
+    summary: dict[str, Any] = {}
+    gate: Gate | None = None
+    flags: list[Flag] = []
+    events: list[dict[str, Any]] = []
+    devices: list[DeviceRecord] = []
+
+
+class _DeviceFile(msgspec.Struct, kw_only=True):
+    schema: str = SCHEMA
+    role: str
+    devices: list[DeviceRecord]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name beside `path`, then move it there, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_run(run: Run, folder: Path) -> Path:
+    """Write `NAME_results.json` and one `ROLE_gpu_data.json` a role into `folder`; returns the results file's path."""
+    for role in sorted({device.role or "host" for device in run.devices}):
+        devices = [device for device in run.devices if (device.role or "host") == role]
+        data = msgspec.json.encode(_DeviceFile(role=role, devices=devices))
+        write_whole(folder / f"{role}_gpu_data.json", msgspec.json.format(data, indent=1))
+    path = folder / f"{run.name}_results.json"
+    write_whole(path, _encode(run))
+    return path
+
+
+def _encode(run: Run) -> bytes:
+    """The run without its devices: one line a top-level key, one line a request, so that a person can read and diff it."""
+    lines = []
+    for key in (name for name in run.__struct_fields__ if name != "devices"):
+        value = getattr(run, key)
+        if isinstance(value, list) and value:
+            encoded = b"[\n  " + b",\n  ".join(msgspec.json.encode(item) for item in value) + b"\n ]"
+        else:
+            encoded = msgspec.json.encode(value)
+        lines.append(b' "%s": %s' % (key.encode(), encoded))
+    return b"{\n" + b",\n".join(lines) + b"\n}\n"
+
+
+def load_run(folder: Path | str) -> Run:
+    """The run saved in `folder`, its devices included. Raises UserError with the remedy when it is not one of ours."""
+    folder = Path(folder)
+    found = sorted(folder.glob("*_results.json"))
+    if not found:
+        raise UserError(f"no *_results.json in {folder}: run `pdbench run` or `pdbench bench --out {folder}` first")
+    try:
+        plain = msgspec.json.decode(found[0].read_bytes())
+        schema = plain.get("schema") if isinstance(plain, dict) else None
+        if schema != SCHEMA:
+            raise UserError(f"{found[0]} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version")
+        run = msgspec.convert(plain, Run)
+        for path in sorted(folder.glob("*_gpu_data.json")):
+            run.devices.extend(msgspec.json.decode(path.read_bytes(), type=_DeviceFile).devices)
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{folder} does not hold a whole run ({error}): measure again, or restore the file") from error
+    return run

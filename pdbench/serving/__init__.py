@@ -1,0 +1,1 @@
+"""vLLM servers: command lines, processes, deployments."""
