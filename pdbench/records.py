@@ -69,7 +69,10 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
 
 class DeviceSample(msgspec.Struct, kw_only=True):
-    """One reading of one device; None where it was not measured. `t_s` is the middle of the read."""
+    """One reading of one device; None where it was not measured. `t_s` is the middle of the read, `read_s` its duration.
+
+    `power_w` is instant, `power_average_w` the device's own mean over about 1 s. `cpu_utilization_pct`: 100 is one core busy.
+    """
 
     t_s: float
     read_s: float | None = None
@@ -84,12 +87,15 @@ class DeviceSample(msgspec.Struct, kw_only=True):
     memory_used_mib: float | None = None
     throttle: list[str] | None = None
     power_limit_w: float | None = None
+    cpu_utilization_pct: float | None = None
+    cpu_clock_mhz: float | None = None
 
 
 class DeviceRecord(msgspec.Struct, kw_only=True):
     """One device over a run. `kind` is gpu, process (CPU use of a role's processes), cpu or dram (RAPL).
 
     `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; empty where there is none.
+    `energy_ticks` holds the energy counter as (t_s, energy_j), each at the instant the counter moved.
     `not_measured` maps a field to the reason; `sampling` reports the achieved interval (p50_ms, p99_ms, largest_gap_ms,
     missed_ticks, stale_repeats); `statistics` maps a field to its avg, min and max over the run.
     """
@@ -102,6 +108,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     index: int | None = None
     samples: list[DeviceSample] = []
     fine_power: list[tuple[float, float]] = []
+    energy_ticks: list[tuple[float, float]] = []
     not_measured: dict[str, str] = {}
     sampling: dict[str, float | None] = {}
     statistics: dict[str, dict[str, float | None]] = {}
@@ -182,11 +189,27 @@ def save_run(run: Run, folder: Path) -> Path:
     """Write `NAME_results.json` and one `ROLE_gpu_data.json` a role into `folder`; returns the results file's path."""
     for role in sorted({device.role or "host" for device in run.devices}):
         devices = [device for device in run.devices if (device.role or "host") == role]
-        data = msgspec.json.encode(_DeviceFile(role=role, devices=devices))
-        write_whole(folder / f"{role}_gpu_data.json", msgspec.json.format(data, indent=1))
+        save_devices(folder / f"{role}_gpu_data.json", role, devices)
     path = folder / f"{run.name}_results.json"
     write_whole(path, _encode(run))
     return path
+
+
+def save_devices(path: Path, role: str, devices: list[DeviceRecord]) -> None:
+    """Write the devices of one role, as in a run's folder, so that `load_devices` and `pdbench plot` read them."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(_DeviceFile(role=role, devices=devices)), indent=1))
+
+
+def load_devices(path: Path) -> list[DeviceRecord]:
+    """The devices of one `*_gpu_data.json`. Raises UserError when it is not one of ours."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_DeviceFile).devices
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: `pdbench monitor --out FILE` and `pdbench run` write such files") from None
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            f"{path} holds no device samples ({error}): name a *_gpu_data.json or monitor's own file"
+        ) from error
 
 
 def _encode(run: Run) -> bytes:
@@ -212,10 +235,12 @@ def load_run(folder: Path | str) -> Run:
         plain = msgspec.json.decode(found[0].read_bytes())
         schema = plain.get("schema") if isinstance(plain, dict) else None
         if schema != SCHEMA:
-            raise UserError(f"{found[0]} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version")
+            raise UserError(
+                f"{found[0]} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version"
+            )
         run = msgspec.convert(plain, Run)
         for path in sorted(folder.glob("*_gpu_data.json")):
-            run.devices.extend(msgspec.json.decode(path.read_bytes(), type=_DeviceFile).devices)
+            run.devices.extend(load_devices(path))
     except msgspec.MsgspecError as error:
         raise UserError(f"{folder} does not hold a whole run ({error}): measure again, or restore the file") from error
     return run
