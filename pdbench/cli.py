@@ -15,7 +15,9 @@ from rich.console import Console
 from pdbench import __version__
 from pdbench.errors import UserError
 
-app = App(name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__)
+app = App(
+    name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__
+)
 
 
 def _recipe_settings(arguments: list[str]) -> list[Settings]:
@@ -41,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True).print(f"[red]pdbench:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except cyclopts.CycloptsError as error:
-        Console(stderr=True).print(f"[red]pdbench:[/red] {str(error).strip()} Try `pdbench --help`.", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[red]pdbench:[/red] {str(error).strip()} Try `pdbench --help`.", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

