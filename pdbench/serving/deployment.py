@@ -3,6 +3,8 @@
 Try: pdbench serve --single
 """
 
+import dataclasses
+import os
 import secrets
 import signal
 import sys
@@ -16,9 +18,10 @@ from typing import Self
 from pdbench.config import Deployment as Name
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
-from pdbench.serving import vllm
+from pdbench.serving import running, vllm
 from pdbench.serving.machine import Machine, installed_version, port_owner
 from pdbench.serving.process import ServerProcess
+from pdbench.serving.running import Running
 from pdbench.serving.tiny_model import tiny_model
 from pdbench.serving.vllm import Instance
 
@@ -88,6 +91,7 @@ class Deployment:
         """Plan it. Raises UserError when it cannot be started here; starts nothing yet."""
         self.name, self.config = name, config
         self.instances = plan(name, config, machine)
+        self.connector = vllm.choose_connector(config, machine) if name == "disaggregated" else None
         self.model_name = vllm.served_model_name(config, machine)
         self.model_path = next(instance.argv[instance.argv.index("--model") + 1] for instance in self.instances)
         self.url = self.instances[-1].url
@@ -116,6 +120,7 @@ class Deployment:
                 ) from None
         try:
             self._wait_healthy(on_state)
+            running.save(self.running(), Path(self.config.log_dir))
         except BaseException:
             self.close()
             raise
@@ -146,13 +151,24 @@ class Deployment:
                 found.setdefault(instance.role, []).extend(instance.gpus)
         return found
 
-    def event_logs(self) -> list[Path]:
-        """The files in which proxy and connectors report their instants, those that exist."""
-        paths = (Path(vllm.event_log(self.config, instance.name)) for instance in self.instances)
-        return [path for path in paths if path.exists()]
+    def running(self) -> Running:
+        """What measuring needs to know of it."""
+        return Running(
+            name=self.name,
+            url=self.url,
+            model_name=self.model_name,
+            model_path=self.model_path if vllm.is_local(self.model_path) else None,
+            owner_pid=os.getpid(),
+            urls={instance.name: instance.url for instance in self.instances},
+            processes=self.process_ids(),
+            gpus=self.gpus(),
+            event_logs=[vllm.event_log(self.config, instance.name) for instance in self.instances],
+            config=dataclasses.asdict(self.config) | {"connector_used": self.connector},
+        )
 
     def close(self) -> None:
         """End all servers; returns when none lives."""
+        running.forget(Path(self.config.log_dir))
         for process in self.processes.values():
             process.ask_to_stop()
         for process in self.processes.values():

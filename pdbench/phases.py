@@ -1,0 +1,62 @@
+"""Joins what the proxy and the connectors report to the client's records: a request's phases, each measured where it happens.
+
+The client names its request in X-Request-Id, the proxy logs that name beside its transfer id, the connectors log the latter.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pdbench.records import Clock, Interval, RequestRecord
+
+
+def read_events(paths: list[str], clock: Clock) -> list[dict[str, Any]]:
+    """All events of these logs, their instants (fields that end in `_s` and are not durations) on the run's clock."""
+    events = []
+    for path in map(Path, paths):
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # the last line of a process that was killed
+            if isinstance(event, dict) and event.get("event") in _INSTANTS:
+                for name in _INSTANTS[event["event"]]:
+                    if isinstance(event.get(name), (int, float)):
+                        event[name] = clock.of_monotonic(event[name])
+                events.append(event)
+    return events
+
+
+_INSTANTS = {
+    "request": ("received_s", "prefill_sent_s", "prefill_done_s", "decode_sent_s", "first_byte_s", "last_byte_s"),
+    "kv_transfer": ("asked_s", "first_byte_s", "end_s"),
+}
+
+
+def join(requests: list[RequestRecord], events: list[dict[str, Any]]) -> None:
+    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None."""
+    proxied = {
+        event["request_id"]: event for event in events if event["event"] == "request" and event.get("request_id")
+    }
+    received = {
+        event["transfer_id"]: event
+        for event in events
+        if event["event"] == "kv_transfer" and event.get("side") == "receive"
+    }
+    for request in requests:
+        event = proxied.get(request.id)
+        if event is None:
+            continue
+        transfer = received.get(event.get("transfer_id"))
+        kv_end = transfer["end_s"] if transfer and not transfer.get("error") else None
+        last_token = request.token_s[-1] if request.token_s else None
+        request.phases |= {
+            "client": _interval(request.sent_s, event.get("received_s")),
+            "prefill": _interval(event.get("prefill_sent_s"), event.get("prefill_done_s")),
+            "kv_transfer": _interval(transfer.get("first_byte_s"), kv_end) if transfer else None,
+            "decode": _interval(kv_end if kv_end is not None else event.get("decode_sent_s"), last_token),
+        }
+
+
+def _interval(start_s: float | None, end_s: float | None) -> Interval | None:
+    return None if start_s is None or end_s is None or end_s < start_s else (start_s, end_s)

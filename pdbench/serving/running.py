@@ -1,0 +1,66 @@
+"""What measuring needs to know of servers that run: saved beside their logs, so that `pdbench bench` finds it again.
+
+Try: python -m pdbench.serving.running logs
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import psutil
+
+from pdbench.records import write_whole
+
+FILE = "running.json"
+
+
+class Running(msgspec.Struct, kw_only=True):
+    """Servers that run. `processes` and `gpus` are by role; `urls` by instance name; `event_logs` may not exist yet."""
+
+    name: str
+    url: str
+    model_name: str
+    model_path: str | None = None
+    owner_pid: int | None = None
+    urls: dict[str, str] = {}
+    processes: dict[str, list[int]] = {}
+    gpus: dict[str, list[int]] = {}
+    event_logs: list[str] = []
+    config: dict[str, Any] = {}
+
+    def prefill_url(self) -> str | None:
+        """The first prefill instance."""
+        return self.urls.get("prefill-0")
+
+    def decode_urls(self) -> list[str]:
+        """Every decode instance of a disaggregated deployment."""
+        return [url for name, url in self.urls.items() if name.startswith("decode-")]
+
+
+def save(running: Running, folder: Path) -> None:
+    """Write it into `folder`."""
+    write_whole(folder / FILE, msgspec.json.format(msgspec.json.encode(running), indent=1))
+
+
+def forget(folder: Path) -> None:
+    """The servers are down."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def find(folder: Path, url: str) -> Running | None:
+    """The deployment of `folder` when it still runs and answers at `url`, else None."""
+    try:
+        running = msgspec.json.decode((folder / FILE).read_bytes(), type=Running)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    same = urlsplit(running.url).netloc.replace("localhost", "127.0.0.1") == urlsplit(url).netloc.replace(
+        "localhost", "127.0.0.1"
+    )
+    alive = running.owner_pid is not None and psutil.pid_exists(running.owner_pid)
+    return running if same and alive else None
+
+
+if __name__ == "__main__":
+    print((Path(sys.argv[1] if len(sys.argv) > 1 else "logs") / FILE).read_text())
