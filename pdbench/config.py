@@ -5,7 +5,7 @@ by what the machine has. Try: pdbench run --help
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -95,6 +95,62 @@ class LoadConfig:
     """Seed of prompts and arrivals: same seed, same bytes."""
     request_timeout_s: float = 120.0
     """Seconds after which a request counts as failed."""
+    read_timeout_s: float = 60.0
+    """Seconds of silence within an answer after which it counts as stalled."""
+    endpoint: Literal["completions", "chat"] = "completions"
+    """Which of the server's two interfaces is asked."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy, so that outputs can be compared."""
+    ignore_eos: bool | None = None
+    """Generate all --output-tokens even past the model's end; by itself where --input-tokens or --trace sets lengths."""
+    token_ids: bool = True
+    """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse to."""
+    extra_body: str = ""
+    """JSON object merged into every request's body."""
+    tls_verify: bool = True
+    """Check an https server's certificate (SSL_CERT_FILE names an own authority)."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer that measures prompts; by itself the model's."""
+    input_distribution: Literal["fixed", "uniform", "lognormal"] = "fixed"
+    """How prompt lengths spread around --input-tokens."""
+    input_spread: float = 0.5
+    """Uniform: half the range, as a share of the mean. Lognormal: sigma."""
+    output_distribution: Literal["fixed", "uniform", "lognormal"] = "fixed"
+    """How output lengths spread around --output-tokens."""
+    output_spread: float = 0.5
+    """The same for --output-tokens."""
+    shared_prefix: float = 0.0
+    """Share of a prompt, 0 to 1, that is the same for all prompts of a group (needs --input-tokens)."""
+    prefix_groups: int = 1
+    """Number of groups with a prefix of their own."""
+    prompt_file: str | None = None
+    """Prompts out of a ShareGPT .json, a .jsonl with "prompt", or a text file (a prompt a paragraph or line)."""
+    reply_lengths: bool = False
+    """Generate as many tokens as the reply in --prompt-file has, in place of --output-tokens."""
+    arrival: Literal["poisson", "gamma", "constant"] = "poisson"
+    """How arrivals at --rate spread."""
+    burstiness: float = 1.0
+    """Shape of gamma arrivals: 1 is Poisson, below 1 comes in bursts."""
+    ramp_to: float | None = None
+    """Rate at which the arrivals end up, from --rate, over --ramp-s (Poisson)."""
+    ramp_s: float = 60.0
+    """Seconds that the ramp takes."""
+    stages: str = ""
+    """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate; ends after the last one."""
+    trace: str | None = None
+    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl; --requests bounds it."""
+    time_scale: float = 1.0
+    """Factor on the trace's instants; 2 makes it last twice as long."""
+    max_input_tokens: int | None = None
+    """Cap on the prompt lengths of a trace, file or distribution."""
+    max_output_tokens: int | None = None
+    """Cap on their output lengths."""
+    duration_s: float | None = None
+    """Send new requests for this long, in place of --requests."""
+    steady_s: float | None = None
+    """End once throughput and requests in flight held steady for this long (10 minutes or --duration-s at most)."""
+    client_processes: int = 1
+    """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
 
 
 @Parameter(name="*")
@@ -106,3 +162,64 @@ class PowerConfig:
     """Sample the devices; --no-power for servers of another host."""
     sample_interval_s: float = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """What the proxy forwards to and how it behaves when something fails. URL is http://HOST:PORT[@KV_HOST:KV_PORT]."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the proxy to the network (set PDBENCH_PROXY_API_KEY then)."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one, named on the first line of output."""
+    prefill: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Prefill instances."""
+    decode: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Decode instances; with --connector none: all instances."""
+    connector: Literal["p2p-nccl", "tcp", "builtin-p2p-nccl", "nixl", "none"] = "p2p-nccl"
+    """Which dialect the instances speak; p2p-nccl and tcp are ours, none balances plainly over --decode."""
+    kv_port: int = 14579
+    """KV port of the first instance whose URL names none; every further instance takes the next one."""
+    prefill_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
+    """Which prefill instance a request takes; least-work counts prompt tokens in flight."""
+    decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
+    """Which decode instance a request takes; least-work counts requests in flight."""
+    fallback: Literal["none", "recompute"] = "none"
+    """When no prefill instance can serve a request: fail it (none), or let decode compute the prompt (recompute)."""
+    retries: int = 2
+    """Other instances tried before a request fails, as long as no byte of its answer was passed on."""
+    connect_timeout_s: float = 5.0
+    """Seconds a connection to an instance may take."""
+    prefill_timeout_s: float = 120.0
+    """Seconds prefill may take before it counts as stalled."""
+    decode_timeout_s: float = 300.0
+    """Seconds without a byte from decode before it counts as stalled."""
+    health_interval_s: float = 2.0
+    """Seconds between health checks of an instance."""
+    unhealthy_after: int = 3
+    """Failures in a row that take an instance out; one passed health check lets it back in."""
+    max_in_flight: int = 4096
+    """Requests forwarded at once; more wait in the queue."""
+    queue_size: int = 1024
+    """Requests that wait at most; more are answered 429 with Retry-After."""
+    queue_timeout_s: float = 60.0
+    """Seconds a request may wait in the queue before it is answered 429."""
+    max_connections: int = 8192
+    """Open client connections; more are closed."""
+    max_body_mib: float = 32.0
+    """Largest request body, in MiB."""
+    max_header_kib: float = 32.0
+    """Largest request head, in KiB."""
+    idle_timeout_s: float = 75.0
+    """Seconds a client may stay silent between requests, or unable to take its answer's bytes."""
+    request_timeout_s: float = 30.0
+    """Seconds a client may pause within a request that it sends."""
+    drain_timeout_s: float = 30.0
+    """Seconds that requests in flight get to end after SIGTERM."""
+    event_log: str | None = None
+    """File that gets one JSON line a request: instants, instances, retries, status. Never content."""
+    timing_header: bool = False
+    """Tell the client the stages' durations in a Server-Timing header."""
+    workers: int = 1
+    """Processes that share the port, with one view of the instances."""
