@@ -4,8 +4,10 @@ Try: pdbench --help
 """
 
 import sys
+import time
 import tomllib
 from pathlib import Path
+from typing import cast, get_args
 
 import cyclopts
 from cyclopts import App
@@ -13,8 +15,11 @@ from cyclopts.config import Dict as Settings
 from rich.console import Console
 
 from pdbench import __version__
+from pdbench.config import Deployment as Name
+from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 
+console = Console()
 app = App(
     name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__
 )
@@ -31,6 +36,151 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not TOML: {error}") from None
     return []
+
+
+@app.command
+def run(
+    recipe: Path | None = None,
+    /,
+    *,
+    against: str = "single,disaggregated",
+    trials: int = 2,
+    out: Path = Path(),
+    serve: ServeConfig | None = None,
+    load: LoadConfig | None = None,
+    power: PowerConfig | None = None,
+) -> None:
+    """Start each deployment, send it the same load, measure, compare: the whole job.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    against
+        Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated.
+    trials
+        Repetitions of each, in turns (A B B A ...).
+    out
+        Folder in which the results folders go.
+    """
+    from pdbench import experiment, judge
+    from pdbench.serving.deployment import stop_on_signals
+
+    names = _deployment_names(against)
+    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
+    with stop_on_signals():
+        try:
+            folders = experiment.run(names, trials, options, out, console)
+        finally:
+            judge.finish([out / f"{name}_results" for name in names], console)
+    judge.side_by_side(folders, out, console)
+    judge.exit_on_flags(folders)
+
+
+@app.command
+def bench(
+    recipe: Path | None = None,
+    /,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    trials: int = 1,
+    out: Path = Path(),
+    serve: ServeConfig | None = None,
+    load: LoadConfig | None = None,
+    power: PowerConfig | None = None,
+) -> None:
+    """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    url
+        Where the server or the proxy answers.
+    trials
+        Repetitions.
+    out
+        Folder in which the results folder goes.
+    """
+    from pdbench import experiment, judge
+    from pdbench.serving.deployment import stop_on_signals
+
+    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
+    with stop_on_signals():
+        folder = experiment.bench(url, options.serve.model, options, trials, out, console)
+    judge.finish([folder], console)
+    judge.exit_on_flags([folder])
+
+
+@app.command
+def serve(
+    recipe: Path | None = None,
+    /,
+    *,
+    single: bool = False,
+    against: str | None = None,
+    show: bool = False,
+    serve: ServeConfig | None = None,
+) -> None:
+    """Start prefill, decode and the proxy (or --single: one instance) and keep them up until Ctrl-C.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    single
+        One traditional instance.
+    against
+        Another deployment by name: replicas, tensor-parallel.
+    show
+        Print the command lines and start nothing.
+    """
+    import shlex
+
+    from pdbench import experiment
+    from pdbench.serving.deployment import Deployment, stop_on_signals
+    from pdbench.serving.machine import inspect
+
+    name = _deployment_names(against or ("single" if single else "disaggregated"))[0]
+    deployment = Deployment(name, serve or ServeConfig(), inspect())
+    if show:
+        for instance in deployment.instances:
+            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in instance.environment.items())
+            print(f"# {instance.name}\n{settings} {shlex.join(instance.argv)}")
+        return
+    with stop_on_signals(), experiment.started(deployment, console):
+        console.print(
+            f"[green]ready[/green]: {deployment.url}  model {deployment.model_name}  (Ctrl-C ends all)", highlight=False
+        )
+        try:
+            while True:
+                deployment.check()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            console.print("stopping")
+
+
+@app.command
+def doctor(recipe: Path | None = None, /, *, serve: ServeConfig | None = None) -> None:
+    """Say whether this machine can do it, and what to mend.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    """
+    from pdbench import doctor
+
+    sys.exit(doctor.report(doctor.examine(serve or ServeConfig()), console))
+
+
+def _deployment_names(text: str) -> list[Name]:
+    names: list[Name] = []
+    for part in text.split(","):
+        if part not in get_args(Name):
+            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(Name))}")
+        names.append(cast(Name, part))
+    return names
 
 
 def main(arguments: list[str] | None = None) -> None:

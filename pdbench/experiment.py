@@ -1,0 +1,247 @@
+"""Deployments up -> gate -> load and device samples -> runs saved -> down; the story on one screen.
+
+Nothing is judged here: summaries, comparisons and pictures are made from the saved runs. Try: pdbench run --help
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pdbench import gate, phases
+from pdbench.config import Deployment as Name
+from pdbench.config import LoadConfig, PowerConfig, ServeConfig
+from pdbench.errors import UserError
+from pdbench.load.generator import run_load
+from pdbench.power.devices import open_readers
+from pdbench.power.sampler import Sampler, merge_records
+from pdbench.records import Clock, DeviceRecord, Flag, Run, save_run
+from pdbench.serving import machine as machines
+from pdbench.serving import running as runnings
+from pdbench.serving.deployment import Deployment
+from pdbench.serving.process import get
+from pdbench.serving.running import Running
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """All options of a run together."""
+
+    serve: ServeConfig
+    load: LoadConfig
+    power: PowerConfig
+
+    def plain(self) -> dict[str, Any]:
+        """For the record: section -> option -> value."""
+        return dataclasses.asdict(self)
+
+
+def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]]]:
+    """Which deployment measures which trials, in order: A B B A A B, neighbours joined, so that drift cancels."""
+    order: list[tuple[Name, list[int]]] = []
+    for trial in range(trials):
+        for name in names if trial % 2 == 0 else tuple(reversed(names)):
+            if order and order[-1][0] == name:
+                order[-1][1].append(trial)
+            else:
+                order.append((name, [trial]))
+    return order
+
+
+def run(names: Sequence[Name], trials: int, options: Options, out: Path, console: Console) -> list[Path]:
+    """Measure every deployment `trials` times; returns the results folders, `out`/NAME_results each.
+
+    What was measured is saved also when a server dies or the user interrupts; the exception then goes on.
+    Raises UserError when something asked for cannot be done here, before anything starts where that can be known.
+    """
+    if trials < 1:
+        raise UserError(f"--trials {trials}: at least 1 is needed")
+    if len(set(names)) < len(names):
+        raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
+    check_writable(out)
+    machine = machines.inspect()
+    for name in names:
+        Deployment(name, options.serve, machine)
+    clock = Clock.start()
+    nonce = int(clock.unix_s)
+    runs: dict[Name, Run] = {}
+    reference: list[str] | None = None
+    saving = ExitStack()
+    with saving:
+        saving.callback(lambda: [_save(one, out) for one in runs.values() if one.requests])
+        for name, indices in interleave(names, trials):
+            with started(Deployment(name, options.serve, machine), console) as deployment:
+                running = deployment.running()
+                if name not in runs:
+                    verdict, output = gate.run(running, nonce, reference)
+                    if name == "single" and reference is None:
+                        reference = output
+                    runs[name] = _new_run(running, clock, options, verdict if name == "disaggregated" else None)
+                    if name == "disaggregated":
+                        _tell_gate(runs[name], console)
+                _measure_into(runs[name], running, options, indices, console, deployment.check)
+    return [out / f"{name}_results" for name in names]
+
+
+def bench(url: str, model: str | None, options: Options, trials: int, out: Path, console: Console) -> Path:
+    """Measure the server at `url`, ours or anybody's; returns the results folder.
+
+    A deployment started by `pdbench serve` with the same --log-dir is recognised, and its devices and events with it.
+    """
+    check_writable(out)
+    running = runnings.find(Path(options.serve.log_dir), url)
+    if running is None:
+        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if options.power.power else {}
+        running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
+    elif model:
+        running.model_name = model
+    clock = Clock.start()
+    verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
+    one = _new_run(running, clock, options, verdict)
+    if verdict:
+        _tell_gate(one, console)
+    folder = out / f"{one.name}_results"
+    try:
+        _measure_into(one, running, options, list(range(trials)), console, lambda: None)
+    finally:
+        if one.requests:
+            _save(one, out)
+    return folder
+
+
+def _only_model(url: str) -> str:
+    """The first model that the server offers. Raises UserError when nothing answers."""
+    body = get(url, "/v1/models", timeout_s=10.0)
+    try:
+        return str(json.loads(body or b"")["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise UserError(
+            f"no OpenAI-compatible server answers at {url}/v1/models: start one with `pdbench serve`, or give --url"
+        ) from None
+
+
+@contextmanager
+def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
+    """The deployment up and healthy, one line a component; down at the end, with the memory of its GPUs free again."""
+    console.print(
+        f"[bold]{deployment.name}[/bold]: {', '.join(one.name for one in deployment.instances)} starting; logs in {deployment.config.log_dir}/"
+    )
+    ready: set[str] = set()
+    with console.status("starting") as status:
+
+        def on_state(states: dict[str, str]) -> None:
+            for name, state in states.items():
+                if state.startswith("ready") and name not in ready:
+                    ready.add(name)
+                    console.print(f"  {name}: {state}", highlight=False)
+            status.update(
+                " · ".join(f"{name} {state}" for name, state in states.items() if name not in ready) or "ready"
+            )
+
+        with deployment:
+            deployment.start(on_state)
+            status.stop()
+            yield deployment
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError when no file can be written into `folder` (made if need be)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write results into {folder.absolute()}: {error.strerror}; give --out a folder that you may write"
+        ) from None
+
+
+def _new_run(running: Running, clock: Clock, options: Options, verdict: Any) -> Run:
+    one = Run(
+        name=running.name,
+        clock=clock,
+        config=options.plain() | {"serve": running.config or None, "url": running.url, "model": running.model_name},
+        host=machines.host_facts(),
+        versions=machines.versions(),
+        gate=verdict,
+    )
+    if verdict and not verdict.passed:
+        one.flags.append(Flag("gate-failed", verdict.detail))
+    return one
+
+
+def _tell_gate(one: Run, console: Console) -> None:
+    assert one.gate is not None
+    style, word = ("green", "passed") if one.gate.passed else ("bold red", "FAILED")
+    console.print(f"  correctness gate [{style}]{word}[/{style}]: {one.gate.detail}", highlight=False)
+
+
+def _measure_into(
+    one: Run, running: Running, options: Options, trials: list[int], console: Console, check: Callable[[], None]
+) -> None:
+    """Run `trials` against `running` and add requests, devices, events and flags to `one`."""
+    sampler: AbstractContextManager[Any] = nullcontext()
+    if options.power.power:
+        readers = open_readers(running.gpus, {} if running.gpus else running.processes)
+        sampler = Sampler(readers, options.power.sample_interval_s, one.clock)
+    try:
+        with sampler:
+            for trial in trials:
+                _one_trial(one, running, options, trial, console)
+                check()
+    finally:
+        devices: list[DeviceRecord] = sampler.records() if isinstance(sampler, Sampler) else []
+        one.devices = merge_records(one.devices + devices)
+        one.roles = {}
+        for device in one.devices:
+            one.roles.setdefault(device.role or "host", []).append(device.id)
+        events = phases.read_events(running.event_logs, one.clock)
+        phases.join([request for request in one.requests if request.trial in trials], events)
+        one.events += events
+
+
+def _one_trial(one: Run, running: Running, options: Options, trial: int, console: Console) -> None:
+    begin = time.monotonic()
+    with console.status(f"trial {trial + 1}") as status:
+
+        def on_progress(done: int, total: int | None) -> None:
+            status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
+
+        result = run_load(
+            options.load,
+            url=running.url,
+            model=running.model_name,
+            clock=one.clock,
+            trial=trial,
+            tokenizer_path=running.model_path,
+            on_progress=on_progress,
+        )
+    one.requests += result.requests
+    one.trials.append(result.trial)
+    one.flags += [flag for flag in result.flags if flag not in one.flags]
+    measured = [request for request in result.requests if not request.warmup]
+    failed = sum(request.error is not None for request in measured)
+    word = f"[red]{failed} failed[/red]" if failed else "none failed"
+    console.print(
+        f"  trial {trial + 1}: {len(measured)} requests, {word}, {time.monotonic() - begin:.1f} s", highlight=False
+    )
+    if measured and failed == len(measured):
+        error = measured[0].error
+        assert error is not None
+        raise UserError(
+            f"every request to {running.url} failed, the first with {error.kind}: {error.message}; read the servers' logs"
+        )
+
+
+def _save(one: Run, out: Path) -> None:
+    save_run(one, out / f"{one.name}_results")
+
+
+if __name__ == "__main__":
+    print(interleave(("single", "disaggregated"), 3))

@@ -1,0 +1,87 @@
+"""Real vLLM on CPU for the tests marked `vllm`: a single instance and prefill + decode + proxy, started once a session."""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pdbench.config import Deployment as Name
+from pdbench.config import ServeConfig
+from pdbench.serving.deployment import Deployment
+from pdbench.serving.machine import inspect
+from pdbench.serving.running import Running
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def serve_config(log_dir: Path, prefill: int = 1, decode: int = 1, **options: object) -> ServeConfig:
+    """Options of a deployment whose ports are all free."""
+    # Instances of a role count up from their first port: take consecutive free ones.
+    while True:
+        (first,) = free_ports(1)
+        ports = list(range(first, first + 2 * (prefill + decode) + 2))
+        if ports[-1] < 65536 and all(_is_free(port) for port in ports):
+            break
+    kv = first + 2 + prefill + decode
+    return ServeConfig(
+        single_port=first,
+        proxy_port=first + 1,
+        prefill_port=first + 2,
+        decode_port=first + 2 + prefill,
+        kv_port=kv,
+        prefill_instances=prefill,
+        decode_instances=decode,
+        log_dir=str(log_dir),
+        start_timeout_s=280.0,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def start(name: Name, config: ServeConfig) -> Deployment:
+    """The deployment up and healthy; the caller closes it."""
+    return Deployment(name, config, inspect()).start()
+
+
+@pytest.fixture(scope="session")
+def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Deployment]]:
+    """Both ways to serve the tiny model, side by side (started at the same time, it takes about 40 s on 2 cores)."""
+    names: tuple[Name, ...] = ("single", "disaggregated")
+    up: dict[str, Deployment] = {}
+    with ThreadPoolExecutor() as pool:
+        futures = {
+            name: pool.submit(start, name, serve_config(tmp_path_factory.mktemp(f"logs-{name}"))) for name in names
+        }
+        for name, future in futures.items():
+            up[name] = future.result()
+    yield up
+    for deployment in up.values():
+        deployment.close()
+
+
+@pytest.fixture
+def single(deployments: dict[str, Deployment]) -> Running:
+    """One vLLM instance that runs."""
+    deployments["single"].check()
+    return deployments["single"].running()
+
+
+@pytest.fixture
+def disaggregated(deployments: dict[str, Deployment]) -> Running:
+    """Prefill, decode and proxy that run."""
+    deployments["disaggregated"].check()
+    return deployments["disaggregated"].running()

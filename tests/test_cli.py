@@ -1,0 +1,92 @@
+"""Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "pdbench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["serve", "--conector", "tcp"], "--conector"),
+        (["serve", "--connector", "tpc"], "p2p-nccl"),
+        (["serve", "--model", "./no-such-model"], "no model in no-such-model"),
+        (["serve", "--connector", "p2p-nccl"], "--connector tcp"),
+        (["serve", "none.toml"], "no recipe none.toml"),
+        (["run", "--against", "singel"], "choose from single"),
+        (["run", "--against", "single,single"], "twice"),
+        (["run", "--trials", "0"], "at least 1"),
+        (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = pdbench(*arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_recipe_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("max_model_lenght = 3\n")
+    done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "max_model_lenght" in done.stderr
+    assert "mine.toml" in done.stderr
+
+
+def test_flags_go_before_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("max_model_len = 128\nprefill_port = 8111\n")
+    done = pdbench("serve", "mine.toml", "--show", "--max-model-len", "256", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--max-model-len 256" in done.stdout
+    assert "--port 8111" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))
+def test_every_recipe_has_only_known_keys(recipe: str, tmp_path: Path) -> None:
+    done = pdbench("run", f"{ROOT}/recipes/{recipe}", "--trials", "0", cwd=tmp_path)
+    assert "at least 1" in done.stderr  # its options were all understood
+
+
+def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = pdbench("serve", "--single", "--single-port", str(port), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"port {port} for single-0 is taken by" in done.stderr
+    assert str(os.getpid()) in done.stderr
+
+
+def test_an_unwritable_results_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = pdbench("run", "--out", "file/results", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--out" in done.stderr
+    assert "starting" not in done.stdout
+
+
+def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:
+    done = pdbench("doctor", cwd=tmp_path)
+    for section in ("Servers start", "KV transfer", "Test and measurement"):
+        assert section in done.stdout
+    assert ("wrong" in done.stdout) == (done.returncode == 1)

@@ -1,0 +1,78 @@
+"""What is saved can be read again, and nothing else is taken for it."""
+
+from pathlib import Path
+
+import pytest
+
+from pdbench.errors import UserError
+from pdbench.records import Clock, DeviceRecord, DeviceSample, RequestError, RequestRecord, Run, load_run, save_run
+
+
+def a_run() -> Run:
+    return Run(
+        name="disaggregated",
+        clock=Clock(monotonic_s=5.0, unix_s=1000.0),
+        config={"load": {"seed": 0}},
+        host={"name": "host"},
+        versions={"vllm": "0.32.0"},
+        requests=[
+            RequestRecord(id="a", planned_s=0.0, sent_s=0.1, token_s=[0.2, 0.3], end_s=0.3, text="é 中"),
+            RequestRecord(id="b", planned_s=0.0, error=RequestError("refused", "nobody listens")),
+        ],
+        devices=[
+            DeviceRecord(
+                id="gpu-0", kind="gpu", name="H200", role="prefill", samples=[DeviceSample(t_s=0.5, power_w=100.0)]
+            )
+        ],
+    )
+
+
+def test_a_saved_run_is_read_back_whole(tmp_path: Path) -> None:
+    path = save_run(a_run(), tmp_path)
+    assert path.name == "disaggregated_results.json"
+    assert (tmp_path / "prefill_gpu_data.json").exists()
+    assert load_run(tmp_path) == a_run()
+
+
+def test_each_request_stands_on_its_own_line(tmp_path: Path) -> None:
+    lines = save_run(a_run(), tmp_path).read_text().splitlines()
+    assert sum(line.startswith('  {"id":') for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"schema": "pdbench/0"}', "measure again"),
+        ("[1]", "schema"),
+        ('{"schema": "pdbench/1", "name": 3}', "does not hold a whole run"),
+        ("{", "does not hold a whole run"),
+        ("", "does not hold a whole run"),
+    ],
+)
+def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x_results.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_run(tmp_path)
+
+
+def test_an_empty_folder_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pdbench run"):
+        load_run(tmp_path)
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_run(a_run(), tmp_path)
+    before = path.read_bytes()
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_run(a_run(), tmp_path)
+    assert path.read_bytes() == before
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_the_clock_puts_other_processes_instants_on_the_runs_zero() -> None:
+    assert Clock(monotonic_s=5.0, unix_s=1000.0).of_monotonic(7.5) == 2.5

@@ -1,0 +1,123 @@
+"""Servers end with all they started, however their parent ends."""
+
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdbench.serving.process import ServerProcess, get
+
+
+def wait_until(condition, timeout_s=30.0):
+    """Poll a condition, so that no test depends on how fast the machine is."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not reached"
+        time.sleep(0.05)
+
+
+def tree(script: str) -> tuple[str, ...]:
+    return ("bash", "-c", script)
+
+
+STUBBORN = "setsid sleep 7001 & sleep 7002 & trap '' TERM; echo up; while true; do sleep 7003; done"
+
+
+def marked() -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(mark in (process.info["cmdline"] or []) for mark in ("7001", "7002", "7003"))
+    ]
+
+
+def test_close_ends_children_that_changed_their_session_and_ignore_sigterm(tmp_path: Path) -> None:
+    process = ServerProcess("one", tree(STUBBORN), {}, "http://127.0.0.1:9", tmp_path / "one.log")
+    wait_until(lambda: len(marked()) >= 3)
+    process.close()
+    assert process.exit_code() is not None
+    assert marked() == []
+
+
+def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(f"""
+                import time
+                from pathlib import Path
+                from pdbench.serving.process import ServerProcess
+                ServerProcess("one", ("bash", "-c", {STUBBORN!r}), {{}}, "http://127.0.0.1:9", Path({str(tmp_path / "one.log")!r}))
+                time.sleep(600)
+            """),
+        ]
+    )
+    wait_until(lambda: len(marked()) >= 3)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: marked() == [])
+
+
+def test_sigkill_of_the_guard_ends_the_server(tmp_path: Path) -> None:
+    process = ServerProcess("one", ("sleep", "7001"), {}, "http://127.0.0.1:9", tmp_path / "one.log")
+    wait_until(lambda: len(marked()) >= 2)  # the guard's own command line names it, too
+    os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: marked() == [])
+    process.close()
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -9 $$", 137)])
+def test_exit_code_and_log_survive(tmp_path: Path, script: str, code: int) -> None:
+    process = ServerProcess("one", tree(f"echo last words; {script}"), {}, "http://127.0.0.1:9", tmp_path / "one.log")
+    wait_until(lambda: process.exit_code() is not None)
+    assert process.exit_code() == code
+    assert process.log_tail() == "last words"
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("OSError: [Errno 98] Address already in use", "pdbench doctor"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "--gpu-memory-utilization"),
+        ("RuntimeError: No CUDA GPUs are available", "nvidia-smi"),
+        ("error: unrecognized arguments: --nonsense", "--vllm-args"),
+    ],
+)
+def test_the_likely_cause_is_named(tmp_path: Path, line: str, remedy: str) -> None:
+    process = ServerProcess(
+        "one", ("bash", "-c", f"echo '{line}'; exit 1"), {}, "http://127.0.0.1:9", tmp_path / "one.log"
+    )
+    wait_until(lambda: process.exit_code() is not None)
+    assert remedy in (process.likely_cause() or "")
+    process.close()
+
+
+def test_get_returns_the_body_of_a_200_alone() -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 503)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert get(url, "/health", 5.0) == b"ok"
+    assert get(url, "/other", 5.0) is None
+    server.shutdown()
+    server.server_close()
+    assert get(url, "/health", 5.0) is None

@@ -1,0 +1,106 @@
+"""The command lines that vLLM is started with, for every machine and connector."""
+
+import json
+
+import pytest
+
+from pdbench.config import ServeConfig
+from pdbench.errors import UserError
+from pdbench.serving import vllm
+from pdbench.serving.machine import Gpu, Machine, version_numbers
+
+
+def machine(version: str, gpus: int) -> Machine:
+    found = tuple(Gpu(index, "H200", "580", 143771.0, 0.0) for index in range(gpus))
+    return Machine(vllm=version_numbers(version), vllm_text=version, gpus=found)
+
+
+@pytest.fixture(autouse=True)
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This environment has vLLM for CPU; on_gpu asks for that."""
+    monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: None)
+
+
+def option(instance: vllm.Instance, name: str) -> str:
+    return instance.argv[instance.argv.index(name) + 1]
+
+
+@pytest.mark.parametrize(
+    ("version", "gpus", "chosen"),
+    [
+        ("0.10.2", 2, "builtin-p2p-nccl"),
+        ("0.23.0", 2, "builtin-p2p-nccl"),
+        ("0.26.0+cu130", 2, "p2p-nccl"),
+        ("0.32.0", 0, "tcp"),
+    ],
+)
+def test_auto_chooses_the_connector_that_works(version: str, gpus: int, chosen: str) -> None:
+    assert vllm.choose_connector(ServeConfig(), machine(version, gpus)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("version", "gpus", "asked"),
+    [("0.26.0", 2, "builtin-p2p-nccl"), ("0.23.0", 2, "p2p-nccl"), ("0.24.0", 2, "auto"), ("0.32.0", 0, "p2p-nccl")],
+)
+def test_a_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpus: int, asked: str) -> None:
+    with pytest.raises(UserError, match=r"--connector|install"):
+        vllm.choose_connector(ServeConfig(connector=asked), machine(version, gpus))  # type: ignore[arg-type]
+
+
+def test_the_seeds_defaults_on_two_gpus() -> None:
+    prefill, decode = vllm.disaggregated(ServeConfig(), machine("0.23.0", 2), "MODEL")
+    assert (prefill.url, decode.url) == ("http://127.0.0.1:8100", "http://127.0.0.1:8200")
+    assert (prefill.environment["CUDA_VISIBLE_DEVICES"], decode.environment["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
+    for instance in (prefill, decode):
+        assert option(instance, "--max-model-len") == "512"
+        assert option(instance, "--gpu-memory-utilization") == "0.8"
+        assert "--enforce-eager" in instance.argv
+        assert instance.environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] == "1"
+    transfer = [json.loads(option(instance, "--kv-transfer-config")) for instance in (prefill, decode)]
+    assert [one["kv_connector"] for one in transfer] == ["P2pNcclConnector"] * 2
+    assert [one["kv_role"] for one in transfer] == ["kv_producer", "kv_consumer"]
+    assert transfer[0]["kv_port"] != transfer[1]["kv_port"]
+    # It dies at the first prompt that chunked prefill splits.
+    assert int(option(prefill, "--max-num-batched-tokens")) >= 8192
+
+
+def test_our_connector_is_loaded_from_outside_vllms_tree() -> None:
+    prefill, decode = vllm.disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2), "MODEL")
+    transfer = json.loads(option(decode, "--kv-transfer-config"))
+    assert transfer["kv_connector_module_path"] == "pdbench.kv.connector"
+    assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_connector_extra_config"]["transport"] == "nccl"
+    assert prefill.secret_environment == decode.secret_environment == ("PDBENCH_KV_SECRET",)
+
+
+def test_instances_take_consecutive_gpus_and_ports() -> None:
+    config = ServeConfig(prefill_instances=2, decode_instances=1, tensor_parallel=2)
+    instances = vllm.disaggregated(config, machine("0.26.0", 6), "MODEL")
+    assert [one.name for one in instances] == ["prefill-0", "prefill-1", "decode-0"]
+    assert [one.gpus for one in instances] == [(0, 1), (2, 3), (4, 5)]
+    assert len({one.kv_address for one in instances} | {one.url for one in instances}) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "message"),
+    [
+        (ServeConfig(), 1, "decode wants GPU 1 and this machine has 1 GPU"),
+        (ServeConfig(prefill_gpus=(0,), decode_gpus=(0,)), 2, "given to prefill and to decode"),
+        (ServeConfig(decode_gpus=(0, 1)), 2, "name 1 different ones"),
+        (ServeConfig(prefill_instances=0), 2, "at least one instance"),
+    ],
+)
+def test_gpus_that_cannot_be_given_are_one_clear_line(config: ServeConfig, gpus: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        vllm.disaggregated(config, machine("0.26.0", gpus), "MODEL")
+
+
+def test_more_arguments_go_to_their_role_alone() -> None:
+    config = ServeConfig(vllm_args="--seed 7", prefill_args="--max-num-seqs 4", decode_args="--max-num-seqs 9")
+    prefill, decode = vllm.disaggregated(config, machine("0.26.0", 2), "MODEL")
+    assert (option(prefill, "--max-num-seqs"), option(decode, "--max-num-seqs")) == ("4", "9")
+    assert option(prefill, "--seed") == option(decode, "--seed") == "7"
+
+
+def test_version_numbers_ignore_what_follows() -> None:
+    assert version_numbers("0.26.0rc1+cu130") == (0, 26, 0)
