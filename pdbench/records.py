@@ -49,7 +49,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """One request as the client saw it; durations are derived from these instants in `analysis`.
 
     `token_s` has one instant a token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
-    or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user".
+    or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
+    were counted: "token_ids", "usage" (on every chunk), "chunks" (one a chunk with text) or "mixed".
     """
 
     id: str
@@ -65,6 +66,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     trial: int = 0
     warmup: bool = False
     stamp: str | None = None
+    counted_by: str | None = None
     finish_reason: str | None = None
 
 

@@ -1,0 +1,100 @@
+"""When requests arrive: pure functions of seed and parameters, each giving instants in seconds from the load's start.
+
+Sources: exponential gaps by inversion; gamma gaps with shape = burstiness (1 is Poisson, below 1 burstier), as in
+`vllm bench serve`; ramps and stages are Poisson processes whose time is stretched by the inverse of the summed rate.
+Try: python -c "from itertools import islice; from pdbench.load.arrivals import poisson; print(*islice(poisson(5.0, 0), 5))"
+"""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+from pdbench.errors import UserError
+
+Stage = tuple[float, float]
+
+
+def poisson(rate: float, seed: int | str) -> Iterator[float]:
+    """Endless arrivals of a Poisson process, `rate` a second."""
+    for unit in _unit_poisson(seed):
+        yield unit / _positive(rate)
+
+
+def constant(rate: float) -> Iterator[float]:
+    """Endless arrivals, one every 1/rate seconds, the first after one gap."""
+    index = 0
+    while True:
+        index += 1
+        yield index / _positive(rate)
+
+
+def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
+    """Endless arrivals with gamma gaps of mean 1/rate; the gaps' coefficient of variation is 1/sqrt(burstiness)."""
+    generator = random.Random(f"arrivals/{seed}")
+    scale = 1.0 / (_positive(rate) * _positive(burstiness))
+    now_s = 0.0
+    while True:
+        now_s += generator.gammavariate(burstiness, scale)
+        yield now_s
+
+
+def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> Iterator[float]:
+    """Endless Poisson arrivals whose rate goes linearly from `start_rate` to `end_rate` over `over_s`, then stays."""
+    if start_rate < 0 or (_positive(over_s) and end_rate <= 0):
+        raise UserError(f"a ramp from {start_rate:g} to {end_rate:g} requests/s: give rates above 0")
+    slope = (end_rate - start_rate) / over_s
+    at_end = (start_rate + end_rate) / 2 * over_s
+    for unit in _unit_poisson(seed):
+        if unit >= at_end:
+            yield over_s + (unit - at_end) / end_rate
+        elif slope == 0:
+            yield unit / start_rate
+        else:
+            yield (math.sqrt(start_rate**2 + 2 * slope * unit) - start_rate) / slope
+
+
+def staged(stages: Sequence[Stage], seed: int | str) -> Iterator[float]:
+    """Poisson arrivals through stages of (requests a second, seconds); ends with the last stage."""
+    begin_s, summed = 0.0, 0.0
+    units = _unit_poisson(seed)
+    unit = next(units)
+    for rate, length_s in stages:
+        while unit < summed + rate * length_s:
+            yield begin_s + (unit - summed) / rate
+            unit = next(units)
+        begin_s, summed = begin_s + length_s, summed + rate * length_s
+
+
+def replayed(instants_s: Iterable[float], time_scale: float = 1.0) -> Iterator[float]:
+    """A trace's own instants, sorted, its first one at 0; `time_scale` 2 makes it last twice as long."""
+    ordered = sorted(instants_s)
+    for instant_s in ordered:
+        yield (instant_s - ordered[0]) * _positive(time_scale)
+
+
+def read_stages(text: str) -> list[Stage]:
+    """Stages out of "RATE:SECONDS,..." as in "2:30,20:5,2:30". Raises UserError naming the part that is wrong."""
+    stages = []
+    for part in text.split(","):
+        try:
+            rate, length_s = (float(number) for number in part.split(":"))
+        except ValueError:
+            raise UserError(f"--stages: {part!r} is not RATE:SECONDS, as in 2:30,20:5,2:30") from None
+        if not (math.isfinite(rate) and math.isfinite(length_s)) or rate < 0 or length_s <= 0:
+            raise UserError(f"--stages: {part!r} needs a rate of 0 or more and a length above 0 seconds")
+        stages.append((rate, length_s))
+    return stages
+
+
+def _unit_poisson(seed: int | str) -> Iterator[float]:
+    generator = random.Random(f"arrivals/{seed}")
+    now = 0.0
+    while True:
+        now -= math.log(1.0 - generator.random())
+        yield now
+
+
+def _positive(number: float) -> float:
+    if not number > 0 or not math.isfinite(number):
+        raise UserError(f"arrivals need a rate, burstiness, length and time scale above 0, not {number:g}")
+    return number

@@ -1,0 +1,260 @@
+"""The load client: streamed requests over raw sockets on one event loop, each becoming one RequestRecord.
+
+Arrival instants are the kernel's; the loop waits with microsecond precision, so that requests leave when they are planned.
+Try: python -c "from pdbench.load.client import fetch; print(fetch('http://127.0.0.1:8000', {'model': 'm', 'prompt': 'Hi'}))"
+"""
+
+import contextlib
+import os
+import select
+import selectors
+import socket
+import ssl
+import time
+from array import array
+from collections import deque
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pdbench.errors import UserError
+from pdbench.load import stamps
+from pdbench.load.answer import Answer
+from pdbench.load.connection import Address, Connection
+from pdbench.load.stamps import ArrivalClock
+from pdbench.records import RequestRecord
+
+_DEADLINE_CHECK_S = 0.05
+_CLOCK_REFRESH_S = 1.0
+
+
+class Client:
+    """Sends requests to one server and collects finished records; `start` never blocks, `poll` waits for bytes.
+
+    `url` is the server's base (http or https, IPv6 in brackets); `endpoint` "completions" or "chat". `timeout_s` bounds a
+    request from sending to its last byte, `read_timeout_s` the silence between two arrivals once the answer has begun.
+    The API key is read from OPENAI_API_KEY. Raises UserError for an URL that cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        endpoint: str = "completions",
+        zero_s: float | None = None,
+        timeout_s: float = 120.0,
+        read_timeout_s: float = 60.0,
+        verify_tls: bool = True,
+    ) -> None:
+        self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
+        self.busy_s = array("d")
+        self.in_flight = 0
+        self.reads_with_several = 0
+        self._address, self._tls, self._server_name, self._head = _target(url, endpoint, verify_tls)
+        self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
+        self._selector = selectors.DefaultSelector()
+        self._idle: deque[Connection] = deque()
+        self._active: set[Connection] = set()
+        self._resendable: dict[Answer, bytes] = {}
+        self._finished: list[RequestRecord] = []
+        self._check_at_s = self._refresh_at_s = 0.0
+        # The kernel begins to stamp some milliseconds after the first socket has asked: this one asks for all.
+        self._stamper = socket.socket(self._address[0], socket.SOCK_STREAM)
+        stamps.enable(self._stamper)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, record: RequestRecord, body: bytes) -> None:
+        """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
+        record.sent_s = self.clock.now()
+        self.in_flight += 1
+        data = b"%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, record.id.encode(), len(body), body)
+        self._send(data, Answer(record))
+
+    def poll(self, until_s: float) -> list[RequestRecord]:
+        """Handle what has arrived, waiting for it until `until_s` at most (run's clock); the requests that ended."""
+        ready = self._selector.select(0)
+        if not ready and not self._finished:
+            wait_s = min(until_s, self._check_at_s) - self.clock.now()
+            if wait_s > 0:
+                _wait(self._selector, wait_s)
+            ready = self._selector.select(0)
+        began_s = time.monotonic()
+        for key, events in ready:
+            connection: Connection = key.data
+            connection.ready(events)
+            if connection.broken is not None or (connection.answer is not None and connection.answer.complete):
+                self._settle(connection)
+        now_s = self.clock.now()
+        if now_s >= self._check_at_s:
+            self._check_deadlines(now_s)
+        if ready:
+            self.busy_s.append(time.monotonic() - began_s)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def tokens_in_flight(self) -> int:
+        """Tokens received so far of the requests that have not ended."""
+        return sum(len(connection.answer.record.token_s) for connection in self._active if connection.answer)
+
+    def reset_counters(self) -> None:
+        """Forget the delays seen so far (the warm-up's)."""
+        self.busy_s, self.clock.read_delays_s = array("d"), array("d")
+        self.reads_with_several = 0
+
+    def abandon(self, kind: str, message: str) -> list[RequestRecord]:
+        """End every request in flight as a failure of this class; what has arrived is kept."""
+        now_s = self.clock.now()
+        for connection in list(self._active):
+            self._drop(connection, kind, message, now_s)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for connection in [*self._active, *self._idle]:
+            connection.close()
+        self._stamper.close()
+        self._active.clear()
+        self._idle.clear()
+        self._selector.close()
+
+    def _send(self, data: bytes, answer: Answer) -> None:
+        connection = self._idle.pop() if self._idle else self._connect(answer)
+        if connection is None:
+            return
+        if connection.reused:
+            self._resendable[answer] = data
+        self._active.add(connection)
+        connection.request(data, answer)
+        if connection.broken is not None:
+            self._settle(connection)
+
+    def _connect(self, answer: Answer) -> Connection | None:
+        try:
+            return Connection(self._address, self._tls, self._server_name, self.clock, self._watch)
+        except OSError as error:
+            self._finish(answer, "connect", f"{error}: `ulimit -n` bounds the connections")
+            return None
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        if connection.watched:
+            self._selector.modify(connection.sock, events, connection)
+        else:
+            self._selector.register(connection.sock, events, connection)
+
+    def _settle(self, connection: Connection) -> None:
+        """A connection whose answer is complete or that broke: keep it, drop it, or send its request again."""
+        answer = connection.answer
+        if answer is not None and answer.complete and connection.broken is None and answer.keep_alive:
+            self._active.discard(connection)
+            connection.idle()
+            self._idle.append(connection)
+            self._collect(answer)
+            return
+        kind, message = connection.broken or ("closed", "")
+        self._drop(connection, kind, message, self.clock.now())
+
+    def _drop(self, connection: Connection, kind: str, message: str, at_s: float) -> None:
+        answer = connection.answer
+        self._active.discard(connection)
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+        if connection.watched:
+            self._selector.unregister(connection.sock)
+        connection.close()
+        if answer is None:
+            return
+        if answer in self._resendable and kind in ("reset", "closed") and not answer.bytes_seen:
+            # The server closed an idle connection just as we used it: the request never began, so send it anew.
+            self._send(self._resendable.pop(answer), answer)
+            return
+        answer.closed(at_s, kind, message)
+        self._collect(answer)
+
+    def _finish(self, answer: Answer, kind: str, message: str) -> None:
+        answer.fail(kind, message, self.clock.now())
+        self._collect(answer)
+
+    def _collect(self, answer: Answer) -> None:
+        self._resendable.pop(answer, None)
+        self.reads_with_several += answer.reads_with_several
+        self.in_flight -= 1
+        self._finished.append(answer.record)
+
+    def _check_deadlines(self, now_s: float) -> None:
+        self._check_at_s = now_s + _DEADLINE_CHECK_S
+        if now_s >= self._refresh_at_s:
+            self._refresh_at_s = now_s + _CLOCK_REFRESH_S
+            self.clock.refresh()
+        for connection in list(self._active):
+            answer = connection.answer
+            if answer is None or answer.record.sent_s is None:
+                continue
+            if now_s - answer.record.sent_s > self._timeout_s:
+                self._drop(connection, "timeout", f"not whole after {self._timeout_s:g} s", now_s)
+            elif connection.last_byte_s is not None and now_s - connection.last_byte_s > self._read_timeout_s:
+                self._drop(connection, "stall", f"no byte for {self._read_timeout_s:g} s in mid-answer", now_s)
+
+
+def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", timeout_s: float = 120.0) -> RequestRecord:
+    """Send one request, wait, return its record; `stream` and `return_token_ids` are set for you."""
+    whole = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, **body}
+    with Client(url, endpoint=endpoint, timeout_s=timeout_s) as client:
+        record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now())
+        client.start(record, msgspec.json.encode(whole))
+        while not client.poll(client.clock.now() + 1.0):
+            pass
+    return record
+
+
+def _wait(selector: selectors.BaseSelector, wait_s: float) -> None:
+    """Wait for the selector's own descriptor: select(2) takes microseconds where epoll_wait rounds up to a millisecond."""
+    descriptor = getattr(selector, "fileno", lambda: 1024)()
+    if descriptor < 1024:
+        select.select([descriptor], [], [], wait_s)
+    else:
+        selector.select(wait_s)
+
+
+def _target(url: str, endpoint: str, verify_tls: bool) -> tuple[Address, ssl.SSLContext | None, str, bytes]:
+    """(address, TLS, server name, request head up to the fields that differ a request) of an URL."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise UserError(f"--url {url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
+    tls = None
+    if parts.scheme == "https":
+        tls = ssl.create_default_context()
+        if not verify_tls:
+            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    base = parts.path.rstrip("/").removesuffix("/v1")
+    path = f"{base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
+    lines = [f"POST {path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json"]
+    if key := os.environ.get("OPENAI_API_KEY"):
+        lines.append(f"Authorization: Bearer {key}")
+    head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+    return _reachable_address(parts.hostname, port), tls, parts.hostname, head
+
+
+def _reachable_address(host: str, port: int) -> Address:
+    """The first of the host's addresses that accepts a connection, so that `localhost` finds a server on ::1 or 127.0.0.1."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"cannot resolve {host}: {error.strerror}") from None
+    if len(found) > 1:
+        for family, _, _, _, address in found:
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.settimeout(2.0)
+                probe.connect(address)
+                return family, address
+    return found[0][0], found[0][4]

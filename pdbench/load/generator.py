@@ -1,0 +1,305 @@
+"""One trial of a load: warm-up, the planned requests, the drain; records, measured window and the client's truth come back.
+
+Try: python -c "
+from pdbench.config import LoadConfig; from pdbench.records import Clock; from pdbench.load.generator import run_load
+print(run_load(LoadConfig(requests=4), url='http://127.0.0.1:8000', model='m', clock=Clock.start()).trial)"
+"""
+
+import contextlib
+import gc
+import resource
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pdbench.config import LoadConfig
+from pdbench.load import plan, truth
+from pdbench.load.client import Client
+from pdbench.load.plan import Planned
+from pdbench.load.truth import Part
+from pdbench.records import Clock, Flag, RequestRecord, Trial
+
+Progress = Callable[[int, int | None], None]
+_AHEAD = 64
+_PROGRESS_S = 0.1
+_STEADY_SAMPLE_S = 0.25
+_STEADY_AT_MOST_S = 600.0
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One trial: all its requests (warm-up ones marked), its measured window with the client's truth, what readers must know.
+
+    A flag "interrupted" means that Ctrl-C ended it early; what was measured until then is here.
+    """
+
+    requests: list[RequestRecord]
+    trial: Trial
+    flags: list[Flag]
+
+
+def run_load(
+    config: LoadConfig,
+    *,
+    url: str,
+    model: str,
+    clock: Clock,
+    trial: int = 0,
+    tokenizer: str | None = None,
+    on_progress: Progress | None = None,
+) -> LoadResult:
+    """Send one trial of `config` to the server at `url` and wait for all answers.
+
+    `tokenizer` is a folder or hub name (by itself config.tokenizer, then `model`). `on_progress(done, of)` is called about ten
+    times a second; `of` is None where time ends the trial. Raises UserError for options that cannot be used.
+    """
+    plan.check(config)
+    if tokenizer and not config.tokenizer:
+        config = replace(config, tokenizer=tokenizer)
+    if config.client_processes > 1:
+        from pdbench.load.processes import run_parts
+
+        parts = run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
+    else:
+        parts = [run_part(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
+    return merge(config, parts, trial)
+
+
+def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
+    """One result out of the parts of a split client, in the order of the one schedule."""
+    requests = sorted((record for part in parts for record in part.requests), key=_schedule_order)
+    measured = [record for record in requests if not record.warmup]
+    streams, open_loop = plan.streams(config), plan.is_open_loop(config)
+    client = truth.describe(parts, measured, streams=streams, open_loop=open_loop)
+    start_s, end_s, client["window"] = truth.window(measured, streams, open_loop)
+    if steady := parts[0].steady_window:
+        start_s, end_s = steady
+        client["window"] = f"the {config.steady_s:g} s through which the load held steady"
+    found = truth.flags(client)
+    if any(part.interrupted for part in parts):
+        found.append(Flag("interrupted", "stopped by Ctrl-C: the figures are of what was measured until then"))
+    elif config.steady_s is not None and not steady:
+        found.append(
+            Flag("not-steady", f"the load never held steady for {config.steady_s:g} s: lower it or run longer")
+        )
+    if any(part.token_ids_refused for part in parts):
+        found.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
+    return LoadResult(requests, Trial(index=trial, start_s=start_s, end_s=end_s, client=client), found)
+
+
+def run_part(
+    config: LoadConfig,
+    *,
+    url: str,
+    model: str,
+    clock: Clock,
+    trial: int,
+    part: int = 0,
+    parts: int = 1,
+    begin: Callable[[], float] | None = None,
+    stop_signal: signal.Signals = signal.SIGINT,
+    on_progress: Progress | None = None,
+) -> Part:
+    """One process's part: every `parts`-th request of the plan from `part` on, over its share of the streams.
+
+    `begin` is called after the warm-up and returns the common start on the run's clock.
+    """
+    _raise_descriptor_limit()
+    tokens = plan.find_tokenizer(config, model)
+    warmup = plan.warmup_requests(config, tokens, trial)[part::parts]
+    planned, total = _own_share(config, plan.planned_requests(config, tokens, trial), part, parts)
+    streams = plan.streams(config)
+    share = None if streams is None else streams // parts + (part < streams % parts)
+    client = Client(
+        url,
+        endpoint=config.endpoint,
+        zero_s=clock.monotonic_s,
+        timeout_s=config.request_timeout_s,
+        read_timeout_s=config.read_timeout_s,
+        verify_tls=config.tls_verify,
+    )
+    interrupted = threading.Event()
+    with client, stopping(stop_signal, interrupted.set), _no_garbage_collection():
+        load = _Load(config, client, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
+        load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
+        begin_s = clock.now() if begin is None else begin()
+        client.reset_counters()
+        cpu_s, wall_s = time.thread_time(), time.monotonic()
+        load.on_progress, load.total = on_progress, total
+        load.drive(planned, share, begin_s)
+        cpu_s, wall_s = time.thread_time() - cpu_s, time.monotonic() - wall_s
+        return Part(
+            requests=load.records,
+            due_s=load.due_s,
+            begin_s=begin_s,
+            busy_s=client.busy_s.tobytes(),
+            read_delays_s=client.clock.read_delays_s.tobytes(),
+            merged_reads=client.reads_with_several,
+            cpu_s=cpu_s,
+            wall_s=wall_s,
+            interrupted=interrupted.is_set(),
+            steady_window=load.steady_window,
+            token_ids_refused=load.token_ids_refused,
+        )
+
+
+class _Load:
+    """The sending loop's state: what was sent, what came back, when to stop."""
+
+    def __init__(
+        self, config: LoadConfig, client: Client, model: str, run_id: str, trial: int, interrupted: threading.Event
+    ) -> None:
+        self.config, self.client, self.model, self.run_id, self.trial = config, client, model, run_id, trial
+        self.interrupted = interrupted
+        self.records: list[RequestRecord] = []
+        self.due_s: dict[str, float] = {}
+        self.on_progress: Progress | None = None
+        self.total: int | None = None
+        self.steady_window: tuple[float, float] | None = None
+        self.token_ids_refused = False
+        self._in_flight: dict[str, Planned] = {}
+        self._progress_at_s = self._sample_at_s = 0.0
+        self._samples: list[tuple[float, int, int]] = []
+        self._tokens_ended = 0
+
+    def drive(self, planned: Iterator[Planned], streams: int | None, begin_s: float, *, warmup: bool = False) -> None:
+        """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all answers."""
+        client = self.client
+        free_s = deque([begin_s] * (streams or 0))
+        ahead: deque[Planned] = deque()
+        upcoming = next(planned, None)
+        while upcoming is not None or client.in_flight:
+            now_s = client.clock.now()
+            if upcoming is not None and self._stop_sending(now_s, begin_s, warmup):
+                upcoming = None
+            next_s = now_s + 1.0
+            while upcoming is not None and (streams is None or free_s):
+                arrival_s = begin_s if upcoming.arrival_s is None else begin_s + upcoming.arrival_s
+                due_s = max(arrival_s, free_s[0]) if streams is not None else arrival_s
+                if due_s > now_s:
+                    next_s = due_s
+                    break
+                if streams is not None:
+                    free_s.popleft()
+                self._send(upcoming, arrival_s if upcoming.arrival_s is not None else due_s, due_s, warmup)
+                upcoming = ahead.popleft() if ahead else next(planned, None)
+            for record in client.poll(next_s):
+                if self._ended(record):
+                    free_s.append(record.end_s if record.end_s is not None else now_s)
+            if len(ahead) < _AHEAD and upcoming is not None and (following := next(planned, None)) is not None:
+                ahead.append(following)
+            if self.interrupted.is_set():
+                upcoming = None
+                for record in client.abandon("interrupted", "Ctrl-C"):
+                    self._ended(record)
+        self._report(force=True)
+
+    def _send(self, planned: Planned, planned_s: float, due_s: float, warmup: bool) -> None:
+        identity = f"{self.run_id}-{'w' if warmup else ''}{planned.index:06d}"
+        record = RequestRecord(id=identity, planned_s=planned_s, trial=self.trial, warmup=warmup)
+        record.prompt_tokens = planned.prompt.tokens
+        self.due_s[identity] = due_s
+        self._in_flight[identity] = planned
+        self._start(record, planned)
+
+    def _start(self, record: RequestRecord, planned: Planned) -> None:
+        token_ids = self.config.token_ids and not self.token_ids_refused
+        self.client.start(record, plan.request_body(self.config, self.model, planned.prompt, token_ids=token_ids))
+
+    def _ended(self, record: RequestRecord) -> bool:
+        """Keep a record; False where its request was sent again because the server does not know return_token_ids."""
+        planned = self._in_flight[record.id]
+        error = record.error
+        if (
+            error
+            and error.kind in ("http_400", "http_422")
+            and "return_token_ids" in error.message
+            and self.config.token_ids
+        ):
+            self.token_ids_refused = True
+            again = RequestRecord(id=record.id, planned_s=record.planned_s, trial=record.trial, warmup=record.warmup)
+            self._start(again, planned)
+            return False
+        del self._in_flight[record.id]
+        self.records.append(record)
+        self._tokens_ended += len(record.token_s)
+        self._report()
+        return True
+
+    def _report(self, *, force: bool = False) -> None:
+        now_s = self.client.clock.now()
+        if self.on_progress and (force or now_s >= self._progress_at_s):
+            self._progress_at_s = now_s + _PROGRESS_S
+            self.on_progress(sum(not record.warmup for record in self.records), self.total)
+
+    def _stop_sending(self, now_s: float, begin_s: float, warmup: bool) -> bool:
+        if warmup:
+            return False
+        config = self.config
+        if config.steady_s is not None and now_s >= self._sample_at_s:
+            self._sample_at_s = now_s + _STEADY_SAMPLE_S
+            tokens = self._tokens_ended + self.client.tokens_in_flight()
+            self._samples.append((now_s, tokens, self.client.in_flight))
+            start_s = truth.steady_since(self._samples, config.steady_s)
+            if start_s is not None:
+                self.steady_window = (start_s, now_s)
+                return True
+        bound_s = config.duration_s or (_STEADY_AT_MOST_S if config.steady_s is not None else None)
+        return bound_s is not None and now_s - begin_s >= bound_s
+
+
+def _own_share(
+    config: LoadConfig, planned: Iterator[Planned], part: int, parts: int
+) -> tuple[Iterator[Planned], int | None]:
+    """This process's requests and their number; made beforehand unless they are endless."""
+    own = (request for request in planned if request.index % parts == part)
+    if (config.duration_s or config.steady_s) and (not plan.is_open_loop(config) or config.duration_s is None):
+        return own, None
+    made = list(own)
+    return iter(made), len(made)
+
+
+def _schedule_order(record: RequestRecord) -> tuple[bool, str]:
+    return (not record.warmup, record.id)
+
+
+def _raise_descriptor_limit() -> None:
+    """One descriptor a stream: take what the system allows."""
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def stopping(number: signal.Signals, stop: Callable[[], None]) -> Iterator[None]:
+    """While inside, the first such signal calls `stop`; a second one does what it did before. Main thread only, else nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+
+    def note(*_: object) -> None:
+        signal.signal(number, before)
+        stop()
+
+    signal.signal(number, note)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A full collection walks every record kept and stops the loop for milliseconds; nothing here makes cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

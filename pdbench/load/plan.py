@@ -1,0 +1,200 @@
+"""The load as planned: an endless or finite row of requests, each with its arrival (None: when a stream is free) and prompt.
+
+Pure in options, tokenizer and trial, so that every process of a split client makes the same plan and takes its own part.
+Try: pytest tests/test_load_plan.py
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load import arrivals, prompts, traces
+from pdbench.load.prompts import Prompt
+from pdbench.load.tokens import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One request to be: its place in the schedule, its arrival in seconds from the load's start, and its prompt."""
+
+    index: int
+    arrival_s: float | None
+    prompt: Prompt
+
+
+def check(config: LoadConfig) -> None:
+    """Raise UserError for options that contradict each other or lie outside their range."""
+    ways = [name for name in ("rate", "stages", "trace") if getattr(config, name)]
+    if len(ways) > 1:
+        raise UserError(f"--{ways[0]} and --{ways[1]} both set the arrivals: give one")
+    if config.ramp_to is not None and config.rate is None:
+        raise UserError("--ramp-to needs --rate, the rate it starts from")
+    at_least_one = ("requests", "output_tokens", "client_processes", "prefix_groups")
+    for name in (*at_least_one, "concurrency", "input_tokens", "max_input_tokens", "max_output_tokens"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    above_zero = ("rate", "ramp_to", "ramp_s", "burstiness", "time_scale", "duration_s", "steady_s")
+    for name in (*above_zero, "request_timeout_s", "read_timeout_s"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    if not 0 <= config.shared_prefix <= 1:
+        raise UserError(f"--shared-prefix {config.shared_prefix:g}: give a share from 0 to 1")
+    if config.warmup < 0:
+        raise UserError(f"--warmup {config.warmup}: give 0 or more")
+    if config.client_processes > (config.concurrency or config.client_processes):
+        raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {config.concurrency}")
+    _extra_body(config)
+
+
+def is_open_loop(config: LoadConfig) -> bool:
+    """Do requests arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
+    return bool(config.rate or config.stages or config.trace)
+
+
+def streams(config: LoadConfig) -> int | None:
+    """Most requests in flight at once; None is no bound."""
+    return config.concurrency if is_open_loop(config) else config.concurrency or 1
+
+
+def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[Planned]:
+    """The measured requests in order. Endless only where a closed loop ends by time."""
+    bounded_by_time = config.duration_s is not None or config.steady_s is not None
+    rows = traces.read_trace(config.trace) if config.trace else None
+    making = _from_trace(config, rows, tokenizer, trial) if rows else _prompts(config, tokenizer, f"{trial}")
+    instants: Iterator[float | None] = _instants(config, rows, trial)
+    for index, (arrival_s, prompt) in enumerate(zip(instants, making, strict=False)):
+        if not bounded_by_time and index >= config.requests:
+            return
+        if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
+            return
+        yield Planned(index, arrival_s, prompt)
+
+
+def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[Planned]:
+    """The requests before the measured ones: other numbers and texts, the same lengths, each when a stream is free."""
+    making = _prompts(config, tokenizer, f"warmup-{trial}")
+    return [Planned(index, None, prompt) for index, prompt in enumerate(itertools.islice(making, config.warmup))]
+
+
+def request_body(config: LoadConfig, model: str, prompt: Prompt, *, token_ids: bool) -> bytes:
+    """The JSON body of one request."""
+    body: dict[str, Any] = {"model": model}
+    if config.endpoint == "chat":
+        body["messages"] = [{"role": "user", "content": prompt.text}]
+    else:
+        body["prompt"] = prompt.text
+    body |= {
+        "max_tokens": prompt.output_tokens,
+        "temperature": config.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if token_ids:
+        body["return_token_ids"] = True
+    ignore_eos = config.ignore_eos if config.ignore_eos is not None else bool(config.input_tokens or config.trace)
+    if ignore_eos:
+        body["ignore_eos"] = True
+    return msgspec.json.encode(body | _extra_body(config))
+
+
+def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
+    """The tokenizer that measures prompts; the hub is asked only where lengths must be exact.
+
+    Raises UserError with the remedy where lengths must be exact and there is none.
+    """
+    needed = bool(config.input_tokens or config.trace or config.reply_lengths or config.tokenizer)
+    name = config.tokenizer or model
+    tokenizer = load_tokenizer(name, hub=needed)
+    if needed and tokenizer is None:
+        raise UserError(
+            f"no tokenizer.json for {name}: give --tokenizer FOLDER, prompt lengths are exact by the model's tokenizer"
+        )
+    return tokenizer
+
+
+def _instants(config: LoadConfig, rows: list[traces.TraceRow] | None, trial: int) -> Iterator[float | None]:
+    seed = f"{config.seed}/{trial}"
+    if rows:
+        return iter(arrivals.replayed((row.arrival_s for row in rows), config.time_scale))
+    if config.stages:
+        return iter(arrivals.staged(arrivals.read_stages(config.stages), seed))
+    if config.rate is None:
+        return itertools.repeat(None)
+    if config.ramp_to is not None:
+        return arrivals.ramp(config.rate, config.ramp_to, config.ramp_s, seed)
+    if config.arrival == "constant":
+        return arrivals.constant(config.rate)
+    if config.arrival == "gamma":
+        return arrivals.gamma(config.rate, config.burstiness, seed)
+    return arrivals.poisson(config.rate, seed)
+
+
+def _prompts(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Iterator[Prompt]:
+    """Endless prompts of one part (a trial, a trial's warm-up) of the load."""
+    texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file else None
+    for index in itertools.count():
+        seed = f"{config.seed}/{part}/{index}"
+        output_tokens = prompts.length(
+            config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
+        )
+        if texts is not None:
+            text, reply = texts[index % len(texts)]
+            if config.reply_lengths and reply and tokenizer:
+                output_tokens = max(1, tokenizer.count(reply))
+            yield _capped(config, text, output_tokens, tokenizer)
+        elif config.input_tokens is not None:
+            assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
+            tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
+            tokens = min(tokens, config.max_input_tokens or tokens)
+            group = f"{config.seed}/{index % config.prefix_groups}"
+            shared = config.shared_prefix
+            yield prompts.of_length(tokens, seed, tokenizer, _output(config, output_tokens), shared=shared, group=group)
+        else:
+            yield prompts.built_in(index, f"({part}-{index})", tokenizer, _output(config, output_tokens))
+
+
+def _from_trace(
+    config: LoadConfig, rows: list[traces.TraceRow], tokenizer: Tokenizer | None, trial: int
+) -> Iterator[Prompt]:
+    assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
+    for index, row in enumerate(rows):
+        seed = f"{config.seed}/{trial}/{index}"
+        tokens = min(row.input_tokens, config.max_input_tokens or row.input_tokens)
+        output_tokens = _output(config, row.output_tokens)
+        if row.block_ids:
+            blocks = row.block_ids[: max(1, math.ceil(tokens / traces.MOONCAKE_BLOCK_TOKENS))]
+            yield prompts.of_blocks(tokens, blocks, traces.MOONCAKE_BLOCK_TOKENS, seed, tokenizer, output_tokens)
+        else:
+            yield prompts.of_length(tokens, seed, tokenizer, output_tokens)
+
+
+def _capped(config: LoadConfig, text: str, output_tokens: int, tokenizer: Tokenizer | None) -> Prompt:
+    if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
+        text = tokenizer.cut(text, config.max_input_tokens)
+    return Prompt(text, tokenizer.count(text) if tokenizer else None, _output(config, output_tokens))
+
+
+def _output(config: LoadConfig, output_tokens: int) -> int:
+    return min(output_tokens, config.max_output_tokens or output_tokens)
+
+
+def _extra_body(config: LoadConfig) -> dict[str, Any]:
+    if not config.extra_body:
+        return {}
+    try:
+        extra = json.loads(config.extra_body)
+    except ValueError as error:
+        raise UserError(f"--extra-body is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
+    return extra

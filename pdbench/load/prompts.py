@@ -1,0 +1,143 @@
+"""What is asked: real English and Chinese texts, exact token lengths, shared prefixes, ShareGPT and text files.
+
+Same seed, same bytes, on every machine; every prompt begins with its own number, so that no prefix cache answers by chance.
+Try: python -c "from pdbench.load.prompts import built_in; print(built_in(3, 'seed').text)"
+"""
+
+import functools
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from pdbench.errors import UserError
+from pdbench.load.tokens import Tokenizer, exact_text
+
+DEFAULT_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, its length by the model's tokenizer (None when that is not at hand) and how many tokens to generate."""
+
+    text: str
+    tokens: int | None
+    output_tokens: int
+
+
+@functools.cache
+def passages() -> tuple[str, ...]:
+    """The built-in texts: the first 16 are questions, the rest is prose that long prompts are made of."""
+    text = resources.files("pdbench.load").joinpath("texts.txt").read_text(encoding="utf-8")
+    return tuple(part.strip() for part in text.split("\n\n") if part.strip())
+
+
+@functools.cache
+def _sentences() -> tuple[str, ...]:
+    return tuple(part for text in passages() for part in re.findall(r"[^.?!。?!]+[.?!。?!]+\"?", text))
+
+
+def built_in(index: int, tag: str, tokenizer: Tokenizer | None = None, output_tokens: int = 64) -> Prompt:
+    """The built-in question of this index at its own length (20 to 100 words or characters), numbered by `tag`."""
+    text = f"{tag} {passages()[index % DEFAULT_TEXTS]}"
+    return Prompt(text, tokenizer.count(text) if tokenizer else None, output_tokens)
+
+
+def sentences_in_random_order(seed: str) -> Iterator[str]:
+    """Endless real sentences, drawn by `seed`."""
+    generator = random.Random(f"text/{seed}")
+    while True:
+        yield " " + _sentences()[int(generator.random() * len(_sentences()))].strip()
+
+
+def of_length(
+    tokens: int, seed: str, tokenizer: Tokenizer, output_tokens: int, *, shared: float = 0.0, group: str = "0"
+) -> Prompt:
+    """A prompt of exactly `tokens` tokens, whose first `shared` (0 to 1) is the same for all prompts of a group and length."""
+    start = ""
+    if shared > 0:
+        prefix_tokens = round(tokens * shared)
+        start = _shared_prefix(prefix_tokens, group, tokenizer) if prefix_tokens > 1 else ""
+    if shared < 1:
+        start += ("\n" if start else "") + _number(seed)
+    if tokenizer.count(start) > tokens:
+        start = tokenizer.cut(start, max(1, tokens - 1))
+    return Prompt(exact_text(sentences_in_random_order(seed), tokens, tokenizer, start), tokens, output_tokens)
+
+
+def of_blocks(
+    tokens: int, block_ids: list[int], block_tokens: int, seed: str, tokenizer: Tokenizer, output_tokens: int
+) -> Prompt:
+    """A prompt made of blocks that are equal wherever their id is (Mooncake's hash_ids), exactly `tokens` long in all."""
+    start = "".join(_shared_prefix(block_tokens, f"block/{block}", tokenizer) for block in block_ids[:-1])
+    if tokenizer.count(start) >= tokens:
+        start = tokenizer.cut(start, max(1, tokens - 1))
+    text = exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
+    return Prompt(text, tokens, output_tokens)
+
+
+def length(mean: int, distribution: str, spread: float, seed: str) -> int:
+    """One length: fixed; uniform in mean * (1 +- spread); lognormal of this mean with sigma = spread. At least 1."""
+    if distribution == "fixed":
+        return mean
+    uniform = random.Random(f"length/{seed}").random()
+    if distribution == "uniform":
+        return max(1, round(mean * (1 - spread + 2 * spread * uniform)))
+    normal = NormalDist().inv_cdf(min(max(uniform, 1e-12), 1 - 1e-12))
+    return max(1, round(mean * math.exp(spread * normal - spread**2 / 2)))
+
+
+def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
+    """(prompt, reply or None) of a ShareGPT JSON, of our own JSONL ({"prompt", "reply"}) or of a text file.
+
+    A text file holds one prompt a paragraph; without an empty line in it, one prompt a line. Raises UserError with the row.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = [_conversation(row) for row in json.loads(text)]
+            pairs = [pair for pair in found if pair is not None]
+        elif path.suffix == ".jsonl":
+            pairs = [_jsonl_pair(line, row) for row, line in enumerate(text.splitlines(), 1) if line.strip()]
+        else:
+            parts = re.split(r"\n\s*\n", text.strip()) if re.search(r"\n\s*\n", text.strip()) else text.splitlines()
+            pairs = [(part.strip(), None) for part in parts if part.strip()]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f'--prompt-file {path}: {error}; give ShareGPT .json, .jsonl with "prompt", or text') from None
+    if not pairs:
+        raise UserError(f"--prompt-file {path} holds no prompt")
+    return pairs
+
+
+def _conversation(row: dict[str, Any]) -> tuple[str, str | None] | None:
+    """The first question and its reply; None for a conversation that does not begin with a person's question."""
+    turns = row.get("conversations") or row.get("conversation") or []
+    if not turns or turns[0].get("from") not in ("human", "user") or not turns[0].get("value"):
+        return None
+    return turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None
+
+
+def _jsonl_pair(line: str, row: int) -> tuple[str, str | None]:
+    try:
+        fields = json.loads(line)
+        return str(fields["prompt"]), fields.get("reply")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"row {row}: {error!r}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_prefix(tokens: int, group: str, tokenizer: Tokenizer) -> str:
+    start = f"{_number(group)}"
+    if tokenizer.count(start) > tokens:
+        start = ""
+    return exact_text(sentences_in_random_order(f"shared/{group}"), tokens, tokenizer, start)
+
+
+def _number(seed: str) -> str:
+    return f"No. {random.Random(f'number/{seed}').getrandbits(40):010x}."

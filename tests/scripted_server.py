@@ -1,0 +1,153 @@
+"""A scripted HTTP server on real sockets: each connection's requests are answered by a function that writes raw bytes.
+
+Try: pytest tests/test_load_client.py
+"""
+
+import json
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Peer:
+    """One connection as a script sees it: `write`, `sleep`, `close`, `reset`; `request` is the head and body received."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.head = b""
+        self.body = b""
+
+    def read_request(self) -> bool:
+        """The next request; False when the client has gone."""
+        data = b""
+        while b"\r\n\r\n" not in data:
+            piece = self.sock.recv(65536)
+            if not piece:
+                return False
+            data += piece
+        self.head, _, body = data.partition(b"\r\n\r\n")
+        fields = dict(line.split(b": ", 1) for line in self.head.split(b"\r\n")[1:])
+        self.fields = {name.lower().decode(): value.decode() for name, value in fields.items()}
+        length = int(self.fields.get("content-length", 0))
+        pieces, size = [body], len(body)
+        while size < length:
+            pieces.append(self.sock.recv(1 << 20))
+            size += len(pieces[-1])
+        self.body = b"".join(pieces)
+        return True
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.body)
+
+    def write(self, *pieces: bytes, pause_s: float = 0.0) -> None:
+        for piece in pieces:
+            self.sock.sendall(piece)
+            if pause_s:
+                time.sleep(pause_s)
+
+    def reset(self) -> None:
+        """Close with RST: what a killed process leaves."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class ScriptedServer:
+    """Listens on a free port until `close`; `answer(peer)` is called for every request and returns True to keep the connection."""
+
+    def __init__(
+        self, answer: Callable[[Peer], object], *, family=socket.AF_INET, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.answer, self.tls = answer, tls
+        self.requests: list[Peer] = []
+        self.connections = 0
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        self._listener.listen(512)
+        host = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
+        self.url = f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> "ScriptedServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.tls:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+            while True:
+                peer = Peer(sock)
+                if not peer.read_request():
+                    break
+                self.requests.append(peer)
+                if not self.answer(peer):
+                    break
+        except (OSError, ValueError):
+            pass
+        finally:
+            sock.close()
+
+
+def event(payload: dict | bytes) -> bytes:
+    """One server-sent event."""
+    return (
+        b"data: "
+        + (payload if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False).encode())
+        + b"\n\n"
+    )
+
+
+def chunk(body: bytes) -> bytes:
+    """One HTTP chunk; an empty one ends the body."""
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+def token(text: str = "x", ids: Sequence[int] | None = (1,), finish: str | None = None, **more: object) -> dict:
+    """A completion chunk as vLLM sends it; `ids` None leaves token_ids out."""
+    choice = {"index": 0, "text": text, "finish_reason": finish}
+    if ids is not None:
+        choice["token_ids"] = list(ids)
+    return {"id": "cmpl", "object": "text_completion", "choices": [choice], **more}
+
+
+def usage(prompt_tokens: int, completion_tokens: int, **more: object) -> dict:
+    """The last chunk with include_usage: no choices."""
+    return {"choices": [], "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}, **more}
+
+
+def stream(payloads: Sequence[dict | bytes], *, pause_s: float = 0.0, done: bool = True) -> Callable[[Peer], bool]:
+    """A whole answer: every payload in an event and chunk of its own, [DONE], end of body."""
+
+    def answer(peer: Peer) -> bool:
+        peer.write(SSE_HEAD)
+        peer.write(*(chunk(event(payload)) for payload in payloads), pause_s=pause_s)
+        peer.write((chunk(event(b"[DONE]")) if done else b"") + chunk(b""))
+        return True
+
+    return answer
+
+
+def tokens(count: int, **more: object) -> list[dict]:
+    """`count` tokens, one a chunk, the last one finishing, then usage."""
+    return [
+        *(token(f"t{i} ", [i], "length" if i == count - 1 else None) for i in range(count)),
+        usage(5, count, **more),
+    ]
