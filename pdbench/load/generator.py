@@ -23,6 +23,7 @@ from pdbench.load.truth import Part
 from pdbench.records import Clock, Flag, RequestRecord, Trial
 
 Progress = Callable[[int, int | None], None]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AHEAD = 64
 _PROGRESS_S = 0.1
 _STEADY_SAMPLE_S = 0.25
@@ -31,14 +32,19 @@ _STEADY_AT_MOST_S = 600.0
 
 @dataclass(frozen=True)
 class LoadResult:
-    """One trial: all its requests (warm-up ones marked), its measured window with the client's truth, what readers must know.
-
-    A flag "interrupted" means that Ctrl-C ended it early; what was measured until then is here.
-    """
+    """One trial: all its requests (warm-up ones marked), its measured window with the client's truth, what readers must know."""
 
     requests: list[RequestRecord]
     trial: Trial
     flags: list[Flag]
+
+
+class LoadInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a load; `result` holds what was measured until then, with the flag "interrupted"."""
+
+    def __init__(self, result: LoadResult) -> None:
+        super().__init__("the load was interrupted")
+        self.result = result
 
 
 def run_load(
@@ -48,24 +54,28 @@ def run_load(
     model: str,
     clock: Clock,
     trial: int = 0,
-    tokenizer: str | None = None,
+    tokenizer_path: str | None = None,
     on_progress: Progress | None = None,
 ) -> LoadResult:
     """Send one trial of `config` to the server at `url` and wait for all answers.
 
-    `tokenizer` is a folder or hub name (by itself config.tokenizer, then `model`). `on_progress(done, of)` is called about ten
-    times a second; `of` is None where time ends the trial. Raises UserError for options that cannot be used.
+    The tokenizer is config.tokenizer, by itself `tokenizer_path`, by itself `model` (folder or hub name).
+    `on_progress(done, of)` is called about ten times a second; `of` is None where time ends the trial. Raises UserError for
+    options that cannot be used, LoadInterrupted on Ctrl-C or SIGTERM.
     """
     plan.check(config)
-    if tokenizer and not config.tokenizer:
-        config = replace(config, tokenizer=tokenizer)
+    if tokenizer_path and not config.tokenizer:
+        config = replace(config, tokenizer=tokenizer_path)
     if config.client_processes > 1:
         from pdbench.load.processes import run_parts
 
         parts = run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
     else:
         parts = [run_part(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
-    return merge(config, parts, trial)
+    result = merge(config, parts, trial)
+    if any(part.interrupted for part in parts):
+        raise LoadInterrupted(result)
+    return result
 
 
 def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
@@ -100,7 +110,7 @@ def run_part(
     part: int = 0,
     parts: int = 1,
     begin: Callable[[], float] | None = None,
-    stop_signal: signal.Signals = signal.SIGINT,
+    stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
     on_progress: Progress | None = None,
 ) -> Part:
     """One process's part: every `parts`-th request of the plan from `part` on, over its share of the streams.
@@ -122,7 +132,7 @@ def run_part(
         verify_tls=config.tls_verify,
     )
     interrupted = threading.Event()
-    with client, stopping(stop_signal, interrupted.set), _no_garbage_collection():
+    with client, stopping(stop_signals, interrupted.set), _no_garbage_collection():
         load = _Load(config, client, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
         load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
         begin_s = clock.now() if begin is None else begin()
@@ -275,22 +285,27 @@ def _raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def stopping(number: signal.Signals, stop: Callable[[], None]) -> Iterator[None]:
-    """While inside, the first such signal calls `stop`; a second one does what it did before. Main thread only, else nothing."""
+def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Iterator[None]:
+    """While inside, the first of these signals calls `stop`; a second one does what it did before. Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(number)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(*_: object) -> None:
-        signal.signal(number, before)
+        restore()
         stop()
 
-    signal.signal(number, note)
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        restore()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import msgspec
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load.generator import Progress, run_part, stopping
+from pdbench.load.generator import STOP_SIGNALS, Progress, run_part, stopping
 from pdbench.load.truth import Part
 from pdbench.records import Clock
 
@@ -40,7 +40,7 @@ def run_parts(
         pipes.append(ours)
         workers.append(worker)
     try:
-        with stopping(signal.SIGINT, lambda: _stop(workers)):
+        with stopping(STOP_SIGNALS, lambda: _stop(workers)):
             return _collect(pipes, clock, on_progress)
     finally:
         for worker in workers:
@@ -111,7 +111,7 @@ def _work(pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clo
             "on_progress": progress,
         }
         made = run_part(
-            config, **arguments, part=part, parts=config.client_processes, begin=begin, stop_signal=signal.SIGTERM
+            config, **arguments, part=part, parts=config.client_processes, begin=begin, stop_signals=(signal.SIGTERM,)
         )
         pipe.send(("part", _encode.encode(made)))
     except UserError as error:
