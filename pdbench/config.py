@@ -162,6 +162,22 @@ class PowerConfig:
     """Sample the devices; --no-power for servers of another host."""
     sample_interval_s: float = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
+    prefill_clock: int | None = None
+    """SM clock of prefill's GPUs in MHz, locked for the run and restored after it (needs root)."""
+    decode_clock: int | None = None
+    """SM clock of decode's GPUs in MHz, likewise."""
+    single_clock: int | None = None
+    """SM clock of the single instance's and replicas' GPUs in MHz, likewise."""
+    prefill_power_cap: int | None = None
+    """Power limit of each of prefill's GPUs in watts, restored after the run (needs root)."""
+    decode_power_cap: int | None = None
+    """Power limit of each of decode's GPUs in watts, likewise."""
+    single_power_cap: int | None = None
+    """Power limit of each of the single instance's and replicas' GPUs in watts, likewise."""
+    price_kwh: float | None = None
+    """Price of a kWh in your currency: adds the price of a million tokens to the summary."""
+    gco2_kwh: float | None = None
+    """Grams of CO2 a kWh of your grid stands for: adds the CO2 of a million tokens to the summary."""
 
 
 @Parameter(name="*")

@@ -1,0 +1,82 @@
+"""When to read an energy counter that its device refreshes only now and then, so that it is read as it moves.
+
+A counter that moves every 100 ms is up to 100 ms old when it is read at any moment, which is 10 % of a 1 s window. So the
+follower polls until it sees the counter move, learns the period, sleeps, and wakes just before a later move. Each
+reading kept is good to about one poll. Try: pytest tests/test_power_sampler.py -k tick
+"""
+
+import math
+
+POLL_S = 0.002
+ANCHOR_S = 5.0
+_LEAD_S = 0.004
+_STILL_S = 1.0
+
+
+class TickFollower:
+    """A small machine: `due_s` says when it wants a reading, `seen` gives it one; `ticks` are (monotonic s, joules)."""
+
+    def __init__(self) -> None:
+        self.ticks: list[tuple[float, float]] = []
+        self.due_s = 0.0
+        self.hurrying = False
+        self._last: tuple[float, float] | None = None
+        self._awake_s: float | None = None
+        self._period_s: float | None = None
+        self._stride = 1
+
+    @property
+    def settled(self) -> bool:
+        """The first tick is known, or there will be none."""
+        return bool(self.ticks) or self.due_s == math.inf
+
+    @property
+    def refresh_ms(self) -> float | None:
+        """The counter's own period as seen; None before two moves."""
+        return None if self._period_s is None else 1000 * self._period_s
+
+    def seen(self, at_s: float, energy_j: float | None, now_s: float) -> None:
+        """A reading whose middle was `at_s` and which ended at `now_s`; None means that there is no counter."""
+        if energy_j is None:
+            self.due_s, self.hurrying = math.inf, False
+        elif self._last is None or self._awake_s is None:
+            self._last, self._awake_s, self.due_s = (at_s, energy_j), at_s, now_s + POLL_S
+        elif energy_j != self._last[1]:
+            self._moved((self._last[0] + at_s) / 2, energy_j)
+        elif at_s - self._awake_s > _STILL_S:
+            # It does not move at all: any moment is as good as its tick.
+            self._keep(at_s, energy_j)
+            self._sleep_until(at_s + ANCHOR_S)
+        else:
+            self._last, self.due_s = (at_s, energy_j), now_s + POLL_S
+
+    def hurry(self, now_s: float) -> None:
+        """Sampling ends: take the very next tick, then no more."""
+        if self.due_s < math.inf:
+            self.hurrying, self.due_s = True, now_s
+            self._last = None
+
+    def _moved(self, tick_s: float, energy_j: float) -> None:
+        self._learn(tick_s)
+        self._keep(tick_s, energy_j)
+        if self._period_s is None:
+            self._sleep_until(tick_s + POLL_S)
+            return
+        # The period is known better after every stride, so the strides may grow.
+        self._stride = min(2 * self._stride, max(1, round(ANCHOR_S / self._period_s)))
+        self._sleep_until(tick_s + self._stride * self._period_s - _LEAD_S)
+
+    def _learn(self, tick_s: float) -> None:
+        if not self.ticks:
+            return
+        passed_s = tick_s - self.ticks[-1][0]
+        count = 1 if self._period_s is None else max(1, round(passed_s / self._period_s))
+        self._period_s = passed_s / count
+
+    def _keep(self, tick_s: float, energy_j: float) -> None:
+        self.ticks.append((tick_s, energy_j))
+        self.hurrying = False
+
+    def _sleep_until(self, due_s: float) -> None:
+        self._last = self._awake_s = None
+        self.due_s = due_s
