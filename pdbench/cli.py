@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pdbench import __version__
 from pdbench.config import Deployment as Name
-from pdbench.config import LoadConfig, PowerConfig, ServeConfig
+from pdbench.config import LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 from pdbench.errors import UserError
 
 console = Console()
@@ -181,6 +181,20 @@ def _deployment_names(text: str) -> list[Name]:
             raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(Name))}")
         names.append(cast(Name, part))
     return names
+
+
+@app.command
+def proxy(recipe: Path | None = None, /, *, proxy: ProxyConfig | None = None) -> None:
+    """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    """
+    from pdbench.proxy.server import serve
+
+    serve(proxy or ProxyConfig())
 
 
 def main(arguments: list[str] | None = None) -> None:

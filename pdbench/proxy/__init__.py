@@ -1,1 +1,1 @@
-"""One request's way through prefill and decode."""
+"""One request's way through prefill and decode: docs/proxy.md."""
