@@ -1,0 +1,163 @@
+"""The class that vLLM loads: `PdKvConnector`, which hands every call to the scheduler's or the worker's half.
+
+Try: vllm serve MODEL --kv-transfer-config '{"kv_connector": "PdKvConnector", "kv_connector_module_path":
+"pdbench.kv.connector", "kv_role": "kv_producer", "kv_ip": "127.0.0.1", "kv_port": 14579}'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+
+from pdbench.kv import compat
+from pdbench.kv.messages import Options, StepPlan, shared_secret
+from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
+from pdbench.kv.scheduler import KvScheduler
+from pdbench.kv.worker import KvWorker, Reports, model_digest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+class PdKvConnector(KVConnectorBase_V1):
+    """Prefill pushes the KV cache to decode over NCCL or TCP (docs/kv-connector.md). Raises UnsupportedError at start-up."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        compat.check_version()
+        compat.check_deployment(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        shared_secret()
+        options = Options.of(vllm_config)
+        transfer = vllm_config.kv_transfer_config
+        self._produces, self._consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
+        self._blocks = int(kv_cache_config.num_blocks)
+        block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self._scheduler: KvScheduler | None = None
+        self._worker: KvWorker | None = None
+        self._reports = Reports()
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = KvScheduler(options, block_size, self._produces, self._consumes)
+        else:
+            from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+            rank, ranks = get_tensor_model_parallel_rank(), int(vllm_config.parallel_config.tensor_parallel_size)
+            self._worker = KvWorker(options, rank, ranks, block_size, model_digest(vllm_config))
+
+    # The scheduler's half
+
+    def on_new_request(self, request: Request) -> None:
+        """A request arrived."""
+        self._scheduling.new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many more prompt tokens prefill has."""
+        return self._scheduling.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Blocks are reserved."""
+        self._scheduling.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The step's plan for the worker."""
+        return self._scheduling.plan_step(scheduler_output)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; True keeps its blocks."""
+        del block_ids
+        return self._scheduling.finished(request), None
+
+    def has_pending_push_work(self) -> bool:
+        """Must the engine take a step for the connector's sake alone?"""
+        return self._scheduler is not None and self._scheduler.has_unsent_plan()
+
+    # The worker's half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The cache is allocated: listen and connect."""
+        self._working.start(kv_caches, self._blocks, self._produces, self._consumes)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Before the forward pass."""
+        assert isinstance(kv_connector_metadata, StepPlan)
+        self._working.before_forward(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Before the forward pass, or (from vLLM 0.32 on) right after its launch."""
+        del forward_context, kwargs
+        self._working.load(self._step_plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: no forward pass runs on blocks that are still to come."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: all layers travel together after the forward pass."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for: blocks are kept until they are sent."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose transfers ended; after the forward pass of every step, and in steps without one."""
+        del finished_req_ids
+        reports = self._reports = self._poll()
+        return reports.sent or None, reports.received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """The same, as vLLM 0.32 asks for it."""
+        del finished_req_ids
+        reports = self._poll()
+        return compat.transfer_results(reports.sent, reports.received, reports.failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of failed receives, for the vLLM versions that do not take request ids."""
+        reports, self._reports = self._reports, Reports()
+        return reports.failed_blocks
+
+    def get_kv_connector_stats(self) -> PdKvStats | None:
+        """Transfers since the last call (the worker's side only)."""
+        return self._worker.evidence.take_stats() if self._worker is not None else None
+
+    def shutdown(self) -> None:
+        """vLLM is going down."""
+        if self._worker is not None:
+            self._worker.close()
+
+    # Metrics
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdKvStats:
+        """Statistics from their plain form."""
+        return PdKvStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> PdKvPromMetrics:
+        """The Prometheus metrics of this instance."""
+        return PdKvPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _poll(self) -> Reports:
+        # vLLM calls wait_for_save only in steps with a forward pass, some versions before speculative drafting; this, always.
+        self._working.after_forward(self._step_plan)
+        return self._working.poll(self._step_plan)
+
+    @property
+    def _step_plan(self) -> StepPlan:
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        return plan
+
+    @property
+    def _scheduling(self) -> KvScheduler:
+        assert self._scheduler is not None, "this is the worker's half"
+        return self._scheduler
+
+    @property
+    def _working(self) -> KvWorker:
+        assert self._worker is not None, "this is the scheduler's half"
+        return self._worker

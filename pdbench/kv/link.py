@@ -1,0 +1,50 @@
+"""The interface that both transports fill: how a pair of workers moves packed blocks, behind a header on their channel.
+
+Try: python -c "import pdbench.kv.link as link; help(link.Link)"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from pdbench.kv.control import Channel
+from pdbench.kv.pack import BlockPacker
+
+
+class Link(Protocol):
+    """A pair's wire: prefill packs and sends, decode receives and unpacks, one piece at a time, in order.
+
+    `after` is a CUDA event of the forward pass that must be over first, None on CPU. Every method may raise ChannelClosedError.
+    """
+
+    channel: Channel
+
+    def pack(self, block_ids: Sequence[int], after: Any) -> int:
+        """Gather blocks; returns the number of bytes. When it returns, the blocks may be overwritten."""
+
+    def send(self, header: dict[str, Any], count: int) -> float:
+        """Send header and packed bytes; returns the seconds on the wire, when the buffer is free again."""
+
+    def receive(self, count: int) -> float:
+        """Receive the bytes behind a header; returns the seconds on the wire."""
+
+    def unpack(self, count: int, block_ids: Sequence[int], after: Any) -> None:
+        """Scatter what was received; returns when it stands in the cache."""
+
+    def close(self) -> None:
+        """End it from any thread; a method that waits raises ChannelClosedError."""
+
+
+OpenLink = Callable[[Channel, bool], Link]
+"""Makes the link of a channel after its handshake; True on the side that sends."""
+
+
+def transport(name: str, packer: BlockPacker, staging_bytes: int) -> OpenLink:
+    """The transport called `name` for this worker's cache, with buffers of `staging_bytes` for every peer."""
+    from pdbench.kv.tcp import TcpLink
+
+    size = max(staging_bytes, packer.block_bytes)
+    if name == "tcp":
+        return lambda channel, sends: TcpLink(channel, packer, size)
+    raise ValueError(f"no transport {name!r}: there is tcp")

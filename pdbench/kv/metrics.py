@@ -1,0 +1,200 @@
+"""Evidence of every transfer: one JSON line in the event log, and vLLM's own statistics and Prometheus metrics.
+
+Try: curl -s http://127.0.0.1:8200/metrics | grep pdbench_kv
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_FIELDS = ("bytes", "wait_s", "wire_s")
+_SECONDS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+
+
+@dataclass
+class TransferRecord:
+    """One finished transfer on one side. Instants are time.monotonic() seconds, None for what never happened.
+
+    `wait_s`: asked to first byte; `wire_s`: time in which its bytes moved; `ready_s` (send side): its last forward pass was
+    over; `reported_s` (receive side): vLLM was told, from then on decode can schedule the request.
+    """
+
+    side: str
+    transfer_id: str
+    rank: int = 0
+    peer: str | None = None
+    bytes: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    pieces: int = 0
+    asked_s: float | None = None
+    ready_s: float | None = None
+    first_byte_s: float | None = None
+    end_s: float | None = None
+    reported_s: float | None = None
+    wire_s: float | None = None
+    error: str | None = None
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds from the ask to the first byte, None if either never happened."""
+        if self.asked_s is None or self.first_byte_s is None:
+            return None
+        return self.first_byte_s - self.asked_s
+
+    def moved(self, count: int, blocks: int, begun_s: float, seconds: float) -> None:
+        """Count one piece that took `seconds` on the wire."""
+        if self.first_byte_s is None:
+            self.first_byte_s = begun_s
+        self.bytes += count
+        self.blocks += blocks
+        self.pieces += 1
+        self.wire_s = (self.wire_s or 0.0) + seconds
+
+
+class Evidence:
+    """Collects finished transfers for vLLM's statistics, and writes them to the event log from a thread of its own."""
+
+    def __init__(self, path: str | None) -> None:
+        self._stats = PdKvStats()
+        self._lock = threading.Lock()
+        self._lines: queue.SimpleQueue[TransferRecord | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._thread = threading.Thread(target=self._write, args=(Path(path),), name="kv-event-log", daemon=True)
+            self._thread.start()
+
+    def add(self, record: TransferRecord) -> None:
+        """A transfer ended, well or badly."""
+        if record.end_s is None:
+            record.end_s = time.monotonic()
+        with self._lock:
+            self._stats.add(record)
+        if self._thread is not None:
+            self._lines.put(record)
+
+    def take_stats(self) -> PdKvStats | None:
+        """What ended since the last call, None if nothing."""
+        with self._lock:
+            if self._stats.is_empty():
+                return None
+            taken, self._stats = self._stats, PdKvStats()
+            return taken
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._thread is not None:
+            self._lines.put(None)
+            self._thread.join(timeout=2.0)
+
+    def _write(self, path: Path) -> None:
+        try:
+            with path.open("ab", buffering=0) as file:
+                while (record := self._lines.get()) is not None:
+                    line = {"event": "kv_transfer", **msgspec.to_builtins(record), "wait_s": record.wait_s}
+                    file.write(msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            logger.error("the KV event log %s cannot be written (%s): no more lines there", path, error)
+
+
+@dataclass
+class PdKvStats(KVConnectorStats):
+    """Transfers of an interval: lists of raw values by side, and counts of failures; plain data, for it crosses processes."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {f"{side}_{name}": [] for side in ("send", "receive") for name in (*_FIELDS, "failed")}
+
+    def add(self, record: TransferRecord) -> None:
+        """Count one finished transfer."""
+        if record.error is not None:
+            self.data[f"{record.side}_failed"].append(1)
+            return
+        for name in _FIELDS:
+            value = getattr(record, name)
+            self.data[f"{record.side}_{name}"].append(value)
+
+    def aggregate(self, other: KVConnectorStats) -> PdKvStats:
+        """Add another interval, or another rank, to this one."""
+        for name, values in other.data.items():
+            self.data[name].extend(values)
+        return self
+
+    def is_empty(self) -> bool:
+        """Did nothing end?"""
+        return not any(self.data.values())
+
+    def reduce(self) -> dict[str, int | float]:
+        """The interval in a line of vLLM's log; a side's figures stand only when it moved something."""
+        line: dict[str, int | float] = {}
+        for side in ("send", "receive"):
+            moved, wire = sum(self.data[f"{side}_bytes"]), sum(x or 0 for x in self.data[f"{side}_wire_s"])
+            count, failed = len(self.data[f"{side}_bytes"]), len(self.data[f"{side}_failed"])
+            if count or failed:
+                line |= {f"{side} transfers": count, f"{side} failures": failed}
+            if count:
+                line |= {f"{side} MB": round(moved / 1e6, 3)}
+            if wire > 0:
+                line |= {f"{side} GB/s on the wire": round(moved / wire / 1e9, 3)}
+        return line
+
+
+class PdKvPromMetrics(KVConnectorPromMetrics):
+    """The same as Prometheus metrics, labelled by side (send, receive) beside vLLM's own labels."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labels: list[str], per_engine: dict[int, list[object]]
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labels, per_engine)
+        count, spread = self._counter_cls, self._histogram_cls
+        makers: dict[str, tuple[Any, str, dict[str, Any]]] = {
+            "transfers": (count, "KV transfers that ended well.", {}),
+            "failures": (count, "KV transfers that failed.", {}),
+            "bytes": (count, "Bytes of KV cache moved.", {}),
+            "wait_seconds": (spread, "From decode's ask to the first byte.", {"buckets": _SECONDS}),
+            "wire_seconds": (spread, "Time in which a transfer's bytes moved.", {"buckets": _SECONDS}),
+            "gigabytes_per_second": (
+                spread,
+                "Rate on the wire, 1e9 bytes a second.",
+                {"buckets": [0.1, 0.3, 1, 3, 10, 30, 50, 100, 150, 200, 250, 300, 350, 400, 450]},
+            ),
+        }
+        self._metrics: dict[tuple[str, str], dict[int, Any]] = {}
+        for name, (kind, words, more) in makers.items():
+            metric = kind(name=f"vllm:pdbench_kv_{name}", documentation=words, labelnames=[*labels, "side"], **more)
+            for side in ("send", "receive"):
+                values = {engine: [*given, side] for engine, given in per_engine.items()}
+                self._metrics[name, side] = create_metric_per_engine(metric, values)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add an interval's transfers."""
+        data = transfer_stats_data
+        for side in ("send", "receive"):
+            self._metrics["failures", side][engine_idx].inc(len(data[f"{side}_failed"]))
+            self._metrics["transfers", side][engine_idx].inc(len(data[f"{side}_bytes"]))
+            self._metrics["bytes", side][engine_idx].inc(sum(data[f"{side}_bytes"]))
+            for moved, wait, wire in zip(*(data[f"{side}_{name}"] for name in _FIELDS), strict=True):
+                if wait is not None:
+                    self._metrics["wait_seconds", side][engine_idx].observe(max(wait, 0.0))
+                if wire:
+                    self._metrics["wire_seconds", side][engine_idx].observe(wire)
+                    self._metrics["gigabytes_per_second", side][engine_idx].observe(moved / wire / 1e9)

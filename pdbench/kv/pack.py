@@ -1,0 +1,100 @@
+"""Which bytes of which layers make up a KV block, and how blocks of all layers are gathered into one buffer and back.
+
+A packed buffer holds, layer after layer, the given blocks in order, so that any number of layers is one transfer.
+Try: python -m pytest tests/test_kv_pack.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pdbench.kv.compat import UnsupportedError
+
+# Copies move whole words of this many bytes where a block's size allows: one byte a thread would waste a GPU.
+_WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
+
+
+@dataclass(frozen=True)
+class BlockPacker:
+    """Views of a worker's KV cache as `parts`, each of shape [blocks, words a block]; K and V may be parts of their own."""
+
+    parts: tuple[torch.Tensor, ...]
+    block_bytes: int
+    layout: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the KV cache lives."""
+        return self.parts[0].device
+
+    def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+        """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
+        packed = out[: len(block_ids) * self.block_bytes]
+        index = self._index(block_ids)
+        for part, segment in self._segments(packed, len(block_ids)):
+            torch.index_select(part, 0, index, out=segment)
+        return packed
+
+    def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
+        """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
+        index = self._index(block_ids)
+        for part, segment in self._segments(packed, len(block_ids)):
+            part.index_copy_(0, index, segment)
+
+    def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
+        index = torch.tensor(block_ids, dtype=torch.int64)
+        if self.device.type == "cpu":
+            return index
+        return index.pin_memory().to(self.device, non_blocking=True)
+
+    def _segments(self, packed: torch.Tensor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every part with its share of the packed buffer, shaped alike."""
+        pairs, start = [], 0
+        for part in self.parts:
+            size = count * part.shape[1] * part.element_size()
+            pairs.append((part, packed[start : start + size].view(part.dtype).view(count, part.shape[1])))
+            start += size
+        return pairs
+
+
+def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:
+    """The packer of a worker's layers; `blocks` is how many KV blocks vLLM allocated. Raises UnsupportedError for odd layouts."""
+    parts: list[torch.Tensor] = []
+    seen: set[int] = set()
+    for name, cache in kv_caches.items():
+        if not isinstance(cache, torch.Tensor):
+            raise UnsupportedError(f"layer {name} has a KV cache that is no single tensor: this model is not supported")
+        if cache.data_ptr() in seen:  # layers that share one cache
+            continue
+        seen.add(cache.data_ptr())
+        parts.extend(_layer_parts(name, cache, blocks))
+    if not parts:
+        raise UnsupportedError("this model has no KV cache to move")
+    sizes = [part.shape[1] * part.element_size() for part in parts]
+    word, width = next((word, width) for word, width in _WORDS if all(size % width == 0 for size in sizes))
+    aligned = all(part.data_ptr() % width == 0 for part in parts)
+    if aligned:
+        parts = [part.view(word) for part in parts]
+    first = next(iter(kv_caches.values()))
+    kinds = f"{len(parts)} parts, {sum(sizes)} bytes a block, {first.dtype}, {tuple(first.shape[1:])}, sizes {sorted(set(sizes))}"
+    return BlockPacker(parts=tuple(parts), block_bytes=sum(sizes), layout=kinds)
+
+
+def _layer_parts(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tensor]:
+    """One layer's cache as byte matrices [blocks, bytes], whatever order its memory has behind the block dimension."""
+    order = sorted(range(cache.dim()), key=lambda dim: (-cache.stride(dim), -cache.shape[dim]))
+    memory = cache.permute(order)
+    logical = 0 if cache.shape[0] % blocks == 0 and cache.shape[0] != 2 else 1
+    place = order.index(logical) if logical < cache.dim() else -1
+    outer = memory.shape[:place] if place >= 0 else ()
+    fits = place >= 0 and cache.shape[logical] % blocks == 0 and outer in ((), (2,), (1,), (2, 1))
+    if not fits or not memory.is_contiguous():
+        raise UnsupportedError(
+            f"layer {name} has a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()} for {blocks} blocks, "
+            "which PdKvConnector cannot split into blocks: try another --attention-backend"
+        )
+    flat = memory.reshape(-1, blocks, memory.numel() // blocks // max(1, outer.numel() if outer else 1))
+    return [part.view(torch.uint8) for part in flat.unbind(0)]
