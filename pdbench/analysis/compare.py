@@ -1,0 +1,178 @@
+"""Two runs to their differences: each metric of B against A with intervals and a verdict.
+
+Try: pdbench compare single_results disaggregated_results
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pdbench.analysis import differences, statistics, verdicts
+from pdbench.analysis.differences import Mismatch
+from pdbench.analysis.energy import energy_in
+from pdbench.analysis.metrics import Array, Measured, measure
+from pdbench.analysis.statistics import Estimate, Interval
+from pdbench.analysis.summary import device_count, meets_slo, meters, tokens_inside
+from pdbench.records import Flag, Run, Trial
+
+Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
+QUANTILES = (0.5, 0.9, 0.99)
+BEYOND_QUANTILE = 4
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that runs are compared by: its name (as --fail-if takes it), title, unit and which way is better."""
+
+    name: str
+    title: str
+    unit: str
+    lower_is_better: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of both runs; `ratio` is B / A, `difference` B - A. `trials_needed` would show a change of 5 %."""
+
+    metric: Metric
+    a: Estimate
+    b: Estimate
+    ratio: Interval | None
+    difference: Interval | None
+    verdict: Verdict
+    trials_needed: int | None
+
+    @property
+    def words(self) -> str:
+        """The verdict as one English line; `verdicts.line` has the other languages."""
+        return verdicts.line(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All metrics that both runs have, what else differs between them, and what a reader must know of either."""
+
+    names: tuple[str, str]
+    differences: list[Difference]
+    mismatches: list[Mismatch]
+    flags: tuple[list[Flag], list[Flag]]
+
+
+LATENCIES: dict[str, tuple[str, Callable[[Measured], tuple[Array, "np.ndarray[tuple[int], np.dtype[np.int64]]"]]]] = {
+    "ttft": ("TTFT", lambda one: _requests(one, one.ttft_ms)),
+    "tbt": ("TBT", lambda one: (one.tbt_ms, one.tbt_owner)),
+    "e2e": ("E2E", lambda one: _requests(one, one.e2e_ms)),
+}
+RATES = (
+    Metric("output_tokens_per_s", "Output tokens a second", "tokens/s", False),
+    Metric("output_tokens_per_s_per_device", "Output tokens a second and GPU", "tokens/s", False),
+    Metric("goodput_requests_per_s", "Goodput", "requests/s", False),
+    Metric("j_per_output_token", "Energy per output token", "J", True),
+    Metric("mean_power_w", "Mean power", "W", True),
+)
+
+
+def compare(a: Run, b: Run, anyway: bool = False, names: tuple[str, str] | None = None) -> Comparison:
+    """B against A. Raises UserError when they were not measured alike (unless `anyway`) or share no metric."""
+    names = names or ((a.name, b.name) if a.name != b.name else (f"{a.name} A", f"{b.name} B"))
+    if not anyway:
+        differences.refuse(a, b, names)
+    return compare_estimates(estimates(a), estimates(b), names, differences.find(a, b), (flags_of(a), flags_of(b)))
+
+
+def compare_estimates(
+    a: dict[Metric, Estimate],
+    b: dict[Metric, Estimate],
+    names: tuple[str, str],
+    mismatches: Sequence[Mismatch] = (),
+    flags: tuple[list[Flag], list[Flag]] = ([], []),
+) -> Comparison:
+    """The same from estimates made before, so that many runs are each read once."""
+    lines = [judge(metric, a[metric], b[metric]) for metric in a if metric in b]
+    return Comparison(names, lines, list(mismatches), flags)
+
+
+def judge(metric: Metric, a: Estimate, b: Estimate) -> Difference:
+    """Better or worse when both intervals exclude no change; the same when the ratio's lies within 5 %; else unclear."""
+    drawable = a.unjudged is None and b.unjudged is None
+    ratio, difference = (statistics.ratio(a, b), statistics.difference(a, b)) if drawable else (None, None)
+    verdict: Verdict = "unjudged"
+    if ratio and difference:
+        verdict = "unclear"
+        if not ratio.low <= 1 <= ratio.high and not difference.low <= 0 <= difference.high:
+            verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
+        elif ratio.low >= 1 / (1 + statistics.TO_SHOW) and ratio.high <= 1 + statistics.TO_SHOW:
+            verdict = "same"
+    return Difference(metric, a, b, ratio, difference, verdict, statistics.trials_to_show(a, b) if drawable else None)
+
+
+def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estimate]:
+    """Every metric that the run has, with its variance."""
+    measured = measured or measure(run)
+    found: dict[Metric, Estimate] = {}
+    inside = measured.trial >= 0
+    block = statistics.blocks_of(measured.trial)
+    for key, (title, pick) in LATENCIES.items():
+        values, owner = pick(measured)
+        values, owner = values[inside[owner]], owner[inside[owner]]
+        if not len(values):
+            continue
+        drawn = statistics.quantiles(values, measured.trial[owner], block[owner], QUANTILES)
+        for share, estimate in zip(QUANTILES, drawn, strict=True):
+            metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
+            found[metric] = _with_reason(estimate, len(values), share)
+    for metric in RATES:
+        each = [_rate(metric.name, run, measured, place) for place in range(len(measured.trials))]
+        known = [value for value in each if value is not None]
+        if known and len(known) == len(each):
+            found[metric] = _with_reason(statistics.mean_of_trials(known))
+    return found
+
+
+def flags_of(run: Run) -> list[Flag]:
+    """What a reader must know wherever the run's figures appear: its own flags, and a failed gate."""
+    failed = run.gate is not None and not run.gate.passed and all(flag.name != "gate-failed" for flag in run.flags)
+    return list(dict.fromkeys(run.flags)) + ([Flag("gate-failed", run.gate.detail)] if failed and run.gate else [])
+
+
+def _with_reason(estimate: Estimate, values: int | None = None, share: float = 0.0) -> Estimate:
+    reason = None
+    needed = round(BEYOND_QUANTILE / (1 - share))
+    if estimate.trials < 2:
+        reason = "one-trial"
+    elif values is not None and values < needed:
+        reason = f"few-values:{values}:{needed}"
+    return Estimate(estimate.value, estimate.variance, estimate.log_variance, estimate.trials, reason)
+
+
+def _requests(one: Measured, values: Array) -> "tuple[Array, np.ndarray[tuple[int], np.dtype[np.int64]]]":
+    owner = np.flatnonzero(np.isfinite(values))
+    return values[owner], owner
+
+
+def _rate(name: str, run: Run, measured: Measured, place: int) -> float | None:
+    """A once-a-trial figure of the trial at `place`; None where it was not measured."""
+    trial = measured.trials[place]
+    length_s = trial.end_s - trial.start_s
+    tokens = tokens_inside(measured, trial)
+    if length_s <= 0:
+        return None
+    if name.startswith("output_tokens_per_s"):
+        devices = device_count(run) if name.endswith("device") else 1
+        return tokens / length_s / devices if devices else None
+    if name == "goodput_requests_per_s":
+        met = meets_slo(run, measured)
+        ends = None if met is None else measured.end_s[met]
+        return None if ends is None else int(((ends >= trial.start_s) & (ends <= trial.end_s)).sum()) / length_s
+    joules = _energy_j(run, trial)
+    if joules is None:
+        return None
+    return joules / length_s if name == "mean_power_w" else joules / tokens if tokens else None
+
+
+def _energy_j(run: Run, trial: Trial) -> float | None:
+    joules = [energy_in(device, [(trial.start_s, trial.end_s)]).energy_j for device in meters(run)]
+    known = [value for value in joules if value is not None]
+    return sum(known) if known and len(known) == len(joules) else None

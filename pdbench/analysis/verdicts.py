@@ -1,0 +1,103 @@
+"""Verdicts in words, a line each: "TBT p99 13.2 x lower, 95 % 11.8–14.9 (58.6 → 4.4 ms)"; in English and Chinese.
+
+Try: pdbench compare single_results disaggregated_results
+"""
+
+from typing import TYPE_CHECKING
+
+from pdbench.analysis.statistics import TO_SHOW, Interval
+
+if TYPE_CHECKING:
+    from pdbench.analysis.compare import Difference
+
+WORDS = {
+    "en": {
+        "lower": "lower",
+        "higher": "higher",
+        "to": " to ",
+        "same": "the same within 5 %",
+        "unclear": "no difference that {k} trials can show, 95 % {low} to {high}",
+        "would": "; {n} would show 5 %",
+        "never": f"; more than 1,000 would be needed to show {TO_SHOW:.0%}",
+        "one-trial": "not judged: one trial does not tell how trials differ (use --trials 3 or more)",
+        "few-values": "not judged: {0} values are too few ({1} needed)",
+        "unjudged": "not judged: it was zero in a trial",
+    },
+    "zh": {
+        "lower": "更低",
+        "higher": "更高",
+        "to": " 至 ",
+        "same": "在 5 % 以内相同",
+        "unclear": "{k} 次试验看不出差异，95 % {low} 至 {high}",
+        "would": "；{n} 次可看出 5 % 的差异",
+        "never": "；要看出 5 % 的差异需要 1,000 次以上",
+        "one-trial": "未判定：一次试验无法说明试验之间的差别（请用 --trials 3 或更多）",
+        "few-values": "未判定：{0} 个数值太少（需要 {1} 个）",
+        "unjudged": "未判定：某次试验中为零",
+    },
+}
+TITLES_ZH = {
+    "Output tokens a second": "每秒输出 token",
+    "Output tokens a second and GPU": "每 GPU 每秒输出 token",
+    "Goodput": "有效吞吐 (goodput)",
+    "Energy per output token": "每输出 token 能耗",
+    "Mean power": "平均功率",
+}
+
+
+def title(line: "Difference", language: str = "en") -> str:
+    """The metric's name in the reader's language."""
+    return TITLES_ZH.get(line.metric.title, line.metric.title) if language == "zh" else line.metric.title
+
+
+def line(line: "Difference", language: str = "en") -> str:
+    """The whole verdict: metric, change, interval, both values."""
+    return f"{title(line, language)}: {judgement(line, language)} ({values(line)})"
+
+
+def values(line: "Difference") -> str:
+    """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
+    return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}"
+
+
+def judgement(line: "Difference", language: str = "en") -> str:
+    """The change and its interval, or why there is none."""
+    words = WORDS[language]
+    if line.verdict == "unjudged" or line.ratio is None:
+        reason = line.a.unjudged or line.b.unjudged or "unjudged"
+        kind, *details = reason.split(":")
+        return words[kind].format(*details)
+    if line.verdict in ("better", "worse"):
+        return f"{times(line.ratio, language)}"
+    span = {"low": percent(line.ratio.low), "high": percent(line.ratio.high)}
+    if line.verdict == "same":
+        return f"{words['same']}, 95 % {span['low']}{words['to']}{span['high']}"
+    trials = min(line.a.trials, line.b.trials)
+    more = (
+        words["never"] if line.trials_needed is None else words["would"].format(n=max(line.trials_needed, trials + 1))
+    )
+    return words["unclear"].format(k=trials, **span) + more
+
+
+def times(ratio: Interval, language: str = "en") -> str:
+    """A ratio as people say it: from twofold on `2.4 x higher`, below that in per cent."""
+    words = WORDS[language]
+    lower = ratio.value < 1
+    word = words["lower" if lower else "higher"]
+    factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)
+    if factor[0] >= 1.5:
+        return f"{number(factor[0])} x {word}, 95 % {number(factor[1])}–{number(factor[2])}"
+    change = [abs(bound - 1) * 100 for bound in (ratio.value, ratio.high, ratio.low)]
+    low, high = sorted(change[1:])
+    return f"{number(change[0])} % {word}, 95 % {number(low)}–{number(high)} %"
+
+
+def percent(ratio: float) -> str:
+    """A ratio as a signed change: +4.1 %."""
+    return f"{(ratio - 1) * 100:+.1f} %".replace("-", "−")
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands apart."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"

@@ -1,0 +1,233 @@
+"""The panels of the pictures: each draws one thing into one matplotlib axis. `figures` arranges them.
+
+Try: pdbench report single_results
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pdbench.analysis.energy import power_curve
+from pdbench.analysis.metrics import Array, Measured, ttft_parts_ms
+from pdbench.records import DeviceRecord, Run
+from pdbench.report.palette import BAD, FAINT, INK, MUTED, PAPER, colour
+from pdbench.report.timeline import Timeline, lanes
+
+SPANS_DRAWN = 3000
+
+
+def request_spans(axis: Axes, run: Run, timeline: Timeline) -> None:
+    """Every request behind the curves: pale until its first token, paler while it decodes; rows where they overlap."""
+    requests = sorted(
+        (r for r in run.requests if r.sent_s is not None and r.end_s is not None), key=lambda r: r.sent_s or 0
+    )
+    rows, count = lanes(requests)
+    if len(requests) > SPANS_DRAWN:
+        return
+    behind = axis.twinx()
+    behind.set_zorder(axis.get_zorder() - 1)
+    axis.patch.set_visible(False)
+    boxes: dict[str, list[Any]] = {"prefill": [], "decode": [], "failed": []}
+    for request, row in zip(requests, rows, strict=True):
+        first = request.token_s[0] if request.token_s else request.end_s
+        sent, first, end = timeline.place([request.sent_s or 0.0, first or 0.0, request.end_s or 0.0])
+        low, high = row + 0.06, row + 0.94
+        boxes["failed" if request.error else "prefill"].append([(sent, low), (sent, high), (first, high), (first, low)])
+        boxes["failed" if request.error else "decode"].append([(first, low), (first, high), (end, high), (end, low)])
+    for name, alpha in (("prefill", 0.30), ("decode", 0.11), ("failed", 0.35)):
+        shade = BAD if name == "failed" else colour(name)
+        behind.add_collection(PolyCollection(boxes[name], facecolors=shade, alpha=alpha, linewidths=0))
+    behind.set_ylim(0, count)
+    behind.axis("off")
+
+
+def device_curves(axis: Axes, run: Run, timeline: Timeline, fields: Sequence[str], unit: str) -> bool:
+    """One line a device for the first of `fields` that it has; False, with the reason written, when none has any."""
+    drawn: list[float] = []
+    for device in curves_of(run):
+        for style, field in zip(("-", "--"), fields, strict=False):
+            instants, values = series(device, field)
+            if not len(instants):
+                continue
+            x, y = timeline.curve(instants, values)
+            name = device.role if field == fields[0] or field == "cpu_clock_mhz" else f"{device.role}, memory"
+            same = sum(other.role == device.role and other.kind == device.kind for other in run.devices) > 1
+            label = f"{name} ({device.id})" if same else str(name)
+            width = 1.5 if style == "-" else 1.0
+            axis.plot(x, y, style, color=colour(device.role or "host", len(drawn)), lw=width, label=label)
+            drawn.append(float(np.nanmax(values)))
+    if not drawn:
+        not_measured(axis, reasons(run, fields[0]))
+        return False
+    axis.set_ylim(0, max(drawn) * 1.18 or 1)
+    axis.set_ylabel(unit)
+    return True
+
+
+def curves_of(run: Run) -> list[DeviceRecord]:
+    """The devices whose curves are drawn, in the order of the request's way: prefill, decode, others."""
+    order = {"prefill": 0, "decode": 1}
+    return sorted(run.devices, key=lambda device: (order.get(device.role or "", 2), device.id))
+
+
+def series(device: DeviceRecord, field: str) -> tuple[list[float], list[float]]:
+    """(instants, values) of a field where it was measured; power from the driver's fine buffer where there is one."""
+    if field == "power_w":
+        points = power_curve(device)
+    else:
+        points = [(s.t_s, value) for s in device.samples if (value := getattr(s, field)) is not None]
+    return [t for t, _ in points], [value for _, value in points]
+
+
+def reasons(run: Run, field: str) -> str:
+    """Why no device has `field`."""
+    said = {device.not_measured[field] for device in run.devices if field in device.not_measured}
+    return "; ".join(sorted(said)) or ("no device was sampled" if not run.devices else "this machine has no such meter")
+
+
+def not_measured(axis: Axes, reason: str) -> None:
+    """Say so in the middle of an empty panel."""
+    axis.text(
+        0.5, 0.5, f"not measured: {reason}", transform=axis.transAxes, ha="center", va="center", color=MUTED, wrap=True
+    )
+    axis.set_yticks([])
+    axis.grid(False)
+
+
+def time_axis(axis: Axes, timeline: Timeline, label: bool) -> None:
+    """Seconds since each stretch's start; stretches are told apart by white gaps and their trial's name."""
+    places, labels = timeline.ticks()
+    axis.set_xlim(0, timeline.length_s)
+    axis.set_xticks(places, labels if label else [""] * len(labels))
+    for at in timeline.starts[1:]:
+        axis.axvspan(at - timeline.gap_s, at, color=PAPER, zorder=5, lw=0)
+        axis.axvline(at - timeline.gap_s / 2, color=MUTED, lw=0.8, ls=":", zorder=6)
+    if label:
+        several = len(timeline.stretches) > 1
+        axis.set_xlabel("seconds since the start of each trial (pauses left out)" if several else "seconds")
+
+
+def scatter(axis: Axes, values: Array, measured: Measured, shade: str, gaps: Array | None = None) -> None:
+    """One dot a request in the order of sending, failed ones as crosses at the bottom; a thin line between trials.
+
+    `gaps` (one value for each of `measured.tbt_owner`) are drawn pale behind. The axis begins at 0 unless all lie far above.
+    """
+    numbers = np.arange(1, len(values) + 1)
+    small = 24 if len(values) <= 200 else 6
+    everything = values[np.isfinite(values)]
+    if gaps is not None and len(gaps):
+        shown = np.linspace(0, len(gaps) - 1, min(len(gaps), 20_000)).astype(int)
+        axis.scatter(measured.tbt_owner[shown] + 1, gaps[shown], s=4, color=shade, alpha=0.22, linewidths=0)
+        everything = np.minimum(gaps, 3 * np.percentile(gaps, 99))
+    axis.scatter(numbers, values, s=small, color=shade, alpha=0.9, linewidths=0)
+    failed = numbers[~measured.ok]
+    if len(failed):
+        axis.scatter(
+            failed, np.full(len(failed), 0.02), marker="x", s=26, color=BAD, transform=axis.get_xaxis_transform()
+        )
+    for edge in np.flatnonzero(np.diff(measured.trial)) + 1:
+        axis.axvline(edge + 0.5, color=MUTED, lw=0.8, ls=":")
+    if len(everything):
+        low, high = float(everything.min()), float(everything.max())
+        pad = 0.12 * (high - low) or 0.1 * high or 1.0
+        axis.set_ylim(low - pad if low - pad > 0.5 * high else 0.0, high + pad)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("request, in the order of sending")
+    axis.set_ylabel("ms")
+
+
+def distribution(axis: Axes, values: Array, shade: str) -> None:
+    """How often each height occurs, lying beside the scatter, with p50, p90 and p99 marked and named without overlap."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return
+    low, high = axis.get_ylim()
+    axis.hist(known, bins=np.linspace(low, high, 41).tolist(), orientation="horizontal", color=shade, alpha=0.45)
+    marks = np.percentile(known, (50, 90, 99))
+    apart = 0.075 * (high - low)
+    places = spread_apart(marks, apart, high - apart / 2)
+    for name, mark, place in zip(("p50", "p90", "p99"), marks, places, strict=True):
+        axis.axhline(mark, color=INK, lw=0.8, ls={"p50": "-", "p90": "--", "p99": ":"}[name])
+        text = f"{name} {figure(float(mark))}"
+        axis.text(1.04, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK)
+    axis.set_ylim(low, high)
+    axis.axis("off")
+
+
+def spread_apart(places: Sequence[float] | Array, apart: float, highest: float) -> list[float]:
+    """The same rising places, moved as little as keeps neighbours `apart` and all at or below `highest`."""
+    moved = list(map(float, places))
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + apart)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], highest - (len(moved) - 1 - i) * apart)
+    return moved
+
+
+def phase_bars(axis: Axes, measured: Measured) -> None:
+    """The mean TTFT taken apart by the instants that proxy, connector and client reported."""
+    parts = [one for request in measured.requests if (one := ttft_parts_ms(request))]
+    if not parts:
+        not_measured(axis, "no proxy and no connector\nreported this deployment's phases")
+        axis.set_xticks([])
+        return
+    names = [name for name in (*measured.phase_ms, "other") if any(name in part for part in parts)]
+    means = [float(np.mean([part.get(name, 0.0) for part in parts])) for name in names]
+    words = {
+        "kv_transfer": "KV transfer",
+        "decode": "decode's first step",
+        "client": "client to proxy",
+        "other": "not told apart",
+    }
+    labels = [words.get(name, name) for name in names]
+    bars = axis.barh(labels, means, color=[colour(name) for name in names], height=0.62, edgecolor=MUTED, linewidth=0.3)
+    axis.bar_label(bars, [f" {figure(mean)} ms" for mean in means], fontsize=9, color=INK)
+    axis.set_xlim(0, max(means) * 1.35 or 1)
+    axis.invert_yaxis()
+    axis.set_xlabel("mean ms of TTFT")
+    axis.grid(False)
+
+
+def table(axis: Axes, rows: Sequence[Sequence[str]], header: Sequence[str], widths: Sequence[float]) -> None:
+    """A table of text: the first column left, the others right, a line under the header."""
+    axis.axis("off")
+    edges = np.cumsum(widths) / sum(widths)
+    step = min(1.0 / (len(rows) + 1), 0.16)
+    for number, row in enumerate([header, *rows]):
+        height = 1 - (number + 0.5) * step
+        for place, text in enumerate(row):
+            x, side = (0.0, "left") if place == 0 else (edges[place], "right")
+            ink = INK if number else MUTED
+            weight = "bold" if place == 0 and number else "normal"
+            axis.text(
+                x,
+                height,
+                text,
+                ha=side,
+                va="center",
+                fontsize=9.5,
+                fontweight=weight,
+                color=ink,
+                transform=axis.transAxes,
+            )
+    axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)
+
+
+def figure(value: float | None) -> str:
+    """A number with three significant digits, thousands apart; an en dash for what was not measured."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def log_ticks(axis: Axes) -> None:
+    """Plain numbers on a logarithmic horizontal axis."""
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_major_formatter(plain)
+    low, high = axis.get_xlim()
+    axis.xaxis.set_minor_formatter(plain if high / max(low, 1e-9) < 12 else FuncFormatter(lambda *_: ""))

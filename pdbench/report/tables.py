@@ -1,0 +1,193 @@
+"""Tables for the terminal (rich) and for an issue or a paper (Markdown), from the same rows.
+
+Try: pdbench compare single_results disaggregated_results
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pdbench.analysis import verdicts
+from pdbench.analysis.compare import Comparison, flags_of
+from pdbench.analysis.metrics import measure
+from pdbench.analysis.summary import summarize
+from pdbench.records import Flag, Run
+from pdbench.report.language import say
+from pdbench.report.panels import figure
+from pdbench.report.words import load_in_words, machine_in_words
+
+_STYLES = {"better": "green", "worse": "red", "same": "", "unclear": "dim", "unjudged": "dim"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table as text: title, header, rows (the first column is the row's name), and a style for each row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    styles: list[str]
+
+
+def summary_rows(run: Run, language: str = "en") -> Rows:
+    """One run: every time with mean, p50, p90, p99 in ms, then throughput, energy and failures."""
+    summary = run.summary or summarize(run)
+    keys = ("ttft_ms", "tbt_ms", "e2e_ms", "client_ms", "queue_ms", "prefill_ms", "kv_transfer_ms", "decode_ms")
+    known = [(key, summary.get(key)) for key in keys if summary.get(key) or key in ("ttft_ms", "tbt_ms", "e2e_ms")]
+    rows = [
+        [say(key, language), *(_stat(spread, name) for name in ("mean", "p50", "p90", "p99"))] for key, spread in known
+    ]
+    speed, energy, requests = summary["throughput"], summary["energy"], summary["requests"]
+    rows.append([say("requests", language), f"{requests['succeeded']} / {requests['sent']}", "", "", ""])
+    rows.append([say("output_tokens_per_s", language), figure(speed["output_tokens_per_s"]), "", "", ""])
+    rows.append([say("j_per_output_token", language), _or_reason(energy, "j_per_output_token", language), "", "", ""])
+    header = [say("milliseconds", language), say("mean", language), "p50", "p90", "p99"]
+    return Rows(f"{run.name}: {load_in_words(run)}", header, rows, [""] * len(rows))
+
+
+def device_rows(run: Run, language: str = "en") -> Rows:
+    """One run's devices over the measured windows: power or use, clock, temperature, energy, and what was not measured."""
+    devices = (run.summary or summarize(run))["devices"]
+    header = [
+        say(key, language)
+        for key in ("device", "role", "power_w", "utilization", "clock_mhz", "temperature", "energy_j")
+    ]
+    rows = []
+    for identity, one in devices.items():
+        use = one["gpu_utilization_pct"] or one["cpu_utilization_pct"]
+        clock = one["sm_clock_mhz"] or one["cpu_clock_mhz"]
+        spreads = [_stat(spread, "mean") for spread in (one["power_w"], use, clock, one["temperature_c"])]
+        rows.append([identity, one["role"] or "", *spreads, figure(one["energy"]["total_j"])])
+    return Rows(say("devices", language), header, rows, [""] * len(rows))
+
+
+def comparison_rows(comparison: Comparison, language: str = "en") -> Rows:
+    """A row a metric: both figures and the verdict in words."""
+    rows = [
+        [
+            verdicts.title(line, language),
+            f"{verdicts.number(line.a.value)} {line.metric.unit}",
+            f"{verdicts.number(line.b.value)} {line.metric.unit}",
+            say(line.verdict, language),
+            verdicts.judgement(line, language),
+        ]
+        for line in comparison.differences
+    ]
+    header = [say("metric", language), *comparison.names, say("verdict", language), say("change", language)]
+    title = say("against", language).format(a=comparison.names[0], b=comparison.names[1])
+    return Rows(title, header, rows, [_STYLES[line.verdict] for line in comparison.differences])
+
+
+def side_by_side_rows(
+    runs: Sequence[Run], names: Sequence[str], sort_by: str | None = None, language: str = "en"
+) -> Rows:
+    """Several runs or models, a row each, best first by `sort_by` (a key of `FIGURES`); runs without that figure come last."""
+    found = [(name, run, figures_of(run.summary or summarize(run))) for name, run in zip(names, runs, strict=True)]
+    if sort_by is not None:
+        sign = 1 if sort_by.endswith("_ms") or sort_by in ("j_per_output_token", "mean_power_w") else -1
+        found.sort(key=lambda one: (one[2][sort_by] is None, sign * (one[2][sort_by] or 0.0)))
+    header = [say("run", language), say("model", language), *(say(key, language) for key in FIGURES)]
+    rows = [
+        [name, str(run.config.get("model") or ""), *(figure(value) for value in values.values())]
+        for name, run, values in found
+    ]
+    return Rows(say("side by side", language), header, rows, [""] * len(rows))
+
+
+FIGURES = (
+    "ttft_p50_ms",
+    "ttft_p99_ms",
+    "tbt_p50_ms",
+    "tbt_p99_ms",
+    "e2e_p50_ms",
+    "output_tokens_per_s",
+    "j_per_output_token",
+)
+
+
+def figures_of(summary: dict[str, Any]) -> dict[str, float | None]:
+    """The few figures that a side-by-side table shows, by the names that --sort-by takes."""
+    values: dict[str, float | None] = {}
+    for key in FIGURES:
+        kind, _, rest = key.partition("_")
+        spread = summary.get(f"{kind}_ms")
+        if rest.startswith("p") and rest.endswith("_ms"):
+            values[key] = spread[rest.removesuffix("_ms")] if spread else None
+        else:
+            values[key] = summary["throughput"].get(key) if key in summary["throughput"] else summary["energy"].get(key)
+    return values
+
+
+def print_rows(console: Console, rows: Rows) -> None:
+    """One table on the terminal."""
+    table = Table(
+        title=escape(rows.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for place, name in enumerate(rows.header):
+        words = (
+            place == 0 or name in (rows.header[-1], "verdict") and len(rows.header) == 5 and "p99" not in rows.header
+        )
+        table.add_column(escape(name), justify="left" if words else "right", overflow="fold")
+    for row, style in zip(rows.rows, rows.styles, strict=True):
+        table.add_row(*(escape(text) for text in row), style=style)
+    console.print(table)
+
+
+def print_run(console: Console, run: Run, language: str = "en") -> None:
+    """A run on the terminal: its figures, its devices, its flags in red."""
+    print_rows(console, summary_rows(run, language))
+    if run.devices:
+        print_rows(console, device_rows(run, language))
+    print_flags(console, run.name, flags_of(run))
+
+
+def print_comparison(console: Console, comparison: Comparison, language: str = "en") -> None:
+    """Verdicts on the terminal, with what else differs and what a reader must know of either run."""
+    print_rows(console, comparison_rows(comparison, language))
+    for mismatch in comparison.mismatches:
+        style = "bold red" if mismatch.refused else "yellow"
+        console.print(f"[{style}]{say('differs', language)}[/{style}] {escape(str(mismatch))}", highlight=False)
+    for name, flags in zip(comparison.names, comparison.flags, strict=True):
+        print_flags(console, name, flags)
+
+
+def print_flags(console: Console, name: str, flags: Sequence[Flag]) -> None:
+    """One red line a flag."""
+    for flag in flags:
+        console.print(
+            f"[bold red]{escape(name)}, {escape(flag.name)}:[/bold red] {escape(flag.detail)}", highlight=False
+        )
+
+
+def markdown(rows: Rows) -> str:
+    """The table as GitHub Markdown, its title as a heading."""
+    lines = [rows.header, ["---", *["---:"] * (len(rows.header) - 1)], *rows.rows]
+    cells = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in lines]
+    return f"## {rows.title}\n\n" + "\n".join(cells) + "\n"
+
+
+def run_markdown(run: Run, language: str = "en") -> str:
+    """A run as Markdown: machine, flags, figures, devices."""
+    flags = [f"- **{flag.name}**: {flag.detail}" for flag in flags_of(run)]
+    parts = [markdown(summary_rows(run, language)), machine_in_words(run) + "\n"]
+    parts += ["\n".join(flags) + "\n"] if flags else []
+    parts += [markdown(device_rows(run, language))] if run.devices else []
+    return "\n".join(parts)
+
+
+def _stat(spread: dict[str, float] | None, name: str) -> str:
+    return figure(None if spread is None else spread[name])
+
+
+def _or_reason(energy: dict[str, Any], key: str, language: str) -> str:
+    return say("not measured", language) if energy[key] is None else figure(energy[key])
+
+
+def failed_requests(run: Run) -> int:
+    """How many measured requests failed."""
+    return int((~measure(run).ok).sum())

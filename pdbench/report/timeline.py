@@ -1,0 +1,96 @@
+"""A run's time as it is drawn: its trials side by side, the pauses between them left out.
+
+Try: python -c "
+from pdbench.records import load_run; from pdbench.report.timeline import Timeline
+print(Timeline(load_run('single_results')).stretches)"
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdbench.analysis.metrics import Array
+from pdbench.records import RequestRecord, Run
+
+MARGIN_S = 1.0
+GAP_SHARE = 0.02
+
+
+class Timeline:
+    """Maps instants of the run to a drawn axis in seconds; `stretches` are the (start_s, end_s) that are drawn.
+
+    A stretch is a trial with its warm-up and a second on either side; trials less than 5 s apart share one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.stretches: list[tuple[float, float]] = []
+        for start, end in sorted(_extents(run)):
+            if self.stretches and start - self.stretches[-1][1] < 5.0:
+                self.stretches[-1] = (self.stretches[-1][0], max(end, self.stretches[-1][1]))
+            else:
+                self.stretches.append((start, end))
+        self.stretches = self.stretches or [(0.0, 1.0)]
+        self.gap_s = GAP_SHARE * sum(end - start for start, end in self.stretches)
+        self.starts: list[float] = []
+        drawn = 0.0
+        for start, end in self.stretches:
+            self.starts.append(drawn)
+            drawn += end - start + self.gap_s
+        self.length_s = drawn - self.gap_s
+
+    def place(self, instants: Array | Sequence[float]) -> Array:
+        """Drawn positions of these instants; NaN for those in a pause that is left out."""
+        known = np.asarray(instants, dtype=float)
+        placed = np.full(known.shape, np.nan)
+        for (start, end), at in zip(self.stretches, self.starts, strict=True):
+            inside = (known >= start) & (known <= end)
+            placed[inside] = known[inside] - start + at
+        return placed
+
+    def curve(self, instants: Array | Sequence[float], values: Array | Sequence[float | None]) -> tuple[Array, Array]:
+        """A curve on the drawn axis, broken (NaN) between stretches so that no line crosses a pause."""
+        known, heights = np.asarray(instants, dtype=float), np.asarray(values, dtype=float)
+        pieces_x: list[Array] = []
+        pieces_y: list[Array] = []
+        pause = np.array([np.nan])
+        for (start, end), at in zip(self.stretches, self.starts, strict=True):
+            inside = (known >= start) & (known <= end)
+            pieces_x += [known[inside] - start + at, pause]
+            pieces_y += [heights[inside], pause]
+        return np.concatenate(pieces_x), np.concatenate(pieces_y)
+
+    def ticks(self) -> tuple[list[float], list[str]]:
+        """Where ticks stand and their labels: seconds since each stretch's start."""
+        step = _round_step(self.length_s / 10)
+        places, labels = [], []
+        for (start, end), at in zip(self.stretches, self.starts, strict=True):
+            for tick in np.arange(0.0, end - start + 1e-9, step):
+                places.append(at + float(tick))
+                labels.append(f"{tick:g}")
+        return places, labels
+
+
+def lanes(requests: Sequence[RequestRecord]) -> tuple[list[int], int]:
+    """A row for each request so that no two of one row overlap in time, and the number of rows."""
+    free: list[float] = []
+    rows = []
+    for request in requests:
+        start, end = request.sent_s or 0.0, request.end_s or request.sent_s or 0.0
+        row = next((i for i, until in enumerate(free) if until <= start), len(free))
+        free[row : row + 1] = [end]
+        rows.append(row)
+    return rows, max(len(free), 1)
+
+
+def _extents(run: Run) -> list[tuple[float, float]]:
+    extents = [(trial.start_s, trial.end_s) for trial in run.trials]
+    extents += [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
+    if not extents:
+        extents = [(s[0].t_s, s[-1].t_s) for s in (device.samples for device in run.devices) if s]
+    return [(start - MARGIN_S, end + MARGIN_S) for start, end in extents]
+
+
+def _round_step(rough: float) -> float:
+    """The next step of 1, 2, 5, 10, ... above `rough`, 0.1 at least."""
+    power = 10.0 ** np.floor(np.log10(max(rough, 0.1)))
+    return float(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999))
