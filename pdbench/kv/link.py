@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from pdbench.kv.compat import UnsupportedError
 from pdbench.kv.control import Channel
 from pdbench.kv.pack import BlockPacker
 
@@ -41,10 +42,17 @@ OpenLink = Callable[[Channel, bool], Link]
 
 
 def transport(name: str, packer: BlockPacker, staging_bytes: int) -> OpenLink:
-    """The transport called `name` for this worker's cache, with buffers of `staging_bytes` for every peer."""
-    from pdbench.kv.tcp import TcpLink
+    """The transport called `name` for this worker's cache, with buffers of `staging_bytes` for every peer.
 
+    Raises UnsupportedError when it cannot work here.
+    """
     size = max(staging_bytes, packer.block_bytes)
     if name == "tcp":
+        from pdbench.kv.tcp import TcpLink
+
         return lambda channel, sends: TcpLink(channel, packer, size)
-    raise ValueError(f"no transport {name!r}: there is tcp")
+    if packer.device.type != "cuda":
+        raise UnsupportedError(f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp")
+    from pdbench.kv.nccl import NcclLink
+
+    return lambda channel, sends: NcclLink(channel, packer, size, sends)
