@@ -106,6 +106,7 @@ def merge(windows: Sequence[Interval]) -> list[Interval]:
 def power_curve(device: DeviceRecord) -> list[tuple[float, float]]:
     """(t_s, power_w): the driver's own buffer where it reaches, the samples elsewhere; repeated values stay in.
 
+    An entry of the buffer is taken as the mean of the time since the entry before, so it stands in the middle of that time.
     A device without instant power gives its average power instead.
     """
     field = "power_w" if any(sample.power_w is not None for sample in device.samples) else "power_average_w"
@@ -113,8 +114,10 @@ def power_curve(device: DeviceRecord) -> list[tuple[float, float]]:
     fine = sorted(device.fine_power)
     if len(fine) < 2:
         return sorted(samples)
+    step_s = float(np.median(np.diff([t for t, _ in fine])))
+    fine = [(t - step_s / 2, power) for t, power in fine]
     times = np.array([t for t, _ in fine])
-    reach_s = 3 * float(np.median(np.diff(times)))
+    reach_s = 3 * step_s
     nearest = np.searchsorted(times, [t for t, _ in samples])
     after = np.append(times, np.inf)[nearest]
     before = np.append(-np.inf, times)[nearest]
@@ -183,7 +186,7 @@ class _Counter:
         """Joules between two instants; None where the counter was not read around them."""
         if len(self.t) < 2:
             return None
-        beyond_s = 1.5 * float(np.max(np.diff(self.t)))
+        beyond_s = 1.5 * float(np.median(np.diff(self.t)))
         if start < self.t[0] - beyond_s or end > self.t[-1] + beyond_s:
             return None
         first = max(int(np.searchsorted(self.t, start, side="right")) - 1, 0)

@@ -70,6 +70,9 @@ class GpuReader(Reader):
         try:
             nv.nvmlInit()
             self._open = True
+            if index >= (count := int(nv.nvmlDeviceGetCount())):
+                self.lose(f"the driver sees {count} GPUs, none of index {index}")
+                return
             self._handle = nv.nvmlDeviceGetHandleByIndex(index)
             self.name = nv.nvmlDeviceGetName(self._handle)
         except nv.NVMLError as error:

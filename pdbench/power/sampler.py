@@ -61,6 +61,8 @@ class Sampler:
         self._devices = [_Device(reader, self._time) for reader in readers]
         self._stop = threading.Event()
         self._settled = threading.Event()
+        self._never = threading.Event()
+        self._end_s: float | None = None
         self._thread = threading.Thread(target=self.run, name="pdbench-sampler", daemon=True)
         self._missed_ticks = 0
         self._cpu_s = self._ran_s = 0.0
@@ -75,12 +77,12 @@ class Sampler:
         self._thread.join()
 
     def run(self) -> None:
-        """The thread's whole life: beat until told to stop, then cover the end of the window."""
+        """The thread's whole life: beat until told to stop, and on until the end of the window is covered."""
         began_cpu, began = self._time.cpu(), self._time.monotonic()
         for device in self._devices:
             device.start_buffer()
         next_sample, next_buffer = began, began + BUFFER_S
-        while not self._stop.is_set():
+        while not self._over():
             now = self._time.monotonic()
             if now >= next_sample:
                 self._sample()
@@ -93,8 +95,8 @@ class Sampler:
             else:
                 self._settle(now - began)
                 due = min([next_sample, next_buffer, *map(_tick_due, self._devices)])
-                self._time.wait(max(0.0, due - now), self._stop)
-        self._finish()
+                self._time.wait(max(0.0, due - now), self._stop if self._end_s is None else self._never)
+        self._close()
         self._cpu_s, self._ran_s = self._time.cpu() - began_cpu, self._time.monotonic() - began
 
     def latest(self) -> list[tuple[Reader, DeviceSample | None]]:
@@ -134,19 +136,19 @@ class Sampler:
         if all(device.ticks.settled for device in self._devices) or ran_s > _FIRST_TICKS_S:
             self._settled.set()
 
-    def _finish(self) -> None:
-        """Read each counter on its next tick once more, then sample and empty the buffers past the window's end."""
-        never = threading.Event()
-        self._sample()
-        end = self._time.monotonic() + _LAST_TICK_S
-        for device in self._devices:
-            device.ticks.hurry(self._time.monotonic())
-        while waiting := [device for device in self._devices if device.ticks.hurrying]:
-            now, due = self._time.monotonic(), min(map(_tick_due, waiting))
-            if now >= end:
-                break
-            self._time.wait(max(0.0, due - now), never)
-            min(waiting, key=_tick_due).read_counter()
+    def _over(self) -> bool:
+        """Told to stop, and every counter has been read on one more tick (or a quarter of a second has passed)."""
+        if not self._stop.is_set():
+            return False
+        now = self._time.monotonic()
+        if self._end_s is None:
+            self._end_s = now + _LAST_TICK_S
+            for device in self._devices:
+                device.ticks.hurry(now)
+        return now >= self._end_s or not any(device.ticks.hurrying for device in self._devices)
+
+    def _close(self) -> None:
+        """One sample and one look into the buffers past the window's end, then let the devices go."""
         self._sample()
         self._empty_buffers()
         for device in self._devices:

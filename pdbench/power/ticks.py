@@ -7,9 +7,9 @@ reading kept is good to about one poll. Try: pytest tests/test_power_sampler.py 
 
 import math
 
-POLL_S = 0.002
+POLL_S = 0.0005
 ANCHOR_S = 5.0
-_LEAD_S = 0.004
+_LEAD_S = 0.005
 _STILL_S = 1.0
 
 

@@ -1,0 +1,249 @@
+/* A stand-in for libnvidia-ml.so.1: GPUs whose power follows a script with a known integral, with Hopper's habits
+ * (instant power over 25 of every 100 ms, a 1 s average, an energy counter that moves every 100 ms, a buffer of 119
+ * samples 20 ms apart). The real nvidia-ml-py loads it by name through LD_LIBRARY_PATH; tests/fake_nvml.py builds it.
+ *
+ * Environment: FAKE_NVML_GPUS=2  FAKE_NVML_POWER_0="PERIOD_S T:W T:W ..." (straight lines between points, repeated)
+ *   FAKE_NVML_CLOCK=scripted|real  FAKE_NVML_ENERGY_READ_US=2400  FAKE_NVML_RESET_S=T  FAKE_NVML_MIG=1  FAKE_NVML_CLAMP_MHZ=1830
+ *   FAKE_NVML_FAIL="GPU:FUNCTION:CODE[:FROM_S] ..."  (FUNCTION without "nvml", * for all, -1 for every GPU)
+ *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GPUS 8
+#define POINTS 64
+#define EXPORT __attribute__((visibility("default")))
+typedef unsigned long long u64;
+typedef union { double d; unsigned u; u64 ull; } value_t;
+typedef struct { unsigned field, scope; long long stamp, latency; int type, result; value_t value; } field_t;
+typedef struct { u64 stamp; value_t value; } sample_t;
+typedef struct { double period; int count; double t[POINTS], w[POINTS]; } wave_t;
+typedef struct { u64 zero_us, now_us; unsigned ready, locked_mhz[GPUS], limit_mw[GPUS]; } state_t;
+
+static state_t private_state, *state = &private_state;
+static wave_t waves[GPUS];
+static int gpus, scripted;
+static unsigned clamp_mhz;
+static double reset_s = -1;
+static u64 energy_read_us;
+static const u64 EPOCH_US = 1700000000000000ull;
+
+static double number(const char *name, double otherwise) {
+    const char *text = getenv(name);
+    return text ? atof(text) : otherwise;
+}
+
+static u64 unix_us(void) {
+    struct timespec now;
+    if (scripted) return EPOCH_US + state->now_us;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+}
+static double now_s(void) { return (double)(unix_us() - state->zero_us) / 1e6; }
+static void spend(u64 us) {
+    if (scripted) state->now_us += us;
+    else if (us > 50) usleep(us);
+}
+
+EXPORT u64 fake_unix_us(void) { return unix_us(); }
+EXPORT u64 fake_zero_us(void) { return state->zero_us; }
+EXPORT void fake_advance_us(u64 us) { state->now_us += us; }
+EXPORT unsigned fake_locked_mhz(int gpu) { return state->locked_mhz[gpu]; }
+
+__attribute__((constructor)) static void load(void) {
+    const char *path = getenv("FAKE_NVML_STATE"), *clock = getenv("FAKE_NVML_CLOCK");
+    gpus = (int)number("FAKE_NVML_GPUS", 1);
+    scripted = clock && !strcmp(clock, "scripted");
+    clamp_mhz = (unsigned)number("FAKE_NVML_CLAMP_MHZ", 1980);
+    reset_s = number("FAKE_NVML_RESET_S", -1);
+    energy_read_us = (u64)number("FAKE_NVML_ENERGY_READ_US", 2400);
+    if (path) {
+        int file = open(path, O_RDWR | O_CREAT, 0600);
+        if (file >= 0 && !ftruncate(file, sizeof(state_t))) {
+            void *shared = mmap(0, sizeof(state_t), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+            if (shared != MAP_FAILED) state = shared;
+        }
+        if (file >= 0) close(file);
+    }
+    if (!state->ready) {
+        for (int i = 0; i < GPUS; i++) state->limit_mw[i] = 700000;
+        state->zero_us = unix_us();
+        state->ready = 1;
+    }
+    for (int i = 0; i < GPUS; i++) {
+        char name[32], copy[4096];
+        snprintf(name, sizeof name, "FAKE_NVML_POWER_%d", i);
+        snprintf(copy, sizeof copy, "%s", getenv(name) ? getenv(name) : "1 0:100 1:100");
+        char *word = strtok(copy, " ");
+        waves[i].period = atof(word);
+        while ((word = strtok(0, " ")) && waves[i].count < POINTS) {
+            sscanf(word, "%lf:%lf", &waves[i].t[waves[i].count], &waves[i].w[waves[i].count]);
+            waves[i].count++;
+        }
+    }
+}
+
+/* Joules from the start of a period to `t` inside it. */
+static double area(const wave_t *wave, double t) {
+    double sum = 0;
+    for (int i = 0; i + 1 < wave->count && wave->t[i] < t; i++) {
+        double end = wave->t[i + 1] < t ? wave->t[i + 1] : t, length = wave->t[i + 1] - wave->t[i];
+        double slope = length > 0 ? (wave->w[i + 1] - wave->w[i]) / length : 0, part = end - wave->t[i];
+        sum += part * (wave->w[i] + slope * part / 2);
+    }
+    return sum;
+}
+static double joules(int gpu, double t) {
+    const wave_t *wave = &waves[gpu];
+    long rounds = (long)(t / wave->period) - (t < 0);
+    return rounds * area(wave, wave->period) + area(wave, t - rounds * wave->period);
+}
+static double mean_w(int gpu, double end, double length) { return (joules(gpu, end) - joules(gpu, end - length)) / length; }
+static unsigned watts_to_mw(double watts) { return (unsigned)(1000 * watts + 0.5); }
+/* Every GPU refreshes on its own beat. */
+static double last_tick(int gpu, double every) {
+    double phase = 0.037 + 0.013 * gpu;
+    return (long)((now_s() - phase + 100 * every) / every) * every - 100 * every + phase;
+}
+
+static int fails(int gpu, const char *function) {
+    char copy[1024], name[64];
+    snprintf(copy, sizeof copy, "%s", getenv("FAKE_NVML_FAIL") ? getenv("FAKE_NVML_FAIL") : "");
+    spend(2);
+    for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest)) {
+        int which, code;
+        double from = -1;
+        if (sscanf(word, "%d:%63[^:]:%d:%lf", &which, name, &code, &from) < 3) continue;
+        if ((which == gpu || which == -1) && (!strcmp(name, "*") || !strcmp(name, function)) && now_s() >= from) return code;
+    }
+    return 0;
+}
+#define GPU(device) ((int)(long)(device)-1)
+#define TRY(name) do { int code = fails(GPU(device), name); if (code) return code; } while (0)
+
+EXPORT int nvmlInitWithFlags(unsigned flags) { (void)flags; return fails(-2, "Init"); }
+EXPORT int nvmlInit_v2(void) { return 0; }
+EXPORT int nvmlShutdown(void) { return 0; }
+EXPORT int nvmlDeviceGetCount_v2(unsigned *count) { *count = gpus; return 0; }
+EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
+    *device = (void *)(long)(index + 1);
+    return index < (unsigned)gpus ? 0 : 2;
+}
+EXPORT const char *nvmlErrorString(int code) {
+    return code == 3 ? "Not Supported" : code == 4 ? "Insufficient Permissions" : code == 15 ? "GPU is lost" : "Some Error";
+}
+EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) { snprintf(name, size, "Scripted GPU %d", GPU(device)); return 0; }
+EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%d", GPU(device)); return 0; }
+EXPORT int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.0"); return 0; }
+EXPORT int nvmlDeviceGetArchitecture(void *device, unsigned *kind) { (void)device; *kind = 9; return 0; }
+
+EXPORT int nvmlDeviceGetFieldValues(void *device, int count, field_t *fields) {
+    TRY("DeviceGetFieldValues");
+    for (int i = 0; i < count; i++) {
+        char name[32];
+        double tick = last_tick(GPU(device), 0.1), length = fields[i].field == 186 ? 0.025 : 1.0;
+        snprintf(name, sizeof name, "Field%u", fields[i].field);
+        fields[i].result = fields[i].field == 185 || fields[i].field == 186 ? fails(GPU(device), name) : 3;
+        fields[i].type = 1;
+        fields[i].stamp = unix_us();
+        fields[i].value.ull = 0;
+        fields[i].value.u = watts_to_mw(mean_w(GPU(device), tick, length));
+    }
+    return 0;
+}
+EXPORT int nvmlDeviceGetPowerUsage(void *device, unsigned *mw) {
+    TRY("DeviceGetPowerUsage");
+    *mw = watts_to_mw(mean_w(GPU(device), last_tick(GPU(device), 0.1), 1.0));
+    return 0;
+}
+EXPORT int nvmlDeviceGetTotalEnergyConsumption(void *device, u64 *mj) {
+    TRY("DeviceGetTotalEnergyConsumption");
+    double tick = last_tick(GPU(device), 0.1), from = reset_s >= 0 && tick >= reset_s ? reset_s : -1000;
+    *mj = (u64)(0.5 + 1000 * (joules(GPU(device), tick) - joules(GPU(device), from)));
+    spend(energy_read_us);
+    return 0;
+}
+EXPORT int nvmlDeviceGetSamples(void *device, int kind, u64 since, int *type, unsigned *count, sample_t *samples) {
+    TRY("DeviceGetSamples");
+    double last = last_tick(GPU(device), 0.02);
+    unsigned found = 0, room = *count;
+    if (kind != 0) return 3;
+    *type = 1;
+    for (int i = 118; i >= 0; i--) {
+        double at = last - i * 0.02;
+        u64 stamp = state->zero_us + (long long)(at * 1e6);
+        if (stamp <= since || at <= 0) continue;
+        if (samples && found < room) {
+            samples[found].stamp = stamp;
+            samples[found].value.ull = 0;
+            samples[found].value.u = watts_to_mw(mean_w(GPU(device), at, 0.02));
+        }
+        found++;
+    }
+    *count = samples && found > room ? room : found;
+    return found ? 0 : 6;
+}
+EXPORT int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) {
+    TRY("DeviceGetClockInfo");
+    unsigned locked = state->locked_mhz[GPU(device)];
+    *mhz = kind == 2 ? 3201 : locked ? locked : 1980;
+    return 0;
+}
+EXPORT int nvmlDeviceGetMaxClockInfo(void *device, int kind, unsigned *mhz) { (void)device; *mhz = kind == 2 ? 3201 : 1980; return 0; }
+EXPORT int nvmlDeviceGetUtilizationRates(void *device, unsigned rates[2]) {
+    TRY("DeviceGetUtilizationRates");
+    rates[0] = (unsigned)(mean_w(GPU(device), last_tick(GPU(device), 0.2), 0.2) / 7);
+    rates[1] = rates[0] / 2;
+    return 0;
+}
+EXPORT int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) {
+    (void)sensor;
+    TRY("DeviceGetTemperature");
+    *celsius = 40;
+    return 0;
+}
+EXPORT int nvmlDeviceGetTemperatureV(void *device, unsigned *query) {
+    TRY("DeviceGetTemperature");
+    query[2] = 40;
+    return 0;
+}
+EXPORT int nvmlDeviceGetMemoryInfo(void *device, u64 memory[3]) {
+    TRY("DeviceGetMemoryInfo");
+    memory[0] = 141ull << 30, memory[2] = 64ull << 30, memory[1] = memory[0] - memory[2];
+    return 0;
+}
+EXPORT int nvmlDeviceGetCurrentClocksEventReasons(void *device, u64 *reasons) {
+    TRY("DeviceGetCurrentClocksEventReasons");
+    *reasons = state->locked_mhz[GPU(device)] ? 2 : 0;
+    return 0;
+}
+EXPORT int nvmlDeviceGetEnforcedPowerLimit(void *device, unsigned *mw) { TRY("DeviceGetEnforcedPowerLimit"); *mw = state->limit_mw[GPU(device)]; return 0; }
+EXPORT int nvmlDeviceGetPowerManagementLimit(void *device, unsigned *mw) { *mw = state->limit_mw[GPU(device)]; return 0; }
+EXPORT int nvmlDeviceGetPowerManagementLimitConstraints(void *device, unsigned *low, unsigned *high) { (void)device; *low = 200000, *high = 700000; return 0; }
+EXPORT int nvmlDeviceSetPowerManagementLimit(void *device, unsigned mw) {
+    TRY("DeviceSetPowerManagementLimit");
+    state->limit_mw[GPU(device)] = mw;
+    return 0;
+}
+EXPORT int nvmlDeviceSetGpuLockedClocks(void *device, unsigned low, unsigned high) {
+    (void)low;
+    TRY("DeviceSetGpuLockedClocks");
+    state->locked_mhz[GPU(device)] = high < clamp_mhz ? high : clamp_mhz;
+    return 0;
+}
+EXPORT int nvmlDeviceResetGpuLockedClocks(void *device) {
+    TRY("DeviceResetGpuLockedClocks");
+    state->locked_mhz[GPU(device)] = 0;
+    return 0;
+}
+EXPORT int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
+    (void)device;
+    *current = *pending = (unsigned)number("FAKE_NVML_MIG", 0);
+    return 0;
+}
