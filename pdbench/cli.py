@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 import cyclopts
 from cyclopts import App
@@ -195,6 +195,34 @@ def proxy(recipe: Path | None = None, /, *, proxy: ProxyConfig | None = None) ->
     from pdbench.proxy.server import serve
 
     serve(proxy or ProxyConfig())
+
+
+@app.command
+def compare(
+    *folders: Path,
+    fail_if: tuple[str, ...] = (),
+    anyway: bool = False,
+    lang: Literal["en", "zh"] = "en",
+    picture: Path = Path("performance_comparison.png"),
+) -> None:
+    """Judge one saved run against another: is it better, by how much, how sure; --fail-if makes it a gate for CI.
+
+    Parameters
+    ----------
+    folders
+        Two results folders, A and B; by itself single_results and disaggregated_results.
+    fail_if
+        Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told.
+    anyway
+        Compare also what was not measured alike; what differs is then named.
+    lang
+        Language of the table.
+    picture
+        Where the picture goes.
+    """
+    from pdbench.report.commands import compare_folders
+
+    sys.exit(compare_folders(folders, fail_if, anyway, lang, picture, console))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -66,10 +66,10 @@ LATENCIES: dict[str, tuple[str, Callable[[Measured], tuple[Array, "np.ndarray[tu
     "e2e": ("E2E", lambda one: _requests(one, one.e2e_ms)),
 }
 RATES = (
-    Metric("output_tokens_per_s", "Output tokens a second", "tokens/s", False),
-    Metric("output_tokens_per_s_per_device", "Output tokens a second and GPU", "tokens/s", False),
+    Metric("output_tokens_per_s", "Output tokens/s", "", False),
+    Metric("output_tokens_per_s_per_device", "Tokens/s per GPU", "", False),
     Metric("goodput_requests_per_s", "Goodput", "requests/s", False),
-    Metric("j_per_output_token", "Energy per output token", "J", True),
+    Metric("j_per_output_token", "Energy per token", "J", True),
     Metric("mean_power_w", "Mean power", "W", True),
 )
 

@@ -19,8 +19,8 @@ WORDS = {
         "unclear": "no difference that {k} trials can show, 95 % {low} to {high}",
         "would": "; {n} would show 5 %",
         "never": f"; more than 1,000 would be needed to show {TO_SHOW:.0%}",
-        "one-trial": "not judged: one trial does not tell how trials differ (use --trials 3 or more)",
-        "few-values": "not judged: {0} values are too few ({1} needed)",
+        "one-trial": "not judged: one trial does not tell how trials differ",
+        "few-values": "not judged: {0} values, {1} needed",
         "unjudged": "not judged: it was zero in a trial",
     },
     "zh": {
@@ -31,16 +31,16 @@ WORDS = {
         "unclear": "{k} 次试验看不出差异，95 % {low} 至 {high}",
         "would": "；{n} 次可看出 5 % 的差异",
         "never": "；要看出 5 % 的差异需要 1,000 次以上",
-        "one-trial": "未判定：一次试验无法说明试验之间的差别（请用 --trials 3 或更多）",
-        "few-values": "未判定：{0} 个数值太少（需要 {1} 个）",
+        "one-trial": "未判定：一次试验无法说明试验之间的差别",
+        "few-values": "未判定：只有 {0} 个数值，需要 {1} 个",
         "unjudged": "未判定：某次试验中为零",
     },
 }
 TITLES_ZH = {
-    "Output tokens a second": "每秒输出 token",
-    "Output tokens a second and GPU": "每 GPU 每秒输出 token",
+    "Output tokens/s": "每秒输出 token",
+    "Tokens/s per GPU": "每 GPU 每秒 token",
     "Goodput": "有效吞吐 (goodput)",
-    "Energy per output token": "每输出 token 能耗",
+    "Energy per token": "每 token 能耗",
     "Mean power": "平均功率",
 }
 
@@ -57,7 +57,7 @@ def line(line: "Difference", language: str = "en") -> str:
 
 def values(line: "Difference") -> str:
     """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
-    return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}"
+    return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}".rstrip()
 
 
 def judgement(line: "Difference", language: str = "en") -> str:

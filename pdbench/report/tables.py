@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pdbench.analysis import verdicts
-from pdbench.analysis.compare import Comparison, flags_of
-from pdbench.analysis.metrics import measure
+from pdbench.analysis.compare import Comparison, compare, flags_of
 from pdbench.analysis.summary import summarize
 from pdbench.records import Flag, Run
 from pdbench.report.language import say
@@ -26,12 +26,13 @@ _STYLES = {"better": "green", "worse": "red", "same": "", "unclear": "dim", "unj
 
 @dataclass(frozen=True)
 class Rows:
-    """A table as text: title, header, rows (the first column is the row's name), and a style for each row."""
+    """A table as text: title, header, rows (the first column is the row's name), a style a row, columns that hold words."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     styles: list[str]
+    left: tuple[int, ...] = (0,)
 
 
 def summary_rows(run: Run, language: str = "en") -> Rows:
@@ -68,19 +69,15 @@ def device_rows(run: Run, language: str = "en") -> Rows:
 
 def comparison_rows(comparison: Comparison, language: str = "en") -> Rows:
     """A row a metric: both figures and the verdict in words."""
-    rows = [
-        [
-            verdicts.title(line, language),
-            f"{verdicts.number(line.a.value)} {line.metric.unit}",
-            f"{verdicts.number(line.b.value)} {line.metric.unit}",
-            say(line.verdict, language),
-            verdicts.judgement(line, language),
-        ]
-        for line in comparison.differences
-    ]
-    header = [say("metric", language), *comparison.names, say("verdict", language), say("change", language)]
+    rows = []
+    for line in comparison.differences:
+        unit = f", {line.metric.unit}" if line.metric.unit else ""
+        judged = f"{say(line.verdict, language)}: " if line.verdict in ("better", "worse") else ""
+        figures = (verdicts.number(line.a.value), verdicts.number(line.b.value))
+        rows.append([verdicts.title(line, language) + unit, *figures, judged + verdicts.judgement(line, language)])
+    header = [say("metric", language), *comparison.names, say("change", language)]
     title = say("against", language).format(a=comparison.names[0], b=comparison.names[1])
-    return Rows(title, header, rows, [_STYLES[line.verdict] for line in comparison.differences])
+    return Rows(title, header, rows, [_STYLES[line.verdict] for line in comparison.differences], (0, 3))
 
 
 def side_by_side_rows(
@@ -123,50 +120,52 @@ def figures_of(summary: dict[str, Any]) -> dict[str, float | None]:
     return values
 
 
-def print_rows(console: Console, rows: Rows) -> None:
-    """One table on the terminal."""
-    table = Table(
+def table(rows: Rows) -> Table:
+    """Rows for the terminal."""
+    made = Table(
         title=escape(rows.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for place, name in enumerate(rows.header):
-        words = (
-            place == 0 or name in (rows.header[-1], "verdict") and len(rows.header) == 5 and "p99" not in rows.header
-        )
-        table.add_column(escape(name), justify="left" if words else "right", overflow="fold")
+        made.add_column(escape(name), justify="left" if place in rows.left else "right", overflow="fold")
     for row, style in zip(rows.rows, rows.styles, strict=True):
-        table.add_row(*(escape(text) for text in row), style=style)
-    console.print(table)
+        made.add_row(*(escape(text) for text in row), style=style)
+    return made
 
 
-def print_run(console: Console, run: Run, language: str = "en") -> None:
-    """A run on the terminal: its figures, its devices, its flags in red."""
-    print_rows(console, summary_rows(run, language))
-    if run.devices:
-        print_rows(console, device_rows(run, language))
-    print_flags(console, run.name, flags_of(run))
+def summary_table(run: Run, language: str = "en") -> Group:
+    """A run for the terminal: its figures, its devices, its flags in red."""
+    devices = [table(device_rows(run, language))] if run.devices else []
+    return Group(table(summary_rows(run, language)), *devices, *_flag_lines(run.name, flags_of(run)))
 
 
-def print_comparison(console: Console, comparison: Comparison, language: str = "en") -> None:
-    """Verdicts on the terminal, with what else differs and what a reader must know of either run."""
-    print_rows(console, comparison_rows(comparison, language))
+def comparison_table(a: Run, b: Run, language: str = "en") -> Group:
+    """Verdicts on B against A, whatever else differs between them, for the terminal."""
+    return verdict_table(compare(a, b, anyway=True), language)
+
+
+def verdict_table(comparison: Comparison, language: str = "en") -> Group:
+    """Verdicts for the terminal, with what else differs and what a reader must know of either run."""
+    lines = []
     for mismatch in comparison.mismatches:
         style = "bold red" if mismatch.refused else "yellow"
-        console.print(f"[{style}]{say('differs', language)}[/{style}] {escape(str(mismatch))}", highlight=False)
+        lines.append(Text.from_markup(f"[{style}]{say('differs', language)}[/{style}] {escape(str(mismatch))}"))
     for name, flags in zip(comparison.names, comparison.flags, strict=True):
-        print_flags(console, name, flags)
+        lines += _flag_lines(name, flags)
+    return Group(table(comparison_rows(comparison, language)), *lines)
 
 
-def print_flags(console: Console, name: str, flags: Sequence[Flag]) -> None:
+def _flag_lines(name: str, flags: Sequence[Flag]) -> list[Text]:
     """One red line a flag."""
-    for flag in flags:
-        console.print(
-            f"[bold red]{escape(name)}, {escape(flag.name)}:[/bold red] {escape(flag.detail)}", highlight=False
-        )
+    return [
+        Text.from_markup(f"[bold red]{escape(f'{name}, {flag.name}:')}[/bold red] {escape(flag.detail)}")
+        for flag in flags
+    ]
 
 
 def markdown(rows: Rows) -> str:
     """The table as GitHub Markdown, its title as a heading."""
-    lines = [rows.header, ["---", *["---:"] * (len(rows.header) - 1)], *rows.rows]
+    sides = ["---" if place in rows.left else "---:" for place in range(len(rows.header))]
+    lines = [rows.header, sides, *rows.rows]
     cells = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in lines]
     return f"## {rows.title}\n\n" + "\n".join(cells) + "\n"
 
@@ -186,8 +185,3 @@ def _stat(spread: dict[str, float] | None, name: str) -> str:
 
 def _or_reason(energy: dict[str, Any], key: str, language: str) -> str:
     return say("not measured", language) if energy[key] is None else figure(energy[key])
-
-
-def failed_requests(run: Run) -> int:
-    """How many measured requests failed."""
-    return int((~measure(run).ok).sum())
