@@ -225,6 +225,8 @@ def _one_trial(one: Run, running: Running, options: Options, trial: int, console
     one.requests += result.requests
     one.trials.append(result.trial)
     one.flags += [flag for flag in result.flags if flag not in one.flags]
+    if any(flag.name == "interrupted" for flag in result.flags):
+        raise KeyboardInterrupt
     measured = [request for request in result.requests if not request.warmup]
     failed = sum(request.error is not None for request in measured)
     word = f"[red]{failed} failed[/red]" if failed else "none failed"

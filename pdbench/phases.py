@@ -51,7 +51,6 @@ def join(requests: list[RequestRecord], events: list[dict[str, Any]]) -> None:
         kv_end = transfer["end_s"] if transfer and not transfer.get("error") else None
         last_token = request.token_s[-1] if request.token_s else None
         request.phases |= {
-            "client": _interval(request.sent_s, event.get("received_s")),
             "prefill": _interval(event.get("prefill_sent_s"), event.get("prefill_done_s")),
             "kv_transfer": _interval(transfer.get("first_byte_s"), kv_end) if transfer else None,
             "decode": _interval(kv_end if kv_end is not None else event.get("decode_sent_s"), last_token),

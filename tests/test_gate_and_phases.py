@@ -66,7 +66,7 @@ def test_events_join_the_client_by_request_and_transfer_id(tmp_path: Path) -> No
     alone = RequestRecord(id="r2", planned_s=0.0, sent_s=0.05, token_s=[0.6])
     phases.join([joined, alone], events)
     rounded = {name: None if span is None else tuple(round(x, 6) for x in span) for name, span in joined.phases.items()}
-    assert rounded == {"client": (0.05, 0.1), "prefill": (0.2, 0.5), "kv_transfer": (0.51, 0.52), "decode": (0.52, 0.7)}
+    assert rounded == {"prefill": (0.2, 0.5), "kv_transfer": (0.51, 0.52), "decode": (0.52, 0.7)}
     assert alone.phases == {}
 
 

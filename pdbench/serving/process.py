@@ -35,7 +35,11 @@ _CAUSES = (
         "unrecognized arguments",
         "this vLLM does not know one of its arguments: check --vllm-args, or the vLLM version with `pdbench doctor`",
     ),
-    ("max_model_len", "the model does not allow this length: lower --max-model-len"),
+    ("greater than the derived max_model_len", "the model does not allow this length: lower --max-model-len"),
+    (
+        "error: argument",
+        "this vLLM refuses one of its arguments (below): check --vllm-args, or its version with `pdbench doctor`",
+    ),
     ("peer access", "no P2P between these GPUs: `nvidia-smi topo -m` shows the links; use --connector tcp"),
     (
         "unhandled system error",
@@ -46,7 +50,7 @@ _CAUSES = (
     ("localentrynotfound", "the model is not on this machine and the hub cannot be reached: give --model a folder"),
     ("does not appear to have a file named config.json", "the model's folder has no config.json: check --model"),
     ("no module named", "a package is missing in this environment: install requirements/, or set PDBENCH_PYTHON"),
-    ("killed", "the system ended it, most likely for want of memory"),
+    ("out of memory: killed", "the system ended it, most likely for want of memory"),
 )
 
 

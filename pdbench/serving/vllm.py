@@ -204,7 +204,7 @@ def _kv_transfer(
     config: ServeConfig, machine: Machine, connector: Connector, role: str, name: str, kv_port: int, port: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's --kv-transfer-config and the environment that goes with it."""
-    side = {"kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_ip": config.kv_ip, "kv_port": kv_port}
+    side = {"kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_port": kv_port}
     if connector == "nixl":
         environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": config.kv_ip, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_port)}
         transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
@@ -220,7 +220,11 @@ def _kv_transfer(
         return transfer | side | {
             "kv_connector_extra_config": {"http_port": str(port), "send_type": "PUT_ASYNC"}
         }, environment
-    extra = {"transport": "nccl" if connector == "p2p-nccl" else "tcp", "event_log": event_log(config, name)}
+    extra = {
+        "transport": "nccl" if connector == "p2p-nccl" else "tcp",
+        "kv_ip": config.kv_ip,  # no field of vLLM's own any more (0.32)
+        "event_log": event_log(config, name),
+    }
     transfer = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
     transfer |= {"kv_load_failure_policy": config.kv_load_failure_policy, "kv_connector_extra_config": extra}
     return transfer | side, {}

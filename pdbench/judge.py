@@ -1,0 +1,46 @@
+"""After a measurement: summaries into the saved results, tables on the screen, pictures beside them, the exit code.
+
+It reads what was saved and nothing else. Try: pdbench report disaggregated_results
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pdbench.analysis.summary import summarize
+from pdbench.errors import UserError
+from pdbench.records import load_run, save_run
+from pdbench.report import figures, tables
+
+SERIOUS = ("gate-failed",)
+"""Flags with which a run's figures do not count: the command ends with exit code 1."""
+
+
+def finish(folders: Sequence[Path], console: Console) -> None:
+    """Summarize, draw and show each saved run; folders that hold none (nothing was measured) are passed over."""
+    for folder in folders:
+        if not any(folder.glob("*_results.json")):
+            continue
+        run = load_run(folder)
+        run.summary = summarize(run)
+        save_run(run, folder)
+        figures.performance_analysis(run, folder / f"{run.name}_performance_analysis.png")
+        console.print(tables.summary_table(run))
+
+
+def side_by_side(folders: Sequence[Path], out: Path, console: Console) -> None:
+    """Compare the first run with each of the others, on the screen and as a picture."""
+    runs = [load_run(folder) for folder in folders]
+    if len(runs) > 1:
+        for other in runs[1:]:
+            console.print(tables.comparison_table(runs[0], other))
+        console.print(f"picture: {figures.comparison(runs, out / 'performance_comparison.png')}", highlight=False)
+
+
+def exit_on_flags(folders: Sequence[Path]) -> None:
+    """Raises UserError when a run's figures do not count."""
+    for folder in folders:
+        for flag in load_run(folder).flags:
+            if flag.name in SERIOUS:
+                raise UserError(f"{folder}: {flag.name}: {flag.detail}; its figures do not count")
