@@ -203,3 +203,53 @@ def _reason(error: Any) -> str:
     if error.value == nv.NVML_ERROR_NO_PERMISSION:
         return "no permission: root may read it"
     return str(error)
+
+
+def lock_sm_clock(index: int, mhz: int) -> None:
+    """Hold the SM clock at `mhz` (the driver may clamp it: read it back). Raises GpuRefusedError."""
+    _order(index, lambda handle: nv.nvmlDeviceSetGpuLockedClocks(handle, mhz, mhz))
+
+
+def unlock_sm_clock(index: int) -> None:
+    """Let the SM clock go. Raises GpuRefusedError."""
+    _order(index, nv.nvmlDeviceResetGpuLockedClocks)
+
+
+def sm_clock_mhz(index: int) -> int:
+    """The SM clock now. Raises GpuRefusedError."""
+    return int(_order(index, lambda handle: nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_SM)))
+
+
+def power_limit_w(index: int) -> float:
+    """The power limit that is set. Raises GpuRefusedError."""
+    return float(_order(index, nv.nvmlDeviceGetPowerManagementLimit)) / 1000
+
+
+def power_limit_range_w(index: int) -> tuple[float, float]:
+    """The lowest and highest power limit that the board takes. Raises GpuRefusedError."""
+    low, high = _order(index, nv.nvmlDeviceGetPowerManagementLimitConstraints)
+    return low / 1000, high / 1000
+
+
+def set_power_limit(index: int, watts: float) -> None:
+    """Set the power limit. Raises GpuRefusedError."""
+    _order(index, lambda handle: nv.nvmlDeviceSetPowerManagementLimit(handle, round(1000 * watts)))
+
+
+class GpuRefusedError(Exception):
+    """NVML did not do what was asked; `needs_root` when it was for want of permission."""
+
+    def __init__(self, index: int, error: Any) -> None:
+        super().__init__(f"GPU {index}: {_reason(error)}")
+        self.needs_root = error.value == nv.NVML_ERROR_NO_PERMISSION
+
+
+def _order(index: int, call: Callable[[Any], Any]) -> Any:
+    try:
+        nv.nvmlInit()
+        try:
+            return call(nv.nvmlDeviceGetHandleByIndex(index))
+        finally:
+            nv.nvmlShutdown()
+    except nv.NVMLError as error:
+        raise GpuRefusedError(index, error) from None
