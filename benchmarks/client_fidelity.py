@@ -1,0 +1,289 @@
+"""Who tells the truth under load? Load clients on one core against a server on another whose every token time is known.
+
+The truth of a run is what the server's log says: request in its kernel -> token handed to its kernel, the server's own lateness
+included, so a client is charged for its own error alone. CPU is the client's process tree between first request and last token.
+Try: python benchmarks/client_fidelity.py --streams 200 --rounds 5 --clients pdbench,vllm
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+SERVER_CORE, CLIENT_CORE = 0, 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every client is asked to send: `rounds` times `streams` requests of `tokens` tokens, `streams` at once."""
+
+    streams: int
+    rounds: int
+    tokens: int
+    ttft_ms: float
+    itl_ms: float
+
+    @property
+    def requests(self) -> int:
+        return self.streams * self.rounds
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a client reports (or the truth): seconds a request to its first token, seconds between tokens."""
+
+    ttft_s: numpy.ndarray
+    itl_s: numpy.ndarray
+    note: str = ""
+
+    def quantiles_ms(self) -> list[float]:
+        ttft, itl = self.ttft_s * 1e3, self.itl_s * 1e3
+        return [*numpy.quantile(ttft, [0.5, 0.99]), *numpy.quantile(itl, [0.5, 0.99])]
+
+
+def pinned(core: int) -> Callable[[], None]:
+    return lambda: os.sched_setaffinity(0, {core})
+
+
+class Server:
+    """The scripted server, pinned to its core."""
+
+    def __init__(self, load: Load) -> None:
+        command = [sys.executable, HERE / "token_server.py", f"--ttft-ms={load.ttft_ms}", f"--itl-ms={load.itl_ms}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=pinned(SERVER_CORE), text=True)
+        assert self.process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def log(self) -> list[dict]:
+        with urllib.request.urlopen(f"{self.url}/log", timeout=60) as answer:
+            return sorted(json.load(answer), key=lambda entry: entry["arrival_s"])
+
+
+class CpuWatch:
+    """CPU seconds of a process tree against time, read every 50 ms, so that start-up can be cut off afterwards."""
+
+    def __init__(self, pid: int) -> None:
+        self.readings: list[tuple[float, float]] = []
+        self._process = psutil.Process(pid)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        seen: dict[int, float] = {}
+        while not self._stop.wait(0.05):
+            try:
+                for one in [self._process, *self._process.children(recursive=True)]:
+                    times = one.cpu_times()
+                    seen[one.pid] = times.user + times.system
+            except psutil.Error:
+                pass
+            self.readings.append((time.monotonic(), sum(seen.values())))
+
+    def between(self, start_s: float, end_s: float) -> float:
+        self._stop.set()
+        self._thread.join()
+        instants, seconds = zip(*self.readings, strict=True)
+        return float(numpy.interp(end_s, instants, seconds) - numpy.interp(start_s, instants, seconds))
+
+
+def run_client(command: list[str], folder: Path) -> CpuWatch:
+    """Run one client to its end on the client core; its output goes to a log in `folder`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with (folder / "client.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, preexec_fn=pinned(CLIENT_CORE), env=environment, cwd=HERE.parent
+        )
+        watch = CpuWatch(process.pid)
+        try:
+            code = process.wait(timeout=400)
+        except BaseException:
+            process.kill()
+            raise
+    if code:
+        raise RuntimeError((folder / "client.log").read_text()[-1500:])
+    return watch
+
+
+def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
+    """Ours: run_load in a process of its own (this file with --as-client)."""
+    out = folder / "records.json"
+    watch = run_client(
+        [sys.executable, __file__, "--as-client", json.dumps([url, vars(load), str(out), options.processes])], folder
+    )
+    made = json.loads(out.read_text())
+    itl = numpy.concatenate([numpy.diff(record["token_s"]) for record in made["requests"]])
+    ttft = numpy.array([record["token_s"][0] - record["sent_s"] for record in made["requests"]])
+    client = made["client"]
+    note = f"{client['cpu_us_per_token']:.1f} us/token in the loop; {made['bytes_per_token']:.0f} B/token kept"
+    return watch, Figures(ttft, itl, f"{note}; {'marked client-limited' if made['limited'] else 'not marked'}")
+
+
+def as_client(url: str, load: dict, out: str, processes: int) -> None:
+    """The process that is measured: one trial, its records written once it has ended."""
+    from pdbench.config import LoadConfig
+    from pdbench.load.generator import run_load
+    from pdbench.records import Clock
+
+    streams, rounds, tokens = load["streams"], load["rounds"], load["tokens"]
+    config = LoadConfig(
+        concurrency=streams, requests=streams * rounds, output_tokens=tokens, warmup=streams, client_processes=processes
+    )
+    before = psutil.Process().memory_info().rss
+    result = run_load(config, url=url, model="scripted", clock=Clock.start())
+    measured = [record for record in result.requests if not record.warmup]
+    kept = sum(len(record.token_s) for record in result.requests)
+    made = {
+        "requests": [{"sent_s": record.sent_s, "token_s": record.token_s} for record in measured],
+        "client": result.trial.client,
+        "limited": any(flag.name == "client-limited" for flag in result.flags),
+        "bytes_per_token": (psutil.Process().memory_info().rss - before) / kept,
+    }
+    Path(out).write_text(json.dumps(made))
+
+
+def vllm(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
+    """`vllm bench serve` by its own entry point."""
+    script = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); "
+    script += "add_cli_args(p); main(p.parse_args())"
+    arguments = f"--base-url {url} --model scripted --backend openai --endpoint /v1/completions --dataset-name random"
+    arguments += (
+        f" --random-input-len 16 --random-output-len {load.tokens} --num-prompts {load.requests} --disable-tqdm"
+    )
+    arguments += (
+        f" --max-concurrency {load.streams} --num-warmups {load.streams} --ignore-eos --save-result --save-detailed"
+    )
+    out = folder / "vllm.json"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        *arguments.split(),
+        "--tokenizer",
+        options.tokenizer,
+        "--result-filename",
+        str(out),
+    ]
+    watch = run_client(command, folder)
+    made = json.loads(out.read_text())
+    return watch, Figures(numpy.array(made["ttfts"]), numpy.concatenate([numpy.array(itls) for itls in made["itls"]]))
+
+
+def aiperf(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
+    """AIPerf, from the environment that --aiperf names."""
+    arguments = (
+        f"profile --model scripted --url {url} --endpoint-type completions --streaming --concurrency {load.streams}"
+    )
+    arguments += f" --request-count {load.requests} --warmup-request-count {load.streams} --isl 16 --osl {load.tokens}"
+    arguments += " --ui none --export-level records"
+    command = [options.aiperf, *arguments.split(), "--tokenizer", options.tokenizer, "--artifact-dir", str(folder)]
+    watch = run_client(command, folder)
+    rows = [json.loads(line) for line in next(folder.rglob("profile_export.jsonl")).read_text().splitlines()]
+    rows = [row["metrics"] for row in rows if row["metadata"]["benchmark_phase"] == "profiling"]
+    ttft = numpy.array([row["time_to_first_token"]["value"] for row in rows]) / 1e3
+    itl = numpy.array([row["inter_token_latency"]["value"] for row in rows]) / 1e3
+    return watch, Figures(ttft, itl, "ITL is its mean a request")
+
+
+def truth_of(log: list[dict], load: Load) -> tuple[Figures, float, float]:
+    """The measured requests' true figures, and the interval in which they ran (instants of the monotonic clock)."""
+    log = log[-load.requests :]
+    ttft = numpy.array([entry["sends_s"][0] - entry["arrival_s"] for entry in log])
+    itl = numpy.concatenate([numpy.diff(entry["sends_s"]) for entry in log])
+    late_ms = max(entry["sends_s"][0] - entry["due_s"] for entry in log) * 1e3
+    note = f"the server itself was up to {late_ms:.1f} ms late"
+    return Figures(ttft, itl, note), log[0]["arrival_s"], max(entry["sends_s"][-1] for entry in log)
+
+
+CLIENTS = {"pdbench": pdbench, "vllm": vllm, "aiperf": aiperf}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5, help="requests a stream")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens a request")
+    parser.add_argument("--ttft-ms", type=float, default=20.0)
+    parser.add_argument("--itl-ms", type=float, default=10.0)
+    parser.add_argument("--clients", default="pdbench,vllm,aiperf")
+    parser.add_argument("--processes", type=int, default=1, help="--client-processes of ours")
+    parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; by itself the tiny model's")
+    parser.add_argument("--aiperf", default="aiperf", help="its executable, in an environment of its own")
+    parser.add_argument("--as-client", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.as_client:
+        return as_client(*json.loads(options.as_client))
+    if not options.tokenizer:
+        from pdbench.serving.tiny_model import tiny_model
+
+        options.tokenizer = str(tiny_model())
+    load = Load(options.streams, options.rounds, options.tokens, options.ttft_ms, options.itl_ms)
+    rate = load.streams / load.itl_ms * 1e3
+    table = Table(
+        title=f"{load.streams} streams, {rate:,.0f} tokens/s asked, {load.requests * load.tokens:,} tokens; error = reported - true, ms"
+    )
+    for column in (
+        "client",
+        "TTFT p50",
+        "error",
+        "TTFT p99",
+        "error",
+        "ITL p50",
+        "error",
+        "ITL p99",
+        "error",
+        "CPU us/token",
+        "note",
+    ):
+        table.add_column(column, justify="left" if column in ("client", "note") else "right")
+    for name in options.clients.split(","):
+        add_rows(table, name, load, options)
+    Console(width=200).print(table)
+    return None
+
+
+def add_rows(table: Table, name: str, load: Load, options: argparse.Namespace) -> None:
+    """One client's run: its row and that of the truth it ran against."""
+    with Server(load) as server, tempfile.TemporaryDirectory() as folder:
+        try:
+            watch, reported = CLIENTS[name](load, server.url, Path(folder), options)
+        except (FileNotFoundError, RuntimeError, StopIteration, KeyError) as error:
+            table.add_row(name, *["-"] * 9, f"skipped: {str(error).strip().splitlines()[-1][:100]}")
+            return
+        truth, start_s, end_s = truth_of(server.log(), load)
+    true_ms, reported_ms = truth.quantiles_ms(), reported.quantiles_ms()
+    cpu_us = watch.between(start_s, end_s) / (load.requests * load.tokens) * 1e6
+    cells = [
+        f"{cell:+.2f}" if index % 2 else f"{cell:.2f}"
+        for pair in zip(reported_ms, true_ms, strict=True)
+        for index, cell in enumerate((pair[0], pair[0] - pair[1]))
+    ]
+    table.add_row(name, *cells, f"{cpu_us:.1f}", reported.note)
+    table.add_row(
+        "  the truth", *[cell for true in true_ms for cell in (f"{true:.2f}", "")], "", truth.note, style="dim"
+    )
+
+
+if __name__ == "__main__":
+    main()
