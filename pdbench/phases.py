@@ -49,6 +49,9 @@ def join(requests: list[RequestRecord], events: list[dict[str, Any]]) -> None:
             continue
         transfer = received.get(event.get("transfer_id"))
         kv_end = transfer["end_s"] if transfer and not transfer.get("error") else None
+        if event.get("prefill_sent_s") is not None and "queue" in request.phases:
+            # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
+            request.phases["decode_queue"] = request.phases.pop("queue")
         last_token = request.token_s[-1] if request.token_s else None
         request.phases |= {
             "prefill": _interval(event.get("prefill_sent_s"), event.get("prefill_done_s")),
