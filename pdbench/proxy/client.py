@@ -45,6 +45,7 @@ class ClientConnection(asyncio.Protocol):
         max_connections: int,
     ) -> None:
         self.last_request = False
+        self.chunked = False
         self.on_pause: Callable[[bool], None] | None = None
         self._handle = handle
         self._everyone = everyone
@@ -53,8 +54,6 @@ class ClientConnection(asyncio.Protocol):
         self._waiting: deque[Ask] = deque()
         self._ask: Ask | None = None
         self._task: asyncio.Task[None] | None = None
-        self._chunked = False
-        self._stream_open = False
         self._paused = False
         self._refusal: RefusedError | None = None
         self._quiet_s = 0.0
@@ -138,29 +137,21 @@ class ClientConnection(asyncio.Protocol):
         retry = [] if refusal.retry_after_s is None else [(b"retry-after", b"%d" % refusal.retry_after_s)]
         self.respond(refusal.status, wire.error_body(refusal.status, refusal.message, stage=refusal.stage), retry)
 
-    def begin_stream(self, status: int, headers: wire.Headers) -> bool:
-        """The head of a streamed answer; returns whether its body goes in chunks (HTTP/1.1)."""
+    def begin_stream(self, status: int, headers: wire.Headers) -> bytes:
+        """The head of a streamed answer, to be written with its first bytes."""
         assert self._ask is not None
-        self._chunked = not self._ask.http_1_0
-        self._stream_open = True
-        keep_alive = self._keep_alive and self._chunked
-        self.transport.write(wire.head(status, headers, length=None, chunked=self._chunked, keep_alive=keep_alive))
-        return self._chunked
+        self.chunked = not self._ask.http_1_0
+        keep_alive = self._keep_alive and self.chunked
+        return wire.head(status, headers, length=None, chunked=self.chunked, keep_alive=keep_alive)
 
     def end_stream(self, last: bytes = b"", *, close: bool = False) -> None:
         """The end of a streamed answer, after `last`."""
-        self._stream_open = False
-        if self._chunked:
+        if self.chunked:
             last = (b"%x\r\n%b\r\n" % (len(last), last) if last else b"") + b"0\r\n\r\n"
         if last:
             self.transport.write(last)
-        self.last_request = self.last_request or close or not self._chunked
+        self.last_request = self.last_request or close or not self.chunked
         self._after_answer()
-
-    @property
-    def stream_open(self) -> bool:
-        """Whether a streamed answer has begun and not ended."""
-        return self._stream_open
 
     @property
     def _keep_alive(self) -> bool:

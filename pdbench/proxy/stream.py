@@ -19,11 +19,13 @@ class EventStream:
         self._held = b""
         self._last = b""
         self._client = client
-        self._chunked = client.begin_stream(200, leg.headers + headers)
+        head = client.begin_stream(200, leg.headers + headers)
+        self._chunked = client.chunked
         self._write = client.transport.write
-        chunks, leg.chunks = leg.chunks, []
-        for body in chunks:
-            self.pass_on(body)
+        first = self._whole_events(leg.body)
+        leg.chunks = []
+        self._last = first
+        self._write(head + self._frame(first) if first else head)
         leg.take = self.pass_on
         client.on_pause = leg.pause
 
@@ -48,6 +50,9 @@ class EventStream:
             event = wire.error_body(status, f"decode failed mid-stream: {error}", stage="decode")
             self._client.end_stream(b"data: %b\n\n" % event, close=True)
         return error
+
+    def _frame(self, body: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body
 
     def _whole_events(self, body: bytes) -> bytes:
         body = self._held + body

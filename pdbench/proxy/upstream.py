@@ -70,8 +70,8 @@ class Leg:
     """
 
     __slots__ = (
-        "_body_bytes", "_connection", "_data", "_limit_s", "_pool", "_quiet_s", "_task", "chunks", "end_s", "error",
-        "finished", "first_byte_s", "headers", "instance", "paused", "sent_s", "stage", "started", "status", "take",
+        "_body_bytes", "_connection", "_data", "_limit_s", "_pool", "_task", "chunks", "end_s", "error",
+        "finished", "first_byte_s", "headers", "instance", "paused", "quiet_s", "sent_s", "stage", "started", "status", "take",
         "timed_out", "tokens",
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ class Leg:
         self.take: Callable[[bytes], None] = self._take_first
         self._pool = pool
         self._limit_s = limit_s
-        self._quiet_s = 0.0
+        self.quiet_s = 0.0
         self._body_bytes = 0
         self._connection: InstanceConnection | None = None
         self._task: asyncio.Task[None] | None = None
@@ -137,14 +137,10 @@ class Leg:
 
     def tick(self, seconds: float) -> None:
         """Let time pass; the leg fails when it was quiet for longer than its limit."""
-        self._quiet_s = 0.0 if self.paused else self._quiet_s + seconds
-        if self._quiet_s > self._limit_s:
+        self.quiet_s = 0.0 if self.paused else self.quiet_s + seconds
+        if self.quiet_s > self._limit_s:
             self.timed_out = True
             self.fail(f"no byte for {self._limit_s:g} s")
-
-    def heard(self) -> None:
-        """Something came: the instance is not stalled."""
-        self._quiet_s = 0.0
 
     def head(self, status: int, headers: Headers) -> None:
         """The answer's head is complete."""
@@ -241,6 +237,10 @@ class InstanceConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._complete = False
         self._until_close = False
+        self._keep_alive = False
+        # httptools calls `on_body` for every piece of a body; a list's own append costs no Python frame.
+        self._bodies: list[bytes] = []
+        self.on_body = self._bodies.append
         self._parser = httptools.HttpResponseParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -259,19 +259,23 @@ class InstanceConnection(asyncio.Protocol):
         if leg is None:
             self.transport.abort()
             return
-        leg.heard()
+        leg.quiet_s = 0.0
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             leg.fail("the answer is not HTTP")
             return
+        bodies = self._bodies
+        if bodies:
+            leg.take(bodies[0] if len(bodies) == 1 else b"".join(bodies))
+            bodies.clear()
         if self._complete:
             self._finish()
 
     def eof_received(self) -> None:
         """The instance sends no more: the end of an answer that has no other."""
         if self.leg is not None and self._until_close:
-            self._complete = True
+            self._keep_alive = False
             self._finish()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -294,14 +298,10 @@ class InstanceConnection(asyncio.Protocol):
             self._until_close = not framed
             self.leg.head(status, headers)
 
-    def on_body(self, body: bytes) -> None:
-        """httptools: a piece of the body, chunk framing taken off."""
-        if self.leg is not None:
-            self.leg.take(body)
-
     def on_message_complete(self) -> None:
         """httptools: the answer is complete (an interim 1xx answer is not one)."""
         self._complete = self._parser.get_status_code() >= 200
+        self._keep_alive = self._parser.should_keep_alive() and not self._until_close
 
     def _finish(self) -> None:
         leg, self.leg = self.leg, None
@@ -309,7 +309,7 @@ class InstanceConnection(asyncio.Protocol):
         if leg is None:
             self.transport.abort()
             return
-        if self._parser.should_keep_alive() and not self._until_close:
+        if self._keep_alive:
             self._pool.give(self, leg.instance)
         else:
             self.transport.close()

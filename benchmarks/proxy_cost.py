@@ -1,0 +1,278 @@
+"""What a proxy costs: CPU a token and a request, time added, memory; ours beside its peers and a C relay, same run.
+
+Servers and client share one core, the proxy has the other. Peers are installed into virtual environments of their own
+under --peers (kept for the next run if you name a folder) and skipped with a word when that fails.
+Try: python benchmarks/proxy_cost.py            (about 6 minutes; --quick: 1 minute and rougher figures)
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import uvloop
+from proxy_cost_client import close, connect, first_token_ms, many_requests, steady
+
+HERE = Path(__file__).parent
+CORES = sorted(os.sched_getaffinity(0))
+STAGE_S = 0.005
+PEERS = ("quart", "vllm-router", "sglang-router")
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pinned(argv, core, **options):
+    """Start a process on one core."""
+    return subprocess.Popen(
+        argv, preexec_fn=lambda: os.sched_setaffinity(0, {core}), stderr=subprocess.DEVNULL, **options
+    )
+
+
+def ours(connector, prefill, decode, port):
+    """pdbench's proxy."""
+    roles = ["--decode", f"http://127.0.0.1:{decode}"]
+    if connector != "none":
+        roles += ["--prefill", f"http://127.0.0.1:{prefill}"]
+    return [sys.executable, "-m", "pdbench", "proxy", "--port", str(port), "--connector", connector, *roles]
+
+
+def install(name, folder):
+    """A peer's virtual environment, made if need be; returns its bin folder or None."""
+    home = folder / name
+    packages = {"quart": ["quart", "aiohttp", "uvloop"]}.get(name, [name])
+    if not (home / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    command = [home / "bin" / "python", "-m", "pip", "install", "-q", *packages]
+    return home / "bin" if subprocess.run(command, capture_output=True).returncode == 0 else None
+
+
+def peer(name, folder, prefill, decode, port):
+    """A peer's command line, or None when it does not install."""
+    programs = install(name, folder)
+    if programs is None:
+        return None
+    prefill_url, decode_url = f"http://127.0.0.1:{prefill}", f"http://127.0.0.1:{decode}"
+    if name == "quart":
+        return [programs / "python", HERE / "proxy_quart.py", prefill_url, decode_url, str(port)]
+    mode = "--vllm-pd-disaggregation" if name == "vllm-router" else "--pd-disaggregation"
+    common = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    return [programs / name, mode, "--prefill", prefill_url, "--decode", decode_url, *common]
+
+
+def floor(folder, decode, port):
+    """The C relay, compiled here; None without gcc."""
+    binary = folder / "floor"
+    built = subprocess.run(["gcc", "-O2", "-o", binary, HERE / "proxy_floor.c"], capture_output=True)
+    return [binary, str(port), str(decode)] if built.returncode == 0 else None
+
+
+def family(process):
+    """A process and those it started."""
+    top = psutil.Process(process.pid)
+    return [top, *top.children(recursive=True)]
+
+
+def cpu_s(process):
+    """CPU seconds of all threads of a process and its children, from the scheduler's own nanoseconds."""
+    total = 0
+    for member in family(process):
+        for task in Path(f"/proc/{member.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def memory_bytes(process):
+    """Resident memory of a process and its children."""
+    return sum(member.memory_info().rss for member in family(process))
+
+
+async def wait_ready(port, process):
+    """Wait until requests are answered with tokens; raises TimeoutError or RuntimeError."""
+    end = time.monotonic() + 40
+    while time.monotonic() < end:
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"ended with {process.returncode}")
+        with contextlib.suppress(OSError, ConnectionError, TimeoutError):
+            streams = await connect(port, 1)
+            try:
+                _, _, tokens = await asyncio.wait_for(streams[0].request(max_tokens=1), 5)
+            finally:
+                close(streams)
+            if tokens == 1:
+                return
+        await asyncio.sleep(0.3)
+    raise TimeoutError("gave no tokens within 40 s")
+
+
+async def paced_cpu(process, port, count, tokens, pace_s):
+    """CPU of the proxy a token while all streams run, in us, and the gaps between tokens in ms."""
+    spent = []
+
+    async def during(streams):
+        while not all(stream.arrivals for stream in streams):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(20 * pace_s)
+        before = cpu_s(process) if process else 0, sum(stream.tokens for stream in streams)
+        while max(stream.tokens for stream in streams) < tokens - 10:
+            await asyncio.sleep(0.05)
+        after = cpu_s(process) if process else 0, sum(stream.tokens for stream in streams)
+        spent.append(1e6 * (after[0] - before[0]) / max(after[1] - before[1], 1))
+
+    gaps, passed = await steady(port, count, tokens, pace_s, during)
+    if passed != count * tokens:
+        raise RuntimeError(f"{passed} of {count * tokens} tokens arrived")
+    return spent[0], gaps
+
+
+async def request_cost(process, port, requests):
+    """CPU of the proxy a one-token request in ms, and the growth of its memory over the requests in KiB."""
+    await many_requests(port, requests // 4, 16)
+    before, held = cpu_s(process), memory_bytes(process)
+    await many_requests(port, requests, 16)
+    return 1e3 * (cpu_s(process) - before) / requests, (memory_bytes(process) - held) / 1024
+
+
+async def stream_memory_kib(process, port, count):
+    """Memory of the proxy a stream with so many open at once, in KiB; every stream must end well."""
+    held = memory_bytes(process)
+    peak = []
+
+    async def during(streams):
+        while not all(stream.arrivals for stream in streams):
+            await asyncio.sleep(0.05)
+        peak.append(memory_bytes(process))
+
+    _, passed = await steady(port, count, 60, 0.25, during)
+    if passed != count * 60:
+        raise RuntimeError(f"{passed} of {count * 60} tokens arrived")
+    return (peak[0] - held) / 1024 / count
+
+
+def percentile(values, share):
+    """The value below which so large a share of the values lies."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+async def measure(process, port, options, direct):
+    """One row: every figure of one contender; None where it failed, with the reason on stderr."""
+    scale = 4 if options.quick else 1
+    row = {}
+
+    async def attempt(name, coroutine):
+        try:
+            row[name] = await asyncio.wait_for(coroutine, 120 if options.requests < 100000 else 7200)
+        except (OSError, RuntimeError, TimeoutError) as error:
+            print(f"  {name}: {type(error).__name__} {error}", file=sys.stderr)
+            row[name] = None
+
+    await first_token_ms(port, 20, STAGE_S)
+    await attempt("idle", first_token_ms(port, 200 // scale, STAGE_S))
+    await attempt("steady", paced_cpu(process, port, 200, 800 // scale, 0.02))
+    await attempt("fast", paced_cpu(process, port, 200, 1000 // scale, 0.01))
+    if process is not None:
+        await attempt("requests", request_cost(process, port, options.requests // scale))
+        await attempt("memory", stream_memory_kib(process, port, 2000))
+    figures = {
+        "us/token": row["steady"] and row["steady"][0],
+        "ms/request": row.get("requests") and row["requests"][0],
+        "TTFT p50 ms": row["idle"] and statistics.median(row["idle"]),
+        "TBT p99 ms": row["fast"] and percentile(row["fast"][1], 0.99),
+        "KiB/stream": row.get("memory"),
+        "growth KiB": row.get("requests") and row["requests"][1],
+    }
+    stages_ms = direct["TTFT p50 ms"] if direct else None
+    figures["TTFT added ms"] = figures["TTFT p50 ms"] and stages_ms and figures["TTFT p50 ms"] - stages_ms
+    figures["TBT p99 added ms"] = figures["TBT p99 ms"] and direct and figures["TBT p99 ms"] - direct["TBT p99 ms"]
+    return figures
+
+
+COLUMNS = ("us/token", "ms/request", "TTFT added ms", "TBT p99 added ms", "KiB/stream", "growth KiB")
+
+
+def show(name, figures, floor_us):
+    """One line of the table."""
+    cells = ["-" if figures[column] is None else f"{figures[column]:.2f}" for column in COLUMNS]
+    times = f"{figures['us/token'] / floor_us:.2f}" if floor_us and figures["us/token"] else "-"
+    print(f"| {name} | {cells[0]} | {times} | {' | '.join(cells[1:])} |", flush=True)
+
+
+async def contend(name, argv, port, options, direct):
+    """Start a contender, measure it, end it."""
+    if argv is None:
+        print(f"{name}: skipped, it does not install here", file=sys.stderr)
+        return None
+    process = pinned([str(part) for part in argv], CORES[-1], stdout=subprocess.DEVNULL)
+    try:
+        await wait_ready(port, process)
+        return await measure(process, port, options, direct)
+    except (RuntimeError, TimeoutError, OSError) as error:
+        print(f"{name}: skipped, {error}", file=sys.stderr)
+        return None
+    finally:
+        for member in family(process) if process.poll() is None else []:
+            member.kill()
+        process.wait()
+
+
+async def compare(options, folder):
+    """Every contender in turn, against the same servers."""
+    os.sched_setaffinity(0, {CORES[0]})
+    servers = pinned([sys.executable, str(HERE / "proxy_cost_servers.py")], CORES[0], stdout=subprocess.PIPE, text=True)
+    prefill, decode = map(int, servers.stdout.readline().split())
+    try:
+        await wait_ready(decode, None)
+        straight = await measure(None, decode, options, None)
+        # With two stages, one after the other, what a proxy adds is counted from two direct answers.
+        direct = {**straight, "TTFT p50 ms": 2 * straight["TTFT p50 ms"]}
+        print(f"no proxy: TTFT p50 {direct['TTFT p50 ms']:.2f} ms (prefill, then decode), ", end="")
+        print(f"TBT p99 {direct['TBT p99 ms']:.2f} ms at 20,000 tokens/s\n", flush=True)
+        print("| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
+              "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        floor_us = None
+        for name in options.only or ["floor", "pdbench p2p-nccl", "pdbench builtin-p2p-nccl", "pdbench none", *PEERS]:
+            port = free_port()
+            if name == "floor":
+                argv = floor(folder, decode, port)
+            elif name.startswith("pdbench"):
+                argv = ours(name.split(" ")[1], prefill, decode, port)
+            else:
+                argv = await asyncio.to_thread(peer, name, folder, prefill, decode, port)
+            one_stage = name in ("floor", "pdbench none")
+            figures = await contend(name, argv, port, options, straight if one_stage else direct)
+            if figures is not None:
+                floor_us = figures["us/token"] if name == "floor" else floor_us
+                show(name, figures, floor_us)
+    finally:
+        servers.kill()
+        servers.wait()
+
+
+def main():
+    """Options, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the work")
+    parser.add_argument("--requests", type=int, default=4000, help="requests of the CPU and memory growth figures")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one")
+    parser.add_argument("--only", action="append", help="one contender by its name in the table; may be repeated")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        uvloop.run(compare(options, options.peers or Path(temporary)))
+
+
+if __name__ == "__main__":
+    main()
