@@ -79,13 +79,22 @@ def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:
     if aligned:
         parts = [part.view(word) for part in parts]
     first = next(iter(kv_caches.values()))
-    kinds = f"{len(parts)} parts, {sum(sizes)} bytes a block, {first.dtype}, {tuple(first.shape[1:])}, sizes {sorted(set(sizes))}"
+    kinds = f"{len(parts)} parts of {sorted(set(sizes))} bytes a block, {first.dtype}, {_text(first)}"
     return BlockPacker(parts=tuple(parts), block_bytes=sum(sizes), layout=kinds)
+
+
+def _text(cache: torch.Tensor) -> str:
+    """A cache's shape behind the number of blocks, and the order of its dimensions in memory."""
+    return f"shape {tuple(cache.shape[1:])[-3:]}, memory order {_memory_order(cache)}"
+
+
+def _memory_order(cache: torch.Tensor) -> list[int]:
+    return sorted(range(cache.dim()), key=lambda dim: (-cache.stride(dim), -cache.shape[dim]))
 
 
 def _layer_parts(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tensor]:
     """One layer's cache as byte matrices [blocks, bytes], whatever order its memory has behind the block dimension."""
-    order = sorted(range(cache.dim()), key=lambda dim: (-cache.stride(dim), -cache.shape[dim]))
+    order = _memory_order(cache)
     memory = cache.permute(order)
     logical = 0 if cache.shape[0] % blocks == 0 and cache.shape[0] != 2 else 1
     place = order.index(logical) if logical < cache.dim() else -1

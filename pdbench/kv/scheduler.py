@@ -149,7 +149,7 @@ class KvScheduler:
         """The prompt's identity; both sides compute it from the same tokens, so a mixed-up transfer id shows."""
         tokens = int(request.num_prompt_tokens)
         digest = "not verified"
-        if self.options.verify_prompt:
+        if self.options.verify_prompt and transfer_parameters(request).get("verify_prompt", True):
             lora = getattr(request.lora_request, "lora_name", None)
             images = [feature.identifier for feature in getattr(request, "mm_features", None) or ()]
             salt = getattr(request, "cache_salt", None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import OrderedDict
@@ -19,15 +18,15 @@ from typing import Any
 
 import msgspec
 
-from pdbench.kv.control import HANDSHAKE_TIMEOUT_S, Channel, ChannelClosedError, Identity, accept_handshake
+from pdbench.kv.control import Channel, ChannelClosedError, Identity
 from pdbench.kv.link import Link, OpenLink
+from pdbench.kv.listening import Listener
 from pdbench.kv.messages import Prefilled, PrefillEnd, Prompt
 from pdbench.kv.metrics import TransferRecord
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 REMEMBERED_TRANSFERS = 10_000
-STRANGERS_AT_ONCE = 32
 
 
 class Ask(msgspec.Struct, tag="ask", tag_field="type"):
@@ -96,7 +95,7 @@ class Sender:
         changed: threading.Condition,
         finish: Callable[[TransferRecord], None],
     ) -> None:
-        self._secret, self._identity, self._open_link = secret, identity, open_link
+        self._identity, self._open_link = identity, open_link
         self._piece_blocks, self._timeout_s = piece_blocks, timeout_s
         self._changed, self._finish = changed, finish
         self._sends: dict[str, _Send] = {}
@@ -105,13 +104,8 @@ class Sender:
         self._past: OrderedDict[str, str] = OrderedDict()
         self._reports: set[str] = set()
         self._peers: set[_Peer] = set()
-        self._strangers = threading.BoundedSemaphore(STRANGERS_AT_ONCE)
-        self._closing = False
         self._stepped_s = time.monotonic()
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._listener = socket.create_server(address, family=family, backlog=128)
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._listen, name="kv-listen", daemon=True).start()
+        self._listener = Listener(address, secret, identity, timeout_s, self._serve)
 
     # The engine's thread
 
@@ -160,7 +154,6 @@ class Sender:
 
     def close(self) -> None:
         """Stop listening and leave all peers."""
-        self._closing = True
         self._listener.close()
         with self._changed:
             peers = list(self._peers)
@@ -314,41 +307,15 @@ class Sender:
                     del self._early[transfer_id]
                     self._remember(transfer_id, reason)
 
-    # Listening
+    # A peer's reading thread
 
-    def _listen(self) -> None:
-        while not self._closing:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                if self._closing:
-                    return
-                time.sleep(0.1)  # out of file descriptors, say
-                continue
-            if not self._strangers.acquire(blocking=False):
-                connection.close()
-                continue
-            threading.Thread(target=self._serve, args=(connection,), name="kv-peer", daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        """One connection, from handshake to its end."""
+    def _serve(self, channel: Channel) -> None:
+        """One decode worker, from handshake to its end."""
         try:
-            channel = Channel(connection, self._timeout_s)
-            deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
-            deadline.start()
-            try:
-                accept_handshake(channel, self._secret, self._identity)
-            except ChannelClosedError as error:
-                logger.warning("a KV connection was refused: %s", error)
-                return
-            finally:
-                deadline.cancel()
-                self._strangers.release()
-            channel.set_timeout(self._timeout_s)
             peer = _Peer(self._open_link(channel, True))
-        except Exception:
-            logger.exception("a KV connection failed")
-            connection.close()
+        except Exception as error:
+            logger.warning("no link to decode worker %s: %s", channel.peer, error)
+            channel.close()
             return
         with self._changed:
             self._peers.add(peer)

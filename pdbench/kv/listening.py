@@ -1,0 +1,79 @@
+"""Prefill's open door: accepts connections, shakes hands, and lets no stranger hold it up.
+
+Try: python -m pytest tests/test_kv_faults.py -k stranger
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from pdbench.kv.control import HANDSHAKE_TIMEOUT_S, Channel, ChannelClosedError, Identity, accept_handshake
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+STRANGERS_AT_ONCE = 32
+
+
+class Listener:
+    """A listening socket on `address` alone; every connection that shakes hands is served by a thread of its own.
+
+    Raises OSError when the address is taken or not this host's.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        secret: bytes,
+        identity: Identity,
+        timeout_s: float,
+        serve: Callable[[Channel], None],
+    ) -> None:
+        self._secret, self._identity, self._timeout_s, self._serve = secret, identity, timeout_s, serve
+        self._strangers = threading.BoundedSemaphore(STRANGERS_AT_ONCE)
+        self._closing = False
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._socket = socket.create_server(address, family=family, backlog=128)
+        threading.Thread(target=self._accept, name="kv-listen", daemon=True).start()
+
+    def close(self) -> None:
+        """Let nobody in any more; who is in stays."""
+        self._closing = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(), which would hold the port open
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                if not self._closing:
+                    time.sleep(0.1)  # out of file descriptors, say
+                continue
+            if self._strangers.acquire(blocking=False):
+                threading.Thread(target=self._admit, args=(connection,), name="kv-peer", daemon=True).start()
+            else:
+                connection.close()
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Shake hands within a bounded time, then serve."""
+        channel = Channel(connection, self._timeout_s)
+        deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
+        deadline.start()
+        try:
+            accept_handshake(channel, self._secret, self._identity)
+        except ChannelClosedError as error:
+            channel.close()
+            logger.warning("a KV connection was refused: %s", error)
+            return
+        finally:
+            deadline.cancel()
+            self._strangers.release()
+        channel.set_timeout(self._timeout_s)
+        self._serve(channel)

@@ -1,0 +1,157 @@
+"""The control connection: who gets in, who does not, and that nobody can make it hang."""
+
+import dataclasses
+import socket
+import struct
+import threading
+
+import pytest
+
+from pdbench.kv import control
+from pdbench.kv.control import Channel, ChannelClosedError, Identity, RefusedError, accept_handshake, offer_handshake
+
+SECRET = b"sixteen letters or more"
+IDENTITY = Identity(transport="tcp", tensor_parallel=2, rank=1, block_size=16, layout="4 parts", model="abc")
+
+
+@pytest.fixture
+def ends():
+    """Both ends of a TCP connection over the loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with ours, theirs:
+        yield Channel(ours, 5.0), Channel(theirs, 5.0)
+
+
+def shake(ends, *, decode_secret=SECRET, decode_identity=IDENTITY):
+    """Run both sides of the handshake; returns what each side raised."""
+    raised = {}
+
+    def side(name, function, channel, secret, identity):
+        try:
+            function(channel, secret, identity)
+        except ChannelClosedError as error:
+            raised[name] = error
+
+    prefill = threading.Thread(target=side, args=("prefill", accept_handshake, ends[1], SECRET, IDENTITY))
+    prefill.start()
+    side("decode", offer_handshake, ends[0], decode_secret, decode_identity)
+    prefill.join()
+    return raised
+
+
+def test_equal_sides_shake_hands_and_then_talk(ends):
+    assert shake(ends) == {}
+    ends[0].send({"type": "ask"}, memoryview(b"payload"))
+    assert ends[1].receive() == {"type": "ask"}
+    buffer = bytearray(7)
+    ends[1].receive_into(memoryview(buffer))
+    assert bytes(buffer) == b"payload"
+
+
+def test_another_secret_is_refused_on_both_sides_and_never_travels(ends):
+    raised = shake(ends, decode_secret=b"another secret of length")
+    assert isinstance(raised["prefill"], RefusedError) and isinstance(raised["decode"], RefusedError)
+    assert "PDBENCH_KV_SECRET" in str(raised["decode"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensor_parallel", 4),
+        ("rank", 0),
+        ("block_size", 32),
+        ("layout", "8 parts"),
+        ("transport", "nccl"),
+        ("model", "x"),
+    ],
+)
+def test_unequal_sides_are_refused_with_the_difference(ends, field, value):
+    raised = shake(ends, decode_identity=dataclasses.replace(IDENTITY, **{field: value}))
+    assert f"{field} is {value} on the decode side" in str(raised["decode"])
+    assert isinstance(raised["prefill"], RefusedError)
+
+
+def test_decode_refuses_a_prefill_that_cannot_prove_the_secret(ends):
+    def impostor():
+        ends[1].send({"protocol": control.PROTOCOL, "nonce": "00"})
+        answer = ends[1].receive()
+        # What it could do without the secret: reflect decode's own proof.
+        ends[1].send({"identity": answer["identity"], "proof": answer["proof"]})
+
+    thread = threading.Thread(target=impostor)
+    thread.start()
+    with pytest.raises(RefusedError, match="did not prove"):
+        offer_handshake(ends[0], SECRET, IDENTITY)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        struct.pack("!I", 1 << 30),
+        struct.pack("!I", 2) + b"{]",
+        struct.pack("!I", 2) + b"[]",
+        struct.pack("!I", 2) + b"{}",
+        struct.pack("!I", 19) + b'{"identity": {"a":1',
+        b"",
+    ],
+)
+def test_a_stranger_is_refused_whatever_it_says(ends, sent):
+    ends[0]._socket.sendall(sent)
+    ends[0]._socket.shutdown(socket.SHUT_WR)
+    with pytest.raises(ChannelClosedError):
+        accept_handshake(ends[1], SECRET, IDENTITY)
+
+
+def test_a_silent_stranger_is_left_after_the_handshake_timeout(ends, monkeypatch):
+    monkeypatch.setattr(control, "HANDSHAKE_TIMEOUT_S", 0.2)
+    with pytest.raises(ChannelClosedError, match="in time"):
+        accept_handshake(ends[1], SECRET, IDENTITY)
+
+
+def test_a_side_that_stops_reading_is_left(ends):
+    ends[0].set_timeout(0.2)
+    with pytest.raises(ChannelClosedError, match="took no data"):
+        for _ in range(100):
+            ends[0].send({"type": "blocks"}, memoryview(bytes(1 << 20)))
+
+
+def test_a_message_that_stops_half_way_is_left_but_an_idle_line_is_not(ends):
+    ends[1].set_timeout(0.2)
+    threading.Timer(0.5, lambda: ends[0]._socket.sendall(struct.pack("!I", 50) + b'{"type"')).start()
+    with pytest.raises(ChannelClosedError, match="sent no data"):
+        ends[1].receive(idle=True)
+
+
+def test_send_now_does_not_wait_for_a_reader(ends):
+    with pytest.raises(ChannelClosedError):
+        for _ in range(10_000):
+            ends[0].send_now({"type": "ask", "padding": "x" * 10_000})
+
+
+def test_close_wakes_a_thread_that_receives(ends):
+    raised = []
+
+    def receive():
+        try:
+            ends[0].receive()
+        except ChannelClosedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    ends[0].close()
+    thread.join(5)
+    assert raised and not thread.is_alive()
+
+
+def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ChannelClosedError, match="not reachable"):
+        control.dial("127.0.0.1", port, 1.0)
+    with pytest.raises(ChannelClosedError, match="not reachable"):
+        control.dial("127.0.0.1", 99_999, 1.0)

@@ -1,0 +1,326 @@
+"""Every fault of a transfer, over real sockets: each receive ends, each kept block is freed, nothing wrong is written."""
+
+import os
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from kv_instances import (
+    BLOCK,
+    BLOCKS,
+    LAYERS,
+    PATIENCE_S,
+    SECRET,
+    Instance,
+    drop,
+    fetch,
+    free_port,
+    instances,
+    prefill,
+    prompt,
+    settled,
+)
+
+from pdbench.kv.control import Channel, Identity, accept_handshake
+from pdbench.kv.messages import SECRET_VARIABLE, Prefilled, PrefillEnd
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+
+
+@pytest.fixture
+def pair():
+    """A prefill and a decode instance."""
+    port = free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
+        yield made
+
+
+def test_unequal_tensor_parallel_sizes_are_refused(caplog):
+    port = free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode", ranks=2)) as (p, d):
+        asked = prompt(8)
+        fetch(d, asked, [1, 2], port)
+        d.until(lambda: d.failed)
+        assert "tensor_parallel is 2 on the decode side and 1 on the prefill side" in caplog.text
+        assert p.sent == []
+
+
+def test_prefill_that_nobody_asks_for_is_freed():
+    with instances(lambda: Instance("prefill", free_port(), timeout_s=0.3)) as p:
+        asked = prompt(8)
+        prefill(p, asked, [1, 2])
+        p.until(lambda: p.sent == [asked.request_id])
+
+
+def test_prefill_that_never_comes_fails_the_fetch():
+    port = free_port()
+    with instances(lambda: Instance("prefill", port, timeout_s=0.5), lambda: Instance("decode", timeout_s=0.5)) as (
+        p,
+        d,
+    ):
+        asked = prompt(8)
+        fetch(d, asked, [5, 6], port)
+        d.until(lambda: d.received)
+        assert d.failed == [asked.request_id]
+        # Should it come after all, its blocks are not kept in vain.
+        p.step()
+        prefill(p, asked, [1, 2])
+        p.until(lambda: p.sent == [asked.request_id])
+
+
+def test_a_prefill_that_queues_longer_than_the_timeout_is_waited_for():
+    port = free_port()
+    with instances(lambda: Instance("prefill", port, timeout_s=1.0), lambda: Instance("decode", timeout_s=1.0)) as (
+        p,
+        d,
+    ):
+        asked = prompt(8)
+        fetch(d, asked, [5, 6], port)
+        p.step(expected=[asked])
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:  # both engines go on with other requests
+            p.step()
+            d.step()
+        assert not d.received
+        p.step(prefilled=[Prefilled(request_id=asked.request_id, blocks=[1, 2], replace=True, computed_tokens=8)])
+        p.step(ended=[PrefillEnd(request_id=asked.request_id, kept=True, error=None)])
+        settled(p, d, asked)
+
+
+def test_nobody_listens_fails_the_fetch(pair):
+    _, d = pair
+    asked = prompt(8)
+    fetch(d, asked, [5, 6], free_port())
+    d.until(lambda: d.failed == [asked.request_id])
+
+
+def test_prefill_that_is_aborted_fails_the_fetch_at_once(pair):
+    p, d = pair
+    asked = prompt(30)
+    fetch(d, asked, list(range(8)), p.port)
+    prefill(p, asked, list(range(8)), [12], error="prefill ended as aborted")
+    settled(p, d, asked, failed=True)
+
+
+def test_prefill_aborted_before_it_was_scheduled_keeps_nothing(pair):
+    p, d = pair
+    asked = prompt(30)
+    fetch(d, asked, list(range(8)), p.port)
+    p.step(expected=[asked])
+    p.step(ended=[PrefillEnd(request_id=asked.request_id, kept=False, error="prefill ended as aborted")])
+    d.until(lambda: d.failed == [asked.request_id])
+    assert p.sent == []
+
+
+@pytest.mark.parametrize("when", ["before prefill", "amid prefill", "after prefill", "before it was asked"])
+def test_decode_that_gives_up_frees_both_sides(pair, when):
+    p, d = pair
+    asked = prompt(30)
+    if when == "before it was asked":
+        prefill(p, asked, list(range(8)))
+        drop(d, asked, p.port)
+        p.until(lambda: p.sent == [asked.request_id])
+        assert d.received == []
+        return
+    fetch(d, asked, list(range(8)), p.port)
+    if when == "before prefill":
+        drop(d, asked, p.port)
+    prefill(p, asked, list(range(8)), [12], ended=False)
+    if when == "amid prefill":
+        drop(d, asked, p.port)
+    p.step(ended=[PrefillEnd(request_id=asked.request_id, kept=True, error=None)])
+    if when == "after prefill":
+        drop(d, asked, p.port)
+    settled(p, d, asked, failed=True)
+
+
+def test_another_prompt_under_the_transfer_id_is_refused_and_the_right_one_still_served(pair):
+    p, d = pair
+    asked = prompt(8)
+    prefill(p, asked, [1, 2])
+    before = d.blocks([10, 11]).clone()
+    for wrong in (
+        prompt(8, transfer_id=asked.transfer_id, fingerprint="other"),
+        prompt(12, transfer_id=asked.transfer_id),
+    ):
+        fetch(d, wrong, [10, 11, 12][: -(-wrong.tokens // BLOCK)], p.port)
+        d.until(lambda wrong=wrong: wrong.request_id in d.failed)
+    assert torch.equal(before, d.blocks([10, 11]))
+    fetch(d, asked, [10, 11], p.port)
+    settled(p, d, asked)
+
+
+def test_a_transfer_id_serves_once(pair):
+    p, d = pair
+    first = prompt(8)
+    prefill(p, first, [1, 2])
+    fetch(d, first, [10, 11], p.port)
+    settled(p, d, first)
+    replay = prompt(8, transfer_id=first.transfer_id)
+    fetch(d, replay, [12, 13], p.port)
+    d.until(lambda: replay.request_id in d.failed)
+    again = prompt(8, transfer_id=first.transfer_id)
+    prefill(p, again, [3, 4])
+    p.until(lambda: again.request_id in p.sent)
+
+
+def test_two_requests_for_one_transfer_id(pair):
+    p, d = pair
+    first, second = prompt(8), prompt(8)
+    second = prompt(8, transfer_id=first.transfer_id)
+    fetch(d, first, [10, 11], p.port)
+    fetch(d, second, [12, 13], p.port)
+    d.until(lambda: d.failed == [second.request_id])
+    prefill(p, first, [1, 2])
+    settled(p, d, first)
+
+
+def test_a_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(pair):
+    p, d = pair
+    good, waiting = prompt(8), prompt(8)
+    prefill(p, good, [1, 2])
+    fetch(d, good, [10, 11], p.port)
+    settled(p, d, good)
+    fetch(d, waiting, [12, 13], p.port)
+    p.worker.close()
+    d.until(lambda: d.failed == [waiting.request_id])
+    with instances(lambda: Instance("prefill", p.port)) as returned:
+        after = prompt(8)
+        prefill(returned, after, [4, 5])
+        fetch(d, after, [14, 15], p.port)
+        settled(returned, d, after)
+        assert torch.equal(returned.blocks([4, 5]), d.blocks([14, 15]))
+
+
+def test_a_decode_that_dies_frees_what_it_asked_for(pair):
+    p, d = pair
+    asked, early = prompt(30), prompt(8)
+    fetch(d, asked, list(range(8)), p.port)
+    fetch(d, early, [10, 11], p.port)
+    prefill(p, asked, list(range(8)), [12], ended=False)
+    d.until(lambda: torch.equal(d.blocks([0]), p.blocks([0])))
+    d.worker.close()
+    p.step(ended=[PrefillEnd(request_id=asked.request_id, kept=True, error=None)])
+    p.until(lambda: asked.request_id in p.sent)
+    prefill(p, early, [20, 21])
+    p.until(lambda: early.request_id in p.sent)
+
+
+@contextmanager
+def false_prefill(behave):
+    """A prefill that knows the secret and then does what `behave(channel)` does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            channel = Channel(connection, 5.0)
+            accept_handshake(channel, SECRET.encode(), identity)
+            behave(channel)
+
+        layout = Instance("decode")
+        identity = Identity(
+            transport="tcp",
+            tensor_parallel=1,
+            rank=0,
+            block_size=BLOCK,
+            layout=layout.worker._receiver._identity.layout,
+            model="model",
+        )
+        layout.worker.close()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def first_piece(ask, bytes_of_it=None, **changes):
+    size = LAYERS * BLOCK * 8 * 4
+    header = {"type": "blocks", "transfer_id": ask["transfer_id"], "start": 0, "count": 1, "bytes": size} | changes
+    return header, memoryview(bytes(size if bytes_of_it is None else bytes_of_it))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "stalls amid a piece",
+        "dies amid a piece",
+        "stalls between pieces",
+        "sends the wrong block",
+        "sends too much",
+        "says nonsense",
+    ],
+)
+def test_a_prefill_that_misbehaves_fails_the_fetch(what):
+    over = threading.Event()
+
+    def behave(channel):
+        ask = channel.receive()
+        if what in ("stalls amid a piece", "dies amid a piece"):
+            channel.send(*first_piece(ask, 10))
+        elif what == "stalls between pieces":
+            channel.send(*first_piece(ask))
+        elif what == "sends the wrong block":
+            channel.send(*first_piece(ask, start=1))
+        elif what == "sends too much":
+            channel.send(*first_piece(ask, count=9))
+        else:
+            channel.send({"type": "nonsense"})
+        if "stalls" in what:
+            over.wait(PATIENCE_S)
+        channel.close()
+
+    with false_prefill(behave) as port, instances(lambda: Instance("decode", timeout_s=0.5)) as d:
+        asked = prompt(8)
+        before = d.blocks([6]).clone()
+        fetch(d, asked, [5, 6], port)
+        d.until(lambda: d.failed == [asked.request_id])
+        over.set()
+        assert torch.equal(before, d.blocks([6]))
+
+
+def test_a_stopped_decode_does_not_hold_blocks_for_ever():
+    """Decode asks and then reads nothing, as a stopped process does: prefill gives up when its sends stall."""
+    port = free_port()
+    big = (BLOCKS, BLOCK, 256 * 1024)  # 4 MiB a layer's block, more than sockets buffer
+    with instances(lambda: Instance("prefill", port, layout=big, timeout_s=0.5)) as p:
+        channel = Channel(socket.create_connection(("127.0.0.1", port)), 5.0)
+        from pdbench.kv.control import offer_handshake
+
+        offer_handshake(channel, SECRET.encode(), p.worker._sender._identity)
+        asked = prompt(16)
+        ask = {"type": "ask", "transfer_id": asked.transfer_id, "tokens": 16, "fingerprint": "same", "start_block": 0}
+        channel.send({**ask, "piece_blocks": 4})
+        prefill(p, asked, [0, 1, 2, 3])
+        p.until(lambda: p.sent == [asked.request_id])
+
+
+def test_strangers_change_nothing(pair):
+    p, d = pair
+    strangers = [socket.create_connection(("127.0.0.1", p.port)) for _ in range(5)]
+    strangers[0].sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+    strangers[1].sendall(os.urandom(1000))
+    strangers[2].close()
+    asked = prompt(8)
+    prefill(p, asked, [1, 2])
+    fetch(d, asked, [10, 11], p.port)
+    settled(p, d, asked)
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_another_secret_gets_no_blocks(pair, monkeypatch):
+    p, _ = pair
+    monkeypatch.setenv(SECRET_VARIABLE, "another secret, as long")
+    with instances(lambda: Instance("decode")) as outsider:
+        asked = prompt(8)
+        prefill(p, asked, [1, 2])
+        fetch(outsider, asked, [10, 11], p.port)
+        outsider.until(lambda: outsider.failed == [asked.request_id])
+        assert p.sent == []  # still kept for the one that may have it
