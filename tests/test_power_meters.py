@@ -1,0 +1,86 @@
+"""RAPL from a sysfs tree made of files, amdsmi from a module of our own; the machine's real meters are not needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdbench.power.rapl import open_rapl
+
+
+def zone(root: Path, name: str, label: str, energy_uj: int, top_uj: int = 1_000_000_000) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "name").write_text(label + "\n")
+    (folder / "energy_uj").write_text(f"{energy_uj}\n")
+    (folder / "max_energy_range_uj").write_text(f"{top_uj}\n")
+    return folder
+
+
+def test_rapl_reads_packages_and_dram_and_leaves_their_parts(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    zone(tmp_path, "intel-rapl:0:0", "core", 1_000_000)
+    zone(tmp_path, "intel-rapl:0:1", "dram", 2_000_000)
+    zone(tmp_path, "intel-rapl:1", "psys", 9_000_000)
+    zone(tmp_path, "intel-rapl-mmio:0", "package-0", 5_000_000)
+    found = [(reader.id, reader.kind) for reader in open_rapl(tmp_path)]
+    assert found == [("cpu-package-0", "cpu"), ("dram-package-0", "dram")]
+    assert open_rapl(tmp_path / "nowhere") == []
+
+
+def test_rapl_counts_on_over_its_wrap_around(tmp_path: Path) -> None:
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 990_000_000)
+    [reader] = open_rapl(tmp_path)
+    assert reader.read(10.0) == {"energy_j": 0.0}
+    (folder / "energy_uj").write_text("995000000")
+    assert reader.read(10.5) == {"energy_j": 5.0, "power_w": 10.0}
+    (folder / "energy_uj").write_text("15000000")
+    assert reader.read(11.5) == {"energy_j": 25.0, "power_w": 20.0}
+
+
+def test_rapl_that_may_not_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 1)
+    [reader] = open_rapl(tmp_path)
+    (folder / "energy_uj").unlink()
+    assert reader.read(0.0) == {} and "cannot be read" in reader.not_measured["energy_j"]
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError
+
+    [reader] = open_rapl(zone(tmp_path / "other", "intel-rapl:0", "package-0", 1).parent)
+    monkeypatch.setattr(Path, "read_text", refuse)  # the tests may run as root, whom no file refuses
+    assert reader.read(0.0) == {} and "root may" in reader.not_measured["device"]
+
+
+AMDSMI = """
+class AmdSmiClkType: GFX, MEM = "gfx", "mem"
+class AmdSmiTemperatureType: HOTSPOT = 1
+class AmdSmiTemperatureMetric: CURRENT = 0
+class AmdSmiMemoryType: VRAM = 0
+def amdsmi_init(): pass
+def amdsmi_get_processor_handles(): return ["card"]
+def amdsmi_get_power_info(card): return {"current_socket_power": 550, "average_socket_power": "N/A"}
+def amdsmi_get_energy_count(card): return {"energy_accumulator": 2_000_000, "counter_resolution": 15.3, "timestamp": 1}
+def amdsmi_get_clock_info(card, kind): return {"clk": 2100 if kind == "gfx" else 1300, "max_clk": 2100}
+def amdsmi_get_gpu_activity(card): return {"gfx_activity": 97, "umc_activity": 40, "mm_activity": "N/A"}
+def amdsmi_get_temp_metric(card, kind, metric): raise RuntimeError("AMDSMI_STATUS_NOT_SUPPORTED")
+def amdsmi_get_gpu_memory_usage(card, kind): return 2**30
+"""
+
+
+def test_amd_gpu_through_amdsmi(tmp_path: Path) -> None:
+    (tmp_path / "amdsmi.py").write_text(AMDSMI)
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from pdbench.power.devices import open_readers
+gpu, absent = open_readers({{"decode": [0, 1]}}, {{}})[:2]
+values = gpu.read(0.0)
+assert values == {{"power_w": 550.0, "energy_j": 30.6, "sm_clock_mhz": 2100.0, "memory_clock_mhz": 1300.0,
+    "gpu_utilization_pct": 97.0, "memory_utilization_pct": 40.0, "memory_used_mib": 1024.0}}, values
+assert "NOT_SUPPORTED" in gpu.not_measured["temperature_c"]
+assert "does not give" in gpu.not_measured["power_average_w"]
+assert absent.lost and "none of index 1" in absent.not_measured["device"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
