@@ -44,7 +44,7 @@ def run(
     /,
     *,
     against: str = "single,disaggregated",
-    trials: int = 2,
+    trials: int = 3,
     out: Path = Path(),
     serve: ServeConfig | None = None,
     load: LoadConfig | None = None,
@@ -69,10 +69,7 @@ def run(
     names = _deployment_names(against)
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
     with stop_on_signals():
-        try:
-            folders = experiment.run(names, trials, options, out, console)
-        finally:
-            judge.finish([out / f"{name}_results" for name in names], console)
+        folders = experiment.run(names, trials, options, out, console, lambda folder: judge.finish(folder, console))
     judge.side_by_side(folders, out, console)
     judge.exit_on_flags(folders)
 
@@ -107,8 +104,9 @@ def bench(
 
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
     with stop_on_signals():
-        folder = experiment.bench(url, options.serve.model, options, trials, out, console)
-    judge.finish([folder], console)
+        folder = experiment.bench(
+            url, options.serve.model, options, trials, out, console, lambda folder: judge.finish(folder, console)
+        )
     judge.exit_on_flags([folder])
 
 
@@ -223,6 +221,48 @@ def compare(
     from pdbench.report.commands import compare_folders
 
     sys.exit(compare_folders(folders, fail_if, anyway, lang, picture, console))
+
+
+@app.command
+def monitor(
+    *, gpus: str | None = None, interval: float = 0.1, duration: float | None = None, out: Path | None = None
+) -> None:
+    """Watch power, clocks and utilisation of this host's devices: a live table, and a file when it ends.
+
+    Parameters
+    ----------
+    gpus
+        GPU indices with commas between, as 0,1; by itself all of them.
+    interval
+        Seconds between samples, 0.01 to 10.
+    duration
+        Seconds to watch; by itself until Ctrl-C.
+    out
+        File for what was read: .json (everything, the fine power curve too) or .csv (the samples).
+    """
+    from pdbench.power import monitor as room
+
+    try:
+        indices = None if gpus is None else [int(index) for index in gpus.split(",")]
+    except ValueError:
+        raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
+    room.monitor(indices, interval, duration, out, console)
+
+
+@app.command
+def plot(source: Path, /, *, picture: Path | None = None) -> None:
+    """Draw the curves of devices: power with utilisation behind it, clocks, temperature, power against utilisation.
+
+    Parameters
+    ----------
+    source
+        A file of `pdbench monitor`, a *_gpu_data.json, or a results folder.
+    picture
+        Where the PNG goes; by itself beside the source.
+    """
+    from pdbench.report import device_figures
+
+    console.print(f"drawn: {device_figures.plot(source, picture)}", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from pdbench.errors import UserError
 from pdbench.power.reader import Reader
 from pdbench.power.statistics import field_statistics, mean_power_w, sampling_statistics
 from pdbench.power.ticks import TickFollower
@@ -50,12 +51,14 @@ class SystemTime:
 class Sampler:
     """Samples `readers` every `interval_s` seconds (0.01 to 10) while the `with` block runs; closes them at its end.
 
-    On entry it waits (half a second at most) until every energy counter has ticked, so that the window's edge is covered.
+    Raises UserError for an interval out of that range. On entry it waits (half a second at most) until every energy counter has ticked, so that the window's edge is covered.
     """
 
     def __init__(
         self, readers: Sequence[Reader], interval_s: float, clock: Clock, time_source: TimeSource | None = None
     ) -> None:
+        if not 0.01 <= interval_s <= 10:
+            raise UserError(f"sample interval {interval_s} s: devices can be sampled every 0.01 to 10 seconds")
         self._clock, self._interval_s = clock, interval_s
         self._time: TimeSource = time_source or SystemTime()
         self._devices = [_Device(reader, self._time) for reader in readers]
