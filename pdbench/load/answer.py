@@ -54,6 +54,7 @@ class Answer:
 
     __slots__ = (
         "_body",
+        "_chunks",
         "_content_type",
         "_counts",
         "_events",
@@ -65,7 +66,7 @@ class Answer:
         "bytes_seen",
         "complete",
         "keep_alive",
-        "reads_with_several",
+        "merged_reads",
         "record",
         "streaming",
         "user_stamps",
@@ -76,13 +77,14 @@ class Answer:
         self.complete = False
         self.keep_alive = False
         self.bytes_seen = 0
-        self.reads_with_several = 0
+        self.merged_reads = 0
         self.user_stamps = 0
         self.streaming = False
         self._parser: Any = httptools.HttpResponseParser(self)
         self._events = EventReader()
         self._pieces: list[str] = []
         self._body = b""
+        self._chunks = 0
         self._content_type = b""
         self._counts: set[str] = set()
         self._finished = False
@@ -93,11 +95,14 @@ class Answer:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
         self._now_s = at_s
         self.bytes_seen += len(data)
+        before = self._chunks
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             if not self.complete:
                 self.fail("bad_http", f"not HTTP/1.1: {error}", at_s)
+        if self._chunks > before + 1:
+            self.merged_reads += 1
 
     def closed(self, at_s: float, kind: str, message: str) -> None:
         """The connection is gone; `kind` is closed (by the server, in order), reset, timeout, stall, tls, refused, connect.
@@ -139,8 +144,6 @@ class Answer:
             self._body = (self._body + body)[:_ERROR_BODY_BYTES]
             return
         payloads = self._events.feed(body)
-        if len(payloads) > 1:
-            self.reads_with_several += 1
         for payload in payloads:
             if payload == b"[DONE]":
                 self._finished = True
@@ -191,6 +194,8 @@ class Answer:
             count = 1 if text else 0
             if text:
                 self._counts.add("chunks")
+        if count:
+            self._chunks += 1
         if count == 1:
             token_s.append(self._now_s)
         elif count:

@@ -6,8 +6,6 @@ Try: python -c "from pdbench.load.client import fetch; print(fetch('http://127.0
 
 import contextlib
 import os
-import select
-import selectors
 import socket
 import ssl
 import time
@@ -23,6 +21,7 @@ from pdbench.load import stamps
 from pdbench.load.answer import Answer
 from pdbench.load.connection import Address, Connection
 from pdbench.load.stamps import ArrivalClock
+from pdbench.load.waiting import Waiter
 from pdbench.records import RequestRecord
 
 _DEADLINE_CHECK_S = 0.05
@@ -50,10 +49,10 @@ class Client:
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
         self.in_flight = 0
-        self.reads_with_several = 0
+        self.merged_reads = 0
         self._address, self._tls, self._server_name, self._head = _target(url, endpoint, verify_tls)
         self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
-        self._selector = selectors.DefaultSelector()
+        self._waiter = Waiter()
         self._idle: deque[Connection] = deque()
         self._active: set[Connection] = set()
         self._resendable: dict[Answer, bytes] = {}
@@ -78,23 +77,19 @@ class Client:
 
     def poll(self, until_s: float) -> list[RequestRecord]:
         """Handle what has arrived, waiting for it until `until_s` at most (run's clock); the requests that ended."""
-        ready = self._selector.select(0)
-        if not ready and not self._finished:
-            wait_s = min(until_s, self._check_at_s) - self.clock.now()
-            if wait_s > 0:
-                _wait(self._selector, wait_s)
-            ready = self._selector.select(0)
-        began_s = time.monotonic()
-        for key, events in ready:
-            connection: Connection = key.data
+        monotonic, zero_s = time.monotonic, self.clock.zero_s
+        wait_s = 0.0 if self._finished else min(until_s, self._check_at_s) - (monotonic() - zero_s)
+        ready = self._waiter.wait(wait_s)
+        began_s = monotonic() - zero_s
+        for connection, events in ready:
             connection.ready(events)
             if connection.broken is not None or (connection.answer is not None and connection.answer.complete):
                 self._settle(connection)
-        now_s = self.clock.now()
+        now_s = monotonic() - zero_s
         if now_s >= self._check_at_s:
             self._check_deadlines(now_s)
         if ready:
-            self.busy_s.append(time.monotonic() - began_s)
+            self.busy_s.append(now_s - began_s)
         finished, self._finished = self._finished, []
         return finished
 
@@ -105,7 +100,7 @@ class Client:
     def reset_counters(self) -> None:
         """Forget the delays seen so far (the warm-up's)."""
         self.busy_s, self.clock.read_delays_s = array("d"), array("d")
-        self.reads_with_several = 0
+        self.merged_reads = 0
 
     def abandon(self, kind: str, message: str) -> list[RequestRecord]:
         """End every request in flight as a failure of this class; what has arrived is kept."""
@@ -122,7 +117,7 @@ class Client:
         self._stamper.close()
         self._active.clear()
         self._idle.clear()
-        self._selector.close()
+        self._waiter.close()
 
     def _send(self, data: bytes, answer: Answer) -> None:
         connection = self._idle.pop() if self._idle else self._connect(answer)
@@ -144,9 +139,9 @@ class Client:
 
     def _watch(self, connection: Connection, events: int) -> None:
         if connection.watched:
-            self._selector.modify(connection.sock, events, connection)
+            self._waiter.change(connection.sock, events, connection)
         else:
-            self._selector.register(connection.sock, events, connection)
+            self._waiter.add(connection.sock, events, connection)
 
     def _settle(self, connection: Connection) -> None:
         """A connection whose answer is complete or that broke: keep it, drop it, or send its request again."""
@@ -166,7 +161,7 @@ class Client:
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
         if connection.watched:
-            self._selector.unregister(connection.sock)
+            self._waiter.remove(connection.sock)
         connection.close()
         if answer is None:
             return
@@ -183,7 +178,7 @@ class Client:
 
     def _collect(self, answer: Answer) -> None:
         self._resendable.pop(answer, None)
-        self.reads_with_several += answer.reads_with_several
+        self.merged_reads += answer.merged_reads
         self.in_flight -= 1
         self._finished.append(answer.record)
 
@@ -211,15 +206,6 @@ def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", time
         while not client.poll(client.clock.now() + 1.0):
             pass
     return record
-
-
-def _wait(selector: selectors.BaseSelector, wait_s: float) -> None:
-    """Wait for the selector's own descriptor: select(2) takes microseconds where epoll_wait rounds up to a millisecond."""
-    descriptor = getattr(selector, "fileno", lambda: 1024)()
-    if descriptor < 1024:
-        select.select([descriptor], [], [], wait_s)
-    else:
-        selector.select(wait_s)
 
 
 def _target(url: str, endpoint: str, verify_tls: bool) -> tuple[Address, ssl.SSLContext | None, str, bytes]:

@@ -6,16 +6,15 @@ Try: pytest tests/test_load_client.py
 
 import contextlib
 import errno
-import selectors
 import socket
 import ssl
 from collections.abc import Callable
 
 from pdbench.load import stamps
 from pdbench.load.answer import Answer
+from pdbench.load.waiting import READ, WRITE
 
 _READ_BYTES = 65536
-_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Address = tuple[socket.AddressFamily, tuple]
 
 
@@ -90,9 +89,9 @@ class Connection:
     def ready(self, events: int) -> None:
         """The socket can be written or read (selector events)."""
         try:
-            if events & _WRITE:
+            if events & WRITE:
                 self._writable()
-            if events & _READ and self.broken is None:
+            if events & READ and self.broken is None:
                 self._readable()
         except (OSError, ssl.SSLError) as error:
             self._break(error)
@@ -101,7 +100,7 @@ class Connection:
         """The answer is complete: wait for the next request, or for the server to close."""
         self.answer = None
         self.reused = True
-        self._wait_for(_READ)
+        self._wait_for(READ)
 
     def close(self) -> None:
         """Close the socket at once; what has not been read is lost."""
@@ -126,7 +125,7 @@ class Connection:
         except OSError as error:
             self._break(error)
             return
-        self._wait_for(_READ | _WRITE if self._unsent else _READ)
+        self._wait_for(READ | WRITE if self._unsent else READ)
 
     def _wait_for(self, events: int) -> None:
         if events != self.watched:
@@ -138,7 +137,7 @@ class Connection:
         try:
             self.sock.getpeername()
         except OSError:
-            self._wait_for(_READ | _WRITE)
+            self._wait_for(READ | WRITE)
             return
         self._connected()
 

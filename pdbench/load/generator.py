@@ -7,6 +7,7 @@ print(run_load(LoadConfig(requests=4), url='http://127.0.0.1:8000', model='m', c
 
 import contextlib
 import gc
+import os
 import resource
 import signal
 import threading
@@ -132,7 +133,7 @@ def run_part(
         verify_tls=config.tls_verify,
     )
     interrupted = threading.Event()
-    with client, stopping(stop_signals, interrupted.set), _no_garbage_collection():
+    with client, stopping(stop_signals, interrupted.set), _no_garbage_collection(), _real_time() as real_time:
         load = _Load(config, client, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
         load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
         begin_s = clock.now() if begin is None else begin()
@@ -147,9 +148,10 @@ def run_part(
             begin_s=begin_s,
             busy_s=client.busy_s.tobytes(),
             read_delays_s=client.clock.read_delays_s.tobytes(),
-            merged_reads=client.reads_with_several,
+            merged_reads=client.merged_reads,
             cpu_s=cpu_s,
             wall_s=wall_s,
+            real_time=real_time,
             interrupted=interrupted.is_set(),
             steady_window=load.steady_window,
             token_ids_refused=load.token_ids_refused,
@@ -306,6 +308,28 @@ def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Ite
         yield
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def _real_time() -> Iterator[bool]:
+    """Real-time priority for this thread where the system permits it, so that servers on the same cores do not delay the client.
+
+    The loop sleeps whenever it has nothing to do, and what it starts does not inherit the priority.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield False
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, *before)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,11 @@ def passages() -> tuple[str, ...]:
 
 @functools.cache
 def _sentences() -> tuple[str, ...]:
-    return tuple(part for text in passages() for part in re.findall(r"[^.?!\u3002\uff1f\uff01]+[.?!\u3002\uff1f\uff01]+[\"\u201d]?", text))
+    return tuple(
+        part
+        for text in passages()
+        for part in re.findall(r"[^.?!\u3002\uff1f\uff01]+[.?!\u3002\uff1f\uff01]+[\"\u201d]?", text)
+    )
 
 
 def built_in(index: int, tag: str, tokenizer: Tokenizer | None = None, output_tokens: int = 64) -> Prompt:

@@ -34,6 +34,7 @@ class Part(msgspec.Struct, kw_only=True):
     merged_reads: int
     cpu_s: float
     wall_s: float
+    real_time: bool = False
     interrupted: bool = False
     steady_window: tuple[float, float] | None = None
     token_ids_refused: bool = False
@@ -60,6 +61,7 @@ def describe(
     return {
         "processes": len(parts),
         "streams": streams,
+        "real_time": all(part.real_time for part in parts),
         "schedule_delay_ms": quantiles_ms([at_s - record.planned_s for record, at_s in sent]),
         "send_delay_ms": quantiles_ms([at_s - due_s[record.id] for record, at_s in sent]),
         "loop_lag_ms": quantiles_ms(numpy.concatenate([numpy.frombuffer(part.busy_s) for part in parts])),
