@@ -113,13 +113,14 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
     measured = measured or measure(run)
     found: dict[Metric, Estimate] = {}
     inside = measured.trial >= 0
-    block = statistics.blocks_of(measured.trial)
+    place, trial = np.cumsum(inside) - 1, measured.trial[inside]
+    resampling = statistics.Resampling(trial, statistics.blocks_of(trial))
     for key, (title, pick) in LATENCIES.items():
         values, owner = pick(measured)
-        values, owner = values[inside[owner]], owner[inside[owner]]
+        values, owner = values[inside[owner]], place[owner[inside[owner]]]
         if not len(values):
             continue
-        drawn = statistics.quantiles(values, measured.trial[owner], block[owner], QUANTILES)
+        drawn = statistics.quantiles(values, owner, resampling, QUANTILES)
         for share, estimate in zip(QUANTILES, drawn, strict=True):
             metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
             found[metric] = _with_reason(estimate, len(values), share)

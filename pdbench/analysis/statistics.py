@@ -4,6 +4,7 @@ docs/statistics.md gives the reasons and the formulas' sources. Pure functions o
 Try: pdbench compare single_results disaggregated_results
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
@@ -15,11 +16,11 @@ from scipy import stats
 Array = NDArray[np.float64]
 REPLICATES = 1000
 BLOCKS = 100
-BINS = 2048
 TO_SHOW = 0.05
 POWER = 0.8
 MOST_TRIALS = 1000
-PILOT_CONFIDENCE = 0.8
+PILOT_CONFIDENCE = 0.7
+_RANKS = np.union1d(np.linspace(0, 1, 257)[1:], np.linspace(0.97, 1, 257))
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,50 @@ class Interval:
     high: float
 
 
-def quantiles(
-    values: Array, trial: NDArray[np.int64], block: NDArray[np.int64], shares: Sequence[float], seed: int = 0
-) -> list[Estimate]:
-    """Quantiles (0 < share < 1) of pooled values and their variances by a nested bootstrap.
+class Resampling:
+    """How often each block of requests is drawn in each of 1,000 bootstrap replicates; one for all figures of a run.
 
-    `trial` and `block` name each value's repetition and resampling unit. Trials are resampled, then blocks within each.
-    A bootstrap of both levels counts the blocks' variance twice and k trials' by (k-1)/k: with w the variance when blocks
-    alone are resampled and n the nested one, the estimate is max(w, k/(k-1) (n - w)) (after Davison & Hinkley 1997, 3.8).
+    `trial` and `block` name each request's repetition and resampling unit. `within` resamples blocks inside their trials,
+    `nested` trials first and then blocks inside each; both have the shape (replicates, blocks). `unit` is each request's row.
     """
-    names, place = np.unique(trial, return_inverse=True)
-    units, unit = np.unique(place * (int(block.max(initial=0)) + 1) + block, return_inverse=True)
-    unit_trial = units // (int(block.max(initial=0)) + 1)
+
+    def __init__(self, trial: NDArray[np.int64], block: NDArray[np.int64], seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        names, place = np.unique(trial, return_inverse=True)
+        width = int(block.max(initial=0)) + 1
+        units, self.unit = np.unique(place * width + block, return_inverse=True)
+        sizes = np.bincount(units // width, minlength=len(names))
+        every: NDArray[np.int64] = np.broadcast_to(np.arange(len(names)), (REPLICATES, len(names)))
+        drawn: NDArray[np.int64] = random.integers(0, max(len(names), 1), size=(REPLICATES, len(names)))
+        self.trials = len(names)
+        self.within = _draw(random, every, sizes)
+        self.nested = _draw(random, drawn, sizes)
+
+
+def quantiles(
+    values: Array, owner: NDArray[np.int64], resampling: Resampling, shares: Sequence[float]
+) -> list[Estimate]:
+    """Quantiles (0 < share < 1) of pooled values, each owned by a request, with variances by the nested bootstrap.
+
+    A bootstrap of both levels counts the blocks' variance twice and that of k trials by (k-1)/k: with w the variance when
+    blocks alone are resampled and n the nested one, the estimate is max(w, k/(k-1) (n - w)); docs/statistics.md derives it.
+    """
     levels = np.unique(values)
-    if len(levels) > BINS:
-        levels = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:], method="higher").astype(np.float64))
+    if len(levels) > len(_RANKS):
+        levels = np.unique(np.quantile(values, _RANKS, method="higher").astype(np.float64))
     level = np.minimum(np.searchsorted(levels, values), len(levels) - 1)
-    counts = np.zeros((len(units), len(levels)), dtype=np.float32)
-    np.add.at(counts, (unit, level), 1.0)
-    random = np.random.default_rng(seed)
-    within = _weighted_quantiles(_weights(random, unit_trial, len(names), nested=False) @ counts, levels, shares)
-    nested = _weighted_quantiles(_weights(random, unit_trial, len(names), nested=True) @ counts, levels, shares)
-    estimates = []
+    shape = (resampling.within.shape[1], len(levels))
+    counts = np.bincount(resampling.unit[owner] * shape[1] + level, minlength=shape[0] * shape[1])
+    counts = counts.reshape(shape).astype(np.float32)
+    within = _weighted_quantiles(resampling.within @ counts, levels, shares)
+    nested = _weighted_quantiles(resampling.nested @ counts, levels, shares)
+    k, estimates = resampling.trials, []
     for number, share in enumerate(shares):
         scales = []
         for scale in (np.asarray, _log):
-            w, n = float(np.var(scale(within[:, number]))), float(np.var(scale(nested[:, number])))
-            scales.append(max(w, len(names) / (len(names) - 1) * (n - w)) if len(names) > 1 else w)
-        estimates.append(Estimate(float(np.quantile(values, share)), scales[0], scales[1], len(names)))
+            w, n = float(np.nanvar(scale(within[:, number]))), float(np.nanvar(scale(nested[:, number])))
+            scales.append(max(w, k / (k - 1) * (n - w)) if k > 1 else w)
+        estimates.append(Estimate(float(np.quantile(values, share)), scales[0], scales[1], k))
     return estimates
 
 
@@ -105,19 +122,21 @@ def difference(a: Estimate, b: Estimate) -> Interval | None:
 def trials_to_show(a: Estimate, b: Estimate, change: float = TO_SHOW) -> int | None:
     """Trials of each run after which a true relative `change` is found with 80 % power; None above 1,000 or unknown.
 
-    Power of the two-sided t test (noncentral t). The variance of a few trials is itself uncertain, so its upper 80 %
-    confidence bound is used (Browne 1995): a plan from the bare estimate would fall short half of the time.
+    Power of the two-sided t test (noncentral t). The variance of a few trials is itself uncertain, so its upper 70 %
+    confidence bound is used (after Browne 1995): a plan from the bare estimate falls short too often.
     """
     each = a.log_variance * a.trials + b.log_variance * b.trials
     pilot = a.trials + b.trials - 2
     if min(a.trials, b.trials) < 2 or not np.isfinite(each):
         return None
     each *= pilot / stats.chi2.ppf(1 - PILOT_CONFIDENCE, pilot)
-    trials = np.arange(2, MOST_TRIALS + 1)
-    freedom = 2 * (trials - 1)
-    shift = log(1 + change) / np.sqrt(max(each, 1e-18) / trials)
-    enough = 1 - stats.nct.cdf(stats.t.ppf(0.975, freedom), freedom, np.minimum(shift, 30.0)) >= POWER
-    return int(trials[np.argmax(enough)]) if enough.any() else None
+
+    def power(trials: int) -> float:
+        shift, freedom = log(1 + change) / sqrt(max(each, 1e-18) / trials), 2 * (trials - 1)
+        return float(1 - stats.nct.cdf(stats.t.ppf(0.975, freedom), freedom, min(shift, 20.0)))
+
+    enough = bisect_left(range(2, MOST_TRIALS + 1), POWER, key=power) + 2
+    return enough if enough <= MOST_TRIALS else None
 
 
 def smallest_shown(a: Estimate, b: Estimate) -> float | None:
@@ -138,26 +157,25 @@ def blocks_of(trial: NDArray[np.int64]) -> NDArray[np.int64]:
     return block
 
 
-def _weights(
-    random: np.random.Generator, unit_trial: NDArray[np.int64], trials: int, nested: bool
-) -> NDArray[np.float32]:
-    """How often each unit is drawn in each replicate, shape (replicates, units)."""
-    times = np.ones((REPLICATES, trials), dtype=np.int64)
-    if nested:
-        times = random.multinomial(trials, np.full(trials, 1 / trials), size=REPLICATES)
-    weights = np.empty((REPLICATES, len(unit_trial)), dtype=np.float32)
-    for number in range(trials):
-        inside = np.flatnonzero(unit_trial == number)
-        weights[:, inside] = random.multinomial(times[:, number] * len(inside), np.full(len(inside), 1 / len(inside)))
-    return weights
+def _draw(random: np.random.Generator, trials: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Weights of all blocks when each replicate (row) draws as many blocks from each of its trials as that trial has."""
+    firsts, blocks = np.concatenate([[0], np.cumsum(sizes)]), int(sizes.sum())
+    weights = np.zeros(len(trials) * blocks, dtype=np.int64)
+    rows = np.arange(len(trials))[:, None] * blocks
+    for column in trials.T:
+        size = sizes[column][:, None]
+        picked = (random.random((len(column), int(sizes.max()))) * size).astype(np.int64)
+        inside = np.arange(picked.shape[1]) < size
+        weights += np.bincount((rows + firsts[column][:, None] + picked)[inside], minlength=len(weights))
+    return weights.reshape(len(trials), blocks).astype(np.float32)
 
 
 def _weighted_quantiles(counts: NDArray[np.float32], levels: Array, shares: Sequence[float]) -> Array:
-    """Quantiles of each replicate from how often it holds each level, shape (replicates, shares)."""
-    rising = np.cumsum(counts, axis=1, dtype=np.float64)
+    """Quantiles of each replicate from how often it holds each level, shape (replicates, shares); NaN for an empty one."""
+    rising = np.cumsum(counts, axis=1)
     total = rising[:, -1:]
-    places = [np.argmax(rising >= share * total - 1e-6, axis=1) for share in shares]
-    return np.stack([levels[place] for place in places], axis=1)
+    found = [levels[np.argmax(rising >= share * total * (1 - 1e-6), axis=1)] for share in shares]
+    return np.where(total > 0, np.stack(found, axis=1), np.nan)
 
 
 def _reach(variance_a: float, variance_b: float, trials_a: int, trials_b: int) -> float:
@@ -172,4 +190,4 @@ def _reach(variance_a: float, variance_b: float, trials_a: int, trials_b: int) -
 def _log(values: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(values)
-    return logs if np.isfinite(logs).all() else np.full_like(logs, np.nan)
+    return np.full_like(logs, np.nan) if np.isneginf(logs).any() else logs

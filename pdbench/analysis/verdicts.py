@@ -16,7 +16,7 @@ WORDS = {
         "higher": "higher",
         "to": " to ",
         "same": "the same within 5 %",
-        "unclear": "no difference that {k} trials can show, 95 % {low} to {high}",
+        "unclear": "no difference that {k} trials can show",
         "would": "; {n} would show 5 %",
         "never": f"; more than 1,000 would be needed to show {TO_SHOW:.0%}",
         "one-trial": "not judged: one trial does not tell how trials differ",
@@ -28,7 +28,7 @@ WORDS = {
         "higher": "更高",
         "to": " 至 ",
         "same": "在 5 % 以内相同",
-        "unclear": "{k} 次试验看不出差异，95 % {low} 至 {high}",
+        "unclear": "{k} 次试验看不出差异",
         "would": "；{n} 次可看出 5 % 的差异",
         "never": "；要看出 5 % 的差异需要 1,000 次以上",
         "one-trial": "未判定：一次试验无法说明试验之间的差别",
@@ -52,7 +52,7 @@ def title(line: "Difference", language: str = "en") -> str:
 
 def line(line: "Difference", language: str = "en") -> str:
     """The whole verdict: metric, change, interval, both values."""
-    return f"{title(line, language)}: {judgement(line, language)} ({values(line)})"
+    return f"{title(line, language)}: {judgement(line, language, spelled=True)} ({values(line)})"
 
 
 def values(line: "Difference") -> str:
@@ -60,36 +60,38 @@ def values(line: "Difference") -> str:
     return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}".rstrip()
 
 
-def judgement(line: "Difference", language: str = "en") -> str:
-    """The change and its interval, or why there is none."""
+def judgement(line: "Difference", language: str = "en", spelled: bool = False) -> str:
+    """The change and its interval, `2.18 x lower (2.10–2.26)`, or why there is none; `spelled` says that it is a 95 % one."""
     words = WORDS[language]
     if line.verdict == "unjudged" or line.ratio is None:
         reason = line.a.unjudged or line.b.unjudged or "unjudged"
         kind, *details = reason.split(":")
         return words[kind].format(*details)
     if line.verdict in ("better", "worse"):
-        return f"{times(line.ratio, language)}"
-    span = {"low": percent(line.ratio.low), "high": percent(line.ratio.high)}
-    if line.verdict == "same":
-        return f"{words['same']}, 95 % {span['low']}{words['to']}{span['high']}"
-    trials = min(line.a.trials, line.b.trials)
-    more = (
-        words["never"] if line.trials_needed is None else words["would"].format(n=max(line.trials_needed, trials + 1))
-    )
-    return words["unclear"].format(k=trials, **span) + more
+        change, interval = times(line.ratio, language)
+        more = ""
+    else:
+        interval = f"{percent(line.ratio.low)}{words['to']}{percent(line.ratio.high)}"
+        change, more = words["same"], ""
+        if line.verdict == "unclear":
+            trials = min(line.a.trials, line.b.trials)
+            needed = line.trials_needed
+            change = words["unclear"].format(k=trials)
+            more = words["never"] if needed is None else words["would"].format(n=max(needed, trials + 1))
+    return (f"{change}, 95 % {interval}" if spelled else f"{change} ({interval})") + more
 
 
-def times(ratio: Interval, language: str = "en") -> str:
-    """A ratio as people say it: from twofold on `2.4 x higher`, below that in per cent."""
+def times(ratio: Interval, language: str = "en") -> tuple[str, str]:
+    """A ratio and its interval as people say it: from 1.5-fold on `2.4 x higher`, below that in per cent."""
     words = WORDS[language]
     lower = ratio.value < 1
     word = words["lower" if lower else "higher"]
     factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)
     if factor[0] >= 1.5:
-        return f"{number(factor[0])} x {word}, 95 % {number(factor[1])}–{number(factor[2])}"
+        return f"{number(factor[0])} x {word}", f"{number(factor[1])}–{number(factor[2])}"
     change = [abs(bound - 1) * 100 for bound in (ratio.value, ratio.high, ratio.low)]
     low, high = sorted(change[1:])
-    return f"{number(change[0])} % {word}, 95 % {number(low)}–{number(high)} %"
+    return f"{number(change[0])} % {word}", f"{number(low)}–{number(high)} %"
 
 
 def percent(ratio: float) -> str:
