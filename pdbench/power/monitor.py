@@ -45,9 +45,11 @@ def monitor(
     if out is not None and out.suffix not in (".json", ".csv"):
         raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
     before = signal.signal(signal.SIGTERM, _interrupt)
-    sampler = Sampler(open_host(gpus), interval_s, Clock.start())
+    readers = open_host(gpus)
+    sampler = Sampler(readers, interval_s, Clock.start())
     try:
         with sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
+            console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
             end = None if duration_s is None else time.monotonic() + duration_s
             while end is None or time.monotonic() < end:
                 live.update(_live_table(sampler.latest()))
@@ -80,18 +82,20 @@ def as_csv(records: Sequence[DeviceRecord]) -> bytes:
 
 
 def summary_table(records: Sequence[DeviceRecord]) -> Table:
-    """Each device's mean, range and achieved interval; the counter's joules between its first and last tick."""
-    table = Table(title="mean (min - max)", title_justify="left")
-    shown = [field for field in COLUMNS if any(field in record.statistics for record in records)]
-    for name in ("device", *(COLUMNS[field] for field in shown), "energy J", "interval p50 / p99 / max ms"):
-        table.add_column(name, justify="left" if name == "device" else "right")
-    for record in records:
-        cells = []
-        for field in shown:
-            found = record.statistics.get(field)
-            cells.append("-" if not found else f"{found['avg']:.0f} ({found['min']:.0f} - {found['max']:.0f})")
-        timing = [record.sampling.get(name) for name in ("p50_ms", "p99_ms", "largest_gap_ms")]
-        table.add_row(record.id, *cells, _joules(record), " / ".join("-" if v is None else f"{v:.0f}" for v in timing))
+    """A column a device: each field's mean and range, the counter's joules between two ticks, the achieved interval."""
+    table = _columns([record.id for record in records], "mean (min - max)")
+    for field, label in COLUMNS.items():
+        found = [record.statistics.get(field) for record in records]
+        if any(found):
+            table.add_row(label, *(f"{f['avg']:.0f} ({f['min']:.0f} - {f['max']:.0f})" if f else "-" for f in found))
+    table.add_row("energy J", *map(_joules, records))
+    for name, label in (
+        ("p50_ms", "interval p50 ms"),
+        ("p99_ms", "interval p99 ms"),
+        ("largest_gap_ms", "largest gap ms"),
+    ):
+        values = [record.sampling.get(name) for record in records]
+        table.add_row(label, *("-" if value is None else f"{value:.1f}" for value in values))
     return table
 
 
@@ -104,14 +108,22 @@ def _joules(record: DeviceRecord) -> str:
 
 
 def _live_table(latest: Sequence[tuple[Reader, DeviceSample | None]]) -> Table:
-    table = Table(caption="Ctrl-C ends it")
-    shown = [field for field in COLUMNS if any(sample and getattr(sample, field) is not None for _, sample in latest)]
-    for name in ("device", "name", *(COLUMNS[field] for field in shown), "throttle"):
-        table.add_column(name, justify="left" if name in ("device", "name", "throttle") else "right")
-    for reader, sample in latest:
-        values = [getattr(sample, field) if sample else None for field in shown]
-        throttle = " ".join(sample.throttle or []) if sample else reader.not_measured.get("device", "")
-        table.add_row(reader.id, reader.name, *("-" if v is None else f"{v:.0f}" for v in values), throttle)
+    table = _columns([reader.id for reader, _ in latest], None)
+    for field, label in COLUMNS.items():
+        values = [getattr(sample, field) if sample else None for _, sample in latest]
+        if any(value is not None for value in values):
+            table.add_row(label, *("-" if value is None else f"{value:.0f}" for value in values))
+    if any(sample and sample.throttle for _, sample in latest):
+        table.add_row("throttle", *(" ".join(sample.throttle or []) if sample else "" for _, sample in latest))
+    return table
+
+
+def _columns(names: Sequence[str], title: str | None) -> Table:
+    """Fields go down and devices across: eight GPUs fit a terminal, twelve fields beside each other do not."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
     return table
 
 

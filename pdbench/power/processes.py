@@ -75,7 +75,7 @@ class HostReader(Reader):
         self._before: tuple[float, float] | None = None
         self._clock = _CpuClock(self)
         for field in ("power_w", "energy_j"):
-            self.not_measured[field] = "this host has no readable power meter"
+            self.not_measured[field] = "CPU use is a share of time, not a power; RAPL zones are devices of their own"
 
     def read(self, now_s: float) -> dict[str, Any]:
         """Busy time since the last read over the time between."""

@@ -72,7 +72,11 @@ class Sampler:
 
     def __enter__(self) -> "Sampler":
         self._thread.start()
-        self._settled.wait(2 * _FIRST_TICKS_S)
+        try:
+            self._settled.wait(2 * _FIRST_TICKS_S)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

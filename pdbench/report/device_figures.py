@@ -50,7 +50,7 @@ def device_figure(devices: Sequence[DeviceRecord], title: str, picture: Path) ->
     shades = dict(zip([device.id for device in devices], colours([d.role or d.id for d in devices]), strict=True))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15, 10))
-        grid = figure.add_gridspec(2, 2, left=0.055, right=0.965, top=0.9, bottom=0.06, hspace=0.28, wspace=0.16)
+        grid = figure.add_gridspec(2, 2, left=0.055, right=0.975, top=0.885, bottom=0.06, hspace=0.28, wspace=0.22)
         figure.text(0.055, 0.955, f"Devices of {title}", fontsize=15, fontweight="bold")
         figure.text(0.055, 0.93, _subtitle(devices), color=MUTED, fontsize=10)
         _power(figure.add_subplot(grid[0, 0]), devices, shades)
@@ -77,22 +77,24 @@ def _power(axis: Axes, devices: Sequence[DeviceRecord], shades: dict[str, str]) 
     behind.set_zorder(axis.get_zorder() - 1)
     axis.patch.set_visible(False)
     highest = 0.0
+    # Beside GPUs the host's CPU use would be the larger surface and say less.
+    behind_it = [device for device in devices if device.kind == "gpu"] or devices
     for device in devices:
         t, power = _columns(power_curve(device))
         if len(t):
             axis.plot(t, power, color=shades[device.id], lw=1.1, label=_label(device))
             highest = max(highest, float(power.max()))
+    for device in behind_it:
         t, used = _utilization(device)
         if len(t):
             behind.fill_between(t, used, color=shades[device.id], alpha=0.16, lw=0, step="mid")
             behind.plot(t, used, color=shades[device.id], lw=0.6, alpha=0.4, drawstyle="steps-mid")
-    top = max([100.0, *(float(_utilization(d)[1].max(initial=0)) for d in devices)])
+    top = max([100.0, *(float(_utilization(d)[1].max(initial=0)) for d in behind_it)])
     behind.set_ylim(0, top * 1.05)
-    behind.set_ylabel("utilisation %" + (" (100 is one core)" if any(d.kind == "process" for d in devices) else ""))
+    behind.set_ylabel("GPU utilisation %" if behind_it is not devices else "CPU use, % of one core")
     axis.set_xlabel("s")
     if not highest:
         _say(axis, "power not measured:\n" + _reasons(devices, "power_w"))
-        axis.set_yticks([])
         return
     axis.set_ylim(0, highest * 1.15)
     axis.set_ylabel("W")
@@ -117,7 +119,6 @@ def _lines(
     axis.set_xlabel("s")
     if not axis.lines:
         _say(axis, f"{title.lower()} not measured:\n" + _reasons(devices, next(iter(fields))))
-        axis.set_yticks([])
         return
     low, high = axis.get_ylim()
     axis.set_ylim(0 if unit == "MHz" else low - 2, high * 1.12 if unit == "MHz" else high + 4)
@@ -142,7 +143,6 @@ def _scatter(axis: Axes, devices: Sequence[DeviceRecord], shades: dict[str, str]
             axis.scatter(x, y, s=14, alpha=0.45, color=shades[device.id], lw=0, label=_label(device))
     if not axis.collections:
         _say(axis, "no device has both:\n" + _reasons(devices, "power_w"))
-        axis.set_yticks([])
         return
     axis.set_ylim(bottom=0)
     axis.set_xlim(left=-2)
@@ -182,6 +182,8 @@ def _reasons(devices: Sequence[DeviceRecord], field: str) -> str:
 
 def _say(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color=MUTED)
+    axis.set_yticks([])
+    axis.grid(visible=False)
 
 
 def _read_csv(path: Path) -> list[DeviceRecord]:
