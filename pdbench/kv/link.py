@@ -21,8 +21,8 @@ class Link(Protocol):
 
     channel: Channel
 
-    def pack(self, block_ids: Sequence[int], after: Any) -> int:
-        """Gather blocks; returns the number of bytes. When it returns, the blocks may be overwritten."""
+    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
+        """Gather blocks, which may be overwritten then; returns the number of bytes and when the forward pass was over."""
 
     def send(self, header: dict[str, Any], count: int) -> float:
         """Send header and packed bytes; returns the seconds on the wire, when the buffer is free again."""

@@ -50,15 +50,18 @@ class NcclLink:
             self._passed = torch.cuda.Event(blocking=True)
         _within(OPEN_TIMEOUT_S, self._open, f"{channel.peer}: no NCCL communicator")
 
-    def pack(self, block_ids: Sequence[int], after: Any) -> int:
-        """Gather the blocks once the forward pass marked by `after` is over; returns the number of bytes."""
+    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
+        """Gather the blocks once the forward pass marked by `after` is over; returns the bytes, and when it was over."""
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
             packed = self._packer.gather(block_ids, self._staging)
             self._passed.record()
+        if after is not None:
+            after.synchronize()
+        ready_s = time.monotonic()
         self._passed.synchronize()
-        return packed.numel()
+        return packed.numel(), ready_s
 
     def send(self, header: dict[str, Any], count: int) -> float:
         """Send the bytes packed last; returns the seconds from launch to end, the peer's answer included."""

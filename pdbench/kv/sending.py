@@ -261,7 +261,7 @@ class Sender:
                 last = stop == -(-send.prompt.tokens // self._identity.block_size)
                 send.gathering = True
             try:
-                count = link.pack(block_ids, event)
+                count, ready_s = link.pack(block_ids, event)
             finally:
                 with self._changed:
                     send.gathering = False
@@ -276,7 +276,7 @@ class Sender:
             seconds = link.send({**header, "bytes": count}, count)
             with self._changed:
                 send.sent = stop
-                send.record.ready_s = packed_s
+                send.record.ready_s = ready_s
                 send.record.moved(count, stop - start, packed_s, seconds)
                 if last:
                     self._end(send, None)

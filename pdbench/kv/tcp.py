@@ -28,19 +28,23 @@ class TcpLink:
         self._device = torch.empty(staging_bytes, dtype=torch.uint8, device=packer.device) if on_device else None
         self._stream = torch.cuda.Stream(packer.device) if on_device else None
 
-    def pack(self, block_ids: Sequence[int], after: Any) -> int:
-        """Gather the blocks once the CUDA event `after` has passed; returns the number of bytes, which wait in the buffer."""
+    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
+        """Gather the blocks once the CUDA event `after` has passed; returns the bytes, and when (time.monotonic()) it had."""
         count = len(block_ids) * self.packer.block_bytes
         if self._device is None or self._stream is None:
+            begun_s = time.monotonic()
             self.packer.gather(block_ids, self._host)
-            return count
+            return count, begun_s
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
             packed = self.packer.gather(block_ids, self._device)
             self._host[:count].copy_(packed, non_blocking=True)
+        if after is not None:
+            after.synchronize()
+        ready_s = time.monotonic()
         self._stream.synchronize()
-        return count
+        return count, ready_s
 
     def send(self, header: dict[str, Any], count: int) -> float:
         """Send the header and the `count` bytes packed last; returns the seconds it took. Raises ChannelClosedError."""

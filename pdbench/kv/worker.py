@@ -134,7 +134,8 @@ class KvWorker:
         """An event behind all that is launched so far on the engine's stream; None on CPU, where all of it is done."""
         if not self._on_gpu:
             return None
-        event = torch.cuda.Event()
+        # One that threads wait for asleep, without the interpreter's lock, for as long as the forward pass takes.
+        event = torch.cuda.Event(blocking=True)
         event.record()
         return event
 
