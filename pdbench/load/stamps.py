@@ -2,7 +2,7 @@
 
 A busy client reads late, but the kernel has stamped the segment on arrival. Where the platform gives no stamps (not Linux)
 the caller falls back to its own clock and the record says so.
-Source: Linux Documentation/networking/timestamping.rst. Try: pytest tests/test_stamps.py
+Source: Linux Documentation/networking/timestamping.rst. Try: pytest tests/test_load_client.py
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The client's truth about itself: how late it sent and read, what it cost, which window counts, and when not to trust it.
 
 Pure functions over records and counters. Beyond the bounds below a run is marked "client-limited", with the remedy.
-Try: pytest tests/test_load_truth.py
+Try: pytest tests/test_load_generator.py
 """
 
 from collections import Counter
