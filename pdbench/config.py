@@ -62,11 +62,11 @@ class ServeConfig:
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
-    vllm_args: str = ""
+    vllm_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
     """More vLLM arguments for every instance, as one string."""
-    prefill_args: str = ""
+    prefill_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
     """More vLLM arguments for prefill alone."""
-    decode_args: str = ""
+    decode_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
     """More vLLM arguments for decode alone."""
     start_timeout_s: float = 600.0
     """How long the servers may take until all are healthy."""
@@ -162,6 +162,8 @@ class PowerConfig:
     """Sample the devices; --no-power for servers of another host."""
     sample_interval_s: float = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
+    idle_s: float = 3.0
+    """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
     prefill_clock: int | None = None
     """SM clock of prefill's GPUs in MHz, locked for the run and restored after it (needs root)."""
     decode_clock: int | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_nvml import WAVES, build, exact_j, sampled, wave_text
+from fake_nvml import WAVES, build, child, exact_j, sampled, wave_text
 
 from pdbench.analysis.energy import energy_over, residual_flags
 from pdbench.power.devices import open_readers
@@ -164,6 +164,24 @@ def test_records_of_two_samplers_are_one_device(library: Path) -> None:
     assert energy_over(both, 11, 13).energy_j == pytest.approx(600, rel=0.005)
     assert both.statistics["power_w"] == {"avg": pytest.approx(200, rel=0.02), "min": 100, "max": 300}
     assert energy_over(both, 3, 12).integral_j is None, "nobody measured the time between"
+
+
+def test_idle_is_measured_bare_and_without_cuda_no_more(library: Path) -> None:
+    code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 0.3))"
+    assert child(library, code) == "{'gpu0': {'bare': 100.0, 'context': None}}\n"
+
+
+def test_idle_with_a_cuda_context(library: Path, tmp_path: Path) -> None:
+    source = tmp_path / "cuda.c"
+    source.write_text(
+        "int cuInit(unsigned f) { return f; } int cuDevicePrimaryCtxRetain(void **c, int d) { *c = c; return d; }"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library / "libcuda.so.1", source], check=True)
+    try:
+        code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 0.3))"
+        assert child(library, code) == "{'gpu0': {'bare': 100.0, 'context': 100.0}}\n"
+    finally:
+        (library / "libcuda.so.1").unlink()
 
 
 def test_a_tree_of_processes_without_gpu() -> None:

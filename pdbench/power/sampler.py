@@ -113,9 +113,13 @@ class Sampler:
     def idle(self, name: str, seconds: float) -> None:
         """Stay here for `seconds` of idleness and keep it as the devices' `idle_power_w[name]` (bare, context, engine_ready)."""
         start = self._time.monotonic()
-        self._time.wait(seconds, self._stop)
+        self.pause(seconds)
         for device in self._devices:
             device.idle_windows[name] = (start, self._time.monotonic())
+
+    def pause(self, seconds: float) -> None:
+        """Let the sampling go on for `seconds`."""
+        self._time.wait(seconds, self._stop)
 
     def records(self) -> list[DeviceRecord]:
         """Everything read, on the run's clock, with statistics; call it after the `with` block."""
