@@ -3,7 +3,7 @@
 import socket
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -41,22 +41,31 @@ class Instance:
     staging_mib: int = 128
     event_log: str | None = None
     layout: tuple = (BLOCKS, BLOCK, 8)
+    transport: str = "tcp"
+    device: str = "cpu"
     cache: dict = field(init=False)
     sent: list = field(default_factory=list)
     received: list = field(default_factory=list)
     failed: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.cache = {f"layer.{i}": torch.randn(self.layout) for i in range(LAYERS)}
+        self.cache = {f"layer.{i}": torch.randn(self.layout, device=self.device) for i in range(LAYERS)}
         options = Options(
-            port=self.port, transfer_timeout_s=self.timeout_s, event_log=self.event_log, staging_mib=self.staging_mib
+            port=self.port,
+            transport=self.transport,
+            transfer_timeout_s=self.timeout_s,
+            event_log=self.event_log,
+            staging_mib=self.staging_mib,
         )
         self.worker = KvWorker(options, self.rank, self.ranks, BLOCK, "model")
         self.worker.start(self.cache, self.layout[0], self.role == "prefill", self.role == "decode")
 
     def step(self, **plan):
-        """One engine step; returns nothing, but keeps what it reported."""
-        step = StepPlan(idle=not plan.get("prefilled"), **plan)
+        """One engine step on the instance's device; keeps what the worker reported."""
+        with torch.cuda.device(self.device) if self.device != "cpu" else nullcontext():
+            return self._step(StepPlan(idle=not plan.get("prefilled"), **plan))
+
+    def _step(self, step):
         self.worker.before_forward(step)
         self.worker.load(step)
         self.worker.after_forward(step)

@@ -1,0 +1,282 @@
+"""Prefill and decode servers for benchmarks/kv_transfer.py, and the small client that asks them, dialect by dialect.
+
+Only the standard library: it runs wherever vLLM does. A decode server asked without transfer parameters is the single
+instance to compare with: the same process, device and CUDA graphs.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONNECTORS = ("p2p-nccl", "tcp", "nixl", "builtin-p2p-nccl")
+
+
+@dataclass
+class Timed:
+    """One request as the client saw it: instants of time.monotonic(); `error` is None when it gave all its tokens."""
+
+    transfer_id: str | None
+    sent_s: float
+    chunk_s: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return (self.chunk_s[0] - self.sent_s) * 1e3 if self.chunk_s else None
+
+    @property
+    def tbt_ms(self) -> list[float]:
+        """Gaps between the arrivals of chunks (usually one token each), the first token's own left out."""
+        return [(b - a) * 1e3 for a, b in zip(self.chunk_s, self.chunk_s[1:], strict=False)]
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode server that run, and how a request goes through both."""
+
+    connector: str
+    urls: tuple[str, str]
+    kv: tuple[str, str]
+    folder: Path
+    commands: list[tuple[list[str], dict[str, str]]]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def launch(self, index: int) -> None:
+        """Start server 0 (prefill) or 1 (decode), for the first time or again; its log goes on."""
+        command, environment = self.commands[index]
+        with (self.folder / f"{self.connector}-{('prefill', 'decode')[index]}.log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.processes[index : index + 1] = [process]
+
+    def signal(self, index: int, number: int) -> None:
+        """Send a signal to all processes of one server."""
+        os.killpg(self.processes[index].pid, number)
+
+    def stop(self) -> None:
+        """End both process groups: the engine outlives the API server otherwise."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:
+                    pass
+            if number == signal.SIGTERM:
+                time.sleep(3)
+        for process in self.processes:
+            process.wait()
+
+    async def ask(self, prompt: list[int], output_tokens: int, timeout_s: float = 120.0) -> Timed:
+        """One streamed request through prefill and decode; own dialects dispatch both at once, the others one by one."""
+        name = secrets.token_hex(12)
+        begun_s = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._ask(prompt, output_tokens, name, begun_s)
+        except (OSError, TimeoutError, ValueError, KeyError) as error:
+            return Timed(name, begun_s, error=f"{type(error).__name__}: {error}")
+
+    async def _ask(self, prompt: list[int], output_tokens: int, name: str, begun_s: float) -> Timed:
+        if self.connector == "builtin-p2p-nccl":
+            both = f"___prefill_addr_{self.kv[0]}___decode_addr_{self.kv[1]}_{name}"
+            await plain(self.urls[0], prompt, None, {"X-Request-Id": both})
+            return await streamed(self.urls[1], prompt, output_tokens, None, name, begun_s, {"X-Request-Id": both})
+        if self.connector == "nixl":
+            wanted = {"do_remote_decode": True, "do_remote_prefill": False}
+            answer = await plain(self.urls[0], prompt, wanted)
+            return await streamed(self.urls[1], prompt, output_tokens, answer["kv_transfer_params"], name, begun_s)
+        host, port = self.kv[0].rsplit(":", 1)
+        first = asyncio.create_task(plain(self.urls[0], prompt, {"transfer_id": name, "do_remote_decode": True}))
+        there = {"transfer_id": name, "do_remote_prefill": True, "remote_host": host, "remote_port": int(port)}
+        try:
+            return await streamed(self.urls[1], prompt, output_tokens, there, name, begun_s)
+        finally:
+            await first
+
+    async def ask_single(self, prompt: list[int], output_tokens: int) -> Timed:
+        """The same request to the decode server alone, which prefills it itself."""
+        return await streamed(self.urls[1], prompt, output_tokens, None, None, time.monotonic())
+
+
+def available(connector: str) -> bool:
+    """Can this Python import what the connector needs?"""
+    return connector != "nixl" or any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu13", "nixl_cu12"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start(connector: str, model: str, folder: Path, cpu: bool, arguments: list[str]) -> Pair:
+    """Start prefill on GPU 0 and decode on GPU 1 (or both on CPU); logs and event logs go to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ports, kv_ports = free_ports(2), free_ports(2)
+    urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+    kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
+    commands = []
+    secret = secrets.token_hex(16)
+    for index, role in enumerate(("prefill", "decode")):
+        transfer = _transfer(connector, role, kv_ports[index], ports[index], folder)
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            model,
+            "--served-model-name",
+            "m",
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(ports[index]), "--kv-transfer-config", json.dumps(transfer)]
+        environment = os.environ | {
+            "PDBENCH_KV_SECRET": secret,
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        )
+        environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_ports[index]), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+        if connector == "builtin-p2p-nccl":
+            environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+        if cpu:
+            command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
+            command += ["--distributed-executor-backend", "uni", "--max-model-len", "4096"]
+            command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
+            environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        else:
+            command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
+            environment |= {
+                "CUDA_VISIBLE_DEVICES": str(index),
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            }
+        commands.append(([*command, *arguments], environment))
+    pair = Pair(connector, (urls[0], urls[1]), (kv[0], kv[1]), folder, commands)
+    for index in (0, 1):
+        (folder / f"{connector}-{('prefill', 'decode')[index]}.log").unlink(missing_ok=True)
+        pair.launch(index)
+    return pair
+
+
+def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path) -> dict[str, object]:
+    """vLLM's --kv-transfer-config for one side."""
+    if connector == "nixl":
+        return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    side: dict[str, object] = {"kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_port": kv_port}
+    if connector == "builtin-p2p-nccl":
+        size = 8e9 if role == "decode" else 1e1
+        extra = {"http_port": str(port), "send_type": "PUT_ASYNC"}
+        return side | {"kv_connector": "P2pNcclConnector", "kv_buffer_size": size, "kv_connector_extra_config": extra}
+    extra = {
+        "transport": "nccl" if connector == "p2p-nccl" else "tcp",
+        "kv_ip": "127.0.0.1",
+        "event_log": str(folder / f"{connector}-{role}.jsonl"),
+    }
+    own = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
+    return side | own | {"kv_load_failure_policy": "fail", "kv_connector_extra_config": extra}
+
+
+def wait_healthy(pair: Pair, limit_s: float) -> str | None:
+    """None when both servers answer, else why not, with the log's end."""
+    until_s = time.monotonic() + limit_s
+    for role, url, process in zip(("prefill", "decode"), pair.urls, pair.processes, strict=True):
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > until_s:
+                    log = (pair.folder / f"{pair.connector}-{role}.log").read_text(errors="replace")
+                    return f"{pair.connector} {role} did not start; its log ends:\n" + "\n".join(log.splitlines()[-15:])
+                time.sleep(0.5)
+    return None
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Prometheus metrics, summed over their labels."""
+    found: dict[str, float] = {}
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        for line in answer.read().decode().splitlines():
+            if not line.startswith("#"):
+                name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
+                found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def _body(prompt: list[int], output_tokens: int, stream: bool, transfer: dict[str, object] | None) -> bytes:
+    body: dict[str, object] = {"model": "m", "prompt": prompt, "max_tokens": output_tokens, "stream": stream}
+    body |= {"temperature": 0, "ignore_eos": True}
+    if transfer is not None:
+        body["kv_transfer_params"] = transfer
+    return json.dumps(body).encode()
+
+
+async def _post(
+    url: str, data: bytes, headers: dict[str, str] | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send a request; returns the connection when the status line says 200. Raises ValueError otherwise."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n{more}"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    status = await reader.readline()
+    if b" 200" not in status:
+        rest = await reader.read(2000)
+        writer.close()
+        raise ValueError(f"{status.decode().strip()} {rest.decode(errors='replace')[-300:]}")
+    return reader, writer
+
+
+async def plain(
+    url: str, prompt: list[int], transfer: dict[str, object] | None, headers: dict[str, str] | None = None
+) -> dict[str, object]:
+    """A prefill request: one token, not streamed; returns the answer's JSON."""
+    reader, writer = await _post(url, _body(prompt, 1, False, transfer), headers)
+    try:
+        answer = await reader.read()
+        return dict(json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1]))
+    finally:
+        writer.close()
+
+
+async def streamed(
+    url: str,
+    prompt: list[int],
+    output_tokens: int,
+    transfer: object,
+    name: str | None,
+    begun_s: float,
+    headers: dict[str, str] | None = None,
+) -> Timed:
+    """A streamed request; the instants of its chunks."""
+    timed = Timed(name, begun_s)
+    body = _body(prompt, output_tokens, True, transfer if isinstance(transfer, dict) else None)
+    reader, writer = await _post(url, body, headers)
+    try:
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                timed.chunk_s.append(time.monotonic())
+                if b'"error"' in line[:60] or b'"finish_reason":"error"' in line:
+                    timed.error = line.decode().strip()[:300]
+            elif line.startswith(b"data: [DONE]"):
+                break
+    finally:
+        writer.close()
+    if timed.error is None and not timed.chunk_s:
+        timed.error = "no token came"
+    return timed

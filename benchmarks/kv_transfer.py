@@ -1,0 +1,312 @@
+"""How fast KV moves, and what it costs decode: pdbench's connector beside vLLM's own, in one table and one JSON file.
+
+On a host with two GPUs (starts and stops its servers; NixlConnector's rows come when nixl can be imported):
+    python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl --requests 1000 --limit-s 480
+With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
+    python benchmarks/kv_transfer.py --out kv-transfer --connectors builtin-p2p-nccl --requests 200
+A try on CPU, to see that everything works:
+    python benchmarks/kv_transfer.py --cpu --connectors tcp --requests 16 --model MODEL_FOLDER --out kv-transfer
+Table again, from what was saved: python benchmarks/kv_transfer.py --out kv-transfer --connectors ''
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_healthy
+
+KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
+COPY_TOKENS = (512, 2048, 8192)
+
+_random = random.Random(0)
+
+
+def new_prompt(tokens: int, vocabulary: int) -> list[int]:
+    """Random tokens: no prompt has a prefix that is cached."""
+    return [_random.randrange(10, vocabulary) for _ in range(tokens)]
+
+
+def quantile(values: list[float], q: float) -> float | None:
+    """The q-th quantile (nearest rank), None of nothing."""
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else None
+
+
+def plain_copies() -> dict[str, float | None]:
+    """GB/s (1e9 bytes) of torch's copy from GPU 0 to GPU 1, for the bytes of as many prompt tokens; None without two GPUs."""
+    code = f"""
+import json, torch
+found = {{}}
+for tokens in {COPY_TOKENS}:
+    count = tokens * {KV_BYTES_A_TOKEN}
+    a, b = (torch.empty(count, dtype=torch.uint8, device=f"cuda:{{i}}") for i in (0, 1))
+    times = []
+    for _ in range(30):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record(); b.copy_(a); ended.record(); ended.synchronize()
+        times.append(begun.elapsed_time(ended))
+    found[tokens] = count / sorted(times)[15] / 1e6
+print(json.dumps(found))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if ran.returncode != 0:
+        print(f"plain copies were not measured: {ran.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return {str(tokens): None for tokens in COPY_TOKENS}
+    return dict(json.loads(ran.stdout))
+
+
+def transfers(pair: Pair, asked: list[Timed]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(send, receive) lines of the connector's event logs for these requests; empty for connectors that write none."""
+    sides = []
+    for role in ("prefill", "decode"):
+        log = pair.folder / f"{pair.connector}-{role}.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        sides.append({line["transfer_id"]: line for line in lines if line["error"] is None})
+    names = [timed.transfer_id for timed in asked if timed.transfer_id in sides[0] and timed.transfer_id in sides[1]]
+    return [(sides[0][name], sides[1][name]) for name in names]
+
+
+class Measurement:
+    """All stages for one connector; `found` is what they measured, by name."""
+
+    def __init__(self, pair: Pair, options: argparse.Namespace, until_s: float) -> None:
+        self.pair, self.options, self.until_s = pair, options, until_s
+        self.found: dict[str, Any] = {}
+
+    async def run(self) -> None:
+        """Stage after stage, while there is time; a stage that fails says so and the next one goes on."""
+        stages: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = [
+            ("warm-up", self.warm_up),
+            ("handoff", self.handoff),
+            ("ttft", self.ttft),
+            ("tbt", self.tbt_beside_transfers),
+            ("load", self.load),
+        ]
+        for name, stage in stages:
+            if time.monotonic() > self.until_s:
+                self.found[f"{name} left out"] = "the time was up"
+                continue
+            begun_s = time.monotonic()
+            try:
+                await stage()
+            except Exception as error:
+                self.found[f"{name} failed"] = f"{type(error).__name__}: {error}"
+            print(f"{self.pair.connector}: {name} {time.monotonic() - begun_s:.1f} s", file=sys.stderr)
+
+    def prompt(self, tokens: int) -> list[int]:
+        return new_prompt(tokens, self.options.vocabulary)
+
+    async def warm_up(self) -> None:
+        """Every shape once or more: kernels are compiled and the pair is connected."""
+        for tokens in {512, 2048, self.options.long}:
+            for _ in range(3):
+                timed = await self.pair.ask(self.prompt(tokens), 8)
+                if timed.error:
+                    raise RuntimeError(timed.error)
+            await self.pair.ask_single(self.prompt(tokens), 8)
+        at_once = min(self.options.concurrency, self.options.requests)
+        await asyncio.gather(*(self.pair.ask(self.prompt(2048), 16) for _ in range(at_once)))
+
+    async def handoff(self) -> None:
+        """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs."""
+        before = metrics(self.pair.urls[1])
+        for tokens in (512, 2048, self.options.long):
+            asked = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
+            await asyncio.sleep(0.5)
+            both = transfers(self.pair, asked)
+            rates = [receive["bytes"] / receive["wire_s"] / 1e9 for _, receive in both]
+            handoffs = [(receive["reported_s"] - send["ready_s"]) * 1e3 for send, receive in both]
+            self.found[f"wire {tokens}"] = {
+                "gb_per_s_p50": quantile(rates, 0.5),
+                "handoff_ms_p50": quantile(handoffs, 0.5),
+                "handoff_ms_p99": quantile(handoffs, 0.99),
+                "bytes": both[0][1]["bytes"] if both else None,
+                "transfers": len(both),
+                "failed": sum(timed.error is not None for timed in asked),
+            }
+        after = metrics(self.pair.urls[1])
+        moved, seconds = (
+            after.get(name, 0.0) - before.get(name, 0.0)
+            for name in ("vllm:nixl_bytes_transferred_sum", "vllm:nixl_xfer_time_seconds_sum")
+        )
+        if seconds > 0:
+            self.found["nixl's own rate"] = {"gb_per_s": moved / seconds / 1e9}
+
+    async def ttft(self) -> None:
+        """One at a time, through both servers and by the decode server alone in turn."""
+        for tokens in (512, 2048):
+            apart, alone = [], []
+            for _ in range(self.options.repeat):
+                apart.append((await self.pair.ask(self.prompt(tokens), 4)).ttft_ms)
+                alone.append((await self.pair.ask_single(self.prompt(tokens), 4)).ttft_ms)
+            values = [[x for x in side if x is not None] for side in (apart, alone)]
+            self.found[f"ttft {tokens}"] = {
+                "disaggregated_ms_p50": quantile(values[0], 0.5),
+                "single_ms_p50": quantile(values[1], 0.5),
+            }
+
+    async def tbt_beside_transfers(self) -> None:
+        """Eight streams decode without a break; their gaps while KV arrives for others, and while it does not."""
+        for name, busy in (("without", False), ("with", True)):
+            streams = [
+                asyncio.create_task(self.pair.ask_single(self.prompt(64), self.options.stream_tokens)) for _ in range(8)
+            ]
+            await asyncio.sleep(0.5)
+            arrived = 0
+            while busy and not any(stream.done() for stream in streams):
+                await self.pair.ask(self.prompt(2048), 1)
+                arrived += 1
+            done = await asyncio.gather(*streams)
+            # The first and last tokens, when not all eight run, are left out.
+            gaps = [gap for timed in done for gap in timed.tbt_ms[20:-20]]
+            self.found[f"tbt {name} transfers"] = {
+                "p50_ms": quantile(gaps, 0.5),
+                "p99_ms": quantile(gaps, 0.99),
+                "transfers": arrived,
+            }
+
+    async def load(self) -> None:
+        """2048 tokens in, 128 out: one at a time, then many at a time."""
+        one = [await self.pair.ask(self.prompt(2048), 128) for _ in range(min(self.options.repeat, 10))]
+        gate = asyncio.Semaphore(self.options.concurrency)
+
+        async def limited() -> Timed:
+            async with gate:
+                return await self.pair.ask(self.prompt(2048), 128)
+
+        begun_s = time.monotonic()
+        many = await asyncio.gather(*(limited() for _ in range(self.options.requests)))
+        seconds = time.monotonic() - begun_s
+        for name, timed in (("1", one), (str(self.options.concurrency), many)):
+            gaps = [gap for each in timed for gap in each.tbt_ms]
+            ttfts = [each.ttft_ms for each in timed if each.ttft_ms is not None]
+            self.found[f"load {name} at a time"] = {
+                "requests": len(timed),
+                "failed": sum(each.error is not None for each in timed),
+                "first_error": next((each.error for each in timed if each.error), None),
+                "tbt_p50_ms": quantile(gaps, 0.5),
+                "tbt_p99_ms": quantile(gaps, 0.99),
+                "ttft_p50_ms": quantile(ttfts, 0.5),
+            }
+        self.found["requests_per_s"] = len(many) / seconds
+
+
+def judged(
+    found: dict[str, Any], copies: dict[str, float | None], options: argparse.Namespace
+) -> list[tuple[str, str, float | None, bool | None]]:
+    """(what, target, value, whether it is met) for each target; None where it was not measured."""
+
+    def get(name: str, key: str) -> float | None:
+        value = found.get(name, {}).get(key) if isinstance(found.get(name), dict) else None
+        return float(value) if value is not None else None
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a is not None and b else None
+
+    def difference(a: float | None, b: float | None) -> float | None:
+        return a - b if a is not None and b is not None else None
+
+    many, rows = f"load {options.concurrency} at a time", []
+    share = ratio(get("wire 2048", "gb_per_s_p50"), copies.get("2048"))
+    long = ratio(get(f"wire {options.long}", "gb_per_s_p50"), copies.get("8192"))
+    extra = difference(get("ttft 512", "disaggregated_ms_p50"), get("ttft 512", "single_ms_p50"))
+    tail = ratio(get(many, "tbt_p99_ms"), get("load 1 at a time", "tbt_p99_ms"))
+    cost = ratio(get("tbt with transfers", "p50_ms"), get("tbt without transfers", "p50_ms"))
+    targets: list[tuple[str, float | None, str, Callable[[float], bool]]] = [
+        ("wire GB/s, 2048 tokens", get("wire 2048", "gb_per_s_p50"), "", lambda x: True),
+        ("wire / plain copy, 2048 tokens", share, ">= 0.8", lambda x: x >= 0.8),
+        (f"wire / plain copy, {options.long} tokens", long, ">= 0.8", lambda x: x >= 0.8),
+        ("handoff p50 ms, 2048 tokens", get("wire 2048", "handoff_ms_p50"), "< 3", lambda x: x < 3),
+        ("handoff p99 ms, 2048 tokens", get("wire 2048", "handoff_ms_p99"), "", lambda x: True),
+        ("TTFT p50 ms more than single, 512 tokens", extra, "<= 5", lambda x: x <= 5),
+        (f"failed of {options.requests}, {options.concurrency} at a time", get(many, "failed"), "0", lambda x: x == 0),
+        (f"TBT p99, {options.concurrency} at a time / 1 at a time", tail, "<= 1.3", lambda x: x <= 1.3),
+        (f"TBT p99 ms, {options.concurrency} at a time", get(many, "tbt_p99_ms"), "", lambda x: True),
+        ("TBT p50 with / without transfers", cost, "0.95 - 1.05", lambda x: x <= 1.05),
+        ("requests a second", found.get("requests_per_s"), "", lambda x: True),
+    ]
+    for what, value, target, met in targets:
+        rows.append((what, target, value, None if value is None or not target else met(value)))
+    return rows
+
+
+def table(results: dict[str, Any], options: argparse.Namespace) -> str:
+    """One column a connector; a value that misses its target is marked with '!'."""
+    names = [name for name in CONNECTORS if name in results["connectors"]]
+    columns = {name: judged(results["connectors"][name], results["plain_copy_gb_per_s"], options) for name in names}
+    lines = ["| | target | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for index in range(len(next(iter(columns.values()), []))):
+        cells = []
+        for name in names:
+            _, _, value, met = columns[name][index]
+            cells.append("not measured" if value is None else f"{value:.3g}{' !' if met is False else ''}")
+        what, target, _, _ = columns[names[0]][index]
+        lines.append(f"| {what} | {target} | " + " | ".join(cells) + " |")
+    copies = ", ".join(f"{tokens} tokens {rate:.0f}" for tokens, rate in results["plain_copy_gb_per_s"].items() if rate)
+    return "\n".join([*lines, "", f"plain copy GPU to GPU, GB/s: {copies or 'not measured'}"])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("kv-transfer_results"))
+    parser.add_argument("--connectors", default="p2p-nccl,nixl", help="some of " + ",".join(CONNECTORS))
+    parser.add_argument("--model", help="model folder; by itself DeepSeek-V2-Lite's shape, made in --out")
+    parser.add_argument("--requests", type=int, default=2000, help="requests of the stage with many at a time")
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=30, help="requests of each length in the stages one at a time")
+    parser.add_argument("--long", type=int, default=8192, help="tokens of the longest prompt")
+    parser.add_argument("--stream-tokens", type=int, default=1500, help="output tokens of the streams beside transfers")
+    parser.add_argument("--limit-s", type=float, default=480.0, help="no stage starts later than this")
+    parser.add_argument("--cpu", action="store_true", help="serve on CPU, to try the benchmark itself")
+    parser.add_argument("--vllm-args", default="--load-format dummy", help="more vLLM arguments for both servers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, save, print."""
+    options = parse()
+    begun_s = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kv_transfer.json"
+    if options.model is None:
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        from pdbench.serving.shape_model import shape_model
+
+        options.model = str(shape_model(options.out / "model"))
+    options.vocabulary = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"] - 10
+    wanted = [name for name in options.connectors.split(",") if name]
+    results = json.loads(path.read_text()) if path.exists() else {"connectors": {}, "plain_copy_gb_per_s": {}}
+    if wanted and not options.cpu:
+        results["plain_copy_gb_per_s"] = plain_copies()
+    for name in wanted:
+        if not available(name):
+            print(f"{name}: its library cannot be imported here, left out", file=sys.stderr)
+            continue
+        for log in options.out.glob(f"{name}-*.jsonl"):
+            log.unlink()
+        pair = start(name, options.model, options.out, options.cpu, options.vllm_args.split())
+        try:
+            failure = wait_healthy(pair, max(10.0, options.limit_s - (time.monotonic() - begun_s)))
+            if failure is not None:
+                print(failure, file=sys.stderr)
+                continue
+            print(f"{name}: servers up after {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
+            measurement = Measurement(pair, options, begun_s + options.limit_s)
+            asyncio.run(measurement.run())
+            results["connectors"][name] = measurement.found
+        finally:
+            pair.stop()
+            results["options"] = {key: str(value) for key, value in vars(options).items()}
+            path.write_text(json.dumps(results, indent=1))
+    print(table(results, options))
+    print(f"\n{path}: saved after {time.monotonic() - begun_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The nccl transport on real GPUs: blocks arrive, real vLLM goes on from them, and no fault hangs or leaks.
+
+On a host with two GPUs: python -m pytest tests/gpu/test_kv_nccl.py -m gpu
+"""
+
+import asyncio
+import json
+import random
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import kv_instances
+import kv_servers
+from kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
+
+from pdbench.kv.messages import SECRET_VARIABLE
+from pdbench.serving.tiny_model import tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
+if torch.cuda.device_count() < 2:
+    pytest.skip("needs two GPUs", allow_module_level=True)
+
+BLOCKS = kv_instances.BLOCKS
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A prefill worker on GPU 0 and a decode worker on GPU 1, in this process, over nccl; 1 MiB a layer's block."""
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    port, layout = free_port(), (BLOCKS, 4, 64 * 1024)
+    more = {"transport": "nccl", "layout": layout, "timeout_s": 10.0, "staging_mib": 16}
+    with instances(
+        lambda: Instance("prefill", port, device="cuda:0", **more), lambda: Instance("decode", device="cuda:1", **more)
+    ) as made:
+        yield made
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 33, 120])
+def test_blocks_arrive(pair, tokens):
+    p, d = pair
+    asked, count = prompt(tokens), -(-tokens // kv_instances.BLOCK)
+    here, there = list(range(count)), list(range(BLOCKS - count, BLOCKS))[::-1]
+    fetch(d, asked, there, p.port)
+    prefill(p, asked, here, sorted({min(tokens, 18), tokens}))
+    settled(p, d, asked)
+    assert torch.equal(p.blocks(here).cpu(), d.blocks(there).cpu())
+
+
+def test_many_transfers_share_one_communicator(pair):
+    p, d = pair
+    jobs = []
+    for index in range(40):
+        asked = prompt(8)
+        here, there = [2 * (index % 20), 2 * (index % 20) + 1], [2 * (index % 30), 2 * (index % 30) + 1]
+        prefill(p, asked, here)
+        fetch(d, asked, there, p.port)
+        settled(p, d, asked)
+        jobs.append(torch.equal(p.blocks(here).cpu(), d.blocks(there).cpu()))
+    assert all(jobs)
+
+
+def test_decode_gives_up_amid_the_chunks(pair):
+    p, d = pair
+    asked = prompt(120)
+    fetch(d, asked, list(range(30)), p.port)
+    prefill(p, asked, list(range(30)), [60], ended=False)
+    drop(d, asked, p.port)
+    d.until(lambda: asked.request_id in d.received)
+    after = prompt(8)
+    prefill(p, after, [40, 41])
+    fetch(d, after, [50, 51], p.port)
+    settled(p, d, after)
+    assert torch.equal(p.blocks([40, 41]).cpu(), d.blocks([50, 51]).cpu())
+
+
+def test_a_peer_that_leaves_and_returns(pair):
+    p, d = pair
+    first, second = prompt(8), prompt(8)
+    prefill(p, first, [1, 2])
+    fetch(d, first, [10, 11], p.port)
+    settled(p, d, first)
+    fetch(d, second, [12, 13], p.port)
+    p.worker.close()
+    d.until(lambda: d.failed == [second.request_id])
+    more = {"transport": "nccl", "layout": p.layout, "timeout_s": 10.0, "staging_mib": 16}
+    with instances(lambda: Instance("prefill", p.port, device="cuda:0", **more)) as returned:
+        third = prompt(8)
+        prefill(returned, third, [3, 4])
+        fetch(d, third, [14, 15], p.port)
+        settled(returned, d, third)
+        assert torch.equal(returned.blocks([3, 4]).cpu(), d.blocks([14, 15]).cpu())
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Real vLLM: prefill on GPU 0, decode on GPU 1, the tiny model in bfloat16, failed transfers fail their request."""
+    folder = tmp_path_factory.mktemp("servers")
+    arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256"]
+    arguments += ["--gpu-memory-utilization", "0.2"]
+    running = kv_servers.start("p2p-nccl", str(tiny_model()), folder, False, arguments)
+    try:
+        failure = kv_servers.wait_healthy(running, 400)
+        assert failure is None, failure
+        yield running
+    finally:
+        running.stop()
+
+
+_random = random.Random(5)
+
+
+def prompt_of(tokens):
+    return [_random.randrange(10, 400) for _ in range(tokens)]
+
+
+def text_of(servers, index, prompt, output_tokens=16, **transfer):
+    """The tokens' text of one server, not streamed."""
+    url = servers.urls[index]
+
+    async def ask():
+        reader, writer = await kv_servers._post(
+            url, kv_servers._body(prompt, output_tokens, False, transfer or None), None
+        )
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    answer = asyncio.run(ask())
+    return json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])["choices"][0]["text"]
+
+
+def through_both(servers, prompt, decoded=None):
+    """Prefill `prompt`, then decode it (or `decoded` in its place, without the check that both are the same)."""
+    name, more = secrets.token_hex(8), {} if decoded is None else {"verify_prompt": False}
+    host, port = servers.kv[0].split(":")
+    text_of(servers, 0, prompt, 1, transfer_id=name, do_remote_decode=True, **more)
+    there = {"remote_host": host, "remote_port": int(port), "do_remote_prefill": True}
+    return text_of(servers, 1, decoded or prompt, transfer_id=name, **there, **more)
+
+
+def is_free(servers, index):
+    found = kv_servers.metrics(servers.urls[index])
+    return found["vllm:kv_cache_usage_perc"] == 0 and found["vllm:num_requests_running"] == 0
+
+
+def until(check):
+    limit = time.monotonic() + PATIENCE_S
+    while not check():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_equal_to_a_single_instance(servers):
+    lengths = [
+        1,
+        2,
+        63,
+        64,
+        65,
+        127,
+        128,
+        129,
+        255,
+        256,
+        257,
+        300,
+        511,
+        512,
+        513,
+        700,
+        1000,
+        1023,
+        1024,
+        1025,
+        *range(30, 40),
+    ]
+    equal = 0
+    for length in lengths:
+        prompt = prompt_of(length)
+        equal += through_both(servers, prompt) == text_of(servers, 1, prompt)
+    # In bfloat16 prefill's and decode's kernels round differently, so a near tie between two tokens may fall either way.
+    assert equal >= len(lengths) - 3
+    until(lambda: is_free(servers, 0) and is_free(servers, 1))
+
+
+def test_swapped_kv_gives_the_other_prompts_answer(servers):
+    ours = prompt_of(200)
+    theirs = prompt_of(199) + ours[-1:]
+    assert through_both(servers, ours, decoded=theirs) == through_both(servers, ours)
+
+
+def test_sixty_four_at_a_time_none_fails(servers):
+    async def all_of_them():
+        return await asyncio.gather(*(servers.ask(prompt_of(900), 16) for _ in range(64)))
+
+    assert [timed.error for timed in asyncio.run(all_of_them()) if timed.error] == []
+    until(lambda: is_free(servers, 0) and is_free(servers, 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_victim_amid_load_harms_nobody_and_returns(servers, victim, number):
+    async def load():
+        asked = [asyncio.create_task(servers.ask(prompt_of(900), 64, timeout_s=90)) for _ in range(32)]
+        await asyncio.sleep(0.3)
+        servers.signal(victim, number)
+        if number == signal.SIGSTOP:
+            await asyncio.sleep(40)  # longer than the transfer timeout of 30 s
+            servers.signal(victim, signal.SIGCONT)
+        return await asyncio.gather(*asked)
+
+    asyncio.run(load())  # each ends: with its tokens, or with an error
+    until(lambda: is_free(servers, 1 - victim))
+    if number == signal.SIGKILL:
+        servers.processes[victim].wait()
+        servers.launch(victim)
+        assert kv_servers.wait_healthy(servers, 300) is None
+    until(lambda: is_free(servers, victim))
+    prompt = prompt_of(300)
+    before = kv_servers.metrics(servers.urls[1])["vllm:pdbench_kv_bytes_total"]
+    assert through_both(servers, prompt)
+    assert kv_servers.metrics(servers.urls[1])["vllm:pdbench_kv_bytes_total"] > before
