@@ -55,7 +55,6 @@ class Client:
         self._waiter = Waiter()
         self._idle: deque[Connection] = deque()
         self._active: set[Connection] = set()
-        self._resendable: dict[Answer, bytes] = {}
         self._finished: list[RequestRecord] = []
         self._check_at_s = self._refresh_at_s = 0.0
         # The kernel begins to stamp some milliseconds after the first socket has asked: this one asks for all.
@@ -120,15 +119,22 @@ class Client:
         self._waiter.close()
 
     def _send(self, data: bytes, answer: Answer) -> None:
-        connection = self._idle.pop() if self._idle else self._connect(answer)
+        connection = self._idle_connection() or self._connect(answer)
         if connection is None:
             return
-        if connection.reused:
-            self._resendable[answer] = data
         self._active.add(connection)
         connection.request(data, answer)
         if connection.broken is not None:
             self._settle(connection)
+
+    def _idle_connection(self) -> Connection | None:
+        """The connection used last that the server has not closed meanwhile. No request is ever sent twice: resets are data."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.stale():
+                return connection
+            self._drop(connection, "closed", "", 0.0)
+        return None
 
     def _connect(self, answer: Answer) -> Connection | None:
         try:
@@ -144,7 +150,7 @@ class Client:
             self._waiter.add(connection.sock, events, connection)
 
     def _settle(self, connection: Connection) -> None:
-        """A connection whose answer is complete or that broke: keep it, drop it, or send its request again."""
+        """A connection whose answer is complete or that broke: keep it or drop it."""
         answer = connection.answer
         if answer is not None and answer.complete and connection.broken is None and answer.keep_alive:
             self._active.discard(connection)
@@ -165,10 +171,6 @@ class Client:
         connection.close()
         if answer is None:
             return
-        if answer in self._resendable and kind in ("reset", "closed") and not answer.bytes_seen:
-            # The server closed an idle connection just as we used it: the request never began, so send it anew.
-            self._send(self._resendable.pop(answer), answer)
-            return
         answer.closed(at_s, kind, message)
         self._collect(answer)
 
@@ -177,7 +179,6 @@ class Client:
         self._collect(answer)
 
     def _collect(self, answer: Answer) -> None:
-        self._resendable.pop(answer, None)
         self.merged_reads += answer.merged_reads
         self.in_flight -= 1
         self._finished.append(answer.record)

@@ -39,7 +39,6 @@ class Connection:
         "answer",
         "broken",
         "last_byte_s",
-        "reused",
         "sock",
         "watched",
     )
@@ -58,7 +57,6 @@ class Connection:
         stamps.enable(self.sock)
         self.answer: Answer | None = None
         self.broken: tuple[str, str] | None = None
-        self.reused = False
         self.watched = 0
         self.last_byte_s: float | None = None
         self._clock = clock
@@ -99,8 +97,17 @@ class Connection:
     def idle(self) -> None:
         """The answer is complete: wait for the next request, or for the server to close."""
         self.answer = None
-        self.reused = True
         self._wait_for(READ)
+
+    def stale(self) -> bool:
+        """Has the server closed this idle connection (or, without TLS, sent what nobody asked for)?"""
+        try:
+            waiting = self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return not waiting or self._tls is None
 
     def close(self) -> None:
         """Close the socket at once; what has not been read is lost."""
