@@ -265,6 +265,28 @@ def plot(source: Path, /, *, picture: Path | None = None) -> None:
     console.print(f"drawn: {device_figures.plot(source, picture)}", highlight=False)
 
 
+@app.command
+def report(
+    *folders: Path, out: Path = Path("report"), sort_by: str | None = None, lang: Literal["en", "zh"] = "en"
+) -> None:
+    """Draw saved runs: one HTML page with verdicts and interactive figures, Markdown, CSV of all requests, pictures.
+
+    Parameters
+    ----------
+    folders
+        Results folders; the first is the baseline. By itself single_results and disaggregated_results.
+    out
+        Folder for report.html, report.md, requests.csv and the pictures.
+    sort_by
+        Metric by which the side-by-side table is sorted, best first: tbt_p99_ms, output_tokens_per_s, ...
+    lang
+        Language of page and tables.
+    """
+    from pdbench.report import commands
+
+    commands.report(folders, out, sort_by, lang, console)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a UserError becomes one line on stderr and its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments

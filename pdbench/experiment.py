@@ -54,10 +54,13 @@ def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]
     return order
 
 
-def run(names: Sequence[Name], trials: int, options: Options, out: Path, console: Console) -> list[Path]:
+def run(
+    names: Sequence[Name], trials: int, options: Options, out: Path, console: Console, on_saved: Callable[[Path], None]
+) -> list[Path]:
     """Measure every deployment `trials` times; returns the results folders, `out`/NAME_results each.
 
-    What was measured is saved also when a server dies or the user interrupts; the exception then goes on.
+    What was measured is saved, and `on_saved` told, also when a server dies or the user interrupts; the exception then
+    goes on.
     Raises UserError when something asked for cannot be done here, before anything starts where that can be known.
     """
     if trials < 1:
@@ -74,7 +77,7 @@ def run(names: Sequence[Name], trials: int, options: Options, out: Path, console
     reference: list[str] | None = None
     saving = ExitStack()
     with saving:
-        saving.callback(lambda: [_save(one, out) for one in runs.values() if one.requests])
+        saving.callback(_save_all, runs, out, on_saved)
         for name, indices in interleave(names, trials):
             with started(Deployment(name, options.serve, machine), console) as deployment:
                 running = deployment.running()
@@ -89,7 +92,15 @@ def run(names: Sequence[Name], trials: int, options: Options, out: Path, console
     return [out / f"{name}_results" for name in names]
 
 
-def bench(url: str, model: str | None, options: Options, trials: int, out: Path, console: Console) -> Path:
+def bench(
+    url: str,
+    model: str | None,
+    options: Options,
+    trials: int,
+    out: Path,
+    console: Console,
+    on_saved: Callable[[Path], None],
+) -> Path:
     """Measure the server at `url`, ours or anybody's; returns the results folder.
 
     A deployment started by `pdbench serve` with the same --log-dir is recognised, and its devices and events with it.
@@ -106,13 +117,11 @@ def bench(url: str, model: str | None, options: Options, trials: int, out: Path,
     one = _new_run(running, clock, options, verdict)
     if verdict:
         _tell_gate(one, console)
-    folder = out / f"{one.name}_results"
     try:
         _measure_into(one, running, options, list(range(trials)), console, lambda: None)
     finally:
-        if one.requests:
-            _save(one, out)
-    return folder
+        _save(one, out, on_saved)
+    return out / f"{one.name}_results"
 
 
 def _only_model(url: str) -> str:
@@ -241,8 +250,15 @@ def _one_trial(one: Run, running: Running, options: Options, trial: int, console
         )
 
 
-def _save(one: Run, out: Path) -> None:
-    save_run(one, out / f"{one.name}_results")
+def _save_all(runs: dict[Name, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
+    for one in runs.values():
+        _save(one, out, on_saved)
+
+
+def _save(one: Run, out: Path, on_saved: Callable[[Path], None]) -> None:
+    """Nothing measured: nothing written, so that the results of an earlier run stay."""
+    if one.requests:
+        on_saved(save_run(one, out / f"{one.name}_results").parent)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,13 @@ SERIOUS = ("gate-failed",)
 """Flags with which a run's figures do not count: the command ends with exit code 1."""
 
 
-def finish(folders: Sequence[Path], console: Console) -> None:
-    """Summarize, draw and show each saved run; folders that hold none (nothing was measured) are passed over."""
-    for folder in folders:
-        if not any(folder.glob("*_results.json")):
-            continue
-        run = load_run(folder)
-        run.summary = summarize(run)
-        save_run(run, folder)
-        figures.performance_analysis(run, folder / f"{run.name}_performance_analysis.png")
-        console.print(tables.summary_table(run))
+def finish(folder: Path, console: Console) -> None:
+    """Summarize, draw and show a run that was just saved."""
+    run = load_run(folder)
+    run.summary = summarize(run)
+    save_run(run, folder)
+    figures.performance_analysis(run, folder / f"{run.name}_performance_analysis.png")
+    console.print(tables.summary_table(run))
 
 
 def side_by_side(folders: Sequence[Path], out: Path, console: Console) -> None:
