@@ -13,6 +13,7 @@ import cyclopts
 from cyclopts import App
 from cyclopts.config import Dict as Settings
 from rich.console import Console
+from rich.markup import escape
 
 from pdbench import __version__
 from pdbench.config import Deployment as Name
@@ -294,11 +295,11 @@ def main(arguments: list[str] | None = None) -> None:
         app.config = _recipe_settings(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except UserError as error:
-        Console(stderr=True).print(f"[red]pdbench:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]pdbench:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except cyclopts.CycloptsError as error:
         Console(stderr=True).print(
-            f"[red]pdbench:[/red] {str(error).strip()} Try `pdbench --help`.", highlight=False, soft_wrap=True
+            f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.", highlight=False, soft_wrap=True
         )
         sys.exit(2)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 Try: pdbench report single_results disaggregated_results --out report
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from rich.markup import escape
 from pdbench.analysis import gate
 from pdbench.analysis.compare import compare
 from pdbench.errors import UserError
-from pdbench.records import load_run
-from pdbench.report import figures, tables
+from pdbench.records import load_run, write_whole
+from pdbench.report import figures, html, tables
+from pdbench.report.digest import Digest, digests
+from pdbench.report.export import COLUMNS
 
+PICTURES = 4
 DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
 
 
@@ -48,3 +52,50 @@ def compare_folders(
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[ruling.outcome]
         console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(ruling.reason)}", highlight=False)
     return gate.exit_code(rulings)
+
+
+def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: str, console: Console) -> None:
+    """Write report.html, report.md, requests.csv and the pictures of saved runs into `out`."""
+    folders = list(folders) or [path for path in DEFAULT_FOLDERS if any(path.glob("*_results.json"))]
+    if not folders:
+        raise UserError(
+            "nothing measured here: run `./run_disaggregated_test.sh` first, or name results folders: `pdbench report DIR...`"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = [Path(scratch) / f"{place}.csv" for place in range(len(folders))]
+        runs = digests(folders, html.DEVICE_FIGURES, parts)
+        names = names_of(runs)
+        write_whole(out / "report.html", html.page(runs, names, sort_by, language).encode())
+        write_whole(
+            out / "requests.csv", b"".join([",".join(COLUMNS).encode() + b"\n", *(part.read_bytes() for part in parts)])
+        )
+    write_whole(out / "report.md", _markdown(runs, names, sort_by, language).encode())
+    made = ["report.html", "report.md", "requests.csv"]
+    if len(folders) <= PICTURES:
+        loaded = [load_run(folder) for folder in folders]
+        for run, name in zip(loaded, names, strict=True):
+            made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png").name)
+        if len(loaded) > 1:
+            made.append(figures.comparison(loaded, out / "performance_comparison.png").name)
+    console.print(f"{out}/: {', '.join(made)}", highlight=False)
+
+
+def names_of(runs: Sequence[Digest]) -> list[str]:
+    """Each run's deployment; where two share it, the folder tells them apart."""
+    plain = [run.name for run in runs]
+    return [
+        name if plain.count(name) == 1 else run.folder.strip("/").replace("/", "_")
+        for run, name in zip(runs, plain, strict=True)
+    ]
+
+
+def _markdown(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None, language: str) -> str:
+    parts = [f"# {' · '.join(names)}\n\n{runs[0].load}\n\n{runs[0].machine}\n"]
+    for run, name in zip(runs, names, strict=True):
+        parts += [f"- **{name}, {flag.name}**: {flag.detail}" for flag in run.skeleton.flags]
+    for run, name in zip(runs[1 : html.COMPARED + 1], names[1:], strict=False):
+        parts.append(
+            tables.markdown(tables.comparison_rows(html.compare_digests(runs[0], run, (names[0], name)), language))
+        )
+    parts.append(tables.markdown(tables.digest_rows(runs, names, sort_by, language)))
+    return "\n".join(parts)

@@ -16,10 +16,12 @@ from rich.text import Text
 from pdbench.analysis import verdicts
 from pdbench.analysis.compare import Comparison, compare, flags_of
 from pdbench.analysis.summary import summarize
+from pdbench.errors import UserError
 from pdbench.records import Flag, Run
+from pdbench.report.digest import Digest
 from pdbench.report.language import say
 from pdbench.report.panels import figure
-from pdbench.report.words import load_in_words, machine_in_words
+from pdbench.report.words import load_in_words, machine_in_words, model_name
 
 _STYLES = {"better": "green", "worse": "red", "same": "", "unclear": "dim", "unjudged": "dim"}
 
@@ -83,17 +85,29 @@ def comparison_rows(comparison: Comparison, language: str = "en") -> Rows:
 def side_by_side_rows(
     runs: Sequence[Run], names: Sequence[str], sort_by: str | None = None, language: str = "en"
 ) -> Rows:
-    """Several runs or models, a row each, best first by `sort_by` (a key of `FIGURES`); runs without that figure come last."""
-    found = [(name, run, figures_of(run.summary or summarize(run))) for name, run in zip(names, runs, strict=True)]
+    """Several runs or models, a row each, best first by `sort_by` (a name of `FIGURES`); those without it come last."""
+    return _side_by_side([run.summary or summarize(run) for run in runs], runs, names, sort_by, language)
+
+
+def digest_rows(
+    digests: Sequence[Digest], names: Sequence[str], sort_by: str | None = None, language: str = "en"
+) -> Rows:
+    """The same from digests."""
+    return _side_by_side([one.summary for one in digests], [one.skeleton for one in digests], names, sort_by, language)
+
+
+def _side_by_side(
+    summaries: Sequence[dict[str, Any]], runs: Sequence[Run], names: Sequence[str], sort_by: str | None, language: str
+) -> Rows:
+    if sort_by is not None and sort_by not in FIGURES:
+        raise UserError(f"--sort-by {sort_by}: choose from {', '.join(FIGURES)}", exit_code=2)
+    found = [(name, model_name(run), figures_of(one)) for name, run, one in zip(names, runs, summaries, strict=True)]
     if sort_by is not None:
-        sign = 1 if sort_by.endswith("_ms") or sort_by in ("j_per_output_token", "mean_power_w") else -1
+        sign = 1 if sort_by.endswith("_ms") or sort_by == "j_per_output_token" else -1
         found.sort(key=lambda one: (one[2][sort_by] is None, sign * (one[2][sort_by] or 0.0)))
     header = [say("run", language), say("model", language), *(say(key, language) for key in FIGURES)]
-    rows = [
-        [name, str(run.config.get("model") or ""), *(figure(value) for value in values.values())]
-        for name, run, values in found
-    ]
-    return Rows(say("side by side", language), header, rows, [""] * len(rows))
+    rows = [[name, model, *(figure(value) for value in values.values())] for name, model, values in found]
+    return Rows(say("side by side", language), header, rows, [""] * len(rows), (0, 1))
 
 
 FIGURES = (

@@ -15,7 +15,7 @@ def load_in_words(run: Run) -> str:
     arrivals = f"{rate:g} requests/s" if rate else f"{concurrency or 1} at a time"
     prompts = [r.prompt_tokens for r in run.requests if r.prompt_tokens is not None and not r.warmup]
     outputs = [len(r.token_s) for r in run.requests if r.token_s and not r.warmup]
-    words = [f"model {_model(run)}", arrivals]
+    words = [f"model {model_name(run)}", arrivals]
     if prompts:
         words.append(f"{_span(prompts)} tokens in")
     if outputs:
@@ -40,7 +40,8 @@ def _cpu(host: dict[str, Any]) -> str:
     return f"{name or 'CPU'}" + (f", {cores} cores" if cores else "")
 
 
-def _model(run: Run) -> str:
+def model_name(run: Run) -> str:
+    """The model's name without the folders before it."""
     name = option(run.config, "model") or option(run.config, "model_name") or "unknown"
     return str(name).rstrip("/").rsplit("/", 1)[-1]
 

@@ -1,0 +1,178 @@
+"""A saved run boiled down to what a report draws, so that a hundred runs fit: quantile curves, thinned curves, summaries.
+
+Try: python -c "from pdbench.report.digest import digest; print(digest('single_results').summary['ttft_ms'])"
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdbench.analysis.compare import Metric, estimates, flags_of
+from pdbench.analysis.metrics import Array, Measured, measure, ttft_parts_ms
+from pdbench.analysis.statistics import Estimate
+from pdbench.analysis.summary import summarize
+from pdbench.records import Gate, Run, load_run
+from pdbench.report.export import requests_csv
+from pdbench.report.panels import curves_of, reasons, series
+from pdbench.report.timeline import Timeline, lanes
+from pdbench.report.words import load_in_words, machine_in_words
+
+Points = tuple[list[float | None], list[float | None]]
+CURVE_POINTS, BIN_COUNT, SPANS = 700, 160, 300
+SHARES = np.concatenate([np.linspace(0, 0.98, 120), np.linspace(0.981, 1, 60)])
+CURVES = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "cpu_clock_mhz", "temperature_c")
+
+
+@dataclass
+class Digest:
+    """What is kept of a run. `skeleton` is the run without requests, devices and events, for comparing how it was measured.
+
+    `distributions` maps ttft, tbt, e2e to (ms, share) points; `parts_ms` is the mean TTFT taken apart; `tbt_over_time` maps
+    p50 and p99 to a curve; `curves` maps a field to {label: (role, curve)}; `spans` are (from, first token, to, row, rows).
+    """
+
+    name: str
+    folder: str
+    skeleton: Run
+    summary: dict[str, Any]
+    estimates: dict[Metric, Estimate]
+    load: str
+    machine: str
+    distributions: dict[str, Points]
+    parts_ms: dict[str, float] | None
+    tbt_over_time: dict[str, Points]
+    ticks: tuple[list[float], list[str]] = ([], [])
+    curves: dict[str, dict[str, tuple[str, Points]]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    spans: list[tuple[float, float, float, int, int]] = field(default_factory=list)
+    in_flight: Points = ([], [])
+
+
+def digest(folder: Path | str, with_curves: bool = True, csv: Path | None = None) -> Digest:
+    """Read one run and keep what is drawn; with `csv`, write all its requests there on the way."""
+    run = load_run(folder)
+    measured = measure(run)
+    if csv is not None:
+        csv.write_text(requests_csv(run, measured, header=False))
+    made = Digest(
+        name=run.name,
+        folder=str(folder),
+        skeleton=_skeleton(run),
+        summary=summarize(run, measured),
+        estimates=estimates(run, measured),
+        load=load_in_words(run),
+        machine=machine_in_words(run),
+        distributions={
+            "ttft": _quantile_curve(measured.ttft_ms),
+            "tbt": _quantile_curve(measured.tbt_ms),
+            "e2e": _quantile_curve(measured.e2e_ms),
+        },
+        parts_ms=_mean_parts(measured),
+        tbt_over_time=_tbt_over_time(measured, Timeline(run)),
+    )
+    if with_curves:
+        _add_curves(made, run, measured)
+    return made
+
+
+def digests(folders: Sequence[Path], with_curves: int, csv_parts: Sequence[Path | None]) -> list[Digest]:
+    """All of them, read by as many processes as there are cores; only the first `with_curves` keep their device curves."""
+    jobs = [
+        (folder, place < with_curves, part) for place, (folder, part) in enumerate(zip(folders, csv_parts, strict=True))
+    ]
+    workers = min(cpu_count() or 1, len(jobs))
+    if workers < 2 or len(jobs) < 8:
+        return [digest(*job) for job in jobs]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(digest, *zip(*jobs, strict=True), chunksize=1))
+
+
+def _skeleton(run: Run) -> Run:
+    bare = Run(name=run.name, clock=run.clock, config=run.config, host=run.host, versions=run.versions, roles=run.roles)
+    bare.flags = flags_of(run)
+    bare.gate = run.gate and Gate(**{name: getattr(run.gate, name) for name in Gate.__struct_fields__})
+    return bare
+
+
+def _quantile_curve(values: Array) -> Points:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return [], []
+    shares = SHARES if len(known) > len(SHARES) else np.linspace(0, 1, len(known))
+    return _plain(np.quantile(known, shares)), _plain(shares * 100, 2)
+
+
+def _mean_parts(measured: Measured) -> dict[str, float] | None:
+    """The mean of each part of TTFT over the requests that tell them apart (at most 2,000 of them, evenly picked)."""
+    step = max(len(measured.requests) // 2000, 1)
+    parts = [one for request in measured.requests[::step] if (one := ttft_parts_ms(request))]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: float(np.mean([part.get(name, 0.0) for part in parts])) for name in names} or None
+
+
+def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
+    """p50 and p99 of the gaps in each of 160 stretches of the drawn time that hold at least 5."""
+    places = timeline.place(measured.tbt_s)
+    edges = np.linspace(0, timeline.length_s, BIN_COUNT + 1)
+    order = np.argsort(places, kind="stable")
+    places, gaps = places[order], measured.tbt_ms[order]
+    cuts = np.searchsorted(places, edges)
+    held = [(i, gaps[a:b]) for i, (a, b) in enumerate(pairwise(cuts)) if b - a >= 5]
+    middles = _plain((edges[:-1] + edges[1:])[[i for i, _ in held]] / 2) if held else []
+    return {
+        name: (middles, [round(float(np.quantile(g, share)), 4) for _, g in held])
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
+
+
+def _add_curves(made: Digest, run: Run, measured: Measured) -> None:
+    timeline = Timeline(run)
+    made.ticks = timeline.ticks()
+    for name in CURVES:
+        found: dict[str, tuple[str, Points]] = {}
+        for device in curves_of(run):
+            instants, values = series(device, name)
+            if len(instants):
+                label = f"{device.role or device.name} ({device.id})"
+                found[label] = (device.role or "host", _thin(*timeline.curve(instants, values)))
+        if found:
+            made.curves[name] = found
+        else:
+            made.missing[name] = reasons(run, name)
+    requests = [r for r in measured.requests if r.sent_s is not None and r.end_s is not None]
+    if len(requests) <= SPANS:
+        rows, count = lanes(requests)
+        for request, row in zip(requests, rows, strict=True):
+            first = request.token_s[0] if request.token_s else request.end_s
+            placed = timeline.place([request.sent_s or 0.0, first or 0.0, request.end_s or 0.0])
+            made.spans.append((*(round(float(t), 4) for t in placed), row, count))  # type: ignore[arg-type]
+    else:
+        grid = np.linspace(0, timeline.length_s, CURVE_POINTS)
+        begins, ends = (np.sort(timeline.place(t[np.isfinite(t)])) for t in (measured.sent_s, measured.end_s))
+        flying = np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right")
+        made.in_flight = (_plain(grid), _plain(flying.astype(float)))
+
+
+def _thin(x: Array, y: Array) -> Points:
+    """At most 700 points: of each stretch its lowest and its highest, so that no peak is lost; breaks stay breaks."""
+    if len(x) > CURVE_POINTS:
+        kept: list[int] = []
+        for part in np.array_split(np.arange(len(x)), CURVE_POINTS // 2):
+            known = part[np.isfinite(y[part])]
+            broken = part[~np.isfinite(y[part])][:1]
+            ends = {int(known[np.argmin(y[known])]), int(known[np.argmax(y[known])])} if len(known) else set()
+            kept += sorted({*ends, *map(int, broken)})
+        x, y = x[kept], y[kept]
+    return _plain(x), _plain(y, 2)
+
+
+def _plain(values: Iterable[float], digits: int = 4) -> list[float | None]:
+    """Plain rounded numbers for JSON; NaN, which JSON lacks, as None."""
+    return [None if value != value else round(float(value), digits) for value in values]
