@@ -19,7 +19,9 @@ from pdbench.config import Deployment as Name
 from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.generator import run_load
+from pdbench.power import clocks
 from pdbench.power.devices import open_readers
+from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, Flag, Run, save_run
 from pdbench.serving import machine as machines
@@ -71,6 +73,7 @@ def run(
     machine = machines.inspect()
     for name in names:
         Deployment(name, options.serve, machine)
+    idle = _idle_power(names, options, machine, console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
     runs: dict[Name, Run] = {}
@@ -88,8 +91,24 @@ def run(
                     runs[name] = _new_run(running, clock, options, verdict if name == "disaggregated" else None)
                     if name == "disaggregated":
                         _tell_gate(runs[name], console)
-                _measure_into(runs[name], running, options, indices, console, deployment.check)
+                try:
+                    _measure_into(runs[name], running, options, indices, console, deployment.check)
+                finally:
+                    for device in runs[name].devices:
+                        device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
     return [out / f"{name}_results" for name in names]
+
+
+def _idle_power(
+    names: Sequence[Name], options: Options, machine: machines.Machine, console: Console
+) -> dict[str, dict[str, float | None]]:
+    """Device id -> idle power by kind, of all GPUs that the run will use, before anything runs on them."""
+    if not (machine.on_gpu and options.power.power and options.power.idle_s):
+        return {}
+    planned = [Deployment(name, options.serve, machine) for name in names]
+    gpus = sorted({gpu for deployment in planned for instance in deployment.instances for gpu in instance.gpus})
+    console.print(f"idle power of GPU {', '.join(map(str, gpus))}: {2 * options.power.idle_s:g} s")
+    return idle_before_start(gpus, options.power.idle_s)
 
 
 def bench(
@@ -199,14 +218,19 @@ def _measure_into(
     if options.power.power:
         readers = open_readers(running.gpus, {} if running.gpus else running.processes)
         sampler = Sampler(readers, options.power.sample_interval_s, one.clock)
+    holds: list[clocks.ClockHold] = []
     try:
-        with sampler:
+        with clocks.held(options.power, running.gpus) as holds, sampler:
+            if isinstance(sampler, Sampler) and running.gpus and options.power.idle_s:
+                sampler.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
                 _one_trial(one, running, options, trial, console)
                 check()
     finally:
         devices: list[DeviceRecord] = sampler.records() if isinstance(sampler, Sampler) else []
         one.devices = merge_records(one.devices + devices)
+        one.config["clocks_held"] = [hold.plain() for hold in holds]
+        one.flags += [flag for flag in clocks.clock_flags(holds, devices) if flag not in one.flags]
         one.roles = {}
         for device in one.devices:
             one.roles.setdefault(device.role or "host", []).append(device.id)
