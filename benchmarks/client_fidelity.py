@@ -6,8 +6,11 @@ Try: python benchmarks/client_fidelity.py --streams 200 --rounds 5 --clients pdb
 """
 
 import argparse
+import contextlib
 import json
 import os
+import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,8 @@ import numpy
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from pdbench.load import stamps
 
 HERE = Path(__file__).parent
 SERVER_CORE, CLIENT_CORE = 0, 1
@@ -56,7 +61,14 @@ class Figures:
 
 
 def pinned(core: int) -> Callable[[], None]:
-    return lambda: os.sched_setaffinity(0, {core})
+    """For server and clients alike: a core of its own and, where permitted, real-time priority against the machine's other work."""
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, {core})
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+    return prepare
 
 
 class Server:
@@ -110,7 +122,7 @@ class CpuWatch:
 
 def run_client(command: list[str], folder: Path) -> CpuWatch:
     """Run one client to its end on the client core; its output goes to a log in `folder`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / "client.log").open("w") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, preexec_fn=pinned(CLIENT_CORE), env=environment, cwd=HERE.parent
@@ -163,6 +175,35 @@ def as_client(url: str, load: dict, out: str, processes: int) -> None:
     Path(out).write_text(json.dumps(made))
 
 
+def bare(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
+    """No client but the floor: a loop that receives with kernel stamps and throws the bytes away; its CPU alone counts."""
+    watch = run_client([sys.executable, __file__, "--as-bare", json.dumps([url, vars(load)])], folder)
+    return watch, Figures(numpy.array([]), numpy.array([]), "receives, records nothing")
+
+
+def as_bare(url: str, load: dict) -> None:
+    """The process behind `bare`: warm-up and rounds as the clients', one epoll loop, recvmsg, no parsing but for the end."""
+    body = json.dumps({"max_tokens": load["tokens"]}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    epoll, socks = select.epoll(), {}
+    for _ in range(load["streams"]):
+        sock = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        stamps.enable(sock)
+        epoll.register(sock, select.EPOLLIN)
+        socks[sock.fileno()] = sock
+        sock.send(request)
+    left = load["streams"] * load["rounds"]
+    ended = 0
+    while ended < load["streams"] * (load["rounds"] + 1):
+        for descriptor, _ in epoll.poll():
+            data = socks[descriptor].recvmsg(65536, 128)[0]
+            if data.endswith(b"\r\n0\r\n\r\n"):
+                ended += 1
+                if left:
+                    left -= 1
+                    socks[descriptor].send(request)
+
+
 def vllm(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
     """`vllm bench serve` by its own entry point."""
     script = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); "
@@ -202,8 +243,8 @@ def aiperf(load: Load, url: str, folder: Path, options: argparse.Namespace) -> t
     rows = [json.loads(line) for line in next(folder.rglob("profile_export.jsonl")).read_text().splitlines()]
     rows = [row["metrics"] for row in rows if row["metadata"]["benchmark_phase"] == "profiling"]
     ttft = numpy.array([row["time_to_first_token"]["value"] for row in rows]) / 1e3
-    itl = numpy.array([row["inter_token_latency"]["value"] for row in rows]) / 1e3
-    return watch, Figures(ttft, itl, "ITL is its mean a request")
+    itl = numpy.concatenate([row["inter_chunk_latency"]["value"] for row in rows]) / 1e3
+    return watch, Figures(ttft, itl, "ITL is its inter-chunk latency")
 
 
 def truth_of(log: list[dict], load: Load) -> tuple[Figures, float, float]:
@@ -216,7 +257,7 @@ def truth_of(log: list[dict], load: Load) -> tuple[Figures, float, float]:
     return Figures(ttft, itl, note), log[0]["arrival_s"], max(entry["sends_s"][-1] for entry in log)
 
 
-CLIENTS = {"pdbench": pdbench, "vllm": vllm, "aiperf": aiperf}
+CLIENTS = {"bare": bare, "pdbench": pdbench, "vllm": vllm, "aiperf": aiperf}
 
 
 def main() -> None:
@@ -226,14 +267,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="tokens a request")
     parser.add_argument("--ttft-ms", type=float, default=20.0)
     parser.add_argument("--itl-ms", type=float, default=10.0)
-    parser.add_argument("--clients", default="pdbench,vllm,aiperf")
+    parser.add_argument("--clients", default="bare,pdbench,vllm,aiperf")
     parser.add_argument("--processes", type=int, default=1, help="--client-processes of ours")
     parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; by itself the tiny model's")
     parser.add_argument("--aiperf", default="aiperf", help="its executable, in an environment of its own")
     parser.add_argument("--as-client", help=argparse.SUPPRESS)
+    parser.add_argument("--as-bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_client:
         return as_client(*json.loads(options.as_client))
+    if options.as_bare:
+        return as_bare(*json.loads(options.as_bare))
     if not options.tokenizer:
         from pdbench.serving.tiny_model import tiny_model
 
@@ -272,13 +316,12 @@ def add_rows(table: Table, name: str, load: Load, options: argparse.Namespace) -
             table.add_row(name, *["-"] * 9, f"skipped: {str(error).strip().splitlines()[-1][:100]}")
             return
         truth, start_s, end_s = truth_of(server.log(), load)
-    true_ms, reported_ms = truth.quantiles_ms(), reported.quantiles_ms()
+    true_ms = truth.quantiles_ms()
+    cells = ["-"] * 8
+    if len(reported.ttft_s):
+        pairs = zip(reported.quantiles_ms(), true_ms, strict=True)
+        cells = [cell for told, true in pairs for cell in (f"{told:.2f}", f"{told - true:+.2f}")]
     cpu_us = watch.between(start_s, end_s) / (load.requests * load.tokens) * 1e6
-    cells = [
-        f"{cell:+.2f}" if index % 2 else f"{cell:.2f}"
-        for pair in zip(reported_ms, true_ms, strict=True)
-        for index, cell in enumerate((pair[0], pair[0] - pair[1]))
-    ]
     table.add_row(name, *cells, f"{cpu_us:.1f}", reported.note)
     table.add_row(
         "  the truth", *[cell for true in true_ms for cell in (f"{true:.2f}", "")], "", truth.note, style="dim"

@@ -75,20 +75,25 @@ class Client:
         self._send(data, Answer(record))
 
     def poll(self, until_s: float) -> list[RequestRecord]:
-        """Handle what has arrived, waiting for it until `until_s` at most (run's clock); the requests that ended."""
-        monotonic, zero_s = time.monotonic, self.clock.zero_s
-        wait_s = 0.0 if self._finished else min(until_s, self._check_at_s) - (monotonic() - zero_s)
-        ready = self._waiter.wait(wait_s)
-        began_s = monotonic() - zero_s
-        for connection, events in ready:
-            connection.ready(events)
-            if connection.broken is not None or (connection.answer is not None and connection.answer.complete):
-                self._settle(connection)
+        """Handle what arrives until a request ends or `until_s` (run's clock) has come; the requests that ended."""
+        monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._waiter.wait, self.busy_s.append
         now_s = monotonic() - zero_s
-        if now_s >= self._check_at_s:
-            self._check_deadlines(now_s)
-        if ready:
-            self.busy_s.append(now_s - began_s)
+        while not self._finished:
+            ready = wait(min(until_s, self._check_at_s) - now_s)
+            began_s = monotonic() - zero_s
+            for connection, events in ready:
+                connection.ready(events)
+                answer = connection.answer
+                if connection.broken is not None or (answer is not None and answer.complete):
+                    self._settle(connection)
+            now_s = monotonic() - zero_s
+            if ready:
+                busy(now_s - began_s)
+            if now_s >= self._check_at_s:
+                self._check_deadlines(now_s)
+                break
+            if now_s >= until_s:
+                break
         finished, self._finished = self._finished, []
         return finished
 

@@ -16,11 +16,17 @@ class EventReader:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Take the next bytes; the events they complete, in order."""
-        if not self._buffer and not self._data and piece.startswith(b"data: ") and piece.endswith(b"\n\n"):
-            payload = piece[6:-2]
-            if b"\n" not in payload and b"\r" not in payload:
-                self._swallow_newline = False
-                return [payload]
+        # One event in one piece is nearly always what comes: its only line ends are the two at its end.
+        if (
+            not self._buffer
+            and not self._data
+            and piece.startswith(b"data: ")
+            and piece.find(b"\n") == len(piece) - 2
+            and piece.endswith(b"\n\n")
+            and b"\r" not in piece
+        ):
+            self._swallow_newline = False
+            return [piece[6:-2]]
         return self._feed_any(piece)
 
     def _feed_any(self, piece: bytes) -> list[bytes]:
