@@ -33,16 +33,18 @@ class BlockPacker:
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
         """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
         packed = out[: len(block_ids) * self.block_bytes]
-        index = self._index(block_ids)
-        for part, segment in self._segments(packed, len(block_ids)):
-            torch.index_select(part, 0, index, out=segment)
+        _GATHER(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
         return packed
 
     def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
-        index = self._index(block_ids)
-        for part, segment in self._segments(packed, len(block_ids)):
-            part.index_copy_(0, index, segment)
+        _SCATTER(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+
+    def warm_up(self) -> None:
+        """Run both copies, block 0 onto itself, so that no transfer waits for kernels to be loaded."""
+        buffer = torch.empty(3 * self.block_bytes, dtype=torch.uint8, device=self.device)
+        for _ in range(3):
+            self.scatter(self.gather([0], buffer), [0])
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(block_ids, dtype=torch.int64)
@@ -50,14 +52,26 @@ class BlockPacker:
             return index
         return index.pin_memory().to(self.device, non_blocking=True)
 
-    def _segments(self, packed: torch.Tensor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Every part with its share of the packed buffer, shaped alike."""
-        pairs, start = [], 0
-        for part in self.parts:
-            size = count * part.shape[1] * part.element_size()
-            pairs.append((part, packed[start : start + size].view(part.dtype).view(count, part.shape[1])))
-            start += size
-        return pairs
+
+def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
+    start = 0
+    for part in parts:
+        size = index.numel() * part.size(1)
+        torch.index_select(part, 0, index, out=packed.narrow(0, start, size).view(index.numel(), part.size(1)))
+        start += size
+
+
+def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
+    start = 0
+    for part in parts:
+        size = index.numel() * part.size(1)
+        part.index_copy_(0, index, packed.narrow(0, start, size).view(index.numel(), part.size(1)))
+        start += size
+
+
+# Scripted, a loop over all layers runs without the interpreter's lock: otherwise each layer's copy would wait for the engine's
+# thread to let go of it, and would make that thread wait in turn.
+_GATHER, _SCATTER = torch.jit.script(_gather), torch.jit.script(_scatter)
 
 
 def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:

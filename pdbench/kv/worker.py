@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 # How long a step without a forward pass waits for a transfer to end. It hands the interpreter to the threads that move KV,
 # which a busy loop would starve, and it bounds by how much a new request can be delayed.
 IDLE_WAIT_S = 0.0005
+# How long a thread that moves KV waits at most for the interpreter while the engine's thread computes in Python (5 ms otherwise).
+SWITCH_INTERVAL_S = 0.001
 
 
 @dataclass
@@ -60,6 +63,8 @@ class KvWorker:
         """Take vLLM's KV cache (layer name -> tensor) of `blocks` blocks and open for business. Raises UnsupportedError, OSError."""
         options = self._options
         packer = make_packer(kv_caches, blocks)
+        packer.warm_up()
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
         identity = Identity(
             transport=options.transport,
