@@ -67,9 +67,22 @@ def peer(name, folder, prefill, decode, port):
     prefill_url, decode_url = f"http://127.0.0.1:{prefill}", f"http://127.0.0.1:{decode}"
     if name == "quart":
         return [programs / "python", HERE / "proxy_quart.py", prefill_url, decode_url, str(port)]
-    mode = "--vllm-pd-disaggregation" if name == "vllm-router" else "--pd-disaggregation"
-    common = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
-    return [programs / name, mode, "--prefill", prefill_url, "--decode", decode_url, *common]
+    program, mode = {
+        "vllm-router": ([programs / "vllm-router"], "--vllm-pd-disaggregation"),
+        "sglang-router": ([programs / "python", "-m", "sglang_router.launch_router"], "--pd-disaggregation"),
+    }[name]
+    instances = ["--prefill", prefill_url, "--decode", decode_url, "--policy", "round_robin"]
+    return [
+        *program,
+        mode,
+        *instances,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--prometheus-port",
+        str(free_port()),
+    ]
 
 
 def floor(folder, decode, port):
@@ -231,6 +244,9 @@ async def contend(name, argv, port, options, direct):
 async def compare(options, folder):
     """Every contender in turn, against the same servers."""
     os.sched_setaffinity(0, {CORES[0]})
+    with contextlib.suppress(PermissionError):
+        # Everything measured goes before whatever else the machine does; inherited by servers and contenders alike.
+        os.nice(-15)
     servers = pinned([sys.executable, str(HERE / "proxy_cost_servers.py")], CORES[0], stdout=subprocess.PIPE, text=True)
     prefill, decode = map(int, servers.stdout.readline().split())
     try:
@@ -240,8 +256,10 @@ async def compare(options, folder):
         direct = {**straight, "TTFT p50 ms": 2 * straight["TTFT p50 ms"]}
         print(f"no proxy: TTFT p50 {direct['TTFT p50 ms']:.2f} ms (prefill, then decode), ", end="")
         print(f"TBT p99 {direct['TBT p99 ms']:.2f} ms at 20,000 tokens/s\n", flush=True)
-        print("| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
-              "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |")
+        print(
+            "| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
+            "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |"
+        )
         print("|---|---|---|---|---|---|---|---|", flush=True)
         floor_us = None
         for name in options.only or ["floor", "pdbench p2p-nccl", "pdbench builtin-p2p-nccl", "pdbench none", *PEERS]:
@@ -267,7 +285,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
     parser.add_argument("--requests", type=int, default=4000, help="requests of the CPU and memory growth figures")
-    parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one")
+    parser.add_argument(
+        "--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one"
+    )
     parser.add_argument("--only", action="append", help="one contender by its name in the table; may be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

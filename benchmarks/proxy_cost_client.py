@@ -4,6 +4,7 @@ Try: python benchmarks/proxy_cost.py --quick
 """
 
 import asyncio
+import itertools
 import json
 import time
 
@@ -93,5 +94,5 @@ async def steady(port, count, tokens, pace_s, during):
     answers = await asyncio.gather(*(stream.request(max_tokens=tokens, pace_s=pace_s) for stream in streams))
     await beside
     close(streams)
-    gaps = [1000 * (b - a) for _, arrivals, _ in answers for a, b in zip(arrivals[5:], arrivals[6:], strict=False)]
+    gaps = [1000 * (b - a) for _, arrivals, _ in answers for a, b in itertools.pairwise(arrivals[5:])]
     return gaps, sum(tokens for _, _, tokens in answers)

@@ -47,6 +47,7 @@ class ClientConnection(asyncio.Protocol):
         self.last_request = False
         self.chunked = False
         self.on_pause: Callable[[bool], None] | None = None
+        self.on_leave: Callable[[str], None] | None = None
         self._handle = handle
         self._everyone = everyone
         self._limits = limits
@@ -76,6 +77,9 @@ class ClientConnection(asyncio.Protocol):
         """The client left: whatever is under way for it ends now."""
         self._everyone.discard(self)
         self._waiting.clear()
+        if self.on_leave is not None:
+            # At once: what came before the task hears of it could not be written any more.
+            self.on_leave("the client left")
         if self._task is not None:
             self._task.cancel()
 
@@ -87,7 +91,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(400, "the proxy speaks HTTP/1.1 alone: send no Upgrade and no CONNECT")
+            self._refuse(400, "the proxy speaks HTTP/1.1 alone: send no Upgrade")
         except httptools.HttpParserError as error:
             self._refuse(400, f"not a valid HTTP/1.1 request: {str(error)[:100]}")
         if self._in_message and not self._head_done:
@@ -128,7 +132,9 @@ class ClientConnection(asyncio.Protocol):
             self.transport.abort()
 
     def respond(self, status: int, body: bytes, headers: wire.Headers | None = None) -> None:
-        """A whole answer to the request under way."""
+        """A whole answer to the request under way, if the client is still there."""
+        if self.transport.is_closing():
+            return
         self.transport.write(wire.answer(status, body, headers=headers, keep_alive=self._keep_alive))
         self._after_answer()
 
@@ -145,7 +151,9 @@ class ClientConnection(asyncio.Protocol):
         return wire.head(status, headers, length=None, chunked=self.chunked, keep_alive=keep_alive)
 
     def end_stream(self, last: bytes = b"", *, close: bool = False) -> None:
-        """The end of a streamed answer, after `last`."""
+        """The end of a streamed answer, after `last`, if the client is still there."""
+        if self.transport.is_closing():
+            return
         if self.chunked:
             last = (b"%x\r\n%b\r\n" % (len(last), last) if last else b"") + b"0\r\n\r\n"
         if last:
@@ -189,6 +197,8 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(505, "the proxy speaks HTTP/1.1 alone")
         elif self._parser.get_method() not in _METHODS:
             self._refuse(405, "the methods are GET, POST and DELETE")
+        elif self._parser.should_upgrade():
+            self._refuse(400, "the proxy speaks HTTP/1.1 alone: send no Upgrade")
         elif not self._target.startswith(b"/"):
             self._refuse(400, "the request's target must begin with /")
         elif names.count(b"host") != 1 and (version == "1.1" or names.count(b"host") > 1):
@@ -244,7 +254,7 @@ class ClientConnection(asyncio.Protocol):
         self._task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        self._task = self._ask = self.on_pause = None
+        self._task = self._ask = self.on_pause = self.on_leave = None
         self._quiet_s = 0.0
         if not task.cancelled() and task.exception() is not None:
             asyncio.get_running_loop().call_exception_handler(

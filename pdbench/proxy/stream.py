@@ -27,7 +27,7 @@ class EventStream:
         self._last = first
         self._write(head + self._frame(first) if first else head)
         leg.take = self.pass_on
-        client.on_pause = leg.pause
+        client.on_pause, client.on_leave = leg.pause, leg.abort
 
     def pass_on(self, body: bytes) -> None:
         """One piece of decode's body: nearly always whole events, then one write and no more."""

@@ -1,0 +1,245 @@
+"""The fault table of docs/proxy.md: servers are really killed and paused, clients really leave."""
+
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from proxy_processes import instance, proxy, wait_until
+
+FAST = ("--health-interval-s", "0.2", "--prefill-timeout-s", "1", "--decode-timeout-s", "1")
+
+# A decode instance waits for KV; the scripted one just waits.
+WAITS = {"first": 0.2}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A prefill and a decode instance that a test may break."""
+    with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
+        yield prefill, decode
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory):
+    """A proxy over instances that no test breaks, and those."""
+    folder = tmp_path_factory.mktemp("lasting")
+    with instance(folder, "prefill") as prefill, instance(folder, "decode") as decode:
+        # Failures count against an instance; here it is to stay in.
+        with proxy(folder, *FAST, "--unhealthy-after", "1000", prefill=[prefill], decode=[decode]) as server:
+            yield server, prefill, decode
+
+
+def test_prefill_dead_is_named_and_let_in_again(tmp_path, pair):
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
+        pair[0].kill()
+        answer = server.complete(decode=WAITS)
+        assert answer.status in (502, 503)
+        assert answer.json["error"]["stage"] == "prefill"
+        wait_until(lambda: server.ask("GET", "/health").status == 503, "the dead instance is out")
+        answer = server.complete()
+        assert (answer.status, answer.json["error"]["stage"]) == (503, "prefill")
+        assert "retry-after" in answer.headers
+        assert server.in_flight() == 0
+        with instance(tmp_path, "prefill-again", port=pair[0].port):
+            wait_until(lambda: server.ask("GET", "/health").status == 200, "the instance is back")
+            assert server.complete().status == 200
+
+
+def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):
+    with instance(tmp_path, "prefill-2") as second:
+        options = ("--fallback", "recompute", "--prefill-policy", "round-robin", "--health-interval-s", "60")
+        with proxy(tmp_path, *options, prefill=[pair[0], second], decode=[pair[1]]) as server:
+            wait_until(
+                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
+            )
+            pair[0].kill()
+            answers = [server.complete(request_id=name, decode=WAITS) for name in ("a", "b")]
+            assert [answer.status for answer in answers] == [200, 200]
+            events = [server.event("a"), server.event("b")]
+            assert sorted(event["retries"] for event in events) == [0, 1]
+            assert {event["prefill"] for event in events} == {second.url}
+            second.kill()
+            assert server.complete(stream=True, request_id="c", decode=WAITS).events[-1] == b"[DONE]"
+            assert server.event("c")["prefill"] is None
+            assert "kv_transfer_params" not in pair[1].requests()[-1]["body"]
+
+
+@pytest.mark.parametrize("connector", ["p2p-nccl", "nixl", "builtin-p2p-nccl"])
+def test_prefill_stalled_is_a_timeout_of_prefill(tmp_path, pair, connector):
+    with proxy(tmp_path, *FAST, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
+        pair[0].signal(signal.SIGSTOP)
+        answer = server.complete(decode={"first": 30})
+        assert (answer.status, answer.json["error"]["stage"]) == (504, "prefill")
+        assert server.in_flight() == 0
+        if connector != "p2p-nccl":
+            assert not pair[1].requests(), "decode must not hear of it"
+        else:
+            wait_until(lambda: pair[1].lines()[-1]["event"] == "abort", "decode is told to stop")
+
+
+def test_decode_dead_before_a_byte_is_tried_elsewhere(tmp_path, pair):
+    with instance(tmp_path, "decode-2") as second:
+        options = ("--decode-policy", "round-robin", "--health-interval-s", "60")
+        with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1], second]) as server:
+            wait_until(
+                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
+            )
+            pair[1].kill()
+            assert [server.complete().status for _ in range(2)] == [200, 200]
+            second.kill()
+            answer = server.complete(stream=True)
+            assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
+
+
+def test_decode_killed_mid_stream_is_said_and_closed(tmp_path, pair):
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
+        future = threads.submit(server.complete, True, "killed", max_tokens=1000, decode={"delay": 0.01})
+        wait_until(server.in_flight, "the stream runs")
+        time.sleep(0.2)
+        pair[1].kill()
+        answer = future.result()
+        assert answer.status == 200
+        assert answer.events[-1]["error"]["stage"] == "decode"
+        assert b"[DONE]" not in answer.body
+        assert answer.complete
+        assert server.event("killed")["stage"] == "decode"
+
+
+def test_decode_paused_mid_stream_is_a_timeout_said(tmp_path, pair):
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
+        future = threads.submit(server.complete, stream=True, max_tokens=1000, decode={"delay": 0.01})
+        wait_until(server.in_flight, "the stream runs")
+        time.sleep(0.2)
+        pair[1].signal(signal.SIGSTOP)
+        assert future.result().events[-1]["error"]["code"] == 504
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("decode", "status"),
+    [
+        ({"die": 0}, 502),
+        ({"status": 500}, 502),
+        ({"first": 30}, 504),
+        ({"end": "empty-body"}, 502),
+        ({"end": "garbage"}, 502),
+    ],
+)
+def test_no_failed_answer_looks_like_a_good_one(lasting, stream, decode, status):
+    server, _, _ = lasting
+    answer = server.complete(stream=stream, max_tokens=4, decode=decode)
+    assert (answer.status, answer.json["error"]["stage"]) == (status, "decode")
+    assert answer.complete
+    assert server.in_flight() == 0
+
+
+@pytest.mark.parametrize("decode", [{"die": 2}, {"end": "no-done"}])
+def test_truncated_streams_end_with_an_error(lasting, decode):
+    server, _, _ = lasting
+    answer = server.complete(stream=True, max_tokens=4, decode=decode)
+    assert answer.status == 200
+    assert answer.events[-1]["error"]["stage"] == "decode"
+    assert all("choices" in event for event in answer.events[:-1])
+
+
+def test_body_cut_off_is_a_502(lasting):
+    answer = lasting[0].complete(max_tokens=4, decode={"end": "cut-off"})
+    assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
+
+
+def test_client_that_leaves_ends_the_work_of_both(lasting):
+    server, prefill, decode = lasting
+    for script in ({"prefill": {"first": 20}, "decode": {"first": 20}}, {"decode": {"delay": 0.01}}):
+        with ThreadPoolExecutor() as threads:
+            connection = server.connect()
+            body = {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 2000, **script}
+            threads.submit(send_request, connection, body).result()
+            wait_until(server.in_flight, "the request is under way")
+            if "prefill" not in script:
+                assert connection.recv(1000)
+            connection.close()
+        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+        wait_until(lambda: decode.lines()[-1]["event"] == "abort", "decode has stopped")
+        wait_until(lambda: server.lines() and server.lines()[-1]["status"] == 499, "it is logged")
+    assert any(line["event"] == "abort" for line in prefill.lines())
+
+
+def send_request(connection: socket.socket, body: dict) -> None:
+    """Send a completion request and read nothing."""
+    import json
+
+    data = json.dumps(body).encode()
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+
+
+def test_a_thousand_clients_that_leave_leave_nothing(lasting):
+    server, _, _ = lasting
+    for _ in range(5):
+        connections = [server.connect() for _ in range(200)]
+        for connection in connections:
+            send_request(
+                connection, {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 500, "decode": {"delay": 0.1}}
+            )
+        for connection in connections:
+            assert connection.recv(20)
+            connection.close()
+    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+    assert server.complete(stream=True).events[-1] == b"[DONE]"
+
+
+def test_slow_reader_gets_everything_and_slows_nobody(lasting):
+    server, _, _ = lasting
+    slow = server.connect()
+    send_request(slow, {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 50000})
+    time.sleep(0.5)
+    assert server.complete(stream=True).events[-1] == b"[DONE]"
+    got = b""
+    while b"[DONE]" not in got[-100:]:
+        piece = slow.recv(65536)
+        assert piece
+        got += piece
+    assert got.count(b'"text"') == 50000
+    slow.close()
+
+
+def test_full_queue_is_429_with_retry_after(tmp_path, pair):
+    options = ("--max-in-flight", "1", "--queue-size", "1", "--queue-timeout-s", "1")
+    with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor(8) as threads:
+        first = threads.submit(server.complete, max_tokens=2, decode={"delay": 1})
+        wait_until(server.in_flight, "the first is under way")
+        rest = list(threads.map(lambda _: server.complete(max_tokens=2), range(4)))
+        assert first.result().status == 200
+        assert {answer.status for answer in rest} <= {200, 429}
+        refused = [answer for answer in rest if answer.status == 429]
+        assert len(refused) >= 3
+        assert all(
+            answer.headers["retry-after"] == "1" and answer.json["error"]["stage"] == "queue" for answer in refused
+        )
+        assert server.complete().status == 200
+
+
+def test_shutdown_ends_what_is_in_flight_and_takes_nothing_new(tmp_path, pair):
+    with proxy(tmp_path, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
+        future = threads.submit(server.complete, stream=True, max_tokens=30, decode={"delay": 0.02})
+        wait_until(server.in_flight, "the stream runs")
+        idle = server.connect()
+        server.signal(signal.SIGTERM)
+        assert future.result().events[-1] == b"[DONE]"
+        assert server.process.wait(10) == 0
+        assert idle.recv(10) == b""
+        with pytest.raises(OSError, match="refused"):
+            server.connect()
+
+
+def test_shutdown_cuts_off_what_takes_too_long(tmp_path, pair):
+    with proxy(tmp_path, "--drain-timeout-s", "0.2", prefill=[pair[0]], decode=[pair[1]]) as server:
+        with ThreadPoolExecutor() as threads:
+            future = threads.submit(server.complete, stream=True, max_tokens=1000, decode={"delay": 0.1})
+            wait_until(server.in_flight, "the stream runs")
+            time.sleep(0.3)
+            server.signal(signal.SIGTERM)
+            assert not future.result().complete
+        assert server.process.wait(10) == 0
+        wait_until(lambda: pair[1].lines()[-1]["event"] == "abort", "decode is told to stop")
