@@ -7,10 +7,10 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import cyclopts
-from cyclopts import App
+from cyclopts import App, Parameter
 from cyclopts.config import Dict as Settings
 from rich.console import Console
 from rich.markup import escape
@@ -286,6 +286,59 @@ def report(
     from pdbench.report import commands
 
     commands.report(folders, out, sort_by, lang, console)
+
+
+@app.command
+def sweep(
+    recipe: Path | None = None,
+    /,
+    *,
+    vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    against: str = "single,disaggregated",
+    url: str | None = None,
+    trials: int = 1,
+    slo: str = "",
+    out: Path = Path("sweep"),
+    serve: ServeConfig | None = None,
+    load: LoadConfig | None = None,
+    power: PowerConfig | None = None,
+) -> None:
+    """Measure every combination of some options, a folder a point; the same command again resumes it.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file that sets options; flags go first.
+    vary
+        KEY=V1,V2,... of any option, several for all combinations: concurrency=1,2,4,8 prefill_instances=1,2.
+    against
+        Deployments to measure at every point, with commas between.
+    url
+        Measure the server that runs here instead of starting deployments.
+    trials
+        Repetitions of each point.
+    slo
+        Limits of the goodput, as in ttft=200,tbt=50 (milliseconds).
+    out
+        Folder of the points, the summary table and the curves.
+    """
+    from pdbench import experiment, judge, sweep
+    from pdbench.report import sweep_figures
+    from pdbench.serving.deployment import stop_on_signals
+
+    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
+    points = sweep.points(sweep.with_slo(options, slo), vary)
+
+    def measure(one: experiment.Options, folder: Path) -> list[Path]:
+        def finish(saved: Path) -> None:
+            judge.finish(saved, console)
+
+        if url is not None:
+            return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish)]
+        return experiment.run(_deployment_names(against), trials, one, folder, console, finish)
+
+    with stop_on_signals():
+        sweep_figures.present(sweep.run(points, out, measure, console), out, console)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -149,6 +149,10 @@ class LoadConfig:
     """Send new requests for this long, in place of --requests."""
     steady_s: float | None = None
     """End once throughput and requests in flight held steady for this long (10 minutes or --duration-s at most)."""
+    slo_ttft_ms: float | None = None
+    """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
+    slo_tbt_ms: float | None = None
+    """And if its mean time between tokens is at most this."""
     client_processes: int = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
 

@@ -20,6 +20,7 @@ MERGED_READS_SHARE = 0.01
 USER_STAMP_LAG_P99_MS = 2.0
 CPU_SHARE = 0.95
 RATE_SHARE = 0.95
+SHARE_OVER_S = 0.5
 REMEDY = "raise --client-processes, free a core for the client, or lower the load"
 
 
@@ -71,7 +72,7 @@ def describe(
         "asked_rate_per_s": _rate([record.planned_s for record, _ in sent], begin_s) if open_loop else None,
         "achieved_rate_per_s": _rate([at_s for _, at_s in sent], begin_s),
         "cpu_s": cpu_s,
-        "cpu_share": max((part.cpu_s / part.wall_s for part in parts if part.wall_s > 0), default=None),
+        "cpu_share": max((part.cpu_s / part.wall_s for part in parts if part.wall_s > SHARE_OVER_S), default=None),
         "cpu_us_per_token": cpu_s / tokens * 1e6 if tokens else None,
         "stamps": dict(Counter(record.stamp for record in measured if record.stamp)),
         "counted_by": dict(Counter(record.counted_by for record in measured if record.counted_by)),

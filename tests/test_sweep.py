@@ -1,0 +1,101 @@
+"""Sweeps: every combination, typed values, resuming, failing points; the knee; a whole sweep against a scripted server."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scripted_server import ScriptedServer, stream, tokens
+
+from pdbench import cli, sweep
+from pdbench.config import LoadConfig, PowerConfig, ServeConfig
+from pdbench.errors import UserError
+from pdbench.experiment import Options
+from pdbench.report import sweep_figures
+
+OPTIONS = Options(ServeConfig(), LoadConfig(), PowerConfig())
+CONSOLE = Console(quiet=True)
+
+
+def test_every_combination_with_the_options_own_types():
+    made = sweep.points(OPTIONS, ["concurrency=1,2", "--rate=none,2.5", "prefill_gpus=0,0+1", "enforce-eager=false"])
+    assert len(made) == 8
+    last = made[-1]
+    assert last.varied == {"concurrency": 2, "rate": 2.5, "prefill_gpus": (0, 1), "enforce_eager": False}
+    assert last.options.load.concurrency == 2 and last.options.serve.prefill_gpus == (0, 1)
+    assert last.name == "concurrency=2,rate=2.5,prefill_gpus=0+1,enforce_eager=False"
+    assert made[0].options.load.rate is None
+    (model,) = sweep.points(OPTIONS, ["model=org/name"])
+    assert "/" not in model.name and model.options.serve.model == "org/name"
+
+
+@pytest.mark.parametrize(
+    "vary", [[], ["concurrency"], ["concurrency="], ["nonsense=1"], ["concurrency=many"], ["seed=1", "seed=2"]]
+)
+def test_a_wrong_vary_is_the_users_error(vary):
+    with pytest.raises(UserError, match="--vary"):
+        sweep.points(OPTIONS, vary)
+
+
+def test_slo():
+    assert sweep.with_slo(OPTIONS, "ttft=200, tbt=50").load == dataclasses.replace(
+        OPTIONS.load, slo_ttft_ms=200.0, slo_tbt_ms=50.0
+    )
+    assert sweep.with_slo(OPTIONS, "") == OPTIONS
+    with pytest.raises(UserError, match="--slo"):
+        sweep.with_slo(OPTIONS, "latency=3")
+
+
+def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
+    calls: list[int | None] = []
+
+    def measure(options: Options, folder: Path) -> list[Path]:
+        calls.append(options.load.concurrency)
+        (folder / "single_results").mkdir(parents=True)
+        if options.load.concurrency == 2:
+            raise UserError("the server died")
+        if options.load.concurrency == 3 and calls.count(3) == 1:
+            raise KeyboardInterrupt
+        return [folder / "single_results"]
+
+    made = sweep.points(OPTIONS, ["concurrency=1,2,3,4"])
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep.run(made, tmp_path, measure, CONSOLE))
+    assert calls == [1, 2, 3]
+    found = list(sweep.run(made, tmp_path, measure, CONSOLE))
+    assert calls == [1, 2, 3, 2, 3, 4]
+    assert [varied["concurrency"] for varied, _ in found] == [1, 3, 4]
+    other = sweep.points(dataclasses.replace(OPTIONS, load=LoadConfig(seed=7)), ["concurrency=1"])
+    list(sweep.run(other, tmp_path, measure, CONSOLE))
+    assert calls[-1] == 1
+    with pytest.raises(UserError, match="every point"):
+        list(sweep.run(sweep.points(OPTIONS, ["concurrency=2"]), tmp_path, measure, CONSOLE))
+
+
+def test_the_knee():
+    assert sweep_figures.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
+    assert sweep_figures.knee([1, 2], [1, 2]) is None
+    assert sweep_figures.knee([1, 2, 3], [1, 2, 3]) is None
+    assert sweep_figures.knee([1, 1, 1], [1, 2, 3]) is None
+    assert sweep_figures.knee([1, 2, 3], [3, 5.5, 6]) is None
+
+
+def test_a_whole_sweep_against_a_server(tmp_path):
+    with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
+        command = ["sweep", "--url", server.url, "--model", "m", "--no-power", "--requests", "6", "--warmup", "0"]
+        command += ["--vary", "concurrency=1,2,3", "--slo", "ttft=1000,tbt=1000", "--out", str(tmp_path)]
+        for _ in range(2):
+            with pytest.raises(SystemExit) as ended:
+                cli.main(command)
+            assert not ended.value.code
+        # The second time there was nothing left to measure.
+        assert len(server.requests) == 18
+    rows = list(csv.DictReader((tmp_path / "sweep_summary.csv").open()))
+    assert [row["concurrency"] for row in rows] == ["1", "2", "3"]
+    assert all(
+        row["deployment"] == "bench" and float(row["slo_met_pct"]) == 100 and row["requests"] == "6" for row in rows
+    )
+    assert all(float(row["output_tokens_per_s"]) > 0 and row["j_per_output_token"] == "" for row in rows)
+    assert (tmp_path / "sweep_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "concurrency=2" / "bench_results" / "bench_results.json").exists()
