@@ -87,8 +87,10 @@ class Connection:
     def ready(self, events: int) -> None:
         """The socket can be written or read (selector events)."""
         try:
-            if events & WRITE:
-                self._writable()
+            if events == READ:
+                self._readable()
+                return
+            self._writable()
             if events & READ and self.broken is None:
                 self._readable()
         except (OSError, ssl.SSLError) as error:
@@ -184,19 +186,18 @@ class Connection:
         except BlockingIOError:
             return
         at_s, kernel = self._clock.arrival(ancillary)
-        ended = not data
         if self._tls is not None and data:
             data, ended = self._decrypt(data)
-        if data and self.answer is not None and not self.answer.complete:
+        else:
+            ended = not data
+        answer = self.answer
+        if data and answer is not None and not answer.complete:
             if not kernel:
-                self.answer.user_stamps += 1
+                answer.user_stamps += 1
             self.last_byte_s = at_s
-            self.answer.feed(data, at_s)
-        elif data or self.answer is None:
-            self.broken = (
-                "closed",
-                "bytes came that belong to no request" if data else "the server closed an idle connection",
-            )
+            answer.feed(data, at_s)
+        elif data:
+            self.broken = ("closed", "bytes came that belong to no request")
         if ended:
             self.broken = self.broken or ("closed", "the server closed the connection")
 
