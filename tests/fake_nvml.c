@@ -138,7 +138,7 @@ EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
 EXPORT const char *nvmlErrorString(int code) {
     return code == 3 ? "Not Supported" : code == 4 ? "Insufficient Permissions" : code == 15 ? "GPU is lost" : "Some Error";
 }
-EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) { snprintf(name, size, "Scripted GPU %d", GPU(device)); return 0; }
+EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) { (void)device; snprintf(name, size, "Scripted GPU"); return 0; }
 EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%d", GPU(device)); return 0; }
 EXPORT int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.0"); return 0; }
 EXPORT int nvmlDeviceGetArchitecture(void *device, unsigned *kind) { (void)device; *kind = 9; return 0; }

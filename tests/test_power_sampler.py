@@ -93,7 +93,7 @@ def test_every_field_of_a_sample_is_in_its_own_unit(library: Path) -> None:
     assert (sample.sm_clock_mhz, sample.memory_clock_mhz, sample.temperature_c) == (1980, 3201, 40)
     assert (sample.gpu_utilization_pct, sample.memory_utilization_pct) == (57, 28)
     assert (sample.memory_used_mib, sample.throttle) == (64 * 1024, [])
-    assert (device.id, device.kind, device.name, device.role) == ("gpu0", "gpu", "Scripted GPU 0", "prefill")
+    assert (device.id, device.kind, device.name, device.role) == ("gpu0", "gpu", "Scripted GPU", "prefill")
     assert device.not_measured == {}
 
 
