@@ -43,6 +43,7 @@ class Instance:
     layout: tuple = (BLOCKS, BLOCK, 8)
     transport: str = "tcp"
     device: str = "cpu"
+    host: str = "127.0.0.1"
     cache: dict = field(init=False)
     sent: list = field(default_factory=list)
     received: list = field(default_factory=list)
@@ -51,6 +52,7 @@ class Instance:
     def __post_init__(self):
         self.cache = {f"layer.{i}": torch.randn(self.layout, device=self.device) for i in range(LAYERS)}
         options = Options(
+            kv_ip=self.host,
             port=self.port,
             transport=self.transport,
             transfer_timeout_s=self.timeout_s,
@@ -121,8 +123,8 @@ def prefill(instance, asked, blocks, chunks=None, ended=True, error=None):
         instance.step(ended=[PrefillEnd(request_id=asked.request_id, kept=True, error=error)])
 
 
-def fetch(instance, asked, blocks, port, start=0):
-    instance.step(fetches=[Fetch(prompt=asked, host="127.0.0.1", port=port, start_block=start, blocks=blocks)])
+def fetch(instance, asked, blocks, port, start=0, host="127.0.0.1"):
+    instance.step(fetches=[Fetch(prompt=asked, host=host, port=port, start_block=start, blocks=blocks)])
 
 
 def drop(instance, asked, port, reason="the client went away"):
