@@ -4,7 +4,7 @@ import numpy as np
 
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestError, RequestRecord, Run, Trial
 
-HOST = {"hostname": "synthetic", "cpu": "none", "gpus": ["Synthetic H200", "Synthetic H200"], "driver": "0.0"}
+HOST = {"name": "synthetic", "cpu": "none", "gpus": ["Synthetic H200", "Synthetic H200"], "driver": "0.0"}
 
 
 def build_run(
@@ -65,9 +65,8 @@ def _request(random, identity, at, tokens, ttft_ms, tbt_ms, spread, name) -> Req
     gaps = tbt_ms * 1e-3 * random.lognormal(0, spread, tokens - 1)
     arrivals = (first + np.concatenate([[0.0], np.cumsum(gaps)])).tolist()
     wait = first - at
-    phases = {"prefill": (at + 0.1 * wait, at + 0.7 * wait)}
+    phases = {"client": (at, at + 1e-4), "prefill": (at + 0.1 * wait, at + 0.7 * wait)}
     if name == "disaggregated":
-        phases["client"] = (at + 1e-4, at + 0.1 * wait)
         phases["kv_transfer"] = (at + 0.7 * wait, at + 0.9 * wait)
     phases["decode"] = (at + 0.9 * wait, arrivals[-1])
     prompt = int(random.integers(20, 400))

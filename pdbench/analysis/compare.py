@@ -14,7 +14,7 @@ from pdbench.analysis.differences import Mismatch
 from pdbench.analysis.energy import energy_in
 from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.analysis.statistics import Estimate, Interval
-from pdbench.analysis.summary import device_count, meets_slo, meters, tokens_inside
+from pdbench.analysis.summary import device_count, inside, meets_slo, meters, tokens_inside
 from pdbench.records import Flag, Run, Trial
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
@@ -95,13 +95,13 @@ def compare_estimates(
 
 
 def judge(metric: Metric, a: Estimate, b: Estimate) -> Difference:
-    """Better or worse when both intervals exclude no change; the same when the ratio's lies within 5 %; else unclear."""
+    """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it; else unclear."""
     drawable = a.unjudged is None and b.unjudged is None
     ratio, difference = (statistics.ratio(a, b), statistics.difference(a, b)) if drawable else (None, None)
     verdict: Verdict = "unjudged"
-    if ratio and difference:
+    if ratio:
         verdict = "unclear"
-        if not ratio.low <= 1 <= ratio.high and not difference.low <= 0 <= difference.high:
+        if not ratio.low <= 1 <= ratio.high:
             verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
         elif ratio.low >= 1 / (1 + statistics.TO_SHOW) and ratio.high <= 1 + statistics.TO_SHOW:
             verdict = "same"
@@ -112,12 +112,12 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
     """Every metric that the run has, with its variance."""
     measured = measured or measure(run)
     found: dict[Metric, Estimate] = {}
-    inside = measured.trial >= 0
-    place, trial = np.cumsum(inside) - 1, measured.trial[inside]
+    in_trial = measured.trial >= 0
+    place, trial = np.cumsum(in_trial) - 1, measured.trial[in_trial]
     resampling = statistics.Resampling(trial, statistics.blocks_of(trial))
     for key, (title, pick) in LATENCIES.items():
         values, owner = pick(measured)
-        values, owner = values[inside[owner]], place[owner[inside[owner]]]
+        values, owner = values[in_trial[owner]], place[owner[in_trial[owner]]]
         if not len(values):
             continue
         drawn = statistics.quantiles(values, owner, resampling, QUANTILES)
@@ -125,10 +125,11 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
             metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
             found[metric] = _with_reason(estimate, len(values), share)
     for metric in RATES:
-        each = [_rate(metric.name, run, measured, place) for place in range(len(measured.trials))]
-        known = [value for value in each if value is not None]
-        if known and len(known) == len(each):
-            found[metric] = _with_reason(statistics.mean_of_trials(known))
+        value = _rate(metric.name, run, measured, measured.trials)
+        each = [_rate(metric.name, run, measured, [trial]) for trial in measured.trials]
+        known = [one for one in each if one is not None]
+        if value is not None and len(known) == len(each):
+            found[metric] = _with_reason(statistics.of_trials(value, known))
     return found
 
 
@@ -153,11 +154,10 @@ def _requests(one: Measured, values: Array) -> "tuple[Array, np.ndarray[tuple[in
     return values[owner], owner
 
 
-def _rate(name: str, run: Run, measured: Measured, place: int) -> float | None:
-    """A once-a-trial figure of the trial at `place`; None where it was not measured."""
-    trial = measured.trials[place]
-    length_s = trial.end_s - trial.start_s
-    tokens = tokens_inside(measured, trial)
+def _rate(name: str, run: Run, measured: Measured, trials: Sequence[Trial]) -> float | None:
+    """A figure of these trials together; None where it was not measured."""
+    length_s = sum(trial.end_s - trial.start_s for trial in trials)
+    tokens = sum(tokens_inside(measured, trial) for trial in trials)
     if length_s <= 0:
         return None
     if name.startswith("output_tokens_per_s"):
@@ -166,14 +166,10 @@ def _rate(name: str, run: Run, measured: Measured, place: int) -> float | None:
     if name == "goodput_requests_per_s":
         met = meets_slo(run, measured)
         ends = None if met is None else measured.end_s[met]
-        return None if ends is None else int(((ends >= trial.start_s) & (ends <= trial.end_s)).sum()) / length_s
-    joules = _energy_j(run, trial)
-    if joules is None:
-        return None
-    return joules / length_s if name == "mean_power_w" else joules / tokens if tokens else None
-
-
-def _energy_j(run: Run, trial: Trial) -> float | None:
-    joules = [energy_in(device, [(trial.start_s, trial.end_s)]).energy_j for device in meters(run)]
+        return None if ends is None else sum(int(inside(ends, trial).sum()) for trial in trials) / length_s
+    windows = [(trial.start_s, trial.end_s) for trial in trials]
+    joules = [energy_in(device, windows).energy_j for device in meters(run)]
     known = [value for value in joules if value is not None]
-    return sum(known) if known and len(known) == len(joules) else None
+    if not known or len(known) < len(joules):
+        return None
+    return sum(known) / length_s if name == "mean_power_w" else sum(known) / tokens if tokens else None

@@ -62,7 +62,7 @@ def refuse(a: Run, b: Run, names: Sequence[str]) -> None:
 
 
 def _host(run: Run) -> Any:
-    return run.host.get("name") or run.host.get("hostname")
+    return run.host.get("name")
 
 
 def _gpus(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from pdbench.records import RequestRecord, Run, Trial
 
 Array = NDArray[np.float64]
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
+TTFT_PHASES = PHASES[1:]
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,18 @@ def measure(run: Run) -> Measured:
 def ttft_parts_ms(request: RequestRecord) -> dict[str, float] | None:
     """TTFT taken apart into what the phases cover, in order and without overlap; `other` is what nobody measured.
 
-    Decode's part ends at the first token. None for a failed request and where no phase was measured.
+    A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
+    None for a failed request and where no phase was measured.
     """
     if request.error is not None or not request.token_s or request.sent_s is None:
         return None
-    known = [(name, span) for name in PHASES if (span := request.phases.get(name)) is not None]
+    known = [(name, span) for name in TTFT_PHASES if (span := request.phases.get(name)) is not None]
     if not known:
         return None
     parts, reached, first = {}, request.sent_s, request.token_s[0]
-    for name, (start, end) in known:
-        begin, stop = max(start, reached), min(end, first)
+    for place, (name, (start, end)) in enumerate(known):
+        later = [span[0] for _, span in known[place + 1 :] if span[0] >= start]
+        begin, stop = max(start, reached), min(end, first, *later)
         parts[name] = max(stop - begin, 0.0) * 1e3
         reached = max(reached, stop)
     return parts | {"other": max((first - request.sent_s) * 1e3 - sum(parts.values()), 0.0)}

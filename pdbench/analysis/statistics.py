@@ -12,10 +12,12 @@ from math import exp, log, sqrt
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
 REPLICATES = 1000
 BLOCKS = 100
+SMALL = 20_000
 TO_SHOW = 0.05
 POWER = 0.8
 MOST_TRIALS = 1000
@@ -80,9 +82,9 @@ def quantiles(
     level = np.minimum(np.searchsorted(levels, values), len(levels) - 1)
     shape = (resampling.within.shape[1], len(levels))
     counts = np.bincount(resampling.unit[owner] * shape[1] + level, minlength=shape[0] * shape[1])
-    counts = counts.reshape(shape).astype(np.float32)
-    within = _weighted_quantiles(resampling.within @ counts, levels, shares)
-    nested = _weighted_quantiles(resampling.nested @ counts, levels, shares)
+    held = counts.reshape(shape).astype(np.float32)
+    within = _weighted_quantiles(_times(resampling.within, held), levels, shares)
+    nested = _weighted_quantiles(_times(resampling.nested, held), levels, shares)
     k, estimates = resampling.trials, []
     for number, share in enumerate(shares):
         scales = []
@@ -93,13 +95,13 @@ def quantiles(
     return estimates
 
 
-def mean_of_trials(values: Sequence[float]) -> Estimate:
-    """A figure that each trial has once (throughput, energy a token): its mean and that mean's variance."""
-    each = np.asarray(values, dtype=float)
-    if len(each) < 2:
-        return Estimate(float(each.mean()), np.nan, np.nan, len(each))
-    logs = float(np.var(np.log(each), ddof=1)) if (each > 0).all() else np.nan
-    return Estimate(float(each.mean()), float(each.var(ddof=1)) / len(each), logs / len(each), len(each))
+def of_trials(value: float, each: Sequence[float]) -> Estimate:
+    """A figure that `each` trial has once (throughput, energy a token): `value` over all of them, the trials' variance."""
+    known = np.asarray(each, dtype=float)
+    if len(known) < 2:
+        return Estimate(value, np.nan, np.nan, len(known))
+    logs = float(np.var(np.log(known), ddof=1)) if (known > 0).all() else np.nan
+    return Estimate(value, float(known.var(ddof=1)) / len(known), logs / len(known), len(known))
 
 
 def ratio(a: Estimate, b: Estimate) -> Interval | None:
@@ -168,6 +170,14 @@ def _draw(random: np.random.Generator, trials: NDArray[np.int64], sizes: NDArray
         inside = np.arange(picked.shape[1]) < size
         weights += np.bincount((rows + firsts[column][:, None] + picked)[inside], minlength=len(weights))
     return weights.reshape(len(trials), blocks).astype(np.float32)
+
+
+def _times(weights: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Their matrix product; a sparse one while small, because waking BLAS's threads costs more than the sum."""
+    if counts.size > SMALL:
+        return weights @ counts
+    product: NDArray[np.float32] = (csr_array(counts.T) @ weights.T).T
+    return product
 
 
 def _weighted_quantiles(counts: NDArray[np.float32], levels: Array, shares: Sequence[float]) -> Array:

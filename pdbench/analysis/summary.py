@@ -76,7 +76,7 @@ def errors_by_kind(measured: Measured) -> dict[str, int]:
 def throughput(run: Run, measured: Measured) -> dict[str, float | None]:
     """Requests completed and tokens that arrived inside the windows, a second; the same per device."""
     devices = device_count(run)
-    requests = sum(int(_inside(measured.end_s[measured.ok], trial).sum()) for trial in measured.trials)
+    requests = sum(int(inside(measured.end_s[measured.ok], trial).sum()) for trial in measured.trials)
     tokens = sum(tokens_inside(measured, trial) for trial in measured.trials)
     tokens_per_s = _ratio(tokens, measured.window_s)
     return {
@@ -95,7 +95,7 @@ def goodput(run: Run, measured: Measured) -> dict[str, float | None]:
     met = meets_slo(run, measured)
     if met is None:
         return {**limits, "requests_per_s": None, "met_pct": None}
-    good = sum(int(_inside(measured.end_s[met], trial).sum()) for trial in measured.trials)
+    good = sum(int(inside(measured.end_s[met], trial).sum()) for trial in measured.trials)
     return {
         **limits,
         "requests_per_s": _ratio(good, measured.window_s),
@@ -150,7 +150,7 @@ def meters(run: Run) -> list[DeviceRecord]:
 
 def tokens_inside(measured: Measured, trial: Trial) -> int:
     """Tokens that arrived in a trial's window, those of failed requests too."""
-    return int(_inside(measured.token_s, trial).sum())
+    return int(inside(measured.token_s, trial).sum())
 
 
 def power_reasons(run: Run) -> str:
@@ -168,18 +168,18 @@ def device_count(run: Run) -> int | None:
 
 def _device(device: DeviceRecord, measured: Measured) -> dict[str, Any]:
     """A device over the measured windows: mean, min and max of each of its fields, energy, sampling, reasons."""
-    inside = [s for s in device.samples if any(trial.start_s <= s.t_s <= trial.end_s for trial in measured.trials)]
+    during = [s for s in device.samples if any(trial.start_s <= s.t_s <= trial.end_s for trial in measured.trials)]
     window = energy_in(device, [(trial.start_s, trial.end_s) for trial in measured.trials])
     fields = {}
     for name in SAMPLE_FIELDS:
-        known = [value for value in (getattr(sample, name) for sample in inside) if value is not None]
+        known = [value for value in (getattr(sample, name) for sample in during) if value is not None]
         spread = {"mean": np.mean(known), "min": min(known), "max": max(known)} if known else {}
         fields[name] = {key: _tidy(value) for key, value in spread.items()} or None
     return {
         "name": device.name,
         "kind": device.kind,
         "role": device.role,
-        "samples": len(inside),
+        "samples": len(during),
         "energy": {
             "total_j": window.energy_j,
             "counter_j": window.counter_j,
@@ -193,7 +193,8 @@ def _device(device: DeviceRecord, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _inside(instants: Array, trial: Trial) -> NDArray[np.bool_]:
+def inside(instants: Array, trial: Trial) -> NDArray[np.bool_]:
+    """Which instants lie in a trial's window."""
     return (instants >= trial.start_s) & (instants <= trial.end_s)
 
 

@@ -5,7 +5,7 @@ Try: pdbench compare single_results disaggregated_results
 
 from typing import TYPE_CHECKING
 
-from pdbench.analysis.statistics import TO_SHOW, Interval
+from pdbench.analysis.statistics import Interval
 
 if TYPE_CHECKING:
     from pdbench.analysis.compare import Difference
@@ -17,8 +17,8 @@ WORDS = {
         "to": " to ",
         "same": "the same within 5 %",
         "unclear": "no difference that {k} trials can show",
-        "would": "; {n} would show 5 %",
-        "never": f"; more than 1,000 would be needed to show {TO_SHOW:.0%}",
+        "would": "; 5 % needs {n}",
+        "never": "; 5 % needs over 1,000",
         "one-trial": "not judged: one trial does not tell how trials differ",
         "few-values": "not judged: {0} values, {1} needed",
         "unjudged": "not judged: it was zero in a trial",
@@ -29,8 +29,8 @@ WORDS = {
         "to": " 至 ",
         "same": "在 5 % 以内相同",
         "unclear": "{k} 次试验看不出差异",
-        "would": "；{n} 次可看出 5 % 的差异",
-        "never": "；要看出 5 % 的差异需要 1,000 次以上",
+        "would": "；看出 5 % 需要 {n} 次",
+        "never": "；看出 5 % 需要 1,000 次以上",
         "one-trial": "未判定：一次试验无法说明试验之间的差别",
         "few-values": "未判定：只有 {0} 个数值，需要 {1} 个",
         "unjudged": "未判定：某次试验中为零",
@@ -96,7 +96,8 @@ def times(ratio: Interval, language: str = "en") -> tuple[str, str]:
 
 def percent(ratio: float) -> str:
     """A ratio as a signed change: +4.1 %."""
-    return f"{(ratio - 1) * 100:+.1f} %".replace("-", "−")
+    change = (ratio - 1) * 100
+    return f"{change:+.{0 if abs(change) >= 100 else 1}f} %".replace("-", "−")
 
 
 def number(value: float) -> str:

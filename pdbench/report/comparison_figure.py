@@ -37,7 +37,7 @@ def draw(runs: Sequence[Run], comparison: Comparison | None = None) -> Figure:
         3 if comparison else 2, 12, hspace=0.30, wspace=1.0, left=0.055, right=0.985, top=0.905, bottom=0.055,
         height_ratios=(1.25, 1.2, 0.95) if comparison else (1.25, 1.0),
     )  # fmt: skip
-    title = " against ".join(names) if len(names) < 4 else f"{len(names)} deployments"
+    title = f"{names[1]} against {names[0]}" if len(names) == 2 else " · ".join(names[:5])
     picture.text(0.055, 0.982, title, fontsize=19, fontweight="bold", color=INK, va="top")
     picture.text(0.055, 0.957, load_in_words(runs[0]), fontsize=11, color=INK, va="top")
     picture.text(0.055, 0.940, machine_in_words(runs[0]), fontsize=10, color=MUTED, va="top")
@@ -152,7 +152,7 @@ def _distribution(
     axis.set_ylim(0, 103)
     axis.set_ylabel("% of all at or below")
     if legend:
-        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 0.02))
+        axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=4, columnspacing=1.2, handlelength=1.4)
 
 
 def _bars(

@@ -3,12 +3,12 @@
 Try: python -c "from pdbench.report.digest import digest; print(digest('single_results').summary['ttft_ms'])"
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,10 @@ def digests(folders: Sequence[Path], with_curves: int, csv_parts: Sequence[Path 
     jobs = [
         (folder, place < with_curves, part) for place, (folder, part) in enumerate(zip(folders, csv_parts, strict=True))
     ]
-    workers = min(cpu_count() or 1, len(jobs))
+    workers = min(os.cpu_count() or 1, len(jobs))
     if workers < 2 or len(jobs) < 8:
         return [digest(*job) for job in jobs]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes fill the cores already
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(digest, *zip(*jobs, strict=True), chunksize=1))
 
@@ -124,12 +125,17 @@ def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
     order = np.argsort(places, kind="stable")
     places, gaps = places[order], measured.tbt_ms[order]
     cuts = np.searchsorted(places, edges)
-    held = [(i, gaps[a:b]) for i, (a, b) in enumerate(pairwise(cuts)) if b - a >= 5]
-    middles = _plain((edges[:-1] + edges[1:])[[i for i, _ in held]] / 2) if held else []
-    return {
-        name: (middles, [round(float(np.quantile(g, share)), 4) for _, g in held])
-        for name, share in (("p50", 0.5), ("p99", 0.99))
-    }
+    held = [gaps[first:last] if last - first >= 5 else None for first, last in pairwise(cuts)]
+    middles = _plain((edges[:-1] + edges[1:]) / 2)
+
+    def curve(share: float) -> list[float | None]:
+        return [None if part is None else round(float(np.quantile(part, share)), 4) for part in held]
+
+    return (
+        {"p50": (middles, curve(0.5)), "p99": (middles, curve(0.99))}
+        if len(gaps)
+        else {"p50": ([], []), "p99": ([], [])}
+    )
 
 
 def _add_curves(made: Digest, run: Run, measured: Measured) -> None:

@@ -44,6 +44,9 @@ STYLE: Any = {
 }
 
 
+_FIGURES = ("mean", "p50", "p90", "p99")
+
+
 def performance_analysis(run: Run, path: Path) -> Path:
     """Draw one run into `path` (PNG, 1600 x 1450): power, clocks, latencies a request, TTFT's parts, statistics."""
     measured = measure(run)
@@ -98,9 +101,9 @@ def _time_panels(picture: Figure, place: Any, run: Run) -> None:
         power.set_title("Power of each device, requests behind (darker until the first token)")
         drawn = panels.device_curves(power, run, timeline, ("power_w",), "power, W")
     else:
-        power.set_title(
-            f"CPU use of each role's processes, requests behind (darker until the first token). "
-            f"Power not measured: {power_reasons(run)}"
+        power.set_title("CPU use of each role's processes, requests behind (darker until the first token)")
+        picture.text(
+            0.985, 0.944, f"power not measured: {power_reasons(run)}", fontsize=10, color=MUTED, ha="right", va="top"
         )
         drawn = panels.device_curves(power, run, timeline, ("cpu_utilization_pct",), "% of one core")
     panels.request_spans(power, run, timeline)
@@ -135,12 +138,11 @@ def _statistics(picture: Figure, place: Any, run: Run, measured: Measured, summa
     panels.phase_bars(parts, measured)
     times = picture.add_subplot(cells[3])
     times.set_title("Times, ms")
-    words = {"ttft_ms": "TTFT", "tbt_ms": "TBT, every gap", "e2e_ms": "E2E", "prefill_ms": "prefill"}
-    words |= {"kv_transfer_ms": "KV transfer", "decode_ms": "decode"}
-    rows = [
-        [word, *(_stat(summary[key], name) for name in ("mean", "p50", "p90", "p99"))] for key, word in words.items()
-    ]
-    panels.table(times, rows, ("", "mean", "p50", "p90", "p99"), (2.4, 1, 1, 1, 1))
+    words = {"ttft_ms": "TTFT", "tbt_ms": "TBT, every gap", "e2e_ms": "E2E"}
+    phases = {"queue_ms": "queue", "prefill_ms": "prefill", "kv_transfer_ms": "KV transfer", "decode_ms": "decode"}
+    words |= {key: word for key, word in phases.items() if summary[key]}
+    rows = [[word, *(_stat(summary[key], name) for name in _FIGURES)] for key, word in words.items()]
+    panels.table(times, rows, ("", *_FIGURES), (2.4, 1, 1, 1, 1))
     devices = picture.add_subplot(cells[4])
     devices.set_title("Throughput and devices, over the measured windows")
     panels.table(devices, _device_rows(summary), ("", "mean", "min", "max", "energy"), (3.2, 1, 1, 1, 1.2))

@@ -4,12 +4,13 @@ Try: pdbench report single_results
 """
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pdbench.analysis.energy import power_curve
 from pdbench.analysis.metrics import Array, Measured, ttft_parts_ms
@@ -91,9 +92,9 @@ def reasons(run: Run, field: str) -> str:
 
 def not_measured(axis: Axes, reason: str) -> None:
     """Say so in the middle of an empty panel."""
-    axis.text(
-        0.5, 0.5, f"not measured: {reason}", transform=axis.transAxes, ha="center", va="center", color=MUTED, wrap=True
-    )
+    width = max(int(axis.get_window_extent().width / 8), 20)
+    words = fill(f"not measured: {reason}", width)
+    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED)
     axis.set_yticks([])
     axis.grid(False)
 
@@ -180,7 +181,6 @@ def phase_bars(axis: Axes, measured: Measured) -> None:
     words = {
         "kv_transfer": "KV transfer",
         "decode": "decode's first step",
-        "client": "client to proxy",
         "other": "not told apart",
     }
     labels = [words.get(name, name) for name in names]
@@ -227,7 +227,7 @@ def figure(value: float | None) -> str:
 
 def log_ticks(axis: Axes) -> None:
     """Plain numbers on a logarithmic horizontal axis."""
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_major_formatter(plain)
     low, high = axis.get_xlim()
-    axis.xaxis.set_minor_formatter(plain if high / max(low, 1e-9) < 12 else FuncFormatter(lambda *_: ""))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1,), numticks=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())

