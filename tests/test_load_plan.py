@@ -10,16 +10,19 @@ import numpy
 import pytest
 import tokenizers
 from scipy import stats
+from scripted_server import ScriptedServer, stream, tokens
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, plan, prompts
+from pdbench.load.generator import run_load
 from pdbench.load.tokens import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
+from pdbench.records import Clock
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
+def tokenizer_folder(tmp_path_factory) -> str:
     """A byte-level BPE tokenizer trained on the built-in texts, with a beginning-of-text token as many models have."""
     encoder = tokenizers.Tokenizer(tokenizers.models.BPE())
     encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +33,12 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     encoder.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder = tmp_path_factory.mktemp("tokenizer")
     encoder.save(str(folder / "tokenizer.json"))
-    loaded = load_tokenizer(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    loaded = load_tokenizer(tokenizer_folder)
     assert loaded is not None
     return loaded
 
@@ -179,6 +187,19 @@ def test_every_trace_format_is_read(tmp_path, name):
     assert [(row.input_tokens, row.output_tokens) for row in rows] == [(374, 44), (396, 109)]
     assert [row.arrival_s for row in rows] == pytest.approx([0.0, 4.314579], abs=2e-6)
     assert rows[1].block_ids == ([1, 2] if name == "mooncake.jsonl" else [])
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, name):
+    (tmp_path / name).write_text(TRACES[name])
+    with ScriptedServer(stream(tokens(3))) as server:
+        config = LoadConfig(trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
+        result = run_load(config, url=server.url, model="m", clock=Clock.start())
+        asked = [(tokenizer.count(peer.json["prompt"]), peer.json["max_tokens"]) for peer in server.requests]
+    assert asked == [(374, 44), (396, 109)]
+    first, second = result.requests
+    assert second.planned_s - first.planned_s == pytest.approx(4.314579 * 0.05, abs=1e-6)
+    assert first.sent_s >= first.planned_s and second.sent_s >= second.planned_s
 
 
 @pytest.mark.parametrize(

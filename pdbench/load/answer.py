@@ -171,8 +171,9 @@ class Answer:
         for choice in chunk.choices or ():
             self._take_choice(choice, chunk.usage)
         if chunk.usage is not None:
-            self.record.prompt_tokens = chunk.usage.prompt_tokens
-            self.record.output_tokens = chunk.usage.completion_tokens
+            record, usage = self.record, chunk.usage
+            record.prompt_tokens = record.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
+            record.output_tokens = record.output_tokens if usage.completion_tokens is None else usage.completion_tokens
         if chunk.metrics is not None:
             self._take_metrics(chunk.metrics)
 
