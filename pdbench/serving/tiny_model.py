@@ -1,7 +1,7 @@
 """A tiny random DeepSeek-V2 (2 M parameters), made on the spot: real vLLM, real MLA, no download.
 
 The weights are random but spread (standard deviation 0.08), so that outputs differ from prompt to prompt and a wrong KV
-cache shows. kv_lora_rank 512 and rope 64 are DeepSeek-V2's own: vLLM's CPU kernel takes only 576 values a token.
+cache shows. The head sizes (128, rope 64, kv_lora_rank 512) are DeepSeek-V2's own: vLLM's MLA kernels, on CPU and GPU, take no others.
 Try: python -m pdbench.serving.tiny_model
 """
 
@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-REVISION = "2"
+REVISION = "3"
 """Changes whenever what is made changes, so that an older model in the cache is not taken for it."""
 
 _CORPUS = [
@@ -75,8 +75,8 @@ def _make(folder: Path) -> None:
         q_lora_rank=None,
         kv_lora_rank=512,
         qk_rope_head_dim=64,
-        qk_nope_head_dim=32,
-        v_head_dim=32,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
         n_routed_experts=8,
         n_shared_experts=1,
         num_experts_per_tok=2,
