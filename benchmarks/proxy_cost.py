@@ -2,7 +2,7 @@
 
 Servers and client share one core, the proxy has the other. Peers are installed into virtual environments of their own
 under --peers (kept for the next run if you name a folder) and skipped with a word when that fails.
-Try: python benchmarks/proxy_cost.py            (about 6 minutes; --quick: 1 minute and rougher figures)
+Try: python benchmarks/proxy_cost.py            (about 7 minutes; --rounds 1 is quicker and rougher)
 """
 
 import argparse
@@ -24,7 +24,9 @@ from proxy_cost_client import close, connect, first_token_ms, many_requests, ste
 HERE = Path(__file__).parent
 CORES = sorted(os.sched_getaffinity(0))
 STAGE_S = 0.005
-PEERS = ("quart", "vllm-router", "sglang-router")
+CONTENDERS = (
+    "floor", "pdbench p2p-nccl", "pdbench builtin-p2p-nccl", "pdbench none", "quart", "vllm-router", "sglang-router",
+)  # fmt: skip
 
 
 def free_port():
@@ -55,8 +57,13 @@ def install(name, folder):
     packages = {"quart": ["quart", "aiohttp", "uvloop"]}.get(name, [name])
     if not (home / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    command = [home / "bin" / "python", "-m", "pip", "install", "-q", *packages]
-    return home / "bin" if subprocess.run(command, capture_output=True).returncode == 0 else None
+    done = home / "installed"
+    if not done.exists():
+        command = [home / "bin" / "python", "-m", "pip", "install", "-q", *packages]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        done.touch()
+    return home / "bin"
 
 
 def peer(name, folder, prefill, decode, port):
@@ -180,111 +187,122 @@ def percentile(values, share):
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
-async def measure(process, port, options, direct):
-    """One row: every figure of one contender; None where it failed, with the reason on stderr."""
-    scale = 4 if options.quick else 1
-    row = {}
+async def measure(process, port, options, first_round):
+    """One contender in one round: raw figures, None where one failed, with the reason on stderr."""
 
     async def attempt(name, coroutine):
         try:
-            row[name] = await asyncio.wait_for(coroutine, 120 if options.requests < 100000 else 7200)
+            return await asyncio.wait_for(coroutine, 120 if options.requests <= 20000 else 7200)
         except (OSError, RuntimeError, TimeoutError) as error:
             print(f"  {name}: {type(error).__name__} {error}", file=sys.stderr)
-            row[name] = None
+            return None
 
     await first_token_ms(port, 20, STAGE_S)
-    await attempt("idle", first_token_ms(port, 200 // scale, STAGE_S))
-    await attempt("steady", paced_cpu(process, port, 200, 800 // scale, 0.02))
-    await attempt("fast", paced_cpu(process, port, 200, 1000 // scale, 0.01))
-    if process is not None:
-        await attempt("requests", request_cost(process, port, options.requests // scale))
-        await attempt("memory", stream_memory_kib(process, port, 2000))
+    idle = await attempt("idle", first_token_ms(port, 80, STAGE_S))
+    steady_run = await attempt("200 streams", paced_cpu(process, port, 200, 300, 0.02))
+    fast_run = await attempt("20,000 tokens/s", paced_cpu(process, port, 200, 400, 0.01))
     figures = {
-        "us/token": row["steady"] and row["steady"][0],
-        "ms/request": row.get("requests") and row["requests"][0],
-        "TTFT p50 ms": row["idle"] and statistics.median(row["idle"]),
-        "TBT p99 ms": row["fast"] and percentile(row["fast"][1], 0.99),
-        "KiB/stream": row.get("memory"),
-        "growth KiB": row.get("requests") and row["requests"][1],
+        "us/token": steady_run and steady_run[0],
+        "TTFT": idle and statistics.median(idle),
+        "TBT": fast_run and percentile(fast_run[1], 0.99),
     }
-    stages_ms = direct["TTFT p50 ms"] if direct else None
-    figures["TTFT added ms"] = figures["TTFT p50 ms"] and stages_ms and figures["TTFT p50 ms"] - stages_ms
-    figures["TBT p99 added ms"] = figures["TBT p99 ms"] and direct and figures["TBT p99 ms"] - direct["TBT p99 ms"]
+    if process is not None:
+        requests = await attempt("requests", request_cost(process, port, options.requests))
+        figures["ms/request"], figures["growth KiB"] = requests or (None, None)
+        if first_round:
+            figures["KiB/stream"] = await attempt("2,000 streams", stream_memory_kib(process, port, 2000))
     return figures
 
 
-COLUMNS = ("us/token", "ms/request", "TTFT added ms", "TBT p99 added ms", "KiB/stream", "growth KiB")
+def median_of(rounds, name):
+    """The median of a figure over the rounds in which it was measured, or None."""
+    values = [figures[name] for figures in rounds if figures.get(name) is not None]
+    return statistics.median(values) if values else None
 
 
-def show(name, figures, floor_us):
-    """One line of the table."""
-    cells = ["-" if figures[column] is None else f"{figures[column]:.2f}" for column in COLUMNS]
-    times = f"{figures['us/token'] / floor_us:.2f}" if floor_us and figures["us/token"] else "-"
-    print(f"| {name} | {cells[0]} | {times} | {' | '.join(cells[1:])} |", flush=True)
+def show(rounds, direct):
+    """The table, from every contender's figures in every round."""
+    ttft_ms, tbt_ms = median_of(direct, "TTFT"), median_of(direct, "TBT")
+    floor_us = median_of(rounds.get("floor", []), "us/token")
+    print(f"no proxy: TTFT p50 {ttft_ms:.2f} ms a stage, TBT p99 {tbt_ms:.2f} ms at 20,000 tokens/s\n")
+    print(
+        "| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
+        "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, figures in rounds.items():
+        us, ttft, tbt = (median_of(figures, key) for key in ("us/token", "TTFT", "TBT"))
+        # The floor and a plain balancer ask decode alone; the others pass two stages, one after the other.
+        stages = 1 if name in ("floor", "pdbench none") else 2
+        cells = [
+            us,
+            us and floor_us and us / floor_us,
+            median_of(figures, "ms/request"),
+            ttft and ttft - stages * ttft_ms,
+            tbt and tbt - tbt_ms,
+            median_of(figures, "KiB/stream"),
+            median_of(figures, "growth KiB"),
+        ]
+        print(f"| {name} | {' | '.join('-' if cell is None else f'{cell:.2f}' for cell in cells)} |")
 
 
-async def contend(name, argv, port, options, direct):
-    """Start a contender, measure it, end it."""
-    if argv is None:
-        print(f"{name}: skipped, it does not install here", file=sys.stderr)
-        return None
+async def contend(argv, port, options, first_round):
+    """Start a contender, measure it, end it; raises RuntimeError or TimeoutError if it does not serve."""
     process = pinned([str(part) for part in argv], CORES[-1], stdout=subprocess.DEVNULL)
     try:
         await wait_ready(port, process)
-        return await measure(process, port, options, direct)
-    except (RuntimeError, TimeoutError, OSError) as error:
-        print(f"{name}: skipped, {error}", file=sys.stderr)
-        return None
+        return await measure(process, port, options, first_round)
     finally:
         for member in family(process) if process.poll() is None else []:
             member.kill()
         process.wait()
 
 
+async def command(name, folder, prefill, decode, port):
+    """A contender's command line, or None when it cannot be made here."""
+    if name == "floor":
+        return floor(folder, decode, port)
+    if name.startswith("pdbench"):
+        return ours(name.split(" ")[1], prefill, decode, port)
+    return await asyncio.to_thread(peer, name, folder, prefill, decode, port)
+
+
 async def compare(options, folder):
-    """Every contender in turn, against the same servers."""
+    """Every contender in turn, round after round, against the same servers."""
     os.sched_setaffinity(0, {CORES[0]})
     with contextlib.suppress(PermissionError):
         # Everything measured goes before whatever else the machine does; inherited by servers and contenders alike.
         os.nice(-15)
     servers = pinned([sys.executable, str(HERE / "proxy_cost_servers.py")], CORES[0], stdout=subprocess.PIPE, text=True)
     prefill, decode = map(int, servers.stdout.readline().split())
+    rounds = {name: [] for name in options.only or CONTENDERS}
+    direct = []
     try:
         await wait_ready(decode, None)
-        straight = await measure(None, decode, options, None)
-        # With two stages, one after the other, what a proxy adds is counted from two direct answers.
-        direct = {**straight, "TTFT p50 ms": 2 * straight["TTFT p50 ms"]}
-        print(f"no proxy: TTFT p50 {direct['TTFT p50 ms']:.2f} ms (prefill, then decode), ", end="")
-        print(f"TBT p99 {direct['TBT p99 ms']:.2f} ms at 20,000 tokens/s\n", flush=True)
-        print(
-            "| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
-            "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |"
-        )
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        floor_us = None
-        for name in options.only or ["floor", "pdbench p2p-nccl", "pdbench builtin-p2p-nccl", "pdbench none", *PEERS]:
-            port = free_port()
-            if name == "floor":
-                argv = floor(folder, decode, port)
-            elif name.startswith("pdbench"):
-                argv = ours(name.split(" ")[1], prefill, decode, port)
-            else:
-                argv = await asyncio.to_thread(peer, name, folder, prefill, decode, port)
-            one_stage = name in ("floor", "pdbench none")
-            figures = await contend(name, argv, port, options, straight if one_stage else direct)
-            if figures is not None:
-                floor_us = figures["us/token"] if name == "floor" else floor_us
-                show(name, figures, floor_us)
+        for number in range(options.rounds):
+            direct.append(await measure(None, decode, options, False))
+            for name in list(rounds):
+                port = free_port()
+                argv = await command(name, folder, prefill, decode, port)
+                try:
+                    if argv is None:
+                        raise RuntimeError("it does not install here")
+                    rounds[name].append(await contend(argv, port, options, number == 0))
+                    print(f"  round {number + 1}, {name}: {rounds[name][-1]}", file=sys.stderr)
+                except (RuntimeError, TimeoutError, OSError) as error:
+                    print(f"{name}: skipped, {error}", file=sys.stderr)
+                    del rounds[name]
     finally:
         servers.kill()
         servers.wait()
+    show(rounds, direct)
 
 
 def main():
     """Options, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the work")
-    parser.add_argument("--requests", type=int, default=4000, help="requests of the CPU and memory growth figures")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; the table has their medians")
+    parser.add_argument("--requests", type=int, default=1000, help="requests of the CPU and memory growth figures")
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one"
     )

@@ -1,6 +1,6 @@
 """The client of benchmarks/proxy_cost.py: streams over kept connections, one arrival instant a read.
 
-Try: python benchmarks/proxy_cost.py --quick
+Try: python benchmarks/proxy_cost.py --rounds 1
 """
 
 import asyncio

@@ -63,6 +63,15 @@ def test_ties_and_round_robin_spread(table):
         assert {instance.slot for instance in chosen if instance} == {0, 1, 2}
 
 
+def test_each_role_takes_turns_of_its_own(table):
+    for port in (4, 5, 6):
+        table.passed(table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0)))
+    for policy in ("least-work", "round-robin"):
+        for role in ("prefill", "decode"):
+            chosen = [choose(policy, asked, table, b"", set()) for _ in range(6) for asked in ("prefill", "decode")]
+            assert len({instance.slot for instance in chosen if instance and instance.role == role}) == 3
+
+
 def test_prefix_affinity_stays_until_the_instance_has_too_much(table):
     chosen = {
         prefix: choose("prefix-affinity", "prefill", table, prefix, set()) for prefix in (b"a", b"b", b"c", b"d", b"e")

@@ -6,9 +6,9 @@ Try: pdbench proxy --prefill-policy prefix-affinity ...
 from hashlib import blake2b
 from itertools import count
 
-from pdbench.proxy.instances import Instance, InstanceTable
+from pdbench.proxy.instances import ROLES, Instance, InstanceTable
 
-_rotation = count()
+_turns = {role: count() for role in ROLES}
 
 
 def choose(policy: str, role: str, table: InstanceTable, prefix: bytes, tried: set[int]) -> Instance | None:
@@ -16,7 +16,7 @@ def choose(policy: str, role: str, table: InstanceTable, prefix: bytes, tried: s
     ready = [instance for instance in table.ready(role) if instance.slot not in tried]
     if len(ready) < 2:
         return ready[0] if ready else None
-    turn = next(_rotation)
+    turn = next(_turns[role])
     if policy == "round-robin":
         return ready[turn % len(ready)]
     if policy == "prefix-affinity":
