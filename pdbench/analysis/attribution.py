@@ -7,6 +7,7 @@ from pdbench.records import load_run; from pdbench.analysis.attribution import a
 print(attribute(load_run('disaggregated_results')))"
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -185,15 +186,23 @@ def efficiency(
 
 def intersect(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
     """The instants that lie in both."""
-    return merge([(max(a, c), min(b, d)) for a, b in merge(first) for c, d in merge(second)])
+    left, right = merge(first), merge(second)
+    both, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        both.append((max(left[i][0], right[j][0]), min(left[i][1], right[j][1])))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return merge(both)
 
 
 def without(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
     """The instants of `first` that do not lie in `second`."""
-    left = merge(first)
-    for start, end in merge(second):
-        left = [piece for a, b in left for piece in ((a, min(b, start)), (max(a, end), b)) if piece[1] > piece[0]]
-    return left
+    taken = merge(second)
+    ends = [-math.inf, *(end for _, end in taken)]
+    starts = [*(start for start, _ in taken), math.inf]
+    return intersect(first, list(zip(ends, starts, strict=True)))
 
 
 def total(values: Iterable[float | None]) -> float | None:

@@ -176,6 +176,7 @@ class _Counter:
         self.t: Floats = np.array([t for t, _ in readings], dtype=float)
         self.curve = curve
         self.steps = np.diff(np.array([j for _, j in readings], dtype=float))
+        self.beyond_s = 1.5 * float(np.median(np.diff(self.t))) if len(self.t) > 1 else 0.0
         self.resets: Floats = self.t[1:][self.steps < 0] if len(self.steps) else self.t[:0]
 
     def resets_in(self, start: float, end: float) -> int:
@@ -186,8 +187,7 @@ class _Counter:
         """Joules between two instants; None where the counter was not read around them."""
         if len(self.t) < 2:
             return None
-        beyond_s = 1.5 * float(np.median(np.diff(self.t)))
-        if start < self.t[0] - beyond_s or end > self.t[-1] + beyond_s:
+        if start < self.t[0] - self.beyond_s or end > self.t[-1] + self.beyond_s:
             return None
         first = max(int(np.searchsorted(self.t, start, side="right")) - 1, 0)
         last = min(int(np.searchsorted(self.t, end, side="left")), len(self.t) - 1)
