@@ -75,6 +75,7 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
 
 def test_the_knee():
     assert sweep_figures.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
+    assert sweep_figures.knee([10, 20, 30], [5, 5.2, 4.9]) is None
     assert sweep_figures.knee([1, 2], [1, 2]) is None
     assert sweep_figures.knee([1, 2, 3], [1, 2, 3]) is None
     assert sweep_figures.knee([1, 1, 1], [1, 2, 3]) is None

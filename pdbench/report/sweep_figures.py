@@ -70,7 +70,7 @@ def row_of(run: Run, varied: dict[str, Any]) -> Row:
 
 
 def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:
-    """The place of a curve's knee: the point farthest below the chord once both axes are scaled to 0..1; None without one.
+    """The place of a curve's knee: the inner point farthest below the diagonal of both axes scaled to 0..1; None without.
 
     Source: Satopaa and others, "Finding a Kneedle in a Haystack" (2011), for one convex curve without smoothing.
     """
@@ -79,7 +79,7 @@ def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:
         return None
     below = (x - x.min()) / np.ptp(x) - (y - y.min()) / np.ptp(y)
     place = int(below.argmax())
-    return place if below[place] > 0 else None
+    return place if below[place] > 0 and 0 < place < len(x) - 1 else None
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -182,6 +182,7 @@ def _by_option(panel: Axes, rows: list[Row], key: str, figure: str, name: str, s
 
 
 def _finish(panel: Axes) -> None:
+    panel.margins(x=0.09)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
     else:
