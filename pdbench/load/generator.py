@@ -40,14 +40,6 @@ class LoadResult:
     flags: list[Flag]
 
 
-class LoadInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a load; `result` holds what was measured until then, with the flag "interrupted"."""
-
-    def __init__(self, result: LoadResult) -> None:
-        super().__init__("the load was interrupted")
-        self.result = result
-
-
 def run_load(
     config: LoadConfig,
     *,
@@ -62,7 +54,7 @@ def run_load(
 
     The tokenizer is config.tokenizer, by itself `tokenizer_path`, by itself `model` (folder or hub name).
     `on_progress(done, of)` is called about ten times a second; `of` is None where time ends the trial. Raises UserError for
-    options that cannot be used, LoadInterrupted on Ctrl-C or SIGTERM.
+    options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag "interrupted".
     """
     plan.check(config)
     if tokenizer_path and not config.tokenizer:
@@ -73,10 +65,7 @@ def run_load(
         parts = run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
     else:
         parts = [run_part(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
-    result = merge(config, parts, trial)
-    if any(part.interrupted for part in parts):
-        raise LoadInterrupted(result)
-    return result
+    return merge(config, parts, trial)
 
 
 def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
