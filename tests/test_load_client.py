@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from scripted_server import SSE_HEAD, Peer, ScriptedServer, chunk, event, stream, token, tokens, usage
 
 from pdbench.errors import UserError
+from pdbench.load import stamps, waiting
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
 
@@ -272,3 +274,18 @@ def test_abandon_keeps_what_has_arrived():
         assert client.abandon("interrupted", "Ctrl-C") == [record]
         assert record.error.kind == "interrupted" and record.text == "a"
     release.set()
+
+
+def test_a_platform_without_epoll_and_kernel_stamps_works_and_the_record_says_so(monkeypatch):
+    monkeypatch.setattr("pdbench.load.client.Waiter", waiting._SelectorWaiter)
+    monkeypatch.setattr("pdbench.load.stamps.enable", lambda sock: False)
+    record = ask(stream(tokens(5), pause_s=0.002))
+    assert record.error is None and record.stamp == "user" and len(set(record.token_s)) == 5
+
+
+def test_a_stepped_wall_clock_does_not_move_the_arrivals():
+    clock = stamps.ArrivalClock(time.monotonic())
+    seconds, nanoseconds = divmod(time.time_ns() + 5_000_000_000, 1_000_000_000)
+    ahead = [(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))]
+    at_s, kernel = clock.arrival(ahead)
+    assert not kernel and at_s < 1.0 and len(clock.read_delays_s) == 0
