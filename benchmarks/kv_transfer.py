@@ -115,7 +115,7 @@ class Measurement:
 
     async def handoff(self) -> None:
         """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs."""
-        before = metrics(self.pair.urls[1])
+        before = await asyncio.to_thread(metrics, self.pair.urls[1])
         for tokens in (512, 2048, self.options.long):
             asked = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
             await asyncio.sleep(0.5)
@@ -130,7 +130,7 @@ class Measurement:
                 "transfers": len(both),
                 "failed": sum(timed.error is not None for timed in asked),
             }
-        after = metrics(self.pair.urls[1])
+        after = await asyncio.to_thread(metrics, self.pair.urls[1])
         moved, seconds = (
             after.get(name, 0.0) - before.get(name, 0.0)
             for name in ("vllm:nixl_bytes_transferred_sum", "vllm:nixl_xfer_time_seconds_sum")
