@@ -70,7 +70,7 @@ def test_only_known_paths_and_methods_pass(guarded, method, target, status):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"null", b"{", b"\xff", b'{"a":}', b"[" * 5000, b'{"a":' * 1500, b"1e999"]
+    "body", [b"", b"[]", b"null", b"{", b"\xff", b'{"a":}', b"[" * 5000, b'{"a":' * 1500, b"1e999", b'{"a":"\xff"}']
 )
 def test_bodies_that_are_no_object_are_400(guarded, body):
     answer = guarded[0].ask("POST", "/v1/completions", body)

@@ -39,6 +39,8 @@ class Ask:
 def fields_of(body: bytes) -> Fields:
     """The body's top-level fields, their values left as they are; raises RefusedError(400) if it is no JSON object."""
     try:
+        # Values are kept as they came, unread; an instance would stumble over what is no UTF-8 in them.
+        body.decode()
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise RefusedError(400, "the body is not a JSON object: send one with content-type application/json") from None

@@ -6,6 +6,7 @@ Try: pdbench proxy --workers 2 --port 8000 --prefill http://127.0.0.1:8100 --dec
 import asyncio
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -39,6 +40,9 @@ def serve(config: ProxyConfig) -> None:
         [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
     ):
         table.add(role, parse_address(url, config.kv_port + index))
+    # A stream takes up to three descriptors; the usual soft limit of 1,024 would end at 300 streams.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listeners = _listen(config)
     host, port = listeners[0].getsockname()[:2]
     print(f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
