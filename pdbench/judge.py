@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pdbench.analysis.flags import device_flags
 from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import load_run, save_run
@@ -21,6 +22,7 @@ def finish(folder: Path, console: Console) -> None:
     """Summarize, draw and show a run that was just saved."""
     run = load_run(folder)
     run.summary = summarize(run)
+    run.flags += [flag for flag in device_flags(run) if flag not in run.flags]
     save_run(run, folder)
     figures.performance_analysis(run, folder / f"{run.name}_performance_analysis.png")
     console.print(tables.summary_table(run))
