@@ -34,7 +34,8 @@ class Browser:
             assert self.process.poll() is None and time.monotonic() < until, (profile / "log").read_text()[-2000:]
             time.sleep(0.05)
         port, path = port_file.read_text().split()
-        self.socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        self.open_socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        self.socket = self.open_socket.__enter__()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -102,6 +103,6 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.socket.close()
+        self.open_socket.__exit__(kind, error, trace)
         self.process.terminate()
         self.process.wait(20)

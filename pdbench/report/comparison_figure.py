@@ -117,7 +117,7 @@ def _verdicts(axis: Axes, comparison: Comparison) -> None:
         [*(f"÷{s:g}" for s in reversed(steps)), "1", *(f"×{s:g}" for s in steps)],
     )
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.set_ylim(max(len(lines), 1) - 0.5, -0.5)
     axis.set_yticks([])
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)

@@ -43,7 +43,7 @@ def page(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None = Non
         lang="zh-Hans" if language == "zh" else "en",
         title=escape(f"pdbench: {title}"),
         body="\n".join(body),
-        plots=data.replace("</", "<\\/"),
+        plots=data.replace("<", "\\u003c"),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
 

@@ -1,0 +1,180 @@
+"""Pictures by their structure, tables and CSV by their content, the page by its data; nothing compared by bytes."""
+
+import csv
+import io
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import plotly.graph_objects
+import pytest
+from builders import build_run
+from PIL import Image
+from rich.console import Console
+
+from pdbench.analysis.metrics import measure
+from pdbench.errors import UserError
+from pdbench.records import Flag, Gate, save_run
+from pdbench.report import commands, comparison_figure, figures, html, tables
+from pdbench.report.digest import digest
+from pdbench.report.export import requests_csv
+from pdbench.report.language import WORDS
+from pdbench.report.timeline import Timeline, lanes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    runs = [
+        build_run("single", ttft_ms=20, tbt_ms=3.3),
+        build_run(tbt_ms=1.5, seed=2, failed=1, flags=[Flag("client-limited", "a < b & c")]),
+    ]
+    for run in runs:
+        save_run(run, place / f"{run.name}_results")
+    return [place / f"{run.name}_results" for run in runs]
+
+
+RUNS = {
+    "usual": lambda: build_run(),
+    "on a CPU": lambda: build_run("single", gpu=False),
+    "one trial, many at once": lambda: build_run(trials=1, requests=200, concurrency=32, tokens=8),
+    "one request": lambda: build_run(trials=1, requests=1),
+    "one token": lambda: build_run(trials=1, requests=2, tokens=1),
+    "empty": lambda: build_run(trials=0),
+    "all failed": lambda: build_run(trials=1, requests=3, failed=3),
+    "gate failed": lambda: build_run(
+        gate=Gate(passed=False, prompts=4, equal_outputs=0, prompt_tokens=1, external_kv_tokens=0, detail="none equal")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_analysis_is_drawn_for_every_kind_of_run(name, tmp_path):
+    path = figures.performance_analysis(RUNS[name](), tmp_path / "picture.png")
+    with Image.open(path) as picture:
+        assert picture.size == (1600, 1450)
+        assert len(picture.convert("RGB").resize((160, 145)).getcolors(100_000)) > 50
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_comparison_is_drawn_for_every_kind_of_run(name, tmp_path):
+    with Image.open(figures.comparison([RUNS["usual"](), RUNS[name]()], tmp_path / "picture.png")) as picture:
+        assert picture.width == 1600
+
+
+def test_three_deployments_share_a_comparison_with_different_colours():
+    with figures.matplotlib.rc_context(figures.STYLE):
+        picture = comparison_figure.draw([build_run("single"), build_run("replicas"), build_run()])
+    bars = next(axis for axis in picture.axes if axis.get_title(loc="left") == "Output tokens a second")
+    assert len({patch.get_facecolor() for patch in bars.patches}) == 3
+
+
+def test_no_text_of_the_pictures_is_cut_off():
+    """Every text lies within the picture, long names and reasons included."""
+    runs = [build_run("single", gpu=False, spread=0.5), build_run(gpu=False, spread=0.5, seed=3)]
+    with figures.matplotlib.rc_context(figures.STYLE):
+        picture = comparison_figure.draw(runs)
+        figures.FigureCanvasAgg(picture).draw()
+    width, height = picture.bbox.width, picture.bbox.height
+    for axis in picture.axes:
+        for text in axis.texts:
+            box = text.get_window_extent()
+            assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, text.get_text()
+
+
+def test_time_leaves_out_the_pauses_between_trials():
+    run = build_run(trials=3, pause_s=1000.0)
+    timeline = Timeline(run)
+    assert len(timeline.stretches) == 3 and timeline.length_s < 60
+    placed = timeline.place([run.trials[0].start_s, run.trials[0].end_s + 500.0, run.trials[2].end_s])
+    assert placed[0] < placed[2] <= timeline.length_s and np.isnan(placed[1])
+
+
+def test_lanes_never_overlap():
+    requests = measure(build_run(trials=1, requests=60, concurrency=7)).requests
+    rows, count = lanes(requests)
+    assert count == 7
+    for row in range(count):
+        mine = [one for one, place in zip(requests, rows, strict=True) if place == row]
+        assert all(a.end_s <= b.sent_s for a, b in pairwise(mine))
+
+
+def test_the_csv_holds_every_measured_request():
+    run = build_run(failed=1)
+    rows = list(csv.DictReader(io.StringIO(requests_csv(run))))
+    assert len(rows) == len(run.requests)
+    assert rows[0]["error"] == "timeout" and rows[0]["ttft_ms"] == "" and rows[0]["queue_ms"] == ""
+    assert float(rows[1]["ttft_ms"]) == pytest.approx((run.requests[1].token_s[0] - run.requests[1].sent_s) * 1e3)
+
+
+def test_tables_carry_flags_and_fit_eighty_columns():
+    run = build_run(flags=[Flag("throttled", "GPU 0 was too hot")])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables.summary_table(run))
+    console.print(tables.comparison_table(build_run("single"), run))
+    text = console.export_text()
+    assert text.count("throttled") == 2 and "TTFT p50" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_models_side_by_side_are_sorted_by_the_metric_asked_for():
+    runs = [build_run(tbt_ms=tbt, config={"model": f"m{tbt}"}) for tbt in (4, 2, 3)]
+    rows = tables.side_by_side_rows(runs, ["a", "b", "c"], "tbt_p50_ms")
+    assert [row[0] for row in rows.rows] == ["b", "c", "a"]
+    assert [row[0] for row in tables.side_by_side_rows(runs, ["a", "b", "c"], "output_tokens_per_s").rows] == [
+        "b",
+        "c",
+        "a",
+    ]
+    with pytest.raises(UserError, match="choose from"):
+        tables.side_by_side_rows(runs, ["a", "b", "c"], "speed")
+
+
+def test_a_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    commands.report(folders, tmp_path, None, "en", console)
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"report.html", "report.md", "requests.csv", "performance_comparison.png"} <= made
+    assert "disaggregated_performance_analysis.png" in made
+    assert len((tmp_path / "requests.csv").read_text().splitlines()) == 1 + 96
+    assert "client-limited" in (tmp_path / "report.md").read_text()
+
+
+def test_every_figure_of_the_page_is_valid_plotly(folders):
+    page = html.page([digest(folder) for folder in folders], ["single", "disaggregated"])
+    plots = json.loads(re.search(r'id="plots">(.*?)</script>', page, re.S)[1].replace("\\u003c", "<"))
+    assert {"distributions", "ttft", "tbt", "devices-0", "devices-1", "energy", "trade-off"} == set(plots)
+    for plot in plots.values():
+        figure = plotly.graph_objects.Figure(plot)
+        assert figure.data and all(trace.hovertemplate or trace.hoverinfo for trace in figure.data)
+
+
+def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(folders):
+    page = html.page([digest(folder) for folder in folders], ["<script>alert(1)</script>", "b"])
+    assert "<script>alert" not in page and "a &lt; b &amp; c" in page
+    before_plotly = page[: page.index('<script type="application/json"')]
+    assert "http://" not in before_plotly and "https://" not in before_plotly
+
+
+def test_the_page_speaks_chinese(folders):
+    page = html.page([digest(folder) for folder in folders], ["single", "disaggregated"], language="zh")
+    assert 'lang="zh-Hans"' in page and "更好" in page and "延迟分布" in page
+    assert all(english and chinese for english, chinese in WORDS.values())
+
+
+def test_a_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="run_disaggregated_test"):
+        commands.compare_folders([], [], False, "en", None, console)
+    with pytest.raises(UserError, match="run_disaggregated_test"):
+        commands.report([], tmp_path / "report", None, "en", console)
+    with pytest.raises(UserError, match="two results folders"):
+        commands.compare_folders([tmp_path], [], False, "en", None, console)
+
+
+def test_compare_returns_the_gates_exit_code(folders):
+    console = Console(file=io.StringIO())
+    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, "en", None, console) == 1
+    assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, "zh", None, console) == 0

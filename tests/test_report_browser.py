@@ -1,0 +1,83 @@
+"""The report in a real Chromium: every figure drawn, no console error, legend and hover work, dark mode, nothing fetched."""
+
+import json
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+from builders import build_run
+
+from pdbench.records import save_run
+from pdbench.report import html
+from pdbench.report.digest import digest
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+ARTIFACTS = Path(__file__).parent / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["en", "zh"], scope="module")
+def page(request, browser, tmp_path_factory):
+    tmp_path, digests = tmp_path_factory.mktemp("report"), []
+    for run in (build_run("single", ttft_ms=20, tbt_ms=3.3), build_run(tbt_ms=1.5, seed=2)):
+        save_run(run, tmp_path / run.name)
+        digests.append(digest(tmp_path / run.name))
+    path = tmp_path / "report.html"
+    path.write_text(html.page(digests, ["single", "disaggregated"], language=request.param), encoding="utf-8")
+    browser.problems.clear()
+    browser.requested.clear()
+    browser.open(path.as_uri())
+    browser.screenshot(ARTIFACTS / f"report-{request.param}-first-screen.png")
+    browser.evaluate("drawAll().then(() => true)")
+    yield browser
+    browser.screenshot(ARTIFACTS / f"report-{request.param}.png", whole=True)
+    assert browser.problems == []
+    assert all(address.startswith(("file:", "data:", "blob:")) for address in browser.requested)
+
+
+def test_every_figure_is_drawn_and_nothing_is_wider_than_the_page(page):
+    count = page.evaluate("document.querySelectorAll('.plot').length")
+    assert count == page.evaluate(
+        "document.querySelectorAll('.plot .main-svg .plot-container, .plot svg.main-svg:first-child').length"
+    )
+    assert page.evaluate(
+        "[...document.querySelectorAll('.plot')].every(p => p.querySelectorAll('path, rect').length > 5)"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_the_verdicts_are_on_the_first_screen(page):
+    assert page.evaluate("document.querySelector('.answer').getBoundingClientRect().bottom") < 500
+    assert page.evaluate("document.querySelectorAll('.tag.better').length") >= 3
+
+
+def test_a_click_in_the_legend_hides_and_shows_a_run(page):
+    visible = "document.getElementById('distributions').data.filter(t => t.visible === 'legendonly').length"
+    page.evaluate("document.getElementById('distributions').scrollIntoView({block: 'center'})")
+    box = json.loads(
+        page.evaluate("JSON.stringify(document.querySelector('#distributions .legendtoggle').getBoundingClientRect())")
+    )
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        page.mouse(kind, x, y)
+    assert page.evaluate(f"new Promise(done => setTimeout(() => done({visible}), 900))") == 3
+    page.evaluate("Plotly.restyle('distributions', {visible: true}).then(() => true)")
+    assert page.evaluate(visible) == 0
+
+
+def test_hovering_shows_a_value_with_its_unit(page):
+    page.evaluate("Plotly.Fx.hover('ttft', [{curveNumber: 0, pointNumber: 1}])")
+    assert "ms" in page.evaluate("document.querySelector('#ttft .hoverlayer').textContent")
+
+
+def test_dark_mode_changes_text_and_figures(page):
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.evaluate("document.getElementById('theme').click()")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    ink = page.evaluate("document.getElementById('tbt').layout.font.color")
+    assert ink == page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
