@@ -108,6 +108,16 @@ def test_prefill_that_is_aborted_fails_the_fetch_at_once(pair):
     settled(p, d, asked, failed=True)
 
 
+def test_prefill_that_loses_its_blocks_and_ends_all_the_same_fails_the_fetch(pair):
+    p, d = pair
+    asked = prompt(30)
+    prefill(p, asked, list(range(8)), ended=False)
+    p.step(preempted=[asked.request_id])
+    fetch(d, asked, list(range(8)), p.port)
+    p.step(ended=[PrefillEnd(request_id=asked.request_id, kept=True, error=None)])
+    settled(p, d, asked, failed=True)
+
+
 def test_prefill_aborted_before_it_was_scheduled_keeps_nothing(pair):
     p, d = pair
     asked = prompt(30)

@@ -188,8 +188,11 @@ class Sender:
         if send is None:
             return
         send.over, send.over_s = end, time.monotonic()
-        if end.error is not None and not send.ended:
-            self._end(send, end.error)
+        error = end.error
+        if error is None and send.ready * self._identity.block_size < send.prompt.tokens:
+            error = "prefill lost its blocks before they were sent"  # preempted while its last step was under way
+        if error is not None:
+            self._end(send, error)
         self._settle(send)
 
     def _attach(self, send: _Send, asked: _Asked) -> None:
