@@ -185,10 +185,13 @@ def measure(pythons, gpus, environment, load):
     after = {name: tree_cpu_s(child) for name, child in children.items()}
     found = {}
     for name, child in children.items():
-        answer = json.loads(child.stdout.readline())
-        found[name] = (answer, 100 * (after[name] - before[name]) / (edges[-1][1] - edges[0][0]))
+        line = child.stdout.readline()
         child.kill()
         child.wait()
+        if line:
+            found[name] = (json.loads(line), 100 * (after[name] - before[name]) / (edges[-1][1] - edges[0][0]))
+        else:
+            print(f"{name} failed: {(child.stderr.read().strip().splitlines() or ['no word'])[-1]}")
     if loading:
         loading.wait()
     return found, edges
