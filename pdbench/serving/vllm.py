@@ -162,7 +162,8 @@ def _instance(
     if machine.on_gpu:
         argv += ["--dtype", config.dtype or "auto", "--gpu-memory-utilization", str(config.gpu_memory_utilization)]
         argv += ["--tensor-parallel-size", str(len(gpus))]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        # NVML, nvidia-smi and CUDA must mean the same GPU by the same number.
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     else:
         argv += _cpu_arguments(config)
         # One thread an instance: two of them share the cores, and OpenMP's waiting threads would starve the other.
