@@ -249,6 +249,11 @@ def table(results: dict[str, Any], options: argparse.Namespace) -> str:
         what, target, _, _ = columns[names[0]][index]
         lines.append(f"| {what} | {target} | " + " | ".join(cells) + " |")
     copies = ", ".join(f"{tokens} tokens {rate:.0f}" for tokens, rate in results["plain_copy_gb_per_s"].items() if rate)
+    for name in names:  # why something was not measured, and the first request that failed
+        found = results["connectors"][name]
+        lines += [f"{name}: {what}: {why}" for what, why in found.items() if isinstance(why, str)]
+        errors = [value.get("first_error") for value in found.values() if isinstance(value, dict)]
+        lines += [f"{name}: first failed request: {error}" for error in errors if error]
     return "\n".join([*lines, "", f"plain copy GPU to GPU, GB/s: {copies or 'not measured'}"])
 
 
