@@ -53,9 +53,9 @@ def test_an_open_loop_sends_by_the_clock_whatever_the_server_does():
         result = load(server, rate=100.0, requests=40, warmup=0)
     client = result.trial.client
     assert client["asked_rate_per_s"] == pytest.approx(100, rel=0.5)
-    assert most_in_flight(measured(result)) > 5
     assert client["send_delay_ms"]["p50"] >= 0 and client["schedule_delay_ms"] == client["send_delay_ms"]
-    assert client["window"] == "first completion to last sending"
+    # Each answer takes 150 ms or more and one is due every 10 ms: nobody waited for an earlier one to end.
+    assert most_in_flight(measured(result)) > 5
 
 
 def test_a_capped_open_loop_keeps_the_planned_instants():
