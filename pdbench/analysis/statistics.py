@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 Array = NDArray[np.float64]
 REPLICATES = 1000
 BLOCKS = 100
+ALL_BLOCKS = 600
 SMALL = 20_000
 TO_SHOW = 0.05
 POWER = 0.8
@@ -148,14 +149,16 @@ def smallest_shown(a: Estimate, b: Estimate) -> float | None:
 
 
 def blocks_of(trial: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A block for each request (sorted by sending): neighbours in time together, at most 100 blocks a trial.
+    """A block for each request (sorted by sending): neighbours in time together, at most 100 a trial and about 600 in all.
 
     Requests that wait in one queue share their luck; blocks of neighbours keep that together when they are resampled.
     """
     block = np.zeros(len(trial), dtype=np.int64)
-    for name in np.unique(trial):
+    names = np.unique(trial)
+    most = max(min(BLOCKS, ALL_BLOCKS // max(len(names), 1)), 1)
+    for name in names:
         inside = np.flatnonzero(trial == name)
-        block[inside] = np.arange(len(inside)) * min(BLOCKS, len(inside)) // len(inside)
+        block[inside] = np.arange(len(inside)) * min(most, len(inside)) // len(inside)
     return block
 
 
