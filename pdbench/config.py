@@ -153,6 +153,9 @@ class LoadConfig:
     """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
     slo_tbt_ms: float | None = None
     """And if its mean time between tokens is at most this."""
+    phase: Literal["both", "prefill", "decode"] = "both"
+    """Calibrate one phase of an instance: prefill asks for one token a request; decode sends one batch (--requests at most
+    --concurrency) and measures only while all of it decodes."""
     client_processes: int = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
 

@@ -14,11 +14,11 @@ from scripted_server import ScriptedServer, stream, tokens
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, plan, prompts
+from pdbench.load import arrivals, plan, prompts, truth
 from pdbench.load.generator import run_load
 from pdbench.load.tokens import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
-from pdbench.records import Clock
+from pdbench.records import Clock, RequestRecord
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +293,23 @@ def test_exact_lengths_need_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="--tokenizer"):
         plan.find_tokenizer(LoadConfig(input_tokens=5), str(tmp_path))
     assert plan.find_tokenizer(LoadConfig(), str(tmp_path)) is None
+
+
+def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> None:
+    (planned,) = plan.planned_requests(LoadConfig(phase="prefill", requests=1), None, 0)
+    body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned.prompt, token_ids=True))
+    assert body["max_tokens"] == 1
+    plan.check(LoadConfig(phase="decode", requests=4, concurrency=4))
+    for mixed in (
+        LoadConfig(phase="decode", requests=5, concurrency=4),
+        LoadConfig(phase="decode", requests=1, rate=1.0),
+    ):
+        with pytest.raises(UserError, match="one batch"):
+            plan.check(mixed)
+
+
+def test_the_decode_window_holds_no_prefill_and_no_drain() -> None:
+    batch = [RequestRecord(id=str(i), planned_s=0.0, token_s=[1.0 + i, 5.0, 9.0 - i]) for i in range(3)]
+    assert truth.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
+    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
+    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None

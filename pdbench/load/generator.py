@@ -75,12 +75,16 @@ def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
     streams, open_loop = plan.streams(config), plan.is_open_loop(config)
     client = truth.describe(parts, measured, streams=streams, open_loop=open_loop)
     start_s, end_s, client["window"] = truth.window(measured, streams, open_loop)
+    if config.phase == "decode" and (decoding := truth.decode_window(measured)):
+        start_s, end_s, client["window"] = decoding
     if steady := parts[0].steady_window:
         start_s, end_s = steady
         client["window"] = f"the {config.steady_s:g} s through which the load held steady"
     found = truth.flags(client)
     if any(part.interrupted for part in parts):
         found.append(Flag("interrupted", "stopped by Ctrl-C: the figures are of what was measured until then"))
+    elif config.phase == "decode" and not truth.decode_window(measured):
+        found.append(Flag("phases-mixed", "the batch never decoded all at once: ask for more --output-tokens"))
     elif config.steady_s is not None and not steady:
         found.append(
             Flag("not-steady", f"the load never held steady for {config.steady_s:g} s: lower it or run longer")

@@ -53,6 +53,10 @@ def check(config: LoadConfig) -> None:
         raise UserError(f"--warmup {config.warmup}: give 0 or more")
     if config.client_processes > (config.concurrency or config.client_processes):
         raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {config.concurrency}")
+    if config.phase == "decode" and (is_open_loop(config) or config.requests > (config.concurrency or 1)):
+        raise UserError(
+            "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"
+        )
     _extra_body(config)
 
 
@@ -101,7 +105,8 @@ def request_body(config: LoadConfig, model: str, prompt: Prompt, *, token_ids: b
     }
     if token_ids:
         body["return_token_ids"] = True
-    ignore_eos = config.ignore_eos if config.ignore_eos is not None else bool(config.input_tokens or config.trace)
+    fixed_lengths = bool(config.input_tokens or config.trace or config.phase != "both")
+    ignore_eos = config.ignore_eos if config.ignore_eos is not None else fixed_lengths
     if ignore_eos:
         body["ignore_eos"] = True
     return msgspec.json.encode(body | _extra_body(config))
@@ -185,7 +190,7 @@ def _capped(config: LoadConfig, text: str, output_tokens: int, tokenizer: Tokeni
 
 
 def _output(config: LoadConfig, output_tokens: int) -> int:
-    return min(output_tokens, config.max_output_tokens or output_tokens)
+    return 1 if config.phase == "prefill" else min(output_tokens, config.max_output_tokens or output_tokens)
 
 
 def _extra_body(config: LoadConfig) -> dict[str, Any]:

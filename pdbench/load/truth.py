@@ -145,6 +145,15 @@ def window(measured: Sequence[RequestRecord], streams: int | None, open_loop: bo
     return start_s, end_s, name
 
 
+def decode_window(measured: Sequence[RequestRecord]) -> tuple[float, float, str] | None:
+    """The time in which every request of the batch decodes: last first token to first last token; None when there is none."""
+    spans = [(record.token_s[0], record.token_s[-1]) for record in measured if record.token_s]
+    if len(spans) < len(measured) or not spans:
+        return None
+    start_s, end_s = max(first for first, _ in spans), min(last for _, last in spans)
+    return (start_s, end_s, "every request of the batch decodes") if end_s > start_s else None
+
+
 def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, tolerance: float = 0.1) -> float | None:
     """The start of the last `span_s` if the load held steady through it, else None.
 
