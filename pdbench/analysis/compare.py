@@ -124,9 +124,11 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
         for share, estimate in zip(QUANTILES, drawn, strict=True):
             metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
             found[metric] = _with_reason(estimate, len(values), share)
+    joules = [_energy_j(run, trial) for trial in measured.trials]
+    every = range(len(measured.trials))
     for metric in RATES:
-        value = _rate(metric.name, run, measured, measured.trials)
-        each = [_rate(metric.name, run, measured, [trial]) for trial in measured.trials]
+        value = _rate(metric.name, run, measured, every, joules)
+        each = [_rate(metric.name, run, measured, [place], joules) for place in every]
         known = [one for one in each if one is not None]
         if value is not None and len(known) == len(each):
             found[metric] = _with_reason(statistics.of_trials(value, known))
@@ -154,8 +156,11 @@ def _requests(one: Measured, values: Array) -> "tuple[Array, np.ndarray[tuple[in
     return values[owner], owner
 
 
-def _rate(name: str, run: Run, measured: Measured, trials: Sequence[Trial]) -> float | None:
-    """A figure of these trials together; None where it was not measured."""
+def _rate(
+    name: str, run: Run, measured: Measured, places: Sequence[int], joules: Sequence[float | None]
+) -> float | None:
+    """A figure of the trials at these places together; None where it was not measured."""
+    trials = [measured.trials[place] for place in places]
     length_s = sum(trial.end_s - trial.start_s for trial in trials)
     tokens = sum(tokens_inside(measured, trial) for trial in trials)
     if length_s <= 0:
@@ -167,9 +172,14 @@ def _rate(name: str, run: Run, measured: Measured, trials: Sequence[Trial]) -> f
         met = meets_slo(run, measured)
         ends = None if met is None else measured.end_s[met]
         return None if ends is None else sum(int(inside(ends, trial).sum()) for trial in trials) / length_s
-    windows = [(trial.start_s, trial.end_s) for trial in trials]
-    joules = [energy_in(device, windows).energy_j for device in meters(run)]
-    known = [value for value in joules if value is not None]
-    if not known or len(known) < len(joules):
+    known = [value for value in (joules[place] for place in places) if value is not None]
+    if len(known) < len(places):
         return None
     return sum(known) / length_s if name == "mean_power_w" else sum(known) / tokens if tokens else None
+
+
+def _energy_j(run: Run, trial: Trial) -> float | None:
+    """All meters' joules in a trial's window; None when there is no meter or one of them was not read."""
+    each = [energy_in(device, [(trial.start_s, trial.end_s)]).energy_j for device in meters(run)]
+    known = [value for value in each if value is not None]
+    return sum(known) if known and len(known) == len(each) else None
