@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdbench.analysis.energy import energy_in
+from pdbench.analysis.energy import EnergyWindow, energy_in
 from pdbench.analysis.metrics import Array, Measured, measure, option
 from pdbench.records import DeviceRecord, Run, Trial
 
@@ -29,6 +29,8 @@ SAMPLE_FIELDS = (
 def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
     """The figures of a run; None where something was not measured or nothing succeeded. Times in ms, energy in J."""
     measured = measured or measure(run)
+    trials = [(trial.start_s, trial.end_s) for trial in measured.trials]
+    windows = {device.id: energy_in(device, trials) for device in run.devices}
     return {
         "trials": len(measured.trials),
         "window_s": _tidy(measured.window_s),
@@ -51,8 +53,8 @@ def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
         **{f"{name}_ms": describe(values) for name, values in measured.phase_ms.items()},
         "throughput": throughput(run, measured),
         "goodput": goodput(run, measured),
-        "energy": energy(run, measured),
-        "devices": {device.id: _device(device, measured) for device in run.devices},
+        "energy": energy(run, measured, windows),
+        "devices": {device.id: _device(device, measured, windows[device.id]) for device in run.devices},
     }
 
 
@@ -116,15 +118,14 @@ def meets_slo(run: Run, measured: Measured) -> NDArray[np.bool_] | None:
     return met
 
 
-def energy(run: Run, measured: Measured) -> dict[str, Any]:
+def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> dict[str, Any]:
     """Joules of the measured windows, failed requests' included: all devices that have a meter, each role, each token.
 
     GPUs where there are any, else the CPU's RAPL domains. None, with the reasons, as soon as one of them was not measured.
     """
     devices = meters(run)
-    windows = [(trial.start_s, trial.end_s) for trial in measured.trials]
-    joules = {device.id: energy_in(device, windows).energy_j for device in devices}
-    missing = not devices or not windows or any(value is None for value in joules.values())
+    joules = {device.id: windows[device.id].energy_j for device in devices}
+    missing = not devices or not measured.trials or any(value is None for value in joules.values())
     total = None if missing else sum(value for value in joules.values() if value is not None)
     tokens = sum(tokens_inside(measured, trial) for trial in measured.trials)
     by_role: dict[str, float | None] = {}
@@ -166,10 +167,9 @@ def device_count(run: Run) -> int | None:
     return sum(device.kind == "gpu" for device in run.devices) or None
 
 
-def _device(device: DeviceRecord, measured: Measured) -> dict[str, Any]:
+def _device(device: DeviceRecord, measured: Measured, window: EnergyWindow) -> dict[str, Any]:
     """A device over the measured windows: mean, min and max of each of its fields, energy, sampling, reasons."""
     during = [s for s in device.samples if any(trial.start_s <= s.t_s <= trial.end_s for trial in measured.trials)]
-    window = energy_in(device, [(trial.start_s, trial.end_s) for trial in measured.trials])
     fields = {}
     for name in SAMPLE_FIELDS:
         known = [value for value in (getattr(sample, name) for sample in during) if value is not None]
