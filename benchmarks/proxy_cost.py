@@ -309,7 +309,9 @@ def main():
     parser.add_argument("--only", action="append", help="one contender by its name in the table; may be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        uvloop.run(compare(options, options.peers or Path(temporary)))
+        folder = options.peers or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        uvloop.run(compare(options, folder))
 
 
 if __name__ == "__main__":
