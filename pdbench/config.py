@@ -156,10 +156,6 @@ class LoadConfig:
     phase: Literal["both", "prefill", "decode"] = "both"
     """Calibrate one phase of an instance: prefill asks for one token a request; decode sends one batch (--requests at most
     --concurrency) and measures only while all of it decodes."""
-    slo_ttft_ms: float | None = None
-    """TTFT that a request must meet to count towards goodput; docs/metrics.md."""
-    slo_tbt_ms: float | None = None
-    """Mean TBT that a request must meet to count towards goodput."""
     client_processes: int = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
 
