@@ -202,7 +202,7 @@ async def measure(process, port, options, first_round):
     steady_run = await attempt("200 streams", paced_cpu(process, port, 200, 300, 0.02))
     fast_run = await attempt("20,000 tokens/s", paced_cpu(process, port, 200, 400, 0.01))
     figures = {
-        "us/token": steady_run and steady_run[0],
+        "us/token": steady_run[0] if steady_run and process else None,
         "TTFT": idle and statistics.median(idle),
         "TBT": fast_run and percentile(fast_run[1], 0.99),
     }
@@ -220,30 +220,26 @@ def median_of(rounds, name):
     return statistics.median(values) if values else None
 
 
-def show(rounds, direct):
+COLUMNS = {
+    "us/token": "CPU us/token",
+    "floors": "x floor",
+    "ms/request": "CPU ms/request",
+    "TTFT": "TTFT p50 ms (idle)",
+    "TBT": "TBT p99 ms (20,000 tokens/s)",
+    "KiB/stream": "KiB/stream (2,000 open)",
+    "growth KiB": "growth KiB",
+}
+
+
+def show(rounds):
     """The table, from every contender's figures in every round."""
-    ttft_ms, tbt_ms = median_of(direct, "TTFT"), median_of(direct, "TBT")
     floor_us = median_of(rounds.get("floor", []), "us/token")
-    print(f"no proxy: TTFT p50 {ttft_ms:.2f} ms a stage, TBT p99 {tbt_ms:.2f} ms at 20,000 tokens/s\n")
-    print(
-        "| proxy | CPU us/token | x floor | CPU ms/request | TTFT added ms (p50, idle) "
-        "| TBT p99 added ms (20,000 tokens/s) | KiB/stream (2,000 open) | growth KiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| proxy | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name, figures in rounds.items():
-        us, ttft, tbt = (median_of(figures, key) for key in ("us/token", "TTFT", "TBT"))
-        # The floor and a plain balancer ask decode alone; the others pass two stages, one after the other.
-        stages = 1 if name in ("floor", "pdbench none") else 2
-        cells = [
-            us,
-            us and floor_us and us / floor_us,
-            median_of(figures, "ms/request"),
-            ttft and ttft - stages * ttft_ms,
-            tbt and tbt - tbt_ms,
-            median_of(figures, "KiB/stream"),
-            median_of(figures, "growth KiB"),
-        ]
-        print(f"| {name} | {' | '.join('-' if cell is None else f'{cell:.2f}' for cell in cells)} |")
+        row = {column: median_of(figures, column) for column in COLUMNS}
+        row["floors"] = row["us/token"] / floor_us if row["us/token"] and floor_us else None
+        cells = ["-" if cell is None else f"{cell:.2f}" for cell in row.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 async def contend(argv, port, options, first_round):
@@ -275,13 +271,12 @@ async def compare(options, folder):
         os.nice(-15)
     servers = pinned([sys.executable, str(HERE / "proxy_cost_servers.py")], CORES[0], stdout=subprocess.PIPE, text=True)
     prefill, decode = map(int, servers.stdout.readline().split())
-    rounds = {name: [] for name in options.only or CONTENDERS}
-    direct = []
+    rounds = {"no proxy": []} | {name: [] for name in options.only or CONTENDERS}
     try:
         await wait_ready(decode, None)
         for number in range(options.rounds):
-            direct.append(await measure(None, decode, options, False))
-            for name in list(rounds):
+            rounds["no proxy"].append(await measure(None, decode, options, False))
+            for name in list(rounds)[1:]:
                 port = free_port()
                 argv = await command(name, folder, prefill, decode, port)
                 try:
@@ -295,13 +290,13 @@ async def compare(options, folder):
     finally:
         servers.kill()
         servers.wait()
-    show(rounds, direct)
+    show(rounds)
 
 
 def main():
     """Options, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds; the table has their medians")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; the table has their medians")
     parser.add_argument("--requests", type=int, default=1000, help="requests of the CPU and memory growth figures")
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one"

