@@ -6,6 +6,7 @@ Try: pdbench --help
 import sys
 import time
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -31,7 +32,10 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
     named = [Path(text) for text in arguments[1:2] if text.endswith(".toml")]
     for path in named:
         try:
-            return [Settings(tomllib.loads(path.read_text()), use_commands_as_keys=False, source=str(path))]
+            settings = tomllib.loads(path.read_text())
+            for key in _of_other_commands(arguments[0]):
+                settings.pop(key, None)
+            return [Settings(settings, use_commands_as_keys=False, source=str(path))]
         except FileNotFoundError:
             raise UserError(f"no recipe {path}: `ls recipes/` shows those that come with pdbench") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -171,6 +175,15 @@ def doctor(recipe: Path | None = None, /, *, serve: ServeConfig | None = None) -
     from pdbench import doctor
 
     sys.exit(doctor.report(doctor.examine(serve or ServeConfig()), console))
+
+
+def _of_other_commands(command: str) -> set[str]:
+    """Options that a recipe may hold and `command` has no use for: serve knows nothing of the load."""
+    own = {"serve": (ServeConfig,), "doctor": (ServeConfig,), "proxy": (ProxyConfig,)}.get(command)
+    if own is None:
+        return set()
+    every = {field.name for config in (ServeConfig, LoadConfig, PowerConfig, ProxyConfig) for field in fields(config)}
+    return every - {field.name for config in own for field in fields(config)} | {"trials", "out", "against"}
 
 
 def _deployment_names(text: str) -> list[Name]:

@@ -15,11 +15,12 @@ from pdbench.serving.process import get
 from pdbench.serving.running import Running
 
 _TEXTS = (
-    "Explain in one sentence why prefill is bound by compute and decode by memory bandwidth. Note {nonce}.",
-    "A ship leaves the harbour at {nonce} o'clock. Describe what the captain sees, hears and hopes for before the night.",
-    "请用两句话说明为什么要把预填充和解码分开，并给出编号 {nonce} 的一个例子。",
-    "List three uses of the number {nonce}, then compare them: which is the oldest, which is the strangest, and why?",
+    "{nonce}. Explain in one sentence why prefill is bound by compute and decode by memory bandwidth.",
+    "Note {nonce}. A ship leaves the harbour. Describe what the captain sees, hears and hopes for before the night.",
+    "编号 {nonce}。请用两句话说明为什么要把预填充和解码分开，并给出一个例子。",
+    "At {nonce} seconds, list three uses of a clock, then compare them: which is the oldest, which is the strangest, and why?",
 )
+# The nonce stands at the front: a prefix that decode has cached from an earlier gate would not have to come from prefill.
 OUTPUT_TOKENS = 16
 
 

@@ -63,7 +63,9 @@ def test_flags_go_before_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))
-def test_every_recipe_has_only_known_keys(recipe: str, tmp_path: Path) -> None:
+def test_every_recipe_has_only_known_keys_for_every_command(recipe: str, tmp_path: Path) -> None:
+    for command in (["serve", f"{ROOT}/recipes/{recipe}", "--show"], ["doctor", f"{ROOT}/recipes/{recipe}"]):
+        assert "Unknown option" not in pdbench(*command, cwd=tmp_path).stderr
     done = pdbench("run", f"{ROOT}/recipes/{recipe}", "--trials", "0", cwd=tmp_path)
     assert "at least 1" in done.stderr  # its options were all understood
 
@@ -83,6 +85,19 @@ def test_an_unwritable_results_folder_is_refused_before_anything_starts(tmp_path
     assert done.returncode == 1
     assert "--out" in done.stderr
     assert "starting" not in done.stdout
+
+
+def test_sigterm_ends_serve_also_where_the_shell_ignores_sigint(tmp_path: Path) -> None:
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from pdbench.serving.deployment import stop_on_signals\n"
+    code += "import time\nwith stop_on_signals():\n    print('up', flush=True)\n    time.sleep(60)"
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == b"up\n"
+    waiting.terminate()
+    assert waiting.wait(30) != 0
+    waiting.stdout.close()
 
 
 def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:

@@ -226,12 +226,16 @@ def _host_port(url: str) -> tuple[str, int]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds."""
+    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds.
+
+    SIGINT itself is taken back from a shell that starts its background jobs with it ignored.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
     kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    kept[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
