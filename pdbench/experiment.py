@@ -122,15 +122,13 @@ def bench(
 ) -> Path:
     """Measure the server at `url`, ours or anybody's; returns the results folder.
 
-    A deployment started by `pdbench serve` with the same --log-dir is recognised, and its devices and events with it.
+    A deployment started by `pdbench serve` with the same --log-dir is recognised, and its model, devices and events with it.
     """
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
     if running is None:
         gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if options.power.power else {}
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
-    elif model:
-        running.model_name = model
     clock = Clock.start()
     verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
     one = _new_run(running, clock, options, verdict)
