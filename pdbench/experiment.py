@@ -20,6 +20,7 @@ from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.generator import run_load
 from pdbench.power import clocks
+from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
@@ -76,6 +77,7 @@ def run(
     idle = _idle_power(names, options, machine, console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
+    cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
     runs: dict[Name, Run] = {}
     reference: list[str] | None = None
     saving = ExitStack()
@@ -92,7 +94,7 @@ def run(
                     if name == "disaggregated":
                         _tell_gate(runs[name], console)
                 try:
-                    _measure_into(runs[name], running, options, indices, console, deployment.check)
+                    _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check)
                 finally:
                     for device in runs[name].devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
@@ -135,7 +137,8 @@ def bench(
     if verdict:
         _tell_gate(one, console)
     try:
-        _measure_into(one, running, options, list(range(trials)), console, lambda: None)
+        cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
+        _measure_into(one, running, options, list(range(trials)), console, cooldown, lambda: None)
     finally:
         _save(one, out, on_saved)
     return out / f"{one.name}_results"
@@ -209,7 +212,13 @@ def _tell_gate(one: Run, console: Console) -> None:
 
 
 def _measure_into(
-    one: Run, running: Running, options: Options, trials: list[int], console: Console, check: Callable[[], None]
+    one: Run,
+    running: Running,
+    options: Options,
+    trials: list[int],
+    console: Console,
+    cooldown: Cooldown,
+    check: Callable[[], None],
 ) -> None:
     """Run `trials` against `running` and add requests, devices, events and flags to `one`."""
     sampler: AbstractContextManager[Any] = nullcontext()
@@ -222,7 +231,9 @@ def _measure_into(
             if isinstance(sampler, Sampler) and running.gpus and options.power.idle_s:
                 sampler.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
+                start_c = cooldown.wait(sorted({gpu for gpus in running.gpus.values() for gpu in gpus}))
                 _one_trial(one, running, options, trial, console)
+                one.trials[-1].start_temperature_c = start_c
                 check()
     finally:
         devices: list[DeviceRecord] = sampler.records() if isinstance(sampler, Sampler) else []

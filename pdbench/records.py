@@ -118,12 +118,16 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
 
 
 class Trial(msgspec.Struct, kw_only=True):
-    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth."""
+    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth.
+
+    `start_temperature_c` maps a GPU to its temperature before the first request.
+    """
 
     index: int
     start_s: float
     end_s: float
     client: dict[str, Any] = {}
+    start_temperature_c: dict[str, float] = {}
 
 
 class Flag(msgspec.Struct, frozen=True):
