@@ -71,6 +71,7 @@ def run(
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
+    _check_lengths(options.load, options.serve.max_model_len)
     machine = machines.inspect()
     for name in names:
         Deployment(name, options.serve, machine)
@@ -131,6 +132,7 @@ def bench(
     if running is None:
         gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if options.power.power else {}
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
+    _check_lengths(options.load, running.config.get("max_model_len"))
     clock = Clock.start()
     verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
     one = _new_run(running, clock, options, verdict)
@@ -142,6 +144,16 @@ def bench(
     finally:
         _save(one, out, on_saved)
     return out / f"{one.name}_results"
+
+
+def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
+    """Raises UserError when prompt and output, as asked for, are longer than the model takes; distributions may still be."""
+    longest = (load.input_tokens or 0) + load.output_tokens
+    if max_model_len is not None and longest > max_model_len:
+        raise UserError(
+            f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
+            f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
+        )
 
 
 def _only_model(url: str) -> str:
