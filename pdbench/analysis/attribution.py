@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from pdbench.analysis.energy import active_and_idle_j, energy_in, merge
-from pdbench.analysis.metrics import Measured, measure
+from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 ENGINE_READY = "engine_ready"
@@ -105,16 +106,17 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = [r for r in requests if r.error is None and r.token_s and _inside(r.token_s[-1], trials)]
-    prompts = [r.prompt_tokens for r in requests if _prefilled_in(r, trials)]
+    delivered = sum(_which_inside([r.token_s[-1] for r in requests if r.error is None and r.token_s], trials))
+    computed_inside = _which_inside([_prompt_computed_s(r) for r in requests], trials)
+    prompts = [r.prompt_tokens for r, inside in zip(requests, computed_inside, strict=True) if inside]
     computed = None if None in prompts else sum(filter(None, prompts)) - cached_prompt_tokens
-    tokens = sum(int(((arrivals >= start) & (arrivals <= end)).sum()) for start, end in trials)
+    tokens = sum(_which_inside(arrivals, trials))
     return Attribution(
         roles=roles,
         total_j=total_j,
         j_per_computed_prompt_token=per(roles["prefill"].total_j, computed) if split else None,
         j_per_output_token=per(total_j, tokens),
-        j_per_request=per(total_j, len(delivered)),
+        j_per_request=per(total_j, delivered),
         decode_j_per_output_token=per(roles["decode"].total_j, tokens) if split else None,
         handoff=_handoff(run, by_role, trials) if split else None,
         why_no_split=None if split else _why_no_split(roles),
@@ -271,11 +273,20 @@ def _gb_in(received: list[dict[str, Any]], windows: Sequence[Interval], active_j
     return per(moved / 1e9, active_j) if moved else None
 
 
-def _prefilled_in(request: RequestRecord, trials: Sequence[Interval]) -> bool:
-    """Its prompt was computed inside a trial: prefill ended there, or (not measured) its first token came there."""
+def _prompt_computed_s(request: RequestRecord) -> float:
+    """When its prompt had been computed: prefill's end, or (not measured) its first token; NaN where there is neither."""
     prefill = request.phases.get("prefill")
-    done = prefill[1] if prefill else request.token_s[0] if request.token_s else None
-    return _inside(done, trials)
+    return prefill[1] if prefill else request.token_s[0] if request.token_s else math.nan
+
+
+def _which_inside(instants: Sequence[float] | Array, windows: Sequence[Interval]) -> list[bool]:
+    """For each instant, whether it lies in one of the windows."""
+    known = np.asarray(instants, dtype=float)
+    inside = np.zeros(len(known), dtype=bool)
+    for start, end in windows:
+        inside |= (known >= start) & (known <= end)
+    found: list[bool] = inside.tolist()
+    return found
 
 
 def _inside(t: float | None, windows: Sequence[Interval]) -> bool:

@@ -212,6 +212,8 @@ class _Counter:
         a, b = max(start, low), min(end, high)
         if b <= a:
             return 0.0
+        if a == low and b == high and self.steps[i] >= 0:
+            return float(self.steps[i])
         part, whole = self.curve.energy_j(a, b), self.curve.energy_j(low, high)
         if self.steps[i] < 0:
             return part

@@ -63,7 +63,7 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
         )
     with tempfile.TemporaryDirectory() as scratch:
         parts = [Path(scratch) / f"{place}.csv" for place in range(len(folders))]
-        runs = digests(folders, html.DEVICE_FIGURES, parts)
+        runs = digests(folders, html.DEVICE_FIGURES, html.COMPARED + 1, parts)
         names = names_of(runs)
         write_whole(out / "report.html", html.page(runs, names, sort_by, language).encode())
         write_whole(
