@@ -4,7 +4,7 @@ import re
 
 import pytest
 from builders import build_run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as draw
 
 from pdbench.analysis import gate, verdicts
@@ -60,6 +60,7 @@ def shown_bounds(words):
 variances = draw.floats(1e-7, 0.05)
 
 
+@settings(deadline=None)
 @given(draw.floats(0.2, 5.0), variances, variances, draw.integers(2, 5), draw.sampled_from(["en", "zh"]))
 def test_words_and_the_interval_beside_them_agree(change, variance_a, variance_b, trials, language):
     a, b = (Estimate(value, v * value**2, v, trials) for value, v in ((8.8, variance_a), (8.8 * change, variance_b)))

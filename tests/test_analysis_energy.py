@@ -1,7 +1,7 @@
 """Energy over windows and its attribution, from records with exact areas."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdbench.analysis.attribution import attribute, efficiency, intersect, without
@@ -73,6 +73,7 @@ def test_idle_is_kept_apart_and_never_exceeds_the_total() -> None:
 intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
 
 
+@settings(deadline=None)
 @given(intervals, intervals)
 def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Interval]) -> None:
     both, rest = intersect(first, second), without(first, second)
@@ -84,6 +85,7 @@ def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Inter
     assert intersect(rest, second) == []
 
 
+@settings(deadline=None)
 @given(intervals)
 def test_energy_of_windows_adds_up(windows: list[Interval]) -> None:
     joined = energy_in(gpu(), windows)
