@@ -18,6 +18,7 @@ from pdbench import gate, phases
 from pdbench.config import Deployment as Name
 from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
+from pdbench.load import plan
 from pdbench.load.generator import run_load
 from pdbench.power import clocks
 from pdbench.power.cooldown import Cooldown
@@ -66,8 +67,7 @@ def run(
     goes on.
     Raises UserError when something asked for cannot be done here, before anything starts where that can be known.
     """
-    if trials < 1:
-        raise UserError(f"--trials {trials}: at least 1 is needed")
+    _check_load(options.load, trials)
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
@@ -127,6 +127,7 @@ def bench(
 
     A deployment started by `pdbench serve` with the same --log-dir is recognised, and its model, devices and events with it.
     """
+    _check_load(options.load, trials)
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
     if running is None:
@@ -146,6 +147,13 @@ def bench(
     return out / f"{one.name}_results"
 
 
+def _check_load(load: LoadConfig, trials: int) -> None:
+    """Raises UserError before servers start, which takes minutes, for a load that could never be sent."""
+    if trials < 1:
+        raise UserError(f"--trials {trials}: at least 1 is needed")
+    plan.check(load)
+
+
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
     """Raises UserError when prompt and output, as asked for, are longer than the model takes; distributions may still be."""
     longest = (load.input_tokens or 0) + load.output_tokens
@@ -163,7 +171,7 @@ def _only_model(url: str) -> str:
         return str(json.loads(body or b"")["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError):
         raise UserError(
-            f"no OpenAI-compatible server answers at {url}/v1/models: start one with `pdbench serve`, or give --url"
+            f"no OpenAI-compatible server answers at {url}/v1/models: start one with `pdbench serve`, or give --url http://HOST:PORT"
         ) from None
 
 

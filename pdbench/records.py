@@ -178,9 +178,15 @@ class _DeviceFile(msgspec.Struct, kw_only=True):
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name beside `path`, then move it there, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `data` under a temporary name beside `path`, then move it there, so that no reader sees half a file.
+
+    Raises UserError when the folder cannot be made or written into.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name a folder that you may write") from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
