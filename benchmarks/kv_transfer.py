@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -308,6 +309,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, save, print."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with us
     begun_s = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kv_transfer.json"
