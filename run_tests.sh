@@ -3,7 +3,7 @@
 #   ./run_tests.sh [OPTIONS of pytest]
 set -euo pipefail
 cd "$(dirname "$0")"
-python=$(requirements/setup.sh dev)
+python=$(requirements/setup.sh dev ray)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

@@ -8,9 +8,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from pdbench import gate, phases
 from pdbench.config import Deployment as Name
 from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
-from pdbench.load.generator import run_load
+from pdbench.load.generator import LoadResult, run_load
 from pdbench.power import clocks
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
@@ -29,6 +30,9 @@ from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
 from pdbench.serving.process import get
 from pdbench.serving.running import Running
+
+if TYPE_CHECKING:
+    from pdbench.cluster.session import Cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,13 @@ def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]
 
 
 def run(
-    names: Sequence[Name], trials: int, options: Options, out: Path, console: Console, on_saved: Callable[[Path], None]
+    names: Sequence[Name],
+    trials: int,
+    options: Options,
+    out: Path,
+    console: Console,
+    on_saved: Callable[[Path], None],
+    cluster: "Cluster | None" = None,
 ) -> list[Path]:
     """Measure every deployment `trials` times; returns the results folders, `out`/NAME_results each.
 
@@ -70,10 +80,10 @@ def run(
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
-    machine = machines.inspect()
+    make = maker(options.serve, cluster)
     for name in names:
-        Deployment(name, options.serve, machine)
-    idle = _idle_power(names, options, machine, console)
+        make(name)
+    idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
     runs: dict[Name, Run] = {}
@@ -82,7 +92,7 @@ def run(
     with saving:
         saving.callback(_save_all, runs, out, on_saved)
         for name, indices in interleave(names, trials):
-            with started(Deployment(name, options.serve, machine), console) as deployment:
+            with started(make(name), console) as deployment:
                 running = deployment.running()
                 if name not in runs:
                     verdict, output = gate.run(running, nonce, reference)
@@ -92,11 +102,21 @@ def run(
                     if name == "disaggregated":
                         _tell_gate(runs[name], console)
                 try:
-                    _measure_into(runs[name], running, options, indices, console, deployment.check)
+                    _measure_into(runs[name], running, options, indices, console, deployment.check, cluster)
                 finally:
                     for device in runs[name].devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
     return [out / f"{name}_results" for name in names]
+
+
+def maker(config: ServeConfig, cluster: "Cluster | None") -> Callable[[Name], Any]:
+    """Makes a deployment of a name, on this host or over the cluster. Raises UserError when it cannot be started there."""
+    if cluster is not None:
+        from pdbench.cluster.deployment import ClusterDeployment
+
+        return lambda name: ClusterDeployment(name, config, cluster)
+    machine = machines.inspect()
+    return lambda name: Deployment(name, config, machine)
 
 
 def _idle_power(
@@ -119,6 +139,7 @@ def bench(
     out: Path,
     console: Console,
     on_saved: Callable[[Path], None],
+    cluster: "Cluster | None" = None,
 ) -> Path:
     """Measure the server at `url`, ours or anybody's; returns the results folder.
 
@@ -127,7 +148,8 @@ def bench(
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
     if running is None:
-        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if options.power.power else {}
+        here = options.power.power and cluster is None
+        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if here else {}
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
     clock = Clock.start()
     verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
@@ -135,7 +157,7 @@ def bench(
     if verdict:
         _tell_gate(one, console)
     try:
-        _measure_into(one, running, options, list(range(trials)), console, lambda: None)
+        _measure_into(one, running, options, list(range(trials)), console, lambda: None, cluster)
     finally:
         _save(one, out, on_saved)
     return out / f"{one.name}_results"
@@ -153,7 +175,7 @@ def _only_model(url: str) -> str:
 
 
 @contextmanager
-def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
+def started(deployment: Any, console: Console) -> Iterator[Any]:
     """The deployment up and healthy, one line a component; down at the end, with the memory of its GPUs free again."""
     console.print(
         f"[bold]{deployment.name}[/bold]: {', '.join(one.name for one in deployment.instances)} starting; logs in {deployment.config.log_dir}/"
@@ -209,42 +231,65 @@ def _tell_gate(one: Run, console: Console) -> None:
 
 
 def _measure_into(
-    one: Run, running: Running, options: Options, trials: list[int], console: Console, check: Callable[[], None]
+    one: Run,
+    running: Running,
+    options: Options,
+    trials: list[int],
+    console: Console,
+    check: Callable[[], None],
+    cluster: "Cluster | None",
 ) -> None:
     """Run `trials` against `running` and add requests, devices, events and flags to `one`."""
-    sampler: AbstractContextManager[Any] = nullcontext()
-    if options.power.power:
+    sampler: Any = nullcontext()
+    load: Callable[..., LoadResult] = run_load
+    if cluster is not None:
+        from pdbench.cluster import measuring
+
+        measuring.check_power(options.power)
+        sampler = measuring.ClusterSampler(cluster, running, options.power, one.clock)
+        load = partial(measuring.run_load, cluster)
+    elif running.hosts:
+        raise UserError(f"{running.url} is served by several nodes: measure it with --cluster auto")
+    elif options.power.power:
         readers = open_readers(running.gpus, {} if running.gpus else running.processes)
         sampler = Sampler(readers, options.power.sample_interval_s, one.clock)
     holds: list[clocks.ClockHold] = []
     try:
         with clocks.held(options.power, running.gpus) as holds, sampler:
-            if isinstance(sampler, Sampler) and running.gpus and options.power.idle_s:
+            on_gpus = running.gpus or any(host["gpus"] for host in running.hosts.values())
+            if options.power.power and on_gpus and options.power.idle_s:
                 sampler.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
-                _one_trial(one, running, options, trial, console)
+                _one_trial(one, running, options, trial, console, load)
                 check()
     finally:
-        devices: list[DeviceRecord] = sampler.records() if isinstance(sampler, Sampler) else []
+        devices: list[DeviceRecord] = [] if isinstance(sampler, nullcontext) else sampler.records()
         one.devices = merge_records(one.devices + devices)
         one.config["clocks_held"] = [hold.plain() for hold in holds]
         one.flags += [flag for flag in clocks.clock_flags(holds, devices) if flag not in one.flags]
         one.roles = {}
         for device in one.devices:
             one.roles.setdefault(device.role or "host", []).append(device.id)
-        events = phases.read_events(running.event_logs, one.clock)
+        if cluster is None:
+            events = phases.read_events(running.event_logs, one.clock)
+        else:
+            events = sampler.events()
+            one.host["nodes"] = sampler.facts()
+            one.flags += [flag for flag in sampler.flags() if flag.name not in {known.name for known in one.flags}]
         phases.join([request for request in one.requests if request.trial in trials], events)
         one.events += events
 
 
-def _one_trial(one: Run, running: Running, options: Options, trial: int, console: Console) -> None:
+def _one_trial(
+    one: Run, running: Running, options: Options, trial: int, console: Console, load: Callable[..., LoadResult]
+) -> None:
     begin = time.monotonic()
     with console.status(f"trial {trial + 1}") as status:
 
         def on_progress(done: int, total: int | None) -> None:
             status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
 
-        result = run_load(
+        result = load(
             options.load,
             url=running.url,
             model=running.model_name,

@@ -57,12 +57,12 @@ def plan(name: Name, config: ServeConfig, machine: Machine) -> list[Instance]:
         return vllm.tensor_parallel(config, machine, model)
     if name == "replicas":
         instances = vllm.replicas(config, machine, model)
-        return [*instances, _proxy(config, instances, "none")]
+        return [*instances, proxy(config, instances, "none")]
     instances = vllm.disaggregated(config, machine, model)
-    return [*instances, _proxy(config, instances, vllm.choose_connector(config, machine))]
+    return [*instances, proxy(config, instances, vllm.choose_connector(config, machine))]
 
 
-def _proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
+def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
     argv = [
         sys.executable,
         "-m",

@@ -1,0 +1,197 @@
+"""Hosts as network namespaces on one machine, with their own addresses and clocks, a switch between them, a real Ray node in each."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+NETWORK = "10.213.77"
+PORT = 6379
+PATIENCE_S = 120.0
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+class NotPermittedError(Exception):
+    """This machine lets us make no network namespaces; the message says why."""
+
+
+class Host:
+    """One namespace: `run` and `popen` start programs in it, with a monotonic clock that is `ahead_s` ahead of this machine's."""
+
+    def __init__(self, hosts: "Hosts", number: int, ahead_s: int) -> None:
+        self.hosts, self.ahead_s = hosts, ahead_s
+        self.name, self.address = f"{hosts.name}-{number}", f"{NETWORK}.{number}"
+        self.link, self.port = f"{hosts.name}v{number}", f"{hosts.name}p{number}"
+        ip("netns", "add", self.name)
+        ip(
+            "link",
+            "add",
+            self.link,
+            "netns",
+            self.name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            self.port,
+            "netns",
+            hosts.switch,
+        )
+        ip("-n", self.name, "addr", "add", f"{self.address}/24", "dev", self.link)
+        ip("-n", self.name, "link", "set", self.link, "up")
+        ip("-n", self.name, "link", "set", "lo", "up")
+        ip("-n", self.name, "route", "add", "default", "dev", self.link)
+        ip("-n", hosts.switch, "link", "set", self.port, "master", "bridge", "up")
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        clock = (
+            ["unshare", "-T", "--monotonic", str(self.ahead_s), "--fork", "--kill-child", "--"] if self.ahead_s else []
+        )
+        return ["ip", "netns", "exec", self.name, *clock, *arguments]
+
+    def popen(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command(arguments), env=self.hosts.environment, text=True, **options)  # type: ignore[call-overload]
+
+    def run(self, *arguments: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(arguments),
+            env=self.hosts.environment,
+            text=True,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def start_ray(self, head: "Host | None" = None) -> subprocess.Popen[str]:
+        """The Ray node of this host, joined to `head`'s cluster or the head itself; it stays in the foreground."""
+        arguments = ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.hosts.folder)]
+        if head:
+            arguments = ["--address", f"{head.address}:{PORT}"]
+        arguments += ["--num-cpus", "2", "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
+        log = (self.hosts.folder / f"{self.name}.ray.log").open("w")
+        return self.popen(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--node-ip-address",
+            self.address,
+            *arguments,
+            stdout=log,
+            stderr=log,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that lives in this namespace."""
+        done = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
+        found = []
+        for pid in map(int, done.stdout.split()):
+            with contextlib.suppress(psutil.Error):
+                if (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def servers(self) -> list[str]:
+        """Command lines of our servers, guards, proxies and actors here: what must not be left after a run."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                ours = ("guard.py", "api_server", "pdbench proxy", "EngineCore", "multiprocessing.spawn")
+                if any(word in line for word in ours) or line.startswith(
+                    ("ray::InstanceHost", "ray::NodeAgent", "ray::ClientHost")
+                ):
+                    found.append(line)
+        return found
+
+    def kill(self) -> None:
+        """The power fails: every process here gets SIGKILL."""
+        while processes := self.processes():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.1)
+
+    def cut(self) -> None:
+        """Pull the cable."""
+        ip("-n", self.hosts.switch, "link", "set", self.port, "down")
+
+    def mend(self) -> None:
+        """Plug it in again."""
+        ip("-n", self.hosts.switch, "link", "set", self.port, "up")
+
+    def sent_bytes(self) -> int:
+        """What left this host through its cable so far."""
+        path = f"/sys/class/net/{self.link}/statistics/tx_bytes"
+        return int(self.run("cat", path).stdout)
+
+
+class Hosts:
+    """`number` hosts and their switch. Raises NotPermittedError. A context manager that leaves nothing."""
+
+    def __init__(self, folder: Path, number: int = 3, ahead_s: Sequence[int] = (1000, 2000, 0)) -> None:
+        self.folder = folder
+        self.name = f"pd{uuid.uuid4().hex[:5]}"
+        self.switch = f"{self.name}-s"
+        self.all: list[Host] = []
+        python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        self.environment = os.environ | {
+            "PYTHONPATH": python_path,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "COLUMNS": "180",
+        }
+        try:
+            ip("netns", "add", self.switch)
+            ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
+            ip("-n", self.switch, "link", "set", "bridge", "up")
+            for index in range(number):
+                self.all.append(Host(self, index + 1, ahead_s[index]))
+            subprocess.run(self.all[0].command(["true"]), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.close()
+            why = getattr(error, "stderr", b"") or str(error).encode()
+            raise NotPermittedError(
+                f"this machine lets us make no network namespaces: {why.decode(errors='replace').strip()}"
+            ) from None
+
+    def __enter__(self) -> "Hosts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for host in self.all:
+            host.kill()
+        for name in [self.switch, *(host.name for host in self.all)]:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    def wait_for_nodes(self, number: int) -> None:
+        """Until the cluster of the last host has so many living nodes."""
+        asked = (
+            "import ray, sys, time\n"
+            f"ray.init('{self.all[-1].address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
+            f"while sum(node['Alive'] for node in ray.nodes()) < {number}: time.sleep(0.2)\n"
+        )
+        done = self.all[-1].run(sys.executable, "-c", asked)
+        assert done.returncode == 0, done.stderr
+
+
+def wait_until(condition, what: str, timeout_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not reached: {what}"
+        time.sleep(0.2)
