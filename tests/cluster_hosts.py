@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ class Host:
         self.hosts, self.ahead_s = hosts, ahead_s
         self.name, self.address = f"{hosts.name}-{number}", f"{NETWORK}.{number}"
         self.link, self.port = f"{hosts.name}v{number}", f"{hosts.name}p{number}"
+        self.own = hosts.folder / f"host-{number}"
+        self.own.mkdir()
         ip("netns", "add", self.name)
         ip(
             "link",
@@ -58,7 +61,9 @@ class Host:
         clock = (
             ["unshare", "-T", "--monotonic", str(self.ahead_s), "--fork", "--kill-child", "--"] if self.ahead_s else []
         )
-        return ["ip", "netns", "exec", self.name, *clock, *arguments]
+        # Ray's sockets have names in a folder that all nodes call alike: each host sees its own one there.
+        mounted = ["sh", "-c", f'mount --bind {self.own} {self.hosts.ray} && exec "$@"', "sh"]
+        return ["ip", "netns", "exec", self.name, *mounted, *clock, *arguments]
 
     def popen(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
         return subprocess.Popen(self.command(arguments), env=self.hosts.environment, text=True, **options)  # type: ignore[call-overload]
@@ -75,7 +80,7 @@ class Host:
 
     def start_ray(self, head: "Host | None" = None) -> subprocess.Popen[str]:
         """The Ray node of this host, joined to `head`'s cluster or the head itself; it stays in the foreground."""
-        arguments = ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.hosts.folder)]
+        arguments = ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.hosts.ray)]
         if head:
             arguments = ["--address", f"{head.address}:{PORT}"]
         arguments += ["--num-cpus", "2", "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
@@ -145,6 +150,7 @@ class Hosts:
         self.name = f"pd{uuid.uuid4().hex[:5]}"
         self.switch = f"{self.name}-s"
         self.all: list[Host] = []
+        self.ray = Path(tempfile.mkdtemp(prefix="pdr"))  # short: sockets' paths end at 107 characters
         python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         self.environment = os.environ | {
             "PYTHONPATH": python_path,
@@ -178,6 +184,7 @@ class Hosts:
             host.kill()
         for name in [self.switch, *(host.name for host in self.all)]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        self.ray.rmdir()
 
     def wait_for_nodes(self, number: int) -> None:
         """Until the cluster of the last host has so many living nodes."""
