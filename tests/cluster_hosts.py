@@ -78,12 +78,12 @@ class Host:
             check=False,
         )
 
-    def start_ray(self, head: "Host | None" = None) -> subprocess.Popen[str]:
+    def start_ray(self, head: "Host | None" = None, cpus: int = 2) -> subprocess.Popen[str]:
         """The Ray node of this host, joined to `head`'s cluster or the head itself; it stays in the foreground."""
         arguments = ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.hosts.ray)]
         if head:
             arguments = ["--address", f"{head.address}:{PORT}"]
-        arguments += ["--num-cpus", "2", "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
+        arguments += ["--num-cpus", str(cpus), "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
         log = (self.hosts.folder / f"{self.name}.ray.log").open("w")
         return self.popen(
             sys.executable,
