@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -113,7 +113,14 @@ class Host:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
-                ours = ("guard.py", "api_server", "pdbench proxy", "EngineCore", "multiprocessing.spawn")
+                ours = (
+                    "guard.py",
+                    "api_server",
+                    "pdbench proxy",
+                    "EngineCore",
+                    "multiprocessing.spawn",
+                    "cluster_scripted.py --answer",
+                )
                 if any(word in line for word in ours) or line.startswith(
                     ("ray::InstanceHost", "ray::NodeAgent", "ray::ClientHost")
                 ):
@@ -186,6 +193,16 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         self.ray.rmdir()
 
+    def join(self) -> None:
+        """A Ray node on every host; the last one is the head."""
+        *others, head = self.all
+        head.start_ray()
+        asked = f"import socket; socket.create_connection(('{head.address}', {PORT}), 1)"
+        wait_until(lambda: head.run(sys.executable, "-c", asked).returncode == 0, "Ray's head listens")
+        for host in others:
+            host.start_ray(head)
+        self.wait_for_nodes(len(self.all))
+
     def wait_for_nodes(self, number: int) -> None:
         """Until the cluster of the last host has so many living nodes."""
         asked = (
@@ -195,6 +212,14 @@ class Hosts:
         )
         done = self.all[-1].run(sys.executable, "-c", asked)
         assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def joined_hosts(folder: Path) -> Iterator[Hosts]:
+    """Three hosts in one Ray cluster. Raises NotPermittedError."""
+    with Hosts(folder) as hosts:
+        hosts.join()
+        yield hosts
 
 
 def wait_until(condition, what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -66,6 +66,9 @@ class Batch(msgspec.Struct):
 class Leased:
     """An actor that ends itself when nobody has asked for `lease_s` seconds."""
 
+    threads = 1
+    """Calls that may run at once: more than one where a call takes long, so that pulses are still answered."""
+
     def __init__(self, lease_s: float) -> None:
         self._heard_s = time.monotonic()
         self._outbox: list[tuple[int, Any]] = []
@@ -116,6 +119,8 @@ class Leased:
 
 class InstanceHost(Leased):
     """One server of a deployment on its node. When this process is gone, by whatever way, the guard ends the server."""
+
+    threads = 2
 
     def __init__(self, lease_s: float) -> None:
         super().__init__(lease_s)
@@ -198,9 +203,12 @@ class InstanceHost(Leased):
 class NodeAgent(Leased):
     """One a node: reads its devices, follows its event logs, answers for its clock."""
 
+    threads = 3
+
     def __init__(self, lease_s: float) -> None:
         super().__init__(lease_s)
         self._sampler: Sampler | None = None
+        self._taking = threading.RLock()
         self._logs: dict[Path, int] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -235,9 +243,10 @@ class NodeAgent(Leased):
 
     def stop_sampler(self) -> None:
         """Stop sampling and tell what is left, with the sampling's own statistics."""
-        if self._sampler is None:
+        with self._taking:
+            sampler, self._sampler = self._sampler, None
+        if sampler is None:
             return
-        sampler, self._sampler = self._sampler, None
         sampler.__exit__()
         rest = {device.id: device for device in sampler.take()}
         whole = [msgspec.structs.replace(device, statistics={}) for device in sampler.records()]
@@ -248,10 +257,12 @@ class NodeAgent(Leased):
 
     def gather(self) -> None:
         """One batch a pulse, if there is anything new."""
-        self._tell_batch(self._sampler.take() if self._sampler else [])
+        with self._taking:
+            self._tell_batch(self._sampler.take() if self._sampler else [])
 
     def _tell_batch(self, devices: list[DeviceRecord]) -> None:
-        events = phases.events_of(self._new_lines(), NODE_CLOCK)
+        with self._taking:
+            events = phases.events_of(self._new_lines(), NODE_CLOCK)
         if devices or events:
             self.tell(msgspec.msgpack.encode(Batch(devices, events)))
 

@@ -210,12 +210,13 @@ class ClusterDeployment:
     def _plan(self) -> None:
         """Every command line is made on the node where it will run, the proxy's last, since it names all others."""
         first = self._hosts[self.instances[0].name]
-        told = self.cluster.ask(first.handle.describe.remote(self.config, self.name == "disaggregated"), first)
+        asked_first = first.handle.describe.remote(self.config, self.name == "disaggregated")
+        told = self.cluster.ask(asked_first, first, self.config.start_timeout_s)
         self.connector, self.model_name, self.model_path = told["connector"], told["model_name"], told["model"]
         servers = [seat for seat in self.instances if seat.role != "proxy"]
         asked = {seat.name: self._ask_plan(seat, self._planner(seat, self.connector)) for seat in servers}
         for name, reference in asked.items():
-            self._planned[name] = self.cluster.ask(reference, self._hosts[name])
+            self._planned[name] = self.cluster.ask(reference, self._hosts[name], self.config.start_timeout_s)
         if len(servers) < len(self.instances):
             proxy = self.instances[-1]
             planner = functools.partial(

@@ -135,6 +135,7 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options.setdefault("num_cpus", 0)
+        options.setdefault("max_concurrency", kind.threads)
         options.setdefault("scheduling_strategy", NodeAffinitySchedulingStrategy(node.id, soft=False))
         handle = self.ray.remote(kind).options(**options).remote(self.config.node_timeout_s + _LEASE_BEYOND_S)
         pulsed = Pulsed(name, node, handle, every_s)
