@@ -6,11 +6,9 @@ Try: pdbench --help
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -19,12 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import __version__
+from pdbench.cluster import joined_cluster
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 from pdbench.config import Deployment as Name
 from pdbench.errors import UserError
-
-if TYPE_CHECKING:
-    from pdbench.cluster.session import Cluster
 
 console = Console()
 app = App(
@@ -79,7 +75,7 @@ def run(
 
     names = _deployment_names(against)
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
-    with stop_on_signals(), _joined(cluster) as joined:
+    with stop_on_signals(), joined_cluster(cluster) as joined:
         folders = experiment.run(
             names, trials, options, out, console, lambda folder: judge.finish(folder, console), joined
         )
@@ -117,7 +113,7 @@ def bench(
     from pdbench.serving.deployment import stop_on_signals
 
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
-    with stop_on_signals(), _joined(cluster) as joined:
+    with stop_on_signals(), joined_cluster(cluster) as joined:
         folder = experiment.bench(
             url,
             options.serve.model,
@@ -169,7 +165,7 @@ def serve(
         return
     with (
         stop_on_signals(),
-        _joined(cluster) as joined,
+        joined_cluster(cluster) as joined,
         experiment.started(experiment.maker(serve or ServeConfig(), joined)(name), console) as deployment,
     ):
         console.print(
@@ -196,7 +192,7 @@ def doctor(
     """
     from pdbench import doctor
 
-    with _joined(cluster) as joined:
+    with joined_cluster(cluster) as joined:
         if joined is not None:
             from pdbench.cluster.doctor import examine
 
@@ -217,18 +213,6 @@ def _of_other_commands(command: str) -> set[str]:
         for field in fields(config)
     }
     return every - {field.name for config in own for field in fields(config)} | {"trials", "out", "against"}
-
-
-@contextmanager
-def _joined(config: ClusterConfig | None) -> "Iterator[Cluster | None]":
-    """The Ray cluster of --cluster, or None without it."""
-    if config is None or config.cluster is None:
-        yield None
-        return
-    from pdbench.cluster.session import Cluster
-
-    with Cluster(config) as joined:
-        yield joined
 
 
 def _deployment_names(text: str) -> list[Name]:
@@ -396,7 +380,7 @@ def sweep(
             return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish, joined)]
         return experiment.run(_deployment_names(against), trials, one, folder, console, finish, joined)
 
-    with stop_on_signals(), _joined(cluster) as joined:
+    with stop_on_signals(), joined_cluster(cluster) as joined:
         sweep_figures.present(sweep.run(points, out, measure, console), out, console)
 
 

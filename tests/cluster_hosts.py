@@ -163,6 +163,7 @@ class Hosts:
             "PYTHONPATH": python_path,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "120",
+            "RAY_agent_register_timeout_ms": "120000",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "COLUMNS": "180",
         }
