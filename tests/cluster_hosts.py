@@ -36,6 +36,7 @@ class Host:
         self.link, self.port = f"{hosts.name}v{number}", f"{hosts.name}p{number}"
         self.own = hosts.folder / f"host-{number}"
         self.own.mkdir()
+        self.ray_node: subprocess.Popen[str] | None = None
         ip("netns", "add", self.name)
         ip(
             "link",
@@ -85,7 +86,7 @@ class Host:
             arguments = ["--address", f"{head.address}:{PORT}"]
         arguments += ["--num-cpus", str(cpus), "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
         log = (self.hosts.folder / f"{self.name}.ray.log").open("w")
-        return self.popen(
+        self.ray_node = self.popen(
             sys.executable,
             "-m",
             "ray.scripts.scripts",
@@ -96,6 +97,7 @@ class Host:
             stdout=log,
             stderr=log,
         )
+        return self.ray_node
 
     def processes(self) -> list[psutil.Process]:
         """Everything that lives in this namespace."""
@@ -200,9 +202,9 @@ class Hosts:
         head.start_ray()
         asked = f"import socket; socket.create_connection(('{head.address}', {PORT}), 1)"
         wait_until(lambda: head.run(sys.executable, "-c", asked).returncode == 0, "Ray's head listens")
-        for host in others:
+        for number, host in enumerate(others, 2):
             host.start_ray(head)
-        self.wait_for_nodes(len(self.all))
+            self.wait_for_nodes(number)
 
     def wait_for_nodes(self, number: int) -> None:
         """Until the cluster of the last host has so many living nodes."""
@@ -211,8 +213,16 @@ class Hosts:
             f"ray.init('{self.all[-1].address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
             f"while sum(node['Alive'] for node in ray.nodes()) < {number}: time.sleep(0.2)\n"
         )
-        done = self.all[-1].run(sys.executable, "-c", asked)
-        assert done.returncode == 0, done.stderr
+        waiting = self.all[-1].popen(sys.executable, "-c", asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE_S
+        while waiting.poll() is None:
+            assert time.monotonic() < deadline, f"not {number} nodes"
+            for host in self.all[:-1]:
+                # On a busy machine a node gives up when its agents are not there within 15 s: once more.
+                if host.ray_node is not None and host.ray_node.poll() == 1:
+                    host.start_ray(self.all[-1])
+            time.sleep(0.2)
+        assert waiting.returncode == 0
 
 
 @contextlib.contextmanager
