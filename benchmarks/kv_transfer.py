@@ -16,11 +16,18 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_healthy
+
+from pdbench.config import LoadConfig
+from pdbench.load.generator import run_load
+from pdbench.records import Clock
+from pdbench.serving.process import get
 
 KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
 COPY_TOKENS = (512, 2048, 8192)
@@ -172,29 +179,54 @@ class Measurement:
             }
 
     async def load(self) -> None:
-        """2048 tokens in, 128 out: one at a time, then many at a time."""
-        one = [await self.pair.ask(self.prompt(2048), 128) for _ in range(min(self.options.repeat, 10))]
-        gate = asyncio.Semaphore(self.options.concurrency)
+        """2048 tokens in, 128 out, through pdbench's proxy and client: one at a time, then many at a time, warmed up alike."""
+        with proxy(self.pair) as url:
+            for concurrency, requests in (
+                (1, min(self.options.repeat, 10)),
+                (self.options.concurrency, self.options.requests),
+            ):
+                config = LoadConfig(
+                    concurrency=concurrency,
+                    requests=requests,
+                    warmup=2 * concurrency,
+                    input_tokens=2048,
+                    output_tokens=128,
+                )
+                names = {"model": "m", "tokenizer_path": self.options.model}
+                result = await asyncio.to_thread(
+                    run_load, config, url=url, clock=Clock.start(), trial=concurrency, **names
+                )
+                measured = [request for request in result.requests if not request.warmup]
+                good = [request for request in measured if request.error is None]
+                gaps = [(b - a) * 1e3 for request in good for a, b in pairwise(request.token_s)]
+                ttfts = [(request.token_s[0] - request.sent_s) * 1e3 for request in good if request.sent_s is not None]
+                self.found[f"load {concurrency} at a time"] = {
+                    "requests": len(measured),
+                    "failed": len(measured) - len(good),
+                    "first_error": next((str(request.error) for request in measured if request.error), None),
+                    "tbt_p50_ms": quantile(gaps, 0.5),
+                    "tbt_p99_ms": quantile(gaps, 0.99),
+                    "ttft_p50_ms": quantile(ttfts, 0.5),
+                    "flags": [f"{flag.name}: {flag.detail}" for flag in result.flags],
+                }
+                self.found["requests_per_s"] = result.trial.client["achieved_rate_per_s"]
 
-        async def limited() -> Timed:
-            async with gate:
-                return await self.pair.ask(self.prompt(2048), 128)
 
-        begun_s = time.monotonic()
-        many = await asyncio.gather(*(limited() for _ in range(self.options.requests)))
-        seconds = time.monotonic() - begun_s
-        for name, timed in (("1", one), (str(self.options.concurrency), many)):
-            gaps = [gap for each in timed for gap in each.tbt_ms]
-            ttfts = [each.ttft_ms for each in timed if each.ttft_ms is not None]
-            self.found[f"load {name} at a time"] = {
-                "requests": len(timed),
-                "failed": sum(each.error is not None for each in timed),
-                "first_error": next((each.error for each in timed if each.error), None),
-                "tbt_p50_ms": quantile(gaps, 0.5),
-                "tbt_p99_ms": quantile(gaps, 0.99),
-                "ttft_p50_ms": quantile(ttfts, 0.5),
-            }
-        self.found["requests_per_s"] = len(many) / seconds
+@contextmanager
+def proxy(pair: Pair) -> Iterator[str]:
+    """pdbench's proxy in front of the pair; its URL."""
+    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector]
+    for side, url, kv in zip(("--prefill", "--decode"), pair.urls, pair.kv, strict=True):
+        command += [side, f"{url}@{kv}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            while get(url, "/health", timeout_s=2.0) is None:
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
 
 
 def judged(

@@ -69,13 +69,15 @@ def main() -> None:
         begin = time.monotonic()
         subprocess.run([sys.executable, "-m", "pdbench", "report", *map(str, folders), "--out", str(out)], check=True)
         seconds = time.monotonic() - begin
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = used.ru_utime + used.ru_stime
         largest_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         page_mb = (out / "report.html").stat().st_size / 1e6
     print(
-        f"{'runs':>6} {'requests':>9} {'tokens':>7} {'stored GB':>10} {'seconds':>8} {'largest process GiB':>20} {'page MB':>8}"
+        f"{'runs':>6} {'requests':>9} {'tokens':>7} {'stored GB':>10} {'seconds':>8} {'CPU s':>7} {'largest process GiB':>20} {'page MB':>8}"
     )
     print(
-        f"{given.runs:>6} {given.requests:>9} {given.tokens:>7} {stored / 1e9:>10.2f} {seconds:>8.1f} {largest_gib:>20.2f} {page_mb:>8.2f}"
+        f"{given.runs:>6} {given.requests:>9} {given.tokens:>7} {stored / 1e9:>10.2f} {seconds:>8.1f} {cpu_s:>7.1f} {largest_gib:>20.2f} {page_mb:>8.2f}"
     )
 
 

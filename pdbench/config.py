@@ -171,6 +171,8 @@ class PowerConfig:
     """Seconds between samples of every device, 0.01 to 10."""
     idle_s: float = 3.0
     """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
+    cooldown_s: float = 60.0
+    """Seconds to wait at most, before a trial, until the GPUs are as cool as before the first one."""
     prefill_clock: int | None = None
     """SM clock of prefill's GPUs in MHz, locked for the run and restored after it (needs root)."""
     decode_clock: int | None = None

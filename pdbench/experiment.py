@@ -21,6 +21,7 @@ from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.generator import LoadResult, run_load
 from pdbench.power import clocks
+from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
@@ -81,11 +82,13 @@ def run(
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
     make = maker(options.serve, cluster)
+    _check_lengths(options.load, options.serve.max_model_len)
     for name in names:
         make(name)
     idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
+    cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
     runs: dict[Name, Run] = {}
     reference: list[str] | None = None
     saving = ExitStack()
@@ -102,7 +105,7 @@ def run(
                     if name == "disaggregated":
                         _tell_gate(runs[name], console)
                 try:
-                    _measure_into(runs[name], running, options, indices, console, deployment.check, cluster)
+                    _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check, cluster)
                 finally:
                     for device in runs[name].devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
@@ -151,16 +154,28 @@ def bench(
         here = options.power.power and cluster is None
         gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if here else {}
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
+    _check_lengths(options.load, running.config.get("max_model_len"))
     clock = Clock.start()
     verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
     one = _new_run(running, clock, options, verdict)
     if verdict:
         _tell_gate(one, console)
     try:
-        _measure_into(one, running, options, list(range(trials)), console, lambda: None, cluster)
+        cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
+        _measure_into(one, running, options, list(range(trials)), console, cooldown, lambda: None, cluster)
     finally:
         _save(one, out, on_saved)
     return out / f"{one.name}_results"
+
+
+def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
+    """Raises UserError when prompt and output, as asked for, are longer than the model takes; distributions may still be."""
+    longest = (load.input_tokens or 0) + load.output_tokens
+    if max_model_len is not None and longest > max_model_len:
+        raise UserError(
+            f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
+            f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
+        )
 
 
 def _only_model(url: str) -> str:
@@ -236,6 +251,7 @@ def _measure_into(
     options: Options,
     trials: list[int],
     console: Console,
+    cooldown: Cooldown,
     check: Callable[[], None],
     cluster: "Cluster | None",
 ) -> None:
@@ -260,7 +276,9 @@ def _measure_into(
             if options.power.power and on_gpus and options.power.idle_s:
                 sampler.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
+                start_c = cooldown.wait(sorted({gpu for gpus in running.gpus.values() for gpu in gpus}))
                 _one_trial(one, running, options, trial, console, load)
+                one.trials[-1].start_temperature_c = start_c
                 check()
     finally:
         devices: list[DeviceRecord] = [] if isinstance(sampler, nullcontext) else sampler.records()

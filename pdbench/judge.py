@@ -12,7 +12,7 @@ from pdbench.analysis.flags import device_flags
 from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import load_run, save_run
-from pdbench.report import figures, tables
+from pdbench.report import commands, figures, tables
 
 SERIOUS = ("gate-failed",)
 """Flags with which a run's figures do not count: the command ends with exit code 1."""
@@ -29,12 +29,13 @@ def finish(folder: Path, console: Console) -> None:
 
 
 def side_by_side(folders: Sequence[Path], out: Path, console: Console) -> None:
-    """Compare the first run with each of the others, on the screen and as a picture."""
+    """Compare the first run with each of the others, on the screen, as a picture and as a page in `out/report`."""
     runs = [load_run(folder) for folder in folders]
     if len(runs) > 1:
         for other in runs[1:]:
             console.print(tables.comparison_table(runs[0], other))
         console.print(f"picture: {figures.comparison(runs, out / 'performance_comparison.png')}", highlight=False)
+        commands.report(folders, out / "report", None, "en", console)
 
 
 def exit_on_flags(folders: Sequence[Path]) -> None:

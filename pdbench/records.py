@@ -118,12 +118,16 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
 
 
 class Trial(msgspec.Struct, kw_only=True):
-    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth."""
+    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth.
+
+    `start_temperature_c` maps a GPU to its temperature before the first request.
+    """
 
     index: int
     start_s: float
     end_s: float
     client: dict[str, Any] = {}
+    start_temperature_c: dict[str, float] = {}
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -227,6 +231,18 @@ def _encode(run: Run) -> bytes:
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
+class _Head(msgspec.Struct):
+    schema: Any = None
+
+
+def _schema_of(saved: bytes) -> Any:
+    """The schema of a saved run, everything else skipped; None where there is none."""
+    try:
+        return msgspec.json.decode(saved, type=_Head).schema
+    except msgspec.ValidationError:
+        return None
+
+
 def load_run(folder: Path | str) -> Run:
     """The run saved in `folder`, its devices included. Raises UserError with the remedy when it is not one of ours."""
     folder = Path(folder)
@@ -234,13 +250,13 @@ def load_run(folder: Path | str) -> Run:
     if not found:
         raise UserError(f"no *_results.json in {folder}: run `pdbench run` or `pdbench bench --out {folder}` first")
     try:
-        plain = msgspec.json.decode(found[0].read_bytes())
-        schema = plain.get("schema") if isinstance(plain, dict) else None
+        saved = found[0].read_bytes()
+        schema = _schema_of(saved)
         if schema != SCHEMA:
             raise UserError(
                 f"{found[0]} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version"
             )
-        run = msgspec.convert(plain, Run)
+        run = msgspec.json.decode(saved, type=Run)
         for path in sorted(folder.glob("*_gpu_data.json")):
             run.devices.extend(load_devices(path))
     except msgspec.MsgspecError as error:

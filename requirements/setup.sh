@@ -34,7 +34,7 @@ install() { # WHAT ARGUMENTS...: run pip, count packages as they come, show the 
     shift
     if ! .venv/bin/python -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$log" |
         awk -v what="$what" -v tty="$([ -t 2 ] && echo 1)" '
-            /^(Collecting|Processing) / { n++; if (tty) printf "\r  %s: %d packages found  ", what, n > "/dev/stderr" }
+            /^(Collecting|Processing|Obtaining) / { n++; if (tty) printf "\r  %s: %d packages found  ", what, n > "/dev/stderr" }
             /^Installing collected/ { if (tty) printf "\r"; printf "  %s: installing %d packages ...\n", what, n > "/dev/stderr" }'; then
         tail -n 5 "$log" >&2
         say "pip could not install $what (above; whole log: $log): check the network and run this again"

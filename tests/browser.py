@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from websockets.sync.client import connect
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -21,6 +19,8 @@ class Browser:
     """One tab; `problems` are the console errors and uncaught exceptions so far, `requested` the addresses it asked for."""
 
     def __init__(self, profile: Path) -> None:
+        from websockets.sync.client import connect
+
         assert CHROMIUM
         self.profile, self.problems, self.requested, self._number = profile, [], [], 0
         log = (profile / "log").open("wb")

@@ -1,10 +1,15 @@
 """Verdicts, refusals and the gate, on runs whose true difference is known."""
 
+import re
+
 import pytest
 from builders import build_run
+from hypothesis import given
+from hypothesis import strategies as draw
 
 from pdbench.analysis import gate, verdicts
-from pdbench.analysis.compare import compare
+from pdbench.analysis.compare import RATES, compare, judge
+from pdbench.analysis.statistics import Estimate
 from pdbench.errors import UserError
 from pdbench.records import Flag, Gate
 
@@ -43,6 +48,32 @@ def test_no_difference_names_the_trials_that_would_show_one():
     ttft = line_of(found, "ttft_p50_ms")
     assert ttft.verdict == "unclear" and ttft.trials_needed > 3
     assert "no difference that 3 trials can show" in ttft.words and str(ttft.trials_needed) in ttft.words
+
+
+def shown_bounds(words):
+    """The interval as a reader sees it: (low, high, the value that stands for no change)."""
+    inside = words[words.index("(") + 1 : words.rindex(")")].replace("−", "-").replace(",", "")
+    low, high = map(float, re.findall(r"[+-]?\d[\d.]*(?:e-\d+)?", inside))
+    return low, high, 0.0 if "%" in inside else 1.0
+
+
+variances = draw.floats(1e-7, 0.05)
+
+
+@given(draw.floats(0.2, 5.0), variances, variances, draw.integers(2, 5), draw.sampled_from(["en", "zh"]))
+def test_words_and_the_interval_beside_them_agree(change, variance_a, variance_b, trials, language):
+    a, b = (Estimate(value, v * value**2, v, trials) for value, v in ((8.8, variance_a), (8.8 * change, variance_b)))
+    line = judge(RATES[3], a, b)
+    low, high, none = shown_bounds(verdicts.judgement(line, language))
+    assert (line.verdict in ("better", "worse")) == (not low <= none <= high)
+    assert line.verdict != "same" or (low >= -5 and high <= 5)
+
+
+def test_energy_of_two_trials_whose_interval_excludes_no_change_is_a_difference():
+    """Recorded on two H200s: the ratio's interval excludes 1 while the difference's does not exclude 0; the ratio decides."""
+    line = judge(RATES[3], Estimate(8.8174, 6.59e-3, 8.477e-5, 2), Estimate(17.5479, 0.8547, 2.7808e-3, 2))
+    assert line.verdict == "worse" and line.difference.low < 0
+    assert line.words == "Energy per token: 1.99 x higher, 95 % 1.10–3.61 (8.82 → 17.5 J)"
 
 
 def test_few_values_and_one_trial_are_not_judged():

@@ -35,6 +35,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
         (["run", "--trials", "0"], "at least 1"),
+        (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
     ],
 )

@@ -58,6 +58,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     """./run_disaggregated_test.sh, small: one trial of four requests."""
     folder = tmp_path_factory.mktemp("job")
     arguments = ["--trials", "1", "--requests", "4", "--warmup", "1", "--output-tokens", "12", "--out", str(folder)]
+    arguments += ["--against", "single,replicas,disaggregated"]
     done = subprocess.run(
         [
             str(ROOT / "run_disaggregated_test.sh"),
@@ -108,11 +109,11 @@ def test_the_results_hold_every_request_and_the_proof_of_the_transfer(
     assert all(event["bytes"] > 0 for event in sent)
 
 
-def test_both_deployments_gave_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_all_deployments_gave_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = job
-    single, split = (load_run(folder / f"{name}_results") for name in ("single", "disaggregated"))
-    texts = [[request.text for request in run.requests if not request.warmup] for run in (single, split)]
-    assert texts[0] == texts[1]
+    runs = [load_run(folder / f"{name}_results") for name in ("single", "replicas", "disaggregated")]
+    texts = [[request.text for request in run.requests if not request.warmup] for run in runs]
+    assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) == 4
 
 

@@ -1,5 +1,6 @@
 """The fault table of docs/proxy.md: servers are really killed and paused, clients really leave."""
 
+import resource
 import signal
 import socket
 import time
@@ -187,6 +188,32 @@ def test_a_thousand_clients_that_leave_leave_nothing(lasting):
             connection.close()
     wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
     assert server.complete(stream=True).events[-1] == b"[DONE]"
+
+
+def test_two_thousand_streams_at_once_and_a_thousand_leave(tmp_path):
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    body = {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 10000, "decode": {"delay": 5}}
+    with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
+        with proxy(tmp_path, prefill=[prefill], decode=[decode]) as server:
+            connections = []
+            for _ in range(20):
+                arriving = [server.connect() for _ in range(100)]
+                for connection in arriving:
+                    send_request(connection, body)
+                for connection in arriving:
+                    assert connection.recv(15) == b"HTTP/1.1 200 OK"
+                connections += arriving
+            assert server.in_flight() == 2000
+            for leaving in connections[:1000]:
+                leaving.close()
+            wait_until(lambda: server.in_flight() == 1000, "those who left are counted out")
+            wait_until(lambda: decode.log.read_text().count('"abort"') == 1000, "decode has stopped work on each")
+            for staying in connections[1000:]:
+                assert staying.recv(4096)
+                staying.close()
+            wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+            wait_until(lambda: decode.log.read_text().count('"abort"') == 2000, "decode has stopped work on each")
 
 
 def test_slow_reader_gets_everything_and_slows_nobody(lasting):

@@ -132,7 +132,7 @@ def test_instances_come_drain_and_go_at_run_time(tmp_path):
             wait_until(
                 lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "both are in"
             )
-            assert server.ask("POST", "/instances", {"role": "decode", "url": two.url}).status == 400
+            assert server.ask("POST", "/instances", {"role": "decode", "url": two.url}).status == 409
             assert server.ask("POST", "/instances/decode-0/drain").json["state"] == "draining"
             running = threads.submit(server.complete, stream=True, max_tokens=40, decode={"delay": 0.02})
             wait_until(server.in_flight, "a stream runs at the second")
@@ -158,7 +158,7 @@ def test_what_is_no_instance_is_refused(lone, body):
 
 @pytest.mark.parametrize(
     ("method", "target", "status"),
-    [("GET", "/instances/x", 404), ("DELETE", "/instances", 405), ("POST", "/instances/decode-0/dance", 405),
+    [("GET", "/instances/x", 405), ("DELETE", "/instances", 405), ("POST", "/instances/decode-0/dance", 404),
      ("DELETE", "/instances/prefill-9", 404), ("GET", "/instances/decode-0", 405)],
 )  # fmt: skip
 def test_administration_names_its_ways(lone, method, target, status):

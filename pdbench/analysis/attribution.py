@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from pdbench.analysis.energy import active_and_idle_j, energy_in, merge
+from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 ENGINE_READY = "engine_ready"
@@ -23,10 +25,15 @@ _J_PER_KWH = 3.6e6
 
 
 class PhaseEnergy(msgspec.Struct, frozen=True, kw_only=True):
-    """A role in the windows of one phase: `busy_s` is their length; None where the devices were not measured all along."""
+    """A role in the windows of one phase: `busy_s` is their length; None where the devices were not measured all along.
+
+    `idle_j` is the engine-ready draw for that time, `active_j` what lies above.
+    """
 
     busy_s: float
     energy_j: float | None
+    active_j: float | None
+    idle_j: float | None
     mean_power_w: float | None
 
 
@@ -87,10 +94,11 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
     gco2_per_million_output_tokens: float | None
 
 
-def attribute(run: Run, cached_prompt_tokens: int = 0) -> Attribution:
+def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None = None) -> Attribution:
     """Energy by role and phase over the run's trials; `cached_prompt_tokens` were sent but not computed (prefix cache)."""
-    trials = merge([(trial.start_s, trial.end_s) for trial in run.trials])
-    requests = [request for request in run.requests if not request.warmup]
+    measured = measured or measure(run)
+    trials = merge([(trial.start_s, trial.end_s) for trial in measured.trials])
+    requests, arrivals = measured.requests, measured.token_s
     by_role: dict[str, list[DeviceRecord]] = {}
     for device in run.devices:
         if device.kind == "gpu":
@@ -98,16 +106,17 @@ def attribute(run: Run, cached_prompt_tokens: int = 0) -> Attribution:
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = [r for r in requests if r.error is None and r.token_s and _inside(r.token_s[-1], trials)]
-    prompts = [r.prompt_tokens for r in requests if _prefilled_in(r, trials)]
+    delivered = sum(_which_inside([r.token_s[-1] for r in requests if r.error is None and r.token_s], trials))
+    computed_inside = _which_inside([_prompt_computed_s(r) for r in requests], trials)
+    prompts = [r.prompt_tokens for r, inside in zip(requests, computed_inside, strict=True) if inside]
     computed = None if None in prompts else sum(filter(None, prompts)) - cached_prompt_tokens
-    tokens = sum(_inside(t, trials) for r in requests for t in r.token_s)
+    tokens = sum(_which_inside(arrivals, trials))
     return Attribution(
         roles=roles,
         total_j=total_j,
         j_per_computed_prompt_token=per(roles["prefill"].total_j, computed) if split else None,
         j_per_output_token=per(total_j, tokens),
-        j_per_request=per(total_j, len(delivered)),
+        j_per_request=per(total_j, delivered),
         decode_j_per_output_token=per(roles["decode"].total_j, tokens) if split else None,
         handoff=_handoff(run, by_role, trials) if split else None,
         why_no_split=None if split else _why_no_split(roles),
@@ -152,8 +161,19 @@ def phase_windows(requests: Iterable[RequestRecord], phase: str) -> list[Interva
 def phase_energy(devices: Sequence[DeviceRecord], windows: Sequence[Interval]) -> PhaseEnergy:
     """All `devices` together in `windows`."""
     busy_s = sum(end - start for start, end in windows)
-    energy_j = total(energy_in(device, windows).energy_j for device in devices)
-    return PhaseEnergy(busy_s=busy_s, energy_j=energy_j, mean_power_w=per(energy_j, busy_s))
+    each = [energy_in(device, windows) for device in devices]
+    energy_j = total(window.energy_j for window in each)
+    parts = [
+        active_and_idle_j(window, device.idle_power_w.get(ENGINE_READY))
+        for window, device in zip(each, devices, strict=True)
+    ]
+    return PhaseEnergy(
+        busy_s=busy_s,
+        energy_j=energy_j,
+        active_j=total(active for active, _ in parts),
+        idle_j=total(idle for _, idle in parts),
+        mean_power_w=per(energy_j, busy_s),
+    )
 
 
 def efficiency(
@@ -225,6 +245,8 @@ def _handoff(run: Run, by_role: dict[str, list[DeviceRecord]], trials: Sequence[
     apart_s = sum(end - start for start, end in apart)
     if apart_s < HANDOFF_S:
         why = f"only {1000 * apart_s:.0f} ms of transfers ran with no request in prefill or decode: too short for a power meter"
+        if not received and not phase_windows(run.requests, "kv_transfer"):
+            why = "this connector reports no transfers"
         return Handoff(bytes=sum(sizes) if sizes else None, apart_s=apart_s, active_j=None, gb_per_j=None, why=why)
     parts = [
         active_and_idle_j(energy_in(device, apart), device.idle_power_w.get(ENGINE_READY))[0]
@@ -251,11 +273,20 @@ def _gb_in(received: list[dict[str, Any]], windows: Sequence[Interval], active_j
     return per(moved / 1e9, active_j) if moved else None
 
 
-def _prefilled_in(request: RequestRecord, trials: Sequence[Interval]) -> bool:
-    """Its prompt was computed inside a trial: prefill ended there, or (not measured) its first token came there."""
+def _prompt_computed_s(request: RequestRecord) -> float:
+    """When its prompt had been computed: prefill's end, or (not measured) its first token; NaN where there is neither."""
     prefill = request.phases.get("prefill")
-    done = prefill[1] if prefill else request.token_s[0] if request.token_s else None
-    return _inside(done, trials)
+    return prefill[1] if prefill else request.token_s[0] if request.token_s else math.nan
+
+
+def _which_inside(instants: Sequence[float] | Array, windows: Sequence[Interval]) -> list[bool]:
+    """For each instant, whether it lies in one of the windows."""
+    known = np.asarray(instants, dtype=float)
+    inside = np.zeros(len(known), dtype=bool)
+    for start, end in windows:
+        inside |= (known >= start) & (known <= end)
+    found: list[bool] = inside.tolist()
+    return found
 
 
 def _inside(t: float | None, windows: Sequence[Interval]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pdbench.analysis import differences, statistics, verdicts
 from pdbench.analysis.differences import Mismatch
-from pdbench.analysis.energy import energy_in
+from pdbench.analysis.energy import Meter
 from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.analysis.statistics import Estimate, Interval
 from pdbench.analysis.summary import device_count, inside, meets_slo, meters, tokens_inside
@@ -124,7 +124,8 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
         for share, estimate in zip(QUANTILES, drawn, strict=True):
             metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
             found[metric] = _with_reason(estimate, len(values), share)
-    joules = [_energy_j(run, trial) for trial in measured.trials]
+    devices = [Meter(device) for device in meters(run)]
+    joules = [_energy_j(devices, trial) for trial in measured.trials]
     every = range(len(measured.trials))
     for metric in RATES:
         value = _rate(metric.name, run, measured, every, joules)
@@ -178,8 +179,8 @@ def _rate(
     return sum(known) / length_s if name == "mean_power_w" else sum(known) / tokens if tokens else None
 
 
-def _energy_j(run: Run, trial: Trial) -> float | None:
+def _energy_j(devices: Sequence[Meter], trial: Trial) -> float | None:
     """All meters' joules in a trial's window; None when there is no meter or one of them was not read."""
-    each = [energy_in(device, [(trial.start_s, trial.end_s)]).energy_j for device in meters(run)]
+    each = [device.energy_in([(trial.start_s, trial.end_s)]).energy_j for device in devices]
     known = [value for value in each if value is not None]
     return sum(known) if known and len(known) == len(each) else None

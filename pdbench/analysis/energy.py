@@ -50,24 +50,34 @@ def energy_over(device: DeviceRecord, start_s: float, end_s: float) -> EnergyWin
 
 def energy_in(device: DeviceRecord, windows: Sequence[Interval]) -> EnergyWindow:
     """The energy of `device` in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
-    windows = merge(windows)
-    duration_s = sum(end - start for start, end in windows)
-    curve = _Curve(power_curve(device))
-    counter = _Counter(counter_readings(device), curve)
-    integral_j = _total([curve.energy_j(start, end) for start, end in windows])
-    counter_j = _total([counter.energy_j(start, end) for start, end in windows])
-    energy_j = integral_j if counter_j is None else counter_j
-    residual = None if counter_j is None or integral_j is None or counter_j <= 0 else integral_j / counter_j - 1
-    return EnergyWindow(
-        start_s=windows[0][0] if windows else 0.0,
-        end_s=windows[-1][1] if windows else 0.0,
-        duration_s=duration_s,
-        counter_j=counter_j,
-        integral_j=integral_j,
-        residual_pct=None if residual is None else 100 * residual,
-        mean_power_w=None if energy_j is None or duration_s <= 0 else energy_j / duration_s,
-        counter_resets=sum(counter.resets_in(start, end) for start, end in windows),
-    )
+    return Meter(device).energy_in(windows)
+
+
+class Meter:
+    """A device's readings made ready once, for asking about many windows."""
+
+    def __init__(self, device: DeviceRecord) -> None:
+        self._curve = _Curve(power_curve(device))
+        self._counter = _Counter(counter_readings(device), self._curve)
+
+    def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
+        """As the function of this name."""
+        windows, curve, counter = merge(windows), self._curve, self._counter
+        duration_s = sum(end - start for start, end in windows)
+        integral_j = _total([curve.energy_j(start, end) for start, end in windows])
+        counter_j = _total([counter.energy_j(start, end) for start, end in windows])
+        energy_j = integral_j if counter_j is None else counter_j
+        residual = None if counter_j is None or integral_j is None or counter_j <= 0 else integral_j / counter_j - 1
+        return EnergyWindow(
+            start_s=windows[0][0] if windows else 0.0,
+            end_s=windows[-1][1] if windows else 0.0,
+            duration_s=duration_s,
+            counter_j=counter_j,
+            integral_j=integral_j,
+            residual_pct=None if residual is None else 100 * residual,
+            mean_power_w=None if energy_j is None or duration_s <= 0 else energy_j / duration_s,
+            counter_resets=sum(counter.resets_in(start, end) for start, end in windows),
+        )
 
 
 def active_and_idle_j(window: EnergyWindow, idle_power_w: float | None) -> tuple[float | None, float | None]:
@@ -202,6 +212,8 @@ class _Counter:
         a, b = max(start, low), min(end, high)
         if b <= a:
             return 0.0
+        if a == low and b == high and self.steps[i] >= 0:
+            return float(self.steps[i])
         part, whole = self.curve.energy_j(a, b), self.curve.energy_j(low, high)
         if self.steps[i] < 0:
             return part

@@ -6,9 +6,11 @@ Try: python -c "from pdbench.records import load_run as l; from pdbench.analysis
 from collections import Counter
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pdbench.analysis.attribution import attribute, efficiency
 from pdbench.analysis.energy import EnergyWindow, energy_in
 from pdbench.analysis.metrics import Array, Measured, measure, option
 from pdbench.records import DeviceRecord, Run, Trial
@@ -31,6 +33,7 @@ def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
     measured = measured or measure(run)
     trials = [(trial.start_s, trial.end_s) for trial in measured.trials]
     windows = {device.id: energy_in(device, trials) for device in run.devices}
+    joules = energy(run, measured, windows)
     return {
         "trials": len(measured.trials),
         "window_s": _tidy(measured.window_s),
@@ -53,7 +56,9 @@ def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
         **{f"{name}_ms": describe(values) for name, values in measured.phase_ms.items()},
         "throughput": throughput(run, measured),
         "goodput": goodput(run, measured),
-        "energy": energy(run, measured, windows),
+        "energy": joules,
+        "attribution": _rounded(msgspec.to_builtins(attribute(run, measured=measured))),
+        "efficiency": bought(run, measured, joules["total_j"]),
         "devices": {device.id: _device(device, measured, windows[device.id]) for device in run.devices},
     }
 
@@ -78,7 +83,7 @@ def errors_by_kind(measured: Measured) -> dict[str, int]:
 def throughput(run: Run, measured: Measured) -> dict[str, float | None]:
     """Requests completed and tokens that arrived inside the windows, a second; the same per device."""
     devices = device_count(run)
-    requests = sum(int(inside(measured.end_s[measured.ok], trial).sum()) for trial in measured.trials)
+    requests = _ended_inside(measured, measured.ok)
     tokens = sum(tokens_inside(measured, trial) for trial in measured.trials)
     tokens_per_s = _ratio(tokens, measured.window_s)
     return {
@@ -97,10 +102,9 @@ def goodput(run: Run, measured: Measured) -> dict[str, float | None]:
     met = meets_slo(run, measured)
     if met is None:
         return {**limits, "requests_per_s": None, "met_pct": None}
-    good = sum(int(inside(measured.end_s[met], trial).sum()) for trial in measured.trials)
     return {
         **limits,
-        "requests_per_s": _ratio(good, measured.window_s),
+        "requests_per_s": _ratio(_ended_inside(measured, met), measured.window_s),
         "met_pct": _ratio(100.0 * int(met.sum()), len(met)),
     }
 
@@ -141,6 +145,24 @@ def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> di
         "output_tokens_per_j": None if total is None else _ratio(tokens, total),
         "not_measured": power_reasons(run) if total is None else None,
     }
+
+
+def bought(run: Run, measured: Measured, total_j: float | None) -> dict[str, float | None]:
+    """What the joules bought, as `attribution.Efficiency`; price and CO2 with --price-kwh and --gco2-kwh."""
+    e2e_ms, met = measured.e2e_ms[np.isfinite(measured.e2e_ms)], meets_slo(run, measured)
+    found = efficiency(
+        total_j,
+        output_tokens=sum(tokens_inside(measured, trial) for trial in measured.trials),
+        window_s=measured.window_s,
+        devices=device_count(run) or 0,
+        succeeded=int(measured.ok.sum()),
+        mean_e2e_s=float(e2e_ms.mean()) / 1e3 if len(e2e_ms) else None,
+        good_requests=None if met is None else _ended_inside(measured, met),
+        price_kwh=option(run.config, "price_kwh"),
+        gco2_kwh=option(run.config, "gco2_kwh"),
+    )
+    rounded: dict[str, float | None] = _rounded(msgspec.to_builtins(found))
+    return rounded
 
 
 def meters(run: Run) -> list[DeviceRecord]:
@@ -196,6 +218,18 @@ def _device(device: DeviceRecord, measured: Measured, window: EnergyWindow) -> d
 def inside(instants: Array, trial: Trial) -> NDArray[np.bool_]:
     """Which instants lie in a trial's window."""
     return (instants >= trial.start_s) & (instants <= trial.end_s)
+
+
+def _ended_inside(measured: Measured, which: NDArray[np.bool_]) -> int:
+    """How many of `which` requests ended in a trial's window."""
+    return sum(int(inside(measured.end_s[which], trial).sum()) for trial in measured.trials)
+
+
+def _rounded(value: Any) -> Any:
+    """Every float inside with six decimals."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _total(values: Array) -> int | None:

@@ -88,7 +88,7 @@ def times(ratio: Interval, language: str = "en") -> tuple[str, str]:
     word = words["lower" if lower else "higher"]
     factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)
     if factor[0] >= 1.5:
-        return f"{number(factor[0])} x {word}", f"{number(factor[1])}–{number(factor[2])}"
+        return f"{number(factor[0])} x {word}", f"{_above_one(factor[1])}–{number(factor[2])}"
     change = [abs(bound - 1) * 100 for bound in (ratio.value, ratio.high, ratio.low)]
     low, high = sorted(change[1:])
     return f"{number(change[0])} % {word}", f"{number(low)}–{number(high)} %"
@@ -100,7 +100,14 @@ def percent(ratio: float) -> str:
     return f"{change:+.{0 if abs(change) >= 100 else 1}f} %".replace("-", "−")
 
 
+def _above_one(factor: float) -> str:
+    """A bound that excludes 1, with as many digits as show it: a verdict and its interval must not contradict each other."""
+    return number(factor) if number(factor) != "1.00" else f"{1 + float(f'{factor - 1:.1g}'):.12g}"
+
+
 def number(value: float) -> str:
     """Three significant digits, thousands apart."""
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}"

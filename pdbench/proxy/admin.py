@@ -47,36 +47,38 @@ def check_administrator(ask: Ask, peer: str, admin_key: bytes | None) -> None:
 def instances_answer(ask: Ask, table: InstanceTable, kv_port: int) -> tuple[int, bytes]:
     """Status and body for /instances: GET lists, POST adds, POST /instances/ID/drain and /resume, DELETE /instances/ID
     drains and then removes (?now=true removes at once; requests in flight run on)."""
-    parts = ask.path.decode("latin-1").strip("/").split("/")[1:]
+    parts = ask.path.decode("latin-1").split("/")[2:]
     if not parts and ask.method == b"GET":
         return 200, msgspec.json.encode({"instances": [describe(table, instance) for instance in table.all()]})
-    if not parts and ask.method == b"POST":
+    if not parts:
         return 201, msgspec.json.encode(describe(table, _add(ask, table, kv_port)))
-    instance = table.find(parts[0]) if parts else None
-    if parts and instance is None:
+    instance = table.find(parts[0])
+    if instance is None:
         raise RefusedError(404, f"no instance {parts[0][:40]!r}: GET /instances lists them")
-    if instance is not None and len(parts) == 1 and ask.method == b"DELETE":
+    if ask.method == b"DELETE":
         if ask.target.endswith(b"?now=true"):
             table.remove(instance)
         else:
             table.want(instance, LEAVING)
         return 202, msgspec.json.encode({"id": instance.id, "state": "leaving"})
-    if instance is not None and parts[1:] in (["drain"], ["resume"]) and ask.method == b"POST":
-        table.want(instance, DRAINING if parts[1] == "drain" else SERVING)
-        return 200, msgspec.json.encode(describe(table, instance))
-    raise RefusedError(405, "GET, POST /instances; DELETE /instances/ID; POST /instances/ID/drain or /resume")
+    table.want(instance, DRAINING if parts[1] == "drain" else SERVING)
+    return 200, msgspec.json.encode(describe(table, instance))
 
 
 def _add(ask: Ask, table: InstanceTable, kv_port: int) -> Instance:
     try:
         new = msgspec.json.decode(ask.body, type=NewInstance)
-        return table.add(new.role, parse_address(new.url, kv_port))
+        address = parse_address(new.url, kv_port)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(
             400, f'send {{"role": "prefill" or "decode", "url": "http://HOST:PORT"}} ({error})'
         ) from None
     except UserError as error:
         raise RefusedError(400, str(error)) from None
+    try:
+        return table.add(new.role, address)
+    except UserError as error:
+        raise RefusedError(409, str(error)) from None
 
 
 def describe(table: InstanceTable, instance: Instance) -> dict[str, object]:

@@ -15,11 +15,11 @@ import httptools
 
 from pdbench.proxy import wire
 from pdbench.proxy.ask import Ask
-from pdbench.proxy.errors import RefusedError
+from pdbench.proxy.errors import RefusedError, method_refused
+from pdbench.proxy.paths import METHODS, methods_of
 
 MAX_HEADERS = 128
 MAX_PIPELINED = 16
-_METHODS = frozenset((b"GET", b"POST", b"DELETE"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,8 @@ class ClientConnection(asyncio.Protocol):
 
     def refuse(self, refusal: RefusedError) -> None:
         """The proxy's own error as the answer to the request under way."""
-        retry = [] if refusal.retry_after_s is None else [(b"retry-after", b"%d" % refusal.retry_after_s)]
-        self.respond(refusal.status, wire.error_body(refusal.status, refusal.message, stage=refusal.stage), retry)
+        body = wire.error_body(refusal.status, refusal.message, stage=refusal.stage)
+        self.respond(refusal.status, body, refusal.headers)
 
     def begin_stream(self, status: int, headers: wire.Headers) -> bytes:
         """The head of a streamed answer, to be written with its first bytes."""
@@ -195,8 +195,8 @@ class ClientConnection(asyncio.Protocol):
         length = wire.header(self._headers, b"content-length")
         if version not in ("1.0", "1.1"):
             self._refuse(505, "the proxy speaks HTTP/1.1 alone")
-        elif self._parser.get_method() not in _METHODS:
-            self._refuse(405, "the methods are GET, POST and DELETE")
+        elif self._parser.get_method() not in METHODS:
+            self._refusal = self._refusal or method_refused(methods_of(self._target.split(b"?", 1)[0]) or METHODS)
         elif self._parser.should_upgrade():
             self._refuse(400, "the proxy speaks HTTP/1.1 alone: send no Upgrade")
         elif not self._target.startswith(b"/"):
@@ -277,7 +277,6 @@ class ClientConnection(asyncio.Protocol):
         if self._task is not None or self.transport.is_closing():
             return
         body = wire.error_body(refusal.status, refusal.message, stage=refusal.stage)
-        retry = [] if refusal.retry_after_s is None else [(b"retry-after", b"%d" % refusal.retry_after_s)]
         with contextlib.suppress(OSError):
-            self.transport.write(wire.answer(refusal.status, body, headers=retry, keep_alive=False))
+            self.transport.write(wire.answer(refusal.status, body, headers=refusal.headers, keep_alive=False))
         self.transport.close()

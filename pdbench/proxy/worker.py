@@ -19,17 +19,16 @@ from pdbench.proxy.admission import Admission
 from pdbench.proxy.ask import Ask
 from pdbench.proxy.client import ClientConnection, Limits
 from pdbench.proxy.dialects import DIALECTS
-from pdbench.proxy.errors import RefusedError
+from pdbench.proxy.errors import RefusedError, method_refused
 from pdbench.proxy.instances import InstanceTable
 from pdbench.proxy.instants import EventLog
 from pdbench.proxy.metrics import CONTENT_TYPE, Metrics
 from pdbench.proxy.openapi import DESCRIPTION
+from pdbench.proxy.paths import COMPLETIONS, PASSED_THROUGH, methods_of
 from pdbench.proxy.upstream import Pool
 from pdbench.proxy.way import Services, Way, pass_through
 
 log = logging.getLogger("pdbench.proxy")
-COMPLETIONS = frozenset((b"/v1/completions", b"/v1/chat/completions"))
-PASSED_THROUGH = {b"/v1/models": b"GET", b"/version": b"GET", b"/tokenize": b"POST", b"/detokenize": b"POST"}
 _ID = re.compile(rb"[\x21-\x7e]{1,256}")
 
 
@@ -104,13 +103,19 @@ class Worker:
             client.refuse(refusal)
 
     async def _route(self, ask: Ask, client: ClientConnection) -> None:
-        path, method = ask.path, ask.method
+        path, allowed = ask.path, methods_of(ask.path)
+        if not allowed:
+            raise RefusedError(
+                404, "the proxy serves /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics"
+            )
+        if ask.method not in allowed:
+            raise method_refused(allowed)
         if path == b"/health/live":
             return client.respond(200, b"{}")
         if path == b"/health":
             ready = self._is_ready()
             return client.respond(200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
-        if path == b"/instances" or path.startswith(b"/instances/"):
+        if path.startswith(b"/instances"):
             peer = client.transport.get_extra_info("peername")
             check_administrator(ask, peer[0], self._admin_key)
             return client.respond(*instances_answer(ask, self._table, self._config.kv_port))
@@ -118,22 +123,14 @@ class Worker:
         if key is not None and not bearer_matches(ask.authorization, key):
             raise RefusedError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         if path in COMPLETIONS:
-            if method != b"POST":
-                raise RefusedError(405, "completions are asked for with POST")
             if self._draining:
                 raise RefusedError(503, "the proxy is shutting down", stage="queue", retry_after_s=1)
             return await Way(self._services, ask, client).run()
         if path in PASSED_THROUGH:
-            if method != PASSED_THROUGH[path]:
-                raise RefusedError(405, f"ask for it with {PASSED_THROUGH[path].decode()}")
             return await pass_through(self._services, ask, client)
         if path == b"/metrics":
             return client.respond(200, self._services.metrics.render(), [(b"content-type", CONTENT_TYPE)])
-        if path == b"/openapi.json":
-            return client.respond(200, DESCRIPTION)
-        raise RefusedError(
-            404, "the proxy serves /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics"
-        )
+        return client.respond(200, DESCRIPTION)
 
     def _is_ready(self) -> bool:
         config, table = self._config, self._table

@@ -14,7 +14,7 @@ from pdbench.analysis import gate
 from pdbench.analysis.compare import compare
 from pdbench.errors import UserError
 from pdbench.records import load_run, write_whole
-from pdbench.report import figures, html, tables
+from pdbench.report import energy_tables, figures, html, tables
 from pdbench.report.digest import Digest, digests
 from pdbench.report.export import COLUMNS
 
@@ -63,7 +63,7 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
         )
     with tempfile.TemporaryDirectory() as scratch:
         parts = [Path(scratch) / f"{place}.csv" for place in range(len(folders))]
-        runs = digests(folders, html.DEVICE_FIGURES, parts)
+        runs = digests(folders, html.DEVICE_FIGURES, html.COMPARED + 1, parts)
         names = names_of(runs)
         write_whole(out / "report.html", html.page(runs, names, sort_by, language).encode())
         write_whole(
@@ -77,7 +77,9 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
             made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png").name)
         if len(loaded) > 1:
             made.append(figures.comparison(loaded, out / "performance_comparison.png").name)
-    console.print(f"{out}/: {', '.join(made)}", highlight=False)
+    beside = ", ".join(made[1:])
+    console.print(f"report: {out / made[0]}", highlight=False, soft_wrap=True)
+    console.print(f"beside it: {beside}", highlight=False)
 
 
 def names_of(runs: Sequence[Digest]) -> list[str]:
@@ -98,4 +100,5 @@ def _markdown(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None,
             tables.markdown(tables.comparison_rows(html.compare_digests(runs[0], run, (names[0], name)), language))
         )
     parts.append(tables.markdown(tables.digest_rows(runs, names, sort_by, language)))
+    parts += map(tables.markdown, energy_tables.both(*html.energy_of(runs, names), language))
     return "\n".join(parts)

@@ -19,6 +19,7 @@ from pdbench.analysis.summary import summarize
 from pdbench.records import Run
 from pdbench.report import panels
 from pdbench.report.palette import BAD, GOOD, INK, MUTED, colours
+from pdbench.report.rows import figure
 from pdbench.report.words import load_in_words, machine_in_words
 
 Summary = dict[str, Any]
@@ -174,7 +175,7 @@ def _bars(
     bars = axis.bar(places, [height or 0.0 for height in heights], color=list(shades), width=0.6)
     axis.bar_label(
         bars,
-        [panels.figure(h) if h is not None else "not\nmeasured" for h in heights],
+        [figure(h) if h is not None else "not\nmeasured" for h in heights],
         padding=3,
         fontsize=10,
         color=INK,

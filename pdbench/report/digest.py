@@ -3,6 +3,7 @@
 Try: python -c "from pdbench.report.digest import digest; print(digest('single_results').summary['ttft_ms'])"
 """
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,7 +56,9 @@ class Digest:
     in_flight: Points = ([], [])
 
 
-def digest(folder: Path | str, with_curves: bool = True, csv: Path | None = None) -> Digest:
+def digest(
+    folder: Path | str, with_curves: bool = True, csv: Path | None = None, with_estimates: bool = True
+) -> Digest:
     """Read one run and keep what is drawn; with `csv`, write all its requests there on the way."""
     run = load_run(folder)
     measured = measure(run)
@@ -66,7 +69,7 @@ def digest(folder: Path | str, with_curves: bool = True, csv: Path | None = None
         folder=str(folder),
         skeleton=_skeleton(run),
         summary=summarize(run, measured),
-        estimates=estimates(run, measured),
+        estimates=estimates(run, measured) if with_estimates else {},
         load=load_in_words(run),
         machine=machine_in_words(run),
         distributions={
@@ -82,16 +85,20 @@ def digest(folder: Path | str, with_curves: bool = True, csv: Path | None = None
     return made
 
 
-def digests(folders: Sequence[Path], with_curves: int, csv_parts: Sequence[Path | None]) -> list[Digest]:
-    """All of them, read by as many processes as there are cores; only the first `with_curves` keep their device curves."""
+def digests(
+    folders: Sequence[Path], with_curves: int, with_estimates: int, csv_parts: Sequence[Path | None]
+) -> list[Digest]:
+    """All of them, read by as many processes as there are cores; only the first ones get device curves and estimates."""
     jobs = [
-        (folder, place < with_curves, part) for place, (folder, part) in enumerate(zip(folders, csv_parts, strict=True))
+        (folder, place < with_curves, part, place < with_estimates)
+        for place, (folder, part) in enumerate(zip(folders, csv_parts, strict=True))
     ]
     workers = min(os.cpu_count() or 1, len(jobs))
     if workers < 2 or len(jobs) < 8:
         return [digest(*job) for job in jobs]
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes fill the cores already
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # Records hold no cycles, and looking for some among millions of them takes long.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
         return list(pool.map(digest, *zip(*jobs, strict=True), chunksize=1))
 
 
@@ -107,7 +114,8 @@ def _quantile_curve(values: Array) -> Points:
     if not len(known):
         return [], []
     shares = SHARES if len(known) > len(SHARES) else np.linspace(0, 1, len(known))
-    return _plain(np.quantile(known, shares)), _plain(shares * 100, 2)
+    places = np.arange(len(known))
+    return _plain(np.interp(shares * (len(known) - 1), places, np.sort(known))), _plain(shares * 100, 2)
 
 
 def _mean_parts(measured: Measured) -> dict[str, float] | None:
@@ -125,17 +133,13 @@ def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
     order = np.argsort(places, kind="stable")
     places, gaps = places[order], measured.tbt_ms[order]
     cuts = np.searchsorted(places, edges)
-    held = [gaps[first:last] if last - first >= 5 else None for first, last in pairwise(cuts)]
+    held = [np.quantile(gaps[first:last], (0.5, 0.99)) if last - first >= 5 else None for first, last in pairwise(cuts)]
     middles = _plain((edges[:-1] + edges[1:]) / 2)
 
-    def curve(share: float) -> list[float | None]:
-        return [None if part is None else round(float(np.quantile(part, share)), 4) for part in held]
+    def curve(which: int) -> list[float | None]:
+        return [None if part is None else round(float(part[which]), 4) for part in held]
 
-    return (
-        {"p50": (middles, curve(0.5)), "p99": (middles, curve(0.99))}
-        if len(gaps)
-        else {"p50": ([], []), "p99": ([], [])}
-    )
+    return {"p50": (middles, curve(0)), "p99": (middles, curve(1))} if len(gaps) else {"p50": ([], []), "p99": ([], [])}
 
 
 def _add_curves(made: Digest, run: Run, measured: Measured) -> None:

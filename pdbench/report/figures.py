@@ -16,7 +16,9 @@ from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.analysis.summary import power_reasons, summarize
 from pdbench.records import Run, write_whole
 from pdbench.report import panels
+from pdbench.report.energy_tables import roles_of
 from pdbench.report.palette import BAD, BLUE, FAINT, GOOD, GREEN, INK, MUTED, PAPER, PURPLE
+from pdbench.report.rows import figure
 from pdbench.report.timeline import Timeline
 from pdbench.report.words import load_in_words, machine_in_words
 
@@ -48,13 +50,13 @@ _FIGURES = ("mean", "p50", "p90", "p99")
 
 
 def performance_analysis(run: Run, path: Path) -> Path:
-    """Draw one run into `path` (PNG, 1600 x 1450): power, clocks, latencies a request, TTFT's parts, statistics."""
+    """Draw one run into `path` (PNG, 1600 x 1500): power, clocks, latencies a request, TTFT's and energy's parts, statistics."""
     measured = measure(run)
     summary = summarize(run, measured)
     with matplotlib.rc_context(STYLE):
-        picture = Figure(figsize=(16, 14.5))
+        picture = Figure(figsize=(16, 15))
         grid = picture.add_gridspec(
-            3, 1, height_ratios=(4.7, 2.7, 2.3), hspace=0.24, left=0.055, right=0.985, top=0.905, bottom=0.04
+            3, 1, height_ratios=(4.7, 2.7, 2.8), hspace=0.24, left=0.055, right=0.985, top=0.905, bottom=0.04
         )
         _heading(picture, run, measured)
         _time_panels(picture, grid[0], run)
@@ -133,9 +135,17 @@ def _latency(
 
 def _statistics(picture: Figure, place: Any, run: Run, measured: Measured, summary: dict[str, Any]) -> None:
     cells = GridSpecFromSubplotSpec(1, 5, place, width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
-    parts = picture.add_subplot(cells[1])
+    metered = any(role["total_j"] for role in roles_of(summary).values())
+    halves = GridSpecFromSubplotSpec(
+        2 if metered else 1, 1, cells[1], hspace=0.62, height_ratios=(1.5, 1)[: 1 + metered]
+    )
+    parts = picture.add_subplot(halves[0])
     parts.set_title("Where TTFT goes", x=-0.33)
     panels.phase_bars(parts, measured)
+    if metered:
+        joules = picture.add_subplot(halves[1])
+        joules.set_title("Where each role's energy goes", x=-0.33)
+        panels.energy_bars(joules, summary)
     times = picture.add_subplot(cells[3])
     times.set_title("Times, ms")
     words = {"ttft_ms": "TTFT", "tbt_ms": "TBT, every gap", "e2e_ms": "E2E"}
@@ -149,17 +159,24 @@ def _statistics(picture: Figure, place: Any, run: Run, measured: Measured, summa
 
 
 def _stat(figures: dict[str, float] | None, name: str) -> str:
-    return panels.figure(None if figures is None else figures[name])
+    return figure(None if figures is None else figures[name])
 
 
 def _device_rows(summary: dict[str, Any]) -> list[list[str]]:
     speed, energy = summary["throughput"], summary["energy"]
     rows = [
-        ["output tokens/s", panels.figure(speed["output_tokens_per_s"]), "", "", ""],
-        ["requests/s", panels.figure(speed["requests_per_s"]), "", "", ""],
+        ["output tokens/s", figure(speed["output_tokens_per_s"]), "", "", ""],
+        ["requests/s", figure(speed["requests_per_s"]), "", "", ""],
     ]
     if energy["total_j"] is not None:
-        rows.append(["J per output token", panels.figure(energy["j_per_output_token"]), "", "", ""])
+        rows.append(["J per output token", figure(energy["j_per_output_token"]), "", "", ""])
+    split = summary["attribution"]
+    for label, key in (
+        ("prefill, J per prompt token", "j_per_computed_prompt_token"),
+        ("decode, J per output token", "decode_j_per_output_token"),
+    ):
+        if split[key] is not None:
+            rows.append([label, figure(split[key]), "", "", ""])
     for one in list(summary["devices"].values())[:5]:
         use = (
             "power_w"
@@ -171,9 +188,7 @@ def _device_rows(summary: dict[str, Any]) -> list[list[str]]:
         unit = {"power_w": "W", "gpu_utilization_pct": "% of GPU", "cpu_utilization_pct": "% of a core"}[use]
         total = one["energy"]["counter_j"] if one["energy"]["counter_j"] is not None else one["energy"]["integral_j"]
         spread = [_stat(one[use], name) for name in ("mean", "min", "max")]
-        rows.append(
-            [f"{one['role'] or one['name']}, {unit}", *spread, "–" if total is None else f"{panels.figure(total)} J"]
-        )
+        rows.append([f"{one['role'] or one['name']}, {unit}", *spread, "–" if total is None else f"{figure(total)} J"])
     return rows
 
 

@@ -15,10 +15,11 @@ from plotly.offline import get_plotlyjs
 from pdbench.analysis import differences, verdicts
 from pdbench.analysis.compare import Comparison, compare_estimates
 from pdbench.records import Run
-from pdbench.report import plots
+from pdbench.report import energy_tables, plots
 from pdbench.report.digest import Digest
 from pdbench.report.language import say
-from pdbench.report.tables import Rows, digest_rows
+from pdbench.report.rows import Rows
+from pdbench.report.tables import digest_rows
 
 DEVICE_FIGURES = 8
 COMPARED = 8
@@ -32,10 +33,11 @@ def page(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None = Non
     ]
     title = say("against", language).format(a=names[0], b=names[1]) if len(runs) == 2 else " · ".join(names[:4])
     found = _plots(runs, names, language)
-    body = [_header(runs[0], title, language), _flags(runs, names, language)]
+    body = [_header(runs, names, title, language), _flags(runs, names, language)]
     body += [_verdicts(one, language, len(comparisons) > 1) for one in comparisons]
     body += [_rows(digest_rows(runs, names, sort_by, language))]
     body += [_figure(identity, *words) for identity, (_, *words) in found.items()]
+    body += [_rows(rows) for rows in energy_tables.both(*energy_of(runs, names), language)]
     body += [_configuration(runs, names, language)]
     data = json.dumps({identity: plot for identity, (plot, *_) in found.items()}, separators=(",", ":"))
     template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -46,6 +48,11 @@ def page(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None = Non
         plots=data.replace("<", "\\u003c"),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
+
+
+def energy_of(runs: Sequence[Digest], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Summaries and names of the runs whose energy is tabulated: the first eight."""
+    return [run.summary for run in runs[:COMPARED]], list(names[:COMPARED])
 
 
 def compare_digests(a: Digest, b: Digest, names: tuple[str, str]) -> Comparison:
@@ -69,8 +76,8 @@ def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[
         ]
         heading = f"{say('Devices of', language)} {name}"
         drawn[f"devices-{number}"] = (plots.devices(run, language), heading, "; ".join(missing) or "caption_devices")
-    drawn["energy"] = (plots.energy(runs, names, language), "Energy", "caption_energy")
     drawn["trade-off"] = (plots.trade_off(runs, names, language), "Trade-off", "caption_trade_off")
+    drawn["energy"] = (plots.energy(runs, names, language), "Energy", "caption_energy")
     return {
         key: (plot, say(heading, language), say(caption, language))
         for key, (plot, heading, caption) in drawn.items()
@@ -78,9 +85,14 @@ def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[
     }
 
 
-def _header(run: Digest, title: str, language: str) -> str:
+def _header(runs: Sequence[Digest], names: Sequence[str], title: str, language: str) -> str:
+    """Title, load and machine; a machine a run where they differ (one GPU against two), for the first four."""
+    machines = dict(zip(names[:4], [run.machine for run in runs[:4]], strict=True))
+    lines = [f"{name}: {machine}" for name, machine in machines.items()]
+    lines = lines if len(set(machines.values())) > 1 else [runs[0].machine]
+    shown = "<br>".join(map(escape, lines))
     return (
-        f"<header><div><h1>{escape(title)}</h1><p>{escape(run.load)}</p><p class='muted'>{escape(run.machine)}</p></div>"
+        f"<header><div><h1>{escape(title)}</h1><p>{escape(runs[0].load)}</p><p class='muted'>{shown}</p></div>"
         f"<button id='theme' type='button'>{escape(say('light / dark', language))}</button></header>"
     )
 
@@ -160,7 +172,7 @@ def _rows(rows: Rows) -> str:
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows.rows)
     return (
         f"<h2>{escape(rows.title)}</h2><div class='scroll'><table><thead><tr>{cells('th', rows.header)}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>" + (f"<p class='muted'>{escape(rows.note)}</p>" if rows.note else "")
     )
 
 

@@ -15,7 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from pdbench.analysis.energy import power_curve
 from pdbench.analysis.metrics import Array, Measured, ttft_parts_ms
 from pdbench.records import DeviceRecord, Run
-from pdbench.report.palette import BAD, FAINT, INK, MUTED, PAPER, colour
+from pdbench.report.energy_tables import parts_j, roles_of
+from pdbench.report.palette import BAD, FAINT, INK, MUTED, ORANGE, PAPER, colour
+from pdbench.report.rows import figure
 from pdbench.report.timeline import Timeline, lanes
 
 SPANS_DRAWN = 3000
@@ -192,6 +194,27 @@ def phase_bars(axis: Axes, measured: Measured) -> None:
     axis.grid(False)
 
 
+def energy_bars(axis: Axes, summary: dict[str, Any]) -> None:
+    """Each role's joules in the measured windows, told apart by what it did with them."""
+    roles = roles_of(summary)
+    for place, one in enumerate(roles.values()):
+        left = 0.0
+        for part, joules in parts_j(one).items():
+            shade, hatch = _ENERGY[part]
+            axis.barh(place, joules, left=left, color=shade, height=0.6, hatch=hatch, edgecolor=PAPER, linewidth=0.5)
+            left += joules
+        axis.text(left, place, f"  {figure(left)}", va="center", fontsize=9, color=INK)
+    axis.set_yticks(range(len(roles)), list(roles))
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(sum(parts_j(one).values()) for one in roles.values()) * 1.22)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.set_xlabel("J: above idle in its phase (orange), idle draw (grey), waiting (hatched)")
+    axis.grid(False)
+
+
+_ENERGY = {"active": (ORANGE, ""), "idle": ("#9aa5b1", ""), "waiting": (FAINT, "///")}
+
+
 def table(axis: Axes, rows: Sequence[Sequence[str]], header: Sequence[str], widths: Sequence[float]) -> None:
     """A table of text: the first column left, the others right, a line under the header."""
     axis.axis("off")
@@ -215,14 +238,6 @@ def table(axis: Axes, rows: Sequence[Sequence[str]], header: Sequence[str], widt
                 transform=axis.transAxes,
             )
     axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)
-
-
-def figure(value: float | None) -> str:
-    """A number with three significant digits, thousands apart; an en dash for what was not measured."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:,.{digits}f}"
 
 
 def log_ticks(axis: Axes) -> None:

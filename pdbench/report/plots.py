@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pdbench.analysis.metrics import TTFT_PHASES
+from pdbench.report import energy_tables
 from pdbench.report.digest import Digest, Points
 from pdbench.report.language import say
-from pdbench.report.palette import MUTED, colour, colours
+from pdbench.report.palette import MUTED, ORANGE, colour, colours
 
 Plot = dict[str, Any]
 UNITS = {
@@ -20,6 +21,12 @@ UNITS = {
     "temperature_c": "°C",
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
+ENERGY_RUNS = 8
+ENERGY_SHADES: dict[str, dict[str, Any]] = {
+    "active": {"color": ORANGE},
+    "idle": {"color": "rgba(120,130,140,0.75)"},
+    "waiting": {"color": "rgba(120,130,140,0.28)", "pattern": {"shape": "/", "size": 6, "solidity": 0.25}},
+}
 
 
 def distributions(runs: Sequence[Digest], names: Sequence[str], language: str) -> Plot:
@@ -136,30 +143,59 @@ def devices(run: Digest, language: str) -> Plot | None:
 
 
 def energy(runs: Sequence[Digest], names: Sequence[str], language: str) -> Plot | None:
-    """Joules per output token by role, stacked; None when no run has a meter."""
-    tokens = [
-        (run.summary["energy"]["total_j"] or 0) / (run.summary["energy"]["j_per_output_token"] or 1) for run in runs
+    """Left: each role's joules in what it did with them; right: joules per output token by role. None without a meter."""
+    shown = list(zip(runs, names, strict=True))[:ENERGY_RUNS]
+    parts = {
+        role if role == name or len(names) == 1 else f"{name}<br>{role}": energy_tables.parts_j(one)
+        for run, name in shown
+        for role, one in energy_tables.roles_of(run.summary).items()
+    }
+    data = [
+        _bar(say(part, language), list(parts), [one.get(part) for one in parts.values()], shade, "x", "J")
+        for part, shade in ENERGY_SHADES.items()
+        if any(one.get(part) for one in parts.values())
     ]
-    roles = dict.fromkeys(role for run in runs for role, joules in run.summary["energy"]["by_role_j"].items() if joules)
-    data = []
-    for role in roles:
-        heights = [
-            round((run.summary["energy"]["by_role_j"].get(role) or 0.0) / count, 5) if count else None
-            for run, count in zip(runs, tokens, strict=True)
-        ]
-        hover = "%{x}: %{y:.4g} J<extra>" + role + "</extra>"
-        data.append(
-            {
-                "type": "bar",
-                "name": role,
-                "x": list(names),
-                "y": heights,
-                "marker": {"color": colour(role)},
-                "hovertemplate": hover,
-            }
-        )
-    layout = {"barmode": "stack", "height": 380, "yaxis": {"title": {"text": say("j_per_output_token", language)}}}
+    per_token = {name: _by_role_j_per_token(run) for run, name in zip(runs, names, strict=True)}
+    for role in dict.fromkeys(role for one in per_token.values() for role in one):
+        heights = [one.get(role) for one in per_token.values()]
+        data.append(_bar(role, list(per_token), heights, colour(role), "x2" if parts else "x", "J"))
+    left = {"domain": [0, 0.52]} if parts else {}
+    layout = {
+        "barmode": "stack",
+        "height": 400,
+        "xaxis": {**left, "anchor": "y"},
+        "yaxis": {"title": {"text": say("total_j" if parts else "j_per_output_token", language)}},
+        "xaxis2": {"domain": [0.62, 1], "anchor": "y2"},
+        "yaxis2": {"title": {"text": say("j_per_output_token", language)}, "anchor": "x2"},
+    }
+    if not parts:
+        del layout["xaxis2"], layout["yaxis2"]
     return {"data": data, "layout": layout} if data else None
+
+
+def _by_role_j_per_token(run: Digest) -> dict[str, float]:
+    """Each role's share of the joules per output token."""
+    energy = run.summary["energy"]
+    total_j, per_token = energy["total_j"], energy["j_per_output_token"]
+    if not total_j or not per_token:
+        return {}
+    return {role: round(joules / total_j * per_token, 5) for role, joules in energy["by_role_j"].items() if joules}
+
+
+def _bar(
+    name: str, x: list[str], y: list[float | None], shade: dict[str, Any] | str, axis: str, unit: str
+) -> dict[str, Any]:
+    marker = {"color": shade} if isinstance(shade, str) else shade
+    return {
+        "type": "bar",
+        "name": name,
+        "x": x,
+        "y": y,
+        "marker": marker,
+        "xaxis": axis,
+        "yaxis": axis.replace("x", "y"),
+        "hovertemplate": f"%{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>",
+    }
 
 
 def trade_off(runs: Sequence[Digest], names: Sequence[str], language: str) -> Plot | None:

@@ -4,7 +4,6 @@ Try: pdbench compare single_results disaggregated_results
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -18,23 +17,13 @@ from pdbench.analysis.compare import Comparison, compare, flags_of
 from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import Flag, Run
+from pdbench.report import energy_tables
 from pdbench.report.digest import Digest
 from pdbench.report.language import say
-from pdbench.report.panels import figure
-from pdbench.report.words import load_in_words, machine_in_words, model_name
+from pdbench.report.rows import Rows, figure
+from pdbench.report.words import load_in_words, model_name
 
 _STYLES = {"better": "green", "worse": "red", "same": "", "unclear": "dim", "unjudged": "dim"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A table as text: title, header, rows (the first column is the row's name), a style a row, columns that hold words."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    styles: list[str]
-    left: tuple[int, ...] = (0,)
 
 
 def summary_rows(run: Run, language: str = "en") -> Rows:
@@ -45,10 +34,9 @@ def summary_rows(run: Run, language: str = "en") -> Rows:
     rows = [
         [say(key, language), *(_stat(spread, name) for name in ("mean", "p50", "p90", "p99"))] for key, spread in known
     ]
-    speed, energy, requests = summary["throughput"], summary["energy"], summary["requests"]
+    speed, requests = summary["throughput"], summary["requests"]
     rows.append([say("requests", language), f"{requests['succeeded']} / {requests['sent']}", "", "", ""])
     rows.append([say("output_tokens_per_s", language), figure(speed["output_tokens_per_s"]), "", "", ""])
-    rows.append([say("j_per_output_token", language), _or_reason(energy, "j_per_output_token", language), "", "", ""])
     header = [say("milliseconds", language), say("mean", language), "p50", "p90", "p99"]
     return Rows(f"{run.name}: {load_in_words(run)}", header, rows, [""] * len(rows))
 
@@ -137,8 +125,9 @@ def figures_of(summary: dict[str, Any]) -> dict[str, float | None]:
 def table(rows: Rows) -> Table:
     """Rows for the terminal."""
     made = Table(
-        title=escape(rows.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+        title=escape(rows.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        caption=escape(rows.note) or None, caption_justify="left", caption_style="dim",
+    )  # fmt: skip
     for place, name in enumerate(rows.header):
         made.add_column(escape(name), justify="left" if place in rows.left else "right", overflow="fold")
     for row, style in zip(rows.rows, rows.styles, strict=True):
@@ -147,9 +136,12 @@ def table(rows: Rows) -> Table:
 
 
 def summary_table(run: Run, language: str = "en") -> Group:
-    """A run for the terminal: its figures, its devices, its flags in red."""
-    devices = [table(device_rows(run, language))] if run.devices else []
-    return Group(table(summary_rows(run, language)), *devices, *_flag_lines(run.name, flags_of(run)))
+    """A run for the terminal: its figures, its energy, its devices, its flags in red."""
+    summary = run.summary or summarize(run)
+    tables = [table(summary_rows(run, language))]
+    tables += [table(rows) for rows in energy_tables.both([summary], [run.name], language)]
+    tables += [table(device_rows(run, language))] if run.devices else []
+    return Group(*tables, *_flag_lines(run.name, flags_of(run)))
 
 
 def comparison_table(a: Run, b: Run, language: str = "en") -> Group:
@@ -181,21 +173,8 @@ def markdown(rows: Rows) -> str:
     sides = ["---" if place in rows.left else "---:" for place in range(len(rows.header))]
     lines = [rows.header, sides, *rows.rows]
     cells = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in lines]
-    return f"## {rows.title}\n\n" + "\n".join(cells) + "\n"
-
-
-def run_markdown(run: Run, language: str = "en") -> str:
-    """A run as Markdown: machine, flags, figures, devices."""
-    flags = [f"- **{flag.name}**: {flag.detail}" for flag in flags_of(run)]
-    parts = [markdown(summary_rows(run, language)), machine_in_words(run) + "\n"]
-    parts += ["\n".join(flags) + "\n"] if flags else []
-    parts += [markdown(device_rows(run, language))] if run.devices else []
-    return "\n".join(parts)
+    return f"## {rows.title}\n\n" + "\n".join(cells) + "\n" + (f"\n{rows.note}\n" if rows.note else "")
 
 
 def _stat(spread: dict[str, float] | None, name: str) -> str:
     return figure(None if spread is None else spread[name])
-
-
-def _or_reason(energy: dict[str, Any], key: str, language: str) -> str:
-    return say("not measured", language) if energy[key] is None else figure(energy[key])
