@@ -149,7 +149,10 @@ class Cluster:
             self._agents[node.address] = self.actor(self.agent_class, f"agent on {node.address}", node)
         asked = {node.address: self._agents[node.address].handle.facts.remote() for node in missing}
         for node in missing:
-            facts = self.ask(asked[node.address], self._agents[node.address])
+            try:
+                facts = self.ask(asked[node.address], self._agents[node.address])
+            except LostError as error:
+                raise UserError(f"{error}: look at that node, `ray status` shows those that are alive") from None
             self.facts[node.address] = facts
             self.clocks[node.address] = clocks.NodeClock(same=facts.pop("clock") == clocks.identity())
             self._ask_clock(self._agents[node.address], 20)
