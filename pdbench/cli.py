@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import __version__
+from pdbench.cluster import joined_cluster
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 from pdbench.config import Deployment as Name
-from pdbench.config import LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 from pdbench.errors import UserError
 
 console = Console()
@@ -54,6 +55,7 @@ def run(
     serve: ServeConfig | None = None,
     load: LoadConfig | None = None,
     power: PowerConfig | None = None,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Start each deployment, send it the same load, measure, compare: the whole job.
 
@@ -73,8 +75,10 @@ def run(
 
     names = _deployment_names(against)
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
-    with stop_on_signals():
-        folders = experiment.run(names, trials, options, out, console, lambda folder: judge.finish(folder, console))
+    with stop_on_signals(), joined_cluster(cluster) as joined:
+        folders = experiment.run(
+            names, trials, options, out, console, lambda folder: judge.finish(folder, console), joined
+        )
     judge.side_by_side(folders, out, console)
     judge.exit_on_flags(folders)
 
@@ -90,6 +94,7 @@ def bench(
     serve: ServeConfig | None = None,
     load: LoadConfig | None = None,
     power: PowerConfig | None = None,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
 
@@ -108,9 +113,16 @@ def bench(
     from pdbench.serving.deployment import stop_on_signals
 
     options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
-    with stop_on_signals():
+    with stop_on_signals(), joined_cluster(cluster) as joined:
         folder = experiment.bench(
-            url, options.serve.model, options, trials, out, console, lambda folder: judge.finish(folder, console)
+            url,
+            options.serve.model,
+            options,
+            trials,
+            out,
+            console,
+            lambda folder: judge.finish(folder, console),
+            joined,
         )
     judge.exit_on_flags([folder])
 
@@ -124,6 +136,7 @@ def serve(
     against: str | None = None,
     show: bool = False,
     serve: ServeConfig | None = None,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Start prefill, decode and the proxy (or --single: one instance) and keep them up until Ctrl-C.
 
@@ -141,17 +154,20 @@ def serve(
     import shlex
 
     from pdbench import experiment
-    from pdbench.serving.deployment import Deployment, stop_on_signals
-    from pdbench.serving.machine import inspect
+    from pdbench.serving.deployment import stop_on_signals
 
     name = _deployment_names(against or ("single" if single else "disaggregated"))[0]
-    deployment = Deployment(name, serve or ServeConfig(), inspect())
     if show:
+        deployment = experiment.maker(serve or ServeConfig(), None)(name)
         for instance in deployment.instances:
             settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in instance.environment.items())
             print(f"# {instance.name}\n{settings} {shlex.join(instance.argv)}")
         return
-    with stop_on_signals(), experiment.started(deployment, console):
+    with (
+        stop_on_signals(),
+        joined_cluster(cluster) as joined,
+        experiment.started(experiment.maker(serve or ServeConfig(), joined)(name), console) as deployment,
+    ):
         console.print(
             f"[green]ready[/green]: {deployment.url}  model {deployment.model_name}  (Ctrl-C ends all)", highlight=False
         )
@@ -164,7 +180,9 @@ def serve(
 
 
 @app.command
-def doctor(recipe: Path | None = None, /, *, serve: ServeConfig | None = None) -> None:
+def doctor(
+    recipe: Path | None = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None
+) -> None:
     """Say whether this machine can do it, and what to mend.
 
     Parameters
@@ -174,15 +192,26 @@ def doctor(recipe: Path | None = None, /, *, serve: ServeConfig | None = None) -
     """
     from pdbench import doctor
 
+    with joined_cluster(cluster) as joined:
+        if joined is not None:
+            from pdbench.cluster.doctor import examine
+
+            sys.exit(doctor.report(examine(serve or ServeConfig(), joined), console))
     sys.exit(doctor.report(doctor.examine(serve or ServeConfig()), console))
 
 
 def _of_other_commands(command: str) -> set[str]:
     """Options that a recipe may hold and `command` has no use for: serve knows nothing of the load."""
-    own = {"serve": (ServeConfig,), "doctor": (ServeConfig,), "proxy": (ProxyConfig,)}.get(command)
+    own = {"serve": (ServeConfig, ClusterConfig), "doctor": (ServeConfig, ClusterConfig), "proxy": (ProxyConfig,)}.get(
+        command
+    )
     if own is None:
         return set()
-    every = {field.name for config in (ServeConfig, LoadConfig, PowerConfig, ProxyConfig) for field in fields(config)}
+    every = {
+        field.name
+        for config in (ServeConfig, LoadConfig, PowerConfig, ClusterConfig, ProxyConfig)
+        for field in fields(config)
+    }
     return every - {field.name for config in own for field in fields(config)} | {"trials", "out", "against"}
 
 
@@ -315,6 +344,7 @@ def sweep(
     serve: ServeConfig | None = None,
     load: LoadConfig | None = None,
     power: PowerConfig | None = None,
+    cluster: ClusterConfig | None = None,
 ) -> None:
     """Measure every combination of some options, a folder a point; the same command again resumes it.
 
@@ -347,10 +377,10 @@ def sweep(
             judge.finish(saved, console)
 
         if url is not None:
-            return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish)]
-        return experiment.run(_deployment_names(against), trials, one, folder, console, finish)
+            return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish, joined)]
+        return experiment.run(_deployment_names(against), trials, one, folder, console, finish, joined)
 
-    with stop_on_signals():
+    with stop_on_signals(), joined_cluster(cluster) as joined:
         sweep_figures.present(sweep.run(points, out, measure, console), out, console)
 
 

@@ -193,6 +193,21 @@ class PowerConfig:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """On which hosts it runs; without --cluster all is on this one (docs/cluster.md)."""
+
+    cluster: str | None = None
+    """Run on a Ray cluster: auto (the one that this host belongs to) or its head's ADDRESS:PORT."""
+    place: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Where instances go: same-node, spread, or ROLE=NODE (several); by itself as few nodes as can hold them."""
+    client_nodes: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Nodes over which --client-processes are spread in turn; by itself the one where pdbench runs."""
+    node_timeout_s: float = 20.0
+    """Silence after which a node counts as lost and the run ends, marked, with what was measured."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
     """What the proxy forwards to and how it behaves when something fails. URL is http://HOST:PORT[@KV_HOST:KV_PORT]."""
 

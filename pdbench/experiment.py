@@ -5,12 +5,14 @@ Nothing is judged here: summaries, comparisons and pictures are made from the sa
 
 import dataclasses
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,7 +21,7 @@ from pdbench.config import Deployment as Name
 from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
-from pdbench.load.generator import run_load
+from pdbench.load.generator import LoadResult, run_load
 from pdbench.power import clocks
 from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
@@ -31,6 +33,9 @@ from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
 from pdbench.serving.process import get
 from pdbench.serving.running import Running
+
+if TYPE_CHECKING:
+    from pdbench.cluster.session import Cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,13 @@ def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]
 
 
 def run(
-    names: Sequence[Name], trials: int, options: Options, out: Path, console: Console, on_saved: Callable[[Path], None]
+    names: Sequence[Name],
+    trials: int,
+    options: Options,
+    out: Path,
+    console: Console,
+    on_saved: Callable[[Path], None],
+    cluster: "Cluster | None" = None,
 ) -> list[Path]:
     """Measure every deployment `trials` times; returns the results folders, `out`/NAME_results each.
 
@@ -71,11 +82,13 @@ def run(
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
+    make = maker(options.serve, cluster)
     _check_lengths(options.load, options.serve.max_model_len)
-    machine = machines.inspect()
     for name in names:
-        Deployment(name, options.serve, machine)
-    idle = _idle_power(names, options, machine, console)
+        planned = make(name)
+        if isinstance(planned, Deployment):
+            planned.check_ports()
+    idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
     cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
@@ -85,7 +98,7 @@ def run(
     with saving:
         saving.callback(_save_all, runs, out, on_saved)
         for name, indices in interleave(names, trials):
-            with started(Deployment(name, options.serve, machine), console) as deployment:
+            with started(make(name), console) as deployment:
                 running = deployment.running()
                 if name not in runs:
                     verdict, output = gate.run(running, nonce, reference)
@@ -95,11 +108,21 @@ def run(
                     if name == "disaggregated":
                         _tell_gate(runs[name], console)
                 try:
-                    _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check)
+                    _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check, cluster)
                 finally:
                     for device in runs[name].devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
     return [out / f"{name}_results" for name in names]
+
+
+def maker(config: ServeConfig, cluster: "Cluster | None") -> Callable[[Name], Any]:
+    """Makes a deployment of a name, on this host or over the cluster. Raises UserError when it cannot be started there."""
+    if cluster is not None:
+        from pdbench.cluster.deployment import ClusterDeployment
+
+        return lambda name: ClusterDeployment(name, config, cluster)
+    machine = machines.inspect()
+    return lambda name: Deployment(name, config, machine)
 
 
 def _idle_power(
@@ -122,6 +145,7 @@ def bench(
     out: Path,
     console: Console,
     on_saved: Callable[[Path], None],
+    cluster: "Cluster | None" = None,
 ) -> Path:
     """Measure the server at `url`, ours or anybody's; returns the results folder.
 
@@ -131,7 +155,8 @@ def bench(
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
     if running is None:
-        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if options.power.power else {}
+        here = options.power.power and cluster is None
+        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if here else {}
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
     _check_lengths(options.load, running.config.get("max_model_len"))
     clock = Clock.start()
@@ -141,9 +166,10 @@ def bench(
         _tell_gate(one, console)
     try:
         cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
-        _measure_into(one, running, options, list(range(trials)), console, cooldown, lambda: None)
+        _measure_into(one, running, options, list(range(trials)), console, cooldown, lambda: None, cluster)
     finally:
-        _save(one, out, on_saved)
+        with _undisturbed():
+            _save(one, out, on_saved)
     return out / f"{one.name}_results"
 
 
@@ -176,7 +202,7 @@ def _only_model(url: str) -> str:
 
 
 @contextmanager
-def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
+def started(deployment: Any, console: Console) -> Iterator[Any]:
     """The deployment up and healthy, one line a component; down at the end, with the memory of its GPUs free again."""
     console.print(
         f"[bold]{deployment.name}[/bold]: {', '.join(one.name for one in deployment.instances)} starting; logs in {deployment.config.log_dir}/"
@@ -239,43 +265,61 @@ def _measure_into(
     console: Console,
     cooldown: Cooldown,
     check: Callable[[], None],
+    cluster: "Cluster | None",
 ) -> None:
     """Run `trials` against `running` and add requests, devices, events and flags to `one`."""
-    sampler: AbstractContextManager[Any] = nullcontext()
-    if options.power.power:
+    sampler: Any = nullcontext()
+    load: Callable[..., LoadResult] = run_load
+    if cluster is not None:
+        from pdbench.cluster import measuring
+
+        measuring.check_power(options.power)
+        sampler = measuring.ClusterSampler(cluster, running, options.power, one.clock)
+        load = partial(measuring.run_load, cluster)
+    elif running.hosts:
+        raise UserError(f"{running.url} is served by several nodes: measure it with --cluster auto")
+    elif options.power.power:
         readers = open_readers(running.gpus, {} if running.gpus else running.processes)
         sampler = Sampler(readers, options.power.sample_interval_s, one.clock)
     holds: list[clocks.ClockHold] = []
     try:
         with clocks.held(options.power, running.gpus) as holds, sampler:
-            if isinstance(sampler, Sampler) and running.gpus and options.power.idle_s:
+            on_gpus = running.gpus or any(host["gpus"] for host in running.hosts.values())
+            if options.power.power and on_gpus and options.power.idle_s:
                 sampler.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for gpus in running.gpus.values() for gpu in gpus}))
-                _one_trial(one, running, options, trial, console)
+                _one_trial(one, running, options, trial, console, load)
                 one.trials[-1].start_temperature_c = start_c
                 check()
     finally:
-        devices: list[DeviceRecord] = sampler.records() if isinstance(sampler, Sampler) else []
+        devices: list[DeviceRecord] = [] if isinstance(sampler, nullcontext) else sampler.records()
         one.devices = merge_records(one.devices + devices)
         one.config["clocks_held"] = [hold.plain() for hold in holds]
         one.flags += [flag for flag in clocks.clock_flags(holds, devices) if flag not in one.flags]
         one.roles = {}
         for device in one.devices:
             one.roles.setdefault(device.role or "host", []).append(device.id)
-        events = phases.read_events(running.event_logs, one.clock)
+        if cluster is None:
+            events = phases.read_events(running.event_logs, one.clock)
+        else:
+            events = sampler.events()
+            one.host["nodes"] = sampler.facts()
+            one.flags += [flag for flag in sampler.flags() if flag.name not in {known.name for known in one.flags}]
         phases.join([request for request in one.requests if request.trial in trials], events)
         one.events += events
 
 
-def _one_trial(one: Run, running: Running, options: Options, trial: int, console: Console) -> None:
+def _one_trial(
+    one: Run, running: Running, options: Options, trial: int, console: Console, load: Callable[..., LoadResult]
+) -> None:
     begin = time.monotonic()
     with console.status(f"trial {trial + 1}") as status:
 
         def on_progress(done: int, total: int | None) -> None:
             status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
 
-        result = run_load(
+        result = load(
             options.load,
             url=running.url,
             model=running.model_name,
@@ -304,8 +348,20 @@ def _one_trial(one: Run, running: Running, options: Options, trial: int, console
 
 
 def _save_all(runs: dict[Name, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
-    for one in runs.values():
-        _save(one, out, on_saved)
+    with _undisturbed():
+        for one in runs.values():
+            _save(one, out, on_saved)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not cost what the first one let us keep."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _save(one: Run, out: Path, on_saved: Callable[[Path], None]) -> None:

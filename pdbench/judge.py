@@ -26,6 +26,7 @@ def finish(folder: Path, console: Console) -> None:
     save_run(run, folder)
     figures.performance_analysis(run, folder / f"{run.name}_performance_analysis.png")
     console.print(tables.summary_table(run))
+    console.print(f"results: {folder}/", highlight=False)
 
 
 def side_by_side(folders: Sequence[Path], out: Path, console: Console) -> None:

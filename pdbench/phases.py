@@ -3,7 +3,9 @@
 The client names its request in X-Request-Id, the proxy logs that name beside its transfer id, the connectors log the latter.
 """
 
+import itertools
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,29 @@ from pdbench.records import Clock, Interval, RequestRecord
 
 def read_events(paths: list[str], clock: Clock) -> list[dict[str, Any]]:
     """All events of these logs, their instants (fields that end in `_s` and are not durations) on the run's clock."""
+    lines = (path.read_text(errors="replace").splitlines() for path in map(Path, paths) if path.exists())
+    return events_of(itertools.chain.from_iterable(lines), clock)
+
+
+def events_of(lines: Iterable[str], clock: Clock) -> list[dict[str, Any]]:
+    """The events of an event log's lines, their instants on the run's clock."""
     events = []
-    for path in map(Path, paths):
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # the last line of a process that was killed
-            if isinstance(event, dict) and event.get("event") in _INSTANTS:
-                for name in _INSTANTS[event["event"]]:
-                    if isinstance(event.get(name), (int, float)):
-                        event[name] = clock.of_monotonic(event[name])
-                events.append(event)
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # the last line of a process that was killed
+        if isinstance(event, dict) and event.get("event") in _INSTANTS:
+            events.append(move_event(event, clock.of_monotonic))
     return events
+
+
+def move_event(event: dict[str, Any], move: Callable[[float], float]) -> dict[str, Any]:
+    """The event with every instant moved."""
+    for name in _INSTANTS[event["event"]]:
+        if isinstance(event.get(name), (int, float)):
+            event[name] = move(event[name])
+    return event
 
 
 _INSTANTS = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with the pinned packages and print the path of its Python; a second call finds it done. Messages go to stderr.
 #   python=$(requirements/setup.sh)          what serving and measuring need (vLLM for CUDA where nvidia-smi works, else for CPU)
-#   python=$(requirements/setup.sh dev)      the same and the checks of ./run_tests.sh
+#   python=$(requirements/setup.sh dev ray)  the same and the checks of ./run_tests.sh, and Ray for --cluster
 # PDBENCH_PYTHON=/path/to/python skips all of it and uses that environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ flock 9
 
 kind=cpu
 nvidia-smi -L >/dev/null 2>&1 && kind=gpu
-sets=(base "$kind" ${1:+"$1"})
+sets=(base "$kind" "$@")
 files=("${sets[@]/%/.txt}")
 files=("${files[@]/#/requirements/}")
 stamp=$(cat pyproject.toml "${files[@]}" | sha256sum | cut -c1-16)
@@ -44,7 +44,7 @@ install() { # WHAT ARGUMENTS...: run pip, count packages as they come, show the 
 }
 pinned=(-r requirements/base.txt)
 [ "$kind" = cpu ] && pinned+=(-r requirements/cpu.txt)
-[ -n "${1:-}" ] && pinned+=(-r "requirements/$1.txt")
+for set in "$@"; do pinned+=(-r "requirements/$set.txt"); done
 install "pinned packages" --no-deps "${pinned[@]}"
 [ "$kind" = gpu ] && install "vLLM for CUDA" -r requirements/gpu.txt -c requirements/base.txt
 install "pdbench itself" --no-deps -e .

@@ -51,8 +51,9 @@ def check(config: LoadConfig) -> None:
         raise UserError(f"--shared-prefix {config.shared_prefix:g}: give a share from 0 to 1")
     if config.warmup < 0:
         raise UserError(f"--warmup {config.warmup}: give 0 or more")
-    if config.client_processes > (config.concurrency or config.client_processes):
-        raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {config.concurrency}")
+    most = streams(config)
+    if most is not None and config.client_processes > most:
+        raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {most}")
     if config.phase == "decode" and (is_open_loop(config) or config.requests > (config.concurrency or 1)):
         raise UserError(
             "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"

@@ -34,7 +34,7 @@ def run_parts(
     for part in range(config.client_processes):
         ours, theirs = context.Pipe()
         arguments = (theirs, config, url, model, clock, trial, part)
-        worker: BaseProcess = context.Process(target=_work, args=arguments, name=f"pdbench-client-{part}", daemon=True)
+        worker: BaseProcess = context.Process(target=work, args=arguments, name=f"pdbench-client-{part}", daemon=True)
         worker.start()
         theirs.close()
         pipes.append(ours)
@@ -91,7 +91,7 @@ def _receive(pipe: Connection, expected: str | None = None) -> tuple[str, Any]:
     return kind, value
 
 
-def _work(pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, part: int) -> None:
+def work(pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, part: int) -> None:
     """A client process. The terminal's Ctrl-C reaches it too, but only its parent's SIGTERM counts, so that it stops once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -121,6 +121,10 @@ class Sampler:
         """Let the sampling go on for `seconds`."""
         self._time.wait(seconds, self._stop)
 
+    def take(self) -> list[DeviceRecord]:
+        """What was read since the last call, on the run's clock and without statistics; safe while the thread runs."""
+        return [device.take(self._clock) for device in self._devices]
+
     def records(self) -> list[DeviceRecord]:
         """Everything read, on the run's clock, with statistics; call it after the `with` block."""
         cpu_pct = 100 * self._cpu_s / self._ran_s if self._ran_s else None
@@ -208,6 +212,7 @@ class _Device:
         self.ticks = TickFollower()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
+        self._taken = (0, 0, 0)
 
     def sample(self) -> None:
         """Read the fast fields once; a device that is lost gives no more samples."""
@@ -248,6 +253,25 @@ class _Device:
         except Exception as error:
             self.reader.lose(f"reading failed: {type(error).__name__}: {error}")
             return None
+
+    def take(self, clock: Clock) -> DeviceRecord:
+        """What is new since the last call; lists only grow, so a slice of what was there is whole."""
+        lists: tuple[list[Any], ...] = (self.samples, self.fine, self.ticks.ticks)
+        upto = len(self.samples), len(self.fine), len(self.ticks.ticks)
+        samples, fine, ticks = (values[a:b] for values, a, b in zip(lists, self._taken, upto, strict=True))
+        self._taken = upto
+        reader, moved = self.reader, clock.of_monotonic
+        return DeviceRecord(
+            id=reader.id,
+            kind=reader.kind,
+            name=reader.name,
+            role=reader.role,
+            index=reader.index,
+            samples=[msgspec.structs.replace(sample, t_s=moved(sample.t_s)) for sample in samples],
+            fine_power=[(moved(t), power) for t, power in fine],
+            energy_ticks=[(moved(t), energy) for t, energy in ticks],
+            not_measured=dict(reader.not_measured),
+        )
 
     def record(self, clock: Clock, sampling: dict[str, float | None]) -> DeviceRecord:
         """Everything on the run's clock."""

@@ -57,12 +57,12 @@ def plan(name: Name, config: ServeConfig, machine: Machine) -> list[Instance]:
         return vllm.tensor_parallel(config, machine, model)
     if name == "replicas":
         instances = vllm.replicas(config, machine, model)
-        return [*instances, _proxy(config, instances, "none")]
+        return [*instances, proxy(config, instances, "none")]
     instances = vllm.disaggregated(config, machine, model)
-    return [*instances, _proxy(config, instances, vllm.choose_connector(config, machine))]
+    return [*instances, proxy(config, instances, vllm.choose_connector(config, machine))]
 
 
-def _proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
+def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
     argv = [
         sys.executable,
         "-m",
@@ -102,7 +102,7 @@ class Deployment:
 
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
-        self._check_ports()
+        self.check_ports()
         secret = secrets.token_hex(16)
         for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
             event_file.unlink()
@@ -183,7 +183,8 @@ class Deployment:
     ) -> None:
         self.close()
 
-    def _check_ports(self) -> None:
+    def check_ports(self) -> None:
+        """Raises UserError when a port that a server needs is taken, and by whom."""
         addresses = [(instance.name, *_host_port(instance.url)) for instance in self.instances]
         addresses += [(f"{i.name}'s KV", *_host_port(f"kv://{i.kv_address}")) for i in self.instances if i.kv_address]
         if len({(host, port) for _, host, port in addresses}) < len(addresses):
@@ -194,7 +195,7 @@ class Deployment:
             owner = port_owner(host, port)
             if owner:
                 raise UserError(
-                    f"port {port} for {name} is taken by {owner}: end it, or choose another port (pdbench serve --help)"
+                    f"port {port} for {name} is taken by {owner}: end it, or choose another with --single-port, --prefill-port, --decode-port, --proxy-port or --kv-port"
                 )
 
     def _wait_healthy(self, on_state: Callable[[States], None]) -> None:

@@ -17,7 +17,10 @@ FILE = "running.json"
 
 
 class Running(msgspec.Struct, kw_only=True):
-    """Servers that run. `processes` and `gpus` are by role; `urls` by instance name; `event_logs` may not exist yet."""
+    """Servers that run. `processes` and `gpus` are by role; `urls` by instance name; `event_logs` may not exist yet.
+
+    `hosts` is for a cluster: node -> its own `processes`, `gpus` and `event_logs`, and the `roles` there.
+    """
 
     name: str
     url: str
@@ -28,6 +31,7 @@ class Running(msgspec.Struct, kw_only=True):
     processes: dict[str, list[int]] = {}
     gpus: dict[str, list[int]] = {}
     event_logs: list[str] = []
+    hosts: dict[str, dict[str, Any]] = {}
     config: dict[str, Any] = {}
 
     def prefill_url(self) -> str | None:

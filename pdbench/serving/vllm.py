@@ -75,14 +75,14 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
 def single(config: ServeConfig, machine: Machine, model: str) -> list[Instance]:
     """The traditional deployment: one instance."""
     gpus = _take(config.single_gpus, 1, config.tensor_parallel, 0, machine, "single")
-    return [_instance(config, machine, model, "single", 0, config.single_port, gpus[0])]
+    return [instance(config, machine, model, "single", 0, config.single_port, gpus[0])]
 
 
 def replicas(config: ServeConfig, machine: Machine, model: str) -> list[Instance]:
     """Equal instances behind the proxy, on as many devices as a disaggregated deployment has."""
     gpus = _take((), config.replica_instances, config.tensor_parallel, 0, machine, "replica")
     return [
-        _instance(config, machine, model, "replica", i, config.prefill_port + i, gpus[i])
+        instance(config, machine, model, "replica", i, config.prefill_port + i, gpus[i])
         for i in range(config.replica_instances)
     ]
 
@@ -91,7 +91,7 @@ def tensor_parallel(config: ServeConfig, machine: Machine, model: str) -> list[I
     """One instance over two GPUs (or over --tensor-parallel of them, when that is more)."""
     width = max(2, config.tensor_parallel)
     gpus = _take((), 1, width, 0, machine, "tensor-parallel")
-    return [_instance(config, machine, model, "tensor-parallel", 0, config.single_port, gpus[0])]
+    return [instance(config, machine, model, "tensor-parallel", 0, config.single_port, gpus[0])]
 
 
 def disaggregated(config: ServeConfig, machine: Machine, model: str) -> list[Instance]:
@@ -112,7 +112,7 @@ def disaggregated(config: ServeConfig, machine: Machine, model: str) -> list[Ins
         gpus = prefill_gpus[index] if role == "prefill" else decode_gpus[index]
         # One KV port an instance, and room for one a rank (vLLM's own connector adds the rank to it).
         kv_port = config.kv_port + i * max(width, 1)
-        instances.append(_instance(config, machine, model, role, index, port, gpus, connector, kv_port))
+        instances.append(instance(config, machine, model, role, index, port, gpus, connector, kv_port))
     return instances
 
 
@@ -139,7 +139,7 @@ def _take(
     return [tuple(wanted[i * width : (i + 1) * width]) for i in range(instances)]
 
 
-def _instance(
+def instance(
     config: ServeConfig,
     machine: Machine,
     model: str,

@@ -1,0 +1,330 @@
+"""Measuring on a cluster: devices of all nodes under one sampler's interface, the load from chosen nodes, merged exactly.
+
+Try: pdbench run recipes/cpu-1p1d.toml --cluster auto --against single,disaggregated
+"""
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import msgspec
+
+from pdbench import phases
+from pdbench.cluster import clocks
+from pdbench.cluster.actors import Batch, ClientHost, Secrets
+from pdbench.cluster.placement import Node
+from pdbench.cluster.session import Cluster, LostError, Pulsed
+from pdbench.config import LoadConfig, PowerConfig
+from pdbench.errors import UserError
+from pdbench.load import generator, plan
+from pdbench.load.generator import LoadResult, Progress
+from pdbench.load.truth import Part
+from pdbench.power.statistics import field_statistics, sampling_statistics
+from pdbench.records import Clock, DeviceRecord, Flag
+from pdbench.serving.running import Running
+
+UNCERTAIN_MS = 1.0
+"""Beyond this uncertainty of a node's clock a run is marked."""
+CLIENT_EVERY_S = 0.1
+_START_AFTER_S = 0.3
+_LAST_WORD_S = 10.0
+_CLIENT_SECRETS = ("OPENAI_API_KEY", "HF_TOKEN")
+_decode_batch = msgspec.msgpack.Decoder(Batch).decode
+_decode_part = msgspec.msgpack.Decoder(Part).decode
+
+
+class ClusterSampler:
+    """The devices and event logs of `running` on every node, while the `with` block runs; what came is kept when a node is lost."""
+
+    def __init__(self, cluster: Cluster, running: Running, power: PowerConfig, clock: Clock) -> None:
+        self._cluster, self._running, self._power, self._clock = cluster, running, power, clock
+        hosts = running.hosts
+        wanted = {address: cluster.node(address) for address in hosts}
+        self._clients = client_nodes(cluster)
+        self._agents = cluster.agents([*wanted.values(), *self._clients])
+        self._batches: dict[str, list[Batch]] = {}
+        self._began: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._cluster.compare_clocks()
+        self._began = {address: len(agent.messages) for address, agent in self._agents.items()}
+        self._on_all(lambda agent, host: agent.follow.remote(host["event_logs"]))
+        if self._power.power:
+            interval_s = self._power.sample_interval_s
+            self._on_all(lambda agent, host: agent.start_sampler.remote(host["gpus"], host["processes"], interval_s))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._on_all(lambda agent, host: agent.stop_sampler.remote())
+            self._cluster.compare_clocks()
+            self._last_pulse()
+        finally:
+            for address, agent in self._agents.items():
+                self._batches[address] = [_decode_batch(message) for message in agent.messages[self._began[address] :]]
+                del agent.messages[:]
+
+    def idle(self, kind: str, seconds: float) -> None:
+        """Idle power of all nodes' devices, measured at the same time."""
+        self._on_all(lambda agent, host: agent.idle.remote(kind, seconds))
+
+    def records(self) -> list[DeviceRecord]:
+        """Every node's devices on the run's clock; call it after the `with` block."""
+        return [
+            _whole(pieces, self._mover(address), self._cluster.node(address))
+            for address, batches in self._batches.items()
+            for pieces in _by_device(batches).values()
+        ]
+
+    def events(self) -> list[dict[str, Any]]:
+        """The event logs' news, on the run's clock; call it after the `with` block."""
+        return [
+            phases.move_event(event, self._mover(address))
+            for address, batches in self._batches.items()
+            for batch in batches
+            for event in batch.events
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Node address -> what it is, the roles and clients there, its clock's offset and uncertainty."""
+        cluster = self._cluster
+        found = {}
+        for address, agent in self._agents.items():
+            roles = self._running.hosts.get(address, {}).get("roles", [])
+            found[address] = cluster.facts[address] | {
+                "roles": roles,
+                "client": agent.node in self._clients,
+                "clock": cluster.clocks[address].facts(),
+            }
+        return found
+
+    def flags(self) -> list[Flag]:
+        """What a reader must know: uncertain clocks, lost nodes, niced servers, versions that differ."""
+        found = []
+        if problem := self._cluster.problem():
+            found.append(Flag("node-lost", f"{problem}: the figures are of what was measured until then"))
+        for address, facts in self.facts().items():
+            uncertainty = facts["clock"]["uncertainty_ms"]
+            if uncertainty is None or uncertainty > UNCERTAIN_MS:
+                known = "not known" if uncertainty is None else f"known to +-{uncertainty:.1f} ms"
+                found.append(Flag("clock-uncertain", f"instants of node {address} are {known}"))
+            if facts["niceness"] > 0:
+                found.append(
+                    Flag(
+                        "niced",
+                        f"servers on {address} run at niceness {facts['niceness']}: start Ray with RAY_worker_niceness=0",
+                    )
+                )
+        versions = {address: facts["versions"] for address, facts in self.facts().items()}
+        differing = [
+            name for name in next(iter(versions.values())) if len({one[name] for one in versions.values()}) > 1
+        ]
+        if differing:
+            found.append(Flag("versions-differ", f"nodes differ in {', '.join(differing)} (pdbench doctor --cluster)"))
+        return found
+
+    def _mover(self, address: str) -> Callable[[float], float]:
+        clock = self._cluster.clocks[address]
+        return lambda node_s: self._clock.of_monotonic(node_s + clock.offset_s(node_s))
+
+    def _on_all(self, call: Callable[[Any, dict[str, Any]], Any]) -> None:
+        """One call on the agent of every node with servers, all at once; a lost node is left to the flags."""
+        hosts = self._running.hosts
+        asked = {address: call(self._agents[address].handle, host) for address, host in hosts.items()}
+        for address, reference in asked.items():
+            try:
+                self._cluster.ask(reference, self._agents[address])
+            except LostError:
+                continue
+
+    def _last_pulse(self) -> None:
+        """Wait until every living agent has been heard after the end, so that its last batch is here."""
+        asked_s = time.monotonic()
+        deadline = asked_s + _LAST_WORD_S
+        for agent in self._agents.values():
+            # One whole pulse may already have been under way; the second one began after the end.
+            heard, last_s = 0, agent.heard_s
+            agent.hurry()
+            while agent.lost is None and heard < 2 and time.monotonic() < deadline:
+                self._cluster.wait(0.05)
+                if agent.heard_s != last_s:
+                    last_s, heard = agent.heard_s, heard + 1
+                    agent.hurry()
+
+
+def _by_device(batches: Sequence[Batch]) -> dict[str, list[DeviceRecord]]:
+    found: dict[str, list[DeviceRecord]] = {}
+    for batch in batches:
+        for device in batch.devices:
+            found.setdefault(device.id, []).append(device)
+    return found
+
+
+def _whole(pieces: list[DeviceRecord], move: Callable[[float], float], node: Node) -> DeviceRecord:
+    """One device's pieces as one record on the run's clock; the last piece carries the sampling's own figures, if it came."""
+    samples = [msgspec.structs.replace(one, t_s=move(one.t_s)) for piece in pieces for one in piece.samples]
+    fine = [(move(t), power) for piece in pieces for t, power in piece.fine_power]
+    last = pieces[-1]
+    return msgspec.structs.replace(
+        last,
+        host=node.address,
+        samples=samples,
+        fine_power=fine,
+        energy_ticks=[(move(t), energy) for piece in pieces for t, energy in piece.energy_ticks],
+        sampling=sampling_statistics(samples, fine) | last.sampling,
+        statistics=field_statistics(samples),
+    )
+
+
+def check_power(power: PowerConfig) -> None:
+    """Raises UserError for what a cluster cannot: clocks and power caps are set on this host alone."""
+    for name in (
+        "prefill_clock",
+        "decode_clock",
+        "single_clock",
+        "prefill_power_cap",
+        "decode_power_cap",
+        "single_power_cap",
+    ):
+        if getattr(power, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} sets GPUs of this host alone: leave it out with --cluster")
+
+
+def client_nodes(cluster: Cluster) -> list[Node]:
+    """Where the load comes from. Raises UserError when --client-nodes names a node that is not there."""
+    return [cluster.node(word) for word in cluster.config.client_nodes] or [cluster.head]
+
+
+def run_load(
+    cluster: Cluster,
+    config: LoadConfig,
+    *,
+    url: str,
+    model: str,
+    clock: Clock,
+    trial: int = 0,
+    tokenizer_path: str | None = None,
+    on_progress: Progress | None = None,
+) -> LoadResult:
+    """One trial, its schedule split over client processes on --client-nodes, started at one instant and merged exactly.
+
+    A lost node or client ends it with what the others measured and the flag "node-lost". Raises UserError as load.run_load does.
+    """
+    nodes = client_nodes(cluster)
+    config = dataclasses.replace(
+        config,
+        client_processes=max(config.client_processes, len(nodes)),
+        tokenizer=config.tokenizer or tokenizer_path,
+    )
+    plan.check(config)
+    if config.steady_s is not None and config.client_processes > 1:
+        raise UserError("--steady-s needs one client process: only it sees the whole load; use --duration-s")
+    seats = [nodes[part % len(nodes)] for part in range(config.client_processes)]
+    cluster.agents(nodes)
+    offsets = [cluster.clocks[node.address].latest_offset_s() for node in seats]
+    clients = _clients(cluster, seats)
+    secrets = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
+    asked = []
+    for part, (client, offset_s) in enumerate(zip(clients, offsets, strict=True)):
+        shifted = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
+        asked.append(client.handle.start.remote(config, url, model, shifted, trial, part, secrets))
+    trial_parts = _Collector(cluster, clients, trial, clock, on_progress)
+    try:
+        for reference, client in zip(asked, clients, strict=True):
+            cluster.ask(reference, client)
+        interrupted = threading.Event()
+        with generator.stopping(generator.STOP_SIGNALS, interrupted.set):
+            parts = trial_parts.collect(interrupted)
+    except LostError as error:
+        raise UserError(f"{error}: no request was measured") from None
+    cluster.compare_clocks()
+    merged = [
+        clocks.move_part(part, _mover(cluster, seats[index], clock, offsets[index])) for index, part in parts.items()
+    ]
+    if not merged:
+        raise UserError(f"{cluster.problem() or 'all clients are gone'}: no request was measured")
+    result = generator.merge(config, merged, trial)
+    result.trial.client["nodes"] = [node.address for node in seats]
+    return LoadResult(result.requests, result.trial, _load_flags(cluster, result.flags, interrupted.is_set()))
+
+
+def _load_flags(cluster: Cluster, flags: list[Flag], by_user: bool) -> list[Flag]:
+    """A stop that a lost node caused is no interruption by the user."""
+    problem = cluster.problem()
+    if problem is None or by_user:
+        return flags
+    kept = [flag for flag in flags if flag.name != "interrupted"]
+    return [*kept, Flag("node-lost", f"{problem}: the figures are of what was measured until then")]
+
+
+def _mover(cluster: Cluster, node: Node, clock: Clock, offset_s: float) -> Callable[[float], float]:
+    """From the run's clock as the client knew it at its start to what all round trips say."""
+    known = cluster.clocks[node.address]
+
+    def move(t_s: float) -> float:
+        node_s = t_s + clock.monotonic_s - offset_s
+        return clock.of_monotonic(node_s + known.offset_s(node_s))
+
+    return (lambda t_s: t_s) if known.same else move
+
+
+def _clients(cluster: Cluster, seats: Sequence[Node]) -> list[Pulsed]:
+    """A client actor a part, kept over the trials."""
+    for part in range(len(cluster.clients), len(seats)):
+        node = seats[part]
+        cluster.clients.append(cluster.actor(ClientHost, f"client {part} on {node.address}", node, CLIENT_EVERY_S))
+    return cluster.clients[: len(seats)]
+
+
+class _Collector:
+    """Gathers the messages of all clients of one trial."""
+
+    def __init__(
+        self, cluster: Cluster, clients: list[Pulsed], trial: int, clock: Clock, on_progress: Progress | None
+    ) -> None:
+        self._cluster, self._clients, self._trial, self._clock = cluster, clients, trial, clock
+        self._on_progress = on_progress
+        self._parts: dict[int, Part] = {}
+        self._progress: dict[int, tuple[int, int | None]] = {}
+        self._ready: set[int] = set()
+
+    def collect(self, interrupted: threading.Event) -> dict[int, Part]:
+        """All parts; after a loss or an interruption those that come within ten seconds."""
+        begun, stop_by_s = False, float("inf")
+        while len(self._parts) < len(self._clients) and time.monotonic() < stop_by_s:
+            self._cluster.wait(CLIENT_EVERY_S)
+            for index, client in enumerate(self._clients):
+                while client.messages:
+                    self._take(index, client.messages.pop(0))
+            if not begun and len(self._ready) == len(self._clients):
+                begun = True
+                begin_s = self._clock.now() + _START_AFTER_S
+                for client in self._clients:
+                    client.handle.begin.remote(begin_s)
+            if stop_by_s == float("inf") and (interrupted.is_set() or self._cluster.problem()):
+                stop_by_s = time.monotonic() + _LAST_WORD_S
+                for client in self._clients:
+                    client.handle.stop.remote()
+            if all(client.lost or index in self._parts for index, client in enumerate(self._clients)):
+                break
+        return self._parts
+
+    def _take(self, index: int, message: tuple[int, str, Any]) -> None:
+        trial, kind, value = message
+        if trial != self._trial:
+            return
+        if kind == "error":
+            raise UserError(f"{self._clients[index].name}: {value}")
+        if kind == "ready":
+            self._ready.add(index)
+        elif kind == "part":
+            self._parts[index] = _decode_part(value)
+        else:
+            self._progress[index] = value
+            totals = [of for _, of in self._progress.values()]
+            total = None if None in totals or len(totals) < len(self._clients) else sum(of or 0 for of in totals)
+            if self._on_progress:
+                self._on_progress(sum(done for done, _ in self._progress.values()), total)
