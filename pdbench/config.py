@@ -60,6 +60,8 @@ class ServeConfig:
     """KV port of the first prefill instance; every further instance takes the next one."""
     connector: Connector = "auto"
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
+    first_token: Literal["prefill", "decode"] = "prefill"
+    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
     vllm_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
@@ -227,6 +229,8 @@ class ProxyConfig:
     """Which prefill instance a request takes; least-work counts prompt tokens in flight."""
     decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
     """Which decode instance a request takes; least-work counts requests in flight."""
+    first_token: Literal["prefill", "decode"] = "prefill"
+    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     fallback: Literal["none", "recompute"] = "none"
     """When no prefill instance can serve a request: fail it (none), or let decode compute the prompt (recompute)."""
     retries: int = 2

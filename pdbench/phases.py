@@ -40,7 +40,15 @@ def move_event(event: dict[str, Any], move: Callable[[float], float]) -> dict[st
 
 
 _INSTANTS = {
-    "request": ("received_s", "prefill_sent_s", "prefill_done_s", "decode_sent_s", "first_byte_s", "last_byte_s"),
+    "request": (
+        "received_s",
+        "prefill_sent_s",
+        "prefill_done_s",
+        "first_token_s",
+        "decode_sent_s",
+        "first_byte_s",
+        "last_byte_s",
+    ),
     "kv_transfer": ("asked_s", "first_byte_s", "end_s"),
 }
 

@@ -15,6 +15,19 @@ import httptools
 EVENT = b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"%b","finish_reason":%b}]}\n\n'
 CHAT = b'data: {"id":"chat-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n'
 
+# The i-th token of every answer has this id plus i.
+TOKEN = 100
+
+
+def prompt_ids(body):
+    """The prompt's tokens: those given, five of any text."""
+    return body["prompt"] if isinstance(body.get("prompt"), list) else [1, 2, 3, 4, 5]
+
+
+def already(body):
+    """How many of the answer's tokens stand at the end of the prompt."""
+    return sum(token >= TOKEN for token in prompt_ids(body) if isinstance(token, int))
+
 
 class Server(asyncio.Protocol):
     """One connection."""
@@ -77,8 +90,9 @@ class Server(asyncio.Protocol):
             "die": -1,
             "end": "done",
         }
-        role_script = body.get("prefill" if body.get("max_tokens") == 1 else "decode", {})
-        script.update(role_script)
+        # `user` can carry the script past a proxy that looks at every field.
+        scripts = json.loads(body.get("user") or "{}") | body
+        script.update(scripts.get("prefill" if body.get("max_tokens") == 1 else "decode", {}))
         await asyncio.sleep(script["first"])
         if script["die"] == 0:
             return self.transport.abort()
@@ -94,13 +108,16 @@ class Server(asyncio.Protocol):
         if body.get("stream"):
             return await self.stream(script, body, request["path"])
         await asyncio.sleep(script["delay"] * script["tokens"])
-        text = "".join(f" t{i}" for i in range(script["tokens"]))
+        said = range(already(body), already(body) + script["tokens"])
+        text = script.get("text", "".join(f" t{i}" for i in said))
         choice = {
             "index": 0,
             "text": text,
             "message": {"role": "assistant", "content": text},
-            "finish_reason": "length",
+            "finish_reason": script.get("finish", "length"),
         }
+        if body.get("return_token_ids"):
+            choice |= {"token_ids": [TOKEN + i for i in said], "prompt_token_ids": prompt_ids(body)}
         usage = {"prompt_tokens": 5, "completion_tokens": script["tokens"], "total_tokens": 5 + script["tokens"]}
         kind = "chat.completion" if "chat" in request["path"] else "text_completion"
         document = {"id": "cmpl-1", "object": kind, "created": 1, "model": "m", "choices": [choice], "usage": usage}
@@ -121,11 +138,15 @@ class Server(asyncio.Protocol):
         self.transport.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
-        count = script["tokens"]
+        count, before = script["tokens"], already(body)
         for i in range(count):
             if i:
                 await asyncio.sleep(script["delay"])
-            chunk = event % (b" t%d" % i, b'"length"' if i == count - 1 else b"null")
+            chunk = event % (b" t%d" % (before + i), b'"length"' if i == count - 1 else b"null")
+            if body.get("return_token_ids"):
+                ids = b"%d" % (TOKEN + before + i)
+                named = json.dumps(prompt_ids(body)).encode() if i == 0 else b"null"
+                chunk = chunk[:-5] + b',"prompt_token_ids":%b,"token_ids":[%b]}]}\n\n' % (named, ids)
             if i + 1 == script["die"]:
                 self.transport.write(b"%x\r\n%b" % (len(chunk), chunk[: len(chunk) // 2]))
                 await asyncio.sleep(0.05)
@@ -135,6 +156,11 @@ class Server(asyncio.Protocol):
                 self.transport.write(b"%x\r\n%b\r\n" % (half, chunk[:half]))
                 await asyncio.sleep(0.01)
                 chunk = chunk[half:]
+            self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            asked = len(prompt_ids(body))
+            usage = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (asked, count, asked + count)
+            chunk = b'data: {"id":"cmpl-1","object":"text_completion","choices":[],"usage":%b}\n\n' % usage
             self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         if script["end"] == "done":
             self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n")

@@ -174,3 +174,20 @@ def test_vllm_outside_the_range_is_refused_with_the_range(version):
 def test_vllm_of_the_range_is_accepted(version):
     compat.check_version(version)
     compat.check_version()
+
+
+def test_decode_fetches_what_prefill_computed_of_a_longer_prompt(consumer, producer):
+    there = {"remote_host": "127.0.0.1", "remote_port": 14579}
+    longer = request_of(33, transfer_id="t", do_remote_prefill=True, prefilled_tokens=32, **there)
+    assert consumer.matched_tokens(longer, 0) == (32, True)
+    consumer.allocated(longer, Blocks([7, 8, 9]), 32)
+    (fetch,) = consumer.plan_step(step_of({})).fetches
+    assert fetch.blocks == [7, 8]
+    producer.new_request(prefill_of(32))
+    (expected,) = producer.plan_step(step_of({})).expected
+    assert (expected.tokens, expected.fingerprint) == (fetch.prompt.tokens, fetch.prompt.fingerprint)
+
+
+@pytest.mark.parametrize("said", [0, -1, 34, "32", None])
+def test_a_length_that_makes_no_sense_is_the_whole_prompt(consumer, said):
+    assert consumer.matched_tokens(request_of(33, do_remote_prefill=True, prefilled_tokens=said), 0) == (33, True)

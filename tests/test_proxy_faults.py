@@ -167,6 +167,17 @@ def test_client_that_leaves_ends_the_work_of_both(lasting):
     assert any(line["event"] == "abort" for line in prefill.lines())
 
 
+@pytest.mark.parametrize("connector", ["nixl", "builtin-p2p-nccl"])
+def test_client_that_leaves_while_prefill_computes_alone_ends_it(tmp_path, pair, connector):
+    with proxy(tmp_path, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
+        with server.connect() as connection:
+            send_request(connection, {"model": "m", "prompt": "Hi", "prefill": {"first": 20}})
+            wait_until(server.in_flight, "the request is under way")
+        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+        wait_until(lambda: pair[0].lines()[-1]["event"] == "abort", "prefill has stopped")
+        assert not pair[1].requests(), "decode must not hear of it"
+
+
 def send_request(connection: socket.socket, body: dict) -> None:
     """Send a completion request and read nothing."""
     import json

@@ -77,6 +77,29 @@ def test_every_way_of_asking_gives_what_one_instance_gives(single: Running, disa
     wait_for_no_kv(disaggregated)
 
 
+def test_prefills_first_token_opens_the_stream_that_one_instance_gives(single: Running, disaggregated: Running):
+    options = {"max_tokens": 12, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
+    for number in range(16):
+        prompt = f"{number} times: prefill says the first token, decode the others. " + "word " * number
+
+        def streamed(running: Running, prompt: str = prompt) -> tuple[str, list[int], list[int], object]:
+            body = {"ignore_eos": True, "return_token_ids": True}
+            with client(running) as api:
+                pieces = list(
+                    api.completions.create(model=running.model_name, prompt=prompt, extra_body=body, **options)
+                )
+            choices = [piece.choices[0] for piece in pieces if piece.choices]
+            ids = [token for choice in choices for token in choice.token_ids or []]
+            asked = [token for choice in choices for token in choice.prompt_token_ids or []]
+            usage = pieces[-1].usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"})
+            return "".join(choice.text for choice in choices), ids, asked, usage
+
+        assert streamed(disaggregated) == streamed(single)
+    early = [event["first_token_s"] is not None for event in events(disaggregated)[-16:]]
+    assert sum(early) >= 3, "some first tokens are pieces of text by themselves"
+    wait_for_no_kv(disaggregated)
+
+
 def test_clients_that_leave_leave_no_kv(disaggregated: Running):
     with client(disaggregated) as api:
         for number in range(8):

@@ -70,7 +70,7 @@ class KvScheduler:
         """How many prompt tokens beyond `computed_tokens` can be fetched from prefill, and whether that is asynchronous."""
         if not self._wants_fetch(request):
             return 0, False
-        missing = int(request.num_prompt_tokens) - computed_tokens
+        missing = _prefilled_tokens(request) - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -147,16 +147,23 @@ class KvScheduler:
 
     def _prompt(self, request: Request) -> Prompt:
         """The prompt's identity; both sides compute it from the same tokens, so a mixed-up transfer id shows."""
-        tokens = int(request.num_prompt_tokens)
+        tokens = _prefilled_tokens(request)
         digest = "not verified"
         if self.options.verify_prompt and transfer_parameters(request).get("verify_prompt", True):
             lora = getattr(request.lora_request, "lora_name", None)
             images = [feature.identifier for feature in getattr(request, "mm_features", None) or ()]
             salt = getattr(request, "cache_salt", None)
-            digest = fingerprint(request.prompt_token_ids or (), lora, salt, images)
+            digest = fingerprint((request.prompt_token_ids or ())[:tokens], lora, salt, images)
         return Prompt(
             request_id=request.request_id, transfer_id=self._transfer_id(request), tokens=tokens, fingerprint=digest
         )
+
+
+def _prefilled_tokens(request: Request) -> int:
+    """How many of the prompt's tokens prefill computes: all, if the request does not say that its end came later."""
+    tokens = int(request.num_prompt_tokens)
+    said = transfer_parameters(request).get("prefilled_tokens")
+    return min(said, tokens) if isinstance(said, int) and said > 0 else tokens
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:

@@ -13,7 +13,8 @@ from pdbench.errors import UserError
 
 
 class Instants(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
-    """One request's way. `received_s`: it was read whole; `first_byte_s`: of decode's body; `error`: what failed."""
+    """One request's way. `received_s`: it was read whole; `first_token_s`: prefill's token was
+    passed on as the client's first; `first_byte_s`: of decode's body; `error`: what failed."""
 
     request_id: str
     transfer_id: str | None = None
@@ -21,6 +22,7 @@ class Instants(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
     admitted_s: float | None = None
     prefill_sent_s: float | None = None
     prefill_done_s: float | None = None
+    first_token_s: float | None = None
     decode_sent_s: float | None = None
     first_byte_s: float | None = None
     last_byte_s: float | None = None

@@ -7,10 +7,11 @@ Try: pdbench proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:820
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdbench.config import ProxyConfig
-from pdbench.proxy import wire
+from pdbench.proxy import first_token, wire
 from pdbench.proxy.admission import Admission
 from pdbench.proxy.ask import PREFIX_BYTES, Ask, fields_of, is_one_sequence, prompt_of, prompt_tokens
 from pdbench.proxy.balancing import choose
@@ -22,6 +23,11 @@ from pdbench.proxy.instants import EventLog, Instants
 from pdbench.proxy.metrics import Metrics
 from pdbench.proxy.stream import EventStream
 from pdbench.proxy.upstream import Leg, Pool
+
+_EVENT_STREAM = b"text/event-stream; charset=utf-8"
+# Prefill keeps the KV of a request that is over until decode has it. When a client leaves before decode's engine knows the
+# request, decode gets this long to fetch the KV, so that prefill need not wait for its own timeout.
+MEET_KV_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,11 @@ class Services:
 
 
 class Way:
-    """One completion request; `run` ends when the client has its answer or has left."""
+    """One completion request; `run` ends when the client has its answer or has left.
+
+    A leg's futures are awaited under a shield: a client that leaves cancels the waiting, never the leg, which must still be
+    able to end.
+    """
 
     def __init__(self, services: Services, ask: Ask, client: ClientConnection) -> None:
         self._services = services
@@ -49,7 +59,11 @@ class Way:
         self._instants = Instants(request_id=ask.request_id.decode("latin-1"), received_s=ask.received_s)
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
+        self._stream: EventStream | None = None
         self._alone = False
+        self._early = False
+        self._asked_late = False
+        self._edit: Callable[[bytes], bytes] | None = None
         self._prefix = b""
         self._tokens = 0
 
@@ -66,11 +80,17 @@ class Way:
                 admission.leave()
         except RefusedError as refusal:
             self._note(refusal.status, refusal.stage, refusal.message)
-            self._client.refuse(refusal)
+            if self._stream is None:
+                self._client.refuse(refusal)
+            else:
+                self._stream.fail(refusal.status, refusal.message, refusal.stage)
         except StageError as failure:
             self._note(failure.status, failure.stage, failure.message)
-            body = wire.error_body(failure.status, failure.message, stage=failure.stage)
-            self._client.respond(failure.status, body, self._extra_headers())
+            if self._stream is None:
+                body = wire.error_body(failure.status, failure.message, stage=failure.stage)
+                self._client.respond(failure.status, body, self._extra_headers())
+            else:
+                self._stream.fail(failure.status, failure.message, failure.stage)
         except asyncio.CancelledError:
             self._note(499, "client", "the client left")
             raise
@@ -84,6 +104,8 @@ class Way:
         self._prefix = prompt[:PREFIX_BYTES]
         self._tokens = prompt_tokens(prompt)
         self._alone = not dialect.HAS_PREFILL or (dialect.DECODE_ALONE and not is_one_sequence(ask.fields))
+        wanted = self._services.config.first_token == "prefill" and dialect.FIRST_TOKEN and not self._alone
+        self._early = wanted and first_token.is_exact(ask)
 
     async def _try_instances(self) -> None:
         config = self._services.config
@@ -131,14 +153,15 @@ class Way:
         if prefill is None:
             self._decode = self._start(decode, "decode", plain.decode(ask, handoff, b""))
             return self._decode
-        self._prefill = self._start(prefill, "prefill", dialect.prefill(ask, handoff))
+        asked = first_token.prefill_ask(ask) if self._early else ask
+        self._prefill = self._start(prefill, "prefill", dialect.prefill(asked, handoff))
         reply = b""
-        if dialect.AT_ONCE:
+        if dialect.AT_ONCE and not self._early:
             self._decode = self._start(decode, "decode", dialect.decode(ask, handoff, b""))
             await asyncio.wait((self._prefill.finished, self._decode.started), return_when=asyncio.FIRST_COMPLETED)
             if not self._prefill.finished.done():
                 return self._decode
-        await self._prefill.finished
+        await asyncio.shield(self._prefill.finished)
         if self._decode is not None and self._decode.first_byte_s is not None and self._decode.status == 200:
             return self._decode
         if self._prefill.status is not None and 400 <= self._prefill.status < 500 and self._prefill.error is None:
@@ -146,8 +169,25 @@ class Way:
         _check(self._prefill)
         if self._decode is None:
             reply = self._prefill.body
+            self._asked_late = True
+            if self._early:
+                handoff = self._pass_first_token(handoff, reply)
             self._decode = self._start(decode, "decode", self._decode_message(handoff, reply))
         return self._decode
+
+    def _pass_first_token(self, handoff: Handoff, reply: bytes) -> Handoff:
+        """Give the client prefill's token; from here on the request is what follows it, also when it is tried again."""
+        self._early = False
+        first = first_token.read(self._ask, reply)
+        if first is None:
+            return handoff
+        self._note_legs()
+        self._stream = EventStream(self._client, [(b"content-type", _EVENT_STREAM), *self._extra_headers()])
+        self._stream.open(first.event)
+        self._instants.first_token_s = time.monotonic()
+        self._edit = first_token.edit(self._ask)
+        self._ask = first.rest
+        return handoff._replace(prefilled_tokens=first.prefilled_tokens)
 
     def _decode_message(self, handoff: Handoff, reply: bytes) -> Message:
         try:
@@ -166,19 +206,25 @@ class Way:
 
     async def _answer(self, leg: Leg) -> None:
         """Pass the leg's answer on: events as they come, anything else whole, so that it can still become an error."""
-        await leg.started
+        await asyncio.shield(leg.started)
         if leg.is_event_stream and leg.first_byte_s is not None:
             self._note_legs()
             self._instants.status = 200
-            stream = EventStream(leg, self._client, self._extra_headers())
-            await leg.finished
+            stream = self._stream or EventStream(self._client, leg.headers + self._extra_headers())
+            stream.follow(leg, self._edit)
+            await asyncio.shield(leg.finished)
             error = stream.close()
             if error is not None:
                 self._note(200, "decode", f"mid-stream: {error}")
             return
-        await leg.finished
+        await asyncio.shield(leg.finished)
         status = _check(leg)
         self._note_legs()
+        if self._stream is not None:
+            refusal = f"decode answered {status} with no stream: {leg.body[:500].decode(errors='replace')}"
+            self._note(status, "decode", refusal)
+            self._stream.fail(status, refusal, "decode")
+            return
         self._note(status, leg.stage if status >= 400 else None, f"answered {status}" if status >= 400 else None)
         self._client.respond(status, leg.body, leg.headers + self._extra_headers())
 
@@ -214,9 +260,14 @@ class Way:
         if well and prefill is not None and not prefill.finished.done():
             prefill.finished.add_done_callback(lambda _: self._log())
             return
-        for leg in (prefill, decode):
-            if leg is not None:
-                leg.abort(self._instants.error or "not needed any more")
+        reason = self._instants.error or "not needed any more"
+        if prefill is not None:
+            prefill.abort(reason)
+        if decode is not None and self._asked_late and not decode.started.done():
+            decode.started.add_done_callback(lambda _: decode.abort(reason))
+            asyncio.get_running_loop().call_later(MEET_KV_S, decode.abort, reason)
+        elif decode is not None:
+            decode.abort(reason)
         self._log()
 
     def _log(self) -> None:
@@ -252,7 +303,7 @@ async def pass_through(services: Services, ask: Ask, client: ClientConnection) -
     netloc = decode.address.netloc.encode()
     leg.start(upstream_request(services, ask, netloc, Message(ask.body, ask.request_id)))
     try:
-        await leg.finished
+        await asyncio.shield(leg.finished)
         status = _check(leg)
     except StageError as failure:
         raise RefusedError(failure.status, failure.message, stage=failure.stage) from None

@@ -74,6 +74,8 @@ def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Ins
         str(config.proxy_port),
         "--connector",
         connector,
+        "--first-token",
+        config.first_token,
     ]
     argv += ["--event-log", vllm.event_log(config, "proxy")]
     for instance in instances:

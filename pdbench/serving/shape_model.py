@@ -69,7 +69,8 @@ def shape_model(folder: Path) -> Path:
 
 
 def _make_tokenizer(folder: Path) -> None:
-    """Byte-level BPE whose merges are every pair of bytes, then pairs of pairs: any text, 102400 entries."""
+    """Byte-level BPE of 102400 entries: every byte, every pair of printable ASCII, triples of them. Any text can be written,
+    and nearly every token is a piece of text by itself, as in a trained vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,15 +78,15 @@ def _make_tokenizer(folder: Path) -> None:
     wanted = CONFIG["vocab_size"] - len(special)  # type: ignore[operator]
     entries = list(alphabet)
     merges = []
-    for pair in itertools.product(alphabet, alphabet):
+    space = "\u0120"  # how a byte-level vocabulary writes it
+    printable = [space, *map(chr, range(0x21, 0x7F))]
+    for pair in itertools.product(printable, printable):
         entries.append("".join(pair))
         merges.append(pair)
-    for first, second in itertools.product(alphabet, alphabet):
-        for third in alphabet:
-            if len(entries) == wanted:
-                break
-            entries.append(first + second + third)
-            merges.append((first + second, third))
+    triples = itertools.product(printable, printable, printable)
+    for first, second, third in itertools.islice(triples, wanted - len(entries)):
+        entries.append(first + second + third)
+        merges.append((first + second, third))
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

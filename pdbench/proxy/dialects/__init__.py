@@ -1,4 +1,4 @@
-"""The dialects: how prefill and decode are told that they serve one request. Each is a module with the four names below.
+"""The dialects: how prefill and decode are told that they serve one request. Each is a module with the names below.
 
 Try: pdbench proxy --connector nixl --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
 """
@@ -16,12 +16,14 @@ class Dialect(Protocol):
     """What a dialect's module offers.
 
     HAS_PREFILL: it knows prefill instances. AT_ONCE: decode may be asked before prefill has answered. DECODE_ALONE: a
-    decode instance computes a prompt by itself when it is asked without a handoff.
+    decode instance computes a prompt by itself when it is asked without a handoff. FIRST_TOKEN: decode can be handed the KV
+    of all tokens but the prompt's last, which prefill sampled.
     """
 
     HAS_PREFILL: bool
     AT_ONCE: bool
     DECODE_ALONE: bool
+    FIRST_TOKEN: bool
 
     def prefill(self, ask: Ask, handoff: Handoff) -> Message:
         """What the prefill instance gets."""

@@ -10,6 +10,7 @@ from pdbench.proxy.dialects.handoff import Handoff, Message, decode_body, prefil
 HAS_PREFILL = True
 AT_ONCE = False
 DECODE_ALONE = False
+FIRST_TOKEN = False
 
 
 def prefill(ask: Ask, handoff: Handoff) -> Message:

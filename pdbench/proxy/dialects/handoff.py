@@ -12,11 +12,13 @@ _DROPPED = ("stream_options", "min_tokens", "kv_transfer_params")
 
 
 class Handoff(NamedTuple):
-    """One request's KV on its way: the transfer's own id and both instances."""
+    """One request's KV on its way: the transfer's own id and both instances. `prefilled_tokens`: how many tokens of decode's
+    prompt prefill has computed, None when it is the whole prompt."""
 
     transfer_id: str
     prefill: Address
     decode: Address
+    prefilled_tokens: int | None = None
 
 
 class Message(NamedTuple):

@@ -8,6 +8,7 @@ from pdbench.proxy.dialects.handoff import Handoff, Message, decode_body, prefil
 HAS_PREFILL = True
 AT_ONCE = False
 DECODE_ALONE = True
+FIRST_TOKEN = False
 
 _ASK_FOR_KV = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'

@@ -6,6 +6,7 @@ from pdbench.proxy.dialects.handoff import Handoff, Message, decode_body
 HAS_PREFILL = False
 AT_ONCE = False
 DECODE_ALONE = True
+FIRST_TOKEN = False
 
 
 def prefill(ask: Ask, handoff: Handoff) -> Message:
