@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
 import cyclopts
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict as Settings
 from rich.console import Console
 from rich.markup import escape
 
 from pdbench import __version__
 from pdbench.cluster import joined_cluster
-from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
+from pdbench.config import ClusterConfig, LoadConfig, Options, PowerConfig, ProxyConfig, ServeConfig
 from pdbench.config import Deployment as Name
 from pdbench.errors import UserError
 
@@ -26,6 +26,9 @@ console = Console()
 app = App(
     name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__
 )
+Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; flags go first.")]
+DEFAULTS = Options()
+_MEASURING = Group("Measurement and output", sort_key=0)
 
 
 def _recipe_settings(arguments: list[str]) -> list[Settings]:
@@ -44,25 +47,21 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
     return []
 
 
-@app.command
+@app.command(group_parameters=_MEASURING)
 def run(
-    recipe: Path | None = None,
+    recipe: Recipe = None,
     /,
     *,
     against: str = "single,disaggregated",
     trials: int = 3,
     out: Path = Path(),
-    serve: ServeConfig | None = None,
-    load: LoadConfig | None = None,
-    power: PowerConfig | None = None,
+    options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
 ) -> None:
     """Start each deployment, send it the same load, measure, compare: the whole job.
 
     Parameters
     ----------
-    recipe
-        A TOML file that sets options; flags go first.
     against
         Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated.
     trials
@@ -74,7 +73,6 @@ def run(
     from pdbench.serving.deployment import stop_on_signals
 
     names = _deployment_names(against)
-    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
     with stop_on_signals(), joined_cluster(cluster) as joined:
         folders = experiment.run(
             names, trials, options, out, console, lambda folder: judge.finish(folder, console), joined
@@ -83,25 +81,21 @@ def run(
     judge.exit_on_flags(folders)
 
 
-@app.command
+@app.command(group_parameters=_MEASURING)
 def bench(
-    recipe: Path | None = None,
+    recipe: Recipe = None,
     /,
     *,
     url: str = "http://127.0.0.1:8000",
     trials: int = 1,
     out: Path = Path(),
-    serve: ServeConfig | None = None,
-    load: LoadConfig | None = None,
-    power: PowerConfig | None = None,
+    options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
 ) -> None:
     """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
 
     Parameters
     ----------
-    recipe
-        A TOML file that sets options; flags go first.
     url
         Where the server or the proxy answers.
     trials
@@ -112,7 +106,6 @@ def bench(
     from pdbench import experiment, judge
     from pdbench.serving.deployment import stop_on_signals
 
-    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
     with stop_on_signals(), joined_cluster(cluster) as joined:
         folder = experiment.bench(
             url,
@@ -129,7 +122,7 @@ def bench(
 
 @app.command
 def serve(
-    recipe: Path | None = None,
+    recipe: Recipe = None,
     /,
     *,
     single: bool = False,
@@ -142,8 +135,6 @@ def serve(
 
     Parameters
     ----------
-    recipe
-        A TOML file that sets options; flags go first.
     single
         One traditional instance.
     against
@@ -180,16 +171,8 @@ def serve(
 
 
 @app.command
-def doctor(
-    recipe: Path | None = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None
-) -> None:
-    """Say whether this machine can do it, and what to mend.
-
-    Parameters
-    ----------
-    recipe
-        A TOML file that sets options; flags go first.
-    """
+def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None) -> None:
+    """Say whether this machine can do it, and what to mend."""
     from pdbench import doctor
 
     with joined_cluster(cluster) as joined:
@@ -225,14 +208,8 @@ def _deployment_names(text: str) -> list[Name]:
 
 
 @app.command
-def proxy(recipe: Path | None = None, /, *, proxy: ProxyConfig | None = None) -> None:
-    """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how.
-
-    Parameters
-    ----------
-    recipe
-        A TOML file that sets options; flags go first.
-    """
+def proxy(recipe: Recipe = None, /, *, proxy: ProxyConfig | None = None) -> None:
+    """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how."""
     from pdbench.proxy.server import serve
 
     serve(proxy or ProxyConfig())
@@ -330,9 +307,9 @@ def report(
     commands.report(folders, out, sort_by, lang, console)
 
 
-@app.command
+@app.command(group_parameters=_MEASURING)
 def sweep(
-    recipe: Path | None = None,
+    recipe: Recipe = None,
     /,
     *,
     vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
@@ -341,17 +318,13 @@ def sweep(
     trials: int = 1,
     slo: str = "",
     out: Path = Path("sweep"),
-    serve: ServeConfig | None = None,
-    load: LoadConfig | None = None,
-    power: PowerConfig | None = None,
+    options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
 ) -> None:
     """Measure every combination of some options, a folder a point; the same command again resumes it.
 
     Parameters
     ----------
-    recipe
-        A TOML file that sets options; flags go first.
     vary
         KEY=V1,V2,... of any option, several for all combinations: concurrency=1,2,4,8 prefill_instances=1,2.
     against
@@ -369,10 +342,9 @@ def sweep(
     from pdbench.report import sweep_figures
     from pdbench.serving.deployment import stop_on_signals
 
-    options = experiment.Options(serve or ServeConfig(), load or LoadConfig(), power or PowerConfig())
     points = sweep.points(sweep.with_slo(options, slo), vary)
 
-    def measure(one: experiment.Options, folder: Path) -> list[Path]:
+    def measure(one: Options, folder: Path) -> list[Path]:
         def finish(saved: Path) -> None:
             judge.finish(saved, console)
 

@@ -1,35 +1,71 @@
 """Every option, declared once: frozen dataclasses <- TOML recipe <- command-line flags (cyclopts reads the docstrings).
 
 A recipe is a flat TOML file whose keys are the flags' names with underscores. An option that is None is decided at start,
-by what the machine has. Try: pdbench run --help
+by what the machine has. An option stands in the help under its class's heading, or under the one that wraps its type.
+Try: pdbench run --help
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 Deployment = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 
+T = TypeVar("T")
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
+Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
+VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 
-@Parameter(name="*")
+# The headings of the help, in its order.
+_MODEL = Group.create_ordered("Model and vLLM")
+_DEPLOYMENT = Group.create_ordered("Deployment")
+_NETWORK = Group.create_ordered("Ports and KV transfer")
+_CLUSTER = Group.create_ordered("Cluster")
+_LOAD = Group.create_ordered("Load")
+_ARRIVALS = Group.create_ordered("Load: arrivals")
+_PROMPTS = Group.create_ordered("Load: prompts and lengths")
+_REQUESTS = Group.create_ordered("Load: each request, and the client")
+_POWER = Group.create_ordered("Power and clocks")
+_STATISTICS = Group.create_ordered("Statistics: limits and prices")
+_PROXY = Group.create_ordered("Proxy")
+_FAULTS = Group.create_ordered("Proxy: faults")
+_LIMITS = Group.create_ordered("Proxy: limits")
+
+Model = Annotated[T, Parameter(group=_MODEL)]
+Network = Annotated[T, Parameter(group=_NETWORK)]
+Arrivals = Annotated[T, Parameter(group=_ARRIVALS)]
+Prompts = Annotated[T, Parameter(group=_PROMPTS)]
+Requests = Annotated[T, Parameter(group=_REQUESTS)]
+Statistics = Annotated[T, Parameter(group=_STATISTICS)]
+Faults = Annotated[T, Parameter(group=_FAULTS)]
+Limits = Annotated[T, Parameter(group=_LIMITS)]
+
+
+@Parameter(name="*", group=_DEPLOYMENT)
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """What runs: the model, the instances of each role, their devices, ports and vLLM options."""
 
-    model: str | None = None
+    model: Model[str | None] = None
     """Model folder or hub name; by itself deepseek-ai/DeepSeek-V2-Lite on GPUs, a tiny model made on the spot without."""
-    max_model_len: int = 512
+    max_model_len: Model[int] = 512
     """Longest prompt and output together, in tokens."""
-    gpu_memory_utilization: float = 0.8
+    gpu_memory_utilization: Model[float] = 0.8
     """Share of a GPU's memory that one vLLM instance takes, 0 to 1."""
-    enforce_eager: bool = True
-    """Run vLLM without CUDA graphs (the seed's setting; --no-enforce-eager is far faster, docs/metrics.md says why)."""
-    dtype: str | None = None
+    enforce_eager: Model[bool] = True
+    """Run vLLM without CUDA graphs: it starts sooner and decodes far slower; --no-enforce-eager for its real speed."""
+    dtype: Model[str | None] = None
     """Weights' and activations' type; by itself auto on GPUs, float32 on CPU."""
-    load_format: str = "auto"
+    load_format: Model[str] = "auto"
     """vLLM's --load-format; dummy gives random weights at real speed."""
+    vllm_args: Model[VllmWords] = ""
+    """More vLLM arguments for every instance, as one string."""
+    prefill_args: Model[VllmWords] = ""
+    """More vLLM arguments for prefill alone."""
+    decode_args: Model[VllmWords] = ""
+    """More vLLM arguments for decode alone."""
     prefill_instances: int = 1
     """Prefill instances (x of xPyD)."""
     decode_instances: int = 1
@@ -38,45 +74,39 @@ class ServeConfig:
     """Instances of the replicas deployment."""
     tensor_parallel: int = 1
     """GPUs a prefill, decode, single or replica instance spans."""
-    prefill_gpus: tuple[int, ...] = ()
+    prefill_gpus: Indices = ()
     """GPU indices of prefill, instance by instance; by itself the first ones, from 0."""
-    decode_gpus: tuple[int, ...] = ()
+    decode_gpus: Indices = ()
     """GPU indices of decode; by itself those after prefill's, so 1 for 1P1D."""
-    single_gpus: tuple[int, ...] = ()
+    single_gpus: Indices = ()
     """GPU indices of the single instance; by itself from 0."""
-    host: str = "127.0.0.1"
-    """Address on which servers and proxy listen."""
-    single_port: int = 8000
-    """Port of the single instance."""
-    prefill_port: int = 8100
-    """Port of the first prefill instance; further ones count up."""
-    decode_port: int = 8200
-    """Port of the first decode instance; further ones count up."""
-    proxy_port: int = 8000
-    """Port of the proxy."""
-    kv_ip: str = "127.0.0.1"
-    """Address over which prefill and decode exchange the KV cache."""
-    kv_port: int = 14579
-    """KV port of the first prefill instance; every further instance takes the next one."""
-    connector: Connector = "auto"
-    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
-    first_token: Literal["prefill", "decode"] = "prefill"
-    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
-    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
-    """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
-    vllm_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
-    """More vLLM arguments for every instance, as one string."""
-    prefill_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
-    """More vLLM arguments for prefill alone."""
-    decode_args: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
-    """More vLLM arguments for decode alone."""
     start_timeout_s: float = 600.0
     """How long the servers may take until all are healthy."""
     log_dir: str = "logs"
     """Folder of the servers' logs."""
+    host: Network[str] = "127.0.0.1"
+    """Address on which servers and proxy listen."""
+    single_port: Network[int] = 8000
+    """Port of the single instance."""
+    prefill_port: Network[int] = 8100
+    """Port of the first prefill instance; further ones count up."""
+    decode_port: Network[int] = 8200
+    """Port of the first decode instance; further ones count up."""
+    proxy_port: Network[int] = 8000
+    """Port of the proxy."""
+    kv_ip: Network[str] = "127.0.0.1"
+    """Address over which prefill and decode exchange the KV cache."""
+    kv_port: Network[int] = 14579
+    """KV port of the first prefill instance; every further instance takes the next one."""
+    connector: Network[Connector] = "auto"
+    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
+    first_token: Network[Literal["prefill", "decode"]] = "prefill"
+    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
+    kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
+    """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=_LOAD)
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
     """What is sent: prompts, arrivals, limits."""
@@ -95,74 +125,74 @@ class LoadConfig:
     """Requests before the measured ones, left out of every figure."""
     seed: int = 0
     """Seed of prompts and arrivals: same seed, same bytes."""
-    request_timeout_s: float = 120.0
-    """Seconds after which a request counts as failed."""
-    read_timeout_s: float = 60.0
-    """Seconds of silence within an answer after which it counts as stalled."""
-    endpoint: Literal["completions", "chat"] = "completions"
-    """Which of the server's two interfaces is asked."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy, so that outputs can be compared."""
-    ignore_eos: bool | None = None
-    """Generate all --output-tokens even past the model's end; by itself where --input-tokens or --trace sets lengths."""
-    token_ids: bool = True
-    """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse to."""
-    extra_body: str = ""
-    """JSON object merged into every request's body."""
-    tls_verify: bool = True
-    """Check an https server's certificate (SSL_CERT_FILE names an own authority)."""
-    tokenizer: str | None = None
-    """Folder or hub name of the tokenizer that measures prompts; by itself the model's."""
-    input_distribution: Literal["fixed", "uniform", "lognormal"] = "fixed"
-    """How prompt lengths spread around --input-tokens."""
-    input_spread: float = 0.5
-    """Uniform: half the range, as a share of the mean. Lognormal: sigma."""
-    output_distribution: Literal["fixed", "uniform", "lognormal"] = "fixed"
-    """How output lengths spread around --output-tokens."""
-    output_spread: float = 0.5
-    """The same for --output-tokens."""
-    shared_prefix: float = 0.0
-    """Share of a prompt, 0 to 1, that is the same for all prompts of a group (needs --input-tokens)."""
-    prefix_groups: int = 1
-    """Number of groups with a prefix of their own."""
-    prompt_file: str | None = None
-    """Prompts out of a ShareGPT .json, a .jsonl with "prompt", or a text file (a prompt a paragraph or line)."""
-    reply_lengths: bool = False
-    """Generate as many tokens as the reply in --prompt-file has, in place of --output-tokens."""
-    arrival: Literal["poisson", "gamma", "constant"] = "poisson"
-    """How arrivals at --rate spread."""
-    burstiness: float = 1.0
-    """Shape of gamma arrivals: 1 is Poisson, below 1 comes in bursts."""
-    ramp_to: float | None = None
-    """Rate at which the arrivals end up, from --rate, over --ramp-s (Poisson)."""
-    ramp_s: float = 60.0
-    """Seconds that the ramp takes."""
-    stages: str = ""
-    """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate; ends after the last one."""
-    trace: str | None = None
-    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl; --requests bounds it."""
-    time_scale: float = 1.0
-    """Factor on the trace's instants; 2 makes it last twice as long."""
-    max_input_tokens: int | None = None
-    """Cap on the prompt lengths of a trace, file or distribution."""
-    max_output_tokens: int | None = None
-    """Cap on their output lengths."""
     duration_s: float | None = None
     """Send new requests for this long, in place of --requests."""
     steady_s: float | None = None
     """End once throughput and requests in flight held steady for this long (10 minutes or --duration-s at most)."""
-    slo_ttft_ms: float | None = None
-    """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
-    slo_tbt_ms: float | None = None
-    """And if its mean time between tokens is at most this."""
     phase: Literal["both", "prefill", "decode"] = "both"
     """Calibrate one phase of an instance: prefill asks for one token a request; decode sends one batch (--requests at most
     --concurrency) and measures only while all of it decodes."""
-    client_processes: int = 1
+    arrival: Arrivals[Literal["poisson", "gamma", "constant"]] = "poisson"
+    """How arrivals at --rate spread."""
+    burstiness: Arrivals[float] = 1.0
+    """Shape of gamma arrivals: 1 is Poisson, below 1 comes in bursts."""
+    ramp_to: Arrivals[float | None] = None
+    """Rate at which the arrivals end up, from --rate, over --ramp-s (Poisson)."""
+    ramp_s: Arrivals[float] = 60.0
+    """Seconds that the ramp takes."""
+    stages: Arrivals[str] = ""
+    """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate; ends after the last one."""
+    trace: Arrivals[str | None] = None
+    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl; --requests bounds it."""
+    time_scale: Arrivals[float] = 1.0
+    """Factor on the trace's instants; 2 makes it last twice as long."""
+    tokenizer: Prompts[str | None] = None
+    """Folder or hub name of the tokenizer that measures prompts; by itself the model's."""
+    input_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
+    """How prompt lengths spread around --input-tokens."""
+    input_spread: Prompts[float] = 0.5
+    """Uniform: half the range, as a share of the mean. Lognormal: sigma."""
+    output_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
+    """How output lengths spread around --output-tokens."""
+    output_spread: Prompts[float] = 0.5
+    """The same for --output-tokens."""
+    max_input_tokens: Prompts[int | None] = None
+    """Cap on the prompt lengths of a trace, file or distribution."""
+    max_output_tokens: Prompts[int | None] = None
+    """Cap on their output lengths."""
+    shared_prefix: Prompts[float] = 0.0
+    """Share of a prompt, 0 to 1, that is the same for all prompts of a group (needs --input-tokens)."""
+    prefix_groups: Prompts[int] = 1
+    """Number of groups with a prefix of their own."""
+    prompt_file: Prompts[str | None] = None
+    """Prompts out of a ShareGPT .json, a .jsonl with "prompt", or a text file (a prompt a paragraph or line)."""
+    reply_lengths: Prompts[bool] = False
+    """Generate as many tokens as the reply in --prompt-file has, in place of --output-tokens."""
+    endpoint: Requests[Literal["completions", "chat"]] = "completions"
+    """Which of the server's two interfaces is asked."""
+    temperature: Requests[float] = 0.0
+    """Sampling temperature; 0 is greedy, so that outputs can be compared."""
+    ignore_eos: Requests[bool | None] = None
+    """Generate all --output-tokens even past the model's end; by itself where --input-tokens or --trace sets lengths."""
+    token_ids: Requests[bool] = True
+    """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse to."""
+    extra_body: Requests[str] = ""
+    """JSON object merged into every request's body."""
+    tls_verify: Requests[bool] = True
+    """Check an https server's certificate (SSL_CERT_FILE names an own authority)."""
+    request_timeout_s: Requests[float] = 120.0
+    """Seconds after which a request counts as failed."""
+    read_timeout_s: Requests[float] = 60.0
+    """Seconds of silence within an answer after which it counts as stalled."""
+    client_processes: Requests[int] = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
+    slo_ttft_ms: Statistics[float | None] = None
+    """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
+    slo_tbt_ms: Statistics[float | None] = None
+    """And if its mean time between tokens is at most this."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=_POWER)
 @dataclass(frozen=True, kw_only=True)
 class PowerConfig:
     """What is read from the devices."""
@@ -187,28 +217,28 @@ class PowerConfig:
     """Power limit of each of decode's GPUs in watts, likewise."""
     single_power_cap: int | None = None
     """Power limit of each of the single instance's and replicas' GPUs in watts, likewise."""
-    price_kwh: float | None = None
+    price_kwh: Statistics[float | None] = None
     """Price of a kWh in your currency: adds the price of a million tokens to the summary."""
-    gco2_kwh: float | None = None
+    gco2_kwh: Statistics[float | None] = None
     """Grams of CO2 a kWh of your grid stands for: adds the CO2 of a million tokens to the summary."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=_CLUSTER)
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """On which hosts it runs; without --cluster all is on this one (docs/cluster.md)."""
 
     cluster: str | None = None
     """Run on a Ray cluster: auto (the one that this host belongs to) or its head's ADDRESS:PORT."""
-    place: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    place: Words = ()
     """Where instances go: same-node, spread, or ROLE=NODE (several); by itself as few nodes as can hold them."""
-    client_nodes: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    client_nodes: Words = ()
     """Nodes over which --client-processes are spread in turn; by itself the one where pdbench runs."""
     node_timeout_s: float = 20.0
     """Silence after which a node counts as lost and the run ends, marked, with what was measured."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=_PROXY)
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
     """What the proxy forwards to and how it behaves when something fails. URL is http://HOST:PORT[@KV_HOST:KV_PORT]."""
@@ -217,9 +247,9 @@ class ProxyConfig:
     """Address to listen on; 0.0.0.0 opens the proxy to the network (set PDBENCH_PROXY_API_KEY then)."""
     port: int = 8000
     """Port to listen on; 0 takes a free one, named on the first line of output."""
-    prefill: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    prefill: Words = ()
     """Prefill instances."""
-    decode: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    decode: Words = ()
     """Decode instances; with --connector none: all instances."""
     connector: Literal["p2p-nccl", "tcp", "builtin-p2p-nccl", "nixl", "none"] = "p2p-nccl"
     """Which dialect the instances speak; p2p-nccl and tcp are ours, none balances plainly over --decode."""
@@ -231,41 +261,55 @@ class ProxyConfig:
     """Which decode instance a request takes; least-work counts requests in flight."""
     first_token: Literal["prefill", "decode"] = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
-    fallback: Literal["none", "recompute"] = "none"
-    """When no prefill instance can serve a request: fail it (none), or let decode compute the prompt (recompute)."""
-    retries: int = 2
-    """Other instances tried before a request fails, as long as no byte of its answer was passed on."""
-    connect_timeout_s: float = 5.0
-    """Seconds a connection to an instance may take."""
-    prefill_timeout_s: float = 120.0
-    """Seconds prefill may take before it counts as stalled."""
-    decode_timeout_s: float = 300.0
-    """Seconds without a byte from decode before it counts as stalled."""
-    health_interval_s: float = 2.0
-    """Seconds between health checks of an instance."""
-    unhealthy_after: int = 3
-    """Failures in a row that take an instance out; one passed health check lets it back in."""
-    max_in_flight: int = 4096
-    """Requests forwarded at once; more wait in the queue."""
-    queue_size: int = 1024
-    """Requests that wait at most; more are answered 429 with Retry-After."""
-    queue_timeout_s: float = 60.0
-    """Seconds a request may wait in the queue before it is answered 429."""
-    max_connections: int = 8192
-    """Open client connections; more are closed."""
-    max_body_mib: float = 32.0
-    """Largest request body, in MiB."""
-    max_header_kib: float = 32.0
-    """Largest request head, in KiB."""
-    idle_timeout_s: float = 75.0
-    """Seconds a client may stay silent between requests, or unable to take its answer's bytes."""
-    request_timeout_s: float = 30.0
-    """Seconds a client may pause within a request that it sends."""
-    drain_timeout_s: float = 30.0
-    """Seconds that requests in flight get to end after SIGTERM."""
     event_log: str | None = None
     """File that gets one JSON line a request: instants, instances, retries, status. Never content."""
     timing_header: bool = False
     """Tell the client the stages' durations in a Server-Timing header."""
     workers: int = 1
     """Processes that share the port, with one view of the instances."""
+    fallback: Faults[Literal["none", "recompute"]] = "none"
+    """When no prefill instance can serve a request: fail it (none), or let decode compute the prompt (recompute)."""
+    retries: Faults[int] = 2
+    """Other instances tried before a request fails, as long as no byte of its answer was passed on."""
+    connect_timeout_s: Faults[float] = 5.0
+    """Seconds a connection to an instance may take."""
+    prefill_timeout_s: Faults[float] = 120.0
+    """Seconds prefill may take before it counts as stalled."""
+    decode_timeout_s: Faults[float] = 300.0
+    """Seconds without a byte from decode before it counts as stalled."""
+    health_interval_s: Faults[float] = 2.0
+    """Seconds between health checks of an instance."""
+    unhealthy_after: Faults[int] = 3
+    """Failures in a row that take an instance out; one passed health check lets it back in."""
+    max_in_flight: Limits[int] = 4096
+    """Requests forwarded at once; more wait in the queue."""
+    queue_size: Limits[int] = 1024
+    """Requests that wait at most; more are answered 429 with Retry-After."""
+    queue_timeout_s: Limits[float] = 60.0
+    """Seconds a request may wait in the queue before it is answered 429."""
+    max_connections: Limits[int] = 8192
+    """Open client connections; more are closed."""
+    max_body_mib: Limits[float] = 32.0
+    """Largest request body, in MiB."""
+    max_header_kib: Limits[float] = 32.0
+    """Largest request head, in KiB."""
+    idle_timeout_s: Limits[float] = 75.0
+    """Seconds a client may stay silent between requests, or unable to take its answer's bytes."""
+    request_timeout_s: Limits[float] = 30.0
+    """Seconds a client may pause within a request that it sends."""
+    drain_timeout_s: Limits[float] = 30.0
+    """Seconds that requests in flight get to end after SIGTERM."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """All options of a measurement together."""
+
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+    power: PowerConfig = field(default_factory=PowerConfig)
+
+    def plain(self) -> dict[str, Any]:
+        """For the record: section -> option -> value."""
+        return asdict(self)

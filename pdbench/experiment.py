@@ -3,7 +3,6 @@
 Nothing is judged here: summaries, comparisons and pictures are made from the saved runs. Try: pdbench run --help
 """
 
-import dataclasses
 import json
 import signal
 import tempfile
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from pdbench import gate, phases
 from pdbench.config import Deployment as Name
-from pdbench.config import LoadConfig, PowerConfig, ServeConfig
+from pdbench.config import LoadConfig, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import LoadResult, run_load
@@ -36,19 +35,6 @@ from pdbench.serving.running import Running
 
 if TYPE_CHECKING:
     from pdbench.cluster.session import Cluster
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """All options of a run together."""
-
-    serve: ServeConfig
-    load: LoadConfig
-    power: PowerConfig
-
-    def plain(self) -> dict[str, Any]:
-        """For the record: section -> option -> value."""
-        return dataclasses.asdict(self)
 
 
 def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]]]:

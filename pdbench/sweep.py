@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from pdbench.config import Options
 from pdbench.errors import UserError
-from pdbench.experiment import Options, check_writable
+from pdbench.experiment import check_writable
 from pdbench.records import write_whole
 
 _DONE = "point.json"

@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +112,19 @@ def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:
     for section in ("Servers start", "KV transfer", "Test and measurement"):
         assert section in done.stdout
     assert ("wrong" in done.stdout) == (done.returncode == 1)
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "sweep", "serve", "proxy"])
+def test_help_has_every_option_of_the_command_under_a_heading(command: str) -> None:
+    configs: tuple[type, ...] = {
+        "serve": (ServeConfig, ClusterConfig),
+        "proxy": (ProxyConfig,),
+    }.get(command, (ServeConfig, LoadConfig, PowerConfig, ClusterConfig))
+    printed = pdbench(command, "--help").stdout
+    panels = printed.split("╭─ ")[1:]
+    assert len(panels) >= 4
+    assert max(panel.count("│ --") for panel in panels) <= 15
+    for config in configs:
+        for option in fields(config):
+            flag = f"│ --{option.name.replace('_', '-')} "
+            assert sum(flag in panel for panel in panels) == 1, flag

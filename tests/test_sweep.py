@@ -9,12 +9,11 @@ from rich.console import Console
 from scripted_server import ScriptedServer, stream, tokens
 
 from pdbench import cli, sweep
-from pdbench.config import LoadConfig, PowerConfig, ServeConfig
+from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.experiment import Options
 from pdbench.report import sweep_figures
 
-OPTIONS = Options(ServeConfig(), LoadConfig(), PowerConfig())
+OPTIONS = Options()
 CONSOLE = Console(quiet=True)
 
 
