@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The proxy alone: `pdbench proxy` with the seed's defaults (:8000, prefill :8100, decode :8200).
+"""The proxy alone: `pdbench proxy` with its defaults (:8000, prefill :8100, decode :8200).
 
 Usage: python disagg_prefill_proxy_server.py [--connector builtin-p2p-nccl] [OPTIONS of `pdbench proxy`]
 """
 
 import sys
 
-from pdbench.cli import main
+from pdbench.__main__ import main
 
 if __name__ == "__main__":
     given = sys.argv[1:]

@@ -1,5 +1,18 @@
-"""`python -m pdbench` is the `pdbench` command."""
+"""The `pdbench` command, also as `python -m pdbench`: Ctrl-C is one line, in the second that the imports take as well."""
 
-from pdbench.cli import main
+import sys
 
-main()
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command of pdbench/cli.py; `arguments` are those of the command line if None."""
+    try:
+        from pdbench import cli
+
+        cli.main(arguments)
+    except KeyboardInterrupt:
+        print("pdbench: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

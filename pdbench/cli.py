@@ -370,9 +370,3 @@ def main(arguments: list[str] | None = None) -> None:
             f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.", highlight=False, soft_wrap=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

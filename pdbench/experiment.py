@@ -5,7 +5,6 @@ Nothing is judged here: summaries, comparisons and pictures are made from the sa
 
 import json
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,7 +25,7 @@ from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
-from pdbench.records import Clock, DeviceRecord, Flag, Run, save_run
+from pdbench.records import Clock, DeviceRecord, Flag, Run, check_writable, save_run
 from pdbench.serving import machine as machines
 from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
@@ -35,6 +34,8 @@ from pdbench.serving.running import Running
 
 if TYPE_CHECKING:
     from pdbench.cluster.session import Cluster
+
+TELL_AGAIN_S = 10.0
 
 
 def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]]]:
@@ -194,33 +195,27 @@ def started(deployment: Any, console: Console) -> Iterator[Any]:
         f"[bold]{deployment.name}[/bold]: {', '.join(one.name for one in deployment.instances)} starting; logs in {deployment.config.log_dir}/"
     )
     ready: set[str] = set()
+    told_s = time.monotonic()
     with console.status("starting") as status:
 
         def on_state(states: dict[str, str]) -> None:
+            nonlocal told_s
             for name, state in states.items():
                 if state.startswith("ready") and name not in ready:
                     ready.add(name)
                     console.print(f"  {name}: {state}", highlight=False)
-            status.update(
-                " · ".join(f"{name} {state}" for name, state in states.items() if name not in ready) or "ready"
-            )
+                    told_s = time.monotonic()
+            starting = " · ".join(f"{name} {state}" for name, state in states.items() if name not in ready) or "ready"
+            status.update(starting)
+            if not console.is_terminal and time.monotonic() - told_s >= TELL_AGAIN_S:
+                # A file or a pipe shows no status line: without this it would be silent for minutes.
+                console.print(f"  {starting}", highlight=False)
+                told_s = time.monotonic()
 
         with deployment:
             deployment.start(on_state)
             status.stop()
             yield deployment
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError when no file can be written into `folder` (made if need be)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write results into {folder.absolute()}: {error.strerror}; give --out a folder that you may write"
-        ) from None
 
 
 def _new_run(running: Running, clock: Clock, options: Options, verdict: Any) -> Run:

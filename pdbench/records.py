@@ -177,6 +177,18 @@ class _DeviceFile(msgspec.Struct, kw_only=True):
     devices: list[DeviceRecord]
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError when no file can be written into `folder` (made if need be): better known before than after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder.absolute()}: {error.strerror}; give --out a folder that you may write"
+        ) from None
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then move it there, so that no reader sees half a file.
 

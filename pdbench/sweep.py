@@ -18,8 +18,7 @@ from rich.console import Console
 
 from pdbench.config import Options
 from pdbench.errors import UserError
-from pdbench.experiment import check_writable
-from pdbench.records import write_whole
+from pdbench.records import check_writable, write_whole
 
 _DONE = "point.json"
 Measure = Callable[[Options, Path], list[Path]]

@@ -1,14 +1,21 @@
 """Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
 
+import contextlib
+import io
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from pdbench import experiment
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +47,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["run", "--trials", "0"], "at least 1"),
         (["bench", "--trials", "0"], "at least 1"),
         (["run", "--requests", "0"], "--requests 0: give 1 or more"),
-        (["monitor", "--duration", "0.1", "--out", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
+        (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
     ],
@@ -105,6 +112,38 @@ def test_sigterm_ends_serve_also_where_the_shell_ignores_sigint(tmp_path: Path) 
     waiting.terminate()
     assert waiting.wait(30) != 0
     waiting.stdout.close()
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cyclopts.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "pdbench", "--version"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as starting:
+        assert starting.stdout is not None and starting.stderr is not None
+        assert starting.stdout.readline() == "importing\n"
+        starting.send_signal(signal.SIGINT)
+        assert starting.stderr.read() == "pdbench: interrupted\n"
+        assert starting.wait(30) == 130
+
+
+def test_a_start_into_a_file_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(contextlib.nullcontext[None]):
+        """A deployment of which one server takes long."""
+
+        name, config = "replicas", ServeConfig()
+        instances = (SimpleNamespace(name="replica-0"), SimpleNamespace(name="replica-1"))
+
+        def start(self, on_state: Callable[[dict[str, str]], None]) -> None:
+            for seconds in (0, 10, 20):
+                on_state({"replica-0": "ready after 5 s", "replica-1": f"starting, {seconds} s"})
+
+    monkeypatch.setattr(experiment, "TELL_AGAIN_S", 0.0)
+    told = io.StringIO()
+    with experiment.started(Slow(), Console(file=told)):
+        assert "replica-1 starting, 10 s" in told.getvalue()
+        assert told.getvalue().count("replica-0: ready") == 1
 
 
 def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_a_finish_makes_up_for_a_missing_end_of_body():
     assert answer.complete and answer.record.error is None and answer.record.end_s == 1.0
 
 
+def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():
+    record = answer_to([SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")])
+    assert record.error is None and record.output_tokens == 2 and record.finish_reason == "stop"
+    record = RequestRecord(id="r", planned_s=0.0)
+    Answer(record).feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))) + chunk(event({"error": "lost"})), 1.0)
+    assert record.error is not None and record.error.kind == "server_error"
+
+
 def test_error_texts():
     for body, text in [
         (json.dumps({"error": {"message": "a"}}).encode(), "a"),

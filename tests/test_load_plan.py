@@ -4,6 +4,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import islice, pairwise
 
 import numpy
@@ -105,6 +108,19 @@ def test_prompts_have_exactly_the_asked_tokens(tokenizer, tokens):
     for index in range(5):
         prompt = prompts.of_length(tokens, f"seed-{index}", tokenizer, 8)
         assert tokenizer.count(prompt.text) == tokens == prompt.tokens
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", b""])
+def test_a_hub_that_does_not_answer_is_given_up_at_once(answer, tmp_path):
+    with ScriptedServer(lambda peer: peer.write(answer)) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        code = "from pdbench.load import plan; from pdbench.config import LoadConfig\n"
+        code += "plan.find_tokenizer(LoadConfig(input_tokens=8), 'some/model')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    assert "give --tokenizer FOLDER" in done.stderr.splitlines()[-1]
+    assert hub.connections <= 2 and "Retrying" not in done.stderr  # the library connects anew once
 
 
 def test_an_impossible_length_is_the_users_error(tokenizer):

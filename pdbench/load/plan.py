@@ -123,7 +123,8 @@ def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
     tokenizer = load_tokenizer(name, hub=needed)
     if needed and tokenizer is None:
         raise UserError(
-            f"no tokenizer.json for {name}: give --tokenizer FOLDER, prompt lengths are exact by the model's tokenizer"
+            f"no tokenizer.json for {name} here or on the model hub: give --tokenizer FOLDER, prompt lengths are exact by the "
+            "model's tokenizer"
         )
     return tokenizer
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pdbench.errors import UserError
 
+_HUB_TIMEOUT_S = 5.0
 _FILLERS = (" a", "a", " 1", "1", ".", "\n", " the", "的", "e", "!")
 
 
@@ -41,7 +42,7 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
         if path.is_file():
             encoder = tokenizers.Tokenizer.from_file(str(path))
         elif hub and not Path(name).exists():
-            encoder = tokenizers.Tokenizer.from_pretrained(name)
+            encoder = tokenizers.Tokenizer.from_file(_from_hub(name))
         else:
             return None
     except Exception:
@@ -50,6 +51,18 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
     encoder.no_truncation()
     encoder.no_padding()
     return Tokenizer(encoder)
+
+
+def _from_hub(name: str) -> str:
+    """The path of a hub model's tokenizer.json: the cached one, else a fresh one if the hub answers within seconds."""
+    import huggingface_hub as hub
+
+    try:
+        return str(hub.hf_hub_download(name, "tokenizer.json", local_files_only=True))
+    except hub.errors.LocalEntryNotFoundError:
+        # A download without a network is tried again for a minute; this question is asked once.
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "tokenizer.json"), timeout=_HUB_TIMEOUT_S)
+        return str(hub.hf_hub_download(name, "tokenizer.json"))
 
 
 def exact_text(sentences: Iterator[str], tokens: int, tokenizer: Tokenizer, start: str = "") -> str:

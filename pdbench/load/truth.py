@@ -21,7 +21,10 @@ USER_STAMP_LAG_P99_MS = 2.0
 CPU_SHARE = 0.95
 RATE_SHARE = 0.95
 SHARE_OVER_S = 0.5
-REMEDY = "raise --client-processes, free a core for the client, or lower the load"
+REMEDY = (
+    "send fewer streams (--concurrency, --rate), raise --client-processes where cores are free, "
+    "or run `pdbench bench --url` on another host"
+)
 
 
 class Part(msgspec.Struct, kw_only=True):

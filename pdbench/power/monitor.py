@@ -18,7 +18,7 @@ from pdbench.errors import UserError
 from pdbench.power.devices import open_host
 from pdbench.power.reader import Reader
 from pdbench.power.sampler import Sampler
-from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices, write_whole
+from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, save_devices, write_whole
 
 COLUMNS = {
     "power_w": "power W",
@@ -40,10 +40,12 @@ def monitor(
 ) -> list[DeviceRecord]:
     """Watch the named GPUs (None: all), RAPL and the host's CPU for `duration_s` seconds or until Ctrl-C or SIGTERM.
 
-    `out` ends in .json (everything) or .csv (the samples). Raises UserError for another ending.
+    `out` ends in .json (everything) or .csv (the samples). Raises UserError, before it begins, for another ending and where nothing can be written.
     """
     if out is not None and out.suffix not in (".json", ".csv"):
         raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
+    if out is not None:
+        check_writable(out.parent)
     before = signal.signal(signal.SIGTERM, _interrupt)
     readers = open_host(gpus)
     sampler = Sampler(readers, interval_s, Clock.start())

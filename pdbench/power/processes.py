@@ -5,6 +5,8 @@ import os, time; from pdbench.power.processes import ProcessReader
 reader = ProcessReader('self', [os.getpid()]); reader.read(0.0); time.sleep(1); print(reader.read(1.0))"
 """
 
+import sys
+import time
 from typing import Any
 
 import psutil
@@ -21,38 +23,38 @@ class ProcessReader(Reader):
         super().__init__(f"process-{role}", "process", f"CPU use of {role}'s processes", role=role)
         self._roots = pids
         self._processes: dict[int, psutil.Process] = {}
-        self._used_s: dict[int, float] = {}
-        self._total_s = 0.0
-        self._before: tuple[float, float] | None = None
+        self._seen: dict[int, tuple[float, float]] = {}
         self._refreshed_s: float | None = None
         self._clock = _CpuClock(self)
         for field in ("power_w", "energy_j"):
             self.not_measured[field] = "CPU use of processes has no meter of its own"
 
     def read(self, now_s: float) -> dict[str, Any]:
-        """CPU time of the tree since the last read over the time between; memory is the sum of resident sets."""
+        """CPU time of each process of the tree since its last reading over the time between the two, summed; memory is the
+        sum of resident sets."""
         if self._refreshed_s is None or now_s - self._refreshed_s >= _TREE_REFRESH_S:
             self._refresh()
             self._refreshed_s = now_s
         memory_bytes = 0
+        shares: list[float] = []
         for pid, process in list(self._processes.items()):
             try:
-                with process.oneshot():
-                    times = process.cpu_times()
-                    memory_bytes += process.memory_info().rss
-                used_s = times.user + times.system
-                # What a process had used before it was first seen belongs to no interval of ours.
-                self._total_s += used_s - self._used_s.get(pid, used_s)
-                self._used_s[pid] = used_s
+                # Its own instant for each process: on a busy machine this thread can wait in the middle of the loop.
+                at_s, used_s = time.monotonic(), _used_s(process)
+                memory_bytes += process.memory_info().rss
             except psutil.Error:
                 del self._processes[pid]
+                continue
+            # What a process had used before it was first seen belongs to no interval of ours.
+            before, self._seen[pid] = self._seen.get(pid), (at_s, used_s)
+            if before and at_s > before[0]:
+                shares.append((used_s - before[1]) / (at_s - before[0]))
         if not self._processes:
             self.not_measured.setdefault("cpu_utilization_pct", "no such process (any more)")
             return {}
-        before, self._before = self._before, (now_s, self._total_s)
         values: dict[str, Any] = {"memory_used_mib": memory_bytes / 2**20} | self._clock.read(now_s)
-        if before and now_s > before[0]:
-            values["cpu_utilization_pct"] = 100 * (self._total_s - before[1]) / (now_s - before[0])
+        if shares:
+            values["cpu_utilization_pct"] = 100 * sum(shares)
         return values
 
     def _refresh(self) -> None:
@@ -72,20 +74,35 @@ class HostReader(Reader):
 
     def __init__(self) -> None:
         super().__init__("host", "process", f"CPU use of the host, {psutil.cpu_count()} cores")
-        self._before: tuple[float, float] | None = None
+        self._before = psutil.cpu_times()
         self._clock = _CpuClock(self)
         for field in ("power_w", "energy_j"):
             self.not_measured[field] = "CPU use is a share of time, not a power; RAPL zones are devices of their own"
 
     def read(self, now_s: float) -> dict[str, Any]:
-        """Busy time since the last read over the time between."""
-        times = psutil.cpu_times()
-        busy_s = times.user + times.system + times.nice + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
-        before, self._before = self._before, (now_s, busy_s)
+        """Busy time since the last read over all time that the same reading accounts for: late or not, never more than all
+        cores."""
+        before, self._before = self._before, psutil.cpu_times()
+        spent_s = {name: max(0.0, getattr(self._before, name) - getattr(before, name)) for name in before._fields}
+        # Linux counts a guest's time in user and nice as well.
+        all_s = sum(seconds for name, seconds in spent_s.items() if not name.startswith("guest"))
+        busy_s = sum(spent_s.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
         values: dict[str, Any] = {"memory_used_mib": psutil.virtual_memory().used / 2**20} | self._clock.read(now_s)
-        if before and now_s > before[0]:
-            values["cpu_utilization_pct"] = 100 * max(0.0, busy_s - before[1]) / (now_s - before[0])
+        if all_s:
+            values["cpu_utilization_pct"] = 100 * (psutil.cpu_count() or 1) * busy_s / all_s
         return values
+
+
+def _used_s(process: psutil.Process) -> float:
+    """CPU seconds that a process has used: by its CPU clock where there is one (Linux, see clock_getcpuclockid(3)), for
+    /proc counts in steps of 10 ms, a tenth of a sample's interval."""
+    if sys.platform == "linux":
+        try:
+            return time.clock_gettime(~process.pid << 3 | 2)
+        except OSError:
+            pass
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 class _CpuClock:
