@@ -109,7 +109,7 @@ class Pair:
 
 def available(connector: str) -> bool:
     """Can this Python import what the connector needs?"""
-    return connector != "nixl" or any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu13", "nixl_cu12"))
+    return connector != "nixl" or importlib.util.find_spec("nixl") is not None
 
 
 def free_ports(count: int) -> list[int]:
@@ -121,7 +121,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(connector: str, model: str, folder: Path, cpu: bool, arguments: list[str]) -> Pair:
+def start(
+    connector: str, model: str, folder: Path, cpu: bool, arguments: list[str], transfer_timeout_s: float = 30.0
+) -> Pair:
     """Start prefill on GPU 0 and decode on GPU 1 (or both on CPU); logs and event logs go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     ports, kv_ports = free_ports(2), free_ports(2)
@@ -130,7 +132,7 @@ def start(connector: str, model: str, folder: Path, cpu: bool, arguments: list[s
     commands = []
     secret = secrets.token_hex(16)
     for index, role in enumerate(("prefill", "decode")):
-        transfer = _transfer(connector, role, kv_ports[index], ports[index], folder)
+        transfer = _transfer(connector, role, kv_ports[index], ports[index], folder, transfer_timeout_s)
         command = [
             sys.executable,
             "-m",
@@ -172,7 +174,7 @@ def start(connector: str, model: str, folder: Path, cpu: bool, arguments: list[s
     return pair
 
 
-def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path) -> dict[str, object]:
+def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, timeout_s: float) -> dict[str, object]:
     """vLLM's --kv-transfer-config for one side."""
     if connector == "nixl":
         return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
@@ -184,6 +186,7 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path) 
     extra = {
         "transport": "nccl" if connector == "p2p-nccl" else "tcp",
         "kv_ip": "127.0.0.1",
+        "transfer_timeout_s": timeout_s,
         "event_log": str(folder / f"{connector}-{role}.jsonl"),
     }
     own = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
@@ -217,8 +220,10 @@ def metrics(url: str) -> dict[str, float]:
     return found
 
 
-def _body(prompt: list[int], output_tokens: int, stream: bool, transfer: dict[str, object] | None) -> bytes:
-    body: dict[str, object] = {"model": "m", "prompt": prompt, "max_tokens": output_tokens, "stream": stream}
+def _body(
+    prompt: list[int], output_tokens: int, stream: bool, transfer: dict[str, object] | None, **more: object
+) -> bytes:
+    body: dict[str, object] = {"model": "m", "prompt": prompt, "max_tokens": output_tokens, "stream": stream} | more
     body |= {"temperature": 0, "ignore_eos": True}
     if transfer is not None:
         body["kv_transfer_params"] = transfer
