@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import build_run
 
-from pdbench.analysis.metrics import measure, option, ttft_parts_ms
+from pdbench.analysis.metrics import mean_ttft_parts_ms, measure, option
 from pdbench.analysis.summary import describe, summarize
 from pdbench.records import Clock, RequestError, RequestRecord, Run, Trial
 
@@ -101,9 +101,12 @@ def test_ttft_parts_neither_overlap_nor_leave_a_rest_unnamed():
         "decode": (1.15, 1.4),
         "queue": None,
     }
-    parts = ttft_parts_ms(request(phases=phases))
+    parts = mean_ttft_parts_ms(measure(tiny_run(request(phases=phases))))
     assert parts == pytest.approx({"prefill": 80, "kv_transfer": 50, "decode": 50, "other": 20}, abs=1e-6)
-    assert ttft_parts_ms(request()) is None
+    several = tiny_run(request(phases=phases), request(1), request(2, phases={"decode": (1.1, 1.4)}))
+    parts = mean_ttft_parts_ms(measure(several))
+    assert parts == pytest.approx({"prefill": 40, "kv_transfer": 25, "decode": 75, "other": 60}, abs=1e-6)
+    assert mean_ttft_parts_ms(measure(tiny_run(request()))) is None
 
 
 def test_options_are_found_flat_and_in_sections():

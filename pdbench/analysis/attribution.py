@@ -106,7 +106,7 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = sum(_which_inside([r.token_s[-1] for r in requests if r.error is None and r.token_s], trials))
+    delivered = sum(_which_inside(measured.last_s[measured.ok], trials))
     computed_inside = _which_inside([_prompt_computed_s(r) for r in requests], trials)
     prompts = [r.prompt_tokens for r, inside in zip(requests, computed_inside, strict=True) if inside]
     computed = None if None in prompts else sum(filter(None, prompts)) - cached_prompt_tokens

@@ -4,8 +4,9 @@ Durations are derived here and nowhere else. NaN in an array is None in the reco
 Try: python -c "from pdbench.records import load_run as l; from pdbench.analysis.metrics import measure as m; print(m(l('single_results')))"
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ TTFT_PHASES = PHASES[1:]
 class Measured:
     """The measured requests of a run (no warm-up), in the order of sending.
 
-    One entry a request: `trial` (index into `trials`), `ok`, `sent_s`, `end_s`, `ttft_ms`, `e2e_ms`, `mean_tbt_ms`,
-    `send_delay_ms`, `prompt_tokens`, `output_tokens`, `first_step_ms` (first to second token). One entry a gap between
-    two tokens of a successful request: `tbt_ms`, its request `tbt_owner`, its instant `tbt_s`. `token_s` holds every token's
-    arrival, of failed requests too. `phase_ms` has one array of durations a phase. `merged_tokens` came in another's chunk.
+    One entry a request: `trial` (index into `trials`), `ok`, `sent_s`, `end_s`, `last_s` (last token), `ttft_ms`, `e2e_ms`,
+    `mean_tbt_ms`, `send_delay_ms`, `prompt_tokens`, `output_tokens`. One entry a gap between two tokens of a successful
+    request: `tbt_ms`, its request `tbt_owner`, its instant `tbt_s`. `token_s` holds every token's arrival, of failed requests
+    too. `phase_s` has each request's (start, end) of a phase, `phase_ms` their durations but for failed requests.
+    `merged_tokens` came in another's chunk.
     """
 
     trials: list[Trial]
@@ -34,17 +36,18 @@ class Measured:
     ok: NDArray[np.bool_]
     sent_s: Array
     end_s: Array
+    last_s: Array
     ttft_ms: Array
     e2e_ms: Array
     mean_tbt_ms: Array
     send_delay_ms: Array
-    first_step_ms: Array
     prompt_tokens: Array
     output_tokens: Array
     tbt_ms: Array
     tbt_owner: NDArray[np.int64]
     tbt_s: Array
     token_s: Array
+    phase_s: dict[str, Array]
     phase_ms: dict[str, Array]
     merged_tokens: int
 
@@ -64,22 +67,23 @@ def option(config: Mapping[str, Any], name: str) -> Any:
 
 def measure(run: Run) -> Measured:
     """All of a run's requests as arrays. A failed request keeps its instants, but has no latency and no gaps."""
-    requests = sorted((r for r in run.requests if not r.warmup), key=lambda r: _number(r.sent_s, r.planned_s))
+    requests = sorted((r for r in run.requests if not r.warmup), key=_sent_or_planned_s)
     trials = run.trials or _whole_run(requests)
     position = {trial.index: place for place, trial in enumerate(trials)}
-    ok = np.array([r.error is None and bool(r.token_s) for r in requests], dtype=bool)
-    sent = np.array([_number(r.sent_s) for r in requests], dtype=float)
-    end = np.array([_number(r.end_s) for r in requests], dtype=float)
-    first = np.array([r.token_s[0] if r.token_s else np.nan for r in requests], dtype=float)
-    last = np.array([r.token_s[-1] if r.token_s else np.nan for r in requests], dtype=float)
-    second = np.array([r.token_s[1] if len(r.token_s) > 1 else np.nan for r in requests], dtype=float)
-    counted = np.array([len(r.token_s) for r in requests], dtype=float)
-    owner = np.repeat(np.arange(len(requests)), counted.astype(int))
-    tokens = np.concatenate([np.asarray(r.token_s, dtype=float) for r in requests]) if requests else np.array([])
+    counted = np.fromiter((len(r.token_s) for r in requests), dtype=np.int64, count=len(requests))
+    answered = np.array([r.error is None for r in requests], dtype=bool)
+    ok = answered & (counted > 0)
+    sent, end, planned = (_column(requests, name) for name in ("sent_s", "end_s", "planned_s"))
+    tokens = np.fromiter(chain.from_iterable(r.token_s for r in requests), dtype=float, count=counted.sum())
+    begin = np.cumsum(counted) - counted
+    first = _where(counted > 0, tokens, begin)
+    last = _where(counted > 0, tokens, begin + counted - 1)
+    owner = np.repeat(np.arange(len(requests)), counted)
     gap = np.diff(tokens) * 1e3
-    inside = (owner[1:] == owner[:-1]) & ok[owner[1:]] if len(tokens) else np.array([], dtype=bool)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_tbt = np.where(counted > 1, (last - first) / (counted - 1) * 1e3, np.nan)
+    inside = (owner[1:] == owner[:-1]) & ok[owner[1:]]
+    gaps = gap[inside]
+    phases = {name: _spans(requests, name) for name in PHASES}
+    reported = _column(requests, "output_tokens")
     return Measured(
         trials=trials,
         requests=requests,
@@ -87,49 +91,67 @@ def measure(run: Run) -> Measured:
         ok=ok,
         sent_s=sent,
         end_s=end,
+        last_s=last,
         ttft_ms=np.where(ok, (first - sent) * 1e3, np.nan),
         e2e_ms=np.where(ok, (end - sent) * 1e3, np.nan),
-        mean_tbt_ms=np.where(ok, mean_tbt, np.nan),
-        send_delay_ms=(sent - np.array([r.planned_s for r in requests], dtype=float)) * 1e3,
-        first_step_ms=np.where(ok, (second - first) * 1e3, np.nan),
-        prompt_tokens=np.array([_number(r.prompt_tokens) for r in requests], dtype=float),
-        output_tokens=np.array([_number(r.output_tokens, len(r.token_s)) for r in requests], dtype=float),
-        tbt_ms=gap[inside],
-        tbt_owner=owner[1:][inside] if len(tokens) else np.array([], dtype=np.int64),
-        tbt_s=tokens[1:][inside] if len(tokens) else np.array([]),
+        mean_tbt_ms=np.where(ok & (counted > 1), (last - first) / np.maximum(counted - 1, 1) * 1e3, np.nan),
+        send_delay_ms=(sent - planned) * 1e3,
+        prompt_tokens=_column(requests, "prompt_tokens"),
+        output_tokens=np.where(np.isnan(reported), counted, reported),
+        tbt_ms=gaps,
+        tbt_owner=owner[1:][inside],
+        tbt_s=tokens[1:][inside],
         token_s=tokens,
-        phase_ms={name: np.array([_phase_ms(r, name) for r in requests], dtype=float) for name in PHASES},
-        merged_tokens=int(np.count_nonzero(gap[inside] == 0.0)),
+        phase_s=phases,
+        phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phases.items()},
+        merged_tokens=int(np.count_nonzero(gaps == 0.0)),
     )
 
 
-def ttft_parts_ms(request: RequestRecord) -> dict[str, float] | None:
-    """TTFT taken apart into what the phases cover, in order and without overlap; `other` is what nobody measured.
+def mean_ttft_parts_ms(measured: Measured) -> dict[str, float] | None:
+    """The mean TTFT taken apart into what the phases cover, in order and without overlap; `other` is what nobody measured.
 
     A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
-    None for a failed request and where no phase was measured.
+    Over the requests that succeeded and have a phase; None where there are none.
     """
-    if request.error is not None or not request.token_s or request.sent_s is None:
+    known = {name: span for name in TTFT_PHASES if np.isfinite(span := measured.phase_s[name]).any()}
+    begins = np.array([span[:, 0] for span in known.values()])
+    told = np.isfinite(measured.ttft_ms) & np.isfinite(begins).any(axis=0)
+    if not told.any():
         return None
-    known = [(name, span) for name in TTFT_PHASES if (span := request.phases.get(name)) is not None]
-    if not known:
-        return None
-    parts, reached, first = {}, request.sent_s, request.token_s[0]
-    for place, (name, (start, end)) in enumerate(known):
-        later = [span[0] for _, span in known[place + 1 :] if span[0] >= start]
-        begin, stop = max(start, reached), min(end, first, *later)
-        parts[name] = max(stop - begin, 0.0) * 1e3
-        reached = max(reached, stop)
-    return parts | {"other": max((first - request.sent_s) * 1e3 - sum(parts.values()), 0.0)}
+    reached, parts = measured.sent_s[told], {}
+    first = reached + measured.ttft_ms[told] / 1e3
+    spans = [span[told].T for span in known.values()]
+    for place, (name, (start, end)) in enumerate(zip(known, spans, strict=True)):
+        later = [np.where(begin >= start, begin, np.inf) for begin, _ in spans[place + 1 :]]
+        stop = np.minimum.reduce([end, first, *later])
+        parts[name] = np.nan_to_num(np.maximum(stop - np.maximum(start, reached), 0.0)) * 1e3
+        reached = np.fmax(reached, stop)
+    parts["other"] = np.maximum(measured.ttft_ms[told] - sum(parts.values()), 0.0)
+    return {name: float(part.mean()) for name, part in parts.items()}
 
 
-def _phase_ms(request: RequestRecord, name: str) -> float:
-    span = request.phases.get(name) if request.error is None else None
-    return np.nan if span is None else (span[1] - span[0]) * 1e3
+def _column(requests: Sequence[RequestRecord], name: str) -> Array:
+    """One number a request; NaN for None."""
+    return np.array([getattr(request, name) for request in requests], dtype=float)
 
 
-def _number(value: float | None, otherwise: float = np.nan) -> float:
-    return otherwise if value is None else float(value)
+def _where(known: NDArray[np.bool_], values: Array, places: NDArray[np.int64]) -> Array:
+    """The values at these places; NaN where there is none."""
+    found = np.full(len(known), np.nan)
+    found[known] = values[places[known]]
+    return found
+
+
+def _spans(requests: Sequence[RequestRecord], name: str) -> Array:
+    """When each request was in this phase, shape (requests, 2); NaN where that was not measured."""
+    unknown = (np.nan, np.nan)
+    spans = [request.phases.get(name) or unknown for request in requests]
+    return np.array(spans, dtype=float).reshape(-1, 2)
+
+
+def _sent_or_planned_s(request: RequestRecord) -> float:
+    return request.planned_s if request.sent_s is None else request.sent_s
 
 
 def _whole_run(requests: list[RequestRecord]) -> list[Trial]:

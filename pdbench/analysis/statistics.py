@@ -11,7 +11,7 @@ from math import exp, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
@@ -132,11 +132,11 @@ def trials_to_show(a: Estimate, b: Estimate, change: float = TO_SHOW) -> int | N
     pilot = a.trials + b.trials - 2
     if min(a.trials, b.trials) < 2 or not np.isfinite(each):
         return None
-    each *= pilot / stats.chi2.ppf(1 - PILOT_CONFIDENCE, pilot)
+    each *= pilot / special.chdtri(pilot, PILOT_CONFIDENCE)
 
     def power(trials: int) -> float:
         shift, freedom = log(1 + change) / sqrt(max(each, 1e-18) / trials), 2 * (trials - 1)
-        return float(1 - stats.nct.cdf(stats.t.ppf(0.975, freedom), freedom, min(shift, 20.0)))
+        return float(1 - special.nctdtr(freedom, min(shift, 20.0), special.stdtrit(freedom, 0.975)))
 
     enough = bisect_left(range(2, MOST_TRIALS + 1), POWER, key=power) + 2
     return enough if enough <= MOST_TRIALS else None
@@ -197,7 +197,7 @@ def _reach(variance_a: float, variance_b: float, trials_a: int, trials_b: int) -
     if both <= 0:
         return 0.0
     freedom = both**2 / (variance_a**2 / (trials_a - 1) + variance_b**2 / (trials_b - 1))
-    return float(stats.t.ppf(0.975, freedom) * sqrt(both))
+    return float(special.stdtrit(freedom, 0.975) * sqrt(both))
 
 
 def _log(values: Array) -> Array:

@@ -14,7 +14,7 @@ from pdbench.analysis import gate
 from pdbench.analysis.compare import compare
 from pdbench.errors import UserError
 from pdbench.records import load_run, write_whole
-from pdbench.report import energy_tables, figures, html, tables
+from pdbench.report import energy_tables, html, tables
 from pdbench.report.digest import Digest, digests
 from pdbench.report.export import COLUMNS
 
@@ -45,6 +45,8 @@ def compare_folders(
     comparison = compare(a, b, anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
     console.print(tables.verdict_table(comparison, language))
     if picture is not None:
+        from pdbench.report import figures
+
         figures.comparison([a, b], picture)
         console.print(f"picture: {picture}", highlight=False)
     rulings = gate.rule(comparison, conditions)
@@ -72,6 +74,8 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
     write_whole(out / "report.md", _markdown(runs, names, sort_by, language).encode())
     made = ["report.html", "report.md", "requests.csv"]
     if len(folders) <= PICTURES:
+        from pdbench.report import figures  # matplotlib, most of the start-up, for pictures alone
+
         loaded = [load_run(folder) for folder in folders]
         for run, name in zip(loaded, names, strict=True):
             made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png").name)

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from pdbench.analysis.compare import Metric, estimates, flags_of
-from pdbench.analysis.metrics import Array, Measured, measure, ttft_parts_ms
+from pdbench.analysis.metrics import Array, Measured, mean_ttft_parts_ms, measure
 from pdbench.analysis.statistics import Estimate
 from pdbench.analysis.summary import summarize
 from pdbench.records import Gate, Run, load_run
+from pdbench.report.curves import curves_of, reasons, series
 from pdbench.report.export import requests_csv
-from pdbench.report.panels import curves_of, reasons, series
 from pdbench.report.timeline import Timeline, lanes
 from pdbench.report.words import load_in_words, machine_in_words
 
@@ -61,7 +61,7 @@ def digest(
 ) -> Digest:
     """Read one run and keep what is drawn; with `csv`, write all its requests there on the way."""
     run = load_run(folder)
-    measured = measure(run)
+    measured, timeline = measure(run), Timeline(run)
     if csv is not None:
         csv.write_text(requests_csv(run, measured, header=False))
     made = Digest(
@@ -77,11 +77,11 @@ def digest(
             "tbt": _quantile_curve(measured.tbt_ms),
             "e2e": _quantile_curve(measured.e2e_ms),
         },
-        parts_ms=_mean_parts(measured),
-        tbt_over_time=_tbt_over_time(measured, Timeline(run)),
+        parts_ms=mean_ttft_parts_ms(measured),
+        tbt_over_time=_tbt_over_time(measured, timeline),
     )
     if with_curves:
-        _add_curves(made, run, measured)
+        _add_curves(made, run, measured, timeline)
     return made
 
 
@@ -114,26 +114,24 @@ def _quantile_curve(values: Array) -> Points:
     if not len(known):
         return [], []
     shares = SHARES if len(known) > len(SHARES) else np.linspace(0, 1, len(known))
-    places = np.arange(len(known))
-    return _plain(np.interp(shares * (len(known) - 1), places, np.sort(known))), _plain(shares * 100, 2)
+    return _plain(_at(known, shares)), _plain(shares * 100, 2)
 
 
-def _mean_parts(measured: Measured) -> dict[str, float] | None:
-    """The mean of each part of TTFT over the requests that tell them apart (at most 2,000 of them, evenly picked)."""
-    step = max(len(measured.requests) // 2000, 1)
-    parts = [one for request in measured.requests[::step] if (one := ttft_parts_ms(request))]
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: float(np.mean([part.get(name, 0.0) for part in parts])) for name in names} or None
+def _at(values: Array, shares: Array | Sequence[float]) -> Array:
+    """Their quantiles, as numpy's but quicker for many."""
+    return np.interp(np.asarray(shares) * (len(values) - 1), np.arange(len(values)), np.sort(values))
 
 
 def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
     """p50 and p99 of the gaps in each of 160 stretches of the drawn time that hold at least 5."""
-    places = timeline.place(measured.tbt_s)
     edges = np.linspace(0, timeline.length_s, BIN_COUNT + 1)
-    order = np.argsort(places, kind="stable")
-    places, gaps = places[order], measured.tbt_ms[order]
-    cuts = np.searchsorted(places, edges)
-    held = [np.quantile(gaps[first:last], (0.5, 0.99)) if last - first >= 5 else None for first, last in pairwise(cuts)]
+    stretch = np.clip(timeline.place(measured.tbt_s) / edges[1], 0, BIN_COUNT)  # a NaN stays one
+    # Of 16-bit integers numpy makes a radix sort, several times faster than sorting the instants.
+    stretch = np.nan_to_num(stretch, nan=BIN_COUNT).astype(np.int16)
+    order = np.argsort(stretch, kind="stable")
+    gaps = measured.tbt_ms[order]
+    cuts = np.searchsorted(stretch[order], np.arange(BIN_COUNT + 1))
+    held = [_at(gaps[first:last], (0.5, 0.99)) if last - first >= 5 else None for first, last in pairwise(cuts)]
     middles = _plain((edges[:-1] + edges[1:]) / 2)
 
     def curve(which: int) -> list[float | None]:
@@ -142,8 +140,7 @@ def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
     return {"p50": (middles, curve(0)), "p99": (middles, curve(1))} if len(gaps) else {"p50": ([], []), "p99": ([], [])}
 
 
-def _add_curves(made: Digest, run: Run, measured: Measured) -> None:
-    timeline = Timeline(run)
+def _add_curves(made: Digest, run: Run, measured: Measured, timeline: Timeline) -> None:
     made.ticks = timeline.ticks()
     for name in CURVES:
         found: dict[str, tuple[str, Points]] = {}

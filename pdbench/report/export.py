@@ -6,6 +6,7 @@ Try: pdbench report single_results disaggregated_results && head report/requests
 import csv
 import io
 
+import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import PHASES, Measured, measure
@@ -35,5 +36,6 @@ def requests_csv(run: Run, measured: Measured | None = None, header: bool = True
     return out.getvalue()
 
 
-def _cells(column: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> list[float | str]:
-    return ["" if value != value else value for value in column.tolist()]
+def _cells(column: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> list[str]:
+    """Decimals by msgspec, which writes them several times faster than csv does; NaN, its null, as an empty cell."""
+    return msgspec.json.encode(column.tolist()).decode()[1:-1].replace("null", "").split(",")

@@ -16,6 +16,7 @@ from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.analysis.summary import power_reasons, summarize
 from pdbench.records import Run, write_whole
 from pdbench.report import panels
+from pdbench.report.curves import series
 from pdbench.report.energy_tables import roles_of
 from pdbench.report.palette import BAD, BLUE, FAINT, GOOD, GREEN, INK, MUTED, PAPER, PURPLE
 from pdbench.report.rows import figure
@@ -98,8 +99,8 @@ def _heading(picture: Figure, run: Run, measured: Measured) -> None:
 def _time_panels(picture: Figure, place: Any, run: Run) -> None:
     timeline, grid = Timeline(run), GridSpecFromSubplotSpec(2, 1, place, height_ratios=(1.8, 1), hspace=0.22)
     power, clock = picture.add_subplot(grid[0]), picture.add_subplot(grid[1])
-    has_power = any(len(panels.series(device, "power_w")[0]) for device in run.devices)
-    if has_power or not any(panels.series(device, "cpu_utilization_pct")[0] for device in run.devices):
+    has_power = any(len(series(device, "power_w")[0]) for device in run.devices)
+    if has_power or not any(series(device, "cpu_utilization_pct")[0] for device in run.devices):
         power.set_title("Power of each device, requests behind (darker until the first token)")
         drawn = panels.device_curves(power, run, timeline, ("power_w",), "power, W")
     else:

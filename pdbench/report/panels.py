@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pdbench.analysis.energy import power_curve
-from pdbench.analysis.metrics import Array, Measured, ttft_parts_ms
-from pdbench.records import DeviceRecord, Run
+from pdbench.analysis.metrics import Array, Measured, mean_ttft_parts_ms
+from pdbench.records import Run
+from pdbench.report.curves import curves_of, reasons, series
 from pdbench.report.energy_tables import parts_j, roles_of
 from pdbench.report.palette import BAD, FAINT, INK, MUTED, ORANGE, PAPER, colour
 from pdbench.report.rows import figure
@@ -69,27 +69,6 @@ def device_curves(axis: Axes, run: Run, timeline: Timeline, fields: Sequence[str
     axis.set_ylim(0, max(drawn) * 1.18 or 1)
     axis.set_ylabel(unit)
     return True
-
-
-def curves_of(run: Run) -> list[DeviceRecord]:
-    """The devices whose curves are drawn, in the order of the request's way: prefill, decode, others."""
-    order = {"prefill": 0, "decode": 1}
-    return sorted(run.devices, key=lambda device: (order.get(device.role or "", 2), device.id))
-
-
-def series(device: DeviceRecord, field: str) -> tuple[list[float], list[float]]:
-    """(instants, values) of a field where it was measured; power from the driver's fine buffer where there is one."""
-    if field == "power_w":
-        points = power_curve(device)
-    else:
-        points = [(s.t_s, value) for s in device.samples if (value := getattr(s, field)) is not None]
-    return [t for t, _ in points], [value for _, value in points]
-
-
-def reasons(run: Run, field: str) -> str:
-    """Why no device has `field`."""
-    said = {device.not_measured[field] for device in run.devices if field in device.not_measured}
-    return "; ".join(sorted(said)) or ("no device was sampled" if not run.devices else "this machine has no such meter")
 
 
 def not_measured(axis: Axes, reason: str) -> None:
@@ -173,13 +152,12 @@ def spread_apart(places: Sequence[float] | Array, apart: float, highest: float) 
 
 def phase_bars(axis: Axes, measured: Measured) -> None:
     """The mean TTFT taken apart by the instants that proxy, connector and client reported."""
-    parts = [one for request in measured.requests if (one := ttft_parts_ms(request))]
-    if not parts:
+    parts = mean_ttft_parts_ms(measured)
+    if parts is None:
         not_measured(axis, "no proxy and no connector\nreported this deployment's phases")
         axis.set_xticks([])
         return
-    names = [name for name in (*measured.phase_ms, "other") if any(name in part for part in parts)]
-    means = [float(np.mean([part.get(name, 0.0) for part in parts])) for name in names]
+    names, means = list(parts), list(parts.values())
     words = {
         "kv_transfer": "KV transfer",
         "decode": "decode's first step",

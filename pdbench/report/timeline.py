@@ -14,22 +14,21 @@ from pdbench.records import RequestRecord, Run
 
 MARGIN_S = 1.0
 GAP_SHARE = 0.02
+APART_S = 5.0
 
 
 class Timeline:
     """Maps instants of the run to a drawn axis in seconds; `stretches` are the (start_s, end_s) that are drawn.
 
-    A stretch is a trial with its warm-up and a second on either side; trials less than 5 s apart share one.
+    A stretch is a trial with its warm-up and a second on either side; trials less than `APART_S` apart share one.
     """
 
     def __init__(self, run: Run) -> None:
-        self.stretches: list[tuple[float, float]] = []
-        for start, end in sorted(_extents(run)):
-            if self.stretches and start - self.stretches[-1][1] < 5.0:
-                self.stretches[-1] = (self.stretches[-1][0], max(end, self.stretches[-1][1]))
-            else:
-                self.stretches.append((start, end))
-        self.stretches = self.stretches or [(0.0, 1.0)]
+        starts, ends = _extents(run)
+        reached = np.maximum.accumulate(ends)
+        breaks = np.flatnonzero(starts[1:] - reached[:-1] >= APART_S)
+        edges = starts[[0, *(breaks + 1)]], reached[[*breaks, -1]]
+        self.stretches: list[tuple[float, float]] = list(zip(*(edge.tolist() for edge in edges), strict=True))
         self.gap_s = GAP_SHARE * sum(end - start for start, end in self.stretches)
         self.starts: list[float] = []
         drawn = 0.0
@@ -82,12 +81,15 @@ def lanes(requests: Sequence[RequestRecord]) -> tuple[list[int], int]:
     return rows, max(len(free), 1)
 
 
-def _extents(run: Run) -> list[tuple[float, float]]:
+def _extents(run: Run) -> tuple[Array, Array]:
+    """Starts, rising, and ends of all that happened, with a margin; 0 to 1 s when nothing did."""
     extents = [(trial.start_s, trial.end_s) for trial in run.trials]
     extents += [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
     if not extents:
         extents = [(s[0].t_s, s[-1].t_s) for s in (device.samples for device in run.devices) if s]
-    return [(start - MARGIN_S, end + MARGIN_S) for start, end in extents]
+    known = np.array(extents or [(MARGIN_S, 1.0 - MARGIN_S)], dtype=float)
+    starts, ends = known[np.argsort(known[:, 0], kind="stable")].T
+    return starts - MARGIN_S, ends + MARGIN_S
 
 
 def _round_step(rough: float) -> float:
