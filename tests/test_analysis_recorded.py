@@ -4,6 +4,7 @@
 """
 
 from copy import copy
+from itertools import combinations
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from pdbench.analysis.compare import estimates
-from pdbench.analysis.statistics import Estimate, ratio, trials_to_show
+from pdbench.analysis.metrics import measure
+from pdbench.analysis.rates import PARTS, rates
+from pdbench.analysis.statistics import Estimate, of_parts, of_trials, ratio, trials_to_show
 from pdbench.records import Run
 
 RECORDED = Path(__file__).parent / "data" / "recorded_single_cpu_results.json"
@@ -23,8 +26,8 @@ def run():
     return msgspec.json.decode(RECORDED.read_bytes(), type=Run)
 
 
-def resampled(run: Run, trials: "np.ndarray", factor: float = 1.0) -> dict[str, Estimate]:
-    """The figures of a run made of these recorded trials (a trial may occur twice), all times multiplied by `factor`."""
+def resampled(run: Run, trials: "np.ndarray", factor: float = 1.0) -> Run:
+    """A run made of these recorded trials (a trial may occur twice), all times multiplied by `factor`."""
     made = copy(run)
     made.trials, made.requests = [], []
     shift = 0.0
@@ -44,19 +47,22 @@ def resampled(run: Run, trials: "np.ndarray", factor: float = 1.0) -> dict[str, 
                 )
             )  # fmt: skip
         shift += factor * (trial.end_s - trial.start_s) + 10.0
-    return {metric.name: estimate for metric, estimate in estimates(made).items()}
+    return made
+
+
+def every(run: Run) -> dict[str, Estimate]:
+    return {metric.name: estimate for metric, estimate in estimates(run).items()}
 
 
 def test_a_recorded_run_against_itself_gives_few_false_alarms(run):
-    """200 splits of the 12 trials into 3 against 3, five metrics each: at most 5 % of all find what is not there."""
-    random = np.random.default_rng(17)
-    halves = []
-    for _ in range(200):
-        order = random.permutation(len(run.trials))
-        halves.append((resampled(run, order[:3]), resampled(run, order[3:6])))
-    drawn = [ratio(a[name], b[name]) for a, b in halves for name in JUDGED]
-    assert len(drawn) == 1000
-    assert sum(not one.low <= 1 <= one.high for one in drawn) <= 50
+    """Every split of the 12 trials into 3 against 3: for each metric at most 5 % of them find what is not there."""
+    chosen = list(combinations(range(len(run.trials)), 3))
+    made = {one: every(resampled(run, np.array(one))) for one in chosen}
+    pairs = [(made[a], made[b]) for a, b in combinations(chosen, 2) if not {*a} & {*b}]
+    assert len(pairs) == 9240
+    for name in JUDGED:
+        drawn = [ratio(a[name], b[name]) for a, b in pairs]
+        assert sum(not one.low <= 1 <= one.high for one in drawn) <= 0.05 * len(pairs), name
 
 
 def test_a_change_of_five_per_cent_is_found_in_recorded_trials_at_the_recommended_count(run):
@@ -64,10 +70,27 @@ def test_a_change_of_five_per_cent_is_found_in_recorded_trials_at_the_recommende
     counts, found = [], 0
     for _ in range(10):
         order = random.permutation(len(run.trials))
-        a, b = resampled(run, order[:3])["tbt_p50_ms"], resampled(run, order[3:6])["tbt_p50_ms"]
-        count = min(trials_to_show(a, b) or 400, 400)
-        counts.append(count)
-        many = [random.integers(0, len(run.trials), count) for _ in range(2)]
-        drawn = ratio(resampled(run, many[0])["tbt_p50_ms"], resampled(run, many[1], factor=1.05)["tbt_p50_ms"])
-        found += drawn.low > 1
+        a, b = every(resampled(run, order[:3]))["tbt_p50_ms"], every(resampled(run, order[3:6]))["tbt_p50_ms"]
+        counts.append(min(trials_to_show(a, b) or 400, 400))
+        a, b = (resampled(run, random.integers(0, 12, counts[-1]), factor) for factor in (1.0, 1.05))
+        found += ratio(every(a)["tbt_p50_ms"], every(b)["tbt_p50_ms"]).low > 1
     assert found >= 8, counts
+
+
+def test_the_same_for_throughput(run):
+    random, measured, found = np.random.default_rng(23), measure(run), 0
+    edges = [np.linspace(trial.start_s, trial.end_s, PARTS + 1) for trial in run.trials]
+    tokens = np.array([np.histogram(measured.token_s, one)[0] for one in edges], dtype=float)
+    length_s = np.diff(edges)
+
+    def speed(trials, factor=1.0):
+        top, bottom = tokens[trials], length_s[trials] * factor
+        value = top.sum() / bottom.sum()
+        return of_trials(value, top.sum(axis=1) / bottom.sum(axis=1), of_parts(top, bottom))
+
+    assert speed(np.arange(12)).log_variance == pytest.approx(rates(run, measured)["output_tokens_per_s"].log_variance)
+    for _ in range(500):
+        order = random.permutation(12)
+        count = trials_to_show(speed(order[:3]), speed(order[3:6]))
+        found += ratio(speed(random.integers(0, 12, count)), speed(random.integers(0, 12, count), 1.05)).high < 1
+    assert found >= 400

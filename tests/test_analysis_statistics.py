@@ -13,6 +13,7 @@ from pdbench.analysis.statistics import (
     Resampling,
     blocks_of,
     difference,
+    of_parts,
     of_trials,
     quantiles,
     ratio,
@@ -51,6 +52,30 @@ def test_interval_of_once_a_trial_figures_is_welchs():
     ours = difference(of_trials(np.mean(a), a), of_trials(np.mean(b), b))
     theirs = stats.ttest_ind(b, a, equal_var=False).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_agreeing_trials_promise_no_more_than_their_parts_show():
+    random = np.random.default_rng(9)
+    top, bottom = random.poisson(100, (400, 3, 5)).astype(float), np.ones((3, 5))
+    within = [of_parts(one, bottom) for one in top]
+    assert np.mean(within) == pytest.approx(1 / 1500, rel=0.1)
+    assert of_trials(500.0, [500.0, 500.0, 500.0], within[0]).log_variance == within[0]
+    assert of_trials(500.0, [400.0, 500.0, 600.0], within[0]).log_variance > within[0]
+    assert of_parts(np.zeros((3, 5)), bottom) == of_parts(np.full((3, 5), np.nan), bottom) == 0.0
+
+
+def test_at_most_five_per_cent_false_alarms_of_figures_that_a_trial_has_once():
+    """Tokens in five parts of each of 2 to 5 trials; a trial's speed is one of three, as on a machine with moods."""
+    random, alarms = np.random.default_rng(23), 0
+    for i in range(1000):
+        runs, trials = [], 2 + i % 4
+        for _ in range(2):
+            speed = random.choice([90, 100, 110], (trials, 1))
+            top, bottom = random.normal(speed, 0.12 * speed, (trials, 5)), np.ones((trials, 5))
+            runs.append(of_trials(top.mean(), top.mean(axis=1), of_parts(top, bottom)))
+        drawn = ratio(*runs)
+        alarms += not drawn.low <= 1 <= drawn.high
+    assert alarms <= 50
 
 
 def test_variance_between_trials_is_seen_through_few_requests():

@@ -11,11 +11,10 @@ import numpy as np
 
 from pdbench.analysis import differences, statistics, verdicts
 from pdbench.analysis.differences import Mismatch
-from pdbench.analysis.energy import Meter
 from pdbench.analysis.metrics import Array, Measured, measure
+from pdbench.analysis.rates import rates
 from pdbench.analysis.statistics import Estimate, Interval
-from pdbench.analysis.summary import device_count, inside, meets_slo, meters, tokens_inside
-from pdbench.records import Flag, Run, Trial
+from pdbench.records import Flag, Run
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
 QUANTILES = (0.5, 0.9, 0.99)
@@ -124,15 +123,8 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
         for share, estimate in zip(QUANTILES, drawn, strict=True):
             metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
             found[metric] = _with_reason(estimate, len(values), share)
-    devices = [Meter(device) for device in meters(run)]
-    joules = [_energy_j(devices, trial) for trial in measured.trials]
-    every = range(len(measured.trials))
-    for metric in RATES:
-        value = _rate(metric.name, run, measured, every, joules)
-        each = [_rate(metric.name, run, measured, [place], joules) for place in every]
-        known = [one for one in each if one is not None]
-        if value is not None and len(known) == len(each):
-            found[metric] = _with_reason(statistics.of_trials(value, known))
+    once = rates(run, measured)
+    found |= {metric: _with_reason(once[metric.name]) for metric in RATES if metric.name in once}
     return found
 
 
@@ -155,32 +147,3 @@ def _with_reason(estimate: Estimate, values: int | None = None, share: float = 0
 def _requests(one: Measured, values: Array) -> "tuple[Array, np.ndarray[tuple[int], np.dtype[np.int64]]]":
     owner = np.flatnonzero(np.isfinite(values))
     return values[owner], owner
-
-
-def _rate(
-    name: str, run: Run, measured: Measured, places: Sequence[int], joules: Sequence[float | None]
-) -> float | None:
-    """A figure of the trials at these places together; None where it was not measured."""
-    trials = [measured.trials[place] for place in places]
-    length_s = sum(trial.end_s - trial.start_s for trial in trials)
-    tokens = sum(tokens_inside(measured, trial) for trial in trials)
-    if length_s <= 0:
-        return None
-    if name.startswith("output_tokens_per_s"):
-        devices = device_count(run) if name.endswith("device") else 1
-        return tokens / length_s / devices if devices else None
-    if name == "goodput_requests_per_s":
-        met = meets_slo(run, measured)
-        ends = None if met is None else measured.end_s[met]
-        return None if ends is None else sum(int(inside(ends, trial).sum()) for trial in trials) / length_s
-    known = [value for value in (joules[place] for place in places) if value is not None]
-    if len(known) < len(places):
-        return None
-    return sum(known) / length_s if name == "mean_power_w" else sum(known) / tokens if tokens else None
-
-
-def _energy_j(devices: Sequence[Meter], trial: Trial) -> float | None:
-    """All meters' joules in a trial's window; None when there is no meter or one of them was not read."""
-    each = [device.energy_in([(trial.start_s, trial.end_s)]).energy_j for device in devices]
-    known = [value for value in each if value is not None]
-    return sum(known) if known and len(known) == len(each) else None

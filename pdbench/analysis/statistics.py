@@ -96,13 +96,30 @@ def quantiles(
     return estimates
 
 
-def of_trials(value: float, each: Sequence[float]) -> Estimate:
-    """A figure that `each` trial has once (throughput, energy a token): `value` over all of them, the trials' variance."""
+def of_trials(value: float, each: Sequence[float] | Array, within: float = 0.0) -> Estimate:
+    """A figure that `each` trial has once (throughput, energy a token): `value` over all of them, the trials' variance.
+
+    Three trials that happen to agree would promise too much, so the variance is never below `within` (of the logarithm).
+    """
     known = np.asarray(each, dtype=float)
     if len(known) < 2:
         return Estimate(value, np.nan, np.nan, len(known))
-    logs = float(np.var(np.log(known), ddof=1)) if (known > 0).all() else np.nan
-    return Estimate(value, float(known.var(ddof=1)) / len(known), logs / len(known), len(known))
+    logs = float(np.var(np.log(known), ddof=1)) / len(known) if (known > 0).all() else np.nan
+    variance = float(known.var(ddof=1)) / len(known)
+    return Estimate(value, max(variance, within * value**2), max(logs, within), len(known))
+
+
+def of_parts(top: Array, bottom: Array) -> float:
+    """Variance of the logarithm of sum(top) / sum(bottom) that the trials' parts show, both of shape (trials, parts).
+
+    The variance of a ratio of sums to first order, parts taken as batches of their trial; 0 where it cannot be told.
+    """
+    total, parts = float(top.sum()), top.shape[1]
+    if not total > 0:
+        return 0.0
+    rest = top / total - bottom / bottom.sum()
+    known = parts / (parts - 1) * float(((rest - rest.mean(axis=1, keepdims=True)) ** 2).sum())
+    return known if np.isfinite(known) else 0.0
 
 
 def ratio(a: Estimate, b: Estimate) -> Interval | None:
