@@ -2,10 +2,13 @@
 
 import sys
 
+from pdbench import environment
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command of pdbench/cli.py; `arguments` are those of the command line if None."""
     try:
+        environment.use()
         from pdbench import cli
 
         cli.main(arguments)
