@@ -14,9 +14,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from pdbench.analysis.summary import summarize
 from pdbench.records import Run, load_run, write_whole
@@ -39,12 +41,14 @@ _FIGURES = {
     "j_per_output_token": ("energy", "j_per_output_token"),
 }
 _COLUMNS = {
-    "TTFT p50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
-    "TBT p50/p99": ("tbt_p50_ms", "tbt_p99_ms"),
-    "tok/s": ("output_tokens_per_s",),
-    "goodput/s": ("goodput_per_s",),
-    "J/tok": ("j_per_output_token",),
+    "TTFT ms\np50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
+    "TBT ms\np50/p99": ("tbt_p50_ms", "tbt_p99_ms"),
+    "tok\n/s": ("output_tokens_per_s",),
+    "goodput\n/s": ("goodput_per_s",),
+    "J/\ntok": ("j_per_output_token",),
 }
+
+NEEDS_SLO = "needs --slo-ttft-ms or --slo-tbt-ms"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Row:
     @property
     def series(self) -> str:
         """What tells its curve from the others: the deployment and every varied option but the first."""
-        return " ".join([self.deployment, *(f"{key}={value}" for key, value in list(self.varied.items())[1:])])
+        return " ".join([self.deployment, *(f"{_short(key)} {value}" for key, value in list(self.varied.items())[1:])])
 
 
 def row_of(run: Run, varied: dict[str, Any]) -> Row:
@@ -82,21 +86,27 @@ def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:
     return place if below[place] > 0 and 0 < place < len(x) - 1 else None
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row]) -> Group:
     """The summary for the terminal; the CSV has all of it."""
-    made = Table(box=box.SIMPLE_HEAD, title="sweep")
     keys = list(rows[0].varied) if rows else []
-    for name in (*keys, "deployment"):
-        made.add_column(name.replace("_", " "))
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in (*map(_short, keys), "deployment"):
+        made.add_column(name.replace(" ", "\n"), no_wrap=True)
     for name in _COLUMNS:
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [" / ".join(_in_short(row.figures[figure]) for figure in figures) for figures in _COLUMNS.values()]
+        cells = ["/".join(_in_short(row.figures[figure]) for figure in figures) for figures in _COLUMNS.values()]
         style = "red" if row.flags or row.figures["failed"] else ""
         made.add_row(*(str(row.varied[key]) for key in keys), row.deployment, *cells, style=style)
-    flags = sorted({flag for row in rows for flag in row.flags})
-    made.caption = f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which"
-    return made
+    notes = []
+    if all(row.figures["goodput_per_s"] is None for row in rows):
+        notes.append(f"goodput {NEEDS_SLO}")
+    if any(row.flags or row.figures["failed"] for row in rows):
+        flags = sorted({flag for row in rows for flag in row.flags})
+        notes.append(f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which")
+    return Group(
+        Text(f"Sweep over {', '.join(map(_short, keys))}", style="bold"), made, Text("\n".join(notes), style="dim")
+    )
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> Path:
@@ -114,37 +124,35 @@ def write_csv(rows: Sequence[Row], path: Path) -> Path:
 
 def curves(rows: Sequence[Row], path: Path) -> Path:
     """Draw `path` (PNG, 1600 x 1000): latencies against throughput with their knees; goodput and tokens a device by option."""
+    keys = list(rows[0].varied) if rows else [""]
     with matplotlib.rc_context(STYLE):
-        picture = Figure(figsize=(16, 10), layout="constrained")
+        picture = Figure(figsize=(16, 10), layout=ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.97), hspace=0.06))
         axes = picture.subplots(2, 2)
-        key = next(iter(rows[0].varied)) if rows else ""
         picture.suptitle(
-            f"Sweep over {', '.join(rows[0].varied) if rows else ''}", fontsize=17, fontweight="bold", color=INK
+            f"Sweep over {', '.join(map(_short, keys))}", fontsize=17, fontweight="bold", color=INK, y=0.985
         )
+        speed = next((key for key in _SPEEDS if any(row.figures[key] is not None for row in rows)), next(iter(_SPEEDS)))
         for place, (name, group) in enumerate(_grouped(rows).items()):
             shade = colour(name if name == group[0].deployment else "", place)
             _against_throughput(axes[0][0], group, "ttft_p99_ms", name, shade)
             _against_throughput(axes[0][1], group, "tbt_p99_ms", name, shade)
-            _by_option(axes[1][0], group, key, "goodput_per_s", name, shade)
-            _by_option(axes[1][1], group, key, "output_tokens_per_s_per_device", name, shade)
-        titles = (
-            "TTFT p99 against throughput",
-            "Mean TBT p99 against throughput",
-            "Goodput under the SLO",
-            "Tokens a device",
-        )
-        for panel, title in zip(axes.flat, titles, strict=True):
-            panel.set_title(title)
-        for panel, label in zip(axes[0], ("TTFT p99 [ms]", "TBT p99 [ms]"), strict=True):
-            panel.set(xlabel="output tokens/s", ylabel=label, ylim=(0, None))
-        for panel, label in zip(axes[1], ("requests/s that met it", "output tokens/s a device"), strict=True):
-            panel.set(xlabel=key, ylabel=label, ylim=(0, None))
-        for panel in axes.flat:
-            _finish(panel)
+            _by_option(axes[1][0], group, keys[0], "goodput_per_s", name, shade)
+            _by_option(axes[1][1], group, keys[0], speed, name, shade)
+        numbers = f"numbers: {_short(keys[0])}"
+        _finish(axes[0][0], f"TTFT p99 against throughput ({numbers})", "output tokens/s", "TTFT p99, ms")
+        _finish(axes[0][1], f"Mean TBT p99 against throughput ({numbers})", "output tokens/s", "mean TBT p99, ms")
+        _finish(axes[1][0], "Goodput: requests/s within the SLO", _short(keys[0]), "requests/s", NEEDS_SLO)
+        _finish(axes[1][1], _SPEEDS[speed], _short(keys[0]), "output tokens/s")
         data = io.BytesIO()
         picture.savefig(data, format="png", dpi=100)
     write_whole(path, data.getvalue())
     return path
+
+
+_SPEEDS = {
+    "output_tokens_per_s_per_device": "Output tokens/s per GPU",
+    "output_tokens_per_s": "Output tokens/s (no GPU on this host)",
+}
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -181,12 +189,21 @@ def _by_option(panel: Axes, rows: list[Row], key: str, figure: str, name: str, s
     panel.plot(labels if numbers else [str(label) for label in labels], values, "o-", color=shade, label=name)
 
 
-def _finish(panel: Axes) -> None:
-    panel.margins(x=0.09)
+def _finish(panel: Axes, title: str, below: str, beside: str, otherwise: str = "not measured") -> None:
+    """Title and axes, from 0 with room for the topmost label; `otherwise` where there is nothing to draw."""
+    panel.set(title=title, xlabel=below, ylabel=beside)
+    panel.margins(x=0.09, y=0.12)
     if panel.get_legend_handles_labels()[0]:
+        panel.set_ylim(bottom=0)
         panel.legend()
     else:
-        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", color=MUTED, fontsize=12)
+        panel.text(0.5, 0.5, otherwise, transform=panel.transAxes, ha="center", color=MUTED, fontsize=12)
+        panel.set(xticks=[], yticks=[])
+
+
+def _short(key: str) -> str:
+    """An option's name without its section."""
+    return key.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def _in_short(value: float | None) -> str:
