@@ -1,9 +1,14 @@
-"""A real Chromium, headless, driven through its DevTools protocol: open a page, evaluate, click, screenshot, listen."""
+"""A real Chromium, headless, driven through its DevTools protocol: open a page, evaluate, click, screenshot, print, listen.
+
+A picture of a report's first screen (of the whole page with --whole): python tests/browser.py report/report.html report.png
+"""
 
 import base64
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +80,11 @@ class Browser:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(data["data"]))
 
+    def print_to(self, path: Path) -> None:
+        """A PDF, as a person prints the page."""
+        data = self.call("Page.printToPDF", preferCSSPageSize=True)
+        path.write_bytes(base64.b64decode(data["data"]))
+
     def _clip(self, whole: bool) -> dict:
         if not whole:
             return {}
@@ -106,3 +116,21 @@ class Browser:
         self.open_socket.__exit__(kind, error, trace)
         self.process.terminate()
         self.process.wait(20)
+
+
+def main(page: str, picture: str, *options: str) -> None:
+    """Save the page's picture; say when its first content was painted."""
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        Browser(Path(profile)) as browser,
+    ):
+        browser.open(Path(page).resolve().as_uri())
+        paints = browser.evaluate("JSON.stringify(performance.getEntriesByType('paint').map(one => one.startTime))")
+        print(f"first paint after {max(json.loads(paints)):.0f} ms")
+        if "--whole" in options:
+            browser.evaluate("drawAll().then(() => true)")
+        browser.screenshot(Path(picture), whole="--whole" in options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
