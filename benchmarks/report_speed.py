@@ -59,13 +59,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--keep", type=Path, help="folder for the page, to look at it or at its first paint")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / f"run-{number:03}" for number in range(given.runs)]
         for number, folder in enumerate(folders):
             save_run(synthetic_run(number, given.requests, given.tokens), folder)
         stored = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
-        out = Path(scratch) / "report"
+        out = given.keep or Path(scratch) / "report"
         begin = time.monotonic()
         subprocess.run([sys.executable, "-m", "pdbench", "report", *map(str, folders), "--out", str(out)], check=True)
         seconds = time.monotonic() - begin

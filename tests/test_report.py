@@ -3,21 +3,27 @@
 import csv
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects
 import pytest
 from builders import build_run
+from fontTools.ttLib import TTFont
 from PIL import Image
 from rich.console import Console
 
+from pdbench.analysis.compare import compare
 from pdbench.analysis.metrics import measure
 from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import Flag, Gate, save_run
-from pdbench.report import commands, comparison_figure, figures, html, tables
+from pdbench.report import commands, comparison_figure, figures, fonts, html, tables
 from pdbench.report.digest import digest
 from pdbench.report.export import requests_csv
 from pdbench.report.language import WORDS
@@ -162,6 +168,66 @@ def test_the_page_speaks_chinese(folders):
     page = html.page([digest(folder) for folder in folders], ["single", "disaggregated"], language="zh")
     assert 'lang="zh-Hans"' in page and "更好" in page and "延迟分布" in page
     assert all(english and chinese for english, chinese in WORDS.values())
+
+
+def test_one_trial_shows_its_change_and_what_to_do(tmp_path):
+    runs = [build_run("single", trials=1, ttft_ms=20), build_run(trials=1, ttft_ms=35, seed=2)]
+    comparison = compare(*runs)
+    folders = [save_run(run, tmp_path / run.name).parent for run in runs]
+    page = html.page([digest(folder) for folder in folders], ["single", "disaggregated"])
+    assert "--trials 3" in page and "worse so far" in page and "not judged" not in page
+    assert page.index("--trials 3") < page.index("worse so far") < page.index("<table")
+    rows = tables.comparison_rows(comparison)
+    assert re.fullmatch(r"\+\d\d\.\d %", rows.rows[0][-1]) and "--trials 3" in rows.note
+    assert comparison.differences[0].words.startswith(f"TTFT p50: {rows.rows[0][-1]}, one trial: no interval")
+    with figures.matplotlib.rc_context(figures.STYLE):
+        picture = comparison_figure.draw(runs)
+    points = [line for line in picture.axes[0].lines if line.get_marker() == "o"]
+    assert len(points) == len(comparison.differences)
+
+
+@pytest.mark.parametrize("passed", [True, False, None])
+def test_the_page_opens_with_the_gate(passed, tmp_path):
+    gate = None if passed is None else Gate(
+        passed=passed, prompts=4, equal_outputs=4, prompt_tokens=1, external_kv_tokens=1, detail="4 of 4 < 5"
+    )  # fmt: skip
+    save_run(build_run(gate=gate), tmp_path)
+    page = html.page([digest(tmp_path)], ["disaggregated"])
+    words = {True: "Correctness gate passed: 4 of 4 &lt; 5", False: "CORRECTNESS GATE FAILED", None: "gate not run"}
+    assert words[passed] in page[page.index("<header") : page.index("</header")]
+
+
+def test_warm_up_is_drawn_behind_the_curves(tmp_path):
+    run = build_run(trials=1, requests=8)
+    run.requests[0].warmup = True
+    save_run(run, tmp_path)
+    assert len(digest(tmp_path).spans) == 8
+
+
+def test_pictures_are_chinese_where_a_font_is(tmp_path):
+    """A font made for this test, found in a folder that matplotlib's own list does not know yet."""
+    made = TTFont(Path(figures.matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    for record in made["name"].names:
+        if record.nameID in (1, 4, 16):
+            record.string = "WenQuanYi Test"
+    (tmp_path / "fonts").mkdir()
+    made.save(tmp_path / "fonts/wqy-test.ttf")
+    command = [sys.executable, "-c", "from pdbench.report.fonts import chinese_font; print(chinese_font())"]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() not in ("", "None")
+
+
+def test_without_a_chinese_font_the_pictures_are_english_and_it_says_so(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(fonts, "chinese_font", lambda: None)
+    console = Console(file=io.StringIO(), width=200)
+    commands.compare_folders(folders, [], False, "zh", tmp_path / "picture.png", console)
+    assert console.file.getvalue().count(fonts.NO_FONT) == 1 and (tmp_path / "picture.png").exists()
+
+
+def test_a_condition_on_an_unknown_metric_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"no metric tbt_p98_ms; there are ttft_p50_ms, .*mean_power_w"):
+        commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, "en", None, Console())
 
 
 def test_a_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatch):

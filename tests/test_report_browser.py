@@ -85,3 +85,15 @@ def test_dark_mode_changes_text_and_figures(page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     ink = page.evaluate("document.getElementById('tbt').layout.font.color")
     assert ink == page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
+
+
+def test_on_paper_figures_fit_and_nothing_stays_folded(page, tmp_path):
+    width = "document.querySelector('#distributions .main-svg').getBoundingClientRect().width"
+    before = page.evaluate(width)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(width) < 690
+    assert page.evaluate("[...document.querySelectorAll('details')].every(one => one.open)")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(f"new Promise(done => setTimeout(() => done({width}), 300))") == before
+    page.print_to(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

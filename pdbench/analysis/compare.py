@@ -19,6 +19,7 @@ from pdbench.records import Flag, Run
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
 QUANTILES = (0.5, 0.9, 0.99)
 BEYOND_QUANTILE = 4
+_NOTABLE = 1 + statistics.TO_SHOW
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,24 @@ class Difference:
     trials_needed: int | None
 
     @property
+    def one_trial(self) -> bool:
+        """Is there no interval because a run has a single trial?"""
+        return "one-trial" in (self.a.unjudged, self.b.unjudged)
+
+    @property
+    def change(self) -> float | None:
+        """B / A as it was seen, whether or not an interval can be drawn; None where either is not positive."""
+        return self.b.value / self.a.value if self.a.value > 0 and self.b.value > 0 else None
+
+    @property
+    def leaning(self) -> Verdict:
+        """What one trial hints at: better or worse when it changed by more than 5 %, else the same."""
+        change = self.change
+        if change is None or 1 / _NOTABLE <= change <= _NOTABLE:
+            return "same"
+        return "better" if (change < 1) == self.metric.lower_is_better else "worse"
+
+    @property
     def words(self) -> str:
         """The verdict as one English line; `verdicts.line` has the other languages."""
         return verdicts.line(self)
@@ -58,6 +77,11 @@ class Comparison:
     mismatches: list[Mismatch]
     flags: tuple[list[Flag], list[Flag]]
 
+    @property
+    def one_trial(self) -> bool:
+        """Is there no interval because a run has a single trial?"""
+        return any(line.one_trial for line in self.differences)
+
 
 LATENCIES: dict[str, tuple[str, Callable[[Measured], tuple[Array, "np.ndarray[tuple[int], np.dtype[np.int64]]"]]]] = {
     "ttft": ("TTFT", lambda one: _requests(one, one.ttft_ms)),
@@ -71,6 +95,17 @@ RATES = (
     Metric("j_per_output_token", "Energy per token", "J", True),
     Metric("mean_power_w", "Mean power", "W", True),
 )
+METRICS = {
+    metric.name: metric
+    for metric in (
+        *(
+            Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
+            for key, (title, _) in LATENCIES.items()
+            for share in QUANTILES
+        ),
+        *RATES,
+    )
+}
 
 
 def compare(a: Run, b: Run, anyway: bool = False, names: tuple[str, str] | None = None) -> Comparison:
@@ -102,7 +137,7 @@ def judge(metric: Metric, a: Estimate, b: Estimate) -> Difference:
         verdict = "unclear"
         if not ratio.low <= 1 <= ratio.high:
             verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
-        elif ratio.low >= 1 / (1 + statistics.TO_SHOW) and ratio.high <= 1 + statistics.TO_SHOW:
+        elif ratio.low >= 1 / _NOTABLE and ratio.high <= _NOTABLE:
             verdict = "same"
     return Difference(metric, a, b, ratio, difference, verdict, statistics.trials_to_show(a, b) if drawable else None)
 
@@ -114,14 +149,14 @@ def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estima
     in_trial = measured.trial >= 0
     place, trial = np.cumsum(in_trial) - 1, measured.trial[in_trial]
     resampling = statistics.Resampling(trial, statistics.blocks_of(trial))
-    for key, (title, pick) in LATENCIES.items():
+    for key, (_, pick) in LATENCIES.items():
         values, owner = pick(measured)
         values, owner = values[in_trial[owner]], place[owner[in_trial[owner]]]
         if not len(values):
             continue
         drawn = statistics.quantiles(values, owner, resampling, QUANTILES)
         for share, estimate in zip(QUANTILES, drawn, strict=True):
-            metric = Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
+            metric = METRICS[f"{key}_p{share * 100:.0f}_ms"]
             found[metric] = _with_reason(estimate, len(values), share)
     once = rates(run, measured)
     found |= {metric: _with_reason(once[metric.name]) for metric in RATES if metric.name in once}

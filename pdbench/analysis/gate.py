@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pdbench.analysis.compare import Comparison, Difference
+from pdbench.analysis.compare import METRICS, Comparison, Difference
 from pdbench.analysis.statistics import Interval
 from pdbench.analysis.verdicts import number
 from pdbench.errors import UserError
@@ -38,7 +38,7 @@ class Ruling:
 
 
 def parse(text: str) -> Condition:
-    """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError with the shape when it is none of these."""
+    """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError with the shape, or the metrics, when it is none of these."""
     match = _SHAPE.fullmatch(text)
     if match is None or not match[3]:
         raise UserError(
@@ -46,6 +46,8 @@ def parse(text: str) -> Condition:
             'as in "tbt_p99_ms > +5%"',
             exit_code=2,
         )
+    if match[1] not in METRICS:
+        raise UserError(f"--fail-if: no metric {match[1]}; there are {', '.join(METRICS)}", exit_code=2)
     limit = float(match[3] + match[4])
     return Condition(text.strip(), match[1], match[2] == ">", limit, bool(match[5]))
 

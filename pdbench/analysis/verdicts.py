@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pdbench.analysis.statistics import Interval
 
 if TYPE_CHECKING:
-    from pdbench.analysis.compare import Difference
+    from pdbench.analysis.compare import Comparison, Difference
 
 WORDS = {
     "en": {
@@ -19,9 +19,10 @@ WORDS = {
         "unclear": "no difference that {k} trials can show",
         "would": "; 5 % needs {n}",
         "never": "; 5 % needs over 1,000",
-        "one-trial": "not judged: one trial does not tell how trials differ",
+        "one-trial": "one trial: no interval",
         "few-values": "not judged: {0} values, {1} needed",
         "unjudged": "not judged: it was zero in a trial",
+        "advice": "One trial shows what was seen, not how sure it is: measure again with --trials 3 for intervals and verdicts.",
     },
     "zh": {
         "lower": "更低",
@@ -31,9 +32,10 @@ WORDS = {
         "unclear": "{k} 次试验看不出差异",
         "would": "；看出 5 % 需要 {n} 次",
         "never": "；看出 5 % 需要 1,000 次以上",
-        "one-trial": "未判定：一次试验无法说明试验之间的差别",
+        "one-trial": "仅一次试验：无区间",
         "few-values": "未判定：只有 {0} 个数值，需要 {1} 个",
         "unjudged": "未判定：某次试验中为零",
+        "advice": "一次试验只说明看到了什么，不说明有多可靠：请用 --trials 3 重新测量，以得到区间和结论。",
     },
 }
 TITLES_ZH = {
@@ -55,18 +57,28 @@ def line(line: "Difference", language: str = "en") -> str:
     return f"{title(line, language)}: {judgement(line, language, spelled=True)} ({values(line)})"
 
 
+def advice(comparison: "Comparison", language: str = "en") -> str:
+    """What to do where one trial stands behind the figures; empty where there are more."""
+    return WORDS[language]["advice"] if comparison.one_trial else ""
+
+
 def values(line: "Difference") -> str:
     """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
     return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}".rstrip()
 
 
 def judgement(line: "Difference", language: str = "en", spelled: bool = False) -> str:
-    """The change and its interval, `2.18 x lower (2.10–2.26)`, or why there is none; `spelled` says that it is a 95 % one."""
+    """The change and its interval, `2.18 x lower (2.10–2.26)`, or the change seen and why there is none.
+
+    `spelled` says what a table's header and note say otherwise: that the interval is a 95 % one, that one trial gives none.
+    """
     words = WORDS[language]
     if line.verdict == "unjudged" or line.ratio is None:
         reason = line.a.unjudged or line.b.unjudged or "unjudged"
         kind, *details = reason.split(":")
-        return words[kind].format(*details)
+        seen = "" if line.change is None else percent(line.change)
+        why = "" if line.one_trial and seen and not spelled else words[kind].format(*details)
+        return ", ".join(filter(None, (seen, why)))
     if line.verdict in ("better", "worse"):
         change, interval = times(line.ratio, language)
         more = ""

@@ -43,13 +43,13 @@ def compare_folders(
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = (load_run(path) for path in paths)
     comparison = compare(a, b, anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
+    rulings = gate.rule(comparison, conditions)
     console.print(tables.verdict_table(comparison, language))
     if picture is not None:
         from pdbench.report import figures
 
-        figures.comparison([a, b], picture)
+        figures.comparison([a, b], picture, _drawable(language, console))
         console.print(f"picture: {picture}", highlight=False)
-    rulings = gate.rule(comparison, conditions)
     for ruling in rulings:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[ruling.outcome]
         console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(ruling.reason)}", highlight=False)
@@ -76,14 +76,25 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
     if len(folders) <= PICTURES:
         from pdbench.report import figures  # matplotlib, most of the start-up, for pictures alone
 
+        drawn = _drawable(language, console)
         loaded = [load_run(folder) for folder in folders]
         for run, name in zip(loaded, names, strict=True):
-            made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png").name)
+            made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png", drawn).name)
         if len(loaded) > 1:
-            made.append(figures.comparison(loaded, out / "performance_comparison.png").name)
+            made.append(figures.comparison(loaded, out / "performance_comparison.png", drawn).name)
     beside = ", ".join(made[1:])
     console.print(f"report: {out / made[0]}", highlight=False, soft_wrap=True)
     console.print(f"beside it: {beside}", highlight=False)
+
+
+def _drawable(language: str, console: Console) -> str:
+    """The language of the pictures; says so where this machine has no font for the one asked for."""
+    from pdbench.report import fonts
+
+    drawn = fonts.language_of_pictures(language)
+    if drawn != language:
+        console.print(fonts.NO_FONT, highlight=False, soft_wrap=True)
+    return drawn
 
 
 def names_of(runs: Sequence[Digest]) -> list[str]:
@@ -96,7 +107,7 @@ def names_of(runs: Sequence[Digest]) -> list[str]:
 
 
 def _markdown(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None, language: str) -> str:
-    parts = [f"# {' · '.join(names)}\n\n{runs[0].load}\n\n{runs[0].machine}\n"]
+    parts = [f"# {' · '.join(names)}\n\n{runs[0].load[language]}\n\n{runs[0].machine[language]}\n"]
     for run, name in zip(runs, names, strict=True):
         parts += [f"- **{name}, {flag.name}**: {flag.detail}" for flag in run.skeleton.flags]
     for run, name in zip(runs[1 : html.COMPARED + 1], names[1:], strict=False):

@@ -18,15 +18,15 @@ from pdbench.analysis.metrics import Array, Measured, measure
 from pdbench.analysis.summary import summarize
 from pdbench.records import Run
 from pdbench.report import panels
+from pdbench.report.language import say
 from pdbench.report.palette import BAD, GOOD, INK, MUTED, colours
 from pdbench.report.rows import figure
-from pdbench.report.words import load_in_words, machine_in_words
 
 Summary = dict[str, Any]
 
 
-def draw(runs: Sequence[Run], comparison: Comparison | None = None) -> Figure:
-    """The picture of these runs (1600 x 1200); the first is the baseline of the verdicts, which two runs alone have."""
+def draw(runs: Sequence[Run], comparison: Comparison | None = None, language: str = "en") -> Figure:
+    """The picture of these runs (1600 wide); the first is the baseline of the verdicts, which two runs alone have."""
     measured = [measure(run) for run in runs]
     summaries = [summarize(run, one) for run, one in zip(runs, measured, strict=True)]
     shades = colours([run.name for run in runs])
@@ -38,32 +38,24 @@ def draw(runs: Sequence[Run], comparison: Comparison | None = None) -> Figure:
         3 if comparison else 2, 12, hspace=0.30, wspace=1.0, left=0.055, right=0.985, top=0.905, bottom=0.055,
         height_ratios=(1.25, 1.2, 0.95) if comparison else (1.25, 1.0),
     )  # fmt: skip
-    title = f"{names[1]} against {names[0]}" if len(names) == 2 else " · ".join(names[:5])
-    picture.text(0.055, 0.982, title, fontsize=19, fontweight="bold", color=INK, va="top")
-    picture.text(0.055, 0.957, load_in_words(runs[0]), fontsize=11, color=INK, va="top")
-    picture.text(0.055, 0.940, machine_in_words(runs[0]), fontsize=10, color=MUTED, va="top")
-    flagged = [
-        f"{name}: {', '.join(dict.fromkeys(f.name for f in run.flags))}"
-        for name, run in zip(names, runs, strict=True)
-        if run.flags
-    ]
-    if flagged:
-        picture.text(
-            0.985, 0.957, "mind " + "; ".join(flagged), fontsize=11, fontweight="bold", color=BAD, ha="right", va="top"
-        )
+    title = say("against", language).format(a=names[0], b=names[1]) if len(names) == 2 else " · ".join(names[:5])
+    reasons = {one["energy"]["not_measured"] for one in summaries if one["energy"]["not_measured"]}
+    note = f"{say('power and energy not measured', language)}: {'; '.join(sorted(reasons))}" if reasons else ""
+    panels.heading(picture, title, dict(zip(names, runs, strict=True)), language, note=note)
     row = 0
     if comparison:
-        _verdicts(
-            picture.add_subplot(GridSpecFromSubplotSpec(1, 3, grid[0, :], width_ratios=_WIDTHS, wspace=0)[1]),
-            comparison,
-        )
+        cells = GridSpecFromSubplotSpec(1, 3, grid[0, :], width_ratios=_WIDTHS, wspace=0)
+        _verdicts(picture.add_subplot(cells[1]), comparison, language)
         row = 1
     for place, (heading, pick) in enumerate(_DISTRIBUTIONS.items()):
         axis = picture.add_subplot(grid[row, place * 4 : place * 4 + 4])
-        _distribution(axis, heading, [pick(one) for one in measured], names, shades, legend=place == 0)
-    for place, (heading, pick_number) in enumerate(_BARS.items()):
-        axis = picture.add_subplot(grid[row + 1, place * 3 : place * 3 + 3])
-        _bars(axis, heading, [pick_number(one) for one in summaries], names, shades, summaries)
+        _distribution(axis, heading, [pick(one) for one in measured], names, shades, place == 0, language)
+    heights = {heading: [pick(one) for one in summaries] for heading, pick in _BARS.items()}
+    known = {heading: values for heading, values in heights.items() if any(value is not None for value in values)}
+    width = 12 // max(min(len(known), 4), 1)
+    for place, (heading, values) in enumerate(list(known.items())[:4]):
+        axis = picture.add_subplot(grid[row + 1, place * width : (place + 1) * width])
+        _bars(axis, say(heading, language), values, names, shades, language)
     return picture
 
 
@@ -79,7 +71,10 @@ _BARS: dict[str, Callable[[Summary], float | None]] = {
     "… a second and GPU": lambda one: one["throughput"]["output_tokens_per_s_per_device"],
     "Mean power, W": lambda one: one["energy"]["mean_power_w"],
     "Energy per output token, J": lambda one: one["energy"]["j_per_output_token"],
+    "Requests a second that met the SLO": lambda one: one["goodput"]["requests_per_s"],
+    "Requests a second": lambda one: one["throughput"]["requests_per_s"],
 }
+"""The first four that were measured are drawn."""
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -88,26 +83,28 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [f"{name} {i + 1}" if plain.count(name) > 1 else name for i, name in enumerate(plain)]
 
 
-def _verdicts(axis: Axes, comparison: Comparison) -> None:
+def _verdicts(axis: Axes, comparison: Comparison, language: str) -> None:
     """A row a metric: its change with the 95 % interval on a logarithmic scale, and the verdict in words beside it."""
     lines = comparison.differences
-    axis.set_title(f"{comparison.names[1]} against {comparison.names[0]}: change and 95 % interval", x=_LEFT)
+    axis.set_title(verdicts.advice(comparison, language) or say("change and 95 % interval", language), x=_LEFT)
     widest = 1.25
     for number, line in enumerate(lines):
         shade = {"better": GOOD, "worse": BAD}.get(line.verdict, MUTED)
-        ink = INK if line.verdict in ("better", "worse", "same") else MUTED
-        mark = line.verdict if line.verdict in ("better", "worse") else ""
+        ink = INK if line.verdict in ("better", "worse", "same") or line.one_trial else MUTED
+        mark = say(line.verdict, language) if line.verdict in ("better", "worse") else ""
         beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 10}
-        axis.text(_LEFT, number, verdicts.title(line), color=INK, fontweight="bold", **beside)
+        axis.text(_LEFT, number, verdicts.title(line, language), color=INK, fontweight="bold", **beside)
         axis.text(-0.03, number, verdicts.values(line), color=ink, ha="right", **beside)
         axis.text(1.03, number, mark, color=shade, fontweight="bold", **beside)
-        axis.text(1.03 + (0.13 if mark else 0), number, verdicts.judgement(line), color=ink, **beside)
+        axis.text(1.03 + (0.13 if mark else 0), number, verdicts.judgement(line, language), color=ink, **beside)
         if line.ratio:
-            axis.plot(
-                [line.ratio.low, line.ratio.high], [number] * 2, color=shade, lw=3, solid_capstyle="butt", alpha=0.55
-            )
+            ends = [line.ratio.low, line.ratio.high]
+            axis.plot(ends, [number] * 2, color=shade, lw=3, solid_capstyle="butt", alpha=0.55)
             axis.plot(line.ratio.value, number, "o", color=shade, ms=6)
             widest = max(widest, line.ratio.high, 1 / line.ratio.low)
+        elif line.change:
+            axis.plot(line.change, number, "o", color=shade, ms=6, markerfacecolor="none")
+            widest = max(widest, line.change, 1 / line.change)
     axis.axvline(1, color=INK, lw=1)
     axis.set_xscale("log")
     axis.set_xlim(1 / widest**1.05, widest**1.05)
@@ -125,13 +122,19 @@ def _verdicts(axis: Axes, comparison: Comparison) -> None:
 
 
 def _distribution(
-    axis: Axes, heading: str, values: Sequence[Array], names: Sequence[str], shades: Sequence[str], legend: bool
+    axis: Axes,
+    heading: str,
+    values: Sequence[Array],
+    names: Sequence[str],
+    shades: Sequence[str],
+    legend: bool,
+    language: str,
 ) -> None:
     """Share of values at or below each height, with p50, p90 and p99 marked; logarithmic where they span a decade."""
     known = [one[np.isfinite(one)] for one in values]
-    axis.set_title(heading)
+    axis.set_title(say(heading, language))
     if not any(len(one) for one in known):
-        panels.not_measured(axis, "no request succeeded")
+        panels.not_measured(axis, "no request succeeded", language)
         return
     for one, name, shade in zip(known, names, shades, strict=True):
         if not len(one):
@@ -151,7 +154,7 @@ def _distribution(
         axis.set_xlim(left=0)
     axis.set_yticks([0, 50, 90, 99], ["0", "p50", "p90", "p99"])
     axis.set_ylim(0, 103)
-    axis.set_ylabel("% of all at or below")
+    axis.set_ylabel(say("% of all at or below", language))
     if legend:
         axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=4, columnspacing=1.2, handlelength=1.4)
 
@@ -162,20 +165,15 @@ def _bars(
     heights: Sequence[float | None],
     names: Sequence[str],
     shades: Sequence[str],
-    summaries: Sequence[Summary],
+    language: str,
 ) -> None:
-    """One bar a deployment with its number; where there is none, the reason."""
+    """One bar a deployment with its number; where one was not measured, it says so."""
     axis.set_title(heading)
-    if all(height is None for height in heights):
-        said = {str(one["energy"]["not_measured"]) for one in summaries if one["energy"]["not_measured"]}
-        panels.not_measured(axis, "\n".join(sorted(said if "GPU" not in heading else ())) or "no GPU on this host")
-        axis.set_xticks([])
-        return
     places = np.arange(len(names))
     bars = axis.bar(places, [height or 0.0 for height in heights], color=list(shades), width=0.6)
     axis.bar_label(
         bars,
-        [figure(h) if h is not None else "not\nmeasured" for h in heights],
+        [say("not measured", language) if h is None else figure(h) for h in heights],
         padding=3,
         fontsize=10,
         color=INK,

@@ -22,7 +22,8 @@ from pdbench.analysis.summary import summarize
 from pdbench.records import Gate, Run, load_run
 from pdbench.report.curves import curves_of, reasons, series
 from pdbench.report.export import requests_csv
-from pdbench.report.timeline import Timeline, lanes
+from pdbench.report.language import LANGUAGES
+from pdbench.report.timeline import Span, Timeline, in_flight, spans
 from pdbench.report.words import load_in_words, machine_in_words
 
 Points = tuple[list[float | None], list[float | None]]
@@ -35,8 +36,8 @@ CURVES = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "cpu_clock_mhz", "te
 class Digest:
     """What is kept of a run. `skeleton` is the run without requests, devices and events, for comparing how it was measured.
 
-    `distributions` maps ttft, tbt, e2e to (ms, share) points; `parts_ms` is the mean TTFT taken apart; `tbt_over_time` maps
-    p50 and p99 to a curve; `curves` maps a field to {label: (role, curve)}; `spans` are (from, first token, to, row, rows).
+    `load` and `machine` are in words by language. `distributions` maps ttft, tbt, e2e to (ms, share) points; `parts_ms` is the mean TTFT taken apart; `tbt_over_time` maps
+    p50 and p99 to a curve; `curves` maps a field to {label: (role, curve)}; `spans` or `in_flight` its requests behind.
     """
 
     name: str
@@ -44,15 +45,15 @@ class Digest:
     skeleton: Run
     summary: dict[str, Any]
     estimates: dict[Metric, Estimate]
-    load: str
-    machine: str
+    load: dict[str, str]
+    machine: dict[str, str]
     distributions: dict[str, Points]
     parts_ms: dict[str, float] | None
     tbt_over_time: dict[str, Points]
     ticks: tuple[list[float], list[str]] = ([], [])
     curves: dict[str, dict[str, tuple[str, Points]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    spans: list[tuple[float, float, float, int, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     in_flight: Points = ([], [])
 
 
@@ -70,8 +71,8 @@ def digest(
         skeleton=_skeleton(run),
         summary=summarize(run, measured),
         estimates=estimates(run, measured) if with_estimates else {},
-        load=load_in_words(run),
-        machine=machine_in_words(run),
+        load={language: load_in_words(run, language) for language in LANGUAGES},
+        machine={language: machine_in_words(run, language) for language in LANGUAGES},
         distributions={
             "ttft": _quantile_curve(measured.ttft_ms),
             "tbt": _quantile_curve(measured.tbt_ms),
@@ -81,7 +82,7 @@ def digest(
         tbt_over_time=_tbt_over_time(measured, timeline),
     )
     if with_curves:
-        _add_curves(made, run, measured, timeline)
+        _add_curves(made, run, timeline)
     return made
 
 
@@ -140,7 +141,7 @@ def _tbt_over_time(measured: Measured, timeline: Timeline) -> dict[str, Points]:
     return {"p50": (middles, curve(0)), "p99": (middles, curve(1))} if len(gaps) else {"p50": ([], []), "p99": ([], [])}
 
 
-def _add_curves(made: Digest, run: Run, measured: Measured, timeline: Timeline) -> None:
+def _add_curves(made: Digest, run: Run, timeline: Timeline) -> None:
     made.ticks = timeline.ticks()
     for name in CURVES:
         found: dict[str, tuple[str, Points]] = {}
@@ -153,18 +154,14 @@ def _add_curves(made: Digest, run: Run, measured: Measured, timeline: Timeline) 
             made.curves[name] = found
         else:
             made.missing[name] = reasons(run, name)
-    requests = [r for r in measured.requests if r.sent_s is not None and r.end_s is not None]
-    if len(requests) <= SPANS:
-        rows, count = lanes(requests)
-        for request, row in zip(requests, rows, strict=True):
-            first = request.token_s[0] if request.token_s else request.end_s
-            placed = timeline.place([request.sent_s or 0.0, first or 0.0, request.end_s or 0.0])
-            made.spans.append((*(round(float(t), 4) for t in placed), row, count))  # type: ignore[arg-type]
+    if len(run.requests) <= SPANS:
+        made.spans = [
+            Span(round(one.sent, 4), round(one.first, 4), round(one.end, 4), one.row, one.failed)
+            for one in spans(run, timeline)
+        ]
     else:
-        grid = np.linspace(0, timeline.length_s, CURVE_POINTS)
-        begins, ends = (np.sort(timeline.place(t[np.isfinite(t)])) for t in (measured.sent_s, measured.end_s))
-        flying = np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right")
-        made.in_flight = (_plain(grid), _plain(flying.astype(float)))
+        grid, flying = in_flight(run, timeline, CURVE_POINTS)
+        made.in_flight = (_plain(grid), _plain(flying))
 
 
 def _thin(x: Array, y: Array) -> Points:

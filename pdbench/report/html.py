@@ -20,7 +20,12 @@ from pdbench.report.digest import Digest
 from pdbench.report.language import say
 from pdbench.report.rows import Rows
 from pdbench.report.tables import digest_rows
+from pdbench.report.words import gate_in_words
 
+ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "trials": {"better": ("better",), "worse": ("worse",), "same": ("same",), "not shown": ("unclear", "unjudged")},
+    "one trial": {"better so far": ("better",), "worse so far": ("worse",), "same so far": ("same",)},
+}
 DEVICE_FIGURES = 8
 COMPARED = 8
 
@@ -69,13 +74,8 @@ def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[
         "tbt": (plots.tbt_over_time(runs, names, language), "TBT over time", "caption_tbt"),
     }
     for number, (run, name) in enumerate(zip(runs[:DEVICE_FIGURES], names, strict=False)):
-        missing = [
-            f"{say(key, language)}: {say('not measured', language)} ({why})"
-            for key, why in run.missing.items()
-            if key in ("power_w", "sm_clock_mhz")
-        ]
         heading = f"{say('Devices of', language)} {name}"
-        drawn[f"devices-{number}"] = (plots.devices(run, language), heading, "; ".join(missing) or "caption_devices")
+        drawn[f"devices-{number}"] = (plots.devices(run, language), heading, _devices_caption(run, language))
     drawn["trade-off"] = (plots.trade_off(runs, names, language), "Trade-off", "caption_trade_off")
     drawn["energy"] = (plots.energy(runs, names, language), "Energy", "caption_energy")
     return {
@@ -85,14 +85,30 @@ def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[
     }
 
 
+def _devices_caption(run: Digest, language: str) -> str:
+    """What is drawn, and where power was not measured: why, and what stands in for it."""
+    caption = say("caption_devices", language)
+    if "power_w" not in run.missing or not run.curves:
+        return caption
+    instead = say("cpu_utilization_pct", language)
+    beside = f"; {say('stands in', language).format(instead)}" if "cpu_utilization_pct" in run.curves else ""
+    return f"{caption} {say('power_w', language)}: {say('not measured', language)} ({run.missing['power_w']}){beside}."
+
+
 def _header(runs: Sequence[Digest], names: Sequence[str], title: str, language: str) -> str:
-    """Title, load and machine; a machine a run where they differ (one GPU against two), for the first four."""
-    machines = dict(zip(names[:4], [run.machine for run in runs[:4]], strict=True))
+    """Title, load, machine and correctness gate; a machine a run where they differ (one GPU against two), for the first four."""
+    machines = dict(zip(names[:4], [run.machine[language] for run in runs[:4]], strict=True))
     lines = [f"{name}: {machine}" for name, machine in machines.items()]
-    lines = lines if len(set(machines.values())) > 1 else [runs[0].machine]
+    lines = lines if len(set(machines.values())) > 1 else [runs[0].machine[language]]
     shown = "<br>".join(map(escape, lines))
+    gates = [(name, run.skeleton.gate) for run, name in zip(runs, names, strict=True) if run.skeleton.gate is not None]
+    gate = "".join(
+        f"<p class='gate {'better' if one.passed else 'worse'}'>{escape(f'{name}: ' if len(gates) > 1 else '')}{escape(gate_in_words(one, language))}</p>"
+        for name, one in gates[:4]
+    )
+    gate = gate or f"<p class='gate muted'>{escape(say('gate not run', language))}</p>"
     return (
-        f"<header><div><h1>{escape(title)}</h1><p>{escape(runs[0].load)}</p><p class='muted'>{shown}</p></div>"
+        f"<header><div><h1>{escape(title)}</h1><p>{escape(runs[0].load[language])}</p><p class='muted'>{shown}</p>{gate}</div>"
         f"<button id='theme' type='button'>{escape(say('light / dark', language))}</button></header>"
     )
 
@@ -119,11 +135,12 @@ def _verdicts(comparison: Comparison, language: str, titled: bool) -> str:
     """The answer in one sentence, then a row a metric."""
     title = say("against", language).format(a=comparison.names[0], b=comparison.names[1])
     heading = f"<h2>{escape(title)}</h2>" if titled else ""
+    judged = not comparison.one_trial
     rows = "".join(
         f"<tr><td>{escape(verdicts.title(one, language))}</td>"
         f"<td class='number'>{escape(verdicts.values(one))}</td>"
-        f"<td><span class='tag {one.verdict}'>{_tag(one.verdict, language)}</span></td>"
-        f"<td>{escape(verdicts.judgement(one, language))}</td></tr>"
+        + f"<td><span class='tag {one.verdict}'>{_tag(one.verdict, language)}</span></td>" * judged
+        + f"<td>{escape(verdicts.judgement(one, language))}</td></tr>"
         for one in comparison.differences
     )
     differing = "".join(
@@ -132,31 +149,37 @@ def _verdicts(comparison: Comparison, language: str, titled: bool) -> str:
         if one.refused
     )
     warning = f"<ul class='flags'>{differing}</ul>" if differing else ""
-    head = "".join(
-        f"<th{side}>{escape(say(key, language))}</th>"
-        for key, side in (("metric", ""), ("values", " class='number'"), ("verdict", ""), ("change", ""))
-    )
+    columns = {"metric": "", "values": " class='number'"}
+    columns |= {"verdict": "", "change": ""} if judged else {"change seen": ""}
+    head = "".join(f"<th{side}>{escape(say(key, language))}</th>" for key, side in columns.items())
     return (
         f"<section class='verdicts'>{heading}<ul class='answer'>{answer(comparison, language)}</ul>{warning}"
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<p class='muted'>{escape(say('abbreviations', language))}</p></section>"
     )
 
 
 def answer(comparison: Comparison, language: str = "en") -> str:
-    """What B is better at, worse at, the same at, and what these trials cannot tell: an HTML list item each."""
-    groups = {"better": ("better",), "worse": ("worse",), "same": ("same",), "not shown": ("unclear", "unjudged")}
+    """What B is better at, worse at, the same at, and what these trials cannot tell: an HTML list item each.
+
+    One trial has no verdicts: what it hints at, with the advice to measure again.
+    """
     items = []
-    for word, held in groups.items():
-        found = [one for one in comparison.differences if one.verdict in held]
-        if word in ("better", "worse"):
-            texts = [
-                f"{verdicts.title(one, language)} {verdicts.judgement(one, language).split(' (')[0]}" for one in found
-            ]
-        else:
-            texts = [verdicts.title(one, language) for one in found]
+    for word, held in ANSWERS["one trial" if comparison.one_trial else "trials"].items():
+        found = [
+            one for one in comparison.differences if (one.leaning if comparison.one_trial else one.verdict) in held
+        ]
+        texts = [verdicts.title(one, language) for one in found]
+        if held[0] in ("better", "worse"):
+            changes = [verdicts.judgement(one, language).split(" (")[0] for one in found]
+            texts = [f"{title} {change}" for title, change in zip(texts, changes, strict=True)]
         if texts:
-            items.append(f"<li><b class='{word}'>{escape(say(word, language))}</b> {escape(', '.join(texts))}</li>")
-    return "".join(items) or f"<li>{escape(say('nothing to compare', language))}</li>"
+            items.append(f"<li><b class='{held[0]}'>{escape(say(word, language))}</b> {escape(', '.join(texts))}</li>")
+    if not items:
+        return f"<li>{escape(say('nothing to compare', language))}</li>"
+    trials = min(min(one.a.trials, one.b.trials) for one in comparison.differences)
+    sure = say("sure", language).format(a=comparison.names[0], b=comparison.names[1], k=trials)
+    return f"<li>{escape(verdicts.advice(comparison, language) or sure)}</li>{''.join(items)}"
 
 
 def _tag(verdict: str, language: str) -> str:
@@ -164,16 +187,18 @@ def _tag(verdict: str, language: str) -> str:
 
 
 def _rows(rows: Rows) -> str:
+    note = f"<p class='muted'>{escape(rows.note)}</p>" if rows.note else ""
+    return f"<h2>{escape(rows.title)}</h2>{_table(rows)}{note}"
+
+
+def _table(rows: Rows) -> str:
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
             f"<{tag}{'' if i in rows.left else ' class=number'}>{escape(text)}</{tag}>" for i, text in enumerate(row)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows.rows)
-    return (
-        f"<h2>{escape(rows.title)}</h2><div class='scroll'><table><thead><tr>{cells('th', rows.header)}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>" + (f"<p class='muted'>{escape(rows.note)}</p>" if rows.note else "")
-    )
+    return f"<div class='scroll'><table><thead><tr>{cells('th', rows.header)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _figure(identity: str, heading: str, caption: str) -> str:
@@ -184,21 +209,22 @@ def _figure(identity: str, heading: str, caption: str) -> str:
 
 
 def _configuration(runs: Sequence[Digest], names: Sequence[str], language: str) -> str:
-    """Options, host and versions of the first eight runs side by side; rows that differ are marked and come first."""
-    shown = list(zip(runs, names, strict=True))[:COMPARED]
-    flat = [_flat(run.skeleton) for run, _ in shown]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
-    rows = [(len({one.get(key, "") for one in flat}) > 1, key, [one.get(key, "") for one in flat]) for key in keys]
-    rows.sort(key=lambda row: not row[0])
-    head = "".join(f"<th>{escape(name)}</th>" for _, name in shown)
-    body = "".join(
-        f"<tr{' class=differs' if differs else ''}><td>{escape(key)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
-        for differs, key, values in rows
+    """Options, host and versions of the first eight runs side by side: those that differ, and folded away the others."""
+    flat = [_flat(run.skeleton) for run in runs[:COMPARED]]
+    rows = {key: [one.get(key, "") for one in flat] for key in dict.fromkeys(key for one in flat for key in one)}
+    header = ["", *names[:COMPARED]]
+    differing = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
+    equal = [[key, *values] for key, values in rows.items() if len(set(values)) == 1]
+    heading = say("configuration", language)
+    left = tuple(range(len(header)))
+    shown = f"<h2>{escape(heading)}</h2>" + (
+        f"<p class='muted'>{escape(say('caption_configuration', language))}</p>"
+        f"<div class='differs'>{_table(Rows('', header, differing, [], left))}</div>"
+        if differing
+        else ""
     )
-    return (
-        f"<h2>{escape(say('configuration', language))}</h2><p class='muted'>{escape(say('caption_configuration', language))}</p>"
-        f"<details open><summary>{len(rows)}</summary><div class='scroll'><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
-    )
+    folded = f"<summary>{escape(say('same options', language).format(len(equal)))}</summary>"
+    return f"{shown}<details>{folded}{_table(Rows('', header, equal, [], left))}</details>"
 
 
 def _flat(run: Run) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Try: pdbench report single_results disaggregated_results --lang zh
 """
 
+LANGUAGES = ("en", "zh")
 WORDS: dict[str, tuple[str, str]] = {
     "ttft_ms": ("TTFT", "首 token 时间 (TTFT)"),
     "tbt_ms": ("TBT", "token 间隔 (TBT)"),
@@ -28,6 +29,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "metric": ("metric", "指标"),
     "verdict": ("verdict", "结论"),
     "change": ("change, 95 % interval", "变化，95 % 区间"),
+    "change seen": ("change seen; one trial, no interval", "看到的变化；仅一次试验，无区间"),
     "against": ("{b} against {a}", "{b} 对比 {a}"),
     "better": ("better", "更好"),
     "worse": ("worse", "更差"),
@@ -64,7 +66,19 @@ WORDS: dict[str, tuple[str, str]] = {
     "values": ("values", "数值"),
     "light / dark": ("light / dark", "浅色 / 深色"),
     "failed requests": ("failed requests", "失败的请求"),
-    "not shown": ("undecided", "无法判定"),
+    "not shown": ("no difference shown", "看不出差异"),
+    "better so far": ("better so far", "暂时更好"),
+    "worse so far": ("worse so far", "暂时更差"),
+    "same so far": ("within 5 % so far", "暂时在 5 % 以内"),
+    "sure": (
+        "{b} against {a}; better and worse are said with 95 % confidence, from {k} trials of each:",
+        "{b} 对比 {a}；“更好”和“更差”的置信度为 95 %，各 {k} 次试验：",
+    ),
+    "abbreviations": (
+        "TTFT: time to first token. TBT: time between tokens. E2E: the whole request. p99: 99 % of the values lie at or below.",
+        "TTFT：首 token 时间。TBT：token 间隔。E2E：整个请求。p99：99 % 的数值不超过它。",
+    ),
+    "same options": ("{0} that are the same in all", "{0} 项各运行相同"),
     "nothing to compare": ("These runs share no metric.", "这些运行没有共同的指标。"),
     "Latency distributions": ("Latency distributions", "延迟分布"),
     "Where TTFT goes": ("Where TTFT goes", "TTFT 的组成"),
@@ -105,8 +119,8 @@ WORDS: dict[str, tuple[str, str]] = {
         "负载进行中 token 间隔的 p99（实线）和 p50（点线）。",
     ),
     "caption_devices": (
-        "Device curves with the requests behind: darker until the first token, paler while decoding.",
-        "设备曲线，背景为请求：首 token 前较深，解码时较浅。",
+        "Device curves with the requests behind, warm-up included: darker until the first token, paler while decoding.",
+        "设备曲线，背景为请求（含预热）：首 token 前较深，解码时较浅。",
     ),
     "caption_energy": (
         "GPU boards in the measured windows, failed requests' energy included. Left: what each role did with its joules. "
@@ -117,16 +131,81 @@ WORDS: dict[str, tuple[str, str]] = {
         "Lower and further right is better; a larger dot costs more energy per token (equal dots: not measured).",
         "越靠右下越好；点越大，每 token 能耗越高（大小相同表示未测量）。",
     ),
+    "gate passed": ("Correctness gate passed", "正确性检验通过"),
+    "gate failed": ("CORRECTNESS GATE FAILED", "正确性检验未通过"),
+    "gate not run": (
+        "Correctness gate not run: nothing here shows that both gave the same output.",
+        "未做正确性检验：没有证据表明两者输出相同。",
+    ),
+    "stands in": ("{0} stands in", "以{0}代替"),
     "configuration": ("Configuration and environment", "配置与环境"),
     "caption_configuration": (
-        "Rows in which the runs differ are marked and come first.",
-        "有差异的行已标出并排在最前。",
+        "What differs between the runs.",
+        "各运行之间的差异。",
     ),
     "e2e_p50_ms": ("E2E p50, ms", "E2E p50 (ms)"),
 }
 
 
+CHINESE: dict[str, str] = {
+    "performance and power": "性能与功耗",
+    "{0} requests in {1} trials, {2} failed": "{1} 次试验共 {0} 个请求，{2} 个失败",
+    "{0} requests in 1 trial, {2} failed": "1 次试验共 {0} 个请求，{2} 个失败",
+    "mind": "注意",
+    "Power of each device, requests behind (darker until the first token)": "各设备功率，背景为请求（首 token 前较深）",
+    "CPU use of each role's processes, requests behind (darker until the first token)": "各角色进程的 CPU 利用率，背景为请求（首 token 前较深）",
+    "power, W": "功率 (W)",
+    "% of one core": "单核 %",
+    "power not measured": "功率未测量",
+    "power and energy not measured": "功率与能量未测量",
+    "Clocks (graphics solid, memory dashed)": "频率（图形实线，显存虚线）",
+    "CPU clock": "CPU 频率",
+    "clock, MHz": "频率 (MHz)",
+    "memory": "显存",
+    "TTFT, time to first token": "TTFT，首 token 时间",
+    "TBT, between tokens: every gap, and means": "TBT，token 间隔：每个间隔与均值",
+    "E2E, the whole request": "E2E，整个请求",
+    "no request succeeded": "没有成功的请求",
+    "Where each role's energy goes": "各角色能量的去向",
+    "Times, ms": "时间 (ms)",
+    "TBT, every gap": "TBT（每个间隔）",
+    "Throughput and devices, over the measured windows": "吞吐与设备（测量窗口内）",
+    "min": "最小",
+    "max": "最大",
+    "energy": "能量",
+    "requests/s": "请求/秒",
+    "prefill, J per prompt token": "预填充，每提示 token 能耗 (J)",
+    "decode, J per output token": "解码，每输出 token 能耗 (J)",
+    "% of GPU": "GPU %",
+    "% of a core": "单核 %",
+    "seconds since the start of each trial (pauses left out)": "每次试验开始后的秒数（略去停顿）",
+    "seconds": "秒",
+    "request, in the order of sending": "请求（按发送顺序）",
+    "no proxy and no connector reported this deployment's phases": "没有代理或连接器报告此部署的阶段",
+    "mean ms of TTFT": "TTFT 均值 (ms)",
+    "J: above idle in its phase (orange), idle draw (grey), waiting (hatched)": "J：本阶段高于空载（橙）、空载（灰）、等待（斜线）",
+    "change and 95 % interval": "变化与 95 % 区间",
+    "TTFT, ms": "TTFT (ms)",
+    "TBT, every gap, ms": "TBT，每个间隔 (ms)",
+    "E2E, ms": "E2E (ms)",
+    "% of all at or below": "不超过该值的比例 (%)",
+    "Output tokens a second": "每秒输出 token",
+    "… a second and GPU": "每 GPU 每秒输出 token",
+    "Mean power, W": "平均功率 (W)",
+    "Energy per output token, J": "每输出 token 能耗 (J)",
+    "Requests a second that met the SLO": "每秒满足 SLO 的请求",
+    "Requests a second": "每秒请求",
+    "{0} requests/s": "每秒 {0} 个请求",
+    "{0} at a time": "同时 {0} 个",
+    "{0} tokens in": "输入 {0} token",
+    "{0} out": "输出 {0}",
+    "no GPU": "无 GPU",
+    "{0} cores": "{0} 核",
+}
+"""What is said in English as it stands here."""
+
+
 def say(key: str, language: str = "en") -> str:
-    """The word for `key` in `language` ("en" or "zh")."""
-    pair = WORDS.get(key)
-    return key if pair is None else pair[1 if language == "zh" else 0]
+    """The word for `key` in `language` ("en" or "zh"); a text of the pictures is its own key."""
+    english, chinese = WORDS.get(key) or (key, CHINESE.get(key, key))
+    return chinese if language == "zh" else english

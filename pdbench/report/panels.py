@@ -3,52 +3,80 @@
 Try: pdbench report single_results
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pdbench.analysis.metrics import Array, Measured, mean_ttft_parts_ms
 from pdbench.records import Run
 from pdbench.report.curves import curves_of, reasons, series
 from pdbench.report.energy_tables import parts_j, roles_of
-from pdbench.report.palette import BAD, FAINT, INK, MUTED, ORANGE, PAPER, colour
+from pdbench.report.language import say
+from pdbench.report.palette import BAD, FAINT, GOOD, INK, MUTED, ORANGE, PAPER, colour
 from pdbench.report.rows import figure
-from pdbench.report.timeline import Timeline, lanes
+from pdbench.report.timeline import Timeline, in_flight, spans
+from pdbench.report.words import devices_in_words, load_in_words, machine_in_words
 
-SPANS_DRAWN = 3000
+SPANS_DRAWN, IN_FLIGHT_POINTS = 3000, 2000
+
+
+def heading(
+    picture: Figure, title: str, runs: Mapping[str, Run], language: str, counts: str = "", note: str = ""
+) -> None:
+    """A picture's first lines: title, load and machine; at the right the gate's verdict, flags, a note."""
+    first, left, right = next(iter(runs.values())), 0.055, 0.985
+    top, middle, bottom = (1 - inches / picture.get_figheight() for inches in (0.26, 0.60, 0.84))
+    bold: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "ha": "right", "va": "top"}
+    load = "  ·  ".join(filter(None, (load_in_words(first, language), counts)))
+    picture.text(left, top, title, fontsize=19, fontweight="bold", color=INK, va="top")
+    picture.text(left, middle, load, fontsize=11, color=INK, va="top")
+    devices = {name: devices_in_words(run, language) for name, run in runs.items()}
+    told_apart = (
+        "; ".join(f"{name}: {words}" for name, words in devices.items()) if len({*devices.values()}) > 1 else ""
+    )
+    machine = machine_in_words(first, language, told_apart)
+    picture.text(left, bottom, machine, fontsize=10, color=MUTED, va="top")
+    gates = [run.gate for run in runs.values() if run.gate is not None]
+    if gates:
+        passed = all(gate.passed for gate in gates)
+        words, shade = ("gate passed", GOOD) if passed else ("gate failed", BAD)
+        picture.text(right, top, say(words, language), color=shade, **bold)
+    flags = {name: ", ".join(dict.fromkeys(flag.name for flag in run.flags)) for name, run in runs.items() if run.flags}
+    if flags:
+        names = "; ".join(f"{name}: {each}" if len(runs) > 1 else each for name, each in flags.items())
+        picture.text(right, middle, f"{say('mind', language)}: {names}", color=BAD, **bold)
+    picture.text(right, bottom, note, fontsize=10, color=MUTED, ha="right", va="top")
 
 
 def request_spans(axis: Axes, run: Run, timeline: Timeline) -> None:
-    """Every request behind the curves: pale until its first token, paler while it decodes; rows where they overlap."""
-    requests = sorted(
-        (r for r in run.requests if r.sent_s is not None and r.end_s is not None), key=lambda r: r.sent_s or 0
-    )
-    rows, count = lanes(requests)
-    if len(requests) > SPANS_DRAWN:
-        return
+    """Every request behind the curves: pale until its first token, paler while it decodes; when many, how many at once."""
     behind = axis.twinx()
     behind.set_zorder(axis.get_zorder() - 1)
     axis.patch.set_visible(False)
+    behind.axis("off")
+    if len(run.requests) > SPANS_DRAWN:
+        behind.fill_between(*in_flight(run, timeline, IN_FLIGHT_POINTS), color=MUTED, alpha=0.2, linewidth=0)
+        behind.set_ylim(bottom=0)
+        return
     boxes: dict[str, list[Any]] = {"prefill": [], "decode": [], "failed": []}
-    for request, row in zip(requests, rows, strict=True):
-        first = request.token_s[0] if request.token_s else request.end_s
-        sent, first, end = timeline.place([request.sent_s or 0.0, first or 0.0, request.end_s or 0.0])
-        low, high = row + 0.06, row + 0.94
-        boxes["failed" if request.error else "prefill"].append([(sent, low), (sent, high), (first, high), (first, low)])
-        boxes["failed" if request.error else "decode"].append([(first, low), (first, high), (end, high), (end, low)])
+    drawn = spans(run, timeline)
+    for span in drawn:
+        low, high = span.row + 0.06, span.row + 0.94
+        for name, start, end in (("prefill", span.sent, span.first), ("decode", span.first, span.end)):
+            boxes["failed" if span.failed else name].append([(start, low), (start, high), (end, high), (end, low)])
     for name, alpha in (("prefill", 0.30), ("decode", 0.11), ("failed", 0.35)):
         shade = BAD if name == "failed" else colour(name)
         behind.add_collection(PolyCollection(boxes[name], facecolors=shade, alpha=alpha, linewidths=0))
-    behind.set_ylim(0, count)
-    behind.axis("off")
+    behind.set_ylim(0, max((span.row for span in drawn), default=0) + 1)
 
 
-def device_curves(axis: Axes, run: Run, timeline: Timeline, fields: Sequence[str], unit: str) -> bool:
+def device_curves(axis: Axes, run: Run, timeline: Timeline, fields: Sequence[str], unit: str, language: str) -> bool:
     """One line a device for the first of `fields` that it has; False, with the reason written, when none has any."""
     drawn: list[float] = []
     for device in curves_of(run):
@@ -57,30 +85,34 @@ def device_curves(axis: Axes, run: Run, timeline: Timeline, fields: Sequence[str
             if not len(instants):
                 continue
             x, y = timeline.curve(instants, values)
-            name = device.role if field == fields[0] or field == "cpu_clock_mhz" else f"{device.role}, memory"
+            name = (
+                device.role
+                if field == fields[0] or field == "cpu_clock_mhz"
+                else f"{device.role}, {say('memory', language)}"
+            )
             same = sum(other.role == device.role and other.kind == device.kind for other in run.devices) > 1
             label = f"{name} ({device.id})" if same else str(name)
             width = 1.5 if style == "-" else 1.0
             axis.plot(x, y, style, color=colour(device.role or "host", len(drawn)), lw=width, label=label)
             drawn.append(float(np.nanmax(values)))
     if not drawn:
-        not_measured(axis, reasons(run, fields[0]))
+        not_measured(axis, reasons(run, fields[0]), language)
         return False
     axis.set_ylim(0, max(drawn) * 1.18 or 1)
-    axis.set_ylabel(unit)
+    axis.set_ylabel(say(unit, language))
     return True
 
 
-def not_measured(axis: Axes, reason: str) -> None:
+def not_measured(axis: Axes, reason: str, language: str) -> None:
     """Say so in the middle of an empty panel."""
     width = max(int(axis.get_window_extent().width / 8), 20)
-    words = fill(f"not measured: {reason}", width)
+    words = fill(f"{say('not measured', language)}: {say(reason, language)}", width)
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED)
     axis.set_yticks([])
     axis.grid(False)
 
 
-def time_axis(axis: Axes, timeline: Timeline, label: bool) -> None:
+def time_axis(axis: Axes, timeline: Timeline, label: bool, language: str) -> None:
     """Seconds since each stretch's start; stretches are told apart by white gaps and their trial's name."""
     places, labels = timeline.ticks()
     axis.set_xlim(0, timeline.length_s)
@@ -90,10 +122,13 @@ def time_axis(axis: Axes, timeline: Timeline, label: bool) -> None:
         axis.axvline(at - timeline.gap_s / 2, color=MUTED, lw=0.8, ls=":", zorder=6)
     if label:
         several = len(timeline.stretches) > 1
-        axis.set_xlabel("seconds since the start of each trial (pauses left out)" if several else "seconds")
+        words = "seconds since the start of each trial (pauses left out)" if several else "seconds"
+        axis.set_xlabel(say(words, language))
 
 
-def scatter(axis: Axes, values: Array, measured: Measured, shade: str, gaps: Array | None = None) -> None:
+def scatter(
+    axis: Axes, values: Array, measured: Measured, shade: str, language: str, gaps: Array | None = None
+) -> None:
     """One dot a request in the order of sending, failed ones as crosses at the bottom; a thin line between trials.
 
     `gaps` (one value for each of `measured.tbt_owner`) are drawn pale behind. The axis begins at 0 unless all lie far above.
@@ -118,7 +153,7 @@ def scatter(axis: Axes, values: Array, measured: Measured, shade: str, gaps: Arr
         pad = 0.12 * (high - low) or 0.1 * high or 1.0
         axis.set_ylim(low - pad if low - pad > 0.5 * high else 0.0, high + pad)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("request, in the order of sending")
+    axis.set_xlabel(say("request, in the order of sending", language))
     axis.set_ylabel("ms")
 
 
@@ -150,29 +185,24 @@ def spread_apart(places: Sequence[float] | Array, apart: float, highest: float) 
     return moved
 
 
-def phase_bars(axis: Axes, measured: Measured) -> None:
+def phase_bars(axis: Axes, measured: Measured, language: str) -> None:
     """The mean TTFT taken apart by the instants that proxy, connector and client reported."""
     parts = mean_ttft_parts_ms(measured)
     if parts is None:
-        not_measured(axis, "no proxy and no connector\nreported this deployment's phases")
+        not_measured(axis, "no proxy and no connector reported this deployment's phases", language)
         axis.set_xticks([])
         return
     names, means = list(parts), list(parts.values())
-    words = {
-        "kv_transfer": "KV transfer",
-        "decode": "decode's first step",
-        "other": "not told apart",
-    }
-    labels = [words.get(name, name) for name in names]
+    labels = [say(f"part_{name}", language) for name in names]
     bars = axis.barh(labels, means, color=[colour(name) for name in names], height=0.62, edgecolor=MUTED, linewidth=0.3)
     axis.bar_label(bars, [f" {figure(mean)} ms" for mean in means], fontsize=9, color=INK)
     axis.set_xlim(0, max(means) * 1.35 or 1)
     axis.invert_yaxis()
-    axis.set_xlabel("mean ms of TTFT")
+    axis.set_xlabel(say("mean ms of TTFT", language))
     axis.grid(False)
 
 
-def energy_bars(axis: Axes, summary: dict[str, Any]) -> None:
+def energy_bars(axis: Axes, summary: dict[str, Any], language: str) -> None:
     """Each role's joules in the measured windows, told apart by what it did with them."""
     roles = roles_of(summary)
     for place, one in enumerate(roles.values()):
@@ -186,7 +216,7 @@ def energy_bars(axis: Axes, summary: dict[str, Any]) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, max(sum(parts_j(one).values()) for one in roles.values()) * 1.22)
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.set_xlabel("J: above idle in its phase (orange), idle draw (grey), waiting (hatched)")
+    axis.set_xlabel(say("J: above idle in its phase (orange), idle draw (grey), waiting (hatched)", language))
     axis.grid(False)
 
 

@@ -22,6 +22,8 @@ UNITS = {
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
 ENERGY_RUNS = 8
+LOG_TICKS = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]
+LOG_AXIS = {"type": "log", "tickvals": LOG_TICKS, "ticktext": [f"{tick:g}" for tick in LOG_TICKS]}
 ENERGY_SHADES: dict[str, dict[str, Any]] = {
     "active": {"color": ORANGE},
     "idle": {"color": "rgba(120,130,140,0.75)"},
@@ -45,8 +47,7 @@ def distributions(runs: Sequence[Digest], names: Sequence[str], language: str) -
             "title": {"text": f"{say(key + '_ms', language)}, ms"},
             "domain": [left, left + 0.31],
             "anchor": f"y{'' if place == 1 else place}",
-            "type": "log" if _wide([run.distributions[key] for run in runs]) else "linear",
-        }
+        } | (LOG_AXIS if _wide([run.distributions[key] for run in runs]) else {})
         axes[_axis("yaxis", place)] = {
             "anchor": f"x{'' if place == 1 else place}",
             "range": [0, 101],
@@ -253,7 +254,7 @@ def _spans(run: Digest, language: str) -> list[dict[str, Any]]:
         x: list[float | None] = []
         y: list[float | None] = []
         for span in run.spans:
-            start, end, low, high = span[begin], span[begin + 1], span[3] + 0.06, span[3] + 0.94
+            start, end, low, high = span[begin], span[begin + 1], span.row + 0.06, span.row + 0.94
             x += [start, end, end, start, start, None]
             y += [low, low, high, high, low, None]
         traces.append(shared | {"name": say(name, language), "x": x, "y": y, "fill": "toself", "fillcolor": shade})

@@ -38,7 +38,7 @@ def summary_rows(run: Run, language: str = "en") -> Rows:
     rows.append([say("requests", language), f"{requests['succeeded']} / {requests['sent']}", "", "", ""])
     rows.append([say("output_tokens_per_s", language), figure(speed["output_tokens_per_s"]), "", "", ""])
     header = [say("milliseconds", language), say("mean", language), "p50", "p90", "p99"]
-    return Rows(f"{run.name}: {load_in_words(run)}", header, rows, [""] * len(rows))
+    return Rows(f"{run.name}: {load_in_words(run, language)}", header, rows, [""] * len(rows))
 
 
 def device_rows(run: Run, language: str = "en") -> Rows:
@@ -65,9 +65,17 @@ def comparison_rows(comparison: Comparison, language: str = "en") -> Rows:
         judged = f"{say(line.verdict, language)}: " if line.verdict in ("better", "worse") else ""
         figures = (verdicts.number(line.a.value), verdicts.number(line.b.value))
         rows.append([verdicts.title(line, language) + unit, *figures, judged + verdicts.judgement(line, language)])
-    header = [say("metric", language), *comparison.names, say("change", language)]
+    change = say("change seen" if comparison.one_trial else "change", language)
+    header = [say("metric", language), *comparison.names, change]
     title = say("against", language).format(a=comparison.names[0], b=comparison.names[1])
-    return Rows(title, header, rows, [_STYLES[line.verdict] for line in comparison.differences], (0, 3))
+    return Rows(
+        title,
+        header,
+        rows,
+        [_STYLES[line.verdict] for line in comparison.differences],
+        (0, 3),
+        verdicts.advice(comparison, language),
+    )
 
 
 def side_by_side_rows(
@@ -122,17 +130,15 @@ def figures_of(summary: dict[str, Any]) -> dict[str, float | None]:
     return values
 
 
-def table(rows: Rows) -> Table:
-    """Rows for the terminal."""
-    made = Table(
-        title=escape(rows.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-        caption=escape(rows.note) or None, caption_justify="left", caption_style="dim",
-    )  # fmt: skip
+def table(rows: Rows) -> Group:
+    """Rows for the terminal, title above and note below as wide as the terminal, not as the table."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(rows.header):
         made.add_column(escape(name), justify="left" if place in rows.left else "right", overflow="fold")
     for row, style in zip(rows.rows, rows.styles, strict=True):
         made.add_row(*(escape(text) for text in row), style=style)
-    return made
+    note = [Text(rows.note, style="dim")] if rows.note else []
+    return Group(Text(rows.title, style="bold"), made, *note)
 
 
 def summary_table(run: Run, language: str = "en") -> Group:

@@ -6,6 +6,7 @@ print(Timeline(load_run('single_results')).stretches)"
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,6 +68,39 @@ class Timeline:
                 places.append(at + float(tick))
                 labels.append(f"{tick:g}")
         return places, labels
+
+
+class Span(NamedTuple):
+    """A request as it is drawn: placed instants, the row it lies in, whether it failed."""
+
+    sent: float
+    first: float
+    end: float
+    row: int
+    failed: bool
+
+
+def spans(run: Run, timeline: Timeline) -> list[Span]:
+    """Every request, warm-up included, in rows so that no two of one row overlap."""
+    requests = sorted(
+        (r for r in run.requests if r.sent_s is not None and r.end_s is not None), key=lambda r: r.sent_s or 0.0
+    )
+    rows, _ = lanes(requests)
+    instants = [(r.sent_s or 0.0, r.token_s[0] if r.token_s else r.end_s or 0.0, r.end_s or 0.0) for r in requests]
+    placed = timeline.place(np.array(instants, dtype=float).reshape(-1, 3)).tolist()
+    return [
+        Span(sent, first, end, row, request.error is not None)
+        for (sent, first, end), row, request in zip(placed, rows, requests, strict=True)
+    ]
+
+
+def in_flight(run: Run, timeline: Timeline, points: int) -> tuple[Array, Array]:
+    """How many requests, warm-up included, were under way at each of `points` places of the drawn axis."""
+    known = [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
+    placed = timeline.place(np.array(known, dtype=float).reshape(-1, 2))
+    begins, ends = (np.sort(column[np.isfinite(column)]) for column in placed.T)
+    grid = np.linspace(0, timeline.length_s, points)
+    return grid, np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right").astype(float)
 
 
 def lanes(requests: Sequence[RequestRecord]) -> tuple[list[int], int]:

