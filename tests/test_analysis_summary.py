@@ -107,6 +107,9 @@ def test_ttft_parts_neither_overlap_nor_leave_a_rest_unnamed():
     parts = mean_ttft_parts_ms(measure(several))
     assert parts == pytest.approx({"prefill": 40, "kv_transfer": 25, "decode": 75, "other": 60}, abs=1e-6)
     assert mean_ttft_parts_ms(measure(tiny_run(request()))) is None
+    early = {"prefill": (1.02, 1.19), "kv_transfer": (1.21, 1.22), "decode": (1.22, 1.4)}
+    parts = mean_ttft_parts_ms(measure(tiny_run(request(phases=early))))
+    assert parts == pytest.approx({"prefill": 170, "other": 30}, abs=1e-6), "prefill's token was the first"
 
 
 def test_options_are_found_flat_and_in_sections():

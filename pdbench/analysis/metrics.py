@@ -112,6 +112,7 @@ def mean_ttft_parts_ms(measured: Measured) -> dict[str, float] | None:
     """The mean TTFT taken apart into what the phases cover, in order and without overlap; `other` is what nobody measured.
 
     A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
+    A phase that began after every first token (the handoff, where prefill's token opens the stream) is no part.
     Over the requests that succeeded and have a phase; None where there are none.
     """
     known = {name: span for name in TTFT_PHASES if np.isfinite(span := measured.phase_s[name]).any()}
@@ -125,7 +126,8 @@ def mean_ttft_parts_ms(measured: Measured) -> dict[str, float] | None:
     for place, (name, (start, end)) in enumerate(zip(known, spans, strict=True)):
         later = [np.where(begin >= start, begin, np.inf) for begin, _ in spans[place + 1 :]]
         stop = np.minimum.reduce([end, first, *later])
-        parts[name] = np.nan_to_num(np.maximum(stop - np.maximum(start, reached), 0.0)) * 1e3
+        if (start < first).any():
+            parts[name] = np.nan_to_num(np.maximum(stop - np.maximum(start, reached), 0.0)) * 1e3
         reached = np.fmax(reached, stop)
     parts["other"] = np.maximum(measured.ttft_ms[told] - sum(parts.values()), 0.0)
     return {name: float(part.mean()) for name, part in parts.items()}
