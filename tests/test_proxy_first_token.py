@@ -91,6 +91,9 @@ def test_one_token_less_is_asked_of_decode(early, pair, limit, rest):
         {"temperature": 0.5},
         {"temperature": None},
         {"max_tokens": 1},
+        {"max_tokens": "4", **script(decode={"tokens": 2})},
+        {"max_tokens": 4.5, **script(decode={"tokens": 2})},
+        {"max_tokens": -1},
         {"stream": False},
         {"presence_penalty": 0.1},
         {"frequency_penalty": 1},
@@ -104,6 +107,7 @@ def test_one_token_less_is_asked_of_decode(early, pair, limit, rest):
         {"suffix": "x"},
         {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         {"a_field_of_tomorrow": 1},
+        {"a_deep_field": json.loads("[" * 900 + "]" * 900)},
     ],
     ids=lambda fields: next(iter(fields)),
 )

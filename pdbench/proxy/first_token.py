@@ -72,9 +72,14 @@ def is_exact(ask: Ask) -> bool:
     prompt = bytes(fields.get("prompt", b"")).lstrip(b"[ \t\r\n")[:1]
     if ask.path != b"/v1/completions" or not (prompt == b'"' or prompt.isdigit()):
         return False
-    if not {"temperature", "stream"} <= fields.keys() or bytes(fields.get("max_tokens", b"")) in (b"0", b"1"):
+    if not {"temperature", "stream"} <= fields.keys():
         return False
-    return all(_is_harmless(name, value) for name, value in fields.items())
+    try:
+        limit = _max_tokens(fields)
+        more_follow = limit is None or (type(limit) is int and limit > 1)
+        return more_follow and all(_is_harmless(name, value) for name, value in fields.items())
+    except (msgspec.MsgspecError, RecursionError):
+        return False
 
 
 def prefill_ask(ask: Ask) -> Ask:
@@ -126,14 +131,17 @@ def edit(ask: Ask) -> Callable[[bytes], bytes]:
 def _edit_event(event: bytes) -> bytes:
     if not event.startswith(b"data: {"):
         return event
-    document = _event_decoder.decode(event[6:])
-    usage = document.get("usage")
-    if usage:
-        usage["prompt_tokens"] -= 1
-        usage["completion_tokens"] += 1
-    for choice in document.get("choices", ()):
-        if choice.get("prompt_token_ids"):
-            choice["prompt_token_ids"] = None
+    try:
+        document = _event_decoder.decode(event[6:])
+        usage = document.get("usage")
+        if usage:
+            usage["prompt_tokens"] -= 1
+            usage["completion_tokens"] += 1
+        for choice in document.get("choices", ()):
+            if choice.get("prompt_token_ids"):
+                choice["prompt_token_ids"] = None
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+        return event  # no completion's event: it is passed on as it came
     return b"data: " + msgspec.json.encode(document)
 
 
@@ -146,9 +154,14 @@ def _is_harmless(name: str, value: msgspec.Raw) -> bool:
     return decoded is None or decoded is False
 
 
+def _max_tokens(fields: Fields) -> Any:
+    """The limit as the client gave it; None is no limit."""
+    return msgspec.json.decode(fields.get("max_tokens", msgspec.Raw(b"%d" % DEFAULT_MAX_TOKENS)))
+
+
 def _rest(ask: Ask, prompt_ids: bytes, token: int) -> Ask:
     """The client's request for what comes after `token`."""
-    limit = msgspec.json.decode(ask.fields.get("max_tokens", msgspec.Raw(b"%d" % DEFAULT_MAX_TOKENS)))
+    limit = _max_tokens(ask.fields)
     fields: Fields = ask.fields | {
         "prompt": msgspec.Raw(b"%b,%d]" % (prompt_ids.rstrip()[:-1], token)),
         "max_tokens": msgspec.Raw(msgspec.json.encode(None if limit is None else limit - 1)),
