@@ -122,9 +122,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(
-    connector: str, model: str, folder: Path, cpu: bool, arguments: list[str], transfer_timeout_s: float = 30.0
+    connector: str,
+    model: str,
+    folder: Path,
+    cpu: bool,
+    arguments: list[str],
+    transfer_timeout_s: float = 30.0,
+    tensor_parallel: int = 1,
 ) -> Pair:
-    """Start prefill on GPU 0 and decode on GPU 1 (or both on CPU); logs and event logs go to `folder`."""
+    """Start prefill on the first GPUs and decode on the next ones (or both on CPU); logs and event logs go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     ports, kv_ports = free_ports(2), free_ports(2)
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
@@ -154,15 +160,22 @@ def start(
         environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_ports[index]), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
         if connector == "builtin-p2p-nccl":
             environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+        if tensor_parallel > 1:
+            command += ["--tensor-parallel-size", str(tensor_parallel)]
         if cpu:
             command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
-            command += ["--distributed-executor-backend", "uni", "--max-model-len", "4096"]
+            command += [
+                "--distributed-executor-backend",
+                "uni" if tensor_parallel == 1 else "mp",
+                "--max-model-len",
+                "4096",
+            ]
             command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
             environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         else:
             command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
             environment |= {
-                "CUDA_VISIBLE_DEVICES": str(index),
+                "CUDA_VISIBLE_DEVICES": ",".join(str(index * tensor_parallel + i) for i in range(tensor_parallel)),
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
             }

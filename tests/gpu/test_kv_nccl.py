@@ -10,6 +10,7 @@ import secrets
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,19 +103,26 @@ def test_a_peer_that_leaves_and_returns(pair):
         assert torch.equal(returned.blocks([3, 4]).cpu(), d.blocks([14, 15]).cpu())
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    """Real vLLM: prefill on GPU 0, decode on GPU 1, the tiny model in bfloat16, failed transfers fail their request."""
-    folder = tmp_path_factory.mktemp("servers")
+@contextmanager
+def started(folder, tensor_parallel):
+    """Real vLLM: prefill on the first GPUs, decode on the next, the tiny model in bfloat16, failed transfers fail their request."""
     arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256"]
     arguments += ["--gpu-memory-utilization", "0.2"]
-    running = kv_servers.start("p2p-nccl", str(tiny_model()), folder, False, arguments, TRANSFER_TIMEOUT_S)
+    model = str(tiny_model())
+    running = kv_servers.start("p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, tensor_parallel)
     try:
         failure = kv_servers.wait_healthy(running, 400)
         assert failure is None, failure
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """One GPU a side."""
+    with started(tmp_path_factory.mktemp("servers"), 1) as running:
+        yield running
 
 
 _random = random.Random(5)
@@ -161,30 +169,7 @@ def until(check):
         time.sleep(0.1)
 
 
-def test_equal_to_a_single_instance(servers):
-    lengths = [
-        1,
-        2,
-        63,
-        64,
-        65,
-        127,
-        128,
-        129,
-        255,
-        256,
-        257,
-        300,
-        511,
-        512,
-        513,
-        700,
-        1000,
-        1023,
-        1024,
-        1025,
-        *range(30, 40),
-    ]
+def is_equal_to_prefills_own(servers, lengths):
     equal = 0
     for length in lengths:
         prompt = prompt_of(length)
@@ -193,6 +178,17 @@ def test_equal_to_a_single_instance(servers):
     # In bfloat16 prefill's and decode's kernels round differently, so a near tie between two tokens may fall either way.
     assert equal >= len(lengths) - 3
     until(lambda: is_free(servers, 0) and is_free(servers, 1))
+
+
+def test_equal_to_a_single_instance(servers):
+    edges = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 511, 512, 513, 700, 1000, 1023, 1024, 1025]
+    is_equal_to_prefills_own(servers, [*edges, *range(30, 40)])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_tensor_parallel_two_on_both_sides(tmp_path):
+    with started(tmp_path, 2) as running:
+        is_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
 def test_swapped_kv_gives_the_other_prompts_answer(servers):
