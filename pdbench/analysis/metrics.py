@@ -82,8 +82,10 @@ def measure(run: Run) -> Measured:
     gap = np.diff(tokens) * 1e3
     inside = (owner[1:] == owner[:-1]) & ok[owner[1:]]
     gaps = gap[inside]
-    phases = {name: _spans(requests, name) for name in PHASES}
-    reported = _column(requests, "output_tokens")
+    reported = {name for request in requests for name in request.phases}
+    unknown = np.full((len(requests), 2), np.nan)
+    phases = {name: _spans(requests, name) if name in reported else unknown for name in PHASES}
+    said = _column(requests, "output_tokens")
     return Measured(
         trials=trials,
         requests=requests,
@@ -97,7 +99,7 @@ def measure(run: Run) -> Measured:
         mean_tbt_ms=np.where(ok & (counted > 1), (last - first) / np.maximum(counted - 1, 1) * 1e3, np.nan),
         send_delay_ms=(sent - planned) * 1e3,
         prompt_tokens=_column(requests, "prompt_tokens"),
-        output_tokens=np.where(np.isnan(reported), counted, reported),
+        output_tokens=np.where(np.isnan(said), counted, said),
         tbt_ms=gaps,
         tbt_owner=owner[1:][inside],
         tbt_s=tokens[1:][inside],

@@ -46,22 +46,30 @@ def rates(run: Run, measured: Measured) -> dict[str, Estimate]:
 def _tally_of(run: Run, measured: Measured) -> Callable[[Array, bool], dict[str, Array]]:
     """A function that says what came between neighbouring edges, an array a kind; NaN where that was not measured."""
     devices, count, met = [Meter(device) for device in meters(run)], device_count(run), meets_slo(run, measured)
+    arrivals = np.sort(measured.token_s)
     start, end = (np.array([]) if met is None else instants[met] for instants in (measured.sent_s, measured.end_s))
 
     def tally(edges: Array, shared: bool) -> dict[str, Array]:
         """`shared` counts a good request in every part by its share of time there, else whole where it ended."""
         length_s = np.diff(edges)
         done = np.clip((edges[:, None] - start) / np.maximum(end - start, 1e-9), 0, 1).sum(axis=1)
-        good = np.diff(done) if shared else np.histogram(end, edges)[0]
+        good = np.diff(done) if shared else _counts(np.sort(end), edges)
         return {
             "length_s": length_s,
             "device_s": length_s * (count or np.nan),
-            "tokens": np.histogram(measured.token_s, edges)[0].astype(float),
-            "good": length_s * np.nan if met is None else good.astype(float),
+            "tokens": _counts(arrivals, edges),
+            "good": length_s * np.nan if met is None else good,
             "joules": np.array([_joules(devices, *pair) for pair in pairwise(edges)]),
         }
 
     return tally
+
+
+def _counts(rising: Array, edges: Array) -> Array:
+    """How many of these instants lie between neighbouring edges, both ends included."""
+    places = np.searchsorted(rising, edges)
+    places[-1] = np.searchsorted(rising, edges[-1], side="right")
+    return np.diff(places).astype(float)
 
 
 def _joules(devices: list[Meter], start_s: float, end_s: float) -> float:

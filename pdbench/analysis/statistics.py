@@ -77,9 +77,10 @@ def quantiles(
     A bootstrap of both levels counts the blocks' variance twice and that of k trials by (k-1)/k: with w the variance when
     blocks alone are resampled and n the nested one, the estimate is max(w, k/(k-1) (n - w)); docs/statistics.md derives it.
     """
-    levels = np.unique(values)
+    rising = np.sort(values)
+    levels = rising[np.append(True, rising[1:] > rising[:-1])]
     if len(levels) > len(_RANKS):
-        levels = np.unique(np.quantile(values, _RANKS, method="higher").astype(np.float64))
+        levels = np.unique(rising[np.ceil(_RANKS * (len(rising) - 1)).astype(np.int64)])
     level = np.minimum(np.searchsorted(levels, values), len(levels) - 1)
     shape = (resampling.within.shape[1], len(levels))
     counts = np.bincount(resampling.unit[owner] * shape[1] + level, minlength=shape[0] * shape[1])
@@ -87,12 +88,12 @@ def quantiles(
     within = _weighted_quantiles(_times(resampling.within, held), levels, shares)
     nested = _weighted_quantiles(_times(resampling.nested, held), levels, shares)
     k, estimates = resampling.trials, []
-    for number, share in enumerate(shares):
+    for number, value in enumerate(np.quantile(rising, shares)):
         scales = []
         for scale in (np.asarray, _log):
             w, n = float(np.nanvar(scale(within[:, number]))), float(np.nanvar(scale(nested[:, number])))
             scales.append(max(w, k / (k - 1) * (n - w)) if k > 1 else w)
-        estimates.append(Estimate(float(np.quantile(values, share)), scales[0], scales[1], k))
+        estimates.append(Estimate(float(value), scales[0], scales[1], k))
     return estimates
 
 

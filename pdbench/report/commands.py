@@ -65,7 +65,7 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: st
         )
     with tempfile.TemporaryDirectory() as scratch:
         parts = [Path(scratch) / f"{place}.csv" for place in range(len(folders))]
-        runs = digests(folders, html.DEVICE_FIGURES, html.COMPARED + 1, parts)
+        runs = digests(folders, html.DEVICE_FIGURES, html.COMPARED + 1, parts, language)
         names = names_of(runs)
         write_whole(out / "report.html", html.page(runs, names, sort_by, language).encode())
         write_whole(
@@ -107,7 +107,7 @@ def names_of(runs: Sequence[Digest]) -> list[str]:
 
 
 def _markdown(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None, language: str) -> str:
-    parts = [f"# {' · '.join(names)}\n\n{runs[0].load[language]}\n\n{runs[0].machine[language]}\n"]
+    parts = [f"# {' · '.join(names)}\n\n{runs[0].load}\n\n{runs[0].machine}\n"]
     for run, name in zip(runs, names, strict=True):
         parts += [f"- **{name}, {flag.name}**: {flag.detail}" for flag in run.skeleton.flags]
     for run, name in zip(runs[1 : html.COMPARED + 1], names[1:], strict=False):

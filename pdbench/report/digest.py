@@ -22,7 +22,6 @@ from pdbench.analysis.summary import summarize
 from pdbench.records import Gate, Run, load_run
 from pdbench.report.curves import curves_of, reasons, series
 from pdbench.report.export import requests_csv
-from pdbench.report.language import LANGUAGES
 from pdbench.report.timeline import Span, Timeline, in_flight, spans
 from pdbench.report.words import load_in_words, machine_in_words
 
@@ -36,7 +35,7 @@ CURVES = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "cpu_clock_mhz", "te
 class Digest:
     """What is kept of a run. `skeleton` is the run without requests, devices and events, for comparing how it was measured.
 
-    `load` and `machine` are in words by language. `distributions` maps ttft, tbt, e2e to (ms, share) points; `parts_ms` is the mean TTFT taken apart; `tbt_over_time` maps
+    `load` and `machine` are in words. `distributions` maps ttft, tbt, e2e to (ms, share) points; `parts_ms` is the mean TTFT taken apart; `tbt_over_time` maps
     p50 and p99 to a curve; `curves` maps a field to {label: (role, curve)}; `spans` or `in_flight` its requests behind.
     """
 
@@ -45,8 +44,8 @@ class Digest:
     skeleton: Run
     summary: dict[str, Any]
     estimates: dict[Metric, Estimate]
-    load: dict[str, str]
-    machine: dict[str, str]
+    load: str
+    machine: str
     distributions: dict[str, Points]
     parts_ms: dict[str, float] | None
     tbt_over_time: dict[str, Points]
@@ -58,7 +57,11 @@ class Digest:
 
 
 def digest(
-    folder: Path | str, with_curves: bool = True, csv: Path | None = None, with_estimates: bool = True
+    folder: Path | str,
+    with_curves: bool = True,
+    csv: Path | None = None,
+    with_estimates: bool = True,
+    language: str = "en",
 ) -> Digest:
     """Read one run and keep what is drawn; with `csv`, write all its requests there on the way."""
     run = load_run(folder)
@@ -71,8 +74,8 @@ def digest(
         skeleton=_skeleton(run),
         summary=summarize(run, measured),
         estimates=estimates(run, measured) if with_estimates else {},
-        load={language: load_in_words(run, language) for language in LANGUAGES},
-        machine={language: machine_in_words(run, language) for language in LANGUAGES},
+        load=load_in_words(run, language),
+        machine=machine_in_words(run, language),
         distributions={
             "ttft": _quantile_curve(measured.ttft_ms),
             "tbt": _quantile_curve(measured.tbt_ms),
@@ -87,11 +90,11 @@ def digest(
 
 
 def digests(
-    folders: Sequence[Path], with_curves: int, with_estimates: int, csv_parts: Sequence[Path | None]
+    folders: Sequence[Path], with_curves: int, with_estimates: int, csv_parts: Sequence[Path | None], language: str
 ) -> list[Digest]:
     """All of them, read by as many processes as there are cores; only the first ones get device curves and estimates."""
     jobs = [
-        (folder, place < with_curves, part, place < with_estimates)
+        (folder, place < with_curves, part, place < with_estimates, language)
         for place, (folder, part) in enumerate(zip(folders, csv_parts, strict=True))
     ]
     workers = min(os.cpu_count() or 1, len(jobs))

@@ -97,9 +97,9 @@ def _devices_caption(run: Digest, language: str) -> str:
 
 def _header(runs: Sequence[Digest], names: Sequence[str], title: str, language: str) -> str:
     """Title, load, machine and correctness gate; a machine a run where they differ (one GPU against two), for the first four."""
-    machines = dict(zip(names[:4], [run.machine[language] for run in runs[:4]], strict=True))
+    machines = dict(zip(names[:4], [run.machine for run in runs[:4]], strict=True))
     lines = [f"{name}: {machine}" for name, machine in machines.items()]
-    lines = lines if len(set(machines.values())) > 1 else [runs[0].machine[language]]
+    lines = lines if len(set(machines.values())) > 1 else [runs[0].machine]
     shown = "<br>".join(map(escape, lines))
     gates = [(name, run.skeleton.gate) for run, name in zip(runs, names, strict=True) if run.skeleton.gate is not None]
     gate = "".join(
@@ -108,7 +108,7 @@ def _header(runs: Sequence[Digest], names: Sequence[str], title: str, language: 
     )
     gate = gate or f"<p class='gate muted'>{escape(say('gate not run', language))}</p>"
     return (
-        f"<header><div><h1>{escape(title)}</h1><p>{escape(runs[0].load[language])}</p><p class='muted'>{shown}</p>{gate}</div>"
+        f"<header><div><h1>{escape(title)}</h1><p>{escape(runs[0].load)}</p><p class='muted'>{shown}</p>{gate}</div>"
         f"<button id='theme' type='button'>{escape(say('light / dark', language))}</button></header>"
     )
 

@@ -3,7 +3,6 @@
 Try: pdbench report single_results disaggregated_results --lang zh
 """
 
-LANGUAGES = ("en", "zh")
 WORDS: dict[str, tuple[str, str]] = {
     "ttft_ms": ("TTFT", "首 token 时间 (TTFT)"),
     "tbt_ms": ("TBT", "token 间隔 (TBT)"),
