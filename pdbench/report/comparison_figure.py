@@ -109,7 +109,7 @@ def _verdicts(axis: Axes, comparison: Comparison, language: str) -> None:
     axis.set_xscale("log")
     axis.set_xlim(1 / widest**1.05, widest**1.05)
     steps = [step for step in (1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if step <= widest**1.05]
-    steps = steps[-1:] if len(steps) > 4 and widest > 10 else steps[-2:]
+    steps = [steps[-4], steps[-1]] if len(steps) > 4 and widest > 10 else steps[-2:]
     axis.set_xticks(
         [*(1 / s for s in reversed(steps)), 1, *steps],
         [*(f"÷{s:g}" for s in reversed(steps)), "1", *(f"×{s:g}" for s in steps)],

@@ -38,8 +38,10 @@ def page(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None = Non
     ]
     title = say("against", language).format(a=names[0], b=names[1]) if len(runs) == 2 else " · ".join(names[:4])
     found = _plots(runs, names, language)
-    body = [_header(runs, names, title, language), _flags(runs, names, language)]
-    body += [_verdicts(one, language, len(comparisons) > 1) for one in comparisons]
+    flags = _flags(runs, names, language)
+    body = [_header(runs, names, title, language), *([] if comparisons else [flags])]
+    for place, comparison in enumerate(comparisons):
+        body.append(_verdicts(comparison, language, len(comparisons) > 1, flags if place == 0 else ""))
     body += [_rows(digest_rows(runs, names, sort_by, language))]
     body += [_figure(identity, *words) for identity, (_, *words) in found.items()]
     body += [_rows(rows) for rows in energy_tables.both(*energy_of(runs, names), language)]
@@ -114,10 +116,14 @@ def _header(runs: Sequence[Digest], names: Sequence[str], title: str, language: 
 
 
 def _flags(runs: Sequence[Digest], names: Sequence[str], language: str) -> str:
+    """A line a run and kind of flag, then the failed requests."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        for flag in run.skeleton.flags:
+            kinds.setdefault((name, flag.name), []).append(flag.detail)
     lines = [
-        f"<li><b>{escape(name)}, {escape(flag.name)}:</b> {escape(flag.detail)}</li>"
-        for run, name in zip(runs, names, strict=True)
-        for flag in run.skeleton.flags
+        f"<li><b>{escape(name)}, {escape(kind)}:</b> {escape('; '.join(details))}</li>"
+        for (name, kind), details in kinds.items()
     ]
     failed = [
         f"<li><b>{escape(name)}:</b> {escape(say('failed requests', language))}: {run.summary['requests']['failed']} ({escape(_errors(run))})</li>"
@@ -131,8 +137,8 @@ def _errors(run: Digest) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in run.summary["errors"].items())
 
 
-def _verdicts(comparison: Comparison, language: str, titled: bool) -> str:
-    """The answer in one sentence, then a row a metric."""
+def _verdicts(comparison: Comparison, language: str, titled: bool, flags: str) -> str:
+    """The answer in one sentence, what a reader must mind, then a row a metric."""
     title = say("against", language).format(a=comparison.names[0], b=comparison.names[1])
     heading = f"<h2>{escape(title)}</h2>" if titled else ""
     judged = not comparison.one_trial
@@ -153,7 +159,7 @@ def _verdicts(comparison: Comparison, language: str, titled: bool) -> str:
     columns |= {"verdict": "", "change": ""} if judged else {"change seen": ""}
     head = "".join(f"<th{side}>{escape(say(key, language))}</th>" for key, side in columns.items())
     return (
-        f"<section class='verdicts'>{heading}<ul class='answer'>{answer(comparison, language)}</ul>{warning}"
+        f"<section class='verdicts'>{heading}<ul class='answer'>{answer(comparison, language)}</ul>{flags}{warning}"
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         f"<p class='muted'>{escape(say('abbreviations', language))}</p></section>"
     )

@@ -251,6 +251,6 @@ def table(axis: Axes, rows: Sequence[Sequence[str]], header: Sequence[str], widt
 def log_ticks(axis: Axes) -> None:
     """Plain numbers on a logarithmic horizontal axis."""
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1,), numticks=12))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=12))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
