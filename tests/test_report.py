@@ -116,6 +116,15 @@ def test_the_csv_holds_every_measured_request():
     assert float(rows[1]["ttft_ms"]) == pytest.approx((run.requests[1].token_s[0] - run.requests[1].sent_s) * 1e3)
 
 
+def test_the_csv_quotes_what_needs_it_and_may_be_empty():
+    run = build_run(trials=1, requests=2)
+    run.requests[0].id = 'a "b", c'
+    run.requests[1].finish_reason = "two\nlines"
+    rows = list(csv.DictReader(io.StringIO(requests_csv(run), newline="")))
+    assert rows[0]["id"] == 'a "b", c' and rows[1]["finish_reason"] == "two\nlines"
+    assert requests_csv(build_run(trials=0), header=False) == ""
+
+
 def test_tables_carry_flags_and_fit_eighty_columns():
     run = build_run(flags=[Flag("throttled", "GPU 0 was too hot")])
     console = Console(width=80, record=True, file=io.StringIO())

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from pdbench.analysis.energy import active_and_idle_j, energy_in, merge
 from pdbench.analysis.metrics import Array, Measured, measure
@@ -98,7 +99,6 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     """Energy by role and phase over the run's trials; `cached_prompt_tokens` were sent but not computed (prefix cache)."""
     measured = measured or measure(run)
     trials = merge([(trial.start_s, trial.end_s) for trial in measured.trials])
-    requests, arrivals = measured.requests, measured.token_s
     by_role: dict[str, list[DeviceRecord]] = {}
     for device in run.devices:
         if device.kind == "gpu":
@@ -106,11 +106,13 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = sum(_which_inside(measured.last_s[measured.ok], trials))
-    computed_inside = _which_inside([_prompt_computed_s(r) for r in requests], trials)
-    prompts = [r.prompt_tokens for r, inside in zip(requests, computed_inside, strict=True) if inside]
-    computed = None if None in prompts else sum(filter(None, prompts)) - cached_prompt_tokens
-    tokens = sum(_which_inside(arrivals, trials))
+    delivered = _count_inside(measured.last_s[measured.ok], trials)
+    prefilled = measured.phase_s["prefill"][:, 1]
+    # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
+    computed_s = np.where(np.isfinite(prefilled), prefilled, measured.first_s)
+    prompts = measured.prompt_tokens[_inside_any(computed_s, trials)]
+    computed = int(prompts.sum()) - cached_prompt_tokens if np.isfinite(prompts).all() else None
+    tokens = _count_inside(measured.token_s, trials)
     return Attribution(
         roles=roles,
         total_j=total_j,
@@ -273,20 +275,16 @@ def _gb_in(received: list[dict[str, Any]], windows: Sequence[Interval], active_j
     return per(moved / 1e9, active_j) if moved else None
 
 
-def _prompt_computed_s(request: RequestRecord) -> float:
-    """When its prompt had been computed: prefill's end, or (not measured) its first token; NaN where there is neither."""
-    prefill = request.phases.get("prefill")
-    return prefill[1] if prefill else request.token_s[0] if request.token_s else math.nan
+def _count_inside(instants: Array, windows: Sequence[Interval]) -> int:
+    return int(np.count_nonzero(_inside_any(instants, windows)))
 
 
-def _which_inside(instants: Sequence[float] | Array, windows: Sequence[Interval]) -> list[bool]:
+def _inside_any(instants: Array, windows: Sequence[Interval]) -> NDArray[np.bool_]:
     """For each instant, whether it lies in one of the windows."""
-    known = np.asarray(instants, dtype=float)
-    inside = np.zeros(len(known), dtype=bool)
+    inside = np.zeros(len(instants), dtype=bool)
     for start, end in windows:
-        inside |= (known >= start) & (known <= end)
-    found: list[bool] = inside.tolist()
-    return found
+        inside |= (instants >= start) & (instants <= end)
+    return inside
 
 
 def _inside(t: float | None, windows: Sequence[Interval]) -> bool:

@@ -23,10 +23,10 @@ TTFT_PHASES = PHASES[1:]
 class Measured:
     """The measured requests of a run (no warm-up), in the order of sending.
 
-    One entry a request: `trial` (index into `trials`), `ok`, `sent_s`, `end_s`, `last_s` (last token), `ttft_ms`, `e2e_ms`,
-    `mean_tbt_ms`, `send_delay_ms`, `prompt_tokens`, `output_tokens`. One entry a gap between two tokens of a successful
-    request: `tbt_ms`, its request `tbt_owner`, its instant `tbt_s`. `token_s` holds every token's arrival, of failed requests
-    too. `phase_s` has each request's (start, end) of a phase, `phase_ms` their durations but for failed requests.
+    One entry a request: `trial` (index into `trials`), `ok`, `sent_s`, `end_s`, `first_s` and `last_s` (tokens), `ttft_ms`,
+    `e2e_ms`, `mean_tbt_ms`, `send_delay_ms`, `prompt_tokens`, `output_tokens`. One entry a gap between two tokens of a
+    successful request: `tbt_ms`, its request `tbt_owner`, its instant `tbt_s`. `token_s` holds every token's arrival, of failed
+    requests too. `phase_s` has each request's (start, end) of a phase, `phase_ms` their durations but for failed requests.
     `merged_tokens` came in another's chunk.
     """
 
@@ -36,6 +36,7 @@ class Measured:
     ok: NDArray[np.bool_]
     sent_s: Array
     end_s: Array
+    first_s: Array
     last_s: Array
     ttft_ms: Array
     e2e_ms: Array
@@ -93,6 +94,7 @@ def measure(run: Run) -> Measured:
         ok=ok,
         sent_s=sent,
         end_s=end,
+        first_s=first,
         last_s=last,
         ttft_ms=np.where(ok, (first - sent) * 1e3, np.nan),
         e2e_ms=np.where(ok, (end - sent) * 1e3, np.nan),
