@@ -124,7 +124,7 @@ def main(page: str, picture: str, *options: str) -> None:
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         Browser(Path(profile)) as browser,
     ):
-        browser.open(Path(page).resolve().as_uri())
+        browser.open(Path(page).resolve(strict=True).as_uri())
         paints = browser.evaluate("JSON.stringify(performance.getEntriesByType('paint').map(one => one.startTime))")
         print(f"first paint after {max(json.loads(paints)):.0f} ms")
         if "--whole" in options:
