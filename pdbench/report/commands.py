@@ -3,6 +3,7 @@
 Try: pdbench report single_results disaggregated_results --out report
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,11 +99,13 @@ def _drawable(language: str, console: Console) -> str:
 
 
 def names_of(runs: Sequence[Digest]) -> list[str]:
-    """Each run's deployment; where two share it, the folder tells them apart."""
+    """Each run's deployment; where two share it, their folders (below the one that holds them all) tell them apart."""
     plain = [run.name for run in runs]
+    folders = [Path(run.folder).absolute() for run in runs]
+    above = Path(os.path.commonpath([folder.parent for folder in folders]))
     return [
-        name if plain.count(name) == 1 else run.folder.strip("/").replace("/", "_")
-        for run, name in zip(runs, plain, strict=True)
+        name if plain.count(name) == 1 else "_".join(folder.relative_to(above).parts)
+        for folder, name in zip(folders, plain, strict=True)
     ]
 
 

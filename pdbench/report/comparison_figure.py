@@ -35,7 +35,8 @@ def draw(runs: Sequence[Run], comparison: Comparison | None = None, language: st
     names = _names(runs)
     picture = Figure(figsize=(16, 14 if comparison else 10.5))
     grid = picture.add_gridspec(
-        3 if comparison else 2, 12, hspace=0.30, wspace=1.0, left=0.055, right=0.985, top=0.905, bottom=0.055,
+        3 if comparison else 2, 12, hspace=0.30, wspace=1.0, left=0.055, right=0.985, top=1 - 1.33 / picture.get_figheight(),
+        bottom=0.055,
         height_ratios=(1.25, 1.2, 0.95) if comparison else (1.25, 1.0),
     )  # fmt: skip
     title = say("against", language).format(a=names[0], b=names[1]) if len(names) == 2 else " · ".join(names[:5])

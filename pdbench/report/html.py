@@ -36,12 +36,17 @@ def page(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None = Non
         compare_digests(runs[0], run, (names[0], name))
         for run, name in zip(runs[1 : COMPARED + 1], names[1:], strict=False)
     ]
-    title = say("against", language).format(a=names[0], b=names[1]) if len(runs) == 2 else " · ".join(names[:4])
+    more = [say("more", language).format(len(names) - 4)] if len(names) > 4 else []
+    title = (
+        say("against", language).format(a=names[0], b=names[1]) if len(runs) == 2 else " · ".join([*names[:4], *more])
+    )
     found = _plots(runs, names, language)
     flags = _flags(runs, names, language)
-    body = [_header(runs, names, title, language), *([] if comparisons else [flags])]
-    for place, comparison in enumerate(comparisons):
-        body.append(_verdicts(comparison, language, len(comparisons) > 1, flags if place == 0 else ""))
+    body = [_header(runs, names, title, language)]
+    if len(comparisons) == 1:
+        body += [_verdicts(comparisons[0], language, False, flags)]
+    else:
+        body += [flags, *(_verdicts(one, language, True, "") for one in comparisons)]
     body += [_rows(digest_rows(runs, names, sort_by, language))]
     body += [_figure(identity, *words) for identity, (_, *words) in found.items()]
     body += [_rows(rows) for rows in energy_tables.both(*energy_of(runs, names), language)]
@@ -184,7 +189,7 @@ def answer(comparison: Comparison, language: str = "en") -> str:
     if not items:
         return f"<li>{escape(say('nothing to compare', language))}</li>"
     trials = min(min(one.a.trials, one.b.trials) for one in comparison.differences)
-    sure = say("sure", language).format(a=comparison.names[0], b=comparison.names[1], k=trials)
+    sure = say("sure", language).format(k=trials)
     return f"<li>{escape(verdicts.advice(comparison, language) or sure)}</li>{''.join(items)}"
 
 

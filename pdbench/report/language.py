@@ -29,6 +29,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "verdict": ("verdict", "结论"),
     "change": ("change, 95 % interval", "变化，95 % 区间"),
     "change seen": ("change seen; one trial, no interval", "看到的变化；仅一次试验，无区间"),
+    "more": ("{0} more", "另外 {0} 个"),
     "against": ("{b} against {a}", "{b} 对比 {a}"),
     "better": ("better", "更好"),
     "worse": ("worse", "更差"),
@@ -70,8 +71,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "worse so far": ("worse so far", "暂时更差"),
     "same so far": ("within 5 % so far", "暂时在 5 % 以内"),
     "sure": (
-        "{b} against {a}; better and worse are said with 95 % confidence, from {k} trials of each:",
-        "{b} 对比 {a}；“更好”和“更差”的置信度为 95 %，各 {k} 次试验：",
+        "Better and worse are said with 95 % confidence, from {k} trials of each:",
+        "“更好”和“更差”的置信度为 95 %，各 {k} 次试验：",
     ),
     "abbreviations": (
         "TTFT: time to first token. TBT: time between tokens. E2E: the whole request. p99: 99 % of the values lie at or below.",
