@@ -74,6 +74,8 @@ def test_the_comparison_is_drawn_for_every_kind_of_run(name, tmp_path):
 def test_three_deployments_share_a_comparison_with_different_colours():
     with figures.matplotlib.rc_context(figures.STYLE):
         picture = comparison_figure.draw([build_run("single"), build_run("replicas"), build_run()])
+    heading = min(text.get_position()[1] for text in picture.texts if text.get_text())
+    assert max(axis.get_position().y1 for axis in picture.axes) < heading - 0.03
     bars = next(axis for axis in picture.axes if axis.get_title(loc="left") == "Output tokens a second")
     assert len({patch.get_facecolor() for patch in bars.patches}) == 3
 
@@ -155,6 +157,15 @@ def test_a_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
     assert "disaggregated_performance_analysis.png" in made
     assert len((tmp_path / "requests.csv").read_text().splitlines()) == 1 + 96
     assert "client-limited" in (tmp_path / "report.md").read_text()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [tmp_path / "sweep" / point / "single_results" for point in ("concurrency=1", "concurrency=2")]
+    for folder in folders:
+        save_run(build_run("single", trials=1, requests=2), folder)
+    names = commands.names_of([digest(folder) for folder in folders])
+    assert names == ["concurrency=1_single_results", "concurrency=2_single_results"]
+    assert commands.names_of([digest(folders[0])]) == ["single"]
 
 
 def test_every_figure_of_the_page_is_valid_plotly(folders):
