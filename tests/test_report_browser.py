@@ -97,3 +97,7 @@ def test_on_paper_figures_fit_and_nothing_stays_folded(page, tmp_path):
     assert page.evaluate(f"new Promise(done => setTimeout(() => done({width}), 300))") == before
     page.print_to(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    heights = (
+        "[...document.querySelectorAll('.plot')].map(p => [p.offsetHeight, p.querySelector('.main-svg').clientHeight])"
+    )
+    assert all(box >= drawn > 100 for box, drawn in page.evaluate(heights))

@@ -94,7 +94,7 @@ def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[
 
 def _devices_caption(run: Digest, language: str) -> str:
     """What is drawn, and where power was not measured: why, and what stands in for it."""
-    caption = say("caption_devices", language)
+    caption = say("caption_devices_many" if run.in_flight[0] else "caption_devices", language)
     if "power_w" not in run.missing or not run.curves:
         return caption
     instead = say("cpu_utilization_pct", language)

@@ -122,6 +122,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "Device curves with the requests behind, warm-up included: darker until the first token, paler while decoding.",
         "设备曲线，背景为请求（含预热）：首 token 前较深，解码时较浅。",
     ),
+    "caption_devices_many": (
+        "Device curves with the number of requests under way behind (grey), warm-up included.",
+        "设备曲线，背景（灰）为进行中的请求数（含预热）。",
+    ),
     "caption_energy": (
         "GPU boards in the measured windows, failed requests' energy included. Left: what each role did with its joules. "
         "Right: what an output token came to.",
