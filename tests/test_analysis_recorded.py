@@ -14,7 +14,16 @@ import pytest
 from pdbench.analysis.compare import estimates
 from pdbench.analysis.metrics import measure
 from pdbench.analysis.rates import PARTS, rates
-from pdbench.analysis.statistics import Estimate, of_parts, of_trials, ratio, trials_to_show
+from pdbench.analysis.statistics import (
+    Estimate,
+    Resampling,
+    blocks_of,
+    of_parts,
+    of_trials,
+    quantiles,
+    ratio,
+    trials_to_show,
+)
 from pdbench.records import Run
 
 RECORDED = Path(__file__).parent / "data" / "recorded_single_cpu_results.json"
@@ -54,6 +63,13 @@ def every(run: Run) -> dict[str, Estimate]:
     return {metric.name: estimate for metric, estimate in estimates(run).items()}
 
 
+def tbt_p50(run: Run) -> Estimate:
+    """It alone, in a third of the time of all figures."""
+    measured = measure(run)
+    resampling = Resampling(measured.trial, blocks_of(measured.trial))
+    return quantiles(measured.tbt_ms, measured.tbt_owner, resampling, (0.5,))[0]
+
+
 def test_a_recorded_run_against_itself_gives_few_false_alarms(run):
     """Every split of the 12 trials into 3 against 3: for each metric at most 5 % of them find what is not there."""
     chosen = list(combinations(range(len(run.trials)), 3))
@@ -68,13 +84,15 @@ def test_a_recorded_run_against_itself_gives_few_false_alarms(run):
 def test_a_change_of_five_per_cent_is_found_in_recorded_trials_at_the_recommended_count(run):
     random = np.random.default_rng(19)
     counts, found = [], 0
-    for _ in range(10):
+    assert tbt_p50(run).log_variance == every(run)["tbt_p50_ms"].log_variance
+    for _ in range(40):
         order = random.permutation(len(run.trials))
-        a, b = every(resampled(run, order[:3]))["tbt_p50_ms"], every(resampled(run, order[3:6]))["tbt_p50_ms"]
-        counts.append(min(trials_to_show(a, b) or 400, 400))
+        counts.append(
+            min(trials_to_show(*(tbt_p50(resampled(run, part)) for part in (order[:3], order[3:6]))) or 400, 400)
+        )
         a, b = (resampled(run, random.integers(0, 12, counts[-1]), factor) for factor in (1.0, 1.05))
-        found += ratio(every(a)["tbt_p50_ms"], every(b)["tbt_p50_ms"]).low > 1
-    assert found >= 8, counts
+        found += ratio(tbt_p50(a), tbt_p50(b)).low > 1
+    assert found >= 32, (found, counts)
 
 
 def test_the_same_for_throughput(run):
