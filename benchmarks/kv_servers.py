@@ -121,6 +121,21 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def free_run(length: int) -> int:
+    """The first of `length` ports in a row that nobody listens on now: rank i of an instance takes the i-th."""
+    while True:
+        (first,) = free_ports(1)
+        sockets = []
+        try:
+            sockets = [socket.create_server(("127.0.0.1", first + i)) for i in range(length)]
+            return first
+        except OSError:
+            continue
+        finally:
+            for each in sockets:
+                each.close()
+
+
 def start(
     connector: str,
     model: str,
@@ -132,7 +147,8 @@ def start(
 ) -> Pair:
     """Start prefill on the first GPUs and decode on the next ones (or both on CPU); logs and event logs go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    ports, kv_ports = free_ports(2), free_ports(2)
+    ports, kv_first = free_ports(2), free_run(2 * tensor_parallel)
+    kv_ports = (kv_first, kv_first + tensor_parallel)
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
     commands = []

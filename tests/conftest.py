@@ -15,13 +15,15 @@ from pdbench.serving.machine import inspect
 from pdbench.serving.running import Running
 
 
-def serve_config(log_dir: Path, prefill: int = 1, decode: int = 1, **options: object) -> ServeConfig:
+def serve_config(
+    log_dir: Path, prefill: int = 1, decode: int = 1, tensor_parallel: int = 1, **options: object
+) -> ServeConfig:
     """Options of a deployment whose ports are all free."""
     # Instances of a role count up from their first port: take consecutive free ones.
     # Below the range from which the kernel takes ports for clients, which would take one of ours before its server starts.
     while True:
         first = random.randrange(11000, 30000)
-        if all(_is_free(port) for port in range(first, first + 2 * (prefill + decode) + 2)):
+        if all(_is_free(first + i) for i in range(2 + (prefill + decode) * (1 + tensor_parallel))):
             break
     kv = first + 2 + prefill + decode
     return ServeConfig(
@@ -32,6 +34,7 @@ def serve_config(log_dir: Path, prefill: int = 1, decode: int = 1, **options: ob
         kv_port=kv,
         prefill_instances=prefill,
         decode_instances=decode,
+        tensor_parallel=tensor_parallel,
         log_dir=str(log_dir),
         start_timeout_s=280.0,
         **options,  # type: ignore[arg-type]

@@ -81,6 +81,13 @@ def test_instances_take_consecutive_gpus_and_ports() -> None:
     assert len({one.kv_address for one in instances} | {one.url for one in instances}) == 6
 
 
+@pytest.mark.parametrize(("asked", "executor"), [(1, "uni"), (2, "mp")])
+def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) -> None:
+    (one,) = vllm.single(ServeConfig(tensor_parallel=asked), machine("0.32.0", 0), "MODEL")
+    assert f"--tensor-parallel-size {asked}" in " ".join(one.argv)
+    assert f"--distributed-executor-backend {executor}" in " ".join(one.argv)
+
+
 @pytest.mark.parametrize(
     ("config", "gpus", "message"),
     [

@@ -159,13 +159,14 @@ def instance(
         argv.append("--enforce-eager")
     if (machine.vllm or (0,)) >= REQUEST_METRICS_SINCE:
         argv.append("--enable-per-request-metrics")
+    width = max(2, config.tensor_parallel) if role == "tensor-parallel" else config.tensor_parallel
+    argv += ["--tensor-parallel-size", str(width)]
     if machine.on_gpu:
         argv += ["--dtype", config.dtype or "auto", "--gpu-memory-utilization", str(config.gpu_memory_utilization)]
-        argv += ["--tensor-parallel-size", str(len(gpus))]
         # NVML, nvidia-smi and CUDA must mean the same GPU by the same number.
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     else:
-        argv += _cpu_arguments(config)
+        argv += _cpu_arguments(config, width)
         # One thread an instance: two of them share the cores, and OpenMP's waiting threads would starve the other.
         environment |= {
             "OMP_NUM_THREADS": "1",
@@ -193,11 +194,12 @@ def instance(
     )
 
 
-def _cpu_arguments(config: ServeConfig) -> list[str]:
+def _cpu_arguments(config: ServeConfig, width: int) -> list[str]:
     """What makes vLLM start fast and compute right on a small machine without GPUs (the rotary kernel there is wrong)."""
     length = config.max_model_len
     arguments = ["--dtype", config.dtype or "float32", "--kv-cache-memory-bytes", "64M", "--max-num-seqs", "8"]
-    arguments += ["--max-num-batched-tokens", str(length), "--distributed-executor-backend", "uni"]
+    arguments += ["--max-num-batched-tokens", str(length)]
+    arguments += ["--distributed-executor-backend", "uni" if width == 1 else "mp"]
     return [*arguments, "--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
 
 
