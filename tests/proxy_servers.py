@@ -73,11 +73,27 @@ class Server(asyncio.Protocol):
             % (status, len(body), body)
         )
 
+    def any_answer(self, streamed):
+        """What fits any request: a token with its ids, as a whole answer or as a stream."""
+        choice = {
+            "index": 0,
+            "text": " t0",
+            "finish_reason": "length",
+            "token_ids": [TOKEN],
+            "prompt_token_ids": [1, 2],
+        }
+        document = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+        if not streamed:
+            return self.whole(200, document)
+        events = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(document).encode()
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        return self.transport.write(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events))
+
     async def answer(self, request):
         if request["path"] == "/health":
             return self.whole(self.status, {})
         if self.deaf:
-            return self.whole(200, {"choices": []})
+            return self.any_answer('"stream":true' in request["body"].replace(" ", ""))
         self.say({"event": "request", "at_s": time.monotonic(), **request})
         if request["path"] == "/v1/models":
             return self.whole(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})

@@ -260,6 +260,27 @@ class _Device:
         upto = len(self.samples), len(self.fine), len(self.ticks.ticks)
         samples, fine, ticks = (values[a:b] for values, a, b in zip(lists, self._taken, upto, strict=True))
         self._taken = upto
+        return self._plain(clock, samples, fine, ticks)
+
+    def record(self, clock: Clock, sampling: dict[str, float | None]) -> DeviceRecord:
+        """Everything on the run's clock, with statistics."""
+        record, moved = self._plain(clock, self.samples, self.fine, self.ticks.ticks), clock.of_monotonic
+        samples, fine = record.samples, record.fine_power
+        idle = {name: mean_power_w(samples, fine, moved(a), moved(b)) for name, (a, b) in self.idle_windows.items()}
+        return msgspec.structs.replace(
+            record,
+            sampling=sampling_statistics(samples, fine) | sampling | {"energy_refresh_ms": self.ticks.refresh_ms},
+            statistics=field_statistics(samples),
+            idle_power_w=idle,
+        )
+
+    def _plain(
+        self,
+        clock: Clock,
+        samples: list[DeviceSample],
+        fine: list[tuple[float, float]],
+        ticks: list[tuple[float, float]],
+    ) -> DeviceRecord:
         reader, moved = self.reader, clock.of_monotonic
         return DeviceRecord(
             id=reader.id,
@@ -271,27 +292,6 @@ class _Device:
             fine_power=[(moved(t), power) for t, power in fine],
             energy_ticks=[(moved(t), energy) for t, energy in ticks],
             not_measured=dict(reader.not_measured),
-        )
-
-    def record(self, clock: Clock, sampling: dict[str, float | None]) -> DeviceRecord:
-        """Everything on the run's clock."""
-        reader, moved = self.reader, clock.of_monotonic
-        samples = [msgspec.structs.replace(sample, t_s=moved(sample.t_s)) for sample in self.samples]
-        fine = [(moved(t), power) for t, power in self.fine]
-        idle = {name: mean_power_w(samples, fine, moved(a), moved(b)) for name, (a, b) in self.idle_windows.items()}
-        return DeviceRecord(
-            id=reader.id,
-            kind=reader.kind,
-            name=reader.name,
-            role=reader.role,
-            index=reader.index,
-            samples=samples,
-            fine_power=fine,
-            energy_ticks=[(moved(t), energy) for t, energy in self.ticks.ticks],
-            not_measured=dict(reader.not_measured),
-            sampling=sampling_statistics(samples, fine) | sampling | {"energy_refresh_ms": self.ticks.refresh_ms},
-            statistics=field_statistics(samples),
-            idle_power_w=idle,
         )
 
 

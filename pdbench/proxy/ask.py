@@ -3,6 +3,7 @@
 Try: python -c "from pdbench.proxy.ask import fields_of; print(fields_of(b'{\"prompt\": \"Hi\"}'))"
 """
 
+import re
 from dataclasses import dataclass, field
 
 import msgspec
@@ -12,6 +13,7 @@ from pdbench.proxy.wire import Headers
 
 Fields = dict[str, msgspec.Raw]
 _decoder = msgspec.json.Decoder(Fields)
+_LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 PREFIX_BYTES = 1024
 
 
@@ -61,8 +63,8 @@ def prompt_tokens(prompt: bytes) -> int:
 def is_one_sequence(fields: Fields) -> bool:
     """Whether the request is one prompt with one continuation, which is what one KV transfer carries. Prompt
     log-probabilities need the prompt's logits, which no transfer brings."""
-    prompt = bytes(fields.get("prompt", b"")).replace(b" ", b"")[:2]
-    several = prompt in (b'["', b"[[") or any(_number(fields, name) > 1 for name in ("n", "best_of"))
+    listed = _LIST_OF_PROMPTS.match(fields.get("prompt", b"")) is not None
+    several = listed or any(_number(fields, name) > 1 for name in ("n", "best_of"))
     looks_back = _number(fields, "echo") or fields.get("prompt_logprobs", b"null") != b"null"
     return not (several or looks_back or _number(fields, "use_beam_search"))
 
