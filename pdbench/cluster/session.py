@@ -181,6 +181,11 @@ class Cluster:
         """What was lost first, in one line; None while all is well."""
         return next((pulsed.lost for pulsed in self._pulsed if pulsed.lost), None)
 
+    def check(self) -> None:
+        """Raises UserError when a node or an actor is lost."""
+        if problem := self.problem():
+            raise UserError(f"{problem}; what was measured until then is kept")
+
     def wait(self, seconds: float) -> None:
         """Until a message came, but `seconds` at most."""
         with self._changed:
