@@ -5,6 +5,7 @@ Try: python benchmarks/cluster_scale.py --instances 64 --devices 512 --seconds 3
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -16,12 +17,15 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 SERVER = """
-import http.server, sys
+import http.server, socketserver, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
     def log_message(self, *_): pass
-http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+class Server(http.server.HTTPServer):
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask a name server for the host's name, for seconds
+Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
 """
 
 
@@ -94,7 +98,7 @@ def measure(options: argparse.Namespace) -> None:
             serve = ServeConfig(replica_instances=count, log_dir=logs)
             begin_s = time.monotonic()
             deployment = ClusterDeployment("replicas", serve, cluster, planner)
-            with deployment.start():
+            with contextlib.closing(deployment.start()):
                 print(
                     f"bring-up of {count} instances on {options.nodes} nodes, proxy included: {time.monotonic() - begin_s:.1f} s"
                 )
