@@ -53,7 +53,9 @@ def main() -> None:
         inside = ["--inside", f"{head.address}:6379", "--nodes", str(options.nodes)]
         inside += ["--instances", str(options.instances), "--devices", str(options.devices)]
         done = head.run(sys.executable, __file__, *inside, "--seconds", str(options.seconds), timeout_s=500)
-        print(done.stdout or done.stderr)
+        print(done.stdout)
+        if done.returncode:
+            sys.exit(done.stderr)
 
 
 def plan_scripted(config: Any, gpus: Any, *, name: str, role: str, port: int) -> Any:

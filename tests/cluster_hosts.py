@@ -169,6 +169,7 @@ class Hosts:
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_agent_register_timeout_ms": "120000",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "RAY_prestart_worker_first_driver": "0",  # one worker a CPU of every node, all on this machine's few cores
             "COLUMNS": "180",
         }
         try:

@@ -260,6 +260,8 @@ class ClusterDeployment:
                 age_s = state.get("age_s", 0.0)
                 if name not in ready and state.get("healthy"):
                     ready[name] = f"{word} after {age_s:.0f} s at {self._planned[name].url}"
+                if name not in ready:
+                    self._hosts[name].hurry()
                 states[name] = ready.get(name, f"starting on {self._hosts[name].node.address}, {age_s:.0f} s")
             self._on_state(states)
             if time.monotonic() > deadline:

@@ -138,18 +138,16 @@ class ClusterSampler:
         for address, reference in asked.items():
             try:
                 self._cluster.ask(reference, self._agents[address])
-            except LostError:
-                continue
+            except LostError as error:
+                self._agents[address].lost = self._agents[address].lost or str(error)
 
     def _last_pulse(self) -> None:
-        """Wait until every living agent has been heard after the end, so that its last batch is here."""
-        asked_s = time.monotonic()
-        deadline = asked_s + _LAST_WORD_S
+        """Wait until every agent has been heard after the end, so that its last batch is here, or counts as lost."""
         for agent in self._agents.values():
             # One whole pulse may already have been under way; the second one began after the end.
             heard, last_s = 0, agent.heard_s
             agent.hurry()
-            while agent.lost is None and heard < 2 and time.monotonic() < deadline:
+            while agent.lost is None and heard < 2:
                 self._cluster.wait(0.05)
                 if agent.heard_s != last_s:
                     last_s, heard = agent.heard_s, heard + 1

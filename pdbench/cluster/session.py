@@ -19,8 +19,8 @@ from pdbench.serving.process import GRACE_S
 
 PULSE_S = 1.0
 CLOCK_EVERY_S = 1.0
-ASK_S = 60.0
-"""How long an answer to a single question may take (starting a Ray worker on a busy node included)."""
+ASK_S = 300.0
+"""How long a living actor may take to answer a question, or to its first word: a node may start dozens of Ray workers at once."""
 _LEASE_BEYOND_S = 10.0
 
 
