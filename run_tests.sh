@@ -3,8 +3,8 @@
 #   ./run_tests.sh [OPTIONS of pytest]
 set -euo pipefail
 cd "$(dirname "$0")"
-python=$(requirements/setup.sh dev)
+python=$(requirements/setup.sh dev ray)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -m "not gpu and not cluster" "$@"
+exec "$python" -m pytest -m "not gpu and not cluster_slow" "$@"

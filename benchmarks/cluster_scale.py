@@ -5,6 +5,7 @@ Try: python benchmarks/cluster_scale.py --instances 64 --devices 512 --seconds 3
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -16,12 +17,15 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 SERVER = """
-import http.server, sys
+import http.server, socketserver, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
     def log_message(self, *_): pass
-http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+class Server(http.server.HTTPServer):
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask a name server for the host's name, for seconds
+Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
 """
 
 
@@ -49,7 +53,9 @@ def main() -> None:
         inside = ["--inside", f"{head.address}:6379", "--nodes", str(options.nodes)]
         inside += ["--instances", str(options.instances), "--devices", str(options.devices)]
         done = head.run(sys.executable, __file__, *inside, "--seconds", str(options.seconds), timeout_s=500)
-        print(done.stdout or done.stderr)
+        print(done.stdout)
+        if done.returncode:
+            sys.exit(done.stderr)
 
 
 def plan_scripted(config: Any, gpus: Any, *, name: str, role: str, port: int) -> Any:
@@ -94,7 +100,7 @@ def measure(options: argparse.Namespace) -> None:
             serve = ServeConfig(replica_instances=count, log_dir=logs)
             begin_s = time.monotonic()
             deployment = ClusterDeployment("replicas", serve, cluster, planner)
-            with deployment.start():
+            with contextlib.closing(deployment.start()):
                 print(
                     f"bring-up of {count} instances on {options.nodes} nodes, proxy included: {time.monotonic() - begin_s:.1f} s"
                 )

@@ -236,6 +236,8 @@ class ClusterConfig:
     """Nodes over which --client-processes are spread in turn; by itself the one where pdbench runs."""
     node_timeout_s: float = 20.0
     """Silence after which a node counts as lost and the run ends, marked, with what was measured."""
+    restarts: int = 0
+    """How many times servers that died are started again; by itself a dead server ends the run."""
 
 
 @Parameter(name="*", group=_PROXY)

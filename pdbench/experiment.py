@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,16 +65,14 @@ def run(
     goes on.
     Raises UserError when something asked for cannot be done here, before anything starts where that can be known.
     """
-    _check_load(options.load, trials)
+    _check_options(options, trials, cluster)
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
     check_writable(out)
     make = maker(options.serve, cluster)
     _check_lengths(options.load, options.serve.max_model_len)
     for name in names:
-        planned = make(name)
-        if isinstance(planned, Deployment):
-            planned.check_ports()
+        make(name).check_ports()
     idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
@@ -138,7 +136,7 @@ def bench(
 
     A deployment started by `pdbench serve` with the same --log-dir is recognised, and its model, devices and events with it.
     """
-    _check_load(options.load, trials)
+    _check_options(options, trials, cluster)
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
     if running is None:
@@ -160,11 +158,15 @@ def bench(
     return out / f"{one.name}_results"
 
 
-def _check_load(load: LoadConfig, trials: int) -> None:
-    """Raises UserError before servers start, which takes minutes, for a load that could never be sent."""
+def _check_options(options: Options, trials: int, cluster: "Cluster | None") -> None:
+    """Raises UserError before servers start, which takes minutes, for what could never be sent or set."""
     if trials < 1:
         raise UserError(f"--trials {trials}: at least 1 is needed")
-    plan.check(load)
+    plan.check(options.load)
+    if cluster is not None:
+        from pdbench.cluster import measuring
+
+        measuring.check(cluster, options.power)
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
@@ -194,25 +196,25 @@ def started(deployment: Any, console: Console) -> Iterator[Any]:
     console.print(
         f"[bold]{deployment.name}[/bold]: {', '.join(one.name for one in deployment.instances)} starting; logs in {deployment.config.log_dir}/"
     )
-    ready: set[str] = set()
+    told: dict[str, str] = {}
     told_s = time.monotonic()
     with console.status("starting") as status:
 
         def on_state(states: dict[str, str]) -> None:
             nonlocal told_s
             for name, state in states.items():
-                if state.startswith("ready") and name not in ready:
-                    ready.add(name)
+                if state.startswith("ready") and told.get(name) != state:
+                    told[name] = state
                     console.print(f"  {name}: {state}", highlight=False)
                     told_s = time.monotonic()
-            starting = " · ".join(f"{name} {state}" for name, state in states.items() if name not in ready) or "ready"
-            status.update(starting)
-            if not console.is_terminal and time.monotonic() - told_s >= TELL_AGAIN_S:
+            starting = " · ".join(f"{name} {state}" for name, state in states.items() if not state.startswith("ready"))
+            status.update(starting or "ready")
+            if starting and not console.is_terminal and time.monotonic() - told_s >= TELL_AGAIN_S:
                 # A file or a pipe shows no status line: without this it would be silent for minutes.
                 console.print(f"  {starting}", highlight=False)
                 told_s = time.monotonic()
 
-        with deployment:
+        with closing(deployment):
             deployment.start(on_state)
             status.stop()
             yield deployment
@@ -254,7 +256,6 @@ def _measure_into(
     if cluster is not None:
         from pdbench.cluster import measuring
 
-        measuring.check_power(options.power)
         sampler = measuring.ClusterSampler(cluster, running, options.power, one.clock)
         load = partial(measuring.run_load, cluster)
     elif running.hosts:
@@ -289,6 +290,8 @@ def _measure_into(
             one.flags += [flag for flag in sampler.flags() if flag.name not in {known.name for known in one.flags}]
         phases.join([request for request in one.requests if request.trial in trials], events)
         one.events += events
+    if cluster is not None:
+        cluster.check()
 
 
 def _one_trial(

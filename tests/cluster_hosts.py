@@ -37,6 +37,7 @@ class Host:
         self.own = hosts.folder / f"host-{number}"
         self.own.mkdir()
         self.ray_node: subprocess.Popen[str] | None = None
+        self.harmed = False
         ip("netns", "add", self.name)
         ip(
             "link",
@@ -131,6 +132,7 @@ class Host:
 
     def kill(self) -> None:
         """The power fails: every process here gets SIGKILL."""
+        self.harmed = True
         while processes := self.processes():
             for process in processes:
                 with contextlib.suppress(psutil.Error):
@@ -142,7 +144,7 @@ class Host:
         ip("-n", self.hosts.switch, "link", "set", self.port, "down")
 
     def mend(self) -> None:
-        """Plug it in again."""
+        """Plug it in again; Ray gives a node up that was away for long (`harmed`)."""
         ip("-n", self.hosts.switch, "link", "set", self.port, "up")
 
     def sent_bytes(self) -> int:
@@ -167,6 +169,7 @@ class Hosts:
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_agent_register_timeout_ms": "120000",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "RAY_prestart_worker_first_driver": "0",  # one worker a CPU of every node, all on this machine's few cores
             "COLUMNS": "180",
         }
         try:
@@ -206,12 +209,30 @@ class Hosts:
             host.start_ray(head)
             self.wait_for_nodes(number)
 
+    def repair(self) -> None:
+        """After a fault: every host is on its cable, and in the cluster as on the first day."""
+        harmed = [host for host in self.all if host.harmed]
+        for host in harmed:
+            host.mend()
+            host.kill()
+        if self.all[-1] in harmed:
+            for host in self.all:
+                host.kill()
+            self.join()
+        elif harmed:
+            self.wait_for_nodes(len(self.all) - len(harmed))
+            for host in harmed:
+                host.start_ray(self.all[-1])
+            self.wait_for_nodes(len(self.all))
+        for host in self.all:
+            host.harmed = False
+
     def wait_for_nodes(self, number: int) -> None:
         """Until the cluster of the last host has so many living nodes."""
         asked = (
             "import ray, sys, time\n"
             f"ray.init('{self.all[-1].address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
-            f"while sum(node['Alive'] for node in ray.nodes()) < {number}: time.sleep(0.2)\n"
+            f"while sum(node['Alive'] for node in ray.nodes()) != {number}: time.sleep(0.2)\n"
         )
         waiting = self.all[-1].popen(sys.executable, "-c", asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE_S

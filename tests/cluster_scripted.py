@@ -2,6 +2,7 @@
 
 import functools
 import json
+import socketserver
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +56,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask a name server for the host's name, for seconds
+
+
 def plan(config, gpus, *, seat):
     """The server on its node, in the place of vLLM."""
     argv = (sys.executable, __file__, "--answer", config.host, str(seat.port))
@@ -63,7 +69,7 @@ def plan(config, gpus, *, seat):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--answer":
-        ThreadingHTTPServer((sys.argv[2], int(sys.argv[3])), Handler).serve_forever()
+        Server((sys.argv[2], int(sys.argv[3])), Handler).serve_forever()
     else:
         import cluster_scripted
 

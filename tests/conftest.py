@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cluster_hosts import Hosts, NotPermittedError, joined_hosts
 
 from pdbench.config import Deployment as Name
 from pdbench.config import ServeConfig
@@ -80,3 +81,20 @@ def disaggregated(deployments: dict[str, Deployment]) -> Running:
     """Prefill, decode and proxy that run."""
     deployments["disaggregated"].check()
     return deployments["disaggregated"].running()
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Three hosts in one Ray cluster, for the tests marked `cluster`; where namespaces are not permitted they are skipped."""
+    try:
+        with joined_hosts(tmp_path_factory.mktemp("hosts")) as made:
+            yield made
+    except NotPermittedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def hosts(joined: Hosts) -> Hosts:
+    """The three hosts, whole again after what a test before did to them; the last one is the head."""
+    joined.repair()
+    return joined

@@ -1,6 +1,5 @@
 """Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
 
-import contextlib
 import io
 import os
 import signal
@@ -129,7 +128,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_start_into_a_file_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow(contextlib.nullcontext[None]):
+    class Slow:
         """A deployment of which one server takes long."""
 
         name, config = "replicas", ServeConfig()
@@ -138,6 +137,9 @@ def test_a_start_into_a_file_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch)
         def start(self, on_state: Callable[[dict[str, str]], None]) -> None:
             for seconds in (0, 10, 20):
                 on_state({"replica-0": "ready after 5 s", "replica-1": f"starting, {seconds} s"})
+
+        def close(self) -> None:
+            pass
 
     monkeypatch.setattr(experiment, "TELL_AGAIN_S", 0.0)
     told = io.StringIO()

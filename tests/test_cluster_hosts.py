@@ -1,34 +1,23 @@
 """Three hosts: prefill (real vLLM, CPU) on the first, decode on the second, client, proxy and pdbench on the third; then faults.
 
 The hosts are network namespaces with addresses and monotonic clocks of their own (1000 and 2000 s ahead), a Ray node in each. The
-tests of this file run in order: each goes on where the one before it ended.
+deployment is started once; the last test of this file ends it.
 """
 
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_hosts import PORT, Hosts, NotPermittedError, joined_hosts, wait_until
+from cluster_hosts import PORT, Hosts, wait_until
 
 from pdbench.records import Run, load_run
 
 pytest.importorskip("ray", reason="Ray is not installed (requirements/ray.txt)")
-pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.timeout(420)]
-NODE_TIMEOUT_S = 15
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Three joined Ray nodes; the last one is the head."""
-    try:
-        with joined_hosts(tmp_path_factory.mktemp("hosts")) as made:
-            yield made
-    except NotPermittedError as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.timeout(600)]
+NODE_TIMEOUT_S = 20
+CUT_S = 5.0
 
 
 def options(hosts: Hosts) -> list[str]:
@@ -56,17 +45,27 @@ def bench(hosts: Hosts, name: str, *arguments: str) -> tuple[subprocess.Popen[st
 
 
 def result(process: subprocess.Popen[str], folder: Path, hosts: Hosts, code: int = 0) -> Run:
-    assert process.wait(150) == code, told(hosts, "bench")
+    assert process.wait(240) == code, told(hosts, "bench")
     return load_run(folder)
 
 
 @pytest.fixture(scope="module")
-def serving(hosts: Hosts) -> subprocess.Popen[str]:
+def serving(joined: Hosts) -> subprocess.Popen[str]:
     """`pdbench serve --cluster` that is ready."""
-    process = pdbench(hosts, "serve")
-    wait_until(lambda: "ready:" in told(hosts, "serve") or process.poll() is not None, "servers ready", 240)
-    assert process.poll() is None, told(hosts, "serve")
+    joined.repair()
+    process = pdbench(joined, "serve", "--restarts", "1")
+    wait_until(lambda: "ready:" in told(joined, "serve") or process.poll() is not None, "servers ready", 300)
+    assert process.poll() is None, told(joined, "serve")
     return process
+
+
+def flowing(hosts: Hosts, process: subprocess.Popen[str]) -> None:
+    """Until the gate is over and some requests of `bench` came back."""
+    events = hosts.folder / "logs" / "proxy.events.jsonl"
+    wait_until(lambda: "gate passed" in " ".join(told(hosts, "bench").split()), "the gate passes")
+    before = len(events.read_text().splitlines())
+    wait_until(lambda: len(events.read_text().splitlines()) > before + 5, "requests flow")
+    assert process.poll() is None, told(hosts, "bench")
 
 
 def test_the_gate_passes_and_the_kv_crosses_the_cable(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
@@ -108,7 +107,8 @@ def test_every_role_has_its_node_and_all_instants_are_on_the_heads_clock(
             prefill, transfer = request.phases["prefill"], request.phases["kv_transfer"]
             assert prefill is not None and transfer is not None and request.sent_s is not None
             assert request.sent_s <= prefill[0] <= transfer[1] + uncertainty_s
-            assert transfer[1] <= request.token_s[0] + uncertainty_s
+            # Prefill's own token may have opened the stream; decode's first one needs the KV.
+            assert transfer[1] <= request.token_s[1] + uncertainty_s
     for device in run.devices:
         instants = [sample.t_s for sample in device.samples]
         assert instants == sorted(instants)
@@ -133,35 +133,45 @@ def test_secrets_are_in_no_command_line_and_no_log(hosts: Hosts, serving: subpro
 
 def test_a_cut_of_five_seconds_heals_and_loses_nothing(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     second = hosts.all[1]
-    process, folder = bench(hosts, "healed", "--duration-s", "16", "--output-tokens", "48")
-    wait_until(lambda: "gate passed" in told(hosts, "bench").replace("\n", " "), "the load begins")
-    time.sleep(6.0)
+    process, folder = bench(hosts, "healed", "--duration-s", "20", "--output-tokens", "48")
+    flowing(hosts, process)
     second.cut()
-    cut = threading.Timer(5.0, second.mend)
-    cut.start()
+    time.sleep(CUT_S)
+    second.mend()
+    assert process.poll() is None, told(hosts, "bench")
     run = result(process, folder, hosts)
-    cut.join()
     assert [request.error for request in run.requests] == [None] * len(run.requests)
     assert "node-lost" not in {flag.name for flag in run.flags}
     decode = next(device for device in run.devices if device.role == "decode")
     assert decode.sampling["missed_ticks"] is not None
     # The sampler beat on through the cut, and what it had is here: no gap as long as the cut.
-    assert max(b.t_s - a.t_s for a, b in zip(decode.samples, decode.samples[1:], strict=False)) < 2.5
+    assert max(b.t_s - a.t_s for a, b in zip(decode.samples, decode.samples[1:], strict=False)) < CUT_S
+
+
+def test_prefill_is_started_again_and_its_kv_comes_anew(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
+    for process in hosts.all[0].processes():
+        if "api_server" in " ".join(process.cmdline()) and "guard.py" not in " ".join(process.cmdline()):
+            process.kill()
+    wait_until(
+        lambda: "prefill-0: ready again" in told(hosts, "serve") or serving.poll() is not None, "started again", 300
+    )
+    assert serving.poll() is None, told(hosts, "serve")
+    run = result(*bench(hosts, "again", "--requests", "3", "--output-tokens", "8"), hosts)
+    assert run.gate is not None and run.gate.passed and run.gate.external_kv_tokens == run.gate.prompt_tokens
+    assert [request.error for request in run.requests] == [None] * len(run.requests)
 
 
 def test_a_node_that_dies_ends_the_run_with_what_was_measured(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     first, second, third = hosts.all
-    events = hosts.folder / "logs" / "proxy.events.jsonl"
-    before = len(events.read_text().splitlines())
     process, folder = bench(hosts, "died", "--requests", "400", "--output-tokens", "64")
-    wait_until(lambda: len(events.read_text().splitlines()) > before + 12, "gate and warm-up are over, requests flow")
+    flowing(hosts, process)
     second.kill()
-    assert process.wait(90) == 1, told(hosts, "bench")
+    assert process.wait(150) == 1, told(hosts, "bench")
     run = load_run(folder)
     assert "node-lost" in {flag.name for flag in run.flags}
     done = [request for request in run.requests if request.error is None and not request.warmup]
     assert done and any(request.phases.get("kv_transfer") for request in done)
     assert any(device.role == "decode" and device.samples for device in run.devices)
-    assert serving.wait(90) == 1
+    assert serving.wait(150) == 1
     assert "10.213.77.2" in told(hosts, "serve")
     wait_until(lambda: first.servers() == [] and third.servers() == [], "nothing of ours is left")

@@ -1,12 +1,15 @@
 """What a deployment asks of a cluster, and clocks that are joined: pure functions."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pdbench.cluster.clocks import NodeClock, identity, move_request
+from pdbench.cluster.measuring import check
 from pdbench.cluster.placement import Node, Seat, group, pins, seats
-from pdbench.config import ServeConfig
+from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.records import RequestRecord
 
@@ -47,6 +50,14 @@ def test_what_cannot_be_read_is_named(place: str) -> None:
 def test_two_words_that_exclude_each_other() -> None:
     with pytest.raises(UserError, match="exclude"):
         pins(("same-node", "spread"), NODES)
+
+
+@pytest.mark.parametrize("option", ["prefill_clock", "single_power_cap"])
+def test_clocks_and_caps_are_refused_before_anything_starts(option: str) -> None:
+    cluster: Any = SimpleNamespace(config=ClusterConfig(cluster="auto"), head=NODES[0])
+    check(cluster, PowerConfig())
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*leave it out with --cluster"):
+        check(cluster, PowerConfig(**{option: 900}))  # type: ignore[arg-type]
 
 
 def test_an_offset_is_found_within_its_uncertainty_though_clock_drifts_and_ways_are_uneven() -> None:

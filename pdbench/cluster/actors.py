@@ -162,12 +162,16 @@ class InstanceHost(Leased):
 
         return tuple(int(index) for index in ray.get_gpu_ids())
 
-    def start(self, secrets: Secrets) -> None:
-        """Start the planned server; its health is in the next pulses' state."""
+    def start(self, secrets: Secrets) -> int:
+        """Start the planned server, or again when it died; returns its process id. Its health is in the next pulses' state."""
         assert self._instance is not None
         instance = self._instance
-        Path(vllm.event_log(self._config, instance.name)).unlink(missing_ok=True)
         log = Path(self._config.log_dir) / f"{instance.name}.log"
+        if self._process is None:
+            Path(vllm.event_log(self._config, instance.name)).unlink(missing_ok=True)
+        else:
+            log.replace(log.with_suffix(".died.log"))
+        self._healthy = False
         try:
             self._process = ServerProcess(
                 instance.name, instance.argv, instance.environment | secrets.values, instance.url, log
@@ -176,6 +180,7 @@ class InstanceHost(Leased):
             raise UserError(
                 f"cannot write {log}: {error.strerror}; give --log-dir a folder that you may write"
             ) from None
+        return self._process.pid
 
     def state(self) -> dict[str, Any]:
         """Exit code (None while it runs), health, process id; of a dead one the likely cause and the log's end."""
@@ -317,7 +322,7 @@ class NodeAgent(Leased):
 
 
 class ClientHost(Leased):
-    """One client process of the load; its messages (ready, progress, part, error) go through the outbox."""
+    """One client process of the load; its messages (ready, progress, piece, part, error) go through the outbox."""
 
     def __init__(self, lease_s: float) -> None:
         super().__init__(lease_s)
@@ -336,7 +341,7 @@ class ClientHost(Leased):
             main.__file__ = None
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, config, url, model, clock, trial, part)
+        arguments = (theirs, config, url, model, clock, trial, part, True)
         worker = context.Process(target=client_process, args=arguments, name=f"pdbench-client-{part}", daemon=True)
         worker.start()
         theirs.close()

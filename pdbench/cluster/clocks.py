@@ -1,7 +1,7 @@
 """Putting a node's monotonic clock on the head's: offsets by round trips, joined by straight lines, with their uncertainty.
 
 A round trip that left the head at a, was answered at the node's n and came back at b gives the offset (a + b) / 2 - n, wrong by
-(b - a) / 2 at most (Cristian 1989). The quickest of every few seconds counts. Pure. Try: pytest tests/test_cluster_clocks.py
+(b - a) / 2 at most (Cristian 1989). The quickest of every few seconds counts. Pure. Try: pytest tests/test_cluster_placement.py
 """
 
 from collections.abc import Callable

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -76,7 +75,7 @@ def own_address(word: str) -> str:
 
 
 class ClusterDeployment:
-    """Running servers on the nodes of a cluster; leaving the block, by whatever way, ends them all."""
+    """Running servers on the nodes of a cluster, with the interface of serving.deployment.Deployment."""
 
     def __init__(
         self, name: Name, config: ServeConfig, cluster: Cluster, planner: Callable[[Seat, Any], Planner] | None = None
@@ -97,24 +96,22 @@ class ClusterDeployment:
         self._group: Any = None
         self._hosts: dict[str, Pulsed] = {}
         self._planned: dict[str, Instance] = {}
+        self._pids: dict[str, int] = {}
+        self._secret = secrets.token_hex(16)
+        self._restarts_left = cluster.config.restarts
+        self._on_state: Callable[[dict[str, str]], None] = lambda states: None
 
     def start(self, on_state: Callable[[dict[str, str]], None] = lambda states: None) -> Self:
         """Reserve, plan on the nodes, start all at once, wait until all are healthy; `on_state` hears every change.
 
         Raises UserError with node, log's end and likely cause when one dies, or there is no room, or --start-timeout-s passes.
         """
+        self._on_state = on_state
         try:
             self._reserve()
             self._plan()
-            secret = secrets.token_hex(16)
-            inherited = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-            asked = {}
-            for name, host in self._hosts.items():
-                own = dict.fromkeys(self._planned[name].secret_environment, secret)
-                asked[name] = host.handle.start.remote(Secrets(inherited | own))
-            for name, reference in asked.items():
-                self.cluster.ask(reference, self._hosts[name])
-            self._wait_healthy(on_state)
+            self._start_servers(list(self._hosts))
+            self._wait_healthy(list(self._hosts), "ready")
             running.save(self.running(), Path(self.config.log_dir))
         except LostError as error:
             self.close()
@@ -124,18 +121,28 @@ class ClusterDeployment:
             raise
         return self
 
+    def check_ports(self) -> None:
+        """Nothing yet: which nodes it will be is not known, and each looks at its own ports when its server is planned."""
+
     def check(self) -> None:
-        """Raises UserError when a server has died or a node is lost."""
-        if problem := self.cluster.problem():
-            raise UserError(f"{problem}; what was measured until then is kept")
-        for name, host in self._hosts.items():
-            state = host.state or {}
-            if state.get("exit_code") is not None:
-                cause = state.get("cause") or "its log does not say why"
-                raise UserError(
-                    f"{name} died on node {host.node.address} with exit code {state['exit_code']}: {cause}\n{state['log_tail']}\n"
-                    f"whole log there: {self.config.log_dir}/{name}.log"
-                )
+        """Raises UserError when a node is lost or a server has died; starts dead servers again first, as far as --restarts allows."""
+        self.cluster.check()
+        dead = [name for name in self._hosts if self._state(name).get("exit_code") is not None]
+        for name in dead[self._restarts_left :]:
+            state = self._state(name)
+            cause = state.get("cause") or "its log does not say why"
+            raise UserError(
+                f"{name} died on node {self._hosts[name].node.address} with exit code {state['exit_code']}: {cause}\n{state['log_tail']}\n"
+                f"whole log there: {self.config.log_dir}/{name}.log"
+            )
+        if dead:
+            self._restarts_left -= len(dead)
+            try:
+                self._start_servers(dead)
+            except LostError as error:
+                raise UserError(f"{error}; what was measured until then is kept") from None
+            self._wait_healthy(dead, "ready again")
+            running.save(self.running(), Path(self.config.log_dir))
 
     def running(self) -> Running:
         """What measuring needs to know of it: `hosts` has each node's part."""
@@ -144,7 +151,7 @@ class ClusterDeployment:
             host = self._hosts[name]
             part = hosts.setdefault(host.node.address, {"roles": [], "processes": {}, "gpus": {}, "event_logs": []})
             part["roles"].append(name)
-            part["processes"].setdefault(instance.role, []).append(host.state["pid"])
+            part["processes"].setdefault(instance.role, []).append(self._pids[name])
             part["event_logs"].append(vllm.event_log(self.config, name))
             if instance.gpus:
                 part["gpus"].setdefault(instance.role, []).extend(instance.gpus)
@@ -169,14 +176,6 @@ class ClusterDeployment:
 
             remove_placement_group(self._group)
             self._group = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _reserve(self) -> None:
         """A placement group with a bundle a server, and an actor in each; the proxy where pdbench runs, if not placed."""
@@ -235,21 +234,38 @@ class ClusterDeployment:
         )
         return host.handle.plan.remote(config, planner, own)
 
-    def _wait_healthy(self, on_state: Callable[[dict[str, str]], None]) -> None:
+    def _start_servers(self, names: list[str]) -> None:
+        """Start the planned servers of these names, or again; their pulses tell of them from now on."""
+        inherited = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        asked = {}
+        for name in names:
+            own = dict.fromkeys(self._planned[name].secret_environment, self._secret)
+            asked[name] = self._hosts[name].handle.start.remote(Secrets(inherited | own))
+        for name, reference in asked.items():
+            self._pids[name] = self.cluster.ask(reference, self._hosts[name])
+
+    def _state(self, name: str) -> dict[str, Any]:
+        """What the last pulse told of the server that runs now; nothing of one before it."""
+        state: dict[str, Any] = self._hosts[name].state or {}
+        return state if state.get("pid") == self._pids.get(name) else {}
+
+    def _wait_healthy(self, names: list[str], word: str) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
         ready: dict[str, str] = {}
-        while len(ready) < len(self._hosts):
+        while len(ready) < len(names):
             self.check()
             states = {}
-            for name, host in self._hosts.items():
-                state = host.state or {}
+            for name in names:
+                state = self._state(name)
                 age_s = state.get("age_s", 0.0)
                 if name not in ready and state.get("healthy"):
-                    ready[name] = f"ready after {age_s:.0f} s at {self._planned[name].url}"
-                states[name] = ready.get(name, f"starting on {host.node.address}, {age_s:.0f} s")
-            on_state(states)
+                    ready[name] = f"{word} after {age_s:.0f} s at {self._planned[name].url}"
+                if name not in ready:
+                    self._hosts[name].hurry()
+                states[name] = ready.get(name, f"starting on {self._hosts[name].node.address}, {age_s:.0f} s")
+            self._on_state(states)
             if time.monotonic() > deadline:
-                late = next(host for name, host in self._hosts.items() if name not in ready)
+                late = next(self._hosts[name] for name in names if name not in ready)
                 tail = self.cluster.ask(late.handle.log_tail.remote(), late)
                 raise UserError(
                     f"{late.name} on node {late.node.address} is not healthy after {self.config.start_timeout_s:g} s: raise --start-timeout-s\n{tail}"

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import msgspec
@@ -19,7 +20,7 @@ from pdbench.cluster.placement import Node
 from pdbench.cluster.session import Cluster, LostError, Pulsed
 from pdbench.config import LoadConfig, PowerConfig
 from pdbench.errors import UserError
-from pdbench.load import generator, plan
+from pdbench.load import generator
 from pdbench.load.generator import LoadResult, Progress
 from pdbench.load.truth import Part
 from pdbench.power.statistics import field_statistics, sampling_statistics
@@ -137,18 +138,16 @@ class ClusterSampler:
         for address, reference in asked.items():
             try:
                 self._cluster.ask(reference, self._agents[address])
-            except LostError:
-                continue
+            except LostError as error:
+                self._agents[address].lost = self._agents[address].lost or str(error)
 
     def _last_pulse(self) -> None:
-        """Wait until every living agent has been heard after the end, so that its last batch is here."""
-        asked_s = time.monotonic()
-        deadline = asked_s + _LAST_WORD_S
+        """Wait until every agent has been heard after the end, so that its last batch is here, or counts as lost."""
         for agent in self._agents.values():
             # One whole pulse may already have been under way; the second one began after the end.
             heard, last_s = 0, agent.heard_s
             agent.hurry()
-            while agent.lost is None and heard < 2 and time.monotonic() < deadline:
+            while agent.lost is None and heard < 2:
                 self._cluster.wait(0.05)
                 if agent.heard_s != last_s:
                     last_s, heard = agent.heard_s, heard + 1
@@ -179,18 +178,14 @@ def _whole(pieces: list[DeviceRecord], move: Callable[[float], float], node: Nod
     )
 
 
-def check_power(power: PowerConfig) -> None:
-    """Raises UserError for what a cluster cannot: clocks and power caps are set on this host alone."""
-    for name in (
-        "prefill_clock",
-        "decode_clock",
-        "single_clock",
-        "prefill_power_cap",
-        "decode_power_cap",
-        "single_power_cap",
-    ):
-        if getattr(power, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} sets GPUs of this host alone: leave it out with --cluster")
+def check(cluster: Cluster, power: PowerConfig) -> None:
+    """Raises UserError for what cannot be done there: clocks and power caps, which are set on this host alone, unknown nodes."""
+    client_nodes(cluster)
+    for field in dataclasses.fields(power):
+        if field.name.endswith(("_clock", "_power_cap")) and getattr(power, field.name) is not None:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} sets GPUs of this host alone: leave it out with --cluster"
+            )
 
 
 def client_nodes(cluster: Cluster) -> list[Node]:
@@ -198,32 +193,31 @@ def client_nodes(cluster: Cluster) -> list[Node]:
     return [cluster.node(word) for word in cluster.config.client_nodes] or [cluster.head]
 
 
-def run_load(
+def run_load(cluster: Cluster, config: LoadConfig, **arguments: Any) -> LoadResult:
+    """load.generator.run_load from client processes on --client-nodes. A lost node ends it with what the others measured."""
+    nodes = client_nodes(cluster)
+    config = dataclasses.replace(config, client_processes=max(config.client_processes, len(nodes)))
+    seats = [nodes[part % len(nodes)] for part in range(config.client_processes)]
+    result = generator.run_load(config, **arguments, run_parts=partial(_run_parts, cluster, seats))
+    result.trial.client["nodes"] = [node.address for node in seats]
+    return result
+
+
+def _run_parts(
     cluster: Cluster,
+    seats: Sequence[Node],
     config: LoadConfig,
     *,
     url: str,
     model: str,
     clock: Clock,
-    trial: int = 0,
-    tokenizer_path: str | None = None,
-    on_progress: Progress | None = None,
-) -> LoadResult:
-    """One trial, its schedule split over client processes on --client-nodes, started at one instant and merged exactly.
-
-    A lost node or client ends it with what the others measured and the flag "node-lost". Raises UserError as load.run_load does.
-    """
-    nodes = client_nodes(cluster)
-    config = dataclasses.replace(
-        config,
-        client_processes=max(config.client_processes, len(nodes)),
-        tokenizer=config.tokenizer or tokenizer_path,
-    )
-    plan.check(config)
-    if config.steady_s is not None and config.client_processes > 1:
+    trial: int,
+    on_progress: Progress | None,
+) -> list[Part]:
+    """The parts of one client process a seat, started at one instant, on the run's clock. Raises UserError without any."""
+    if config.steady_s is not None and len(seats) > 1:
         raise UserError("--steady-s needs one client process: only it sees the whole load; use --duration-s")
-    seats = [nodes[part % len(nodes)] for part in range(config.client_processes)]
-    cluster.agents(nodes)
+    cluster.agents(seats)
     offsets = [cluster.clocks[node.address].latest_offset_s() for node in seats]
     clients = _clients(cluster, seats)
     secrets = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
@@ -231,33 +225,22 @@ def run_load(
     for part, (client, offset_s) in enumerate(zip(clients, offsets, strict=True)):
         shifted = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
         asked.append(client.handle.start.remote(config, url, model, shifted, trial, part, secrets))
-    trial_parts = _Collector(cluster, clients, trial, clock, on_progress)
+    interrupted = threading.Event()
     try:
         for reference, client in zip(asked, clients, strict=True):
             cluster.ask(reference, client)
-        interrupted = threading.Event()
         with generator.stopping(generator.STOP_SIGNALS, interrupted.set):
-            parts = trial_parts.collect(interrupted)
+            parts = _Collector(cluster, clients, trial, clock, on_progress).collect(interrupted)
     except LostError as error:
         raise UserError(f"{error}: no request was measured") from None
-    cluster.compare_clocks()
-    merged = [
-        clocks.move_part(part, _mover(cluster, seats[index], clock, offsets[index])) for index, part in parts.items()
-    ]
-    if not merged:
+    if not parts:
         raise UserError(f"{cluster.problem() or 'all clients are gone'}: no request was measured")
-    result = generator.merge(config, merged, trial)
-    result.trial.client["nodes"] = [node.address for node in seats]
-    return LoadResult(result.requests, result.trial, _load_flags(cluster, result.flags, interrupted.is_set()))
-
-
-def _load_flags(cluster: Cluster, flags: list[Flag], by_user: bool) -> list[Flag]:
-    """A stop that a lost node caused is no interruption by the user."""
-    problem = cluster.problem()
-    if problem is None or by_user:
-        return flags
-    kept = [flag for flag in flags if flag.name != "interrupted"]
-    return [*kept, Flag("node-lost", f"{problem}: the figures are of what was measured until then")]
+    cluster.compare_clocks()
+    merged = []
+    for index, one in parts.items():
+        one.interrupted = interrupted.is_set()  # a stop because of a lost node is no interruption by the user
+        merged.append(clocks.move_part(one, _mover(cluster, seats[index], clock, offsets[index])))
+    return merged
 
 
 def _mover(cluster: Cluster, node: Node, clock: Clock, offset_s: float) -> Callable[[float], float]:
@@ -288,11 +271,12 @@ class _Collector:
         self._cluster, self._clients, self._trial, self._clock = cluster, clients, trial, clock
         self._on_progress = on_progress
         self._parts: dict[int, Part] = {}
+        self._so_far: dict[int, Part] = {}
         self._progress: dict[int, tuple[int, int | None]] = {}
         self._ready: set[int] = set()
 
     def collect(self, interrupted: threading.Event) -> dict[int, Part]:
-        """All parts; after a loss or an interruption those that come within ten seconds."""
+        """All parts; after a loss or an interruption those that come within ten seconds, and what the others had told."""
         begun, stop_by_s = False, float("inf")
         while len(self._parts) < len(self._clients) and time.monotonic() < stop_by_s:
             self._cluster.wait(CLIENT_EVERY_S)
@@ -310,15 +294,23 @@ class _Collector:
                     client.handle.stop.remote()
             if all(client.lost or index in self._parts for index, client in enumerate(self._clients)):
                 break
-        return self._parts
+        return dict(sorted((self._so_far | self._parts).items()))
 
     def _take(self, index: int, message: tuple[int, str, Any]) -> None:
         trial, kind, value = message
         if trial != self._trial:
             return
-        if kind == "error":
+        if kind == "error" and index not in self._so_far:
             raise UserError(f"{self._clients[index].name}: {value}")
-        if kind == "ready":
+        if kind == "error":
+            self._clients[index].lost = f"{self._clients[index].name}: {value}"
+        elif kind == "piece":
+            piece = _decode_part(value)
+            if so_far := self._so_far.get(index):
+                piece.requests = so_far.requests + piece.requests
+                piece.due_s |= so_far.due_s
+            self._so_far[index] = piece
+        elif kind == "ready":
             self._ready.add(index)
         elif kind == "part":
             self._parts[index] = _decode_part(value)

@@ -19,8 +19,8 @@ from pdbench.serving.process import GRACE_S
 
 PULSE_S = 1.0
 CLOCK_EVERY_S = 1.0
-ASK_S = 60.0
-"""How long an answer to a single question may take (starting a Ray worker on a busy node included)."""
+ASK_S = 300.0
+"""How long a living actor may take to answer a question, or to its first word: a node may start dozens of Ray workers at once."""
 _LEASE_BEYOND_S = 10.0
 
 
@@ -180,6 +180,11 @@ class Cluster:
     def problem(self) -> str | None:
         """What was lost first, in one line; None while all is well."""
         return next((pulsed.lost for pulsed in self._pulsed if pulsed.lost), None)
+
+    def check(self) -> None:
+        """Raises UserError when a node or an actor is lost."""
+        if problem := self.problem():
+            raise UserError(f"{problem}; what was measured until then is kept")
 
     def wait(self, seconds: float) -> None:
         """Until a message came, but `seconds` at most."""

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pdbench.config import LoadConfig
 from pdbench.load import plan, truth
@@ -27,6 +28,7 @@ Progress = Callable[[int, int | None], None]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AHEAD = 64
 _PROGRESS_S = 0.1
+_ENDED_S = 1.0
 _STEADY_SAMPLE_S = 0.25
 _STEADY_AT_MOST_S = 600.0
 
@@ -49,23 +51,31 @@ def run_load(
     trial: int = 0,
     tokenizer_path: str | None = None,
     on_progress: Progress | None = None,
+    run_parts: Callable[..., list[Part]] | None = None,
 ) -> LoadResult:
     """Send one trial of `config` to the server at `url` and wait for all answers.
 
     The tokenizer is config.tokenizer, by itself `tokenizer_path`, by itself `model` (folder or hub name).
     `on_progress(done, of)` is called about ten times a second; `of` is None where time ends the trial. Raises UserError for
     options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag "interrupted".
+    `run_parts`, called as `processes.run_parts`, may send it from elsewhere; by itself from processes of this host.
     """
     plan.check(config)
     if tokenizer_path and not config.tokenizer:
         config = replace(config, tokenizer=tokenizer_path)
-    if config.client_processes > 1:
-        from pdbench.load.processes import run_parts
+    if run_parts is None:
+        run_parts = _run_parts
+    return merge(
+        config, run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress), trial
+    )
 
-        parts = run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
-    else:
-        parts = [run_part(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
-    return merge(config, parts, trial)
+
+def _run_parts(config: LoadConfig, **arguments: Any) -> list[Part]:
+    if config.client_processes > 1:
+        from pdbench.load import processes
+
+        return processes.run_parts(config, **arguments)
+    return [run_part(config, **arguments)]
 
 
 def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
@@ -106,10 +116,12 @@ def run_part(
     begin: Callable[[], float] | None = None,
     stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
     on_progress: Progress | None = None,
+    on_part: Callable[[Part], None] | None = None,
 ) -> Part:
     """One process's part: every `parts`-th request of the plan from `part` on, over its share of the streams.
 
-    `begin` is called after the warm-up and returns the common start on the run's clock.
+    `begin` is called after the warm-up and returns the common start on the run's clock. `on_part` is given, about once a second,
+    what ended since: requests with their due instants, without the client's own figures but its CPU.
     """
     _raise_descriptor_limit()
     tokens = plan.find_tokenizer(config, model)
@@ -131,10 +143,12 @@ def run_part(
         load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
         begin_s = clock.now() if begin is None else begin()
         client.reset_counters()
-        cpu_s, wall_s = time.thread_time(), time.monotonic()
+        began_cpu_s, began_s = time.thread_time(), time.monotonic()
         load.on_progress, load.total = on_progress, total
+        if on_part is not None:
+            load.on_ended = lambda ended: on_part(_piece(load, ended, begin_s, time.thread_time() - began_cpu_s))
         load.drive(planned, share, begin_s)
-        cpu_s, wall_s = time.thread_time() - cpu_s, time.monotonic() - wall_s
+        cpu_s, wall_s = time.thread_time() - began_cpu_s, time.monotonic() - began_s
         return Part(
             requests=load.records,
             due_s=load.due_s,
@@ -151,6 +165,19 @@ def run_part(
         )
 
 
+def _piece(load: "_Load", ended: list[RequestRecord], begin_s: float, cpu_s: float) -> Part:
+    return Part(
+        requests=ended,
+        due_s={record.id: load.due_s[record.id] for record in ended},
+        begin_s=begin_s,
+        busy_s=b"",
+        read_delays_s=b"",
+        merged_reads=0,
+        cpu_s=cpu_s,
+        wall_s=load.client.clock.now() - begin_s,
+    )
+
+
 class _Load:
     """The sending loop's state: what was sent, what came back, when to stop."""
 
@@ -162,11 +189,13 @@ class _Load:
         self.records: list[RequestRecord] = []
         self.due_s: dict[str, float] = {}
         self.on_progress: Progress | None = None
+        self.on_ended: Callable[[list[RequestRecord]], None] | None = None
         self.total: int | None = None
         self.steady_window: tuple[float, float] | None = None
         self.token_ids_refused = False
         self._in_flight: dict[str, Planned] = {}
-        self._progress_at_s = self._sample_at_s = 0.0
+        self._progress_at_s = self._sample_at_s = self._ended_at_s = 0.0
+        self._told = 0
         self._samples: list[tuple[float, int, int]] = []
         self._tokens_ended = 0
 
@@ -239,6 +268,10 @@ class _Load:
         if self.on_progress and (force or now_s >= self._progress_at_s):
             self._progress_at_s = now_s + _PROGRESS_S
             self.on_progress(sum(not record.warmup for record in self.records), self.total)
+        if self.on_ended and not force and now_s >= self._ended_at_s:
+            self._ended_at_s = now_s + _ENDED_S
+            ended, self._told = self.records[self._told :], len(self.records)
+            self.on_ended(ended)
 
     def _stop_sending(self, now_s: float, begin_s: float, warmup: bool) -> bool:
         if warmup:

@@ -91,8 +91,20 @@ def _receive(pipe: Connection, expected: str | None = None) -> tuple[str, Any]:
     return kind, value
 
 
-def work(pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, part: int) -> None:
-    """A client process. The terminal's Ctrl-C reaches it too, but only its parent's SIGTERM counts, so that it stops once."""
+def work(
+    pipe: Connection,
+    config: LoadConfig,
+    url: str,
+    model: str,
+    clock: Clock,
+    trial: int,
+    part: int,
+    pieces: bool = False,
+) -> None:
+    """A client process. The terminal's Ctrl-C reaches it too, but only its parent's SIGTERM counts, so that it stops once.
+
+    With `pieces` it also tells, about once a second, what ended since, for a parent that may lose it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def begin() -> float:
@@ -109,6 +121,7 @@ def work(pipe: Connection, config: LoadConfig, url: str, model: str, clock: Cloc
             "clock": clock,
             "trial": trial,
             "on_progress": progress,
+            "on_part": (lambda piece: pipe.send(("piece", _encode.encode(piece)))) if pieces else None,
         }
         made = run_part(
             config, **arguments, part=part, parts=config.client_processes, begin=begin, stop_signals=(signal.SIGTERM,)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from pdbench.config import Deployment as Name
@@ -87,7 +86,7 @@ def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Ins
 
 
 class Deployment:
-    """Running servers; a context manager, so that leaving the block, by whatever way, ends them all."""
+    """Running servers; `with contextlib.closing(deployment)` ends them all, by whatever way the block is left."""
 
     def __init__(self, name: Name, config: ServeConfig, machine: Machine) -> None:
         """Plan it. Raises UserError when it cannot be started here; starts nothing yet."""
@@ -176,14 +175,6 @@ class Deployment:
         for process in self.processes.values():
             process.close()
         self.processes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def check_ports(self) -> None:
         """Raises UserError when a port that a server needs is taken, and by whom."""
