@@ -7,4 +7,4 @@ python=$(requirements/setup.sh dev ray)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -m "not gpu and not cluster_slow" "$@"
+exec "$python" -m pytest -m "not gpu and not slow" "$@"

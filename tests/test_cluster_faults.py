@@ -97,7 +97,7 @@ def test_a_node_that_is_cut_off_for_good_ends_the_run_and_what_its_client_had_to
     wait_until(lambda: nothing_left(hosts), "nothing is left; behind the cut the leases run out")
 
 
-@pytest.mark.cluster_slow
+@pytest.mark.slow
 def test_a_node_that_dies_ends_the_run(hosts: Hosts) -> None:
     process, folder = running_load(hosts, "died")
     hosts.all[0].kill()
@@ -105,7 +105,7 @@ def test_a_node_that_dies_ends_the_run(hosts: Hosts) -> None:
     wait_until(lambda: nothing_left(hosts), "nothing is left")
 
 
-@pytest.mark.cluster_slow
+@pytest.mark.slow
 def test_the_heads_own_cable_pulled_ends_the_run(hosts: Hosts) -> None:
     third = hosts.all[2]
     process, folder = running_load(hosts, "alone")

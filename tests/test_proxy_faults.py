@@ -42,7 +42,7 @@ def test_prefill_dead_is_named_and_let_in_again(tmp_path, pair):
         answer = server.complete()
         assert (answer.status, answer.json["error"]["stage"]) == (503, "prefill")
         assert "retry-after" in answer.headers
-        assert server.in_flight() == 0
+        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
         with instance(tmp_path, "prefill-again", port=pair[0].port):
             wait_until(lambda: server.ask("GET", "/health").status == 200, "the instance is back")
             assert server.complete().status == 200
@@ -73,7 +73,7 @@ def test_prefill_stalled_is_a_timeout_of_prefill(tmp_path, pair, connector):
         pair[0].signal(signal.SIGSTOP)
         answer = server.complete(decode={"first": 30})
         assert (answer.status, answer.json["error"]["stage"]) == (504, "prefill")
-        assert server.in_flight() == 0
+        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
         if connector != "p2p-nccl":
             assert not pair[1].requests(), "decode must not hear of it"
         else:
@@ -133,7 +133,7 @@ def test_no_failed_answer_looks_like_a_good_one(lasting, stream, decode, status)
     answer = server.complete(stream=stream, max_tokens=4, decode=decode)
     assert (answer.status, answer.json["error"]["stage"]) == (status, "decode")
     assert answer.complete
-    assert server.in_flight() == 0
+    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
 
 
 @pytest.mark.parametrize("decode", [{"die": 2}, {"end": "no-done"}])

@@ -10,7 +10,7 @@ import socket
 import pytest
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
-from proxy_processes import instance, proxy, read_answer
+from proxy_processes import instance, proxy, read_answer, wait_until
 
 INPUTS = int(os.environ.get("PDBENCH_FUZZ_INPUTS", "150"))
 SETTINGS = settings(
@@ -30,7 +30,7 @@ def target(tmp_path_factory):
         with proxy(folder, "--first-token", "decode", prefill=[prefill], decode=[decode]) as server:
             yield server
             assert server.complete().status == 200
-            assert server.in_flight() == 0
+            wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
 
 
 PIECES = st.sampled_from(
