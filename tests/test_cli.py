@@ -118,7 +118,14 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "pdbench", "--version"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        # A shell's background job ignores SIGINT, and hands that down to these tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as starting:
         assert starting.stdout is not None and starting.stderr is not None
         assert starting.stdout.readline() == "importing\n"
