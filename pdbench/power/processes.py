@@ -39,8 +39,7 @@ class ProcessReader(Reader):
         shares: list[float] = []
         for pid, process in list(self._processes.items()):
             try:
-                # Its own instant for each process: on a busy machine this thread can wait in the middle of the loop.
-                at_s, used_s = time.monotonic(), _used_s(process)
+                at_s, used_s = _used_at(process)
                 memory_bytes += process.memory_info().rss
             except psutil.Error:
                 del self._processes[pid]
@@ -91,6 +90,19 @@ class HostReader(Reader):
         if all_s:
             values["cpu_utilization_pct"] = 100 * (psutil.cpu_count() or 1) * busy_s / all_s
         return values
+
+
+def _used_at(process: psutil.Process) -> tuple[float, float]:
+    """An instant, and the CPU seconds that a process had used at it. On a busy machine this thread can wait between two
+    readings; the closest pair of a few tries counts."""
+    tries = []
+    for _ in range(3):
+        begun_s, used_s, ended_s = time.monotonic(), _used_s(process), time.monotonic()
+        tries.append((ended_s - begun_s, (begun_s + ended_s) / 2, used_s))
+        if ended_s - begun_s < 0.001:
+            break
+    _, at_s, used_s = min(tries)
+    return at_s, used_s
 
 
 def _used_s(process: psutil.Process) -> float:
