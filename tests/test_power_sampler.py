@@ -198,7 +198,7 @@ def test_a_tree_of_processes_without_gpu() -> None:
         tree.wait()
     decode: DeviceRecord = records["decode"]
     # One process spins: late samples must not read as more than its one core (10 % for the clock of the reading).
-    assert decode.kind == "process" and 0 < decode.statistics["cpu_utilization_pct"]["mean"] <= 110
+    assert decode.kind == "process" and 0 < decode.statistics["cpu_utilization_pct"]["avg"] <= 110
     assert decode.statistics["memory_used_mib"]["min"] > 0
     assert "no meter" in decode.not_measured["power_w"]
     assert energy_over(decode, 0, 1).energy_j is None
