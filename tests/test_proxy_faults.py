@@ -172,7 +172,7 @@ def test_client_that_leaves_while_prefill_computes_alone_ends_it(tmp_path, pair,
     with proxy(tmp_path, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         with server.connect() as connection:
             send_request(connection, {"model": "m", "prompt": "Hi", "prefill": {"first": 20}})
-            wait_until(server.in_flight, "the request is under way")
+            wait_until(pair[0].requests, "the request is at prefill")
         wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
         wait_until(lambda: pair[0].lines()[-1]["event"] == "abort", "prefill has stopped")
         assert not pair[1].requests(), "decode must not hear of it"

@@ -95,6 +95,7 @@ def test_one_token_less_is_asked_of_decode(early, pair, limit, rest):
         {"max_tokens": 4.5, **script(decode={"tokens": 2})},
         {"max_tokens": -1},
         {"stream": False},
+        {"stream": None},
         {"presence_penalty": 0.1},
         {"frequency_penalty": 1},
         {"min_tokens": 2},

@@ -72,7 +72,7 @@ def is_exact(ask: Ask) -> bool:
     prompt = bytes(fields.get("prompt", b"")).lstrip(b"[ \t\r\n")[:1]
     if ask.path != b"/v1/completions" or not (prompt == b'"' or prompt.isdigit()):
         return False
-    if not {"temperature", "stream"} <= fields.keys():
+    if "temperature" not in fields or bytes(fields.get("stream", b"")) != b"true":
         return False
     try:
         limit = _max_tokens(fields)
