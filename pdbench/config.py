@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Group, Parameter
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
+FirstToken = Literal["prefill", "decode"]
 Deployment = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ class ServeConfig:
     """KV port of the first prefill instance; every further instance takes the next one."""
     connector: Network[Connector] = "auto"
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
-    first_token: Network[Literal["prefill", "decode"]] = "prefill"
+    first_token: Network[FirstToken] = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
@@ -261,7 +262,7 @@ class ProxyConfig:
     """Which prefill instance a request takes; least-work counts prompt tokens in flight."""
     decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
     """Which decode instance a request takes; least-work counts requests in flight."""
-    first_token: Literal["prefill", "decode"] = "prefill"
+    first_token: FirstToken = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     event_log: str | None = None
     """File that gets one JSON line a request: instants, instances, retries, status. Never content."""

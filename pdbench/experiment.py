@@ -76,7 +76,7 @@ def run(
     idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
-    cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
+    cooldown = _cooldown(options)
     runs: dict[Name, Run] = {}
     reference: list[str] | None = None
     saving = ExitStack()
@@ -150,12 +150,15 @@ def bench(
     if verdict:
         _tell_gate(one, console)
     try:
-        cooldown = Cooldown(options.power.cooldown_s if options.power.power else 0.0)
-        _measure_into(one, running, options, list(range(trials)), console, cooldown, lambda: None, cluster)
+        _measure_into(one, running, options, list(range(trials)), console, _cooldown(options), lambda: None, cluster)
     finally:
         with _undisturbed():
             _save(one, out, on_saved)
     return out / f"{one.name}_results"
+
+
+def _cooldown(options: Options) -> Cooldown:
+    return Cooldown(options.power.cooldown_s if options.power.power else 0.0)
 
 
 def _check_options(options: Options, trials: int, cluster: "Cluster | None") -> None:

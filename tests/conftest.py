@@ -1,4 +1,5 @@
-"""Real vLLM on CPU for the tests marked `vllm`: a single instance and prefill + decode + proxy, started once a session."""
+"""Real vLLM on CPU for the tests marked `vllm`: a single instance and prefill + decode + proxy, started once a session; and a
+pair of scripted instances for the proxy's tests."""
 
 import random
 import socket
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster_hosts import Hosts, NotPermittedError, joined_hosts
+from proxy_processes import Server, instance
 
 from pdbench.config import Deployment as Name
 from pdbench.config import ServeConfig
@@ -98,3 +100,11 @@ def hosts(joined: Hosts) -> Hosts:
     """The three hosts, whole again after what a test before did to them; the last one is the head."""
     joined.repair()
     return joined
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """A scripted prefill and a scripted decode instance."""
+    folder = tmp_path_factory.mktemp("instances")
+    with instance(folder, "prefill") as prefill, instance(folder, "decode") as decode:
+        yield prefill, decode

@@ -11,14 +11,6 @@ TEXTS = [" t0", " t1", " t2", " t3"]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A prefill and a decode instance."""
-    folder = tmp_path_factory.mktemp("instances")
-    with instance(folder, "prefill") as prefill, instance(folder, "decode") as decode:
-        yield prefill, decode
-
-
-@pytest.fixture(scope="module")
 def early(pair, tmp_path_factory):
     """A proxy that passes prefill's token on."""
     with proxy(tmp_path_factory.mktemp("early"), prefill=[pair[0]], decode=[pair[1]]) as server:

@@ -5,17 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from proxy_processes import Server, instance, proxy, read_answer, wait_until
+from proxy_processes import Server, proxy, read_answer, wait_until
 
 PROMPT = {"model": "m", "prompt": "Hi", "max_tokens": 4, "temperature": 0.50, "tools": [{"x": 1}], "logprobs": 2}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A prefill and a decode instance."""
-    folder = tmp_path_factory.mktemp("instances")
-    with instance(folder, "prefill") as prefill, instance(folder, "decode") as decode:
-        yield prefill, decode
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from pdbench.analysis.energy import active_and_idle_j, energy_in, merge
-from pdbench.analysis.metrics import Array, Measured, measure
+from pdbench.analysis.metrics import Measured, inside, measure
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 ENGINE_READY = "engine_ready"
@@ -98,7 +97,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
 def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None = None) -> Attribution:
     """Energy by role and phase over the run's trials; `cached_prompt_tokens` were sent but not computed (prefix cache)."""
     measured = measured or measure(run)
-    trials = merge([(trial.start_s, trial.end_s) for trial in measured.trials])
+    trials = merge(measured.windows)
     by_role: dict[str, list[DeviceRecord]] = {}
     for device in run.devices:
         if device.kind == "gpu":
@@ -106,13 +105,13 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = _count_inside(measured.last_s[measured.ok], trials)
+    delivered = int(np.count_nonzero(inside(measured.last_s[measured.ok], trials)))
     prefilled = measured.phase_s["prefill"][:, 1]
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled), prefilled, measured.first_s)
-    prompts = measured.prompt_tokens[_inside_any(computed_s, trials)]
+    prompts = measured.prompt_tokens[inside(computed_s, trials)]
     computed = int(prompts.sum()) - cached_prompt_tokens if np.isfinite(prompts).all() else None
-    tokens = _count_inside(measured.token_s, trials)
+    tokens = measured.window_tokens
     return Attribution(
         roles=roles,
         total_j=total_j,
@@ -273,18 +272,6 @@ def _gb_in(received: list[dict[str, Any]], windows: Sequence[Interval], active_j
         if start is not None and end is not None and size is not None and end > start:
             moved += size * sum(b - a for a, b in intersect([(start, end)], windows)) / (end - start)
     return per(moved / 1e9, active_j) if moved else None
-
-
-def _count_inside(instants: Array, windows: Sequence[Interval]) -> int:
-    return int(np.count_nonzero(_inside_any(instants, windows)))
-
-
-def _inside_any(instants: Array, windows: Sequence[Interval]) -> NDArray[np.bool_]:
-    """For each instant, whether it lies in one of the windows."""
-    inside = np.zeros(len(instants), dtype=bool)
-    for start, end in windows:
-        inside |= (instants >= start) & (instants <= end)
-    return inside
 
 
 def _inside(t: float | None, windows: Sequence[Interval]) -> bool:

@@ -6,13 +6,14 @@ Try: python -c "from pdbench.records import load_run as l; from pdbench.analysis
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdbench.records import RequestRecord, Run, Trial
+from pdbench.records import Interval, RequestRecord, Run, Trial
 
 Array = NDArray[np.float64]
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
@@ -53,9 +54,27 @@ class Measured:
     merged_tokens: int
 
     @property
+    def windows(self) -> list[Interval]:
+        """Every trial's measured window."""
+        return [(trial.start_s, trial.end_s) for trial in self.trials]
+
+    @property
     def window_s(self) -> float:
         """Seconds of all trials' measured windows together."""
-        return sum(trial.end_s - trial.start_s for trial in self.trials)
+        return sum(end - start for start, end in self.windows)
+
+    @cached_property
+    def window_tokens(self) -> int:
+        """Tokens that arrived in the trials' windows, those of failed requests too."""
+        return int(np.count_nonzero(inside(self.token_s, self.windows)))
+
+
+def inside(instants: Array, windows: Sequence[Interval]) -> NDArray[np.bool_]:
+    """For each instant, whether it lies in one of the windows."""
+    found = np.zeros(len(instants), dtype=bool)
+    for start, end in windows:
+        found |= (instants >= start) & (instants <= end)
+    return found
 
 
 def option(config: Mapping[str, Any], name: str) -> Any:
@@ -81,8 +100,8 @@ def measure(run: Run) -> Measured:
     last = _where(counted > 0, tokens, begin + counted - 1)
     owner = np.repeat(np.arange(len(requests)), counted)
     gap = np.diff(tokens) * 1e3
-    inside = (owner[1:] == owner[:-1]) & ok[owner[1:]]
-    gaps = gap[inside]
+    same = (owner[1:] == owner[:-1]) & ok[owner[1:]]
+    gaps = gap[same]
     reported = {name for request in requests for name in request.phases}
     unknown = np.full((len(requests), 2), np.nan)
     phases = {name: _spans(requests, name) if name in reported else unknown for name in PHASES}
@@ -103,8 +122,8 @@ def measure(run: Run) -> Measured:
         prompt_tokens=_column(requests, "prompt_tokens"),
         output_tokens=np.where(np.isnan(said), counted, said),
         tbt_ms=gaps,
-        tbt_owner=owner[1:][inside],
-        tbt_s=tokens[1:][inside],
+        tbt_owner=owner[1:][same],
+        tbt_s=tokens[1:][same],
         token_s=tokens,
         phase_s=phases,
         phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phases.items()},

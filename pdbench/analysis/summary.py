@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pdbench.analysis.attribution import attribute, efficiency
 from pdbench.analysis.energy import EnergyWindow, energy_in
-from pdbench.analysis.metrics import Array, Measured, measure, option
-from pdbench.records import DeviceRecord, Run, Trial
+from pdbench.analysis.metrics import Array, Measured, inside, measure, option
+from pdbench.records import DeviceRecord, Run
 
 QUANTILES = (50, 90, 99)
 SAMPLE_FIELDS = (
@@ -31,8 +31,7 @@ SAMPLE_FIELDS = (
 def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
     """The figures of a run; None where something was not measured or nothing succeeded. Times in ms, energy in J."""
     measured = measured or measure(run)
-    trials = [(trial.start_s, trial.end_s) for trial in measured.trials]
-    windows = {device.id: energy_in(device, trials) for device in run.devices}
+    windows = {device.id: energy_in(device, measured.windows) for device in run.devices}
     joules = energy(run, measured, windows)
     return {
         "trials": len(measured.trials),
@@ -84,8 +83,7 @@ def throughput(run: Run, measured: Measured) -> dict[str, float | None]:
     """Requests completed and tokens that arrived inside the windows, a second; the same per device."""
     devices = device_count(run)
     requests = _ended_inside(measured, measured.ok)
-    tokens = sum(tokens_inside(measured, trial) for trial in measured.trials)
-    tokens_per_s = _ratio(tokens, measured.window_s)
+    tokens_per_s = _ratio(measured.window_tokens, measured.window_s)
     return {
         "requests_per_s": _ratio(requests, measured.window_s),
         "output_tokens_per_s": tokens_per_s,
@@ -131,7 +129,6 @@ def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> di
     joules = {device.id: windows[device.id].energy_j for device in devices}
     missing = not devices or not measured.trials or any(value is None for value in joules.values())
     total = None if missing else sum(value for value in joules.values() if value is not None)
-    tokens = sum(tokens_inside(measured, trial) for trial in measured.trials)
     by_role: dict[str, float | None] = {}
     for device in devices:
         known, value = by_role.get(device.role or "host", 0.0), joules[device.id]
@@ -140,9 +137,9 @@ def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> di
         "total_j": None if total is None else _tidy(total),
         "by_role_j": by_role,
         "mean_power_w": None if total is None else _ratio(total, measured.window_s),
-        "j_per_output_token": None if total is None else _ratio(total, tokens),
+        "j_per_output_token": None if total is None else _ratio(total, measured.window_tokens),
         "j_per_request": None if total is None else _ratio(total, int(measured.ok.sum())),
-        "output_tokens_per_j": None if total is None else _ratio(tokens, total),
+        "output_tokens_per_j": None if total is None else _ratio(measured.window_tokens, total),
         "not_measured": power_reasons(run) if total is None else None,
     }
 
@@ -152,7 +149,7 @@ def bought(run: Run, measured: Measured, total_j: float | None) -> dict[str, flo
     e2e_ms, met = measured.e2e_ms[np.isfinite(measured.e2e_ms)], meets_slo(run, measured)
     found = efficiency(
         total_j,
-        output_tokens=sum(tokens_inside(measured, trial) for trial in measured.trials),
+        output_tokens=measured.window_tokens,
         window_s=measured.window_s,
         devices=device_count(run) or 0,
         succeeded=int(measured.ok.sum()),
@@ -169,11 +166,6 @@ def meters(run: Run) -> list[DeviceRecord]:
     """The devices whose energy counts: the GPUs, or the CPU's RAPL domains on a host without."""
     gpus = [device for device in run.devices if device.kind == "gpu"]
     return gpus or [device for device in run.devices if device.kind in ("cpu", "dram")]
-
-
-def tokens_inside(measured: Measured, trial: Trial) -> int:
-    """Tokens that arrived in a trial's window, those of failed requests too."""
-    return int(inside(measured.token_s, trial).sum())
 
 
 def power_reasons(run: Run) -> str:
@@ -215,14 +207,9 @@ def _device(device: DeviceRecord, measured: Measured, window: EnergyWindow) -> d
     }
 
 
-def inside(instants: Array, trial: Trial) -> NDArray[np.bool_]:
-    """Which instants lie in a trial's window."""
-    return (instants >= trial.start_s) & (instants <= trial.end_s)
-
-
 def _ended_inside(measured: Measured, which: NDArray[np.bool_]) -> int:
     """How many of `which` requests ended in a trial's window."""
-    return sum(int(inside(measured.end_s[which], trial).sum()) for trial in measured.trials)
+    return int(np.count_nonzero(inside(measured.end_s[which], measured.windows)))
 
 
 def _rounded(value: Any) -> Any:

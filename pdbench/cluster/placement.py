@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pdbench.config import Deployment as Name
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
+from pdbench.serving.vllm import width_of
 
 PIN = 0.001
 """Share of a node's own resource (node:ADDRESS) that pins a bundle to it."""
@@ -48,7 +49,7 @@ def seats(name: Name, config: ServeConfig) -> list[Seat]:
     if name == "single":
         return [Seat("single", 0, width, config.single_port)]
     if name == "tensor-parallel":
-        return [Seat("tensor-parallel", 0, max(2, width), config.single_port)]
+        return [Seat("tensor-parallel", 0, width_of("tensor-parallel", config), config.single_port)]
     proxy = Seat("proxy", 0, 0, config.proxy_port)
     if name == "replicas":
         counted = range(config.replica_instances)

@@ -14,14 +14,16 @@ HELD_LIMIT_BYTES = 16 * 2**20
 
 
 class EventStream:
-    """One streamed answer on its way from a decode leg to the client."""
+    """One streamed answer on its way from a decode leg to the client; `edit` may change whole events of the leg."""
 
-    def __init__(self, client: ClientConnection, headers: wire.Headers) -> None:
+    def __init__(
+        self, client: ClientConnection, headers: wire.Headers, edit: Callable[[bytes], bytes] | None = None
+    ) -> None:
         self._leg: Leg | None = None
         self._held = b""
         self._last = b""
         self._client = client
-        self._edit: Callable[[bytes], bytes] | None = None
+        self._edit = edit
         self._head = client.begin_stream(200, headers)
         self._chunked = client.chunked
         self._write = client.transport.write
@@ -31,13 +33,13 @@ class EventStream:
         self._write(self._head + self._frame(event))
         self._head = b""
 
-    def follow(self, leg: Leg, edit: Callable[[bytes], bytes] | None = None) -> None:
-        """Pass on what the leg has and what it will get; `edit` may change whole events on their way."""
-        self._leg, self._edit = leg, edit
+    def follow(self, leg: Leg) -> None:
+        """Pass on what the leg has and what it will get."""
+        self._leg = leg
         first = self._whole_events(leg.body)
         leg.chunks = []
-        if first and edit is not None:
-            first = edit(first)
+        if first and self._edit is not None:
+            first = self._edit(first)
         self._last = first
         if self._head or first:
             self._write(self._head + self._frame(first) if first else self._head)

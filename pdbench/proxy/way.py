@@ -7,7 +7,6 @@ Try: pdbench proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:820
 import asyncio
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdbench.config import ProxyConfig
@@ -63,7 +62,6 @@ class Way:
         self._alone = False
         self._early = False
         self._asked_late = False
-        self._edit: Callable[[bytes], bytes] | None = None
         self._prefix = b""
         self._tokens = 0
 
@@ -78,19 +76,9 @@ class Way:
                 await self._try_instances()
             finally:
                 admission.leave()
-        except RefusedError as refusal:
-            self._note(refusal.status, refusal.stage, refusal.message)
-            if self._stream is None:
-                self._client.refuse(refusal)
-            else:
-                self._stream.fail(refusal.status, refusal.message, refusal.stage)
-        except StageError as failure:
+        except (RefusedError, StageError) as failure:
             self._note(failure.status, failure.stage, failure.message)
-            if self._stream is None:
-                body = wire.error_body(failure.status, failure.message, stage=failure.stage)
-                self._client.respond(failure.status, body, self._extra_headers())
-            else:
-                self._stream.fail(failure.status, failure.message, failure.stage)
+            self._tell(failure)
         except asyncio.CancelledError:
             self._note(499, "client", "the client left")
             raise
@@ -106,6 +94,16 @@ class Way:
         self._alone = not dialect.HAS_PREFILL or (dialect.DECODE_ALONE and not is_one_sequence(ask.fields))
         wanted = self._services.config.first_token == "prefill" and dialect.FIRST_TOKEN and not self._alone
         self._early = wanted and first_token.is_exact(ask)
+
+    def _tell(self, failure: RefusedError | StageError) -> None:
+        """Give the client a failure as the answer, or as the end of the stream that has begun."""
+        if self._stream is not None:
+            self._stream.fail(failure.status, failure.message, failure.stage)
+        elif isinstance(failure, RefusedError):
+            self._client.refuse(failure)
+        else:
+            body = wire.error_body(failure.status, failure.message, stage=failure.stage)
+            self._client.respond(failure.status, body, self._extra_headers())
 
     async def _try_instances(self) -> None:
         config = self._services.config
@@ -182,10 +180,10 @@ class Way:
         if first is None:
             return handoff
         self._note_legs()
-        self._stream = EventStream(self._client, [(b"content-type", _EVENT_STREAM), *self._extra_headers()])
+        headers = [(b"content-type", _EVENT_STREAM), *self._extra_headers()]
+        self._stream = EventStream(self._client, headers, first_token.edit(self._ask))
         self._stream.open(first.event)
         self._instants.first_token_s = time.monotonic()
-        self._edit = first_token.edit(self._ask)
         self._ask = first.rest
         return handoff._replace(prefilled_tokens=first.prefilled_tokens)
 
@@ -211,7 +209,7 @@ class Way:
             self._note_legs()
             self._instants.status = 200
             stream = self._stream or EventStream(self._client, leg.headers + self._extra_headers())
-            stream.follow(leg, self._edit)
+            stream.follow(leg)
             await asyncio.shield(leg.finished)
             error = stream.close()
             if error is not None:
@@ -221,10 +219,8 @@ class Way:
         status = _check(leg)
         self._note_legs()
         if self._stream is not None:
-            refusal = f"decode answered {status} with no stream: {leg.body[:500].decode(errors='replace')}"
-            self._note(status, "decode", refusal)
-            self._stream.fail(status, refusal, "decode")
-            return
+            answer = leg.body[:500].decode(errors="replace")
+            raise RefusedError(status, f"decode answered {status} with no stream: {answer}", stage="decode")
         self._note(status, leg.stage if status >= 400 else None, f"answered {status}" if status >= 400 else None)
         self._client.respond(status, leg.body, leg.headers + self._extra_headers())
 

@@ -6,11 +6,13 @@ Try: python -c "from pdbench.records import load_run; from pdbench.report.curves
 from pdbench.analysis.energy import power_curve
 from pdbench.records import DeviceRecord, Run
 
+ROLE_ORDER = {"prefill": 0, "decode": 1}
+"""The order of a request's way; all other roles come after."""
+
 
 def curves_of(run: Run) -> list[DeviceRecord]:
     """The devices whose curves are drawn, in the order of the request's way: prefill, decode, others."""
-    order = {"prefill": 0, "decode": 1}
-    return sorted(run.devices, key=lambda device: (order.get(device.role or "", 2), device.id))
+    return sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device.id))
 
 
 def series(device: DeviceRecord, field: str) -> tuple[list[float], list[float]]:

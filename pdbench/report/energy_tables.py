@@ -6,6 +6,7 @@ Try: pdbench report single_results disaggregated_results && less report/report.m
 from collections.abc import Sequence
 from typing import Any
 
+from pdbench.report.curves import ROLE_ORDER
 from pdbench.report.language import say
 from pdbench.report.rows import Rows, figure
 
@@ -42,8 +43,7 @@ def parts_j(role: dict[str, Any]) -> dict[str, float]:
 def roles_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each role's energy as `attribution.RoleEnergy`, prefill first; empty where no GPU was sampled."""
     roles = summary.get("attribution", {}).get("roles", {})
-    order = {"prefill": 0, "decode": 1}
-    return dict(sorted(roles.items(), key=lambda item: order.get(item[0], 2)))
+    return dict(sorted(roles.items(), key=lambda item: ROLE_ORDER.get(item[0], 2)))
 
 
 def both(summaries: Sequence[dict[str, Any]], names: Sequence[str], language: str = "en") -> list[Rows]:

@@ -89,9 +89,13 @@ def replicas(config: ServeConfig, machine: Machine, model: str) -> list[Instance
 
 def tensor_parallel(config: ServeConfig, machine: Machine, model: str) -> list[Instance]:
     """One instance over two GPUs (or over --tensor-parallel of them, when that is more)."""
-    width = max(2, config.tensor_parallel)
-    gpus = _take((), 1, width, 0, machine, "tensor-parallel")
+    gpus = _take((), 1, width_of("tensor-parallel", config), 0, machine, "tensor-parallel")
     return [instance(config, machine, model, "tensor-parallel", 0, config.single_port, gpus[0])]
+
+
+def width_of(role: str, config: ServeConfig) -> int:
+    """GPUs (without any: processes) that an instance of `role` spans."""
+    return max(2, config.tensor_parallel) if role == "tensor-parallel" else config.tensor_parallel
 
 
 def disaggregated(config: ServeConfig, machine: Machine, model: str) -> list[Instance]:
@@ -159,7 +163,7 @@ def instance(
         argv.append("--enforce-eager")
     if (machine.vllm or (0,)) >= REQUEST_METRICS_SINCE:
         argv.append("--enable-per-request-metrics")
-    width = max(2, config.tensor_parallel) if role == "tensor-parallel" else config.tensor_parallel
+    width = width_of(role, config)
     argv += ["--tensor-parallel-size", str(width)]
     if machine.on_gpu:
         argv += ["--dtype", config.dtype or "auto", "--gpu-memory-utilization", str(config.gpu_memory_utilization)]
