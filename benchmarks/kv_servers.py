@@ -144,8 +144,13 @@ def start(
     arguments: list[str],
     transfer_timeout_s: float = 30.0,
     tensor_parallel: int = 1,
+    shared_gpu: bool = False,
 ) -> Pair:
-    """Start prefill on the first GPUs and decode on the next ones (or both on CPU); logs and event logs go to `folder`."""
+    """Start prefill on the first GPUs and decode on the next ones (or both on CPU); logs and event logs go to `folder`.
+
+    With `shared_gpu` both are on GPU 0, to test without a second one: NCCL is told that they are on different hosts, since it
+    joins no two ranks of one GPU, and moves KV over sockets, slowly. The caller has vLLM take less than half of the GPU each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ports, kv_first = free_ports(2), free_run(2 * tensor_parallel)
     kv_ports = (kv_first, kv_first + tensor_parallel)
@@ -190,16 +195,21 @@ def start(
             environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         else:
             command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
+            first = 0 if shared_gpu else index * tensor_parallel
             environment |= {
-                "CUDA_VISIBLE_DEVICES": ",".join(str(index * tensor_parallel + i) for i in range(tensor_parallel)),
+                "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(tensor_parallel)),
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
             }
+            if shared_gpu:
+                environment |= {"NCCL_HOSTID": role, "NCCL_SOCKET_IFNAME": "lo"}
         commands.append(([*command, *arguments], environment))
     pair = Pair(connector, (urls[0], urls[1]), (kv[0], kv[1]), folder, commands)
     for index in (0, 1):
         (folder / f"{connector}-{('prefill', 'decode')[index]}.log").unlink(missing_ok=True)
         pair.launch(index)
+        if shared_gpu and index == 0:
+            wait_healthy(pair, 400)  # two that start at once on one GPU count each other's memory as theirs
     return pair
 
 
@@ -223,9 +233,9 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, 
 
 
 def wait_healthy(pair: Pair, limit_s: float) -> str | None:
-    """None when both servers answer, else why not, with the log's end."""
+    """None when all servers that were started answer, else why not, with the log's end."""
     until_s = time.monotonic() + limit_s
-    for role, url, process in zip(("prefill", "decode"), pair.urls, pair.processes, strict=True):
+    for role, url, process in zip(("prefill", "decode"), pair.urls, pair.processes, strict=False):
         while True:
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=2).close()

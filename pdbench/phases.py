@@ -26,31 +26,20 @@ def events_of(lines: Iterable[str], clock: Clock) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue  # the last line of a process that was killed
-        if isinstance(event, dict) and event.get("event") in _INSTANTS:
+        if isinstance(event, dict) and event.get("event") in ("request", "kv_transfer"):
             events.append(move_event(event, clock.of_monotonic))
     return events
 
 
 def move_event(event: dict[str, Any], move: Callable[[float], float]) -> dict[str, Any]:
     """The event with every instant moved."""
-    for name in _INSTANTS[event["event"]]:
-        if isinstance(event.get(name), (int, float)):
-            event[name] = move(event[name])
+    for name, value in event.items():
+        if name.endswith("_s") and name not in _DURATIONS and isinstance(value, (int, float)):
+            event[name] = move(value)
     return event
 
 
-_INSTANTS = {
-    "request": (
-        "received_s",
-        "prefill_sent_s",
-        "prefill_done_s",
-        "first_token_s",
-        "decode_sent_s",
-        "first_byte_s",
-        "last_byte_s",
-    ),
-    "kv_transfer": ("asked_s", "first_byte_s", "end_s"),
-}
+_DURATIONS = ("wait_s", "wire_s")
 
 
 def join(requests: list[RequestRecord], events: list[dict[str, Any]]) -> None:

@@ -70,6 +70,17 @@ def test_events_join_the_client_by_request_and_transfer_id(tmp_path: Path) -> No
     assert alone.phases == {}
 
 
+def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is(tmp_path: Path) -> None:
+    transfer = {"event": "kv_transfer", "side": "receive", "transfer_id": "t1", "bytes": 11, "error": None}
+    transfer |= {"asked_s": 11.0, "ready_s": None, "first_byte_s": 12.0, "end_s": 13.0, "reported_s": 14.0}
+    transfer |= {"wait_s": 1.0, "wire_s": 0.5}
+    request = {"event": "request", "request_id": "r1", "received_s": 11.0, "admitted_s": 12.0, "status": 200}
+    (tmp_path / "a.jsonl").write_text(json.dumps(transfer) + "\n" + json.dumps(request))
+    read = phases.read_events([str(tmp_path / "a.jsonl")], Clock(monotonic_s=10.0, unix_s=0.0))
+    moved = {"asked_s": 1.0, "first_byte_s": 2.0, "end_s": 3.0, "reported_s": 4.0}
+    assert read == [transfer | moved, request | {"received_s": 1.0, "admitted_s": 2.0}]
+
+
 def test_a_phase_nobody_reported_is_none(tmp_path: Path) -> None:
     proxy = {"event": "request", "request_id": "r1", "transfer_id": "t1", "received_s": 10.1, "decode_sent_s": 10.6}
     (tmp_path / "a.jsonl").write_text(json.dumps(proxy))

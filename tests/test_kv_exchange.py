@@ -1,13 +1,31 @@
 """Prefill and decode workers over real sockets, without vLLM's engine: which blocks arrive, and where."""
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from kv_instances import BLOCK, BLOCKS, LAYERS, SECRET, Instance, fetch, free_port, instances, prefill, prompt, settled
+from kv_instances import (
+    BLOCK,
+    BLOCKS,
+    LAYERS,
+    PATIENCE_S,
+    SECRET,
+    Instance,
+    fetch,
+    free_port,
+    instances,
+    prefill,
+    prompt,
+    settled,
+)
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.v1.outputs import KVConnectorOutput
 
-from pdbench.kv.messages import SECRET_VARIABLE, Prefilled, PrefillEnd
+from pdbench.kv.connector import PdKvConnector
+from pdbench.kv.messages import SECRET_VARIABLE, Fetch, Prefilled, PrefillEnd, StepPlan
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +187,43 @@ def test_both_sides_leave_evidence(tmp_path):
     assert (send["side"], receive["side"]) == ("send", "receive")
     assert receive["reported_s"] >= receive["end_s"] and send["ready_s"] <= send["end_s"]
     assert failure["error"] and failure["wire_s"] is None and failure["bytes"] == 0
+
+
+def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
+    """vLLM's scheduler hears of it from the connector beside it, not two steps later; failures take the longer way."""
+    p, d = pair
+    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
+    scheduling._ranks, working._worker = 1, d.worker
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working)
+    good, bad, early = prompt(8), prompt(8), prompt(8)
+    prefill(p, good, [1, 2])
+    prefill(p, dataclasses.replace(bad, fingerprint="another"), [3, 4])
+    fetches = [
+        Fetch(prompt=asked, host=d.host, port=p.port, start_block=0, blocks=to)
+        for asked, to in ((bad, [7, 8]), (good, [5, 6]))
+    ]
+    d.worker.load(StepPlan(fetches=fetches))
+    told, limit = set(), time.monotonic() + PATIENCE_S
+    while not told and time.monotonic() < limit:
+        output = KVConnectorOutput(finished_recving={early.request_id})
+        scheduling.update_connector_output(output)
+        told = output.finished_recving - {early.request_id}
+    assert told == {good.request_id} and output.finished_recving == {early.request_id, good.request_id}
+    assert torch.equal(p.blocks([1, 2]), d.blocks([5, 6]))
+    d.until(lambda: d.failed)
+    assert d.received == d.failed == [bad.request_id]
+    output = KVConnectorOutput()
+    scheduling.update_connector_output(output)
+    assert output.finished_recving is None  # once and no more
+
+
+@pytest.mark.parametrize(("ranks", "agent"), [(2, "worker"), (1, None)])
+def test_other_ranks_or_processes_are_told_by_vllm_alone(pair, monkeypatch, ranks, agent):
+    _, d = pair
+    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
+    scheduling._ranks, working._worker = ranks, d.worker
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working if agent else None)
+    monkeypatch.setattr(d.worker, "take_received", lambda: {"never"})
+    output = KVConnectorOutput()
+    scheduling.update_connector_output(output)
+    assert output.finished_recving is None

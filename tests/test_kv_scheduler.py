@@ -1,6 +1,6 @@
 """The scheduler's half with vLLM's own request and step objects: what is planned, kept and dropped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from vllm import SamplingParams
@@ -47,8 +47,13 @@ def step_of(scheduled, new=(), cached=(), resumed=(), preempted=()):
     blocks = [None if blocks is None else (blocks,) for _, blocks, _ in cached]
     counts = [computed for _, _, computed in cached]
     old = CachedRequestData(names, set(resumed), [], {}, blocks, counts, [0] * len(names))
-    return SchedulerOutput(
-        news, old, scheduled, sum(scheduled.values()), {}, {}, set(), [], preempted_req_ids=set(preempted)
+    return replace(
+        SchedulerOutput.make_empty(),  # whatever else this vLLM's steps have
+        scheduled_new_reqs=news,
+        scheduled_cached_reqs=old,
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+        preempted_req_ids=set(preempted),
     )
 
 

@@ -68,12 +68,6 @@ def _layer_specs(spec: Any) -> list[Any]:
 
 
 def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
-    """vLLM 0.32's KVConnectorTransferResults; older ones ask get_finished and get_block_ids_with_load_errors instead."""
+    """KVConnectorTransferResults of vLLM 0.30 and newer; before, vLLM asks get_finished and get_block_ids_with_load_errors."""
     base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
     return base.KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
-
-
-def reports_failed_requests() -> bool:
-    """Does this vLLM take failed receives by request (from 0.32 on) rather than by block?"""
-    base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
-    return hasattr(base, "KVConnectorTransferResults")

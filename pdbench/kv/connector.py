@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from pdbench.kv import compat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -36,6 +38,7 @@ class PdKvConnector(KVConnectorBase_V1):
         options = Options.of(vllm_config)
         transfer = vllm_config.kv_transfer_config
         self._produces, self._consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
+        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         self._blocks = int(kv_cache_config.num_blocks)
         block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._scheduler: KvScheduler | None = None
@@ -46,8 +49,8 @@ class PdKvConnector(KVConnectorBase_V1):
         else:
             from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-            rank, ranks = get_tensor_model_parallel_rank(), int(vllm_config.parallel_config.tensor_parallel_size)
-            self._worker = KvWorker(options, rank, ranks, block_size, model_digest(vllm_config))
+            rank = get_tensor_model_parallel_rank()
+            self._worker = KvWorker(options, rank, self._ranks, block_size, model_digest(vllm_config))
 
     # The scheduler's half
 
@@ -66,6 +69,16 @@ class PdKvConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan for the worker."""
         return self._scheduling.plan_step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """A step's output came back: what was received since that step was launched is added, to be scheduled next.
+
+        vLLM runs a step ahead, so get_finished alone would tell the scheduler of it two steps later.
+        """
+        if self._ranks == 1 and has_kv_transfer_group():  # the worker's half is in this process, and has no other ranks
+            beside = get_kv_transfer_group()
+            if isinstance(beside, PdKvConnector) and (received := beside._working.take_received()):
+                connector_output.finished_recving = received.union(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; True keeps its blocks."""
@@ -88,7 +101,7 @@ class PdKvConnector(KVConnectorBase_V1):
         self._working.before_forward(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Before the forward pass, or (from vLLM 0.32 on) right after its launch."""
+        """Before the forward pass, or (from vLLM 0.29 on) right after its launch."""
         del forward_context, kwargs
         self._working.load(self._step_plan)
 
@@ -108,7 +121,7 @@ class PdKvConnector(KVConnectorBase_V1):
         return reports.sent or None, reports.received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """The same, as vLLM 0.32 asks for it."""
+        """The same, as vLLM asks for it from 0.30 on."""
         del finished_req_ids
         reports = self._poll()
         return compat.transfer_results(reports.sent, reports.received, reports.failed)

@@ -103,9 +103,13 @@ class Receiver:
             for drop in drops:
                 self._give_up(drop)
 
-    def take_reports(self) -> tuple[dict[str, Fetch], dict[str, Fetch]]:
-        """Fetches that ended since the last call, by request id: all of them, and those that failed. The caller holds the lock."""
-        ended, self._ended = self._ended, []
+    def take_reports(self, failures: bool = True) -> tuple[dict[str, Fetch], dict[str, Fetch]]:
+        """Fetches that ended since the last call, by request id: all of them, and those that failed. The caller holds the lock.
+
+        Without `failures`, those wait for a later call.
+        """
+        ended = [receive for receive in self._ended if failures or receive.record.error is None]
+        self._ended = [receive for receive in self._ended if not (failures or receive.record.error is None)]
         now = time.monotonic()
         for receive in ended:
             receive.record.reported_s = now

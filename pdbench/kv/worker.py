@@ -117,6 +117,11 @@ class KvWorker:
                 reports = self._take()
         return reports
 
+    def take_received(self) -> set[str]:
+        """Requests whose KV came since the last report; what failed waits for `poll`."""
+        with self._changed:
+            return set(self._receiver.take_reports(failures=False)[0]) if self._receiver is not None else set()
+
     def close(self) -> None:
         """End all transfers and threads."""
         self._closed.set()

@@ -1,6 +1,7 @@
 """The nccl transport on real GPUs: blocks arrive, real vLLM goes on from them, and no fault hangs or leaks.
 
 On a host with two GPUs: python -m pytest tests/gpu/test_kv_nccl.py -m gpu
+With one GPU the servers share it, and NCCL moves KV between them over sockets: all of the connector is tested, but no NVLink.
 """
 
 import asyncio
@@ -21,14 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kv_instances
 import kv_servers
+from kv_fleet import tiny_qwen2
 from kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
 
 from pdbench.kv.messages import SECRET_VARIABLE
 from pdbench.serving.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
-if torch.cuda.device_count() < 2:
-    pytest.skip("needs two GPUs", allow_module_level=True)
+GPUS = torch.cuda.device_count()
+if GPUS < 1:
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 BLOCKS = kv_instances.BLOCKS
 PATIENCE_S = 60.0
@@ -38,6 +41,8 @@ TRANSFER_TIMEOUT_S = 10.0
 @pytest.fixture
 def pair(monkeypatch):
     """A prefill worker on GPU 0 and a decode worker on GPU 1, in this process, over nccl; 1 MiB a layer's block."""
+    if GPUS < 2:
+        pytest.skip("needs two GPUs: NCCL joins no two workers of one process and one GPU")
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     port, layout = free_port(), (BLOCKS, 4, 64 * 1024)
     more = {"transport": "nccl", "layout": layout, "timeout_s": 10.0, "staging_mib": 16}
@@ -104,12 +109,15 @@ def test_a_peer_that_leaves_and_returns(pair):
 
 
 @contextmanager
-def started(folder, tensor_parallel):
-    """Real vLLM: prefill on the first GPUs, decode on the next, the tiny model in bfloat16, failed transfers fail their request."""
-    arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256"]
+def started(folder, tensor_parallel=1, model=None, arguments=()):
+    """Real vLLM: prefill on the first GPUs, decode on the next, a tiny model, failed transfers fail their request."""
+    arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256", *arguments]
     arguments += ["--gpu-memory-utilization", "0.2"]
-    model = str(tiny_model())
-    running = kv_servers.start("p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, tensor_parallel)
+    shared = GPUS < 2
+    model = str(model or tiny_model())
+    running = kv_servers.start(
+        "p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, tensor_parallel, shared_gpu=shared
+    )
     try:
         failure = kv_servers.wait_healthy(running, 400)
         assert failure is None, failure
@@ -120,8 +128,8 @@ def started(folder, tensor_parallel):
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """One GPU a side."""
-    with started(tmp_path_factory.mktemp("servers"), 1) as running:
+    """The tiny DeepSeek-V2 (MLA) in bfloat16, one GPU a side."""
+    with started(tmp_path_factory.mktemp("servers")) as running:
         yield running
 
 
@@ -185,9 +193,23 @@ def test_equal_to_a_single_instance(servers):
     is_equal_to_prefills_own(servers, [*edges, *range(30, 40)])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+@pytest.mark.skipif(GPUS < 4, reason="needs four GPUs")
 def test_tensor_parallel_two_on_both_sides(tmp_path):
-    with started(tmp_path, 2) as running:
+    with started(tmp_path, tensor_parallel=2) as running:
+        is_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
+
+
+@pytest.mark.parametrize(
+    ("make_model", "arguments"),
+    [
+        pytest.param(tiny_model, ["--kv-cache-dtype", "fp8"], id="mla-fp8"),
+        pytest.param(tiny_qwen2, [], id="grouped-bfloat16"),
+        pytest.param(tiny_qwen2, ["--dtype", "float16"], id="grouped-float16"),
+        pytest.param(tiny_qwen2, ["--kv-cache-dtype", "fp8"], id="grouped-fp8"),
+    ],
+)
+def test_other_caches(tmp_path, make_model, arguments):
+    with started(tmp_path, model=make_model(tmp_path / "model"), arguments=arguments) as running:
         is_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
