@@ -86,7 +86,7 @@ class Measurement:
     def __init__(self, pair: Pair, options: argparse.Namespace, until_s: float) -> None:
         self.pair, self.options, self.until_s = pair, options, until_s
         self.found: dict[str, Any] = {}
-        self.proxy_url = ""
+        self.proxy_url = self.late_url = ""  # the second one lets decode compute the first token
 
     async def run(self) -> None:
         """Stage after stage, while there is time; a stage that fails says so and the next one goes on."""
@@ -97,7 +97,7 @@ class Measurement:
             ("tbt", self.tbt_beside_transfers),
             ("load", self.load),
         ]
-        with proxy(self.pair) as self.proxy_url:
+        with proxy(self.pair) as self.proxy_url, proxy(self.pair, "--first-token", "decode") as self.late_url:
             for name, stage in stages:
                 if time.monotonic() > self.until_s:
                     self.found[f"{name} left out"] = "the time was up"
@@ -184,17 +184,27 @@ class Measurement:
         for name, url, concurrency, requests, tokens, output in (
             ("load 1 at a time", self.proxy_url, 1, repeat, 2048, 128),
             (f"load {many} at a time", self.proxy_url, many, self.options.requests, 2048, 128),
+            (
+                f"load {many} at a time, decode's first token",
+                self.late_url,
+                many,
+                self.options.requests // 4,
+                2048,
+                128,
+            ),
             (f"decode alone, {many} streams", self.pair.urls[1], many, many, 64, self.options.stream_tokens // 3),
         ):
             before = await asyncio.to_thread(metrics, self.pair.urls[1])
             done = await self.driven(url, concurrency, requests, tokens, output)
             after = await asyncio.to_thread(metrics, self.pair.urls[1])
-            ttfts, gaps = done.pop("ttfts"), done.pop("gaps")
+            ttfts, gaps, seconds = done.pop("ttfts"), done.pop("gaps"), done.pop("second_gaps")
             steps = after["vllm:iteration_tokens_total_count"] - before["vllm:iteration_tokens_total_count"]
             self.found[name] = done | {
                 "tbt_p50_ms": quantile(gaps, 0.5),
                 "tbt_p99_ms": quantile(gaps, 0.99),
                 "ttft_p50_ms": quantile(ttfts, 0.5),
+                "second_token_p50_ms": quantile(seconds, 0.5),
+                "second_token_p99_ms": quantile(seconds, 0.99),
                 "decode_steps": steps,
             }
 
@@ -220,13 +230,14 @@ class Measurement:
             "flags": [f"{flag.name}: {flag.detail}" for flag in result.flags],
             "ttfts": [(r.token_s[0] - r.sent_s) * 1e3 for r in good if r.sent_s is not None],
             "gaps": [(b - a) * 1e3 for r in good for a, b in pairwise(r.token_s)],
+            "second_gaps": [(r.token_s[1] - r.token_s[0]) * 1e3 for r in good if len(r.token_s) > 1],
         }
 
 
 @contextmanager
-def proxy(pair: Pair) -> Iterator[str]:
+def proxy(pair: Pair, *options: str) -> Iterator[str]:
     """pdbench's proxy in front of the pair; its URL."""
-    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector]
+    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector, *options]
     for side, url, kv in zip(("--prefill", "--decode"), pair.urls, pair.kv, strict=True):
         command += [side, f"{url}@{kv}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -260,6 +271,7 @@ def judged(
     long = ratio(get(f"wire {options.long}", "gb_per_s_p50"), copies.get("8192"))
     extra = difference(get("ttft 512", "disaggregated_ms_p50"), get("ttft 512", "single_ms_p50"))
     tail = ratio(get(many, "tbt_p99_ms"), get("load 1 at a time", "tbt_p99_ms"))
+    late = get(f"{many}, decode's first token", "tbt_p99_ms")
     alone = get(f"decode alone, {options.concurrency} streams", "tbt_p99_ms")
     cost = ratio(get("tbt with transfers", "p50_ms"), get("tbt without transfers", "p50_ms"))
     targets: list[tuple[str, float | None, str, Callable[[float], bool]]] = [
@@ -272,7 +284,14 @@ def judged(
         (f"failed of {options.requests}, {options.concurrency} at a time", get(many, "failed"), "0", lambda x: x == 0),
         (f"TBT p99, {options.concurrency} at a time / 1 at a time", tail, "<= 1.3", lambda x: x <= 1.3),
         (f"TBT p99 ms, {options.concurrency} at a time", get(many, "tbt_p99_ms"), "", lambda x: True),
+        (f"TBT p99 ms, {options.concurrency} at a time, decode's first token", late, "", lambda x: True),
         (f"TBT p99 ms, {options.concurrency} streams and no transfers", alone, "", lambda x: True),
+        (
+            f"first to second token p50 ms, {options.concurrency} at a time",
+            get(many, "second_token_p50_ms"),
+            "",
+            lambda x: True,
+        ),
         ("TBT p50 with / without transfers", cost, "0.95 - 1.05", lambda x: x <= 1.05),
         (f"requests a second, {options.concurrency} at a time", get(many, "requests_per_s"), "", lambda x: True),
     ]

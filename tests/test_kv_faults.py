@@ -334,3 +334,16 @@ def test_another_secret_gets_no_blocks(pair, monkeypatch):
         fetch(outsider, asked, [10, 11], p.port)
         outsider.until(lambda: outsider.failed == [asked.request_id])
         assert p.sent == []  # still kept for the one that may have it
+
+
+def test_no_thread_outlives_its_worker():
+    """One that still ran a kernel when Python exits would abort the process."""
+    before, port = set(threading.enumerate()), free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as (p, d):
+        asked = prompt(30)
+        fetch(d, asked, list(range(8)), p.port)
+        prefill(p, asked, list(range(8)))
+        settled(p, d, asked)
+        names = {thread.name for thread in threading.enumerate()} - {thread.name for thread in before}
+        assert {"kv-listen", "kv-peer", "kv-send", "kv-receive"} <= names
+    assert not set(threading.enumerate()) - before

@@ -1,10 +1,13 @@
 """The scheduler's half with vLLM's own request and step objects: what is planned, kept and dropped."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, RSWASpec, SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 
 from pdbench.kv import compat
@@ -179,6 +182,41 @@ def test_vllm_outside_the_range_is_refused_with_the_range(version):
 def test_vllm_of_the_range_is_accepted(version):
     compat.check_version(version)
     compat.check_version()
+
+
+def deployment_of(specs, sleep=False, **parallel):
+    """(vLLM configuration, KV cache configuration), as far as the connector reads them; the groups' specs are vLLM's own."""
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(enable_sleep_mode=sleep)
+    )
+    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float16}
+FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=64)
+
+
+@pytest.mark.parametrize("spec", [FULL, MLAAttentionSpec(**SIZES), FullAttentionSpec(**SIZES, sliding_window=64)])
+def test_full_attention_is_accepted_mla_and_whole_blocks_of_a_window_included(spec):
+    compat.check_deployment(*deployment_of([spec], pipeline_parallel_size=1))
+
+
+@pytest.mark.parametrize(
+    ("specs", "more", "words"),
+    [
+        ([FULL, WINDOW], {}, "a hybrid model"),
+        ([WINDOW], {}, "SlidingWindowSpec"),
+        ([RSWASpec(**SIZES, rswa_window=64)], {}, "RSWASpec"),  # a FullAttentionSpec whose blocks are evicted
+        ([MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float16,))], {}, "MambaSpec"),
+        ([FULL], {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ([FULL], {"data_parallel_size": 4}, "--data-parallel-size 4"),
+        ([FULL], {"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
+        ([FULL], {"sleep": True}, "--enable-sleep-mode"),
+    ],
+)
+def test_what_cannot_be_moved_block_by_block_is_refused_by_name(specs, more, words):
+    with pytest.raises(compat.UnsupportedError, match=words):
+        compat.check_deployment(*deployment_of(specs, **more))
 
 
 def test_decode_fetches_what_prefill_computed_of_a_longer_prompt(consumer, producer):

@@ -16,6 +16,7 @@ import pytest
 from conftest import serve_config
 from kv_fleet import OUTPUT_TOKENS, PATIENCE_S, Server, decode, new_id, prefill, prompt_of, tiny_qwen2, until
 
+from pdbench.kv import compat
 from pdbench.serving import vllm
 from pdbench.serving.machine import inspect
 
@@ -67,6 +68,8 @@ def test_equal_to_a_single_instance_at_block_edges_in_every_order(fleet, pool):
         assert got["text"] == expected, f"{length} tokens"
     assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(lengths) - 1  # not the 1
     assert d.metric("pdbench_kv_transfers_total", 'side="receive"') >= len(lengths)
+    if compat.cache_hit_source() is not None:
+        assert d.metric("prompt_tokens_cached_by_source_total", 'source="p2p"') == sum(lengths) - 1
     until(lambda: p.is_free() and d.is_free())
 
 

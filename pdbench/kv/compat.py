@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SUPPORTED = ((0, 26), (0, 33))
 """First and last vLLM minor version, both included."""
 RANGE_TEXT = "0.26 to 0.33"
+_MOVABLE = ("FullAttentionSpec", "MLAAttentionSpec")
+"""Kinds of KV cache in which block i holds the prompt's i-th tokens and nothing else; their subclasses (sinks, evicted
+windows, hidden states) hold more, or less."""
 
 
 class UnsupportedError(ValueError):
@@ -46,6 +49,8 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
         if getattr(parallel, option, 1) > 1:
             flag = option.replace("_", "-")
             raise UnsupportedError(f"PdKvConnector does not support --{flag} {getattr(parallel, option)}: set it to 1")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        raise UnsupportedError("PdKvConnector does not support --enable-sleep-mode: leave it out")
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise UnsupportedError(
@@ -53,8 +58,7 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             "(a hybrid model): serve it without disaggregation, or with another connector"
         )
     for spec in _layer_specs(groups[0].kv_cache_spec):
-        names = {kind.__name__ for kind in type(spec).__mro__}
-        if "FullAttentionSpec" not in names or "CrossAttentionSpec" in names:
+        if type(spec).__name__ not in _MOVABLE:
             raise UnsupportedError(
                 f"PdKvConnector moves full-attention KV blocks (MLA included) and this model has a {type(spec).__name__}: "
                 "serve it without disaggregation, or with another connector"
@@ -65,6 +69,14 @@ def _layer_specs(spec: Any) -> list[Any]:
     """The layers' own specs where vLLM wraps several of one kind in UniformTypeKVCacheSpecs."""
     inner = getattr(spec, "kv_cache_specs", None)
     return list(inner.values()) if inner else [spec]
+
+
+def cache_hit_source() -> Any:
+    """By what name vLLM 0.32 and newer count prompt tokens that came from another instance; None before."""
+    try:
+        return import_module("vllm.v1.metrics.cache_hit_source").CacheHitSource.P2P
+    except ImportError:
+        return None
 
 
 def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class PdKvConnector(KVConnectorBase_V1):
     """Prefill pushes the KV cache to decode over NCCL or TCP (docs/kv-connector.md). Raises UnsupportedError at start-up."""
 
+    _cache_hit_source = compat.cache_hit_source()
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         compat.check_version()
         compat.check_deployment(vllm_config, kv_cache_config)

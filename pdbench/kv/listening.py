@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from pdbench.kv.control import HANDSHAKE_TIMEOUT_S, Channel, ChannelClosedError, Identity, accept_handshake
+from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -31,13 +32,15 @@ class Listener:
         identity: Identity,
         timeout_s: float,
         serve: Callable[[Channel], None],
+        threads: Threads,
     ) -> None:
+        self._threads = threads
         self._secret, self._identity, self._timeout_s, self._serve = secret, identity, timeout_s, serve
         self._strangers = threading.BoundedSemaphore(STRANGERS_AT_ONCE)
         self._closing = False
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._socket = socket.create_server(address, family=family, backlog=128)
-        threading.Thread(target=self._accept, name="kv-listen", daemon=True).start()
+        threads.start("kv-listen", self._accept)
 
     def close(self) -> None:
         """Let nobody in any more; who is in stays."""
@@ -57,7 +60,7 @@ class Listener:
                     time.sleep(0.1)  # out of file descriptors, say
                 continue
             if self._strangers.acquire(blocking=False):
-                threading.Thread(target=self._admit, args=(connection,), name="kv-peer", daemon=True).start()
+                self._threads.start("kv-peer", self._admit, connection)
             else:
                 connection.close()
 

@@ -20,6 +20,7 @@ from pdbench.kv.control import ChannelClosedError, Identity, dial, offer_handsha
 from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.messages import Drop, Fetch
 from pdbench.kv.metrics import TransferRecord
+from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -84,13 +85,16 @@ class Receiver:
         timeout_s: float,
         changed: threading.Condition,
         finish: Callable[[TransferRecord], None],
+        threads: Threads,
     ) -> None:
+        self._threads = threads
         self._secret, self._identity, self._open_link = secret, identity, open_link
         self._piece_blocks, self._block_bytes = piece_blocks, block_bytes
         self._timeout_s, self._changed, self._finish = timeout_s, changed, finish
         self._receives: dict[str, _Receive] = {}
         self._peers: dict[Address, _Peer] = {}
         self._ended: list[_Receive] = []
+        self._closed = False
 
     # The engine's thread
 
@@ -131,6 +135,7 @@ class Receiver:
     def close(self) -> None:
         """Leave all peers."""
         with self._changed:
+            self._closed = True
             links = [peer.link for peer in self._peers.values() if peer.link is not None]
         for link in links:
             link.close()
@@ -191,7 +196,7 @@ class Receiver:
         peer = self._peers.get(address)
         if peer is None:
             peer = self._peers[address] = _Peer(address)
-            threading.Thread(target=self._run, args=(peer,), name="kv-receive", daemon=True).start()
+            self._threads.start("kv-receive", self._run, peer)
         if peer.link is None:
             peer.unsent.append(message)
             return
@@ -225,6 +230,8 @@ class Receiver:
                 for message in peer.unsent:
                     channel.send(message)
                 peer.link = link
+                if self._closed:
+                    link.close()
             logger.info("prefill worker %s is connected", channel.peer)
             while True:
                 self._handle(link, msgspec.convert(channel.receive(), Blocks | Failed | Waiting))

@@ -23,6 +23,7 @@ from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.listening import Listener
 from pdbench.kv.messages import Prefilled, PrefillEnd, Prompt
 from pdbench.kv.metrics import TransferRecord
+from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -94,7 +95,9 @@ class Sender:
         timeout_s: float,
         changed: threading.Condition,
         finish: Callable[[TransferRecord], None],
+        threads: Threads,
     ) -> None:
+        self._threads = threads
         self._identity, self._open_link = identity, open_link
         self._piece_blocks, self._timeout_s = piece_blocks, timeout_s
         self._changed, self._finish = changed, finish
@@ -105,7 +108,8 @@ class Sender:
         self._reports: set[str] = set()
         self._peers: set[_Peer] = set()
         self._stepped_s = time.monotonic()
-        self._listener = Listener(address, secret, identity, timeout_s, self._serve)
+        self._closed = False
+        self._listener = Listener(address, secret, identity, timeout_s, self._serve, threads)
 
     # The engine's thread
 
@@ -156,6 +160,7 @@ class Sender:
         """Stop listening and leave all peers."""
         self._listener.close()
         with self._changed:
+            self._closed = True
             peers = list(self._peers)
         for peer in peers:
             peer.link.close()
@@ -322,8 +327,10 @@ class Sender:
             return
         with self._changed:
             self._peers.add(peer)
+            if self._closed:
+                peer.link.close()
         logger.info("decode worker %s is connected", channel.peer)
-        threading.Thread(target=self._write, args=(peer,), name="kv-send", daemon=True).start()
+        self._threads.start("kv-send", self._write, peer)
         self._read(peer)
 
     def _read(self, peer: _Peer) -> None:

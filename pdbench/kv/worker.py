@@ -22,6 +22,7 @@ from pdbench.kv.metrics import Evidence
 from pdbench.kv.pack import make_packer
 from pdbench.kv.receiving import Receiver
 from pdbench.kv.sending import Sender
+from pdbench.kv.threads import Threads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,6 +34,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 IDLE_WAIT_S = 0.0005
 # How long a thread that moves KV waits at most for the interpreter while the engine's thread computes in Python (5 ms otherwise).
 SWITCH_INTERVAL_S = 0.001
+CLOSE_TIMEOUT_S = 3.0
 
 
 @dataclass
@@ -53,6 +55,7 @@ class KvWorker:
         self._block_size, self._model = block_size, model
         self._secret = shared_secret()
         self._changed = threading.Condition()
+        self._threads = Threads()
         self.evidence = Evidence(options.event_log)
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -77,21 +80,16 @@ class KvWorker:
         staging = options.staging_mib << 20
         piece_blocks = max(1, staging // packer.block_bytes)
         open_link = transport(options.transport, packer, staging)
-        shared = {"changed": self._changed, "finish": self._finished, "timeout_s": options.transfer_timeout_s}
+        shared: dict[str, Any] = {"timeout_s": options.transfer_timeout_s, "changed": self._changed}
+        shared |= {"finish": self._finished, "threads": self._threads}
         if produces:
             address = (options.kv_ip, options.port + self._rank)
-            self._sender = Sender(address, self._secret, identity, open_link, piece_blocks, **shared)  # type: ignore[arg-type]
+            self._sender = Sender(address, self._secret, identity, open_link, piece_blocks, **shared)
             logger.info("prefill rank %d listens for decode on %s:%d (%s)", self._rank, *address, options.transport)
         if consumes:
-            self._receiver = Receiver(
-                self._secret,
-                identity,
-                open_link,
-                piece_blocks,
-                packer.block_bytes,
-                **shared,  # type: ignore[arg-type]
-            )
-        threading.Thread(target=self._keep_time, name="kv-time", daemon=True).start()
+            block_bytes = packer.block_bytes
+            self._receiver = Receiver(self._secret, identity, open_link, piece_blocks, block_bytes, **shared)
+        self._threads.start("kv-time", self._keep_time)
 
     def before_forward(self, plan: StepPlan) -> None:
         """Before the step's forward pass: blocks of preempted requests are about to be overwritten."""
@@ -128,6 +126,7 @@ class KvWorker:
         for half in (self._sender, self._receiver):
             if half is not None:
                 half.close()
+        self._threads.join(CLOSE_TIMEOUT_S)
         self.evidence.close()
 
     def _take(self) -> Reports:
