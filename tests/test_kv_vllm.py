@@ -69,7 +69,8 @@ def test_equal_to_a_single_instance_at_block_edges_in_every_order(fleet, pool):
     assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(lengths) - 1  # not the 1
     assert d.metric("pdbench_kv_transfers_total", 'side="receive"') >= len(lengths)
     if compat.cache_hit_source() is not None:
-        assert d.metric("prompt_tokens_cached_by_source_total", 'source="p2p"') == sum(lengths) - 1
+        counted = d.metric("prompt_tokens_cached_by_source_total", 'source="p2p"')
+        assert counted in (sum(lengths) - 1, sum(lengths))  # vLLM 0.33 counts the prompt of 1, too
     until(lambda: p.is_free() and d.is_free())
 
 
@@ -212,6 +213,7 @@ def test_killed_instances_harm_nobody_else_and_serve_again_after_a_restart(fleet
     until(lambda: all(server.is_free() for server in fleet))
 
 
+@pytest.mark.skipif((inspect().vllm or (0,)) < (0, 29), reason="before 0.29 vLLM has no MLA on CPU")
 def test_mla_equals_a_single_instance(disaggregated, single):
     """The same over the shared deployment's tiny DeepSeek-V2, whose cache has one part a layer, through the proxy."""
     for length in [2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 255, 257, 400]:
