@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +25,7 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.outputs import KVConnectorOutput
 
 from pdbench.kv.connector import PdKvConnector
-from pdbench.kv.messages import SECRET_VARIABLE, Fetch, Options, Prefilled, PrefillEnd, StepPlan
-from pdbench.kv.scheduler import KvScheduler
+from pdbench.kv.messages import SECRET_VARIABLE, Fetch, Prefilled, PrefillEnd, StepPlan
 
 
 @pytest.fixture(autouse=True)
@@ -217,26 +215,6 @@ def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
     output = KVConnectorOutput()
     scheduling.update_connector_output(output)
     assert output.finished_recving is None  # once and no more
-
-
-@pytest.mark.parametrize("zeroed", [False, True])
-def test_blocks_are_asked_for_when_they_are_reserved_unless_the_step_writes_zeros_first(pair, monkeypatch, zeroed):
-    p, d = pair
-    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
-    scheduling._scheduler = KvScheduler(Options(verify_prompt=False), BLOCK, produces=False, consumes=True)
-    scheduling._ranks, scheduling._zeroed, working._worker = 1, zeroed, d.worker
-    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working)
-    asked = prompt(8, fingerprint="not verified")
-    prefill(p, asked, [1, 2])
-    there = {"transfer_id": asked.transfer_id, "do_remote_prefill": True, "remote_host": d.host, "remote_port": p.port}
-    request = SimpleNamespace(request_id=asked.request_id, num_prompt_tokens=8, kv_transfer_params=there)
-    scheduling.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: ([5, 6],)), 8)
-    planned = scheduling._scheduler.take_fetches()
-    assert len(planned) == zeroed
-    if zeroed:
-        d.step(fetches=planned)
-    d.until(lambda: d.received == [asked.request_id] and not d.failed)
-    assert torch.equal(p.blocks([1, 2]), d.blocks([5, 6]))
 
 
 @pytest.mark.parametrize(("ranks", "agent"), [(2, "worker"), (1, None)])

@@ -42,8 +42,6 @@ class PdKvConnector(KVConnectorBase_V1):
         self._produces, self._consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         self._blocks = int(kv_cache_config.num_blocks)
-        # vLLM writes zeros into new blocks of caches of mixed precision, at the start of their step: not after their KV came.
-        self._zeroed = bool(kv_cache_config.needs_kv_cache_zeroing)
         block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._scheduler: KvScheduler | None = None
         self._worker: KvWorker | None = None
@@ -69,8 +67,6 @@ class PdKvConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Blocks are reserved."""
         self._scheduling.allocated(request, blocks, num_external_tokens)
-        if (beside := self._worker_beside()) is not None and not self._zeroed:
-            beside.fetch(self._scheduling.take_fetches())
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan for the worker."""
@@ -81,9 +77,10 @@ class PdKvConnector(KVConnectorBase_V1):
 
         vLLM runs a step ahead, so get_finished alone would tell the scheduler of it two steps later.
         """
-        beside = self._worker_beside()
-        if beside is not None and (received := beside.take_received()):
-            connector_output.finished_recving = received.union(connector_output.finished_recving or ())
+        if self._ranks == 1 and has_kv_transfer_group():  # the worker's half is in this process, and has no other ranks
+            beside = get_kv_transfer_group()
+            if isinstance(beside, PdKvConnector) and (received := beside._working.take_received()):
+                connector_output.finished_recving = received.union(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; True keeps its blocks."""
@@ -158,11 +155,6 @@ class PdKvConnector(KVConnectorBase_V1):
     ) -> PdKvPromMetrics:
         """The Prometheus metrics of this instance."""
         return PdKvPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-    def _worker_beside(self) -> KvWorker | None:
-        """The worker's half where it is in the scheduler's process and no other rank has to be told, else None."""
-        group = get_kv_transfer_group() if self._ranks == 1 and has_kv_transfer_group() else None
-        return group._worker if isinstance(group, PdKvConnector) else None
 
     def _poll(self) -> Reports:
         # vLLM calls wait_for_save only in steps with a forward pass, some versions before speculative drafting; this, always.

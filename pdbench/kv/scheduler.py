@@ -90,11 +90,6 @@ class KvScheduler:
             Fetch(prompt=prompt, host=host, port=port, start_block=start, blocks=list(block_ids[start:stop]))
         )
 
-    def take_fetches(self) -> list[Fetch]:
-        """What is to be fetched and no plan has told yet."""
-        taken, self._plan.fetches = self._plan.fetches, []
-        return taken
-
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
         """All that the worker must know about the step that vLLM just scheduled; starts the next step's plan."""
         plan, self._plan = self._plan, StepPlan()

@@ -17,7 +17,7 @@ import torch
 
 from pdbench.kv.control import Identity
 from pdbench.kv.link import transport
-from pdbench.kv.messages import Fetch, Options, StepPlan, shared_secret
+from pdbench.kv.messages import Options, StepPlan, shared_secret
 from pdbench.kv.metrics import Evidence
 from pdbench.kv.pack import make_packer
 from pdbench.kv.receiving import Receiver
@@ -34,7 +34,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 IDLE_WAIT_S = 0.0005
 # How long a thread that moves KV waits at most for the interpreter while the engine's thread computes in Python (5 ms otherwise);
 # a handoff has half a dozen such waits.
-SWITCH_INTERVAL_S = 0.0002
+SWITCH_INTERVAL_S = 0.0001
 CLOSE_TIMEOUT_S = 3.0
 
 
@@ -62,7 +62,6 @@ class KvWorker:
         self._receiver: Receiver | None = None
         self._closed = threading.Event()
         self._on_gpu = False
-        self._launched: torch.cuda.Event | None = None
 
     def start(self, kv_caches: dict[str, torch.Tensor], blocks: int, produces: bool, consumes: bool) -> None:
         """Take vLLM's KV cache (layer name -> tensor) of `blocks` blocks and open for business. Raises UnsupportedError, OSError."""
@@ -98,11 +97,6 @@ class KvWorker:
         if self._sender is not None and plan.preempted:
             self._sender.preempted(plan.preempted)
 
-    def fetch(self, fetches: list[Fetch]) -> None:
-        """Start fetches before the plan of their step: their blocks may be written once the steps launched so far are over."""
-        if self._receiver is not None and fetches:
-            self._receiver.step(fetches, [], self._launched)
-
     def load(self, plan: StepPlan) -> None:
         """Start and give up fetches; they go on by themselves."""
         if self._receiver is not None and (plan.fetches or plan.drops):
@@ -110,10 +104,9 @@ class KvWorker:
 
     def after_forward(self, plan: StepPlan) -> None:
         """The step's forward pass is launched (on CPU: done): what it computes may travel once it is over."""
-        if not plan.idle:
-            self._launched = self._mark()
         if self._sender is not None:
-            self._sender.step(plan.expected, plan.prefilled, plan.ended, self._launched)
+            event = self._mark() if plan.prefilled else None
+            self._sender.step(plan.expected, plan.prefilled, plan.ended, event)
 
     def poll(self, plan: StepPlan) -> Reports:
         """What ended since the last step; a step without a forward pass waits a moment for something to end."""

@@ -1,0 +1,101 @@
+"""How long a handoff takes while both engines' threads are busy in Python, by how soon a waiting thread gets the interpreter.
+
+A prefill and a decode worker of the connector, a process each, over tcp on CPU, no vLLM engine: what stands in for it computes in
+Python without a break. Python's own interval is 5 ms; the connector's (SWITCH_INTERVAL_S in pdbench/kv/worker.py) stands last.
+    python benchmarks/kv_handoff.py [--transfers 120]        (about 15 s a line; leave both cores to it)
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+TOKENS, STEP_S, WARM_UP = 64, 0.003, 5
+INTERVALS_MS = (5.0, 1.0, 0.2)
+
+
+def busy(seconds: float) -> int:
+    """Compute in Python for so long; how far it got."""
+    until_s, count = time.monotonic() + seconds, 0
+    while time.monotonic() < until_s:
+        count += 1
+    return count
+
+
+def side(role: str, port: int, interval_ms: float | None, transfers: int) -> None:
+    """One worker with its busy engine thread. Decode prints p10, p50, p90 of ask to end in ms, and loops a busy step."""
+    from kv_instances import BLOCK, SECRET, Instance, fetch, prefill, prompt
+
+    from pdbench.kv import worker
+    from pdbench.kv.messages import SECRET_VARIABLE, StepPlan
+
+    os.environ[SECRET_VARIABLE] = SECRET
+    if interval_ms is not None:
+        worker.SWITCH_INTERVAL_S = interval_ms / 1e3
+    instance = Instance(role, port, layout=(64, BLOCK, 4096), timeout_s=60.0)
+    asked = [prompt(TOKENS, f"r{index}") for index in range(transfers + WARM_UP)]
+    blocks = list(range(TOKENS // BLOCK))
+    if role == "prefill":
+        for one in asked:
+            prefill(instance, one, blocks)
+        print("up", flush=True)
+        while True:
+            busy(STEP_S)
+            instance.worker.poll(StepPlan(idle=False))
+    ended: list[tuple[float, float]] = []
+    instance.worker._receiver._finish = lambda record: ended.append((record.asked_s, record.end_s))  # type: ignore
+    loops = []
+    for one in asked:
+        before = len(ended)
+        fetch(instance, one, blocks, port)
+        while len(ended) == before:
+            loops.append(busy(STEP_S))
+            instance.worker.poll(StepPlan(idle=False))
+    took = sorted((end - begun) * 1e3 for begun, end in ended[WARM_UP:])
+    print(*(f"{took[int(q * len(took))]:.2f}" for q in (0.1, 0.5, 0.9)), statistics.median_low(loops))
+
+
+def measured(interval_ms: float | None, transfers: int) -> list[str]:
+    """What decode printed."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--transfers", str(transfers), "--port", str(port)]
+    command += [] if interval_ms is None else ["--interval-ms", str(interval_ms)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([*command, "--side", "prefill"], **pipe) as first:  # type: ignore[call-overload]
+        try:
+            first.stdout.readline()
+            return subprocess.run([*command, "--side", "decode"], check=True, **pipe).stdout.split()  # type: ignore
+        finally:
+            first.kill()
+
+
+def main() -> None:
+    """One line an interval."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transfers", type=int, default=120)
+    for internal, kind in (("--side", str), ("--port", int), ("--interval-ms", float)):
+        parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side(options.side, options.port, options.interval_ms, options.transfers)
+        return
+    print("| interval, ms | ask to end p10 / p50 / p90, ms | of the first line | Python's own work in 3 ms, loops |")
+    print("|---|---|---|---|")
+    first = None
+    for interval_ms in (*INTERVALS_MS, None):
+        low, middle, high, loops = measured(interval_ms, options.transfers)
+        first = first or float(middle)
+        name = f"{interval_ms:g}" if interval_ms is not None else "the connector's"
+        print(f"| {name} | {low} / {middle} / {high} | {float(middle) / first:.2f} | {loops} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
