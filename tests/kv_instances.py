@@ -65,7 +65,7 @@ class Instance:
     def step(self, **plan):
         """One engine step on the instance's device; keeps what the worker reported."""
         with torch.cuda.device(self.device) if self.device != "cpu" else nullcontext():
-            return self._step(StepPlan(idle=not plan.get("prefilled"), **plan))
+            return self._step(StepPlan(**{"idle": not plan.get("prefilled")} | plan))
 
     def _step(self, step):
         self.worker.before_forward(step)

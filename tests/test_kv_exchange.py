@@ -189,11 +189,17 @@ def test_both_sides_leave_evidence(tmp_path):
     assert failure["error"] and failure["wire_s"] is None and failure["bytes"] == 0
 
 
+def halves(worker, ranks):
+    """The scheduler's and the worker's half as vLLM holds them, without the engine that constructs them."""
+    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
+    scheduling._ranks, working._worker = ranks, worker
+    return scheduling, working
+
+
 def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
     """vLLM's scheduler hears of it from the connector beside it, not two steps later; failures take the longer way."""
     p, d = pair
-    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
-    scheduling._ranks, working._worker = 1, d.worker
+    scheduling, working = halves(d.worker, ranks=1)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working)
     good, bad, early = prompt(8), prompt(8), prompt(8)
     prefill(p, good, [1, 2])
@@ -220,8 +226,7 @@ def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
 @pytest.mark.parametrize(("ranks", "agent"), [(2, "worker"), (1, None)])
 def test_other_ranks_or_processes_are_told_by_vllm_alone(pair, monkeypatch, ranks, agent):
     _, d = pair
-    scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
-    scheduling._ranks, working._worker = ranks, d.worker
+    scheduling, working = halves(d.worker, ranks)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working if agent else None)
     monkeypatch.setattr(d.worker, "take_received", lambda: {"never"})
     output = KVConnectorOutput()

@@ -35,6 +35,7 @@ IDLE_WAIT_S = 0.0005
 # How long a thread that moves KV waits at most for the interpreter while the engine's thread computes in Python (5 ms otherwise);
 # a handoff has half a dozen such waits.
 SWITCH_INTERVAL_S = 0.0001
+# How long the end of a worker waits for its threads.
 CLOSE_TIMEOUT_S = 3.0
 
 
@@ -118,8 +119,10 @@ class KvWorker:
 
     def take_received(self) -> set[str]:
         """Requests whose KV came since the last report; what failed waits for `poll`."""
+        if self._receiver is None:
+            return set()
         with self._changed:
-            return set(self._receiver.take_reports(failures=False)[0]) if self._receiver is not None else set()
+            return set(self._receiver.take_reports(failures=False)[0])
 
     def close(self) -> None:
         """End all transfers and threads."""

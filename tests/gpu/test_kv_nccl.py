@@ -6,11 +6,9 @@ With one GPU the servers share it, and NCCL moves KV between them over sockets: 
 
 import asyncio
 import json
-import random
 import secrets
 import signal
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kv_instances
 import kv_servers
-from kv_fleet import tiny_qwen2
+from kv_fleet import prompt_of, tiny_qwen2, until
 from kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
 
 from pdbench.kv.messages import SECRET_VARIABLE
@@ -133,13 +131,6 @@ def servers(tmp_path_factory):
         yield running
 
 
-_random = random.Random(5)
-
-
-def prompt_of(tokens):
-    return [_random.randrange(10, 400) for _ in range(tokens)]
-
-
 def output_of(servers, index, prompt, output_tokens=16, **transfer):
     """The token ids that one server answers with, not streamed (half a character has no text)."""
     url = servers.urls[index]
@@ -170,13 +161,6 @@ def is_free(servers, index):
     return found["vllm:kv_cache_usage_perc"] == 0 and found["vllm:num_requests_running"] == 0
 
 
-def until(check):
-    limit = time.monotonic() + PATIENCE_S
-    while not check():
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-
-
 def is_equal_to_prefills_own(servers, lengths):
     equal = 0
     for length in lengths:
@@ -185,7 +169,7 @@ def is_equal_to_prefills_own(servers, lengths):
         equal += through_both(servers, prompt) == output_of(servers, 0, prompt)
     # In bfloat16 prefill's and decode's kernels round differently, so a near tie between two tokens may fall either way.
     assert equal >= len(lengths) - 3
-    until(lambda: is_free(servers, 0) and is_free(servers, 1))
+    until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
 
 
 def test_equal_to_a_single_instance(servers):
@@ -224,7 +208,7 @@ def test_sixty_four_at_a_time_none_fails(servers):
         return await asyncio.gather(*(servers.ask(prompt_of(900), 16) for _ in range(64)))
 
     assert [timed.error for timed in asyncio.run(all_of_them()) if timed.error] == []
-    until(lambda: is_free(servers, 0) and is_free(servers, 1))
+    until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -240,12 +224,12 @@ def test_a_victim_amid_load_harms_nobody_and_returns(servers, victim, number):
         return await asyncio.gather(*asked)
 
     asyncio.run(load())  # each ends: with its tokens, or with an error
-    until(lambda: is_free(servers, 1 - victim))
+    until(lambda: is_free(servers, 1 - victim), PATIENCE_S)
     if number == signal.SIGKILL:
         servers.processes[victim].wait()
         servers.launch(victim)
         assert kv_servers.wait_healthy(servers, 300) is None
-    until(lambda: is_free(servers, victim))
+    until(lambda: is_free(servers, victim), PATIENCE_S)
     before = kv_servers.metrics(servers.urls[1]).get("vllm:pdbench_kv_bytes_total", 0.0)
     prompts = [prompt_of(300) for _ in range(6)]
     assert sum(through_both(servers, prompt) == output_of(servers, 0, prompt) for prompt in prompts) >= 5
