@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 HERE = Path(__file__).parent
 
@@ -25,6 +26,7 @@ class Answer(NamedTuple):
     headers: dict[str, str]
     body: bytes
     complete: bool = True
+    request_id: str = ""
 
     @property
     def json(self) -> Any:
@@ -59,8 +61,21 @@ class Server:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def requests(self) -> list[dict[str, Any]]:
-        """The requests it got."""
+        """The requests that an instance got."""
         return [line for line in self.lines() if line["event"] == "request"]
+
+    def asked(self, request_id: str) -> tuple[dict[str, str], Any]:
+        """The headers and JSON of the request with this id; waits for it: decode may answer before prefill is asked."""
+
+        def found() -> list[dict[str, Any]]:
+            return [request for request in self.requests() if request["headers"].get("x-request-id") == request_id]
+
+        wait_until(found, f"the request {request_id} is here")
+        return found()[-1]["headers"], json.loads(found()[-1]["body"])
+
+    def aborted(self) -> list[str]:
+        """The ids of the requests that an instance was told to stop."""
+        return [line["request_id"] for line in self.lines() if line["event"] == "abort"]
 
     def connect(self) -> socket.socket:
         """A raw connection."""
@@ -73,20 +88,20 @@ class Server:
             return read_answer(connection)
 
     def ask(self, method: str, target: str, body: Any = None, **headers: str) -> Answer:
-        """One request on a connection of its own."""
+        """One request on a connection of its own, with an id of its own if none is given."""
+        request_id = headers.setdefault("X_Request_Id", uuid4().hex)
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"{method} {target} HTTP/1.1", "Host: test", "Content-Type: application/json", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         lines += [f"Content-Length: {len(data)}"] if data else []
-        return self.send("\r\n".join([*lines, "", ""]).encode() + data)
+        return self.send("\r\n".join([*lines, "", ""]).encode() + data)._replace(request_id=request_id)
 
-    def complete(self, stream: bool = False, request_id: str = "-", **fields: Any) -> Answer:
+    def complete(self, stream: bool = False, **fields: Any) -> Answer:
         """A completion."""
-        body = {"model": "m", "prompt": "Hi", "stream": stream, **fields}
-        return self.ask("POST", "/v1/completions", body, X_Request_Id=request_id)
+        return self.ask("POST", "/v1/completions", {"model": "m", "prompt": "Hi", "stream": stream, **fields})
 
     def event(self, request_id: str) -> dict[str, Any]:
-        """What the proxy logged of a request, which it does just after its answer."""
+        """What the proxy logged of a request, which it does when prefill and decode have both ended."""
 
         def found() -> list[dict[str, Any]]:
             return [line for line in self.lines() if line["request_id"] == request_id]

@@ -35,7 +35,7 @@ class Server(asyncio.Protocol):
     def __init__(self, log, status, deaf):
         self.log, self.status, self.deaf = log, status, deaf
         self.parser = httptools.HttpRequestParser(self)
-        self.url, self.headers, self.body, self.task = b"", {}, b"", None
+        self.url, self.headers, self.body, self.task, self.request_id = b"", {}, b"", None, None
 
     def connection_made(self, transport):
         self.transport = transport
@@ -43,7 +43,7 @@ class Server(asyncio.Protocol):
     def connection_lost(self, error):
         if self.task is not None and not self.task.done():
             self.task.cancel()
-            self.say({"event": "abort", "at_s": time.monotonic()})
+            self.say({"event": "abort", "at_s": time.monotonic(), "request_id": self.request_id})
 
     def data_received(self, data):
         self.parser.feed_data(data)
@@ -59,7 +59,7 @@ class Server(asyncio.Protocol):
 
     def on_message_complete(self):
         request = {"path": self.url.decode(), "headers": self.headers, "body": self.body.decode()}
-        self.url, self.headers, self.body = b"", {}, b""
+        self.url, self.headers, self.body, self.request_id = b"", {}, b"", self.headers.get("x-request-id")
         self.task = asyncio.get_running_loop().create_task(self.answer(request))
 
     def say(self, record):

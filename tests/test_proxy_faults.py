@@ -1,18 +1,38 @@
 """The fault table of docs/proxy.md: servers are really killed and paused, clients really leave."""
 
+import json
 import resource
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from proxy_processes import instance, proxy, wait_until
+from proxy_processes import Server, instance, proxy, read_answer, wait_until
 
 FAST = ("--health-interval-s", "0.2", "--prefill-timeout-s", "1", "--decode-timeout-s", "1")
 
-# A decode instance waits for KV; the scripted one just waits.
-WAITS = {"first": 0.2}
+# A decode instance waits for KV; the scripted one just waits: for long where it is never to answer.
+WAITS, FOREVER = {"first": 0.5}, {"first": 30}
+
+
+def send_request(connection: socket.socket, request_id: str = "-", **fields: Any) -> None:
+    """Send a completion request and read nothing."""
+    body = json.dumps({"model": "m", "prompt": "Hi", **fields})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: {request_id}\r\nContent-Length: {len(body)}"
+    connection.sendall(f"{head}\r\n\r\n{body}".encode())
+
+
+@contextmanager
+def running_stream(server: Server, request_id: str = "-", **fields: Any) -> Iterator[socket.socket]:
+    """A connection on which a stream has begun and of which nothing is read yet; the client leaves at the end."""
+    with server.connect() as connection:
+        send_request(connection, request_id, stream=True, **fields)
+        assert connection.recv(15, socket.MSG_PEEK) == b"HTTP/1.1 200 OK"
+        yield connection
 
 
 @pytest.fixture
@@ -35,7 +55,7 @@ def lasting(tmp_path_factory):
 def test_prefill_dead_is_named_and_let_in_again(tmp_path, pair):
     with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].kill()
-        answer = server.complete(decode=WAITS)
+        answer = server.complete(decode=FOREVER)
         assert answer.status in (502, 503)
         assert answer.json["error"]["stage"] == "prefill"
         wait_until(lambda: server.ask("GET", "/health").status == 503, "the dead instance is out")
@@ -56,14 +76,15 @@ def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):
                 lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
             )
             pair[0].kill()
-            answers = [server.complete(request_id=name, decode=WAITS) for name in ("a", "b")]
+            answers = [server.complete(decode=WAITS) for _ in range(2)]
             assert [answer.status for answer in answers] == [200, 200]
-            events = [server.event("a"), server.event("b")]
+            events = [server.event(answer.request_id) for answer in answers]
             assert sorted(event["retries"] for event in events) == [0, 1]
             assert {event["prefill"] for event in events} == {second.url}
             second.kill()
-            assert server.complete(stream=True, request_id="c", decode=WAITS).events[-1] == b"[DONE]"
-            assert server.event("c")["prefill"] is None
+            answer = server.complete(stream=True, decode=WAITS)
+            assert answer.events[-1] == b"[DONE]"
+            assert server.event(answer.request_id)["prefill"] is None
             assert "kv_transfer_params" not in pair[1].requests()[-1]["body"]
 
 
@@ -71,13 +92,13 @@ def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):
 def test_prefill_stalled_is_a_timeout_of_prefill(tmp_path, pair, connector):
     with proxy(tmp_path, *FAST, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].signal(signal.SIGSTOP)
-        answer = server.complete(decode={"first": 30})
+        answer = server.complete(decode=FOREVER)
         assert (answer.status, answer.json["error"]["stage"]) == (504, "prefill")
         wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
         if connector != "p2p-nccl":
             assert not pair[1].requests(), "decode must not hear of it"
         else:
-            wait_until(lambda: pair[1].lines()[-1]["event"] == "abort", "decode is told to stop")
+            wait_until(pair[1].aborted, "decode is told to stop")
 
 
 def test_decode_dead_before_a_byte_is_tried_elsewhere(tmp_path, pair):
@@ -95,12 +116,10 @@ def test_decode_dead_before_a_byte_is_tried_elsewhere(tmp_path, pair):
 
 
 def test_decode_killed_mid_stream_is_said_and_closed(tmp_path, pair):
-    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
-        future = threads.submit(server.complete, True, "killed", max_tokens=1000, decode={"delay": 0.01})
-        wait_until(server.in_flight, "the stream runs")
-        time.sleep(0.2)
-        pair[1].kill()
-        answer = future.result()
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
+        with running_stream(server, "killed", max_tokens=1000, decode={"delay": 0.01}) as stream:
+            pair[1].kill()
+            answer = read_answer(stream)
         assert answer.status == 200
         assert answer.events[-1]["error"]["stage"] == "decode"
         assert b"[DONE]" not in answer.body
@@ -109,12 +128,10 @@ def test_decode_killed_mid_stream_is_said_and_closed(tmp_path, pair):
 
 
 def test_decode_paused_mid_stream_is_a_timeout_said(tmp_path, pair):
-    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
-        future = threads.submit(server.complete, stream=True, max_tokens=1000, decode={"delay": 0.01})
-        wait_until(server.in_flight, "the stream runs")
-        time.sleep(0.2)
-        pair[1].signal(signal.SIGSTOP)
-        assert future.result().events[-1]["error"]["code"] == 504
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
+        with running_stream(server, max_tokens=1000, decode={"delay": 0.01}) as stream:
+            pair[1].signal(signal.SIGSTOP)
+            assert read_answer(stream).events[-1]["error"]["code"] == 504
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -150,40 +167,36 @@ def test_body_cut_off_is_a_502(lasting):
     assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
 
 
-def test_client_that_leaves_ends_the_work_of_both(lasting):
-    server, prefill, decode = lasting
-    for script in ({"prefill": {"first": 20}, "decode": {"first": 20}}, {"decode": {"delay": 0.01}}):
-        with ThreadPoolExecutor() as threads:
-            connection = server.connect()
-            body = {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 2000, **script}
-            threads.submit(send_request, connection, body).result()
-            wait_until(server.in_flight, "the request is under way")
-            if "prefill" not in script:
-                assert connection.recv(1000)
-            connection.close()
-        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
-        wait_until(lambda: decode.lines()[-1]["event"] == "abort", "decode has stopped")
-        wait_until(lambda: server.lines() and server.lines()[-1]["status"] == 499, "it is logged")
-    assert any(line["event"] == "abort" for line in prefill.lines())
+def test_client_that_leaves_before_an_answer_ends_the_work_of_both(lasting):
+    server, *pair = lasting
+    with server.connect() as connection:
+        send_request(connection, "before", prefill=FOREVER, decode=FOREVER)
+        for one in pair:
+            one.asked("before")
+    for one in pair:
+        wait_until(lambda one=one: "before" in one.aborted(), "it has stopped")
+    assert server.event("before")["status"] == 499
+    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+
+
+def test_client_that_leaves_amid_a_stream_ends_it(lasting):
+    server, _, decode = lasting
+    with running_stream(server, "amid", max_tokens=2000, decode={"delay": 0.01}):
+        pass
+    wait_until(lambda: "amid" in decode.aborted(), "decode has stopped")
+    assert server.event("amid")["status"] == 499
+    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
 
 
 @pytest.mark.parametrize("connector", ["nixl", "builtin-p2p-nccl"])
 def test_client_that_leaves_while_prefill_computes_alone_ends_it(tmp_path, pair, connector):
     with proxy(tmp_path, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         with server.connect() as connection:
-            send_request(connection, {"model": "m", "prompt": "Hi", "prefill": {"first": 20}})
+            send_request(connection, prefill=FOREVER)
             wait_until(pair[0].requests, "the request is at prefill")
         wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
-        wait_until(lambda: pair[0].lines()[-1]["event"] == "abort", "prefill has stopped")
+        wait_until(pair[0].aborted, "prefill has stopped")
         assert not pair[1].requests(), "decode must not hear of it"
-
-
-def send_request(connection: socket.socket, body: dict) -> None:
-    """Send a completion request and read nothing."""
-    import json
-
-    data = json.dumps(body).encode()
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
 
 
 def test_a_thousand_clients_that_leave_leave_nothing(lasting):
@@ -191,9 +204,7 @@ def test_a_thousand_clients_that_leave_leave_nothing(lasting):
     for _ in range(5):
         connections = [server.connect() for _ in range(200)]
         for connection in connections:
-            send_request(
-                connection, {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 500, "decode": {"delay": 0.1}}
-            )
+            send_request(connection, stream=True, max_tokens=500, decode={"delay": 0.1})
         for connection in connections:
             assert connection.recv(20)
             connection.close()
@@ -204,33 +215,32 @@ def test_a_thousand_clients_that_leave_leave_nothing(lasting):
 def test_two_thousand_streams_at_once_and_a_thousand_leave(tmp_path):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    body = {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 10000, "decode": {"delay": 5}}
     with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
         with proxy(tmp_path, prefill=[prefill], decode=[decode]) as server:
             connections = []
             for _ in range(20):
                 arriving = [server.connect() for _ in range(100)]
                 for connection in arriving:
-                    send_request(connection, body)
+                    send_request(connection, stream=True, max_tokens=10000, decode={"delay": 5})
                 for connection in arriving:
                     assert connection.recv(15) == b"HTTP/1.1 200 OK"
                 connections += arriving
-            assert server.in_flight() == 2000
+            wait_until(lambda: server.in_flight() == 2000, "all are at decode, none at prefill")
             for leaving in connections[:1000]:
                 leaving.close()
             wait_until(lambda: server.in_flight() == 1000, "those who left are counted out")
-            wait_until(lambda: decode.log.read_text().count('"abort"') == 1000, "decode has stopped work on each")
+            wait_until(lambda: len(decode.aborted()) == 1000, "decode has stopped work on each")
             for staying in connections[1000:]:
                 assert staying.recv(4096)
                 staying.close()
             wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
-            wait_until(lambda: decode.log.read_text().count('"abort"') == 2000, "decode has stopped work on each")
+            wait_until(lambda: len(decode.aborted()) == 2000, "decode has stopped work on each")
 
 
 def test_slow_reader_gets_everything_and_slows_nobody(lasting):
     server, _, _ = lasting
     slow = server.connect()
-    send_request(slow, {"model": "m", "prompt": "Hi", "stream": True, "max_tokens": 50000})
+    send_request(slow, stream=True, max_tokens=50000)
     time.sleep(0.5)
     assert server.complete(stream=True).events[-1] == b"[DONE]"
     got = b""
@@ -259,25 +269,22 @@ def test_full_queue_is_429_with_retry_after(tmp_path, pair):
 
 
 def test_shutdown_ends_what_is_in_flight_and_takes_nothing_new(tmp_path, pair):
-    with proxy(tmp_path, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor() as threads:
-        future = threads.submit(server.complete, stream=True, max_tokens=30, decode={"delay": 0.02})
-        wait_until(server.in_flight, "the stream runs")
-        idle = server.connect()
-        server.signal(signal.SIGTERM)
-        assert future.result().events[-1] == b"[DONE]"
-        assert server.process.wait(10) == 0
-        assert idle.recv(10) == b""
+    with proxy(tmp_path, prefill=[pair[0]], decode=[pair[1]]) as server:
+        with running_stream(server, max_tokens=30, decode={"delay": 0.02}) as stream, server.connect() as idle:
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_answer(idle).status == 200
+            server.signal(signal.SIGTERM)
+            assert read_answer(stream).events[-1] == b"[DONE]"
+            assert server.process.wait(10) == 0
+            assert idle.recv(10) == b""
         with pytest.raises(OSError, match="refused"):
             server.connect()
 
 
 def test_shutdown_cuts_off_what_takes_too_long(tmp_path, pair):
     with proxy(tmp_path, "--drain-timeout-s", "0.2", prefill=[pair[0]], decode=[pair[1]]) as server:
-        with ThreadPoolExecutor() as threads:
-            future = threads.submit(server.complete, stream=True, max_tokens=1000, decode={"delay": 0.1})
-            wait_until(server.in_flight, "the stream runs")
-            time.sleep(0.3)
+        with running_stream(server, max_tokens=1000, decode={"delay": 0.1}) as stream:
             server.signal(signal.SIGTERM)
-            assert not future.result().complete
+            assert not read_answer(stream).complete
         assert server.process.wait(10) == 0
-        wait_until(lambda: pair[1].lines()[-1]["event"] == "abort", "decode is told to stop")
+        wait_until(pair[1].aborted, "decode is told to stop")

@@ -30,11 +30,6 @@ def script(**roles: Any) -> dict[str, str]:
     return {"user": json.dumps(roles)}
 
 
-def body_of(server) -> Any:
-    """The last request's JSON."""
-    return json.loads(server.requests()[-1]["body"])
-
-
 def texts(answer) -> list[str]:
     """The text of every event that has one."""
     return [event["choices"][0]["text"] for event in answer.events if isinstance(event, dict) and event.get("choices")]
@@ -60,21 +55,22 @@ def test_the_stream_is_the_one_that_decode_alone_gives(early, late, prompt, ids,
 
 
 def test_decode_goes_on_from_prefills_token(early, pair):
-    assert texts(early.complete(**GREEDY, request_id="goes-on")) == TEXTS
-    prefill, decode = body_of(pair[0]), body_of(pair[1])
+    answer = early.complete(**GREEDY)
+    assert texts(answer) == TEXTS
+    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
     assert prefill["return_token_ids"] is True
     remote = decode.pop("kv_transfer_params")
     assert remote["prefilled_tokens"] == 5
     assert remote["transfer_id"] == prefill["kv_transfer_params"]["transfer_id"]
     assert decode == {"model": "m", "prompt": [1, 2, 3, 4, 5, 100], **GREEDY, "max_tokens": 3}
-    event = early.event("goes-on")
+    event = early.event(answer.request_id)
     assert event["prefill_done_s"] <= event["first_token_s"] <= event["decode_sent_s"] <= event["first_byte_s"]
 
 
 @pytest.mark.parametrize("limit, rest", [({}, 15), ({"max_tokens": None}, None)], ids=["vLLM's default", "no limit"])
 def test_one_token_less_is_asked_of_decode(early, pair, limit, rest):
-    early.complete(stream=True, temperature=0, **limit, **script(decode={"tokens": 1}))
-    assert body_of(pair[1])["max_tokens"] == rest
+    answer = early.complete(stream=True, temperature=0, **limit, **script(decode={"tokens": 1}))
+    assert pair[1].asked(answer.request_id)[1]["max_tokens"] == rest
 
 
 @pytest.mark.parametrize(
@@ -106,28 +102,32 @@ def test_one_token_less_is_asked_of_decode(early, pair, limit, rest):
 )
 def test_where_it_is_not_exact_decode_computes_the_first_token(early, pair, fields):
     asked = {"prompt": "Hi", **GREEDY, **fields}
-    assert early.complete(**asked, request_id="inexact").status == 200
-    decode = body_of(pair[1])
+    answer = early.complete(**asked)
+    assert answer.status == 200
+    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
     assert "prefilled_tokens" not in decode.pop("kv_transfer_params")
     assert decode == {"model": "m", **asked}
-    assert "return_token_ids" not in body_of(pair[0])
-    assert early.event("inexact")["first_token_s"] is None
+    assert "return_token_ids" not in prefill
+    assert early.event(answer.request_id)["first_token_s"] is None
 
 
 def test_chats_and_requests_without_a_temperature_go_to_both_at_once(early, pair):
     chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **GREEDY}
-    assert early.ask("POST", "/v1/chat/completions", chat).status == 200
-    assert body_of(pair[1])["messages"] == chat["messages"]
-    assert early.complete(stream=True, max_tokens=4).status == 200
-    assert body_of(pair[1])["prompt"] == "Hi"
+    answer = early.ask("POST", "/v1/chat/completions", chat)
+    assert answer.status == 200
+    assert pair[1].asked(answer.request_id)[1]["messages"] == chat["messages"]
+    answer = early.complete(stream=True, max_tokens=4)
+    assert answer.status == 200
+    assert pair[1].asked(answer.request_id)[1]["prompt"] == "Hi"
 
 
 @pytest.mark.parametrize(
     "prefill", [{"finish": "stop"}, {"text": ""}, {"text": "\ufffd"}], ids=["ends the answer", "no text", "half a character"]
 )  # fmt: skip
 def test_a_token_that_cannot_be_shown_alone_is_left_to_decode(early, pair, prefill):
-    assert texts(early.complete(**GREEDY, **script(prefill=prefill))) == TEXTS
-    decode = body_of(pair[1])
+    answer = early.complete(**GREEDY, **script(prefill=prefill))
+    assert texts(answer) == TEXTS
+    decode = pair[1].asked(answer.request_id)[1]
     assert decode["prompt"] == "Hi"
     assert decode["kv_transfer_params"]["do_remote_prefill"] is True
 
@@ -140,9 +140,9 @@ def test_another_decode_takes_over_after_the_first_token(tmp_path, pair):
                 lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
             )
             second.kill()
-            answers = [server.complete(**GREEDY, request_id=name) for name in ("a", "b")]
+            answers = [server.complete(**GREEDY) for _ in range(2)]
             assert [texts(answer) for answer in answers] == [TEXTS, TEXTS]
-            assert sorted(server.event(name)["retries"] for name in ("a", "b")) == [0, 1]
+            assert sorted(server.event(answer.request_id)["retries"] for answer in answers) == [0, 1]
             assert "prefilled_tokens" not in third.requests()[0]["body"]
             third.kill()
             answer = server.complete(**GREEDY)
@@ -151,11 +151,11 @@ def test_another_decode_takes_over_after_the_first_token(tmp_path, pair):
 
 
 def test_a_refusal_of_decode_after_the_first_token_is_said(early):
-    answer = early.complete(**GREEDY, **script(decode={"status": 400}), request_id="refused")
+    answer = early.complete(**GREEDY, **script(decode={"status": 400}))
     assert texts(answer)[:1] == [" t0"]
     assert answer.events[-1]["error"]["code"] == 400
     assert "scripted" in answer.events[-1]["error"]["message"]
-    assert early.event("refused")["stage"] == "decode"
+    assert early.event(answer.request_id)["stage"] == "decode"
 
 
 def test_a_client_that_leaves_at_the_first_token_lets_decode_fetch_the_kv(early, pair):

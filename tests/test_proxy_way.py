@@ -1,11 +1,10 @@
 """One request's way through real sockets and processes: what each instance gets, and what the client gets back."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from proxy_processes import Server, proxy, read_answer, wait_until
+from proxy_processes import proxy, read_answer
 
 PROMPT = {"model": "m", "prompt": "Hi", "max_tokens": 4, "temperature": 0.50, "tools": [{"x": 1}], "logprobs": 2}
 
@@ -18,19 +17,12 @@ def own(pair, tmp_path_factory):
         yield server
 
 
-def last(server: Server) -> tuple[dict, dict]:
-    """The last request's headers and JSON."""
-    request = server.requests()[-1]
-    return request["headers"], json.loads(request["body"])
-
-
 def test_own_dialect_tells_both_sides_of_one_transfer(own, pair):
     answer = own.ask("POST", "/v1/completions", PROMPT, X_Request_Id="load-7")
     assert answer.status == 200
     assert answer.json["choices"][0]["text"] == " t0 t1 t2 t3"
     assert answer.json["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
-    own.event("load-7")  # decode may answer before prefill has: the event comes after both
-    (prefill_headers, prefill), (decode_headers, decode) = last(pair[0]), last(pair[1])
+    prefill, decode = (server.asked("load-7")[1] for server in pair)
     transfer = prefill.pop("kv_transfer_params")
     assert prefill == {**PROMPT, "max_tokens": 1, "stream": False}
     remote = decode.pop("kv_transfer_params")
@@ -42,7 +34,6 @@ def test_own_dialect_tells_both_sides_of_one_transfer(own, pair):
         "remote_host": "127.0.0.1",
         "remote_port": 14579,
     }
-    assert prefill_headers["x-request-id"] == decode_headers["x-request-id"] == "load-7"
 
 
 def test_the_clients_bytes_reach_decode_unchanged(own, pair):
@@ -52,8 +43,9 @@ def test_the_clients_bytes_reach_decode_unchanged(own, pair):
 
 
 def test_event_has_every_instant_in_order(own, pair):
-    assert own.complete(stream=True, request_id="instants", max_tokens=2).complete
-    event = own.event("instants")
+    answer = own.complete(stream=True, max_tokens=2)
+    assert answer.complete
+    event = own.event(answer.request_id)
     assert event["event"] == "request"
     assert event["prefill"] == pair[0].url
     assert event["decode"] == pair[1].url
@@ -65,7 +57,7 @@ def test_event_has_every_instant_in_order(own, pair):
 
 def test_stream_is_passed_on_with_its_usage_and_end(own):
     # Prefill's part is in the header where it ended before decode's first byte.
-    answer = own.complete(stream=True, max_tokens=5, decode={"first": 0.2})
+    answer = own.complete(stream=True, max_tokens=5, decode={"first": 1})
     assert answer.complete
     assert [event["choices"][0]["text"] for event in answer.events[:-1]] == [" t0", " t1", " t2", " t3", " t4"]
     assert answer.events[-1] == b"[DONE]"
@@ -83,42 +75,44 @@ def test_events_cut_by_the_network_are_joined_again(own):
     [{"n": 2}, {"prompt": ["a", "b"]}, {"prompt": [[1], [2]]}, {"best_of": 3}, {"echo": True}, {"prompt_logprobs": 1}],
 )
 def test_what_one_transfer_cannot_carry_goes_to_decode_alone(own, pair, fields):
-    before = len(pair[0].requests())
-    request_id = f"alone-{[*fields]}".replace(" ", "")
-    assert own.ask("POST", "/v1/completions", {**PROMPT, **fields}, X_Request_Id=request_id).status == 200
-    assert len(pair[0].requests()) == before
-    assert last(pair[1])[1] == {**PROMPT, **fields}
-    assert own.event(request_id)["prefill"] is None
+    answer = own.ask("POST", "/v1/completions", {**PROMPT, **fields})
+    assert answer.status == 200
+    assert pair[1].asked(answer.request_id)[1] == {**PROMPT, **fields}
+    assert own.event(answer.request_id)["prefill"] is None
+    assert answer.request_id not in pair[0].log.read_text()
 
 
 @pytest.mark.parametrize("fields", [{"n": 1}, {"prompt": [1, 2]}, {"prompt": "["}, {"echo": False}])
 def test_what_one_transfer_carries_is_prefilled(own, pair, fields):
-    before = len(pair[0].requests())
-    assert own.ask("POST", "/v1/completions", {**PROMPT, **fields}).status == 200
-    wait_until(lambda: len(pair[0].requests()) == before + 1, "prefill has it too")  # decode may answer first
+    answer = own.ask("POST", "/v1/completions", {**PROMPT, **fields})
+    assert answer.status == 200
+    assert pair[0].asked(answer.request_id)[1]["max_tokens"] == 1
 
 
 @pytest.mark.parametrize("key", ["kv_transfer_params", "kv_\\u0074ransfer_params"])
 def test_a_clients_own_transfer_parameters_are_dropped(own, pair, key):
     body = b'{"model":"m","prompt":"Hi","%b":{"remote_host":"10.0.0.1"}}' % key.encode()
-    assert own.ask("POST", "/v1/completions", body).status == 200
+    answer = own.ask("POST", "/v1/completions", body)
+    assert answer.status == 200
     for server in pair:
-        assert "10.0.0.1" not in server.requests()[-1]["body"]
+        server.asked(answer.request_id)
+        assert "10.0.0.1" not in server.log.read_text()
 
 
 def test_prefill_is_not_asked_for_what_contradicts_one_token(own, pair):
     fields = {"stream_options": {"include_usage": True}, "min_tokens": 3, "max_completion_tokens": 9}
-    assert own.complete(stream=True, **fields).status == 200
-    prefill = last(pair[0])[1]
+    answer = own.complete(stream=True, **fields)
+    assert answer.status == 200
+    prefill = pair[0].asked(answer.request_id)[1]
     assert "stream_options" not in prefill
     assert "min_tokens" not in prefill
     assert (prefill["max_tokens"], prefill["max_completion_tokens"]) == (1, 1)
 
 
 def test_an_instances_refusal_reaches_the_client(own):
-    answer = own.complete(max_tokens=4, prefill={"status": 400}, decode={"first": 0.3})
+    answer = own.complete(max_tokens=4, prefill={"status": 400}, decode={"first": 30})
     assert (answer.status, answer.json["error"]["message"]) == (400, "scripted")
-    answer = own.complete(max_tokens=4, decode={"status": 422}, prefill={"first": 0.3})
+    answer = own.complete(max_tokens=4, decode={"status": 422}, prefill={"first": 30})
     assert (answer.status, answer.json["error"]["message"]) == (422, "scripted")
 
 
@@ -165,14 +159,14 @@ def test_builtin_dialect_puts_both_addresses_into_the_request_id(pair, tmp_path:
         tmp_path, "--connector", "builtin-p2p-nccl", "--kv-port", "7000", prefill=[pair[0]], decode=[pair[1]]
     ) as server:
         assert server.ask("POST", "/v1/completions", {**PROMPT, "n": 2}, X_Request_Id="mine").status == 200
-        (prefill_headers, prefill), (decode_headers, decode) = last(pair[0]), last(pair[1])
-        assert prefill == {**PROMPT, "n": 2, "max_tokens": 1, "stream": False}
-        assert decode == {**PROMPT, "n": 2}
-        pattern = r"___prefill_addr_127\.0\.0\.1:7000___decode_addr_127\.0\.0\.1:7001_[0-9a-f]{32}"
-        assert re.fullmatch(pattern, prefill_headers["x-request-id"])
-        assert decode_headers["x-request-id"] == prefill_headers["x-request-id"]
         event = server.event("mine")
         assert event["prefill_done_s"] <= event["decode_sent_s"]
+        request_id = pair[1].requests()[-1]["headers"]["x-request-id"]
+        pattern = r"___prefill_addr_127\.0\.0\.1:7000___decode_addr_127\.0\.0\.1:7001_[0-9a-f]{32}"
+        assert re.fullmatch(pattern, request_id)
+        prefill, decode = (server.asked(request_id)[1] for server in pair)
+        assert prefill == {**PROMPT, "n": 2, "max_tokens": 1, "stream": False}
+        assert decode == {**PROMPT, "n": 2}
 
         before = len(pair[1].requests())
         answer = server.complete(max_tokens=4, prefill={"status": 500})
@@ -182,11 +176,11 @@ def test_builtin_dialect_puts_both_addresses_into_the_request_id(pair, tmp_path:
 
 def test_nixl_dialect_hands_prefills_words_to_decode(pair, tmp_path: Path):
     with proxy(tmp_path, "--connector", "nixl", prefill=[pair[0]], decode=[pair[1]]) as server:
-        assert server.ask("POST", "/v1/completions", PROMPT).status == 200
-        asked = last(pair[0])[1]["kv_transfer_params"]
+        answer = server.ask("POST", "/v1/completions", PROMPT)
+        assert answer.status == 200
+        asked, handed = (server.asked(answer.request_id)[1]["kv_transfer_params"] for server in pair)
         assert asked["do_remote_decode"] is True
         assert asked["do_remote_prefill"] is False
-        handed = last(pair[1])[1]["kv_transfer_params"]
         assert handed == {"remote_engine_id": "e", "remote_block_ids": [1, 2], "asked": asked}
 
 
