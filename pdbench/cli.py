@@ -6,7 +6,6 @@ Try: pdbench --help
 import sys
 import time
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -18,7 +17,7 @@ from rich.markup import escape
 
 from pdbench import __version__
 from pdbench.cluster import joined_cluster
-from pdbench.config import ClusterConfig, LoadConfig, Options, PowerConfig, ProxyConfig, ServeConfig
+from pdbench.config import ClusterConfig, Options, ProxyConfig, ServeConfig
 from pdbench.config import Deployment as Name
 from pdbench.errors import UserError
 
@@ -26,19 +25,25 @@ console = Console()
 app = App(
     name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__
 )
-Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; flags go first.")]
+Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; a flag overrides what it sets.")]
 DEFAULTS = Options()
 _MEASURING = Group("Measurement and output", sort_key=0)
+_WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")
+"""Commands that take a recipe; each reads its own options and passes over the others'."""
 
 
 def _recipe_settings(arguments: list[str]) -> list[Settings]:
-    """A recipe named as the first positional argument (a .toml file) gives every option that no flag sets."""
-    named = [Path(text) for text in arguments[1:2] if text.endswith(".toml")]
+    """A recipe (a .toml file) gives every option that no flag sets."""
+    if not arguments or arguments[0] not in _WITH_RECIPE:
+        return []
+    named = [Path(text) for text in arguments[1:] if text.endswith(".toml") and not text.startswith("-")]
+    if len(named) > 1:
+        raise UserError(f"several recipes, {' and '.join(map(str, named))}: name one, and give the rest as flags")
     for path in named:
         try:
             settings = tomllib.loads(path.read_text())
-            for key in _of_other_commands(arguments[0]):
-                settings.pop(key, None)
+            foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
+            settings = {key: value for key, value in settings.items() if key not in foreign}
             return [Settings(settings, use_commands_as_keys=False, source=str(path))]
         except FileNotFoundError:
             raise UserError(f"no recipe {path}: `ls recipes/` shows those that come with pdbench") from None
@@ -183,19 +188,10 @@ def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluste
     sys.exit(doctor.report(doctor.examine(serve or ServeConfig()), console))
 
 
-def _of_other_commands(command: str) -> set[str]:
-    """Options that a recipe may hold and `command` has no use for: serve knows nothing of the load."""
-    own = {"serve": (ServeConfig, ClusterConfig), "doctor": (ServeConfig, ClusterConfig), "proxy": (ProxyConfig,)}.get(
-        command
-    )
-    if own is None:
-        return set()
-    every = {
-        field.name
-        for config in (ServeConfig, LoadConfig, PowerConfig, ClusterConfig, ProxyConfig)
-        for field in fields(config)
-    }
-    return every - {field.name for config in own for field in fields(config)} | {"trials", "out", "against"}
+def _options(command: str) -> set[str]:
+    """The options of a command, as a recipe names them."""
+    names = {name for argument in app[command].assemble_argument_collection() for name in argument.names}
+    return {name.removeprefix("--").replace("-", "_") for name in names if name.startswith("--")}
 
 
 def _deployment_names(text: str) -> list[Name]:
@@ -230,7 +226,8 @@ def compare(
     folders
         Two results folders, A and B; by itself single_results and disaggregated_results.
     fail_if
-        Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told.
+        Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told,
+        2 when nothing could be judged.
     anyway
         Compare also what was not measured alike; what differs is then named.
     lang
@@ -240,7 +237,10 @@ def compare(
     """
     from pdbench.report.commands import compare_folders
 
-    sys.exit(compare_folders(folders, fail_if, anyway, lang, picture, console))
+    try:
+        sys.exit(compare_folders(folders, fail_if, anyway, lang, picture, console))
+    except UserError as error:
+        raise UserError(str(error), exit_code=2) from None  # 1 says that a condition is met
 
 
 @app.command

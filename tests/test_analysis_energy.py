@@ -101,6 +101,7 @@ def disaggregated() -> Run:
             id="a",
             planned_s=5,
             token_s=[8.0] * 50,
+            end_s=8.0,
             prompt_tokens=100,
             phases={"prefill": (5, 6), "kv_transfer": (6, 6.5), "decode": (6.5, 9.5)},
         ),
@@ -108,6 +109,7 @@ def disaggregated() -> Run:
             id="b",
             planned_s=9,
             token_s=[13.0] * 50,
+            end_s=13.0,
             prompt_tokens=100,
             phases={"prefill": (9.5, 10.5), "kv_transfer": (10.5, 11), "decode": (11, 14)},
         ),
@@ -189,7 +191,7 @@ def test_efficiency_by_hand() -> None:
         output_tokens=100,
         window_s=10,
         devices=2,
-        succeeded=2,
+        requests=2,
         mean_e2e_s=3,
         good_requests=1,
         price_kwh=0.3,
@@ -201,4 +203,4 @@ def test_efficiency_by_hand() -> None:
     assert bought.goodput_per_w == pytest.approx(1 / 7200)
     assert bought.price_per_million_output_tokens == pytest.approx(20 * 0.3)
     assert bought.gco2_per_million_output_tokens == pytest.approx(20 * 400)
-    assert efficiency(None, output_tokens=0, window_s=0, devices=0, succeeded=0).output_tokens_per_j is None
+    assert efficiency(None, output_tokens=0, window_s=0, devices=0, requests=0).output_tokens_per_j is None

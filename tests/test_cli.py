@@ -67,12 +67,37 @@ def test_an_unknown_recipe_key_is_named(tmp_path: Path) -> None:
     assert "mine.toml" in done.stderr
 
 
-def test_flags_go_before_the_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 3], ids=["before the flags", "after them"])
+def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("max_model_len = 128\nprefill_port = 8111\n")
-    done = pdbench("serve", "mine.toml", "--show", "--max-model-len", "256", cwd=tmp_path)
+    words = ["--show", "--max-model-len", "256"]
+    words.insert(place, "mine.toml")
+    done = pdbench("serve", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--max-model-len 256" in done.stdout
     assert "--port 8111" in done.stdout
+
+
+def test_a_second_recipe_is_refused(tmp_path: Path) -> None:
+    done = pdbench("run", "a.toml", "--trials", "1", "b.toml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "a.toml and b.toml" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "serve", "proxy"])
+def test_a_recipe_may_hold_options_of_every_command(command: str, tmp_path: Path) -> None:
+    recipe = "against = 'single'\nurl = 'http://127.0.0.1:1'\nfallback = 'recompute'\nslo_ttft_ms = 100.0\n"
+    (tmp_path / "mine.toml").write_text(f"{recipe}vary = ['concurrency=1']\nsingle = true\ntrials = 0\n")
+    done = pdbench(command, "mine.toml", *(["--show"] if command == "serve" else []), cwd=tmp_path)
+    expected = {"serve": "", "proxy": "no prefill instance"}.get(command, "--trials 0")
+    assert "Unknown option" not in done.stderr
+    assert expected in done.stderr
+
+
+def test_compare_that_cannot_judge_is_told_from_a_condition_that_is_met(tmp_path: Path) -> None:
+    done = pdbench("compare", "--fail-if", "tbt_p99_ms > +5%", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nothing measured" in done.stderr
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))

@@ -181,6 +181,13 @@ def test_keys(tmp_path):
         assert "user-key" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("header", ["Forwarded", "X_Forwarded_For", "X_Real_IP", "Via"])
+def test_instances_are_closed_to_what_another_proxy_forwards(guarded, header):
+    server, _ = guarded
+    assert server.ask("GET", "/instances").status == 200
+    assert server.ask("GET", "/instances", **{header: "for=10.1.2.3"}).status == 403
+
+
 def test_a_clients_key_reaches_the_instances_if_the_proxy_has_none(guarded):
     server, decode = guarded
     assert server.ask("POST", "/v1/completions", BODY, Authorization="Bearer abc").status == 200

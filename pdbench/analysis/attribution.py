@@ -105,7 +105,6 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
     roles = {role: role_energy(role, devices, run.requests, trials) for role, devices in by_role.items()}
     split = PHASE_OF_ROLE.keys() <= roles.keys()
     total_j = total(role.total_j for role in roles.values()) if roles and trials else None
-    delivered = int(np.count_nonzero(inside(measured.last_s[measured.ok], trials)))
     prefilled = measured.phase_s["prefill"][:, 1]
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled), prefilled, measured.first_s)
@@ -117,7 +116,7 @@ def attribute(run: Run, cached_prompt_tokens: int = 0, measured: Measured | None
         total_j=total_j,
         j_per_computed_prompt_token=per(roles["prefill"].total_j, computed) if split else None,
         j_per_output_token=per(total_j, tokens),
-        j_per_request=per(total_j, delivered),
+        j_per_request=per(total_j, measured.ended_inside(measured.ok)),
         decode_j_per_output_token=per(roles["decode"].total_j, tokens) if split else None,
         handoff=_handoff(run, by_role, trials) if split else None,
         why_no_split=None if split else _why_no_split(roles),
@@ -183,7 +182,7 @@ def efficiency(
     output_tokens: int,
     window_s: float,
     devices: int,
-    succeeded: int,
+    requests: int,
     mean_e2e_s: float | None = None,
     good_requests: int | None = None,
     price_kwh: float | None = None,
@@ -194,7 +193,7 @@ def efficiency(
     Price and CO2 cover what the meters cover (GPU boards), in the currency of `price_kwh` and in grams.
     """
     kwh_per_million = None if total_j is None or not output_tokens else total_j / output_tokens * 1e6 / _J_PER_KWH
-    j_per_request = per(total_j, succeeded)
+    j_per_request = per(total_j, requests)
     return Efficiency(
         output_tokens_per_j=per(output_tokens, total_j),
         output_tokens_per_s_per_device=per(output_tokens, window_s * devices),

@@ -43,11 +43,10 @@ def parse(text: str) -> Condition:
     if match is None or not match[3]:
         raise UserError(
             f'--fail-if "{text}" is not a condition: write METRIC, > or <, a signed change in % or in the metric\'s unit, '
-            'as in "tbt_p99_ms > +5%"',
-            exit_code=2,
+            'as in "tbt_p99_ms > +5%"'
         )
     if match[1] not in METRICS:
-        raise UserError(f"--fail-if: no metric {match[1]}; there are {', '.join(METRICS)}", exit_code=2)
+        raise UserError(f"--fail-if: no metric {match[1]}; there are {', '.join(METRICS)}")
     limit = float(match[3] + match[4])
     return Condition(text.strip(), match[1], match[2] == ">", limit, bool(match[5]))
 
@@ -57,9 +56,7 @@ def rule(comparison: Comparison, conditions: list[Condition]) -> list[Ruling]:
     lines = {line.metric.name: line for line in comparison.differences}
     for condition in conditions:
         if condition.metric not in lines:
-            raise UserError(
-                f"--fail-if: {condition.metric} is not measured in both runs; there are {', '.join(lines)}", exit_code=2
-            )
+            raise UserError(f"--fail-if: {condition.metric} is not measured in both runs; there are {', '.join(lines)}")
     return [_rule(lines[condition.metric], condition) for condition in conditions]
 
 

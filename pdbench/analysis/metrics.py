@@ -68,6 +68,10 @@ class Measured:
         """Tokens that arrived in the trials' windows, those of failed requests too."""
         return int(np.count_nonzero(inside(self.token_s, self.windows)))
 
+    def ended_inside(self, which: NDArray[np.bool_]) -> int:
+        """How many of `which` requests ended in a trial's window."""
+        return int(np.count_nonzero(inside(self.end_s[which], self.windows)))
+
 
 def inside(instants: Array, windows: Sequence[Interval]) -> NDArray[np.bool_]:
     """For each instant, whether it lies in one of the windows."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pdbench.analysis.attribution import attribute, efficiency
 from pdbench.analysis.energy import EnergyWindow, energy_in
-from pdbench.analysis.metrics import Array, Measured, inside, measure, option
+from pdbench.analysis.metrics import Array, Measured, measure, option
 from pdbench.records import DeviceRecord, Run
 
 QUANTILES = (50, 90, 99)
@@ -82,7 +82,7 @@ def errors_by_kind(measured: Measured) -> dict[str, int]:
 def throughput(run: Run, measured: Measured) -> dict[str, float | None]:
     """Requests completed and tokens that arrived inside the windows, a second; the same per device."""
     devices = device_count(run)
-    requests = _ended_inside(measured, measured.ok)
+    requests = measured.ended_inside(measured.ok)
     tokens_per_s = _ratio(measured.window_tokens, measured.window_s)
     return {
         "requests_per_s": _ratio(requests, measured.window_s),
@@ -102,7 +102,7 @@ def goodput(run: Run, measured: Measured) -> dict[str, float | None]:
         return {**limits, "requests_per_s": None, "met_pct": None}
     return {
         **limits,
-        "requests_per_s": _ratio(_ended_inside(measured, met), measured.window_s),
+        "requests_per_s": _ratio(measured.ended_inside(met), measured.window_s),
         "met_pct": _ratio(100.0 * int(met.sum()), len(met)),
     }
 
@@ -138,7 +138,7 @@ def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> di
         "by_role_j": by_role,
         "mean_power_w": None if total is None else _ratio(total, measured.window_s),
         "j_per_output_token": None if total is None else _ratio(total, measured.window_tokens),
-        "j_per_request": None if total is None else _ratio(total, int(measured.ok.sum())),
+        "j_per_request": None if total is None else _ratio(total, measured.ended_inside(measured.ok)),
         "output_tokens_per_j": None if total is None else _ratio(measured.window_tokens, total),
         "not_measured": power_reasons(run) if total is None else None,
     }
@@ -152,9 +152,9 @@ def bought(run: Run, measured: Measured, total_j: float | None) -> dict[str, flo
         output_tokens=measured.window_tokens,
         window_s=measured.window_s,
         devices=device_count(run) or 0,
-        succeeded=int(measured.ok.sum()),
+        requests=measured.ended_inside(measured.ok),
         mean_e2e_s=float(e2e_ms.mean()) / 1e3 if len(e2e_ms) else None,
-        good_requests=None if met is None else _ended_inside(measured, met),
+        good_requests=None if met is None else measured.ended_inside(met),
         price_kwh=option(run.config, "price_kwh"),
         gco2_kwh=option(run.config, "gco2_kwh"),
     )
@@ -205,11 +205,6 @@ def _device(device: DeviceRecord, measured: Measured, window: EnergyWindow) -> d
         "sampling": device.sampling,
         "not_measured": device.not_measured,
     }
-
-
-def _ended_inside(measured: Measured, which: NDArray[np.bool_]) -> int:
-    """How many of `which` requests ended in a trial's window."""
-    return int(np.count_nonzero(inside(measured.end_s[which], measured.windows)))
 
 
 def _rounded(value: Any) -> Any:

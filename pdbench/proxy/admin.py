@@ -28,9 +28,13 @@ def bearer_matches(authorization: bytes | None, key: bytes) -> bool:
     return hmac.compare_digest(authorization or b"", b"Bearer " + key)
 
 
+FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+"""What a proxy in front of this one says of whom it speaks for: then the connection's own address tells nothing."""
+
+
 def check_administrator(ask: Ask, peer: str, admin_key: bytes | None) -> None:
     """Raises RefusedError unless the request may change instances: by the administrator's key, or from this host if there is
-    none. A browser's request is refused, since any page could have sent it."""
+    none. A browser's request is refused, since any page could have sent it, and without a key one that was forwarded."""
     if wire.header(ask.headers, b"origin") is not None:
         raise RefusedError(403, "instances are not changed from a browser")
     if admin_key is not None:
@@ -38,7 +42,9 @@ def check_administrator(ask: Ask, peer: str, admin_key: bytes | None) -> None:
             raise RefusedError(
                 401, "instances need the key of PDBENCH_PROXY_ADMIN_KEY: send it as Authorization: Bearer KEY"
             )
-    elif not ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
+        return
+    forwarded = any(wire.header(ask.headers, name) is not None for name in FORWARDED)
+    if forwarded or not ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
         raise RefusedError(
             403, "instances are changed from the proxy's host alone, or with PDBENCH_PROXY_ADMIN_KEY set"
         )

@@ -34,9 +34,7 @@ def compare_folders(
     """Compare two saved runs (none named: those of the main job); returns the exit code that the conditions give."""
     conditions = [gate.parse(text) for text in fail_if]
     if folders and len(folders) != 2:
-        raise UserError(
-            f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`", exit_code=2
-        )
+        raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
     paths = list(folders) or list(DEFAULT_FOLDERS)
     missing = [path for path in paths if not any(path.glob("*_results.json"))]
     if missing:
