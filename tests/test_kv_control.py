@@ -94,6 +94,8 @@ def test_decode_refuses_a_prefill_that_cannot_prove_the_secret(ends):
         struct.pack("!I", 1 << 30),
         struct.pack("!I", 2) + b"{]",
         struct.pack("!I", 2) + b"[]",
+        struct.pack("!I", 9) + b'{"a":"\xff"}',
+        struct.pack("!I", 60_000) + b"[" * 60_000,
         struct.pack("!I", 2) + b"{}",
         struct.pack("!I", 19) + b'{"identity": {"a":1',
         b"",
@@ -130,6 +132,18 @@ def test_send_now_does_not_wait_for_a_reader(ends):
     with pytest.raises(ChannelClosedError):
         for _ in range(10_000):
             ends[0].send_now({"type": "ask", "padding": "x" * 10_000})
+
+
+def test_a_channel_that_another_thread_closed_says_so(ends):
+    ends[0].close()
+    for use in (
+        lambda: ends[0].send({"type": "ask"}),
+        lambda: ends[0].send_now({"type": "ask"}),
+        lambda: ends[0].set_timeout(1.0),
+        ends[0].receive,
+    ):
+        with pytest.raises(ChannelClosedError):
+            use()
 
 
 def test_close_wakes_a_thread_that_receives(ends):

@@ -26,6 +26,7 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from pdbench.kv.connector import PdKvConnector
 from pdbench.kv.messages import SECRET_VARIABLE, Fetch, Prefilled, PrefillEnd, StepPlan
+from pdbench.kv.metrics import Evidence, TransferRecord
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +188,19 @@ def test_both_sides_leave_evidence(tmp_path):
     assert (send["side"], receive["side"]) == ("send", "receive")
     assert receive["reported_s"] >= receive["end_s"] and send["ready_s"] <= send["end_s"]
     assert failure["error"] and failure["wire_s"] is None and failure["bytes"] == 0
+
+
+def test_an_event_log_that_cannot_be_written_is_told_once_and_holds_nothing(caplog):
+    evidence = Evidence("/dev/full")
+    for _ in range(3):
+        evidence.add(TransferRecord(side="send", transfer_id="t"))
+    limit = time.monotonic() + PATIENCE_S
+    while not evidence._lines.empty():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    evidence.close()
+    assert caplog.text.count("cannot be written") == 1
+    assert evidence.take_stats().data["send_bytes"] == [0, 0, 0]
 
 
 def halves(worker, ranks):

@@ -1,5 +1,6 @@
 """Every fault of a transfer, over real sockets: each receive ends, each kept block is freed, nothing wrong is written."""
 
+import json
 import os
 import socket
 import threading
@@ -24,7 +25,16 @@ from kv_instances import (
     settled,
 )
 
-from pdbench.kv.control import Channel, Identity, accept_handshake
+from pdbench.kv.control import (
+    Ask,
+    Blocks,
+    Channel,
+    ChannelClosedError,
+    Forget,
+    Identity,
+    accept_handshake,
+    offer_handshake,
+)
 from pdbench.kv.messages import SECRET_VARIABLE, Prefilled, PrefillEnd
 
 
@@ -180,6 +190,34 @@ def test_a_transfer_id_serves_once(pair):
     p.until(lambda: again.request_id in p.sent)
 
 
+@pytest.mark.parametrize("order", ["asked before", "asked after", "never asked"])
+def test_a_transfer_id_that_is_not_sent_yet_serves_its_first_prefill(order):
+    """A proxy that sends a prefill twice: the second keeps nothing, and the first is not forgotten for it."""
+    port = free_port()
+    with instances(lambda: Instance("prefill", port, timeout_s=1.0), lambda: Instance("decode")) as (p, d):
+        first = prompt(30)
+        again = prompt(30, transfer_id=first.transfer_id)
+        if order == "asked before":
+            fetch(d, first, list(range(8)), port)
+        prefill(p, first, list(range(8)), [12], ended=False)
+        if order == "asked before":
+            d.until(lambda: torch.equal(d.blocks([0]), p.blocks([0])))
+        prefill(p, again, list(range(20, 28)))
+        p.until(lambda: again.request_id in p.sent)
+        p.step(
+            prefilled=[
+                Prefilled(request_id=first.request_id, blocks=list(range(3, 8)), replace=False, computed_tokens=30)
+            ]
+        )
+        p.step(ended=[PrefillEnd(request_id=first.request_id, kept=True, error=None)])
+        if order == "asked after":
+            fetch(d, first, list(range(8)), port)
+        p.until(lambda: first.request_id in p.sent)
+        if order != "never asked":
+            settled(p, d, first)
+            assert torch.equal(p.blocks(list(range(8))), d.blocks(list(range(8))))
+
+
 def test_two_requests_for_one_transfer_id(pair):
     p, d = pair
     first, second = prompt(8), prompt(8)
@@ -208,6 +246,121 @@ def test_a_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(
         assert torch.equal(returned.blocks([4, 5]), d.blocks([14, 15]))
 
 
+@pytest.mark.parametrize("by", ["a step", "a drop", "the clock"])
+def test_a_connection_that_just_closed_fails_its_fetches_once(tmp_path, by):
+    """The thread that reads sees the end of a connection first; the engine may be about to write to it."""
+    port, log = free_port(), tmp_path / "d.jsonl"
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode", event_log=str(log))) as (p, d):
+        good, waiting, next_one = prompt(8), prompt(8), prompt(8)
+        prefill(p, good, [1, 2])
+        fetch(d, good, [10, 11], p.port)
+        settled(p, d, good)
+        fetch(d, waiting, [12, 13], p.port)
+        receiver = d.worker._receiver
+        (peer,) = receiver._peers.values()
+        with d.worker._changed:  # the peer's thread cannot tell of the end before we have used it
+            peer.link.channel.close()
+            if by == "a step":
+                fetch(d, next_one, [14, 15], p.port)
+            elif by == "a drop":
+                drop(d, waiting, p.port)
+            else:
+                receiver._receives[waiting.transfer_id].alive_s -= 100
+                receiver.tick()
+        d.until(lambda: waiting.request_id in d.failed)
+        if by == "a step":
+            d.until(lambda: next_one.request_id in d.received)
+        after = prompt(8)
+        prefill(p, after, [4, 5])
+        fetch(d, after, [16, 17], p.port)
+        settled(p, d, after)
+    ends = [
+        line for line in map(json.loads, log.read_text().splitlines()) if line["transfer_id"] == waiting.transfer_id
+    ]
+    assert len(ends) == 1 and ends[0]["error"]
+
+
+def test_blocks_that_cannot_be_written_fail_the_fetch_even_if_its_peer_was_given_up_meanwhile(pair, monkeypatch):
+    p, d = pair
+    good, bad = prompt(8), prompt(8)
+    prefill(p, good, [1, 2])
+    fetch(d, good, [10, 11], p.port)
+    settled(p, d, good)
+    receiver = d.worker._receiver
+    (peer,) = receiver._peers.values()
+
+    def unpack(*_):
+        with d.worker._changed:
+            receiver._lose(peer, "the engine found it gone")
+        raise RuntimeError("no such block")
+
+    monkeypatch.setattr(peer.link, "unpack", unpack)
+    prefill(p, bad, [3, 4])
+    fetch(d, bad, [12, 13], p.port)
+    d.until(lambda: d.failed == [bad.request_id])
+
+
+def test_the_clock_goes_on_after_an_error(pair, monkeypatch, caplog):
+    _, d = pair
+    ticks = []
+
+    def tick():
+        ticks.append(time.monotonic())
+        raise RuntimeError("once in a while")
+
+    monkeypatch.setattr(d.worker._receiver, "tick", tick)
+    d.until(lambda: len(ticks) >= 2)
+    assert "what is overdue" in caplog.text
+
+
+def test_a_decode_is_let_in_when_the_engine_takes_its_first_step():
+    """Before, vLLM may be capturing CUDA graphs, beside which nothing may be allocated on the GPU."""
+    port = free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as (p, d):
+        asked = prompt(8)
+        fetch(d, asked, [10, 11], port)
+        d.until(lambda: any(thread.name == "kv-peer" for thread in threading.enumerate()))
+        time.sleep(0.2)
+        assert not p.worker._sender._peers
+        prefill(p, asked, [1, 2])
+        settled(p, d, asked)
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_decode_that_waits_at_the_door_is_left_in_the_end(steps):
+    port = free_port()
+    with instances(lambda: Instance("prefill", port, timeout_s=0.5)) as p:
+        channel = offered(p)
+        if steps:
+            p.step()
+            channel.send({"type": "nonsense"})
+        channel.set_timeout(5.0)
+        with pytest.raises(ChannelClosedError):
+            channel.receive(idle=False)
+
+
+def test_a_prefill_that_comes_after_its_ask_was_refused_keeps_nothing():
+    with instances(lambda: Instance("prefill", free_port(), timeout_s=1.0)) as p:
+        p.step()
+        asked, channel = prompt(8), offered(p)
+        channel.send(Ask(asked.transfer_id, tokens=8, fingerprint="same", start_block=0, piece_blocks=4))
+        assert "no such prefill came" in channel.receive()["reason"]
+        prefill(p, asked, [1, 2])
+        assert p.sent == [asked.request_id]
+
+
+def test_a_reader_that_fails_loses_its_peer(monkeypatch, caplog):
+    with instances(lambda: Instance("prefill", free_port())) as p:
+        p.step()
+        channel, sender = offered(p), p.worker._sender
+        monkeypatch.setattr(sender, "_dropped", lambda *_: 1 / 0)
+        channel.send(Forget("t", "why"))
+        with pytest.raises(ChannelClosedError):
+            channel.receive(idle=False)
+        p.until(lambda: not sender._peers)
+        assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_decode_that_dies_frees_what_it_asked_for(pair):
     p, d = pair
     asked, early = prompt(30), prompt(8)
@@ -220,6 +373,13 @@ def test_a_decode_that_dies_frees_what_it_asked_for(pair):
     p.until(lambda: asked.request_id in p.sent)
     prefill(p, early, [20, 21])
     p.until(lambda: early.request_id in p.sent)
+
+
+def offered(p):
+    """A channel to a prefill instance that has shaken hands."""
+    channel = Channel(socket.create_connection(("127.0.0.1", p.port)), 5.0)
+    offer_handshake(channel, SECRET.encode(), p.worker._sender._identity)
+    return channel
 
 
 @contextmanager
@@ -252,8 +412,8 @@ def false_prefill(behave):
 
 def first_piece(ask, bytes_of_it=None, **changes):
     size = LAYERS * BLOCK * 8 * 4
-    header = {"type": "blocks", "transfer_id": ask["transfer_id"], "start": 0, "count": 1, "bytes": size} | changes
-    return header, memoryview(bytes(size if bytes_of_it is None else bytes_of_it))
+    header = {"transfer_id": ask["transfer_id"], "start": 0, "count": 1, "bytes": size} | changes
+    return Blocks(**header), memoryview(bytes(size if bytes_of_it is None else bytes_of_it))
 
 
 @pytest.mark.parametrize(
@@ -300,13 +460,8 @@ def test_a_stopped_decode_does_not_hold_blocks_for_ever():
     port = free_port()
     big = (BLOCKS, BLOCK, 256 * 1024)  # 4 MiB a layer's block, more than sockets buffer
     with instances(lambda: Instance("prefill", port, layout=big, timeout_s=0.5)) as p:
-        channel = Channel(socket.create_connection(("127.0.0.1", port)), 5.0)
-        from pdbench.kv.control import offer_handshake
-
-        offer_handshake(channel, SECRET.encode(), p.worker._sender._identity)
         asked = prompt(16)
-        ask = {"type": "ask", "transfer_id": asked.transfer_id, "tokens": 16, "fingerprint": "same", "start_block": 0}
-        channel.send({**ask, "piece_blocks": 4})
+        offered(p).send(Ask(asked.transfer_id, tokens=16, fingerprint="same", start_block=0, piece_blocks=4))
         prefill(p, asked, [0, 1, 2, 3])
         p.until(lambda: p.sent == [asked.request_id])
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,56 @@ from pdbench.kv.messages import SECRET_VARIABLE
 ADDRESSES = {"prefill": "10.211.55.1", "decode": "10.211.55.2"}
 PORT = 14579
 
-SIDE = """
+BEGIN = """
 import sys, torch
 from kv_instances import Instance, fetch, prefill, prompt
 side = sys.argv[1]
-asked = prompt(100, name="request")
 torch.manual_seed(7 if side == "prefill" else 8)
-instance = Instance(side, {port}, host="{prefill}" if side == "prefill" else "{decode}", timeout_s=20.0)
-print("up", flush=True)
-sys.stdin.readline()
-if side == "prefill":
-    prefill(instance, asked, list(range(25)), [50, 100])
-    instance.until(lambda: instance.sent)
-    found = instance.blocks(list(range(25)))
-else:
-    fetch(instance, asked, list(range(30, 55)), {port}, host="{prefill}")
-    instance.until(lambda: instance.received)
-    assert not instance.failed
-    found = instance.blocks(list(range(30, 55)))
+instance = Instance(side, {port}, host="{prefill}" if side == "prefill" else "{decode}", timeout_s=TIMEOUT_S)
+
+def told(word):
+    print(word, flush=True)
+    sys.stdin.readline()
+
+def hand_over(name, tokens, failed=False):
+    count, asked = tokens // 4, prompt(tokens, name=name)
+    if side == "prefill":
+        prefill(instance, asked, list(range(count)), [tokens // 2, tokens])
+        instance.until(lambda: name in instance.sent)
+        return instance.blocks(list(range(count)))
+    fetch(instance, asked, list(range(30, 30 + count)), {port}, host="{prefill}")
+    instance.until(lambda: name in instance.received)
+    assert (name in instance.failed) == failed
+    return instance.blocks(list(range(30, 30 + count)))
+
+told("up")
+""".format(port=PORT, **ADDRESSES)
+
+ONCE = (
+    BEGIN.replace("TIMEOUT_S", "20.0")
+    + """
+found = hand_over("request", 100)
 print(found.double().sum().item(), found.view(torch.int32).sum().item())
 instance.worker.close()
-""".format(port=PORT, **ADDRESSES)
+"""
+)
+
+CUT_OFF = (
+    BEGIN.replace("TIMEOUT_S", "2.0")
+    + """
+hand_over("first", 8)
+told("handed over")
+half = instance.worker._sender or instance.worker._receiver
+assert half._peers
+if side == "decode":
+    hand_over("lost", 8, failed=True)
+instance.until(lambda: not half._peers)
+told("alone")
+hand_over("second", 8)
+told("handed over")
+instance.worker.close()
+"""
+)
 
 
 def run(*command):
@@ -62,25 +92,55 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_kv_crosses_hosts_by_kv_ip_and_kv_port(hosts):
-    environment = os.environ | {SECRET_VARIABLE: "a secret of the tests"}
+@contextmanager
+def sides(hosts, script):
+    """Role -> process that runs `script` on its host; all have imported everything, and prefill listens."""
     root = Path(__file__).parents[1]
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests")])
-    sides = {}
-    for role, name in hosts.items():
-        command = ["ip", "netns", "exec", name, sys.executable, "-c", SIDE, role]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        sides[role] = subprocess.Popen(command, env=environment, **pipes)
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    environment = os.environ | {SECRET_VARIABLE: "a secret of the tests", "PYTHONPATH": paths}
+    running = {}
     try:
-        for process in sides.values():  # both have imported everything, and prefill listens
-            assert process.stdout.readline() == "up\n"
-        for process in sides.values():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        sums = {role: process.communicate(timeout=60)[0] for role, process in sides.items()}
+        for role, name in hosts.items():
+            command = ["ip", "netns", "exec", name, sys.executable, "-c", script, role]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            running[role] = subprocess.Popen(command, env=environment, **pipes)
+        all_say(running, "up")
+        yield running
     finally:
-        for process in sides.values():
+        for process in running.values():
             process.kill()
             process.wait()
-    assert all(process.returncode == 0 for process in sides.values())
+
+
+def all_say(running, word):
+    for process in running.values():
+        assert process.stdout.readline() == f"{word}\n"
+
+
+def go_on(running):
+    for process in running.values():
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def test_kv_crosses_hosts_by_kv_ip_and_kv_port(hosts):
+    with sides(hosts, ONCE) as running:
+        go_on(running)
+        sums = {role: process.communicate(timeout=60)[0] for role, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values())
     assert sums["prefill"] == sums["decode"] != ""
+
+
+def test_a_host_that_vanishes_without_a_word_is_noticed_and_comes_back(hosts):
+    cable = ["ip", "-n", hosts["decode"], "link", "set", hosts["decode"].replace("kv-", "v")]
+    with sides(hosts, CUT_OFF) as running:
+        go_on(running)
+        all_say(running, "handed over")
+        run(*cable, "down")
+        go_on(running)
+        all_say(running, "alone")
+        run(*cable, "up")
+        go_on(running)
+        all_say(running, "handed over")
+        go_on(running)
+        assert [process.wait(20) for process in running.values()] == [0, 0]

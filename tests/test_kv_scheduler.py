@@ -163,9 +163,21 @@ def test_decode_that_needs_nothing_lets_prefill_free_its_blocks(consumer):
     assert [drop.transfer_id for drop in plan.drops] == ["t"] and not plan.fetches
 
 
+def embedded(value):
+    """The fingerprint of a prompt that was given as embeddings, which has no token ids."""
+    half = KvScheduler(Options(), BLOCK, produces=True, consumes=False)
+    sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {"do_remote_decode": True}})
+    embeddings = torch.full((20, 8), value, dtype=torch.bfloat16)
+    half.new_request(Request("r", None, sampling, None, prompt_embeds=embeddings))
+    (prompt,) = half.plan_step(step_of({})).expected
+    assert prompt.tokens == 20
+    return prompt.fingerprint
+
+
 def test_fingerprints_tell_prompts_and_their_circumstances_apart(consumer, producer):
     assert fingerprint([1, 2, 3]) == fingerprint((1, 2, 3)) != fingerprint([1, 2, 4])
     assert fingerprint([1, 2], "lora") != fingerprint([1, 2], None) != fingerprint([1, 2, 0])
+    assert embedded(1.0) == embedded(1.0) != embedded(2.0)
     producer.new_request(prefill_of(20))
     consumer.allocated(decode_of(20), Blocks([1, 2]), 20)
     here, there = producer.plan_step(step_of({})).expected[0], consumer.plan_step(step_of({})).fetches[0].prompt
@@ -231,6 +243,33 @@ def test_decode_fetches_what_prefill_computed_of_a_longer_prompt(consumer, produ
     assert (expected.tokens, expected.fingerprint) == (fetch.prompt.tokens, fetch.prompt.fingerprint)
 
 
-@pytest.mark.parametrize("said", [0, -1, 34, "32", None])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"remote_port": None},
+        {"remote_port": "x"},
+        {"remote_port": 70_000},
+        {"remote_host": 7},
+        {"transfer_id": "x" * 300},
+        {"transfer_id": ["t"]},
+        {"prefilled_tokens": "32"},
+        {"do_remote_prefill": "yes"},
+    ],
+    ids=str,
+)
+def test_parameters_that_make_no_sense_are_told_and_leave_the_request_to_itself(consumer, producer, wrong, caplog):
+    asked = {"transfer_id": "t", "do_remote_prefill": True, "do_remote_decode": True}
+    request = request_of(33, **{**asked, "remote_host": "127.0.0.1", "remote_port": 14579, **wrong})
+    for half in (consumer, producer):
+        half.new_request(request)
+        assert half.matched_tokens(request, 0) == (0, False)
+        half.allocated(request, Blocks([1, 2, 3]), 0)
+        request.status = RequestStatus.FINISHED_ABORTED
+        assert half.finished(request) is False and not half.has_unsent_plan()
+    assert caplog.text.count("kv_transfer_params of r are left unused") == 2
+    assert next(iter(wrong)) in caplog.text
+
+
+@pytest.mark.parametrize("said", [0, -1, 34, None])
 def test_a_length_that_makes_no_sense_is_the_whole_prompt(consumer, said):
     assert consumer.matched_tokens(request_of(33, do_remote_prefill=True, prefilled_tokens=said), 0) == (33, True)

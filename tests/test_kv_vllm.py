@@ -132,6 +132,27 @@ def test_decode_without_prefill_recomputes_or_fails_within_the_timeout(fleet):
     until(lambda: d.is_free() and failing.is_free())
 
 
+@pytest.mark.parametrize("wrong", [{"remote_port": None}, {"remote_port": "x"}, {"transfer_id": "t" * 300}], ids=str)
+def test_parameters_that_make_no_sense_harm_nobody(fleet, wrong):
+    p, _, d, failing = fleet
+    prompt = prompt_of(60)
+    asked = {"transfer_id": new_id(), "remote_host": "127.0.0.1", "remote_port": 14579, **wrong}
+    expected = p.complete(prompt)["text"]
+    p.complete(prompt, max_tokens=1, **asked, do_remote_decode=True)
+    for server in (d, failing):
+        assert server.complete(prompt, **asked, do_remote_prefill=True)["text"] == expected
+    until(lambda: p.is_free() and d.is_free() and failing.is_free())
+
+
+def test_a_prefill_that_is_sent_twice_is_freed_twice(fleet):
+    p, _, d, _ = fleet
+    prompt, name = prompt_of(100), new_id()
+    prefill(p, prompt, name)
+    prefill(p, prompt, name)
+    assert decode(d, prompt, name, p)["text"] == p.complete(prompt)["text"]
+    until(lambda: p.is_free() and d.is_free())
+
+
 def test_prefill_without_decode_is_freed(fleet):
     p, *_ = fleet
     prefill(p, prompt_of(300), new_id())

@@ -1,4 +1,4 @@
-"""The control connection between a prefill and a decode worker: framed JSON messages, and the handshake before them.
+"""The control connection between a prefill and a decode worker: framed JSON messages, which they are, and the handshake before.
 
 Both sides prove that they know the deployment's secret (HMAC-SHA256 over both sides' fresh nonces and the sender's identity;
 the secret itself never travels), then compare what must be equal. After that the connection is plain TCP.
@@ -55,23 +55,70 @@ class Identity:
         return ""
 
 
+class Ask(msgspec.Struct, frozen=True, tag="ask", tag_field="type"):
+    """Decode wants a transfer's blocks from the prompt's block `start_block` on, at most `piece_blocks` at once."""
+
+    transfer_id: str
+    tokens: int
+    fingerprint: str
+    start_block: int
+    piece_blocks: int
+
+
+class Forget(msgspec.Struct, frozen=True, tag="drop", tag_field="type"):
+    """Decode does not want a transfer any more."""
+
+    transfer_id: str
+    reason: str
+
+
+class Blocks(msgspec.Struct, frozen=True, tag="blocks", tag_field="type"):
+    """The next `count` blocks of a transfer, from the prompt's block `start` on; `bytes` follow on the transport."""
+
+    transfer_id: str
+    start: int
+    count: int
+    bytes: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="type"):
+    """Prefill will not send a transfer."""
+
+    transfer_id: str
+    reason: str
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting", tag_field="type"):
+    """Prefill knows the transfer and still computes, or has it queued."""
+
+    transfer_id: str
+
+
+Message = msgspec.Struct | dict[str, Any]
+"""What a channel sends: one of the above, or the handshake's and the transport's own words."""
+
+
 class Channel:
     """One connected socket. One thread may receive while others send; a read or write that stalls for `timeout_s` closes it."""
 
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
         self._socket = connection
         self._send_lock = threading.Lock()
-        connection.settimeout(timeout_s)
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
+        self.set_timeout(timeout_s)
+        if self._is_tcp:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
         try:
             self.peer = "{}:{}".format(*connection.getpeername()[:2])
         except (OSError, IndexError):
             self.peer = "unknown"
 
-    def send(self, message: dict[str, Any], payload: memoryview | None = None) -> None:
+    @property
+    def _is_tcp(self) -> bool:
+        return self._socket.family in (socket.AF_INET, socket.AF_INET6)
+
+    def send(self, message: Message, payload: memoryview | None = None) -> None:
         """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError."""
         data = msgspec.json.encode(message)
         try:
@@ -83,7 +130,7 @@ class Channel:
             self.close()
             raise ChannelClosedError(f"{self.peer}: {_words(error, 'took no data')}") from error
 
-    def send_now(self, message: dict[str, Any]) -> None:
+    def send_now(self, message: Message) -> None:
         """Send a short message without waiting. Raises ChannelClosedError when the socket does not take it whole."""
         data = msgspec.json.encode(message)
         data = _LENGTH.pack(len(data)) + data
@@ -92,7 +139,7 @@ class Channel:
                 poll = select.poll()
                 poll.register(self._socket, select.POLLOUT)
                 taken = self._socket.send(data) if poll.poll(0) else 0
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: another thread has closed it
             self.close()
             raise ChannelClosedError(f"{self.peer}: {_words(error, 'took no data')}") from error
         if taken < len(data):
@@ -111,7 +158,7 @@ class Channel:
         self.receive_into(memoryview(body))
         try:
             message = msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.close()
             raise ChannelClosedError(f"{self.peer}: not a message of {PROTOCOL}") from error
         if not isinstance(message, dict):
@@ -139,9 +186,18 @@ class Channel:
             filled += count
 
     def set_timeout(self, timeout_s: float) -> None:
-        """How long a read or write may stall from now on."""
+        """How long a read or write may stall from now on, and for how long a host may not answer at all (tcp(7)).
+
+        Raises ChannelClosedError when another thread has closed it.
+        """
         self.timeout_s = timeout_s
-        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.settimeout(timeout_s)
+            if self._is_tcp:
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
+        except OSError as error:
+            raise ChannelClosedError(f"the connection was closed ({error})") from error
 
     def close(self) -> None:
         """Close it; threads that wait in `receive` or `send` get ChannelClosedError."""
@@ -152,7 +208,7 @@ class Channel:
         self._socket.close()
 
 
-def _words(error: OSError, stalled: str) -> str:
+def _words(error: Exception, stalled: str) -> str:
     return f"the other side {stalled} in time" if isinstance(error, TimeoutError) else f"the connection broke ({error})"
 
 

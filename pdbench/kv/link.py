@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pdbench.kv.compat import UnsupportedError
-from pdbench.kv.control import Channel
+from pdbench.kv.control import Blocks, Channel
 from pdbench.kv.pack import BlockPacker
+from pdbench.kv.threads import Threads
 
 
 class Link(Protocol):
@@ -24,7 +25,7 @@ class Link(Protocol):
     def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
         """Gather blocks, which may be overwritten then; returns the number of bytes and when the forward pass was over."""
 
-    def send(self, header: dict[str, Any], count: int) -> float:
+    def send(self, header: Blocks, count: int) -> float:
         """Send header and packed bytes; returns the seconds on the wire, when the buffer is free again."""
 
     def receive(self, count: int) -> float:
@@ -41,7 +42,7 @@ OpenLink = Callable[[Channel, bool], Link]
 """Makes the link of a channel after its handshake; True on the side that sends."""
 
 
-def transport(name: str, packer: BlockPacker, staging_bytes: int) -> OpenLink:
+def transport(name: str, packer: BlockPacker, staging_bytes: int, threads: Threads) -> OpenLink:
     """The transport called `name` for this worker's cache, with buffers of `staging_bytes` for every peer.
 
     Raises UnsupportedError when it cannot work here.
@@ -55,4 +56,4 @@ def transport(name: str, packer: BlockPacker, staging_bytes: int) -> OpenLink:
         raise UnsupportedError(f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp")
     from pdbench.kv.nccl import NcclLink
 
-    return lambda channel, sends: NcclLink(channel, packer, size, sends)
+    return lambda channel, sends: NcclLink(channel, packer, size, sends, threads)

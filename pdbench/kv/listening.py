@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pdbench.kv.control import HANDSHAKE_TIMEOUT_S, Channel, ChannelClosedError, Identity, accept_handshake
+from pdbench.kv.control import HANDSHAKE_TIMEOUT_S, Channel, Identity, accept_handshake
 from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -59,24 +59,36 @@ class Listener:
                 if not self._closing:
                     time.sleep(0.1)  # out of file descriptors, say
                 continue
-            if self._strangers.acquire(blocking=False):
+            if not self._strangers.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
                 self._threads.start("kv-peer", self._admit, connection)
-            else:
+            except RuntimeError as error:  # no more threads on this machine
+                logger.warning("a KV connection was left: %s", error)
+                self._strangers.release()
                 connection.close()
 
     def _admit(self, connection: socket.socket) -> None:
-        """Shake hands within a bounded time, then serve."""
+        """Shake hands, then serve."""
+        try:
+            channel = self._shake_hands(connection)
+        except Exception as error:
+            connection.close()
+            logger.warning("a KV connection was refused: %s", error)
+            return
+        finally:
+            self._strangers.release()
+        self._serve(channel)
+
+    def _shake_hands(self, connection: socket.socket) -> Channel:
+        """Within a bounded time, however slowly the other side talks. Raises ChannelClosedError."""
         channel = Channel(connection, self._timeout_s)
         deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
         deadline.start()
         try:
             accept_handshake(channel, self._secret, self._identity)
-        except ChannelClosedError as error:
-            channel.close()
-            logger.warning("a KV connection was refused: %s", error)
-            return
         finally:
             deadline.cancel()
-            self._strangers.release()
         channel.set_timeout(self._timeout_s)
-        self._serve(channel)
+        return channel

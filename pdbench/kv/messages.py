@@ -10,14 +10,16 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from pdbench.kv.compat import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.request import Request
 
 SECRET_VARIABLE = "PDBENCH_KV_SECRET"
 
@@ -72,7 +74,7 @@ def shared_secret() -> bytes:
 
 
 def fingerprint(token_ids: Sequence[int], *more: object) -> str:
-    """A digest of a prompt's tokens and of all else that shapes its KV cache (LoRA, cache salt, images)."""
+    """A digest of a prompt's tokens and of all else that shapes its KV cache (embeddings, LoRA, cache salt, images)."""
     digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
     for item in more:
         digest.update(repr(item).encode())
@@ -87,6 +89,10 @@ class Prompt:
     transfer_id: str
     tokens: int
     fingerprint: str
+
+    def blocks(self, block_size: int) -> int:
+        """How many blocks of `block_size` tokens it fills, the last one perhaps in part."""
+        return -(-self.tokens // block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,18 @@ class StepPlan(KVConnectorMetadata):
     drops: list[Drop] = field(default_factory=list)
 
 
-def transfer_parameters(request: Any) -> dict[str, Any]:
-    """The request's `kv_transfer_params`, an empty dict when it has none."""
-    return request.kv_transfer_params or {}
+class TransferParameters(msgspec.Struct, frozen=True):
+    """A request's `kv_transfer_params`; others' fields may stand beside these. `prefilled_tokens`: docs/kv-connector.md."""
+
+    transfer_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    do_remote_decode: bool | None = None
+    do_remote_prefill: bool | None = None
+    remote_host: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    prefilled_tokens: int | None = None
+    verify_prompt: bool = True
+
+    @classmethod
+    def of(cls, request: Request) -> TransferParameters:
+        """Those of a request. Raises msgspec.ValidationError for what no transfer can be made of."""
+        return msgspec.convert(request.kv_transfer_params or {}, cls)

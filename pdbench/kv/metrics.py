@@ -108,6 +108,8 @@ class Evidence:
                     file.write(msgspec.json.encode(line) + b"\n")
         except OSError as error:
             logger.error("the KV event log %s cannot be written (%s): no more lines there", path, error)
+            while self._lines.get() is not None:
+                pass
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from vllm.distributed.device_communicators.pynccl_wrapper import (
     ncclDataTypeEnum,
 )
 
-from pdbench.kv.control import Channel, ChannelClosedError
+from pdbench.kv.control import Blocks, Channel, ChannelClosedError
 from pdbench.kv.pack import BlockPacker
+from pdbench.kv.threads import Threads
 
 SENDER, RECEIVER = 0, 1
 # A communicator takes a second or two to make; a peer that dies meanwhile would block NCCL for good.
@@ -33,9 +34,11 @@ POLL_S = 0.00005
 class NcclLink:
     """One pair's wire. One thread uses it at a time; `close` may come from any."""
 
-    def __init__(self, channel: Channel, packer: BlockPacker, staging_bytes: int, sends: bool) -> None:
+    def __init__(
+        self, channel: Channel, packer: BlockPacker, staging_bytes: int, sends: bool, threads: Threads
+    ) -> None:
         self.channel = channel
-        self._packer, self._sends = packer, sends
+        self._packer, self._sends, self._threads = packer, sends, threads
         self._library = NCCLLibrary()
         self._using = threading.Lock()
         self._closed = threading.Event()
@@ -43,12 +46,17 @@ class NcclLink:
         with torch.cuda.device(packer.device):
             # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
             self._stream = torch.cuda.Stream(packer.device, priority=-1)
-            with torch.cuda.stream(self._stream):
-                self._staging = torch.empty(staging_bytes, dtype=torch.uint8, device=packer.device)
+            self._staging = self._buffer(1)
             self._begun, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
             self._passed = torch.cuda.Event(blocking=True)
-        _within(OPEN_TIMEOUT_S, self._open, f"{channel.peer}: no NCCL communicator")
+        try:
+            self._open_in_time()
+            # Only now: a peer that dies amid the opening can leave a thread behind in NCCL, which must not hold much.
+            self._staging = self._buffer(staging_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
         """Gather the blocks once the forward pass marked by `after` is over; returns the bytes, and when it was over."""
@@ -63,7 +71,7 @@ class NcclLink:
         self._passed.synchronize()
         return packed.numel(), ready_s
 
-    def send(self, header: dict[str, Any], count: int) -> float:
+    def send(self, header: Blocks, count: int) -> float:
         """Send the bytes packed last; returns the seconds from launch to end, the peer's answer included."""
         self._launch(count)
         self.channel.send(header)
@@ -88,7 +96,28 @@ class NcclLink:
         self.channel.close()
         if not self._closed.is_set():
             self._closed.set()
-            threading.Thread(target=self._abort, name="kv-nccl-abort", daemon=True).start()
+            self._threads.start("kv-nccl-abort", self._abort)
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        with torch.cuda.device(self._packer.device), torch.cuda.stream(self._stream):
+            return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
+
+    def _open_in_time(self) -> None:
+        """Open in a thread of its own and wait for it. Raises ChannelClosedError when that fails or does not end."""
+        failures: list[Exception] = []
+
+        def run() -> None:
+            try:
+                self._open()
+            except Exception as error:
+                failures.append(error)
+
+        thread = self._threads.start("kv-nccl-open", run)
+        thread.join(OPEN_TIMEOUT_S)
+        if thread.is_alive():
+            raise ChannelClosedError(f"{self.channel.peer}: no NCCL communicator in {OPEN_TIMEOUT_S:g} s")
+        if failures:
+            raise ChannelClosedError(f"{self.channel.peer}: no NCCL communicator ({failures[0]})") from failures[0]
 
     def _open(self) -> None:
         """Make the communicator and move one byte through it, so that NCCL connects now and not in the first transfer."""
@@ -103,6 +132,8 @@ class NcclLink:
                 raise ChannelClosedError(f"{self.channel.peer}: no NCCL id came") from error
         with torch.cuda.device(self._packer.device):
             self._comm = self._library.ncclCommInitRank(2, unique_id, SENDER if self._sends else RECEIVER)
+            if self._closed.is_set():  # given up meanwhile, perhaps before there was anything to abort
+                self._abort()
             self._launch(1)
             self._finish()
 
@@ -140,22 +171,3 @@ class NcclLink:
         finally:
             if held:
                 self._using.release()
-
-
-def _within(timeout_s: float, work: Callable[[], None], what: str) -> None:
-    """Run `work` in a thread of its own and wait for it. Raises ChannelClosedError when it fails or does not end."""
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="kv-nccl-open", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise ChannelClosedError(f"{what} in {timeout_s:g} s")
-    if failures:
-        raise ChannelClosedError(f"{what} ({failures[0]})") from failures[0]

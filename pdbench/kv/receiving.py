@@ -16,7 +16,19 @@ from typing import Any
 
 import msgspec
 
-from pdbench.kv.control import ChannelClosedError, Identity, dial, offer_handshake
+from pdbench.kv.control import (
+    Ask,
+    Blocks,
+    Channel,
+    ChannelClosedError,
+    Failed,
+    Forget,
+    Identity,
+    Message,
+    Waiting,
+    dial,
+    offer_handshake,
+)
 from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.messages import Drop, Fetch
 from pdbench.kv.metrics import TransferRecord
@@ -25,28 +37,6 @@ from pdbench.kv.threads import Threads
 logger = logging.getLogger(f"vllm.{__name__}")
 
 Address = tuple[str, int]
-
-
-class Blocks(msgspec.Struct, tag="blocks", tag_field="type"):
-    """The next `count` blocks of a transfer, from the prompt's block `start` on; `bytes` follow on the transport."""
-
-    transfer_id: str
-    start: int
-    count: int
-    bytes: int
-
-
-class Failed(msgspec.Struct, tag="failed", tag_field="type"):
-    """Prefill will not send a transfer."""
-
-    transfer_id: str
-    reason: str
-
-
-class Waiting(msgspec.Struct, tag="waiting", tag_field="type"):
-    """Prefill knows the transfer and still computes, or has it queued."""
-
-    transfer_id: str
 
 
 @dataclass(eq=False)
@@ -69,7 +59,7 @@ class _Peer:
 
     address: Address
     link: Link | None = None
-    unsent: list[dict[str, Any]] = field(default_factory=list)
+    unsent: list[Message] = field(default_factory=list)
 
 
 class Receiver:
@@ -157,8 +147,7 @@ class Receiver:
             self._end(receive, "another request of this instance already receives this transfer id")
             return
         self._receives[prompt.transfer_id] = receive
-        ask = {"type": "ask", "transfer_id": prompt.transfer_id, "tokens": prompt.tokens}
-        ask |= {"fingerprint": prompt.fingerprint, "start_block": fetch.start_block, "piece_blocks": self._piece_blocks}
+        ask = Ask(prompt.transfer_id, prompt.tokens, prompt.fingerprint, fetch.start_block, self._piece_blocks)
         self._post(address, ask)
 
     def _give_up(self, drop: Drop) -> None:
@@ -172,16 +161,18 @@ class Receiver:
         """Stop a fetch from this side; blocks that are being written right now are reported when that is done."""
         if receive.given_up is not None:
             return
-        self._tell_drop(receive.address, receive.fetch.prompt.transfer_id, reason)
         receive.given_up = reason
+        self._tell_drop(receive.address, receive.fetch.prompt.transfer_id, reason)
         if not receive.writing:
             self._end(receive, reason)
 
     def _tell_drop(self, address: Address, transfer_id: str, reason: str) -> None:
-        self._post(address, {"type": "drop", "transfer_id": transfer_id, "reason": reason})
+        self._post(address, Forget(transfer_id, reason))
 
     def _end(self, receive: _Receive, error: str | None) -> None:
-        """The fetch is over; the engine's thread reports it at its next step."""
+        """The fetch is over; the engine's thread reports it at its next step. Again, it changes nothing."""
+        if receive.record.end_s is not None:
+            return
         transfer_id = receive.fetch.prompt.transfer_id
         if self._receives.get(transfer_id) is receive:
             del self._receives[transfer_id]
@@ -191,7 +182,7 @@ class Receiver:
         self._ended.append(receive)
         self._changed.notify_all()
 
-    def _post(self, address: Address, message: dict[str, Any]) -> None:
+    def _post(self, address: Address, message: Message) -> None:
         """Send now if the connection stands, else when it does; a new peer gets a thread."""
         peer = self._peers.get(address)
         if peer is None:
@@ -221,17 +212,13 @@ class Receiver:
 
     def _run(self, peer: _Peer) -> None:
         """Connect, prove, ask, receive; until the connection ends."""
+        channel: Channel | None = None
         try:
             channel = dial(*peer.address, timeout_s=self._timeout_s)
             offer_handshake(channel, self._secret, self._identity)
             channel.set_timeout(self._timeout_s)
             link = self._open_link(channel, False)
-            with self._changed:
-                for message in peer.unsent:
-                    channel.send(message)
-                peer.link = link
-                if self._closed:
-                    link.close()
+            self._send_unsent(peer, link)
             logger.info("prefill worker %s is connected", channel.peer)
             while True:
                 self._handle(link, msgspec.convert(channel.receive(), Blocks | Failed | Waiting))
@@ -240,8 +227,23 @@ class Receiver:
         except Exception as error:
             logger.exception("receiving KV from %s failed", peer.address)
             reason = f"{type(error).__name__}: {error}"
+        if channel is not None:
+            channel.close()
         with self._changed:
             self._lose(peer, reason)
+
+    def _send_unsent(self, peer: _Peer, link: Link) -> None:
+        """What waited for the connection, in order; from then on the engine's thread sends by itself."""
+        while True:
+            with self._changed:
+                unsent, peer.unsent = peer.unsent, []
+                if not unsent:
+                    peer.link = link
+                    if self._closed:
+                        link.close()
+                    return
+            for message in unsent:
+                link.channel.send(message)
 
     def _handle(self, link: Link, message: Blocks | Failed | Waiting) -> None:
         if isinstance(message, Blocks):
@@ -275,6 +277,7 @@ class Receiver:
             with self._changed:
                 receive.writing = False
                 receive.given_up = receive.given_up or f"{type(error).__name__}: {error}"
+                self._end(receive, receive.given_up)
             raise
         with self._changed:
             receive.writing, receive.alive_s = False, time.monotonic()

@@ -6,10 +6,14 @@ Try: python -m pytest tests/test_kv_scheduler.py
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
 
 from pdbench.kv.messages import (
     Drop,
@@ -19,8 +23,8 @@ from pdbench.kv.messages import (
     PrefillEnd,
     Prompt,
     StepPlan,
+    TransferParameters,
     fingerprint,
-    transfer_parameters,
 )
 
 if TYPE_CHECKING:
@@ -56,8 +60,12 @@ class KvScheduler:
 
     def new_request(self, request: Request) -> None:
         """A request arrived; the worker learns of prefills at once, so that decode is told to wait for them."""
-        parameters = transfer_parameters(request)
-        if not self.produces or not parameters.get("do_remote_decode"):
+        try:
+            parameters = TransferParameters.of(request)
+        except msgspec.ValidationError as error:
+            logger.warning("kv_transfer_params of %s are left unused: %s", request.request_id, error)
+            return
+        if not self.produces or not parameters.do_remote_decode:
             return
         prompt = self._prompt(request)
         if any(prefill.prompt.transfer_id == prompt.transfer_id for prefill in self._prefills.values()):
@@ -70,7 +78,7 @@ class KvScheduler:
         """How many prompt tokens beyond `computed_tokens` can be fetched from prefill, and whether that is asynchronous."""
         if not self._wants_fetch(request):
             return 0, False
-        missing = _prefilled_tokens(request) - computed_tokens
+        missing = _prefilled_tokens(request, _parameters(request)) - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -78,16 +86,20 @@ class KvScheduler:
         if not self._wants_fetch(request):
             return
         self._fetched.add(request.request_id)
-        host, port = self._remote(request)
-        prompt = self._prompt(request)
+        parameters, prompt = _parameters(request), self._prompt(request)
         if external_tokens == 0:
             self._drop(request, "decode needs none of its blocks")
             return
-        start = (prompt.tokens - external_tokens) // self.block_size
-        stop = -(-prompt.tokens // self.block_size)
+        start, stop = (prompt.tokens - external_tokens) // self.block_size, prompt.blocks(self.block_size)
         (block_ids,) = blocks.get_block_ids()
         self._plan.fetches.append(
-            Fetch(prompt=prompt, host=host, port=port, start_block=start, blocks=list(block_ids[start:stop]))
+            Fetch(
+                prompt=prompt,
+                host=parameters.remote_host,
+                port=parameters.remote_port,
+                start_block=start,
+                blocks=list(block_ids[start:stop]),
+            )
         )
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
@@ -128,42 +140,57 @@ class KvScheduler:
         return bool(plan.expected or plan.ended or plan.fetches or plan.drops)
 
     def _wants_fetch(self, request: Request) -> bool:
-        wanted = self.consumes and transfer_parameters(request).get("do_remote_prefill")
+        wanted = self.consumes and _parameters(request).do_remote_prefill
         return bool(wanted) and request.request_id not in self._fetched
 
     def _drop(self, request: Request, reason: str) -> None:
-        host, port = self._remote(request)
-        transfer_id = self._transfer_id(request)
+        parameters = _parameters(request)
         self._plan.drops.append(
-            Drop(request_id=request.request_id, transfer_id=transfer_id, host=host, port=port, reason=reason)
+            Drop(
+                request_id=request.request_id,
+                transfer_id=parameters.transfer_id or request.request_id,
+                host=parameters.remote_host,
+                port=parameters.remote_port,
+                reason=reason,
+            )
         )
-
-    def _remote(self, request: Request) -> tuple[str, int]:
-        parameters = transfer_parameters(request)
-        return str(parameters.get("remote_host", "")), int(parameters.get("remote_port", 0))
-
-    def _transfer_id(self, request: Request) -> str:
-        return str(transfer_parameters(request).get("transfer_id") or request.request_id)
 
     def _prompt(self, request: Request) -> Prompt:
         """The prompt's identity; both sides compute it from the same tokens, so a mixed-up transfer id shows."""
-        tokens = _prefilled_tokens(request)
+        parameters = _parameters(request)
+        tokens = _prefilled_tokens(request, parameters)
         digest = "not verified"
-        if self.options.verify_prompt and transfer_parameters(request).get("verify_prompt", True):
+        if self.options.verify_prompt and parameters.verify_prompt:
             lora = getattr(request.lora_request, "lora_name", None)
             images = [feature.identifier for feature in getattr(request, "mm_features", None) or ()]
             salt = getattr(request, "cache_salt", None)
-            digest = fingerprint((request.prompt_token_ids or ())[:tokens], lora, salt, images)
+            embeddings = getattr(request, "prompt_embeds", None)
+            given = None if embeddings is None else _digest(embeddings[:tokens])
+            digest = fingerprint((request.prompt_token_ids or ())[:tokens], lora, salt, images, given)
         return Prompt(
-            request_id=request.request_id, transfer_id=self._transfer_id(request), tokens=tokens, fingerprint=digest
+            request_id=request.request_id,
+            transfer_id=parameters.transfer_id or request.request_id,
+            tokens=tokens,
+            fingerprint=digest,
         )
 
 
-def _prefilled_tokens(request: Request) -> int:
+def _parameters(request: Request) -> TransferParameters:
+    """What a request says of its transfer; nothing where it makes no sense, which `new_request` has told."""
+    try:
+        return TransferParameters.of(request)
+    except msgspec.ValidationError:
+        return TransferParameters()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.blake2b(tensor.cpu().contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+
+
+def _prefilled_tokens(request: Request, parameters: TransferParameters) -> int:
     """How many of the prompt's tokens prefill computes: all, if the request does not say that its end came later."""
-    tokens = int(request.num_prompt_tokens)
-    said = transfer_parameters(request).get("prefilled_tokens")
-    return min(said, tokens) if isinstance(said, int) and said > 0 else tokens
+    tokens, said = int(request.num_prompt_tokens), parameters.prefilled_tokens
+    return min(said, tokens) if said is not None and said > 0 else tokens
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from pdbench.kv.control import Channel, ChannelClosedError, Identity
+from pdbench.kv.control import Ask, Blocks, Channel, ChannelClosedError, Failed, Forget, Identity, Message, Waiting
 from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.listening import Listener
 from pdbench.kv.messages import Prefilled, PrefillEnd, Prompt
@@ -28,23 +28,6 @@ from pdbench.kv.threads import Threads
 logger = logging.getLogger(f"vllm.{__name__}")
 
 REMEMBERED_TRANSFERS = 10_000
-
-
-class Ask(msgspec.Struct, tag="ask", tag_field="type"):
-    """Decode wants a transfer's blocks from the prompt's block `start_block` on, at most `piece_blocks` at once."""
-
-    transfer_id: str
-    tokens: int
-    fingerprint: str
-    start_block: int
-    piece_blocks: int
-
-
-class DropTransfer(msgspec.Struct, tag="drop", tag_field="type"):
-    """Decode does not want a transfer any more."""
-
-    transfer_id: str
-    reason: str
 
 
 @dataclass(eq=False)
@@ -107,7 +90,7 @@ class Sender:
         self._past: OrderedDict[str, str] = OrderedDict()
         self._reports: set[str] = set()
         self._peers: set[_Peer] = set()
-        self._stepped_s = time.monotonic()
+        self._stepped_s: float | None = None
         self._closed = False
         self._listener = Listener(address, secret, identity, timeout_s, self._serve, threads)
 
@@ -116,6 +99,8 @@ class Sender:
     def step(self, expected: list[Prompt], prefilled: list[Prefilled], ended: list[PrefillEnd], event: Any) -> None:
         """After a forward pass was launched: what it computes, which requests came and went."""
         with self._changed:
+            if self._stepped_s is None:
+                self._changed.notify_all()
             self._stepped_s = time.monotonic()
             for prompt in expected:
                 self._expect(prompt)
@@ -149,18 +134,21 @@ class Sender:
             for transfer_id, asked in list(self._early.items()):
                 if now - asked.asked_s > self._timeout_s:
                     del self._early[transfer_id]
-                    self._refuse(asked.peer, transfer_id, f"no such prefill came in {self._timeout_s:g} s")
+                    reason = f"no such prefill came in {self._timeout_s:g} s"
+                    self._remember(transfer_id, reason)
+                    self._refuse(asked.peer, transfer_id, reason)
             # An engine that hangs makes no steps: then decode is told nothing and gives up in time.
-            if now - self._stepped_s < self._timeout_s:
+            if self._stepped_s is not None and now - self._stepped_s < self._timeout_s:
                 for send in self._by_transfer.values():
                     if send.asked is not None:
-                        self._post(send.asked.peer, {"type": "waiting", "transfer_id": send.prompt.transfer_id})
+                        self._post(send.asked.peer, Waiting(send.prompt.transfer_id))
 
     def close(self) -> None:
         """Stop listening and leave all peers."""
         self._listener.close()
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
             peers = list(self._peers)
         for peer in peers:
             peer.link.close()
@@ -170,8 +158,10 @@ class Sender:
     def _expect(self, prompt: Prompt) -> None:
         send = self._sends[prompt.request_id] = _Send(prompt)
         send.record.transfer_id = prompt.transfer_id
-        if (reason := self._past.get(prompt.transfer_id)) is not None:
-            send.ended, send.outcome = True, f"its transfer id was used before ({reason})"
+        reason = self._past.get(prompt.transfer_id)
+        if reason is not None or prompt.transfer_id in self._by_transfer:
+            # The scheduler forgets a prefill that is over, while its blocks still wait here for decode.
+            send.ended, send.outcome = True, f"its transfer id was used before ({reason or 'it is not sent yet'})"
             return
         self._by_transfer[prompt.transfer_id] = send
         if (asked := self._early.pop(prompt.transfer_id, None)) is not None:
@@ -184,7 +174,7 @@ class Sender:
         send.blocks = progress.blocks if progress.replace else send.blocks + progress.blocks
         whole = progress.computed_tokens >= send.prompt.tokens
         size = self._identity.block_size
-        send.ready = -(-send.prompt.tokens // size) if whole else progress.computed_tokens // size
+        send.ready = send.prompt.blocks(size) if whole else progress.computed_tokens // size
         send.event = event
         self._wake(send)
 
@@ -203,7 +193,7 @@ class Sender:
     def _attach(self, send: _Send, asked: _Asked) -> None:
         """Join an ask with its prefill, after checking that both speak of the same prompt."""
         ask, prompt = asked.ask, send.prompt
-        blocks = -(-prompt.tokens // self._identity.block_size)
+        blocks = prompt.blocks(self._identity.block_size)
         if (ask.tokens, ask.fingerprint) != (prompt.tokens, prompt.fingerprint):
             reason = (
                 f"prefill's prompt under this transfer id is another one ({prompt.tokens} tokens, asked {ask.tokens})"
@@ -250,9 +240,9 @@ class Sender:
             self._past.popitem(last=False)
 
     def _refuse(self, peer: _Peer, transfer_id: str, reason: str) -> None:
-        self._post(peer, {"type": "failed", "transfer_id": transfer_id, "reason": reason})
+        self._post(peer, Failed(transfer_id, reason))
 
-    def _post(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _post(self, peer: _Peer, message: Message) -> None:
         peer.work.put(lambda: peer.link.channel.send(message))
 
     # A peer's writing thread
@@ -266,7 +256,7 @@ class Sender:
                 stop = min(send.ready, send.sent + min(self._piece_blocks, max(1, send.asked.ask.piece_blocks)))
                 link, start, event = send.asked.peer.link, send.sent, send.event
                 block_ids = send.blocks[start:stop]
-                last = stop == -(-send.prompt.tokens // self._identity.block_size)
+                last = stop == send.prompt.blocks(self._identity.block_size)
                 send.gathering = True
             try:
                 count, ready_s = link.pack(block_ids, event)
@@ -280,8 +270,7 @@ class Sender:
             with self._changed:
                 if send.ended:
                     return
-            header = {"type": "blocks", "transfer_id": send.prompt.transfer_id, "start": start, "count": stop - start}
-            seconds = link.send({**header, "bytes": count}, count)
+            seconds = link.send(Blocks(send.prompt.transfer_id, start, stop - start, count), count)
             with self._changed:
                 send.sent = stop
                 send.record.ready_s = ready_s
@@ -319,6 +308,12 @@ class Sender:
 
     def _serve(self, channel: Channel) -> None:
         """One decode worker, from handshake to its end."""
+        with self._changed:
+            # No kernel may run and nothing be allocated on a GPU beside vLLM's capture of CUDA graphs, which is over at its first step.
+            self._changed.wait_for(lambda: self._stepped_s is not None or self._closed, self._timeout_s)
+            if self._stepped_s is None or self._closed:
+                channel.close()
+                return
         try:
             peer = _Peer(self._open_link(channel, True))
         except Exception as error:
@@ -336,7 +331,7 @@ class Sender:
     def _read(self, peer: _Peer) -> None:
         try:
             while True:
-                message = msgspec.convert(peer.link.channel.receive(), Ask | DropTransfer)
+                message = msgspec.convert(peer.link.channel.receive(), Ask | Forget)
                 with self._changed:
                     if isinstance(message, Ask):
                         self._asked(message, peer)
@@ -346,6 +341,9 @@ class Sender:
             self._lose(peer, str(error))
         except msgspec.ValidationError as error:
             self._lose(peer, f"not a message of the protocol: {error}")
+        except Exception as error:
+            logger.exception("reading from %s failed", peer.link.channel.peer)
+            self._lose(peer, f"{type(error).__name__}: {error}")
 
     def _asked(self, ask: Ask, peer: _Peer) -> None:
         asked = _Asked(ask, peer, time.monotonic())
@@ -358,7 +356,7 @@ class Sender:
         else:
             self._early[ask.transfer_id] = asked
 
-    def _dropped(self, message: DropTransfer, peer: _Peer) -> None:
+    def _dropped(self, message: Forget, peer: _Peer) -> None:
         """Decode gave a transfer up; one that another worker asked for is not its to give up."""
         transfer_id = message.transfer_id
         send, early = self._by_transfer.get(transfer_id), self._early.get(transfer_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pdbench.kv.control import Channel
+from pdbench.kv.control import Blocks, Channel
 from pdbench.kv.pack import BlockPacker
 
 
@@ -46,7 +46,7 @@ class TcpLink:
         self._stream.synchronize()
         return count, ready_s
 
-    def send(self, header: dict[str, Any], count: int) -> float:
+    def send(self, header: Blocks, count: int) -> float:
         """Send the header and the `count` bytes packed last; returns the seconds it took. Raises ChannelClosedError."""
         begun_s = time.monotonic()
         self.channel.send(header, self._bytes[:count])

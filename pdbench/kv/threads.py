@@ -19,12 +19,13 @@ class Threads:
         self._started: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
-    def start(self, name: str, target: Callable[..., None], *arguments: Any) -> None:
-        """Start `target` in a thread called `name`."""
+    def start(self, name: str, target: Callable[..., None], *arguments: Any) -> threading.Thread:
+        """Start `target` in a thread called `name`. Raises RuntimeError when the machine has no more threads."""
         thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
         with self._lock:
-            self._started = {other for other in self._started if other.is_alive()} | {thread}
             thread.start()
+            self._started = {other for other in self._started if other.is_alive()} | {thread}
+        return thread
 
     def join(self, timeout_s: float) -> None:
         """Wait for all others to end, for `timeout_s` in all: one that hangs in a dead peer's connection is left behind."""

@@ -81,7 +81,7 @@ class KvWorker:
         )
         staging = options.staging_mib << 20
         piece_blocks = max(1, staging // packer.block_bytes)
-        open_link = transport(options.transport, packer, staging)
+        open_link = transport(options.transport, packer, staging, self._threads)
         shared: dict[str, Any] = {"timeout_s": options.transfer_timeout_s, "changed": self._changed}
         shared |= {"finish": self._finished, "threads": self._threads}
         if produces:
@@ -159,8 +159,11 @@ class KvWorker:
     def _keep_time(self) -> None:
         while not self._closed.wait(min(1.0, self._options.transfer_timeout_s / 10)):
             for half in (self._sender, self._receiver):
-                if half is not None:
-                    half.tick()
+                try:
+                    if half is not None:
+                        half.tick()
+                except Exception:  # without this thread no timeout would hold any more
+                    logger.exception("a look at what is overdue failed")
 
 
 def model_digest(vllm_config: VllmConfig) -> str:
