@@ -58,12 +58,17 @@ def test_an_exception_gives_the_clocks_back(library: Path, settings: dict[str, s
 def test_a_killed_run_gives_the_clocks_back(library: Path, settings: dict[str, str], number: signal.Signals) -> None:
     command = [sys.executable, "-c", hold("time.sleep(120)")]
     with subprocess.Popen(
-        command, env=environment(library, **settings), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command,
+        env=environment(library, **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # A shell's background job ignores SIGINT, and hands that down to these tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         assert run.stdout and run.stdout.readline()
         assert child(library, READ, **settings).strip() == "1200 400.0 1830"
         run.send_signal(number)
-        run.wait()
+        run.wait(30)
     end = time.monotonic() + 60
     while child(library, READ, **settings).strip() != FREE:
         assert time.monotonic() < end, "the guard did not restore"
