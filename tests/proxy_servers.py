@@ -32,8 +32,8 @@ def already(body):
 class Server(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, log, status, deaf):
-        self.log, self.status, self.deaf = log, status, deaf
+    def __init__(self, log, health, deaf):
+        self.log, self.health, self.deaf = log, health, deaf
         self.parser = httptools.HttpRequestParser(self)
         self.url, self.headers, self.body, self.task, self.request_id = b"", {}, b"", None, None
 
@@ -91,7 +91,7 @@ class Server(asyncio.Protocol):
 
     async def answer(self, request):
         if request["path"] == "/health":
-            return self.whole(self.status, {})
+            return self.whole(self.health["status"], {})
         if self.deaf:
             return self.any_answer('"stream":true' in request["body"].replace(" ", ""))
         self.say({"event": "request", "at_s": time.monotonic(), **request})
@@ -109,6 +109,7 @@ class Server(asyncio.Protocol):
         # `user` can carry the script past a proxy that looks at every field.
         scripts = json.loads(body.get("user") or "{}") | body
         script.update(scripts.get("prefill" if body.get("max_tokens") == 1 else "decode", {}))
+        self.health["status"] = script.get("health", self.health["status"])
         await asyncio.sleep(script["first"])
         if script["die"] == 0:
             return self.transport.abort()
@@ -180,7 +181,7 @@ class Server(asyncio.Protocol):
             self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         if script["end"] == "done":
             self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n")
-        self.transport.write(b"0\r\n\r\n")
+        self.transport.write(b"0\r\n%b\r\n" % script.get("trailer", "").encode())
         return None
 
 
@@ -193,8 +194,9 @@ async def main():
     parser.add_argument("--deaf", action="store_true", help="give every request the same answer")
     options = parser.parse_args()
     loop = asyncio.get_running_loop()
+    health = {"status": options.health}
     server = await loop.create_server(
-        lambda: Server(options.log, options.health, options.deaf), "127.0.0.1", options.port, backlog=4096
+        lambda: Server(options.log, health, options.deaf), "127.0.0.1", options.port, backlog=4096
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()

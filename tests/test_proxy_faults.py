@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pytest
 from proxy_processes import Server, instance, proxy, read_answer, wait_until
 
@@ -66,6 +67,36 @@ def test_prefill_dead_is_named_and_let_in_again(tmp_path, pair):
         with instance(tmp_path, "prefill-again", port=pair[0].port):
             wait_until(lambda: server.ask("GET", "/health").status == 200, "the instance is back")
             assert server.complete().status == 200
+
+
+def test_an_instance_that_answers_but_is_sick_is_let_out_and_in_again(tmp_path, pair):
+    with proxy(tmp_path, *FAST, decode=[pair[1]]) as server:
+        assert server.complete(decode={"health": 503}).status == 200
+        # Its answers, 5xx among them, are no sign of health: three failed checks in a row take it out.
+        wait_until(lambda: server.ask("GET", "/health").status == 503, "the sick instance is out")
+        assert server.complete().status == 503
+        with pair[1].connect() as connection:
+            send_request(connection, max_tokens=2, decode={"health": 200})
+            assert read_answer(connection).status == 200
+        wait_until(lambda: server.ask("GET", "/health").status == 200, "it is back")
+        assert server.complete().status == 200
+
+
+def test_an_instance_that_is_removed_amid_its_check_leaves_no_connection(tmp_path, pair):
+    with instance(tmp_path, "hung") as hung, proxy(tmp_path, *FAST, decode=[pair[1]]) as server:
+        hung.signal(signal.SIGSTOP)
+        for _ in range(5):
+            added = server.ask("POST", "/instances", {"role": "decode", "url": hung.url})
+            assert added.status == 201
+            wait_until(lambda: connections(server, hung), "a check is under way")
+            assert server.ask("DELETE", f"/instances/{added.json['id']}?now=true").status == 202
+            wait_until(lambda: not connections(server, hung), "its connection is closed")
+
+
+def connections(server: Server, to: Server) -> int:
+    """How many connections a proxy of one worker has to an instance."""
+    ends = psutil.Process(server.process.pid).net_connections("tcp")
+    return sum(end.raddr != () and end.raddr.port == to.port for end in ends)
 
 
 def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):

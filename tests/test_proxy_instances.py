@@ -1,7 +1,9 @@
 """The instances: choosing among them, changing them at run time, and one view of them in several workers."""
 
+import asyncio
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -12,6 +14,7 @@ from pdbench.errors import UserError
 from pdbench.proxy.ask import prompt_tokens
 from pdbench.proxy.balancing import choose
 from pdbench.proxy.instances import DRAINING, SERVING, InstanceTable, parse_address
+from pdbench.proxy.upstream import InstanceConnection, Leg, Pool
 
 
 @pytest.fixture
@@ -21,6 +24,48 @@ def table():
     for port in (1, 2, 3):
         table.passed(table.add("prefill", parse_address(f"http://127.0.0.1:{port}", 0)))
     return table
+
+
+class Transport:
+    """A socket's transport that notes whether it is read."""
+
+    reading = True
+
+    def pause_reading(self):
+        self.reading = False
+
+    def resume_reading(self):
+        self.reading = True
+
+    def write(self, data):
+        pass
+
+
+def test_a_connection_that_a_slow_client_paused_to_the_end_is_read_for_the_next_request(table):
+    async def serve_twice():
+        pool, first = Pool(table, connect_timeout_s=1.0, unhealthy_after=3), table.all()[0]
+        connection, transport = InstanceConnection(pool), Transport()
+        connection.connection_made(transport)
+        pool.give(connection, first)
+        leg = Leg(pool, first, "decode", tokens=1, limit_s=5.0)
+        leg.take = lambda _: leg.pause(True)
+        leg.start(b"POST / HTTP/1.1")
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        assert leg.finished.done() and leg.error is None
+        leg.pause(False)  # the client has caught up
+        assert pool.take(first) is connection
+        assert transport.reading
+
+    asyncio.run(serve_twice())
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.005, 0.02])
+def test_workers_that_just_begin_hear_of_the_end(tmp_path, after_s):
+    with instance(tmp_path, "d") as decode:
+        with proxy(tmp_path, "--workers", "3", decode=[decode], ready=False) as server:
+            time.sleep(after_s)
+            server.signal(signal.SIGTERM)
+            assert server.process.wait(10) == 0
 
 
 def test_addresses():

@@ -125,6 +125,21 @@ def test_requests_follow_one_another_on_one_connection(own):
             assert read_answer(connection).events[-1] == b"[DONE]"
 
 
+def test_an_instances_trailers_stay_with_their_answer(own):
+    for _ in range(3):
+        answer = own.complete(stream=True, max_tokens=2, decode={"trailer": "X-Trace: mine\r\n"})
+        assert answer.events[-1] == b"[DONE]"
+        assert "x-trace" not in answer.headers
+
+
+def test_a_clients_trailers_are_no_headers(own, pair):
+    body = b'{"model":"m","prompt":"Hi","max_tokens":2}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: trailing\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert own.send(head + b"%x\r\n%b\r\n0\r\nAuthorization: Bearer late\r\n\r\n" % (len(body), body)).status == 200
+    for server in pair:
+        assert "authorization" not in server.asked("trailing")[0]
+
+
 def test_http_1_0_gets_a_stream_without_chunks(own):
     body = b'{"model":"m","prompt":"Hi","max_tokens":2,"stream":true}'
     answer = own.send(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))

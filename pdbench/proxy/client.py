@@ -181,8 +181,9 @@ class ClientConnection(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self._headers.append((name.lower(), value))
+        """One header; trailers behind a body count towards the limit and go no further."""
+        if not self._head_done:
+            self._headers.append((name.lower(), value))
         self._head_bytes += len(name) + len(value)
         if len(self._headers) > MAX_HEADERS or self._head_bytes > self._limits.head_bytes:
             self._refuse(431, f"the head is larger than {self._limits.head_bytes} bytes or {MAX_HEADERS} headers")

@@ -76,7 +76,8 @@ def is_exact(ask: Ask) -> bool:
         return False
     try:
         limit = _max_tokens(fields)
-        more_follow = limit is None or (type(limit) is int and limit > 1)
+        # Without a limit the context is one: whether more follows prefill's token depends on the prompt's length.
+        more_follow = type(limit) is int and limit > 1
         return more_follow and all(_is_harmless(name, value) for name, value in fields.items())
     except (msgspec.MsgspecError, RecursionError):
         return False
@@ -155,15 +156,14 @@ def _is_harmless(name: str, value: msgspec.Raw) -> bool:
 
 
 def _max_tokens(fields: Fields) -> Any:
-    """The limit as the client gave it; None is no limit."""
+    """The limit as the client gave it."""
     return msgspec.json.decode(fields.get("max_tokens", msgspec.Raw(b"%d" % DEFAULT_MAX_TOKENS)))
 
 
 def _rest(ask: Ask, prompt_ids: bytes, token: int) -> Ask:
     """The client's request for what comes after `token`."""
-    limit = _max_tokens(ask.fields)
     fields: Fields = ask.fields | {
         "prompt": msgspec.Raw(b"%b,%d]" % (prompt_ids.rstrip()[:-1], token)),
-        "max_tokens": msgspec.Raw(msgspec.json.encode(None if limit is None else limit - 1)),
+        "max_tokens": msgspec.Raw(b"%d" % (_max_tokens(ask.fields) - 1)),
     }
     return replace(ask, body=msgspec.json.encode(fields), fields=fields)

@@ -34,7 +34,7 @@ async def _check(config: ProxyConfig, table: InstanceTable, pool: Pool, instance
     leg = Leg(pool, instance, "health", tokens=None, limit_s=CHECK_LIMIT_S)
     leg.start(wire.request(b"GET", b"/health", instance.address.netloc.encode(), [], b"", b"health", None))
     try:
-        await leg.finished
+        await asyncio.shield(leg.finished)  # one that is cancelled here would be ended, and never close its connection
     finally:
         leg.abort("the check was given up")
     if leg.error is None and leg.status is not None:

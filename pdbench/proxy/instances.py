@@ -159,7 +159,7 @@ class InstanceTable:
             self._set(instance, _HEALTHY, 0)
 
     def served(self, instance: Instance) -> None:
-        """A request went well there: failures are counted from 0 again."""
+        """A request was answered there, and not with a 5xx: failures are counted from 0 again."""
         if self._get(instance.slot, _FAILURES) and self._get(instance.slot, _HEALTHY):
             self._set(instance, _FAILURES, 0)
 

@@ -22,6 +22,7 @@ from pdbench.proxy.instances import InstanceTable, parse_address
 from pdbench.proxy.worker import Worker
 
 log = logging.getLogger("pdbench.proxy")
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(config: ProxyConfig) -> None:
@@ -96,9 +97,16 @@ def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket
             os.kill(process_id, number)
 
     def fork(index: int) -> None:
-        process_id = os.fork()
-        if process_id:
+        """A worker, unless the end has come: the signal for it finds a worker in the table, or not begun."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        process_id = None if stopping else os.fork()
+        if process_id == 0:
+            for number in ENDING:
+                signal.signal(number, signal.SIG_DFL)  # until the worker has handlers of its own
+        elif process_id is not None:
             workers[process_id] = index
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        if process_id != 0:
             return
         table.worker = index
         code = 1
@@ -110,8 +118,8 @@ def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket
         finally:
             os._exit(code)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in ENDING:
+        signal.signal(number, stop)
     try:
         for index in range(config.workers):
             fork(index)

@@ -150,7 +150,8 @@ class Leg:
     def end(self) -> None:
         """The answer is complete; the connection is the pool's again."""
         self._connection = None
-        self._pool.table.served(self.instance)
+        if self.tokens is not None and self.status is not None and self.status < 500:
+            self._pool.table.served(self.instance)
         self._end(None)
 
     def lost(self) -> None:
@@ -300,6 +301,7 @@ class InstanceConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """httptools: the answer is complete (an interim 1xx answer is not one)."""
+        self._headers.clear()  # trailers are not passed on
         self._complete = self._parser.get_status_code() >= 200
         self._keep_alive = self._parser.should_keep_alive() and not self._until_close
 
@@ -310,6 +312,8 @@ class InstanceConnection(asyncio.Protocol):
             self.transport.abort()
             return
         if self._keep_alive:
+            if leg.paused:  # by a slow client, with the answer's last bytes: the next one's must be read
+                self.transport.resume_reading()
             self._pool.give(self, leg.instance)
         else:
             self.transport.close()
