@@ -25,7 +25,7 @@ from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
-from pdbench.records import Clock, DeviceRecord, Flag, Run, check_writable, save_run
+from pdbench.records import Clock, DeviceRecord, Flag, Gate, Run, check_writable, save_run
 from pdbench.serving import machine as machines
 from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
@@ -86,12 +86,11 @@ def run(
             with started(make(name), console) as deployment:
                 running = deployment.running()
                 if name not in runs:
-                    verdict, output = gate.run(running, nonce, reference)
-                    if name == "single" and reference is None:
-                        reference = output
-                    runs[name] = _new_run(running, clock, options, verdict if name == "disaggregated" else None)
-                    if name == "disaggregated":
-                        _tell_gate(runs[name], console)
+                    runs[name] = _new_run(running, clock, options)
+                if name == "disaggregated":  # each start has connections and KV caches of its own
+                    _pass_gate(runs[name], gate.run(running, nonce, reference)[0], console)
+                elif name == "single" and reference is None:
+                    reference = gate.run(running, nonce, reference)[1]
                 try:
                     _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check, cluster)
                 finally:
@@ -145,10 +144,9 @@ def bench(
         running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
     _check_lengths(options.load, running.config.get("max_model_len"))
     clock = Clock.start()
-    verdict = gate.run(running, int(clock.unix_s), None)[0] if running.name == "disaggregated" else None
-    one = _new_run(running, clock, options, verdict)
-    if verdict:
-        _tell_gate(one, console)
+    one = _new_run(running, clock, options)
+    if running.name == "disaggregated":
+        _pass_gate(one, gate.run(running, int(clock.unix_s), None)[0], console)
     try:
         _measure_into(one, running, options, list(range(trials)), console, _cooldown(options), lambda: None, cluster)
     finally:
@@ -223,24 +221,24 @@ def started(deployment: Any, console: Console) -> Iterator[Any]:
             yield deployment
 
 
-def _new_run(running: Running, clock: Clock, options: Options, verdict: Any) -> Run:
-    one = Run(
+def _new_run(running: Running, clock: Clock, options: Options) -> Run:
+    return Run(
         name=running.name,
         clock=clock,
         config=options.plain() | {"serve": running.config or None, "url": running.url, "model": running.model_name},
         host=machines.host_facts(),
         versions=machines.versions(),
-        gate=verdict,
     )
-    if verdict and not verdict.passed:
+
+
+def _pass_gate(one: Run, verdict: Gate, console: Console) -> None:
+    """Enter a start's verdict into its run, where the first failure stays, and tell it."""
+    if one.gate is None or one.gate.passed:
+        one.gate = verdict
+    if not verdict.passed:
         one.flags.append(Flag("gate-failed", verdict.detail))
-    return one
-
-
-def _tell_gate(one: Run, console: Console) -> None:
-    assert one.gate is not None
-    style, word = ("green", "passed") if one.gate.passed else ("bold red", "FAILED")
-    console.print(f"  correctness gate [{style}]{word}[/{style}]: {one.gate.detail}", highlight=False)
+    style, word = ("green", "passed") if verdict.passed else ("bold red", "FAILED")
+    console.print(f"  correctness gate [{style}]{word}[/{style}]: {verdict.detail}", highlight=False)
 
 
 def _measure_into(
@@ -315,8 +313,9 @@ def _one_trial(
             tokenizer_path=running.model_path,
             on_progress=on_progress,
         )
-    one.requests += result.requests
-    one.trials.append(result.trial)
+    if any(not request.warmup for request in result.requests):  # else it ended amid the warm-up
+        one.requests += result.requests
+        one.trials.append(result.trial)
     one.flags += [flag for flag in result.flags if flag not in one.flags]
     if any(flag.name == "interrupted" for flag in result.flags):
         raise KeyboardInterrupt

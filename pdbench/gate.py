@@ -67,10 +67,18 @@ def _answer(url: str, model: str, text: str, timeout_s: float) -> tuple[str, int
 
 
 def external_kv_tokens(urls: list[str]) -> int | None:
-    """Prompt tokens that these servers took from external KV so far, by vLLM's counter; None when it has none."""
+    """Prompt tokens that these servers took from external KV so far, by vLLM's counter; None when it has none.
+
+    Raises UserError when one of them does not tell: nothing would be known then.
+    """
     found = []
     for url in urls:
-        text = (get(url, "/metrics", timeout_s=10.0) or b"").decode()
+        answer = get(url, "/metrics", timeout_s=10.0)
+        if answer is None:
+            raise UserError(
+                f"{url}/metrics does not answer, without which no KV can be proven to have come: read the logs"
+            )
+        text = answer.decode()
         pattern = r'^vllm:prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\} ([0-9.e+]+)$'
         found += re.findall(pattern, text, flags=re.MULTILINE)
     return int(sum(map(float, found))) if found else None

@@ -47,26 +47,35 @@ def join(requests: list[RequestRecord], events: list[dict[str, Any]]) -> None:
     proxied = {
         event["request_id"]: event for event in events if event["event"] == "request" and event.get("request_id")
     }
-    received = {
-        event["transfer_id"]: event
-        for event in events
-        if event["event"] == "kv_transfer" and event.get("side") == "receive"
-    }
+    received = _transfers(events)
     for request in requests:
         event = proxied.get(request.id)
         if event is None:
             continue
-        transfer = received.get(event.get("transfer_id"))
-        kv_end = transfer["end_s"] if transfer and not transfer.get("error") else None
+        kv_begin, kv_end = received.get(event.get("transfer_id") or "", (None, None))
         if event.get("prefill_sent_s") is not None and "queue" in request.phases:
             # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
             request.phases["decode_queue"] = request.phases.pop("queue")
         last_token = request.token_s[-1] if request.token_s else None
         request.phases |= {
             "prefill": _interval(event.get("prefill_sent_s"), event.get("prefill_done_s")),
-            "kv_transfer": _interval(transfer.get("first_byte_s"), kv_end) if transfer else None,
+            "kv_transfer": _interval(kv_begin, kv_end),
             "decode": _interval(kv_end if kv_end is not None else event.get("decode_sent_s"), last_token),
         }
+
+
+def _transfers(events: list[dict[str, Any]]) -> dict[str, tuple[float | None, float | None]]:
+    """When each transfer's first byte came and when all was there, over all ranks of decode; no end where one of them failed."""
+    ranks: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "kv_transfer" and event.get("side") == "receive":
+            ranks.setdefault(event["transfer_id"], []).append(event)
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for transfer_id, ends in ranks.items():
+        begun = [end["first_byte_s"] for end in ends if end.get("first_byte_s") is not None]
+        failed = any(end.get("error") for end in ends)
+        found[transfer_id] = (min(begun, default=None), None if failed else max(end["end_s"] for end in ends))
+    return found
 
 
 def _interval(start_s: float | None, end_s: float | None) -> Interval | None:

@@ -1,10 +1,20 @@
 """The gate's verdicts and the join of proxy, connector and client instants."""
 
+import io
 import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
-from pdbench import gate, phases
-from pdbench.records import Clock, RequestRecord
+import pytest
+from rich.console import Console
+
+from pdbench import experiment, gate, phases
+from pdbench.config import Options
+from pdbench.errors import UserError
+from pdbench.records import Clock, Gate, RequestRecord
 from pdbench.serving.running import Running
 
 SPLIT = Running(name="disaggregated", url="http://127.0.0.1:8000", model_name="m")
@@ -68,6 +78,56 @@ def test_events_join_the_client_by_request_and_transfer_id(tmp_path: Path) -> No
     rounded = {name: None if span is None else tuple(round(x, 6) for x in span) for name, span in joined.phases.items()}
     assert rounded == {"prefill": (0.2, 0.5), "kv_transfer": (0.51, 0.52), "decode": (0.52, 0.7)}
     assert alone.phases == {}
+
+
+def receive(rank: int, first_byte_s: float, end_s: float, error: str | None = None) -> dict[str, object]:
+    span = {"first_byte_s": first_byte_s, "end_s": end_s}
+    return {"event": "kv_transfer", "side": "receive", "transfer_id": "t1", "rank": rank, "error": error, **span}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_transfer_lasts_until_its_last_rank_has_all(order: int) -> None:
+    proxy = {"event": "request", "request_id": "r1", "transfer_id": "t1", "decode_sent_s": 0.5}
+    ranks = [receive(0, 1.0, 3.0), receive(1, 1.9, 2.0)][::order]
+    request = RequestRecord(id="r1", planned_s=0.0, token_s=[4.0])
+    phases.join([request], [proxy, *ranks])
+    assert (request.phases["kv_transfer"], request.phases["decode"]) == ((1.0, 3.0), (3.0, 4.0))
+    phases.join([request], [proxy, receive(0, 1.0, 3.0, "gone"), receive(1, 1.9, 2.0)][::order])
+    assert (request.phases["kv_transfer"], request.phases["decode"]) == (None, (0.5, 4.0))
+
+
+def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [gate.check(SPLIT, 1, texts, OUTPUT, 80) for texts in (TEXTS, ["other", *TEXTS[1:]])]
+    gated, runs = [], {}
+
+    @contextmanager
+    def started(deployment: SimpleNamespace, _: Console) -> Iterator[object]:
+        running = Running(name=deployment.name, url="http://127.0.0.1:8000", model_name="m")
+        yield SimpleNamespace(running=lambda: running, check=None)
+
+    def passes(running: Running, *_: object) -> tuple[Gate, list[str]]:
+        gated.append(running.name)
+        return (verdicts[gated.count("disaggregated") - 1], TEXTS)
+
+    made = lambda name: SimpleNamespace(name=name, check_ports=lambda: None)  # noqa: E731
+    monkeypatch.setattr(experiment, "maker", lambda *_: made)
+    monkeypatch.setattr(experiment, "started", started)
+    monkeypatch.setattr(gate, "run", passes)
+    monkeypatch.setattr(experiment, "_measure_into", lambda one, *_: runs.setdefault(one.name, one))
+    told = Console(file=io.StringIO(), width=200)
+    experiment.run(("single", "disaggregated"), 3, Options(), tmp_path, told, lambda _: None)
+    assert gated == ["single", "disaggregated", "disaggregated"]
+    assert told.file.getvalue().count("correctness gate") == 2
+    assert not runs["disaggregated"].gate.passed
+    assert [flag.name for flag in runs["disaggregated"].flags] == ["gate-failed"]
+    assert runs["single"].gate is None
+
+
+def test_a_decode_that_does_not_tell_its_counters_proves_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match=f"{url}/metrics does not answer"):
+        gate.external_kv_tokens([url])
 
 
 def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is(tmp_path: Path) -> None:

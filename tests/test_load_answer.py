@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_server import SSE_HEAD, chunk, event, token, usage
@@ -90,6 +91,14 @@ def test_a_finish_makes_up_for_a_missing_end_of_body():
     assert not answer.complete
     answer.closed(5.0, "reset", "gone")
     assert answer.complete and answer.record.error is None and answer.record.end_s == 1.0
+
+
+@pytest.mark.parametrize("unfinished", [None, ""])
+def test_a_stream_that_is_cut_before_its_finish_fails(unfinished):
+    answer = Answer(RequestRecord(id="r", planned_s=0.0))
+    answer.feed(SSE_HEAD + chunk(event(token("a", [1], unfinished))), 1.0)
+    answer.closed(5.0, "reset", "gone")
+    assert answer.record.error is not None and answer.record.error.kind == "reset"
 
 
 def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():

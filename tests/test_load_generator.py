@@ -166,20 +166,87 @@ def test_ctrl_c_keeps_what_was_measured(processes):
     assert all(record.error.kind == "interrupted" and record.token_s for record in result.requests)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_amid_the_warm_up_sends_nothing_that_counts(processes):
+    with ScriptedServer(stream(tokens(100), pause_s=0.05)) as server:
+
+        def press() -> None:
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        result = load(server, concurrency=2, requests=50, warmup=2, client_processes=processes)
+        assert len(server.requests) == 2
+    assert "interrupted" in [flag.name for flag in result.flags]
+    assert measured(result) == []
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.6])
+def test_ctrl_c_while_client_processes_start_is_no_crash_of_theirs(after_s):
+    with ScriptedServer(stream(tokens(3))) as server:
+        timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            # By then they have begun: an interruption that keeps what came.
+            result = load(server, concurrency=2, duration_s=5.0, warmup=0, client_processes=2)
+            assert "interrupted" in [flag.name for flag in result.flags]
+        except KeyboardInterrupt:
+            assert not server.requests
+        finally:
+            timer.cancel()
+
+
+def test_a_server_that_refuses_token_ids_for_ever_is_asked_twice():
+    refusal = b'{"error": {"message": "return_token_ids: unknown"}}'
+    head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(refusal)
+    with ScriptedServer(lambda peer: peer.write(head + refusal)) as server:
+        result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
+        assert len(server.requests) == 2
+    assert [record.error.kind for record in result.requests] == ["http_400"]
+
+
 def record(identity: int, sent_s: float, end_s: float, **more) -> RequestRecord:
     return RequestRecord(id=str(identity), planned_s=sent_s, sent_s=sent_s, end_s=end_s, **more)
 
 
+def part_of(records: list[RequestRecord], streams: int | None) -> Part:
+    """A process's records as the window sees them."""
+    return Part(
+        requests=records,
+        streams=streams,
+        due_s={},
+        begin_s=0.0,
+        busy_s=b"",
+        read_delays_s=b"",
+        merged_reads=0,
+        cpu_s=0.0,
+        wall_s=0.0,
+    )
+
+
 def test_windows_leave_out_ramp_up_and_drain():
     closed = [record(0, 0.0, 2.0), record(1, 0.5, 3.0), record(2, 2.0, 5.0), record(3, 3.0, 6.0)]
-    assert truth.window(closed, 2, False)[:2] == (0.5, 5.0)
-    assert truth.window(closed[:3], 2, False)[:2] == (0.0, 5.0)
-    assert "whole run" in truth.window(closed[:3], 2, False)[2]
+    warmup = record(9, -3.0, -1.0, warmup=True)
+    assert truth.window([part_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
+    assert truth.window([part_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
+    assert "whole run" in truth.window([part_of(closed[:3], 2)], False)[2]
     opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
-    assert truth.window(opened, None, True)[:2] == (2.5, 9.0)
-    assert truth.window(opened[:2], None, True)[:2] == (0.0, 3.5)
-    assert truth.window([], 1, False)[2].startswith("empty")
-    assert truth.window([record(0, 1.0, 2.0), record(1, 2.0, 3.0)], 1, False)[:2] == (1.0, 3.0)
+    assert truth.window([part_of(opened, None)], True)[:2] == (2.5, 9.0)
+    assert truth.window([part_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
+    assert truth.window([part_of([warmup], 1)], False)[2].startswith("empty")
+    lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
+    assert truth.window([part_of(lone, 1)], False)[:2] == (1.0, 3.0)
+
+
+def test_a_split_clients_window_ends_with_the_process_that_runs_dry_first():
+    quick = [record(index, index * 1.0, index + 1.0) for index in range(6)]
+    slow = [record(index, 0.5 + index * 1.5, 2.0 + index * 1.5) for index in range(6)]
+    both = [part_of(quick, 1), part_of(slow, 1)]
+    assert truth.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
+    assert "whole run" in truth.window([*both, part_of(slow[:1], 2)], False)[2], (
+        "two streams of one were never in flight"
+    )
 
 
 def test_steady_means_equal_halves():
@@ -201,6 +268,7 @@ def part(
     return Part(
         requests=records,
         due_s=due,
+        streams=4,
         begin_s=-0.1,
         busy_s=packed,
         read_delays_s=packed,
@@ -230,9 +298,7 @@ def test_beyond_its_bounds_a_run_is_marked_with_the_remedy(made, reason):
 
 
 def test_the_truth_of_nothing():
-    empty = Part(
-        requests=[], due_s={}, begin_s=0.0, busy_s=b"", read_delays_s=b"", merged_reads=0, cpu_s=0.0, wall_s=0.0
-    )
+    empty = part_of([], 1)
     failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
     client = truth.describe([empty], [failed], streams=1, open_loop=False)
     assert client["user_minus_kernel_ms"] is None and client["cpu_us_per_token"] is None

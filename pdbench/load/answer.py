@@ -201,7 +201,7 @@ class Answer:
             token_s.append(self._now_s)
         elif count:
             token_s.extend([self._now_s] * count)
-        if choice.finish_reason is not None:
+        if choice.finish_reason:  # some servers say "" until the end
             self.record.finish_reason = choice.finish_reason
             self._finished = True
 

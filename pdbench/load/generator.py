@@ -84,7 +84,7 @@ def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
     measured = [record for record in requests if not record.warmup]
     streams, open_loop = plan.streams(config), plan.is_open_loop(config)
     client = truth.describe(parts, measured, streams=streams, open_loop=open_loop)
-    start_s, end_s, client["window"] = truth.window(measured, streams, open_loop)
+    start_s, end_s, client["window"] = truth.window(parts, open_loop)
     if config.phase == "decode" and (decoding := truth.decode_window(measured)):
         start_s, end_s, client["window"] = decoding
     if steady := parts[0].steady_window:
@@ -115,12 +115,14 @@ def run_part(
     parts: int = 1,
     begin: Callable[[], float] | None = None,
     stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
+    interrupted: threading.Event | None = None,
     on_progress: Progress | None = None,
     on_part: Callable[[Part], None] | None = None,
 ) -> Part:
     """One process's part: every `parts`-th request of the plan from `part` on, over its share of the streams.
 
-    `begin` is called after the warm-up and returns the common start on the run's clock. `on_part` is given, about once a second,
+    `begin` is called after the warm-up and returns the common start on the run's clock. One of `stop_signals`, or whoever sets
+    `interrupted`, ends it with what was measured. `on_part` is given, about once a second,
     what ended since: requests with their due instants, without the client's own figures but its CPU.
     """
     _raise_descriptor_limit()
@@ -137,7 +139,7 @@ def run_part(
         read_timeout_s=config.read_timeout_s,
         verify_tls=config.tls_verify,
     )
-    interrupted = threading.Event()
+    interrupted = interrupted or threading.Event()
     with client, stopping(stop_signals, interrupted.set), _no_garbage_collection(), _real_time() as real_time:
         load = _Load(config, client, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
         load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
@@ -146,12 +148,14 @@ def run_part(
         began_cpu_s, began_s = time.thread_time(), time.monotonic()
         load.on_progress, load.total = on_progress, total
         if on_part is not None:
-            load.on_ended = lambda ended: on_part(_piece(load, ended, begin_s, time.thread_time() - began_cpu_s))
-        load.drive(planned, share, begin_s)
+            load.on_ended = lambda ended: on_part(_piece(load, share, ended, begin_s, time.thread_time() - began_cpu_s))
+        if not interrupted.is_set():
+            load.drive(planned, share, begin_s)
         cpu_s, wall_s = time.thread_time() - began_cpu_s, time.monotonic() - began_s
         return Part(
             requests=load.records,
             due_s=load.due_s,
+            streams=share,
             begin_s=begin_s,
             busy_s=client.busy_s.tobytes(),
             read_delays_s=client.clock.read_delays_s.tobytes(),
@@ -165,10 +169,11 @@ def run_part(
         )
 
 
-def _piece(load: "_Load", ended: list[RequestRecord], begin_s: float, cpu_s: float) -> Part:
+def _piece(load: "_Load", share: int | None, ended: list[RequestRecord], begin_s: float, cpu_s: float) -> Part:
     return Part(
         requests=ended,
         due_s={record.id: load.due_s[record.id] for record in ended},
+        streams=share,
         begin_s=begin_s,
         busy_s=b"",
         read_delays_s=b"",
@@ -193,6 +198,7 @@ class _Load:
         self.total: int | None = None
         self.steady_window: tuple[float, float] | None = None
         self.token_ids_refused = False
+        self._asked_again: set[str] = set()
         self._in_flight: dict[str, Planned] = {}
         self._progress_at_s = self._sample_at_s = self._ended_at_s = 0.0
         self._told = 0
@@ -252,9 +258,12 @@ class _Load:
             and error.kind in ("http_400", "http_422")
             and "return_token_ids" in error.message
             and self.config.token_ids
+            and record.id not in self._asked_again
         ):
             self.token_ids_refused = True
+            self._asked_again.add(record.id)
             again = RequestRecord(id=record.id, planned_s=record.planned_s, trial=record.trial, warmup=record.warmup)
+            again.prompt_tokens = planned.prompt.tokens
             self._start(again, planned)
             return False
         del self._in_flight[record.id]

@@ -6,6 +6,7 @@ Try: pdbench bench --url http://127.0.0.1:8000 --model NAME --rate 200 --request
 
 import multiprocessing
 import signal
+import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -25,7 +26,10 @@ _encode, _decode = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Part)
 def run_parts(
     config: LoadConfig, *, url: str, model: str, clock: Clock, trial: int, on_progress: Progress | None = None
 ) -> list[Part]:
-    """The parts of `config.client_processes` processes. Raises UserError when one of them fails or dies."""
+    """The parts of `config.client_processes` processes. Raises UserError when one of them fails or dies.
+
+    Ctrl-C or SIGTERM ends them with what was measured; raises KeyboardInterrupt when that is nothing, as while they start.
+    """
     if config.steady_s is not None:
         raise UserError("--steady-s needs --client-processes 1: only one process sees the whole load; use --duration-s")
     context = multiprocessing.get_context("spawn")
@@ -39,10 +43,23 @@ def run_parts(
         theirs.close()
         pipes.append(ours)
         workers.append(worker)
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        for worker in workers:
+            worker.terminate()
+
     try:
-        with stopping(STOP_SIGNALS, lambda: _stop(workers)):
+        with stopping(STOP_SIGNALS, stop):
             return _collect(pipes, clock, on_progress)
+    except _GoneError:
+        if stopped.is_set():  # it had not begun
+            raise KeyboardInterrupt from None
+        raise
     finally:
+        for pipe in pipes:
+            pipe.close()
         for worker in workers:
             worker.join(timeout=5.0)
             if worker.is_alive():
@@ -50,9 +67,8 @@ def run_parts(
                 worker.join()
 
 
-def _stop(workers: list[BaseProcess]) -> None:
-    for worker in workers:
-        worker.terminate()
+class _GoneError(UserError):
+    """A client process ended without a word."""
 
 
 def _collect(pipes: list[Connection], clock: Clock, on_progress: Progress | None) -> list[Part]:
@@ -84,7 +100,7 @@ def _receive(pipe: Connection, expected: str | None = None) -> tuple[str, Any]:
     try:
         kind, value = pipe.recv()
     except EOFError:
-        raise UserError("a client process died: free memory or lower --client-processes") from None
+        raise _GoneError("a client process died: free memory or lower --client-processes") from None
     if kind == "error":
         raise UserError(value)
     assert expected is None or kind == expected, f"{kind} where {expected} was due"
@@ -106,6 +122,8 @@ def work(
     With `pieces` it also tells, about once a second, what ended since, for a parent that may lose it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())  # until the part is handed back
 
     def begin() -> float:
         pipe.send(("ready", None))
@@ -124,8 +142,16 @@ def work(
             "on_part": (lambda piece: pipe.send(("piece", _encode.encode(piece)))) if pieces else None,
         }
         made = run_part(
-            config, **arguments, part=part, parts=config.client_processes, begin=begin, stop_signals=(signal.SIGTERM,)
+            config,
+            **arguments,
+            part=part,
+            parts=config.client_processes,
+            begin=begin,
+            stop_signals=(),
+            interrupted=interrupted,
         )
         pipe.send(("part", _encode.encode(made)))
     except UserError as error:
         pipe.send(("error", str(error)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent has given up

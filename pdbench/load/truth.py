@@ -5,7 +5,8 @@ Try: pytest tests/test_load_generator.py
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any
 
 import msgspec
@@ -28,10 +29,12 @@ REMEDY = (
 
 
 class Part(msgspec.Struct, kw_only=True):
-    """What one client process measured. `due_s` is, by request id, when it could have been sent; delays are raw float64 arrays."""
+    """What one client process measured. `due_s` is, by request id, when it could have been sent; `streams` is how many it may
+    have in flight (None: no bound); delays are raw float64 arrays."""
 
     requests: list[RequestRecord]
     due_s: dict[str, float]
+    streams: int | None
     begin_s: float
     busy_s: bytes
     read_delays_s: bytes
@@ -123,14 +126,13 @@ def _limits(client: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def window(measured: Sequence[RequestRecord], streams: int | None, open_loop: bool) -> tuple[float, float, str]:
+def window(parts: Sequence[Part], open_loop: bool) -> tuple[float, float, str]:
     """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where that is no time.
 
-    Closed loop: from the instant the asked streams were all in flight to the first that stayed empty. Open loop: from the
-    first completion (until then the system only fills) to the last sending.
+    Closed loop: from the instant the asked streams were all in flight to the first that stayed empty, in whichever process. Open
+    loop: from the first completion (until then the system only fills) to the last sending.
     """
-    sent = sorted(record.sent_s for record in measured if record.sent_s is not None)
-    ended = sorted(record.end_s for record in measured if record.sent_s is not None and record.end_s is not None)
+    sent, ended = _sent_and_ended(record for part in parts for record in part.requests)
     if not sent or not ended:
         return 0.0, 0.0, "empty: no request was sent"
     whole = (sent[0], max(ended[-1], sent[-1]))
@@ -138,14 +140,31 @@ def window(measured: Sequence[RequestRecord], streams: int | None, open_loop: bo
         start_s, end_s, name = ended[0], sent[-1], "first completion to last sending"
         enough = sum(start_s <= at_s <= end_s for at_s in ended) >= 2
     else:
-        asked = streams or 1
-        start_s = sent[asked - 1] if len(sent) >= asked else whole[1]
-        end_s = next((at_s for at_s in ended if at_s > sent[-1]), whole[1])
+        asked = sum(part.streams or 1 for part in parts)
+        full = [_full(part.requests, part.streams or 1) for part in parts]
+        start_s, end_s = max(start for start, _ in full), min(end for _, end in full)
         name = f"all {asked} streams in flight"
         enough = len(sent) >= 2 * asked
     if not enough or end_s <= start_s:
         return *whole, "whole run, ramp-up and drain included: too few requests for a time at full load"
     return start_s, end_s, name
+
+
+def _sent_and_ended(records: Iterable[RequestRecord]) -> tuple[list[float], list[float]]:
+    """When the measured requests were sent and when they ended, each in order."""
+    sent = [record for record in records if not record.warmup and record.sent_s is not None]
+    return (
+        sorted(record.sent_s for record in sent if record.sent_s is not None),
+        sorted(record.end_s for record in sent if record.end_s is not None),
+    )
+
+
+def _full(records: Sequence[RequestRecord], streams: int) -> tuple[float, float]:
+    """From when to when all streams of one process were in flight; nothing (inf, -inf) if they never were."""
+    sent, ended = _sent_and_ended(records)
+    if not ended or len(sent) < streams:
+        return inf, -inf
+    return sent[streams - 1], next((at_s for at_s in ended if at_s > sent[-1]), max(ended[-1], sent[-1]))
 
 
 def decode_window(measured: Sequence[RequestRecord]) -> tuple[float, float, str] | None:
