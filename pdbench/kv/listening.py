@@ -1,6 +1,6 @@
 """Prefill's open door: accepts connections, shakes hands, and lets no stranger hold it up.
 
-Try: python -m pytest tests/test_kv_faults.py -k stranger
+Try: python -m pytest tests/test_kv_connections.py -k stranger
 """
 
 from __future__ import annotations

@@ -46,11 +46,12 @@ def serve(config: ProxyConfig) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listeners = _listen(config)
     host, port = listeners[0].getsockname()[:2]
-    print(f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    where = f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}"
     if config.workers == 1:
+        print(where, flush=True)
         _work(config, table, listeners[0], None)
     else:
-        _supervise(config, table, listeners)
+        _supervise(config, table, listeners, where)
 
 
 def _listen(config: ProxyConfig) -> list[socket.socket]:
@@ -84,9 +85,8 @@ async def _run(config: ProxyConfig, table: InstanceTable, listener: socket.socke
     await Worker(config, table, metrics_folder).run(listener)
 
 
-def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket.socket]) -> None:
-    """Fork the workers and start one anew that dies; pass the first signal on, and wait for all."""
-    metrics_folder = tempfile.mkdtemp(prefix="pdbench-proxy-")
+def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket.socket], where: str) -> None:
+    """Fork the workers and start one anew that dies; pass the first signal on, and wait for all. Prints `where` when it is heard."""
     stopping = False
     workers: dict[int, int] = {}
 
@@ -120,6 +120,8 @@ def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket
 
     for number in ENDING:
         signal.signal(number, stop)
+    print(where, flush=True)
+    metrics_folder = tempfile.mkdtemp(prefix="pdbench-proxy-")
     try:
         for index in range(config.workers):
             fork(index)
