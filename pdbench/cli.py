@@ -352,8 +352,9 @@ def sweep(
             return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish, joined)]
         return experiment.run(_deployment_names(against), trials, one, folder, console, finish, joined)
 
+    what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and cluster.cluster}
     with stop_on_signals(), joined_cluster(cluster) as joined:
-        sweep_figures.present(sweep.run(points, out, measure, console), out, console)
+        sweep_figures.present(sweep.run(points, out, measure, console, what), out, console)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
@@ -45,8 +46,10 @@ def report(findings: list[Finding], console: Console) -> int:
         if one.section != section:
             section = one.section
             console.print(f"\n[bold]{section}[/bold]")
-        remedy = f"\n        -> {one.remedy}" if one.remedy else ""
-        console.print(f"  [{_STYLES[one.state]}]{one.state:5}[/] {one.text}{remedy}", highlight=False, soft_wrap=True)
+        remedy = f"\n        -> {escape(one.remedy)}" if one.remedy else ""
+        console.print(
+            f"  [{_STYLES[one.state]}]{one.state:5}[/] {escape(one.text)}{remedy}", highlight=False, soft_wrap=True
+        )
     wrong = sum(one.state == WRONG for one in findings)
     console.print(f"\n{wrong} thing(s) to mend before a run." if wrong else "\nThis machine can run pdbench.")
     return 1 if wrong else 0
@@ -61,6 +64,9 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         return
     yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
     for gpu in machine.gpus:
+        if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
+            yield Finding(section, NOTE, f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, its memory is not told")
+            continue
         free = gpu.memory_total_mib - gpu.memory_used_mib
         enough = free >= config.gpu_memory_utilization * gpu.memory_total_mib
         text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"

@@ -68,7 +68,9 @@ def run(
     _check_options(options, trials, cluster)
     if len(set(names)) < len(names):
         raise UserError(f"--against {','.join(names)} names a deployment twice: each once, --trials repeats them")
-    check_writable(out)
+    for folder in (out, *(out / f"{name}_results" for name in names)):
+        if folder == out or folder.exists():
+            check_writable(folder)
     make = maker(options.serve, cluster)
     _check_lengths(options.load, options.serve.max_model_len)
     for name in names:
@@ -334,9 +336,10 @@ def _one_trial(
 
 
 def _save_all(runs: dict[Name, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
-    with _undisturbed():
-        for one in runs.values():
-            _save(one, out, on_saved)
+    """One after the other, whatever goes wrong with the others; the first exception goes on at the end."""
+    with _undisturbed(), ExitStack() as each:
+        for one in reversed(runs.values()):
+            each.callback(_save, one, out, on_saved)
 
 
 @contextmanager

@@ -205,18 +205,26 @@ def write_whole(path: Path, data: bytes) -> None:
             file.write(data)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another folder") from None
         raise
 
 
 def save_run(run: Run, folder: Path) -> Path:
-    """Write `NAME_results.json` and one `ROLE_gpu_data.json` a role into `folder`; returns the results file's path."""
-    for role in sorted({device.role or "host" for device in run.devices}):
+    """Write `NAME_results.json` and one `ROLE_gpu_data.json` a role into `folder`; returns the results file's path.
+
+    Device files of an earlier run there are removed: `load_run` would take them for this one's.
+    """
+    roles = sorted({device.role or "host" for device in run.devices})
+    for role in roles:
         devices = [device for device in run.devices if (device.role or "host") == role]
         save_devices(folder / f"{role}_gpu_data.json", role, devices)
     path = folder / f"{run.name}_results.json"
     write_whole(path, _encode(run))
+    for other in set(folder.glob("*_gpu_data.json")) - {folder / f"{role}_gpu_data.json" for role in roles}:
+        other.unlink()
     return path
 
 

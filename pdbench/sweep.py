@@ -9,12 +9,13 @@ import json
 import shutil
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from pdbench.config import Options
 from pdbench.errors import UserError
@@ -71,20 +72,22 @@ def with_slo(options: Options, slo: str) -> Options:
 
 
 def run(
-    made: Sequence[Point], out: Path, measure: Measure, console: Console
+    made: Sequence[Point], out: Path, measure: Measure, console: Console, what: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[dict[str, Any], list[Path]]]:
     """Measure the points that are not yet in `out`; yields every point's varied options and its results folders.
 
-    `measure(options, folder)` measures one point and returns its results folders. A point that fails is told and left out; the
+    `measure(options, folder)` measures one point and returns its results folders; `what` it measures beside the options (the
+    deployments, say) must be the same for a point to count as measured. A point that fails is told and left out; the
     others go on. Raises UserError when none succeeded.
     """
     check_writable(out)
     spent_s: list[float] = []
     failed = 0
-    left = sum(_folders_of(point, out / point.name) is None for point in made)
+    what = dict(what or {})
+    left = sum(_folders_of(point, what, out / point.name) is None for point in made)
     for number, point in enumerate(made, 1):
         folder = out / point.name
-        folders = _folders_of(point, folder)
+        folders = _folders_of(point, what, folder)
         place = f"[bold]point {number} of {len(made)}[/bold] {point.name}"
         if folders is not None:
             console.print(f"{place}: already measured", highlight=False)
@@ -95,10 +98,10 @@ def run(
         left -= 1
         begin_s = time.monotonic()
         try:
-            folders = _measured(point, folder, measure)
+            folders = _measured(point, what, folder, measure)
         except UserError as error:
             failed += 1
-            console.print(f"  [red]failed[/red]: {error}", highlight=False)
+            console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
             continue
         spent_s.append(time.monotonic() - begin_s)
         yield point.varied, folders
@@ -106,21 +109,24 @@ def run(
         raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
 
 
-def _measured(point: Point, folder: Path, measure: Measure) -> list[Path]:
+def _measured(point: Point, what: dict[str, Any], folder: Path, measure: Measure) -> list[Path]:
     if folder.exists():
         # An unfinished or older measurement: its files must not be taken for this one's.
         shutil.rmtree(folder)
     folders = measure(point.options, folder)
     names = [str(one.relative_to(folder)) for one in folders]
-    write_whole(folder / _DONE, json.dumps({"options": _plain(point), "results": names}, indent=1).encode())
+    write_whole(
+        folder / _DONE, json.dumps({"what": what, "options": _plain(point), "results": names}, indent=1).encode()
+    )
     return folders
 
 
-def _folders_of(point: Point, folder: Path) -> list[Path] | None:
-    """The results of a point that was measured whole with the same options, else None."""
+def _folders_of(point: Point, what: dict[str, Any], folder: Path) -> list[Path] | None:
+    """The results of a point that was measured whole, the same with the same options, else None."""
     try:
         done = json.loads((folder / _DONE).read_bytes())
-        return [folder / name for name in done["results"]] if done["options"] == _plain(point) else None
+        same = done["what"] == what and done["options"] == _plain(point)
+        return [folder / name for name in done["results"]] if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pdbench.analysis.attribution import attribute, efficiency, intersect, without
 from pdbench.analysis.energy import active_and_idle_j, energy_in, energy_over, merge, residual_flags
+from pdbench.analysis.summary import summarize
 from pdbench.records import (
     Clock,
     DeviceRecord,
@@ -135,6 +136,16 @@ def disaggregated() -> Run:
             {"event": "kv_transfer", "side": "receive", "bytes": 10**9, "first_byte_s": 10.5, "end_s": 11.0},
         ],
     )
+
+
+def test_gpus_of_one_index_on_two_hosts_are_two() -> None:
+    run = disaggregated()
+    for host, device in zip(("a", "b"), run.devices, strict=True):
+        device.id, device.index, device.host = "gpu0", 0, host
+    summary = summarize(run)
+    assert summary["energy"]["total_j"] == pytest.approx(7000)
+    assert summary["energy"]["by_role_j"] == {"prefill": pytest.approx(3000), "decode": pytest.approx(4000)}
+    assert set(summary["devices"]) == {"a/gpu0", "b/gpu0"}
 
 
 def test_roles_phases_and_tokens_get_their_joules() -> None:

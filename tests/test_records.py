@@ -34,6 +34,15 @@ def test_a_saved_run_is_read_back_whole(tmp_path: Path) -> None:
     assert load_run(tmp_path) == a_run()
 
 
+def test_devices_of_an_earlier_run_are_not_this_ones(tmp_path: Path) -> None:
+    save_run(a_run(), tmp_path)
+    assert load_run(tmp_path).devices
+    without = a_run()
+    without.devices = []
+    save_run(without, tmp_path)
+    assert load_run(tmp_path).devices == []
+
+
 def test_each_request_stands_on_its_own_line(tmp_path: Path) -> None:
     lines = save_run(a_run(), tmp_path).read_text().splitlines()
     assert sum(line.startswith('  {"id":') for line in lines) == 2
@@ -68,7 +77,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         save_run(a_run(), tmp_path)
     assert path.read_bytes() == before
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]

@@ -1,5 +1,6 @@
 """Servers end with all they started, however their parent ends."""
 
+import dataclasses
 import http.server
 import os
 import signal
@@ -13,7 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdbench import doctor
+from pdbench.config import ServeConfig
+from pdbench.serving import machine, running
 from pdbench.serving.process import ServerProcess, get
+from pdbench.serving.running import Running
 
 
 def wait_until(condition, timeout_s=30.0):
@@ -100,6 +105,30 @@ def test_the_likely_cause_is_named(tmp_path: Path, line: str, remedy: str) -> No
     wait_until(lambda: process.exit_code() is not None)
     assert remedy in (process.likely_cause() or "")
     process.close()
+
+
+def test_servers_that_another_process_owns_stay_known(tmp_path: Path) -> None:
+    one = Running(name="single", url="http://127.0.0.1:1", model_name="m", owner_pid=os.getppid())
+    running.save(one, tmp_path)
+    running.forget(tmp_path)
+    assert running.find(tmp_path, one.url) == one
+    one.owner_pid = os.getpid()
+    running.save(one, tmp_path)
+    running.forget(tmp_path)
+    assert running.find(tmp_path, one.url) is None
+    running.forget(tmp_path)
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        machine, "_nvidia_smi", lambda *_: "0, GB10, 580.95, [N/A], [N/A]\n1, H200, 580.95, 143771, 4\n"
+    )
+    first, second = machine.gpus()
+    assert (first.name, first.memory_total_mib, second.memory_total_mib) == ("GB10", None, 143771.0)
+    found = list(
+        doctor._start(ServeConfig(), dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32)))
+    )
+    assert any("its memory is not told" in one.text for one in found)
 
 
 def test_get_returns_the_body_of_a_200_alone() -> None:

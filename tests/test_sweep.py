@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,24 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
     other = sweep.points(dataclasses.replace(OPTIONS, load=LoadConfig(seed=7)), ["concurrency=1"])
     list(sweep.run(other, tmp_path, measure, CONSOLE))
     assert calls[-1] == 1
+    before = len(calls)
+    for url, measured in (("http://a", 1), ("http://a", 1), ("http://b", 2)):
+        list(sweep.run(other, tmp_path, measure, CONSOLE, {"url": url}))
+        assert len(calls) == before + measured
     with pytest.raises(UserError, match="every point"):
         list(sweep.run(sweep.points(OPTIONS, ["concurrency=2"]), tmp_path, measure, CONSOLE))
+
+
+def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
+    told = Console(file=io.StringIO(), width=200)
+
+    def measure(options: Options, folder: Path) -> list[Path]:
+        if options.load.concurrency == 1:
+            raise UserError("the log ends [/INST] with [rank0]")
+        return [folder]
+
+    list(sweep.run(sweep.points(OPTIONS, ["concurrency=1,2"]), tmp_path, measure, told))
+    assert "[/INST] with [rank0]" in told.file.getvalue()
 
 
 def test_the_knee():

@@ -31,7 +31,7 @@ SAMPLE_FIELDS = (
 def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
     """The figures of a run; None where something was not measured or nothing succeeded. Times in ms, energy in J."""
     measured = measured or measure(run)
-    windows = {device.id: energy_in(device, measured.windows) for device in run.devices}
+    windows = {_name(device): energy_in(device, measured.windows) for device in run.devices}
     joules = energy(run, measured, windows)
     return {
         "trials": len(measured.trials),
@@ -58,8 +58,13 @@ def summarize(run: Run, measured: Measured | None = None) -> dict[str, Any]:
         "energy": joules,
         "attribution": _rounded(msgspec.to_builtins(attribute(run, measured=measured))),
         "efficiency": bought(run, measured, joules["total_j"]),
-        "devices": {device.id: _device(device, measured, windows[device.id]) for device in run.devices},
+        "devices": {_name(one): _device(one, measured, windows[_name(one)]) for one in run.devices},
     }
+
+
+def _name(device: DeviceRecord) -> str:
+    """A device's id, with its host where a run has several: every host counts its GPUs from 0."""
+    return device.id if device.host is None else f"{device.host}/{device.id}"
 
 
 def describe(values: Array) -> dict[str, float | int] | None:
@@ -126,12 +131,12 @@ def energy(run: Run, measured: Measured, windows: dict[str, EnergyWindow]) -> di
     GPUs where there are any, else the CPU's RAPL domains. None, with the reasons, as soon as one of them was not measured.
     """
     devices = meters(run)
-    joules = {device.id: windows[device.id].energy_j for device in devices}
+    joules = {_name(device): windows[_name(device)].energy_j for device in devices}
     missing = not devices or not measured.trials or any(value is None for value in joules.values())
     total = None if missing else sum(value for value in joules.values() if value is not None)
     by_role: dict[str, float | None] = {}
     for device in devices:
-        known, value = by_role.get(device.role or "host", 0.0), joules[device.id]
+        known, value = by_role.get(device.role or "host", 0.0), joules[_name(device)]
         by_role[device.role or "host"] = None if known is None or value is None else _tidy(known + value)
     return {
         "total_j": None if total is None else _tidy(total),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
@@ -64,7 +65,7 @@ def monitor(
     console.print(summary_table(records))
     for record in records:
         for field, reason in record.not_measured.items():
-            console.print(f"{record.id}: {field} not measured: {reason}", style="dim", highlight=False)
+            console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim", highlight=False)
     if out is not None:
         save_devices(out, "monitor", records) if out.suffix == ".json" else write_whole(out, as_csv(records))
         console.print(f"written to {out}; `pdbench plot {out}` draws it", highlight=False)

@@ -142,10 +142,13 @@ class GpuReader(Reader):
 
     def _attempt(self, fields: tuple[str, ...], call: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...] | None:
         try:
-            return call(self._handle)
+            found = call(self._handle)
         except nv.NVMLError as error:
             self._note(fields, error)
             return None
+        for field in fields:
+            self._failures.pop(field, None)
+        return found
 
     def _note(self, fields: tuple[str, ...], error: Any) -> None:
         """A lost GPU is lost, an unsupported field is never asked again, any other failure is one missing value."""
@@ -157,7 +160,7 @@ class GpuReader(Reader):
             elif error.value not in _LOST:
                 self._failures[field] = self._failures.get(field, 0) + 1
                 if self._failures[field] >= 10:
-                    self.not_measured[field] = f"given up after 10 failed reads: {_reason(error)}"
+                    self.not_measured[field] = f"given up after 10 failed reads in a row: {_reason(error)}"
 
 
 def open_gpu(index: int, role: str | None) -> GpuReader:

@@ -234,7 +234,10 @@ class _Device:
         value = self._guarded(self.reader.counter_j)
         after = self._time.monotonic()
         self._new_counter_j = value if value is not None else self._new_counter_j
-        self.ticks.seen((before + after) / 2, value, after)
+        if value is None and self.ticks.settled and not self.reader.lost and "energy_j" not in self.reader.not_measured:
+            self.ticks.missed(after)
+        else:
+            self.ticks.seen((before + after) / 2, value, after)
 
     def start_buffer(self) -> None:
         """Throw away what the driver gathered before we began."""

@@ -8,6 +8,7 @@ reading kept is good to about one poll. Try: pytest tests/test_power_sampler.py 
 import math
 
 POLL_S = 0.0005
+RETRY_S = 0.1
 ANCHOR_S = 5.0
 _LEAD_S = 0.005
 _STILL_S = 1.0
@@ -49,6 +50,11 @@ class TickFollower:
             self._sleep_until(at_s + ANCHOR_S)
         else:
             self._last, self.due_s = (at_s, energy_j), now_s + POLL_S
+
+    def missed(self, now_s: float) -> None:
+        """A counter that was read before failed this once: asked again soon."""
+        if self.due_s < math.inf:
+            self.due_s = now_s + RETRY_S
 
     def hurry(self, now_s: float) -> None:
         """Sampling ends: take the very next tick, then no more."""

@@ -27,8 +27,8 @@ class Gpu:
     index: int
     name: str
     driver: str
-    memory_total_mib: float
-    memory_used_mib: float
+    memory_total_mib: float | None
+    memory_used_mib: float | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,16 @@ def gpus() -> tuple[Gpu, ...]:
     for row in rows:
         cells = [cell.strip() for cell in row.split(",")]
         if len(cells) == 5 and cells[0].isdigit():
-            found.append(Gpu(int(cells[0]), cells[1], cells[2], float(cells[3]), float(cells[4])))
+            found.append(Gpu(int(cells[0]), cells[1], cells[2], _mib(cells[3]), _mib(cells[4])))
     return tuple(found)
+
+
+def _mib(cell: str) -> float | None:
+    """A number, or None for "[N/A]" and the like, as boards whose memory is the host's answer."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
 
 
 def peer_links() -> dict[tuple[int, int], str]:

@@ -3,6 +3,8 @@
 Try: python -m pdbench.serving.running logs
 """
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,13 @@ def save(running: Running, folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """The servers are down."""
-    (folder / FILE).unlink(missing_ok=True)
+    """This process's servers are down; another's, which may run on, stay known."""
+    try:
+        owner = json.loads((folder / FILE).read_bytes())["owner_pid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if owner == os.getpid():
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def find(folder: Path, url: str) -> Running | None:
