@@ -6,6 +6,7 @@ Try: pdbench --help
 import sys
 import time
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -352,7 +353,7 @@ def sweep(
             return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish, joined)]
         return experiment.run(_deployment_names(against), trials, one, folder, console, finish, joined)
 
-    what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and cluster.cluster}
+    what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and asdict(cluster)}
     with stop_on_signals(), joined_cluster(cluster) as joined:
         sweep_figures.present(sweep.run(points, out, measure, console, what), out, console)
 

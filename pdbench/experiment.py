@@ -315,13 +315,14 @@ def _one_trial(
             tokenizer_path=running.model_path,
             on_progress=on_progress,
         )
-    if any(not request.warmup for request in result.requests):  # else it ended amid the warm-up
+    measured = [request for request in result.requests if not request.warmup]
+    interrupted = any(flag.name == "interrupted" for flag in result.flags)
+    if measured or not interrupted:  # a trial that was interrupted amid its warm-up is none
         one.requests += result.requests
         one.trials.append(result.trial)
     one.flags += [flag for flag in result.flags if flag not in one.flags]
-    if any(flag.name == "interrupted" for flag in result.flags):
+    if interrupted:
         raise KeyboardInterrupt
-    measured = [request for request in result.requests if not request.warmup]
     failed = sum(request.error is not None for request in measured)
     word = f"[red]{failed} failed[/red]" if failed else "none failed"
     console.print(
@@ -336,7 +337,7 @@ def _one_trial(
 
 
 def _save_all(runs: dict[Name, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
-    """One after the other, whatever goes wrong with the others; the first exception goes on at the end."""
+    """One after the other, whatever goes wrong with the others; an exception goes on at the end."""
     with _undisturbed(), ExitStack() as each:
         for one in reversed(runs.values()):
             each.callback(_save, one, out, on_saved)

@@ -83,11 +83,11 @@ def run(
     check_writable(out)
     spent_s: list[float] = []
     failed = 0
-    what = dict(what or {})
-    left = sum(_folders_of(point, what, out / point.name) is None for point in made)
+    beside: dict[str, Any] = json.loads(json.dumps(what or {}))  # as it is read back: tuples are lists
+    left = sum(_folders_of(point, beside, out / point.name) is None for point in made)
     for number, point in enumerate(made, 1):
         folder = out / point.name
-        folders = _folders_of(point, what, folder)
+        folders = _folders_of(point, beside, folder)
         place = f"[bold]point {number} of {len(made)}[/bold] {point.name}"
         if folders is not None:
             console.print(f"{place}: already measured", highlight=False)
@@ -98,7 +98,7 @@ def run(
         left -= 1
         begin_s = time.monotonic()
         try:
-            folders = _measured(point, what, folder, measure)
+            folders = _measured(point, beside, folder, measure)
         except UserError as error:
             failed += 1
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)

@@ -55,6 +55,24 @@ def start(name: Name, config: ServeConfig) -> Deployment:
     return Deployment(name, config, inspect()).start()
 
 
+@pytest.fixture
+def kv_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The secret of the connector's workers in this process."""
+    from kv_instances import SECRET
+
+    monkeypatch.setenv("PDBENCH_KV_SECRET", SECRET)
+
+
+@pytest.fixture
+def kv_pair(kv_secret: None) -> Iterator[list[object]]:
+    """A prefill and a decode worker of the connector, without vLLM's engine."""
+    from kv_instances import Instance, free_port, instances
+
+    port = free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Deployment]]:
     """Both ways to serve the tiny model, side by side (started at the same time, it takes about 40 s on 2 cores)."""

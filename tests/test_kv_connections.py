@@ -37,18 +37,7 @@ from pdbench.kv.control import (
 )
 from pdbench.kv.messages import SECRET_VARIABLE
 
-
-@pytest.fixture(autouse=True)
-def secret(monkeypatch):
-    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-
-
-@pytest.fixture
-def pair():
-    """A prefill and a decode instance."""
-    port = free_port()
-    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
-        yield made
+pytestmark = pytest.mark.usefixtures("kv_secret")
 
 
 @pytest.mark.parametrize("by", ["a step", "a drop", "the clock"])
@@ -85,8 +74,8 @@ def test_a_connection_that_just_closed_fails_its_fetches_once(tmp_path, by):
     assert len(ends) == 1 and ends[0]["error"]
 
 
-def test_blocks_that_cannot_be_written_fail_the_fetch_even_if_its_peer_was_given_up_meanwhile(pair, monkeypatch):
-    p, d = pair
+def test_blocks_that_cannot_be_written_fail_the_fetch_even_if_its_peer_was_given_up_meanwhile(kv_pair, monkeypatch):
+    p, d = kv_pair
     good, bad = prompt(8), prompt(8)
     prefill(p, good, [1, 2])
     fetch(d, good, [10, 11], p.port)
@@ -105,8 +94,8 @@ def test_blocks_that_cannot_be_written_fail_the_fetch_even_if_its_peer_was_given
     d.until(lambda: d.failed == [bad.request_id])
 
 
-def test_the_clock_goes_on_after_an_error(pair, monkeypatch, caplog):
-    _, d = pair
+def test_the_clock_goes_on_after_an_error(kv_pair, monkeypatch, caplog):
+    _, d = kv_pair
     ticks = []
 
     def tick():
@@ -257,8 +246,8 @@ def test_a_stopped_decode_does_not_hold_blocks_for_ever():
         p.until(lambda: p.sent == [asked.request_id])
 
 
-def test_strangers_change_nothing(pair):
-    p, d = pair
+def test_strangers_change_nothing(kv_pair):
+    p, d = kv_pair
     strangers = [socket.create_connection(("127.0.0.1", p.port)) for _ in range(5)]
     strangers[0].sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
     strangers[1].sendall(os.urandom(1000))
@@ -271,8 +260,8 @@ def test_strangers_change_nothing(pair):
         stranger.close()
 
 
-def test_another_secret_gets_no_blocks(pair, monkeypatch):
-    p, _ = pair
+def test_another_secret_gets_no_blocks(kv_pair, monkeypatch):
+    p, _ = kv_pair
     monkeypatch.setenv(SECRET_VARIABLE, "another secret, as long")
     with instances(lambda: Instance("decode")) as outsider:
         asked = prompt(8)

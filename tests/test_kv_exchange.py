@@ -12,7 +12,6 @@ from kv_instances import (
     BLOCKS,
     LAYERS,
     PATIENCE_S,
-    SECRET,
     Instance,
     fetch,
     free_port,
@@ -25,27 +24,16 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.outputs import KVConnectorOutput
 
 from pdbench.kv.connector import PdKvConnector
-from pdbench.kv.messages import SECRET_VARIABLE, Fetch, Prefilled, PrefillEnd, StepPlan
+from pdbench.kv.messages import Fetch, Prefilled, PrefillEnd, StepPlan
 from pdbench.kv.metrics import Evidence, TransferRecord
 
-
-@pytest.fixture(autouse=True)
-def secret(monkeypatch):
-    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-
-
-@pytest.fixture
-def pair():
-    """A prefill and a decode instance."""
-    port = free_port()
-    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
-        yield made
+pytestmark = pytest.mark.usefixtures("kv_secret")
 
 
 @pytest.mark.parametrize("order", ["prefill first", "decode first", "decode amid the chunks"])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 31, 32, 33])
-def test_blocks_arrive_in_either_order(pair, order, tokens):
-    p, d = pair
+def test_blocks_arrive_in_either_order(kv_pair, order, tokens):
+    p, d = kv_pair
     asked, count = prompt(tokens), -(-tokens // BLOCK)
     here, there = list(range(3, 3 + count)), list(range(40, 40 + count))[::-1]
     chunks = sorted({min(tokens, 7), min(tokens, 18), tokens})
@@ -69,8 +57,8 @@ def test_blocks_arrive_in_either_order(pair, order, tokens):
     assert torch.equal(p.blocks(here), d.blocks(there))
 
 
-def test_only_missing_blocks_travel(pair, tmp_path):
-    p, d = pair
+def test_only_missing_blocks_travel(kv_pair, tmp_path):
+    p, d = kv_pair
     asked = prompt(30)
     before = d.blocks([20, 21, 22]).clone()
     prefill(p, asked, list(range(8)))
@@ -82,8 +70,8 @@ def test_only_missing_blocks_travel(pair, tmp_path):
     assert stats.data["receive_bytes"] == [5 * LAYERS * BLOCK * 8 * 4]
 
 
-def test_finished_chunks_travel_while_later_ones_compute(pair):
-    p, d = pair
+def test_finished_chunks_travel_while_later_ones_compute(kv_pair):
+    p, d = kv_pair
     asked = prompt(32)
     before = d.blocks([16]).clone()
     fetch(d, asked, list(range(10, 18)), p.port)
@@ -92,7 +80,7 @@ def test_finished_chunks_travel_while_later_ones_compute(pair):
     assert torch.equal(before, d.blocks([16])) and not d.received
 
 
-def test_a_transfer_larger_than_the_staging_buffer_goes_in_pieces(pair):
+def test_a_transfer_larger_than_the_staging_buffer_goes_in_pieces(kv_pair):
     port = free_port()
     big = (BLOCKS, BLOCK, 64 * 1024)  # 1 MiB a layer's block
     with instances(
@@ -106,7 +94,7 @@ def test_a_transfer_larger_than_the_staging_buffer_goes_in_pieces(pair):
         assert torch.equal(p.blocks(list(range(10))), d.blocks(list(range(30, 40))))
 
 
-def test_many_at_once_between_many(pair):
+def test_many_at_once_between_many(kv_pair):
     ports = [free_port(), free_port()]
     with instances(
         *(lambda port=port: Instance("prefill", port) for port in ports),
@@ -144,8 +132,8 @@ def test_rank_talks_to_rank():
             assert torch.equal(p.blocks([1, 2, 3]), d.blocks([7, 8, 9]))
 
 
-def test_a_preempted_prefill_sends_what_it_computes_again(pair):
-    p, d = pair
+def test_a_preempted_prefill_sends_what_it_computes_again(kv_pair):
+    p, d = kv_pair
     asked = prompt(30)
     fetch(d, asked, list(range(50, 58)), p.port)
     prefill(p, asked, list(range(8)), [12], ended=False)
@@ -210,9 +198,9 @@ def halves(worker, ranks):
     return scheduling, working
 
 
-def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
+def test_a_step_that_comes_back_tells_what_arrived_meanwhile(kv_pair, monkeypatch):
     """vLLM's scheduler hears of it from the connector beside it, not two steps later; failures take the longer way."""
-    p, d = pair
+    p, d = kv_pair
     scheduling, working = halves(d.worker, ranks=1)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working)
     good, bad, early = prompt(8), prompt(8), prompt(8)
@@ -238,8 +226,8 @@ def test_a_step_that_comes_back_tells_what_arrived_meanwhile(pair, monkeypatch):
 
 
 @pytest.mark.parametrize(("ranks", "agent"), [(2, "worker"), (1, None)])
-def test_other_ranks_or_processes_are_told_by_vllm_alone(pair, monkeypatch, ranks, agent):
-    _, d = pair
+def test_other_ranks_or_processes_are_told_by_vllm_alone(kv_pair, monkeypatch, ranks, agent):
+    _, d = kv_pair
     scheduling, working = halves(d.worker, ranks)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", working if agent else None)
     monkeypatch.setattr(d.worker, "take_received", lambda: {"never"})

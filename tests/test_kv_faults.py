@@ -7,7 +7,6 @@ import pytest
 import torch
 from kv_instances import (
     BLOCK,
-    SECRET,
     Instance,
     drop,
     fetch,
@@ -18,20 +17,9 @@ from kv_instances import (
     settled,
 )
 
-from pdbench.kv.messages import SECRET_VARIABLE, Prefilled, PrefillEnd
+from pdbench.kv.messages import Prefilled, PrefillEnd
 
-
-@pytest.fixture(autouse=True)
-def secret(monkeypatch):
-    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-
-
-@pytest.fixture
-def pair():
-    """A prefill and a decode instance."""
-    port = free_port()
-    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
-        yield made
+pytestmark = pytest.mark.usefixtures("kv_secret")
 
 
 def test_unequal_tensor_parallel_sizes_are_refused(caplog):
@@ -86,23 +74,23 @@ def test_a_prefill_that_queues_longer_than_the_timeout_is_waited_for():
         settled(p, d, asked)
 
 
-def test_nobody_listens_fails_the_fetch(pair):
-    _, d = pair
+def test_nobody_listens_fails_the_fetch(kv_pair):
+    _, d = kv_pair
     asked = prompt(8)
     fetch(d, asked, [5, 6], free_port())
     d.until(lambda: d.failed == [asked.request_id])
 
 
-def test_prefill_that_is_aborted_fails_the_fetch_at_once(pair):
-    p, d = pair
+def test_prefill_that_is_aborted_fails_the_fetch_at_once(kv_pair):
+    p, d = kv_pair
     asked = prompt(30)
     fetch(d, asked, list(range(8)), p.port)
     prefill(p, asked, list(range(8)), [12], error="prefill ended as aborted")
     settled(p, d, asked, failed=True)
 
 
-def test_prefill_that_loses_its_blocks_and_ends_all_the_same_fails_the_fetch(pair):
-    p, d = pair
+def test_prefill_that_loses_its_blocks_and_ends_all_the_same_fails_the_fetch(kv_pair):
+    p, d = kv_pair
     asked = prompt(30)
     prefill(p, asked, list(range(8)), ended=False)
     p.step(preempted=[asked.request_id])
@@ -111,8 +99,8 @@ def test_prefill_that_loses_its_blocks_and_ends_all_the_same_fails_the_fetch(pai
     settled(p, d, asked, failed=True)
 
 
-def test_prefill_aborted_before_it_was_scheduled_keeps_nothing(pair):
-    p, d = pair
+def test_prefill_aborted_before_it_was_scheduled_keeps_nothing(kv_pair):
+    p, d = kv_pair
     asked = prompt(30)
     fetch(d, asked, list(range(8)), p.port)
     p.step(expected=[asked])
@@ -122,8 +110,8 @@ def test_prefill_aborted_before_it_was_scheduled_keeps_nothing(pair):
 
 
 @pytest.mark.parametrize("when", ["before prefill", "amid prefill", "after prefill", "before it was asked"])
-def test_decode_that_gives_up_frees_both_sides(pair, when):
-    p, d = pair
+def test_decode_that_gives_up_frees_both_sides(kv_pair, when):
+    p, d = kv_pair
     asked = prompt(30)
     if when == "before it was asked":
         prefill(p, asked, list(range(8)))
@@ -143,8 +131,8 @@ def test_decode_that_gives_up_frees_both_sides(pair, when):
     settled(p, d, asked, failed=True)
 
 
-def test_another_prompt_under_the_transfer_id_is_refused_and_the_right_one_still_served(pair):
-    p, d = pair
+def test_another_prompt_under_the_transfer_id_is_refused_and_the_right_one_still_served(kv_pair):
+    p, d = kv_pair
     asked = prompt(8)
     prefill(p, asked, [1, 2])
     before = d.blocks([10, 11]).clone()
@@ -159,8 +147,8 @@ def test_another_prompt_under_the_transfer_id_is_refused_and_the_right_one_still
     settled(p, d, asked)
 
 
-def test_a_transfer_id_serves_once(pair):
-    p, d = pair
+def test_a_transfer_id_serves_once(kv_pair):
+    p, d = kv_pair
     first = prompt(8)
     prefill(p, first, [1, 2])
     fetch(d, first, [10, 11], p.port)
@@ -201,8 +189,8 @@ def test_a_transfer_id_that_is_not_sent_yet_serves_its_first_prefill(order):
             assert torch.equal(p.blocks(list(range(8))), d.blocks(list(range(8))))
 
 
-def test_two_requests_for_one_transfer_id(pair):
-    p, d = pair
+def test_two_requests_for_one_transfer_id(kv_pair):
+    p, d = kv_pair
     first, second = prompt(8), prompt(8)
     second = prompt(8, transfer_id=first.transfer_id)
     fetch(d, first, [10, 11], p.port)
@@ -212,8 +200,8 @@ def test_two_requests_for_one_transfer_id(pair):
     settled(p, d, first)
 
 
-def test_a_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(pair):
-    p, d = pair
+def test_a_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(kv_pair):
+    p, d = kv_pair
     good, waiting = prompt(8), prompt(8)
     prefill(p, good, [1, 2])
     fetch(d, good, [10, 11], p.port)
@@ -229,8 +217,8 @@ def test_a_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(
         assert torch.equal(returned.blocks([4, 5]), d.blocks([14, 15]))
 
 
-def test_a_decode_that_dies_frees_what_it_asked_for(pair):
-    p, d = pair
+def test_a_decode_that_dies_frees_what_it_asked_for(kv_pair):
+    p, d = kv_pair
     asked, early = prompt(30), prompt(8)
     fetch(d, asked, list(range(8)), p.port)
     fetch(d, early, [10, 11], p.port)

@@ -3,7 +3,6 @@
 Try: python -m pdbench.serving.running logs
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -52,25 +51,28 @@ def save(running: Running, folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """This process's servers are down; another's, which may run on, stay known."""
-    try:
-        owner = json.loads((folder / FILE).read_bytes())["owner_pid"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if owner == os.getpid():
+    known = _read(folder)
+    if known is not None and known.owner_pid == os.getpid():
         (folder / FILE).unlink(missing_ok=True)
 
 
 def find(folder: Path, url: str) -> Running | None:
     """The deployment of `folder` when it still runs and answers at `url`, else None."""
-    try:
-        running = msgspec.json.decode((folder / FILE).read_bytes(), type=Running)
-    except (OSError, msgspec.MsgspecError):
+    running = _read(folder)
+    if running is None:
         return None
     same = urlsplit(running.url).netloc.replace("localhost", "127.0.0.1") == urlsplit(url).netloc.replace(
         "localhost", "127.0.0.1"
     )
     alive = running.owner_pid is not None and psutil.pid_exists(running.owner_pid)
     return running if same and alive else None
+
+
+def _read(folder: Path) -> Running | None:
+    try:
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Running)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 if __name__ == "__main__":
