@@ -145,6 +145,18 @@ def stream(payloads: Sequence[dict | bytes], *, pause_s: float = 0.0, done: bool
     return answer
 
 
+def refusal(status: bytes, message: str) -> Callable[[Peer], bool]:
+    """A whole error in the OpenAI form with this status ("400 Bad Request"); the connection is kept, as vLLM keeps it."""
+    body = json.dumps({"error": {"message": message}}).encode()
+
+    def answer(peer: Peer) -> bool:
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+        peer.write(head + body)
+        return True
+
+    return answer
+
+
 def tokens(count: int, **more: object) -> list[dict]:
     """`count` tokens, one a chunk, the last one finishing, then usage."""
     return [

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from scripted_server import SSE_HEAD, Peer, ScriptedServer, chunk, event, stream, token, tokens, usage
+from scripted_server import SSE_HEAD, Peer, ScriptedServer, chunk, event, refusal, stream, token, tokens, usage
 
 from pdbench.errors import UserError
 from pdbench.load import stamps, waiting
@@ -144,14 +144,7 @@ def test_a_stall_and_a_timeout_are_classes_of_their_own():
 
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"429 Too Many Requests", b"503 Service Unavailable"])
 def test_http_errors_carry_status_and_message(status):
-    def answer(peer: Peer) -> bool:
-        body = b'{"error": {"message": "prompt is too long"}}'
-        peer.write(
-            b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
-        )
-        return True
-
-    record = ask(answer)
+    record = ask(refusal(status, "prompt is too long"))
     assert record.error.kind == f"http_{status[:3].decode()}" and record.error.message == "prompt is too long"
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy
 import pytest
-from scripted_server import Peer, ScriptedServer, stream, tokens
+from scripted_server import Peer, ScriptedServer, refusal, stream, tokens
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
@@ -106,9 +106,7 @@ def test_failures_are_counted_and_the_run_goes_on():
 def test_a_server_that_refuses_token_ids_is_asked_without():
     def answer(peer: Peer) -> bool:
         if "return_token_ids" in peer.json:
-            body = b'{"error": {"message": "Unrecognized request argument: return_token_ids"}}'
-            peer.write(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-            return True
+            return refusal(b"400 Bad Request", "Unrecognized request argument: return_token_ids")(peer)
         return stream([{"choices": [{"text": "a", "finish_reason": "stop"}]}])(peer)
 
     with ScriptedServer(answer) as server:
@@ -198,9 +196,7 @@ def test_ctrl_c_while_client_processes_start_is_no_crash_of_theirs(after_s):
 
 
 def test_a_server_that_refuses_token_ids_for_ever_is_asked_twice():
-    refusal = b'{"error": {"message": "return_token_ids: unknown"}}'
-    head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(refusal)
-    with ScriptedServer(lambda peer: peer.write(head + refusal)) as server:
+    with ScriptedServer(refusal(b"400 Bad Request", "return_token_ids: unknown")) as server:
         result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
         assert len(server.requests) == 2
     assert [record.error.kind for record in result.requests] == ["http_400"]
