@@ -28,6 +28,7 @@ from pdbench.report.digest import digest
 from pdbench.report.export import requests_csv
 from pdbench.report.language import WORDS
 from pdbench.report.timeline import Timeline, lanes
+from pdbench.report.words import load_in_words
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,21 @@ def test_the_page_opens_with_the_gate(passed, tmp_path):
     page = html.page([digest(tmp_path)], ["disaggregated"])
     words = {True: "Correctness gate passed: 4 of 4 &lt; 5", False: "CORRECTNESS GATE FAILED", None: "gate not run"}
     assert words[passed] in page[page.index("<header") : page.index("</header")]
+
+
+@pytest.mark.parametrize(
+    ("load", "told"),
+    [
+        ({"concurrency": 4}, "4 at a time"),
+        ({}, "1 at a time"),
+        ({"rate": 2.5}, "2.5 requests/s"),
+        ({"rate": 2.0, "ramp_to": 8.0, "concurrency": 16}, "2 → 8 requests/s, at most 16 at a time"),
+        ({"stages": "1:60,4:30"}, "stages 1:60,4:30 (requests/s:s)"),
+        ({"trace": "traces/AzureLLMInferenceTrace_conv.csv"}, "trace AzureLLMInferenceTrace_conv.csv"),
+    ],
+)
+def test_the_heading_says_how_requests_came(load, told):
+    assert load_in_words(build_run(config={"load": load})).split("  ·  ")[1] == told
 
 
 def test_warm_up_is_drawn_behind_the_curves(tmp_path):

@@ -3,6 +3,7 @@
 Try: python -c "from pdbench.records import load_run as l; from pdbench.report.words import load_in_words as w; print(w(l('single_results')))"
 """
 
+from pathlib import PurePath
 from typing import Any
 
 from pdbench.analysis.metrics import option
@@ -12,17 +13,30 @@ from pdbench.report.language import say
 
 def load_in_words(run: Run, language: str = "en") -> str:
     """The model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
-    rate, concurrency = option(run.config, "rate"), option(run.config, "concurrency")
-    arrivals = say("{0} requests/s" if rate else "{0} at a time", language).format(f"{rate or concurrency or 1:g}")
     prompts = [r.prompt_tokens for r in run.requests if r.prompt_tokens is not None and not r.warmup]
     outputs = [len(r.token_s) for r in run.requests if r.token_s and not r.warmup]
-    words = [f"{say('model', language)} {model_name(run)}", arrivals]
+    words = [f"{say('model', language)} {model_name(run)}", _arrivals_in_words(run, language)]
     words += [
         say(text, language).format(_span(counts))
         for text, counts in (("{0} tokens in", prompts), ("{0} out", outputs))
         if counts
     ]
     return "  ·  ".join(words)
+
+
+def _arrivals_in_words(run: Run, language: str) -> str:
+    trace, stages, rate, ramp_to, concurrency = (
+        option(run.config, name) for name in ("trace", "stages", "rate", "ramp_to", "concurrency")
+    )
+    if not (trace or stages or rate):
+        return say("{0} at a time", language).format(f"{concurrency or 1:g}")
+    if trace:
+        words = say("trace {0}", language).format(PurePath(trace).name)
+    elif stages:
+        words = say("stages {0} (requests/s:s)", language).format(stages)
+    else:
+        words = say("{0} requests/s", language).format(f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
+    return words + (", " + say("at most {0} at a time", language).format(concurrency) if concurrency else "")
 
 
 def machine_in_words(run: Run, language: str = "en", devices: str = "") -> str:
