@@ -5,6 +5,7 @@ by what the machine has. An option stands in the help under its class's heading,
 Try: pdbench run --help
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +14,8 @@ from cyclopts import Group, Parameter
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
 Deployment = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
+
+_SECRETS = re.compile(r"(--(?:api-key|hf-token))(?:=|\s+)[^-\s]\S*(?:\s+[^-\s]\S*)*")
 
 T = TypeVar("T")
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
@@ -80,7 +83,7 @@ class ServeConfig:
     decode_gpus: Indices = ()
     """GPU indices of decode; by itself those after prefill's, so 1 for 1P1D."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; by itself from 0."""
+    """GPU indices of the single instance; by itself from 0. With bench: those of a server that pdbench did not start."""
     start_timeout_s: float = 600.0
     """How long the servers may take until all are healthy."""
     log_dir: str = "logs"
@@ -105,6 +108,13 @@ class ServeConfig:
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
+
+    def plain(self) -> dict[str, Any]:
+        """For the record: option -> value. Keys among vLLM's arguments are left out: results are there to be shown."""
+        words = {
+            name: _SECRETS.sub(r"\1 ***", getattr(self, name)) for name in ("vllm_args", "prefill_args", "decode_args")
+        }
+        return asdict(self) | words
 
 
 @Parameter(name="*", group=_LOAD)
@@ -199,7 +209,7 @@ class PowerConfig:
     """What is read from the devices."""
 
     power: bool = True
-    """Sample the devices; --no-power for servers of another host."""
+    """Sample the devices of this host that the servers use."""
     sample_interval_s: float = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
     idle_s: float = 3.0
@@ -315,4 +325,4 @@ class Options:
 
     def plain(self) -> dict[str, Any]:
         """For the record: section -> option -> value."""
-        return asdict(self)
+        return asdict(self) | {"serve": self.serve.plain()}

@@ -18,6 +18,7 @@ from pdbench.errors import UserError
 from pdbench.serving import vllm
 from pdbench.serving.deployment import plan, resolve_model
 from pdbench.serving.machine import Machine, inspect, peer_links, port_owner
+from pdbench.serving.vllm import Instance
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
 _STYLES = {FINE: "green", NOTE: "yellow", WRONG: "bold red"}
@@ -63,19 +64,26 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         )
         return
     yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
+    instances: list[Instance] = []
+    problem = None
+    try:
+        instances = plan("disaggregated", config, machine)
+    except UserError as error:
+        problem = str(error)
+    needed = {gpu for instance in instances for gpu in instance.gpus}
     for gpu in machine.gpus:
         if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
             yield Finding(section, NOTE, f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, its memory is not told")
             continue
         free = gpu.memory_total_mib - gpu.memory_used_mib
-        enough = free >= config.gpu_memory_utilization * gpu.memory_total_mib
         text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"
-        remedy = (
-            None
-            if enough
-            else f"end what holds it, or --gpu-memory-utilization {free / gpu.memory_total_mib * 0.95:.2f}"
-        )
-        yield Finding(section, FINE if enough else WRONG, text, remedy)
+        if free >= config.gpu_memory_utilization * gpu.memory_total_mib:
+            yield Finding(section, FINE, text)
+        elif needed and gpu.index not in needed:
+            yield Finding(section, NOTE, f"{text}; prefill and decode use others")
+        else:
+            share = free / gpu.memory_total_mib * 0.95
+            yield Finding(section, WRONG, text, f"end what holds it, or --gpu-memory-utilization {share:.2f}")
     if not machine.gpus:
         yield Finding(
             section,
@@ -91,12 +99,10 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
             f"{available:.1f} GiB of memory available; two servers take 4.5",
             None if state == FINE else "end other programs",
         )
-    try:
-        instances = plan("disaggregated", config, machine)
-        yield Finding(section, FINE, f"model {instances[0].argv[instances[0].argv.index('--model') + 1]}")
-    except UserError as error:
-        yield Finding(section, WRONG, str(error))
+    if problem:
+        yield Finding(section, WRONG, problem)
         return
+    yield Finding(section, FINE, f"model {instances[0].argv[instances[0].argv.index('--model') + 1]}")
     for instance in instances:
         port = int(instance.url.rpartition(":")[2])
         owner = port_owner(config.host, port)

@@ -3,11 +3,11 @@
 Nothing is judged here: summaries, comparisons and pictures are made from the saved runs. Try: pdbench run --help
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from pdbench.config import LoadConfig, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import LoadResult, run_load
-from pdbench.power import clocks
+from pdbench.load.target import offered_model, read_url
+from pdbench.power import clocks, nvml
 from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
@@ -29,7 +30,6 @@ from pdbench.records import Clock, DeviceRecord, Flag, Gate, Run, check_writable
 from pdbench.serving import machine as machines
 from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
-from pdbench.serving.process import get
 from pdbench.serving.running import Running
 
 if TYPE_CHECKING:
@@ -73,9 +73,13 @@ def run(
             check_writable(folder)
     make = maker(options.serve, cluster)
     _check_lengths(options.load, options.serve.max_model_len)
-    for name in names:
-        make(name).check_ports()
-    idle = {} if cluster else _idle_power(names, options, machines.inspect(), console)
+    planned = [make(name) for name in names]
+    for deployment in planned:
+        deployment.check_ports()
+    gpus = [] if cluster else [deployment.gpus() for deployment in planned]
+    if cluster is None:
+        clocks.check(options.power, gpus)
+    idle = _idle_power(gpus, options, console)
     clock = Clock.start()
     nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
@@ -98,6 +102,7 @@ def run(
                 finally:
                     for device in runs[name].devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
+                _save(runs[name], out, lambda folder: None)  # what comes next may be killed
     return [out / f"{name}_results" for name in names]
 
 
@@ -112,13 +117,12 @@ def maker(config: ServeConfig, cluster: "Cluster | None") -> Callable[[Name], An
 
 
 def _idle_power(
-    names: Sequence[Name], options: Options, machine: machines.Machine, console: Console
+    used: Sequence[dict[str, list[int]]], options: Options, console: Console
 ) -> dict[str, dict[str, float | None]]:
     """Device id -> idle power by kind, of all GPUs that the run will use, before anything runs on them."""
-    if not (machine.on_gpu and options.power.power and options.power.idle_s):
+    gpus = sorted({gpu for found in used for indices in found.values() for gpu in indices})
+    if not (gpus and options.power.power and options.power.idle_s):
         return {}
-    planned = [Deployment(name, options.serve, machine) for name in names]
-    gpus = sorted({gpu for deployment in planned for instance in deployment.instances for gpu in instance.gpus})
     console.print(f"idle power of GPU {', '.join(map(str, gpus))}: {2 * options.power.idle_s:g} s")
     return idle_before_start(gpus, options.power.idle_s)
 
@@ -140,13 +144,25 @@ def bench(
     _check_options(options, trials, cluster)
     check_writable(out)
     running = runnings.find(Path(options.serve.log_dir), url)
+    flags: list[Flag] = []
     if running is None:
-        here = options.power.power and cluster is None
-        gpus: dict[str, list[int]] = {"server": [gpu.index for gpu in machines.gpus()]} if here else {}
-        running = Running(name="bench", url=url, model_name=model or _only_model(url), gpus=gpus)
+        model = model or offered_model(url, verify_tls=options.load.tls_verify)
+        running = Running(name="bench", url=url, model_name=model)
+        if options.power.power and cluster is None:
+            server = read_url(url)
+            if machines.is_this_host(server.host):
+                flags = _find_devices(running, server.port, options.serve.single_gpus)
+            else:
+                flags = [Flag("power-elsewhere", f"{server.host} is another host: its power is not measured")]
+                options = replace(options, power=replace(options.power, power=False))
     _check_lengths(options.load, running.config.get("max_model_len"))
+    if cluster is None:
+        clocks.check(options.power, [running.gpus])
     clock = Clock.start()
     one = _new_run(running, clock, options)
+    one.flags += flags
+    for flag in flags:
+        console.print(f"  [yellow]{flag.name}[/yellow]: {flag.detail}", highlight=False)
     if running.name == "disaggregated":
         _pass_gate(one, gate.run(running, int(clock.unix_s), None)[0], console)
     try:
@@ -155,6 +171,22 @@ def bench(
         with _undisturbed():
             _save(one, out, on_saved)
     return out / f"{one.name}_results"
+
+
+def _find_devices(foreign: Running, port: int, named: Sequence[int]) -> list[Flag]:
+    """Enter the GPUs of a server of this host that pdbench did not start: those that are named, else those of its processes,
+    else all."""
+    processes = machines.server_processes(port)
+    foreign.processes = {"server": processes}
+    gpus = list(named) or nvml.gpus_of(processes)
+    flags = []
+    if not gpus and (gpus := [gpu.index for gpu in machines.gpus()]):
+        detail = (
+            f"which GPUs {foreign.url} uses is not told: all {len(gpus)} of this host count; --single-gpus names them"
+        )
+        flags.append(Flag("devices-unknown", detail))
+    foreign.gpus = {"server": gpus} if gpus else {}
+    return flags
 
 
 def _cooldown(options: Options) -> Cooldown:
@@ -180,17 +212,6 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
             f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
             f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
         )
-
-
-def _only_model(url: str) -> str:
-    """The first model that the server offers. Raises UserError when nothing answers."""
-    body = get(url, "/v1/models", timeout_s=10.0)
-    try:
-        return str(json.loads(body or b"")["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise UserError(
-            f"no OpenAI-compatible server answers at {url}/v1/models: start one with `pdbench serve`, or give --url http://HOST:PORT"
-        ) from None
 
 
 @contextmanager

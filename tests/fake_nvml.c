@@ -5,6 +5,7 @@
  * Environment: FAKE_NVML_GPUS=2  FAKE_NVML_POWER_0="PERIOD_S T:W T:W ..." (straight lines between points, repeated)
  *   FAKE_NVML_CLOCK=scripted|real  FAKE_NVML_ENERGY_READ_US=2400  FAKE_NVML_RESET_S=T  FAKE_NVML_MIG=1  FAKE_NVML_CLAMP_MHZ=1830
  *   FAKE_NVML_FAIL="GPU:FUNCTION:CODE[:FROM_S] ..."  (FUNCTION without "nvml", * for all, -1 for every GPU)
+ *   FAKE_NVML_PROCESSES="GPU:PID ..."
  *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)
  */
 #define _GNU_SOURCE
@@ -23,6 +24,7 @@ typedef unsigned long long u64;
 typedef union { double d; unsigned u; u64 ull; } value_t;
 typedef struct { unsigned field, scope; long long stamp, latency; int type, result; value_t value; } field_t;
 typedef struct { u64 stamp; value_t value; } sample_t;
+typedef struct { unsigned pid; u64 memory; unsigned instances[2]; } process_t;
 typedef struct { double period; int count; double t[POINTS], w[POINTS]; } wave_t;
 typedef struct { u64 zero_us, now_us; unsigned ready, locked_mhz[GPUS], limit_mw[GPUS]; } state_t;
 
@@ -241,6 +243,20 @@ EXPORT int nvmlDeviceResetGpuLockedClocks(void *device) {
     TRY("DeviceResetGpuLockedClocks");
     state->locked_mhz[GPU(device)] = 0;
     return 0;
+}
+EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, process_t *processes) {
+    char copy[1024];
+    unsigned found = 0, room = *count, pid;
+    int gpu;
+    TRY("DeviceGetComputeRunningProcesses");
+    snprintf(copy, sizeof copy, "%s", getenv("FAKE_NVML_PROCESSES") ? getenv("FAKE_NVML_PROCESSES") : "");
+    for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest)) {
+        if (sscanf(word, "%d:%u", &gpu, &pid) < 2 || gpu != GPU(device)) continue;
+        if (processes && found < room) processes[found] = (process_t){.pid = pid, .memory = 1ull << 30};
+        found++;
+    }
+    *count = found;
+    return found > room ? 7 : 0;
 }
 EXPORT int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     (void)device;

@@ -3,7 +3,7 @@
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from rich.console import Console
 from pdbench import experiment, gate, phases
 from pdbench.config import Options
 from pdbench.errors import UserError
-from pdbench.records import Clock, Gate, RequestRecord
+from pdbench.records import Clock, Gate, RequestRecord, Run, load_run
 from pdbench.serving.running import Running
 
 SPLIT = Running(name="disaggregated", url="http://127.0.0.1:8000", model_name="m")
@@ -96,31 +96,59 @@ def test_a_transfer_lasts_until_its_last_rank_has_all(order: int) -> None:
     assert (request.phases["kv_transfer"], request.phases["decode"]) == (None, (0.5, 4.0))
 
 
-def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = [gate.check(SPLIT, 1, texts, OUTPUT, 80) for texts in (TEXTS, ["other", *TEXTS[1:]])]
-    gated, runs = [], {}
+def run_without_servers(
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+    trials: int,
+    passes: Callable[..., tuple[Gate, list[str]]],
+    measure: Callable[..., None],
+) -> str:
+    """`pdbench run` of both deployments whose servers, gate and measurement are these; what it printed."""
 
     @contextmanager
     def started(deployment: SimpleNamespace, _: Console) -> Iterator[object]:
         running = Running(name=deployment.name, url="http://127.0.0.1:8000", model_name="m")
         yield SimpleNamespace(running=lambda: running, check=None)
 
+    made = lambda name: SimpleNamespace(name=name, check_ports=lambda: None, gpus=dict)  # noqa: E731
+    monkeypatch.setattr(experiment, "maker", lambda *_: made)
+    monkeypatch.setattr(experiment, "started", started)
+    monkeypatch.setattr(gate, "run", passes)
+    monkeypatch.setattr(experiment, "_measure_into", measure)
+    told = io.StringIO()
+    console = Console(file=told, width=200)
+    experiment.run(("single", "disaggregated"), trials, Options(), out, console, lambda _: None)
+    return told.getvalue()
+
+
+def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [gate.check(SPLIT, 1, texts, OUTPUT, 80) for texts in (TEXTS, ["other", *TEXTS[1:]])]
+    gated: list[str] = []
+    runs: dict[str, Run] = {}
+
     def passes(running: Running, *_: object) -> tuple[Gate, list[str]]:
         gated.append(running.name)
         return (verdicts[gated.count("disaggregated") - 1], TEXTS)
 
-    made = lambda name: SimpleNamespace(name=name, check_ports=lambda: None)  # noqa: E731
-    monkeypatch.setattr(experiment, "maker", lambda *_: made)
-    monkeypatch.setattr(experiment, "started", started)
-    monkeypatch.setattr(gate, "run", passes)
-    monkeypatch.setattr(experiment, "_measure_into", lambda one, *_: runs.setdefault(one.name, one))
-    told = Console(file=io.StringIO(), width=200)
-    experiment.run(("single", "disaggregated"), 3, Options(), tmp_path, told, lambda _: None)
+    told = run_without_servers(monkeypatch, tmp_path, 3, passes, lambda one, *_: runs.setdefault(one.name, one))
     assert gated == ["single", "disaggregated", "disaggregated"]
-    assert told.file.getvalue().count("correctness gate") == 2
+    assert told.count("correctness gate") == 2
     assert not runs["disaggregated"].gate.passed
     assert [flag.name for flag in runs["disaggregated"].flags] == ["gate-failed"]
     assert runs["single"].gate is None
+
+
+def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = gate.check(SPLIT, 1, TEXTS, OUTPUT, 80)
+    on_disk = []
+
+    def measure(one: Run, *_: object) -> None:
+        saved = [folder for folder in ("single_results", "disaggregated_results") if (tmp_path / folder).exists()]
+        on_disk.append(sum(len(load_run(tmp_path / folder).requests) for folder in saved))
+        one.requests.append(RequestRecord(id=str(len(on_disk)), planned_s=0.0))
+
+    run_without_servers(monkeypatch, tmp_path, 3, lambda *_: (verdict, TEXTS), measure)
+    assert on_disk == [0, 1, 2, 3]  # A BB AA B
 
 
 def test_a_decode_that_does_not_tell_its_counters_proves_nothing() -> None:

@@ -121,7 +121,7 @@ def test_servers_that_another_process_owns_stay_known(tmp_path: Path) -> None:
 
 def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        machine, "_nvidia_smi", lambda *_: "0, GB10, 580.95, [N/A], [N/A]\n1, H200, 580.95, 143771, 4\n"
+        machine, "_nvidia_smi", lambda *_: "0, GB10, 580.95, [N/A], [N/A], GPU-a\n1, H200, 580.95, 143771, 4, GPU-b\n"
     )
     first, second = machine.gpus()
     assert (first.name, first.memory_total_mib, second.memory_total_mib) == ("GB10", None, 143771.0)
@@ -129,6 +129,29 @@ def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.Monkey
         doctor._start(ServeConfig(), dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32)))
     )
     assert any("its memory is not told" in one.text for one in found)
+
+
+@pytest.mark.parametrize(
+    ("visible", "left"),
+    [(None, [0, 1, 2, 3]), ("3,1", [3, 1]), ("GPU-2f,0", [2, 0]), ("", []), ("1,-1", [1]), ("7", [])],
+)
+def test_gpus_that_are_not_allotted_to_us_are_left_alone(
+    visible: str | None, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"{index}, H200, 580, 143771, 4, GPU-{index}f00\n" for index in range(4))
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: rows)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in machine.inspect().gpus] == left
+
+
+def test_doctor_minds_the_gpus_that_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "installed_version", lambda name: None)
+    gpus = tuple(machine.Gpu(index, "H200", "580", 1000.0, 900.0 if index in (1, 2) else 0.0) for index in range(3))
+    here = machine.Machine(vllm=(0, 32, 0), vllm_text="0.32.0", gpus=gpus)
+    states = {one.text[:5]: one.state for one in doctor._start(ServeConfig(), here)}
+    assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]
 
 
 def test_get_returns_the_body_of_a_200_alone() -> None:

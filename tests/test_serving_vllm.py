@@ -1,10 +1,11 @@
 """The command lines that vLLM is started with, for every machine and connector."""
 
+import dataclasses
 import json
 
 import pytest
 
-from pdbench.config import ServeConfig
+from pdbench.config import Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import vllm
 from pdbench.serving.machine import Gpu, Machine, version_numbers
@@ -91,8 +92,9 @@ def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) ->
 @pytest.mark.parametrize(
     ("config", "gpus", "message"),
     [
-        (ServeConfig(), 1, "decode wants GPU 1 and this machine has 1 GPU"),
+        (ServeConfig(), 1, "beside the first 1 and there is 1 here"),
         (ServeConfig(prefill_gpus=(0,), decode_gpus=(0,)), 2, "given to prefill and to decode"),
+        (ServeConfig(decode_gpus=(7,)), 2, r"decode wants GPU 7 and there are 2 here \(\[0, 1\]\)"),
         (ServeConfig(decode_gpus=(0, 1)), 2, "name 1 different ones"),
         (ServeConfig(prefill_instances=0), 2, "at least one instance"),
     ],
@@ -102,11 +104,32 @@ def test_gpus_that_cannot_be_given_are_one_clear_line(config: ServeConfig, gpus:
         vllm.disaggregated(config, machine("0.26.0", gpus), "MODEL")
 
 
+def test_gpus_are_taken_from_those_that_are_allotted() -> None:
+    whole = machine("0.26.0", 8)
+    ours = dataclasses.replace(whole, gpus=(whole.gpus[6], whole.gpus[4]))
+    assert [one.gpus for one in vllm.disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
+
+
 def test_more_arguments_go_to_their_role_alone() -> None:
     config = ServeConfig(vllm_args="--seed 7", prefill_args="--max-num-seqs 4", decode_args="--max-num-seqs 9")
     prefill, decode = vllm.disaggregated(config, machine("0.26.0", 2), "MODEL")
     assert (option(prefill, "--max-num-seqs"), option(decode, "--max-num-seqs")) == ("4", "9")
     assert option(prefill, "--seed") == option(decode, "--seed") == "7"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--seed 7 --api-key one two --max-num-seqs 4", "--seed 7 --api-key *** --max-num-seqs 4"),
+        ("--api-key=one", "--api-key ***"),
+        ("--api-keys-file x", "--api-keys-file x"),
+    ],
+)
+def test_keys_among_vllms_arguments_are_not_in_the_record(given: str, kept: str) -> None:
+    config = ServeConfig(vllm_args=given, decode_args="--hf-token abc")
+    plain = Options(serve=config).plain()["serve"]
+    assert (plain["vllm_args"], plain["decode_args"]) == (kept, "--hf-token ***")
+    assert plain["prefill_args"] == "" and plain["kv_port"] == config.kv_port
 
 
 def test_version_numbers_ignore_what_follows() -> None:

@@ -163,7 +163,7 @@ class ClusterDeployment:
             owner_pid=os.getpid(),
             urls={name: instance.url for name, instance in self._planned.items()},
             hosts=hosts,
-            config=dataclasses.asdict(self.config) | {"connector_used": self.connector},
+            config=self.config.plain() | {"connector_used": self.connector},
         )
 
     def close(self) -> None:

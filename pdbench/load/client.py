@@ -7,12 +7,10 @@ Try: python -c "from pdbench.load.client import fetch; print(fetch('http://127.0
 import contextlib
 import os
 import socket
-import ssl
 import time
 from array import array
 from collections import deque
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,6 +19,7 @@ from pdbench.load import stamps
 from pdbench.load.answer import Answer
 from pdbench.load.connection import Address, Connection
 from pdbench.load.stamps import ArrivalClock
+from pdbench.load.target import Target, read_url
 from pdbench.load.waiting import Waiter
 from pdbench.records import RequestRecord
 
@@ -50,7 +49,9 @@ class Client:
         self.busy_s = array("d")
         self.in_flight = 0
         self.merged_reads = 0
-        self._address, self._tls, self._server_name, self._head = _target(url, endpoint, verify_tls)
+        target = read_url(url, verify_tls=verify_tls)
+        self._address, self._tls, self._server_name = _reachable_address(target), target.tls, target.host
+        self._head = _head(target, endpoint)
         self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
         self._waiter = Waiter()
         self._idle: deque[Connection] = deque()
@@ -214,35 +215,20 @@ def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", time
     return record
 
 
-def _target(url: str, endpoint: str, verify_tls: bool) -> tuple[Address, ssl.SSLContext | None, str, bytes]:
-    """(address, TLS, server name, request head up to the fields that differ a request) of an URL."""
-    parts = urlsplit(url)
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise UserError(f"--url {url}: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
-    tls = None
-    if parts.scheme == "https":
-        tls = ssl.create_default_context()
-        if not verify_tls:
-            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    base = parts.path.rstrip("/").removesuffix("/v1")
-    path = f"{base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
-    lines = [f"POST {path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json"]
-    if key := os.environ.get("OPENAI_API_KEY"):
-        lines.append(f"Authorization: Bearer {key}")
-    head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-    return _reachable_address(parts.hostname, port), tls, parts.hostname, head
+def _head(target: Target, endpoint: str) -> bytes:
+    """A request's head up to the fields that differ a request."""
+    path = f"{target.base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
+    fields = {"Host": target.authority, "Content-Type": "application/json"} | target.authorization()
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
 
 
-def _reachable_address(host: str, port: int) -> Address:
+def _reachable_address(target: Target) -> Address:
     """The first of the host's addresses that accepts a connection, so that `localhost` finds a server on ::1 or 127.0.0.1."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"cannot resolve {host}: {error.strerror}") from None
+        raise UserError(f"cannot resolve {target.host}: {error.strerror}") from None
     if len(found) > 1:
         for family, _, _, _, address in found:
             with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +38,21 @@ class ClockHold:
     def plain(self) -> dict[str, Any]:
         """For a saved run's config."""
         return asdict(self)
+
+
+def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:
+    """Raises UserError for a clock or power cap that is none, or of a role that holds no GPU in any deployment of `gpus`."""
+    kinds = {_kind(role) for found in gpus for role, indices in found.items() if indices}
+    for kind in ("prefill", "decode", "single"):
+        for name in ("clock", "power_cap"):
+            value: int | None = getattr(config, f"{kind}_{name}")
+            option = f"--{kind}-{name.replace('_', '-')} {value}"
+            if value is not None and value <= 0:
+                raise UserError(f"{option} is no clock or power: give a number above 0")
+            if value is not None and kind not in kinds:
+                raise UserError(
+                    f"{option}: no {kind} server here has a GPU of this host, it could not be set; leave it out"
+                )
 
 
 @contextmanager
@@ -92,14 +107,15 @@ def _wanted(
 ) -> Iterator[tuple[str, int, int | None, int | None]]:
     """(role, GPU, clock, cap) of every GPU of which something is asked."""
     for role, indices in gpus.items():
-        kind = role if role in ("prefill", "decode") else "single"
-        clock: int | None = getattr(config, f"{kind}_clock")
-        cap: int | None = getattr(config, f"{kind}_power_cap")
-        for name, value in (("clock", clock), ("power-cap", cap)):
-            if value is not None and value <= 0:
-                raise UserError(f"--{kind}-{name} {value} is no clock or power: give a number above 0")
+        clock: int | None = getattr(config, f"{_kind(role)}_clock")
+        cap: int | None = getattr(config, f"{_kind(role)}_power_cap")
         if clock is not None or cap is not None:
             yield from ((role, index, clock, cap) for index in indices)
+
+
+def _kind(role: str) -> str:
+    """Whose options a role takes."""
+    return role if role in ("prefill", "decode") else "single"
 
 
 def _hold(role: str, index: int, clock: int | None, cap: int | None) -> ClockHold:

@@ -4,7 +4,8 @@ Power is the instant field (186) with the 1 s average (185) beside it; the fine 
 Try: python -c "from pdbench.power.nvml import open_gpu; gpu = open_gpu(0, None); print(gpu.name, gpu.read(0.0), gpu.not_measured)"
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pynvml as nv
@@ -178,6 +179,24 @@ def gpu_count() -> int:
         return int(nv.nvmlDeviceGetCount())
     finally:
         nv.nvmlShutdown()
+
+
+def gpus_of(processes: Collection[int]) -> list[int]:
+    """The GPUs on which one of these processes computes; none where NVML does not tell (in a container it may know other ids)."""
+    try:
+        nv.nvmlInit()
+    except nv.NVMLError:
+        return []
+    found = []
+    try:
+        for index in range(int(nv.nvmlDeviceGetCount())):
+            with contextlib.suppress(nv.NVMLError):
+                handle = nv.nvmlDeviceGetHandleByIndex(index)
+                if any(one.pid in processes for one in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
+                    found.append(index)
+    finally:
+        nv.nvmlShutdown()
+    return found
 
 
 def _mig(handle: Any) -> bool:

@@ -3,7 +3,6 @@
 Try: pdbench serve --single
 """
 
-import dataclasses
 import os
 import secrets
 import signal
@@ -164,7 +163,7 @@ class Deployment:
             processes=self.process_ids(),
             gpus=self.gpus(),
             event_logs=[vllm.event_log(self.config, instance.name) for instance in self.instances],
-            config=dataclasses.asdict(self.config) | {"connector_used": self.connector},
+            config=self.config.plain() | {"connector_used": self.connector},
         )
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ Try: python -m pdbench.serving.machine
 """
 
 import importlib.metadata
+import ipaddress
+import os
 import platform
 import re
 import shutil
@@ -29,11 +31,12 @@ class Gpu:
     driver: str
     memory_total_mib: float | None
     memory_used_mib: float | None
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how vLLM is started: `vllm` is its version as numbers (None when not installed), `gpus` may be empty."""
+    """What decides how vLLM is started: `vllm` is its version as numbers (None when not installed), `gpus` those that it may use."""
 
     vllm: tuple[int, ...] | None
     vllm_text: str | None
@@ -48,7 +51,7 @@ class Machine:
 def inspect() -> Machine:
     """Look at this machine."""
     text = next(filter(None, map(installed_version, VLLM_DISTRIBUTIONS)), None)
-    return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=gpus())
+    return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=allotted(gpus()))
 
 
 def installed_version(distribution: str) -> str | None:
@@ -66,14 +69,25 @@ def version_numbers(text: str) -> tuple[int, ...]:
 
 def gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs of this machine, none when there is no working `nvidia-smi`."""
-    fields = "index,name,driver_version,memory.total,memory.used"
+    fields = "index,name,driver_version,memory.total,memory.used,uuid"
     rows = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
     found = []
     for row in rows:
         cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) == 5 and cells[0].isdigit():
-            found.append(Gpu(int(cells[0]), cells[1], cells[2], _mib(cells[3]), _mib(cells[4])))
+        if len(cells) == 6 and cells[0].isdigit():
+            found.append(Gpu(int(cells[0]), cells[1], cells[2], _mib(cells[3]), _mib(cells[4]), cells[5]))
     return tuple(found)
+
+
+def allotted(found: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return found
+    asked = [name.strip() for name in names.split(",")]
+    return tuple(
+        gpu for name in asked for gpu in found if name == str(gpu.index) or (name and gpu.uuid.startswith(name))
+    )
 
 
 def _mib(cell: str) -> float | None:
@@ -120,18 +134,48 @@ def port_owner(host: str, port: int) -> str | None:
             if error.errno != 98:  # EADDRINUSE; anything else is the address's fault
                 return f"cannot listen on {host}: {error.strerror}"
     try:
-        for connection in psutil.net_connections("tcp"):
-            if (
-                connection.status == psutil.CONN_LISTEN
-                and connection.laddr
-                and connection.laddr.port == port
-                and connection.pid
-            ):
-                process = psutil.Process(connection.pid)
-                return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:80]})"
+        for process in listeners(port):
+            return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:80]})"
     except psutil.Error:
         pass
     return "another process"
+
+
+def listeners(port: int) -> list[psutil.Process]:
+    """The processes that listen on a TCP port of this host, as far as this user may see."""
+    try:
+        found = {
+            one.pid
+            for one in psutil.net_connections("tcp")
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port
+        }
+        return [psutil.Process(pid) for pid in sorted(pid for pid in found if pid)]
+    except psutil.Error:
+        return []
+
+
+def server_processes(port: int) -> list[int]:
+    """The server on a TCP port of this host: process ids of whoever started the listener with the same program, and of all
+    that came of it; empty where this user may not see it."""
+    found: set[int] = set()
+    for process in listeners(port):
+        try:
+            while (parent := process.parent()) is not None and parent.exe() == process.exe():
+                process = parent
+            found |= {process.pid, *(child.pid for child in process.children(recursive=True))}
+        except psutil.Error:
+            continue
+    return sorted(found)
+
+
+def is_this_host(host: str) -> bool:
+    """Does this name or address belong to the host that we run on? An unknown name does not."""
+    own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    try:
+        addresses = {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(address in own or ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def host_facts() -> dict[str, Any]:

@@ -128,16 +128,17 @@ def _take(
         raise UserError(f"{role} needs at least one instance of at least one GPU, not {instances} of {width}")
     if not machine.on_gpu:
         return [()] * instances
-    wanted = list(asked) or list(range(first, first + instances * width))
-    if len(wanted) != instances * width or len(set(wanted)) != len(wanted):
+    count, present = instances * width, [gpu.index for gpu in machine.gpus]
+    wanted = list(asked) or present[first : first + count]
+    if asked and (len(wanted) != count or len(set(wanted)) != count):
         raise UserError(
-            f"{role} runs {instances} instance(s) of {width} GPU(s) and is given GPUs {wanted}: name {instances * width} different ones"
+            f"{role} runs {instances} instance(s) of {width} GPU(s) and is given GPUs {wanted}: name {count} different ones"
         )
-    present = {gpu.index for gpu in machine.gpus}
     missing = [gpu for gpu in wanted if gpu not in present]
-    if missing:
+    if missing or len(wanted) < count:
+        which = f"GPU {missing[0]}" if missing else f"{count} GPU(s){f' beside the first {first}' if first else ''}"
         raise UserError(
-            f"{role} wants GPU {missing[0]} and this machine has {len(present)} GPU(s) ({sorted(present)}): "
+            f"{role} wants {which} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
             f"name others with --{role.replace('tensor-parallel', 'single')}-gpus, or run --against single alone"
         )
     return [tuple(wanted[i * width : (i + 1) * width]) for i in range(instances)]
