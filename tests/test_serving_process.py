@@ -16,6 +16,7 @@ import pytest
 
 from pdbench import doctor
 from pdbench.config import ServeConfig
+from pdbench.errors import UserError
 from pdbench.serving import machine, running
 from pdbench.serving.process import ServerProcess, get
 from pdbench.serving.running import Running
@@ -129,6 +130,17 @@ def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.Monkey
         doctor._start(ServeConfig(), dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32)))
     )
     assert any("its memory is not told" in one.text for one in found)
+
+
+def test_a_folder_of_logs_belongs_to_one_deployment(tmp_path: Path) -> None:
+    claim = running.claim(tmp_path / "logs")
+    with pytest.raises(UserError, match="--log-dir"):
+        running.claim(tmp_path / "logs")
+    claim.close()
+    running.claim(tmp_path / "logs").close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="give --log-dir a folder that you may write"):
+        running.claim(tmp_path / "file" / "logs")
 
 
 @pytest.mark.parametrize(

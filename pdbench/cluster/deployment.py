@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import psutil
 
@@ -98,6 +98,7 @@ class ClusterDeployment:
         self._planned: dict[str, Instance] = {}
         self._pids: dict[str, int] = {}
         self._secret = secrets.token_hex(16)
+        self._claim: IO[bytes] | None = None
         self._restarts_left = cluster.config.restarts
         self._on_state: Callable[[dict[str, str]], None] = lambda states: None
 
@@ -107,6 +108,7 @@ class ClusterDeployment:
         Raises UserError with node, log's end and likely cause when one dies, or there is no room, or --start-timeout-s passes.
         """
         self._on_state = on_state
+        self._claim = running.claim(Path(self.config.log_dir))
         try:
             self._reserve()
             self._plan()
@@ -176,6 +178,8 @@ class ClusterDeployment:
 
             remove_placement_group(self._group)
             self._group = None
+        if self._claim:
+            self._claim.close()
 
     def _reserve(self) -> None:
         """A placement group with a bundle a server, and an actor in each; the proxy where pdbench runs, if not placed."""

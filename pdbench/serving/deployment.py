@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from pdbench.config import Deployment as Name
 from pdbench.config import ServeConfig
@@ -96,6 +96,7 @@ class Deployment:
         self.model_path = next(instance.argv[instance.argv.index("--model") + 1] for instance in self.instances)
         self.url = self.instances[-1].url
         self.processes: dict[str, ServerProcess] = {}
+        self._claim: IO[bytes] | None = None
 
     def start(self, on_state: Callable[[States], None] = lambda states: None) -> Self:
         """Start all servers at once and wait until all are healthy; `on_state` hears every change.
@@ -103,6 +104,7 @@ class Deployment:
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
         self.check_ports()
+        self._claim = running.claim(Path(self.config.log_dir))
         secret = secrets.token_hex(16)
         for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
             event_file.unlink()
@@ -174,6 +176,8 @@ class Deployment:
         for process in self.processes.values():
             process.close()
         self.processes.clear()
+        if self._claim:
+            self._claim.close()
 
     def check_ports(self) -> None:
         """Raises UserError when a port that a server needs is taken, and by whom."""

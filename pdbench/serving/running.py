@@ -3,18 +3,21 @@
 Try: python -m pdbench.serving.running logs
 """
 
+import fcntl
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import msgspec
 import psutil
 
+from pdbench.errors import UserError
 from pdbench.records import write_whole
 
 FILE = "running.json"
+_LOCK = ".lock"
 
 
 class Running(msgspec.Struct, kw_only=True):
@@ -54,6 +57,28 @@ def forget(folder: Path) -> None:
     known = _read(folder)
     if known is not None and known.owner_pid == os.getpid():
         (folder / FILE).unlink(missing_ok=True)
+
+
+def claim(folder: Path) -> IO[bytes]:
+    """The folder for one deployment's logs, until the file is closed or this process ends, in whatever way.
+
+    Raises UserError while another has it (the logs and events of one would be the other's), or when it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("ab")
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; give --log-dir a folder that you may write"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"servers that run log into {folder}: end them, or give another --log-dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def find(folder: Path, url: str) -> Running | None:
