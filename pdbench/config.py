@@ -5,7 +5,7 @@ by what the machine has. An option stands in the help under its class's heading,
 Try: pdbench run --help
 """
 
-import re
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,8 +14,6 @@ from cyclopts import Group, Parameter
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
 Deployment = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
-
-_SECRETS = re.compile(r"(--(?:api-key|hf-token))(?:=|\s+)[^-\s]\S*(?:\s+[^-\s]\S*)*")
 
 T = TypeVar("T")
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
@@ -79,11 +77,11 @@ class ServeConfig:
     tensor_parallel: int = 1
     """GPUs a prefill, decode, single or replica instance spans."""
     prefill_gpus: Indices = ()
-    """GPU indices of prefill, instance by instance; by itself the first ones, from 0."""
+    """GPU indices of prefill, instance by instance; by itself the first ones (of CUDA_VISIBLE_DEVICES, where it is set)."""
     decode_gpus: Indices = ()
     """GPU indices of decode; by itself those after prefill's, so 1 for 1P1D."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; by itself from 0. With bench: those of a server that pdbench did not start."""
+    """GPU indices of the single instance; by itself the first ones. With bench: those of a server that pdbench did not start."""
     start_timeout_s: float = 600.0
     """How long the servers may take until all are healthy."""
     log_dir: str = "logs"
@@ -111,10 +109,26 @@ class ServeConfig:
 
     def plain(self) -> dict[str, Any]:
         """For the record: option -> value. Keys among vLLM's arguments are left out: results are there to be shown."""
-        words = {
-            name: _SECRETS.sub(r"\1 ***", getattr(self, name)) for name in ("vllm_args", "prefill_args", "decode_args")
-        }
-        return asdict(self) | words
+        words = ("vllm_args", "prefill_args", "decode_args")
+        return asdict(self) | {name: _without_keys(getattr(self, name)) for name in words}
+
+
+def _without_keys(arguments: str) -> str:
+    """vLLM's arguments with HIDDEN in place of every key; those without a key as they are."""
+    try:
+        words = shlex.split(arguments)
+    except ValueError:  # whoever starts vLLM with them says so
+        return arguments
+    kept, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") in ("--api-key", "--hf-token"):
+            kept += [name, "HIDDEN"]
+            hidden = not equals  # as many words as follow
+        elif word.startswith("--") or not hidden:
+            kept.append(word)
+            hidden = False
+    return arguments if kept == words else shlex.join(kept)
 
 
 @Parameter(name="*", group=_LOAD)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pdbench import gate, phases
 from pdbench.config import Deployment as Name
@@ -23,7 +24,7 @@ from pdbench.load.generator import LoadResult, run_load
 from pdbench.load.target import offered_model, read_url
 from pdbench.power import clocks, nvml
 from pdbench.power.cooldown import Cooldown
-from pdbench.power.devices import open_readers
+from pdbench.power.devices import gpu_indices, open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, Flag, Gate, Run, check_writable, save_run
@@ -148,21 +149,18 @@ def bench(
     if running is None:
         model = model or offered_model(url, verify_tls=options.load.tls_verify)
         running = Running(name="bench", url=url, model_name=model)
-        if options.power.power and cluster is None:
-            server = read_url(url)
-            if machines.is_this_host(server.host):
-                flags = _find_devices(running, server.port, options.serve.single_gpus)
-            else:
-                flags = [Flag("power-elsewhere", f"{server.host} is another host: its power is not measured")]
-                options = replace(options, power=replace(options.power, power=False))
+        if cluster is None and (options.power.power or clocks.asked(options.power)):
+            flags = _find_devices(running, options.serve.single_gpus)
+        if flags:
+            options = replace(options, power=replace(options.power, power=False))
     _check_lengths(options.load, running.config.get("max_model_len"))
+    for flag in flags:
+        console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
     if cluster is None:
         clocks.check(options.power, [running.gpus])
     clock = Clock.start()
     one = _new_run(running, clock, options)
     one.flags += flags
-    for flag in flags:
-        console.print(f"  [yellow]{flag.name}[/yellow]: {flag.detail}", highlight=False)
     if running.name == "disaggregated":
         _pass_gate(one, gate.run(running, int(clock.unix_s), None)[0], console)
     try:
@@ -173,20 +171,32 @@ def bench(
     return out / f"{one.name}_results"
 
 
-def _find_devices(foreign: Running, port: int, named: Sequence[int]) -> list[Flag]:
-    """Enter the GPUs of a server of this host that pdbench did not start: those that are named, else those of its processes,
-    else all."""
-    processes = machines.server_processes(port)
-    foreign.processes = {"server": processes}
-    gpus = list(named) or nvml.gpus_of(processes)
-    flags = []
-    if not gpus and (gpus := [gpu.index for gpu in machines.gpus()]):
-        detail = (
-            f"which GPUs {foreign.url} uses is not told: all {len(gpus)} of this host count; --single-gpus names them"
-        )
-        flags.append(Flag("devices-unknown", detail))
+def _find_devices(foreign: Running, named: Sequence[int]) -> list[Flag]:
+    """Enter the GPUs of a server that pdbench did not start: those that are named, else those of its processes. A flag says why
+    nothing of it can be measured. Raises UserError when a named GPU is not here."""
+    here = list(gpu_indices())
+    if named:
+        if len(set(named)) < len(named) or not set(named) <= set(here):
+            raise UserError(
+                f"--single-gpus {' '.join(map(str, named))}: name different ones of this host's GPUs, {here}"
+            )
+        foreign.gpus = {"server": list(named)}
+        return []
+    server = read_url(foreign.url)
+    remedy = "power is not measured; --single-gpus names its GPUs"
+    if not machines.is_this_host(server.host):
+        return [
+            Flag(
+                "power-elsewhere", f"{server.host} is no address of this host: {remedy} where it runs here all the same"
+            )
+        ]
+    listening = [process.pid for process in machines.listeners(server.port)]
+    gpus = nvml.gpus_of(listening)
+    if here and not gpus:
+        return [Flag("devices-unknown", f"which GPUs {foreign.url} uses is not told: {remedy}")]
     foreign.gpus = {"server": gpus} if gpus else {}
-    return flags
+    foreign.processes = {"server": listening}
+    return []
 
 
 def _cooldown(options: Options) -> Cooldown:

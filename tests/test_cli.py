@@ -47,8 +47,9 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["bench", "--trials", "0"], "at least 1"),
         (["run", "--requests", "0"], "--requests 0: give 1 or more"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
-        (["run", "--prefill-clock", "1200"], "--prefill-clock 1200: no prefill server"),
+        (["run", "--against", "single", "--prefill-clock", "1200"], "--prefill-clock 1200: no prefill server"),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
+        (["serve", "--vllm-args", "'"], "no closing quotation"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
     ],
 )

@@ -69,11 +69,11 @@ def test_a_capped_open_loop_keeps_the_planned_instants():
 
 def test_a_run_ends_by_seconds():
     with ScriptedServer(stream(tokens(3), pause_s=0.01)) as server:
-        result = load(server, concurrency=3, duration_s=0.5, warmup=0)
+        result = load(server, concurrency=3, duration_s=2.0, warmup=0)
         open_loop = load(server, rate=100.0, duration_s=0.4, warmup=0)
     records = measured(result)
     begin_s = min(record.planned_s for record in records)
-    assert len(records) > 3 and max(record.planned_s for record in records) - begin_s < 0.6
+    assert len(records) > 3 and max(record.planned_s for record in records) - begin_s < 2.1
     assert 20 < len(measured(open_loop)) < 70
 
 

@@ -132,6 +132,22 @@ def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.Monkey
     assert any("its memory is not told" in one.text for one in found)
 
 
+def test_an_instance_that_is_asked_directly_is_known_with_its_own_devices(tmp_path: Path) -> None:
+    urls = {
+        name: f"http://127.0.0.1:{port}" for port, name in enumerate(("prefill-0", "prefill-1", "decode-0", "proxy"), 1)
+    }
+    gpus = {"prefill": [0, 1, 2, 3], "decode": [4, 5]}
+    processes = {"prefill": [11, 12], "decode": [13], "proxy": [14]}
+    whole = Running(name="disaggregated", url=urls["proxy"], model_name="m", urls=urls, gpus=gpus, processes=processes)
+    whole.owner_pid = os.getpid()
+    running.save(whole, tmp_path)
+    assert running.find(tmp_path, "http://localhost:4") == whole
+    one = running.find(tmp_path, "http://localhost:2")
+    assert one is not None and one.name == "bench" and one.model_name == "m"
+    assert (one.gpus, one.processes) == ({"prefill": [2, 3]}, {"prefill": [12]})
+    assert running.find(tmp_path, "http://localhost:5") is None
+
+
 def test_a_folder_of_logs_belongs_to_one_deployment(tmp_path: Path) -> None:
     claim = running.claim(tmp_path / "logs")
     with pytest.raises(UserError, match="--log-dir"):
@@ -145,7 +161,16 @@ def test_a_folder_of_logs_belongs_to_one_deployment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("visible", "left"),
-    [(None, [0, 1, 2, 3]), ("3,1", [3, 1]), ("GPU-2f,0", [2, 0]), ("", []), ("1,-1", [1]), ("7", [])],
+    [
+        (None, [0, 1, 2, 3]),
+        ("3,1", [3, 1]),
+        ("GPU-2f,0", [2, 0]),
+        ("", []),
+        ("1,-1,0", [1]),
+        ("0,0", [0]),
+        ("GPU-", []),
+        ("7", []),
+    ],
 )
 def test_gpus_that_are_not_allotted_to_us_are_left_alone(
     visible: str | None, left: list[int], monkeypatch: pytest.MonkeyPatch

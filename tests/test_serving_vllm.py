@@ -120,15 +120,17 @@ def test_more_arguments_go_to_their_role_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ("--seed 7 --api-key one two --max-num-seqs 4", "--seed 7 --api-key *** --max-num-seqs 4"),
-        ("--api-key=one", "--api-key ***"),
+        ("--seed 7 --api-key one two --max-num-seqs 4", "--seed 7 --api-key HIDDEN --max-num-seqs 4"),
+        ("--api-key=-one", "--api-key HIDDEN"),
+        ("--api_key 'one two' --seed 7", "--api_key HIDDEN --seed 7"),
+        ("--seed '", "--seed '"),
         ("--api-keys-file x", "--api-keys-file x"),
     ],
 )
 def test_keys_among_vllms_arguments_are_not_in_the_record(given: str, kept: str) -> None:
     config = ServeConfig(vllm_args=given, decode_args="--hf-token abc")
     plain = Options(serve=config).plain()["serve"]
-    assert (plain["vllm_args"], plain["decode_args"]) == (kept, "--hf-token ***")
+    assert (plain["vllm_args"], plain["decode_args"]) == (kept, "--hf-token HIDDEN")
     assert plain["prefill_args"] == "" and plain["kv_port"] == config.kv_port
 
 

@@ -23,6 +23,7 @@ from pdbench.errors import UserError
 from pdbench.load import generator
 from pdbench.load.generator import LoadResult, Progress
 from pdbench.load.truth import Part
+from pdbench.power.clocks import asked
 from pdbench.power.statistics import field_statistics, sampling_statistics
 from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving.running import Running
@@ -181,11 +182,8 @@ def _whole(pieces: list[DeviceRecord], move: Callable[[float], float], node: Nod
 def check(cluster: Cluster, power: PowerConfig) -> None:
     """Raises UserError for what cannot be done there: clocks and power caps, which are set on this host alone, unknown nodes."""
     client_nodes(cluster)
-    for field in dataclasses.fields(power):
-        if field.name.endswith(("_clock", "_power_cap")) and getattr(power, field.name) is not None:
-            raise UserError(
-                f"--{field.name.replace('_', '-')} sets GPUs of this host alone: leave it out with --cluster"
-            )
+    for option in asked(power):
+        raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
 
 
 def client_nodes(cluster: Cluster) -> list[Node]:

@@ -26,19 +26,22 @@ class Target:
     tls: ssl.SSLContext | None
 
     def authorization(self) -> dict[str, str]:
-        """The field that carries OPENAI_API_KEY, none when that is not set."""
-        key = os.environ.get("OPENAI_API_KEY")
+        """The field that carries OPENAI_API_KEY, none when that is not set. Raises UserError when it cannot be sent."""
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that cannot be sent: set it anew")
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def read_url(url: str, *, verify_tls: bool = True) -> Target:
     """Take `url` apart (http or https, IPv6 in brackets, with a path before /v1 or none). Raises UserError when it is none."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
+    if "@" in url:
         raise UserError("--url holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key")
     try:
+        parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:  # of which UnicodeError is one
         raise UserError(f"--url {url}: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")

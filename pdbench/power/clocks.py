@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pdbench.config import PowerConfig
@@ -40,6 +40,12 @@ class ClockHold:
         return asdict(self)
 
 
+def asked(config: PowerConfig) -> list[str]:
+    """The options that ask for a clock or power cap."""
+    names = [field.name for field in fields(config) if field.name.endswith(("_clock", "_power_cap"))]
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None]
+
+
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:
     """Raises UserError for a clock or power cap that is none, or of a role that holds no GPU in any deployment of `gpus`."""
     kinds = {_kind(role) for found in gpus for role, indices in found.items() if indices}
@@ -50,9 +56,12 @@ def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> N
             if value is not None and value <= 0:
                 raise UserError(f"{option} is no clock or power: give a number above 0")
             if value is not None and kind not in kinds:
-                raise UserError(
-                    f"{option}: no {kind} server here has a GPU of this host, it could not be set; leave it out"
+                remedy = (
+                    f"what is here is held by --{sorted(kinds)[0]}-{name.replace('_', '-')}"
+                    if kinds
+                    else "leave it out"
                 )
+                raise UserError(f"{option}: no {kind} server here has a GPU of this host that we know: {remedy}")
 
 
 @contextmanager

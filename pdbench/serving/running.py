@@ -46,6 +46,23 @@ class Running(msgspec.Struct, kw_only=True):
         """Every decode instance of a disaggregated deployment."""
         return [url for name, url in self.urls.items() if name.startswith("decode-")]
 
+    def instance(self, name: str) -> "Running":
+        """One instance by itself, as anybody's server that is asked directly."""
+        role, _, number = name.rpartition("-")
+        alike = [one for one in self.urls if one.rpartition("-")[0] == role]
+        gpus = self.gpus.get(role, [])
+        width, index = len(gpus) // len(alike), int(number)
+        return Running(
+            name="bench",
+            url=self.urls[name],
+            model_name=self.model_name,
+            model_path=self.model_path,
+            owner_pid=self.owner_pid,
+            processes={role: self.processes.get(role, [])[index : index + 1]},
+            gpus={role: gpus[index * width : (index + 1) * width]} if width else {},
+            config=self.config,
+        )
+
 
 def save(running: Running, folder: Path) -> None:
     """Write it into `folder`."""
@@ -82,15 +99,19 @@ def claim(folder: Path) -> IO[bytes]:
 
 
 def find(folder: Path, url: str) -> Running | None:
-    """The deployment of `folder` when it still runs and answers at `url`, else None."""
+    """The deployment of `folder` when it still runs and answers at `url`, or the one of its instances that does; else None."""
     running = _read(folder)
-    if running is None:
+    if running is None or running.owner_pid is None or not psutil.pid_exists(running.owner_pid):
         return None
-    same = urlsplit(running.url).netloc.replace("localhost", "127.0.0.1") == urlsplit(url).netloc.replace(
-        "localhost", "127.0.0.1"
-    )
-    alive = running.owner_pid is not None and psutil.pid_exists(running.owner_pid)
-    return running if same and alive else None
+    if _place(running.url) == _place(url):
+        return running
+    if running.hosts:
+        return None
+    return next((running.instance(name) for name, one in running.urls.items() if _place(one) == _place(url)), None)
+
+
+def _place(url: str) -> str:
+    return urlsplit(url).netloc.replace("localhost", "127.0.0.1")
 
 
 def _read(folder: Path) -> Running | None:

@@ -137,11 +137,21 @@ def _take(
     missing = [gpu for gpu in wanted if gpu not in present]
     if missing or len(wanted) < count:
         which = f"GPU {missing[0]}" if missing else f"{count} GPU(s){f' beside the first {first}' if first else ''}"
+        named = f"name others with --{role}-gpus, or " if role in ("prefill", "decode", "single") else ""
         raise UserError(
             f"{role} wants {which} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
-            f"name others with --{role.replace('tensor-parallel', 'single')}-gpus, or run --against single alone"
+            f"{named}run --against single alone"
         )
     return [tuple(wanted[i * width : (i + 1) * width]) for i in range(instances)]
+
+
+def _words(option: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text!r}: {str(error).lower()}: write it as in a shell, inside one pair of quotes"
+        ) from None
 
 
 def instance(
@@ -185,8 +195,9 @@ def instance(
         if connector == "builtin-p2p-nccl" and role == "prefill":
             # It dies at the first prompt that chunked prefill splits: room for 32 whole prompts in one batch.
             argv += ["--max-num-batched-tokens", str(max(8192, 32 * config.max_model_len))]
-    argv += shlex.split(config.vllm_args)
-    argv += shlex.split({"prefill": config.prefill_args, "decode": config.decode_args}.get(role, ""))
+    argv += _words("--vllm-args", config.vllm_args)
+    if role in ("prefill", "decode"):
+        argv += _words(f"--{role}-args", config.prefill_args if role == "prefill" else config.decode_args)
     return Instance(
         name=name,
         role=role,
