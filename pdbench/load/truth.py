@@ -177,15 +177,15 @@ def decode_window(measured: Sequence[RequestRecord]) -> tuple[float, float, str]
 
 
 def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, tolerance: float = 0.1) -> float | None:
-    """The start of the last `span_s` if the load held steady through it, else None.
+    """The start of the last `span_s` (or a sample more) if the load held steady through it, else None.
 
     `samples` are (instant, tokens received so far, requests in flight). Steady: both halves of the span have token rates and
     mean requests in flight within `tolerance` of each other (or one request).
     """
     if not samples or samples[-1][0] - samples[0][0] < span_s:
         return None
-    start_s = samples[-1][0] - span_s
-    recent = [sample for sample in samples if sample[0] >= start_s]
+    begin = max(index for index, sample in enumerate(samples) if sample[0] <= samples[-1][0] - span_s)
+    recent = samples[begin:]
     middle = len(recent) // 2
     first, second = recent[: middle + 1], recent[middle:]
     if len(first) < 3 or len(second) < 3:
