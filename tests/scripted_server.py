@@ -71,12 +71,15 @@ class ScriptedServer:
         self._listener.listen(512)
         host = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
         self.url = f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def __enter__(self) -> "ScriptedServer":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()  # else it might accept on the descriptor's next owner: another server's connections
         self._listener.close()
 
     def _accept(self) -> None:
