@@ -146,6 +146,15 @@ def test_a_channel_that_another_thread_closed_says_so(ends):
             use()
 
 
+def test_a_descriptor_is_not_free_while_a_thread_uses_it(ends):
+    descriptor = ends[0]._socket.fileno()
+    with ends[0]._using():
+        ends[0].close()
+        with socket.socket() as next_owner:
+            assert next_owner.fileno() != descriptor
+    assert ends[0]._socket.fileno() == -1
+
+
 def test_close_wakes_a_thread_that_receives(ends):
     raised = []
 

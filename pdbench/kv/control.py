@@ -7,6 +7,7 @@ Try: python -m pytest tests/test_kv_control.py
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import secrets
@@ -15,6 +16,8 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +102,17 @@ Message = msgspec.Struct | dict[str, Any]
 
 
 class Channel:
-    """One connected socket. One thread may receive while others send; a read or write that stalls for `timeout_s` closes it."""
+    """One connected socket. One thread may receive while others send; a read or write that stalls for `timeout_s` closes it.
+
+    Its descriptor is free only when no thread uses it any more: one that was about to read or write would meet the descriptor's
+    next owner, another peer's connection.
+    """
 
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
         self._socket = connection
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
         self._send_lock = threading.Lock()
         self.set_timeout(timeout_s)
         if self._is_tcp:
@@ -122,7 +132,7 @@ class Channel:
         """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError."""
         data = msgspec.json.encode(message)
         try:
-            with self._send_lock:
+            with self._send_lock, self._using():
                 self._socket.sendall(_LENGTH.pack(len(data)) + data)
                 if payload is not None:
                     self._socket.sendall(payload)
@@ -135,11 +145,11 @@ class Channel:
         data = msgspec.json.encode(message)
         data = _LENGTH.pack(len(data)) + data
         try:
-            with self._send_lock:
+            with self._send_lock, self._using():
                 poll = select.poll()
                 poll.register(self._socket, select.POLLOUT)
                 taken = self._socket.send(data) if poll.poll(0) else 0
-        except (OSError, ValueError) as error:  # ValueError: another thread has closed it
+        except OSError as error:
             self.close()
             raise ChannelClosedError(f"{self.peer}: {_words(error, 'took no data')}") from error
         if taken < len(data):
@@ -171,7 +181,8 @@ class Channel:
         filled = 0
         while filled < len(buffer):
             try:
-                count = self._socket.recv_into(buffer[filled:])
+                with self._using():
+                    count = self._socket.recv_into(buffer[filled:])
             except TimeoutError as error:
                 if idle and filled == 0:
                     continue
@@ -192,20 +203,39 @@ class Channel:
         """
         self.timeout_s = timeout_s
         try:
-            self._socket.settimeout(timeout_s)
-            if self._is_tcp:
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
+            with self._using():
+                self._socket.settimeout(timeout_s)
+                if self._is_tcp:
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
         except OSError as error:
             raise ChannelClosedError(f"the connection was closed ({error})") from error
 
     def close(self) -> None:
         """Close it; threads that wait in `receive` or `send` get ChannelClosedError."""
+        with self._lock:
+            self._closed = True
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            if not self._users:
+                self._socket.close()
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """While inside, the descriptor stays this connection's. Raises OSError once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "closed here")
+            self._users += 1
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._socket.close()
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._socket.close()
 
 
 def _words(error: Exception, stalled: str) -> str:
