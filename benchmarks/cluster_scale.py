@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SERVER = """
 import http.server, socketserver, sys
@@ -40,7 +40,7 @@ def main() -> None:
     if options.inside:
         measure(options)
         return
-    from cluster_hosts import Hosts, wait_until
+    from tests.support.cluster_hosts import Hosts, wait_until
 
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder), options.nodes, [0] * options.nodes) as hosts:
         head = hosts.all[-1]

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 TOKENS, STEP_S, WARM_UP = 64, 0.003, 5
 INTERVALS_MS = (5.0, 1.0, 0.2)
@@ -32,10 +32,9 @@ def busy(seconds: float) -> int:
 
 def side(role: str, port: int, interval_ms: float | None, transfers: int, log: str) -> None:
     """One worker with its busy engine thread. Decode prints p10, p50, p90 of ask to end in ms, and loops a busy step."""
-    from kv_instances import BLOCK, SECRET, Instance, prefill, prompt
-
     from pdbench.kv import worker
     from pdbench.kv.messages import SECRET_VARIABLE, Fetch
+    from tests.support.kv_instances import BLOCK, SECRET, Instance, prefill, prompt
 
     os.environ[SECRET_VARIABLE] = SECRET
     if interval_ms is not None:

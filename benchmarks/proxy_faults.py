@@ -13,8 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from proxy_processes import instance, proxy, wait_until
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.proxy_processes import instance, proxy, wait_until
 
 WAITS = {"first": 0.3}
 PACED = {"delay": 0.01}

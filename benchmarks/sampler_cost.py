@@ -223,8 +223,8 @@ def compare(options, temporary):
         truth, columns = found["pdbench"][0]["energies"], ["GPU 0"]
         print("errors are against the driver's energy counter, read on its tick")
     else:
-        sys.path.insert(0, str(HERE.parent / "tests"))
-        import fake_nvml
+        sys.path.insert(0, str(HERE.parent))
+        from tests.support import fake_nvml
 
         settings = {f"power_{i}": fake_nvml.wave_text(name) for i, name in enumerate(WAVES)}
         environment = fake_nvml.environment(

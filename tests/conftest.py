@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster_hosts import Hosts, NotPermittedError, joined_hosts
-from proxy_processes import Server, instance
 
-from pdbench.config import Deployment as Name
-from pdbench.config import ServeConfig
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.serving.deployment import Deployment
+from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.machine import inspect
-from pdbench.serving.running import Running
+from tests.support.cluster_hosts import Hosts, NotPermittedError, joined_hosts
+from tests.support.proxy_processes import Server, instance
 
 
 def serve_config(
@@ -50,7 +49,7 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def start(name: Name, config: ServeConfig) -> Deployment:
+def start(name: DeploymentKind, config: ServeConfig) -> Deployment:
     """The deployment up and healthy; the caller closes it."""
     return Deployment(name, config, inspect()).start()
 
@@ -58,7 +57,7 @@ def start(name: Name, config: ServeConfig) -> Deployment:
 @pytest.fixture
 def kv_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """The secret of the connector's workers in this process."""
-    from kv_instances import SECRET
+    from tests.support.kv_instances import SECRET
 
     monkeypatch.setenv("PDBENCH_KV_SECRET", SECRET)
 
@@ -66,7 +65,7 @@ def kv_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kv_pair(kv_secret: None) -> Iterator[list[object]]:
     """A prefill and a decode worker of the connector, without vLLM's engine."""
-    from kv_instances import Instance, free_port, instances
+    from tests.support.kv_instances import Instance, free_port, instances
 
     port = free_port()
     with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
@@ -76,7 +75,7 @@ def kv_pair(kv_secret: None) -> Iterator[list[object]]:
 @pytest.fixture(scope="session")
 def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Deployment]]:
     """Both ways to serve the tiny model, side by side (started at the same time, it takes about 40 s on 2 cores)."""
-    names: tuple[Name, ...] = ("single", "disaggregated")
+    names: tuple[DeploymentKind, ...] = ("single", "disaggregated")
     up: dict[str, Deployment] = {}
     with ThreadPoolExecutor() as pool:
         futures = {
@@ -90,14 +89,14 @@ def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 @pytest.fixture
-def single(deployments: dict[str, Deployment]) -> Running:
+def single(deployments: dict[str, Deployment]) -> DeploymentInfo:
     """One vLLM instance that runs."""
     deployments["single"].check()
     return deployments["single"].running()
 
 
 @pytest.fixture
-def disaggregated(deployments: dict[str, Deployment]) -> Running:
+def disaggregated(deployments: dict[str, Deployment]) -> DeploymentInfo:
     """Prefill, decode and proxy that run."""
     deployments["disaggregated"].check()
     return deployments["disaggregated"].running()

@@ -14,7 +14,7 @@ for version in "$@"; do
             mv "$site.part" "$site" || exit
     fi
     echo "vLLM $version:"
-    PYTHONPATH=$site "$python" -m pytest -q -m "not slow and not gpu" tests/test_kv_*.py || failed+=("$version")
+    PYTHONPATH=$site "$python" -m pytest -q -m "not slow and not gpu" tests/kv || failed+=("$version")
 done
 echo "failed on: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from scripted_server import ScriptedServer, stream, tokens
 
 from pdbench import cli, sweep
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.report import sweep_figures
+from tests.support.scripted_server import ScriptedServer, stream, tokens
 
 OPTIONS = Options()
 CONSOLE = Console(quiet=True)

@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import kv_instances
 import kv_servers
-from kv_fleet import prompt_of, tiny_qwen2, until
-from kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
 
 from pdbench.kv.messages import SECRET_VARIABLE
 from pdbench.serving.tiny_model import tiny_model
+from tests.support import kv_instances
+from tests.support.kv_fleet import prompt_of, tiny_qwen2, until
+from tests.support.kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
 GPUS = torch.cuda.device_count()

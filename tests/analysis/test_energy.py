@@ -1,0 +1,218 @@
+"""Energy over windows and its attribution, from records with exact areas."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdbench.analysis.attribution import attribute, efficiency, intersect, without
+from pdbench.analysis.energy import active_and_idle_j, energy_in, energy_over, merge, residual_flags
+from pdbench.analysis.summary import summarize
+from pdbench.events import TransferEvent
+from pdbench.records import (
+    Clock,
+    DeviceRecord,
+    DeviceSample,
+    Interval,
+    RequestError,
+    RequestRecord,
+    Run,
+    Trial,
+)
+
+
+def gpu(
+    role: str = "decode", watts: float = 400.0, gain: float = 1.0, until_s: int = 20, **more: object
+) -> DeviceRecord:
+    """A GPU of constant power, whose counter counts `gain` times that."""
+    samples = [DeviceSample(t_s=i / 10, power_w=watts, energy_j=gain * watts * i / 10) for i in range(10 * until_s + 1)]
+    index = 0 if role == "prefill" else 1
+    return DeviceRecord(id=f"gpu{index}", kind="gpu", name="G", role=role, index=index, samples=samples, **more)  # type: ignore[arg-type]
+
+
+def test_window_edges_are_covered_between_samples() -> None:
+    window = energy_over(gpu(), 1.234, 5.678)
+    assert window.counter_j == pytest.approx(400 * 4.444)
+    assert window.integral_j == pytest.approx(400 * 4.444)
+    assert (window.residual_pct, window.mean_power_w) == (pytest.approx(0), pytest.approx(400))
+
+
+def test_repeated_values_are_power_not_gaps() -> None:
+    # 400 W for 5 s reads 2000 J although every sample repeats the one before.
+    assert energy_over(gpu(until_s=5), 0, 5).integral_j == pytest.approx(2000)
+
+
+def test_outside_what_was_measured_there_is_no_energy() -> None:
+    assert energy_over(gpu(), 15, 25).energy_j is None
+    assert energy_over(gpu(), -5, 3).energy_j is None
+    assert energy_over(DeviceRecord(id="p", kind="process", name="p"), 0, 1).energy_j is None
+
+
+def test_a_hole_in_the_samples_is_no_energy() -> None:
+    device = gpu()
+    device.samples = [sample for sample in device.samples if not 5 < sample.t_s < 8]
+    for sample in device.samples:
+        sample.energy_j = None
+    assert energy_over(device, 4, 9).energy_j is None
+    assert energy_over(device, 8.5, 9.5).energy_j == pytest.approx(400)
+
+
+@pytest.mark.parametrize(("gain", "flagged"), [(1.02, False), (1.05, True), (0.9, True)])
+def test_residual_above_three_percent_is_flagged(gain: float, flagged: bool) -> None:
+    device = gpu(gain=gain)
+    window = energy_over(device, 2, 12)
+    assert window.counter_j == pytest.approx(4000 * gain)
+    assert window.residual_pct == pytest.approx(100 * (1 / gain - 1))
+    assert bool(residual_flags(device, window)) == flagged
+
+
+def test_idle_is_kept_apart_and_never_exceeds_the_total() -> None:
+    window = energy_over(gpu(), 0, 10)
+    assert active_and_idle_j(window, 120) == (pytest.approx(2800), pytest.approx(1200))
+    assert active_and_idle_j(window, 500) == (pytest.approx(0), pytest.approx(4000))
+    assert active_and_idle_j(window, None) == (None, None)
+
+
+intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
+
+
+@settings(deadline=None)
+@given(intervals, intervals)
+def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Interval]) -> None:
+    both, rest = intersect(first, second), without(first, second)
+
+    def length(windows: list[Interval]) -> float:
+        return sum(end - start for start, end in windows)
+
+    assert length(both) + length(rest) == pytest.approx(length(merge(first)))
+    assert intersect(rest, second) == []
+
+
+@settings(deadline=None)
+@given(intervals)
+def test_energy_of_windows_adds_up(windows: list[Interval]) -> None:
+    joined = energy_in(gpu(), windows)
+    assert joined.integral_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
+    assert joined.counter_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
+
+
+def disaggregated() -> Run:
+    """Ten seconds measured; prefill busy 2 s, decode 6 s; one request of three failed after its prefill."""
+    ready = {"idle_power_w": {"engine_ready": 120.0}}
+    requests = [
+        RequestRecord(
+            id="a",
+            planned_s=5,
+            token_s=[8.0] * 50,
+            end_s=8.0,
+            prompt_tokens=100,
+            phases={"prefill": (5, 6), "kv_transfer": (6, 6.5), "decode": (6.5, 9.5)},
+        ),
+        RequestRecord(
+            id="b",
+            planned_s=9,
+            token_s=[13.0] * 50,
+            end_s=13.0,
+            prompt_tokens=100,
+            phases={"prefill": (9.5, 10.5), "kv_transfer": (10.5, 11), "decode": (11, 14)},
+        ),
+        RequestRecord(
+            id="c",
+            planned_s=9,
+            error=RequestError("reset", "gone"),
+            prompt_tokens=100,
+            phases={"prefill": (9.5, 10.0), "kv_transfer": None, "decode": None},
+        ),
+    ]
+    return Run(
+        name="disaggregated",
+        clock=Clock(monotonic_s=0, unix_s=0),
+        config={},
+        host={},
+        versions={},
+        trials=[Trial(index=0, start_s=5, end_s=15)],
+        requests=requests,
+        devices=[gpu("prefill", 300, **ready), gpu("decode", 400, **ready)],
+        events=[
+            TransferEvent(side="receive", transfer_id="a", bytes=10**9, first_byte_s=6.0, end_s=6.5),
+            TransferEvent(side="receive", transfer_id="b", bytes=10**9, first_byte_s=10.5, end_s=11.0),
+        ],
+    )
+
+
+def test_gpus_of_one_index_on_two_hosts_are_two() -> None:
+    run = disaggregated()
+    for host, device in zip(("a", "b"), run.devices, strict=True):
+        device.id, device.index, device.host = "gpu0", 0, host
+    summary = summarize(run)
+    assert summary["energy"]["total_j"] == pytest.approx(7000)
+    assert summary["energy"]["by_role_j"] == {"prefill": pytest.approx(3000), "decode": pytest.approx(4000)}
+    assert set(summary["devices"]) == {"a/gpu0", "b/gpu0"}
+
+
+def test_roles_phases_and_tokens_get_their_joules() -> None:
+    found = attribute(disaggregated())
+    prefill, decode = found.roles["prefill"], found.roles["decode"]
+    assert (found.total_j, prefill.total_j, decode.total_j) == tuple(map(pytest.approx, (7000, 3000, 4000)))
+    assert (prefill.active_j, prefill.idle_j) == (pytest.approx(1800), pytest.approx(1200))
+    assert prefill.phase is not None and decode.phase is not None
+    assert (prefill.phase.busy_s, prefill.phase.energy_j) == (pytest.approx(2), pytest.approx(600))
+    assert (decode.phase.busy_s, decode.phase.mean_power_w) == (pytest.approx(6), pytest.approx(400))
+    assert (prefill.waiting_s, prefill.waiting_j) == (pytest.approx(8), pytest.approx(2400))
+    assert found.j_per_output_token == pytest.approx(70)
+    assert found.decode_j_per_output_token == pytest.approx(40)
+    assert found.j_per_computed_prompt_token == pytest.approx(10), "the failed request's prompt was computed too"
+    assert found.j_per_request == pytest.approx(3500), "its energy stays in the total, it is no delivered request"
+    assert attribute(disaggregated(), cached_prompt_tokens=100).j_per_computed_prompt_token == pytest.approx(15)
+
+
+def test_handoff_is_told_apart_only_where_nothing_else_runs() -> None:
+    handoff = attribute(disaggregated()).handoff
+    assert handoff is not None and handoff.why is None
+    assert (handoff.bytes, handoff.apart_s) == (2 * 10**9, pytest.approx(1))
+    assert handoff.active_j == pytest.approx(180 + 280)
+    assert handoff.gb_per_j == pytest.approx(2 / 460)
+    crowded = disaggregated()
+    crowded.requests.append(RequestRecord(id="d", planned_s=5, phases={"decode": (5, 15)}))
+    told = attribute(crowded).handoff
+    assert told is not None and told.active_j is None and "too short" in (told.why or "")
+
+
+def test_a_single_instance_is_not_split() -> None:
+    run = disaggregated()
+    run.devices = [gpu("single")]
+    found = attribute(run)
+    assert found.total_j == pytest.approx(4000)
+    assert found.j_per_output_token == pytest.approx(40)
+    assert (found.j_per_computed_prompt_token, found.decode_j_per_output_token, found.handoff) == (None, None, None)
+    assert "--phase prefill" in (found.why_no_split or "")
+
+
+def test_a_missing_piece_makes_no_total() -> None:
+    run = disaggregated()
+    run.devices[0].samples = []
+    found = attribute(run)
+    assert (found.total_j, found.j_per_output_token, found.j_per_computed_prompt_token) == (None, None, None)
+    assert found.decode_j_per_output_token == pytest.approx(40)
+    run.devices = []
+    assert attribute(run).why_no_split == "no GPU was sampled"
+
+
+def test_efficiency_by_hand() -> None:
+    bought = efficiency(
+        7200,
+        output_tokens=100,
+        window_s=10,
+        devices=2,
+        requests=2,
+        mean_e2e_s=3,
+        good_requests=1,
+        price_kwh=0.3,
+        gco2_kwh=400,
+    )
+    assert bought.output_tokens_per_j == pytest.approx(100 / 7200)
+    assert bought.output_tokens_per_s_per_device == pytest.approx(5)
+    assert bought.energy_delay_js == pytest.approx(3600 * 3)
+    assert bought.goodput_per_w == pytest.approx(1 / 7200)
+    assert bought.price_per_million_output_tokens == pytest.approx(20 * 0.3)
+    assert bought.gco2_per_million_output_tokens == pytest.approx(20 * 400)
+    assert efficiency(None, output_tokens=0, window_s=0, devices=0, requests=0).output_tokens_per_j is None

@@ -1,0 +1,173 @@
+"""`pdbench bench` of a server that pdbench did not start: its model, where it runs, and which GPUs are its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import experiment
+from pdbench.config import LoadConfig, Options, PowerConfig
+from pdbench.errors import UserError
+from pdbench.load.target import offered_model
+from pdbench.records import Run, load_run
+from pdbench.serving import machine
+from tests.support.fake_nvml import build, child, environment
+from tests.support.scripted_server import Peer, ScriptedServer, refusal, stream, tokens
+
+ROOT = Path(__file__).parents[2]
+TREE = """
+import socket, subprocess, sys
+listener = socket.create_server(("127.0.0.1", 0))
+with subprocess.Popen(["sleep", "60"]) as child:
+    print(listener.getsockname()[1], child.pid, flush=True)
+    sys.stdin.read()
+    child.kill()
+"""
+
+
+def models(peer: Peer) -> bool:
+    """What a server with one model answers to everything but a load."""
+    body = b'{"data": [{"id": "their-model"}]}'
+    peer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    return True
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    answer = stream(tokens(5))
+    with ScriptedServer(lambda peer: models(peer) if peer.head.startswith(b"GET") else answer(peer)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="module")
+def stranger() -> int:
+    """The id of a process that has ended."""
+    with subprocess.Popen(["true"]) as ended:
+        return ended.pid
+
+
+def bench(library: Path, server: ScriptedServer, out: Path, *arguments: str, **settings: str) -> Run | str:
+    """A saved run of `pdbench bench` where NVML knows two scripted GPUs, or what it said when it failed."""
+    found = environment(library, gpus="2", **settings)
+    found |= {"PYTHONPATH": f"{ROOT}:{found['PYTHONPATH']}"}
+    command = [sys.executable, "-m", "pdbench", "bench", "--url", server.url, "--requests", "4", "--idle-s", "0"]
+    done = subprocess.run([*command, *arguments], env=found, cwd=out, capture_output=True, text=True, timeout=120)
+    return done.stderr if done.returncode else load_run(out / "bench_results")
+
+
+def test_the_gpus_of_its_processes_are_its_own(
+    library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+) -> None:
+    run = bench(library, server, tmp_path, processes=f"0:{stranger} 1:{os.getpid()}")
+    assert run.roles["server"] == ["gpu1"]
+    assert run.config["model"] == "their-model"
+    assert "devices-unknown" not in {flag.name for flag in run.flags}
+
+
+def test_where_nothing_tells_its_gpus_none_is_counted_and_the_run_says_so(
+    library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+) -> None:
+    run = bench(library, server, tmp_path, processes=f"0:{stranger}")
+    assert run.devices == []
+    assert "devices-unknown" in {flag.name for flag in run.flags}
+
+
+def test_gpus_that_are_named_stand(library: Path, server: ScriptedServer, tmp_path: Path) -> None:
+    run = bench(library, server, tmp_path, "--single-gpus", "0", processes=f"1:{os.getpid()}")
+    assert run.roles["server"] == ["gpu0"]
+
+
+@pytest.mark.parametrize("named", [["7"], ["0", "--single-gpus", "0"]], ids=["none of ours", "twice"])
+def test_gpus_that_cannot_be_meant_are_refused(
+    named: list[str], library: Path, server: ScriptedServer, tmp_path: Path
+) -> None:
+    told = bench(library, server, tmp_path, "--single-gpus", *named)
+    assert "name different ones of this host's GPUs, [0, 1]" in told
+
+
+def test_a_clock_is_held_without_sampling_and_for_the_server_alone(
+    library: Path, server: ScriptedServer, tmp_path: Path
+) -> None:
+    ours = {"processes": f"1:{os.getpid()}", "state": str(tmp_path / "state")}
+    run = bench(library, server, tmp_path, "--no-power", "--single-clock", "900", **ours)
+    assert [(hold["index"], hold["clock_mhz"]) for hold in run.config["clocks_held"]] == [(1, 900)]
+    told = bench(library, server, tmp_path, "--prefill-clock", "900", **ours)
+    assert "--single-clock" in told
+
+
+def test_a_server_of_another_host_has_no_power_here(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "is_this_host", lambda host: False)
+    console = Console(quiet=True)
+
+    def measure(power: PowerConfig) -> Run:
+        options = Options(load=LoadConfig(requests=2, warmup=0), power=power)
+        return load_run(experiment.bench(server.url, None, options, 1, tmp_path, console, lambda folder: None))
+
+    run = measure(PowerConfig())
+    assert run.devices == []
+    assert "power-elsewhere" in {flag.name for flag in run.flags}
+    assert "power-elsewhere" not in {flag.name for flag in measure(PowerConfig(power=False)).flags}
+    with pytest.raises(UserError, match="--single-clock 900"):
+        measure(PowerConfig(single_clock=900))
+
+
+def test_this_host_is_known_by_its_addresses() -> None:
+    ours = ("127.0.0.1", "localhost", "127.8.9.10", "0.0.0.0")
+    assert [host for host in ours if not machine.is_this_host(host)] == []
+    assert not machine.is_this_host("192.0.2.1")
+
+
+def test_a_server_is_the_listener_and_what_it_started(library: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stdin and one.stdout
+        port, worker = map(int, one.stdout.readline().split())
+        assert [process.pid for process in machine.listeners(port)] == [one.pid]
+        code = f"from pdbench import nvml; print(nvml.gpus_of([{one.pid}]))"
+        assert child(library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{one.pid}") == "[2, 3]\n"
+        one.stdin.close()
+
+
+def test_the_model_is_asked_as_the_load_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key\r\n")
+    with ScriptedServer(models) as server:
+        assert offered_model(f"{server.url}/base/v1/") == "their-model"
+        assert server.requests[0].head.startswith(b"GET /base/v1/models HTTP/1.1\r\n")
+        assert server.requests[0].fields["authorization"] == "Bearer secret-key"
+        monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
+        with pytest.raises(UserError, match="OPENAI_API_KEY") as raised:
+            offered_model(server.url)
+        assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (refusal(b"401 Unauthorized", "no key"), "set OPENAI_API_KEY"),
+        (refusal(b"404 Not Found", "no such path"), "give --model NAME"),
+        (lambda peer: False, "no OpenAI-compatible server answers"),
+    ],
+    ids=["key", "path", "nobody"],
+)
+def test_a_model_that_is_not_told_is_one_line_with_the_remedy(answer, told) -> None:
+    with ScriptedServer(answer) as server, pytest.raises(UserError, match=told) as raised:
+        offered_model(server.url)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_password_in_the_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as raised:
+        offered_model("http://me:pass-word@127.0.0.1:9")
+    assert "pass-word" not in str(raised.value)

@@ -1,0 +1,216 @@
+"""The whole job on real vLLM (CPU), through the entry points that a user calls."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from pdbench.events import TransferEvent
+from pdbench.records import load_run
+from tests.conftest import serve_config
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
+
+
+def flags(config: object) -> list[str]:
+    """The options of a ServeConfig that differ from their defaults, as flags."""
+    given = []
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if value != field.default:
+            given += [f"--{field.name.replace('_', '-')}", str(value)]
+    return given
+
+
+def wait_until(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not reached"
+        time.sleep(0.2)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What every process of one test inherits: this Python, and a mark by which `left` finds them."""
+    return os.environ | {"PDBENCH_PYTHON": sys.executable, "COLUMNS": "160", "PDBENCH_TEST_MARK": str(folder)}
+
+
+def left(folder: Path) -> list[str]:
+    """Living processes that a test's pdbench started, whatever they call themselves and wherever they moved."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PDBENCH_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """./run_disaggregated_test.sh, small: one trial of four requests."""
+    folder = tmp_path_factory.mktemp("job")
+    arguments = ["--trials", "1", "--requests", "4", "--warmup", "1", "--output-tokens", "12", "--out", str(folder)]
+    arguments += ["--against", "single,replicas,disaggregated"]
+    done = subprocess.run(
+        [
+            str(ROOT / "run_disaggregated_test.sh"),
+            str(ROOT / "recipes/cpu-1p1d.toml"),
+            *arguments,
+            *flags(serve_config(folder / "logs")),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(folder),
+        timeout=400,
+        check=False,
+    )
+    return folder, done
+
+
+def test_the_job_succeeds_and_tells_its_story(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = job
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("prefill-0: ready", "decode-0: ready", "proxy: ready", "single-0: ready", "correctness gate passed"):
+        assert line in done.stdout
+    assert left(folder) == []
+
+
+def test_the_results_hold_every_request_and_the_proof_of_the_transfer(
+    job: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = job
+    run = load_run(folder / "disaggregated_results")
+    measured = [request for request in run.requests if not request.warmup]
+    assert len(measured) == 4
+    for request in measured:
+        assert request.error is None
+        assert request.output_tokens == len(request.token_s) == 12
+        assert request.sent_s is not None and request.end_s is not None
+        assert request.sent_s < request.token_s[0] <= request.token_s[-1] <= request.end_s
+        assert request.token_s == sorted(request.token_s)
+        for phase in ("prefill", "kv_transfer", "decode"):
+            span = request.phases[phase]
+            assert span is not None and span[0] <= span[1]
+        # Prefill lies inside the request; the KV arrives before decode's first token (the first may be prefill's own).
+        assert request.sent_s < request.phases["prefill"][0]  # type: ignore[index]
+        assert request.phases["kv_transfer"][1] < request.token_s[1]  # type: ignore[index]
+    assert run.gate is not None and run.gate.passed
+    assert run.gate.external_kv_tokens == run.gate.prompt_tokens
+    sent = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "send"]
+    assert len(sent) >= len(measured)
+    assert all(event.bytes > 0 for event in sent)
+
+
+def test_all_deployments_gave_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = job
+    runs = [load_run(folder / f"{name}_results") for name in ("single", "replicas", "disaggregated")]
+    texts = [[request.text for request in run.requests if not request.warmup] for run in runs]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) == 4
+
+
+def test_devices_were_sampled_from_before_the_first_request_to_after_the_last(
+    job: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = job
+    run = load_run(folder / "disaggregated_results")
+    by_role = {device.role: device for device in run.devices}
+    assert {"prefill", "decode"} <= set(by_role)
+    for role in ("prefill", "decode"):
+        samples = by_role[role].samples
+        assert samples[0].t_s <= min(request.planned_s for request in run.requests)
+        assert samples[-1].t_s >= max(request.token_s[-1] for request in run.requests)
+        assert any((sample.cpu_utilization_pct or 0) > 0 for sample in samples)
+        # No meter, no number.
+        assert all(sample.power_w is None for sample in samples) or "power_w" not in by_role[role].not_measured
+
+
+def test_files_are_where_the_readme_says(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = job
+    for name in ("disaggregated_results.json", "prefill_gpu_data.json", "decode_gpu_data.json"):
+        content = json.loads((folder / "disaggregated_results" / name).read_text())
+        assert content["schema"] == "pdbench/1"
+    assert (
+        json.loads((folder / "disaggregated_results/disaggregated_results.json").read_text())["summary"]["ttft_ms"][
+            "count"
+        ]
+        == 4
+    )
+    for picture in (
+        "disaggregated_results/disaggregated_performance_analysis.png",
+        "single_results/single_performance_analysis.png",
+        "performance_comparison.png",
+    ):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 500
+            assert len(image.convert("L").getcolors() or [0] * 300) > 20  # something is drawn
+
+
+def test_the_three_steps_by_hand(tmp_path: Path) -> None:
+    config = serve_config(tmp_path / "logs")
+    servers = subprocess.Popen(
+        [str(ROOT / "start_disaggregated_servers.sh"), *flags(config)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path),
+        cwd=tmp_path,
+    )
+    asked = ["--url", f"http://127.0.0.1:{config.proxy_port}", "--log-dir", config.log_dir]
+    asked += ["--requests", "3", "--output-tokens", "8", "--concurrency", "2"]
+    try:
+        assert servers.stdout is not None
+        assert any("ready:" in line for line in servers.stdout)
+        bench = subprocess.run(
+            [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *asked, "--out", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env=environment(tmp_path),
+            timeout=200,
+            check=False,
+        )
+        assert bench.returncode == 0, bench.stdout + bench.stderr
+        run = load_run(tmp_path / "disaggregated_results")
+        assert run.gate is not None and run.gate.passed
+        assert {device.role for device in run.devices} >= {"prefill", "decode"}
+        assert all(request.phases.get("kv_transfer") for request in run.requests if not request.warmup)
+    finally:
+        servers.send_signal(signal.SIGINT)
+        servers.wait(60)
+    assert left(tmp_path) == []
+
+
+def test_sigkill_of_pdbench_leaves_no_server(tmp_path: Path) -> None:
+    config = serve_config(tmp_path / "logs")
+    command = [sys.executable, "-m", "pdbench", "serve", *flags(config)]
+    serving = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment(tmp_path))
+    wait_until(lambda: len(left(tmp_path)) >= 6, 60)  # itself, three guards, three servers
+    serving.kill()
+    serving.wait()
+    wait_until(lambda: left(tmp_path) == [], 60)
+
+
+def test_a_server_that_dies_is_reported_with_its_cause(tmp_path: Path) -> None:
+    config = serve_config(tmp_path / "logs", vllm_args="--no-such-argument")
+    done = subprocess.run(
+        [sys.executable, "-m", "pdbench", "serve", *flags(config)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(tmp_path),
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "died with exit code 2" in done.stderr
+    assert "--vllm-args" in done.stderr
+    assert "--no-such-argument" in done.stderr  # the end of its log
+    assert left(tmp_path) == []

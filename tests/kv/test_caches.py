@@ -1,0 +1,47 @@
+"""KV caches of other types than float32, moved by real vLLM on CPU: bytes are bytes, but their layout is vLLM's.
+
+The reference is prefill's own answer. Decode asked alone would do as well until it has the prompt in its prefix cache.
+"""
+
+import pytest
+import torch
+
+from pdbench.serving import vllm
+from pdbench.serving.machine import inspect
+from tests.conftest import serve_config
+from tests.support.kv_fleet import Server, decode, new_id, prefill, prompt_of, tiny_qwen2, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
+
+LENGTHS = [2, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 300, 400]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments"),
+    [
+        pytest.param("bfloat16", "--kv-cache-dtype fp8", id="fp8"),
+        pytest.param("bfloat16", "", id="bfloat16"),
+        pytest.param("float16", "", id="float16"),
+    ],
+)
+def test_decode_goes_on_as_prefill_would(tmp_path, dtype, arguments):
+    if arguments and not torch.cpu._is_avx512_supported():
+        pytest.skip("vLLM's fp8 cache on CPU needs AVX-512")
+    machine, model = inspect(), str(tiny_qwen2(tmp_path / "tiny-qwen2"))
+    options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
+    config = serve_config(tmp_path, connector="tcp", model=model, **options)
+    servers = [Server(instance, tmp_path) for instance in vllm.disaggregated(config, machine, model)]
+    p, d = servers
+    try:
+        for server in servers:
+            server.wait()
+        before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+        for length in LENGTHS:
+            prompt, name = prompt_of(length), new_id()
+            prefill(p, prompt, name)
+            assert decode(d, prompt, name, p)["text"] == p.complete(prompt)["text"], f"{length} tokens"
+        assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(LENGTHS)
+        until(lambda: p.is_free() and d.is_free())
+    finally:
+        for server in servers:
+            server.kill()

@@ -1,0 +1,265 @@
+"""The connector inside real vLLM on CPU: the same tokens as a single instance, and no hang, leak or wrong token in any fault.
+
+A tiny Qwen2, because vLLM on CPU runs MLA without chunked prefill and prefix caching (MLA itself: the last test). Two prefill and two decode instances; a decode instance asked without transfer parameters is the single instance to compare
+with. Processes are really stopped, killed and restarted.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pdbench.kv import compat
+from pdbench.serving import vllm
+from pdbench.serving.machine import inspect
+from tests.conftest import serve_config
+from tests.support.kv_fleet import (
+    OUTPUT_TOKENS,
+    PATIENCE_S,
+    Server,
+    decode,
+    new_id,
+    prefill,
+    prompt_of,
+    tiny_qwen2,
+    until,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """prefill-0, prefill-1, decode-0 (recomputes what fails) and decode-1 (fails it)."""
+    folder = tmp_path_factory.mktemp("fleet")
+    config, machine = serve_config(folder, 2, 2, connector="tcp"), inspect()
+    model = str(tiny_qwen2(folder / "tiny-qwen2"))
+    config = dataclasses.replace(config, model=model)
+    instances = vllm.disaggregated(config, machine, model)
+    failing = dataclasses.replace(config, kv_load_failure_policy="fail")
+    instances[3] = vllm.disaggregated(failing, machine, model)[3]
+    servers = [Server(instance, folder) for instance in instances]
+    try:
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def test_equal_to_a_single_instance_at_block_edges_in_every_order(fleet, pool):
+    p, _, d, single = fleet
+    lengths = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 126, 127, 128, 129, 130]
+    lengths += [143, 144, 145, 255, 256, 257, 383, 400]
+    before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+    for index, length in enumerate(lengths):
+        prompt, name = prompt_of(length), new_id()
+        expected = single.complete(prompt)["text"]
+        if index % 3 == 0:
+            prefill(p, prompt, name)
+            got = decode(d, prompt, name, p)
+        else:
+            first = pool.submit(decode, d, prompt, name, p)
+            time.sleep(0.2 * (index % 3 - 1))
+            prefill(p, prompt, name)
+            got = first.result()
+        assert got["text"] == expected, f"{length} tokens"
+    assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(lengths) - 1  # not the 1
+    assert d.metric("pdbench_kv_transfers_total", 'side="receive"') >= len(lengths)
+    if compat.cache_hit_source() is not None:
+        counted = d.metric("prompt_tokens_cached_by_source_total", 'source="p2p"')
+        assert counted in (sum(lengths) - 1, sum(lengths))  # vLLM 0.33 counts the prompt of 1, too
+    until(lambda: p.is_free() and d.is_free())
+
+
+def test_two_prefill_and_two_decode_instances_at_once(fleet, pool):
+    p0, p1, d0, d1 = fleet
+    jobs = []
+    for index in range(16):
+        prompt, name = prompt_of(20 + 23 * index), new_id()
+        p, d = (p0, p1)[index % 2], (d0, d1)[index // 2 % 2]
+        jobs.append((prompt, pool.submit(prefill, p, prompt, name), pool.submit(decode, d, prompt, name, p)))
+    for prompt, first, second in jobs:
+        first.result()
+        assert second.result()["text"] == d0.complete(prompt)["text"]
+    until(lambda: all(server.is_free() for server in fleet))
+
+
+def test_a_prefix_that_decode_has_does_not_travel(fleet, pool):
+    p, _, d, single = fleet
+    first = prompt_of(200)
+    second = first[:160] + prompt_of(40)
+    for prompt, travelled in ((first, 200), (second, 40)):
+        before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+        name = new_id()
+        prefill(p, prompt, name)
+        assert decode(d, prompt, name, p)["text"] == single.complete(prompt)["text"]
+        assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == travelled
+
+
+def test_swapped_kv_gives_the_other_prompts_answer(fleet):
+    """Proof that decode really goes on from what prefill computed: only the last token is decode's own."""
+    p, _, d, single = fleet
+    ours = prompt_of(100)
+    theirs = prompt_of(99) + ours[-1:]
+    name = new_id()
+    prefill(p, ours, name, verify_prompt=False)
+    got = decode(d, theirs, name, p, verify_prompt=False)["text"]
+    assert got == single.complete(ours)["text"] != single.complete(theirs)["text"]
+
+
+def test_a_mixed_up_transfer_id_never_gives_a_wrong_token(fleet):
+    p, _, d, failing = fleet
+    ours, theirs, name = prompt_of(50), prompt_of(50), new_id()
+    prefill(p, ours, name)
+    expected = p.complete(theirs)["text"]
+    assert decode(d, theirs, name, p)["text"] == expected
+    with pytest.raises(urllib.error.HTTPError):
+        decode(failing, theirs, name, p)
+    assert decode(d, ours, name, p)["text"] == p.complete(ours)["text"]  # its own request is still served
+    assert decode(d, ours, name, p)["text"] == p.complete(ours)["text"]  # and a replay recomputes
+    until(lambda: p.is_free() and d.is_free() and failing.is_free())
+
+
+def test_decode_without_prefill_recomputes_or_fails_within_the_timeout(fleet):
+    p, _, d, failing = fleet
+    prompt = prompt_of(60)
+    assert decode(d, prompt, new_id(), p)["text"] == p.complete(prompt)["text"]
+    with pytest.raises(urllib.error.HTTPError):
+        decode(failing, prompt_of(60), new_id(), p)
+    until(lambda: d.is_free() and failing.is_free())
+
+
+@pytest.mark.parametrize("wrong", [{"remote_port": None}, {"remote_port": "x"}, {"transfer_id": "t" * 300}], ids=str)
+def test_parameters_that_make_no_sense_harm_nobody(fleet, wrong):
+    p, _, d, failing = fleet
+    prompt = prompt_of(60)
+    asked = {"transfer_id": new_id(), "remote_host": "127.0.0.1", "remote_port": 14579, **wrong}
+    expected = p.complete(prompt)["text"]
+    p.complete(prompt, max_tokens=1, **asked, do_remote_decode=True)
+    for server in (d, failing):
+        assert server.complete(prompt, **asked, do_remote_prefill=True)["text"] == expected
+    until(lambda: p.is_free() and d.is_free() and failing.is_free())
+
+
+def test_a_prefill_that_is_sent_twice_is_freed_twice(fleet):
+    p, _, d, _ = fleet
+    prompt, name = prompt_of(100), new_id()
+    prefill(p, prompt, name)
+    prefill(p, prompt, name)
+    assert decode(d, prompt, name, p)["text"] == p.complete(prompt)["text"]
+    until(lambda: p.is_free() and d.is_free())
+
+
+def test_prefill_without_decode_is_freed(fleet):
+    p, *_ = fleet
+    prefill(p, prompt_of(300), new_id())
+    assert p.metric("kv_cache_usage_perc") > 0
+    until(p.is_free)
+
+
+def test_clients_that_go_away_leave_nothing_behind(fleet, pool):
+    p, _, d, _ = fleet
+    host, port = p.kv_address.split(":")
+    name = new_id()
+    d.abandon(prompt_of(100), 0.5, transfer_id=name, do_remote_prefill=True, remote_host=host, remote_port=int(port))
+    until(d.is_free)
+    for after_s in (0.0, 0.02, 0.05):
+        prompt, name = prompt_of(450), new_id()
+        answer = pool.submit(decode, d, prompt, name, p)
+        p.abandon(prompt, after_s, transfer_id=name, do_remote_decode=True)
+        assert answer.result()["text"] == p.complete(prompt)["text"]
+    until(lambda: p.is_free() and d.is_free())
+
+
+def test_a_stopped_prefill_is_not_waited_for_and_serves_again(fleet, pool):
+    p, other, d, _ = fleet
+    prompt, name = prompt_of(80), new_id()
+    expected = other.complete(prompt)["text"]
+    p.signal(signal.SIGSTOP)
+    try:
+        first = pool.submit(prefill, p, prompt, name)
+        assert decode(d, prompt, name, p)["text"] == expected
+    finally:
+        p.signal(signal.SIGCONT)
+    first.result()
+    until(lambda: p.is_free() and d.is_free())
+    prompt, name = prompt_of(80), new_id()
+    prefill(p, prompt, name)
+    before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+    assert decode(d, prompt, name, p)["text"] == other.complete(prompt)["text"]
+    assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == 80
+
+
+def test_a_stopped_decode_does_not_hold_prefills_blocks(fleet, pool):
+    p, _, d, _ = fleet
+    prompt, name = prompt_of(80), new_id()
+    d.signal(signal.SIGSTOP)
+    try:
+        answer = pool.submit(decode, d, prompt, name, p)
+        prefill(p, prompt, name)
+        until(p.is_free)
+    finally:
+        d.signal(signal.SIGCONT)
+    assert answer.result()["text"] == p.complete(prompt)["text"]
+    until(d.is_free)
+
+
+def test_killed_instances_harm_nobody_else_and_serve_again_after_a_restart(fleet, pool):
+    p, doomed_prefill, d, doomed_decode = fleet
+    prompt = prompt_of(90)
+    waiting = pool.submit(decode, d, prompt, new_id(), doomed_prefill)
+    held = new_id()
+    other = pool.submit(decode, doomed_decode, prompt_of(70), held, p)
+    time.sleep(1.0)
+    doomed_prefill.kill()
+    doomed_decode.kill()
+    assert waiting.result()["text"] == p.complete(prompt)["text"]
+    with pytest.raises((OSError, urllib.error.URLError)):
+        other.result()
+    prefill(p, prompt_of(70), held)
+    until(lambda: p.is_free() and d.is_free())
+    doomed_prefill.start()
+    doomed_decode.start()
+    doomed_prefill.wait()
+    doomed_decode.wait()
+    for source, target in ((doomed_prefill, d), (p, doomed_decode)):
+        prompt, name = prompt_of(90), new_id()
+        prefill(source, prompt, name)
+        before = target.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+        assert decode(target, prompt, name, source)["text"] == p.complete(prompt)["text"]
+        assert target.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == 90
+    until(lambda: all(server.is_free() for server in fleet))
+
+
+@pytest.mark.skipif((inspect().vllm or (0,)) < (0, 29), reason="before 0.29 vLLM has no MLA on CPU")
+def test_mla_equals_a_single_instance(disaggregated, single):
+    """The same over the shared deployment's tiny DeepSeek-V2, whose cache has one part a layer, through the proxy."""
+    for length in [2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 255, 257, 400]:
+        prompt = prompt_of(length)
+        texts = []
+        for running in (single, disaggregated):
+            body = {
+                "model": running.model_name,
+                "prompt": prompt,
+                "max_tokens": OUTPUT_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{running.url}/v1/completions", data, headers)
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+                texts.append(json.load(answer)["choices"][0]["text"])
+        assert texts[0] == texts[1], f"{length} tokens"

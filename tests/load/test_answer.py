@@ -1,0 +1,122 @@
+"""Answers cut anywhere give the same record; events are read as the standard says."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdbench.load.answer import Answer
+from pdbench.load.sse import EventReader
+from pdbench.records import RequestRecord
+from tests.support.scripted_server import SSE_HEAD, chunk, event, token, usage
+
+PAYLOADS = [token("h\u00e9llo \u4e16\u754c \U0001f600", [1, 2]), token("", [3]), token("!", [4], "stop"), usage(7, 4)]
+WHOLE = SSE_HEAD + b"".join(chunk(event(payload)) for payload in PAYLOADS) + chunk(event(b"[DONE]")) + chunk(b"")
+
+
+def answer_to(pieces: list[bytes]) -> RequestRecord:
+    record = RequestRecord(id="r", planned_s=0.0, sent_s=0.0)
+    answer = Answer(record)
+    for index, piece in enumerate(pieces):
+        answer.feed(piece, float(index))
+    assert answer.complete and answer.keep_alive
+    return record
+
+
+def test_a_cut_at_every_byte_gives_the_same_record():
+    for cut in range(1, len(WHOLE)):
+        record = answer_to([WHOLE[:cut], WHOLE[cut:]])
+        assert record.error is None and len(record.token_s) == 4, cut
+        assert record.text == "h\u00e9llo \u4e16\u754c \U0001f600!"
+
+
+@given(st.lists(st.integers(1, len(WHOLE) - 1), max_size=40))
+@settings(max_examples=200)
+def test_any_cuts_give_the_same_tokens(cuts):
+    edges = [0, *sorted(set(cuts)), len(WHOLE)]
+    record = answer_to([WHOLE[start:end] for start, end in itertools.pairwise(edges)])
+    assert record.error is None and len(record.token_s) == 4 and record.output_tokens == 4
+    assert record.token_s == sorted(record.token_s)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=20), st.data())
+@settings(max_examples=100)
+def test_any_text_in_any_chunks_comes_through(texts, data):
+    """HTTP chunks need not hold whole events: the events' bytes are cut into chunks anew, characters included."""
+    events = b"".join(event(token(text, [1])) for text in texts) + event(token("", [], "stop"))
+    cuts = data.draw(st.lists(st.integers(1, len(events) - 1), max_size=20))
+    edges = [0, *sorted(set(cuts)), len(events)]
+    body = b"".join(chunk(events[start:end]) for start, end in itertools.pairwise(edges))
+    record = answer_to([SSE_HEAD + body + chunk(b"")])
+    assert record.error is None and record.text == "".join(texts) and len(record.token_s) == len(texts)
+
+
+@given(
+    st.lists(
+        st.lists(st.binary(max_size=12).map(lambda raw: raw.translate(None, b"\r\n")), min_size=1, max_size=3),
+        max_size=6,
+    ),
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=300)
+def test_event_reader_with_all_line_ends_comments_and_cuts(events, line_end, space, data):
+    lines = []
+    for event_lines in events:
+        lines += [b": a comment", b"event: token", b"id: 1"]
+        lines += [b"data:" + (b" " if space or line.startswith(b" ") else b"") + line for line in event_lines] + [b""]
+    whole = b"".join(line + line_end for line in lines)
+    cuts = data.draw(st.lists(st.integers(0, len(whole)), max_size=15))
+    edges = [0, *sorted(cuts), len(whole)]
+    reader, found = EventReader(), []
+    for start, end in itertools.pairwise(edges):
+        found += reader.feed(whole[start:end])
+    assert found == [b"\n".join(event_lines) for event_lines in events]
+
+
+def test_several_chunks_in_one_read_are_counted_as_merged():
+    answer = Answer(RequestRecord(id="r", planned_s=0.0))
+    answer.feed(SSE_HEAD + chunk(event(token("a", [1]))), 1.0)
+    assert answer.merged_reads == 0
+    answer.feed(chunk(event(token("b", [2]))) + chunk(event(token("c", [3]))), 2.0)
+    assert answer.merged_reads == 1 and answer.record.token_s == [1.0, 2.0, 2.0]
+
+
+def test_a_finish_makes_up_for_a_missing_end_of_body():
+    answer = Answer(RequestRecord(id="r", planned_s=0.0))
+    answer.feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))), 1.0)
+    assert not answer.complete
+    answer.closed(5.0, "reset", "gone")
+    assert answer.complete and answer.record.error is None and answer.record.end_s == 1.0
+
+
+@pytest.mark.parametrize("unfinished", [None, ""])
+def test_a_stream_that_is_cut_before_its_finish_fails(unfinished):
+    answer = Answer(RequestRecord(id="r", planned_s=0.0))
+    answer.feed(SSE_HEAD + chunk(event(token("a", [1], unfinished))), 1.0)
+    answer.closed(5.0, "reset", "gone")
+    assert answer.record.error is not None and answer.record.error.kind == "reset"
+
+
+def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():
+    record = answer_to([SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")])
+    assert record.error is None and record.output_tokens == 2 and record.finish_reason == "stop"
+    record = RequestRecord(id="r", planned_s=0.0)
+    Answer(record).feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))) + chunk(event({"error": "lost"})), 1.0)
+    assert record.error is not None and record.error.kind == "server_error"
+
+
+def test_error_texts():
+    for body, text in [
+        (json.dumps({"error": {"message": "a"}}).encode(), "a"),
+        (b'{"detail": "b"}', "b"),
+        (b"plain", "plain"),
+        (b"", "no message"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+    ]:
+        answer = Answer(RequestRecord(id="r", planned_s=0.0))
+        answer.feed(b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body), 1.0)
+        assert answer.complete and answer.record.error.kind == "http_500" and answer.record.error.message == text

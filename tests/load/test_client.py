@@ -1,0 +1,320 @@
+"""The load client against a scripted server over real sockets: every failure class, keep-alive, TLS, IPv6, large bodies."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+import pytest
+
+from pdbench.errors import UserError
+from pdbench.load import stamps, waiting
+from pdbench.load.client import Client, fetch
+from pdbench.records import RequestRecord
+from tests.support.scripted_server import (
+    SSE_HEAD,
+    Peer,
+    ScriptedServer,
+    chunk,
+    event,
+    refusal,
+    stream,
+    token,
+    tokens,
+    usage,
+)
+
+BODY = {"model": "m", "prompt": "Hello", "max_tokens": 8}
+
+
+def ask(answer, **options) -> RequestRecord:
+    with ScriptedServer(answer) as server:
+        return fetch(server.url, BODY, **options)
+
+
+def ask_step_by_step(count: int, **options) -> RequestRecord:
+    """A record of `count` tokens, each of them sent when the one before has been read."""
+    read = threading.Semaphore()
+
+    def answer(peer: Peer) -> bool:
+        peer.write(SSE_HEAD)
+        for payload in tokens(count):
+            read.acquire()
+            peer.write(chunk(event(payload)))
+        peer.write(chunk(b""))
+        return True
+
+    with ScriptedServer(answer, tls=options.pop("tls", None)) as server, Client(server.url, **options) as client:
+        record, seen = RequestRecord(id="r", planned_s=client.clock.now()), 0
+        client.start(record, json.dumps(BODY).encode())
+        while not client.poll(client.clock.now() + 0.001):
+            while seen < len(record.token_s):
+                seen += 1
+                read.release()
+    return record
+
+
+def test_a_whole_answer_becomes_a_record():
+    record = ask_step_by_step(5)
+    assert record.error is None and record.finish_reason == "length" and record.counted_by == "token_ids"
+    assert record.text == "t0 t1 t2 t3 t4 " and record.prompt_tokens == 5 and record.output_tokens == 5
+    assert record.planned_s <= record.sent_s < record.token_s[0] < record.token_s[4] <= record.end_s
+    assert len(set(record.token_s)) == 5
+
+
+def test_arrivals_carry_the_kernels_stamp_even_when_read_late():
+    written = []
+
+    def answer(peer: Peer) -> bool:
+        written.append(time.monotonic())
+        peer.write(SSE_HEAD + chunk(event(token("a", [1]))))
+        time.sleep(0.3)
+        peer.write(chunk(event(token("b", [2], "stop"))) + chunk(b""))
+        return True
+
+    with ScriptedServer(answer) as server, Client(server.url) as client:
+        time.sleep(0.05)  # the kernel begins to stamp some milliseconds after it was asked to
+        record = RequestRecord(id="r", planned_s=client.clock.now())
+        client.start(record, b"{}")
+        time.sleep(0.2)  # a client that does not look
+        read_s = client.clock.now()
+        while not client.poll(client.clock.now() + 0.1):
+            pass
+        assert record.stamp == "kernel"
+        assert record.token_s[0] < read_s - 0.05
+        assert abs(record.token_s[0] + client.clock.zero_s - written[0]) < 0.1
+
+
+def test_tokens_of_one_chunk_share_their_instant():
+    record = ask(stream([token("abc", [1, 2, 3]), token("", [4]), token("d", [5], "stop"), usage(5, 5)]))
+    assert len(record.token_s) == 5 and record.token_s[0] == record.token_s[1] == record.token_s[2]
+    assert record.text == "abcd"
+
+
+def test_without_token_ids_chunks_with_text_are_counted_and_the_record_says_so():
+    record = ask(stream([token("a", None), token("", None), token("b", None, "stop"), usage(5, 7)]))
+    assert record.counted_by == "chunks" and len(record.token_s) == 2 and record.output_tokens == 7
+
+
+def test_usage_on_every_chunk_counts_tokens():
+    payloads = [
+        token("ab", None, None, usage={"completion_tokens": 3}),
+        token("c", None, "stop", usage={"completion_tokens": 4}),
+    ]
+    record = ask(stream(payloads))
+    assert record.counted_by == "usage" and len(record.token_s) == 4 and record.output_tokens == 4
+
+
+def test_chat_deltas_and_reasoning_are_text_and_the_role_chunk_is_no_token():
+    def delta(finish=None, ids=None, **fields):
+        return {"choices": [{"delta": fields, "finish_reason": finish, **({"token_ids": ids} if ids else {})}]}
+
+    payloads = [delta(role="assistant", content=""), delta(ids=[1], reasoning="hm "), delta("stop", [2], content="yes")]
+    record = ask(stream(payloads), endpoint="chat")
+    assert record.text == "hm yes" and len(record.token_s) == 2 and record.counted_by == "token_ids"
+
+
+def test_vllms_own_metrics_become_the_queue_phase():
+    record = ask(stream(tokens(2, metrics={"queue_time_ms": 4.0, "time_to_first_token_ms": 10.0})))
+    start_s, end_s = record.phases["queue"]
+    assert end_s - start_s == pytest.approx(0.004) and record.token_s[0] - end_s == pytest.approx(0.010)
+
+
+def _closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_refused():
+    record = fetch(f"http://127.0.0.1:{_closed_port()}", BODY)
+    assert record.error.kind == "refused" and record.token_s == [] and record.end_s is not None
+
+
+def _head_then(*pieces: bytes, then: str = "close"):
+    def answer(peer: Peer) -> bool:
+        peer.write(SSE_HEAD, *pieces)
+        if then == "reset":
+            time.sleep(0.05)
+            peer.reset()
+        if then == "hang":
+            time.sleep(1.0)
+        return False
+
+    return answer
+
+
+PART = chunk(event(token("a", [1])))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (_head_then(PART, then="reset"), "reset"),
+        (_head_then(PART), "truncated"),
+        (_head_then(PART, chunk(b"")), "truncated"),
+        (_head_then(PART, chunk(b"data: {broken\n\n")), "bad_json"),
+        (_head_then(PART, chunk(event({"error": {"message": "engine died", "code": 500}}))), "server_error"),
+        (_head_then(PART, b"zz\r\nnot a chunk"), "bad_http"),
+    ],
+    ids=["reset", "cut", "no-finish", "bad-json", "server-error", "bad-http"],
+)
+def test_failures_in_mid_stream_keep_the_tokens_that_came(answer, kind):
+    record = ask(answer)
+    assert record.error.kind == kind and len(record.token_s) == 1 and record.text == "a"
+
+
+def test_a_stall_and_a_timeout_are_classes_of_their_own():
+    assert ask(_head_then(PART, then="hang"), timeout_s=0.3).error.kind == "timeout"
+    with ScriptedServer(_head_then(PART, then="hang")) as server, Client(server.url, read_timeout_s=0.2) as client:
+        record = RequestRecord(id="r", planned_s=0.0)
+        client.start(record, b"{}")
+        while not client.poll(client.clock.now() + 0.1):
+            pass
+        assert record.error.kind == "stall" and len(record.token_s) == 1
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"429 Too Many Requests", b"503 Service Unavailable"])
+def test_http_errors_carry_status_and_message(status):
+    record = ask(refusal(status, "prompt is too long"))
+    assert record.error.kind == f"http_{status[:3].decode()}" and record.error.message == "prompt is too long"
+
+
+def test_an_answer_that_is_no_stream_and_one_without_tokens():
+    plain = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    assert ask(lambda peer: peer.write(plain)).error.kind == "not_a_stream"
+    assert ask(stream([])).error.kind == "empty"
+    assert ask(lambda peer: False).error.kind == "reset"
+
+
+def test_slow_headers_and_an_answer_that_ends_with_the_connection():
+    def answer(peer: Peer) -> bool:
+        for byte in b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n":
+            peer.write(bytes([byte]))
+            time.sleep(0.001)
+        peer.write(event(token("a", [1], "stop")))
+        return False
+
+    record = ask(answer)
+    assert record.error is None and record.text == "a"
+
+
+def test_one_connection_serves_many_requests_and_survives_being_closed_between_two():
+    with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
+        for index in range(5):
+            record = RequestRecord(id=f"r{index}", planned_s=0.0)
+            client.start(record, b"{}")
+            while not client.poll(client.clock.now() + 0.1):
+                pass
+            assert record.error is None
+        assert server.connections == 1
+        server.requests[-1].sock.shutdown(socket.SHUT_RDWR)
+        # Not polled in between: the client finds out only when it uses the connection.
+        time.sleep(0.05)
+        record = RequestRecord(id="again", planned_s=0.0)
+        client.start(record, b"{}")
+        while not client.poll(client.clock.now() + 0.1):
+            pass
+        assert record.error is None and server.connections == 2
+        assert server.requests[-1].fields["x-request-id"] == "again"
+
+
+def test_ipv6_and_localhost():
+    with ScriptedServer(stream(tokens(2)), family=socket.AF_INET6) as server:
+        assert fetch(server.url, BODY).error is None
+    with ScriptedServer(stream(tokens(2))) as server:
+        assert fetch(server.url.replace("127.0.0.1", "localhost"), BODY).error is None
+
+
+def test_a_large_body_arrives_whole():
+    with ScriptedServer(stream(tokens(2))) as server:
+        prompt = "春 water " * 1_000_000
+        assert fetch(server.url, BODY | {"prompt": prompt}).error is None
+        assert server.requests[0].json["prompt"] == prompt
+
+
+def test_ten_thousand_tokens_in_one_stream():
+    record = ask(stream(tokens(10_000)))
+    assert record.error is None and len(record.token_s) == 10_000 == record.output_tokens
+    assert record.token_s == sorted(record.token_s)
+
+
+def test_many_streams_at_once():
+    with ScriptedServer(stream(tokens(20))) as server, Client(server.url) as client:
+        records = [RequestRecord(id=str(index), planned_s=0.0) for index in range(100)]
+        for record in records:
+            client.start(record, b"{}")
+        finished: list[RequestRecord] = []
+        while client.in_flight:
+            finished += client.poll(client.clock.now() + 0.1)
+        assert sorted(record.id for record in finished) == sorted(record.id for record in records)
+        assert all(len(record.token_s) == 20 and record.error is None for record in records)
+
+
+def test_the_api_key_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with ScriptedServer(stream(tokens(1))) as server:
+        fetch(f"{server.url}/base/v1/", BODY, endpoint="chat")
+        assert server.requests[0].fields["authorization"] == "Bearer secret-key"
+        assert server.requests[0].head.startswith(b"POST /base/v1/chat/completions HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host", "127.0.0.1:8000", "http://:80", "http://host:port", "http://a..b:80", "http://[::1:80"]
+)
+def test_an_unusable_url_is_the_users_error(url):
+    with pytest.raises(UserError, match="--url"):
+        Client(url)
+
+
+def test_tls_keeps_the_kernels_stamps_and_checks_the_certificate(tmp_path, monkeypatch):
+    import ssl
+
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ScriptedServer(stream(tokens(50)), tls=context) as server:
+        assert fetch(server.url, BODY).error.kind == "tls"
+        monkeypatch.setenv("SSL_CERT_FILE", os.fspath(certificate))
+        record = fetch(server.url, BODY | {"prompt": "long " * 100_000})
+        assert record.error is None and len(record.token_s) == 50 and record.stamp is not None
+        assert record.text == "".join(f"t{index} " for index in range(50))
+    assert len(set(ask_step_by_step(5, tls=context).token_s)) == 5
+
+
+def test_abandon_keeps_what_has_arrived():
+    release = threading.Event()
+
+    def answer(peer: Peer) -> bool:
+        peer.write(SSE_HEAD, PART)
+        release.wait(5.0)
+        return False
+
+    with ScriptedServer(answer) as server, Client(server.url) as client:
+        record = RequestRecord(id="r", planned_s=0.0)
+        client.start(record, b"{}")
+        while not record.token_s:
+            client.poll(client.clock.now() + 0.1)
+        assert client.abandon("interrupted", "Ctrl-C") == [record]
+        assert record.error.kind == "interrupted" and record.text == "a"
+    release.set()
+
+
+def test_a_platform_without_epoll_and_kernel_stamps_works_and_the_record_says_so(monkeypatch):
+    monkeypatch.setattr("pdbench.load.client.Waiter", waiting._SelectorWaiter)
+    monkeypatch.setattr("pdbench.load.stamps.enable", lambda sock: False)
+    record = ask_step_by_step(5)
+    assert record.error is None and record.stamp == "user" and len(set(record.token_s)) == 5
+
+
+def test_a_stepped_wall_clock_does_not_move_the_arrivals():
+    clock = stamps.ArrivalClock(time.monotonic())
+    seconds, nanoseconds = divmod(time.time_ns() + 5_000_000_000, 1_000_000_000)
+    ahead = [(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))]
+    at_s, kernel = clock.arrival(ahead)
+    assert not kernel and at_s < 1.0 and len(clock.read_delays_s) == 0

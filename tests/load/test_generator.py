@@ -1,0 +1,301 @@
+"""Whole loads against a scripted server: warm-up, ends, windows, the client's truth, split processes, Ctrl-C."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy
+import pytest
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load import truth
+from pdbench.load.generator import LoadResult, run_load
+from pdbench.load.truth import Part
+from pdbench.records import Clock, RequestError, RequestRecord
+from tests.support.scripted_server import Peer, ScriptedServer, refusal, stream, tokens
+
+
+def load(server: ScriptedServer, **options) -> LoadResult:
+    return run_load(LoadConfig(**options), url=server.url, model="m", clock=Clock.start())
+
+
+def measured(result: LoadResult) -> list[RequestRecord]:
+    return [record for record in result.requests if not record.warmup]
+
+
+def most_in_flight(records: list[RequestRecord]) -> int:
+    changes = sorted([(record.sent_s, 1) for record in records] + [(record.end_s, -1) for record in records])
+    return int(max(numpy.cumsum([change for _, change in changes])))
+
+
+def test_a_closed_loop_keeps_its_streams_in_flight():
+    done = []
+    with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
+        config = LoadConfig(concurrency=4, requests=24, warmup=3)
+        progress = lambda finished, total: done.append((finished, total))  # noqa: E731
+        result = run_load(config, url=server.url, model="m", clock=Clock.start(), trial=2, on_progress=progress)
+    records = measured(result)
+    assert len(records) == 24 and len(result.requests) == 27 and done[-1] == (24, 24)
+    assert all(record.error is None and record.trial == 2 for record in result.requests)
+    assert len({record.id for record in result.requests}) == 27
+    # A slot's next request is planned at the end of its last: one may go out while another's end is still unread.
+    assert 3 <= most_in_flight(records) <= 5
+    warmed = max(record.end_s for record in result.requests if record.warmup)
+    assert warmed <= min(record.planned_s for record in records)
+    assert result.trial.client["window"] == "all 4 streams in flight"
+    assert min(r.sent_s for r in records) < result.trial.start_s < result.trial.end_s <= max(r.end_s for r in records)
+
+
+def test_an_open_loop_sends_by_the_clock_whatever_the_server_does():
+    with ScriptedServer(stream(tokens(3), pause_s=0.05)) as server:
+        result = load(server, rate=100.0, requests=40, warmup=0)
+    client = result.trial.client
+    assert client["asked_rate_per_s"] == pytest.approx(100, rel=0.5)
+    assert client["send_delay_ms"]["p50"] >= 0 and client["schedule_delay_ms"] == client["send_delay_ms"]
+    # Each answer takes 150 ms or more and one is due every 10 ms: nobody waited for an earlier one to end.
+    assert most_in_flight(measured(result)) > 5
+
+
+def test_a_capped_open_loop_keeps_the_planned_instants():
+    with ScriptedServer(stream(tokens(2), pause_s=0.02)) as server:
+        result = load(server, rate=500.0, concurrency=2, requests=20, warmup=0)
+    client = result.trial.client
+    assert most_in_flight(measured(result)) <= 3
+    assert client["schedule_delay_ms"]["max"] > client["send_delay_ms"]["max"] + 50
+    assert "rate-not-reached" in {flag.name for flag in result.flags}
+
+
+def test_a_run_ends_by_seconds():
+    with ScriptedServer(stream(tokens(3), pause_s=0.01)) as server:
+        result = load(server, concurrency=3, duration_s=2.0, warmup=0)
+        open_loop = load(server, rate=100.0, duration_s=0.4, warmup=0)
+    records = measured(result)
+    begin_s = min(record.planned_s for record in records)
+    assert len(records) > 3 and max(record.planned_s for record in records) - begin_s < 2.1
+    assert 20 < len(measured(open_loop)) < 70
+
+
+def test_a_run_ends_once_it_held_steady():
+    with ScriptedServer(stream(tokens(4), pause_s=0.005)) as server:
+        result = load(server, concurrency=2, steady_s=2.0, duration_s=20.0, warmup=0)
+    if "not-steady" in {flag.name for flag in result.flags}:
+        assert max(record.end_s for record in result.requests) > 19
+    else:
+        assert "held steady" in result.trial.client["window"]
+        assert 2.0 <= result.trial.end_s - result.trial.start_s < 20
+
+
+def test_failures_are_counted_and_the_run_goes_on():
+    calls = iter(range(100))
+
+    def answer(peer: Peer) -> bool:
+        if next(calls) % 3 == 0:
+            peer.reset()
+            return False
+        return stream(tokens(3))(peer)
+
+    with ScriptedServer(answer) as server:
+        result = load(server, concurrency=1, requests=12, warmup=0)
+    kinds = [record.error.kind if record.error else None for record in measured(result)]
+    assert len(kinds) == 12 and result.trial.client["failures"] == {"reset": 4}
+    assert kinds == ["reset", None, None] * 4
+
+
+def test_a_server_that_refuses_token_ids_is_asked_without():
+    def answer(peer: Peer) -> bool:
+        if "return_token_ids" in peer.json:
+            return refusal(b"400 Bad Request", "Unrecognized request argument: return_token_ids")(peer)
+        return stream([{"choices": [{"text": "a", "finish_reason": "stop"}]}])(peer)
+
+    with ScriptedServer(answer) as server:
+        result = load(server, requests=4, warmup=1)
+    assert all(record.error is None and record.counted_by == "chunks" for record in result.requests)
+    assert {"token-ids-refused", "tokens-counted-by-chunks"} <= {flag.name for flag in result.flags}
+
+
+def plain(record: RequestRecord) -> tuple:
+    return record.id.rpartition("-")[2], record.warmup, record.text, len(record.token_s), record.prompt_tokens
+
+
+def test_merged_processes_are_equal_to_one():
+    with ScriptedServer(stream(tokens(4))) as server:
+        one = load(server, rate=200.0, requests=30, warmup=4)
+        bodies = sorted(peer.body for peer in server.requests)
+        server.requests.clear()
+        two = load(server, rate=200.0, requests=30, warmup=4, client_processes=2)
+        assert sorted(peer.body for peer in server.requests) == bodies
+    assert [plain(record) for record in one.requests] == [plain(record) for record in two.requests]
+    begins = [min(record.planned_s for record in measured(result)) for result in (one, two)]
+    planned = [
+        [record.planned_s - begin for record in measured(r)] for r, begin in zip((one, two), begins, strict=True)
+    ]
+    assert planned[0] == pytest.approx(planned[1], abs=1e-6)
+    assert two.trial.client["processes"] == 2
+
+
+def test_split_closed_loops_share_the_streams():
+    with ScriptedServer(stream(tokens(3), pause_s=0.005)) as server:
+        result = load(server, concurrency=3, requests=20, client_processes=2)
+    assert len(measured(result)) == 20 and most_in_flight(measured(result)) <= 4
+
+
+def test_errors_of_a_client_process_reach_the_user():
+    with pytest.raises(UserError, match="--url"):
+        config = LoadConfig(client_processes=2, rate=5.0)
+        run_load(config, url="nonsense", model="m", clock=Clock.start())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_keeps_what_was_measured(processes):
+    with ScriptedServer(stream(tokens(100), pause_s=0.01)) as server:
+
+        def press() -> None:
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        result = load(server, concurrency=2, requests=50, warmup=0, client_processes=processes)
+    assert [flag.name for flag in result.flags if flag.name == "interrupted"] == ["interrupted"]
+    assert len(result.requests) == 2
+    assert all(record.error.kind == "interrupted" and record.token_s for record in result.requests)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_amid_the_warm_up_sends_nothing_that_counts(processes):
+    with ScriptedServer(stream(tokens(100), pause_s=0.05)) as server:
+
+        def press() -> None:
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        result = load(server, concurrency=2, requests=50, warmup=2, client_processes=processes)
+        assert len(server.requests) == 2
+    assert "interrupted" in [flag.name for flag in result.flags]
+    assert measured(result) == []
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.6])
+def test_ctrl_c_while_client_processes_start_is_no_crash_of_theirs(after_s):
+    with ScriptedServer(stream(tokens(3))) as server:
+        timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            # By then they have begun: an interruption that keeps what came.
+            result = load(server, concurrency=2, duration_s=5.0, warmup=0, client_processes=2)
+            assert "interrupted" in [flag.name for flag in result.flags]
+        except KeyboardInterrupt:
+            assert not server.requests
+        finally:
+            timer.cancel()
+
+
+def test_a_server_that_refuses_token_ids_for_ever_is_asked_twice():
+    with ScriptedServer(refusal(b"400 Bad Request", "return_token_ids: unknown")) as server:
+        result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
+        assert len(server.requests) == 2
+    assert [record.error.kind for record in result.requests] == ["http_400"]
+
+
+def record(identity: int, sent_s: float, end_s: float, **more) -> RequestRecord:
+    return RequestRecord(id=str(identity), planned_s=sent_s, sent_s=sent_s, end_s=end_s, **more)
+
+
+def part_of(records: list[RequestRecord], streams: int | None) -> Part:
+    """A process's records as the window sees them."""
+    return Part(
+        requests=records,
+        streams=streams,
+        due_s={},
+        begin_s=0.0,
+        busy_s=b"",
+        read_delays_s=b"",
+        merged_reads=0,
+        cpu_s=0.0,
+        wall_s=0.0,
+    )
+
+
+def test_windows_leave_out_ramp_up_and_drain():
+    closed = [record(0, 0.0, 2.0), record(1, 0.5, 3.0), record(2, 2.0, 5.0), record(3, 3.0, 6.0)]
+    warmup = record(9, -3.0, -1.0, warmup=True)
+    assert truth.window([part_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
+    assert truth.window([part_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
+    assert "whole run" in truth.window([part_of(closed[:3], 2)], False)[2]
+    opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
+    assert truth.window([part_of(opened, None)], True)[:2] == (2.5, 9.0)
+    assert truth.window([part_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
+    assert truth.window([part_of([warmup], 1)], False)[2].startswith("empty")
+    lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
+    assert truth.window([part_of(lone, 1)], False)[:2] == (1.0, 3.0)
+
+
+def test_a_split_clients_window_ends_with_the_process_that_runs_dry_first():
+    quick = [record(index, index * 1.0, index + 1.0) for index in range(6)]
+    slow = [record(index, 0.5 + index * 1.5, 2.0 + index * 1.5) for index in range(6)]
+    both = [part_of(quick, 1), part_of(slow, 1)]
+    assert truth.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
+    assert "whole run" in truth.window([*both, part_of(slow[:1], 2)], False)[2], (
+        "two streams of one were never in flight"
+    )
+
+
+def test_steady_means_equal_halves():
+    flat = [(index * 0.25, index * 100, 8) for index in range(41)]
+    assert truth.steady_since(flat, 5.0) == pytest.approx(5.0)
+    assert truth.steady_since(flat, 60.0) is None
+    growing = [(index * 0.25, index * index, 8) for index in range(41)]
+    assert truth.steady_since(growing, 5.0) is None
+    filling = [(index * 0.25, index * 100, index) for index in range(41)]
+    assert truth.steady_since(filling, 5.0) is None
+
+
+def part(
+    delays_ms: list[float], *, cpu_s: float = 0.1, merged: int = 0, stamp: str = "kernel", late_ms: float = 0.0
+) -> Part:
+    records = [record(index, float(index), index + 0.5, stamp=stamp, token_s=[index + 0.1]) for index in range(10)]
+    packed = (numpy.array(delays_ms) / 1e3).tobytes()
+    due = {one.id: one.sent_s - late_ms / 1e3 for one in records}
+    return Part(
+        requests=records,
+        due_s=due,
+        streams=4,
+        begin_s=-0.1,
+        busy_s=packed,
+        read_delays_s=packed,
+        merged_reads=merged,
+        cpu_s=cpu_s,
+        wall_s=10.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (part([0.1] * 10), None),
+        (part([30.0] * 10), "read 30.0 ms late"),
+        (part([8.0] * 10, merged=5), "held several chunks"),
+        (part([8.0] * 10), None),
+        (part([3.0] * 10, stamp="user"), "no kernel stamps"),
+        (part([0.1] * 10, cpu_s=9.8), "98% of its core"),
+        (part([0.1] * 10, late_ms=12.0), "left 12.0 ms late"),
+    ],
+)
+def test_beyond_its_bounds_a_run_is_marked_with_the_remedy(made, reason):
+    client = truth.describe([made], made.requests, streams=4, open_loop=False)
+    flags = truth.flags(client)
+    assert [flag.name for flag in flags] == (["client-limited"] if reason else [])
+    assert reason is None or (reason in flags[0].detail and "--client-processes" in flags[0].detail)
+
+
+def test_the_truth_of_nothing():
+    empty = part_of([], 1)
+    failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
+    client = truth.describe([empty], [failed], streams=1, open_loop=False)
+    assert client["user_minus_kernel_ms"] is None and client["cpu_us_per_token"] is None
+    assert client["failures"] == {"refused": 1} and truth.flags(client) == []

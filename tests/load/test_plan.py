@@ -1,0 +1,331 @@
+"""Arrivals against theory, prompts of exact lengths and the same bytes everywhere, trace formats and their malformed rows."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import islice, pairwise
+
+import numpy
+import pytest
+import tokenizers
+from scipy import stats
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load import arrivals, plan, prompts, truth
+from pdbench.load.generator import run_load
+from pdbench.load.tokens import Tokenizer, exact_text, load_tokenizer
+from pdbench.load.traces import read_trace
+from pdbench.records import Clock, RequestRecord
+from tests.support.scripted_server import ScriptedServer, stream, tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> str:
+    """A byte-level BPE tokenizer trained on the built-in texts, with a beginning-of-text token as many models have."""
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE())
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>"], initial_alphabet=alphabet)
+    encoder.train_from_iterator(prompts.passages(), trainer)
+    encoder.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    encoder.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    loaded = load_tokenizer(tokenizer_folder)
+    assert loaded is not None
+    return loaded
+
+
+def gaps(instants, count: int = 4000) -> numpy.ndarray:
+    return numpy.diff([0.0, *islice(instants, count)])
+
+
+def test_poisson_gaps_are_exponential():
+    assert stats.kstest(gaps(arrivals.poisson(5.0, 1)), stats.expon(scale=0.2).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gamma_gaps_have_the_asked_shape(burstiness):
+    theory = stats.gamma(burstiness, scale=1 / (5.0 * burstiness))
+    assert stats.kstest(gaps(arrivals.gamma(5.0, burstiness, 1)), theory.cdf).pvalue > 0.01
+
+
+def test_constant_gaps():
+    assert gaps(arrivals.constant(4.0), 100) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 20.0), (20.0, 2.0), (5.0, 5.0)])
+def test_a_ramp_has_its_rates_integral(start, end):
+    instants = list(itertools.takewhile(lambda at_s: at_s < 300.0, arrivals.ramp(start, end, 200.0, 3)))
+    for until_s in (100.0, 200.0, 300.0):
+        rate = start + (end - start) * min(until_s, 200.0) / 200.0
+        expected = (start + rate) / 2 * min(until_s, 200.0) + end * max(0.0, until_s - 200.0)
+        assert sum(at_s < until_s for at_s in instants) == pytest.approx(expected, abs=4 * math.sqrt(expected))
+    assert instants == sorted(instants)
+
+
+def test_stages_have_their_own_rates_and_end():
+    instants = list(arrivals.staged(arrivals.read_stages("10:100,0:50,40:50"), 2))
+    counts = [
+        sum(start <= at_s < start + length for at_s in instants) for start, length in [(0, 100), (100, 50), (150, 50)]
+    ]
+    assert counts[1] == 0 and counts[0] == pytest.approx(1000, abs=130) and counts[2] == pytest.approx(2000, abs=180)
+    assert instants[-1] < 200 and instants == sorted(instants)
+
+
+def test_arrivals_depend_on_their_seed_alone():
+    first, again, other = (list(islice(arrivals.poisson(3.0, seed), 50)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first[0] == pytest.approx(0.3843090, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "3", "a:b", "1:2,3", "-1:5", "1:0", "nan:1"])
+def test_bad_stages_name_the_part(text):
+    with pytest.raises(UserError, match="--stages"):
+        arrivals.read_stages(text)
+
+
+def test_built_in_prompts_are_real_english_and_chinese_of_varying_length(tokenizer):
+    made = [prompts.built_in(index, f"({index})", tokenizer) for index in range(16)]
+    assert len({prompt.text for prompt in made}) == 16
+    assert sum(any("\u4e00" <= letter <= "\u9fff" for letter in prompt.text) for prompt in made) >= 6
+    assert len({prompt.tokens for prompt in made}) > 8
+    assert max(len(prompt.text.encode()) for prompt in made) < 448
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 17, 100, 1000])
+def test_prompts_have_exactly_the_asked_tokens(tokenizer, tokens):
+    for index in range(5):
+        prompt = prompts.of_length(tokens, f"seed-{index}", tokenizer, 8)
+        assert tokenizer.count(prompt.text) == tokens == prompt.tokens
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", b""])
+def test_a_hub_that_does_not_answer_is_given_up_at_once(answer, tmp_path):
+    with ScriptedServer(lambda peer: peer.write(answer)) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        code = "from pdbench.load import plan; from pdbench.config import LoadConfig\n"
+        code += "plan.find_tokenizer(LoadConfig(input_tokens=8), 'some/model')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    assert "give --tokenizer FOLDER" in done.stderr.splitlines()[-1]
+    assert hub.connections <= 2 and "Retrying" not in done.stderr  # the library connects anew once
+
+
+def test_an_impossible_length_is_the_users_error(tokenizer):
+    with pytest.raises(UserError, match="0 tokens"):
+        exact_text(iter(["a"]), 0, tokenizer)
+
+
+def test_shared_prefixes_are_shared_within_a_group_only(tokenizer):
+    def made(group: str, seed: str) -> str:
+        prompt = prompts.of_length(200, seed, tokenizer, 8, shared=0.5, group=group)
+        assert tokenizer.count(prompt.text) == 200
+        return prompt.text
+
+    first, second, other = made("a", "1"), made("a", "2"), made("b", "3")
+    common = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    assert 95 <= tokenizer.count(first[:common]) <= 110
+    assert first[:20] != other[:20]
+
+
+def test_same_seed_same_bytes_on_every_machine():
+    texts = [prompt.text for prompt in (prompts.built_in(index, f"(0-{index})") for index in range(32))]
+    texts += list(islice(prompts.sentences_in_random_order("0/0/1"), 50))
+    assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == DIGEST
+
+
+DIGEST = "e75e565ca7ecadd4"
+
+
+def test_length_distributions():
+    uniform = [prompts.length(100, "uniform", 0.5, f"{index}") for index in range(3000)]
+    assert min(uniform) >= 50 and max(uniform) <= 150 and numpy.mean(uniform) == pytest.approx(100, rel=0.03)
+    lognormal = [prompts.length(100, "lognormal", 0.8, f"{index}") for index in range(8000)]
+    assert numpy.mean(lognormal) == pytest.approx(100, rel=0.06)
+    assert numpy.std(numpy.log(lognormal)) == pytest.approx(0.8, rel=0.05)
+    assert prompts.length(100, "fixed", 0.8, "x") == 100
+
+
+def test_prompt_files(tmp_path, tokenizer):
+    sharegpt = tmp_path / "sharegpt.json"
+    turns = [{"from": "human", "value": "Question?"}, {"from": "gpt", "value": "A long answer."}]
+    sharegpt.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[1:]}, {"conversations": []}]))
+    assert prompts.read_prompt_file(sharegpt) == [("Question?", "A long answer.")]
+    lines = tmp_path / "own.jsonl"
+    lines.write_text('{"prompt": "a", "reply": "b"}\n\n{"prompt": "c"}\n')
+    assert prompts.read_prompt_file(lines) == [("a", "b"), ("c", None)]
+    text = tmp_path / "texts.txt"
+    text.write_text("one\ntwo\n\nthree\n")
+    assert prompts.read_prompt_file(text) == [("one\ntwo", None), ("three", None)]
+    text.write_text("one\ntwo\n")
+    assert prompts.read_prompt_file(text) == [("one", None), ("two", None)]
+    config = LoadConfig(prompt_file=str(sharegpt), reply_lengths=True, requests=3)
+    made = list(plan.planned_requests(config, tokenizer, 0))
+    assert [one.prompt.output_tokens for one in made] == [tokenizer.count("A long answer.")] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "{"), ("a.jsonl", '{"prompt": 1}\n{"x": 2}'), ("a.txt", ""), ("b.json", "[1]")]
+)
+def test_bad_prompt_files_are_the_users_error(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"--prompt-file .*"):
+        prompts.read_prompt_file(tmp_path / name)
+    with pytest.raises(UserError, match="No such file"):
+        prompts.read_prompt_file(tmp_path / "missing.txt")
+
+
+TRACES = {
+    "azure2023.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
+    "azure2024.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,374,44\n2024-05-10 00:00:04.324509+00:00,396,109\n",
+    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,374,44,418,Conversation log\n7,GPT-4,10,0,10,API log\n9.314579,GPT-4,396,109,505,API log\n",
+    "mooncake.jsonl": '{"timestamp": 27000, "input_length": 374, "output_length": 44, "hash_ids": [1]}\n{"timestamp": 31314.579, "input_length": 396, "output_length": 109, "hash_ids": [1, 2]}\n',
+    "own.jsonl": '{"arrival_s": 4.314579, "input_tokens": 396, "output_tokens": 109}\n{"arrival_s": 0, "input_tokens": 374, "output_tokens": 44}\n',
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_every_trace_format_is_read(tmp_path, name):
+    (tmp_path / name).write_text(TRACES[name])
+    rows = read_trace(tmp_path / name)
+    assert [(row.input_tokens, row.output_tokens) for row in rows] == [(374, 44), (396, 109)]
+    assert [row.arrival_s for row in rows] == pytest.approx([0.0, 4.314579], abs=2e-6)
+    assert rows[1].block_ids == ([1, 2] if name == "mooncake.jsonl" else [])
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, name):
+    (tmp_path / name).write_text(TRACES[name])
+    with ScriptedServer(stream(tokens(3))) as server:
+        config = LoadConfig(trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
+        result = run_load(config, url=server.url, model="m", clock=Clock.start())
+        asked = [(tokenizer.count(peer.json["prompt"]), peer.json["max_tokens"]) for peer in server.requests]
+    assert asked == [(374, 44), (396, 109)]
+    first, second = result.requests
+    assert second.planned_s - first.planned_s == pytest.approx(4.314579 * 0.05, abs=1e-6)
+    assert first.sent_s >= first.planned_s and second.sent_s >= second.planned_s
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "row"),
+    [
+        ("azure2023.csv", "yesterday,1,2\n", 4),
+        ("burstgpt.csv", "9,GPT-4,many,3,4,API log\n", 5),
+        ("burstgpt.csv", "9\n", 5),
+        ("mooncake.jsonl", '{"timestamp": 1}\n', 3),
+        ("own.jsonl", '{"arrival_s": NaN, "input_tokens": 1, "output_tokens": 1}\n', 3),
+        ("own.jsonl", '{"arrival_s": 1, "input_tokens": -1, "output_tokens": 1}\n', 3),
+        ("own.jsonl", "not json\n", 3),
+        ("own.jsonl", "[]\n", 3),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, name, bad, row):
+    (tmp_path / name).write_text(TRACES[name] + bad)
+    with pytest.raises(UserError, match=f"row {row}:"):
+        read_trace(tmp_path / name)
+
+
+def test_traces_that_are_none(tmp_path):
+    for name, content in [("a.csv", "x,y\n1,2\n"), ("b.csv", ""), ("c.jsonl", "")]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="--trace"):
+            read_trace(tmp_path / name)
+    with pytest.raises(UserError, match="No such file"):
+        read_trace(tmp_path / "missing.csv")
+
+
+def test_a_trace_is_planned_with_its_instants_lengths_and_prefixes(tmp_path, tokenizer):
+    path = tmp_path / "mooncake.jsonl"
+    row = {"timestamp": 0, "input_length": 1100, "output_length": 9, "hash_ids": [7, 8, 9]}
+    path.write_text("".join(json.dumps(row | {"timestamp": 1000 * index}) + "\n" for index in range(3)))
+    made = list(plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0))
+    assert [one.arrival_s for one in made] == pytest.approx([0.0, 0.5, 1.0])
+    assert all(tokenizer.count(one.prompt.text) == 1100 and one.prompt.output_tokens == 9 for one in made)
+    first, second = made[0].prompt.text, made[1].prompt.text
+    common = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    assert tokenizer.count(first[:common]) >= 1000
+
+
+def test_a_plan_is_the_same_for_everybody_who_makes_it(tokenizer):
+    config = LoadConfig(
+        rate=5.0, input_tokens=50, input_distribution="lognormal", output_distribution="uniform", requests=20
+    )
+    first, again, other = (list(plan.planned_requests(config, tokenizer, trial)) for trial in (0, 0, 1))
+    assert first == again and first != other and len(first) == 20
+    assert all(earlier.arrival_s < later.arrival_s for earlier, later in pairwise(first))
+    warmup = plan.warmup_requests(config, tokenizer, 0)
+    assert len(warmup) == 2 and warmup[0].prompt.text not in {one.prompt.text for one in first}
+
+
+def test_bodies():
+    prompt = prompts.Prompt("Hi", 1, 7)
+    body = json.loads(plan.request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", prompt, token_ids=True))
+    assert body["prompt"] == "Hi" and body["max_tokens"] == 7 and body["return_token_ids"] and body["top_k"] == 1
+    assert body["stream"] and body["stream_options"] == {"include_usage": True} and "ignore_eos" not in body
+    config = LoadConfig(endpoint="chat", input_tokens=5)
+    body = json.loads(plan.request_body(config, "m", prompt, token_ids=False))
+    assert (
+        body["messages"] == [{"role": "user", "content": "Hi"}]
+        and body["ignore_eos"]
+        and "return_token_ids" not in body
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 1.0, "stages": "1:1"},
+        {"ramp_to": 2.0},
+        {"requests": 0},
+        {"rate": -1.0},
+        {"rate": math.nan},
+        {"concurrency": 0},
+        {"shared_prefix": 1.5},
+        {"warmup": -1},
+        {"client_processes": 3, "concurrency": 2},
+        {"extra_body": "[1]"},
+        {"extra_body": "{"},
+        {"duration_s": 0.0},
+    ],
+)
+def test_contradictions_are_the_users_error(options):
+    with pytest.raises(UserError, match="--"):
+        plan.check(LoadConfig(**options))
+
+
+def test_exact_lengths_need_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="--tokenizer"):
+        plan.find_tokenizer(LoadConfig(input_tokens=5), str(tmp_path))
+    assert plan.find_tokenizer(LoadConfig(), str(tmp_path)) is None
+
+
+def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> None:
+    (planned,) = plan.planned_requests(LoadConfig(phase="prefill", requests=1), None, 0)
+    body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned.prompt, token_ids=True))
+    assert body["max_tokens"] == 1
+    plan.check(LoadConfig(phase="decode", requests=4, concurrency=4))
+    for mixed in (
+        LoadConfig(phase="decode", requests=5, concurrency=4),
+        LoadConfig(phase="decode", requests=1, rate=1.0),
+    ):
+        with pytest.raises(UserError, match="one batch"):
+            plan.check(mixed)
+
+
+def test_the_decode_window_holds_no_prefill_and_no_drain() -> None:
+    batch = [RequestRecord(id=str(i), planned_s=0.0, token_s=[1.0 + i, 5.0, 9.0 - i]) for i in range(3)]
+    assert truth.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
+    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
+    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None

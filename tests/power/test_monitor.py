@@ -1,0 +1,97 @@
+"""`pdbench monitor` and `pdbench plot` as a user runs them, over the scripted NVML and on a host without GPUs."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+
+from pdbench.analysis.energy import energy_over
+from pdbench.cli import main
+from pdbench.power.monitor import as_csv
+from pdbench.records import DeviceRecord, load_devices
+from pdbench.report.device_figures import read_devices
+from tests.support.fake_nvml import build, environment, sampled, wave_text
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("nvml"))
+
+
+def pdbench(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pdbench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)  # type: ignore[call-overload,no-any-return]
+
+
+def test_monitor_writes_what_plot_draws(library: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "power.json"
+    settings = environment(library, gpus="2", power_1=wave_text("square"))
+    done = pdbench("monitor", "--gpus", "0,1", "--duration", 2, "--out", saved, env=settings)
+    assert done.returncode == 0, done.stderr
+    assert "power W" in done.stdout and "gpu1" in done.stdout
+    gpu0, gpu1, *_ = load_devices(saved)
+    assert energy_over(gpu0, 0.5, 1.5).energy_j == pytest.approx(100, rel=0.02)
+    assert gpu1.statistics["power_w"]["max"] is not None and gpu1.fine_power
+    drawn = pdbench("plot", saved)
+    assert drawn.returncode == 0, drawn.stderr
+    pixels = image.imread(tmp_path / "power.png")
+    assert pixels.shape[:2] == (1000, 1500) and pixels[..., :3].std() > 0.05
+
+
+def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> None:
+    saved = tmp_path / "cpu.csv"
+    command = [sys.executable, "-m", "pdbench", "monitor", "--interval", "0.05", "--out", str(saved)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout and run.stdout.readline() == "watching host; Ctrl-C ends it\n"
+        run.send_signal(signal.SIGTERM)
+        told = run.stdout.read()
+        assert run.wait(timeout=60) == 0, run.stderr.read() if run.stderr else ""
+    assert "not measured" in told
+    rows = list(csv.DictReader(saved.read_text().splitlines()))
+    assert rows and rows[-1]["device"] == "host" and float(rows[-1]["memory_used_mib"]) > 0
+    assert rows[-1]["power_w"] == ""
+    assert pdbench("plot", saved, "--picture", tmp_path / "other.png").returncode == 0
+    assert (tmp_path / "other.png").stat().st_size > 10_000
+
+
+def test_csv_comes_back_as_it_went(library: Path, tmp_path: Path) -> None:
+    records: list[DeviceRecord] = sampled(library, 2.0, {"decode": [0]}, fail="0:DeviceGetTemperature:3")
+    path = tmp_path / "power.csv"
+    path.write_bytes(as_csv(records))
+    [back] = read_devices(path)
+    assert [sample.power_w for sample in back.samples] == [sample.power_w for sample in records[0].samples]
+    assert back.samples[0].temperature_c is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["monitor", "--out", "x.txt"], "must end in .json"),
+        (["monitor", "--interval", "0.001"], "0.01 to 10"),
+        (["monitor", "--gpus", "one"], "--gpus 0,1"),
+        (["plot", "nowhere.json"], "no file nowhere.json"),
+        (["plot", "nowhere.csv"], "no file nowhere.csv"),
+        (["plot", "wrong.csv"], "is not monitor's CSV"),
+        (["plot", "wrong.json"], "holds no device samples"),
+        (["plot", "."], "no *_gpu_data.json"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "wrong.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert told in error and error.count("\n") == 1

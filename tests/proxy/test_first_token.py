@@ -1,0 +1,178 @@
+"""The first token from prefill: the client sees the stream that decode alone would have given, one step earlier."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.proxy_processes import instance, proxy, wait_until
+
+GREEDY = {"max_tokens": 4, "temperature": 0, "stream": True}
+TEXTS = [" t0", " t1", " t2", " t3"]
+
+
+@pytest.fixture(scope="module")
+def early(pair, tmp_path_factory):
+    """A proxy that passes prefill's token on."""
+    with proxy(tmp_path_factory.mktemp("early"), prefill=[pair[0]], decode=[pair[1]]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def late(pair, tmp_path_factory):
+    """A proxy that does not."""
+    options = ("--first-token", "decode")
+    with proxy(tmp_path_factory.mktemp("late"), *options, prefill=[pair[0]], decode=[pair[1]]) as server:
+        yield server
+
+
+def script(**roles: Any) -> dict[str, str]:
+    """What the instances are to do, in a field that is harmless."""
+    return {"user": json.dumps(roles)}
+
+
+def texts(answer) -> list[str]:
+    """The text of every event that has one."""
+    return [event["choices"][0]["text"] for event in answer.events if isinstance(event, dict) and event.get("choices")]
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [1, 2, 3, 4, 5]], ids=["text", "ids"])
+@pytest.mark.parametrize("ids", [True, False], ids=["with token ids", "without"])
+@pytest.mark.parametrize("usage", [True, False], ids=["with usage", "without"])
+def test_the_stream_is_the_one_that_decode_alone_gives(early, late, prompt, ids, usage):
+    fields = GREEDY | {"prompt": prompt, "return_token_ids": ids, "stream_options": {"include_usage": usage}}
+    seen, expected = early.complete(**fields), late.complete(**fields)
+    assert seen.complete
+    assert seen.headers["content-type"] == expected.headers["content-type"]
+    assert texts(seen) == TEXTS
+    stripped = [
+        [{**event, "usage": event.get("usage")} if isinstance(event, dict) else event for event in answer.events]
+        for answer in (seen, expected)
+    ]
+    for event in stripped[0][:1]:
+        for name in ("logprobs", "stop_reason"):
+            assert event["choices"][0].pop(name) is None
+    assert stripped[0] == stripped[1]
+
+
+def test_decode_goes_on_from_prefills_token(early, pair):
+    answer = early.complete(**GREEDY)
+    assert texts(answer) == TEXTS
+    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
+    assert prefill["return_token_ids"] is True
+    remote = decode.pop("kv_transfer_params")
+    assert remote["prefilled_tokens"] == 5
+    assert remote["transfer_id"] == prefill["kv_transfer_params"]["transfer_id"]
+    assert decode == {"model": "m", "prompt": [1, 2, 3, 4, 5, 100], **GREEDY, "max_tokens": 3}
+    event = early.event(answer.request_id)
+    assert event["prefill_done_s"] <= event["first_token_s"] <= event["decode_sent_s"] <= event["first_byte_s"]
+
+
+def test_one_token_less_than_vllms_default_is_asked_of_decode(early, pair):
+    answer = early.complete(stream=True, temperature=0, **script(decode={"tokens": 1}))
+    assert pair[1].asked(answer.request_id)[1]["max_tokens"] == 15
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.5},
+        {"temperature": None},
+        {"max_tokens": 1},
+        {
+            "max_tokens": None,
+            **script(decode={"tokens": 2}),
+        },  # only the context bounds it: is there room for a second token?
+        {"max_tokens": "4", **script(decode={"tokens": 2})},
+        {"max_tokens": 4.5, **script(decode={"tokens": 2})},
+        {"max_tokens": -1},
+        {"stream": False},
+        {"stream": None},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 1},
+        {"min_tokens": 2},
+        {"logprobs": 1},
+        {"stop": ["x"]},
+        {"stop": "x"},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a+"}},
+        {"bad_words": ["x"]},
+        {"suffix": "x"},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"a_field_of_tomorrow": 1},
+        {"a_deep_field": json.loads("[" * 900 + "]" * 900)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_where_it_is_not_exact_decode_computes_the_first_token(early, pair, fields):
+    asked = {"prompt": "Hi", **GREEDY, **fields}
+    answer = early.complete(**asked)
+    assert answer.status == 200
+    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
+    assert "prefilled_tokens" not in decode.pop("kv_transfer_params")
+    assert decode == {"model": "m", **asked}
+    assert "return_token_ids" not in prefill
+    assert early.event(answer.request_id)["first_token_s"] is None
+
+
+def test_chats_and_requests_without_a_temperature_go_to_both_at_once(early, pair):
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **GREEDY}
+    answer = early.ask("POST", "/v1/chat/completions", chat)
+    assert answer.status == 200
+    assert pair[1].asked(answer.request_id)[1]["messages"] == chat["messages"]
+    answer = early.complete(stream=True, max_tokens=4)
+    assert answer.status == 200
+    assert pair[1].asked(answer.request_id)[1]["prompt"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    "prefill", [{"finish": "stop"}, {"text": ""}, {"text": "\ufffd"}], ids=["ends the answer", "no text", "half a character"]
+)  # fmt: skip
+def test_a_token_that_cannot_be_shown_alone_is_left_to_decode(early, pair, prefill):
+    answer = early.complete(**GREEDY, **script(prefill=prefill))
+    assert texts(answer) == TEXTS
+    decode = pair[1].asked(answer.request_id)[1]
+    assert decode["prompt"] == "Hi"
+    assert decode["kv_transfer_params"]["do_remote_prefill"] is True
+
+
+def test_another_decode_takes_over_after_the_first_token(tmp_path, pair):
+    options = ("--decode-policy", "round-robin", "--health-interval-s", "60")
+    with instance(tmp_path, "decode-2") as second, instance(tmp_path, "decode-3") as third:
+        with proxy(tmp_path, *options, prefill=[pair[0]], decode=[second, third]) as server:
+            wait_until(
+                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
+            )
+            second.kill()
+            answers = [server.complete(**GREEDY) for _ in range(2)]
+            assert [texts(answer) for answer in answers] == [TEXTS, TEXTS]
+            assert sorted(server.event(answer.request_id)["retries"] for answer in answers) == [0, 1]
+            assert "prefilled_tokens" not in third.requests()[0]["body"]
+            third.kill()
+            answer = server.complete(**GREEDY)
+            assert texts(answer)[:1] == [" t0"]
+            assert answer.events[-1]["error"]["stage"] == "decode"
+
+
+def test_a_refusal_of_decode_after_the_first_token_is_said(early):
+    answer = early.complete(**GREEDY, **script(decode={"status": 400}))
+    assert texts(answer)[:1] == [" t0"]
+    assert answer.events[-1]["error"]["code"] == 400
+    assert "scripted" in answer.events[-1]["error"]["message"]
+    assert early.event(answer.request_id)["stage"] == "decode"
+
+
+def test_a_client_that_leaves_at_the_first_token_lets_decode_fetch_the_kv(early, pair):
+    body = json.dumps(
+        {"model": "m", "prompt": "Hi", **GREEDY, **script(decode={"first": 0.2, "tokens": 50, "delay": 0.05})}
+    )
+    before = len(pair[1].lines())
+    with early.connect() as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX-Request-Id: left\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        assert b" t0" in connection.recv(65536)
+    assert early.event("left")["status"] == 499
+    wait_until(lambda: [line["event"] for line in pair[1].lines()[before:]] == ["request", "abort"], "decode is ended")
+    asked, ended = (line["at_s"] for line in pair[1].lines()[before:])
+    assert ended - asked >= 0.2, "decode was not given the time to fetch the KV"
+    wait_until(lambda: early.in_flight() == 0, "nothing is in flight")

