@@ -18,8 +18,7 @@ from rich.markup import escape
 
 from pdbench import __version__
 from pdbench.cluster import joined_cluster
-from pdbench.config import ClusterConfig, Options, ProxyConfig, ServeConfig
-from pdbench.config import Deployment as Name
+from pdbench.config import ClusterConfig, DeploymentKind, Options, ProxyConfig, ServeConfig
 from pdbench.errors import UserError
 
 console = Console()
@@ -195,12 +194,12 @@ def _options(command: str) -> set[str]:
     return {name.removeprefix("--").replace("-", "_") for name in names if name.startswith("--")}
 
 
-def _deployment_names(text: str) -> list[Name]:
-    names: list[Name] = []
+def _deployment_names(text: str) -> list[DeploymentKind]:
+    names: list[DeploymentKind] = []
     for part in text.split(","):
-        if part not in get_args(Name):
-            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(Name))}")
-        names.append(cast(Name, part))
+        if part not in get_args(DeploymentKind):
+            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(DeploymentKind))}")
+        names.append(cast(DeploymentKind, part))
     return names
 
 

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
-Deployment = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
+DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 
 T = TypeVar("T")
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import gate, phases
-from pdbench.config import Deployment as Name
-from pdbench.config import LoadConfig, Options, ServeConfig
+from pdbench import correctness, nvml
+from pdbench import events as event_logs
+from pdbench.config import DeploymentKind, LoadConfig, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import LoadResult, run_load
 from pdbench.load.target import offered_model, read_url
-from pdbench.power import clocks, nvml
+from pdbench.power import clocks
 from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import gpu_indices, open_readers
 from pdbench.power.idle import ENGINE_READY, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, Flag, Gate, Run, check_writable, save_run
+from pdbench.serving import deployment_info
 from pdbench.serving import machine as machines
-from pdbench.serving import running as runnings
 from pdbench.serving.deployment import Deployment
-from pdbench.serving.running import Running
+from pdbench.serving.deployment_info import DeploymentInfo
 
 if TYPE_CHECKING:
     from pdbench.cluster.session import Cluster
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 TELL_AGAIN_S = 10.0
 
 
-def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]]]:
+def interleave(names: Sequence[DeploymentKind], trials: int) -> list[tuple[DeploymentKind, list[int]]]:
     """Which deployment measures which trials, in order: A B B A A B, neighbours joined, so that drift cancels."""
-    order: list[tuple[Name, list[int]]] = []
+    order: list[tuple[DeploymentKind, list[int]]] = []
     for trial in range(trials):
         for name in names if trial % 2 == 0 else tuple(reversed(names)):
             if order and order[-1][0] == name:
@@ -52,7 +52,7 @@ def interleave(names: Sequence[Name], trials: int) -> list[tuple[Name, list[int]
 
 
 def run(
-    names: Sequence[Name],
+    names: Sequence[DeploymentKind],
     trials: int,
     options: Options,
     out: Path,
@@ -84,7 +84,7 @@ def run(
     clock = Clock.start()
     nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
-    runs: dict[Name, Run] = {}
+    runs: dict[DeploymentKind, Run] = {}
     reference: list[str] | None = None
     saving = ExitStack()
     with saving:
@@ -95,9 +95,9 @@ def run(
                 if name not in runs:
                     runs[name] = _new_run(running, clock, options)
                 if name == "disaggregated":  # each start has connections and KV caches of its own
-                    _pass_gate(runs[name], gate.run(running, nonce, reference)[0], console)
+                    _pass_gate(runs[name], correctness.run(running, nonce, reference)[0], console)
                 elif name == "single" and reference is None:
-                    reference = gate.run(running, nonce, reference)[1]
+                    reference = correctness.run(running, nonce, reference)[1]
                 try:
                     _measure_into(runs[name], running, options, indices, console, cooldown, deployment.check, cluster)
                 finally:
@@ -107,7 +107,7 @@ def run(
     return [out / f"{name}_results" for name in names]
 
 
-def maker(config: ServeConfig, cluster: "Cluster | None") -> Callable[[Name], Any]:
+def maker(config: ServeConfig, cluster: "Cluster | None") -> Callable[[DeploymentKind], Any]:
     """Makes a deployment of a name, on this host or over the cluster. Raises UserError when it cannot be started there."""
     if cluster is not None:
         from pdbench.cluster.deployment import ClusterDeployment
@@ -144,11 +144,11 @@ def bench(
     """
     _check_options(options, trials, cluster)
     check_writable(out)
-    running = runnings.find(Path(options.serve.log_dir), url)
+    running = deployment_info.find(Path(options.serve.log_dir), url)
     flags: list[Flag] = []
     if running is None:
         model = model or offered_model(url, verify_tls=options.load.tls_verify)
-        running = Running(name="bench", url=url, model_name=model)
+        running = DeploymentInfo(name="bench", url=url, model_name=model)
         if cluster is None and (options.power.power or clocks.asked(options.power)):
             flags = _find_devices(running, options.serve.single_gpus)
         if flags:
@@ -162,7 +162,7 @@ def bench(
     one = _new_run(running, clock, options)
     one.flags += flags
     if running.name == "disaggregated":
-        _pass_gate(one, gate.run(running, int(clock.unix_s), None)[0], console)
+        _pass_gate(one, correctness.run(running, int(clock.unix_s), None)[0], console)
     try:
         _measure_into(one, running, options, list(range(trials)), console, _cooldown(options), lambda: None, cluster)
     finally:
@@ -171,7 +171,7 @@ def bench(
     return out / f"{one.name}_results"
 
 
-def _find_devices(foreign: Running, named: Sequence[int]) -> list[Flag]:
+def _find_devices(foreign: DeploymentInfo, named: Sequence[int]) -> list[Flag]:
     """Enter the GPUs of a server that pdbench did not start: those that are named, else those of its processes. A flag says why
     nothing of it can be measured. Raises UserError when a named GPU is not here."""
     here = list(gpu_indices())
@@ -254,7 +254,7 @@ def started(deployment: Any, console: Console) -> Iterator[Any]:
             yield deployment
 
 
-def _new_run(running: Running, clock: Clock, options: Options) -> Run:
+def _new_run(running: DeploymentInfo, clock: Clock, options: Options) -> Run:
     return Run(
         name=running.name,
         clock=clock,
@@ -276,7 +276,7 @@ def _pass_gate(one: Run, verdict: Gate, console: Console) -> None:
 
 def _measure_into(
     one: Run,
-    running: Running,
+    running: DeploymentInfo,
     options: Options,
     trials: list[int],
     console: Console,
@@ -317,19 +317,19 @@ def _measure_into(
         for device in one.devices:
             one.roles.setdefault(device.role or "host", []).append(device.id)
         if cluster is None:
-            events = phases.read_events(running.event_logs, one.clock)
+            events = event_logs.read(running.event_logs, one.clock)
         else:
             events = sampler.events()
             one.host["nodes"] = sampler.facts()
             one.flags += [flag for flag in sampler.flags() if flag.name not in {known.name for known in one.flags}]
-        phases.join([request for request in one.requests if request.trial in trials], events)
+        event_logs.join([request for request in one.requests if request.trial in trials], events)
         one.events += events
     if cluster is not None:
         cluster.check()
 
 
 def _one_trial(
-    one: Run, running: Running, options: Options, trial: int, console: Console, load: Callable[..., LoadResult]
+    one: Run, running: DeploymentInfo, options: Options, trial: int, console: Console, load: Callable[..., LoadResult]
 ) -> None:
     begin = time.monotonic()
     with console.status(f"trial {trial + 1}") as status:
@@ -367,7 +367,7 @@ def _one_trial(
         )
 
 
-def _save_all(runs: dict[Name, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
+def _save_all(runs: dict[DeploymentKind, Run], out: Path, on_saved: Callable[[Path], None]) -> None:
     """One after the other, whatever goes wrong with the others; an exception goes on at the end."""
     with _undisturbed(), ExitStack() as each:
         for one in reversed(runs.values()):

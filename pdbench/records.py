@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from pdbench.errors import UserError
+from pdbench.events import Event
 
 SCHEMA = "pdbench/1"
 Interval = tuple[float, float]
@@ -49,18 +50,22 @@ class RequestError(msgspec.Struct, frozen=True):
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request as the client saw it; durations are derived from these instants in `analysis`.
 
-    `token_s` has one instant a token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
+    `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
+    `token_s` has one instant per token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
     or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
     were counted: "token_ids", "usage" (on every chunk), "chunks" (one a chunk with text) or "mixed".
     """
 
     id: str
     planned_s: float
+    due_s: float | None = None
     sent_s: float | None = None
     token_s: list[float] = []
     end_s: float | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    prompt: str | None = None
+    prompt_sha256: str | None = None
     text: str = ""
     error: RequestError | None = None
     phases: dict[str, Interval | None] = {}
@@ -168,7 +173,7 @@ class Run(msgspec.Struct, kw_only=True):
     summary: dict[str, Any] = {}
     gate: Gate | None = None
     flags: list[Flag] = []
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     devices: list[DeviceRecord] = []
 
 

@@ -9,13 +9,13 @@ print(attribute(load_run('disaggregated_results')))"
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from pdbench.analysis.energy import active_and_idle_j, energy_in, merge
 from pdbench.analysis.metrics import Measured, inside, measure
+from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 ENGINE_READY = "engine_ready"
@@ -238,8 +238,8 @@ def per(top: float | None, bottom: float | None) -> float | None:
 
 def _handoff(run: Run, by_role: dict[str, list[DeviceRecord]], trials: Sequence[Interval]) -> Handoff:
     """The handoff told apart: time in which a transfer runs and neither role has a request in its own phase."""
-    received = [e for e in run.events if e.get("event") == "kv_transfer" and e.get("side") == "receive"]
-    sizes = [e["bytes"] for e in received if e.get("bytes") is not None and _inside(e.get("end_s"), trials)]
+    received = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "receive"]
+    sizes = [event.bytes for event in received if _inside(event.end_s, trials)]
     busy = [*phase_windows(run.requests, "prefill"), *phase_windows(run.requests, "decode")]
     apart = without(intersect(phase_windows(run.requests, "kv_transfer"), trials), busy)
     apart_s = sum(end - start for start, end in apart)
@@ -263,12 +263,12 @@ def _handoff(run: Run, by_role: dict[str, list[DeviceRecord]], trials: Sequence[
     )
 
 
-def _gb_in(received: list[dict[str, Any]], windows: Sequence[Interval], active_j: float | None) -> float | None:
+def _gb_in(received: list[TransferEvent], windows: Sequence[Interval], active_j: float | None) -> float | None:
     """GB a joule in these windows; a transfer's bytes are spread evenly over its wire time."""
     moved = 0.0
     for event in received:
-        start, end, size = event.get("first_byte_s"), event.get("end_s"), event.get("bytes")
-        if start is not None and end is not None and size is not None and end > start:
+        start, end, size = event.first_byte_s, event.end_s, event.bytes
+        if start is not None and end is not None and end > start:
             moved += size * sum(b - a for a, b in intersect([(start, end)], windows)) / (end - start)
     return per(moved / 1e9, active_j) if moved else None
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 
-from pdbench import phases
 from pdbench.cluster import clocks
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
+from pdbench.events import Event, parse
 from pdbench.load import processes
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import idle_before_start
@@ -60,7 +60,7 @@ class Batch(msgspec.Struct):
     """What a node's agent gathered since its last batch; all instants are the node's monotonic ones."""
 
     devices: list[DeviceRecord]
-    events: list[dict[str, Any]]
+    events: list[Event]
 
 
 class Leased:
@@ -267,7 +267,7 @@ class NodeAgent(Leased):
 
     def _tell_batch(self, devices: list[DeviceRecord]) -> None:
         with self._taking:
-            events = phases.events_of(self._new_lines(), NODE_CLOCK)
+            events = parse(self._new_lines(), NODE_CLOCK)
         if devices or events:
             self.tell(msgspec.msgpack.encode(Batch(devices, events)))
 

@@ -19,13 +19,12 @@ import psutil
 from pdbench.cluster.actors import InstanceHost, Planner, Secrets
 from pdbench.cluster.placement import Seat, group, pins, seats
 from pdbench.cluster.session import Cluster, LostError, Pulsed
-from pdbench.config import Connector, ServeConfig
-from pdbench.config import Deployment as Name
+from pdbench.config import Connector, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as one_host
+from pdbench.serving import deployment_info, vllm
 from pdbench.serving import machine as machines
-from pdbench.serving import running, vllm
-from pdbench.serving.running import Running
+from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.vllm import Instance
 
 ROOM_S = 30.0
@@ -78,7 +77,11 @@ class ClusterDeployment:
     """Running servers on the nodes of a cluster, with the interface of serving.deployment.Deployment."""
 
     def __init__(
-        self, name: Name, config: ServeConfig, cluster: Cluster, planner: Callable[[Seat, Any], Planner] | None = None
+        self,
+        name: DeploymentKind,
+        config: ServeConfig,
+        cluster: Cluster,
+        planner: Callable[[Seat, Any], Planner] | None = None,
     ) -> None:
         """Look where it goes. Raises UserError when --place cannot be read; starts nothing yet."""
         self.name, self.cluster = name, cluster
@@ -108,13 +111,13 @@ class ClusterDeployment:
         Raises UserError with node, log's end and likely cause when one dies, or there is no room, or --start-timeout-s passes.
         """
         self._on_state = on_state
-        self._claim = running.claim(Path(self.config.log_dir))
+        self._claim = deployment_info.claim(Path(self.config.log_dir))
         try:
             self._reserve()
             self._plan()
             self._start_servers(list(self._hosts))
             self._wait_healthy(list(self._hosts), "ready")
-            running.save(self.running(), Path(self.config.log_dir))
+            deployment_info.save(self.running(), Path(self.config.log_dir))
         except LostError as error:
             self.close()
             raise UserError(f"{error}: look at that node, `ray status` shows those that are alive") from None
@@ -144,9 +147,9 @@ class ClusterDeployment:
             except LostError as error:
                 raise UserError(f"{error}; what was measured until then is kept") from None
             self._wait_healthy(dead, "ready again")
-            running.save(self.running(), Path(self.config.log_dir))
+            deployment_info.save(self.running(), Path(self.config.log_dir))
 
-    def running(self) -> Running:
+    def running(self) -> DeploymentInfo:
         """What measuring needs to know of it: `hosts` has each node's part."""
         hosts: dict[str, dict[str, Any]] = {}
         for name, instance in self._planned.items():
@@ -157,7 +160,7 @@ class ClusterDeployment:
             part["event_logs"].append(vllm.event_log(self.config, name))
             if instance.gpus:
                 part["gpus"].setdefault(instance.role, []).extend(instance.gpus)
-        return Running(
+        return DeploymentInfo(
             name=self.name,
             url=self.url,
             model_name=self.model_name,
@@ -170,7 +173,7 @@ class ClusterDeployment:
 
     def close(self) -> None:
         """End all servers and give the resources back; returns within a bounded time."""
-        running.forget(Path(self.config.log_dir))
+        deployment_info.forget(Path(self.config.log_dir))
         self.cluster.end(list(self._hosts.values()))
         self._hosts.clear()
         if self._group is not None:

@@ -13,20 +13,20 @@ from typing import Any, Self
 
 import msgspec
 
-from pdbench import phases
 from pdbench.cluster import clocks
 from pdbench.cluster.actors import Batch, ClientHost, Secrets
 from pdbench.cluster.placement import Node
 from pdbench.cluster.session import Cluster, LostError, Pulsed
 from pdbench.config import LoadConfig, PowerConfig
 from pdbench.errors import UserError
+from pdbench.events import Event, move
 from pdbench.load import generator
 from pdbench.load.generator import LoadResult, Progress
 from pdbench.load.truth import Part
 from pdbench.power.clocks import asked
 from pdbench.power.statistics import field_statistics, sampling_statistics
 from pdbench.records import Clock, DeviceRecord, Flag
-from pdbench.serving.running import Running
+from pdbench.serving.deployment_info import DeploymentInfo
 
 UNCERTAIN_MS = 1.0
 """Beyond this uncertainty of a node's clock a run is marked."""
@@ -41,7 +41,7 @@ _decode_part = msgspec.msgpack.Decoder(Part).decode
 class ClusterSampler:
     """The devices and event logs of `running` on every node, while the `with` block runs; what came is kept when a node is lost."""
 
-    def __init__(self, cluster: Cluster, running: Running, power: PowerConfig, clock: Clock) -> None:
+    def __init__(self, cluster: Cluster, running: DeploymentInfo, power: PowerConfig, clock: Clock) -> None:
         self._cluster, self._running, self._power, self._clock = cluster, running, power, clock
         hosts = running.hosts
         wanted = {address: cluster.node(address) for address in hosts}
@@ -81,10 +81,10 @@ class ClusterSampler:
             for pieces in _by_device(batches).values()
         ]
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """The event logs' news, on the run's clock; call it after the `with` block."""
         return [
-            phases.move_event(event, self._mover(address))
+            move(event, self._mover(address))
             for address, batches in self._batches.items()
             for batch in batches
             for event in batch.events

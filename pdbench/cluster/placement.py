@@ -6,8 +6,7 @@ Try: pytest tests/test_cluster_placement.py
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdbench.config import Deployment as Name
-from pdbench.config import ServeConfig
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving.vllm import width_of
 
@@ -43,7 +42,7 @@ class Node:
     gpus: int
 
 
-def seats(name: Name, config: ServeConfig) -> list[Seat]:
+def seats(name: DeploymentKind, config: ServeConfig) -> list[Seat]:
     """All servers of the deployment, the proxy last when there is one."""
     width = config.tensor_parallel
     if name == "single":

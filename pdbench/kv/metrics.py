@@ -17,51 +17,12 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+from pdbench.events import TransferEvent
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _FIELDS = ("bytes", "wait_s", "wire_s")
 _SECONDS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-
-
-@dataclass
-class TransferRecord:
-    """One finished transfer on one side. Instants are time.monotonic() seconds, None for what never happened.
-
-    `wait_s`: asked to first byte; `wire_s`: time in which its bytes moved; `ready_s` (send side): its last forward pass was
-    over; `reported_s` (receive side): vLLM was told, from then on decode can schedule the request.
-    """
-
-    side: str
-    transfer_id: str
-    rank: int = 0
-    peer: str | None = None
-    bytes: int = 0
-    tokens: int = 0
-    blocks: int = 0
-    pieces: int = 0
-    asked_s: float | None = None
-    ready_s: float | None = None
-    first_byte_s: float | None = None
-    end_s: float | None = None
-    reported_s: float | None = None
-    wire_s: float | None = None
-    error: str | None = None
-
-    @property
-    def wait_s(self) -> float | None:
-        """Seconds from the ask to the first byte, None if either never happened."""
-        if self.asked_s is None or self.first_byte_s is None:
-            return None
-        return self.first_byte_s - self.asked_s
-
-    def moved(self, count: int, blocks: int, begun_s: float, seconds: float) -> None:
-        """Count one piece that took `seconds` on the wire."""
-        if self.first_byte_s is None:
-            self.first_byte_s = begun_s
-        self.bytes += count
-        self.blocks += blocks
-        self.pieces += 1
-        self.wire_s = (self.wire_s or 0.0) + seconds
 
 
 class Evidence:
@@ -70,14 +31,14 @@ class Evidence:
     def __init__(self, path: str | None) -> None:
         self._stats = PdKvStats()
         self._lock = threading.Lock()
-        self._lines: queue.SimpleQueue[TransferRecord | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[TransferEvent | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._thread = threading.Thread(target=self._write, args=(Path(path),), name="kv-event-log", daemon=True)
             self._thread.start()
 
-    def add(self, record: TransferRecord) -> None:
+    def add(self, record: TransferEvent) -> None:
         """A transfer ended, well or badly."""
         if record.end_s is None:
             record.end_s = time.monotonic()
@@ -104,8 +65,7 @@ class Evidence:
         try:
             with path.open("ab", buffering=0) as file:
                 while (record := self._lines.get()) is not None:
-                    line = {"event": "kv_transfer", **msgspec.to_builtins(record), "wait_s": record.wait_s}
-                    file.write(msgspec.json.encode(line) + b"\n")
+                    file.write(msgspec.json.encode(record) + b"\n")
         except OSError as error:
             logger.error("the KV event log %s cannot be written (%s): no more lines there", path, error)
             while self._lines.get() is not None:
@@ -126,7 +86,7 @@ class PdKvStats(KVConnectorStats):
         """Forget everything."""
         self.data = {f"{side}_{name}": [] for side in ("send", "receive") for name in (*_FIELDS, "failed")}
 
-    def add(self, record: TransferRecord) -> None:
+    def add(self, record: TransferEvent) -> None:
         """Count one finished transfer."""
         if record.error is not None:
             self.data[f"{record.side}_failed"].append(1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from pdbench.events import TransferEvent
 from pdbench.kv.control import (
     Ask,
     Blocks,
@@ -31,7 +32,6 @@ from pdbench.kv.control import (
 )
 from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.messages import Drop, Fetch
-from pdbench.kv.metrics import TransferRecord
 from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -47,7 +47,7 @@ class _Receive:
     address: Address
     event: Any
     alive_s: float
-    record: TransferRecord
+    record: TransferEvent
     got: int = 0
     writing: bool = False
     given_up: str | None = None
@@ -74,7 +74,7 @@ class Receiver:
         block_bytes: int,
         timeout_s: float,
         changed: threading.Condition,
-        finish: Callable[[TransferRecord], None],
+        finish: Callable[[TransferEvent], None],
         threads: Threads,
     ) -> None:
         self._threads = threads
@@ -135,7 +135,7 @@ class Receiver:
     def _start(self, fetch: Fetch, event: Any, now: float) -> None:
         address = (fetch.host, fetch.port + self._identity.rank)
         size, prompt = self._identity.block_size, fetch.prompt
-        record = TransferRecord(
+        record = TransferEvent(
             side="receive",
             transfer_id=prompt.transfer_id,
             peer=f"{address[0]}:{address[1]}",

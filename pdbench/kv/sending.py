@@ -18,11 +18,11 @@ from typing import Any
 
 import msgspec
 
+from pdbench.events import TransferEvent
 from pdbench.kv.control import Ask, Blocks, Channel, ChannelClosedError, Failed, Forget, Identity, Message, Waiting
 from pdbench.kv.link import Link, OpenLink
 from pdbench.kv.listening import Listener
 from pdbench.kv.messages import Prefilled, PrefillEnd, Prompt
-from pdbench.kv.metrics import TransferRecord
 from pdbench.kv.threads import Threads
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -62,7 +62,7 @@ class _Send:
     over_s: float = 0.0
     outcome: str | None = None
     ended: bool = False
-    record: TransferRecord = field(default_factory=lambda: TransferRecord(side="send", transfer_id=""))
+    record: TransferEvent = field(default_factory=lambda: TransferEvent(side="send", transfer_id=""))
 
 
 class Sender:
@@ -77,7 +77,7 @@ class Sender:
         piece_blocks: int,
         timeout_s: float,
         changed: threading.Condition,
-        finish: Callable[[TransferRecord], None],
+        finish: Callable[[TransferEvent], None],
         threads: Threads,
     ) -> None:
         self._threads = threads

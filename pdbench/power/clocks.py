@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from pdbench import nvml
 from pdbench.config import PowerConfig
 from pdbench.errors import UserError
-from pdbench.power import nvml
 from pdbench.records import DeviceRecord, Flag
 
 READ_BACK_S = 1.0

@@ -6,7 +6,8 @@ for reader in open_readers({'prefill': [0], 'decode': [1]}, {}): print(reader.id
 
 from collections.abc import Mapping, Sequence
 
-from pdbench.power import amd, nvml
+from pdbench import nvml
+from pdbench.power import amd
 from pdbench.power.processes import HostReader, ProcessReader
 from pdbench.power.rapl import open_rapl
 from pdbench.power.reader import Reader

@@ -10,43 +10,24 @@ from pathlib import Path
 import msgspec
 
 from pdbench.errors import UserError
+from pdbench.events import ProxyEvent
 
 
-class Instants(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
-    """One request's way. `received_s`: it was read whole; `first_token_s`: prefill's token was
-    passed on as the client's first; `first_byte_s`: of decode's body; `error`: what failed."""
+def stages(event: ProxyEvent) -> dict[str, float]:
+    """Seconds of the stages that were measured: queue, prefill, first_byte, decode, total."""
+    spans = {
+        "queue": (event.received_s, event.admitted_s),
+        "prefill": (event.prefill_sent_s, event.prefill_done_s),
+        "first_byte": (event.decode_sent_s, event.first_byte_s),
+        "decode": (event.first_byte_s, event.last_byte_s),
+        "total": (event.received_s, event.last_byte_s),
+    }
+    return {name: b - a for name, (a, b) in spans.items() if a is not None and b is not None}
 
-    request_id: str
-    transfer_id: str | None = None
-    received_s: float
-    admitted_s: float | None = None
-    prefill_sent_s: float | None = None
-    prefill_done_s: float | None = None
-    first_token_s: float | None = None
-    decode_sent_s: float | None = None
-    first_byte_s: float | None = None
-    last_byte_s: float | None = None
-    prefill: str | None = None
-    decode: str | None = None
-    retries: int = 0
-    status: int = 0
-    stage: str | None = None
-    error: str | None = None
 
-    def stages(self) -> dict[str, float]:
-        """Seconds of the stages that were measured: queue, prefill, first_byte, decode, total."""
-        spans = {
-            "queue": (self.received_s, self.admitted_s),
-            "prefill": (self.prefill_sent_s, self.prefill_done_s),
-            "first_byte": (self.decode_sent_s, self.first_byte_s),
-            "decode": (self.first_byte_s, self.last_byte_s),
-            "total": (self.received_s, self.last_byte_s),
-        }
-        return {name: b - a for name, (a, b) in spans.items() if a is not None and b is not None}
-
-    def server_timing(self) -> bytes:
-        """The stages measured so far as a Server-Timing header's value, in milliseconds."""
-        return ", ".join(f"{name};dur={1000 * span_s:.3f}" for name, span_s in self.stages().items()).encode()
+def server_timing(event: ProxyEvent) -> bytes:
+    """The stages measured so far as a Server-Timing header's value, in milliseconds."""
+    return ", ".join(f"{name};dur={1000 * span_s:.3f}" for name, span_s in stages(event).items()).encode()
 
 
 class EventLog:
@@ -64,7 +45,7 @@ class EventLog:
                     f"the event log {path} cannot be written ({error.strerror}): name another file"
                 ) from None
 
-    def write(self, instants: Instants) -> None:
+    def write(self, event: ProxyEvent) -> None:
         """Append one line."""
         if self._handle is not None:
-            os.write(self._handle, msgspec.json.encode(instants) + b"\n")
+            os.write(self._handle, msgspec.json.encode(event) + b"\n")

@@ -7,8 +7,9 @@ Try: curl http://127.0.0.1:8000/metrics
 import os
 from collections.abc import Iterator
 
+from pdbench.events import ProxyEvent
 from pdbench.proxy.instances import WANTED, InstanceTable
-from pdbench.proxy.instants import Instants
+from pdbench.proxy.instants import stages
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -38,14 +39,14 @@ class Metrics:
             stage: self._seconds.labels(stage) for stage in ("queue", "prefill", "first_byte", "decode", "total")
         }
 
-    def count(self, instants: Instants) -> None:
+    def count(self, event: ProxyEvent) -> None:
         """Count one request that has ended."""
-        self._requests.labels(str(instants.status)).inc()
-        if instants.stage is not None:
-            self._errors.labels(instants.stage).inc()
-        if instants.retries:
-            self._retries.inc(instants.retries)
-        for stage, span_s in instants.stages().items():
+        self._requests.labels(str(event.status)).inc()
+        if event.stage is not None:
+            self._errors.labels(event.stage).inc()
+        if event.retries:
+            self._retries.inc(event.retries)
+        for stage, span_s in stages(event).items():
             self._stages[stage].observe(span_s)
 
     def render(self) -> bytes:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from pdbench.config import ProxyConfig
+from pdbench.events import ProxyEvent
 from pdbench.proxy import first_token, wire
 from pdbench.proxy.admission import Admission
 from pdbench.proxy.ask import PREFIX_BYTES, Ask, fields_of, is_one_sequence, prompt_of, prompt_tokens
@@ -18,7 +19,7 @@ from pdbench.proxy.client import ClientConnection
 from pdbench.proxy.dialects import Dialect, Handoff, Message, plain
 from pdbench.proxy.errors import RefusedError, StageError
 from pdbench.proxy.instances import Instance, InstanceTable
-from pdbench.proxy.instants import EventLog, Instants
+from pdbench.proxy.instants import EventLog, server_timing
 from pdbench.proxy.metrics import Metrics
 from pdbench.proxy.stream import EventStream
 from pdbench.proxy.upstream import Leg, Pool
@@ -55,7 +56,7 @@ class Way:
         self._services = services
         self._ask = ask
         self._client = client
-        self._instants = Instants(request_id=ask.request_id.decode("latin-1"), received_s=ask.received_s)
+        self._event = ProxyEvent(request_id=ask.request_id.decode("latin-1"), received_s=ask.received_s)
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._stream: EventStream | None = None
@@ -67,12 +68,12 @@ class Way:
 
     async def run(self) -> None:
         """Serve the request; every failure becomes an answer that names its stage."""
-        instants, admission = self._instants, self._services.admission
+        event, admission = self._event, self._services.admission
         try:
             self._read_fields()
             await admission.enter()
             try:
-                instants.admitted_s = time.monotonic()
+                event.admitted_s = time.monotonic()
                 await self._try_instances()
             finally:
                 admission.leave()
@@ -111,7 +112,7 @@ class Way:
         failure: StageError | None = None
         while True:
             prefill, decode = self._choose(tried, failure)
-            self._instants.retries += failure is not None
+            self._event.retries += failure is not None
             try:
                 return await self._answer(await self._attempt(prefill, decode))
             except StageError as failed:
@@ -119,7 +120,7 @@ class Way:
             self._drop_legs(failure.message)
             if failure.slot is not None:
                 tried.add(failure.slot)
-            if self._instants.retries >= config.retries:
+            if self._event.retries >= config.retries:
                 if not (failure.stage == "prefill" and self._may_recompute()):
                     raise failure
                 self._alone = True
@@ -138,8 +139,8 @@ class Way:
         decode = choose(config.decode_policy, "decode", table, self._prefix, tried)
         if decode is None:
             raise failure or RefusedError(503, "no decode instance is ready", stage="decode", retry_after_s=1)
-        self._instants.prefill = prefill.address.url if prefill else None
-        self._instants.decode = decode.address.url
+        self._event.prefill = prefill.address.url if prefill else None
+        self._event.decode = decode.address.url
         return prefill, decode
 
     async def _attempt(self, prefill: Instance | None, decode: Instance) -> Leg:
@@ -147,7 +148,7 @@ class Way:
         dialect, ask = self._services.dialect, self._ask
         transfer_id = os.urandom(16).hex()
         handoff = Handoff(transfer_id, (prefill or decode).address, decode.address)
-        self._instants.transfer_id = transfer_id if prefill else None
+        self._event.transfer_id = transfer_id if prefill else None
         if prefill is None:
             self._decode = self._start(decode, "decode", plain.decode(ask, handoff, b""))
             return self._decode
@@ -183,7 +184,7 @@ class Way:
         headers = [(b"content-type", _EVENT_STREAM), *self._extra_headers()]
         self._stream = EventStream(self._client, headers, first_token.edit(self._ask))
         self._stream.open(first.event)
-        self._instants.first_token_s = time.monotonic()
+        self._event.first_token_s = time.monotonic()
         self._ask = first.rest
         return handoff._replace(prefilled_tokens=first.prefilled_tokens)
 
@@ -207,7 +208,7 @@ class Way:
         await asyncio.shield(leg.started)
         if leg.is_event_stream and leg.first_byte_s is not None:
             self._note_legs()
-            self._instants.status = 200
+            self._event.status = 200
             stream = self._stream or EventStream(self._client, leg.headers + self._extra_headers())
             stream.follow(leg)
             await asyncio.shield(leg.finished)
@@ -227,20 +228,20 @@ class Way:
     def _extra_headers(self) -> wire.Headers:
         if not self._services.config.timing_header:
             return []
-        return [(b"server-timing", self._instants.server_timing())]
+        return [(b"server-timing", server_timing(self._event))]
 
     def _note(self, status: int, stage: str | None, error: str | None) -> None:
-        self._instants.status, self._instants.stage, self._instants.error = status, stage, error
+        self._event.status, self._event.stage, self._event.error = status, stage, error
 
     def _note_legs(self) -> None:
-        instants = self._instants
+        event = self._event
         if self._prefill is not None:
-            instants.prefill_sent_s = self._prefill.sent_s
-            instants.prefill_done_s = self._prefill.end_s if self._prefill.error is None else None
+            event.prefill_sent_s = self._prefill.sent_s
+            event.prefill_done_s = self._prefill.end_s if self._prefill.error is None else None
         if self._decode is not None:
-            instants.decode_sent_s = self._decode.sent_s
-            instants.first_byte_s = self._decode.first_byte_s
-            instants.last_byte_s = self._decode.end_s if self._decode.error is None else None
+            event.decode_sent_s = self._decode.sent_s
+            event.first_byte_s = self._decode.first_byte_s
+            event.last_byte_s = self._decode.end_s if self._decode.error is None else None
 
     def _drop_legs(self, reason: str) -> None:
         for leg in (self._prefill, self._decode):
@@ -252,11 +253,11 @@ class Way:
     def _end(self) -> None:
         """Log the request. A prefill whose answer comes after decode's runs on, and the log waits for it."""
         prefill, decode = self._prefill, self._decode
-        well = decode is not None and decode.finished.done() and decode.error is None and self._instants.error is None
+        well = decode is not None and decode.finished.done() and decode.error is None and self._event.error is None
         if well and prefill is not None and not prefill.finished.done():
             prefill.finished.add_done_callback(lambda _: self._log())
             return
-        reason = self._instants.error or "not needed any more"
+        reason = self._event.error or "not needed any more"
         if prefill is not None:
             prefill.abort(reason)
         if decode is not None and self._asked_late and not decode.started.done():
@@ -268,8 +269,8 @@ class Way:
 
     def _log(self) -> None:
         self._note_legs()
-        self._services.event_log.write(self._instants)
-        self._services.metrics.count(self._instants)
+        self._services.event_log.write(self._event)
+        self._services.metrics.count(self._event)
 
 
 def _check(leg: Leg) -> int:

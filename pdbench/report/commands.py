@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench.analysis import gate
+from pdbench.analysis import thresholds
 from pdbench.analysis.compare import compare
 from pdbench.errors import UserError
 from pdbench.records import load_run, write_whole
@@ -32,7 +32,7 @@ def compare_folders(
     console: Console,
 ) -> int:
     """Compare two saved runs (none named: those of the main job); returns the exit code that the conditions give."""
-    conditions = [gate.parse(text) for text in fail_if]
+    conditions = [thresholds.parse(text) for text in fail_if]
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
     paths = list(folders) or list(DEFAULT_FOLDERS)
@@ -42,7 +42,7 @@ def compare_folders(
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = (load_run(path) for path in paths)
     comparison = compare(a, b, anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
-    rulings = gate.rule(comparison, conditions)
+    rulings = thresholds.rule(comparison, conditions)
     console.print(tables.verdict_table(comparison, language))
     if picture is not None:
         from pdbench.report import figures
@@ -52,7 +52,7 @@ def compare_folders(
     for ruling in rulings:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[ruling.outcome]
         console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(ruling.reason)}", highlight=False)
-    return gate.exit_code(rulings)
+    return thresholds.exit_code(rulings)
 
 
 def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: str, console: Console) -> None:

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Self
 
-from pdbench.config import Deployment as Name
-from pdbench.config import ServeConfig
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.serving import running, vllm
+from pdbench.serving import deployment_info, vllm
+from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.machine import Machine, installed_version, port_owner
 from pdbench.serving.process import ServerProcess
-from pdbench.serving.running import Running
 from pdbench.serving.tiny_model import tiny_model
 from pdbench.serving.vllm import Instance
 
@@ -38,7 +37,7 @@ def resolve_model(config: ServeConfig, machine: Machine) -> str:
     return str(folder)
 
 
-def plan(name: Name, config: ServeConfig, machine: Machine) -> list[Instance]:
+def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[Instance]:
     """All processes of the deployment, the proxy last when there is one. Raises UserError when the machine cannot."""
     if machine.vllm is None:
         raise UserError(
@@ -91,7 +90,7 @@ def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Ins
 class Deployment:
     """Running servers; `with contextlib.closing(deployment)` ends them all, by whatever way the block is left."""
 
-    def __init__(self, name: Name, config: ServeConfig, machine: Machine) -> None:
+    def __init__(self, name: DeploymentKind, config: ServeConfig, machine: Machine) -> None:
         """Plan it. Raises UserError when it cannot be started here; starts nothing yet."""
         self.name, self.config = name, config
         self.instances = plan(name, config, machine)
@@ -108,7 +107,7 @@ class Deployment:
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
         self.check_ports()
-        self._claim = running.claim(Path(self.config.log_dir))
+        self._claim = deployment_info.claim(Path(self.config.log_dir))
         secret = secrets.token_hex(16)
         for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
             event_file.unlink()
@@ -126,7 +125,7 @@ class Deployment:
                 ) from None
         try:
             self._wait_healthy(on_state)
-            running.save(self.running(), Path(self.config.log_dir))
+            deployment_info.save(self.running(), Path(self.config.log_dir))
         except BaseException:
             self.close()
             raise
@@ -157,9 +156,9 @@ class Deployment:
                 found.setdefault(instance.role, []).extend(instance.gpus)
         return found
 
-    def running(self) -> Running:
+    def running(self) -> DeploymentInfo:
         """What measuring needs to know of it."""
-        return Running(
+        return DeploymentInfo(
             name=self.name,
             url=self.url,
             model_name=self.model_name,
@@ -174,7 +173,7 @@ class Deployment:
 
     def close(self) -> None:
         """End all servers; returns when none lives."""
-        running.forget(Path(self.config.log_dir))
+        deployment_info.forget(Path(self.config.log_dir))
         for process in self.processes.values():
             process.ask_to_stop()
         for process in self.processes.values():

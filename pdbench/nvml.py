@@ -1,7 +1,7 @@
 """NVIDIA GPUs through NVML: the only file that imports pynvml. Units are converted here (mW, mJ, bytes -> W, J, MiB).
 
 Power is the instant field (186) with the 1 s average (185) beside it; the fine curve is the driver's sample buffer.
-Try: python -c "from pdbench.power.nvml import open_gpu; gpu = open_gpu(0, None); print(gpu.name, gpu.read(0.0), gpu.not_measured)"
+Try: python -c "from pdbench.nvml import open_gpu; gpu = open_gpu(0, None); print(gpu.name, gpu.read(0.0), gpu.not_measured)"
 """
 
 import contextlib

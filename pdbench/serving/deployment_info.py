@@ -1,6 +1,6 @@
 """What measuring needs to know of servers that run: saved beside their logs, so that `pdbench bench` finds it again.
 
-Try: python -m pdbench.serving.running logs
+Try: python -m pdbench.serving.deployment_info logs
 """
 
 import fcntl
@@ -20,7 +20,7 @@ FILE = "running.json"
 _LOCK = ".lock"
 
 
-class Running(msgspec.Struct, kw_only=True):
+class DeploymentInfo(msgspec.Struct, kw_only=True):
     """Servers that run. `processes` and `gpus` are by role; `urls` by instance name; `event_logs` may not exist yet.
 
     `hosts` is for a cluster: node -> its own `processes`, `gpus` and `event_logs`, and the `roles` there.
@@ -46,13 +46,13 @@ class Running(msgspec.Struct, kw_only=True):
         """Every decode instance of a disaggregated deployment."""
         return [url for name, url in self.urls.items() if name.startswith("decode-")]
 
-    def instance(self, name: str) -> "Running":
+    def instance(self, name: str) -> "DeploymentInfo":
         """One instance by itself, as anybody's server that is asked directly."""
         role, _, number = name.rpartition("-")
         alike = [one for one in self.urls if one.rpartition("-")[0] == role]
         gpus = self.gpus.get(role, [])
         width, index = len(gpus) // len(alike), int(number)
-        return Running(
+        return DeploymentInfo(
             name="bench",
             url=self.urls[name],
             model_name=self.model_name,
@@ -64,7 +64,7 @@ class Running(msgspec.Struct, kw_only=True):
         )
 
 
-def save(running: Running, folder: Path) -> None:
+def save(running: DeploymentInfo, folder: Path) -> None:
     """Write it into `folder`."""
     write_whole(folder / FILE, msgspec.json.format(msgspec.json.encode(running), indent=1))
 
@@ -98,7 +98,7 @@ def claim(folder: Path) -> IO[bytes]:
     return lock
 
 
-def find(folder: Path, url: str) -> Running | None:
+def find(folder: Path, url: str) -> DeploymentInfo | None:
     """The deployment of `folder` when it still runs and answers at `url`, or the one of its instances that does; else None."""
     running = _read(folder)
     if running is None or running.owner_pid is None or not psutil.pid_exists(running.owner_pid):
@@ -114,9 +114,9 @@ def _place(url: str) -> str:
     return urlsplit(url).netloc.replace("localhost", "127.0.0.1")
 
 
-def _read(folder: Path) -> Running | None:
+def _read(folder: Path) -> DeploymentInfo | None:
     try:
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=Running)
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=DeploymentInfo)
     except (OSError, msgspec.MsgspecError):
         return None
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
 from pdbench.records import Gate
+from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.process import get
-from pdbench.serving.running import Running
 
 _TEXTS = (
     "{nonce}. Explain in one sentence why prefill is bound by compute and decode by memory bandwidth.",
@@ -85,7 +85,11 @@ def external_kv_tokens(urls: list[str]) -> int | None:
 
 
 def check(
-    running: Running, nonce: int, reference: list[str] | None, output: list[tuple[str, int]], external: int | None
+    running: DeploymentInfo,
+    nonce: int,
+    reference: list[str] | None,
+    output: list[tuple[str, int]],
+    external: int | None,
 ) -> Gate:
     """Judge `output` (text, prompt tokens) against `reference`; `external` is the growth of decode's counter over them."""
     texts = prompts(nonce)
@@ -115,7 +119,7 @@ def check(
     )
 
 
-def run(running: Running, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
+def run(running: DeploymentInfo, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
     """Send the prompts through `running`; returns the verdict and the outputs, which may be the next one's reference."""
     texts = prompts(nonce)
     before = external_kv_tokens(running.decode_urls())

@@ -1,0 +1,163 @@
+"""Instants that the proxy and the KV connectors report: one JSON line per event, written and read by the same structs.
+
+The client names its request in X-Request-Id, the proxy logs that name beside its transfer id, the connectors log the latter.
+`pdbench.kv`, which runs inside vLLM, imports this module and nothing else of pdbench: it needs msgspec alone.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+if TYPE_CHECKING:
+    from pdbench.records import Clock, Interval, RequestRecord
+
+
+class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
+    """One request's way through the proxy. Instants are None where a stage was not reached.
+
+    `received_s`: the request was read whole; `first_token_s`: prefill's token was passed on as the client's first;
+    `first_byte_s`: first byte of decode's body; `error`: what failed.
+    """
+
+    INSTANTS: ClassVar = (
+        "received_s",
+        "admitted_s",
+        "prefill_sent_s",
+        "prefill_done_s",
+        "first_token_s",
+        "decode_sent_s",
+        "first_byte_s",
+        "last_byte_s",
+    )
+
+    request_id: str = ""
+    transfer_id: str | None = None
+    received_s: float | None = None
+    admitted_s: float | None = None
+    prefill_sent_s: float | None = None
+    prefill_done_s: float | None = None
+    first_token_s: float | None = None
+    decode_sent_s: float | None = None
+    first_byte_s: float | None = None
+    last_byte_s: float | None = None
+    prefill: str | None = None
+    decode: str | None = None
+    retries: int = 0
+    status: int = 0
+    stage: str | None = None
+    error: str | None = None
+
+
+class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="event"):
+    """One finished KV transfer on one side ("send" or "receive"). Instants are None for what never happened.
+
+    `wire_s` is the time in which its bytes moved; `ready_s` (send side): its last forward pass was over; `reported_s`
+    (receive side): vLLM was told, from then on decode can schedule the request.
+    """
+
+    INSTANTS: ClassVar = ("asked_s", "ready_s", "first_byte_s", "end_s", "reported_s")
+
+    side: str
+    transfer_id: str
+    rank: int = 0
+    peer: str | None = None
+    bytes: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    pieces: int = 0
+    asked_s: float | None = None
+    ready_s: float | None = None
+    first_byte_s: float | None = None
+    end_s: float | None = None
+    reported_s: float | None = None
+    wire_s: float | None = None
+    error: str | None = None
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds from the ask to the first byte, None if either never happened."""
+        if self.asked_s is None or self.first_byte_s is None:
+            return None
+        return self.first_byte_s - self.asked_s
+
+    def moved(self, count: int, blocks: int, begun_s: float, seconds: float) -> None:
+        """Count one piece that took `seconds` on the wire."""
+        if self.first_byte_s is None:
+            self.first_byte_s = begun_s
+        self.bytes += count
+        self.blocks += blocks
+        self.pieces += 1
+        self.wire_s = (self.wire_s or 0.0) + seconds
+
+
+Event = ProxyEvent | TransferEvent
+_decode = msgspec.json.Decoder(Event).decode
+
+
+def read(paths: Iterable[str], clock: "Clock") -> list[Event]:
+    """All events of these logs, their instants on the run's clock; a log that does not exist yet has none."""
+    lines = (path.read_bytes().splitlines() for path in map(Path, paths) if path.exists())
+    return parse(itertools.chain.from_iterable(lines), clock)
+
+
+def parse(lines: Iterable[bytes | str], clock: "Clock") -> list[Event]:
+    """The events of an event log's lines, their instants on the run's clock; lines of other kinds are left out."""
+    events = []
+    for line in lines:
+        try:
+            event = _decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            continue  # another kind of line, or the last one of a process that was killed
+        move(event, clock.of_monotonic)
+        events.append(event)
+    return events
+
+
+def move(event: Event, to_clock: Callable[[float], float]) -> Event:
+    """Put every instant of `event` on another clock, in place."""
+    for name in event.INSTANTS:
+        instant_s = getattr(event, name)
+        if instant_s is not None:
+            setattr(event, name, to_clock(instant_s))
+    return event
+
+
+def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
+    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None."""
+    events = list(events)
+    proxied = {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
+    received = _received([event for event in events if isinstance(event, TransferEvent) and event.side == "receive"])
+    for request in requests:
+        event = proxied.get(request.id)
+        if event is None:
+            continue
+        kv_begin_s, kv_end_s = received.get(event.transfer_id or "", (None, None))
+        if event.prefill_sent_s is not None and "queue" in request.phases:
+            # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
+            request.phases["decode_queue"] = request.phases.pop("queue")
+        last_token_s = request.token_s[-1] if request.token_s else None
+        request.phases |= {
+            "prefill": _interval(event.prefill_sent_s, event.prefill_done_s),
+            "kv_transfer": _interval(kv_begin_s, kv_end_s),
+            "decode": _interval(kv_end_s if kv_end_s is not None else event.decode_sent_s, last_token_s),
+        }
+
+
+def _received(events: list[TransferEvent]) -> dict[str, tuple[float | None, float | None]]:
+    """Transfer id -> its first byte and its end over all ranks of decode; no end where one of them failed."""
+    ranks: dict[str, list[TransferEvent]] = {}
+    for event in events:
+        ranks.setdefault(event.transfer_id, []).append(event)
+    spans: dict[str, tuple[float | None, float | None]] = {}
+    for transfer_id, ends in ranks.items():
+        begun = [end.first_byte_s for end in ends if end.first_byte_s is not None]
+        ended = [end.end_s for end in ends if end.end_s is not None and not end.error]
+        spans[transfer_id] = (min(begun, default=None), max(ended) if len(ended) == len(ends) else None)
+    return spans
+
+
+def _interval(start_s: float | None, end_s: float | None) -> "Interval | None":
+    return None if start_s is None or end_s is None or end_s < start_s else (start_s, end_s)
