@@ -60,10 +60,10 @@ def main() -> None:
 
 def plan_scripted(config: Any, gpus: Any, *, name: str, role: str, port: int) -> Any:
     """A server that says that it is healthy and nothing else."""
-    from pdbench.serving.vllm import Instance
+    from pdbench.serving.vllm import Command
 
     argv = (sys.executable, "-S", "-c", SERVER, config.host, str(port))
-    return Instance(name=name, role=role, argv=argv, environment={}, url=f"http://{config.host}:{port}")
+    return Command(name=name, role=role, argv=argv, environment={}, url=f"http://{config.host}:{port}")
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from pdbench.errors import UserError
 from pdbench.serving import vllm
 from pdbench.serving.deployment import plan, resolve_model
 from pdbench.serving.machine import Machine, inspect, peer_links, port_owner
-from pdbench.serving.vllm import Instance
+from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
 _STYLES = {FINE: "green", NOTE: "yellow", WRONG: "bold red"}
@@ -64,7 +64,7 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         )
         return
     yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
-    instances: list[Instance] = []
+    instances: list[Command] = []
     problem = None
     try:
         instances = plan("disaggregated", config, machine)

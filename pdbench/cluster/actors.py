@@ -36,14 +36,14 @@ from pdbench.serving import machine as machines
 from pdbench.serving import vllm
 from pdbench.serving.deployment import resolve_model
 from pdbench.serving.process import ServerProcess
-from pdbench.serving.vllm import Instance
+from pdbench.serving.vllm import Command
 
 NODE_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
 """A clock whose instants are the node's own monotonic ones."""
 _FROM_RAY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "VLLM_PORT")
 _PR_SET_PDEATHSIG = 1
 _ALL_ADDRESSES = ("0.0.0.0", "::")
-Planner = Callable[[ServeConfig, tuple[int, ...]], Instance]
+Planner = Callable[[ServeConfig, tuple[int, ...]], Command]
 
 
 class Secrets:
@@ -125,7 +125,7 @@ class InstanceHost(Leased):
     def __init__(self, lease_s: float) -> None:
         super().__init__(lease_s)
         self._process: ServerProcess | None = None
-        self._instance: Instance | None = None
+        self._instance: Command | None = None
         self._config = ServeConfig()
         self._healthy = False
 
@@ -138,7 +138,7 @@ class InstanceHost(Leased):
             "model": resolve_model(config, machine),
         }
 
-    def plan(self, config: ServeConfig, planner: Planner, address: str) -> Instance:
+    def plan(self, config: ServeConfig, planner: Planner, address: str) -> Command:
         """The server's command line, made here, where it will run. Raises UserError when this node cannot, or a port is taken."""
         self._config, self._instance = config, planner(config, self.own_gpus())
         if config.host in _ALL_ADDRESSES:

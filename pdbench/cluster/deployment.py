@@ -17,15 +17,16 @@ from typing import IO, Any, Self
 import psutil
 
 from pdbench.cluster.actors import InstanceHost, Planner, Secrets
-from pdbench.cluster.placement import Seat, group, pins, seats
+from pdbench.cluster.placement import group, pins
 from pdbench.cluster.session import Cluster, LostError, Pulsed
 from pdbench.config import Connector, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as one_host
-from pdbench.serving import deployment_info, vllm
+from pdbench.serving import deployment_info, plan, vllm
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.vllm import Instance
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.vllm import Command
 
 ROOM_S = 30.0
 """How long the placement group may wait for resources that an earlier run is about to free."""
@@ -35,27 +36,22 @@ _LOOPBACK = "127.0.0.1"
 
 
 def plan_server(
-    config: ServeConfig,
-    gpus: tuple[int, ...],
-    *,
-    role: str,
-    index: int,
-    port: int,
-    connector: Connector | None,
-    kv_port: int | None,
-) -> Instance:
+    config: ServeConfig, gpus: tuple[int, ...], *, spec: ServerSpec, connector: Connector | None
+) -> Command:
     """A vLLM instance as its own node would start it. Raises UserError when the node has no vLLM that could."""
     machine = machines.inspect()
     if machine.vllm is None:
         raise UserError("vLLM is not installed here: set up the same environment on every node")
     config = dataclasses.replace(config, kv_ip=own_address(config.kv_ip))
     model = one_host.resolve_model(config, machine)
-    return vllm.instance(config, machine, model, role, index, port, gpus, connector, kv_port)
+    return vllm.server_command(spec, config, machine, model, gpus, connector)
 
 
-def plan_proxy(config: ServeConfig, gpus: tuple[int, ...], *, instances: list[Instance], connector: str) -> Instance:
-    """The proxy in front of `instances`."""
-    return one_host.proxy(config, instances, connector)
+def plan_proxy(
+    config: ServeConfig, gpus: tuple[int, ...], *, servers: list[Command], connector: Connector | None
+) -> Command:
+    """The proxy in front of `servers`."""
+    return vllm.proxy_command(config, servers, connector)
 
 
 def own_address(word: str) -> str:
@@ -81,7 +77,7 @@ class ClusterDeployment:
         name: DeploymentKind,
         config: ServeConfig,
         cluster: Cluster,
-        planner: Callable[[Seat, Any], Planner] | None = None,
+        planner: Callable[[ServerSpec, Any], Planner] | None = None,
     ) -> None:
         """Look where it goes. Raises UserError when --place cannot be read; starts nothing yet."""
         self.name, self.cluster = name, cluster
@@ -91,14 +87,14 @@ class ClusterDeployment:
             else config.model
         )
         self.config = dataclasses.replace(config, model=model, log_dir=str(Path(config.log_dir).absolute()))
-        self.instances = seats(name, config)
+        self.instances = plan.servers(name, config)
         self.connector: Connector | None = None
         self.model_name, self.model_path, self.url = "", "", ""
         self._pins = pins(cluster.config.place, cluster.nodes)
         self._planner = planner or _planner
         self._group: Any = None
         self._hosts: dict[str, Pulsed] = {}
-        self._planned: dict[str, Instance] = {}
+        self._planned: dict[str, Command] = {}
         self._pids: dict[str, int] = {}
         self._secret = secrets.token_hex(16)
         self._claim: IO[bytes] | None = None
@@ -225,13 +221,11 @@ class ClusterDeployment:
             self._planned[name] = self.cluster.ask(reference, self._hosts[name], self.config.start_timeout_s)
         if len(servers) < len(self.instances):
             proxy = self.instances[-1]
-            planner = functools.partial(
-                plan_proxy, instances=list(self._planned.values()), connector=self.connector or "none"
-            )
+            planner = functools.partial(plan_proxy, servers=list(self._planned.values()), connector=self.connector)
             self._planned[proxy.name] = self.cluster.ask(self._ask_plan(proxy, planner), self._hosts[proxy.name])
         self.url = list(self._planned.values())[-1].url
 
-    def _ask_plan(self, seat: Seat, planner: Planner) -> Any:
+    def _ask_plan(self, seat: ServerSpec, planner: Planner) -> Any:
         host = self._hosts[seat.name]
         own = host.node.address
         config = dataclasses.replace(
@@ -246,7 +240,7 @@ class ClusterDeployment:
         inherited = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         asked = {}
         for name in names:
-            own = dict.fromkeys(self._planned[name].secret_environment, self._secret)
+            own = dict.fromkeys(self._planned[name].secret_names, self._secret)
             asked[name] = self._hosts[name].handle.start.remote(Secrets(inherited | own))
         for name, reference in asked.items():
             self._pids[name] = self.cluster.ask(reference, self._hosts[name])
@@ -280,7 +274,5 @@ class ClusterDeployment:
             self.cluster.wait(0.25)
 
 
-def _planner(seat: Seat, connector: Connector | None) -> Planner:
-    return functools.partial(
-        plan_server, role=seat.role, index=seat.index, port=seat.port, connector=connector, kv_port=seat.kv_port
-    )
+def _planner(spec: ServerSpec, connector: Connector | None) -> Planner:
+    return functools.partial(plan_server, spec=spec, connector=connector)

@@ -5,10 +5,11 @@ Try: pdbench doctor --cluster auto
 
 from collections.abc import Iterator
 
-from pdbench.cluster.placement import Node, seats
+from pdbench.cluster.placement import Node
 from pdbench.cluster.session import Cluster, LostError
 from pdbench.config import ServeConfig
 from pdbench.doctor import FINE, NOTE, WRONG, Finding
+from pdbench.serving import plan
 
 PROBE_S = 0.5
 UNCERTAIN_MS = 1.0
@@ -68,8 +69,8 @@ def _versions(cluster: Cluster) -> Iterator[Finding]:
 
 def _ports(config: ServeConfig, cluster: Cluster) -> Iterator[Finding]:
     section = "Ports"
-    planned = seats("disaggregated", config)
-    ports = sorted({port for seat in planned for port in (seat.port, seat.kv_port) if port is not None})
+    planned = plan.servers("disaggregated", config)
+    ports = sorted({port for spec in planned for port in (spec.port, spec.kv_port) if port is not None})
     for node in cluster.nodes:
         agent = cluster.agents([node])[node.address]
         owners = cluster.ask(agent.handle.port_owners.remote(node.address, ports), agent)

@@ -6,7 +6,6 @@ Try: pdbench serve --single
 import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.machine import Machine, installed_version, port_owner
 from pdbench.serving.process import ServerProcess
 from pdbench.serving.tiny_model import tiny_model
-from pdbench.serving.vllm import Instance
+from pdbench.serving.vllm import Command
 
 States = dict[str, str]
 
@@ -37,7 +36,7 @@ def resolve_model(config: ServeConfig, machine: Machine) -> str:
     return str(folder)
 
 
-def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[Instance]:
+def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[Command]:
     """All processes of the deployment, the proxy last when there is one. Raises UserError when the machine cannot."""
     if machine.vllm is None:
         raise UserError(
@@ -51,40 +50,7 @@ def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[In
         raise UserError(
             "this vLLM needs a GPU and none was found (nvidia-smi): install requirements/cpu.txt to serve on the CPU"
         )
-    model = resolve_model(config, machine)
-    if name == "single":
-        return vllm.single(config, machine, model)
-    if name == "tensor-parallel":
-        return vllm.tensor_parallel(config, machine, model)
-    if name == "replicas":
-        instances = vllm.replicas(config, machine, model)
-        return [*instances, proxy(config, instances, "none")]
-    instances = vllm.disaggregated(config, machine, model)
-    return [*instances, proxy(config, instances, vllm.choose_connector(config, machine))]
-
-
-def proxy(config: ServeConfig, instances: list[Instance], connector: str) -> Instance:
-    argv = [
-        sys.executable,
-        "-m",
-        "pdbench",
-        "proxy",
-        "--host",
-        config.host,
-        "--port",
-        str(config.proxy_port),
-        "--connector",
-        connector,
-        "--first-token",
-        config.first_token,
-    ]
-    argv += ["--event-log", vllm.event_log(config, "proxy")]
-    for instance in instances:
-        address = f"@{instance.kv_address}" if instance.kv_address else ""
-        argv += ["--prefill" if instance.role == "prefill" else "--decode", instance.url + address]
-    return Instance(
-        name="proxy", role="proxy", argv=tuple(argv), environment={}, url=f"http://{config.host}:{config.proxy_port}"
-    )
+    return vllm.commands(name, config, machine, resolve_model(config, machine))
 
 
 class Deployment:
@@ -112,7 +78,7 @@ class Deployment:
         for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
             event_file.unlink()
         for instance in self.instances:
-            environment = instance.environment | dict.fromkeys(instance.secret_environment, secret)
+            environment = instance.environment | dict.fromkeys(instance.secret_names, secret)
             log = Path(self.config.log_dir) / f"{instance.name}.log"
             try:
                 self.processes[instance.name] = ServerProcess(

@@ -26,12 +26,12 @@ import sys, time
 from functools import partial
 from pdbench.cluster.actors import InstanceHost, Secrets
 from pdbench.config import ServeConfig
-from pdbench.serving.vllm import Instance
+from pdbench.serving.vllm import Command
 class Host(InstanceHost):
     def own_gpus(self):
         return ()
 def plan(config, gpus):
-    return Instance("server-0", "server", (sys.executable, "-S", "-c", "import time; time.sleep(600)"), {}, "http://127.0.0.1:1")
+    return Command("server-0", "server", (sys.executable, "-S", "-c", "import time; time.sleep(600)"), {}, "http://127.0.0.1:1")
 host = Host(1.5)
 host.plan(ServeConfig(log_dir=sys.argv[1]), plan, "127.0.0.1")
 host.start(Secrets({"PDBENCH_KV_SECRET": "x" * 16}))
@@ -86,7 +86,7 @@ def test_samples_and_events_come_in_pieces_and_make_one_whole(tmp_path: Path) ->
     agent.stop_sampler()
     take()
     events = [event for batch in batches for event in batch.events]
-    assert [event.request_id for event in events] == ["r0", "r1", "r2"]
+    assert [event.request_id for event in events if event.request_id] == ["r0", "r1", "r2"]
     assert len(events) == 6
     (pieces,) = _by_device(batches).values()
     assert len(pieces) > 2

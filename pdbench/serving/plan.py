@@ -1,0 +1,90 @@
+"""Which servers a deployment has, and which GPUs of one host each gets. Pure: options in, specifications out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdbench.config import Connector, DeploymentKind, ServeConfig
+from pdbench.errors import UserError
+from pdbench.serving.machine import Machine
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """One server before it has a host. `width` is how many GPUs (without any: processes) it spans."""
+
+    role: str
+    index: int
+    port: int
+    width: int = 0
+    kv_port: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.role if self.role == "proxy" else f"{self.role}-{self.index}"
+
+
+def servers(kind: DeploymentKind, config: ServeConfig) -> list[ServerSpec]:
+    """All servers of a deployment, prefill before decode and the proxy last. Raises UserError when a role would have none."""
+    width = config.tensor_parallel
+    if kind == "single":
+        return [*_role("single", 1, width, config.single_port)]
+    if kind == "tensor-parallel":
+        return [*_role("tensor-parallel", 1, max(2, width), config.single_port)]
+    proxy = ServerSpec("proxy", 0, config.proxy_port)
+    if kind == "replicas":
+        return [*_role("replica", config.replica_instances, width, config.prefill_port), proxy]
+    # One KV port per instance, with room for one per rank: vLLM's own connector adds the rank to it.
+    prefill = _role("prefill", config.prefill_instances, width, config.prefill_port, config.kv_port)
+    after_prefill = config.kv_port + len(prefill) * width
+    return [*prefill, *_role("decode", config.decode_instances, width, config.decode_port, after_prefill), proxy]
+
+
+def _role(role: str, count: int, width: int, port: int, kv_port: int | None = None) -> list[ServerSpec]:
+    if count < 1 or width < 1:
+        raise UserError(f"{role} needs at least one instance of at least one GPU, not {count} of {width}")
+    return [
+        ServerSpec(role, i, port + i, width, None if kv_port is None else kv_port + i * width) for i in range(count)
+    ]
+
+
+def assign_gpus(
+    specs: Sequence[ServerSpec], config: ServeConfig, machine: Machine, connector: Connector | None
+) -> dict[str, tuple[int, ...]]:
+    """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough."""
+    if not machine.on_gpu:
+        return {spec.name: () for spec in specs}
+    present = [gpu.index for gpu in machine.gpus]
+    assigned: dict[str, tuple[int, ...]] = {}
+    first = 0
+    for role in dict.fromkeys(spec.role for spec in specs if spec.width):
+        members = [spec for spec in specs if spec.role == role]
+        count = sum(spec.width for spec in members)
+        named = list(getattr(config, f"{role}_gpus", ()))
+        if named and (len(named) != count or len(set(named)) != count):
+            raise UserError(
+                f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {named}: "
+                f"name {count} different ones"
+            )
+        gpus = named or present[first : first + count]
+        missing = [gpu for gpu in gpus if gpu not in present]
+        if missing or len(gpus) < count:
+            what = f"GPU {missing[0]}" if missing else f"{count} GPU(s){f' beside the first {first}' if first else ''}"
+            remedy = f"name others with --{role}-gpus, or " if hasattr(config, f"{role}_gpus") else ""
+            raise UserError(
+                f"{role} wants {what} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
+                f"{remedy}run --against single alone"
+            )
+        for i, spec in enumerate(members):
+            assigned[spec.name] = tuple(gpus[i * spec.width : (i + 1) * spec.width])
+        first += count
+    shared = _gpus_of("prefill", assigned) & _gpus_of("decode", assigned)
+    if shared and connector != "tcp":
+        raise UserError(
+            f"GPU {min(shared)} is given to prefill and to decode, and {connector} moves KV between different GPUs: "
+            "name others"
+        )
+    return assigned
+
+
+def _gpus_of(role: str, assigned: dict[str, tuple[int, ...]]) -> set[int]:
+    return {gpu for name, gpus in assigned.items() if name.startswith(f"{role}-") for gpu in gpus}
