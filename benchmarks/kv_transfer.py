@@ -27,9 +27,9 @@ from typing import Any
 from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_healthy
 
 from pdbench.config import LoadConfig
+from pdbench.http import get
 from pdbench.load.generator import run_load
 from pdbench.records import Clock
-from pdbench.serving.process import get
 
 KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
 COPY_TOKENS = (512, 2048, 8192)

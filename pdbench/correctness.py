@@ -10,9 +10,9 @@ import re
 from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
+from pdbench.http import get
 from pdbench.records import Gate
 from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.process import get
 
 _TEXTS = (
     "{nonce}. Explain in one sentence why prefill is bound by compute and decode by memory bandwidth.",

@@ -19,9 +19,9 @@ from pdbench import correctness, nvml
 from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options, ServeConfig
 from pdbench.errors import UserError
+from pdbench.http import offered_model, split_url
 from pdbench.load import plan
 from pdbench.load.generator import LoadResult, run_load
-from pdbench.load.target import offered_model, read_url
 from pdbench.power import clocks
 from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import gpu_indices, open_readers
@@ -182,7 +182,7 @@ def _find_devices(foreign: DeploymentInfo, named: Sequence[int]) -> list[Flag]:
             )
         foreign.gpus = {"server": list(named)}
         return []
-    server = read_url(foreign.url)
+    server = split_url(foreign.url)
     remedy = "power is not measured; --single-gpus names its GPUs"
     if not machines.is_this_host(server.host):
         return [

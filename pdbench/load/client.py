@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from pdbench.errors import UserError
+from pdbench.http import ServerUrl, authorization, split_url
 from pdbench.load import stamps
 from pdbench.load.answer import Answer
 from pdbench.load.connection import Address, Connection
 from pdbench.load.stamps import ArrivalClock
-from pdbench.load.target import Target, read_url
 from pdbench.load.waiting import Waiter
 from pdbench.records import RequestRecord
 
@@ -49,7 +49,7 @@ class Client:
         self.busy_s = array("d")
         self.in_flight = 0
         self.merged_reads = 0
-        target = read_url(url, verify_tls=verify_tls)
+        target = split_url(url, verify_tls=verify_tls)
         self._address, self._tls, self._server_name = _reachable_address(target), target.tls, target.host
         self._head = _head(target, endpoint)
         self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
@@ -215,15 +215,15 @@ def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", time
     return record
 
 
-def _head(target: Target, endpoint: str) -> bytes:
+def _head(target: ServerUrl, endpoint: str) -> bytes:
     """A request's head up to the fields that differ a request."""
     path = f"{target.base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
-    fields = {"Host": target.authority, "Content-Type": "application/json"} | target.authorization()
+    fields = {"Host": target.authority, "Content-Type": "application/json"} | authorization()
     lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
 
 
-def _reachable_address(target: Target) -> Address:
+def _reachable_address(target: ServerUrl) -> Address:
     """The first of the host's addresses that accepts a connection, so that `localhost` finds a server on ::1 or 127.0.0.1."""
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)

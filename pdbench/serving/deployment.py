@@ -14,6 +14,7 @@ from typing import IO, Self
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
+from pdbench.http import host_port
 from pdbench.serving import deployment_info, vllm
 from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.machine import Machine, installed_version, port_owner
@@ -150,8 +151,8 @@ class Deployment:
 
     def check_ports(self) -> None:
         """Raises UserError when a port that a server needs is taken, and by whom."""
-        addresses = [(instance.name, *_host_port(instance.url)) for instance in self.instances]
-        addresses += [(f"{i.name}'s KV", *_host_port(f"kv://{i.kv_address}")) for i in self.instances if i.kv_address]
+        addresses = [(instance.name, *host_port(instance.url)) for instance in self.instances]
+        addresses += [(f"{i.name}'s KV", *host_port(i.kv_address)) for i in self.instances if i.kv_address]
         if len({(host, port) for _, host, port in addresses}) < len(addresses):
             raise UserError(
                 f"two servers would share a port ({sorted(port for _, _, port in addresses)}): choose others with --prefill-port and the like"
@@ -183,11 +184,6 @@ class Deployment:
         if name in healthy:
             return f"ready after {healthy[name]:.0f} s at {self.processes[name].url}"
         return f"starting, {time.monotonic() - self.processes[name].started_s:.0f} s"
-
-
-def _host_port(url: str) -> tuple[str, int]:
-    host, _, port = url.partition("://")[2].rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 @contextmanager

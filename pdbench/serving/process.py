@@ -3,14 +3,14 @@
 Try: python -m pdbench.serving.process sleep 5
 """
 
-import http.client
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from pdbench.http import get
 
 GRACE_S = 8.0
 """How long a server may take to end by itself after SIGTERM before it is killed."""
@@ -109,21 +109,6 @@ class ServerProcess:
         """What in its log looks like the reason of its end, with the remedy; None when nothing known is there."""
         text = self.log.read_text(errors="replace").lower() if self.log.exists() else ""
         return next((cause for sign, cause in _CAUSES if sign in text), None)
-
-
-def get(url: str, path: str, timeout_s: float) -> bytes | None:
-    """The body of a GET that answers 200, else None."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read()
-        return body if response.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.console import Console
 from pdbench import experiment
 from pdbench.config import LoadConfig, Options, PowerConfig
 from pdbench.errors import UserError
-from pdbench.load.target import offered_model
+from pdbench.http import offered_model
 from pdbench.records import Run, load_run
 from pdbench.serving import machine
 from tests.support.fake_nvml import build, child, environment

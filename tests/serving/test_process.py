@@ -17,9 +17,10 @@ import pytest
 from pdbench import doctor
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
+from pdbench.http import get
 from pdbench.serving import deployment_info, machine
 from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.process import ServerProcess, get
+from pdbench.serving.process import ServerProcess
 
 
 def wait_until(condition, timeout_s=30.0):

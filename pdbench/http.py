@@ -1,0 +1,109 @@
+"""Small HTTP requests about servers: health, metrics, models. Load goes through pdbench.load, forwarding through pdbench.proxy."""
+
+import http.client
+import json
+import os
+import ssl
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pdbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class ServerUrl:
+    """The parts of an http or https URL: `base` is the path before /v1, `authority` what the Host header says, `tls` None for http."""
+
+    host: str
+    port: int
+    authority: str
+    base: str = ""
+    tls: ssl.SSLContext | None = None
+
+
+def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
+    """Take `url` apart (IPv6 in brackets, with or without a path before /v1). Raises UserError when it is not http or https."""
+    if "@" in url:
+        raise UserError("--url holds a user or password, which is not sent: leave it out; OPENAI_API_KEY takes a key")
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:  # UnicodeError is a subclass
+        raise UserError(f"--url {url}: {error}; write it as http://HOST:PORT") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
+    tls = None
+    if parts.scheme == "https":
+        tls = ssl.create_default_context()
+        if not verify_tls:
+            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    return ServerUrl(parts.hostname, port, parts.netloc, parts.path.rstrip("/").removesuffix("/v1"), tls)
+
+
+def host_port(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT or of a URL with a port; brackets of IPv6 taken off."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def authorization() -> dict[str, str]:
+    """The header that carries OPENAI_API_KEY, none when it is not set. Raises UserError when it cannot be sent."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that cannot be sent: set it again")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def request(
+    url: str, path: str, *, body: Any = None, timeout_s: float = 10.0, verify_tls: bool = True
+) -> tuple[int, bytes]:
+    """Status and body of a GET of `path` below the URL's base, or of a POST of `body` as JSON.
+
+    Raises OSError when no answer comes (http.client's own errors included).
+    """
+    server = split_url(url, verify_tls=verify_tls)
+    if server.tls is None:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
+    else:
+        connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=server.tls)
+    try:
+        if body is None:
+            connection.request("GET", server.base + path, headers=authorization())
+        else:
+            headers = authorization() | {"Content-Type": "application/json"}
+            connection.request("POST", server.base + path, json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+    finally:
+        connection.close()
+
+
+def get(url: str, path: str, timeout_s: float = 10.0) -> bytes | None:
+    """The body of a GET that answers 200, else None."""
+    try:
+        status, body = request(url, path, timeout_s=timeout_s)
+    except OSError:
+        return None
+    return body if status == 200 else None
+
+
+def offered_model(url: str, *, verify_tls: bool = True) -> str:
+    """The first model that the server offers. Raises UserError when nothing answers or it names none."""
+    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    try:
+        status, body = request(url, "/v1/models", verify_tls=verify_tls)
+    except OSError as error:
+        raise UserError(
+            f"no OpenAI-compatible server answers at {address} ({error or type(error).__name__}): start one with "
+            "`pdbench serve`, or give --url http://HOST:PORT"
+        ) from None
+    if status in (401, 403):
+        raise UserError(f"{address} answers {status}: set OPENAI_API_KEY to a key that the server takes")
+    try:
+        return str(json.loads(body)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{address} answers {status} and names no model: give --model NAME") from None
