@@ -5,14 +5,22 @@ from pdbench.records import load_run; from pdbench.analysis.energy import energy
 for device in load_run('disaggregated_results').devices: print(device.id, energy_over(device, 0.0, 1.0))"
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pdbench.records import DeviceRecord, Flag, Interval
+from pdbench.analysis.metrics import Measured, Totals, inside, per
+from pdbench.events import TransferEvent
+from pdbench.records import DeviceRecord, Flag, Interval, RequestRecord, Run
 
+ENGINE_READY = "engine_ready"
+ROLE_ORDER = {"prefill": 0, "decode": 1}
+"""The order of a request's way; all other roles come after."""
+ALONE_S = 0.2
+"""A power meter needs this much time with transfers and nothing else."""
+J_PER_KWH = 3.6e6
 RESIDUAL_LIMIT_PCT = 3.0
 EDGE_S = 0.25
 HOLE_S = 1.0
@@ -23,7 +31,7 @@ Floats = npt.NDArray[np.float64]
 class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     """What one device used in `duration_s` seconds of windows between `start_s` and `end_s`; None where not measured.
 
-    `counter_j` comes from the device's energy counter, `integral_j` from its power curve, `residual_pct` is
+    `energy_j` is the counter's figure where there is one, else the integral. `counter_j` comes from the device's energy counter, `integral_j` from its power curve, `residual_pct` is
     100 (integral - counter) / counter, `mean_power_w` is `energy_j` over the duration.
     `counter_resets` counts the counter's jumps backwards; the integral stands in for those stretches.
     """
@@ -34,13 +42,14 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     counter_j: float | None
     integral_j: float | None
     residual_pct: float | None
+    energy_j: float | None
     mean_power_w: float | None
     counter_resets: int = 0
 
-    @property
-    def energy_j(self) -> float | None:
-        """The counter's figure where there is one, else the integral."""
-        return self.integral_j if self.counter_j is None else self.counter_j
+
+def device_name(device: DeviceRecord) -> str:
+    """A device's id, with its host where a run has several: every host counts its GPUs from 0."""
+    return device.id if device.host is None else f"{device.host}/{device.id}"
 
 
 def energy_over(device: DeviceRecord, start_s: float, end_s: float) -> EnergyWindow:
@@ -57,6 +66,7 @@ class Meter:
     """A device's readings made ready once, for asking about many windows."""
 
     def __init__(self, device: DeviceRecord) -> None:
+        self.device = device
         self._curve = _Curve(power_curve(device))
         self._counter = _Counter(counter_readings(device), self._curve)
 
@@ -75,6 +85,7 @@ class Meter:
             counter_j=counter_j,
             integral_j=integral_j,
             residual_pct=None if residual is None else 100 * residual,
+            energy_j=energy_j,
             mean_power_w=None if energy_j is None or duration_s <= 0 else energy_j / duration_s,
             counter_resets=sum(counter.resets_in(start, end) for start, end in windows),
         )
@@ -229,3 +240,217 @@ def _total(parts: Sequence[float | None]) -> float | None:
     """The sum, or None when a part is not measured: a total with a piece missing is no total."""
     known = [part for part in parts if part is not None]
     return float(sum(known)) if len(known) == len(parts) else None
+
+
+class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
+    """The metered devices of one role over the trials' windows (`window_s` together). total_j = active_j + idle_j + waiting_j.
+
+    For prefill and decode, `active_j` and `idle_j` are of the `phase_s` seconds in which at least one request (failed ones too)
+    was in the role's phase: what lies above the engine-ready idle draw, and that draw; `waiting_j` is all it drew in the other
+    `waiting_s`. Other roles have no phase: phase_s, phase_j, waiting_s and waiting_j are None, the split is of the whole window.
+    """
+
+    devices: int
+    window_s: float
+    total_j: float | None
+    active_j: float | None
+    idle_j: float | None
+    waiting_j: float | None
+    phase_j: float | None
+    phase_s: float | None
+    waiting_s: float | None
+    idle_power_w: float | None
+    j_per_output_token: float | None
+
+
+class TransferEnergy(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV transfers of the windows: bytes of all; joules above idle only of the `alone_s` seconds in which a transfer ran and
+    no request was in prefill or decode, and only where those are 0.2 s or more; `not_measured` says why there are none."""
+
+    bytes: int | None
+    alone_s: float
+    active_j: float | None
+    gb_per_j: float | None
+    not_measured: str | None
+
+
+class Energy(msgspec.Struct, frozen=True, kw_only=True):
+    """All metered devices (the GPUs; on a host without, the CPU's RAPL domains) over the trials' windows; roles, prefill first.
+
+    Failed requests' joules are in every numerator, only what was delivered in a denominator. `j_per_computed_prompt_token` is of
+    the prefill role alone. `energy_delay_js` is J per request times mean E2E seconds; `goodput_per_w` good requests per joule.
+    `not_measured` says why total_j is None, `not_split` why prefill and decode cannot be told apart.
+    """
+
+    total_j: float | None
+    mean_power_w: float | None
+    j_per_output_token: float | None
+    j_per_request: float | None
+    j_per_computed_prompt_token: float | None
+    decode_j_per_output_token: float | None
+    output_tokens_per_j: float | None
+    goodput_per_w: float | None
+    energy_delay_js: float | None
+    price_per_million_output_tokens: float | None
+    gco2_per_million_output_tokens: float | None
+    roles: dict[str, RoleEnergy]
+    kv_transfer: TransferEnergy | None
+    not_measured: str | None
+    not_split: str | None
+
+
+def metered(meters: Sequence[Meter]) -> list[Meter]:
+    """Those whose energy counts: the GPUs, or the CPU's RAPL domains on a host without."""
+    gpus = [meter for meter in meters if meter.device.kind == "gpu"]
+    return gpus or [meter for meter in meters if meter.device.kind in ("cpu", "dram")]
+
+
+def energy_of(run: Run, measured: Measured, meters: Sequence[Meter], totals: Totals, why_no_meter: str) -> Energy:
+    """The energy of a run over its trials' windows, of which `totals` are the counts."""
+    windows = merge(measured.windows)
+    counted = sorted(metered(meters), key=lambda meter: ROLE_ORDER.get(meter.device.role or "", 2))
+    by_role: dict[str, list[Meter]] = {}
+    for meter in counted:
+        by_role.setdefault(meter.device.role or "host", []).append(meter)
+    roles = {
+        role: _role_energy(role, meters, run.requests, windows, totals.output_tokens)
+        for role, meters in by_role.items()
+    }
+    split = {"prefill", "decode"} <= roles.keys()
+    gpus = any(meter.device.kind == "gpu" for meter in counted)
+    not_split = (
+        "one instance does both phases on the same GPU and no meter splits them; "
+        "`pdbench bench --phase prefill` and `--phase decode` measure each alone"
+    )
+    e2e_ms = measured.e2e_ms[np.isfinite(measured.e2e_ms)]
+    kwh_per_million = per(totals.j_per_output_token, J_PER_KWH / 1e6)
+    power = run.config.get("power") or {}
+    return Energy(
+        total_j=totals.energy_j,
+        mean_power_w=totals.mean_power_w,
+        j_per_output_token=totals.j_per_output_token,
+        j_per_request=totals.j_per_request,
+        j_per_computed_prompt_token=per(roles["prefill"].total_j, _computed_prompts(measured, windows))
+        if split
+        else None,
+        decode_j_per_output_token=roles["decode"].j_per_output_token if split else None,
+        output_tokens_per_j=totals.output_tokens_per_j,
+        goodput_per_w=totals.goodput_per_w,
+        energy_delay_js=_times(totals.j_per_request, float(e2e_ms.mean()) / 1e3 if len(e2e_ms) else None),
+        price_per_million_output_tokens=_times(kwh_per_million, power.get("price_kwh")),
+        gco2_per_million_output_tokens=_times(kwh_per_million, power.get("gco2_kwh")),
+        roles=roles,
+        kv_transfer=_transfer_energy(run, counted, windows) if split else None,
+        not_measured=None if totals.energy_j is not None else why_no_meter,
+        not_split=None if split else not_split if gpus else "no GPU was sampled",
+    )
+
+
+def phase_windows(requests: Iterable[RequestRecord], phase: str) -> list[Interval]:
+    """The instants in which at least one request, failed ones and warm-ups among them, is in `phase`."""
+    return merge([window for request in requests if (window := request.phases.get(phase)) is not None])
+
+
+def _role_energy(
+    role: str, meters: Sequence[Meter], requests: Iterable[RequestRecord], windows: Sequence[Interval], tokens: int
+) -> RoleEnergy:
+    """A role's devices in the windows, in those of its own phase, and in between."""
+    idle_w = [meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]
+    total_j = total(meter.energy_in(windows).energy_j for meter in meters)
+    window_s = length_s(windows)
+    phase = intersect(phase_windows(requests, role), windows) if role in ROLE_ORDER else []
+    each = [meter.energy_in(phase or windows) for meter in meters]
+    parts = [active_and_idle_j(window, power_w) for window, power_w in zip(each, idle_w, strict=True)]
+    phase_j = total(window.energy_j for window in each)
+    waiting_j = None if not phase or total_j is None or phase_j is None else total_j - phase_j
+    return RoleEnergy(
+        devices=len(meters),
+        window_s=window_s,
+        total_j=total_j,
+        active_j=total(active for active, _ in parts),
+        idle_j=total(idle for _, idle in parts),
+        waiting_j=waiting_j,
+        phase_j=phase_j if phase else None,
+        phase_s=length_s(phase) if phase else None,
+        waiting_s=window_s - length_s(phase) if phase else None,
+        idle_power_w=total(idle_w),
+        j_per_output_token=per(total_j, tokens),
+    )
+
+
+def _transfer_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval]) -> TransferEnergy:
+    received = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "receive"]
+    ends = np.array([np.nan if event.end_s is None else event.end_s for event in received])
+    sizes = [event.bytes for event, here in zip(received, inside(ends, windows), strict=True) if here]
+    transfers = phase_windows(run.requests, "kv_transfer")
+    busy = [*phase_windows(run.requests, "prefill"), *phase_windows(run.requests, "decode")]
+    alone = without(intersect(transfers, windows), busy)
+    active_j, moved, why = None, 0.0, None
+    if not received and not transfers:
+        why = "this connector reports no transfers"
+    elif length_s(alone) < ALONE_S:
+        why = (
+            f"only {1000 * length_s(alone):.0f} ms of transfers ran with no request in prefill or decode: "
+            "too short for a power meter"
+        )
+    else:
+        above = [
+            active_and_idle_j(meter.energy_in(alone), meter.device.idle_power_w.get(ENGINE_READY))[0]
+            for meter in meters
+        ]
+        active_j = total(above)
+        why = "power or engine-ready idle was not measured" if active_j is None else None
+        for event in received:  # a transfer's bytes are spread evenly over its wire time
+            start, end = event.first_byte_s, event.end_s
+            if start is not None and end is not None and end > start:
+                moved += event.bytes * length_s(intersect([(start, end)], alone)) / (end - start)
+    return TransferEnergy(
+        bytes=sum(sizes) if sizes else None,
+        alone_s=length_s(alone),
+        active_j=active_j,
+        gb_per_j=per(moved / 1e9 or None, active_j),
+        not_measured=why,
+    )
+
+
+def _computed_prompts(measured: Measured, windows: Sequence[Interval]) -> int | None:
+    """Tokens of the prompts computed in the windows: at prefill's end, or (not measured) when the first token came."""
+    prefilled = measured.phase_s["prefill"][:, 1]
+    prompts = measured.prompt_tokens[inside(np.where(np.isfinite(prefilled), prefilled, measured.first_s), windows)]
+    return int(prompts.sum()) if np.isfinite(prompts).all() else None
+
+
+def length_s(windows: Sequence[Interval]) -> float:
+    """Seconds of windows that do not overlap."""
+    return sum(end - start for start, end in windows)
+
+
+def intersect(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
+    """The instants that lie in both."""
+    left, right = merge(first), merge(second)
+    both, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        both.append((max(left[i][0], right[j][0]), min(left[i][1], right[j][1])))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return merge(both)
+
+
+def without(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
+    """The instants of `first` that do not lie in `second`."""
+    taken = merge(second)
+    ends = [-np.inf, *(end for _, end in taken)]
+    starts = [*(start for start, _ in taken), np.inf]
+    return intersect(first, list(zip(ends, starts, strict=True)))
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    """The sum, or None as soon as one is not measured (or there is none)."""
+    known = list(values)
+    return None if not known or None in known else float(sum(value for value in known if value is not None))
+
+
+def _times(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first * second

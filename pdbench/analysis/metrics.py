@@ -10,14 +10,101 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from pdbench.records import Interval, RequestRecord, Run, Trial
 
 Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
 TTFT_PHASES = PHASES[1:]
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """What a set of values is like; quantiles are interpolated linearly."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    min: float
+    max: float
+    count: int
+
+
+def quantiles(rising: Array, shares: Array) -> Array:
+    """Quantiles (share 0 to 1) of sorted values, at least one, by linear interpolation as numpy's."""
+    place = shares * (len(rising) - 1)
+    below = place.astype(np.int64)
+    above = np.minimum(below + 1, len(rising) - 1)
+    return rising[below] + (place - below) * (rising[above] - rising[below])
+
+
+def spread(values: Array) -> Spread | None:
+    """The spread of what was measured; None when nothing was."""
+    rising = np.sort(values[np.isfinite(values)])
+    if not len(rising):
+        return None
+    p50, p90, p99 = quantiles(rising, np.array([0.5, 0.9, 0.99])).tolist()
+    low, high = float(rising[0]), float(rising[-1])
+    return Spread(mean=float(rising.mean()), p50=p50, p90=p90, p99=p99, min=low, max=high, count=len(rising))
+
+
+def per(top: float | None, bottom: float | None) -> float | None:
+    """A ratio; None when either is not known or there is nothing to divide by."""
+    return None if top is None or not bottom or bottom < 0 else top / bottom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What some windows held. None: not measured (energy), no SLO (good requests), no GPU (devices)."""
+
+    window_s: float
+    output_tokens: int
+    requests: int
+    good_requests: int | None
+    energy_j: float | None
+    devices: int | None
+
+    @property
+    def requests_per_s(self) -> float | None:
+        return per(self.requests, self.window_s)
+
+    @property
+    def goodput_requests_per_s(self) -> float | None:
+        return per(self.good_requests, self.window_s)
+
+    @property
+    def output_tokens_per_s(self) -> float | None:
+        return per(self.output_tokens, self.window_s)
+
+    @property
+    def output_tokens_per_s_per_device(self) -> float | None:
+        return per(self.output_tokens_per_s, self.devices)
+
+    @property
+    def mean_power_w(self) -> float | None:
+        return per(self.energy_j, self.window_s)
+
+    @property
+    def j_per_output_token(self) -> float | None:
+        return per(self.energy_j, self.output_tokens)
+
+    @property
+    def j_per_request(self) -> float | None:
+        return per(self.energy_j, self.requests)
+
+    @property
+    def output_tokens_per_j(self) -> float | None:
+        return per(self.output_tokens, self.energy_j)
+
+    @property
+    def goodput_per_w(self) -> float | None:
+        """Good requests a second over mean watts, which is good requests per joule."""
+        return per(self.good_requests, self.energy_j)
 
 
 @dataclass(frozen=True)
@@ -67,6 +154,16 @@ class Measured:
     def window_tokens(self) -> int:
         """Tokens that arrived in the trials' windows, those of failed requests too."""
         return int(np.count_nonzero(inside(self.token_s, self.windows)))
+
+    @property
+    def latencies(self) -> dict[str, tuple[Array, IntArray]]:
+        """ttft, tbt (every gap), mean_tbt, e2e: values in ms and the place in `trials` of each; NaN where there is none."""
+        return {
+            "ttft": (self.ttft_ms, self.trial),
+            "tbt": (self.tbt_ms, self.trial[self.tbt_owner]),
+            "mean_tbt": (self.mean_tbt_ms, self.trial),
+            "e2e": (self.e2e_ms, self.trial),
+        }
 
     def ended_inside(self, which: NDArray[np.bool_]) -> int:
         """How many of `which` requests ended in a trial's window."""

@@ -1,0 +1,234 @@
+"""What charts draw of a run: quantile curves, time series on one drawn axis, request spans; thinned so that many runs fit."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve
+from pdbench.analysis.metrics import Array, BoolArray, IntArray, Measured, mean_ttft_parts_ms, quantiles
+from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
+
+FIELDS = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "memory_clock_mhz", "cpu_clock_mhz", "temperature_c")
+SHARES = np.concatenate([np.linspace(0, 0.98, 120), np.linspace(0.981, 1, 60)])
+CURVE_POINTS, BINS, SPANS, GAPS = 1000, 160, 3000, 10_000
+MARGIN_S, APART_S, GAP_SHARE = 1.0, 5.0, 0.02
+
+
+class Curve(msgspec.Struct, frozen=True):
+    """Points of one line; NaN in `y` breaks it."""
+
+    x: Array
+    y: Array
+
+
+class DeviceCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """One field of one device over the drawn axis. `device` is its name in `Summary.devices`."""
+
+    device: str
+    kind: str
+    name: str
+    role: str | None
+    curve: Curve
+
+
+class TimeAxis(msgspec.Struct, frozen=True, kw_only=True):
+    """The run's time as drawn, in seconds: its trials side by side, the pauses between them left out.
+
+    `stretches` (run clock) begin at `starts` (drawn). `pauses` are the drawn gaps between them. Labels of ticks are seconds since
+    their stretch's start.
+    """
+
+    stretches: list[Interval]
+    starts: list[float]
+    pauses: list[Interval]
+    length_s: float
+    ticks: list[float]
+    tick_labels: list[str]
+
+    def place(self, instants: Array) -> Array:
+        """Drawn positions of instants of the run's clock; NaN for those in a pause."""
+        placed = np.full(instants.shape, np.nan)
+        for (start, end), drawn in zip(self.stretches, self.starts, strict=True):
+            inside = (instants >= start) & (instants <= end)
+            placed[inside] = instants[inside] - start + drawn
+        return placed
+
+    def curve(self, instants: Array, values: Array) -> Curve:
+        """A line on the drawn axis, broken between stretches so that none crosses a pause."""
+        x, y = [], []
+        for (start, end), drawn in zip(self.stretches, self.starts, strict=True):
+            inside = (instants >= start) & (instants <= end)
+            x += [instants[inside] - start + drawn, np.array([np.nan])]
+            y += [values[inside], np.array([np.nan])]
+        return Curve(np.concatenate(x), np.concatenate(y))
+
+
+class Spans(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests as drawn boxes, warm-up included: drawn instants, a row such that boxes of one row do not overlap."""
+
+    sent_s: Array
+    first_s: Array
+    end_s: Array
+    row: IntArray
+    failed: BoolArray
+
+
+class Gaps(msgspec.Struct, frozen=True, kw_only=True):
+    """At most 10,000 gaps between tokens, evenly chosen; `request` is the row in `RunAnalysis.requests`."""
+
+    request: IntArray
+    ms: Array
+
+
+class Curves(msgspec.Struct, frozen=True, kw_only=True):
+    """All lines of a run.
+
+    `quantiles`: ttft, tbt (every gap), mean_tbt, e2e -> x in ms, y the per cent of values at or below. `tbt_over_time`: p50, p99 -> x
+    drawn seconds, y ms. `devices`: a field of `FIELDS` -> its devices, prefill first; `not_measured`: a field that no device has
+    -> why. `spans` is None for more than 3,000 requests; `in_flight` (x drawn seconds, y requests) is always there.
+    `ttft_parts_ms`: mean TTFT split into queue, prefill, kv_transfer, decode and other, None where no phase was reported.
+    """
+
+    axis: TimeAxis
+    quantiles: dict[str, Curve]
+    gaps: Gaps
+    tbt_over_time: dict[str, Curve]
+    ttft_parts_ms: dict[str, float] | None
+    devices: dict[str, list[DeviceCurve]]
+    not_measured: dict[str, str]
+    spans: Spans | None
+    in_flight: Curve
+
+
+def curves_of(run: Run, measured: Measured) -> Curves:
+    axis = time_axis(run)
+    devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device_name(device)))
+    lines = {field: [line for device in devices if (line := _device_curve(device, field, axis))] for field in FIELDS}
+    latencies = {name: values for name, (values, _) in measured.latencies.items()}
+    chosen = np.linspace(0, len(measured.tbt_ms) - 1, min(len(measured.tbt_ms), GAPS)).astype(np.int64)
+    requests = [request for request in run.requests if request.sent_s is not None and request.end_s is not None]
+    requests.sort(key=lambda request: request.sent_s or 0.0)
+    return Curves(
+        axis=axis,
+        quantiles={name: _quantile_curve(values) for name, values in latencies.items()},
+        gaps=Gaps(request=measured.tbt_owner[chosen], ms=measured.tbt_ms[chosen]),
+        tbt_over_time=_tbt_over_time(measured, axis),
+        ttft_parts_ms=mean_ttft_parts_ms(measured),
+        devices={field: found for field, found in lines.items() if found},
+        not_measured={field: reasons(devices, (field,)) for field, found in lines.items() if not found},
+        spans=_spans(requests, axis) if len(requests) <= SPANS else None,
+        in_flight=_in_flight(requests, axis),
+    )
+
+
+def reasons(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
+    """Why no device has one of these fields, in a few words."""
+    found = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
+    return "; ".join(sorted(found)) or ("no meter on this machine" if devices else "no device was sampled")
+
+
+def time_axis(run: Run) -> TimeAxis:
+    """A stretch is a trial with its warm-up and a second on either side; trials less than 5 s apart share one."""
+    extents: list[Interval] = [(trial.start_s, trial.end_s) for trial in run.trials]
+    extents += [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
+    extents = extents or [(d.samples[0].t_s, d.samples[-1].t_s) for d in run.devices if d.samples]
+    starts, ends = np.array(sorted(extents) or [(MARGIN_S, 1.0 - MARGIN_S)], dtype=float).T
+    starts, reached = starts - MARGIN_S, np.maximum.accumulate(ends) + MARGIN_S
+    breaks = np.flatnonzero(starts[1:] - reached[:-1] >= APART_S)
+    stretches = list(zip(starts[[0, *(breaks + 1)]].tolist(), reached[[*breaks, -1]].tolist(), strict=True))
+    lengths = np.array([end - start for start, end in stretches])
+    gap_s = GAP_SHARE * float(lengths.sum())
+    drawn = [0.0, *np.cumsum(lengths[:-1] + gap_s).tolist()]
+    length_s = float(lengths.sum()) + gap_s * (len(stretches) - 1)
+    rough = length_s / 10
+    power = 10.0 ** np.floor(np.log10(max(rough, 0.1)))
+    step = float(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999))
+    ticks = [
+        (at, tick) for at, length in zip(drawn, lengths, strict=True) for tick in np.arange(0, length + 1e-9, step)
+    ]
+    return TimeAxis(
+        stretches=stretches,
+        starts=drawn,
+        pauses=[(at - gap_s, at) for at in drawn[1:]],
+        length_s=length_s,
+        ticks=[at + float(tick) for at, tick in ticks],
+        tick_labels=[f"{tick:g}" for _, tick in ticks],
+    )
+
+
+def _quantile_curve(values: Array) -> Curve:
+    rising = np.sort(values[np.isfinite(values)])
+    if not len(rising):
+        return Curve(rising, rising)
+    shares = SHARES if len(rising) > len(SHARES) else np.linspace(0, 1, len(rising))
+    return Curve(quantiles(rising, shares), shares * 100)
+
+
+def _tbt_over_time(measured: Measured, axis: TimeAxis) -> dict[str, Curve]:
+    """p50 and p99 of the gaps in each of 160 stretches of the drawn time that hold at least 5."""
+    edges = np.linspace(0, axis.length_s, BINS + 1)
+    place = np.clip(axis.place(measured.tbt_s) / edges[1], 0, BINS)
+    # Of 16-bit integers numpy makes a radix sort, several times faster than sorting the instants.
+    stretch = np.nan_to_num(place, nan=BINS).astype(np.int16)
+    order = np.argsort(stretch, kind="stable")
+    gaps = measured.tbt_ms[order]
+    cuts = np.searchsorted(stretch[order], np.arange(BINS + 1))
+    held = np.full((BINS, 2), np.nan)
+    for number, (first, last) in enumerate(pairwise(cuts)):
+        if last - first >= 5:
+            held[number] = quantiles(np.sort(gaps[first:last]), np.array([0.5, 0.99]))
+    middles = (edges[:-1] + edges[1:]) / 2
+    return {"p50": Curve(middles, held[:, 0]), "p99": Curve(middles, held[:, 1])}
+
+
+def series(device: DeviceRecord, field: str) -> tuple[Array, Array]:
+    """(instants, values) of a field where it was measured; power from the driver's fine buffer where there is one."""
+    if field == "power_w":
+        points = power_curve(device)
+    else:
+        points = [(s.t_s, value) for s in device.samples if (value := getattr(s, field)) is not None]
+    instants, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return instants, values
+
+
+def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> DeviceCurve | None:
+    """At most 1,000 points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
+    instants, values = series(device, field)
+    if not len(instants):
+        return None
+    drawn = axis.curve(instants, values)
+    if len(drawn.x) > CURVE_POINTS:
+        kept: list[int] = []
+        for part in np.array_split(np.arange(len(drawn.x)), CURVE_POINTS // 2):
+            y = drawn.y[part]
+            known = part[np.isfinite(y)]
+            broken = part[~np.isfinite(y)][:1]
+            ends = {known[np.argmin(drawn.y[known])], known[np.argmax(drawn.y[known])]} if len(known) else set()
+            kept += sorted({*map(int, ends), *map(int, broken)})
+        drawn = Curve(drawn.x[kept], drawn.y[kept])
+    return DeviceCurve(device=device_name(device), kind=device.kind, name=device.name, role=device.role, curve=drawn)
+
+
+def _spans(requests: Sequence[RequestRecord], axis: TimeAxis) -> Spans:
+    free: list[float] = []
+    rows = []
+    for request in requests:
+        sent_s, end_s = request.sent_s or 0.0, request.end_s or 0.0
+        row = next((i for i, until in enumerate(free) if until <= sent_s), len(free))
+        free[row : row + 1] = [end_s]
+        rows.append(row)
+    instants = [(r.sent_s, r.token_s[0] if r.token_s else r.end_s, r.end_s) for r in requests]
+    sent, first, end = axis.place(np.array(instants, dtype=float).reshape(-1, 3)).T
+    failed = np.array([request.error is not None for request in requests], dtype=bool)
+    return Spans(sent_s=sent, first_s=first, end_s=end, row=np.array(rows, dtype=np.int64), failed=failed)
+
+
+def _in_flight(requests: Sequence[RequestRecord], axis: TimeAxis) -> Curve:
+    """How many requests, warm-up included, were under way at each point of the drawn axis."""
+    placed = axis.place(np.array([(r.sent_s, r.end_s) for r in requests], dtype=float).reshape(-1, 2))
+    begins, ends = (np.sort(column[np.isfinite(column)]) for column in placed.T)
+    grid = np.linspace(0, axis.length_s, CURVE_POINTS)
+    count = np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right")
+    return Curve(grid, count.astype(float))
