@@ -155,7 +155,7 @@ def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> 
 def as_client(url: str, load: dict, out: str, processes: int) -> None:
     """The process that is measured: one trial, its records written once it has ended."""
     from pdbench.config import LoadConfig
-    from pdbench.load.generator import run_load
+    from pdbench.load.clients import run_load
     from pdbench.records import Clock
 
     streams, rounds, tokens = load["streams"], load["rounds"], load["tokens"]

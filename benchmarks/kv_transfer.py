@@ -28,7 +28,7 @@ from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_
 
 from pdbench.config import LoadConfig
 from pdbench.http import get
-from pdbench.load.generator import run_load
+from pdbench.load.clients import run_load
 from pdbench.records import Clock
 
 KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16

@@ -209,6 +209,8 @@ class LoadConfig:
     """Seconds after which a request counts as failed."""
     read_timeout_s: Requests[float] = 60.0
     """Seconds of silence within an answer after which it counts as stalled."""
+    save_prompts: Requests[bool] = False
+    """Save every prompt's whole text; without it those of at most 200 characters, and of every one its SHA-256."""
     client_processes: Requests[int] = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
     slo_ttft_ms: Statistics[float | None] = None

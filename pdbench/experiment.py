@@ -21,7 +21,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.http import offered_model, split_url
 from pdbench.load import plan
-from pdbench.load.generator import LoadResult, run_load
+from pdbench.load.clients import LoadResult, run_load
 from pdbench.power import clocks
 from pdbench.power.cooldown import Cooldown
 from pdbench.power.devices import gpu_indices, open_readers
@@ -207,11 +207,12 @@ def _check_options(options: Options, trials: int, cluster: "Cluster | None") -> 
     """Raises UserError before servers start, which takes minutes, for what could never be sent or set."""
     if trials < 1:
         raise UserError(f"--trials {trials}: at least 1 is needed")
-    plan.check(options.load)
-    if cluster is not None:
+    if cluster is None:
+        plan.check(options.load)
+    else:
         from pdbench.cluster import measuring
 
-        measuring.check(cluster, options.power)
+        measuring.check(cluster, options.load, options.power)
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
@@ -354,6 +355,9 @@ def _one_trial(
     one.flags += [flag for flag in result.flags if flag not in one.flags]
     if interrupted:
         raise KeyboardInterrupt
+    for flag in result.flags:
+        if flag.name == "client-lost":
+            raise UserError(flag.detail)
     failed = sum(request.error is not None for request in measured)
     word = f"[red]{failed} failed[/red]" if failed else "none failed"
     console.print(

@@ -53,7 +53,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
     `token_s` has one instant per token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
     or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
-    were counted: "token_ids", "usage" (on every chunk), "chunks" (one a chunk with text) or "mixed".
+    were counted: "token_ids", "usage" (on every chunk), "chunks" (one a chunk with text) or "mixed". `prompt` is None where
+    it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
     id: str

@@ -6,17 +6,13 @@ that a short break loses nothing. Try: pytest tests/test_cluster_actors.py
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import multiprocessing
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ from pdbench.cluster import clocks
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, parse
-from pdbench.load import processes
+from pdbench.load.clients import LocalClient
 from pdbench.power.devices import open_readers
 from pdbench.power.idle import idle_before_start
 from pdbench.power.reader import Reader
@@ -41,7 +37,6 @@ from pdbench.serving.vllm import Command
 NODE_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
 """A clock whose instants are the node's own monotonic ones."""
 _FROM_RAY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "VLLM_PORT")
-_PR_SET_PDEATHSIG = 1
 _ALL_ADDRESSES = ("0.0.0.0", "::")
 Planner = Callable[[ServeConfig, tuple[int, ...]], Command]
 
@@ -322,61 +317,42 @@ class NodeAgent(Leased):
 
 
 class ClientHost(Leased):
-    """One client process of the load; its messages (ready, progress, piece, part, error) go through the outbox."""
+    """One client process of the load; its messages go through the outbox with the trial they belong to."""
 
     def __init__(self, lease_s: float) -> None:
         super().__init__(lease_s)
-        self._pipe: Connection | None = None
-        self._worker: Any = None
+        self._client: LocalClient | None = None
+        self._trial = 0
 
     def start(
-        self, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, part: int, secrets: Secrets
+        self, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, index: int, secrets: Secrets
     ) -> None:
-        """Start the process; it warms up, says "ready" and waits for `begin`."""
+        """Start the process; it warms up, reports that it is ready and waits for `begin`."""
         self.close()
         os.environ.update(secrets.values)
         # Not Ray's own program, which a spawned process would import again.
         main = sys.modules["__main__"]
         if getattr(main, "__file__", None):
             main.__file__ = None
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, config, url, model, clock, trial, part, True)
-        worker = context.Process(target=client_process, args=arguments, name=f"pdbench-client-{part}", daemon=True)
-        worker.start()
-        theirs.close()
-        self._pipe, self._worker = ours, worker
-        threading.Thread(target=self._listen, args=(ours, trial), daemon=True).start()
+        self._trial = trial
+        self._client = LocalClient(index, config, url=url, model=model, clock=clock, trial=trial)
 
     def begin(self, begin_s: float) -> None:
         """The common start, on the run's clock."""
-        assert self._pipe is not None
-        self._pipe.send(begin_s)
+        assert self._client is not None
+        self._client.begin(begin_s)
 
     def stop(self) -> None:
         """End the trial with what was measured."""
-        if self._worker is not None and self._worker.is_alive():
-            self._worker.terminate()
+        if self._client is not None:
+            self._client.stop()
+
+    def gather(self) -> None:
+        for message in self._client.take_messages() if self._client else []:
+            self.tell((self._trial, message))
 
     def close(self) -> None:
         """End the process."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.join()
-            self._worker = None
-
-    def _listen(self, pipe: Connection, trial: int) -> None:
-        try:
-            while True:
-                kind, value = pipe.recv()
-                self.tell((trial, kind, value))
-                if kind in ("part", "error"):
-                    return
-        except (EOFError, OSError):
-            self.tell((trial, "error", "a client process died: free memory or lower --client-processes"))
-
-
-def client_process(pipe: Connection, *arguments: Any) -> None:
-    """One client of the load that the kernel ends with its actor."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    processes.work(pipe, *arguments)
+        if self._client is not None:
+            self._client.close()
+            self._client = None

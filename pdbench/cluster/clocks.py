@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy
 
-from pdbench.load.truth import Part
+from pdbench.load.clients import ClientResult
 from pdbench.records import RequestRecord
 
 WINDOW_S = 5.0
@@ -71,14 +71,13 @@ def identity() -> str:
     return f"{boot.read_text().strip() if boot.exists() else ''} {space.readlink() if space.is_symlink() else ''}"
 
 
-def move_part(part: Part, move: Callable[[float], float]) -> Part:
-    """A client's part with every instant moved."""
-    window = part.steady_window
+def move_result(result: ClientResult, move: Callable[[float], float]) -> ClientResult:
+    """A client's result with every instant moved."""
+    window = result.steady_window
     return msgspec.structs.replace(
-        part,
-        requests=[move_request(request, move) for request in part.requests],
-        due_s={name: move(instant) for name, instant in part.due_s.items()},
-        begin_s=move(part.begin_s),
+        result,
+        requests=[move_request(request, move) for request in result.requests],
+        begin_s=move(result.begin_s),
         steady_window=(move(window[0]), move(window[1])) if window else None,
     )
 
@@ -88,6 +87,7 @@ def move_request(request: RequestRecord, move: Callable[[float], float]) -> Requ
     return msgspec.structs.replace(
         request,
         planned_s=move(request.planned_s),
+        due_s=None if request.due_s is None else move(request.due_s),
         sent_s=None if request.sent_s is None else move(request.sent_s),
         token_s=[move(instant) for instant in request.token_s],
         end_s=None if request.end_s is None else move(request.end_s),

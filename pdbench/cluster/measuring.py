@@ -3,11 +3,9 @@
 Try: pdbench run recipes/cpu-1p1d.toml --cluster auto --against single,disaggregated
 """
 
-import dataclasses
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -20,9 +18,9 @@ from pdbench.cluster.session import Cluster, LostError, Pulsed
 from pdbench.config import LoadConfig, PowerConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, move
-from pdbench.load import generator
-from pdbench.load.generator import LoadResult, Progress
-from pdbench.load.truth import Part
+from pdbench.load import clients, plan
+from pdbench.load.clients import ClientResult, LoadResult, Message
+from pdbench.load.generator import OnProgress
 from pdbench.power.clocks import asked
 from pdbench.power.statistics import field_statistics, sampling_statistics
 from pdbench.records import Clock, DeviceRecord, Flag
@@ -32,10 +30,8 @@ UNCERTAIN_MS = 1.0
 """Beyond this uncertainty of a node's clock a run is marked."""
 CLIENT_EVERY_S = 0.1
 _START_AFTER_S = 0.3
-_LAST_WORD_S = 10.0
 _CLIENT_SECRETS = ("OPENAI_API_KEY", "HF_TOKEN")
 _decode_batch = msgspec.msgpack.Decoder(Batch).decode
-_decode_part = msgspec.msgpack.Decoder(Part).decode
 
 
 class ClusterSampler:
@@ -179,9 +175,9 @@ def _whole(pieces: list[DeviceRecord], move: Callable[[float], float], node: Nod
     )
 
 
-def check(cluster: Cluster, power: PowerConfig) -> None:
+def check(cluster: Cluster, load: LoadConfig, power: PowerConfig) -> None:
     """Raises UserError for what cannot be done there: clocks and power caps, which are set on this host alone, unknown nodes."""
-    client_nodes(cluster)
+    plan.check(_on_nodes(cluster, load))
     for option in asked(power):
         raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
 
@@ -191,17 +187,22 @@ def client_nodes(cluster: Cluster) -> list[Node]:
     return [cluster.node(word) for word in cluster.config.client_nodes] or [cluster.head]
 
 
+def _on_nodes(cluster: Cluster, config: LoadConfig) -> LoadConfig:
+    """One client process per client node at least."""
+    return replace(config, client_processes=max(config.client_processes, len(client_nodes(cluster))))
+
+
 def run_load(cluster: Cluster, config: LoadConfig, **arguments: Any) -> LoadResult:
-    """load.generator.run_load from client processes on --client-nodes. A lost node ends it with what the others measured."""
+    """load.clients.run_load from client processes on --client-nodes. A lost node ends it with what the others measured."""
     nodes = client_nodes(cluster)
-    config = dataclasses.replace(config, client_processes=max(config.client_processes, len(nodes)))
-    seats = [nodes[part % len(nodes)] for part in range(config.client_processes)]
-    result = generator.run_load(config, **arguments, run_parts=partial(_run_parts, cluster, seats))
+    config = _on_nodes(cluster, config)
+    seats = [nodes[index % len(nodes)] for index in range(config.client_processes)]
+    result = clients.run_load(config, **arguments, run_clients=partial(_run_clients, cluster, seats))
     result.trial.client["nodes"] = [node.address for node in seats]
     return result
 
 
-def _run_parts(
+def _run_clients(
     cluster: Cluster,
     seats: Sequence[Node],
     config: LoadConfig,
@@ -210,35 +211,35 @@ def _run_parts(
     model: str,
     clock: Clock,
     trial: int,
-    on_progress: Progress | None,
-) -> list[Part]:
-    """The parts of one client process a seat, started at one instant, on the run's clock. Raises UserError without any."""
-    if config.steady_s is not None and len(seats) > 1:
-        raise UserError("--steady-s needs one client process: only it sees the whole load; use --duration-s")
+    on_progress: OnProgress | None,
+) -> list[ClientResult]:
+    """The results of one client process per seat, started at one instant, on the run's clock. Raises UserError without any."""
     cluster.agents(seats)
     offsets = [cluster.clocks[node.address].latest_offset_s() for node in seats]
-    clients = _clients(cluster, seats)
+    handles = [RayClient(actor, trial) for actor in _actors(cluster, seats)]
     secrets = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
-    asked = []
-    for part, (client, offset_s) in enumerate(zip(clients, offsets, strict=True)):
+    started = []
+    for index, (handle, offset_s) in enumerate(zip(handles, offsets, strict=True)):
         shifted = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
-        asked.append(client.handle.start.remote(config, url, model, shifted, trial, part, secrets))
-    interrupted = threading.Event()
+        started.append(handle.actor.handle.start.remote(config, url, model, shifted, trial, index, secrets))
     try:
-        for reference, client in zip(asked, clients, strict=True):
-            cluster.ask(reference, client)
-        with generator.stopping(generator.STOP_SIGNALS, interrupted.set):
-            parts = _Collector(cluster, clients, trial, clock, on_progress).collect(interrupted)
+        for reference, handle in zip(started, handles, strict=True):
+            cluster.ask(reference, handle.actor)
     except LostError as error:
         raise UserError(f"{error}: no request was measured") from None
-    if not parts:
-        raise UserError(f"{cluster.problem() or 'all clients are gone'}: no request was measured")
+    results = clients.collect(
+        handles,
+        clock=clock,
+        wait=cluster.wait,
+        on_progress=on_progress,
+        problem=cluster.problem,
+        start_after_s=_START_AFTER_S,
+    )
     cluster.compare_clocks()
-    merged = []
-    for index, one in parts.items():
-        one.interrupted = interrupted.is_set()  # a stop because of a lost node is no interruption by the user
-        merged.append(clocks.move_part(one, _mover(cluster, seats[index], clock, offsets[index])))
-    return merged
+    return [
+        clocks.move_result(result, _mover(cluster, node, clock, offset_s))
+        for result, node, offset_s in zip(results, seats, offsets, strict=True)
+    ]
 
 
 def _mover(cluster: Cluster, node: Node, clock: Clock, offset_s: float) -> Callable[[float], float]:
@@ -252,69 +253,34 @@ def _mover(cluster: Cluster, node: Node, clock: Clock, offset_s: float) -> Calla
     return (lambda t_s: t_s) if known.same else move
 
 
-def _clients(cluster: Cluster, seats: Sequence[Node]) -> list[Pulsed]:
-    """A client actor a part, kept over the trials."""
-    for part in range(len(cluster.clients), len(seats)):
-        node = seats[part]
-        cluster.clients.append(cluster.actor(ClientHost, f"client {part} on {node.address}", node, CLIENT_EVERY_S))
+def _actors(cluster: Cluster, seats: Sequence[Node]) -> list[Pulsed]:
+    """A client actor per seat, kept over the trials."""
+    for index in range(len(cluster.clients), len(seats)):
+        node = seats[index]
+        cluster.clients.append(cluster.actor(ClientHost, f"client {index} on {node.address}", node, CLIENT_EVERY_S))
     return cluster.clients[: len(seats)]
 
 
-class _Collector:
-    """Gathers the messages of all clients of one trial."""
+class RayClient:
+    """A client process on a node, the handle that `collect` takes."""
 
-    def __init__(
-        self, cluster: Cluster, clients: list[Pulsed], trial: int, clock: Clock, on_progress: Progress | None
-    ) -> None:
-        self._cluster, self._clients, self._trial, self._clock = cluster, clients, trial, clock
-        self._on_progress = on_progress
-        self._parts: dict[int, Part] = {}
-        self._so_far: dict[int, Part] = {}
-        self._progress: dict[int, tuple[int, int | None]] = {}
-        self._ready: set[int] = set()
+    def __init__(self, actor: Pulsed, trial: int) -> None:
+        self.actor, self.name, self._trial = actor, actor.name, trial
 
-    def collect(self, interrupted: threading.Event) -> dict[int, Part]:
-        """All parts; after a loss or an interruption those that come within ten seconds, and what the others had told."""
-        begun, stop_by_s = False, float("inf")
-        while len(self._parts) < len(self._clients) and time.monotonic() < stop_by_s:
-            self._cluster.wait(CLIENT_EVERY_S)
-            for index, client in enumerate(self._clients):
-                while client.messages:
-                    self._take(index, client.messages.pop(0))
-            if not begun and len(self._ready) == len(self._clients):
-                begun = True
-                begin_s = self._clock.now() + _START_AFTER_S
-                for client in self._clients:
-                    client.handle.begin.remote(begin_s)
-            if stop_by_s == float("inf") and (interrupted.is_set() or self._cluster.problem()):
-                stop_by_s = time.monotonic() + _LAST_WORD_S
-                for client in self._clients:
-                    client.handle.stop.remote()
-            if all(client.lost or index in self._parts for index, client in enumerate(self._clients)):
-                break
-        return dict(sorted((self._so_far | self._parts).items()))
+    @property
+    def lost(self) -> str | None:
+        return self.actor.lost
 
-    def _take(self, index: int, message: tuple[int, str, Any]) -> None:
-        trial, kind, value = message
-        if trial != self._trial:
-            return
-        if kind == "error" and index not in self._so_far:
-            raise UserError(f"{self._clients[index].name}: {value}")
-        if kind == "error":
-            self._clients[index].lost = f"{self._clients[index].name}: {value}"
-        elif kind == "piece":
-            piece = _decode_part(value)
-            if so_far := self._so_far.get(index):
-                piece.requests = so_far.requests + piece.requests
-                piece.due_s |= so_far.due_s
-            self._so_far[index] = piece
-        elif kind == "ready":
-            self._ready.add(index)
-        elif kind == "part":
-            self._parts[index] = _decode_part(value)
-        else:
-            self._progress[index] = value
-            totals = [of for _, of in self._progress.values()]
-            total = None if None in totals or len(totals) < len(self._clients) else sum(of or 0 for of in totals)
-            if self._on_progress:
-                self._on_progress(sum(done for done, _ in self._progress.values()), total)
+    def take_messages(self) -> list[Message]:
+        messages = []
+        while self.actor.messages:
+            trial, message = self.actor.messages.pop(0)
+            if trial == self._trial:
+                messages.append(message)
+        return messages
+
+    def begin(self, begin_s: float) -> None:
+        self.actor.handle.begin.remote(begin_s)
+
+    def stop(self) -> None:
+        self.actor.handle.stop.remote()

@@ -102,10 +102,11 @@ class Client:
         """Tokens received so far of the requests that have not ended."""
         return sum(len(connection.answer.record.token_s) for connection in self._active if connection.answer)
 
-    def reset_counters(self) -> None:
-        """Forget the delays seen so far (the warm-up's)."""
-        self.busy_s, self.clock.read_delays_s = array("d"), array("d")
-        self.merged_reads = 0
+    def take_counters(self) -> tuple[bytes, bytes, int]:
+        """(turns of the loop and delays of reads in seconds as raw float64 arrays, merged reads) since the last call."""
+        counters = self.busy_s.tobytes(), self.clock.read_delays_s.tobytes(), self.merged_reads
+        self.busy_s, self.clock.read_delays_s, self.merged_reads = array("d"), array("d"), 0
+        return counters
 
     def abandon(self, kind: str, message: str) -> list[RequestRecord]:
         """End every request in flight as a failure of this class; what has arrived is kept."""

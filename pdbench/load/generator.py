@@ -1,12 +1,8 @@
-"""One trial of a load: warm-up, the planned requests, the drain; records, measured window and the client's truth come back.
-
-Try: python -c "
-from pdbench.config import LoadConfig; from pdbench.records import Clock; from pdbench.load.generator import run_load
-print(run_load(LoadConfig(requests=4), url='http://127.0.0.1:8000', model='m', clock=Clock.start()).trial)"
-"""
+"""One client process's share of a trial: warm-up, its planned requests, the drain; a ClientResult comes back."""
 
 import contextlib
 import gc
+import hashlib
 import os
 import resource
 import signal
@@ -14,124 +10,84 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+
+import msgspec
 
 from pdbench.config import LoadConfig
-from pdbench.load import plan, truth
+from pdbench.load import plan
 from pdbench.load.client import Client
-from pdbench.load.plan import Planned
-from pdbench.load.truth import Part
-from pdbench.records import Clock, Flag, RequestRecord, Trial
+from pdbench.load.plan import PlannedRequest
+from pdbench.records import Clock, RequestRecord
 
-Progress = Callable[[int, int | None], None]
+OnProgress = Callable[[int, int | None], None]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AHEAD = 64
+SHORT_PROMPT = 200
+_LOOKAHEAD = 64
 _PROGRESS_S = 0.1
-_ENDED_S = 1.0
+_PARTIAL_S = 1.0
 _STEADY_SAMPLE_S = 0.25
-_STEADY_AT_MOST_S = 600.0
+_STEADY_TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True)
-class LoadResult:
-    """One trial: all its requests (warm-up ones marked), its measured window with the client's truth, what readers must know."""
+class ClientResult(msgspec.Struct, kw_only=True):
+    """What one client process measured: all of it, or what came since its last partial result.
 
-    requests: list[RequestRecord]
-    trial: Trial
-    flags: list[Flag]
-
-
-def run_load(
-    config: LoadConfig,
-    *,
-    url: str,
-    model: str,
-    clock: Clock,
-    trial: int = 0,
-    tokenizer_path: str | None = None,
-    on_progress: Progress | None = None,
-    run_parts: Callable[..., list[Part]] | None = None,
-) -> LoadResult:
-    """Send one trial of `config` to the server at `url` and wait for all answers.
-
-    The tokenizer is config.tokenizer, by itself `tokenizer_path`, by itself `model` (folder or hub name).
-    `on_progress(done, of)` is called about ten times a second; `of` is None where time ends the trial. Raises UserError for
-    options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag "interrupted".
-    `run_parts`, called as `processes.run_parts`, may send it from elsewhere; by itself from processes of this host.
+    `streams` is how many requests it may have in flight (None: no bound). `busy_s` (one turn of its loop each) and
+    `read_delays_s` are raw float64 arrays. `cpu_s` and `wall_s` count from `begin_s`. `lost` says why the rest never came.
     """
-    plan.check(config)
-    if tokenizer_path and not config.tokenizer:
-        config = replace(config, tokenizer=tokenizer_path)
-    if run_parts is None:
-        run_parts = _run_parts
-    return merge(
-        config, run_parts(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress), trial
-    )
+
+    requests: list[RequestRecord] = []
+    streams: int | None = None
+    begin_s: float = 0.0
+    busy_s: bytes = b""
+    read_delays_s: bytes = b""
+    merged_reads: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    real_time: bool = False
+    interrupted: bool = False
+    steady_window: tuple[float, float] | None = None
+    token_ids_refused: bool = False
+    lost: str | None = None
 
 
-def _run_parts(config: LoadConfig, **arguments: Any) -> list[Part]:
-    if config.client_processes > 1:
-        from pdbench.load import processes
-
-        return processes.run_parts(config, **arguments)
-    return [run_part(config, **arguments)]
-
-
-def merge(config: LoadConfig, parts: Sequence[Part], trial: int) -> LoadResult:
-    """One result out of the parts of a split client, in the order of the one schedule."""
-    requests = sorted((record for part in parts for record in part.requests), key=_schedule_order)
-    measured = [record for record in requests if not record.warmup]
-    streams, open_loop = plan.streams(config), plan.is_open_loop(config)
-    client = truth.describe(parts, measured, streams=streams, open_loop=open_loop)
-    start_s, end_s, client["window"] = truth.window(parts, open_loop)
-    if config.phase == "decode" and (decoding := truth.decode_window(measured)):
-        start_s, end_s, client["window"] = decoding
-    if steady := parts[0].steady_window:
-        start_s, end_s = steady
-        client["window"] = f"the {config.steady_s:g} s through which the load held steady"
-    found = truth.flags(client)
-    if any(part.interrupted for part in parts):
-        found.append(Flag("interrupted", "stopped by Ctrl-C: the figures are of what was measured until then"))
-    elif config.phase == "decode" and not truth.decode_window(measured):
-        found.append(Flag("phases-mixed", "the batch never decoded all at once: ask for more --output-tokens"))
-    elif config.steady_s is not None and not steady:
-        found.append(
-            Flag("not-steady", f"the load never held steady for {config.steady_s:g} s: lower it or run longer")
-        )
-    if any(part.token_ids_refused for part in parts):
-        found.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
-    return LoadResult(requests, Trial(index=trial, start_s=start_s, end_s=end_s, client=client), found)
-
-
-def run_part(
+def run_client(
     config: LoadConfig,
     *,
     url: str,
     model: str,
     clock: Clock,
     trial: int,
-    part: int = 0,
-    parts: int = 1,
+    client: int = 0,
+    clients: int = 1,
     begin: Callable[[], float] | None = None,
     stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
     interrupted: threading.Event | None = None,
-    on_progress: Progress | None = None,
-    on_part: Callable[[Part], None] | None = None,
-) -> Part:
-    """One process's part: every `parts`-th request of the plan from `part` on, over its share of the streams.
+    on_progress: OnProgress | None = None,
+    on_partial: Callable[[ClientResult], None] | None = None,
+) -> ClientResult:
+    """Send every `clients`-th request of the plan from number `client` on, over this client's share of the streams.
 
-    `begin` is called after the warm-up and returns the common start on the run's clock. One of `stop_signals`, or whoever sets
-    `interrupted`, ends it with what was measured. `on_part` is given, about once a second,
-    what ended since: requests with their due instants, without the client's own figures but its CPU.
+    `begin` is called after the warm-up and returns the common start on the run's clock. One of `stop_signals`, or whoever
+    sets `interrupted`, ends the load with what was measured. `on_progress(done, total)` is called about ten times a second;
+    total is None where time ends the trial. `on_partial` takes, about once a second, what was measured since its last call;
+    the returned result then holds the rest. Raises UserError when the load cannot be planned or the URL cannot be used.
     """
     _raise_descriptor_limit()
-    tokens = plan.find_tokenizer(config, model)
-    warmup = plan.warmup_requests(config, tokens, trial)[part::parts]
-    planned, total = _own_share(config, plan.planned_requests(config, tokens, trial), part, parts)
+    tokenizer = plan.find_tokenizer(config, model)
+    warmup = plan.warmup_requests(config, tokenizer, trial)[client::clients]
+    # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
+    planned: Iterator[PlannedRequest] = (
+        request for request in plan.planned_requests(config, tokenizer, trial) if request.index % clients == client
+    )
+    total = None
+    if not plan.is_endless(config):
+        requests = list(planned)
+        planned, total = iter(requests), len(requests)
     streams = plan.streams(config)
-    share = None if streams is None else streams // parts + (part < streams % parts)
-    client = Client(
+    if streams is not None:
+        streams = streams // clients + (client < streams % clients)
+    connections = Client(
         url,
         endpoint=config.endpoint,
         zero_s=clock.monotonic_s,
@@ -140,47 +96,16 @@ def run_part(
         verify_tls=config.tls_verify,
     )
     interrupted = interrupted or threading.Event()
-    with client, stopping(stop_signals, interrupted.set), _no_garbage_collection(), _real_time() as real_time:
-        load = _Load(config, client, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
-        load.drive(iter(warmup), share or len(warmup), clock.now(), warmup=True)
-        begin_s = clock.now() if begin is None else begin()
-        client.reset_counters()
-        began_cpu_s, began_s = time.thread_time(), time.monotonic()
-        load.on_progress, load.total = on_progress, total
-        if on_part is not None:
-            load.on_ended = lambda ended: on_part(_piece(load, share, ended, begin_s, time.thread_time() - began_cpu_s))
+    with connections, stopping(stop_signals, interrupted.set), _no_garbage_collection(), _real_time() as real_time:
+        load = _Load(config, connections, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
+        load.drive(iter(warmup), streams or len(warmup), clock.now(), warmup=True)
+        load.result.real_time, load.result.streams = real_time, streams
+        load.result.begin_s = begin_s = clock.now() if begin is None else begin()
+        load.total, load.on_progress, load.on_partial = total, on_progress, on_partial
+        load.reset_counters()
         if not interrupted.is_set():
-            load.drive(planned, share, begin_s)
-        cpu_s, wall_s = time.thread_time() - began_cpu_s, time.monotonic() - began_s
-        return Part(
-            requests=load.records,
-            due_s=load.due_s,
-            streams=share,
-            begin_s=begin_s,
-            busy_s=client.busy_s.tobytes(),
-            read_delays_s=client.clock.read_delays_s.tobytes(),
-            merged_reads=client.merged_reads,
-            cpu_s=cpu_s,
-            wall_s=wall_s,
-            real_time=real_time,
-            interrupted=interrupted.is_set(),
-            steady_window=load.steady_window,
-            token_ids_refused=load.token_ids_refused,
-        )
-
-
-def _piece(load: "_Load", share: int | None, ended: list[RequestRecord], begin_s: float, cpu_s: float) -> Part:
-    return Part(
-        requests=ended,
-        due_s={record.id: load.due_s[record.id] for record in ended},
-        streams=share,
-        begin_s=begin_s,
-        busy_s=b"",
-        read_delays_s=b"",
-        merged_reads=0,
-        cpu_s=cpu_s,
-        wall_s=load.client.clock.now() - begin_s,
-    )
+            load.drive(planned, streams, begin_s)
+        return load.take_result()
 
 
 class _Load:
@@ -191,25 +116,38 @@ class _Load:
     ) -> None:
         self.config, self.client, self.model, self.run_id, self.trial = config, client, model, run_id, trial
         self.interrupted = interrupted
-        self.records: list[RequestRecord] = []
-        self.due_s: dict[str, float] = {}
-        self.on_progress: Progress | None = None
-        self.on_ended: Callable[[list[RequestRecord]], None] | None = None
+        self.result = ClientResult()
         self.total: int | None = None
-        self.steady_window: tuple[float, float] | None = None
-        self.token_ids_refused = False
-        self._asked_again: set[str] = set()
-        self._in_flight: dict[str, Planned] = {}
-        self._progress_at_s = self._sample_at_s = self._ended_at_s = 0.0
-        self._told = 0
+        self.on_progress: OnProgress | None = None
+        self.on_partial: Callable[[ClientResult], None] | None = None
+        self._in_flight: dict[str, PlannedRequest] = {}
+        self._sent_again: set[str] = set()
+        self._done = self._tokens_ended = 0
+        self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
-        self._tokens_ended = 0
+        self.reset_counters()
 
-    def drive(self, planned: Iterator[Planned], streams: int | None, begin_s: float, *, warmup: bool = False) -> None:
-        """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all answers."""
+    def reset_counters(self) -> None:
+        self.client.take_counters()
+        self._done = 0
+        self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
+
+    def take_result(self) -> ClientResult:
+        """What was measured since the last call."""
+        result = self.result
+        self.result = msgspec.structs.replace(result, requests=[])
+        result.busy_s, result.read_delays_s, result.merged_reads = self.client.take_counters()
+        result.cpu_s, result.wall_s = time.thread_time() - self._began_cpu_s, time.monotonic() - self._began_s
+        result.interrupted = self.interrupted.is_set()
+        return result
+
+    def drive(
+        self, planned: Iterator[PlannedRequest], streams: int | None, begin_s: float, *, warmup: bool = False
+    ) -> None:
+        """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all responses."""
         client = self.client
         free_s = deque([begin_s] * (streams or 0))
-        ahead: deque[Planned] = deque()
+        ahead: deque[PlannedRequest] = deque()
         upcoming = next(planned, None)
         while upcoming is not None or client.in_flight:
             now_s = client.clock.now()
@@ -229,58 +167,60 @@ class _Load:
             for record in client.poll(next_s):
                 if self._ended(record):
                     free_s.append(record.end_s if record.end_s is not None else now_s)
-            if len(ahead) < _AHEAD and upcoming is not None and (following := next(planned, None)) is not None:
+            if len(ahead) < _LOOKAHEAD and upcoming is not None and (following := next(planned, None)) is not None:
                 ahead.append(following)
             if self.interrupted.is_set():
                 upcoming = None
                 for record in client.abandon("interrupted", "Ctrl-C"):
                     self._ended(record)
-        self._report(force=True)
+        if self.on_progress:
+            self.on_progress(self._done, self.total)
 
-    def _send(self, planned: Planned, planned_s: float, due_s: float, warmup: bool) -> None:
-        identity = f"{self.run_id}-{'w' if warmup else ''}{planned.index:06d}"
-        record = RequestRecord(id=identity, planned_s=planned_s, trial=self.trial, warmup=warmup)
-        record.prompt_tokens = planned.prompt.tokens
-        self.due_s[identity] = due_s
-        self._in_flight[identity] = planned
-        self._start(record, planned)
-
-    def _start(self, record: RequestRecord, planned: Planned) -> None:
-        token_ids = self.config.token_ids and not self.token_ids_refused
-        self.client.start(record, plan.request_body(self.config, self.model, planned.prompt, token_ids=token_ids))
+    def _send(self, planned: PlannedRequest, planned_s: float, due_s: float, warmup: bool) -> None:
+        config = self.config
+        record = RequestRecord(
+            id=f"{self.run_id}-{'w' if warmup else ''}{planned.index:06d}",
+            planned_s=planned_s,
+            due_s=due_s,
+            prompt_tokens=planned.prompt_tokens,
+            trial=self.trial,
+            warmup=warmup,
+        )
+        self._in_flight[record.id] = planned
+        token_ids = config.token_ids and not self.result.token_ids_refused
+        self.client.start(record, plan.request_body(config, self.model, planned, token_ids=token_ids))
+        # After the sending, which a long prompt's hash would delay.
+        record.prompt_sha256 = hashlib.sha256(planned.prompt.encode()).hexdigest()
+        if config.save_prompts or len(planned.prompt) <= SHORT_PROMPT:
+            record.prompt = planned.prompt
 
     def _ended(self, record: RequestRecord) -> bool:
         """Keep a record; False where its request was sent again because the server does not know return_token_ids."""
-        planned = self._in_flight[record.id]
+        planned = self._in_flight.pop(record.id)
         error = record.error
         if (
             error
             and error.kind in ("http_400", "http_422")
             and "return_token_ids" in error.message
             and self.config.token_ids
-            and record.id not in self._asked_again
+            and record.id not in self._sent_again
         ):
-            self.token_ids_refused = True
-            self._asked_again.add(record.id)
-            again = RequestRecord(id=record.id, planned_s=record.planned_s, trial=record.trial, warmup=record.warmup)
-            again.prompt_tokens = planned.prompt.tokens
-            self._start(again, planned)
+            self.result.token_ids_refused = True
+            self._sent_again.add(record.id)
+            assert record.due_s is not None
+            self._send(planned, record.planned_s, record.due_s, record.warmup)
             return False
-        del self._in_flight[record.id]
-        self.records.append(record)
+        self.result.requests.append(record)
         self._tokens_ended += len(record.token_s)
-        self._report()
-        return True
-
-    def _report(self, *, force: bool = False) -> None:
+        self._done += 1
         now_s = self.client.clock.now()
-        if self.on_progress and (force or now_s >= self._progress_at_s):
+        if self.on_progress and now_s >= self._progress_at_s:
             self._progress_at_s = now_s + _PROGRESS_S
-            self.on_progress(sum(not record.warmup for record in self.records), self.total)
-        if self.on_ended and not force and now_s >= self._ended_at_s:
-            self._ended_at_s = now_s + _ENDED_S
-            ended, self._told = self.records[self._told :], len(self.records)
-            self.on_ended(ended)
+            self.on_progress(self._done, self.total)
+        if self.on_partial and now_s >= self._partial_at_s:
+            self._partial_at_s = now_s + _PARTIAL_S
+            self.on_partial(self.take_result())
+        return True
 
     def _stop_sending(self, now_s: float, begin_s: float, warmup: bool) -> bool:
         if warmup:
@@ -290,31 +230,37 @@ class _Load:
             self._sample_at_s = now_s + _STEADY_SAMPLE_S
             tokens = self._tokens_ended + self.client.tokens_in_flight()
             self._samples.append((now_s, tokens, self.client.in_flight))
-            start_s = truth.steady_since(self._samples, config.steady_s)
+            start_s = steady_since(self._samples, config.steady_s)
             if start_s is not None:
-                self.steady_window = (start_s, now_s)
+                self.result.steady_window = (start_s, now_s)
                 return True
-        bound_s = config.duration_s or (_STEADY_AT_MOST_S if config.steady_s is not None else None)
-        return bound_s is not None and now_s - begin_s >= bound_s
+        limit_s = config.duration_s or (_STEADY_TIMEOUT_S if config.steady_s is not None else None)
+        return limit_s is not None and now_s - begin_s >= limit_s
 
 
-def _own_share(
-    config: LoadConfig, planned: Iterator[Planned], part: int, parts: int
-) -> tuple[Iterator[Planned], int | None]:
-    """This process's requests and their number; made beforehand unless they are endless."""
-    own = (request for request in planned if request.index % parts == part)
-    if (config.duration_s or config.steady_s) and (not plan.is_open_loop(config) or config.duration_s is None):
-        return own, None
-    made = list(own)
-    return iter(made), len(made)
+def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, tolerance: float = 0.1) -> float | None:
+    """The start of the last `span_s` (or a sample more) if the load held steady through it, else None.
 
-
-def _schedule_order(record: RequestRecord) -> tuple[bool, str]:
-    return (not record.warmup, record.id)
+    `samples` are (instant, tokens received so far, requests in flight). Steady: both halves of the span have token rates and
+    mean requests in flight within `tolerance` of each other (or one request).
+    """
+    if not samples or samples[-1][0] - samples[0][0] < span_s:
+        return None
+    begin = max(index for index, sample in enumerate(samples) if sample[0] <= samples[-1][0] - span_s)
+    recent = samples[begin:]
+    middle = len(recent) // 2
+    first, second = recent[: middle + 1], recent[middle:]
+    if len(first) < 3 or len(second) < 3:
+        return None
+    rates = [(half[-1][1] - half[0][1]) / (half[-1][0] - half[0][0]) for half in (first, second)]
+    in_flight = [sum(sample[2] for sample in half) / len(half) for half in (first, second)]
+    steady_rate = min(rates) > 0 and abs(rates[1] - rates[0]) <= tolerance * max(rates)
+    steady_in_flight = abs(in_flight[1] - in_flight[0]) <= max(1.0, tolerance * max(in_flight))
+    return recent[0][0] if steady_rate and steady_in_flight else None
 
 
 def _raise_descriptor_limit() -> None:
-    """One descriptor a stream: take what the system allows."""
+    """One descriptor per stream: take what the system allows."""
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
@@ -333,12 +279,12 @@ def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Ite
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(*_: object) -> None:
+    def on_signal(*_: object) -> None:
         restore()
         stop()
 
     for number in numbers:
-        signal.signal(number, note)
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
@@ -351,9 +297,6 @@ def _real_time() -> Iterator[bool]:
 
     The loop sleeps whenever it has nothing to do, and what it starts does not inherit the priority.
     """
-    if not hasattr(os, "sched_setscheduler"):
-        yield False
-        return
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))

@@ -1,7 +1,6 @@
 """The load as planned: an endless or finite row of requests, each with its arrival (None: when a stream is free) and prompt.
 
-Pure in options, tokenizer and trial, so that every process of a split client makes the same plan and takes its own part.
-Try: pytest tests/test_load_plan.py
+Pure in options, tokenizer and trial, so that every process of a split client makes the same plan and takes its share.
 """
 
 import itertools
@@ -17,24 +16,25 @@ import msgspec
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, prompts, traces
-from pdbench.load.prompts import Prompt
-from pdbench.load.tokens import Tokenizer, load_tokenizer
+from pdbench.load.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One request to be: its place in the schedule, its arrival in seconds from the load's start, and its prompt."""
+class PlannedRequest:
+    """`arrival_s` counts from the load's start; `prompt_tokens` is None without a tokenizer."""
 
     index: int
     arrival_s: float | None
-    prompt: Prompt
+    prompt: str
+    prompt_tokens: int | None
+    output_tokens: int
 
 
 def check(config: LoadConfig) -> None:
-    """Raise UserError for options that contradict each other or lie outside their range."""
-    ways = [name for name in ("rate", "stages", "trace") if getattr(config, name)]
-    if len(ways) > 1:
-        raise UserError(f"--{ways[0]} and --{ways[1]} both set the arrivals: give one")
+    """Raise UserError for options that contradict each other; each one's range is checked where it is declared."""
+    arrival_options = [name for name in ("rate", "stages", "trace") if getattr(config, name)]
+    if len(arrival_options) > 1:
+        raise UserError(f"--{arrival_options[0]} and --{arrival_options[1]} both set the arrivals: give one")
     if config.ramp_to is not None and config.rate is None:
         raise UserError("--ramp-to needs --rate, the rate it starts from")
     at_least_one = ("requests", "output_tokens", "client_processes", "prefix_groups")
@@ -51,13 +51,17 @@ def check(config: LoadConfig) -> None:
         raise UserError(f"--shared-prefix {config.shared_prefix:g}: give a share from 0 to 1")
     if config.warmup < 0:
         raise UserError(f"--warmup {config.warmup}: give 0 or more")
-    most = streams(config)
-    if most is not None and config.client_processes > most:
-        raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {most}")
+    limit = streams(config)
+    if limit is not None and config.client_processes > limit:
+        raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {limit}")
+    if config.steady_s is not None and config.client_processes > 1:
+        raise UserError("--steady-s needs one client process, which sees the whole load: use --duration-s")
     if config.phase == "decode" and (is_open_loop(config) or config.requests > (config.concurrency or 1)):
         raise UserError(
             "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"
         )
+    if config.stages:
+        arrivals.read_stages(config.stages)
     _extra_body(config)
 
 
@@ -66,40 +70,47 @@ def is_open_loop(config: LoadConfig) -> bool:
     return bool(config.rate or config.stages or config.trace)
 
 
+def is_endless(config: LoadConfig) -> bool:
+    """Does sending go on until a time has passed, whatever the number of requests?"""
+    if is_open_loop(config) and config.duration_s is not None:
+        return False
+    return config.duration_s is not None or config.steady_s is not None
+
+
 def streams(config: LoadConfig) -> int | None:
-    """Most requests in flight at once; None is no bound."""
+    """Most requests in flight at once; None is no limit."""
     return config.concurrency if is_open_loop(config) else config.concurrency or 1
 
 
-def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[Planned]:
+def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
     bounded_by_time = config.duration_s is not None or config.steady_s is not None
     rows = traces.read_trace(config.trace) if config.trace else None
-    making = _from_trace(config, rows, tokenizer, trial) if rows else _prompts(config, tokenizer, f"{trial}")
+    contents = _trace_contents(config, rows, tokenizer, trial) if rows else _contents(config, tokenizer, f"{trial}")
     instants: Iterator[float | None] = _instants(config, rows, trial)
-    for index, (arrival_s, prompt) in enumerate(zip(instants, making, strict=False)):
+    for index, (arrival_s, content) in enumerate(zip(instants, contents, strict=False)):
         if not bounded_by_time and index >= config.requests:
             return
         if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
             return
-        yield Planned(index, arrival_s, prompt)
+        yield PlannedRequest(index, arrival_s, *content)
 
 
-def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[Planned]:
+def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[PlannedRequest]:
     """The requests before the measured ones: other numbers and texts, the same lengths, each when a stream is free."""
-    making = _prompts(config, tokenizer, f"warmup-{trial}")
-    return [Planned(index, None, prompt) for index, prompt in enumerate(itertools.islice(making, config.warmup))]
+    contents = _contents(config, tokenizer, f"warmup-{trial}")
+    return [PlannedRequest(index, None, *next(contents)) for index in range(config.warmup)]
 
 
-def request_body(config: LoadConfig, model: str, prompt: Prompt, *, token_ids: bool) -> bytes:
+def request_body(config: LoadConfig, model: str, request: PlannedRequest, *, token_ids: bool) -> bytes:
     """The JSON body of one request."""
     body: dict[str, Any] = {"model": model}
     if config.endpoint == "chat":
-        body["messages"] = [{"role": "user", "content": prompt.text}]
+        body["messages"] = [{"role": "user", "content": request.prompt}]
     else:
-        body["prompt"] = prompt.text
+        body["prompt"] = request.prompt
     body |= {
-        "max_tokens": prompt.output_tokens,
+        "max_tokens": request.output_tokens,
         "temperature": config.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -116,7 +127,7 @@ def request_body(config: LoadConfig, model: str, prompt: Prompt, *, token_ids: b
 def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
     """The tokenizer that measures prompts; the hub is asked only where lengths must be exact.
 
-    Raises UserError with the remedy where lengths must be exact and there is none.
+    Raises UserError where lengths must be exact and there is none.
     """
     needed = bool(config.input_tokens or config.trace or config.reply_lengths or config.tokenizer)
     name = config.tokenizer or model
@@ -146,7 +157,11 @@ def _instants(config: LoadConfig, rows: list[traces.TraceRow] | None, trial: int
     return arrivals.poisson(config.rate, seed)
 
 
-def _prompts(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Iterator[Prompt]:
+_Content = tuple[str, int | None, int]
+"""Prompt, its tokens (None: unknown), tokens to generate."""
+
+
+def _contents(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Iterator[_Content]:
     """Endless prompts of one part (a trial, a trial's warm-up) of the load."""
     texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file else None
     for index in itertools.count():
@@ -154,45 +169,42 @@ def _prompts(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Iter
         output_tokens = prompts.length(
             config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
         )
-        if texts is not None:
-            text, reply = texts[index % len(texts)]
-            if config.reply_lengths and reply and tokenizer:
-                output_tokens = max(1, tokenizer.count(reply))
-            yield _capped(config, text, output_tokens, tokenizer)
-        elif config.input_tokens is not None:
+        if config.input_tokens is not None and texts is None:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
             tokens = min(tokens, config.max_input_tokens or tokens)
             group = f"{config.seed}/{index % config.prefix_groups}"
-            shared = config.shared_prefix
-            yield prompts.of_length(tokens, seed, tokenizer, _output(config, output_tokens), shared=shared, group=group)
+            text = prompts.of_length(tokens, seed, tokenizer, shared=config.shared_prefix, group=group)
+            yield text, tokens, _output_tokens(config, output_tokens)
+            continue
+        if texts is None:
+            text = prompts.built_in(index, f"({part}-{index})")
         else:
-            yield prompts.built_in(index, f"({part}-{index})", tokenizer, _output(config, output_tokens))
+            text, reply = texts[index % len(texts)]
+            if config.reply_lengths and reply and tokenizer:
+                output_tokens = max(1, tokenizer.count(reply))
+            if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
+                text = tokenizer.cut(text, config.max_input_tokens)
+        yield text, tokenizer.count(text) if tokenizer else None, _output_tokens(config, output_tokens)
 
 
-def _from_trace(
+def _trace_contents(
     config: LoadConfig, rows: list[traces.TraceRow], tokenizer: Tokenizer | None, trial: int
-) -> Iterator[Prompt]:
+) -> Iterator[_Content]:
     assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
     for index, row in enumerate(rows):
         seed = f"{config.seed}/{trial}/{index}"
         tokens = min(row.input_tokens, config.max_input_tokens or row.input_tokens)
-        output_tokens = _output(config, row.output_tokens)
         if row.block_ids:
             blocks = row.block_ids[: max(1, math.ceil(tokens / traces.MOONCAKE_BLOCK_TOKENS))]
-            yield prompts.of_blocks(tokens, blocks, traces.MOONCAKE_BLOCK_TOKENS, seed, tokenizer, output_tokens)
+            text = prompts.of_blocks(tokens, blocks, traces.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
         else:
-            yield prompts.of_length(tokens, seed, tokenizer, output_tokens)
+            text = prompts.of_length(tokens, seed, tokenizer)
+        yield text, tokens, _output_tokens(config, row.output_tokens)
 
 
-def _capped(config: LoadConfig, text: str, output_tokens: int, tokenizer: Tokenizer | None) -> Prompt:
-    if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
-        text = tokenizer.cut(text, config.max_input_tokens)
-    return Prompt(text, tokenizer.count(text) if tokenizer else None, _output(config, output_tokens))
-
-
-def _output(config: LoadConfig, output_tokens: int) -> int:
-    return 1 if config.phase == "prefill" else min(output_tokens, config.max_output_tokens or output_tokens)
+def _output_tokens(config: LoadConfig, tokens: int) -> int:
+    return 1 if config.phase == "prefill" else min(tokens, config.max_output_tokens or tokens)
 
 
 def _extra_body(config: LoadConfig) -> dict[str, Any]:

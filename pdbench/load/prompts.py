@@ -1,7 +1,6 @@
-"""What is asked: real English and Chinese texts, exact token lengths, shared prefixes, ShareGPT and text files.
+"""Prompts: real English and Chinese texts, exact token lengths, shared prefixes, ShareGPT and text files.
 
 Same seed, same bytes, on every machine; every prompt begins with its own number, so that no prefix cache answers by chance.
-Try: python -c "from pdbench.load.prompts import built_in; print(built_in(3, 'seed').text)"
 """
 
 import functools
@@ -10,25 +9,15 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 from pdbench.errors import UserError
-from pdbench.load.tokens import Tokenizer, exact_text
+from pdbench.load.tokenizer import Tokenizer, exact_text
 
 DEFAULT_TEXTS = 16
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text, its length by the model's tokenizer (None when that is not at hand) and how many tokens to generate."""
-
-    text: str
-    tokens: int | None
-    output_tokens: int
 
 
 @functools.cache
@@ -47,10 +36,9 @@ def _sentences() -> tuple[str, ...]:
     )
 
 
-def built_in(index: int, tag: str, tokenizer: Tokenizer | None = None, output_tokens: int = 64) -> Prompt:
-    """The built-in question of this index at its own length (20 to 100 words or characters), numbered by `tag`."""
-    text = f"{tag} {passages()[index % DEFAULT_TEXTS]}"
-    return Prompt(text, tokenizer.count(text) if tokenizer else None, output_tokens)
+def built_in(index: int, tag: str) -> str:
+    """The built-in question of this index (20 to 100 words or characters), numbered by `tag`."""
+    return f"{tag} {passages()[index % DEFAULT_TEXTS]}"
 
 
 def sentences_in_random_order(seed: str) -> Iterator[str]:
@@ -60,9 +48,7 @@ def sentences_in_random_order(seed: str) -> Iterator[str]:
         yield " " + _sentences()[int(generator.random() * len(_sentences()))].strip()
 
 
-def of_length(
-    tokens: int, seed: str, tokenizer: Tokenizer, output_tokens: int, *, shared: float = 0.0, group: str = "0"
-) -> Prompt:
+def of_length(tokens: int, seed: str, tokenizer: Tokenizer, *, shared: float = 0.0, group: str = "0") -> str:
     """A prompt of exactly `tokens` tokens, whose first `shared` (0 to 1) is the same for all prompts of a group and length."""
     start = ""
     if shared > 0:
@@ -72,18 +58,15 @@ def of_length(
         start += ("\n" if start else "") + _number(seed)
     if tokenizer.count(start) > tokens:
         start = tokenizer.cut(start, max(1, tokens - 1))
-    return Prompt(exact_text(sentences_in_random_order(seed), tokens, tokenizer, start), tokens, output_tokens)
+    return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
 
 
-def of_blocks(
-    tokens: int, block_ids: list[int], block_tokens: int, seed: str, tokenizer: Tokenizer, output_tokens: int
-) -> Prompt:
+def of_blocks(tokens: int, block_ids: list[int], block_tokens: int, seed: str, tokenizer: Tokenizer) -> str:
     """A prompt made of blocks that are equal wherever their id is (Mooncake's hash_ids), exactly `tokens` long in all."""
     start = "".join(_shared_prefix(block_tokens, f"block/{block}", tokenizer) for block in block_ids[:-1])
     if tokenizer.count(start) >= tokens:
         start = tokenizer.cut(start, max(1, tokens - 1))
-    text = exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
-    return Prompt(text, tokens, output_tokens)
+    return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
 
 
 def length(mean: int, distribution: str, spread: float, seed: str) -> int:
@@ -100,7 +83,7 @@ def length(mean: int, distribution: str, spread: float, seed: str) -> int:
 def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
     """(prompt, reply or None) of a ShareGPT JSON, of our own JSONL ({"prompt", "reply"}) or of a text file.
 
-    A text file holds one prompt a paragraph; without an empty line in it, one prompt a line. Raises UserError with the row.
+    A text file holds one prompt per paragraph; without an empty line in it, one per line. Raises UserError with the row.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -13,7 +14,7 @@ from pdbench.cluster.actors import Batch, ClientHost, NodeAgent, Secrets
 from pdbench.cluster.measuring import _by_device, _whole
 from pdbench.cluster.placement import Node
 from pdbench.config import LoadConfig
-from pdbench.load.truth import Part
+from pdbench.load.clients import Final, Partial, Ready
 from pdbench.records import Clock
 from tests.support.cluster_hosts import wait_until
 from tests.support.scripted_server import ScriptedServer, stream, tokens
@@ -97,29 +98,33 @@ def test_samples_and_events_come_in_pieces_and_make_one_whole(tmp_path: Path) ->
     assert whole.sampling["missed_ticks"] is not None and whole.statistics["memory_used_mib"]["max"]
 
 
-def client_until(host: ClientHost, kind: str) -> object:
-    seen: list[tuple[int, str, object]] = []
+def message_of(host: ClientHost, kind: type) -> Any:
+    """The first message of this kind that the client sends."""
+    messages: list[Any] = []
 
-    def found() -> bool:
-        seen[:] = [message for _, message in host.pulse(0)[1]]
-        return any(message[1] in (kind, "error") for message in seen)
+    def arrived() -> bool:
+        messages[:] = [message for _, (_, message) in host.pulse(0)[1] if isinstance(message, kind)]
+        return bool(messages)
 
-    wait_until(found, kind, 60)
-    (value,) = [message[2] for message in seen if message[1] == kind]
-    return value
+    wait_until(arrived, kind.__name__, 60)
+    return messages[0]
 
 
-def test_a_client_warms_up_waits_and_hands_its_part_back() -> None:
+def test_client_warms_up_waits_for_the_start_and_sends_its_result() -> None:
     with ScriptedServer(stream(tokens(3))) as server:
         host = ClientHost(LEASE_S)
         clock = Clock.start()
         config = LoadConfig(requests=4, warmup=1, client_processes=2, concurrency=2, output_tokens=3)
         host.start(config, server.url, "m", clock, 0, 1, Secrets({}))
-        client_until(host, "ready")
+        message_of(host, Ready)
         begin_s = clock.now() + 0.1
         host.begin(begin_s)
-        part = msgspec.msgpack.decode(client_until(host, "part"), type=Part)  # type: ignore[arg-type]
-        assert part.begin_s == begin_s
-        measured = [request.id[-6:] for request in part.requests if not request.warmup]
+        assert message_of(host, Final).result.begin_s == begin_s
+        requests = [request for _, (_, message) in host.pulse(0)[1] for request in results(message)]
+        measured = [request.id[-6:] for request in requests if not request.warmup]
         assert sorted(measured) == ["000001", "000003"]
         host.close()
+
+
+def results(message: Any) -> list[Any]:
+    return message.result.requests if isinstance(message, Partial | Final) else []

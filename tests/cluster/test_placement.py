@@ -9,7 +9,7 @@ import pytest
 from pdbench.cluster.clocks import NodeClock, identity, move_request
 from pdbench.cluster.measuring import check
 from pdbench.cluster.placement import Node, group, pins
-from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.records import RequestRecord
 from pdbench.serving.plan import ServerSpec, servers
@@ -56,9 +56,9 @@ def test_two_words_that_exclude_each_other() -> None:
 @pytest.mark.parametrize("option", ["prefill_clock", "single_power_cap"])
 def test_clocks_and_caps_are_refused_before_anything_starts(option: str) -> None:
     cluster: Any = SimpleNamespace(config=ClusterConfig(cluster="auto"), head=NODES[0])
-    check(cluster, PowerConfig())
+    check(cluster, LoadConfig(), PowerConfig())
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*leave it out with --cluster"):
-        check(cluster, PowerConfig(**{option: 900}))  # type: ignore[arg-type]
+        check(cluster, LoadConfig(), PowerConfig(**{option: 900}))  # type: ignore[arg-type]
 
 
 def test_an_offset_is_found_within_its_uncertainty_though_clock_drifts_and_ways_are_uneven() -> None:

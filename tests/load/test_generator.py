@@ -1,5 +1,7 @@
-"""Whole loads against a scripted server: warm-up, ends, windows, the client's truth, split processes, Ctrl-C."""
+"""Whole loads against a scripted server: warm-up, ends, windows, the self-check, split processes, Ctrl-C."""
 
+import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,9 +12,9 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import truth
-from pdbench.load.generator import LoadResult, run_load
-from pdbench.load.truth import Part
+from pdbench.load import self_check
+from pdbench.load.clients import LoadResult, run_load
+from pdbench.load.generator import ClientResult, steady_since
 from pdbench.records import Clock, RequestError, RequestRecord
 from tests.support.scripted_server import Peer, ScriptedServer, refusal, stream, tokens
 
@@ -195,6 +197,52 @@ def test_ctrl_c_while_client_processes_start_is_no_crash_of_theirs(after_s):
             timer.cancel()
 
 
+def test_client_process_that_dies_ends_the_run_and_all_partial_results_are_kept():
+    with ScriptedServer(stream(tokens(20), pause_s=0.01)) as server:
+
+        def kill_one() -> None:
+            while len(server.requests) < 12:
+                time.sleep(0.01)
+            multiprocessing.active_children()[0].kill()
+
+        threading.Thread(target=kill_one).start()
+        result = load(server, concurrency=4, requests=4000, warmup=0, client_processes=2)
+    (lost,) = [flag for flag in result.flags if flag.name == "client-lost"]
+    assert "--client-processes" in lost.detail and "until then" in lost.detail
+    assert "interrupted" not in [flag.name for flag in result.flags]
+    clients = {int(record.id[-6:]) % 2 for record in measured(result) if record.error is None}
+    assert clients == {0, 1} and len(measured(result)) < 100
+
+
+def test_client_process_that_dies_before_the_start_is_an_error():
+    with ScriptedServer(stream(tokens(100), pause_s=0.05)) as server:
+
+        def kill_one() -> None:
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            multiprocessing.active_children()[0].kill()
+
+        threading.Thread(target=kill_one).start()
+        with pytest.raises(UserError, match=r"client [01]: the process died: free memory or lower --client-processes"):
+            load(server, concurrency=2, requests=50, warmup=2, client_processes=2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_records_keep_due_instants_and_short_prompts(processes):
+    with ScriptedServer(stream(tokens(2), pause_s=0.02)) as server:
+        options = {"rate": 500.0, "concurrency": 2, "requests": 16, "warmup": 0, "client_processes": processes}
+        records = measured(load(server, **options))
+        sent = {peer.fields["x-request-id"]: peer.json["prompt"] for peer in server.requests}
+        whole = measured(load(server, **options, save_prompts=True))
+    for record in records:
+        prompt = sent[record.id]
+        assert record.planned_s <= record.due_s <= record.sent_s
+        assert record.prompt_sha256 == hashlib.sha256(prompt.encode()).hexdigest()
+        assert record.prompt == (prompt if len(prompt) <= 200 else None)
+    assert {record.prompt is None for record in records} == {True, False}
+    assert [record.prompt for record in whole] == [sent[record.id] for record in records]
+
+
 def test_a_server_that_refuses_token_ids_for_ever_is_asked_twice():
     with ScriptedServer(refusal(b"400 Bad Request", "return_token_ids: unknown")) as server:
         result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
@@ -206,64 +254,55 @@ def record(identity: int, sent_s: float, end_s: float, **more) -> RequestRecord:
     return RequestRecord(id=str(identity), planned_s=sent_s, sent_s=sent_s, end_s=end_s, **more)
 
 
-def part_of(records: list[RequestRecord], streams: int | None) -> Part:
+def result_of(records: list[RequestRecord], streams: int | None) -> ClientResult:
     """A process's records as the window sees them."""
-    return Part(
-        requests=records,
-        streams=streams,
-        due_s={},
-        begin_s=0.0,
-        busy_s=b"",
-        read_delays_s=b"",
-        merged_reads=0,
-        cpu_s=0.0,
-        wall_s=0.0,
-    )
+    return ClientResult(requests=records, streams=streams)
 
 
 def test_windows_leave_out_ramp_up_and_drain():
     closed = [record(0, 0.0, 2.0), record(1, 0.5, 3.0), record(2, 2.0, 5.0), record(3, 3.0, 6.0)]
     warmup = record(9, -3.0, -1.0, warmup=True)
-    assert truth.window([part_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
-    assert truth.window([part_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
-    assert "whole run" in truth.window([part_of(closed[:3], 2)], False)[2]
+    assert self_check.window([result_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
+    assert self_check.window([result_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
+    assert "whole run" in self_check.window([result_of(closed[:3], 2)], False)[2]
     opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
-    assert truth.window([part_of(opened, None)], True)[:2] == (2.5, 9.0)
-    assert truth.window([part_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
-    assert truth.window([part_of([warmup], 1)], False)[2].startswith("empty")
+    assert self_check.window([result_of(opened, None)], True)[:2] == (2.5, 9.0)
+    assert self_check.window([result_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
+    assert self_check.window([result_of([warmup], 1)], False)[2].startswith("empty")
     lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
-    assert truth.window([part_of(lone, 1)], False)[:2] == (1.0, 3.0)
+    assert self_check.window([result_of(lone, 1)], False)[:2] == (1.0, 3.0)
 
 
 def test_a_split_clients_window_ends_with_the_process_that_runs_dry_first():
     quick = [record(index, index * 1.0, index + 1.0) for index in range(6)]
     slow = [record(index, 0.5 + index * 1.5, 2.0 + index * 1.5) for index in range(6)]
-    both = [part_of(quick, 1), part_of(slow, 1)]
-    assert truth.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
-    assert "whole run" in truth.window([*both, part_of(slow[:1], 2)], False)[2], (
+    both = [result_of(quick, 1), result_of(slow, 1)]
+    assert self_check.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
+    assert "whole run" in self_check.window([*both, result_of(slow[:1], 2)], False)[2], (
         "two streams of one were never in flight"
     )
 
 
 def test_steady_means_equal_halves():
     flat = [(index * 0.25, index * 100, 8) for index in range(41)]
-    assert truth.steady_since(flat, 5.0) == pytest.approx(5.0)
-    assert truth.steady_since(flat, 60.0) is None
+    assert steady_since(flat, 5.0) == pytest.approx(5.0)
+    assert steady_since(flat, 60.0) is None
     growing = [(index * 0.25, index * index, 8) for index in range(41)]
-    assert truth.steady_since(growing, 5.0) is None
+    assert steady_since(growing, 5.0) is None
     filling = [(index * 0.25, index * 100, index) for index in range(41)]
-    assert truth.steady_since(filling, 5.0) is None
+    assert steady_since(filling, 5.0) is None
 
 
-def part(
+def checked(
     delays_ms: list[float], *, cpu_s: float = 0.1, merged: int = 0, stamp: str = "kernel", late_ms: float = 0.0
-) -> Part:
-    records = [record(index, float(index), index + 0.5, stamp=stamp, token_s=[index + 0.1]) for index in range(10)]
+) -> ClientResult:
+    records = [
+        record(index, float(index), index + 0.5, stamp=stamp, token_s=[index + 0.1], due_s=float(index) - late_ms / 1e3)
+        for index in range(10)
+    ]
     packed = (numpy.array(delays_ms) / 1e3).tobytes()
-    due = {one.id: one.sent_s - late_ms / 1e3 for one in records}
-    return Part(
+    return ClientResult(
         requests=records,
-        due_s=due,
         streams=4,
         begin_s=-0.1,
         busy_s=packed,
@@ -275,27 +314,27 @@ def part(
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("result", "reason"),
     [
-        (part([0.1] * 10), None),
-        (part([30.0] * 10), "read 30.0 ms late"),
-        (part([8.0] * 10, merged=5), "held several chunks"),
-        (part([8.0] * 10), None),
-        (part([3.0] * 10, stamp="user"), "no kernel stamps"),
-        (part([0.1] * 10, cpu_s=9.8), "98% of its core"),
-        (part([0.1] * 10, late_ms=12.0), "left 12.0 ms late"),
+        (checked([0.1] * 10), None),
+        (checked([30.0] * 10), "read 30.0 ms late"),
+        (checked([8.0] * 10, merged=5), "held several chunks"),
+        (checked([8.0] * 10), None),
+        (checked([3.0] * 10, stamp="user"), "no kernel stamps"),
+        (checked([0.1] * 10, cpu_s=9.8), "98% of its core"),
+        (checked([0.1] * 10, late_ms=12.0), "left 12.0 ms late"),
     ],
 )
-def test_beyond_its_bounds_a_run_is_marked_with_the_remedy(made, reason):
-    client = truth.describe([made], made.requests, streams=4, open_loop=False)
-    flags = truth.flags(client)
+def test_beyond_its_bounds_a_run_is_marked_with_the_remedy(result, reason):
+    client = self_check.describe([result], result.requests, streams=4, open_loop=False)
+    flags = self_check.flags(client)
     assert [flag.name for flag in flags] == (["client-limited"] if reason else [])
     assert reason is None or (reason in flags[0].detail and "--client-processes" in flags[0].detail)
 
 
 def test_the_truth_of_nothing():
-    empty = part_of([], 1)
+    empty = result_of([], 1)
     failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
-    client = truth.describe([empty], [failed], streams=1, open_loop=False)
+    client = self_check.describe([empty], [failed], streams=1, open_loop=False)
     assert client["user_minus_kernel_ms"] is None and client["cpu_us_per_token"] is None
-    assert client["failures"] == {"refused": 1} and truth.flags(client) == []
+    assert client["failures"] == {"refused": 1} and self_check.flags(client) == []

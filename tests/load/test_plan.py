@@ -16,9 +16,9 @@ from scipy import stats
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, plan, prompts, truth
-from pdbench.load.generator import run_load
-from pdbench.load.tokens import Tokenizer, exact_text, load_tokenizer
+from pdbench.load import arrivals, plan, prompts, self_check
+from pdbench.load.clients import run_load
+from pdbench.load.tokenizer import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
 from pdbench.records import Clock, RequestRecord
 from tests.support.scripted_server import ScriptedServer, stream, tokens
@@ -96,18 +96,18 @@ def test_bad_stages_name_the_part(text):
 
 
 def test_built_in_prompts_are_real_english_and_chinese_of_varying_length(tokenizer):
-    made = [prompts.built_in(index, f"({index})", tokenizer) for index in range(16)]
-    assert len({prompt.text for prompt in made}) == 16
-    assert sum(any("\u4e00" <= letter <= "\u9fff" for letter in prompt.text) for prompt in made) >= 6
-    assert len({prompt.tokens for prompt in made}) > 8
-    assert max(len(prompt.text.encode()) for prompt in made) < 448
+    planned = list(plan.planned_requests(LoadConfig(requests=16), tokenizer, 0))
+    texts = [prompts.built_in(index, f"({index})") for index in range(16)]
+    assert len(set(texts)) == 16
+    assert sum(any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in texts) >= 6
+    assert len({request.prompt_tokens for request in planned}) > 8
+    assert max(len(text.encode()) for text in texts) < 448
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 17, 100, 1000])
 def test_prompts_have_exactly_the_asked_tokens(tokenizer, tokens):
     for index in range(5):
-        prompt = prompts.of_length(tokens, f"seed-{index}", tokenizer, 8)
-        assert tokenizer.count(prompt.text) == tokens == prompt.tokens
+        assert tokenizer.count(prompts.of_length(tokens, f"seed-{index}", tokenizer)) == tokens
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", b""])
@@ -130,9 +130,9 @@ def test_an_impossible_length_is_the_users_error(tokenizer):
 
 def test_shared_prefixes_are_shared_within_a_group_only(tokenizer):
     def made(group: str, seed: str) -> str:
-        prompt = prompts.of_length(200, seed, tokenizer, 8, shared=0.5, group=group)
-        assert tokenizer.count(prompt.text) == 200
-        return prompt.text
+        prompt = prompts.of_length(200, seed, tokenizer, shared=0.5, group=group)
+        assert tokenizer.count(prompt) == 200
+        return prompt
 
     first, second, other = made("a", "1"), made("a", "2"), made("b", "3")
     common = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
@@ -141,7 +141,7 @@ def test_shared_prefixes_are_shared_within_a_group_only(tokenizer):
 
 
 def test_same_seed_same_bytes_on_every_machine():
-    texts = [prompt.text for prompt in (prompts.built_in(index, f"(0-{index})") for index in range(32))]
+    texts = [prompts.built_in(index, f"(0-{index})") for index in range(32)]
     texts += list(islice(prompts.sentences_in_random_order("0/0/1"), 50))
     assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == DIGEST
 
@@ -172,8 +172,8 @@ def test_prompt_files(tmp_path, tokenizer):
     text.write_text("one\ntwo\n")
     assert prompts.read_prompt_file(text) == [("one", None), ("two", None)]
     config = LoadConfig(prompt_file=str(sharegpt), reply_lengths=True, requests=3)
-    made = list(plan.planned_requests(config, tokenizer, 0))
-    assert [one.prompt.output_tokens for one in made] == [tokenizer.count("A long answer.")] * 3
+    planned = list(plan.planned_requests(config, tokenizer, 0))
+    assert [request.output_tokens for request in planned] == [tokenizer.count("A long answer.")] * 3
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,11 @@ def test_a_trace_is_planned_with_its_instants_lengths_and_prefixes(tmp_path, tok
     path = tmp_path / "mooncake.jsonl"
     row = {"timestamp": 0, "input_length": 1100, "output_length": 9, "hash_ids": [7, 8, 9]}
     path.write_text("".join(json.dumps(row | {"timestamp": 1000 * index}) + "\n" for index in range(3)))
-    made = list(plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0))
-    assert [one.arrival_s for one in made] == pytest.approx([0.0, 0.5, 1.0])
-    assert all(tokenizer.count(one.prompt.text) == 1100 and one.prompt.output_tokens == 9 for one in made)
-    first, second = made[0].prompt.text, made[1].prompt.text
+    planned = list(plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0))
+    assert [request.arrival_s for request in planned] == pytest.approx([0.0, 0.5, 1.0])
+    for request in planned:
+        assert tokenizer.count(request.prompt) == 1100 == request.prompt_tokens and request.output_tokens == 9
+    first, second = planned[0].prompt, planned[1].prompt
     common = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     assert tokenizer.count(first[:common]) >= 1000
 
@@ -266,16 +267,16 @@ def test_a_plan_is_the_same_for_everybody_who_makes_it(tokenizer):
     assert first == again and first != other and len(first) == 20
     assert all(earlier.arrival_s < later.arrival_s for earlier, later in pairwise(first))
     warmup = plan.warmup_requests(config, tokenizer, 0)
-    assert len(warmup) == 2 and warmup[0].prompt.text not in {one.prompt.text for one in first}
+    assert len(warmup) == 2 and warmup[0].prompt not in {request.prompt for request in first}
 
 
 def test_bodies():
-    prompt = prompts.Prompt("Hi", 1, 7)
-    body = json.loads(plan.request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", prompt, token_ids=True))
+    request = plan.PlannedRequest(0, None, "Hi", 1, 7)
+    body = json.loads(plan.request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", request, token_ids=True))
     assert body["prompt"] == "Hi" and body["max_tokens"] == 7 and body["return_token_ids"] and body["top_k"] == 1
     assert body["stream"] and body["stream_options"] == {"include_usage": True} and "ignore_eos" not in body
     config = LoadConfig(endpoint="chat", input_tokens=5)
-    body = json.loads(plan.request_body(config, "m", prompt, token_ids=False))
+    body = json.loads(plan.request_body(config, "m", request, token_ids=False))
     assert (
         body["messages"] == [{"role": "user", "content": "Hi"}]
         and body["ignore_eos"]
@@ -313,7 +314,7 @@ def test_exact_lengths_need_a_tokenizer(tmp_path):
 
 def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> None:
     (planned,) = plan.planned_requests(LoadConfig(phase="prefill", requests=1), None, 0)
-    body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned.prompt, token_ids=True))
+    body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned, token_ids=True))
     assert body["max_tokens"] == 1
     plan.check(LoadConfig(phase="decode", requests=4, concurrency=4))
     for mixed in (
@@ -326,6 +327,6 @@ def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> No
 
 def test_the_decode_window_holds_no_prefill_and_no_drain() -> None:
     batch = [RequestRecord(id=str(i), planned_s=0.0, token_s=[1.0 + i, 5.0, 9.0 - i]) for i in range(3)]
-    assert truth.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
-    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
-    assert truth.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None
+    assert self_check.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
+    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
+    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None

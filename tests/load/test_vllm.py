@@ -4,7 +4,7 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.load import plan
-from pdbench.load.generator import run_load
+from pdbench.load.clients import run_load
 from pdbench.records import Clock
 from pdbench.serving.deployment_info import DeploymentInfo
 
@@ -30,7 +30,7 @@ def test_prompts_of_exact_length_are_as_long_by_the_servers_count(single: Deploy
     )
     arguments = {"url": single.url, "model": single.model_name, "tokenizer_path": single.model_path}
     tokenizer = plan.find_tokenizer(config, single.model_path)
-    planned = [one.prompt.tokens for one in plan.planned_requests(config, tokenizer, 0)]
+    planned = [request.prompt_tokens for request in plan.planned_requests(config, tokenizer, 0)]
     result = run_load(config, clock=Clock.start(), **arguments)
     assert [record.prompt_tokens for record in result.requests if not record.warmup] == planned
 

@@ -1,7 +1,4 @@
-"""The model's own tokenizer, and text of an exact number of its tokens.
-
-Try: python -c "from pdbench.load.tokens import load_tokenizer; print(load_tokenizer('models/tiny').count('Hello'))"
-"""
+"""The model's own tokenizer, and text of an exact number of its tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,0 +1,359 @@
+"""One trial over N client processes: each makes the same plan, sends every N-th request of it and reports what it measured.
+
+All start at one instant of the run's clock, so the merged records are those of one process that was never late.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import msgspec
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load import plan, self_check
+from pdbench.load.generator import STOP_SIGNALS, ClientResult, OnProgress, run_client, stopping
+from pdbench.records import Clock, Flag, RequestRecord, Trial
+
+_POLL_S = 0.1
+_STOP_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The client has warmed up and waits for `begin`."""
+
+
+class Progress(msgspec.Struct, tag=True):
+    """Requests ended so far; `total` is None where time ends the trial."""
+
+    done: int
+    total: int | None
+
+
+class Partial(msgspec.Struct, tag=True):
+    """What was measured since the last message of this kind."""
+
+    result: ClientResult
+
+
+class Final(msgspec.Struct, tag=True):
+    """What was measured since the last Partial; nothing follows."""
+
+    result: ClientResult
+
+
+class Failure(msgspec.Struct, tag=True):
+    """The client ended without a Final."""
+
+    message: str
+
+
+Message = Ready | Progress | Partial | Final | Failure
+_encode, _decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Message).decode
+
+
+class ClientHandle(Protocol):
+    """A started client process, on this host or on another."""
+
+    name: str
+
+    @property
+    def lost(self) -> str | None:
+        """Why nothing more can come from it; None while something may."""
+
+    def take_messages(self) -> list[Message]:
+        """The messages that came since the last call; does not wait."""
+
+    def begin(self, begin_s: float) -> None:
+        """Let a ready client start at this instant of the run's clock; does not wait."""
+
+    def stop(self) -> None:
+        """Ask the client to end with what it measured; does not wait."""
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One trial: all its requests (warm-up ones marked), its measured window with the client's self-check, and its flags."""
+
+    requests: list[RequestRecord]
+    trial: Trial
+    flags: list[Flag]
+
+
+def run_load(
+    config: LoadConfig,
+    *,
+    url: str,
+    model: str,
+    clock: Clock,
+    trial: int = 0,
+    tokenizer_path: str | None = None,
+    on_progress: OnProgress | None = None,
+    run_clients: Callable[..., list[ClientResult]] | None = None,
+) -> LoadResult:
+    """Send one trial of `config`, which `plan.check` has passed, to the server at `url` and wait for all responses.
+
+    The tokenizer is config.tokenizer, else `tokenizer_path`, else `model` (folder or hub name). `on_progress(done, total)`
+    is called about ten times a second; total is None where time ends the trial. `run_clients`, called with `config` and the
+    keywords url, model, clock, trial and on_progress, may run the clients elsewhere; default: on this host.
+    Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
+    "interrupted"; a lost client ends it with a flag "client-lost".
+    """
+    if tokenizer_path and not config.tokenizer:
+        config = replace(config, tokenizer=tokenizer_path)
+    if run_clients is None:
+        run_clients = run_local_clients
+    results = run_clients(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
+    return _merge(config, results, trial)
+
+
+def run_local_clients(
+    config: LoadConfig, *, url: str, model: str, clock: Clock, trial: int, on_progress: OnProgress | None
+) -> list[ClientResult]:
+    """The results of `config.client_processes` clients on this host; a single one runs in this process."""
+    if config.client_processes == 1:
+        return [run_client(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
+    clients: list[LocalClient] = []
+
+    def wait(seconds: float) -> None:
+        multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
+
+    try:
+        for index in range(config.client_processes):
+            clients.append(LocalClient(index, config, url=url, model=model, clock=clock, trial=trial))
+        return collect(clients, clock=clock, wait=wait, on_progress=on_progress)
+    finally:
+        for client in clients:
+            client.close()
+
+
+def collect(
+    clients: Sequence[ClientHandle],
+    *,
+    clock: Clock,
+    wait: Callable[[float], object],
+    on_progress: OnProgress | None = None,
+    problem: Callable[[], str | None] = lambda: None,
+    start_after_s: float = 0.05,
+) -> list[ClientResult]:
+    """Start all clients at one instant once each has warmed up; returns what each measured, in their order.
+
+    `wait(seconds)` returns when a message may have come, after `seconds` at most; the start is `start_after_s` after the
+    last client was ready. Ctrl-C, SIGTERM, a lost client, or a `problem()` elsewhere stop the clients, which then have ten
+    seconds for their results. Of a client that is gone, what it had reported until then is returned, with `lost` set.
+    Raises UserError when a client fails before the start, or nothing was measured; KeyboardInterrupt when that is because
+    of Ctrl-C.
+    """
+    parts: list[list[ClientResult]] = [[] for _ in clients]
+    progress: dict[int, Progress] = {}
+    ready: set[int] = set()
+    ended: set[int] = set()
+    lost: dict[int, str] = {}
+    begin_s: float | None = None
+    stop_by_s = inf
+    interrupted = threading.Event()
+    with stopping(STOP_SIGNALS, interrupted.set):
+        while len(ended) + len(lost) < len(clients) and time.monotonic() < stop_by_s:
+            wait(_POLL_S)
+            for index, client in enumerate(clients):
+                if index in ended or index in lost:
+                    continue
+                gone = client.lost  # before its messages are taken: none can follow then
+                for message in client.take_messages():
+                    if isinstance(message, Ready):
+                        ready.add(index)
+                    elif isinstance(message, Progress):
+                        progress[index] = message
+                        _report(list(progress.values()), len(clients), on_progress)
+                    elif isinstance(message, Failure):
+                        gone = f"{client.name}: {message.message}"
+                        if begin_s is None and not interrupted.is_set():
+                            raise UserError(gone)
+                    else:
+                        parts[index].append(message.result)
+                        if isinstance(message, Final):
+                            ended.add(index)
+                if gone and index not in ended:
+                    lost[index] = gone
+            if begin_s is None and len(ready) == len(clients):
+                begin_s = clock.now() + start_after_s
+                for client in clients:
+                    client.begin(begin_s)
+            if stop_by_s == inf and (interrupted.is_set() or lost or problem()):
+                stop_by_s = time.monotonic() + _STOP_TIMEOUT_S
+                for client in clients:
+                    client.stop()
+    results = []
+    for index, client in enumerate(clients):
+        result = _join(parts[index]) if parts[index] else ClientResult(begin_s=begin_s or clock.now())
+        result.interrupted = interrupted.is_set()  # a client is also stopped because of another's loss
+        if index not in ended:
+            result.lost = lost.get(index, f"{client.name}: no result within {_STOP_TIMEOUT_S:g} s of its stop")
+        results.append(result)
+    requests = [request for result in results for request in result.requests]
+    if interrupted.is_set():
+        if not requests:
+            raise KeyboardInterrupt
+    elif len(ended) < len(clients) and all(request.warmup for request in requests):
+        reason = problem() or next((result.lost for result in results if result.lost), "")
+        raise UserError(f"{reason}: no request was measured")
+    return results
+
+
+def _report(progress: Sequence[Progress], clients: int, on_progress: OnProgress | None) -> None:
+    totals = [client.total for client in progress if client.total is not None]
+    if on_progress:
+        on_progress(sum(client.done for client in progress), sum(totals) if len(totals) == clients else None)
+
+
+def _join(parts: list[ClientResult]) -> ClientResult:
+    """A client's partial results and its last one as one; what counts from the start is in the last one."""
+    return msgspec.structs.replace(
+        parts[-1],
+        requests=[request for part in parts for request in part.requests],
+        busy_s=b"".join(part.busy_s for part in parts),
+        read_delays_s=b"".join(part.read_delays_s for part in parts),
+        merged_reads=sum(part.merged_reads for part in parts),
+    )
+
+
+class LocalClient:
+    """A client process of this host; the handle that `collect` takes."""
+
+    lost = None
+
+    def __init__(self, index: int, config: LoadConfig, *, url: str, model: str, clock: Clock, trial: int) -> None:
+        self.name = f"client {index}"
+        self.ended = False
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, config, url, model, clock, trial, index)
+        self._process = context.Process(
+            target=_client_process, args=arguments, name=f"pdbench-client-{index}", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def take_messages(self) -> list[Message]:
+        messages: list[Message] = []
+        try:
+            while not self.ended and self.pipe.poll():
+                messages.append(_decode(self.pipe.recv_bytes()))
+                self.ended = isinstance(messages[-1], Final | Failure)
+        except (EOFError, OSError):
+            self.ended = True
+            messages.append(Failure("the process died: free memory or lower --client-processes"))
+        return messages
+
+    def begin(self, begin_s: float) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(begin_s)
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self.pipe.close()
+        self._process.join(_EXIT_TIMEOUT_S if self.ended else 0.0)
+        self._process.kill()
+        self._process.join()
+
+
+def _client_process(
+    pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, index: int
+) -> None:
+    """The terminal's Ctrl-C reaches this process too, but only its parent's SIGTERM counts, so that it stops once."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def send_messages() -> None:
+        with contextlib.suppress(OSError):  # the parent has given up
+            while (data := outbox.get()) is not None:
+                pipe.send_bytes(data)
+
+    # A thread, because the parent may take its time to read and the load must not wait for it.
+    sender = threading.Thread(target=send_messages, daemon=True)
+    sender.start()
+
+    def put(message: Message) -> None:
+        outbox.put(_encode(message))
+
+    def begin() -> float:
+        put(Ready())
+        while not pipe.poll(_POLL_S):
+            if interrupted.is_set():
+                return clock.now()
+        return float(pipe.recv())
+
+    try:
+        result = run_client(
+            config,
+            url=url,
+            model=model,
+            clock=clock,
+            trial=trial,
+            client=index,
+            clients=config.client_processes,
+            begin=begin,
+            stop_signals=(),
+            interrupted=interrupted,
+            on_progress=lambda done, total: put(Progress(done, total)),
+            on_partial=lambda partial: put(Partial(partial)),
+        )
+        put(Final(result))
+    except UserError as error:
+        put(Failure(str(error)))
+    except EOFError:
+        return  # the parent has given up
+    outbox.put(None)
+    sender.join()
+
+
+def _merge(config: LoadConfig, results: Sequence[ClientResult], trial: int) -> LoadResult:
+    """One result of a split client's, in the order of the one plan."""
+    requests = sorted(
+        (record for result in results for record in result.requests), key=lambda record: (not record.warmup, record.id)
+    )
+    measured = [record for record in requests if not record.warmup]
+    open_loop = plan.is_open_loop(config)
+    client = self_check.describe(results, measured, streams=plan.streams(config), open_loop=open_loop)
+    start_s, end_s, window = self_check.window(results, open_loop)
+    flags = self_check.flags(client)
+    decode_window = self_check.decode_window(measured) if config.phase == "decode" else None
+    steady_window = results[0].steady_window
+    if steady_window:
+        start_s, end_s = steady_window
+        window = f"the {config.steady_s:g} s through which the load held steady"
+    elif decode_window:
+        start_s, end_s, window = decode_window
+    lost = [result.lost for result in results if result.lost]
+    if any(result.interrupted for result in results):
+        flags.append(Flag("interrupted", "stopped by Ctrl-C: the figures are of what was measured until then"))
+    elif lost:
+        flags.append(Flag("client-lost", f"{'; '.join(lost)}: the figures are of what was measured until then"))
+    elif config.phase == "decode" and not decode_window:
+        flags.append(Flag("phases-mixed", "the batch never decoded all at once: ask for more --output-tokens"))
+    elif config.steady_s is not None and not steady_window:
+        flags.append(
+            Flag("not-steady", f"the load never held steady for {config.steady_s:g} s: lower it or run longer")
+        )
+    if any(result.token_ids_refused for result in results):
+        flags.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
+    client["window"] = window
+    return LoadResult(requests, Trial(index=trial, start_s=start_s, end_s=end_s, client=client), flags)
