@@ -6,9 +6,9 @@ Try: pdbench --help
 import sys
 import time
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -18,7 +18,16 @@ from rich.markup import escape
 
 from pdbench import __version__
 from pdbench.cluster import joined_cluster
-from pdbench.config import ClusterConfig, DeploymentKind, Options, ProxyConfig, ServeConfig
+from pdbench.config import (
+    ClusterConfig,
+    Count,
+    DeploymentKind,
+    LoadConfig,
+    Options,
+    PowerConfig,
+    ProxyConfig,
+    ServeConfig,
+)
 from pdbench.errors import UserError
 
 console = Console()
@@ -29,27 +38,50 @@ Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; a
 DEFAULTS = Options()
 _MEASURING = Group("Measurement and output", sort_key=0)
 _WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")
-"""Commands that take a recipe; each reads its own options and passes over the others'."""
+"""Commands that take a recipe; each ignores options of the others."""
+_SECTIONS = {
+    "serve": ServeConfig,
+    "load": LoadConfig,
+    "power": PowerConfig,
+    "cluster": ClusterConfig,
+    "proxy": ProxyConfig,
+}
 
 
 def _recipe_settings(arguments: list[str]) -> list[Settings]:
     """A recipe (a .toml file) gives every option that no flag sets."""
     if not arguments or arguments[0] not in _WITH_RECIPE:
         return []
-    named = [Path(text) for text in arguments[1:] if text.endswith(".toml") and not text.startswith("-")]
-    if len(named) > 1:
-        raise UserError(f"several recipes, {' and '.join(map(str, named))}: name one, and give the rest as flags")
-    for path in named:
-        try:
-            settings = tomllib.loads(path.read_text())
-            foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
-            settings = {key: value for key, value in settings.items() if key not in foreign}
-            return [Settings(settings, use_commands_as_keys=False, source=str(path))]
-        except FileNotFoundError:
-            raise UserError(f"no recipe {path}: `ls recipes/` shows those that come with pdbench") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not TOML: {error}") from None
-    return []
+    paths = [Path(text) for text in arguments[1:] if text.endswith(".toml") and not text.startswith("-")]
+    if len(paths) > 1:
+        raise UserError(f"several recipes, {' and '.join(map(str, paths))}: name one, and give the rest as flags")
+    if not paths:
+        return []
+    try:
+        settings = _flat(paths[0], tomllib.loads(paths[0].read_text()))
+    except FileNotFoundError:
+        raise UserError(f"no recipe {paths[0]}: `ls recipes/` shows those that come with pdbench") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{paths[0]} is not TOML: {error}") from None
+    foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
+    settings = {key: value for key, value in settings.items() if key not in foreign}
+    return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
+
+
+def _flat(recipe: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's options without its sections. Raises UserError for a section or a key in it that does not exist."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if not isinstance(value, dict):
+            flat[key] = value
+            continue
+        if key not in _SECTIONS:
+            raise UserError(f"{recipe}: no section [{key}]: choose from {', '.join(f'[{name}]' for name in _SECTIONS)}")
+        for name in value:
+            if name not in (field.name for field in fields(_SECTIONS[key])):
+                raise UserError(f"{recipe}: no option {name} in [{key}]; `pdbench run --help` lists them", exit_code=2)
+        flat |= value
+    return flat
 
 
 @app.command(group_parameters=_MEASURING)
@@ -58,7 +90,7 @@ def run(
     /,
     *,
     against: str = "single,disaggregated",
-    trials: int = 3,
+    trials: Count[int] = 3,
     out: Path = Path(),
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
@@ -92,7 +124,7 @@ def bench(
     /,
     *,
     url: str = "http://127.0.0.1:8000",
-    trials: int = 1,
+    trials: Count[int] = 1,
     out: Path = Path(),
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
@@ -315,7 +347,7 @@ def sweep(
     vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     against: str = "single,disaggregated",
     url: str | None = None,
-    trials: int = 1,
+    trials: Count[int] = 1,
     slo: str = "",
     out: Path = Path("sweep"),
     options: Options = DEFAULTS,

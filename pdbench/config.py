@@ -1,15 +1,16 @@
-"""Every option, declared once: frozen dataclasses <- TOML recipe <- command-line flags (cyclopts reads the docstrings).
+"""Every option, declared once with its range: frozen dataclasses <- TOML recipe <- command-line flags (cyclopts reads the docstrings).
 
-A recipe is a flat TOML file whose keys are the flags' names with underscores. An option that is None is decided at start,
-by what the machine has. An option stands in the help under its class's heading, or under the one that wraps its type.
-Try: pdbench run --help
+A recipe's keys are the flags' names with underscores, in one section per class ([serve], [load], [power], [cluster], [proxy]) or
+without sections. An option that is None is decided at start, by what the machine has.
 """
 
+import math
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
@@ -19,6 +20,35 @@ T = TypeVar("T")
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
 Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
 VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
+
+
+def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
+    """Raises ValueError for anything else; cyclopts by default rounds 1.5 to 2."""
+    text = tokens[0].value
+    if not text.lstrip("+-").isdecimal():
+        raise ValueError(f"{text!r} is not a whole number.")
+    return int(text)
+
+
+def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], None]:
+    """A validator for numbers. Raises ValueError, which cyclopts reports with the option's name."""
+
+    def validate(kind: Any, value: float | None) -> None:
+        if value is not None and not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"Give {words}.")
+
+    return validate
+
+
+Count = Annotated[T, Parameter(converter=_whole_number, validator=_range("1 or more", lambda value: value >= 1))]
+CountOrZero = Annotated[T, Parameter(converter=_whole_number, validator=_range("0 or more", lambda value: value >= 0))]
+Port = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range("a port, 0 to 65535", lambda value: 0 <= value <= 65535))
+]
+Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
+NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
+Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
+SampleInterval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
 
 # The headings of the help, in its order.
 _MODEL = Group.create_ordered("Model and vLLM")
@@ -51,15 +81,15 @@ class ServeConfig:
     """What runs: the model, the instances of each role, their devices, ports and vLLM options."""
 
     model: Model[str | None] = None
-    """Model folder or hub name; by itself deepseek-ai/DeepSeek-V2-Lite on GPUs, a tiny model made on the spot without."""
-    max_model_len: Model[int] = 512
+    """Model folder or hub name; default: deepseek-ai/DeepSeek-V2-Lite on GPUs, a tiny model made on the spot without."""
+    max_model_len: Model[Count[int]] = 512
     """Longest prompt and output together, in tokens."""
-    gpu_memory_utilization: Model[float] = 0.8
+    gpu_memory_utilization: Model[Share[float]] = 0.8
     """Share of a GPU's memory that one vLLM instance takes, 0 to 1."""
     enforce_eager: Model[bool] = True
-    """Run vLLM without CUDA graphs: it starts sooner and decodes far slower; --no-enforce-eager for its real speed."""
+    """Run vLLM without CUDA graphs: it starts sooner and decodes far slower; --no-enforce-eager gives its real speed."""
     dtype: Model[str | None] = None
-    """Weights' and activations' type; by itself auto on GPUs, float32 on CPU."""
+    """Type of weights and activations; default: auto on GPUs, float32 on CPU."""
     load_format: Model[str] = "auto"
     """vLLM's --load-format; dummy gives random weights at real speed."""
     vllm_args: Model[VllmWords] = ""
@@ -68,47 +98,47 @@ class ServeConfig:
     """More vLLM arguments for prefill alone."""
     decode_args: Model[VllmWords] = ""
     """More vLLM arguments for decode alone."""
-    prefill_instances: int = 1
+    prefill_instances: Count[int] = 1
     """Prefill instances (x of xPyD)."""
-    decode_instances: int = 1
+    decode_instances: Count[int] = 1
     """Decode instances (y of xPyD)."""
-    replica_instances: int = 2
+    replica_instances: Count[int] = 2
     """Instances of the replicas deployment."""
-    tensor_parallel: int = 1
-    """GPUs a prefill, decode, single or replica instance spans."""
+    tensor_parallel: Count[int] = 1
+    """GPUs per prefill, decode, single or replica instance."""
     prefill_gpus: Indices = ()
-    """GPU indices of prefill, instance by instance; by itself the first ones (of CUDA_VISIBLE_DEVICES, where it is set)."""
+    """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
-    """GPU indices of decode; by itself those after prefill's, so 1 for 1P1D."""
+    """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; by itself the first ones. With bench: those of a server that pdbench did not start."""
-    start_timeout_s: float = 600.0
+    """GPU indices of the single instance; default: the first GPUs. With bench: the GPUs of a server that pdbench did not start."""
+    start_timeout_s: Positive[float] = 600.0
     """How long the servers may take until all are healthy."""
     log_dir: str = "logs"
     """Folder of the servers' logs."""
     host: Network[str] = "127.0.0.1"
     """Address on which servers and proxy listen."""
-    single_port: Network[int] = 8000
+    single_port: Network[Port[int]] = 8000
     """Port of the single instance."""
-    prefill_port: Network[int] = 8100
+    prefill_port: Network[Port[int]] = 8100
     """Port of the first prefill instance; further ones count up."""
-    decode_port: Network[int] = 8200
+    decode_port: Network[Port[int]] = 8200
     """Port of the first decode instance; further ones count up."""
-    proxy_port: Network[int] = 8000
+    proxy_port: Network[Port[int]] = 8000
     """Port of the proxy."""
     kv_ip: Network[str] = "127.0.0.1"
     """Address over which prefill and decode exchange the KV cache."""
-    kv_port: Network[int] = 14579
-    """KV port of the first prefill instance; every further instance takes the next one."""
+    kv_port: Network[Port[int]] = 14579
+    """KV port of the first prefill instance; each further instance takes the next one."""
     connector: Network[Connector] = "auto"
-    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM and GPUs."""
+    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM version and GPUs."""
     first_token: Network[FirstToken] = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
 
     def plain(self) -> dict[str, Any]:
-        """For the record: option -> value. Keys among vLLM's arguments are left out: results are there to be shown."""
+        """Option -> value for the saved record. Keys among vLLM's arguments are hidden: results are there to be shown."""
         words = ("vllm_args", "prefill_args", "decode_args")
         return asdict(self) | {name: _without_keys(getattr(self, name)) for name in words}
 
@@ -136,135 +166,135 @@ def _without_keys(arguments: str) -> str:
 class LoadConfig:
     """What is sent: prompts, arrivals, limits."""
 
-    concurrency: int | None = None
+    concurrency: Count[int | None] = None
     """Requests in flight at most; 1 if neither this nor --rate is given. With --rate: a cap on its streams."""
-    rate: float | None = None
-    """Requests a second that arrive (Poisson)."""
-    requests: int = 16
-    """Measured requests a trial."""
-    input_tokens: int | None = None
-    """Exact prompt length in tokens; by itself the built-in mixed texts at their own lengths."""
-    output_tokens: int = 64
-    """Tokens generated a request at most."""
-    warmup: int = 2
+    rate: Positive[float | None] = None
+    """Requests per second that arrive (Poisson)."""
+    requests: Count[int] = 16
+    """Measured requests per trial."""
+    input_tokens: Count[int | None] = None
+    """Exact prompt length in tokens; default: built-in mixed texts at their own lengths."""
+    output_tokens: Count[int] = 64
+    """Tokens generated per request at most."""
+    warmup: CountOrZero[int] = 2
     """Requests before the measured ones, left out of every figure."""
-    seed: int = 0
+    seed: CountOrZero[int] = 0
     """Seed of prompts and arrivals: same seed, same bytes."""
-    duration_s: float | None = None
+    duration_s: Positive[float | None] = None
     """Send new requests for this long, in place of --requests."""
-    steady_s: float | None = None
+    steady_s: Positive[float | None] = None
     """End once throughput and requests in flight held steady for this long (10 minutes or --duration-s at most)."""
     phase: Literal["both", "prefill", "decode"] = "both"
-    """Calibrate one phase of an instance: prefill asks for one token a request; decode sends one batch (--requests at most
+    """Calibrate one phase of an instance: prefill asks for one token per request; decode sends one batch (--requests at most
     --concurrency) and measures only while all of it decodes."""
     arrival: Arrivals[Literal["poisson", "gamma", "constant"]] = "poisson"
-    """How arrivals at --rate spread."""
-    burstiness: Arrivals[float] = 1.0
+    """Distribution of the arrivals at --rate."""
+    burstiness: Arrivals[Positive[float]] = 1.0
     """Shape of gamma arrivals: 1 is Poisson, below 1 comes in bursts."""
-    ramp_to: Arrivals[float | None] = None
-    """Rate at which the arrivals end up, from --rate, over --ramp-s (Poisson)."""
-    ramp_s: Arrivals[float] = 60.0
+    ramp_to: Arrivals[Positive[float | None]] = None
+    """Ramp the rate from --rate to this over --ramp-s (Poisson)."""
+    ramp_s: Arrivals[Positive[float]] = 60.0
     """Seconds that the ramp takes."""
     stages: Arrivals[str] = ""
     """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate; ends after the last one."""
     trace: Arrivals[str | None] = None
     """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl; --requests bounds it."""
-    time_scale: Arrivals[float] = 1.0
+    time_scale: Arrivals[Positive[float]] = 1.0
     """Factor on the trace's instants; 2 makes it last twice as long."""
     tokenizer: Prompts[str | None] = None
-    """Folder or hub name of the tokenizer that measures prompts; by itself the model's."""
+    """Folder or hub name of the tokenizer that measures prompts; default: the model's."""
     input_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
-    """How prompt lengths spread around --input-tokens."""
-    input_spread: Prompts[float] = 0.5
+    """Distribution of prompt lengths around --input-tokens."""
+    input_spread: Prompts[NotNegative[float]] = 0.5
     """Uniform: half the range, as a share of the mean. Lognormal: sigma."""
     output_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
-    """How output lengths spread around --output-tokens."""
-    output_spread: Prompts[float] = 0.5
+    """Distribution of output lengths around --output-tokens."""
+    output_spread: Prompts[NotNegative[float]] = 0.5
     """The same for --output-tokens."""
-    max_input_tokens: Prompts[int | None] = None
+    max_input_tokens: Prompts[Count[int | None]] = None
     """Cap on the prompt lengths of a trace, file or distribution."""
-    max_output_tokens: Prompts[int | None] = None
-    """Cap on their output lengths."""
-    shared_prefix: Prompts[float] = 0.0
+    max_output_tokens: Prompts[Count[int | None]] = None
+    """Cap on the output lengths of a trace, file or distribution."""
+    shared_prefix: Prompts[Share[float]] = 0.0
     """Share of a prompt, 0 to 1, that is the same for all prompts of a group (needs --input-tokens)."""
-    prefix_groups: Prompts[int] = 1
-    """Number of groups with a prefix of their own."""
+    prefix_groups: Prompts[Count[int]] = 1
+    """Number of groups, each with its own prefix."""
     prompt_file: Prompts[str | None] = None
-    """Prompts out of a ShareGPT .json, a .jsonl with "prompt", or a text file (a prompt a paragraph or line)."""
+    """Prompts from a ShareGPT .json, a .jsonl with "prompt", or a text file (one prompt per paragraph or line)."""
     reply_lengths: Prompts[bool] = False
     """Generate as many tokens as the reply in --prompt-file has, in place of --output-tokens."""
     endpoint: Requests[Literal["completions", "chat"]] = "completions"
-    """Which of the server's two interfaces is asked."""
-    temperature: Requests[float] = 0.0
+    """Which of the server's two interfaces to use."""
+    temperature: Requests[NotNegative[float]] = 0.0
     """Sampling temperature; 0 is greedy, so that outputs can be compared."""
     ignore_eos: Requests[bool | None] = None
-    """Generate all --output-tokens even past the model's end; by itself where --input-tokens or --trace sets lengths."""
+    """Generate all --output-tokens even past the model's end; default: where --input-tokens or --trace sets lengths."""
     token_ids: Requests[bool] = True
-    """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse to."""
+    """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse the field."""
     extra_body: Requests[str] = ""
     """JSON object merged into every request's body."""
     tls_verify: Requests[bool] = True
-    """Check an https server's certificate (SSL_CERT_FILE names an own authority)."""
-    request_timeout_s: Requests[float] = 120.0
+    """Check an https server's certificate (SSL_CERT_FILE names another authority)."""
+    request_timeout_s: Requests[Positive[float]] = 120.0
     """Seconds after which a request counts as failed."""
-    read_timeout_s: Requests[float] = 60.0
+    read_timeout_s: Requests[Positive[float]] = 60.0
     """Seconds of silence within an answer after which it counts as stalled."""
     save_prompts: Requests[bool] = False
-    """Save every prompt's whole text; without it those of at most 200 characters, and of every one its SHA-256."""
-    client_processes: Requests[int] = 1
+    """Save every prompt's whole text; by default only prompts of at most 200 characters, and the SHA-256 of each."""
+    client_processes: Requests[Count[int]] = 1
     """Processes over which the client splits its one schedule; raise it when a run is marked client-limited."""
-    slo_ttft_ms: Statistics[float | None] = None
+    slo_ttft_ms: Statistics[Positive[float | None]] = None
     """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
-    slo_tbt_ms: Statistics[float | None] = None
-    """And if its mean time between tokens is at most this."""
+    slo_tbt_ms: Statistics[Positive[float | None]] = None
+    """And if its mean time between tokens (mean TBT, also called TPOT) is at most this."""
 
 
 @Parameter(name="*", group=_POWER)
 @dataclass(frozen=True, kw_only=True)
 class PowerConfig:
-    """What is read from the devices."""
+    """What is read from the devices, and the clocks that are set on them."""
 
     power: bool = True
     """Sample the devices of this host that the servers use."""
-    sample_interval_s: float = 0.1
+    sample_interval_s: SampleInterval[float] = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
-    idle_s: float = 3.0
+    idle_s: NotNegative[float] = 3.0
     """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
-    cooldown_s: float = 60.0
+    cooldown_s: NotNegative[float] = 60.0
     """Seconds to wait at most, before a trial, until the GPUs are as cool as before the first one."""
-    prefill_clock: int | None = None
+    prefill_clock: Count[int | None] = None
     """SM clock of prefill's GPUs in MHz, locked for the run and restored after it (needs root)."""
-    decode_clock: int | None = None
+    decode_clock: Count[int | None] = None
     """SM clock of decode's GPUs in MHz, likewise."""
-    single_clock: int | None = None
+    single_clock: Count[int | None] = None
     """SM clock of the single instance's and replicas' GPUs in MHz, likewise."""
-    prefill_power_cap: int | None = None
+    prefill_power_cap: Count[int | None] = None
     """Power limit of each of prefill's GPUs in watts, restored after the run (needs root)."""
-    decode_power_cap: int | None = None
+    decode_power_cap: Count[int | None] = None
     """Power limit of each of decode's GPUs in watts, likewise."""
-    single_power_cap: int | None = None
+    single_power_cap: Count[int | None] = None
     """Power limit of each of the single instance's and replicas' GPUs in watts, likewise."""
-    price_kwh: Statistics[float | None] = None
-    """Price of a kWh in your currency: adds the price of a million tokens to the summary."""
-    gco2_kwh: Statistics[float | None] = None
-    """Grams of CO2 a kWh of your grid stands for: adds the CO2 of a million tokens to the summary."""
+    price_kwh: Statistics[NotNegative[float | None]] = None
+    """Price per kWh in your currency: adds the price of a million tokens to the summary."""
+    gco2_kwh: Statistics[NotNegative[float | None]] = None
+    """Grams of CO2 per kWh of your grid: adds the CO2 of a million tokens to the summary."""
 
 
 @Parameter(name="*", group=_CLUSTER)
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """On which hosts it runs; without --cluster all is on this one (docs/cluster.md)."""
+    """Which hosts it runs on; without --cluster everything is on this host (docs/cluster.md)."""
 
     cluster: str | None = None
-    """Run on a Ray cluster: auto (the one that this host belongs to) or its head's ADDRESS:PORT."""
+    """Run on a Ray cluster: auto (the one this host belongs to) or its head's ADDRESS:PORT."""
     place: Words = ()
-    """Where instances go: same-node, spread, or ROLE=NODE (several); by itself as few nodes as can hold them."""
+    """Where instances go: same-node, spread, or ROLE=NODE (several); default: as few nodes as can hold them."""
     client_nodes: Words = ()
-    """Nodes over which --client-processes are spread in turn; by itself the one where pdbench runs."""
-    node_timeout_s: float = 20.0
+    """Nodes over which --client-processes are spread in turn; default: the node where pdbench runs."""
+    node_timeout_s: Positive[float] = 20.0
     """Silence after which a node counts as lost and the run ends, marked, with what was measured."""
-    restarts: int = 0
-    """How many times servers that died are started again; by itself a dead server ends the run."""
+    restarts: CountOrZero[int] = 0
+    """How many times servers that died are restarted; default: a dead server ends the run."""
 
 
 @Parameter(name="*", group=_PROXY)
@@ -274,16 +304,16 @@ class ProxyConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the proxy to the network (set PDBENCH_PROXY_API_KEY then)."""
-    port: int = 8000
+    port: Port[int] = 8000
     """Port to listen on; 0 takes a free one, named on the first line of output."""
     prefill: Words = ()
     """Prefill instances."""
     decode: Words = ()
     """Decode instances; with --connector none: all instances."""
     connector: Literal["p2p-nccl", "tcp", "builtin-p2p-nccl", "nixl", "none"] = "p2p-nccl"
-    """Which dialect the instances speak; p2p-nccl and tcp are ours, none balances plainly over --decode."""
-    kv_port: int = 14579
-    """KV port of the first instance whose URL names none; every further instance takes the next one."""
+    """KV connector of the instances; p2p-nccl and tcp are ours, none only balances over --decode."""
+    kv_port: Port[int] = 14579
+    """KV port of the first instance whose URL names none; each further instance takes the next one."""
     prefill_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
     """Which prefill instance a request takes; least-work counts prompt tokens in flight."""
     decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
@@ -291,42 +321,42 @@ class ProxyConfig:
     first_token: FirstToken = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
     event_log: str | None = None
-    """File that gets one JSON line a request: instants, instances, retries, status. Never content."""
+    """File that gets one JSON line per request: instants, instances, retries, status. Never content."""
     timing_header: bool = False
-    """Tell the client the stages' durations in a Server-Timing header."""
-    workers: int = 1
+    """Send the stages' durations to the client in a Server-Timing header."""
+    workers: Count[int] = 1
     """Processes that share the port, with one view of the instances."""
     fallback: Faults[Literal["none", "recompute"]] = "none"
     """When no prefill instance can serve a request: fail it (none), or let decode compute the prompt (recompute)."""
-    retries: Faults[int] = 2
+    retries: Faults[CountOrZero[int]] = 2
     """Other instances tried before a request fails, as long as no byte of its answer was passed on."""
-    connect_timeout_s: Faults[float] = 5.0
-    """Seconds a connection to an instance may take."""
-    prefill_timeout_s: Faults[float] = 120.0
+    connect_timeout_s: Faults[Positive[float]] = 5.0
+    """Seconds that connecting to an instance may take."""
+    prefill_timeout_s: Faults[Positive[float]] = 120.0
     """Seconds prefill may take before it counts as stalled."""
-    decode_timeout_s: Faults[float] = 300.0
+    decode_timeout_s: Faults[Positive[float]] = 300.0
     """Seconds without a byte from decode before it counts as stalled."""
-    health_interval_s: Faults[float] = 2.0
+    health_interval_s: Faults[Positive[float]] = 2.0
     """Seconds between health checks of an instance."""
-    unhealthy_after: Faults[int] = 3
+    unhealthy_after: Faults[Count[int]] = 3
     """Failures in a row that take an instance out; one passed health check lets it back in."""
-    max_in_flight: Limits[int] = 4096
+    max_in_flight: Limits[Count[int]] = 4096
     """Requests forwarded at once; more wait in the queue."""
-    queue_size: Limits[int] = 1024
+    queue_size: Limits[CountOrZero[int]] = 1024
     """Requests that wait at most; more are answered 429 with Retry-After."""
-    queue_timeout_s: Limits[float] = 60.0
+    queue_timeout_s: Limits[NotNegative[float]] = 60.0
     """Seconds a request may wait in the queue before it is answered 429."""
-    max_connections: Limits[int] = 8192
+    max_connections: Limits[Count[int]] = 8192
     """Open client connections; more are closed."""
-    max_body_mib: Limits[float] = 32.0
+    max_body_mib: Limits[Positive[float]] = 32.0
     """Largest request body, in MiB."""
-    max_header_kib: Limits[float] = 32.0
+    max_header_kib: Limits[Positive[float]] = 32.0
     """Largest request head, in KiB."""
-    idle_timeout_s: Limits[float] = 75.0
+    idle_timeout_s: Limits[Positive[float]] = 75.0
     """Seconds a client may stay silent between requests, or unable to take its answer's bytes."""
-    request_timeout_s: Limits[float] = 30.0
+    request_timeout_s: Limits[Positive[float]] = 30.0
     """Seconds a client may pause within a request that it sends."""
-    drain_timeout_s: Limits[float] = 30.0
+    drain_timeout_s: Limits[NotNegative[float]] = 30.0
     """Seconds that requests in flight get to end after SIGTERM."""
 
 
@@ -340,5 +370,5 @@ class Options:
     power: PowerConfig = field(default_factory=PowerConfig)
 
     def plain(self) -> dict[str, Any]:
-        """For the record: section -> option -> value."""
+        """Section -> option -> value for the saved record."""
         return asdict(self) | {"serve": self.serve.plain()}

@@ -43,9 +43,14 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["serve", "none.toml"], "no recipe none.toml"),
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
-        (["run", "--trials", "0"], "at least 1"),
-        (["bench", "--trials", "0"], "at least 1"),
-        (["run", "--requests", "0"], "--requests 0: give 1 or more"),
+        (["run", "--trials", "0"], "for --trials. Give 1 or more"),
+        (["bench", "--trials", "0"], "for --trials. Give 1 or more"),
+        (["bench", "--requests", "1.5"], "not a whole number"),
+        (["bench", "--temperature", "nan"], "for --temperature. Give 0 or more"),
+        (["bench", "--slo-ttft-ms=-5"], "for --slo-ttft-ms. Give a number above 0"),
+        (["bench", "--idle-s=-1"], "for --idle-s. Give 0 or more"),
+        (["run", "--gpu-memory-utilization", "7"], "for --gpu-memory-utilization. Give a share from 0 to 1"),
+        (["run", "--requests", "0"], "for --requests. Give 1 or more"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
         (["run", "--against", "single", "--prefill-clock", "1200"], "--prefill-clock 1200: no prefill server"),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
@@ -80,6 +85,20 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     assert "--port 8111" in done.stdout
 
 
+def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("prefill_port = 8111\n[serve]\nmax_model_len = 128\n[load]\nrate = 2.0\n")
+    done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--max-model-len 128" in done.stdout and "--port 8111" in done.stdout
+    for text, refused in (
+        ("[sever]\nmodel = 'm'\n", "no section [sever]"),
+        ("[load]\nmodel = 'm'\n", "no option model in [load]"),
+    ):
+        (tmp_path / "mine.toml").write_text(text)
+        done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+        assert done.returncode != 0 and refused in done.stderr
+
+
 def test_a_second_recipe_is_refused(tmp_path: Path) -> None:
     done = pdbench("run", "a.toml", "--trials", "1", "b.toml", cwd=tmp_path)
     assert done.returncode == 1
@@ -91,7 +110,7 @@ def test_a_recipe_may_hold_options_of_every_command(command: str, tmp_path: Path
     recipe = "against = 'single'\nurl = 'http://127.0.0.1:1'\nfallback = 'recompute'\nslo_ttft_ms = 100.0\n"
     (tmp_path / "mine.toml").write_text(f"{recipe}vary = ['concurrency=1']\nsingle = true\ntrials = 0\n")
     done = pdbench(command, "mine.toml", *(["--show"] if command == "serve" else []), cwd=tmp_path)
-    expected = {"serve": "", "proxy": "no prefill instance"}.get(command, "--trials 0")
+    expected = {"serve": "", "proxy": "no prefill instance"}.get(command, "[trials] provided by mine.toml")
     assert "Unknown option" not in done.stderr
     assert expected in done.stderr
 
@@ -107,7 +126,7 @@ def test_every_recipe_has_only_known_keys_for_every_command(recipe: str, tmp_pat
     for command in (["serve", f"{ROOT}/recipes/{recipe}", "--show"], ["doctor", f"{ROOT}/recipes/{recipe}"]):
         assert "Unknown option" not in pdbench(*command, cwd=tmp_path).stderr
     done = pdbench("run", f"{ROOT}/recipes/{recipe}", "--trials", "0", cwd=tmp_path)
-    assert "at least 1" in done.stderr  # its options were all understood
+    assert "for --trials" in done.stderr  # its options were all understood
 
 
 def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
