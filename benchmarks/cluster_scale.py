@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> None:
     from pdbench.cluster.measuring import ClusterSampler
     from pdbench.cluster.session import Cluster
     from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
-    from pdbench.power.reader import Reader
+    from pdbench.power.device import Reader
     from pdbench.records import Clock
 
     class Counting(Reader):

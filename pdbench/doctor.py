@@ -3,7 +3,6 @@
 Try: pdbench doctor
 """
 
-import ctypes.util
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
+from pdbench import nvml
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import vllm
 from pdbench.serving.deployment import plan, resolve_model
-from pdbench.serving.machine import Machine, inspect, peer_links, port_owner
+from pdbench.serving.machine import Machine, inspect, port_owner
 from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
@@ -145,7 +145,7 @@ def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
             "one GPU: prefill and decode need one each",
             "run --against single here, or take a host with two GPUs",
         )
-    for (first, second), link in sorted(peer_links().items()):
+    for (first, second), link in sorted(nvml.links().items()):
         if first < second:
             fast = link.startswith("NV")
             remedy = (
@@ -162,9 +162,6 @@ def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
 def _test(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     section = "Test and measurement"
     if machine.gpus:
-        library = ctypes.util.find_library("nvidia-ml")
-        remedy = None if library else "install the driver's libnvidia-ml.so.1, or put its folder on LD_LIBRARY_PATH"
-        yield Finding(section, FINE if library else NOTE, f"NVML: {library or 'library not found by name'}", remedy)
         root = os.geteuid() == 0
         yield Finding(
             section,

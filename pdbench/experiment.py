@@ -23,9 +23,9 @@ from pdbench.http import offered_model, split_url
 from pdbench.load import plan
 from pdbench.load.clients import LoadResult, run_load
 from pdbench.power import clocks
-from pdbench.power.cooldown import Cooldown
-from pdbench.power.devices import gpu_indices, open_readers
-from pdbench.power.idle import ENGINE_READY, idle_before_start
+from pdbench.power.device import gpu_indices
+from pdbench.power.host import open_readers
+from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, Flag, Gate, Run, check_writable, save_run
 from pdbench.serving import deployment_info
@@ -149,7 +149,7 @@ def bench(
     if running is None:
         model = model or offered_model(url, verify_tls=options.load.tls_verify)
         running = DeploymentInfo(name="bench", url=url, model_name=model)
-        if cluster is None and (options.power.power or clocks.asked(options.power)):
+        if cluster is None and (options.power.power or clocks.requested_options(options.power)):
             flags = _find_devices(running, options.serve.single_gpus)
         if flags:
             options = replace(options, power=replace(options.power, power=False))
@@ -298,9 +298,9 @@ def _measure_into(
     elif options.power.power:
         readers = open_readers(running.gpus, {} if running.gpus else running.processes)
         sampler = Sampler(readers, options.power.sample_interval_s, one.clock)
-    holds: list[clocks.ClockHold] = []
+    locks: list[clocks.ClockLock] = []
     try:
-        with clocks.held(options.power, running.gpus) as holds, sampler:
+        with clocks.locked_clocks(options.power, running.gpus) as locks, sampler:
             on_gpus = running.gpus or any(host["gpus"] for host in running.hosts.values())
             if options.power.power and on_gpus and options.power.idle_s:
                 sampler.idle(ENGINE_READY, options.power.idle_s)
@@ -312,8 +312,8 @@ def _measure_into(
     finally:
         devices: list[DeviceRecord] = [] if isinstance(sampler, nullcontext) else sampler.records()
         one.devices = merge_records(one.devices + devices)
-        one.config["clocks_held"] = [hold.plain() for hold in holds]
-        one.flags += [flag for flag in clocks.clock_flags(holds, devices) if flag not in one.flags]
+        one.config["clocks_held"] = [lock.to_dict() for lock in locks]
+        one.flags += [flag for flag in clocks.clock_flags(locks, devices) if flag not in one.flags]
         one.roles = {}
         for device in one.devices:
             one.roles.setdefault(device.role or "host", []).append(device.id)

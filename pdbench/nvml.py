@@ -1,17 +1,16 @@
 """NVIDIA GPUs through NVML: the only file that imports pynvml. Units are converted here (mW, mJ, bytes -> W, J, MiB).
 
-Power is the instant field (186) with the 1 s average (185) beside it; the fine curve is the driver's sample buffer.
-Try: python -c "from pdbench.nvml import open_gpu; gpu = open_gpu(0, None); print(gpu.name, gpu.read(0.0), gpu.not_measured)"
+A GPU is named by its NVML index: the driver's order, which CUDA shares under CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import pynvml as nv
-
-from pdbench.power.reader import Reader
 
 _LOST = {
     nv.NVML_ERROR_GPU_IS_LOST,
@@ -19,7 +18,7 @@ _LOST = {
     nv.NVML_ERROR_UNINITIALIZED,
     nv.NVML_ERROR_DRIVER_NOT_LOADED,
 }
-_NEVER = {
+_UNSUPPORTED = {
     nv.NVML_ERROR_NOT_SUPPORTED,
     nv.NVML_ERROR_NO_PERMISSION,
     nv.NVML_ERROR_FUNCTION_NOT_FOUND,
@@ -37,7 +36,206 @@ _THROTTLE = {
     nv.nvmlClocksEventReasonDisplayClockSetting: "display_clock_setting",
 }
 _POWER_FIELDS = {"power_w": nv.NVML_FI_DEV_POWER_INSTANT, "power_average_w": nv.NVML_FI_DEV_POWER_AVERAGE}
-_MIG = "MIG is on: the board's meter is shared by its slices, and no slice has one of its own"
+_VALUE_MEMBERS = {
+    nv.NVML_VALUE_TYPE_DOUBLE: "dVal",
+    nv.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
+    nv.NVML_VALUE_TYPE_UNSIGNED_LONG: "ulVal",
+    nv.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal",
+    nv.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
+    nv.NVML_VALUE_TYPE_SIGNED_INT: "siVal",
+}
+_PCIE_LINKS = {
+    nv.NVML_TOPOLOGY_INTERNAL: "PIX",
+    nv.NVML_TOPOLOGY_SINGLE: "PIX",
+    nv.NVML_TOPOLOGY_MULTIPLE: "PXB",
+    nv.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
+    nv.NVML_TOPOLOGY_NODE: "NODE",
+    nv.NVML_TOPOLOGY_SYSTEM: "SYS",
+}
+
+
+class GpuError(Exception):
+    """NVML refused a call: the GPU is `lost`, the call is `unsupported` there (for good), or it `needs_root`."""
+
+    def __init__(self, error: Any) -> None:
+        self.index: int | None = None
+        self.lost, self.unsupported = error.value in _LOST, error.value in _UNSUPPORTED
+        self.needs_root = error.value == nv.NVML_ERROR_NO_PERMISSION
+        if error.value == nv.NVML_ERROR_LIBRARY_NOT_FOUND:
+            super().__init__("no NVIDIA driver here (libnvidia-ml.so.1 not found)")
+        else:
+            super().__init__("no permission: root may read it" if self.needs_root else str(error))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except nv.NVMLError as error:
+        raise GpuError(error) from None
+
+
+@contextmanager
+def _session() -> Iterator[None]:
+    with _errors():
+        nv.nvmlInit()
+        try:
+            yield
+        finally:
+            nv.nvmlShutdown()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of the inventory; its memory is None where the board does not report it (it shares the host's)."""
+
+    index: int
+    name: str
+    driver: str
+    memory_total_mib: float | None
+    memory_used_mib: float | None
+    uuid: str = ""
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """All GPUs of this host that answer; none without NVML."""
+    found = []
+    with suppress(GpuError), _session():
+        driver = nv.nvmlSystemGetDriverVersion()
+        for index in range(nv.nvmlDeviceGetCount()):
+            with suppress(nv.NVMLError):
+                handle = nv.nvmlDeviceGetHandleByIndex(index)
+                total_mib = used_mib = None
+                with suppress(nv.NVMLError):
+                    memory = nv.nvmlDeviceGetMemoryInfo(handle)
+                    total_mib, used_mib = float(memory.total // 2**20), float(memory.used // 2**20)
+                name, uuid = nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetUUID(handle)
+                found.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
+    return tuple(found)
+
+
+def gpu_count() -> int:
+    """How many GPUs NVML counts, lost ones included; 0 without it."""
+    with suppress(GpuError), _session():
+        return int(nv.nvmlDeviceGetCount())
+    return 0
+
+
+def links() -> dict[tuple[int, int], str]:
+    """(GPU, GPU) -> their link in the words of `nvidia-smi topo -m`: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
+    found = {}
+    with suppress(GpuError), _session():
+        handles = [nv.nvmlDeviceGetHandleByIndex(index) for index in range(nv.nvmlDeviceGetCount())]
+        buses = [nv.nvmlDeviceGetPciInfo(handle).busId for handle in handles]
+        ends = [_nvlink_ends(handle) for handle in handles]
+        for first, handle in enumerate(handles):
+            # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU.
+            switched = sum(end not in buses for end in ends[first])
+            for second, peer in enumerate(handles):
+                if first == second:
+                    continue
+                if count := ends[first].count(buses[second]) or (ends[second] and switched):
+                    found[first, second] = f"NV{count}"
+                else:
+                    with suppress(nv.NVMLError):
+                        found[first, second] = _PCIE_LINKS[nv.nvmlDeviceGetTopologyCommonAncestor(handle, peer)]
+    return found
+
+
+def _nvlink_ends(handle: Any) -> list[Any]:
+    """The PCI bus ids at the other ends of a GPU's active NVLinks."""
+    ends = []
+    with suppress(nv.NVMLError):
+        for link in range(nv.NVML_NVLINK_MAX_LINKS):
+            if nv.nvmlDeviceGetNvLinkState(handle, link):
+                ends.append(nv.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId)
+    return ends
+
+
+def gpus_of(processes: Iterable[int]) -> list[int]:
+    """The GPUs on which one of these processes, or of their descendants, computes; none where NVML does not say (it may know
+    a container's processes by other ids)."""
+    trees = set()
+    for pid in processes:
+        with suppress(psutil.Error):
+            trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    found = []
+    with suppress(GpuError), _session():
+        for index in range(nv.nvmlDeviceGetCount()):
+            with suppress(nv.NVMLError):
+                handle = nv.nvmlDeviceGetHandleByIndex(index)
+                if any(process.pid in trees for process in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
+                    found.append(index)
+    return found
+
+
+class OpenGpu:
+    """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices."""
+
+    def __init__(self, index: int) -> None:
+        self.mig = False
+        with _errors():
+            nv.nvmlInit()
+            try:
+                if index >= (count := int(nv.nvmlDeviceGetCount())):
+                    raise LookupError(f"the driver sees {count} GPUs, none of index {index}")
+                self._handle = nv.nvmlDeviceGetHandleByIndex(index)
+                self.name = str(nv.nvmlDeviceGetName(self._handle))
+            except BaseException:
+                nv.nvmlShutdown()
+                raise
+        with suppress(nv.NVMLError):
+            self.mig = bool(nv.nvmlDeviceGetMigMode(self._handle)[0])
+
+    def read(self, skip: Container[str]) -> dict[str, Any]:
+        """Field of DeviceSample -> value, or GpuError, without the fields in `skip`; it ends at a lost GPU."""
+        calls = dict(_READINGS)
+        if powers := tuple(field for field in _POWER_FIELDS if field not in skip):
+            calls = {powers: partial(_powers_w, powers)} | calls
+        elif not self.mig:  # a driver without those two fields has one power, an average
+            calls = {("plain_power",): lambda handle: (nv.nvmlDeviceGetPowerUsage(handle) / 1000,)} | calls
+        values: dict[str, Any] = {}
+        for fields, call in calls.items():
+            if fields[0] in skip:
+                continue
+            try:
+                values |= zip(fields, call(self._handle), strict=True)
+            except nv.NVMLError as error:
+                values |= dict.fromkeys(fields, GpuError(error))
+                if error.value in _LOST:
+                    break
+        if isinstance(values.get("plain_power"), float):
+            values["power_average_w"] = values.pop("plain_power")
+        return values
+
+    def energy_j(self) -> float:
+        """Joules since the driver was loaded; a call takes 2.4 ms on Hopper, and the counter moves every 100 ms."""
+        with _errors():
+            return float(nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+
+    def buffer(self, after_us: int) -> list[tuple[int, float]]:
+        """(unix us, watts) of the driver's own samples, of which it holds about 2.4 s."""
+        try:
+            kind, entries = nv.nvmlDeviceGetSamples(self._handle, nv.NVML_TOTAL_POWER_SAMPLES, after_us)
+        except nv.NVMLError as error:
+            if error.value == nv.NVML_ERROR_NOT_FOUND:
+                return []
+            raise GpuError(error) from None
+        samples = sorted((int(entry.timeStamp), _number(kind, entry.sampleValue) / 1000) for entry in entries)
+        return [sample for sample in samples if sample[0] > after_us]
+
+    def close(self) -> None:
+        nv.nvmlShutdown()
+
+
+def _powers_w(fields: Sequence[str], handle: Any) -> list[float | GpuError]:
+    """Both powers in one call."""
+    return [
+        _number(answer.valueType, answer.value) / 1000
+        if answer.nvmlReturn == nv.NVML_SUCCESS
+        else GpuError(nv.NVMLError(answer.nvmlReturn))
+        for answer in nv.nvmlDeviceGetFieldValues(handle, [_POWER_FIELDS[field] for field in fields])
+    ]
 
 
 def _utilization(handle: Any) -> tuple[float, float]:
@@ -50,234 +248,61 @@ def _throttle(handle: Any) -> tuple[list[str]]:
     return ([name for bit, name in _THROTTLE.items() if reasons & bit],)
 
 
-_CALLS: list[tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]] = [
-    (("sm_clock_mhz",), lambda handle: (float(nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_SM)),)),
-    (("memory_clock_mhz",), lambda handle: (float(nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_MEM)),)),
-    (("gpu_utilization_pct", "memory_utilization_pct"), _utilization),
-    (("temperature_c",), lambda handle: (float(nv.nvmlDeviceGetTemperature(handle, nv.NVML_TEMPERATURE_GPU)),)),
-    (("memory_used_mib",), lambda handle: (nv.nvmlDeviceGetMemoryInfo(handle).used / 2**20,)),
-    (("throttle",), _throttle),
-    (("power_limit_w",), lambda handle: (nv.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,)),
-]
-
-
-class GpuReader(Reader):
-    """One GPU, by its NVML index (the driver's order, which CUDA shares under CUDA_DEVICE_ORDER=PCI_BUS_ID)."""
-
-    def __init__(self, index: int, role: str | None) -> None:
-        super().__init__(f"gpu{index}", "gpu", f"GPU {index}", role=role, index=index)
-        self._open = False
-        self._seen_us = 0
-        self._failures: dict[str, int] = {}
-        try:
-            nv.nvmlInit()
-            self._open = True
-            if index >= (count := int(nv.nvmlDeviceGetCount())):
-                self.lose(f"the driver sees {count} GPUs, none of index {index}")
-                return
-            self._handle = nv.nvmlDeviceGetHandleByIndex(index)
-            self.name = nv.nvmlDeviceGetName(self._handle)
-        except nv.NVMLError as error:
-            self.lose(_reason(error))
-            return
-        if _mig(self._handle):
-            self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j"), _MIG)
-
-    def read(self, now_s: float) -> dict[str, Any]:
-        """The fast fields: one batched call for both powers, one call (about 2 us) for each of the others."""
-        values = self._powers()
-        for fields, call in _CALLS:
-            if not self.lost and fields[0] not in self.not_measured:
-                values |= zip(fields, self._attempt(fields, call) or (), strict=False)
-        return values
-
-    def counter_j(self) -> float | None:
-        """Joules since the driver was loaded; a call takes 2.4 ms on Hopper and moves every 100 ms."""
-        if self.lost or "energy_j" in self.not_measured:
-            return None
-        found = self._attempt(("energy_j",), lambda handle: (nv.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,))
-        return float(found[0]) if found else None
-
-    def buffer(self) -> list[tuple[float, float]]:
-        """The entries since the last call; the driver holds about 2.4 s of them."""
-        if self.lost or "power_w" in self.not_measured or "fine_power" in self.not_measured:
-            return []
-        try:
-            kind, found = nv.nvmlDeviceGetSamples(self._handle, nv.NVML_TOTAL_POWER_SAMPLES, self._seen_us)
-        except nv.NVMLError as error:
-            if error.value != nv.NVML_ERROR_NOT_FOUND:
-                self._note(("fine_power",), error)
-            return []
-        fresh = sorted((entry.timeStamp, _number(kind, entry.sampleValue)) for entry in found)
-        fresh = [(at, value) for at, value in fresh if at > self._seen_us]
-        self._seen_us = fresh[-1][0] if fresh else self._seen_us
-        return [(at / 1e6, value / 1000) for at, value in fresh]
-
-    def close(self) -> None:
-        """Give NVML back."""
-        if self._open:
-            self._open = False
-            nv.nvmlShutdown()
-
-    def _powers(self) -> dict[str, Any]:
-        wanted = [field for field in _POWER_FIELDS if field not in self.not_measured]
-        if self.lost or not wanted:
-            return self._plain_power()
-        answers = self._attempt(
-            tuple(wanted),
-            lambda handle: tuple(nv.nvmlDeviceGetFieldValues(handle, [_POWER_FIELDS[field] for field in wanted])),
-        )
-        values = {}
-        for field, answer in zip(wanted, answers or (), strict=False):
-            if answer.nvmlReturn == nv.NVML_SUCCESS:
-                values[field] = _number(answer.valueType, answer.value) / 1000
-            else:
-                self._note((field,), nv.NVMLError(answer.nvmlReturn))
-        return values
-
-    def _plain_power(self) -> dict[str, Any]:
-        """Drivers without the two fields have one power reading, an average; under MIG there is none to attribute."""
-        if self.lost or self.not_measured.get("power_w") == _MIG or "plain_power" in self.not_measured:
-            return {}
-        found = self._attempt(("plain_power",), lambda handle: (nv.nvmlDeviceGetPowerUsage(handle) / 1000,))
-        return {"power_average_w": found[0]} if found else {}
-
-    def _attempt(self, fields: tuple[str, ...], call: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...] | None:
-        try:
-            found = call(self._handle)
-        except nv.NVMLError as error:
-            self._note(fields, error)
-            return None
-        for field in fields:
-            self._failures.pop(field, None)
-        return found
-
-    def _note(self, fields: tuple[str, ...], error: Any) -> None:
-        """A lost GPU is lost, an unsupported field is never asked again, any other failure is one missing value."""
-        if error.value in _LOST:
-            self.lose(_reason(error))
-        for field in fields:
-            if error.value in _NEVER:
-                self.not_measured[field] = _reason(error)
-            elif error.value not in _LOST:
-                self._failures[field] = self._failures.get(field, 0) + 1
-                if self._failures[field] >= 10:
-                    self.not_measured[field] = f"given up after 10 failed reads in a row: {_reason(error)}"
-
-
-def open_gpu(index: int, role: str | None) -> GpuReader:
-    """The GPU of this NVML index; one that cannot be opened is a reader whose `not_measured` says why."""
-    return GpuReader(index, role)
-
-
-def gpu_count() -> int:
-    """How many GPUs NVML sees; 0 without NVML."""
-    try:
-        nv.nvmlInit()
-    except nv.NVMLError:
-        return 0
-    try:
-        return int(nv.nvmlDeviceGetCount())
-    finally:
-        nv.nvmlShutdown()
-
-
-def gpus_of(processes: Iterable[int]) -> list[int]:
-    """The GPUs on which one of these processes, or of those that they started, computes; none where NVML does not tell (in a
-    container it may know other ids)."""
-    trees = set()
-    for pid in processes:
-        with contextlib.suppress(psutil.Error):
-            trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
-    try:
-        nv.nvmlInit()
-    except nv.NVMLError:
-        return []
-    found = []
-    try:
-        for index in range(int(nv.nvmlDeviceGetCount())):
-            with contextlib.suppress(nv.NVMLError):
-                handle = nv.nvmlDeviceGetHandleByIndex(index)
-                if any(one.pid in trees for one in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
-                    found.append(index)
-    finally:
-        nv.nvmlShutdown()
-    return found
-
-
-def _mig(handle: Any) -> bool:
-    try:
-        return bool(nv.nvmlDeviceGetMigMode(handle)[0])
-    except nv.NVMLError:
-        return False
+# Fields of DeviceSample that one call each (about 2 us) gives.
+_READINGS: dict[tuple[str, ...], Callable[[Any], Iterable[Any]]] = {
+    ("sm_clock_mhz",): lambda handle: (float(nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_SM)),),
+    ("memory_clock_mhz",): lambda handle: (float(nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_MEM)),),
+    ("gpu_utilization_pct", "memory_utilization_pct"): _utilization,
+    ("temperature_c",): lambda handle: (float(nv.nvmlDeviceGetTemperature(handle, nv.NVML_TEMPERATURE_GPU)),),
+    ("memory_used_mib",): lambda handle: (nv.nvmlDeviceGetMemoryInfo(handle).used / 2**20,),
+    ("throttle",): _throttle,
+    ("power_limit_w",): lambda handle: (nv.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,),
+}
 
 
 def _number(kind: int, value: Any) -> float:
-    """The member of NVML's value union that `kind` names."""
-    names = {
-        nv.NVML_VALUE_TYPE_DOUBLE: "dVal",
-        nv.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
-        nv.NVML_VALUE_TYPE_UNSIGNED_LONG: "ulVal",
-        nv.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal",
-        nv.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
-        nv.NVML_VALUE_TYPE_SIGNED_INT: "siVal",
-    }
-    return float(getattr(value, names.get(kind, "uiVal")))
+    return float(getattr(value, _VALUE_MEMBERS.get(kind, "uiVal")))
 
 
-def _reason(error: Any) -> str:
-    if error.value == nv.NVML_ERROR_LIBRARY_NOT_FOUND:
-        return "no NVIDIA driver here (libnvidia-ml.so.1 not found)"
-    if error.value == nv.NVML_ERROR_NO_PERMISSION:
-        return "no permission: root may read it"
-    return str(error)
+@contextmanager
+def _gpu(index: int) -> Iterator[Any]:
+    """The handle of one GPU for one call. Raises GpuError, as do the functions below."""
+    try:
+        with _session():
+            yield nv.nvmlDeviceGetHandleByIndex(index)
+    except GpuError as error:
+        error.index = index
+        raise
 
 
 def lock_sm_clock(index: int, mhz: int) -> None:
-    """Hold the SM clock at `mhz` (the driver may clamp it: read it back). Raises GpuRefusedError."""
-    _order(index, lambda handle: nv.nvmlDeviceSetGpuLockedClocks(handle, mhz, mhz))
+    """The driver may clamp `mhz`: read it back."""
+    with _gpu(index) as gpu:
+        nv.nvmlDeviceSetGpuLockedClocks(gpu, mhz, mhz)
 
 
 def unlock_sm_clock(index: int) -> None:
-    """Let the SM clock go. Raises GpuRefusedError."""
-    _order(index, nv.nvmlDeviceResetGpuLockedClocks)
+    with _gpu(index) as gpu:
+        nv.nvmlDeviceResetGpuLockedClocks(gpu)
 
 
 def sm_clock_mhz(index: int) -> int:
-    """The SM clock now. Raises GpuRefusedError."""
-    return int(_order(index, lambda handle: nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_SM)))
+    with _gpu(index) as gpu:
+        return int(nv.nvmlDeviceGetClockInfo(gpu, nv.NVML_CLOCK_SM))
 
 
 def power_limit_w(index: int) -> float:
-    """The power limit that is set. Raises GpuRefusedError."""
-    return float(_order(index, nv.nvmlDeviceGetPowerManagementLimit)) / 1000
+    with _gpu(index) as gpu:
+        return float(nv.nvmlDeviceGetPowerManagementLimit(gpu)) / 1000
 
 
 def power_limit_range_w(index: int) -> tuple[float, float]:
-    """The lowest and highest power limit that the board takes. Raises GpuRefusedError."""
-    low, high = _order(index, nv.nvmlDeviceGetPowerManagementLimitConstraints)
-    return low / 1000, high / 1000
+    """The lowest and the highest limit that the board accepts."""
+    with _gpu(index) as gpu:
+        low, high = nv.nvmlDeviceGetPowerManagementLimitConstraints(gpu)
+        return low / 1000, high / 1000
 
 
 def set_power_limit(index: int, watts: float) -> None:
-    """Set the power limit. Raises GpuRefusedError."""
-    _order(index, lambda handle: nv.nvmlDeviceSetPowerManagementLimit(handle, round(1000 * watts)))
-
-
-class GpuRefusedError(Exception):
-    """NVML did not do what was asked; `needs_root` when it was for want of permission."""
-
-    def __init__(self, index: int, error: Any) -> None:
-        super().__init__(f"GPU {index}: {_reason(error)}")
-        self.needs_root = error.value == nv.NVML_ERROR_NO_PERMISSION
-
-
-def _order(index: int, call: Callable[[Any], Any]) -> Any:
-    try:
-        nv.nvmlInit()
-        try:
-            return call(nv.nvmlDeviceGetHandleByIndex(index))
-        finally:
-            nv.nvmlShutdown()
-    except nv.NVMLError as error:
-        raise GpuRefusedError(index, error) from None
+    with _gpu(index) as gpu:
+        nv.nvmlDeviceSetPowerManagementLimit(gpu, round(1000 * watts))

@@ -1,7 +1,7 @@
 """What runs on the nodes: one actor an instance, one agent a node (samples, events, clock), one actor a client process.
 
 Every actor holds a lease that the head's pulses renew. When they stay away, because the head died or was cut off, the actor ends
-itself; its server's guard then ends the server. What an actor has to tell waits in its outbox until the head has confirmed it, so
+itself; its server's supervisor then ends the server. What an actor has to tell waits in its outbox until the head has confirmed it, so
 that a short break loses nothing. Try: pytest tests/test_cluster_actors.py
 """
 
@@ -23,9 +23,9 @@ from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, parse
 from pdbench.load.clients import LocalClient
-from pdbench.power.devices import open_readers
+from pdbench.power.device import Reader
+from pdbench.power.host import open_readers
 from pdbench.power.idle import idle_before_start
-from pdbench.power.reader import Reader
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines
@@ -113,7 +113,7 @@ class Leased:
 
 
 class InstanceHost(Leased):
-    """One server of a deployment on its node. When this process is gone, by whatever way, the guard ends the server."""
+    """One server of a deployment on its node. When this process is gone, in whatever way, its supervisor ends the server."""
 
     threads = 2
 
@@ -242,18 +242,13 @@ class NodeAgent(Leased):
         return idle_before_start(gpus, seconds)
 
     def stop_sampler(self) -> None:
-        """Stop sampling and tell what is left, with the sampling's own statistics."""
+        """Stop sampling and tell what is left."""
         with self._taking:
             sampler, self._sampler = self._sampler, None
         if sampler is None:
             return
         sampler.__exit__()
-        rest = {device.id: device for device in sampler.take()}
-        whole = [msgspec.structs.replace(device, statistics={}) for device in sampler.records()]
-        for device in whole:
-            left = rest[device.id]
-            device.samples, device.fine_power, device.energy_ticks = left.samples, left.fine_power, left.energy_ticks
-        self._tell_batch(whole)
+        self._tell_batch(sampler.take())
 
     def gather(self) -> None:
         """One batch a pulse, if there is anything new."""

@@ -21,8 +21,8 @@ from pdbench.events import Event, move
 from pdbench.load import clients, plan
 from pdbench.load.clients import ClientResult, LoadResult, Message
 from pdbench.load.generator import OnProgress
-from pdbench.power.clocks import asked
-from pdbench.power.statistics import field_statistics, sampling_statistics
+from pdbench.power.clocks import requested_options
+from pdbench.power.sampler import merge_records
 from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving.deployment_info import DeploymentInfo
 
@@ -71,11 +71,12 @@ class ClusterSampler:
 
     def records(self) -> list[DeviceRecord]:
         """Every node's devices on the run's clock; call it after the `with` block."""
-        return [
-            _whole(pieces, self._mover(address), self._cluster.node(address))
-            for address, batches in self._batches.items()
-            for pieces in _by_device(batches).values()
-        ]
+        records = []
+        for address, batches in self._batches.items():
+            host = self._cluster.node(address).address
+            pieces = [msgspec.structs.replace(piece, host=host) for batch in batches for piece in batch.devices]
+            records += merge_records(pieces, self._mover(address))
+        return records
 
     def events(self) -> list[Event]:
         """The event logs' news, on the run's clock; call it after the `with` block."""
@@ -151,34 +152,10 @@ class ClusterSampler:
                     agent.hurry()
 
 
-def _by_device(batches: Sequence[Batch]) -> dict[str, list[DeviceRecord]]:
-    found: dict[str, list[DeviceRecord]] = {}
-    for batch in batches:
-        for device in batch.devices:
-            found.setdefault(device.id, []).append(device)
-    return found
-
-
-def _whole(pieces: list[DeviceRecord], move: Callable[[float], float], node: Node) -> DeviceRecord:
-    """One device's pieces as one record on the run's clock; the last piece carries the sampling's own figures, if it came."""
-    samples = [msgspec.structs.replace(one, t_s=move(one.t_s)) for piece in pieces for one in piece.samples]
-    fine = [(move(t), power) for piece in pieces for t, power in piece.fine_power]
-    last = pieces[-1]
-    return msgspec.structs.replace(
-        last,
-        host=node.address,
-        samples=samples,
-        fine_power=fine,
-        energy_ticks=[(move(t), energy) for piece in pieces for t, energy in piece.energy_ticks],
-        sampling=sampling_statistics(samples, fine) | last.sampling,
-        statistics=field_statistics(samples),
-    )
-
-
 def check(cluster: Cluster, load: LoadConfig, power: PowerConfig) -> None:
     """Raises UserError for what cannot be done there: clocks and power caps, which are set on this host alone, unknown nodes."""
     plan.check(_on_nodes(cluster, load))
-    for option in asked(power):
+    for option in requested_options(power):
         raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
 
 

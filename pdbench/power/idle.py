@@ -1,70 +1,94 @@
-"""What GPUs draw before anything runs on them: bare, and with an empty CUDA context. The third way, with the engine ready
-and no request, is `Sampler.idle("engine_ready", seconds)`.
+"""What GPUs draw before anything runs on them, and how warm they are before a trial.
 
-Try: python -m pdbench.power.idle 0
+Idle power comes in three kinds: bare, with an empty CUDA context (both here), and with the engine ready and no request
+(`Sampler.idle(ENGINE_READY, seconds)`).
 """
 
 import ctypes
 import os
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 
-from pdbench.power.devices import open_gpu
+from pdbench import supervisor
+from pdbench.power.device import Reader, open_gpu
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock
 
 BARE, CONTEXT, ENGINE_READY = "bare", "context", "engine_ready"
+WITHIN_C = 2.0
+"""A GPU counts as cool again this close to its first temperature: NVML's readings are whole degrees."""
 _SETTLE_S = 1.0
+_CLOSE_S = 20.0
 
 
 def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str, float | None]]:
-    """Device id -> mean watts over `seconds` each, bare and with a CUDA context; None where not measured.
-
-    The GPUs must be free. Merge it into the run's devices with `device.idle_power_w = found[device.id] | device.idle_power_w`.
-    """
+    """Device id -> mean watts over `seconds` each, bare and with a CUDA context; None where not measured. The GPUs must be free."""
     sampler = Sampler([open_gpu(index, None) for index in gpus], 0.1, Clock.start())
     with sampler:
         sampler.idle(BARE, seconds)
-        with _contexts(gpus) as held:
-            if held:
+        # A context cannot be undone in the process that created it: a child holds one on each GPU.
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        holder = supervisor.Child([sys.executable, "-m", "pdbench.power.idle", str(len(gpus))], visible)
+        try:
+            if holder.wait_ready() is None:
                 sampler.pause(_SETTLE_S)
                 sampler.idle(CONTEXT, seconds)
-    found = {record.id: record.idle_power_w for record in sampler.records()}
-    return {device: {kind: powers.get(kind) for kind in (BARE, CONTEXT)} for device, powers in found.items()}
-
-
-@contextmanager
-def _contexts(gpus: Sequence[int]) -> Iterator[bool]:
-    """A process of its own holds a CUDA context on each GPU: a context cannot be undone in the process that made it."""
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "pdbench.power.idle", "--hold", str(len(gpus))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | visible,
-    ) as child:
-        assert child.stdin and child.stdout
-        try:
-            yield child.stdout.readline() == b"ready\n"
         finally:
-            child.stdin.close()
+            holder.close(_CLOSE_S)
+    return {
+        record.id: {kind: record.idle_power_w.get(kind) for kind in (BARE, CONTEXT)} for record in sampler.records()
+    }
 
 
-def hold_contexts(count: int) -> None:
-    """Make a primary context on each of the first `count` visible GPUs and keep it until standard input ends."""
+class Cooldown:
+    """Remembers each GPU's temperature before its first trial and waits for it before the next ones, at most `limit_s` each, so
+    that the order of trials favours no deployment."""
+
+    def __init__(
+        self,
+        limit_s: float,
+        open_reader: Callable[[int, str | None], Reader] = open_gpu,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._limit_s, self._open, self._sleep = limit_s, open_reader, sleep
+        self._first_c: dict[int, float] = {}
+
+    def wait(self, gpus: Sequence[int]) -> dict[str, float]:
+        """GPU -> degrees Celsius at the start of the trial that begins next; a GPU without a thermometer is left out."""
+        readers = {index: self._open(index, None) for index in gpus}
+        try:
+            waited_s = 0.0
+            while True:
+                readings = {index: reader.read(time.monotonic()) for index, reader in readers.items()}
+                now_c = {
+                    index: float(values["temperature_c"])
+                    for index, values in readings.items()
+                    if "temperature_c" in values
+                }
+                for index, celsius in now_c.items():
+                    self._first_c.setdefault(index, celsius)
+                hot = [index for index, celsius in now_c.items() if celsius > self._first_c[index] + WITHIN_C]
+                if not hot or waited_s >= self._limit_s:
+                    return {f"gpu{index}": celsius for index, celsius in now_c.items()}
+                self._sleep(1.0)
+                waited_s += 1.0
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+
+def main() -> None:
+    """The child: a primary context on each of the first N visible GPUs, until the parent ends it."""
+    count, parent = int(sys.argv[1]), os.getppid()
     cuda = ctypes.CDLL("libcuda.so.1")
     context = ctypes.c_void_p()
     if cuda.cuInit(0) or any(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal) for ordinal in range(count)):
         sys.exit("no CUDA context could be made")
     print("ready", flush=True)
-    sys.stdin.read()
+    while supervisor.held_by_parent(parent):
+        pass
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--hold":
-        hold_contexts(int(sys.argv[2]))
-    else:
-        print(idle_before_start([int(index) for index in sys.argv[1:]], 3.0))
+    main()

@@ -1,7 +1,4 @@
-"""The sampler alone: a live table in the terminal, and everything read as JSON or CSV when it ends.
-
-Try: pdbench monitor --duration 10 --out power.json, then pdbench plot power.json
-"""
+"""`pdbench monitor`: the sampler alone, with a live table in the terminal, and all readings as JSON or CSV at its end."""
 
 import csv
 import io
@@ -16,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
-from pdbench.power.devices import open_host
-from pdbench.power.reader import Reader
+from pdbench.power.device import Reader
+from pdbench.power.host import open_host
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, save_devices, write_whole
 
@@ -41,7 +38,8 @@ def monitor(
 ) -> list[DeviceRecord]:
     """Watch the named GPUs (None: all), RAPL and the host's CPU for `duration_s` seconds or until Ctrl-C or SIGTERM.
 
-    `out` ends in .json (everything) or .csv (the samples). Raises UserError, before it begins, for another ending and where nothing can be written.
+    `out` ends in .json (everything) or .csv (the samples). Raises UserError, before it begins, for another suffix and where
+    nothing can be written.
     """
     if out is not None and out.suffix not in (".json", ".csv"):
         raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
@@ -73,24 +71,29 @@ def monitor(
 
 
 def as_csv(records: Sequence[DeviceRecord]) -> bytes:
-    """One line a sample, empty where not measured; throttle reasons with spaces between."""
+    """One line per sample, empty where not measured; throttle reasons with spaces between."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEAD)
     for record in records:
         for sample in record.samples:
-            cells = [getattr(sample, field) for field in DeviceSample.__struct_fields__]
-            writer.writerow([record.id, record.kind, record.name, *(_cell(value) for value in cells)])
+            cells: list[object] = [record.id, record.kind, record.name]
+            for field in DeviceSample.__struct_fields__:
+                value = getattr(sample, field)
+                value = round(value, 6) if isinstance(value, float) else value
+                cells.append(" ".join(value) if isinstance(value, list) else value)
+            writer.writerow(cells)
     return text.getvalue().encode()
 
 
 def summary_table(records: Sequence[DeviceRecord]) -> Table:
-    """A column a device: each field's mean and range, the counter's joules between two ticks, the achieved interval."""
-    table = _columns([record.id for record in records], "mean (min - max)")
+    """One column per device: each field's mean and range, the counter's joules, the achieved interval."""
+    table = _columns([record.id for record in records], "mean (min - max) over the whole record")
     for field, label in COLUMNS.items():
-        found = [record.statistics.get(field) for record in records]
-        if any(found):
-            table.add_row(label, *(f"{f['avg']:.0f} ({f['min']:.0f} - {f['max']:.0f})" if f else "-" for f in found))
+        statistics = [record.statistics.get(field) for record in records]
+        if any(statistics):
+            cells = (f"{s['avg']:.0f} ({s['min']:.0f} - {s['max']:.0f})" if s else "-" for s in statistics)
+            table.add_row(label, *cells)
     table.add_row("energy J", *map(_joules, records))
     for name, label in (
         ("p50_ms", "interval p50 ms"),
@@ -103,10 +106,10 @@ def summary_table(records: Sequence[DeviceRecord]) -> Table:
 
 
 def _joules(record: DeviceRecord) -> str:
-    ticks = record.energy_ticks or [(s.t_s, s.energy_j) for s in record.samples if s.energy_j is not None]
-    if len(ticks) < 2:
+    readings = record.energy_ticks or [(s.t_s, s.energy_j) for s in record.samples if s.energy_j is not None]
+    if len(readings) < 2:
         return "-"
-    (start_s, start_j), (end_s, end_j) = ticks[0], ticks[-1]
+    (start_s, start_j), (end_s, end_j) = readings[0], readings[-1]
     return f"{end_j - start_j:.0f} in {end_s - start_s:.1f} s"
 
 
@@ -122,18 +125,12 @@ def _live_table(latest: Sequence[tuple[Reader, DeviceSample | None]]) -> Table:
 
 
 def _columns(names: Sequence[str], title: str | None) -> Table:
-    """Fields go down and devices across: eight GPUs fit a terminal, twelve fields beside each other do not."""
+    # Fields go down and devices across: eight GPUs fit a terminal, twelve fields beside each other do not.
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
     return table
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return round(value, 6)
-    return " ".join(value) if isinstance(value, list) else value
 
 
 def _interrupt(*_: object) -> None:

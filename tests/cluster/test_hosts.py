@@ -151,7 +151,7 @@ def test_a_cut_of_five_seconds_heals_and_loses_nothing(hosts: Hosts, serving: su
 
 def test_prefill_is_started_again_and_its_kv_comes_anew(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     for process in hosts.all[0].processes():
-        if "api_server" in " ".join(process.cmdline()) and "guard.py" not in " ".join(process.cmdline()):
+        if "api_server" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):
             process.kill()
     wait_until(
         lambda: "prefill-0: ready again" in told(hosts, "serve") or serving.poll() is not None, "started again", 300

@@ -192,7 +192,7 @@ def test_sigkill_of_pdbench_leaves_no_server(tmp_path: Path) -> None:
     config = serve_config(tmp_path / "logs")
     command = [sys.executable, "-m", "pdbench", "serve", *flags(config)]
     serving = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment(tmp_path))
-    wait_until(lambda: len(left(tmp_path)) >= 6, 60)  # itself, three guards, three servers
+    wait_until(lambda: len(left(tmp_path)) >= 6, 60)  # itself, three supervisors, three servers
     serving.kill()
     serving.wait()
     wait_until(lambda: left(tmp_path) == [], 60)

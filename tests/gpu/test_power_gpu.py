@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdbench.analysis.energy import energy_over, power_curve
-from pdbench.power.devices import open_readers
+from pdbench.power.host import open_readers
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 

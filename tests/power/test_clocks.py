@@ -10,20 +10,20 @@ import pytest
 
 from pdbench.config import PowerConfig
 from pdbench.errors import UserError
-from pdbench.power.clocks import ClockHold, check, clock_flags
+from pdbench.power.clocks import ClockLock, check, clock_flags
 from pdbench.records import DeviceRecord, DeviceSample
 from tests.support.fake_nvml import build, child, environment
 
-READ = "from pdbench.power import nvml; print(nvml.sm_clock_mhz(0), nvml.power_limit_w(0), nvml.sm_clock_mhz(1))"
+READ = "from pdbench import nvml; print(nvml.sm_clock_mhz(0), nvml.power_limit_w(0), nvml.sm_clock_mhz(1))"
 FREE = "1980 700.0 1980"
 HOLD = """
 import sys, time
 from pdbench.config import PowerConfig
 from pdbench.errors import UserError
-from pdbench.power.clocks import held
+from pdbench.power.clocks import locked_clocks
 config = PowerConfig(prefill_clock=1200, prefill_power_cap=400, decode_clock=1950)
 try:
-    with held(config, {"prefill": [0], "decode": [1]}) as holds:
+    with locked_clocks(config, {"prefill": [0], "decode": [1]}) as holds:
         print(*[(hold.clock_mhz, hold.power_cap_w) for hold in holds], flush=True)
         {inside}
 except (UserError, ValueError) as error:
@@ -95,8 +95,8 @@ def test_a_power_cap_out_of_range_names_the_range(library: Path, settings: dict[
 
 
 def test_without_options_nothing_is_touched() -> None:
-    code = "from pdbench.config import PowerConfig; from pdbench.power.clocks import held\n"
-    code += "with held(PowerConfig(), {'prefill': [0]}) as holds: print(holds)"
+    code = "from pdbench.config import PowerConfig; from pdbench.power.clocks import locked_clocks\n"
+    code += "with locked_clocks(PowerConfig(), {'prefill': [0]}) as holds: print(holds)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -107,13 +107,15 @@ def test_what_could_never_be_set_is_refused_beforehand() -> None:
     check(PowerConfig(single_clock=900), [*used, {"replica": [0, 1]}])
     with pytest.raises(UserError, match="--prefill-clock 0 is no clock"):
         check(PowerConfig(prefill_clock=0), used)
-    with pytest.raises(UserError, match=r"--single-power-cap 300: no single server .* held by --decode-power-cap"):
+    with pytest.raises(
+        UserError, match=r"--single-power-cap 300: no single server .* --decode-power-cap sets the GPUs"
+    ):
         check(PowerConfig(single_power_cap=300), used)
 
 
 def test_a_clamp_is_flagged_at_once_and_when_it_shows_only_under_load() -> None:
-    one = ClockHold(
-        role="decode", index=1, asked_clock_mhz=1950, clock_mhz=1830, asked_power_cap_w=None, power_cap_w=None
+    one = ClockLock(
+        role="decode", index=1, requested_clock_mhz=1950, clock_mhz=1830, requested_power_cap_w=None, power_cap_w=None
     )
     device = DeviceRecord(
         id="gpu1",

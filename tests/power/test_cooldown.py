@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pdbench.power.cooldown import Cooldown
-from pdbench.power.reader import Reader
+from pdbench.power.device import Reader
+from pdbench.power.idle import Cooldown
 
 
 class Thermometer(Reader):

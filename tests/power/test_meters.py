@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.power.rapl import open_rapl
+from pdbench.power.host import open_rapl
 
 
 def zone(root: Path, name: str, label: str, energy_uj: int, top_uj: int = 1_000_000_000) -> Path:
@@ -73,7 +73,7 @@ def test_amd_gpu_through_amdsmi(tmp_path: Path) -> None:
     (tmp_path / "amdsmi.py").write_text(AMDSMI)
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
-from pdbench.power.devices import open_readers
+from pdbench.power.host import open_readers
 gpu, absent = open_readers({{"decode": [0, 1]}}, {{}})[:2]
 values = gpu.read(0.0)
 assert values == {{"power_w": 550.0, "energy_j": 30.6, "sm_clock_mhz": 2100.0, "memory_clock_mhz": 1300.0,

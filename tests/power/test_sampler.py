@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdbench.analysis.energy import energy_over, residual_flags
-from pdbench.power.devices import open_readers
+from pdbench.power.host import open_readers
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord
 from tests.support.fake_nvml import WAVES, build, child, exact_j, sampled, wave_text

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdbench import doctor
+from pdbench import doctor, nvml
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.http import get
@@ -74,9 +74,9 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path) -> None:
     wait_until(lambda: marked() == [])
 
 
-def test_sigkill_of_the_guard_ends_the_server(tmp_path: Path) -> None:
+def test_sigkill_of_the_supervisor_ends_the_server(tmp_path: Path) -> None:
     process = ServerProcess("one", ("sleep", "7001"), {}, "http://127.0.0.1:9", tmp_path / "one.log")
-    wait_until(lambda: len(marked()) >= 2)  # the guard's own command line names it, too
+    wait_until(lambda: len(marked()) >= 2)  # the supervisor's own command line names it, too
     os.kill(process.pid, signal.SIGKILL)
     wait_until(lambda: marked() == [])
     process.close()
@@ -121,12 +121,8 @@ def test_servers_that_another_process_owns_stay_known(tmp_path: Path) -> None:
     deployment_info.forget(tmp_path)
 
 
-def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        machine, "_nvidia_smi", lambda *_: "0, GB10, 580.95, [N/A], [N/A], GPU-a\n1, H200, 580.95, 143771, 4, GPU-b\n"
-    )
-    first, second = machine.gpus()
-    assert (first.name, first.memory_total_mib, second.memory_total_mib) == ("GB10", None, 143771.0)
+def test_gpu_without_reported_memory_is_a_gpu() -> None:
+    first, second = nvml.Gpu(0, "GB10", "580.95", None, None), nvml.Gpu(1, "H200", "580.95", 143771.0, 4.0)
     found = list(
         doctor._start(ServeConfig(), dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32)))
     )
@@ -178,8 +174,8 @@ def test_a_folder_of_logs_belongs_to_one_deployment(tmp_path: Path) -> None:
 def test_gpus_that_are_not_allotted_to_us_are_left_alone(
     visible: str | None, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = "".join(f"{index}, H200, 580, 143771, 4, GPU-{index}f00\n" for index in range(4))
-    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: rows)
+    gpus = tuple(nvml.Gpu(index, "H200", "580", 143771.0, 4.0, f"GPU-{index}f00") for index in range(4))
+    monkeypatch.setattr(nvml, "gpus", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -188,7 +184,7 @@ def test_gpus_that_are_not_allotted_to_us_are_left_alone(
 
 def test_doctor_minds_the_gpus_that_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "installed_version", lambda name: None)
-    gpus = tuple(machine.Gpu(index, "H200", "580", 1000.0, 900.0 if index in (1, 2) else 0.0) for index in range(3))
+    gpus = tuple(nvml.Gpu(index, "H200", "580", 1000.0, 900.0 if index in (1, 2) else 0.0) for index in range(3))
     here = machine.Machine(vllm=(0, 32, 0), vllm_text="0.32.0", gpus=gpus)
     states = {one.text[:5]: one.state for one in doctor._start(ServeConfig(), here)}
     assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]

@@ -7,8 +7,9 @@ import pytest
 
 from pdbench.config import Options, ServeConfig
 from pdbench.errors import UserError
+from pdbench.nvml import Gpu
 from pdbench.serving import vllm
-from pdbench.serving.machine import Gpu, Machine, version_numbers
+from pdbench.serving.machine import Machine, version_numbers
 
 
 def machine(version: str, gpus: int) -> Machine:

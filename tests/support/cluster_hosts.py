@@ -111,13 +111,13 @@ class Host:
         return found
 
     def servers(self) -> list[str]:
-        """Command lines of our servers, guards, proxies and actors here: what must not be left after a run."""
+        """Command lines of our servers, supervisors, proxies and actors here: what must not be left after a run."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
                 ours = (
-                    "guard.py",
+                    "supervisor.py",
                     "api_server",
                     "pdbench proxy",
                     "EngineCore",

@@ -1,0 +1,204 @@
+"""What the sampler reads: the base class of all devices, and GPUs of both makers.
+
+NVIDIA's instant power (field 186) is `power_w`, its 1 s average (field 185) `power_average_w`; the fine curve is the driver's
+own buffer. amdsmi comes with ROCm, not from us.
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pdbench import nvml
+
+_MIG = "MIG is on: the board's meter is shared by its slices, and no slice has one"
+
+
+class Reader:
+    """One device. `not_measured` maps a field of DeviceSample, or "device" for all of it, to the reason."""
+
+    def __init__(
+        self, device_id: str, kind: str, name: str, *, role: str | None = None, index: int | None = None
+    ) -> None:
+        self.id, self.kind, self.name, self.role, self.index = device_id, kind, name, role, index
+        self.not_measured: dict[str, str] = {}
+
+    @property
+    def lost(self) -> bool:
+        """Nothing of the device can be read any more (or ever could)."""
+        return "device" in self.not_measured
+
+    def mark_failed(self, reason: str) -> None:
+        """Give the device up for the rest of the run; other devices go on."""
+        self.not_measured |= dict.fromkeys(("device", "power_w", "energy_j"), reason)
+
+    def read(self, now_s: float) -> dict[str, Any]:
+        """Field of DeviceSample -> value, for what can be read quickly; `now_s` is the monotonic clock's reading."""
+        return {}
+
+    def counter_j(self) -> float | None:
+        """The energy counter in joules, where the device refreshes it at intervals of its own; None without one."""
+        return None
+
+    def buffer(self) -> list[tuple[float, float]]:
+        """New entries (unix seconds, watts) of a power buffer that the driver fills between reads."""
+        return []
+
+    def close(self) -> None:
+        """Release the device."""
+
+
+class GpuReader(Reader):
+    """One NVIDIA GPU by its NVML index; `not_measured` says why when it cannot be opened."""
+
+    def __init__(self, index: int, role: str | None) -> None:
+        super().__init__(f"gpu{index}", "gpu", f"GPU {index}", role=role, index=index)
+        self._buffer_us = 0
+        self._failures: Counter[str] = Counter()
+        try:
+            self._gpu: nvml.OpenGpu | None = nvml.OpenGpu(index)
+        except (nvml.GpuError, LookupError) as error:
+            self._gpu = None
+            self.mark_failed(str(error))
+            return
+        self.name = self._gpu.name
+        if self._gpu.mig:
+            self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j", "fine_power"), _MIG)
+
+    def read(self, now_s: float) -> dict[str, Any]:
+        answers = self._gpu.read(self.not_measured) if self._gpu and not self.lost else {}
+        for field, answer in answers.items():
+            if isinstance(answer, nvml.GpuError):
+                self._note(field, answer)
+            else:
+                self._failures.pop(field, None)
+        return {field: answer for field, answer in answers.items() if not isinstance(answer, nvml.GpuError)}
+
+    def counter_j(self) -> float | None:
+        if self._gpu is None or self.lost or "energy_j" in self.not_measured:
+            return None
+        try:
+            energy_j = self._gpu.energy_j()
+        except nvml.GpuError as error:
+            self._note("energy_j", error)
+            return None
+        self._failures.pop("energy_j", None)
+        return energy_j
+
+    def buffer(self) -> list[tuple[float, float]]:
+        if self._gpu is None or not self.not_measured.keys().isdisjoint(("device", "power_w", "fine_power")):
+            return []
+        try:
+            entries = self._gpu.buffer(self._buffer_us)
+        except nvml.GpuError as error:
+            self._note("fine_power", error)
+            return []
+        self._buffer_us = entries[-1][0] if entries else self._buffer_us
+        return [(at_us / 1e6, power_w) for at_us, power_w in entries]
+
+    def close(self) -> None:
+        if self._gpu:
+            self._gpu.close()
+            self._gpu = None
+
+    def _note(self, field: str, error: nvml.GpuError) -> None:
+        """An unsupported field is not read again, nor one that fails ten times in a row; else one value is missing."""
+        if error.lost:
+            self.mark_failed(str(error))
+        elif error.unsupported:
+            self.not_measured[field] = str(error)
+        else:
+            self._failures[field] += 1
+            if self._failures[field] >= 10:
+                self.not_measured[field] = f"given up after 10 failed reads in a row: {error}"
+
+
+class AmdReader(Reader):
+    """One AMD GPU by its amdsmi index. Instant power where the board gives it (MI300), else its average socket power."""
+
+    def __init__(self, index: int, role: str | None) -> None:
+        super().__init__(f"gpu{index}", "gpu", f"AMD GPU {index}", role=role, index=index)
+        smi = _amdsmi()
+        handles = smi.amdsmi_get_processor_handles() if smi else []
+        if index >= len(handles):
+            self.mark_failed(f"amdsmi sees {len(handles)} GPUs, none of index {index}")
+            return
+        gpu = handles[index]
+
+        def clock_mhz(kind: str) -> Any:
+            info = smi.amdsmi_get_clock_info(gpu, getattr(smi.AmdSmiClkType, kind))
+            return info.get("clk", info.get("cur_clk"))
+
+        def temperature_c() -> Any:
+            kind, metric = smi.AmdSmiTemperatureType.HOTSPOT, smi.AmdSmiTemperatureMetric.CURRENT
+            return smi.amdsmi_get_temp_metric(gpu, kind, metric)
+
+        def energy_j() -> Any:
+            count = smi.amdsmi_get_energy_count(gpu)
+            ticks = _number(count.get("energy_accumulator", count.get("power")))
+            return None if ticks is None else ticks * count["counter_resolution"] / 1e6
+
+        def memory_mib() -> Any:
+            used = _number(smi.amdsmi_get_gpu_memory_usage(gpu, smi.AmdSmiMemoryType.VRAM))
+            return None if used is None else used / 2**20
+
+        self._calls: dict[str, Callable[[], Any]] = {
+            "power_w": lambda: smi.amdsmi_get_power_info(gpu).get("current_socket_power"),
+            "power_average_w": lambda: smi.amdsmi_get_power_info(gpu).get("average_socket_power"),
+            "energy_j": energy_j,
+            "sm_clock_mhz": lambda: clock_mhz("GFX"),
+            "memory_clock_mhz": lambda: clock_mhz("MEM"),
+            "gpu_utilization_pct": lambda: smi.amdsmi_get_gpu_activity(gpu).get("gfx_activity"),
+            "memory_utilization_pct": lambda: smi.amdsmi_get_gpu_activity(gpu).get("umc_activity"),
+            "temperature_c": temperature_c,
+            "memory_used_mib": memory_mib,
+        }
+        self.not_measured["throttle"] = "amdsmi gives no reasons for its clocks"
+        self.not_measured["fine_power"] = "amdsmi has no buffer of samples"
+
+    def read(self, now_s: float) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for field, call in () if self.lost else self._calls.items():
+            if field in self.not_measured:
+                continue
+            try:
+                value = _number(call())
+            except Exception as error:
+                self.not_measured[field] = f"amdsmi: {error}"
+                continue
+            if value is None:
+                self.not_measured[field] = "amdsmi: the board does not give it"
+            else:
+                values[field] = value
+        return values
+
+
+def _amdsmi() -> Any:
+    """amdsmi, initialised; None where it is not installed or finds no driver (it raises many kinds of error then)."""
+    try:
+        library: Any = importlib.import_module("amdsmi")
+        library.amdsmi_init()
+    except Exception:
+        return None
+    return library
+
+
+def _number(value: Any) -> float | None:
+    """amdsmi writes "N/A", or a type's largest number, for what a board does not give."""
+    return float(value) if isinstance(value, (int, float)) and value not in (0xFFFF, 0xFFFFFFFF, 2**64 - 1) else None
+
+
+def _amd_count() -> int:
+    library = _amdsmi()
+    return len(library.amdsmi_get_processor_handles()) if library else 0
+
+
+def open_gpu(index: int, role: str | None) -> Reader:
+    """One GPU of either maker; where neither library finds it, NVML's reason stands."""
+    gpu = GpuReader(index, role)
+    return AmdReader(index, role) if gpu.lost and _amd_count() else gpu
+
+
+def gpu_indices() -> range:
+    """The GPUs of this host, of either maker."""
+    return range(nvml.gpu_count() or _amd_count())
