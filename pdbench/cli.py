@@ -27,6 +27,7 @@ from pdbench.config import (
     PowerConfig,
     ProxyConfig,
     ServeConfig,
+    ServerConfig,
 )
 from pdbench.errors import UserError
 
@@ -126,7 +127,9 @@ def bench(
     url: str = "http://127.0.0.1:8000",
     trials: Count[int] = 1,
     out: Path = Path(),
-    options: Options = DEFAULTS,
+    server: ServerConfig | None = None,
+    load: LoadConfig | None = None,
+    power: PowerConfig | None = None,
     cluster: ClusterConfig | None = None,
 ) -> None:
     """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
@@ -143,6 +146,8 @@ def bench(
     from pdbench import experiment, judge
     from pdbench.serving.deployment import stop_on_signals
 
+    served = ServeConfig(**asdict(server or ServerConfig()))
+    options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
     with stop_on_signals(), joined_cluster(cluster) as joined:
         folder = experiment.bench(
             url,

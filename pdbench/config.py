@@ -77,11 +77,23 @@ Limits = Annotated[T, Parameter(group=_LIMITS)]
 
 @Parameter(name="*", group=_DEPLOYMENT)
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """What runs: the model, the instances of each role, their devices, ports and vLLM options."""
+class ServerConfig:
+    """What a client must know of servers, whoever started them."""
 
     model: Model[str | None] = None
-    """Model folder or hub name; default: deepseek-ai/DeepSeek-V2-Lite on GPUs, a tiny model made on the spot without."""
+    """Model folder or hub name; default: with bench what the server offers, else deepseek-ai/DeepSeek-V2-Lite on GPUs and a tiny
+    model made on the spot without."""
+    single_gpus: Indices = ()
+    """GPU indices of the single instance; default: the first GPUs. With bench: the GPUs of a server that pdbench did not start."""
+    log_dir: str = "logs"
+    """Folder of the servers' logs."""
+
+
+@Parameter(name="*", group=_DEPLOYMENT)
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ServerConfig):
+    """What runs: the model, the instances of each role, their devices, ports and vLLM options."""
+
     max_model_len: Model[Count[int]] = 512
     """Longest prompt and output together, in tokens."""
     gpu_memory_utilization: Model[Share[float]] = 0.8
@@ -110,12 +122,8 @@ class ServeConfig:
     """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
     """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D."""
-    single_gpus: Indices = ()
-    """GPU indices of the single instance; default: the first GPUs. With bench: the GPUs of a server that pdbench did not start."""
     start_timeout_s: Positive[float] = 600.0
     """How long the servers may take until all are healthy."""
-    log_dir: str = "logs"
-    """Folder of the servers' logs."""
     host: Network[str] = "127.0.0.1"
     """Address on which servers and proxy listen."""
     single_port: Network[Port[int]] = 8000
