@@ -12,7 +12,7 @@ from pdbench import cli, sweep
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.report import sweep_figures
-from tests.support.scripted_server import ScriptedServer, stream, tokens
+from tests.support.servers import ScriptedServer, stream, tokens
 
 OPTIONS = Options()
 CONSOLE = Console(quiet=True)

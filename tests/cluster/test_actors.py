@@ -16,7 +16,7 @@ from pdbench.load.clients import Final, Partial, Ready
 from pdbench.power.sampler import merge_records
 from pdbench.records import Clock
 from tests.support.cluster_hosts import wait_until
-from tests.support.scripted_server import ScriptedServer, stream, tokens
+from tests.support.servers import ScriptedServer, stream, tokens
 
 LEASE_S = 86400.0
 """An agent made here lives in the process of the tests, and a lease that runs out ends its process."""

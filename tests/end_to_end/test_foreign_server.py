@@ -16,7 +16,7 @@ from pdbench.http import offered_model
 from pdbench.records import Run, load_run
 from pdbench.serving import machine
 from tests.support.fake_nvml import build, child, environment
-from tests.support.scripted_server import Peer, ScriptedServer, refusal, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 ROOT = Path(__file__).parents[2]
 TREE = """

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pdbench.load.answer import Answer
 from pdbench.load.sse import EventReader
 from pdbench.records import RequestRecord
-from tests.support.scripted_server import SSE_HEAD, chunk, event, token, usage
+from tests.support.servers import SSE_HEAD, chunk, event, token, usage
 
 PAYLOADS = [token("h\u00e9llo \u4e16\u754c \U0001f600", [1, 2]), token("", [3]), token("!", [4], "stop"), usage(7, 4)]
 WHOLE = SSE_HEAD + b"".join(chunk(event(payload)) for payload in PAYLOADS) + chunk(event(b"[DONE]")) + chunk(b"")

@@ -14,7 +14,7 @@ from pdbench.errors import UserError
 from pdbench.load import stamps, waiting
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
-from tests.support.scripted_server import (
+from tests.support.servers import (
     SSE_HEAD,
     Peer,
     ScriptedServer,
@@ -222,7 +222,7 @@ def test_one_connection_serves_many_requests_and_survives_being_closed_between_t
 
 
 def test_ipv6_and_localhost():
-    with ScriptedServer(stream(tokens(2)), family=socket.AF_INET6) as server:
+    with ScriptedServer(stream(tokens(2)), host="::1") as server:
         assert fetch(server.url, BODY).error is None
     with ScriptedServer(stream(tokens(2))) as server:
         assert fetch(server.url.replace("127.0.0.1", "localhost"), BODY).error is None

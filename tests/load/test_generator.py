@@ -16,7 +16,7 @@ from pdbench.load import self_check
 from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.generator import ClientResult, steady_since
 from pdbench.records import Clock, RequestError, RequestRecord
-from tests.support.scripted_server import Peer, ScriptedServer, refusal, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 
 def load(server: ScriptedServer, **options) -> LoadResult:

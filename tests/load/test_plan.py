@@ -21,7 +21,7 @@ from pdbench.load.clients import run_load
 from pdbench.load.tokenizer import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
 from pdbench.records import Clock, RequestRecord
-from tests.support.scripted_server import ScriptedServer, stream, tokens
+from tests.support.servers import ScriptedServer, stream, tokens
 
 
 @pytest.fixture(scope="module")

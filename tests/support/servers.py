@@ -1,9 +1,7 @@
-"""A scripted HTTP server on real sockets: each connection's requests are answered by a function that writes raw bytes.
-
-Try: pytest tests/test_load_client.py
-"""
+"""The scripted OpenAI server: real sockets, a script per request that writes raw bytes, and the payloads that vLLM sends."""
 
 import json
+import select
 import socket
 import ssl
 import struct
@@ -15,12 +13,13 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r
 
 
 class Peer:
-    """One connection as a script sees it: `write`, `sleep`, `close`, `reset`; `request` is the head and body received."""
+    """One request as a script sees it, and its connection. `fields` are the headers, names in lower case."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.head = b""
-        self.body = b""
+        self.head = self.body = b""
+        self.method = self.path = ""
+        self.fields: dict[str, str] = {}
 
     def read_request(self) -> bool:
         """The next request; False when the client has gone."""
@@ -31,8 +30,9 @@ class Peer:
                 return False
             data += piece
         self.head, _, body = data.partition(b"\r\n\r\n")
-        fields = dict(line.split(b": ", 1) for line in self.head.split(b"\r\n")[1:])
-        self.fields = {name.lower().decode(): value.decode() for name, value in fields.items()}
+        first, *fields = self.head.decode("latin-1").split("\r\n")
+        self.method, self.path, _ = first.split(" ", 2)
+        self.fields = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         length = int(self.fields.get("content-length", 0))
         pieces, size = [body], len(body)
         while size < length:
@@ -51,6 +51,18 @@ class Peer:
             if pause_s:
                 time.sleep(pause_s)
 
+    def respond(self, document: object, status: bytes = b"200 OK") -> None:
+        """A whole JSON response."""
+        body = json.dumps(document).encode()
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+        self.write(head + body)
+
+    def sleep(self, seconds: float) -> None:
+        """Raises ConnectionAbortedError as soon as the client closes the connection."""
+        readable, _, _ = select.select([self.sock], [], [], seconds)
+        if readable and not self.sock.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError("the client has gone")
+
     def reset(self) -> None:
         """Close with RST: what a killed process leaves."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -58,19 +70,23 @@ class Peer:
 
 
 class ScriptedServer:
-    """Listens on a free port until `close`; `answer(peer)` is called for every request and returns True to keep the connection."""
+    """Listens until the `with` block ends; `answer(peer)` is called for every request and returns True to keep the connection."""
 
     def __init__(
-        self, answer: Callable[[Peer], object], *, family=socket.AF_INET, tls: ssl.SSLContext | None = None
+        self,
+        answer: Callable[[Peer], object],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.answer, self.tls = answer, tls
         self.requests: list[Peer] = []
         self.connections = 0
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        self._listener.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
-        self._listener.listen(512)
-        host = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
-        self.url = f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=512)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
@@ -81,6 +97,9 @@ class ScriptedServer:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join()  # else it might accept on the descriptor's next owner: another server's connections
         self._listener.close()
+
+    def serve_forever(self) -> None:
+        self._accepting.join()
 
     def _accept(self) -> None:
         while True:
@@ -149,20 +168,36 @@ def stream(payloads: Sequence[dict | bytes], *, pause_s: float = 0.0, done: bool
 
 
 def refusal(status: bytes, message: str) -> Callable[[Peer], bool]:
-    """A whole error in the OpenAI form with this status ("400 Bad Request"); the connection is kept, as vLLM keeps it."""
-    body = json.dumps({"error": {"message": message}}).encode()
+    """An error in the OpenAI form with this status ("400 Bad Request"); the connection is kept, as vLLM keeps it."""
 
     def answer(peer: Peer) -> bool:
-        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
-        peer.write(head + body)
+        peer.respond({"error": {"message": message}}, status)
         return True
 
     return answer
 
 
 def tokens(count: int, **more: object) -> list[dict]:
-    """`count` tokens, one a chunk, the last one finishing, then usage."""
+    """`count` tokens, one per chunk, the last one finishing, then usage."""
     return [
         *(token(f"t{i} ", [i], "length" if i == count - 1 else None) for i in range(count)),
         usage(5, count, **more),
     ]
+
+
+def completions(pause_s: float = 0.0) -> Callable[[Peer], bool]:
+    """Answers as vLLM does: health, models, and completions of the asked length, whole or as a stream."""
+
+    def answer(peer: Peer) -> bool:
+        if peer.method == "GET":
+            peer.respond({"object": "list", "data": [{"id": "m", "object": "model"}]})
+            return True
+        body = peer.json
+        payloads = tokens(body["max_tokens"])
+        if body.get("stream"):
+            return stream(payloads, pause_s=pause_s)(peer)
+        text = "".join(choice["text"] for payload in payloads for choice in payload["choices"])
+        peer.respond({"choices": [{"index": 0, "text": text}], "usage": payloads[-1]["usage"]})
+        return True
+
+    return answer
