@@ -363,7 +363,7 @@ class ProxyConfig:
     idle_timeout_s: Limits[Positive[float]] = 75.0
     """Seconds a client may stay silent between requests, or unable to take its answer's bytes."""
     request_timeout_s: Limits[Positive[float]] = 30.0
-    """Seconds a client may pause within a request that it sends."""
+    """Seconds in which a whole request, head and body, must arrive."""
     drain_timeout_s: Limits[NotNegative[float]] = 30.0
     """Seconds that requests in flight get to end after SIGTERM."""
 

@@ -1,1 +1,1 @@
-"""One request's way through prefill and decode: docs/proxy.md."""
+"""The proxy in front of prefill and decode instances: docs/proxy.md."""

@@ -1,11 +1,10 @@
-"""Starting the proxy: the shared table of instances, the port, the workers, and their end.
-
-Try: pdbench proxy --workers 2 --port 8000 --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
-"""
+"""The proxy's processes: options, the port, one worker or several, and their end."""
 
 import asyncio
+import gc
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,16 +12,25 @@ import socket
 import sys
 import tempfile
 import time
+from functools import partial
+from math import ceil
 
 import uvloop
 
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
+from pdbench.proxy import routes
+from pdbench.proxy.client import ClientConnection, Limits
+from pdbench.proxy.handler import Admission, ProxyContext
 from pdbench.proxy.instances import InstanceTable, parse_address
-from pdbench.proxy.worker import Worker
+from pdbench.proxy.kv_protocols import PROTOCOLS
+from pdbench.proxy.messages import ClientRequest, RequestError
+from pdbench.proxy.telemetry import EventLog, Metrics
+from pdbench.proxy.upstream import ConnectionPool, watch_health
 
 log = logging.getLogger("pdbench.proxy")
-ENDING = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 
 
 def serve(config: ProxyConfig) -> None:
@@ -37,25 +45,26 @@ def serve(config: ProxyConfig) -> None:
     if not 1 <= config.workers <= 256:
         raise UserError(f"--workers {config.workers} is not between 1 and 256")
     table = InstanceTable(config.workers)
-    for index, (role, url) in enumerate(
-        [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
-    ):
+    roles = [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
+    for index, (role, url) in enumerate(roles):
         table.add(role, parse_address(url, config.kv_port + index))
+    event_log = EventLog(config.event_log)
     # A stream takes up to three descriptors; the usual soft limit of 1,024 would end at 300 streams.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     listeners = _listen(config)
     host, port = listeners[0].getsockname()[:2]
-    where = f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}"
+    text = f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}"
     if config.workers == 1:
-        print(where, flush=True)
-        _work(config, table, listeners[0], None)
+        print(text, flush=True)
+        uvloop.run(Worker(config, table, event_log, None).run(listeners[0]))
     else:
-        _supervise(config, table, listeners, where)
+        _supervise(config, table, event_log, listeners, text)
 
 
 def _listen(config: ProxyConfig) -> list[socket.socket]:
-    """One listening socket a worker, all on one port; made here, so that a dead worker's clients wait for its heir."""
+    """One listening socket per worker, all on one port."""
+    # They belong to the parent: the connections in a dead worker's backlog wait for its replacement.
     listeners: list[socket.socket] = []
     port = config.port
     try:
@@ -76,17 +85,10 @@ def _listen(config: ProxyConfig) -> list[socket.socket]:
     return listeners
 
 
-def _work(config: ProxyConfig, table: InstanceTable, listener: socket.socket, metrics_folder: str | None) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(config, table, listener, metrics_folder))
-
-
-async def _run(config: ProxyConfig, table: InstanceTable, listener: socket.socket, metrics_folder: str | None) -> None:
-    await Worker(config, table, metrics_folder).run(listener)
-
-
-def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket.socket], where: str) -> None:
-    """Fork the workers and start one anew that dies; pass the first signal on, and wait for all. Prints `where` when it is heard."""
+def _supervise(
+    config: ProxyConfig, table: InstanceTable, event_log: EventLog, listeners: list[socket.socket], text: str
+) -> None:
+    """Fork workers, replace one that dies, forward signals, wait for all. Prints `text` once signals are handled."""
     stopping = False
     workers: dict[int, int] = {}
 
@@ -97,31 +99,31 @@ def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket
             os.kill(process_id, number)
 
     def fork(index: int) -> None:
-        """A worker, unless the end has come: the signal for it finds a worker in the table, or not begun."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        # With the signals blocked, `stop` finds the new worker in `workers`, or it is not forked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         process_id = None if stopping else os.fork()
         if process_id == 0:
-            for number in ENDING:
-                signal.signal(number, signal.SIG_DFL)  # until the worker has handlers of its own
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)  # until the worker has its own handlers
         elif process_id is not None:
             workers[process_id] = index
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if process_id != 0:
             return
         table.worker = index
         code = 1
         try:
-            _work(config, table, listeners[index], metrics_folder)
+            uvloop.run(Worker(config, table, event_log, metrics_dir).run(listeners[index]))
             code = 0
         except BaseException:
             log.exception("worker %d failed", index)
         finally:
             os._exit(code)
 
-    for number in ENDING:
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
-    print(where, flush=True)
-    metrics_folder = tempfile.mkdtemp(prefix="pdbench-proxy-")
+    print(text, flush=True)
+    metrics_dir = tempfile.mkdtemp(prefix="pdbench-proxy-")
     try:
         for index in range(config.workers):
             fork(index)
@@ -129,9 +131,101 @@ def _supervise(config: ProxyConfig, table: InstanceTable, listeners: list[socket
             process_id, status = os.wait()
             index = workers.pop(process_id)
             if not stopping:
-                log.error("worker %d ended (%s): starting it anew", index, os.waitstatus_to_exitcode(status))
+                log.error("worker %d ended (%s): restarting it", index, os.waitstatus_to_exitcode(status))
                 table.forget_worker(index)
                 time.sleep(0.2)
                 fork(index)
     finally:
-        shutil.rmtree(metrics_folder, ignore_errors=True)
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+
+
+def _key(name: str) -> bytes | None:
+    # Keys are never options: a process list shows options.
+    return os.environ.get(name, "").encode() or None
+
+
+class Worker:
+    """One process of the proxy, on one listening socket."""
+
+    def __init__(self, config: ProxyConfig, table: InstanceTable, event_log: EventLog, metrics_dir: str | None) -> None:
+        upstream_key = _key("PDBENCH_UPSTREAM_API_KEY")
+        workers = table.workers
+        self._clients: set[ClientConnection] = set()
+        self._context = ProxyContext(
+            config=config,
+            protocol=PROTOCOLS[config.connector],
+            table=table,
+            pool=ConnectionPool(table, config),
+            admission=Admission(
+                ceil(config.max_in_flight / workers), ceil(config.queue_size / workers), config.queue_timeout_s
+            ),
+            event_log=event_log,
+            metrics=Metrics(table, metrics_dir),
+            api_key=_key("PDBENCH_PROXY_API_KEY"),
+            admin_key=_key("PDBENCH_PROXY_ADMIN_KEY"),
+            upstream_key=b"Bearer " + upstream_key if upstream_key else None,
+        )
+        self._limits = Limits(
+            connections=ceil(config.max_connections / workers),
+            head_bytes=int(config.max_header_kib * 2**10),
+            body_bytes=int(config.max_body_mib * 2**20),
+            idle_s=config.idle_timeout_s,
+            request_s=config.request_timeout_s,
+        )
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until SIGTERM or SIGINT; requests in flight then get the drain timeout, or until a second signal."""
+        loop = asyncio.get_running_loop()
+        stop, stop_now = asyncio.Event(), asyncio.Event()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
+        background = [asyncio.create_task(self._tick())]
+        if self._context.table.worker == 0:
+            background.append(asyncio.create_task(watch_health(self._context.pool)))
+        connection = partial(ClientConnection, self._handle, routes.methods_of, self._clients, self._limits)
+        server = await loop.create_server(connection, sock=listener, backlog=4096)
+        gc.collect()
+        gc.freeze()
+        await stop.wait()
+        server.close()
+        await self._drain(stop_now)
+        for task in background:
+            task.cancel()
+        self._context.pool.close()
+
+    async def _handle(self, request: ClientRequest, client: ClientConnection) -> None:
+        if not _REQUEST_ID.fullmatch(request.request_id):
+            request.request_id = os.urandom(16).hex().encode()
+        try:
+            await routes.serve(self._context, request, client)
+        except RequestError as error:
+            client.refuse(error)
+
+    async def _tick(self) -> None:
+        config = self._context.config
+        limits_s = (config.prefill_timeout_s, config.decode_timeout_s, config.idle_timeout_s, config.request_timeout_s)
+        tick_s = min(1.0, min(limits_s) / 4)
+        while True:
+            await asyncio.sleep(tick_s)
+            self._context.pool.tick(tick_s)
+            for client in list(self._clients):
+                client.tick(tick_s)
+
+    async def _drain(self, stop_now: asyncio.Event) -> None:
+        self._context.draining = True
+        admission = self._context.admission
+        before = admission.in_flight + admission.waiting
+        for client in list(self._clients):
+            client.last_request = True
+            if not client.busy:
+                client.transport.close()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._context.config.drain_timeout_s
+        while any(client.busy for client in self._clients) and not stop_now.is_set() and loop.time() <= end_s:
+            await asyncio.sleep(0.02)
+        cut_off = admission.in_flight + admission.waiting
+        for client in list(self._clients):
+            client.transport.abort()
+        await asyncio.sleep(0.05)  # the aborted requests are logged
+        text = "stopped: %d requests were in flight, %d of them ended, %d were cut off"
+        log.info(text, before, before - cut_off, cut_off)

@@ -1,25 +1,22 @@
-"""Passing decode's events on to a client, whole events only, so that an error can always be said after the last one.
-
-Try: curl -N http://127.0.0.1:8000/v1/completions -d '{"model": "M", "prompt": "Hi", "stream": true}'
-"""
+"""Passing decode's events on to a client: whole events only, so that an error event can always follow the last one."""
 
 from collections.abc import Callable
 
-from pdbench.proxy import wire
 from pdbench.proxy.client import ClientConnection
-from pdbench.proxy.upstream import Leg
+from pdbench.proxy.messages import Headers, RequestError
+from pdbench.proxy.upstream import UpstreamRequest
 
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
-HELD_LIMIT_BYTES = 16 * 2**20
+MAX_HELD_BYTES = 16 * 2**20
 
 
 class EventStream:
-    """One streamed answer on its way from a decode leg to the client; `edit` may change whole events of the leg."""
+    """The streamed answer to a client, made of decode's events; `edit` may change them, whole ones at a time."""
 
     def __init__(
-        self, client: ClientConnection, headers: wire.Headers, edit: Callable[[bytes], bytes] | None = None
+        self, client: ClientConnection, headers: Headers, edit: Callable[[bytes], bytes] | None = None
     ) -> None:
-        self._leg: Leg | None = None
+        self._decode: UpstreamRequest | None = None
         self._held = b""
         self._last = b""
         self._client = client
@@ -29,26 +26,27 @@ class EventStream:
         self._write = client.transport.write
 
     def open(self, event: bytes) -> None:
-        """Write the head and a first event that does not come from the leg."""
+        """Write the head and a first event that does not come from decode."""
         self._write(self._head + self._frame(event))
         self._head = b""
 
-    def follow(self, leg: Leg) -> None:
-        """Pass on what the leg has and what it will get."""
-        self._leg = leg
-        first = self._whole_events(leg.body)
-        leg.chunks = []
+    def follow(self, decode: UpstreamRequest) -> None:
+        """Pass on the part of decode's body that is there, and the rest as it arrives."""
+        self._decode = decode
+        first = self._whole_events(decode.body)
+        decode.chunks = []
         if first and self._edit is not None:
             first = self._edit(first)
         self._last = first
         if self._head or first:
             self._write(self._head + self._frame(first) if first else self._head)
         self._head = b""
-        leg.take = self.pass_on
-        self._client.on_pause, self._client.on_leave = leg.pause, leg.abort
+        decode.consume = self.pass_on
+        self._client.on_pause, self._client.on_leave = decode.pause, decode.end
 
     def pass_on(self, body: bytes) -> None:
-        """One piece of decode's body: nearly always whole events, then one write and no more."""
+        """Pass on a piece of decode's body."""
+        # Nearly every piece is whole events: then this is one write and nothing else.
         if self._held or not body.endswith(_EVENT_ENDS):
             body = self._whole_events(body)
             if not body:
@@ -59,21 +57,21 @@ class EventStream:
         self._write(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
 
     def close(self) -> str | None:
-        """End the client's stream once the leg has ended; returns what went wrong, which the client was told, or None."""
-        assert self._leg is not None
-        error = self._leg.error
+        """End the client's stream after decode has ended; returns what failed, which the client was sent, or None."""
+        assert self._decode is not None
+        error = self._decode.error
         if error is None and not self._last.rstrip().endswith(b"[DONE]"):
             error = "decode ended the stream without [DONE]"
         if error is None:
             self._client.end_stream(self._held)
         else:
-            self.fail(504 if self._leg.timed_out else 502, f"decode failed mid-stream: {error}", "decode")
+            status = 504 if self._decode.timed_out else 502
+            self.fail(RequestError(status, f"decode failed mid-stream: {error}", stage="decode"))
         return error
 
-    def fail(self, status: int, message: str, stage: str | None) -> None:
+    def fail(self, error: RequestError) -> None:
         """End the client's stream with an error event."""
-        event = wire.error_body(status, message, stage=stage)
-        self._client.end_stream(b"data: %b\n\n" % event, close=True)
+        self._client.end_stream(b"data: %b\n\n" % error.body, close=True)
 
     def _frame(self, body: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body
@@ -82,7 +80,7 @@ class EventStream:
         body = self._held + body
         cut = max(body.rfind(end) + len(end) if end in body else 0 for end in _EVENT_ENDS)
         self._held = body[cut:]
-        if len(self._held) > HELD_LIMIT_BYTES:
-            assert self._leg is not None
-            self._leg.abort(f"one event is larger than {HELD_LIMIT_BYTES} bytes")
+        if len(self._held) > MAX_HELD_BYTES:
+            assert self._decode is not None
+            self._decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
         return body[:cut]

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
+from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
-from pdbench.proxy.ask import prompt_tokens
-from pdbench.proxy.balancing import choose
-from pdbench.proxy.instances import DRAINING, SERVING, InstanceTable, parse_address
-from pdbench.proxy.upstream import InstanceConnection, Leg, Pool
+from pdbench.proxy.instances import DRAINING, SERVING, InstanceTable, choose, parse_address
+from pdbench.proxy.messages import prompt_tokens
+from pdbench.proxy.upstream import ConnectionPool, InstanceConnection, UpstreamRequest
 from tests.support.proxy_processes import instance, proxy, wait_until
 
 
@@ -43,17 +43,17 @@ class Transport:
 
 def test_a_connection_that_a_slow_client_paused_to_the_end_is_read_for_the_next_request(table):
     async def serve_twice():
-        pool, first = Pool(table, connect_timeout_s=1.0, unhealthy_after=3), table.all()[0]
+        pool, first = ConnectionPool(table, ProxyConfig()), table.all()[0]
         connection, transport = InstanceConnection(pool), Transport()
         connection.connection_made(transport)
-        pool.give(connection, first)
-        leg = Leg(pool, first, "decode", tokens=1, limit_s=5.0)
-        leg.take = lambda _: leg.pause(True)
-        leg.start(b"POST / HTTP/1.1")
+        pool.release(connection, first)
+        request = UpstreamRequest(pool, first, "decode", tokens=1, timeout_s=5.0)
+        request.consume = lambda _: request.pause(True)
+        request.start(b"POST / HTTP/1.1")
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        assert leg.finished.done() and leg.error is None
-        leg.pause(False)  # the client has caught up
-        assert pool.take(first) is connection
+        assert request.finished.done() and request.error is None
+        request.pause(False)  # the client has caught up
+        assert pool.acquire(first) is connection
         assert transport.reading
 
     asyncio.run(serve_twice())
@@ -132,13 +132,13 @@ def test_prefix_affinity_stays_until_the_instance_has_too_much(table):
 
 def test_only_ready_instances_are_chosen(table):
     one, two, three = table.all("prefill")
-    table.want(one, DRAINING)
+    table.set_state(one, DRAINING)
     for _ in range(3):
         table.failed(two, 3)
     assert choose("least-work", "prefill", table, b"", set()) == three
     assert choose("least-work", "prefill", table, b"", {three.slot}) is None
     table.passed(two)
-    table.want(one, SERVING)
+    table.set_state(one, SERVING)
     assert len(table.ready("prefill")) == 3
 
 

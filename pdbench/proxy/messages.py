@@ -1,0 +1,159 @@
+"""HTTP/1.1 messages: a client's request, the errors that answer it, and the bytes for clients and instances."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import msgspec
+
+Headers = list[tuple[bytes, bytes]]
+Fields = dict[str, msgspec.Raw]
+
+# Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that the proxy writes.
+_REQUEST_HEADERS_NOT_FORWARDED = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
+    b"upgrade host content-length expect accept-encoding x-request-id authorization".split()
+)
+_RESPONSE_HEADERS_NOT_FORWARDED = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-connection te trailer transfer-encoding "
+    b"upgrade content-length".split()
+)
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
+_decode_fields = msgspec.json.Decoder(Fields).decode
+
+
+@dataclass(slots=True)
+class ClientRequest:
+    """One request of a client, read to its end. `fields`: the top-level fields of its JSON body, values undecoded."""
+
+    method: bytes
+    target: bytes
+    headers: Headers
+    body: bytes
+    received_s: float
+    keep_alive: bool
+    http_1_0: bool
+    request_id: bytes
+    authorization: bytes | None
+    fields: Fields = field(default_factory=dict)
+
+    @property
+    def path(self) -> bytes:
+        """The target without its query."""
+        return self.target.split(b"?", 1)[0]
+
+
+class RequestError(Exception):
+    """Why a request gets no instance's answer: HTTP status, message, and stage (request, queue, prefill, decode)."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        stage: str = "request",
+        retry_after_s: int | None = None,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.stage = stage
+        self.headers = [] if retry_after_s is None else [(b"retry-after", b"%d" % retry_after_s)]
+        self.headers += headers
+
+    @property
+    def body(self) -> bytes:
+        """The error in OpenAI's form, with the stage that failed."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.status, "stage": self.stage}
+        return msgspec.json.encode({"error": error})
+
+
+class StageError(RequestError):
+    """Prefill or decode failed at the instance in `slot` before a byte was passed on: another instance may be tried."""
+
+    def __init__(self, stage: str, slot: int, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(504 if timed_out else 502, message, stage=stage)
+        self.slot = slot
+
+
+def method_refused(allowed: tuple[bytes, ...]) -> RequestError:
+    """The error for a method that a path does not have."""
+    text = f"this path takes {b' or '.join(allowed).decode()}"
+    return RequestError(405, text, headers=[(b"allow", b", ".join(allowed))])
+
+
+def parse_fields(body: bytes) -> Fields:
+    """The body's top-level fields, their values undecoded; raises RequestError(400) if it is not a JSON object."""
+    try:
+        body.decode()  # values stay undecoded, and bytes in them that are not UTF-8 would fail at an instance
+        return _decode_fields(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise RequestError(400, "the body is not a JSON object: send one with content-type application/json") from None
+
+
+def prompt_tokens(prompt: bytes) -> int:
+    """An estimate of a prompt's tokens for balancing: exact for one list of ids, four bytes per token for text."""
+    if prompt[:1] == b"[" and b'"' not in prompt[:64] and b"{" not in prompt[:64]:
+        return prompt.count(b",") + 1
+    return len(prompt) // 4 + 1
+
+
+def is_single_sequence(fields: Fields) -> bool:
+    """Whether one KV transfer carries the request: one prompt, one continuation, no use of the prompt's logits."""
+
+    def number(name: str) -> float:
+        text = bytes(fields.get(name, b"0"))
+        if text == b"true":
+            return 1
+        try:
+            return float(text)
+        except ValueError:
+            return 0
+
+    several = _LIST_OF_PROMPTS.match(fields.get("prompt", b"")) is not None or number("n") > 1 or number("best_of") > 1
+    needs_prompt_logits = number("echo") or fields.get("prompt_logprobs", b"null") != b"null"
+    return not (several or needs_prompt_logits or number("use_beam_search"))
+
+
+def header(headers: Headers, name: bytes) -> bytes | None:
+    """The value of the header `name` (lower case), or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+def upstream_bytes(
+    request: ClientRequest, host: bytes, body: bytes, request_id: bytes, authorization: bytes | None
+) -> bytes:
+    """A whole request to an instance. Its framing is the proxy's, so that a client's framing tricks end here."""
+    lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\nX-Request-Id: %b" % (request.method, request.target, host, request_id)]
+    lines += [b"%b: %b" % pair for pair in request.headers if pair[0] not in _REQUEST_HEADERS_NOT_FORWARDED]
+    if authorization is not None:
+        lines.append(b"Authorization: " + authorization)
+    if request.method == b"POST" or body:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def response_head(status: int, headers: Headers, *, length: int | None, chunked: bool, keep_alive: bool) -> bytes:
+    """The head of an answer to a client; its body has a known length, or is chunked, or lasts until the close."""
+    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
+    lines += [b"%b: %b" % pair for pair in headers if pair[0] not in _RESPONSE_HEADERS_NOT_FORWARDED]
+    if length is not None:
+        lines.append(b"content-length: %d" % length)
+    elif chunked:
+        lines.append(b"transfer-encoding: chunked")
+    lines.append(b"connection: keep-alive" if keep_alive else b"connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def response(status: int, body: bytes, headers: Headers, *, keep_alive: bool) -> bytes:
+    """A whole answer to a client; its body is JSON unless `headers` name another content type."""
+    if header(headers, b"content-type") is None:
+        headers = [(b"content-type", b"application/json"), *headers]
+    return response_head(status, headers, length=len(body), chunked=False, keep_alive=keep_alive) + body
