@@ -42,8 +42,8 @@ def serve(config: ProxyConfig) -> None:
         raise UserError("--connector none has no prefill: name every instance with --decode")
     if not config.decode:
         raise UserError("no decode instance: add --decode URL")
-    if not 1 <= config.workers <= 256:
-        raise UserError(f"--workers {config.workers} is not between 1 and 256")
+    if config.workers > 256:
+        raise UserError(f"--workers {config.workers} is more than 256: name fewer")
     table = InstanceTable(config.workers)
     roles = [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
     for index, (role, url) in enumerate(roles):

@@ -202,7 +202,7 @@ def test_a_clients_key_reaches_the_instances_if_the_proxy_has_none(guarded):
         (["--prefill", "http://127.0.0.1:1"], "add --decode"),
         (["--connector", "none", "--prefill", "http://a:1", "--decode", "http://a:2"], "has no prefill"),
         (["--prefill", "ftp://x", "--decode", "http://127.0.0.1:1"], "write http://HOST:PORT"),
-        (["--prefill", "http://a:1", "--decode", "http://a:2", "--workers", "0"], "--workers"),
+        (["--prefill", "http://a:1", "--decode", "http://a:2", "--workers", "257"], "--workers"),
         (["--prefill", "http://a:1", "--decode", "http://a:2", "--event-log", "/proc/x/y"], "event log"),
     ],
 )
