@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pdbench.load import stamps
+from pdbench.load.connection import enable_stamps
 
 HERE = Path(__file__).parent
 SERVER_CORE, CLIENT_CORE = 0, 1
@@ -188,7 +188,7 @@ def as_bare(url: str, load: dict) -> None:
     epoll, socks = select.epoll(), {}
     for _ in range(load["streams"]):
         sock = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-        stamps.enable(sock)
+        enable_stamps(sock)
         epoll.register(sock, select.EPOLLIN)
         socks[sock.fileno()] = sock
         sock.send(request)

@@ -1,11 +1,11 @@
 """The load client: streamed requests over raw sockets on one event loop, each becoming one RequestRecord.
 
 Arrival instants are the kernel's; the loop waits with microsecond precision, so that requests leave when they are planned.
-Try: python -c "from pdbench.load.client import fetch; print(fetch('http://127.0.0.1:8000', {'model': 'm', 'prompt': 'Hi'}))"
 """
 
 import contextlib
 import os
+import select
 import socket
 import time
 from array import array
@@ -16,23 +16,23 @@ import msgspec
 
 from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
-from pdbench.load import stamps
-from pdbench.load.answer import Answer
-from pdbench.load.connection import Address, Connection
-from pdbench.load.stamps import ArrivalClock
-from pdbench.load.waiting import Waiter
+from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps
+from pdbench.load.response import Response
 from pdbench.records import RequestRecord
 
 _DEADLINE_CHECK_S = 0.05
 _CLOCK_REFRESH_S = 1.0
+# epoll_wait counts whole milliseconds: what remains of a wait is left to select(2), which counts microseconds.
+_MILLISECOND_S = 0.001
+_HIGHEST_FOR_SELECT = 1023
 
 
 class Client:
     """Sends requests to one server and collects finished records; `start` never blocks, `poll` waits for bytes.
 
     `url` is the server's base (http or https, IPv6 in brackets); `endpoint` "completions" or "chat". `timeout_s` bounds a
-    request from sending to its last byte, `read_timeout_s` the silence between two arrivals once the answer has begun.
-    The API key is read from OPENAI_API_KEY. Raises UserError for an URL that cannot be used.
+    request from sending to its last byte, `read_timeout_s` the silence between two arrivals once the response has begun.
+    The API key is read from OPENAI_API_KEY. Raises UserError for a URL that cannot be used.
     """
 
     def __init__(
@@ -49,43 +49,61 @@ class Client:
         self.busy_s = array("d")
         self.in_flight = 0
         self.merged_reads = 0
-        target = split_url(url, verify_tls=verify_tls)
-        self._address, self._tls, self._server_name = _reachable_address(target), target.tls, target.host
-        self._head = _head(target, endpoint)
+        server = split_url(url, verify_tls=verify_tls)
+        self._address, self._tls, self._server_name = _reachable_address(server), server.tls, server.host
+        path = f"{server.base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
+        headers = {"Host": server.authority, "Content-Type": "application/json"} | authorization()
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
         self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
-        self._waiter = Waiter()
+        self._poller = _Poller()
         self._idle: deque[Connection] = deque()
         self._active: set[Connection] = set()
         self._finished: list[RequestRecord] = []
         self._check_at_s = self._refresh_at_s = 0.0
         # The kernel begins to stamp some milliseconds after the first socket has asked: this one asks for all.
         self._stamper = socket.socket(self._address[0], socket.SOCK_STREAM)
-        stamps.enable(self._stamper)
+        enable_stamps(self._stamper)
 
     def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for connection in [*self._active, *self._idle]:
+            connection.close()
+        self._stamper.close()
+        self._poller.close()
 
     def start(self, record: RequestRecord, body: bytes) -> None:
         """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
         record.sent_s = self.clock.now()
         self.in_flight += 1
         data = b"%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, record.id.encode(), len(body), body)
-        self._send(data, Answer(record))
+        response = Response(record)
+        connection = self._idle_connection()
+        if connection is None:
+            try:
+                connection = Connection(self._address, self._tls, self._server_name, self.clock, self._poller.watch)
+            except OSError as error:
+                response.fail("connect", f"{error}: `ulimit -n` bounds the connections", self.clock.now())
+                self._collect(response)
+                return
+        self._active.add(connection)
+        connection.request(data, response)
+        if connection.broken is not None:
+            self._settle(connection)
 
     def poll(self, until_s: float) -> list[RequestRecord]:
         """Handle what arrives until a request ends or `until_s` (run's clock) has come; the requests that ended."""
-        monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._waiter.wait, self.busy_s.append
+        monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._poller.wait, self.busy_s.append
         now_s = monotonic() - zero_s
         while not self._finished:
             ready = wait(min(until_s, self._check_at_s) - now_s)
             began_s = monotonic() - zero_s
             for connection, events in ready:
                 connection.ready(events)
-                answer = connection.answer
-                if connection.broken is not None or (answer is not None and answer.complete):
+                response = connection.response
+                if connection.broken is not None or (response is not None and response.complete):
                     self._settle(connection)
             now_s = monotonic() - zero_s
             if ready:
@@ -100,7 +118,7 @@ class Client:
 
     def tokens_in_flight(self) -> int:
         """Tokens received so far of the requests that have not ended."""
-        return sum(len(connection.answer.record.token_s) for connection in self._active if connection.answer)
+        return sum(len(connection.response.record.token_s) for connection in self._active if connection.response)
 
     def take_counters(self) -> tuple[bytes, bytes, int]:
         """(turns of the loop and delays of reads in seconds as raw float64 arrays, merged reads) since the last call."""
@@ -116,24 +134,6 @@ class Client:
         finished, self._finished = self._finished, []
         return finished
 
-    def close(self) -> None:
-        """Close all sockets."""
-        for connection in [*self._active, *self._idle]:
-            connection.close()
-        self._stamper.close()
-        self._active.clear()
-        self._idle.clear()
-        self._waiter.close()
-
-    def _send(self, data: bytes, answer: Answer) -> None:
-        connection = self._idle_connection() or self._connect(answer)
-        if connection is None:
-            return
-        self._active.add(connection)
-        connection.request(data, answer)
-        if connection.broken is not None:
-            self._settle(connection)
-
     def _idle_connection(self) -> Connection | None:
         """The connection used last that the server has not closed meanwhile. No request is ever sent twice: resets are data."""
         while self._idle:
@@ -143,52 +143,32 @@ class Client:
             self._drop(connection, "closed", "", 0.0)
         return None
 
-    def _connect(self, answer: Answer) -> Connection | None:
-        try:
-            return Connection(self._address, self._tls, self._server_name, self.clock, self._watch)
-        except OSError as error:
-            self._finish(answer, "connect", f"{error}: `ulimit -n` bounds the connections")
-            return None
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        if connection.watched:
-            self._waiter.change(connection.sock, events, connection)
-        else:
-            self._waiter.add(connection.sock, events, connection)
-
     def _settle(self, connection: Connection) -> None:
-        """A connection whose answer is complete or that broke: keep it or drop it."""
-        answer = connection.answer
-        if answer is not None and answer.complete and connection.broken is None and answer.keep_alive:
+        """A connection whose response is complete or that broke: keep it or drop it."""
+        response = connection.response
+        if response is not None and response.complete and connection.broken is None and response.keep_alive:
             self._active.discard(connection)
             connection.idle()
             self._idle.append(connection)
-            self._collect(answer)
-            return
-        kind, message = connection.broken or ("closed", "")
-        self._drop(connection, kind, message, self.clock.now())
+            self._collect(response)
+        else:
+            kind, message = connection.broken or ("closed", "")
+            self._drop(connection, kind, message, self.clock.now())
 
     def _drop(self, connection: Connection, kind: str, message: str, at_s: float) -> None:
-        answer = connection.answer
         self._active.discard(connection)
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
-        if connection.watched:
-            self._waiter.remove(connection.sock)
+        self._poller.forget(connection)
         connection.close()
-        if answer is None:
-            return
-        answer.closed(at_s, kind, message)
-        self._collect(answer)
+        if connection.response is not None:
+            connection.response.closed(at_s, kind, message)
+            self._collect(connection.response)
 
-    def _finish(self, answer: Answer, kind: str, message: str) -> None:
-        answer.fail(kind, message, self.clock.now())
-        self._collect(answer)
-
-    def _collect(self, answer: Answer) -> None:
-        self.merged_reads += answer.merged_reads
+    def _collect(self, response: Response) -> None:
+        self.merged_reads += response.merged_reads
         self.in_flight -= 1
-        self._finished.append(answer.record)
+        self._finished.append(response.record)
 
     def _check_deadlines(self, now_s: float) -> None:
         self._check_at_s = now_s + _DEADLINE_CHECK_S
@@ -196,17 +176,52 @@ class Client:
             self._refresh_at_s = now_s + _CLOCK_REFRESH_S
             self.clock.refresh()
         for connection in list(self._active):
-            answer = connection.answer
-            if answer is None or answer.record.sent_s is None:
+            response = connection.response
+            if response is None or response.record.sent_s is None:
                 continue
-            if now_s - answer.record.sent_s > self._timeout_s:
+            if now_s - response.record.sent_s > self._timeout_s:
                 self._drop(connection, "timeout", f"not whole after {self._timeout_s:g} s", now_s)
             elif connection.last_byte_s is not None and now_s - connection.last_byte_s > self._read_timeout_s:
-                self._drop(connection, "stall", f"no byte for {self._read_timeout_s:g} s in mid-answer", now_s)
+                self._drop(connection, "stall", f"no byte for {self._read_timeout_s:g} s in mid-response", now_s)
+
+
+class _Poller:
+    """Waits for sockets with epoll, and wakes within microseconds of a deadline."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._connections: dict[int, Connection] = {}
+        self._fine = self._epoll.fileno() <= _HIGHEST_FOR_SELECT
+        self.close = self._epoll.close
+
+    def watch(self, connection: Connection, events: int) -> None:
+        if connection.watched:
+            self._epoll.modify(connection.sock, events)
+        else:
+            self._connections[connection.sock.fileno()] = connection
+            self._epoll.register(connection.sock, events)
+
+    def forget(self, connection: Connection) -> None:
+        if connection.watched:
+            self._epoll.unregister(connection.sock)
+            del self._connections[connection.sock.fileno()]
+
+    def wait(self, wait_s: float) -> list[tuple[Connection, int]]:
+        """The ready connections with their events, after at most `wait_s` seconds (0 or less: at once)."""
+        coarse_s = wait_s - 2 * _MILLISECOND_S
+        ready = self._epoll.poll(coarse_s if coarse_s > 0 else 0)
+        if not ready and wait_s > 0 and coarse_s <= 0:
+            if self._fine:
+                select.select([self._epoll], [], [], wait_s)
+                ready = self._epoll.poll(0)
+            else:
+                ready = self._epoll.poll(wait_s)
+        connections = self._connections
+        return [(connections[number], events) for number, events in ready]
 
 
 def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", timeout_s: float = 120.0) -> RequestRecord:
-    """Send one request, wait, return its record; `stream` and `return_token_ids` are set for you."""
+    """Send one request, wait, return its record; the body's `stream` and `return_token_ids` are set here."""
     whole = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, **body}
     with Client(url, endpoint=endpoint, timeout_s=timeout_s) as client:
         record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now())
@@ -216,24 +231,16 @@ def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", time
     return record
 
 
-def _head(target: ServerUrl, endpoint: str) -> bytes:
-    """A request's head up to the fields that differ a request."""
-    path = f"{target.base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
-    fields = {"Host": target.authority, "Content-Type": "application/json"} | authorization()
-    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-
-
-def _reachable_address(target: ServerUrl) -> Address:
+def _reachable_address(server: ServerUrl) -> Address:
     """The first of the host's addresses that accepts a connection, so that `localhost` finds a server on ::1 or 127.0.0.1."""
     try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"cannot resolve {target.host}: {error.strerror}") from None
-    if len(found) > 1:
-        for family, _, _, _, address in found:
+        raise UserError(f"cannot resolve {server.host}: {error.strerror}") from None
+    if len(addresses) > 1:
+        for family, _, _, _, address in addresses:
             with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.settimeout(2.0)
                 probe.connect(address)
                 return family, address
-    return found[0][0], found[0][4]
+    return addresses[0][0], addresses[0][4]

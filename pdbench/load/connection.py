@@ -1,28 +1,85 @@
-"""One keep-alive connection of the load client: non-blocking socket, TLS that keeps the kernel's stamps, one answer at a time.
+"""One keep-alive connection of the load client, and when its bytes really arrived.
 
-TLS runs over memory buffers, so that the encrypted bytes are still read with recvmsg and their arrival instants.
-Try: pytest tests/test_load_client.py
+A busy client reads late, but the kernel has stamped each segment on arrival (SO_TIMESTAMPING; Linux only, as all of pdbench:
+Documentation/networking/timestamping.rst). TLS runs over memory buffers, so that its bytes too are read with recvmsg and stamps.
 """
 
 import contextlib
 import errno
 import socket
 import ssl
+import struct
+import time
+from array import array
 from collections.abc import Callable
+from select import EPOLLIN, EPOLLOUT
 
-from pdbench.load import stamps
-from pdbench.load.answer import Answer
-from pdbench.load.waiting import READ, WRITE
+from pdbench.load.response import Response
 
-_READ_BYTES = 65536
 Address = tuple[socket.AddressFamily, tuple]
+_READ_BYTES = 65536
+_ANCILLARY_BYTES = 128
+_SO_TIMESTAMPING = 37
+_RECEIVE_SOFTWARE, _REPORT_SOFTWARE = 1 << 3, 1 << 4
+_TIMESPEC = struct.Struct("@qq")
+# A stamp this little in the future is the two clocks' reading error, not a stepped clock.
+_CLOCK_ERROR_S = 1e-4
+
+
+def enable_stamps(sock: socket.socket) -> None:
+    """Let the kernel stamp what this socket receives; where it refuses, the reader's own clock counts."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPING, _RECEIVE_SOFTWARE | _REPORT_SOFTWARE)
+
+
+class ArrivalClock:
+    """Turns a read's ancillary data into an instant on the run's clock, and keeps how late user space was each time."""
+
+    __slots__ = ("_unix_minus_run_s", "read_delays_s", "zero_s")
+
+    def __init__(self, zero_s: float) -> None:
+        self.zero_s = zero_s
+        self.read_delays_s = array("d")
+        self.refresh()
+
+    def now(self) -> float:
+        return time.monotonic() - self.zero_s
+
+    def refresh(self) -> None:
+        """Measure the wall clock's offset again (it may be stepped or slewed); call it every second or so."""
+        best_width = float("inf")
+        for _ in range(5):  # the tightest of five readings, so that preemption between two of them does not count
+            before, unix, after = time.monotonic(), time.time(), time.monotonic()
+            if after - before < best_width:
+                best_width = after - before
+                self._unix_minus_run_s = unix - (before + after) / 2 + self.zero_s
+
+    def arrival(self, ancillary: list[tuple[int, int, bytes]]) -> tuple[float, bool]:
+        """(instant in seconds, does it come from the kernel?); the caller's own clock where there is no stamp.
+
+        When one read returns several segments, the stamp is the last one's.
+        """
+        now_s = time.monotonic() - self.zero_s
+        if not ancillary:
+            return now_s, False
+        data = ancillary[0][2]
+        seconds, nanoseconds = _TIMESPEC.unpack_from(data)
+        at_s = seconds - self._unix_minus_run_s + nanoseconds * 1e-9
+        delay_s = now_s - at_s
+        if -_CLOCK_ERROR_S < delay_s < 0:
+            at_s, delay_s = now_s, 0.0
+        elif delay_s < 0:
+            self.refresh()
+            return now_s, False
+        self.read_delays_s.append(delay_s)
+        return at_s, True
 
 
 class Connection:
-    """A socket to the server, connecting from its first breath.
+    """A socket to the server, connecting from its creation on.
 
-    `watch(connection, events)` is called whenever it begins to wait for other events than before. A failure sets `broken`
-    to (class, message); whoever owns the connection then closes it.
+    `watch(connection, events)` is called whenever it begins to wait for other epoll events than before (`watched`). A failure
+    sets `broken` to (class, message); whoever owns the connection then closes it.
     """
 
     __slots__ = (
@@ -36,9 +93,9 @@ class Connection:
         "_tls",
         "_unsent",
         "_watch",
-        "answer",
         "broken",
         "last_byte_s",
+        "response",
         "sock",
         "watched",
     )
@@ -48,14 +105,14 @@ class Connection:
         address: Address,
         tls: ssl.SSLContext | None,
         server_name: str,
-        clock: stamps.ArrivalClock,
+        clock: ArrivalClock,
         watch: Callable[["Connection", int], None],
     ) -> None:
         self.sock = socket.socket(address[0], socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stamps.enable(self.sock)
-        self.answer: Answer | None = None
+        enable_stamps(self.sock)
+        self.response: Response | None = None
         self.broken: tuple[str, str] | None = None
         self.watched = 0
         self.last_byte_s: float | None = None
@@ -74,35 +131,43 @@ class Connection:
         if result not in (0, errno.EINPROGRESS):
             self._break(OSError(result, errno.errorcode.get(result, "")))
 
-    def request(self, data: bytes, answer: Answer) -> None:
-        """Send one whole HTTP request; its answer's bytes go to `answer` from now on."""
-        self.answer = answer
+    def request(self, data: bytes, response: Response) -> None:
+        """Send one whole HTTP request; the bytes that come go to `response` from now on."""
+        self.response = response
         self.last_byte_s = None
         self._request = data
-        if self._connecting:
-            self._begin()
-        elif not self._handshaking:
-            self._send_request()
+        if not self._connecting:
+            if not self._handshaking:
+                self._send_request()
+            return
+        # On loopback the connection stands at once, which saves a turn of the loop.
+        try:
+            self.sock.getpeername()
+        except OSError:
+            self._wait_for(EPOLLIN | EPOLLOUT)
+        else:
+            self._connected()
 
     def ready(self, events: int) -> None:
-        """The socket can be written or read (selector events)."""
+        """The socket can be written or read; errors and hang-ups count as readable: the read says what happened."""
         try:
-            if events == READ:
+            if events == EPOLLIN:
                 self._readable()
                 return
-            self._writable()
-            if events & READ and self.broken is None:
+            if events & EPOLLOUT:
+                self._writable()
+            if events & ~EPOLLOUT and self.broken is None:
                 self._readable()
         except (OSError, ssl.SSLError) as error:
             self._break(error)
 
     def idle(self) -> None:
-        """The answer is complete: wait for the next request, or for the server to close."""
-        self.answer = None
-        self._wait_for(READ)
+        """The response is complete: wait for the next request, or for the server to close."""
+        self.response = None
+        self._wait_for(EPOLLIN)
 
     def stale(self) -> bool:
-        """Has the server closed this idle connection (or, without TLS, sent what nobody asked for)?"""
+        """Has the server closed this idle connection (or, without TLS, sent what belongs to no request)?"""
         try:
             waiting = self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -112,9 +177,20 @@ class Connection:
         return not waiting or self._tls is None
 
     def close(self) -> None:
-        """Close the socket at once; what has not been read is lost."""
         with contextlib.suppress(OSError):
             self.sock.close()
+
+    def _wait_for(self, events: int) -> None:
+        if events != self.watched:
+            self._watch(self, events)
+            self.watched = events
+
+    def _connected(self) -> None:
+        self._connecting = False
+        if self._handshaking:
+            self._handshake()
+        else:
+            self._send_request()
 
     def _send_request(self) -> None:
         if self._tls is not None:
@@ -123,6 +199,19 @@ class Connection:
         else:
             self._unsent = memoryview(self._request)
         self._request = b""
+        self._flush()
+
+    def _handshake(self) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+            self._handshaking = False
+        except ssl.SSLWantReadError:
+            pass
+        if not self._handshaking and self._request:
+            self._tls.write(self._request)
+            self._request = b""
+        self._unsent = memoryview(bytes(self._unsent) + self._outgoing.read())
         self._flush()
 
     def _flush(self) -> None:
@@ -134,28 +223,7 @@ class Connection:
         except OSError as error:
             self._break(error)
             return
-        self._wait_for(READ | WRITE if self._unsent else READ)
-
-    def _wait_for(self, events: int) -> None:
-        if events != self.watched:
-            self._watch(self, events)
-            self.watched = events
-
-    def _begin(self) -> None:
-        """Go on as soon as the connection stands; on loopback that is at once, which saves a turn of the loop."""
-        try:
-            self.sock.getpeername()
-        except OSError:
-            self._wait_for(READ | WRITE)
-            return
-        self._connected()
-
-    def _connected(self) -> None:
-        self._connecting = False
-        if self._handshaking:
-            self._handshake()
-        else:
-            self._send_request()
+        self._wait_for(EPOLLIN | EPOLLOUT if self._unsent else EPOLLIN)
 
     def _writable(self) -> None:
         if not self._connecting:
@@ -166,42 +234,29 @@ class Connection:
             raise OSError(result, errno.errorcode.get(result, ""))
         self._connected()
 
-    def _handshake(self) -> None:
-        assert self._tls is not None
-        try:
-            self._tls.do_handshake()
-            self._handshaking = False
-        except ssl.SSLWantReadError:
-            pass
-        self._unsent = memoryview(bytes(self._unsent) + self._outgoing.read())
-        if not self._handshaking and self._request:
-            self._tls.write(self._request)
-            self._request = b""
-            self._unsent = memoryview(bytes(self._unsent) + self._outgoing.read())
-        self._flush()
-
     def _readable(self) -> None:
         try:
-            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
+            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
         except BlockingIOError:
             return
-        at_s, kernel = self._clock.arrival(ancillary)
+        at_s, from_kernel = self._clock.arrival(ancillary)
         if self._tls is not None and data:
             data, ended = self._decrypt(data)
         else:
             ended = not data
-        answer = self.answer
-        if data and answer is not None and not answer.complete:
-            if not kernel:
-                answer.user_stamps += 1
+        response = self.response
+        if data and response is not None and not response.complete:
+            if not from_kernel:
+                response.user_stamps += 1
             self.last_byte_s = at_s
-            answer.feed(data, at_s)
+            response.feed(data, at_s)
         elif data:
             self.broken = ("closed", "bytes came that belong to no request")
         if ended:
             self.broken = self.broken or ("closed", "the server closed the connection")
 
     def _decrypt(self, data: bytes) -> tuple[bytes, bool]:
+        """(what is readable of it, has the server ended the stream?)"""
         assert self._tls is not None
         self._incoming.write(data)
         if self._handshaking:

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdbench.load.answer import Answer
-from pdbench.load.sse import EventReader
+from pdbench.load.response import EventReader, Response
 from pdbench.records import RequestRecord
 from tests.support.servers import SSE_HEAD, chunk, event, token, usage
 
@@ -16,18 +15,18 @@ PAYLOADS = [token("h\u00e9llo \u4e16\u754c \U0001f600", [1, 2]), token("", [3]),
 WHOLE = SSE_HEAD + b"".join(chunk(event(payload)) for payload in PAYLOADS) + chunk(event(b"[DONE]")) + chunk(b"")
 
 
-def answer_to(pieces: list[bytes]) -> RequestRecord:
+def response_to(pieces: list[bytes]) -> RequestRecord:
     record = RequestRecord(id="r", planned_s=0.0, sent_s=0.0)
-    answer = Answer(record)
+    response = Response(record)
     for index, piece in enumerate(pieces):
-        answer.feed(piece, float(index))
-    assert answer.complete and answer.keep_alive
+        response.feed(piece, float(index))
+    assert response.complete and response.keep_alive
     return record
 
 
 def test_a_cut_at_every_byte_gives_the_same_record():
     for cut in range(1, len(WHOLE)):
-        record = answer_to([WHOLE[:cut], WHOLE[cut:]])
+        record = response_to([WHOLE[:cut], WHOLE[cut:]])
         assert record.error is None and len(record.token_s) == 4, cut
         assert record.text == "h\u00e9llo \u4e16\u754c \U0001f600!"
 
@@ -36,7 +35,7 @@ def test_a_cut_at_every_byte_gives_the_same_record():
 @settings(max_examples=200)
 def test_any_cuts_give_the_same_tokens(cuts):
     edges = [0, *sorted(set(cuts)), len(WHOLE)]
-    record = answer_to([WHOLE[start:end] for start, end in itertools.pairwise(edges)])
+    record = response_to([WHOLE[start:end] for start, end in itertools.pairwise(edges)])
     assert record.error is None and len(record.token_s) == 4 and record.output_tokens == 4
     assert record.token_s == sorted(record.token_s)
 
@@ -49,7 +48,7 @@ def test_any_text_in_any_chunks_comes_through(texts, data):
     cuts = data.draw(st.lists(st.integers(1, len(events) - 1), max_size=20))
     edges = [0, *sorted(set(cuts)), len(events)]
     body = b"".join(chunk(events[start:end]) for start, end in itertools.pairwise(edges))
-    record = answer_to([SSE_HEAD + body + chunk(b"")])
+    record = response_to([SSE_HEAD + body + chunk(b"")])
     assert record.error is None and record.text == "".join(texts) and len(record.token_s) == len(texts)
 
 
@@ -78,34 +77,36 @@ def test_event_reader_with_all_line_ends_comments_and_cuts(events, line_end, spa
 
 
 def test_several_chunks_in_one_read_are_counted_as_merged():
-    answer = Answer(RequestRecord(id="r", planned_s=0.0))
-    answer.feed(SSE_HEAD + chunk(event(token("a", [1]))), 1.0)
-    assert answer.merged_reads == 0
-    answer.feed(chunk(event(token("b", [2]))) + chunk(event(token("c", [3]))), 2.0)
-    assert answer.merged_reads == 1 and answer.record.token_s == [1.0, 2.0, 2.0]
+    response = Response(RequestRecord(id="r", planned_s=0.0))
+    response.feed(SSE_HEAD + chunk(event(token("a", [1]))), 1.0)
+    assert response.merged_reads == 0
+    response.feed(chunk(event(token("b", [2]))) + chunk(event(token("c", [3]))), 2.0)
+    assert response.merged_reads == 1 and response.record.token_s == [1.0, 2.0, 2.0]
 
 
 def test_a_finish_makes_up_for_a_missing_end_of_body():
-    answer = Answer(RequestRecord(id="r", planned_s=0.0))
-    answer.feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))), 1.0)
-    assert not answer.complete
-    answer.closed(5.0, "reset", "gone")
-    assert answer.complete and answer.record.error is None and answer.record.end_s == 1.0
+    response = Response(RequestRecord(id="r", planned_s=0.0))
+    response.feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))), 1.0)
+    assert not response.complete
+    response.closed(5.0, "reset", "gone")
+    assert response.complete and response.record.error is None and response.record.end_s == 1.0
 
 
 @pytest.mark.parametrize("unfinished", [None, ""])
 def test_a_stream_that_is_cut_before_its_finish_fails(unfinished):
-    answer = Answer(RequestRecord(id="r", planned_s=0.0))
-    answer.feed(SSE_HEAD + chunk(event(token("a", [1], unfinished))), 1.0)
-    answer.closed(5.0, "reset", "gone")
-    assert answer.record.error is not None and answer.record.error.kind == "reset"
+    response = Response(RequestRecord(id="r", planned_s=0.0))
+    response.feed(SSE_HEAD + chunk(event(token("a", [1], unfinished))), 1.0)
+    response.closed(5.0, "reset", "gone")
+    assert response.record.error is not None and response.record.error.kind == "reset"
 
 
 def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():
-    record = answer_to([SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")])
+    record = response_to(
+        [SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")]
+    )
     assert record.error is None and record.output_tokens == 2 and record.finish_reason == "stop"
     record = RequestRecord(id="r", planned_s=0.0)
-    Answer(record).feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))) + chunk(event({"error": "lost"})), 1.0)
+    Response(record).feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))) + chunk(event({"error": "lost"})), 1.0)
     assert record.error is not None and record.error.kind == "server_error"
 
 
@@ -117,6 +118,6 @@ def test_error_texts():
         (b"", "no message"),
         (b"\xff\xfe", "\ufffd\ufffd"),
     ]:
-        answer = Answer(RequestRecord(id="r", planned_s=0.0))
-        answer.feed(b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body), 1.0)
-        assert answer.complete and answer.record.error.kind == "http_500" and answer.record.error.message == text
+        response = Response(RequestRecord(id="r", planned_s=0.0))
+        response.feed(b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body), 1.0)
+        assert response.complete and response.record.error.kind == "http_500" and response.record.error.message == text

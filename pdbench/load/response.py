@@ -1,8 +1,8 @@
-"""One answer as it grows: HTTP/1.1 response bytes with their arrival instant in, one RequestRecord out.
+"""One response as it grows: HTTP/1.1 bytes with their arrival instant in, one RequestRecord out.
 
 Tokens are counted by `token_ids` where the server gives them, by `usage` where every chunk carries it, else by chunks with
-text; the record's `counted_by` says which. Tokens of one chunk share its instant and are never spread by guess.
-Try: pytest tests/test_load_answer.py
+text; the record's `counted_by` says which. Tokens of one chunk share its instant: spreading them would be a guess.
+The usual form of a chunk (`on_body`, `_take_chunk`) is taken with as few steps as possible; every other form in `_take_unusual`.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import httptools
 import msgspec
 
-from pdbench.load.sse import EventReader
 from pdbench.records import RequestError, RequestRecord
 
 _ERROR_BODY_BYTES = 4096
@@ -49,11 +48,13 @@ class _Chunk(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
-class Answer:
-    """The answer to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final."""
+class Response:
+    """The response to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final."""
 
     __slots__ = (
         "_body",
+        "_by_text",
+        "_by_token_ids",
         "_chunks",
         "_content_type",
         "_counts",
@@ -61,35 +62,29 @@ class Answer:
         "_finished",
         "_now_s",
         "_parser",
-        "_pieces",
         "_status",
+        "_streaming",
+        "_texts",
         "bytes_seen",
         "complete",
         "keep_alive",
         "merged_reads",
         "record",
-        "streaming",
         "user_stamps",
     )
 
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
-        self.complete = False
-        self.keep_alive = False
-        self.bytes_seen = 0
-        self.merged_reads = 0
-        self.user_stamps = 0
-        self.streaming = False
+        self.complete = self.keep_alive = False
+        self.bytes_seen = self.merged_reads = self.user_stamps = 0
         self._parser: Any = httptools.HttpResponseParser(self)
         self._events = EventReader()
-        self._pieces: list[str] = []
-        self._body = b""
-        self._chunks = 0
-        self._content_type = b""
+        self._texts: list[str] = []
+        self._body = self._content_type = b""
+        self._chunks = self._status = 0
+        self._by_text = self._by_token_ids = self._finished = self._streaming = False
         self._counts: set[str] = set()
-        self._finished = False
         self._now_s = 0.0
-        self._status = 0
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
@@ -112,19 +107,18 @@ class Answer:
         if self.complete:
             return
         if self._finished:
-            self._succeed(self._now_s)
+            self._succeed()
         elif kind == "closed" and self._status:
             self._now_s = at_s
             self._end_of_body()
         elif kind == "closed":
-            self.fail("reset", f"{message} without an answer", at_s)
+            self.fail("reset", f"{message} without a response", at_s)
         else:
             self.fail(kind, message, at_s)
 
     def fail(self, kind: str, message: str, at_s: float) -> None:
         """End the record with a failure's class; what has arrived is kept."""
-        line = " ".join(message.split())[:300]
-        self.record.error = RequestError(kind=kind, message=line)
+        self.record.error = RequestError(kind=kind, message=" ".join(message.split())[:300])
         self._close(at_s)
 
     # What the HTTP parser calls.
@@ -135,20 +129,28 @@ class Answer:
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-        self.streaming = self._status == 200 and b"event-stream" in self._content_type
+        self._streaming = self._status == 200 and b"event-stream" in self._content_type
 
     def on_body(self, body: bytes) -> None:
-        if self.complete:
-            return
-        if not self.streaming:
+        # One whole event is nearly always what comes: its only line ends are the two at its end.
+        if (
+            self._streaming
+            and not self._events.pending
+            and body.startswith(b"data: {")
+            and body.find(b"\n") == len(body) - 2
+            and body.endswith(b"\n\n")
+            and b"\r" not in body
+            and not self.complete
+        ):
+            self._take_chunk(body[6:-2])
+        elif self._streaming:
+            for payload in self._events.feed(body):
+                if payload == b"[DONE]":
+                    self._finished = True
+                elif not self.complete:
+                    self._take_chunk(payload)
+        else:
             self._body = (self._body + body)[:_ERROR_BODY_BYTES]
-            return
-        payloads = self._events.feed(body)
-        for payload in payloads:
-            if payload == b"[DONE]":
-                self._finished = True
-            elif not self.complete:
-                self._take_chunk(payload)
 
     def on_message_complete(self) -> None:
         if 100 <= self._status < 200:
@@ -165,26 +167,47 @@ class Answer:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
             return
+        choices = chunk.choices
+        if choices and len(choices) == 1 and chunk.usage is None and chunk.error is None and chunk.metrics is None:
+            choice = choices[0]
+            text, token_ids, delta = choice.text, choice.token_ids, choice.delta
+            if text is None and delta is not None and delta.reasoning is None and delta.reasoning_content is None:
+                text = delta.content
+            if text and not choice.finish_reason and (token_ids is None or len(token_ids) == 1):
+                self.record.token_s.append(self._now_s)
+                self._texts.append(text)
+                self._chunks += 1
+                if token_ids is None:
+                    self._by_text = True
+                else:
+                    self._by_token_ids = True
+                return
+        self._take_unusual(chunk)
+
+    def _take_unusual(self, chunk: _Chunk) -> None:
         if chunk.error is not None:
             self.fail("server_error", _error_text(chunk.error), self._now_s)
             return
+        record, usage, metrics = self.record, chunk.usage, chunk.metrics
         for choice in chunk.choices or ():
-            self._take_choice(choice, chunk.usage)
-        if chunk.usage is not None:
-            record, usage = self.record, chunk.usage
+            self._take_choice(choice, usage)
+        if usage is not None:
             record.prompt_tokens = record.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
             record.output_tokens = record.output_tokens if usage.completion_tokens is None else usage.completion_tokens
-        if chunk.metrics is not None:
-            self._take_metrics(chunk.metrics)
+        if metrics is not None and record.token_s:
+            # vLLM's --enable-per-request-metrics gives durations; they are anchored at the first token's arrival here.
+            queue_ms, first_token_ms = metrics.queue_time_ms, metrics.time_to_first_token_ms
+            if queue_ms is not None and first_token_ms is not None:
+                scheduled_s = record.token_s[0] - first_token_ms / 1e3
+                record.phases["queue"] = (scheduled_s - queue_ms / 1e3, scheduled_s)
 
     def _take_choice(self, choice: _Choice, usage: _Usage | None) -> None:
-        text = choice.text
+        text, token_s = choice.text, self.record.token_s
         if text is None and choice.delta is not None:
             delta = choice.delta
             text = (delta.reasoning or delta.reasoning_content or "") + (delta.content or "")
         if text:
-            self._pieces.append(text)
-        token_s = self.record.token_s
+            self._texts.append(text)
         if choice.token_ids is not None:
             count = len(choice.token_ids)
             self._counts.add("token_ids")
@@ -197,48 +220,39 @@ class Answer:
                 self._counts.add("chunks")
         if count:
             self._chunks += 1
-        if count == 1:
-            token_s.append(self._now_s)
-        elif count:
             token_s.extend([self._now_s] * count)
         if choice.finish_reason:  # some servers say "" until the end
             self.record.finish_reason = choice.finish_reason
             self._finished = True
 
-    def _take_metrics(self, metrics: _Metrics) -> None:
-        """vLLM's --enable-per-request-metrics gives durations; they are anchored at the first token's arrival here."""
-        queue_ms, first_token_ms = metrics.queue_time_ms, metrics.time_to_first_token_ms
-        if queue_ms is not None and first_token_ms is not None and self.record.token_s:
-            scheduled_s = self.record.token_s[0] - first_token_ms / 1e3
-            self.record.phases["queue"] = (scheduled_s - queue_ms / 1e3, scheduled_s)
-
     def _end_of_body(self) -> None:
         if self._status != 200:
             self.fail(f"http_{self._status}", _error_text(self._body), self._now_s)
-        elif not self.streaming:
-            kind = self._content_type.decode("latin-1") or "an answer without content-type"
+        elif not self._streaming:
+            kind = self._content_type.decode("latin-1") or "a response without content-type"
             self.fail("not_a_stream", f"{kind} where an event stream was expected: {self._body[:120]!r}", self._now_s)
         elif not self._finished:
             rest = self._events.rest()
-            self.fail(
-                "truncated",
-                f"the stream ended without a finish{f', inside {rest[:80]!r}' if rest else ''}",
-                self._now_s,
-            )
+            inside = f", inside {rest[:80]!r}" if rest else ""
+            self.fail("truncated", f"the stream ended without a finish{inside}", self._now_s)
         elif not self.record.token_s and not self.record.output_tokens:
             self.fail("empty", "the stream finished without a token", self._now_s)
         else:
-            self._succeed(self._now_s)
+            self._succeed()
 
-    def _succeed(self, at_s: float) -> None:
+    def _succeed(self) -> None:
         if self.record.output_tokens is None:
             self.record.output_tokens = len(self.record.token_s)
-        self._close(at_s)
+        self._close(self._now_s)
 
     def _close(self, at_s: float) -> None:
         record = self.record
         record.end_s = at_s
-        record.text = "".join(self._pieces)
+        record.text = "".join(self._texts)
+        if self._by_token_ids:
+            self._counts.add("token_ids")
+        if self._by_text:
+            self._counts.add("chunks")
         if self._counts:
             record.counted_by = self._counts.pop() if len(self._counts) == 1 else "mixed"
         if self.bytes_seen:
@@ -246,8 +260,8 @@ class Answer:
         if record.sent_s is not None:
             record.phases["client"] = (record.planned_s, record.sent_s)
         self.complete = True
-        # The parser holds this object: without this the garbage collector would have to find every answer.
-        self._parser, self._pieces = None, []
+        # The parser holds this object: without this the garbage collector would have to find every response.
+        self._parser, self._texts = None, []
 
 
 def _error_text(error: Any) -> str:
@@ -261,3 +275,45 @@ def _error_text(error: Any) -> str:
         if isinstance(error, dict) and key in error:
             error = error[key]
     return str(error) or "no message"
+
+
+class EventReader:
+    """Server-sent events out of bytes that arrive cut anywhere (WHATWG HTML, "Interpreting an event stream").
+
+    `pending` says that bytes have come which make no whole event yet.
+    """
+
+    __slots__ = ("_buffer", "_data", "_skip_newline", "pending")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._data: list[bytes] = []
+        self._skip_newline = self.pending = False
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        """The data of the events that `piece` completes, in order."""
+        if self._skip_newline and piece:
+            # A line ended in \r at the end of the last piece: this \n belongs to it.
+            self._skip_newline = False
+            if piece.startswith(b"\n"):
+                piece = piece[1:]
+        events = []
+        if b"\n" not in piece and b"\r" not in piece:
+            self._buffer += piece
+        else:
+            lines = (self._buffer + piece).splitlines(keepends=True)
+            self._buffer = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+            self._skip_newline = piece.endswith(b"\r")
+            for line in lines:
+                content = line.rstrip(b"\r\n")
+                if not content and self._data:
+                    events.append(b"\n".join(self._data))
+                    self._data = []
+                elif content.startswith(b"data:"):
+                    self._data.append(content[6:] if content.startswith(b"data: ") else content[5:])
+        self.pending = bool(self._buffer or self._data or self._skip_newline)
+        return events
+
+    def rest(self) -> bytes:
+        """What has come but makes no whole event yet, for the error message of a stream that was cut."""
+        return b"\n".join([*self._data, self._buffer])
