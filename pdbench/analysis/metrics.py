@@ -23,6 +23,38 @@ PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
 TTFT_PHASES = PHASES[1:]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A figure that runs are compared by: its name (as --fail-if takes it), title, unit and which way is better.
+
+    A latency has the key of `Measured.latencies` and the quantile that is taken of it; all others are a property of `Totals`.
+    """
+
+    name: str
+    title: str
+    unit: str
+    lower_is_better: bool
+    latency: str | None = None
+    quantile: float | None = None
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        *(
+            Metric(f"{key}_p{percent}_ms", f"{title} p{percent}", "ms", True, key, percent / 100)
+            for key, title in (("ttft", "TTFT"), ("tbt", "TBT"), ("e2e", "E2E"))
+            for percent in (50, 90, 99)
+        ),
+        Metric("output_tokens_per_s", "Output tokens/s", "", False),
+        Metric("output_tokens_per_s_per_device", "Tokens/s per GPU", "", False),
+        Metric("goodput_requests_per_s", "Goodput", "requests/s", False),
+        Metric("j_per_output_token", "Energy per token", "J", True),
+        Metric("mean_power_w", "Mean power", "W", True),
+    )
+}
+
+
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """What a set of values is like; quantiles are interpolated linearly."""
 

@@ -17,6 +17,7 @@ from pdbench.analysis.curves import Curves, curves_of, reasons
 from pdbench.analysis.energy import Energy, EnergyWindow, Meter, device_name, energy_of, metered, total
 from pdbench.analysis.flags import device_flags
 from pdbench.analysis.metrics import (
+    METRICS,
     PHASES,
     Array,
     BoolArray,
@@ -27,6 +28,7 @@ from pdbench.analysis.metrics import (
     inside,
     measure,
     per,
+    quantiles,
     spread,
 )
 from pdbench.errors import UserError
@@ -34,14 +36,6 @@ from pdbench.records import Clock, Flag, Gate, Interval, Run, Trial, load_run, w
 
 SCHEMA = "pdbench-analysis/1"
 FILE = "analysis.json"
-LATENCIES = ("ttft", "tbt", "e2e")
-RATES = (
-    "output_tokens_per_s",
-    "output_tokens_per_s_per_device",
-    "goodput_requests_per_s",
-    "j_per_output_token",
-    "mean_power_w",
-)
 READINGS = (
     "power_w",
     "sm_clock_mhz",
@@ -168,7 +162,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     """One run, analyzed. `name` is the deployment; config, host, versions, roles, gate, trials and clock are the run's own.
 
-    `flags` are the run's and those of its devices. `figures` maps a metric's name (`compare.METRICS`) to its values; a metric
+    `flags` are the run's and those of its devices. `figures` maps a metric's name (`metrics.METRICS`) to its values; a metric
     that was not measured is not in it. `requests` are columns for requests.csv and scatter panels. `source` identifies the files
     that it was made from.
     """
@@ -274,26 +268,33 @@ def within_slo(run: Run, measured: Measured) -> BoolArray | None:
 def _figures(measured: Measured, in_all: Totals, each: dict[int, Totals]) -> dict[str, Figure]:
     """Every metric that the run has: the latencies' quantiles, then what a window has once."""
     figures = {}
-    for key in LATENCIES:
-        values, place = measured.latencies[key]
-        values, place = values[np.isfinite(values)], place[np.isfinite(values)]
-        inside_trials = place >= 0
-        pooled = spread(values[inside_trials])
-        if pooled is None:
-            continue
-        in_trial = {trial.index: spread(values[place == number]) for number, trial in enumerate(measured.trials)}
-        for name in ("p50", "p90", "p99"):
-            figures[f"{key}_{name}_ms"] = Figure(
-                value=getattr(pooled, name),
-                trials={index: getattr(known, name) for index, known in in_trial.items() if known},
-                count=pooled.count,
-            )
-    for name in RATES:
-        value = getattr(in_all, name)
+    by_latency = {key: _by_trial(*pair) for key, pair in measured.latencies.items()}
+    for metric in METRICS.values():
+        if metric.latency is None:
+            value = getattr(in_all, metric.name)
+            trials = {index: rate for index, one in each.items() if (rate := getattr(one, metric.name)) is not None}
+            count = None
+        else:
+            assert metric.quantile is not None
+            share, rising = np.array(metric.quantile), by_latency[metric.latency]
+            count = len(rising[None]) if None in rising else 0
+            value = float(quantiles(rising[None], share)) if count else None
+            trials = {
+                trial.index: float(quantiles(rising[place], share))
+                for place, trial in enumerate(measured.trials)
+                if place in rising
+            }
         if value is not None:
-            trials = {index: rate for index, one in each.items() if (rate := getattr(one, name)) is not None}
-            figures[name] = Figure(value=value, trials=trials)
+            figures[metric.name] = Figure(value=value, trials=trials, count=count)
     return figures
+
+
+def _by_trial(values: Array, place: IntArray) -> dict[int | None, Array]:
+    """Sorted values of each trial that has any, by its place in `Measured.trials`, and of all of them under None."""
+    known = np.isfinite(values) & (place >= 0)
+    values, place = values[known], place[known]
+    groups: dict[int | None, Array] = {int(number): np.sort(values[place == number]) for number in np.unique(place)}
+    return {**groups, None: np.sort(values)} if len(values) else {}
 
 
 def _summary(run: Run, measured: Measured, meters: list[Meter], totals: Totals, met: BoolArray | None) -> Summary:

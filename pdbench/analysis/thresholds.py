@@ -1,15 +1,11 @@
-"""The CI gate: conditions such as `tbt_p99_ms > +5%` on a comparison; each fails, passes, or cannot be told.
-
-Try: pdbench compare single_results disaggregated_results --fail-if "tbt_p99_ms > +5%"
-"""
+"""The gate for CI: conditions such as `tbt_p99_ms > +5%` on a comparison; each fails, passes, or is uncertain."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pdbench.analysis.compare import METRICS, Comparison, Difference
-from pdbench.analysis.statistics import Interval
-from pdbench.analysis.verdicts import number
+from pdbench.analysis.compare import Comparison, Difference, Interval
+from pdbench.analysis.metrics import METRICS
 from pdbench.errors import UserError
 
 Outcome = Literal["fails", "passes", "uncertain"]
@@ -29,12 +25,14 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Ruling:
-    """A condition's outcome with the reason in one line."""
+class ThresholdResult:
+    """A condition's outcome. `change` is what was compared with its limit, in `unit` (% or the metric's); None: no interval."""
 
     condition: Condition
     outcome: Outcome
-    reason: str
+    change: Interval | None
+    unit: str
+    difference: Difference
 
 
 def parse(text: str) -> Condition:
@@ -51,35 +49,29 @@ def parse(text: str) -> Condition:
     return Condition(text.strip(), match[1], match[2] == ">", limit, bool(match[5]))
 
 
-def rule(comparison: Comparison, conditions: list[Condition]) -> list[Ruling]:
+def evaluate(comparison: Comparison, conditions: list[Condition]) -> list[ThresholdResult]:
     """Each condition against the comparison. Raises UserError for a metric that the comparison does not have."""
     lines = {line.metric.name: line for line in comparison.differences}
+    results = []
     for condition in conditions:
         if condition.metric not in lines:
             raise UserError(f"--fail-if: {condition.metric} is not measured in both runs; there are {', '.join(lines)}")
-    return [_rule(lines[condition.metric], condition) for condition in conditions]
+        line = lines[condition.metric]
+        change, unit = line.difference, line.metric.unit
+        if condition.relative:
+            ratio, unit = line.ratio, "%"
+            change = ratio and Interval(*(100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high)))
+        beyond = (
+            []
+            if change is None
+            else [(bound > condition.limit) == condition.above for bound in (change.low, change.high)]
+        )
+        outcome: Outcome = "fails" if beyond and all(beyond) else "uncertain" if any(beyond) or not beyond else "passes"
+        results.append(ThresholdResult(condition, outcome, change, unit, line))
+    return results
 
 
-def exit_code(rulings: list[Ruling]) -> int:
-    """0 when all pass, 1 when one fails, 3 when none fails but one cannot be told."""
-    outcomes = {ruling.outcome for ruling in rulings}
+def exit_code(results: list[ThresholdResult]) -> int:
+    """0 when all pass, 1 when one fails, 3 when none fails but one is uncertain."""
+    outcomes = {result.outcome for result in results}
     return FAILED if "fails" in outcomes else UNCERTAIN if "uncertain" in outcomes else 0
-
-
-def _rule(line: Difference, condition: Condition) -> Ruling:
-    change = _in_per_cent(line.ratio) if condition.relative else line.difference
-    unit = "%" if condition.relative else line.metric.unit
-    if change is None:
-        return Ruling(condition, "uncertain", f"{condition.text}: {line.words}")
-    beyond = [(bound > condition.limit) == condition.above for bound in (change.low, change.high)]
-    outcome: Outcome = "fails" if all(beyond) else "uncertain" if any(beyond) else "passes"
-    span = f"{_signed(change.value)} {unit}, 95 % {_signed(change.low)} to {_signed(change.high)}"
-    return Ruling(condition, outcome, f"{condition.text}: {span}")
-
-
-def _in_per_cent(ratio: Interval | None) -> Interval | None:
-    return ratio and Interval(*(100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high)))
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else '−'}{number(abs(value))}"

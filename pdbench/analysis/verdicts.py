@@ -3,12 +3,8 @@
 Try: pdbench compare single_results disaggregated_results
 """
 
-from typing import TYPE_CHECKING
-
-from pdbench.analysis.statistics import Interval
-
-if TYPE_CHECKING:
-    from pdbench.analysis.compare import Comparison, Difference
+from pdbench.analysis.compare import Comparison, Difference, Interval
+from pdbench.analysis.thresholds import ThresholdResult
 
 WORDS = {
     "en": {
@@ -21,7 +17,7 @@ WORDS = {
         "never": "; 5 % needs over 1,000",
         "one-trial": "one trial: no interval",
         "few-values": "not judged: {0} values, {1} needed",
-        "unjudged": "not judged: it was zero in a trial",
+        "zero": "not judged: it was zero in a trial",
         "advice": "One trial shows what was seen, not how sure it is: measure again with --trials 3 for intervals and verdicts.",
     },
     "zh": {
@@ -34,7 +30,7 @@ WORDS = {
         "never": "；看出 5 % 需要 1,000 次以上",
         "one-trial": "仅一次试验：无区间",
         "few-values": "未判定：只有 {0} 个数值，需要 {1} 个",
-        "unjudged": "未判定：某次试验中为零",
+        "zero": "未判定：某次试验中为零",
         "advice": "一次试验只说明看到了什么，不说明有多可靠：请用 --trials 3 重新测量，以得到区间和结论。",
     },
 }
@@ -47,37 +43,36 @@ TITLES_ZH = {
 }
 
 
-def title(line: "Difference", language: str = "en") -> str:
+def title(line: Difference, language: str = "en") -> str:
     """The metric's name in the reader's language."""
     return TITLES_ZH.get(line.metric.title, line.metric.title) if language == "zh" else line.metric.title
 
 
-def line(line: "Difference", language: str = "en") -> str:
+def line(line: Difference, language: str = "en") -> str:
     """The whole verdict: metric, change, interval, both values."""
     return f"{title(line, language)}: {judgement(line, language, spelled=True)} ({values(line)})"
 
 
-def advice(comparison: "Comparison", language: str = "en") -> str:
+def advice(comparison: Comparison, language: str = "en") -> str:
     """What to do where one trial stands behind the figures; empty where there are more."""
     return WORDS[language]["advice"] if comparison.one_trial else ""
 
 
-def values(line: "Difference") -> str:
+def values(line: Difference) -> str:
     """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
-    return f"{number(line.a.value)} → {number(line.b.value)} {line.metric.unit}".rstrip()
+    return f"{number(line.a)} → {number(line.b)} {line.metric.unit}".rstrip()
 
 
-def judgement(line: "Difference", language: str = "en", spelled: bool = False) -> str:
+def judgement(line: Difference, language: str = "en", spelled: bool = False) -> str:
     """The change and its interval, `2.18 x lower (2.10–2.26)`, or the change seen and why there is none.
 
     `spelled` says what a table's header and note say otherwise: that the interval is a 95 % one, that one trial gives none.
     """
     words = WORDS[language]
     if line.verdict == "unjudged" or line.ratio is None:
-        reason = line.a.unjudged or line.b.unjudged or "unjudged"
-        kind, *details = reason.split(":")
         seen = "" if line.change is None else percent(line.change)
-        why = "" if line.one_trial and seen and not spelled else words[kind].format(*details)
+        why = words[line.unjudged or "zero"].format(line.values, line.values_needed)
+        why = "" if line.unjudged == "one-trial" and seen and not spelled else why
         return ", ".join(filter(None, (seen, why)))
     if line.verdict in ("better", "worse"):
         change, interval = times(line.ratio, language)
@@ -86,10 +81,9 @@ def judgement(line: "Difference", language: str = "en", spelled: bool = False) -
         interval = f"{percent(line.ratio.low)}{words['to']}{percent(line.ratio.high)}"
         change, more = words["same"], ""
         if line.verdict == "unclear":
-            trials = min(line.a.trials, line.b.trials)
             needed = line.trials_needed
-            change = words["unclear"].format(k=trials)
-            more = words["never"] if needed is None else words["would"].format(n=max(needed, trials + 1))
+            change = words["unclear"].format(k=line.trials)
+            more = words["never"] if needed is None else words["would"].format(n=max(needed, line.trials + 1))
     return (f"{change}, 95 % {interval}" if spelled else f"{change} ({interval})") + more
 
 
@@ -123,3 +117,12 @@ def number(value: float) -> str:
         return f"{value:.1g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}"
+
+
+def threshold(result: ThresholdResult) -> str:
+    """A condition with the reason for its outcome in one line."""
+    change = result.change
+    if change is None:
+        return f"{result.condition.text}: {line(result.difference)}"
+    value, low, high = (f"{'+' if v >= 0 else '−'}{number(abs(v))}" for v in (change.value, change.low, change.high))
+    return f"{result.condition.text}: {value} {result.unit}, 95 % {low} to {high}"

@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench.analysis import thresholds
+from pdbench.analysis import thresholds, verdicts
 from pdbench.analysis.compare import compare
+from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.records import load_run, write_whole
 from pdbench.report import energy_tables, html, tables
@@ -41,8 +42,8 @@ def compare_folders(
         where = " and ".join(str(path) for path in missing)
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = (load_run(path) for path in paths)
-    comparison = compare(a, b, anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
-    rulings = thresholds.rule(comparison, conditions)
+    comparison = compare(analyze(a), analyze(b), anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
+    rulings = thresholds.evaluate(comparison, conditions)
     console.print(tables.verdict_table(comparison, language))
     if picture is not None:
         from pdbench.report import figures
@@ -51,7 +52,7 @@ def compare_folders(
         console.print(f"picture: {picture}", highlight=False)
     for ruling in rulings:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[ruling.outcome]
-        console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(ruling.reason)}", highlight=False)
+        console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(verdicts.threshold(ruling))}", highlight=False)
     return thresholds.exit_code(rulings)
 
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import NullLocator
 from pdbench.analysis import verdicts
 from pdbench.analysis.compare import Comparison, compare
 from pdbench.analysis.metrics import Array, Measured, measure
+from pdbench.analysis.run_analysis import analyze
 from pdbench.analysis.summary import summarize
 from pdbench.records import Run
 from pdbench.report import panels
@@ -31,7 +32,7 @@ def draw(runs: Sequence[Run], comparison: Comparison | None = None, language: st
     summaries = [summarize(run, one) for run, one in zip(runs, measured, strict=True)]
     shades = colours([run.name for run in runs])
     if comparison is None and len(runs) == 2:
-        comparison = compare(runs[0], runs[1], anyway=True)
+        comparison = compare(analyze(runs[0]), analyze(runs[1]), anyway=True)
     names = _names(runs)
     picture = Figure(figsize=(16, 14 if comparison else 10.5))
     grid = picture.add_gridspec(
@@ -91,7 +92,7 @@ def _verdicts(axis: Axes, comparison: Comparison, language: str) -> None:
     widest = 1.25
     for number, line in enumerate(lines):
         shade = {"better": GOOD, "worse": BAD}.get(line.verdict, MUTED)
-        ink = INK if line.verdict in ("better", "worse", "same") or line.one_trial else MUTED
+        ink = INK if line.verdict in ("better", "worse", "same") or line.unjudged == "one-trial" else MUTED
         mark = say(line.verdict, language) if line.verdict in ("better", "worse") else ""
         beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 10}
         axis.text(_LEFT, number, verdicts.title(line, language), color=INK, fontweight="bold", **beside)

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pdbench.analysis.compare import Metric, estimates, flags_of
 from pdbench.analysis.metrics import Array, Measured, mean_ttft_parts_ms, measure
-from pdbench.analysis.statistics import Estimate
+from pdbench.analysis.run_analysis import RunAnalysis, analyze
 from pdbench.analysis.summary import summarize
 from pdbench.records import Gate, Run, load_run
 from pdbench.report.curves import curves_of, reasons, series
@@ -43,7 +42,7 @@ class Digest:
     folder: str
     skeleton: Run
     summary: dict[str, Any]
-    estimates: dict[Metric, Estimate]
+    analysis: RunAnalysis
     load: str
     machine: str
     distributions: dict[str, Points]
@@ -73,7 +72,7 @@ def digest(
         folder=str(folder),
         skeleton=_skeleton(run),
         summary=summarize(run, measured),
-        estimates=estimates(run, measured) if with_estimates else {},
+        analysis=analyze(run),
         load=load_in_words(run, language),
         machine=machine_in_words(run, language),
         distributions={
@@ -108,7 +107,7 @@ def digests(
 
 def _skeleton(run: Run) -> Run:
     bare = Run(name=run.name, clock=run.clock, config=run.config, host=run.host, versions=run.versions, roles=run.roles)
-    bare.flags = flags_of(run)
+    bare.flags = list(dict.fromkeys(run.flags))
     bare.gate = run.gate and Gate(**{name: getattr(run.gate, name) for name in Gate.__struct_fields__})
     return bare
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from pdbench.analysis import differences, verdicts
-from pdbench.analysis.compare import Comparison, compare_estimates
+from pdbench.analysis import verdicts
+from pdbench.analysis.compare import Comparison, compare
 from pdbench.records import Run
 from pdbench.report import energy_tables, plots
 from pdbench.report.digest import Digest
@@ -69,8 +69,7 @@ def energy_of(runs: Sequence[Digest], names: Sequence[str]) -> tuple[list[dict[s
 
 def compare_digests(a: Digest, b: Digest, names: tuple[str, str]) -> Comparison:
     """B against A, whatever differs between them; what does is named in the result."""
-    found = differences.find(a.skeleton, b.skeleton)
-    return compare_estimates(a.estimates, b.estimates, names, found, (a.skeleton.flags, b.skeleton.flags))
+    return compare(a.analysis, b.analysis, True, names)
 
 
 def _plots(runs: Sequence[Digest], names: Sequence[str], language: str) -> dict[str, tuple[plots.Plot, str, str]]:
@@ -188,7 +187,7 @@ def answer(comparison: Comparison, language: str = "en") -> str:
             items.append(f"<li><b class='{held[0]}'>{escape(say(word, language))}</b> {escape(', '.join(texts))}</li>")
     if not items:
         return f"<li>{escape(say('nothing to compare', language))}</li>"
-    trials = min(min(one.a.trials, one.b.trials) for one in comparison.differences)
+    trials = min(one.trials for one in comparison.differences)
     sure = say("sure", language).format(k=trials)
     return f"<li>{escape(verdicts.advice(comparison, language) or sure)}</li>{''.join(items)}"
 

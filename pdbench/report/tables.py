@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pdbench.analysis import verdicts
-from pdbench.analysis.compare import Comparison, compare, flags_of
+from pdbench.analysis.compare import Comparison, compare
+from pdbench.analysis.run_analysis import analyze
 from pdbench.analysis.summary import summarize
 from pdbench.errors import UserError
 from pdbench.records import Flag, Run
@@ -63,7 +64,7 @@ def comparison_rows(comparison: Comparison, language: str = "en") -> Rows:
     for line in comparison.differences:
         unit = f", {line.metric.unit}" if line.metric.unit else ""
         judged = f"{say(line.verdict, language)}: " if line.verdict in ("better", "worse") else ""
-        figures = (verdicts.number(line.a.value), verdicts.number(line.b.value))
+        figures = (verdicts.number(line.a), verdicts.number(line.b))
         rows.append([verdicts.title(line, language) + unit, *figures, judged + verdicts.judgement(line, language)])
     change = say("change seen" if comparison.one_trial else "change", language)
     header = [say("metric", language), *comparison.names, change]
@@ -147,12 +148,12 @@ def summary_table(run: Run, language: str = "en") -> Group:
     tables = [table(summary_rows(run, language))]
     tables += [table(rows) for rows in energy_tables.both([summary], [run.name], language)]
     tables += [table(device_rows(run, language))] if run.devices else []
-    return Group(*tables, *_flag_lines(run.name, flags_of(run)))
+    return Group(*tables, *_flag_lines(run.name, run.flags))
 
 
 def comparison_table(a: Run, b: Run, language: str = "en") -> Group:
     """Verdicts on B against A, whatever else differs between them, for the terminal."""
-    return verdict_table(compare(a, b, anyway=True), language)
+    return verdict_table(compare(analyze(a), analyze(b), anyway=True), language)
 
 
 def verdict_table(comparison: Comparison, language: str = "en") -> Group:

