@@ -1,133 +1,98 @@
-"""The correctness gate: before figures count, outputs must be equal and decode must prove that prefill's KV reached it.
+"""Before figures count: are outputs equal to a reference's, and did decode get all its KV from prefill?
 
-Fresh greedy prompts go to the deployment and to a reference (the single instance of the same run, or else the prefill
-instance asked directly). vLLM's own counters on the decode side then say how much of the prompts came as external KV.
+Fresh greedy prompts go to the deployment and to a reference (the single instance of the same run, else the prefill instance
+itself) as the load's requests do, so that what is checked is what is measured. vLLM's own counters on the decode side then say
+how much of the prompts came as external KV.
 """
 
-import http.client
-import json
 import re
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
 from pdbench.errors import UserError
 from pdbench.http import get
-from pdbench.records import Gate
+from pdbench.load.client import fetch
+from pdbench.records import Gate, RequestRecord
 from pdbench.serving.deployment_info import DeploymentInfo
 
+# The nonce stands at the front: a prefix that decode has cached from an earlier check would not have to come from prefill.
 _TEXTS = (
     "{nonce}. Explain in one sentence why prefill is bound by compute and decode by memory bandwidth.",
     "Note {nonce}. A ship leaves the harbour. Describe what the captain sees, hears and hopes for before the night.",
     "编号 {nonce}。请用两句话说明为什么要把预填充和解码分开，并给出一个例子。",
     "At {nonce} seconds, list three uses of a clock, then compare them: which is the oldest, which is the strangest, and why?",
 )
-# The nonce stands at the front: a prefix that decode has cached from an earlier gate would not have to come from prefill.
-OUTPUT_TOKENS = 16
+_EXTERNAL_KV = r'^vllm:prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\} ([0-9.e+]+)$'
 
 
-def prompts(nonce: int) -> list[str]:
-    """Prompts that no prefix cache has seen, if `nonce` is new."""
-    return [text.format(nonce=nonce) for text in _TEXTS]
+def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) -> tuple[Gate, list[str]]:
+    """Send the prompts through `running`; returns the verdict and the outputs, which may be the next check's reference.
 
-
-def answers(url: str, model: str, texts: list[str], timeout_s: float = 120.0) -> list[tuple[str, int]]:
-    """Each prompt's greedy output and prompt length in tokens, one at a time. Raises UserError when a request fails."""
-    return [_answer(url, model, text, timeout_s) for text in texts]
-
-
-def _answer(url: str, model: str, text: str, timeout_s: float) -> tuple[str, int]:
-    body = {
-        "model": model,
-        "prompt": text,
-        "max_tokens": OUTPUT_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "seed": 0,
-        # As the load asks, so that what is checked is what is measured.
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        reply = response.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{url} did not answer the gate's request ({type(error).__name__}: {error}): read the logs"
-        ) from None
-    finally:
-        connection.close()
-    try:
-        events = [json.loads(line[6:]) for line in reply.splitlines() if line.startswith("data: {")]
-        text = "".join(choice["text"] for event in events for choice in event["choices"])
-        return text, events[-1]["usage"]["prompt_tokens"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise UserError(f"{url} refused the gate's request ({response.status}: {reply[:300]}): read the logs") from None
-
-
-def external_kv_tokens(urls: list[str]) -> int | None:
-    """Prompt tokens that these servers took from external KV so far, by vLLM's counter; None when it has none.
-
-    Raises UserError when one of them does not tell: nothing would be known then.
+    `nonce` must be new for every check. Raises UserError when a request fails or a decode server does not report its counters.
     """
-    found = []
-    for url in urls:
-        answer = get(url, "/metrics", timeout_s=10.0)
-        if answer is None:
-            raise UserError(
-                f"{url}/metrics does not answer, without which no KV can be proven to have come: read the logs"
-            )
-        text = answer.decode()
-        pattern = r'^vllm:prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\} ([0-9.e+]+)$'
-        found += re.findall(pattern, text, flags=re.MULTILINE)
-    return int(sum(map(float, found))) if found else None
+    before = _external_kv_tokens(running.decode_urls())
+    records = _outputs(running.url, running.model_name, nonce)
+    after = _external_kv_tokens(running.decode_urls())
+    direct = running.prefill_url()
+    if reference is None and direct and running.config.get("connector_used") != "builtin-p2p-nccl":
+        # Prefill alone can answer too, but not with vLLM's own P2P connector, which wants both addresses in every request id.
+        reference = [record.text for record in _outputs(direct, running.model_name, nonce)]
+    external = None if after is None else after - (before or 0)
+    tokens = sum(record.prompt_tokens or 0 for record in records)
+    outputs = [record.text for record in records]
+    return check(outputs, reference, tokens, external, needs_kv=running.name == "disaggregated"), outputs
 
 
 def check(
-    running: DeploymentInfo,
-    nonce: int,
-    reference: list[str] | None,
-    output: list[tuple[str, int]],
-    external: int | None,
+    outputs: Sequence[str],
+    reference: Sequence[str] | None,
+    prompt_tokens: int,
+    external_kv_tokens: int | None,
+    *,
+    needs_kv: bool,
 ) -> Gate:
-    """Judge `output` (text, prompt tokens) against `reference`; `external` is the growth of decode's counter over them."""
-    texts = prompts(nonce)
-    tokens = sum(length for _, length in output)
-    equal = None if reference is None else sum(a == b for a, (b, _) in zip(reference, output, strict=True))
+    """Judge `outputs` by `reference` and, with `needs_kv`, by how far decode's counter of external KV grew over them."""
+    prompts = len(outputs)
+    equal = None if reference is None else sum(a == b for a, b in zip(outputs, reference, strict=True))
     problems, unknown = [], []
     if equal is None:
         unknown.append("no reference to compare outputs with")
-    elif equal < len(texts):
-        problems.append(f"only {equal} of {len(texts)} greedy outputs equal the reference's")
-    if running.name == "disaggregated":
-        if external is None:
-            unknown.append("this vLLM has no counter of external KV tokens")
-        elif external < tokens - len(texts):  # decode may recompute the last token of each prompt
-            problems.append(
-                f"decode took {external} of {tokens} prompt tokens from prefill and computed the rest itself"
-            )
-    proof = "" if external is None else f"; {external} of {tokens} prompt tokens came to decode as external KV"
-    detail = "; ".join(problems + unknown) or f"{equal} of {len(texts)} greedy outputs equal{proof}"
+    elif equal < prompts:
+        problems.append(f"only {equal} of {prompts} greedy outputs equal the reference's")
+    if needs_kv and external_kv_tokens is None:
+        unknown.append("this vLLM has no counter of external KV tokens")
+    elif needs_kv and (external_kv_tokens or 0) < prompt_tokens - prompts:  # decode may recompute one token per prompt
+        taken = f"{external_kv_tokens} of {prompt_tokens} prompt tokens"
+        problems.append(f"decode took {taken} from prefill and computed the rest itself")
+    detail = f"{equal} of {prompts} greedy outputs equal"
+    if external_kv_tokens is not None:
+        detail += f"; {external_kv_tokens} of {prompt_tokens} prompt tokens came to decode as external KV"
     return Gate(
         passed=not problems,
-        prompts=len(texts),
+        prompts=prompts,
         equal_outputs=equal,
-        prompt_tokens=tokens,
-        external_kv_tokens=external,
-        detail=detail,
+        prompt_tokens=prompt_tokens,
+        external_kv_tokens=external_kv_tokens,
+        detail="; ".join(problems + unknown) or detail,
     )
 
 
-def run(running: DeploymentInfo, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
-    """Send the prompts through `running`; returns the verdict and the outputs, which may be the next one's reference."""
-    texts = prompts(nonce)
-    before = external_kv_tokens(running.decode_urls())
-    output = answers(running.url, running.model_name, texts)
-    after = external_kv_tokens(running.decode_urls())
-    direct = running.prefill_url()
-    if reference is None and direct and running.config.get("connector_used") != "builtin-p2p-nccl":
-        # Prefill can answer by itself; vLLM's own P2P connector cannot, it wants both addresses in every request id.
-        reference = [text for text, _ in answers(direct, running.model_name, texts)]
-    external = None if after is None else after - (before or 0)
-    return check(running, nonce, reference, output, external), [text for text, _ in output]
+def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
+    """The greedy outputs to the prompts, one request at a time."""
+    options = {"model": model, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "seed": 0}
+    records = [fetch(url, {"prompt": text.format(nonce=nonce), **options}) for text in _TEXTS]
+    for record in records:
+        if record.error or record.prompt_tokens is None:
+            reason = f"{record.error.kind}: {record.error.message}" if record.error else "no prompt_tokens in its usage"
+            raise UserError(f"{url} failed a request of the correctness check ({reason}): read the logs")
+    return records
+
+
+def _external_kv_tokens(urls: Sequence[str]) -> int | None:
+    """Prompt tokens that these servers took from external KV so far, by vLLM's counter; None when it has none."""
+    counts: list[str] = []
+    for url in urls:
+        metrics = get(url, "/metrics")
+        if metrics is None:
+            raise UserError(f"{url}/metrics does not answer, so no KV can be proven to have come: read the logs")
+        counts += re.findall(_EXTERNAL_KV, metrics.decode(), flags=re.MULTILINE)
+    return int(sum(map(float, counts))) if counts else None

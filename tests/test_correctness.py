@@ -1,7 +1,6 @@
 """The gate's verdicts and what a run does with it."""
 
 import io
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,37 +14,74 @@ from pdbench.config import Options
 from pdbench.errors import UserError
 from pdbench.records import Gate, RequestRecord, Run, load_run
 from pdbench.serving.deployment_info import DeploymentInfo
+from tests.support.servers import Peer, ScriptedServer, completions, refusal
 
-SPLIT = DeploymentInfo(name="disaggregated", url="http://127.0.0.1:8000", model_name="m")
-OUTPUT = [(f"text {i}", 20) for i in range(len(correctness.prompts(1)))]
-TEXTS = [text for text, _ in OUTPUT]
+TEXTS = [f"text {i}" for i in range(4)]
+TOKENS = 80
+
+
+def verdict(reference: list[str] | None = TEXTS, external: int | None = TOKENS, *, outputs: list[str] = TEXTS) -> Gate:
+    return correctness.check(outputs, reference, TOKENS, external, needs_kv=True)
 
 
 def test_equal_outputs_and_all_kv_external_pass() -> None:
-    verdict = correctness.check(SPLIT, 1, TEXTS, OUTPUT, 80)
-    assert verdict.passed
-    assert "80 of 80" in verdict.detail
+    assert verdict().passed
+    assert "80 of 80" in verdict().detail
 
 
-def test_decode_may_recompute_one_token_a_prompt_and_no_more() -> None:
-    assert correctness.check(SPLIT, 1, TEXTS, OUTPUT, 76).passed
-    verdict = correctness.check(SPLIT, 1, TEXTS, OUTPUT, 75)
-    assert not verdict.passed
-    assert "computed the rest itself" in verdict.detail
+def test_decode_may_recompute_one_token_per_prompt_and_no_more() -> None:
+    assert verdict(external=76).passed
+    assert not verdict(external=75).passed
+    assert "computed the rest itself" in verdict(external=75).detail
 
 
 def test_one_different_output_fails() -> None:
-    verdict = correctness.check(SPLIT, 1, ["other", *TEXTS[1:]], OUTPUT, 80)
-    assert not verdict.passed
-    assert verdict.equal_outputs == 3
+    failed = verdict(["other", *TEXTS[1:]])
+    assert not failed.passed
+    assert failed.equal_outputs == 3
 
 
-def test_what_could_not_be_checked_is_said_and_not_counted() -> None:
-    verdict = correctness.check(SPLIT, 1, None, OUTPUT, None)
-    assert verdict.equal_outputs is None
-    assert verdict.external_kv_tokens is None
-    assert "no reference" in verdict.detail
-    assert "no counter" in verdict.detail
+def test_what_could_not_be_checked_is_reported_and_not_counted() -> None:
+    unknown = verdict(None, None)
+    assert unknown.equal_outputs is None
+    assert unknown.external_kv_tokens is None
+    assert "no reference" in unknown.detail
+    assert "no counter" in unknown.detail
+
+
+def split(server: ScriptedServer) -> DeploymentInfo:
+    """A disaggregated deployment that is one scripted server."""
+    urls = {"prefill-0": server.url, "decode-0": server.url}
+    return DeploymentInfo(name="disaggregated", url=server.url, model_name="m", urls=urls)
+
+
+def test_the_check_sends_what_the_load_sends_and_reads_decodes_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    counted = [0]
+
+    def answer(peer: Peer) -> bool:
+        if peer.path == "/metrics":
+            counter = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer",engine="0"}'
+            body = f"{counter} {float(counted[0])}\n".encode()
+            peer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            return True
+        counted[0] += 5  # prompt tokens, as the scripted usage has them
+        return completions()(peer)
+
+    with ScriptedServer(answer) as server:
+        gate, outputs = correctness.run(split(server), 7, None)
+        posts = [peer for peer in server.requests if peer.method == "POST"]
+    assert gate.passed and gate.equal_outputs == 4 and gate.external_kv_tokens == gate.prompt_tokens == 20
+    assert len(outputs) == 4 and len(posts) == 8  # through the deployment, then prefill alone
+    assert all("7" in peer.json["prompt"] and peer.json["stream"] for peer in posts)
+    assert all(peer.fields["authorization"] == "Bearer key" for peer in posts)
+
+
+def test_request_that_fails_is_an_error_with_the_reason() -> None:
+    with ScriptedServer(refusal(b"503 Busy", "no instance")) as server:
+        single = DeploymentInfo(name="single", url=server.url, model_name="m")
+        with pytest.raises(UserError, match=r"correctness check \(http_503: no instance\): read the logs"):
+            correctness.run(single, 1, None)
 
 
 def run_without_servers(
@@ -74,7 +110,7 @@ def run_without_servers(
 
 
 def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = [correctness.check(SPLIT, 1, texts, OUTPUT, 80) for texts in (TEXTS, ["other", *TEXTS[1:]])]
+    verdicts = [verdict(), verdict(["other", *TEXTS[1:]])]
     gated: list[str] = []
     runs: dict[str, Run] = {}
 
@@ -91,7 +127,6 @@ def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monke
 
 
 def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = correctness.check(SPLIT, 1, TEXTS, OUTPUT, 80)
     on_disk = []
 
     def measure(one: Run, *_: object) -> None:
@@ -99,12 +134,11 @@ def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, monke
         on_disk.append(sum(len(load_run(tmp_path / folder).requests) for folder in saved))
         one.requests.append(RequestRecord(id=str(len(on_disk)), planned_s=0.0))
 
-    run_without_servers(monkeypatch, tmp_path, 3, lambda *_: (verdict, TEXTS), measure)
+    run_without_servers(monkeypatch, tmp_path, 3, lambda *_: (verdict(), TEXTS), measure)
     assert on_disk == [0, 1, 2, 3]  # A BB AA B
 
 
-def test_a_decode_that_does_not_tell_its_counters_proves_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(UserError, match=f"{url}/metrics does not answer"):
-        correctness.external_kv_tokens([url])
+def test_decode_without_counters_proves_nothing() -> None:
+    with ScriptedServer(refusal(b"404 Not Found", "no metrics")) as server:
+        with pytest.raises(UserError, match=f"{server.url}/metrics does not answer"):
+            correctness.run(split(server), 1, None)

@@ -37,20 +37,6 @@ def check(config: LoadConfig) -> None:
         raise UserError(f"--{arrival_options[0]} and --{arrival_options[1]} both set the arrivals: give one")
     if config.ramp_to is not None and config.rate is None:
         raise UserError("--ramp-to needs --rate, the rate it starts from")
-    at_least_one = ("requests", "output_tokens", "client_processes", "prefix_groups")
-    for name in (*at_least_one, "concurrency", "input_tokens", "max_input_tokens", "max_output_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    above_zero = ("rate", "ramp_to", "ramp_s", "burstiness", "time_scale", "duration_s", "steady_s")
-    for name in (*above_zero, "request_timeout_s", "read_timeout_s"):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
-    if not 0 <= config.shared_prefix <= 1:
-        raise UserError(f"--shared-prefix {config.shared_prefix:g}: give a share from 0 to 1")
-    if config.warmup < 0:
-        raise UserError(f"--warmup {config.warmup}: give 0 or more")
     limit = streams(config)
     if limit is not None and config.client_processes > limit:
         raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {limit}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import islice, pairwise
 
+import cyclopts
 import numpy
 import pytest
 import tokenizers
@@ -289,21 +290,41 @@ def test_bodies():
     [
         {"rate": 1.0, "stages": "1:1"},
         {"ramp_to": 2.0},
-        {"requests": 0},
-        {"rate": -1.0},
-        {"rate": math.nan},
-        {"concurrency": 0},
-        {"shared_prefix": 1.5},
-        {"warmup": -1},
         {"client_processes": 3, "concurrency": 2},
+        {"client_processes": 2, "concurrency": 2, "steady_s": 1.0},
+        {"stages": "1:0"},
         {"extra_body": "[1]"},
         {"extra_body": "{"},
-        {"duration_s": 0.0},
     ],
 )
 def test_contradictions_are_the_users_error(options):
     with pytest.raises(UserError, match="--"):
         plan.check(LoadConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--requests=0",
+        "--rate=-1",
+        "--rate=nan",
+        "--ramp-to=0",
+        "--burstiness=0",
+        "--concurrency=0",
+        "--shared-prefix=1.5",
+        "--warmup=-1",
+        "--duration-s=0",
+    ],
+)
+def test_values_out_of_range_are_refused_where_they_are_declared(option):
+    app = cyclopts.App(result_action="return_value")
+
+    @app.default
+    def read(load: LoadConfig = LoadConfig()):  # noqa: B008
+        return load
+
+    with pytest.raises(cyclopts.ValidationError):
+        app([option], exit_on_error=False, print_error=False)
 
 
 def test_exact_lengths_need_a_tokenizer(tmp_path):
