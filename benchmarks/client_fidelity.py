@@ -279,7 +279,7 @@ def main() -> None:
     if options.as_bare:
         return as_bare(*json.loads(options.as_bare))
     if not options.tokenizer:
-        from pdbench.serving.tiny_model import tiny_model
+        from pdbench.serving.models import tiny_model
 
         options.tokenizer = str(tiny_model())
     load = Load(options.streams, options.rounds, options.tokens, options.ttft_ms, options.itl_ms)

@@ -364,7 +364,7 @@ def main() -> None:
     path = options.out / "kv_transfer.json"
     if options.model is None:
         sys.path.insert(0, str(Path(__file__).parent.parent))
-        from pdbench.serving.shape_model import shape_model
+        from pdbench.serving.models import shape_model
 
         options.model = str(shape_model(options.out / "model"))
     options.vocabulary = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"] - 10

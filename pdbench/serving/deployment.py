@@ -18,8 +18,8 @@ from pdbench.http import host_port
 from pdbench.serving import deployment_info, vllm
 from pdbench.serving.deployment_info import DeploymentInfo
 from pdbench.serving.machine import Machine, installed_version, no_gpu_reason, port_owner
+from pdbench.serving.models import tiny_model
 from pdbench.serving.process import ServerProcess
-from pdbench.serving.tiny_model import tiny_model
 from pdbench.serving.vllm import Command
 
 States = dict[str, str]

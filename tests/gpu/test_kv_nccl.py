@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import kv_servers
 
 from pdbench.kv.messages import SECRET_VARIABLE
-from pdbench.serving.tiny_model import tiny_model
+from pdbench.serving.models import tiny_model
 from tests.support import kv_instances
 from tests.support.kv_fleet import prompt_of, tiny_qwen2, until
 from tests.support.kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled

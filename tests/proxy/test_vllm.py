@@ -15,7 +15,7 @@ import pytest
 
 from pdbench.serving.deployment import Deployment
 from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.tiny_model import tiny_model
+from pdbench.serving.models import tiny_model
 from tests.conftest import serve_config, start
 from tests.support.proxy_processes import instance, proxy
 

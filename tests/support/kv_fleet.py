@@ -11,7 +11,7 @@ import time
 import urllib.request
 import uuid
 
-from pdbench.serving.tiny_model import tiny_model
+from pdbench.serving.models import tiny_model
 
 TIMEOUT_S = 6.0
 PATIENCE_S = 40.0

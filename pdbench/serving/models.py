@@ -1,0 +1,186 @@
+"""Models that need no download: a tiny DeepSeek-V2 for the CPU, and DeepSeek-V2-Lite's shape for real speed on GPUs.
+
+python -m pdbench.serving.models tiny                            prints the tiny model's folder
+python -m pdbench.serving.models deepseek-v2-lite FOLDER         writes the shape into FOLDER
+"""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REVISION = "3"
+"""Changes whenever the tiny model changes, so that an older one in the cache is not taken for it."""
+
+_CORPUS = [
+    "The quick brown fox jumps over the lazy dog. Large language models are served in two phases: prefill reads the whole "
+    "prompt at once and is bound by compute; decode writes one token after another and is bound by memory bandwidth.",
+    "When both phases share one device, a long prompt delays the tokens of everybody else. Splitting them moves the "
+    "key-value cache from one device to another, which costs time and energy of its own. Is it worth it?",
+    "Energy is power integrated over time. What is the price of a token in joules? How does the clock of a device change "
+    "the answer, and what does an idle device cost while it waits for work?",
+    "Please explain, summarize, translate and compare: write a short story about a ship in the night, list the steps of "
+    "the water cycle, and say why the sky is blue. Then give the reasons in your own words, with one example each.",
+    "大语言模型的推理分为两个阶段：预填充阶段一次读入全部提示词，受计算能力限制；解码阶段逐个生成词元，受内存带宽限制。",
+    "把两个阶段放到不同的设备上，需要把键值缓存从一个设备传到另一个设备。请用简单的语言解释这个过程，并给出一个例子。",
+    "能量是功率对时间的积分。每个词元消耗多少焦耳？时钟频率如何影响答案？请比较两种方法的优点和缺点，并总结结论。",
+]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def tiny_model(cache: Path | None = None) -> Path:
+    """The folder of a random DeepSeek-V2 of 2 M parameters, written first if need be (a few seconds, 8 MB).
+
+    `cache` defaults to XDG_CACHE_HOME/pdbench or ~/.cache/pdbench.
+    """
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pdbench"
+    folder = cache / f"tiny-deepseek-v2-{REVISION}"
+    if not (folder / "model.safetensors").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".tiny-"))
+        try:
+            _write_tiny(unfinished)
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "model.safetensors").exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write_tiny(folder: Path) -> None:
+    """Tokenizer, configuration and seeded float32 weights."""
+    import torch
+    from tokenizers.models import BPE
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    vocab_size = _write_tokenizer(
+        folder, BPE(), ("<s>", "</s>"), 4096, corpus=_CORPUS, settings={"chat_template": _CHAT_TEMPLATE}
+    )
+    # The head sizes (128, rope 64, kv_lora_rank 512) are DeepSeek-V2's own: vLLM's MLA kernels take no others.
+    config = DeepseekV2Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=4096,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        architectures=["DeepseekV2ForCausalLM"],
+    )
+    torch.manual_seed(0)
+    model = DeepseekV2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                # Spread widely, so that outputs differ from prompt to prompt and a wrong KV cache shows.
+                weight.copy_(torch.empty_like(weight).normal_(std=0.08))
+            elif "norm" in name:
+                weight.fill_(1.0)
+    model.save_pretrained(folder)
+
+
+def shape_model(folder: Path) -> Path:
+    """Write DeepSeek-V2-Lite without its weights into `folder` (a few MB), for `--load-format dummy`; returns it."""
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # The published config.json without the entries that name remote code; its special tokens are the last two written here.
+    shutil.copy(Path(__file__).with_name("deepseek-v2-lite.json"), folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    special = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
+    # Every byte, every pair of printable ASCII, triples of them: nearly every token is text, as in a trained vocabulary.
+    entries = sorted(ByteLevel.alphabet())
+    merges = []
+    printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # a byte-level vocabulary writes the space as U+0120
+    for pair in itertools.product(printable, printable):
+        entries.append("".join(pair))
+        merges.append(pair)
+    triples = itertools.product(printable, printable, printable)
+    for first, second, third in itertools.islice(triples, config["vocab_size"] - len(special) - len(entries)):
+        entries.append(first + second + third)
+        merges.append((first + second, third))
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    _write_tokenizer(folder, BPE(vocab=vocabulary, merges=merges), special, config["max_position_embeddings"])
+    return folder
+
+
+def _write_tokenizer(
+    folder: Path,
+    model: Any,
+    special: tuple[str, str],
+    max_length: int,
+    *,
+    corpus: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+) -> int:
+    """A byte-level tokenizer, which encodes any text, from a BPE model, or trained on `corpus`; returns the vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if corpus:
+        trainer = trainers.BpeTrainer(
+            vocab_size=1024,
+            min_frequency=2,
+            special_tokens=list(special),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(corpus, trainer)
+    else:
+        tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special[0],
+        "eos_token": special[1],
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | (settings or {}), indent=1))
+    return int(tokenizer.get_vocab_size())
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["tiny"]:
+            print(tiny_model())
+        case ["deepseek-v2-lite", folder]:
+            print(shape_model(Path(folder)))
+        case _:
+            sys.exit(__doc__)
