@@ -73,6 +73,14 @@ def kv_pair(kv_secret: None) -> Iterator[list[object]]:
 
 
 @pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a scripted libnvidia-ml.so.1, for tests.support.fake_nvml's children."""
+    from tests.support.fake_nvml import build
+
+    return build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
 def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Deployment]]:
     """Both ways to serve the tiny model, side by side (started at the same time, it takes about 40 s on 2 cores)."""
     names: tuple[DeploymentKind, ...] = ("single", "disaggregated")

@@ -15,7 +15,7 @@ from pdbench.errors import UserError
 from pdbench.http import offered_model
 from pdbench.records import Run, load_run
 from pdbench.serving import machine
-from tests.support.fake_nvml import build, child, environment
+from tests.support.fake_nvml import child, environment
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -44,20 +44,15 @@ def server() -> Iterator[ScriptedServer]:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture(scope="module")
 def stranger() -> int:
     """The id of a process that has ended."""
     with subprocess.Popen(["true"]) as ended:
         return ended.pid
 
 
-def bench(library: Path, server: ScriptedServer, out: Path, *arguments: str, **settings: str) -> Run | str:
+def bench(nvml_library: Path, server: ScriptedServer, out: Path, *arguments: str, **settings: str) -> Run | str:
     """A saved run of `pdbench bench` where NVML knows two scripted GPUs, or what it said when it failed."""
-    found = environment(library, gpus="2", **settings)
+    found = environment(nvml_library, gpus="2", **settings)
     found |= {"PYTHONPATH": f"{ROOT}:{found['PYTHONPATH']}"}
     command = [sys.executable, "-m", "pdbench", "bench", "--url", server.url, "--requests", "4", "--idle-s", "0"]
     done = subprocess.run([*command, *arguments], env=found, cwd=out, capture_output=True, text=True, timeout=120)
@@ -65,42 +60,42 @@ def bench(library: Path, server: ScriptedServer, out: Path, *arguments: str, **s
 
 
 def test_the_gpus_of_its_processes_are_its_own(
-    library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+    nvml_library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
 ) -> None:
-    run = bench(library, server, tmp_path, processes=f"0:{stranger} 1:{os.getpid()}")
+    run = bench(nvml_library, server, tmp_path, processes=f"0:{stranger} 1:{os.getpid()}")
     assert run.roles["server"] == ["gpu1"]
     assert run.config["model"] == "their-model"
     assert "devices-unknown" not in {flag.name for flag in run.flags}
 
 
 def test_where_nothing_tells_its_gpus_none_is_counted_and_the_run_says_so(
-    library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+    nvml_library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
 ) -> None:
-    run = bench(library, server, tmp_path, processes=f"0:{stranger}")
+    run = bench(nvml_library, server, tmp_path, processes=f"0:{stranger}")
     assert run.devices == []
     assert "devices-unknown" in {flag.name for flag in run.flags}
 
 
-def test_gpus_that_are_named_stand(library: Path, server: ScriptedServer, tmp_path: Path) -> None:
-    run = bench(library, server, tmp_path, "--single-gpus", "0", processes=f"1:{os.getpid()}")
+def test_gpus_that_are_named_stand(nvml_library: Path, server: ScriptedServer, tmp_path: Path) -> None:
+    run = bench(nvml_library, server, tmp_path, "--single-gpus", "0", processes=f"1:{os.getpid()}")
     assert run.roles["server"] == ["gpu0"]
 
 
 @pytest.mark.parametrize("named", [["7"], ["0", "--single-gpus", "0"]], ids=["none of ours", "twice"])
 def test_gpus_that_cannot_be_meant_are_refused(
-    named: list[str], library: Path, server: ScriptedServer, tmp_path: Path
+    named: list[str], nvml_library: Path, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    told = bench(library, server, tmp_path, "--single-gpus", *named)
+    told = bench(nvml_library, server, tmp_path, "--single-gpus", *named)
     assert "name different ones of this host's GPUs, [0, 1]" in told
 
 
 def test_a_clock_is_held_without_sampling_and_for_the_server_alone(
-    library: Path, server: ScriptedServer, tmp_path: Path
+    nvml_library: Path, server: ScriptedServer, tmp_path: Path
 ) -> None:
     ours = {"processes": f"1:{os.getpid()}", "state": str(tmp_path / "state")}
-    run = bench(library, server, tmp_path, "--no-power", "--single-clock", "900", **ours)
+    run = bench(nvml_library, server, tmp_path, "--no-power", "--single-clock", "900", **ours)
     assert [(hold["index"], hold["clock_mhz"]) for hold in run.config["clocks_held"]] == [(1, 900)]
-    told = bench(library, server, tmp_path, "--prefill-clock", "900", **ours)
+    told = bench(nvml_library, server, tmp_path, "--prefill-clock", "900", **ours)
     assert "--single-clock" in told
 
 
@@ -128,7 +123,7 @@ def test_this_host_is_known_by_its_addresses() -> None:
     assert not machine.is_this_host("192.0.2.1")
 
 
-def test_a_server_is_the_listener_and_what_it_started(library: Path) -> None:
+def test_a_server_is_the_listener_and_what_it_started(nvml_library: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as one:
@@ -136,7 +131,7 @@ def test_a_server_is_the_listener_and_what_it_started(library: Path) -> None:
         port, worker = map(int, one.stdout.readline().split())
         assert [process.pid for process in machine.listeners(port)] == [one.pid]
         code = f"from pdbench import nvml; print(nvml.gpus_of([{one.pid}]))"
-        assert child(library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{one.pid}") == "[2, 3]\n"
+        assert child(nvml_library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{one.pid}") == "[2, 3]\n"
         one.stdin.close()
 
 

@@ -14,12 +14,7 @@ from pdbench.cli import main
 from pdbench.power.monitor import as_csv
 from pdbench.records import DeviceRecord, load_devices
 from pdbench.report.device_figures import read_devices
-from tests.support.fake_nvml import build, environment, sampled, wave_text
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nvml"))
+from tests.support.fake_nvml import environment, sampled, wave_text
 
 
 def pdbench(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
@@ -27,9 +22,9 @@ def pdbench(*arguments: object, **more: object) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)  # type: ignore[call-overload,no-any-return]
 
 
-def test_monitor_writes_what_plot_draws(library: Path, tmp_path: Path) -> None:
+def test_monitor_writes_what_plot_draws(nvml_library: Path, tmp_path: Path) -> None:
     saved = tmp_path / "power.json"
-    settings = environment(library, gpus="2", power_1=wave_text("square"))
+    settings = environment(nvml_library, gpus="2", power_1=wave_text("square"))
     done = pdbench("monitor", "--gpus", "0,1", "--duration", 2, "--out", saved, env=settings)
     assert done.returncode == 0, done.stderr
     assert "power W" in done.stdout and "gpu1" in done.stdout
@@ -58,8 +53,8 @@ def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> No
     assert (tmp_path / "other.png").stat().st_size > 10_000
 
 
-def test_csv_comes_back_as_it_went(library: Path, tmp_path: Path) -> None:
-    records: list[DeviceRecord] = sampled(library, 2.0, {"decode": [0]}, fail="0:DeviceGetTemperature:3")
+def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
+    records: list[DeviceRecord] = sampled(nvml_library, 2.0, {"decode": [0]}, fail="0:DeviceGetTemperature:3")
     path = tmp_path / "power.csv"
     path.write_bytes(as_csv(records))
     [back] = read_devices(path)

@@ -1,11 +1,11 @@
 /* A stand-in for libnvidia-ml.so.1: GPUs whose power follows a script with a known integral, with Hopper's habits
  * (instant power over 25 of every 100 ms, a 1 s average, an energy counter that moves every 100 ms, a buffer of 119
- * samples 20 ms apart). The real nvidia-ml-py loads it by name through LD_LIBRARY_PATH; tests/fake_nvml.py builds it.
+ * samples 20 ms apart). The real nvidia-ml-py loads it by name through LD_LIBRARY_PATH; fake_nvml.py builds it.
  *
  * Environment: FAKE_NVML_GPUS=2  FAKE_NVML_POWER_0="PERIOD_S T:W T:W ..." (straight lines between points, repeated)
  *   FAKE_NVML_CLOCK=scripted|real  FAKE_NVML_ENERGY_READ_US=2400  FAKE_NVML_RESET_S=T  FAKE_NVML_MIG=1  FAKE_NVML_CLAMP_MHZ=1830
  *   FAKE_NVML_FAIL="GPU:FUNCTION:CODE[:FROM_S] ..."  (FUNCTION without "nvml", * for all, -1 for every GPU)
- *   FAKE_NVML_PROCESSES="GPU:PID ..."
+ *   FAKE_NVML_PROCESSES="GPU:PID ..."  FAKE_NVML_LINKS="switch:COUNT" or "GPU-GPU:COUNT ..."  FAKE_NVML_TOPOLOGY=LEVEL
  *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)
  */
 #define _GNU_SOURCE
@@ -25,6 +25,7 @@ typedef union { double d; unsigned u; u64 ull; } value_t;
 typedef struct { unsigned field, scope; long long stamp, latency; int type, result; value_t value; } field_t;
 typedef struct { u64 stamp; value_t value; } sample_t;
 typedef struct { unsigned pid; u64 memory; unsigned instances[2]; } process_t;
+typedef struct { char legacy[16]; unsigned domain, bus, device, pci, subsystem; char id[32]; } pci_t;
 typedef struct { double period; int count; double t[POINTS], w[POINTS]; } wave_t;
 typedef struct { u64 zero_us, now_us; unsigned ready, locked_mhz[GPUS], limit_mw[GPUS]; } state_t;
 
@@ -108,7 +109,7 @@ static double joules(int gpu, double t) {
 }
 static double mean_w(int gpu, double end, double length) { return (joules(gpu, end) - joules(gpu, end - length)) / length; }
 static unsigned watts_to_mw(double watts) { return (unsigned)(1000 * watts + 0.5); }
-/* Every GPU refreshes on its own beat. */
+/* Every GPU refreshes at instants of its own. */
 static double last_tick(int gpu, double every) {
     double phase = 0.037 + 0.013 * gpu;
     return (long)((now_s() - phase + 100 * every) / every) * every - 100 * every + phase;
@@ -141,7 +142,7 @@ EXPORT const char *nvmlErrorString(int code) {
     return code == 3 ? "Not Supported" : code == 4 ? "Insufficient Permissions" : code == 15 ? "GPU is lost" : "Some Error";
 }
 EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) { (void)device; snprintf(name, size, "Scripted GPU"); return 0; }
-EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%d", GPU(device)); return 0; }
+EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%df00", GPU(device)); return 0; }
 EXPORT int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.0"); return 0; }
 EXPORT int nvmlDeviceGetArchitecture(void *device, unsigned *kind) { (void)device; *kind = 9; return 0; }
 
@@ -257,6 +258,41 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count
     }
     *count = found;
     return found > room ? 7 : 0;
+}
+/* Where a link ends: at a GPU, at a switch (-1), or there is no such link (-2). */
+static int link_end(int gpu, unsigned link) {
+    char copy[1024];
+    unsigned count, first = 0;
+    int a, b;
+    snprintf(copy, sizeof copy, "%s", getenv("FAKE_NVML_LINKS") ? getenv("FAKE_NVML_LINKS") : "");
+    for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest)) {
+        if (sscanf(word, "switch:%u", &count) == 1) return link < count ? -1 : -2;
+        if (sscanf(word, "%d-%d:%u", &a, &b, &count) < 3 || (a != gpu && b != gpu)) continue;
+        if (link - first < count) return a == gpu ? b : a;
+        first += count;
+    }
+    return -2;
+}
+static void bus_id(int gpu, pci_t *info) {
+    memset(info, 0, sizeof *info);
+    if (gpu < 0) snprintf(info->id, sizeof info->id, "FFFFFFFF:FF:FF.0");
+    else snprintf(info->id, sizeof info->id, "00000000:%02X:00.0", 6 + gpu);
+}
+EXPORT int nvmlDeviceGetPciInfo_v3(void *device, pci_t *info) { bus_id(GPU(device), info); return 0; }
+EXPORT int nvmlDeviceGetNvLinkState(void *device, unsigned link, unsigned *active) {
+    TRY("DeviceGetNvLinkState");
+    *active = 1;
+    return link_end(GPU(device), link) == -2 ? 2 : 0;
+}
+EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, pci_t *info) {
+    bus_id(link_end(GPU(device), link), info);
+    return 0;
+}
+EXPORT int nvmlDeviceGetTopologyCommonAncestor(void *device, void *peer, unsigned *level) {
+    (void)peer;
+    TRY("DeviceGetTopologyCommonAncestor");
+    *level = (unsigned)number("FAKE_NVML_TOPOLOGY", 50);
+    return 0;
 }
 EXPORT int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     (void)device;

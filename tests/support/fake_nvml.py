@@ -30,7 +30,7 @@ WAVES: dict[str, tuple[float, list[tuple[float, float]]]] = {
 
 
 def build(folder: Path) -> Path:
-    """Compile the library into `folder` and return the folder, for LD_LIBRARY_PATH."""
+    """Compile the library into `folder` and return the folder, for LD_LIBRARY_PATH. Tests use the fixture `nvml_library`."""
     library = folder / "libnvidia-ml.so.1"
     subprocess.run(
         ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-o", library, HERE / "fake_nvml.c"], check=True

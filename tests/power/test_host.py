@@ -1,12 +1,16 @@
-"""RAPL from a sysfs tree made of files, amdsmi from a module of our own; the machine's real meters are not needed."""
+"""RAPL from a sysfs tree of files, amdsmi from a scripted module, CPU use of real processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pdbench.power.host import open_rapl
+from pdbench.analysis.energy import energy_over
+from pdbench.power.host import open_rapl, open_readers
+from pdbench.power.sampler import Sampler
+from pdbench.records import Clock, DeviceRecord
 
 
 def zone(root: Path, name: str, label: str, energy_uj: int, top_uj: int = 1_000_000_000) -> Path:
@@ -18,7 +22,7 @@ def zone(root: Path, name: str, label: str, energy_uj: int, top_uj: int = 1_000_
     return folder
 
 
-def test_rapl_reads_packages_and_dram_and_leaves_their_parts(tmp_path: Path) -> None:
+def test_rapl_reads_packages_and_dram_only(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
     zone(tmp_path, "intel-rapl:0:0", "core", 1_000_000)
     zone(tmp_path, "intel-rapl:0:1", "dram", 2_000_000)
@@ -29,7 +33,7 @@ def test_rapl_reads_packages_and_dram_and_leaves_their_parts(tmp_path: Path) -> 
     assert open_rapl(tmp_path / "nowhere") == []
 
 
-def test_rapl_counts_on_over_its_wrap_around(tmp_path: Path) -> None:
+def test_rapl_counter_wraps_around(tmp_path: Path) -> None:
     folder = zone(tmp_path, "intel-rapl:0", "package-0", 990_000_000)
     [reader] = open_rapl(tmp_path)
     assert reader.read(10.0) == {"energy_j": 0.0}
@@ -39,7 +43,7 @@ def test_rapl_counts_on_over_its_wrap_around(tmp_path: Path) -> None:
     assert reader.read(11.5) == {"energy_j": 25.0, "power_w": 20.0}
 
 
-def test_rapl_that_may_not_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rapl_that_cannot_be_read_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = zone(tmp_path, "intel-rapl:0", "package-0", 1)
     [reader] = open_rapl(tmp_path)
     (folder / "energy_uj").unlink()
@@ -69,7 +73,7 @@ def amdsmi_get_gpu_memory_usage(card, kind): return 2**30
 """
 
 
-def test_amd_gpu_through_amdsmi(tmp_path: Path) -> None:
+def test_amd_gpu_is_read_through_amdsmi(tmp_path: Path) -> None:
     (tmp_path / "amdsmi.py").write_text(AMDSMI)
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
@@ -84,3 +88,24 @@ assert absent.lost and "none of index 1" in absent.not_measured["device"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_process_tree_is_measured_without_gpu() -> None:
+    spin = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    tree = subprocess.Popen([sys.executable, "-c", spin], start_new_session=True)
+    try:
+        sampler = Sampler(open_readers({}, {"decode": [tree.pid], "gone": [2**22 + 1]}), 0.05, Clock.start())
+        with sampler:
+            while not any(sample and sample.cpu_utilization_pct for _, sample in sampler.latest()):
+                sampler.idle("bare", 0.2)
+        records = {record.role: record for record in sampler.records()}
+    finally:
+        os.killpg(tree.pid, 9)
+        tree.wait()
+    decode: DeviceRecord = records["decode"]
+    # One process spins: late samples must not read as more than its one core (10 % for the clock of the reading).
+    assert decode.kind == "process" and 0 < decode.statistics["cpu_utilization_pct"]["avg"] <= 110
+    assert decode.statistics["memory_used_mib"]["min"] > 0
+    assert "no meter" in decode.not_measured["power_w"]
+    assert energy_over(decode, 0, 1).energy_j is None
+    assert records["gone"].samples == [] and "no such process" in records["gone"].not_measured["cpu_utilization_pct"]

@@ -1,11 +1,11 @@
-"""When the energy counter is read: its own ticks, and one read that fails."""
+"""When the energy counter is read: as it moves, and again after a read that fails."""
 
 import math
 
 from pdbench.power.counter import RETRY_S, CounterEdgeTracker
 
 
-def test_one_read_that_fails_does_not_end_the_counter() -> None:
+def test_failed_read_does_not_end_the_counter() -> None:
     tracker = CounterEdgeTracker()
     for step in range(3):
         tracker.observe(0.1 * step, 100.0 * (step + 1), 0.1 * step)
@@ -16,7 +16,7 @@ def test_one_read_that_fails_does_not_end_the_counter() -> None:
     assert len(tracker.edges) > before
 
 
-def test_a_counter_that_is_none_is_never_asked_again() -> None:
+def test_missing_counter_is_not_read_again() -> None:
     tracker = CounterEdgeTracker()
     tracker.observe(0.0, None, 0.0)
     tracker.skip(1.0)

@@ -1,0 +1,67 @@
+"""The GPU inventory over the scripted NVML: what machine.py, doctor and the cluster know of a host's GPUs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fake_nvml import child
+
+INVENTORY = """
+import dataclasses, json
+from pdbench import nvml
+from pdbench.serving import machine
+links = {f"{a}-{b}": link for (a, b), link in nvml.links().items()}
+facts = machine.host_facts()
+print(json.dumps({"gpus": [dataclasses.asdict(gpu) for gpu in nvml.gpus()], "links": links, "facts": facts}))
+"""
+
+
+def inventory(library: Path, **settings: str) -> Any:
+    return json.loads(child(library, INVENTORY, **settings))
+
+
+def test_inventory_has_name_driver_memory_and_uuid(nvml_library: Path) -> None:
+    found = inventory(nvml_library, gpus="2")
+    assert found["gpus"][1] == {
+        "index": 1,
+        "name": "Scripted GPU",
+        "driver": "580.0",
+        "memory_total_mib": 141 * 1024.0,
+        "memory_used_mib": 64 * 1024.0,
+        "uuid": "GPU-1f00",
+    }
+    assert found["facts"]["driver"] == "580.0"
+    assert found["facts"]["gpus"][0] == {"index": 0, "name": "Scripted GPU", "memory_mib": 141 * 1024.0}
+
+
+def test_gpu_whose_memory_is_not_reported_is_in_the_inventory(nvml_library: Path) -> None:
+    first, second = inventory(nvml_library, gpus="2", fail="0:DeviceGetMemoryInfo:3")["gpus"]
+    assert (first["memory_total_mib"], second["memory_total_mib"]) == (None, 141 * 1024.0)
+
+
+def test_host_without_driver_has_no_gpus(nvml_library: Path) -> None:
+    found = inventory(nvml_library, fail="-2:Init:9")
+    assert found["gpus"] == [] and found["links"] == {}
+    assert found["facts"]["gpus"] == [] and found["facts"]["driver"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "links"),
+    [
+        ({"links": "switch:18"}, {"0-1": "NV18", "0-2": "NV18", "1-2": "NV18"}),
+        ({"links": "0-1:4 1-2:2"}, {"0-1": "NV4", "0-2": "SYS", "1-2": "NV2"}),
+        ({"topology": "10"}, {"0-1": "PIX", "0-2": "PIX", "1-2": "PIX"}),
+        ({"topology": "30"}, {"0-1": "PHB", "0-2": "PHB", "1-2": "PHB"}),
+        ({"links": "switch:18", "fail": "-1:DeviceGetNvLinkState:3"}, {"0-1": "SYS", "0-2": "SYS", "1-2": "SYS"}),
+        ({"fail": "-1:DeviceGetTopologyCommonAncestor:3"}, {}),
+    ],
+    ids=["nvswitch", "direct nvlink", "pcie switch", "host bridge", "no nvlink", "unknown"],
+)
+def test_links_are_named_as_in_nvidia_smi_topo(
+    settings: dict[str, str], links: dict[str, str], nvml_library: Path
+) -> None:
+    found = inventory(nvml_library, gpus="3", **settings)
+    assert found["facts"]["gpu_links"] == links
+    assert all(found["links"][link[::-1]] == found["links"][link] for link in links)
