@@ -6,7 +6,7 @@ Sources: exponential gaps by inversion; gamma gaps with shape = burstiness (1 is
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pdbench.errors import UserError
 
@@ -60,13 +60,6 @@ def staged(stages: Sequence[Stage], seed: int | str) -> Iterator[float]:
             yield begin_s + (unit - summed) / rate
             unit = next(units)
         begin_s, summed = begin_s + length_s, summed + rate * length_s
-
-
-def replayed(instants_s: Iterable[float], time_scale: float = 1.0) -> Iterator[float]:
-    """A trace's own instants, sorted, its first one at 0; `time_scale` 2 makes it last twice as long."""
-    ordered = sorted(instants_s)
-    for instant_s in ordered:
-        yield (instant_s - ordered[0]) * time_scale
 
 
 def read_stages(text: str) -> list[Stage]:

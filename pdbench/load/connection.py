@@ -82,24 +82,6 @@ class Connection:
     sets `broken` to (class, message); whoever owns the connection then closes it.
     """
 
-    __slots__ = (
-        "_clock",
-        "_connecting",
-        "_handshaking",
-        "_incoming",
-        "_outgoing",
-        "_recvmsg",
-        "_request",
-        "_tls",
-        "_unsent",
-        "_watch",
-        "broken",
-        "last_byte_s",
-        "response",
-        "sock",
-        "watched",
-    )
-
     def __init__(
         self,
         address: Address,

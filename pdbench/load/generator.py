@@ -73,7 +73,9 @@ def run_client(
     total is None where time ends the trial. `on_partial` takes, about once a second, what was measured since its last call;
     the returned result then holds the rest. Raises UserError when the load cannot be planned or the URL cannot be used.
     """
-    _raise_descriptor_limit()
+    with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     tokenizer = plan.find_tokenizer(config, model)
     warmup = plan.warmup_requests(config, tokenizer, trial)[client::clients]
     # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
@@ -96,7 +98,7 @@ def run_client(
         verify_tls=config.tls_verify,
     )
     interrupted = interrupted or threading.Event()
-    with connections, stopping(stop_signals, interrupted.set), _no_garbage_collection(), _real_time() as real_time:
+    with connections, stopping(stop_signals, interrupted.set), _undelayed() as real_time:
         load = _Load(config, connections, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
         load.drive(iter(warmup), streams or len(warmup), clock.now(), warmup=True)
         load.result.real_time, load.result.streams = real_time, streams
@@ -259,14 +261,6 @@ def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, toler
     return recent[0][0] if steady_rate and steady_in_flight else None
 
 
-def _raise_descriptor_limit() -> None:
-    """One descriptor per stream: take what the system allows."""
-    with contextlib.suppress(OSError, ValueError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 @contextlib.contextmanager
 def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Iterator[None]:
     """While inside, the first of these signals calls `stop`; a second one does what it did before. Main thread only."""
@@ -292,31 +286,24 @@ def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Ite
 
 
 @contextlib.contextmanager
-def _real_time() -> Iterator[bool]:
-    """Real-time priority for this thread where the system permits it, so that servers on the same cores do not delay the client.
-
-    The loop sleeps whenever it has nothing to do, and what it starts does not inherit the priority.
-    """
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except OSError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, *before)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A full collection walks every record kept and stops the loop for milliseconds; nothing here makes cycles."""
-    enabled = gc.isenabled()
+def _undelayed() -> Iterator[bool]:
+    """No garbage collection in this process, and real-time priority for this thread where the system permits it (True)."""
+    collecting = gc.isenabled()
+    scheduler, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    # A full collection walks every record kept and stops the loop for milliseconds; nothing here makes cycles.
     gc.disable()
     try:
-        yield
+        # So that servers on the same cores do not delay the client: its loop sleeps whenever it has nothing to do, and what it
+        # starts does not inherit the priority.
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        real_time = True
+    except OSError:
+        real_time = False
+    try:
+        yield real_time
     finally:
-        if enabled:
+        if collecting:
             gc.enable()
+        if real_time:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(0, scheduler, parameter)

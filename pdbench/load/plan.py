@@ -129,9 +129,9 @@ def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
 def _instants(config: LoadConfig, rows: list[traces.TraceRow] | None, trial: int) -> Iterator[float | None]:
     seed = f"{config.seed}/{trial}"
     if rows:
-        return iter(arrivals.replayed((row.arrival_s for row in rows), config.time_scale))
+        return (row.arrival_s * config.time_scale for row in rows)
     if config.stages:
-        return iter(arrivals.staged(arrivals.read_stages(config.stages), seed))
+        return arrivals.staged(arrivals.read_stages(config.stages), seed)
     if config.rate is None:
         return itertools.repeat(None)
     if config.ramp_to is not None:

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
@@ -17,7 +17,7 @@ from typing import Any
 from pdbench.errors import UserError
 from pdbench.load.tokenizer import Tokenizer, exact_text
 
-DEFAULT_TEXTS = 16
+QUESTIONS = 16
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _sentences() -> tuple[str, ...]:
 
 def built_in(index: int, tag: str) -> str:
     """The built-in question of this index (20 to 100 words or characters), numbered by `tag`."""
-    return f"{tag} {passages()[index % DEFAULT_TEXTS]}"
+    return f"{tag} {passages()[index % QUESTIONS]}"
 
 
 def sentences_in_random_order(seed: str) -> Iterator[str]:
@@ -61,7 +61,7 @@ def of_length(tokens: int, seed: str, tokenizer: Tokenizer, *, shared: float = 0
     return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
 
 
-def of_blocks(tokens: int, block_ids: list[int], block_tokens: int, seed: str, tokenizer: Tokenizer) -> str:
+def of_blocks(tokens: int, block_ids: Sequence[int], block_tokens: int, seed: str, tokenizer: Tokenizer) -> str:
     """A prompt made of blocks that are equal wherever their id is (Mooncake's hash_ids), exactly `tokens` long in all."""
     start = "".join(_shared_prefix(block_tokens, f"block/{block}", tokenizer) for block in block_ids[:-1])
     if tokenizer.count(start) >= tokens:
@@ -88,8 +88,7 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            found = [_conversation(row) for row in json.loads(text)]
-            pairs = [pair for pair in found if pair is not None]
+            pairs = [pair for conversation in json.loads(text) if (pair := _conversation(conversation))]
         elif path.suffix == ".jsonl":
             pairs = [_jsonl_pair(line, row) for row, line in enumerate(text.splitlines(), 1) if line.strip()]
         else:
@@ -102,9 +101,9 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def _conversation(row: dict[str, Any]) -> tuple[str, str | None] | None:
+def _conversation(conversation: dict[str, Any]) -> tuple[str, str | None] | None:
     """The first question and its reply; None for a conversation that does not begin with a person's question."""
-    turns = row.get("conversations") or row.get("conversation") or []
+    turns = conversation.get("conversations") or conversation.get("conversation") or []
     if not turns or turns[0].get("from") not in ("human", "user") or not turns[0].get("value"):
         return None
     return turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None
@@ -120,7 +119,7 @@ def _jsonl_pair(line: str, row: int) -> tuple[str, str | None]:
 
 @functools.lru_cache(maxsize=4096)
 def _shared_prefix(tokens: int, group: str, tokenizer: Tokenizer) -> str:
-    start = f"{_number(group)}"
+    start = _number(group)
     if tokenizer.count(start) > tokens:
         start = ""
     return exact_text(sentences_in_random_order(f"shared/{group}"), tokens, tokenizer, start)

@@ -51,28 +51,6 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class Response:
     """The response to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final."""
 
-    __slots__ = (
-        "_body",
-        "_by_text",
-        "_by_token_ids",
-        "_chunks",
-        "_content_type",
-        "_counts",
-        "_events",
-        "_finished",
-        "_now_s",
-        "_parser",
-        "_status",
-        "_streaming",
-        "_texts",
-        "bytes_seen",
-        "complete",
-        "keep_alive",
-        "merged_reads",
-        "record",
-        "user_stamps",
-    )
-
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
         self.complete = self.keep_alive = False

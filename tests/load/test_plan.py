@@ -203,7 +203,7 @@ def test_every_trace_format_is_read(tmp_path, name):
     rows = read_trace(tmp_path / name)
     assert [(row.input_tokens, row.output_tokens) for row in rows] == [(374, 44), (396, 109)]
     assert [row.arrival_s for row in rows] == pytest.approx([0.0, 4.314579], abs=2e-6)
-    assert rows[1].block_ids == ([1, 2] if name == "mooncake.jsonl" else [])
+    assert rows[1].block_ids == ((1, 2) if name == "mooncake.jsonl" else ())
 
 
 @pytest.mark.parametrize("name", TRACES)
