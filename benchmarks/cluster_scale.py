@@ -40,13 +40,16 @@ def main() -> None:
     if options.inside:
         measure(options)
         return
-    from tests.support.cluster_hosts import Hosts, wait_until
+    from tests.support.cluster import PATIENCE_S, Hosts
+    from tests.support.processes import wait_until
 
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder), options.nodes, [0] * options.nodes) as hosts:
         head = hosts.all[-1]
         cpus = -(-options.instances // options.nodes)
         head.start_ray(cpus=cpus)
-        wait_until(lambda: head.run("ls", str(hosts.ray / "ray_current_cluster")).returncode == 0, "the head is up")
+        wait_until(
+            lambda: head.run("ls", str(hosts.ray / "ray_current_cluster")).returncode == 0, PATIENCE_S, "the head is up"
+        )
         for host in hosts.all[:-1]:
             host.start_ray(head, cpus=cpus)
         hosts.wait_for_nodes(options.nodes)
@@ -58,24 +61,21 @@ def main() -> None:
             sys.exit(done.stderr)
 
 
-def plan_scripted(config: Any, gpus: Any, *, name: str, role: str, port: int) -> Any:
-    """A server that says that it is healthy and nothing else."""
-    from pdbench.serving.vllm import Command
-
-    argv = (sys.executable, "-S", "-c", SERVER, config.host, str(port))
-    return Command(name=name, role=role, argv=argv, environment={}, url=f"http://{config.host}:{port}")
-
-
 def measure(options: argparse.Namespace) -> None:
-    import functools
-
-    from pdbench.cluster.actors import NodeAgent
-    from pdbench.cluster.deployment import ClusterDeployment
-    from pdbench.cluster.measuring import ClusterSampler
-    from pdbench.cluster.session import Cluster
+    from pdbench.cluster.ray_host import RayHost
+    from pdbench.cluster.site import RaySite
     from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
+    from pdbench.host import VllmPlanner
     from pdbench.power.device import Reader
     from pdbench.records import Clock
+    from pdbench.serving.vllm import Command
+
+    class ScriptedPlanner(VllmPlanner):
+        """Servers that are healthy and nothing else."""
+
+        def command(self, spec: Any, config: Any, machine: Any, gpus: Any, setup: Any) -> Command:
+            argv = (sys.executable, "-S", "-c", SERVER, config.host, str(spec.port))
+            return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
 
     class Counting(Reader):
         """Its power is the number of the reading, so that a lost sample shows."""
@@ -86,39 +86,35 @@ def measure(options: argparse.Namespace) -> None:
             self.readings += 1
             return {"power_w": float(self.readings), "gpu_utilization_pct": 50.0, "sm_clock_mhz": 1980.0}
 
-    class SimulatedAgent(NodeAgent):
-        def open_readers(self, gpus: Any, pids: Any) -> list[Reader]:
-            each = options.devices // options.nodes
-            return [Counting(f"simulated-{index}", "gpu", "simulated", role="replica") for index in range(each)]
+    class SimulatedHost(RayHost):
+        def open_readers(self, servers: Any) -> list[Reader]:
+            count = options.devices // options.nodes
+            return [Counting(f"simulated-{index}", "gpu", "simulated", role="replica") for index in range(count)]
 
-    def planner(seat: Any, connector: Any) -> Any:
-        return functools.partial(plan_scripted, name=seat.name, role=seat.role, port=seat.port)
-
-    with tempfile.TemporaryDirectory() as logs, Cluster(ClusterConfig(cluster=options.inside)) as cluster:
-        cluster.agent_class = SimulatedAgent
+    config = ClusterConfig(cluster=options.inside)
+    with tempfile.TemporaryDirectory() as logs, RaySite(config, ScriptedPlanner(), SimulatedHost) as site:
         for count in (options.nodes, options.instances):
             serve = ServeConfig(replica_instances=count, log_dir=logs)
             begin_s = time.monotonic()
-            deployment = ClusterDeployment("replicas", serve, cluster, planner)
+            deployment = site.deployment("replicas", serve)
             with contextlib.closing(deployment.start()):
                 print(
                     f"bring-up of {count} instances on {options.nodes} nodes, proxy included: {time.monotonic() - begin_s:.1f} s"
                 )
                 if count == options.instances:
-                    sample(
-                        cluster, ClusterSampler(cluster, deployment.running(), PowerConfig(), Clock.start()), options
-                    )
+                    measurement = site.measurement(deployment.info(), PowerConfig(), Clock.start())
+                    sample(site.cluster, measurement, options)
 
 
-def sample(cluster: Any, sampler: Any, options: argparse.Namespace) -> None:
+def sample(cluster: Any, measurement: Any, options: argparse.Namespace) -> None:
     own = psutil.Process()
-    ray_head = [one for one in psutil.process_iter() if one.name() == "gcs_server"]
-    with sampler:
-        before, began_s = [sum(one.cpu_times()[:2]) for one in (own, *ray_head)], time.monotonic()
+    ray_head = [process for process in psutil.process_iter() if process.name() == "gcs_server"]
+    with measurement:
+        before, began_s = [sum(process.cpu_times()[:2]) for process in (own, *ray_head)], time.monotonic()
         time.sleep(options.seconds)
         ran_s = time.monotonic() - began_s
-        spent = [sum(one.cpu_times()[:2]) - cpu for one, cpu in zip((own, *ray_head), before, strict=True)]
-    records = sampler.records()
+        spent = [sum(process.cpu_times()[:2]) - cpu for process, cpu in zip((own, *ray_head), before, strict=True)]
+    records = measurement.devices()
     lost = sum(int(record.samples[-1].power_w) - len(record.samples) for record in records)
     samples = sum(len(record.samples) for record in records)
     missed = sum(record.sampling["missed_ticks"] or 0 for record in records)

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import __version__
-from pdbench.cluster import joined_cluster
 from pdbench.config import (
     ClusterConfig,
     Count,
@@ -30,6 +29,7 @@ from pdbench.config import (
     ServerConfig,
 )
 from pdbench.errors import UserError
+from pdbench.records import Run
 
 console = Console()
 app = App(
@@ -108,15 +108,19 @@ def run(
         Folder in which the results folders go.
     """
     from pdbench import experiment, judge
-    from pdbench.serving.deployment import stop_on_signals
+    from pdbench.cluster import open_site
+    from pdbench.site import stop_on_signals
 
-    names = _deployment_names(against)
-    with stop_on_signals(), joined_cluster(cluster) as joined:
-        folders = experiment.run(
-            names, trials, options, out, console, lambda folder: judge.finish(folder, console), joined
-        )
-    judge.side_by_side(folders, out, console)
-    judge.exit_on_flags(folders)
+    kinds = _deployment_names(against)
+    runs: dict[Path, Run] = {}
+    try:
+        with stop_on_signals(), open_site(cluster) as site:
+            experiment.run(kinds, trials, options, out, console, site, runs)
+    finally:  # what was measured is shown when the rest failed or was interrupted, too
+        for folder in runs:
+            judge.finish(folder, console)
+    judge.side_by_side(list(runs), out, console)
+    judge.exit_on_flags(list(runs))
 
 
 @app.command(group_parameters=_MEASURING)
@@ -144,22 +148,19 @@ def bench(
         Folder in which the results folder goes.
     """
     from pdbench import experiment, judge
-    from pdbench.serving.deployment import stop_on_signals
+    from pdbench.cluster import open_site
+    from pdbench.site import stop_on_signals
 
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
-    with stop_on_signals(), joined_cluster(cluster) as joined:
-        folder = experiment.bench(
-            url,
-            options.serve.model,
-            options,
-            trials,
-            out,
-            console,
-            lambda folder: judge.finish(folder, console),
-            joined,
-        )
-    judge.exit_on_flags([folder])
+    runs: dict[Path, Run] = {}
+    try:
+        with stop_on_signals(), open_site(cluster) as site:
+            experiment.bench(url, options.serve.model, options, trials, out, console, site, runs)
+    finally:
+        for folder in runs:
+            judge.finish(folder, console)
+    judge.exit_on_flags(list(runs))
 
 
 @app.command
@@ -187,19 +188,19 @@ def serve(
     import shlex
 
     from pdbench import experiment
-    from pdbench.serving.deployment import stop_on_signals
+    from pdbench.cluster import open_site
+    from pdbench.site import LocalSite, stop_on_signals
 
-    name = _deployment_names(against or ("single" if single else "disaggregated"))[0]
+    kind = _deployment_names(against or ("single" if single else "disaggregated"))[0]
     if show:
-        deployment = experiment.maker(serve or ServeConfig(), None)(name)
-        for instance in deployment.instances:
-            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in instance.environment.items())
-            print(f"# {instance.name}\n{settings} {shlex.join(instance.argv)}")
+        for command in LocalSite().deployment(kind, serve or ServeConfig()).commands.values():
+            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
+            print(f"# {command.name}\n{settings} {shlex.join(command.argv)}")
         return
     with (
         stop_on_signals(),
-        joined_cluster(cluster) as joined,
-        experiment.started(experiment.maker(serve or ServeConfig(), joined)(name), console) as deployment,
+        open_site(cluster) as site,
+        experiment.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
     ):
         console.print(
             f"[green]ready[/green]: {deployment.url}  model {deployment.model_name}  (Ctrl-C ends all)", highlight=False
@@ -214,15 +215,12 @@ def serve(
 
 @app.command
 def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None) -> None:
-    """Say whether this machine can do it, and what to mend."""
+    """Say whether this machine (or every node of --cluster) can do it, and what to fix."""
     from pdbench import doctor
+    from pdbench.cluster import open_site
 
-    with joined_cluster(cluster) as joined:
-        if joined is not None:
-            from pdbench.cluster.doctor import examine
-
-            sys.exit(doctor.report(examine(serve or ServeConfig(), joined), console))
-    sys.exit(doctor.report(doctor.examine(serve or ServeConfig()), console))
+    with open_site(cluster) as site:
+        sys.exit(doctor.report(site.findings(serve or ServeConfig()), console))
 
 
 def _options(command: str) -> set[str]:
@@ -376,21 +374,26 @@ def sweep(
         Folder of the points, the summary table and the curves.
     """
     from pdbench import experiment, judge, sweep
+    from pdbench.cluster import open_site
     from pdbench.report import sweep_figures
-    from pdbench.serving.deployment import stop_on_signals
+    from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
 
-    def measure(one: Options, folder: Path) -> list[Path]:
-        def finish(saved: Path) -> None:
-            judge.finish(saved, console)
-
-        if url is not None:
-            return [experiment.bench(url, one.serve.model, one, trials, folder, console, finish, joined)]
-        return experiment.run(_deployment_names(against), trials, one, folder, console, finish, joined)
+    def measure(point: Options, folder: Path) -> list[Path]:
+        runs: dict[Path, Run] = {}
+        try:
+            if url is not None:
+                experiment.bench(url, point.serve.model, point, trials, folder, console, site, runs)
+            else:
+                experiment.run(_deployment_names(against), trials, point, folder, console, site, runs)
+        finally:
+            for measured in runs:
+                judge.finish(measured, console)
+        return list(runs)
 
     what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and asdict(cluster)}
-    with stop_on_signals(), joined_cluster(cluster) as joined:
+    with stop_on_signals(), open_site(cluster) as site:
         sweep_figures.present(sweep.run(points, out, measure, console, what), out, console)
 
 

@@ -12,7 +12,7 @@ from pdbench.errors import UserError
 from pdbench.http import get
 from pdbench.load.client import fetch
 from pdbench.records import Gate, RequestRecord
-from pdbench.serving.deployment_info import DeploymentInfo
+from pdbench.serving.deployment import DeploymentInfo
 
 # The nonce stands at the front: a prefix that decode has cached from an earlier check would not have to come from prefill.
 _TEXTS = (

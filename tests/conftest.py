@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from pdbench.config import DeploymentKind, ServeConfig
-from pdbench.serving.deployment import Deployment
-from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.machine import inspect
-from tests.support.cluster_hosts import Hosts, NotPermittedError, joined_hosts
+from pdbench.serving.deployment import Deployment, DeploymentInfo
+from pdbench.site import LocalSite
+from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
 from tests.support.proxy_processes import Server, instance
 
 
@@ -49,9 +48,9 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def start(name: DeploymentKind, config: ServeConfig) -> Deployment:
+def start(kind: DeploymentKind, config: ServeConfig) -> Deployment:
     """The deployment up and healthy; the caller closes it."""
-    return Deployment(name, config, inspect()).start()
+    return LocalSite().deployment(kind, config).start()
 
 
 @pytest.fixture
@@ -100,14 +99,14 @@ def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 def single(deployments: dict[str, Deployment]) -> DeploymentInfo:
     """One vLLM instance that runs."""
     deployments["single"].check()
-    return deployments["single"].running()
+    return deployments["single"].info()
 
 
 @pytest.fixture
 def disaggregated(deployments: dict[str, Deployment]) -> DeploymentInfo:
     """Prefill, decode and proxy that run."""
     deployments["disaggregated"].check()
-    return deployments["disaggregated"].running()
+    return deployments["disaggregated"].info()
 
 
 @pytest.fixture(scope="session")

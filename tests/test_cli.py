@@ -1,20 +1,15 @@
 """Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
 
-import io
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
-from pdbench import experiment
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +142,9 @@ def test_an_unwritable_results_folder_is_refused_before_anything_starts(tmp_path
 
 
 def test_sigterm_ends_serve_also_where_the_shell_ignores_sigint(tmp_path: Path) -> None:
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from pdbench.serving.deployment import stop_on_signals\n"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from pdbench.site import stop_on_signals\n"
+    )
     code += "import time\nwith stop_on_signals():\n    print('up', flush=True)\n    time.sleep(60)"
     waiting = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
@@ -178,27 +175,6 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
         starting.send_signal(signal.SIGINT)
         assert starting.stderr.read() == "pdbench: interrupted\n"
         assert starting.wait(30) == 130
-
-
-def test_a_start_into_a_file_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
-        """A deployment of which one server takes long."""
-
-        name, config = "replicas", ServeConfig()
-        instances = (SimpleNamespace(name="replica-0"), SimpleNamespace(name="replica-1"))
-
-        def start(self, on_state: Callable[[dict[str, str]], None]) -> None:
-            for seconds in (0, 10, 20):
-                on_state({"replica-0": "ready after 5 s", "replica-1": f"starting, {seconds} s"})
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(experiment, "TELL_AGAIN_S", 0.0)
-    told = io.StringIO()
-    with experiment.started(Slow(), Console(file=told)):
-        assert "replica-1 starting, 10 s" in told.getvalue()
-        assert told.getvalue().count("replica-0: ready") == 1
 
 
 def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:

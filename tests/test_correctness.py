@@ -1,19 +1,11 @@
-"""The gate's verdicts and what a run does with it."""
-
-import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
+"""The correctness gate's verdicts."""
 
 import pytest
-from rich.console import Console
 
-from pdbench import correctness, experiment
-from pdbench.config import Options
+from pdbench import correctness
 from pdbench.errors import UserError
-from pdbench.records import Gate, RequestRecord, Run, load_run
-from pdbench.serving.deployment_info import DeploymentInfo
+from pdbench.records import Gate
+from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from tests.support.servers import Peer, ScriptedServer, completions, refusal
 
 TEXTS = [f"text {i}" for i in range(4)]
@@ -51,8 +43,8 @@ def test_what_could_not_be_checked_is_reported_and_not_counted() -> None:
 
 def split(server: ScriptedServer) -> DeploymentInfo:
     """A disaggregated deployment that is one scripted server."""
-    urls = {"prefill-0": server.url, "decode-0": server.url}
-    return DeploymentInfo(name="disaggregated", url=server.url, model_name="m", urls=urls)
+    servers = [ServerInfo(name=f"{role}-0", role=role, url=server.url) for role in ("prefill", "decode")]
+    return DeploymentInfo(name="disaggregated", url=server.url, model_name="m", servers=servers)
 
 
 def test_the_check_sends_what_the_load_sends_and_reads_decodes_counter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,60 +74,6 @@ def test_request_that_fails_is_an_error_with_the_reason() -> None:
         single = DeploymentInfo(name="single", url=server.url, model_name="m")
         with pytest.raises(UserError, match=r"correctness check \(http_503: no instance\): read the logs"):
             correctness.run(single, 1, None)
-
-
-def run_without_servers(
-    monkeypatch: pytest.MonkeyPatch,
-    out: Path,
-    trials: int,
-    passes: Callable[..., tuple[Gate, list[str]]],
-    measure: Callable[..., None],
-) -> str:
-    """`pdbench run` of both deployments whose servers, gate and measurement are these; what it printed."""
-
-    @contextmanager
-    def started(deployment: SimpleNamespace, _: Console) -> Iterator[object]:
-        running = DeploymentInfo(name=deployment.name, url="http://127.0.0.1:8000", model_name="m")
-        yield SimpleNamespace(running=lambda: running, check=None)
-
-    made = lambda name: SimpleNamespace(name=name, check_ports=lambda: None, gpus=dict)  # noqa: E731
-    monkeypatch.setattr(experiment, "maker", lambda *_: made)
-    monkeypatch.setattr(experiment, "started", started)
-    monkeypatch.setattr(correctness, "run", passes)
-    monkeypatch.setattr(experiment, "_measure_into", measure)
-    told = io.StringIO()
-    console = Console(file=told, width=200)
-    experiment.run(("single", "disaggregated"), trials, Options(), out, console, lambda _: None)
-    return told.getvalue()
-
-
-def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = [verdict(), verdict(["other", *TEXTS[1:]])]
-    gated: list[str] = []
-    runs: dict[str, Run] = {}
-
-    def passes(running: DeploymentInfo, *_: object) -> tuple[Gate, list[str]]:
-        gated.append(running.name)
-        return (verdicts[gated.count("disaggregated") - 1], TEXTS)
-
-    told = run_without_servers(monkeypatch, tmp_path, 3, passes, lambda one, *_: runs.setdefault(one.name, one))
-    assert gated == ["single", "disaggregated", "disaggregated"]
-    assert told.count("correctness gate") == 2
-    assert not runs["disaggregated"].gate.passed
-    assert [flag.name for flag in runs["disaggregated"].flags] == ["gate-failed"]
-    assert runs["single"].gate is None
-
-
-def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_disk = []
-
-    def measure(one: Run, *_: object) -> None:
-        saved = [folder for folder in ("single_results", "disaggregated_results") if (tmp_path / folder).exists()]
-        on_disk.append(sum(len(load_run(tmp_path / folder).requests) for folder in saved))
-        one.requests.append(RequestRecord(id=str(len(on_disk)), planned_s=0.0))
-
-    run_without_servers(monkeypatch, tmp_path, 3, lambda *_: (verdict(), TEXTS), measure)
-    assert on_disk == [0, 1, 2, 3]  # A BB AA B
 
 
 def test_decode_without_counters_proves_nothing() -> None:

@@ -1,22 +1,19 @@
-"""More than one host: instances, samplers and clients as actors of a Ray cluster; Ray is imported when --cluster is given."""
+"""More than one host: the interface of pdbench/site.py over a Ray cluster. Ray is imported when --cluster is given."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pdbench.config import ClusterConfig
-
-if TYPE_CHECKING:
-    from pdbench.cluster.session import Cluster
+from pdbench.site import LocalSite, Site
 
 
 @contextmanager
-def joined_cluster(config: ClusterConfig | None) -> "Iterator[Cluster | None]":
-    """The cluster of --cluster, left at the end with all that was started there; None without it. Raises UserError."""
+def open_site(config: ClusterConfig | None) -> Iterator[Site]:
+    """The cluster of --cluster, left at the end with all that was started there; this host without it. Raises UserError."""
     if config is None or config.cluster is None:
-        yield None
+        yield LocalSite()
         return
-    from pdbench.cluster.session import Cluster
+    from pdbench.cluster.site import RaySite
 
-    with Cluster(config) as joined:
-        yield joined
+    with RaySite(config) as site:
+        yield site

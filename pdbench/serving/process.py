@@ -1,17 +1,19 @@
-"""One server process: started under the supervisor, its log in a file, its health over HTTP, stopped with all it started.
+"""One server process under the supervisor: its log in a file, its state, its end with all it started."""
 
-Try: python -m pdbench.serving.process sleep 5
-"""
-
-import sys
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from pdbench.http import get
+from pdbench.serving.vllm import Command
 from pdbench.supervisor import Child, supervised
 
 GRACE_S = 8.0
 """How long a server may take to end after SIGTERM before it is killed."""
+_TAIL_LINES = 15
 
 _CAUSES = (
     ("address already in use", "its port is taken: `pdbench doctor` says by whom"),
@@ -52,29 +54,57 @@ _CAUSES = (
 )
 
 
+class Secrets(dict[str, str]):
+    """Environment variables that no log shows."""
+
+    def __repr__(self) -> str:
+        return f"Secrets({', '.join(self)})"
+
+
+class ServerState(msgspec.Struct, frozen=True, kw_only=True):
+    """A started server now. `cause` (the likely one) and `log_tail` are those of a dead one."""
+
+    pid: int | None = None
+    age_s: float = 0.0
+    healthy: bool = False
+    exit_code: int | None = None
+    cause: str | None = None
+    log_tail: str = ""
+
+
 class ServerProcess:
     """A running server and all its descendants. `close` ends them; so does the end of this process, however it comes."""
 
-    def __init__(self, name: str, argv: tuple[str, ...], environment: dict[str, str], url: str, log: Path) -> None:
+    def __init__(self, command: Command, log: Path, secrets: Mapping[str, str] | None = None) -> None:
         """Start it. Raises OSError when the log cannot be written."""
-        self.name, self.url, self.log = name, url, log
+        self._url, self._log = command.url, log
+        self._healthy = False
+        self._started_s = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.started_s = time.monotonic()
+        environment = command.environment | dict(secrets or {})
+        package = str(Path(__file__).parents[2])
+        inherited = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [inherited, package]))
         with log.open("wb") as output:
-            self._child = Child(supervised(argv, GRACE_S), environment, output.fileno())
+            self._child = Child(supervised(command.argv, GRACE_S), environment, output.fileno())
 
     @property
     def pid(self) -> int:
         """The supervisor's process id: the server and its workers are its descendants."""
         return self._child.pid
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._child.exit_code()
-
-    def is_healthy(self) -> bool:
-        """Does GET /health answer 200?"""
-        return get(self.url, "/health", timeout_s=2.0) is not None
+    def state(self) -> ServerState:
+        code = self._child.exit_code()
+        if code is None and not self._healthy:
+            self._healthy = get(self._url, "/health", timeout_s=2.0) is not None
+        return ServerState(
+            pid=self.pid,
+            age_s=time.monotonic() - self._started_s,
+            healthy=self._healthy,
+            exit_code=code,
+            cause=None if code is None else self._likely_cause(),
+            log_tail="" if code is None else self.log_tail(),
+        )
 
     def ask_to_stop(self) -> None:
         """Tell it to end and do not wait: several servers can end at the same time."""
@@ -84,18 +114,14 @@ class ServerProcess:
         """Stop it and wait until nothing of it lives."""
         self._child.close(GRACE_S + 5)
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+        return "\n".join(self._read_log().splitlines()[-_TAIL_LINES:])
 
-    def likely_cause(self) -> str | None:
+    def _likely_cause(self) -> str | None:
         """What in its log looks like the reason of its end, with the remedy; None when nothing known is there."""
-        text = self.log.read_text(errors="replace").lower() if self.log.exists() else ""
+        text = self._read_log().lower()
         return next((cause for sign, cause in _CAUSES if sign in text), None)
 
-
-if __name__ == "__main__":
-    demo = ServerProcess("demo", tuple(sys.argv[1:]), {}, "http://127.0.0.1:9", Path("demo.log"))
-    time.sleep(1)
-    print("exit code", demo.exit_code())
-    demo.close()
+    def _read_log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""

@@ -149,16 +149,16 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
     """The proxy in front of `servers`; without a connector it balances over all of them."""
     argv = [sys.executable, "-m", "pdbench", "proxy", "--host", config.host, "--port", str(config.proxy_port)]
     argv += ["--connector", connector or "none", "--first-token", config.first_token]
-    argv += ["--event-log", event_log(config, "proxy")]
+    argv += ["--event-log", event_log(config.log_dir, "proxy")]
     for server in servers:
         kv_address = f"@{server.kv_address}" if server.kv_address else ""
         argv += ["--prefill" if server.role == "prefill" else "--decode", server.url + kv_address]
     return Command("proxy", "proxy", tuple(argv), {}, url=f"http://{config.host}:{config.proxy_port}")
 
 
-def event_log(config: ServeConfig, name: str) -> str:
+def event_log(log_dir: str, name: str) -> str:
     """Where a server writes its events, as JSON lines."""
-    return str(Path(config.log_dir).absolute() / f"{name}.events.jsonl")
+    return str(Path(log_dir).absolute() / f"{name}.events.jsonl")
 
 
 def _split_arguments(option: str, text: str) -> list[str]:
@@ -192,7 +192,7 @@ def _kv_transfer(
     extra = {
         "transport": "nccl" if connector == "p2p-nccl" else "tcp",
         "kv_ip": config.kv_ip,  # vLLM's own field for it is gone since 0.32
-        "event_log": event_log(config, spec.name),
+        "event_log": event_log(config.log_dir, spec.name),
     }
     transfer = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
     transfer |= {"kv_load_failure_policy": config.kv_load_failure_policy, "kv_connector_extra_config": extra}

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pdbench.records import Run, load_run
-from tests.support.cluster_hosts import PORT, Hosts, wait_until
+from tests.support.cluster import PATIENCE_S, PORT, Hosts
+from tests.support.processes import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed (requirements/ray.txt)")
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-SCRIPT = str(Path(__file__).parents[1] / "support" / "cluster_scripted.py")
+SCRIPT = str(Path(__file__).parents[1] / "support" / "scripted_vllm.py")
 
 
 def pdbench(hosts: Hosts, command: str, *arguments: str) -> subprocess.Popen[str]:
@@ -38,9 +39,9 @@ def running_load(hosts: Hosts, name: str) -> tuple[subprocess.Popen[str], Path]:
     clients = ["--client-nodes", hosts.all[2].address, hosts.all[1].address, "--client-processes", "2"]
     load = ["--trials", "1", "--concurrency", "8", "--requests", "40000", "--output-tokens", "20", "--out", str(out)]
     process = pdbench(hosts, "run", *load, *clients)
-    wait_until(lambda: "proxy: ready" in told(hosts, "run") or process.poll() is not None, "servers ready")
+    wait_until(lambda: "proxy: ready" in told(hosts, "run") or process.poll() is not None, PATIENCE_S, "servers ready")
     assert process.poll() is None, told(hosts, "run")
-    wait_until(lambda: events.exists() and len(events.read_text().splitlines()) > 80, "requests flow")
+    wait_until(lambda: events.exists() and len(events.read_text().splitlines()) > 80, PATIENCE_S, "requests flow")
     return process, out / "replicas_results"
 
 
@@ -75,15 +76,18 @@ def test_pdbench_killed_leaves_nothing_and_in_the_next_run_an_actor_dies(hosts: 
     process, _ = running_load(hosts, "killed")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_until(lambda: nothing_left(hosts), "nothing is left")
+    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")
     first = hosts.all[0]
     process, folder = running_load(hosts, "actor")
-    (actor,) = [one for one in first.processes() if "ray::InstanceHost" in " ".join(one.cmdline())]
+    # The actor that holds the server; the node's agent has none.
+    (supervisor,) = [one for one in first.processes() if "supervisor.py" in " ".join(one.cmdline())]
+    actor = supervisor.parent()
+    assert actor is not None and "ray::RayHost" in " ".join(actor.cmdline())
     actor.kill()
     run = marked(process, folder, hosts)
     (lost,) = [flag.detail for flag in run.flags if flag.name == "node-lost"]
     assert f"replica-0 on node {first.address} is gone" in lost
-    wait_until(lambda: nothing_left(hosts), "nothing is left")
+    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")
 
 
 def test_a_node_that_is_cut_off_for_good_ends_the_run_and_what_its_client_had_told_is_kept(hosts: Hosts) -> None:
@@ -94,7 +98,7 @@ def test_a_node_that_is_cut_off_for_good_ends_the_run_and_what_its_client_had_to
     run = marked(process, folder, hosts)
     assert second.address in next(flag.detail for flag in run.flags if flag.name == "node-lost")
     assert run.trials[0].client["nodes"] == [third.address, second.address]
-    wait_until(lambda: nothing_left(hosts), "nothing is left; behind the cut the leases run out")
+    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left; behind the cut the leases run out")
 
 
 @pytest.mark.slow
@@ -102,7 +106,7 @@ def test_a_node_that_dies_ends_the_run(hosts: Hosts) -> None:
     process, folder = running_load(hosts, "died")
     hosts.all[0].kill()
     marked(process, folder, hosts)
-    wait_until(lambda: nothing_left(hosts), "nothing is left")
+    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")
 
 
 @pytest.mark.slow
@@ -112,4 +116,4 @@ def test_the_heads_own_cable_pulled_ends_the_run(hosts: Hosts) -> None:
     third.cut()
     third.harmed = True
     marked(process, folder, hosts)
-    wait_until(lambda: nothing_left(hosts), "nothing is left")
+    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")

@@ -13,7 +13,8 @@ import pytest
 
 from pdbench.events import TransferEvent
 from pdbench.records import Run, load_run
-from tests.support.cluster_hosts import PORT, Hosts, wait_until
+from tests.support.cluster import PATIENCE_S, PORT, Hosts
+from tests.support.processes import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed (requirements/ray.txt)")
 pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -55,7 +56,7 @@ def serving(joined: Hosts) -> subprocess.Popen[str]:
     """`pdbench serve --cluster` that is ready."""
     joined.repair()
     process = pdbench(joined, "serve", "--restarts", "1")
-    wait_until(lambda: "ready:" in told(joined, "serve") or process.poll() is not None, "servers ready", 300)
+    wait_until(lambda: "ready:" in told(joined, "serve") or process.poll() is not None, 300, "servers ready")
     assert process.poll() is None, told(joined, "serve")
     return process
 
@@ -63,9 +64,9 @@ def serving(joined: Hosts) -> subprocess.Popen[str]:
 def flowing(hosts: Hosts, process: subprocess.Popen[str]) -> None:
     """Until the gate is over and some requests of `bench` came back."""
     events = hosts.folder / "logs" / "proxy.events.jsonl"
-    wait_until(lambda: "gate passed" in " ".join(told(hosts, "bench").split()), "the gate passes")
+    wait_until(lambda: "gate passed" in " ".join(told(hosts, "bench").split()), PATIENCE_S, "the gate passes")
     before = len(events.read_text().splitlines())
-    wait_until(lambda: len(events.read_text().splitlines()) > before + 5, "requests flow")
+    wait_until(lambda: len(events.read_text().splitlines()) > before + 5, PATIENCE_S, "requests flow")
     assert process.poll() is None, told(hosts, "bench")
 
 
@@ -154,7 +155,7 @@ def test_prefill_is_started_again_and_its_kv_comes_anew(hosts: Hosts, serving: s
         if "api_server" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):
             process.kill()
     wait_until(
-        lambda: "prefill-0: ready again" in told(hosts, "serve") or serving.poll() is not None, "started again", 300
+        lambda: "prefill-0: ready again" in told(hosts, "serve") or serving.poll() is not None, 300, "started again"
     )
     assert serving.poll() is None, told(hosts, "serve")
     run = result(*bench(hosts, "again", "--requests", "3", "--output-tokens", "8"), hosts)
@@ -175,4 +176,4 @@ def test_a_node_that_dies_ends_the_run_with_what_was_measured(hosts: Hosts, serv
     assert any(device.role == "decode" and device.samples for device in run.devices)
     assert serving.wait(150) == 1
     assert "10.213.77.2" in told(hosts, "serve")
-    wait_until(lambda: first.servers() == [] and third.servers() == [], "nothing of ours is left")
+    wait_until(lambda: first.servers() == [] and third.servers() == [], PATIENCE_S, "nothing of ours is left")

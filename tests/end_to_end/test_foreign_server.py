@@ -15,6 +15,7 @@ from pdbench.errors import UserError
 from pdbench.http import offered_model
 from pdbench.records import Run, load_run
 from pdbench.serving import machine
+from pdbench.site import LocalSite
 from tests.support.fake_nvml import child, environment
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
@@ -107,7 +108,10 @@ def test_a_server_of_another_host_has_no_power_here(
 
     def measure(power: PowerConfig) -> Run:
         options = Options(load=LoadConfig(requests=2, warmup=0), power=power)
-        return load_run(experiment.bench(server.url, None, options, 1, tmp_path, console, lambda folder: None))
+        runs: dict[Path, Run] = {}
+        experiment.bench(server.url, None, options, 1, tmp_path, console, LocalSite(), runs)
+        (folder,) = runs
+        return load_run(folder)
 
     run = measure(PowerConfig())
     assert run.devices == []

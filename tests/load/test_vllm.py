@@ -6,7 +6,7 @@ from pdbench.config import LoadConfig
 from pdbench.load import plan
 from pdbench.load.clients import run_load
 from pdbench.records import Clock
-from pdbench.serving.deployment_info import DeploymentInfo
+from pdbench.serving.deployment import DeploymentInfo
 
 pytestmark = pytest.mark.vllm
 

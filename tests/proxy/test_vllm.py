@@ -13,8 +13,7 @@ import msgspec
 import openai
 import pytest
 
-from pdbench.serving.deployment import Deployment
-from pdbench.serving.deployment_info import DeploymentInfo
+from pdbench.serving.deployment import Deployment, DeploymentInfo
 from pdbench.serving.models import tiny_model
 from tests.conftest import serve_config, start
 from tests.support.proxy_processes import instance, proxy
@@ -41,13 +40,13 @@ def kv_use(url: str) -> float:
 
 def events(running: DeploymentInfo) -> list[dict]:
     """What the proxy logged."""
-    log = next(path for path in running.event_logs if "proxy" in Path(path).name)
+    log = next(server.event_log for server in running.servers if server.role == "proxy")
     return [msgspec.json.decode(line) for line in Path(log).read_bytes().splitlines()]
 
 
 def wait_for_no_kv(running: DeploymentInfo) -> None:
     """Every instance frees the KV of requests that have ended or were left."""
-    urls = [url for name, url in running.urls.items() if name.startswith(("prefill", "decode"))]
+    urls = [server.url for server in running.servers if server.role in ("prefill", "decode")]
     deadline = time.monotonic() + 60
     while any(kv_use(url) > 0 for url in urls):
         assert time.monotonic() < deadline, "an instance keeps KV"
@@ -125,7 +124,7 @@ def two_and_two(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def test_several_instances_of_either_role(two_and_two: Deployment, single: DeploymentInfo):
-    running = two_and_two.running()
+    running = two_and_two.info()
     prompts = [f"{number} prompts go to all the instances there are, " * 3 for number in range(6)]
     expected = [text_of(single, prompt) for prompt in prompts]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT, wait_until
+
 NETWORK = "10.213.77"
 PORT = 6379
 PATIENCE_S = 120.0
@@ -122,11 +123,9 @@ class Host:
                     "pdbench proxy",
                     "EngineCore",
                     "multiprocessing.spawn",
-                    "cluster_scripted.py --answer",
+                    "ScriptedServer(",
                 )
-                if any(word in line for word in ours) or line.startswith(
-                    ("ray::InstanceHost", "ray::NodeAgent", "ray::ClientHost")
-                ):
+                if any(word in line for word in ours) or line.startswith("ray::RayHost"):
                     found.append(line)
         return found
 
@@ -204,7 +203,7 @@ class Hosts:
         *others, head = self.all
         head.start_ray()
         asked = f"import socket; socket.create_connection(('{head.address}', {PORT}), 1)"
-        wait_until(lambda: head.run(sys.executable, "-c", asked).returncode == 0, "Ray's head listens")
+        wait_until(lambda: head.run(sys.executable, "-c", asked).returncode == 0, PATIENCE_S, "Ray's head listens")
         for number, host in enumerate(others, 2):
             host.start_ray(head)
             self.wait_for_nodes(number)
@@ -252,10 +251,3 @@ def joined_hosts(folder: Path) -> Iterator[Hosts]:
     with Hosts(folder) as hosts:
         hosts.join()
         yield hosts
-
-
-def wait_until(condition, what: str, timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not reached: {what}"
-        time.sleep(0.2)

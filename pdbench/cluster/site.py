@@ -1,0 +1,318 @@
+"""A Ray cluster as the place of a measurement: servers in placement groups, an agent per node, clients on chosen nodes."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pdbench import doctor
+from pdbench.cluster import clock_sync, placement
+from pdbench.cluster.placement import Node
+from pdbench.cluster.ray_host import RayHost
+from pdbench.cluster.session import Cluster, RemoteHost
+from pdbench.config import ClusterConfig, DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.doctor import UNCERTAIN_MS, Finding, NodeFacts
+from pdbench.errors import UserError
+from pdbench.host import Planner
+from pdbench.load import clients
+from pdbench.load import plan as load_plan
+from pdbench.load.clients import ClientResult, LoadResult, Message
+from pdbench.load.generator import OnProgress
+from pdbench.power import clocks
+from pdbench.records import Clock, Flag
+from pdbench.serving import plan, vllm
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, at_once
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.process import Secrets
+from pdbench.site import Measurement
+
+RESERVE_TIMEOUT_S = 30.0
+"""How long the placement group may wait for resources that an earlier run is about to free."""
+CLIENT_HEARTBEAT_S = 0.1
+_START_AFTER_S = 0.3
+_PROBE_S = 0.5
+_CLIENT_SECRETS = ("OPENAI_API_KEY", "HF_TOKEN")
+
+
+class RayMeasurement(Measurement):
+    """A measurement on nodes, whose clocks are compared before, during and after it."""
+
+    def __init__(
+        self, cluster: Cluster, info: DeploymentInfo, client_nodes: Sequence[Node], power: PowerConfig, clock: Clock
+    ) -> None:
+        self._cluster, self._client_nodes = cluster, client_nodes
+        self._servers = {
+            server.host: [other for other in info.servers if other.host == server.host]
+            for server in info.servers
+            if server.host
+        }
+        nodes = [cluster.node(address) for address in self._servers]
+        self._agents = cluster.agents([*nodes, *client_nodes])
+        hosts = [(self._agents[address], servers) for address, servers in self._servers.items()]
+        super().__init__(hosts, power, clock)
+
+    def __enter__(self) -> Self:
+        self._cluster.compare_clocks()
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._cluster.compare_clocks()
+
+    def host_facts(self) -> dict[str, Any]:
+        """Node address -> what it is, the servers and clients there, its clock's offset and uncertainty."""
+        nodes = {
+            address: self._cluster.facts[address]
+            | {
+                "roles": [server.name for server in self._servers.get(address, [])],
+                "client": agent.node in self._client_nodes,
+                "clock": self._cluster.clocks[address].facts(),
+            }
+            for address, agent in self._agents.items()
+        }
+        return {"nodes": nodes}
+
+    def flags(self) -> list[Flag]:
+        """Lost nodes, uncertain clocks, niced servers, versions that differ."""
+        flags = []
+        if problem := self._cluster.problem():
+            flags.append(Flag("node-lost", f"{problem}: the figures are of what was measured until then"))
+        nodes = self.host_facts()["nodes"]
+        for address, facts in nodes.items():
+            uncertainty_ms = facts["clock"]["uncertainty_ms"]
+            if uncertainty_ms is None or uncertainty_ms > UNCERTAIN_MS:
+                known = "not known" if uncertainty_ms is None else f"known to +-{uncertainty_ms:.1f} ms"
+                flags.append(Flag("clock-uncertain", f"instants of node {address} are {known}"))
+            if facts["niceness"] > 0:
+                detail = (
+                    f"servers on {address} run at niceness {facts['niceness']}: start Ray with RAY_worker_niceness=0"
+                )
+                flags.append(Flag("niced", detail))
+        versions = [facts["versions"] for facts in nodes.values()]
+        differing = [name for name in versions[0] if len({found[name] for found in versions}) > 1]
+        if differing:
+            flags.append(Flag("versions-differ", f"nodes differ in {', '.join(differing)} (pdbench doctor --cluster)"))
+        return flags
+
+
+class RemoteClient:
+    """A client process on a node: the handle that `load.clients.collect` takes."""
+
+    def __init__(self, host: RemoteHost, trial: int) -> None:
+        self.host, self.name, self._trial = host, host.name, trial
+
+    @property
+    def lost(self) -> str | None:
+        return self.host.lost
+
+    def take_messages(self) -> list[Message]:
+        messages = [message for message in self.host.take_messages() if not isinstance(message, bytes)]
+        return [message for trial, message in messages if trial == self._trial]
+
+    def begin(self, begin_s: float) -> None:
+        self.host.handle.begin_load.remote(begin_s)
+
+    def stop(self) -> None:
+        self.host.handle.stop_load.remote()
+
+
+def refuse_locked_clocks(power: PowerConfig) -> None:
+    """Raises UserError: clocks and power caps are set by the process that restores them, on its own host."""
+    for option in clocks.requested_options(power):
+        raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
+
+
+class RaySite:
+    """A context manager; pdbench.site.Site. `planner` and `host_class` are for tests and benchmarks."""
+
+    def __init__(
+        self, config: ClusterConfig, planner: Planner | None = None, host_class: type[RayHost] = RayHost
+    ) -> None:
+        """Connect. Raises UserError when there is no such cluster, or --place or --client-nodes names a node that it lacks."""
+        self.cluster = Cluster(config, planner, host_class)
+        self._pins = placement.pins(config.place, self.cluster.nodes)
+        self._client_nodes = [self.cluster.node(word) for word in config.client_nodes] or [self.cluster.head]
+        self._clients: list[RemoteHost] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cluster.__exit__(kind, error, trace)
+
+    def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
+        load_plan.check(self._on_client_nodes(load))
+        refuse_locked_clocks(power)
+
+    def check(self) -> None:
+        self.cluster.check()
+
+    @contextmanager
+    def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
+        """A placement group with a bundle per server and an actor in each; the proxy where pdbench runs, if not placed."""
+        from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        cluster = self.cluster
+        on_gpu = any(node.gpus for node in cluster.nodes)
+        bundles, strategy = placement.group(specs, cluster.config.place, self._pins, on_gpu)
+        group = placement_group(list(bundles.values()), strategy=strategy)
+        hosts: dict[str, RemoteHost] = {}
+        try:
+            if not group.wait(RESERVE_TIMEOUT_S):
+                free = {key: value for key, value in cluster.ray.available_resources().items() if key in ("CPU", "GPU")}
+                raise UserError(
+                    f"the cluster has no room for {len(bundles)} bundles {list(bundles.values())} ({strategy}); free are {free}: "
+                    "end other jobs (`ray status`), or change --place or the instances"
+                )
+            node_ids = placement_group_table(group)["bundles_to_node_id"]
+            nodes = {node.id: node for node in cluster.nodes}
+            for index, (name, bundle) in enumerate(bundles.items()):
+                resources = dict(bundle)
+                hosts[name] = cluster.host(
+                    name,
+                    nodes[node_ids[index]],
+                    num_cpus=resources.pop("CPU"),
+                    num_gpus=resources.pop("GPU", 0),
+                    resources=resources,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
+                )
+            for spec in specs:
+                if spec.role == "proxy":
+                    hosts[spec.name] = cluster.host(spec.name, self._pins.get("proxy", cluster.head))
+            yield dict(hosts)
+        finally:
+            cluster.end(list(hosts.values()))
+            remove_placement_group(group)
+
+    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        """Planned when it starts: until then its nodes are not known."""
+        model = config.model
+        if model and vllm.is_local(model):
+            model = str(Path(model).expanduser().absolute())
+        config = dataclasses.replace(config, model=model, log_dir=str(Path(config.log_dir).absolute()))
+        return Deployment(kind, config, self, self.cluster.config.restarts)
+
+    def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
+        """None: nothing says on which node a server runs that pdbench did not start."""
+        return []
+
+    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
+        return RayMeasurement(self.cluster, info, self._client_nodes, power, clock)
+
+    def run_load(
+        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
+    ) -> LoadResult:
+        """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
+        config = self._on_client_nodes(config)
+        nodes = [self._client_nodes[index % len(self._client_nodes)] for index in range(config.client_processes)]
+        result = clients.run_load(
+            config,
+            url=info.url,
+            model=info.model_name,
+            clock=clock,
+            trial=trial,
+            tokenizer_path=info.model_path,
+            on_progress=on_progress,
+            run_clients=functools.partial(self._run_clients, nodes),
+        )
+        result.trial.client["nodes"] = [node.address for node in nodes]
+        return result
+
+    def findings(self, config: ServeConfig) -> list[Finding]:
+        cluster = self.cluster
+        agents = cluster.agents(cluster.nodes)
+        specs = plan.servers("disaggregated", config)
+        ports = sorted({port for spec in specs for port in (spec.port, spec.kv_port) if port is not None})
+        nodes = []
+        for node in cluster.nodes:
+            host = agents[node.address]
+            owners = at_once([functools.partial(host.port_owner, node.address, port) for port in ports])
+            nodes.append(
+                NodeFacts(
+                    address=node.address,
+                    name=node.name,
+                    cpus=node.cpus,
+                    gpus=node.gpus,
+                    is_this_host=node == cluster.head,
+                    facts=cluster.facts[node.address],
+                    clock=cluster.clocks[node.address].facts(),
+                    ports=dict(zip(ports, owners, strict=True)),
+                )
+            )
+        links: dict[tuple[str, str], float | str] = {}
+        for sender in cluster.nodes:
+            for receiver in cluster.nodes:
+                if sender != receiver:
+                    port = agents[receiver.address].call("listen")
+                    rate = agents[sender.address].call("send_rate", receiver.address, port, _PROBE_S)
+                    links[sender.address, receiver.address] = rate
+        return doctor.examine_nodes(nodes, links)
+
+    def _on_client_nodes(self, config: LoadConfig) -> LoadConfig:
+        """At least one client process per node."""
+        return dataclasses.replace(config, client_processes=max(config.client_processes, len(self._client_nodes)))
+
+    def _run_clients(
+        self,
+        nodes: Sequence[Node],
+        config: LoadConfig,
+        *,
+        url: str,
+        model: str,
+        clock: Clock,
+        trial: int,
+        on_progress: OnProgress | None,
+    ) -> list[ClientResult]:
+        """One client per node of `nodes`, started at one instant; their results on the run's clock."""
+        cluster = self.cluster
+        cluster.agents(nodes)
+        for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
+            self._clients.append(cluster.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
+        hosts = self._clients[: len(nodes)]
+        environment = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
+        offsets = [cluster.clocks[node.address].latest_offset_s() for node in nodes]
+        calls = [
+            functools.partial(
+                host.call,
+                "start_client",
+                environment,
+                config,
+                url,
+                model,
+                Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s),
+                trial,
+                index,
+            )
+            for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True))
+        ]
+        at_once(calls)
+        results = clients.collect(
+            [RemoteClient(host, trial) for host in hosts],
+            clock=clock,
+            wait=cluster.wait,
+            on_progress=on_progress,
+            problem=cluster.problem,
+            start_after_s=_START_AFTER_S,
+        )
+        cluster.compare_clocks()
+        return [
+            clock_sync.move_result(result, self._mover(node, clock, offset_s))
+            for result, node, offset_s in zip(results, nodes, offsets, strict=True)
+        ]
+
+    def _mover(self, node: Node, clock: Clock, offset_s: float) -> Callable[[float], float]:
+        """From the run's clock as the client knew it at its start to what all round trips say."""
+        node_clock = self.cluster.clocks[node.address]
+
+        def move(t_s: float) -> float:
+            node_s = t_s + clock.monotonic_s - offset_s
+            return clock.of_monotonic(node_s + node_clock.offset_s(node_s))
+
+        return (lambda t_s: t_s) if node_clock.same else move

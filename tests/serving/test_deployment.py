@@ -1,0 +1,158 @@
+"""Deployments of scripted servers on this host: started, watched, restarted, ended, and found again."""
+
+import dataclasses
+import os
+import signal
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdbench.config import ServeConfig
+from pdbench.errors import UserError
+from pdbench.serving import deployment as deployments
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerInfo, States
+from pdbench.site import LocalSite
+from tests.conftest import serve_config
+from tests.support.processes import wait_until
+from tests.support.scripted_vllm import ScriptedPlanner
+
+
+def scripted(**scripts: str) -> LocalSite:
+    return LocalSite(planner=ScriptedPlanner({name.replace("_", "-"): script for name, script in scripts.items()}))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServeConfig:
+    return serve_config(tmp_path / "logs")
+
+
+def test_servers_are_healthy_after_start_and_gone_after_close(config: ServeConfig) -> None:
+    changes: list[States] = []
+    with closing(scripted().deployment("replicas", config)) as deployment:
+        info = deployment.start(changes.append).info()
+        assert [server.name for server in info.servers] == ["replica-0", "replica-1", "proxy"]
+        assert all(state.healthy for state in changes[-1].values())
+        assert info.url == f"http://127.0.0.1:{config.proxy_port}"
+        pids = [pid for server in info.servers for pid in server.pids]
+        assert all(map(psutil.pid_exists, pids)) and len(set(pids)) == 3
+        found = deployments.find(Path(config.log_dir), info.url)
+        assert found is not None and found.servers == info.servers
+        deployment.check()
+    assert not any(map(psutil.pid_exists, pids))
+    assert deployments.find(Path(config.log_dir), info.url) is None
+
+
+def test_server_that_dies_at_start_is_reported_with_cause_and_log(config: ServeConfig) -> None:
+    site = scripted(single_0="echo 'error: unrecognized arguments: --nonsense'; exit 2")
+    deployment = site.deployment("single", config)
+    with pytest.raises(UserError) as raised:
+        deployment.start()
+    first, *rest = str(raised.value).splitlines()
+    assert first.startswith("single-0 died with exit code 2: this vLLM does not know") and "--vllm-args" in first
+    assert rest == ["error: unrecognized arguments: --nonsense", f"whole log: {config.log_dir}/single-0.log"]
+
+
+def test_server_that_is_never_healthy_is_ended_after_the_timeout(config: ServeConfig) -> None:
+    site = scripted(single_0="echo loading; exec sleep 7004")
+    deployment = site.deployment("single", dataclasses.replace(config, start_timeout_s=1.0))
+    with pytest.raises(
+        UserError, match=r"single-0 is not healthy after 1 s: read .*, or raise --start-timeout-s\nload"
+    ):
+        deployment.start()
+    lines = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert not any("7004" in (line or []) for line in lines)
+
+
+def test_dead_server_is_restarted_as_often_as_is_allowed(config: ServeConfig) -> None:
+    site = scripted()
+    with closing(Deployment("single", config, site, restarts=1)) as deployment:
+        (before,) = deployment.start().info().servers
+        kill_server(before.pids[0])
+
+        def after_restart() -> bool:
+            return deployment.info().servers[0].pids != before.pids
+
+        wait_until(lambda: after_restart() or deployment.check(), 30)
+        (after,) = deployment.info().servers
+        assert (after.url, after.name) == (before.url, before.name)
+        assert (Path(config.log_dir) / "single-0.died.log").exists()
+        kill_server(after.pids[0])
+
+        def reported() -> bool:
+            try:
+                deployment.check()
+            except UserError as error:
+                return "single-0 died with exit code 137" in str(error)
+            return False
+
+        wait_until(reported, 30)
+
+
+def kill_server(supervisor: int) -> None:
+    (server,) = psutil.Process(supervisor).children()
+    server.send_signal(signal.SIGKILL)
+
+
+def test_two_servers_never_share_a_port(config: ServeConfig) -> None:
+    deployment = scripted().deployment("replicas", dataclasses.replace(config, proxy_port=config.prefill_port))
+    with pytest.raises(UserError, match="two servers would share a port"):
+        deployment.check_ports()
+
+
+def test_log_folder_belongs_to_one_deployment(tmp_path: Path) -> None:
+    claim = deployments.claim(tmp_path / "logs")
+    with pytest.raises(UserError, match="--log-dir"):
+        deployments.claim(tmp_path / "logs")
+    claim.close()
+    deployments.claim(tmp_path / "logs").close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="give --log-dir a folder that you may write"):
+        deployments.claim(tmp_path / "file" / "logs")
+
+
+def test_servers_of_another_process_stay_known(tmp_path: Path) -> None:
+    info = DeploymentInfo(name="single", url="http://127.0.0.1:1", model_name="m", owner_pid=os.getppid())
+    deployments.save(info, tmp_path)
+    deployments.forget(tmp_path)
+    assert deployments.find(tmp_path, info.url) == info
+    info.owner_pid = os.getpid()
+    deployments.save(info, tmp_path)
+    deployments.forget(tmp_path)
+    assert deployments.find(tmp_path, info.url) is None
+    deployments.forget(tmp_path)
+
+
+def server(name: str, port: int, **more: object) -> ServerInfo:
+    role = name.rpartition("-")[0] or name
+    return ServerInfo(name=name, role=role, url=f"http://127.0.0.1:{port}", **more)  # type: ignore[arg-type]
+
+
+def test_server_that_is_asked_directly_is_known_with_its_own_devices(tmp_path: Path) -> None:
+    servers = [
+        server("prefill-0", 1, gpus=[0, 1], pids=[11]),
+        server("prefill-1", 2, gpus=[2, 3], pids=[12], event_log="log"),
+        server("decode-0", 3, gpus=[4, 5], pids=[13]),
+        server("proxy", 4, pids=[14]),
+    ]
+    info = DeploymentInfo(
+        name="disaggregated", url="http://127.0.0.1:4", model_name="m", owner_pid=os.getpid(), servers=servers
+    )
+    deployments.save(info, tmp_path)
+    assert deployments.find(tmp_path, "http://localhost:4") == info
+    found = deployments.find(tmp_path, "http://localhost:2")
+    assert found is not None and (found.name, found.model_name, found.url) == ("bench", "m", "http://127.0.0.1:2")
+    assert found.servers == [server("prefill-1", 2, gpus=[2, 3], pids=[12])]
+    assert found.local_gpus() == {"prefill": [2, 3]}
+    assert deployments.find(tmp_path, "http://localhost:5") is None
+
+
+def test_server_on_another_node_is_not_asked_directly(tmp_path: Path) -> None:
+    servers = [server("prefill-0", 1, host="10.0.0.1", gpus=[0]), server("proxy", 4, host="10.0.0.2")]
+    info = DeploymentInfo(
+        name="disaggregated", url="http://127.0.0.1:4", model_name="m", owner_pid=os.getpid(), servers=servers
+    )
+    deployments.save(info, tmp_path)
+    assert deployments.find(tmp_path, "http://127.0.0.1:1") is None
+    assert info.local_gpus() == {}

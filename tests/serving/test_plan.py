@@ -1,0 +1,27 @@
+"""Which servers a deployment has."""
+
+import pytest
+
+from pdbench.config import ServeConfig
+from pdbench.errors import UserError
+from pdbench.serving.plan import servers
+
+
+def test_every_server_has_its_own_ports_and_the_proxy_comes_last() -> None:
+    specs = servers("disaggregated", ServeConfig(prefill_instances=2, decode_instances=3, tensor_parallel=2))
+    assert [spec.name for spec in specs] == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "proxy"]
+    assert len({spec.port for spec in specs}) == len(specs)
+    assert [spec.kv_port for spec in specs[:5]] == [14579, 14581, 14583, 14585, 14587]
+    assert [spec.width for spec in specs] == [2] * 5 + [0]
+    assert [spec.role for spec in servers("replicas", ServeConfig())] == ["replica", "replica", "proxy"]
+
+
+def test_tensor_parallel_spans_two_gpus_at_least() -> None:
+    widths = [servers("tensor-parallel", ServeConfig(tensor_parallel=width))[0].width for width in (1, 2, 4)]
+    assert widths == [2, 2, 4]
+
+
+@pytest.mark.parametrize("options", [{"prefill_instances": 0}, {"decode_instances": 0}, {"tensor_parallel": 0}])
+def test_role_without_an_instance_or_gpu_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at least one instance of at least one GPU"):
+        servers("disaggregated", ServeConfig(**options))  # type: ignore[arg-type]

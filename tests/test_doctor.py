@@ -1,0 +1,72 @@
+"""What `pdbench doctor` finds on machines and clusters that are given to it."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from pdbench import doctor, nvml
+from pdbench.config import ServeConfig
+from pdbench.doctor import NodeFacts
+from pdbench.serving import machine
+
+
+def test_gpu_without_reported_memory_is_a_gpu() -> None:
+    first, second = nvml.Gpu(0, "GB10", "580.95", None, None), nvml.Gpu(1, "H200", "580.95", 143771.0, 4.0)
+    here = dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32))
+    assert any("does not report its memory" in finding.text for finding in doctor.examine(ServeConfig(), here))
+
+
+def test_gpus_that_a_run_would_take_must_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "installed_version", lambda name: None)
+    gpus = tuple(nvml.Gpu(index, "H200", "580", 1000.0, 900.0 if index in (1, 2) else 0.0) for index in range(3))
+    here = machine.Machine(vllm=(0, 32, 0), vllm_text="0.32.0", gpus=gpus)
+    findings = [finding for finding in doctor.examine(ServeConfig(), here) if finding.section == "Servers start"]
+    states = {finding.text[:5]: finding.state for finding in findings}
+    assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]
+
+
+def node(address: str, **changes: Any) -> NodeFacts:
+    facts = {"gpus": [], "niceness": 0, "versions": {"vllm": "0.32.0", "torch": "2.9"}}
+    clock = {"uncertainty_ms": 0.2}
+    return dataclasses.replace(NodeFacts(address, "name", 8, 0, False, facts, clock, {8000: None}), **changes)
+
+
+def test_cluster_that_is_whole_has_nothing_to_fix() -> None:
+    findings = doctor.examine_nodes([node("10.0.0.1"), node("10.0.0.2")], {("10.0.0.1", "10.0.0.2"): 2.5e9})
+    assert {finding.state for finding in findings} == {doctor.FINE}
+    assert any(finding.text == "10.0.0.1 -> 10.0.0.2: 2,500 MB/s" for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "text"),
+    [
+        ({"gpus": 2}, doctor.WRONG, "10.0.0.2 has 0 GPUs and Ray knows 2"),
+        ({"clock": {"uncertainty_ms": 3.0}}, doctor.NOTE, "10.0.0.2 clock against the head's: +-3.00 ms"),
+        ({"clock": {"uncertainty_ms": None}}, doctor.NOTE, "10.0.0.2 clock against the head's: unknown"),
+        ({"ports": {8000: "nginx"}}, doctor.WRONG, "10.0.0.2:8000 is taken by nginx"),
+        (
+            {"facts": {"gpus": [], "niceness": 15, "versions": {"vllm": "0.31.0", "torch": "2.9"}}},
+            doctor.WRONG,
+            "vllm differs: 10.0.0.1 0.32.0, 10.0.0.2 0.31.0",
+        ),
+        (
+            {"facts": {"gpus": [], "niceness": 15, "versions": {"vllm": "0.32.0", "torch": None}}},
+            doctor.NOTE,
+            "servers on 10.0.0.2 would run at niceness 15",
+        ),
+    ],
+)
+def test_fault_of_a_node_is_found(changes: dict[str, Any], state: str, text: str) -> None:
+    findings = doctor.examine_nodes([node("10.0.0.1"), node("10.0.0.2", **changes)], {})
+    assert (state, text) in [(finding.state, finding.text) for finding in findings]
+
+
+def test_link_that_nothing_crosses_is_wrong() -> None:
+    (finding,) = (
+        finding
+        for finding in doctor.examine_nodes([node("10.0.0.1")], {("10.0.0.1", "10.0.0.2"): "TimeoutError: timed out"})
+        if finding.state == doctor.WRONG
+    )
+    assert finding.text == "10.0.0.1 -> 10.0.0.2: TimeoutError: timed out"
+    assert "firewall" in (finding.remedy or "")

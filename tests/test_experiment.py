@@ -1,0 +1,212 @@
+"""A whole experiment on a site that is given to it: the order of starts, the gate, what is saved when, what the screen shows."""
+
+import io
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import correctness, experiment
+from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.errors import UserError
+from pdbench.load.clients import LoadResult
+from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, States
+from pdbench.serving.plan import ServerSpec
+from pdbench.serving.process import ServerState
+from pdbench.serving.vllm import Command
+from pdbench.site import LocalSite, Measurement
+
+OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
+KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
+
+
+class FakeDeployment(Deployment):
+    """Nothing runs; `start` reports states that are given to it."""
+
+    def __init__(self, kind: DeploymentKind, config: ServeConfig, states: Sequence[States] = ()) -> None:
+        super().__init__(kind, config, LocalSite())
+        self.states = states
+        self.commands = {spec.name: Command(spec.name, spec.role, (), {}, "http://127.0.0.1:1") for spec in self.specs}
+
+    def address(self, name: str) -> str | None:
+        return None
+
+    def start(self, on_states: Callable[[States], None] | None = None) -> "FakeDeployment":
+        for states in self.states:
+            assert on_states
+            on_states(states)
+        return self
+
+    def check_ports(self) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def gpus(self) -> dict[str, list[int]]:
+        return {}
+
+    def info(self) -> DeploymentInfo:
+        return DeploymentInfo(name=self.kind, url="http://127.0.0.1:1", model_name="m")
+
+
+class FakeSite(LocalSite):
+    """`load(number)` returns what the number-th trial measured."""
+
+    def __init__(self, load: Callable[[int], LoadResult]) -> None:
+        super().__init__()
+        self._load = load
+        self.trials = 0
+
+    @contextmanager
+    def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
+        yield {}
+
+    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        return FakeDeployment(kind, config)
+
+    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
+        return Measurement([], power, clock)
+
+    def run_load(
+        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: Callable[..., None]
+    ) -> LoadResult:
+        self.trials += 1
+        return self._load(self.trials)
+
+
+def measured(number: int, error: RequestError | None = None, *flags: Flag) -> LoadResult:
+    request = RequestRecord(id=f"r{number}", planned_s=0.0, error=error)
+    return LoadResult([request], Trial(index=number, start_s=0.0, end_s=1.0), list(flags))
+
+
+def gate(passed: bool = True) -> Gate:
+    return Gate(
+        passed=passed, prompts=4, equal_outputs=4, prompt_tokens=80, external_kv_tokens=80, detail="as it was given"
+    )
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
+    """The verdicts of the correctness check, one per start of prefill and decode; it passes when they are used up."""
+    verdicts: list[Gate] = []
+
+    def run(info: DeploymentInfo, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
+        return (verdicts.pop(0) if verdicts and info.name == "disaggregated" else gate()), ["text"]
+
+    monkeypatch.setattr(correctness, "run", run)
+    return verdicts
+
+
+def run(out: Path, site: FakeSite, runs: dict[Path, Run], trials: int = 3) -> str:
+    """What `experiment.run` printed."""
+    printed = io.StringIO()
+    experiment.run(KINDS, trials, OPTIONS, out, Console(file=printed, width=200), site, runs)
+    return printed.getvalue()
+
+
+def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, gates: list[Gate]) -> None:
+    gates += [gate(), gate(passed=False)]
+    runs: dict[Path, Run] = {}
+    printed = run(tmp_path, FakeSite(measured), runs)
+    assert printed.count("correctness gate") == 2  # A BB AA B
+    disaggregated = runs[tmp_path / "disaggregated_results"]
+    assert disaggregated.gate is not None and not disaggregated.gate.passed
+    assert [flag.name for flag in disaggregated.flags] == ["gate-failed"]
+    assert runs[tmp_path / "single_results"].gate is None
+
+
+def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, gates: list[Gate]) -> None:
+    on_disk: list[int] = []
+
+    def load(number: int) -> LoadResult:
+        folders = [tmp_path / f"{kind}_results" for kind in KINDS]
+        on_disk.append(sum(len(load_run(folder).requests) for folder in folders if folder.exists()))
+        return measured(number)
+
+    runs: dict[Path, Run] = {}
+    run(tmp_path, FakeSite(load), runs)
+    assert on_disk == [0, 1, 1, 3, 3, 5]  # A BB AA B: two trials of one start are saved together
+    assert list(runs) == [tmp_path / "single_results", tmp_path / "disaggregated_results"]
+    assert all(len(one.requests) == 3 for one in runs.values())
+
+
+def test_interrupted_run_is_saved_and_handlers_are_restored(tmp_path: Path, gates: list[Gate]) -> None:
+    def load(number: int) -> LoadResult:
+        flags = (Flag("interrupted", "stopped by Ctrl-C"),) if number == 2 else ()
+        return measured(number, None, *flags)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    runs: dict[Path, Run] = {}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, FakeSite(load), runs)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert {folder.name: len(load_run(folder).requests) for folder in runs} == {
+        "single_results": 1,
+        "disaggregated_results": 1,
+    }
+    assert "interrupted" in [flag.name for flag in load_run(tmp_path / "disaggregated_results").flags]
+
+
+def test_run_without_a_request_leaves_earlier_results(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    run(tmp_path, FakeSite(measured), runs, trials=1)
+
+    def nothing(number: int) -> LoadResult:
+        raise UserError("no request was measured")
+
+    again: dict[Path, Run] = {}
+    with pytest.raises(UserError, match="no request"):
+        run(tmp_path, FakeSite(nothing), again, trials=1)
+    assert again == {}
+    assert len(load_run(tmp_path / "single_results").requests) == 1
+
+
+def test_trial_in_which_every_request_failed_ends_the_run(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    with pytest.raises(UserError, match=r"every request to .* failed, the first with reset: peer: gone; read the"):
+        run(tmp_path, FakeSite(lambda number: measured(number, RequestError("reset", "peer: gone"))), runs)
+    assert [folder.name for folder in runs] == ["single_results"]
+
+
+def test_lost_client_ends_the_run_with_what_was_measured(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    with pytest.raises(UserError, match="client 1: the process died"):
+        run(
+            tmp_path,
+            FakeSite(lambda number: measured(number, None, Flag("client-lost", "client 1: the process died"))),
+            runs,
+        )
+    assert [flag.name for flag in runs[tmp_path / "single_results"].flags] == ["client-lost"]
+
+
+def test_deployment_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="twice"):
+        experiment.run(("single", "single"), 1, OPTIONS, tmp_path, Console(quiet=True), FakeSite(measured), {})
+
+
+def started(*states: States, terminal: bool = False) -> str:
+    """What is printed while a deployment passes through these states."""
+    printed = io.StringIO()
+    deployment = FakeDeployment("replicas", ServeConfig(), states)
+    with experiment.started(deployment, Console(file=printed, width=200, force_terminal=terminal)):
+        return printed.getvalue()
+
+
+def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "PROGRESS_EVERY_S", 0.0)
+    ready = ServerState(pid=1, healthy=True, age_s=5.0)
+    waits = [ServerState(pid=2, age_s=age_s) for age_s in (0.0, 10.0, 20.0)]
+    printed = started(*({"replica-0": ready, "replica-1": state} for state in waits))
+    assert "replica-1 starting, 10 s" in printed
+    assert printed.count("replica-0: ready after 5 s at http://127.0.0.1:1") == 1
+
+
+def test_restarted_server_is_ready_again() -> None:
+    first, second = (ServerState(pid=pid, healthy=True, age_s=5.0) for pid in (1, 2))
+    printed = started({"replica-0": first}, {"replica-0": second})
+    assert "replica-0: ready after 5 s" in printed and "replica-0: ready again after 5 s" in printed
