@@ -3,8 +3,9 @@
 A GPU is named by its NVML index: the driver's order, which CUDA shares under CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,7 +59,6 @@ class GpuError(Exception):
     """NVML refused a call: the GPU is `lost`, the call is `unsupported` there (for good), or it `needs_root`."""
 
     def __init__(self, error: Any) -> None:
-        self.index: int | None = None
         self.lost, self.unsupported = error.value in _LOST, error.value in _UNSUPPORTED
         self.needs_root = error.value == nv.NVML_ERROR_NO_PERMISSION
         if error.value == nv.NVML_ERROR_LIBRARY_NOT_FOUND:
@@ -85,6 +85,13 @@ def _session() -> Iterator[None]:
             nv.nvmlShutdown()
 
 
+def _handles() -> Iterator[tuple[int, Any]]:
+    """Index and handle of each GPU that answers."""
+    for index in range(nv.nvmlDeviceGetCount()):
+        with suppress(nv.NVMLError):
+            yield index, nv.nvmlDeviceGetHandleByIndex(index)
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One GPU of the inventory; its memory is None where the board does not report it (it shares the host's)."""
@@ -102,43 +109,32 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     with suppress(GpuError), _session():
         driver = nv.nvmlSystemGetDriverVersion()
-        for index in range(nv.nvmlDeviceGetCount()):
+        for index, handle in _handles():
+            total_mib = used_mib = None
             with suppress(nv.NVMLError):
-                handle = nv.nvmlDeviceGetHandleByIndex(index)
-                total_mib = used_mib = None
-                with suppress(nv.NVMLError):
-                    memory = nv.nvmlDeviceGetMemoryInfo(handle)
-                    total_mib, used_mib = float(memory.total // 2**20), float(memory.used // 2**20)
-                name, uuid = nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetUUID(handle)
-                found.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
+                memory = nv.nvmlDeviceGetMemoryInfo(handle)
+                total_mib, used_mib = float(memory.total // 2**20), float(memory.used // 2**20)
+            name, uuid = nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetUUID(handle)
+            found.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
     return tuple(found)
-
-
-def gpu_count() -> int:
-    """How many GPUs NVML counts, lost ones included; 0 without it."""
-    with suppress(GpuError), _session():
-        return int(nv.nvmlDeviceGetCount())
-    return 0
 
 
 def links() -> dict[tuple[int, int], str]:
     """(GPU, GPU) -> their link in the words of `nvidia-smi topo -m`: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
     found = {}
     with suppress(GpuError), _session():
-        handles = [nv.nvmlDeviceGetHandleByIndex(index) for index in range(nv.nvmlDeviceGetCount())]
-        buses = [nv.nvmlDeviceGetPciInfo(handle).busId for handle in handles]
-        ends = [_nvlink_ends(handle) for handle in handles]
-        for first, handle in enumerate(handles):
-            # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU.
-            switched = sum(end not in buses for end in ends[first])
-            for second, peer in enumerate(handles):
-                if first == second:
-                    continue
-                if count := ends[first].count(buses[second]) or (ends[second] and switched):
-                    found[first, second] = f"NV{count}"
-                else:
-                    with suppress(nv.NVMLError):
-                        found[first, second] = _PCIE_LINKS[nv.nvmlDeviceGetTopologyCommonAncestor(handle, peer)]
+        handles = dict(_handles())
+        buses = {index: nv.nvmlDeviceGetPciInfo(handle).busId for index, handle in handles.items()}
+        ends = {index: _nvlink_ends(handle) for index, handle in handles.items()}
+        for first, second in itertools.permutations(handles, 2):
+            # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU that is there.
+            switched = sum(end not in buses.values() for end in ends[first]) if ends[second] else 0
+            if count := ends[first].count(buses[second]) or switched:
+                found[first, second] = f"NV{count}"
+            else:
+                with suppress(nv.NVMLError, KeyError):
+                    level = nv.nvmlDeviceGetTopologyCommonAncestor(handles[first], handles[second])
+                    found[first, second] = _PCIE_LINKS[level]
     return found
 
 
@@ -161,9 +157,8 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
             trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
     found = []
     with suppress(GpuError), _session():
-        for index in range(nv.nvmlDeviceGetCount()):
+        for index, handle in _handles():
             with suppress(nv.NVMLError):
-                handle = nv.nvmlDeviceGetHandleByIndex(index)
                 if any(process.pid in trees for process in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
                     found.append(index)
     return found
@@ -173,19 +168,17 @@ class OpenGpu:
     """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices."""
 
     def __init__(self, index: int) -> None:
-        self.mig = False
-        with _errors():
+        with _errors(), ExitStack() as opened:
             nv.nvmlInit()
-            try:
-                if index >= (count := int(nv.nvmlDeviceGetCount())):
-                    raise LookupError(f"the driver sees {count} GPUs, none of index {index}")
-                self._handle = nv.nvmlDeviceGetHandleByIndex(index)
-                self.name = str(nv.nvmlDeviceGetName(self._handle))
-            except BaseException:
-                nv.nvmlShutdown()
-                raise
-        with suppress(nv.NVMLError):
-            self.mig = bool(nv.nvmlDeviceGetMigMode(self._handle)[0])
+            opened.callback(nv.nvmlShutdown)
+            if index >= (count := int(nv.nvmlDeviceGetCount())):
+                raise LookupError(f"the driver sees {count} GPUs, none of index {index}")
+            self._handle = nv.nvmlDeviceGetHandleByIndex(index)
+            self.name = str(nv.nvmlDeviceGetName(self._handle))
+            self.mig = False
+            with suppress(nv.NVMLError):
+                self.mig = bool(nv.nvmlDeviceGetMigMode(self._handle)[0])
+            self.close = opened.pop_all().close
 
     def read(self, skip: Container[str]) -> dict[str, Any]:
         """Field of DeviceSample -> value, or GpuError, without the fields in `skip`; it ends at a lost GPU."""
@@ -223,9 +216,6 @@ class OpenGpu:
             raise GpuError(error) from None
         samples = sorted((int(entry.timeStamp), _number(kind, entry.sampleValue) / 1000) for entry in entries)
         return [sample for sample in samples if sample[0] > after_us]
-
-    def close(self) -> None:
-        nv.nvmlShutdown()
 
 
 def _powers_w(fields: Sequence[str], handle: Any) -> list[float | GpuError]:
@@ -267,12 +257,8 @@ def _number(kind: int, value: Any) -> float:
 @contextmanager
 def _gpu(index: int) -> Iterator[Any]:
     """The handle of one GPU for one call. Raises GpuError, as do the functions below."""
-    try:
-        with _session():
-            yield nv.nvmlDeviceGetHandleByIndex(index)
-    except GpuError as error:
-        error.index = index
-        raise
+    with _session():
+        yield nv.nvmlDeviceGetHandleByIndex(index)
 
 
 def lock_sm_clock(index: int, mhz: int) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 from pdbench import nvml, supervisor
@@ -76,16 +75,21 @@ def locked_clocks(config: PowerConfig, gpus: Mapping[str, Sequence[int]]) -> Ite
     if not wanted:
         yield []
         return
-    with _user_errors():
-        limits_w = [(index, nvml.power_limit_w(index)) for _, index, _, cap in wanted if cap is not None]
+    limits_w = []
+    for _, index, _, cap in wanted:
+        if cap is not None:
+            with _user_errors(index):
+                limits_w.append((index, nvml.power_limit_w(index)))
     unlock = [index for _, index, clock, _ in wanted if clock is not None]
     settings = json.dumps({"unlock": unlock, "limits_w": limits_w})
     restorer = supervisor.Child([sys.executable, "-m", "pdbench.power.clocks", settings])
     try:
         if (problem := restorer.wait_ready()) is not None:
             raise UserError(f"the process that would restore the clocks did not start: {problem}")
-        with _user_errors():
-            locks = [_lock(*setting) for setting in wanted]
+        locks = []
+        for setting in wanted:
+            with _user_errors(setting[1]):
+                locks.append(_lock(*setting))
         yield locks
     finally:
         # When the child failed or was killed, this process is the last that can restore.
@@ -96,14 +100,14 @@ def locked_clocks(config: PowerConfig, gpus: Mapping[str, Sequence[int]]) -> Ite
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def _user_errors(index: int) -> Iterator[None]:
     try:
         yield
     except nvml.GpuError as error:
         if error.needs_root:
-            text = f"GPU {error.index}: clocks and power caps need root: use sudo, or leave those options out"
+            text = f"GPU {index}: clocks and power caps need root: use sudo, or leave those options out"
         else:
-            text = f"GPU {error.index}: {error}: it cannot be held at a clock or power cap; leave those options out"
+            text = f"GPU {index}: {error}: it cannot be held at a clock or power cap; leave those options out"
         raise UserError(text) from None
 
 
@@ -138,15 +142,15 @@ def _lock(role: str, index: int, clock: int | None, cap: int | None) -> ClockLoc
 
 def restore(unlock: Sequence[int], limits_w: Sequence[tuple[int, float]]) -> list[str]:
     """Unlock these GPUs' clocks and set these limits; goes on after a refusal and returns all of them."""
-    calls: list[Callable[[], None]] = [partial(nvml.unlock_sm_clock, index) for index in unlock]
-    calls += [partial(nvml.set_power_limit, index, limit_w) for index, limit_w in limits_w]
+    calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(nvml.unlock_sm_clock, (index,)) for index in unlock]
+    calls += [(nvml.set_power_limit, (index, limit_w)) for index, limit_w in limits_w]
     problems = []
-    for call in calls:
+    for call, arguments in calls:
         try:
-            call()
+            call(*arguments)
         except nvml.GpuError as error:
             if not error.needs_root:  # who may not restore could not have changed anything
-                problems.append(f"GPU {error.index}: {error}")
+                problems.append(f"GPU {arguments[0]}: {error}")
     return problems
 
 

@@ -199,6 +199,6 @@ def open_gpu(index: int, role: str | None) -> Reader:
     return AmdReader(index, role) if gpu.lost and _amd_count() else gpu
 
 
-def gpu_indices() -> range:
+def gpu_indices() -> list[int]:
     """The GPUs of this host, of either maker."""
-    return range(nvml.gpu_count() or _amd_count())
+    return [gpu.index for gpu in nvml.gpus()] or list(range(_amd_count()))

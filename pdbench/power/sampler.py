@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,26 +25,12 @@ _COUNTS = {"missed_ticks", "stale_repeats"}
 _NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
 
-class TimeSource(Protocol):
-    """The clocks that the sampler uses; tests put scripted ones here."""
-
-    def monotonic(self) -> float: ...
-    def unix(self) -> float: ...
-    def cpu(self) -> float: ...
-    def wait(self, seconds: float, stop: threading.Event) -> None: ...
-
-
 class SystemTime:
-    """This host's clocks."""
+    """This host's clocks; tests put scripted ones in their place."""
 
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def unix(self) -> float:
-        return time.time()
-
-    def cpu(self) -> float:
-        return time.thread_time()
+    monotonic = staticmethod(time.monotonic)
+    unix = staticmethod(time.time)
+    cpu = staticmethod(time.thread_time)
 
     def wait(self, seconds: float, stop: threading.Event) -> None:
         stop.wait(seconds)
@@ -58,12 +44,12 @@ class Sampler:
     """
 
     def __init__(
-        self, readers: Sequence[Reader], interval_s: float, clock: Clock, time_source: TimeSource | None = None
+        self, readers: Sequence[Reader], interval_s: float, clock: Clock, time_source: SystemTime | None = None
     ) -> None:
         if not 0.01 <= interval_s <= 10:
             raise UserError(f"sample interval {interval_s} s: devices can be sampled every 0.01 to 10 seconds")
         self._clock, self._interval_s = clock, interval_s
-        self._time: TimeSource = time_source or SystemTime()
+        self._time = time_source or SystemTime()
         self._devices = [_Device(reader, self._time) for reader in readers]
         self._stop = threading.Event()
         self._settled = threading.Event()
@@ -189,20 +175,16 @@ def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -
     for name in dict.fromkeys(itertools.chain(*samplings)):
         values = [value for figures in samplings if (value := figures.get(name)) is not None]
         sampling[name] = None if not values else sum(values) if name in _COUNTS else max(values)
-    joined = msgspec.structs.replace(
+    return msgspec.structs.replace(
         pieces[-1],
         samples=samples,
         fine_power=fine,
         energy_ticks=sorted(edges),
         sampling=sampling,
         statistics=_field_statistics(samples),
-        not_measured={},
-        idle_power_w={},
+        not_measured={field: reason for piece in pieces for field, reason in piece.not_measured.items()},
+        idle_power_w={kind: power_w for piece in pieces for kind, power_w in piece.idle_power_w.items()},
     )
-    for piece in pieces:
-        joined.not_measured |= piece.not_measured
-        joined.idle_power_w |= piece.idle_power_w
-    return joined
 
 
 def _field_statistics(samples: Sequence[DeviceSample]) -> dict[str, dict[str, float | None]]:
@@ -240,7 +222,7 @@ def _sampling_statistics(
 class _Device:
     """What the thread has read from one reader; instants are monotonic until `piece` puts them on the run's clock."""
 
-    def __init__(self, reader: Reader, time_source: TimeSource) -> None:
+    def __init__(self, reader: Reader, time_source: SystemTime) -> None:
         self.reader, self._time = reader, time_source
         self.samples: list[DeviceSample] = []
         self.fine: list[tuple[float, float]] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pdbench.power.host import open_readers
-from pdbench.power.sampler import Sampler
+from pdbench.power.sampler import Sampler, SystemTime
 from pdbench.records import Clock, DeviceRecord
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def child(library: Path, code: str, **settings: str) -> str:
     return done.stdout
 
 
-class ScriptedTime:
+class ScriptedTime(SystemTime):
     """The fake library's clock: waiting moves it on, and so does every call into the library. Its zero is `clock`'s zero."""
 
     def __init__(self, end_s: float) -> None:
