@@ -25,6 +25,7 @@ from pdbench.config import (
     Options,
     PowerConfig,
     ProxyConfig,
+    SampleInterval,
     ServeConfig,
     ServerConfig,
 )
@@ -280,7 +281,11 @@ def compare(
 
 @app.command
 def monitor(
-    *, gpus: str | None = None, interval: float = 0.1, duration: float | None = None, out: Path | None = None
+    *,
+    gpus: str | None = None,
+    interval: SampleInterval[float] = 0.1,
+    duration: float | None = None,
+    out: Path | None = None,
 ) -> None:
     """Watch power, clocks and utilisation of this host's devices: a live table, and a file when it ends.
 

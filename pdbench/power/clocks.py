@@ -46,18 +46,17 @@ def requested_options(config: PowerConfig) -> list[str]:
 
 
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:
-    """Raises UserError for a clock or power cap that is none, or of a role that has no GPU in any deployment of `gpus`."""
+    """Raises UserError for a clock or power cap of a role that has no GPU in any deployment of `gpus`."""
     present = {_clock_role(role) for roles in gpus for role, indices in roles.items() if indices}
     for role in ("prefill", "decode", "single"):
         for name in ("clock", "power_cap"):
             value: int | None = getattr(config, f"{role}_{name}")
-            option = f"--{role}-{name.replace('_', '-')} {value}"
-            if value is not None and value <= 0:
-                raise UserError(f"{option} is no clock or power: give a number above 0")
+            suffix = name.replace("_", "-")
             if value is not None and role not in present:
-                other = f"--{min(present)}-{name.replace('_', '-')}" if present else None
-                remedy = f"{other} sets the GPUs of the servers here" if other else "leave it out"
-                raise UserError(f"{option}: no {role} server here has a known GPU of this host: {remedy}")
+                remedy = f"--{min(present)}-{suffix} sets the GPUs of the servers here" if present else "leave it out"
+                raise UserError(
+                    f"--{role}-{suffix} {value}: no {role} server here has a known GPU of this host: {remedy}"
+                )
 
 
 @contextmanager

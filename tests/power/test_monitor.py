@@ -43,9 +43,9 @@ def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> No
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout and run.stdout.readline() == "watching host; Ctrl-C ends it\n"
         run.send_signal(signal.SIGTERM)
-        told = run.stdout.read()
+        output = run.stdout.read()
         assert run.wait(timeout=60) == 0, run.stderr.read() if run.stderr else ""
-    assert "not measured" in told
+    assert "not measured" in output
     rows = list(csv.DictReader(saved.read_text().splitlines()))
     assert rows and rows[-1]["device"] == "host" and float(rows[-1]["memory_used_mib"]) > 0
     assert rows[-1]["power_w"] == ""
@@ -63,7 +63,7 @@ def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["monitor", "--out", "x.txt"], "must end in .json"),
         (["monitor", "--interval", "0.001"], "0.01 to 10"),
@@ -77,7 +77,7 @@ def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
 )
 def test_wrong_input_is_one_line(
     arguments: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -88,5 +88,5 @@ def test_wrong_input_is_one_line(
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     error = capsys.readouterr().err
-    assert ended.value.code == 1
-    assert told in error and error.count("\n") == 1
+    assert ended.value.code == (2 if "--interval" in arguments else 1)
+    assert message in error and error.count("\n") == 1
