@@ -14,6 +14,7 @@ from pdbench.errors import UserError
 from pdbench.load import connection
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
+from tests.support.processes import free_port
 from tests.support.servers import (
     SSE_HEAD,
     Peer,
@@ -57,7 +58,7 @@ def ask_step_by_step(count: int, **options) -> RequestRecord:
     return record
 
 
-def test_a_whole_answer_becomes_a_record():
+def test_whole_response_becomes_a_record():
     record = ask_step_by_step(5)
     assert record.error is None and record.finish_reason == "length" and record.counted_by == "token_ids"
     assert record.text == "t0 t1 t2 t3 t4 " and record.prompt_tokens == 5 and record.output_tokens == 5
@@ -65,7 +66,7 @@ def test_a_whole_answer_becomes_a_record():
     assert len(set(record.token_s)) == 5
 
 
-def test_arrivals_carry_the_kernels_stamp_even_when_read_late():
+def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
     written = []
 
     def answer(peer: Peer) -> bool:
@@ -94,7 +95,7 @@ def test_tokens_of_one_chunk_share_their_instant():
     assert record.text == "abcd"
 
 
-def test_without_token_ids_chunks_with_text_are_counted_and_the_record_says_so():
+def test_chunks_with_text_are_counted_without_token_ids():
     record = ask(stream([token("a", None), token("", None), token("b", None, "stop"), usage(5, 7)]))
     assert record.counted_by == "chunks" and len(record.token_s) == 2 and record.output_tokens == 7
 
@@ -117,19 +118,14 @@ def test_chat_deltas_and_reasoning_are_text_and_the_role_chunk_is_no_token():
     assert record.text == "hm yes" and len(record.token_s) == 2 and record.counted_by == "token_ids"
 
 
-def test_vllms_own_metrics_become_the_queue_phase():
+def test_vllm_request_metrics_become_the_queue_phase():
     record = ask(stream(tokens(2, metrics={"queue_time_ms": 4.0, "time_to_first_token_ms": 10.0})))
     start_s, end_s = record.phases["queue"]
     assert end_s - start_s == pytest.approx(0.004) and record.token_s[0] - end_s == pytest.approx(0.010)
 
 
-def _closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def test_refused():
-    record = fetch(f"http://127.0.0.1:{_closed_port()}", BODY)
+def test_refused_connection_is_a_failure_class():
+    record = fetch(f"http://127.0.0.1:{free_port()}", BODY)
     assert record.error.kind == "refused" and record.token_s == [] and record.end_s is not None
 
 
@@ -161,12 +157,12 @@ PART = chunk(event(token("a", [1])))
     ],
     ids=["reset", "cut", "no-finish", "bad-json", "server-error", "bad-http"],
 )
-def test_failures_in_mid_stream_keep_the_tokens_that_came(answer, kind):
+def test_failures_in_mid_stream_keep_earlier_tokens(answer, kind):
     record = ask(answer)
     assert record.error.kind == kind and len(record.token_s) == 1 and record.text == "a"
 
 
-def test_a_stall_and_a_timeout_are_classes_of_their_own():
+def test_stall_and_timeout_are_separate_failure_classes():
     assert ask(_head_then(PART, then="hang"), timeout_s=0.3).error.kind == "timeout"
     with ScriptedServer(_head_then(PART, then="hang")) as server, Client(server.url, read_timeout_s=0.2) as client:
         record = RequestRecord(id="r", planned_s=0.0)
@@ -182,14 +178,14 @@ def test_http_errors_carry_status_and_message(status):
     assert record.error.kind == f"http_{status[:3].decode()}" and record.error.message == "prompt is too long"
 
 
-def test_an_answer_that_is_no_stream_and_one_without_tokens():
+def test_response_without_stream_or_tokens_fails():
     plain = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     assert ask(lambda peer: peer.write(plain)).error.kind == "not_a_stream"
     assert ask(stream([])).error.kind == "empty"
     assert ask(lambda peer: False).error.kind == "reset"
 
 
-def test_slow_headers_and_an_answer_that_ends_with_the_connection():
+def test_response_may_end_with_the_connection_after_slow_headers():
     def answer(peer: Peer) -> bool:
         for byte in b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n":
             peer.write(bytes([byte]))
@@ -201,7 +197,7 @@ def test_slow_headers_and_an_answer_that_ends_with_the_connection():
     assert record.error is None and record.text == "a"
 
 
-def test_one_connection_serves_many_requests_and_survives_being_closed_between_two():
+def test_connection_is_reused_and_replaced_when_closed_between_requests():
     with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
         for index in range(5):
             record = RequestRecord(id=f"r{index}", planned_s=0.0)
@@ -221,21 +217,21 @@ def test_one_connection_serves_many_requests_and_survives_being_closed_between_t
         assert server.requests[-1].fields["x-request-id"] == "again"
 
 
-def test_ipv6_and_localhost():
+def test_ipv6_and_localhost_are_reached():
     with ScriptedServer(stream(tokens(2)), host="::1") as server:
         assert fetch(server.url, BODY).error is None
     with ScriptedServer(stream(tokens(2))) as server:
         assert fetch(server.url.replace("127.0.0.1", "localhost"), BODY).error is None
 
 
-def test_a_large_body_arrives_whole():
+def test_large_body_arrives_whole():
     with ScriptedServer(stream(tokens(2))) as server:
         prompt = "春 water " * 1_000_000
         assert fetch(server.url, BODY | {"prompt": prompt}).error is None
         assert server.requests[0].json["prompt"] == prompt
 
 
-def test_ten_thousand_tokens_in_one_stream():
+def test_stream_of_ten_thousand_tokens():
     record = ask(stream(tokens(10_000)))
     assert record.error is None and len(record.token_s) == 10_000 == record.output_tokens
     assert record.token_s == sorted(record.token_s)
@@ -253,7 +249,7 @@ def test_many_streams_at_once():
         assert all(len(record.token_s) == 20 and record.error is None for record in records)
 
 
-def test_the_api_key_comes_from_the_environment(monkeypatch):
+def test_api_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with ScriptedServer(stream(tokens(1))) as server:
         fetch(f"{server.url}/base/v1/", BODY, endpoint="chat")
@@ -264,12 +260,12 @@ def test_the_api_key_comes_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     "url", ["ftp://host", "127.0.0.1:8000", "http://:80", "http://host:port", "http://a..b:80", "http://[::1:80"]
 )
-def test_an_unusable_url_is_the_users_error(url):
+def test_unusable_url_is_a_user_error(url):
     with pytest.raises(UserError, match="--url"):
         Client(url)
 
 
-def test_tls_keeps_the_kernels_stamps_and_checks_the_certificate(tmp_path, monkeypatch):
+def test_tls_keeps_kernel_stamps_and_checks_the_certificate(tmp_path, monkeypatch):
     import ssl
 
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -287,7 +283,7 @@ def test_tls_keeps_the_kernels_stamps_and_checks_the_certificate(tmp_path, monke
     assert len(set(ask_step_by_step(5, tls=context).token_s)) == 5
 
 
-def test_abandon_keeps_what_has_arrived():
+def test_abandoned_request_keeps_what_has_arrived():
     release = threading.Event()
 
     def answer(peer: Peer) -> bool:
@@ -305,13 +301,13 @@ def test_abandon_keeps_what_has_arrived():
     release.set()
 
 
-def test_without_kernel_stamps_the_readers_clock_counts_and_the_record_says_so(monkeypatch):
+def test_user_stamps_are_used_and_recorded_without_kernel_stamps(monkeypatch):
     monkeypatch.setattr(connection, "enable_stamps", lambda sock: None)
     record = ask_step_by_step(5)
     assert record.error is None and record.stamp == "user" and len(set(record.token_s)) == 5
 
 
-def test_a_stepped_wall_clock_does_not_move_the_arrivals():
+def test_stepped_wall_clock_does_not_move_arrivals():
     clock = connection.ArrivalClock(time.monotonic())
     seconds, nanoseconds = divmod(time.time_ns() + 5_000_000_000, 1_000_000_000)
     ahead = [(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))]

@@ -12,10 +12,9 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import self_check
 from pdbench.load.clients import LoadResult, run_load
-from pdbench.load.generator import ClientResult, steady_since
-from pdbench.records import Clock, RequestError, RequestRecord
+from pdbench.records import Clock, RequestRecord
+from tests.support.processes import wait_until
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 
@@ -32,7 +31,7 @@ def most_in_flight(records: list[RequestRecord]) -> int:
     return int(max(numpy.cumsum([change for _, change in changes])))
 
 
-def test_a_closed_loop_keeps_its_streams_in_flight():
+def test_closed_loop_keeps_its_streams_in_flight():
     done = []
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         config = LoadConfig(concurrency=4, requests=24, warmup=3)
@@ -50,7 +49,7 @@ def test_a_closed_loop_keeps_its_streams_in_flight():
     assert min(r.sent_s for r in records) < result.trial.start_s < result.trial.end_s <= max(r.end_s for r in records)
 
 
-def test_an_open_loop_sends_by_the_clock_whatever_the_server_does():
+def test_open_loop_sends_by_the_clock():
     with ScriptedServer(stream(tokens(3), pause_s=0.05)) as server:
         result = load(server, rate=100.0, requests=40, warmup=0)
     client = result.trial.client
@@ -60,7 +59,7 @@ def test_an_open_loop_sends_by_the_clock_whatever_the_server_does():
     assert most_in_flight(measured(result)) > 5
 
 
-def test_a_capped_open_loop_keeps_the_planned_instants():
+def test_capped_open_loop_keeps_planned_instants():
     with ScriptedServer(stream(tokens(2), pause_s=0.02)) as server:
         result = load(server, rate=500.0, concurrency=2, requests=20, warmup=0)
     client = result.trial.client
@@ -69,7 +68,7 @@ def test_a_capped_open_loop_keeps_the_planned_instants():
     assert "rate-not-reached" in {flag.name for flag in result.flags}
 
 
-def test_a_run_ends_by_seconds():
+def test_load_ends_after_duration():
     with ScriptedServer(stream(tokens(3), pause_s=0.01)) as server:
         result = load(server, concurrency=3, duration_s=2.0, warmup=0)
         open_loop = load(server, rate=100.0, duration_s=0.4, warmup=0)
@@ -79,7 +78,7 @@ def test_a_run_ends_by_seconds():
     assert 20 < len(measured(open_loop)) < 70
 
 
-def test_a_run_ends_once_it_held_steady():
+def test_load_ends_once_steady():
     with ScriptedServer(stream(tokens(4), pause_s=0.005)) as server:
         result = load(server, concurrency=2, steady_s=2.0, duration_s=20.0, warmup=0)
     if "not-steady" in {flag.name for flag in result.flags}:
@@ -89,7 +88,7 @@ def test_a_run_ends_once_it_held_steady():
         assert 2.0 <= result.trial.end_s - result.trial.start_s < 20
 
 
-def test_failures_are_counted_and_the_run_goes_on():
+def test_failures_are_counted_and_the_load_goes_on():
     calls = iter(range(100))
 
     def answer(peer: Peer) -> bool:
@@ -105,7 +104,7 @@ def test_failures_are_counted_and_the_run_goes_on():
     assert kinds == ["reset", None, None] * 4
 
 
-def test_a_server_that_refuses_token_ids_is_asked_without():
+def test_server_that_refuses_token_ids_gets_the_request_without():
     def answer(peer: Peer) -> bool:
         if "return_token_ids" in peer.json:
             return refusal(b"400 Bad Request", "Unrecognized request argument: return_token_ids")(peer)
@@ -121,7 +120,7 @@ def plain(record: RequestRecord) -> tuple:
     return record.id.rpartition("-")[2], record.warmup, record.text, len(record.token_s), record.prompt_tokens
 
 
-def test_merged_processes_are_equal_to_one():
+def test_split_client_sends_and_records_what_one_does():
     with ScriptedServer(stream(tokens(4))) as server:
         one = load(server, rate=200.0, requests=30, warmup=4)
         bodies = sorted(peer.body for peer in server.requests)
@@ -137,13 +136,13 @@ def test_merged_processes_are_equal_to_one():
     assert two.trial.client["processes"] == 2
 
 
-def test_split_closed_loops_share_the_streams():
+def test_split_closed_loop_shares_the_streams():
     with ScriptedServer(stream(tokens(3), pause_s=0.005)) as server:
         result = load(server, concurrency=3, requests=20, client_processes=2)
     assert len(measured(result)) == 20 and most_in_flight(measured(result)) <= 4
 
 
-def test_errors_of_a_client_process_reach_the_user():
+def test_client_process_error_reaches_the_user():
     with pytest.raises(UserError, match="--url"):
         config = LoadConfig(client_processes=2, rate=5.0)
         run_load(config, url="nonsense", model="m", clock=Clock.start())
@@ -154,8 +153,7 @@ def test_ctrl_c_keeps_what_was_measured(processes):
     with ScriptedServer(stream(tokens(100), pause_s=0.01)) as server:
 
         def press() -> None:
-            while len(server.requests) < 2:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.requests) >= 2, 30)
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -167,12 +165,11 @@ def test_ctrl_c_keeps_what_was_measured(processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_amid_the_warm_up_sends_nothing_that_counts(processes):
+def test_ctrl_c_during_warm_up_measures_nothing(processes):
     with ScriptedServer(stream(tokens(100), pause_s=0.05)) as server:
 
         def press() -> None:
-            while len(server.requests) < 2:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.requests) >= 2, 30)
             os.kill(os.getpid(), signal.SIGINT)
 
         threading.Thread(target=press).start()
@@ -183,7 +180,7 @@ def test_ctrl_c_amid_the_warm_up_sends_nothing_that_counts(processes):
 
 
 @pytest.mark.parametrize("after_s", [0.1, 0.6])
-def test_ctrl_c_while_client_processes_start_is_no_crash_of_theirs(after_s):
+def test_ctrl_c_while_client_processes_start_is_an_interruption(after_s):
     with ScriptedServer(stream(tokens(3))) as server:
         timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -201,8 +198,7 @@ def test_client_process_that_dies_ends_the_run_and_all_partial_results_are_kept(
     with ScriptedServer(stream(tokens(20), pause_s=0.01)) as server:
 
         def kill_one() -> None:
-            while len(server.requests) < 12:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.requests) >= 12, 30)
             multiprocessing.active_children()[0].kill()
 
         threading.Thread(target=kill_one).start()
@@ -218,8 +214,7 @@ def test_client_process_that_dies_before_the_start_is_an_error():
     with ScriptedServer(stream(tokens(100), pause_s=0.05)) as server:
 
         def kill_one() -> None:
-            while len(server.requests) < 2:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.requests) >= 2, 30)
             multiprocessing.active_children()[0].kill()
 
         threading.Thread(target=kill_one).start()
@@ -243,98 +238,8 @@ def test_records_keep_due_instants_and_short_prompts(processes):
     assert [record.prompt for record in whole] == [sent[record.id] for record in records]
 
 
-def test_a_server_that_refuses_token_ids_for_ever_is_asked_twice():
+def test_request_is_sent_again_without_token_ids_only_once():
     with ScriptedServer(refusal(b"400 Bad Request", "return_token_ids: unknown")) as server:
         result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
         assert len(server.requests) == 2
     assert [record.error.kind for record in result.requests] == ["http_400"]
-
-
-def record(identity: int, sent_s: float, end_s: float, **more) -> RequestRecord:
-    return RequestRecord(id=str(identity), planned_s=sent_s, sent_s=sent_s, end_s=end_s, **more)
-
-
-def result_of(records: list[RequestRecord], streams: int | None) -> ClientResult:
-    """A process's records as the window sees them."""
-    return ClientResult(requests=records, streams=streams)
-
-
-def test_windows_leave_out_ramp_up_and_drain():
-    closed = [record(0, 0.0, 2.0), record(1, 0.5, 3.0), record(2, 2.0, 5.0), record(3, 3.0, 6.0)]
-    warmup = record(9, -3.0, -1.0, warmup=True)
-    assert self_check.window([result_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
-    assert self_check.window([result_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
-    assert "whole run" in self_check.window([result_of(closed[:3], 2)], False)[2]
-    opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
-    assert self_check.window([result_of(opened, None)], True)[:2] == (2.5, 9.0)
-    assert self_check.window([result_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
-    assert self_check.window([result_of([warmup], 1)], False)[2].startswith("empty")
-    lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
-    assert self_check.window([result_of(lone, 1)], False)[:2] == (1.0, 3.0)
-
-
-def test_a_split_clients_window_ends_with_the_process_that_runs_dry_first():
-    quick = [record(index, index * 1.0, index + 1.0) for index in range(6)]
-    slow = [record(index, 0.5 + index * 1.5, 2.0 + index * 1.5) for index in range(6)]
-    both = [result_of(quick, 1), result_of(slow, 1)]
-    assert self_check.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
-    assert "whole run" in self_check.window([*both, result_of(slow[:1], 2)], False)[2], (
-        "two streams of one were never in flight"
-    )
-
-
-def test_steady_means_equal_halves():
-    flat = [(index * 0.25, index * 100, 8) for index in range(41)]
-    assert steady_since(flat, 5.0) == pytest.approx(5.0)
-    assert steady_since(flat, 60.0) is None
-    growing = [(index * 0.25, index * index, 8) for index in range(41)]
-    assert steady_since(growing, 5.0) is None
-    filling = [(index * 0.25, index * 100, index) for index in range(41)]
-    assert steady_since(filling, 5.0) is None
-
-
-def checked(
-    delays_ms: list[float], *, cpu_s: float = 0.1, merged: int = 0, stamp: str = "kernel", late_ms: float = 0.0
-) -> ClientResult:
-    records = [
-        record(index, float(index), index + 0.5, stamp=stamp, token_s=[index + 0.1], due_s=float(index) - late_ms / 1e3)
-        for index in range(10)
-    ]
-    packed = (numpy.array(delays_ms) / 1e3).tobytes()
-    return ClientResult(
-        requests=records,
-        streams=4,
-        begin_s=-0.1,
-        busy_s=packed,
-        read_delays_s=packed,
-        merged_reads=merged,
-        cpu_s=cpu_s,
-        wall_s=10.0,
-    )
-
-
-@pytest.mark.parametrize(
-    ("result", "reason"),
-    [
-        (checked([0.1] * 10), None),
-        (checked([30.0] * 10), "read 30.0 ms late"),
-        (checked([8.0] * 10, merged=5), "held several chunks"),
-        (checked([8.0] * 10), None),
-        (checked([3.0] * 10, stamp="user"), "no kernel stamps"),
-        (checked([0.1] * 10, cpu_s=9.8), "98% of its core"),
-        (checked([0.1] * 10, late_ms=12.0), "left 12.0 ms late"),
-    ],
-)
-def test_beyond_its_bounds_a_run_is_marked_with_the_remedy(result, reason):
-    client = self_check.describe([result], result.requests, streams=4, open_loop=False)
-    flags = self_check.flags(client)
-    assert [flag.name for flag in flags] == (["client-limited"] if reason else [])
-    assert reason is None or (reason in flags[0].detail and "--client-processes" in flags[0].detail)
-
-
-def test_the_truth_of_nothing():
-    empty = result_of([], 1)
-    failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
-    client = self_check.describe([empty], [failed], streams=1, open_loop=False)
-    assert client["user_minus_kernel_ms"] is None and client["cpu_us_per_token"] is None
-    assert client["failures"] == {"refused": 1} and self_check.flags(client) == []

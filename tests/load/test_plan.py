@@ -17,11 +17,11 @@ from scipy import stats
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, plan, prompts, self_check
+from pdbench.load import arrivals, plan, prompts
 from pdbench.load.clients import run_load
 from pdbench.load.tokenizer import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
-from pdbench.records import Clock, RequestRecord
+from pdbench.records import Clock
 from tests.support.servers import ScriptedServer, stream, tokens
 
 
@@ -56,7 +56,7 @@ def test_poisson_gaps_are_exponential():
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_gamma_gaps_have_the_asked_shape(burstiness):
+def test_gamma_gaps_have_the_requested_shape(burstiness):
     theory = stats.gamma(burstiness, scale=1 / (5.0 * burstiness))
     assert stats.kstest(gaps(arrivals.gamma(5.0, burstiness, 1)), theory.cdf).pvalue > 0.01
 
@@ -66,7 +66,7 @@ def test_constant_gaps():
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 20.0), (20.0, 2.0), (5.0, 5.0)])
-def test_a_ramp_has_its_rates_integral(start, end):
+def test_ramp_arrivals_follow_the_integral_of_the_rate(start, end):
     instants = list(itertools.takewhile(lambda at_s: at_s < 300.0, arrivals.ramp(start, end, 200.0, 3)))
     for until_s in (100.0, 200.0, 300.0):
         rate = start + (end - start) * min(until_s, 200.0) / 200.0
@@ -75,7 +75,7 @@ def test_a_ramp_has_its_rates_integral(start, end):
     assert instants == sorted(instants)
 
 
-def test_stages_have_their_own_rates_and_end():
+def test_stages_have_their_rates_and_end():
     instants = list(arrivals.staged(arrivals.read_stages("10:100,0:50,40:50"), 2))
     counts = [
         sum(start <= at_s < start + length for at_s in instants) for start, length in [(0, 100), (100, 50), (150, 50)]
@@ -91,7 +91,7 @@ def test_arrivals_depend_on_their_seed_alone():
 
 
 @pytest.mark.parametrize("text", ["", "3", "a:b", "1:2,3", "-1:5", "1:0", "nan:1"])
-def test_bad_stages_name_the_part(text):
+def test_bad_stages_are_refused_with_the_wrong_part(text):
     with pytest.raises(UserError, match="--stages"):
         arrivals.read_stages(text)
 
@@ -106,13 +106,13 @@ def test_built_in_prompts_are_real_english_and_chinese_of_varying_length(tokeniz
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 17, 100, 1000])
-def test_prompts_have_exactly_the_asked_tokens(tokenizer, tokens):
+def test_prompts_have_exactly_the_requested_tokens(tokenizer, tokens):
     for index in range(5):
         assert tokenizer.count(prompts.of_length(tokens, f"seed-{index}", tokenizer)) == tokens
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", b""])
-def test_a_hub_that_does_not_answer_is_given_up_at_once(answer, tmp_path):
+def test_unreachable_hub_is_given_up_at_once(answer, tmp_path):
     with ScriptedServer(lambda peer: peer.write(answer)) as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         code = "from pdbench.load import plan; from pdbench.config import LoadConfig\n"
@@ -124,12 +124,12 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(answer, tmp_path):
     assert hub.connections <= 2 and "Retrying" not in done.stderr  # the library connects anew once
 
 
-def test_an_impossible_length_is_the_users_error(tokenizer):
+def test_impossible_length_is_a_user_error(tokenizer):
     with pytest.raises(UserError, match="0 tokens"):
         exact_text(iter(["a"]), 0, tokenizer)
 
 
-def test_shared_prefixes_are_shared_within_a_group_only(tokenizer):
+def test_shared_prefix_is_shared_within_its_group_only(tokenizer):
     def made(group: str, seed: str) -> str:
         prompt = prompts.of_length(200, seed, tokenizer, shared=0.5, group=group)
         assert tokenizer.count(prompt) == 200
@@ -141,7 +141,7 @@ def test_shared_prefixes_are_shared_within_a_group_only(tokenizer):
     assert first[:20] != other[:20]
 
 
-def test_same_seed_same_bytes_on_every_machine():
+def test_same_seed_gives_same_bytes_on_every_machine():
     texts = [prompts.built_in(index, f"(0-{index})") for index in range(32)]
     texts += list(islice(prompts.sentences_in_random_order("0/0/1"), 50))
     assert hashlib.sha256("".join(texts).encode()).hexdigest()[:16] == DIGEST
@@ -159,7 +159,7 @@ def test_length_distributions():
     assert prompts.length(100, "fixed", 0.8, "x") == 100
 
 
-def test_prompt_files(tmp_path, tokenizer):
+def test_prompt_file_formats_are_read(tmp_path, tokenizer):
     sharegpt = tmp_path / "sharegpt.json"
     turns = [{"from": "human", "value": "Question?"}, {"from": "gpt", "value": "A long answer."}]
     sharegpt.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[1:]}, {"conversations": []}]))
@@ -180,7 +180,7 @@ def test_prompt_files(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content"), [("a.json", "{"), ("a.jsonl", '{"prompt": 1}\n{"x": 2}'), ("a.txt", ""), ("b.json", "[1]")]
 )
-def test_bad_prompt_files_are_the_users_error(tmp_path, name, content):
+def test_bad_prompt_file_is_a_user_error(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"--prompt-file .*"):
         prompts.read_prompt_file(tmp_path / name)
@@ -232,13 +232,13 @@ def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, n
         ("own.jsonl", "[]\n", 3),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path, name, bad, row):
+def test_malformed_trace_row_is_named(tmp_path, name, bad, row):
     (tmp_path / name).write_text(TRACES[name] + bad)
     with pytest.raises(UserError, match=f"row {row}:"):
         read_trace(tmp_path / name)
 
 
-def test_traces_that_are_none(tmp_path):
+def test_empty_or_unknown_trace_is_a_user_error(tmp_path):
     for name, content in [("a.csv", "x,y\n1,2\n"), ("b.csv", ""), ("c.jsonl", "")]:
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match="--trace"):
@@ -247,7 +247,7 @@ def test_traces_that_are_none(tmp_path):
         read_trace(tmp_path / "missing.csv")
 
 
-def test_a_trace_is_planned_with_its_instants_lengths_and_prefixes(tmp_path, tokenizer):
+def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):
     path = tmp_path / "mooncake.jsonl"
     row = {"timestamp": 0, "input_length": 1100, "output_length": 9, "hash_ids": [7, 8, 9]}
     path.write_text("".join(json.dumps(row | {"timestamp": 1000 * index}) + "\n" for index in range(3)))
@@ -260,7 +260,7 @@ def test_a_trace_is_planned_with_its_instants_lengths_and_prefixes(tmp_path, tok
     assert tokenizer.count(first[:common]) >= 1000
 
 
-def test_a_plan_is_the_same_for_everybody_who_makes_it(tokenizer):
+def test_plan_is_the_same_for_every_process(tokenizer):
     config = LoadConfig(
         rate=5.0, input_tokens=50, input_distribution="lognormal", output_distribution="uniform", requests=20
     )
@@ -271,7 +271,7 @@ def test_a_plan_is_the_same_for_everybody_who_makes_it(tokenizer):
     assert len(warmup) == 2 and warmup[0].prompt not in {request.prompt for request in first}
 
 
-def test_bodies():
+def test_request_bodies():
     request = plan.PlannedRequest(0, None, "Hi", 1, 7)
     body = json.loads(plan.request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", request, token_ids=True))
     assert body["prompt"] == "Hi" and body["max_tokens"] == 7 and body["return_token_ids"] and body["top_k"] == 1
@@ -297,7 +297,7 @@ def test_bodies():
         {"extra_body": "{"},
     ],
 )
-def test_contradictions_are_the_users_error(options):
+def test_contradicting_options_are_a_user_error(options):
     with pytest.raises(UserError, match="--"):
         plan.check(LoadConfig(**options))
 
@@ -333,7 +333,7 @@ def test_exact_lengths_need_a_tokenizer(tmp_path):
     assert plan.find_tokenizer(LoadConfig(), str(tmp_path)) is None
 
 
-def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> None:
+def test_prefill_phase_generates_one_token_and_decode_phase_needs_one_batch() -> None:
     (planned,) = plan.planned_requests(LoadConfig(phase="prefill", requests=1), None, 0)
     body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned, token_ids=True))
     assert body["max_tokens"] == 1
@@ -344,10 +344,3 @@ def test_prefill_calibration_asks_for_one_token_and_decode_for_one_batch() -> No
     ):
         with pytest.raises(UserError, match="one batch"):
             plan.check(mixed)
-
-
-def test_the_decode_window_holds_no_prefill_and_no_drain() -> None:
-    batch = [RequestRecord(id=str(i), planned_s=0.0, token_s=[1.0 + i, 5.0, 9.0 - i]) for i in range(3)]
-    assert self_check.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
-    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
-    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None

@@ -24,7 +24,7 @@ def response_to(pieces: list[bytes]) -> RequestRecord:
     return record
 
 
-def test_a_cut_at_every_byte_gives_the_same_record():
+def test_cut_at_every_byte_gives_the_same_record():
     for cut in range(1, len(WHOLE)):
         record = response_to([WHOLE[:cut], WHOLE[cut:]])
         assert record.error is None and len(record.token_s) == 4, cut
@@ -76,7 +76,7 @@ def test_event_reader_with_all_line_ends_comments_and_cuts(events, line_end, spa
     assert found == [b"\n".join(event_lines) for event_lines in events]
 
 
-def test_several_chunks_in_one_read_are_counted_as_merged():
+def test_several_chunks_in_one_read_count_as_merged():
     response = Response(RequestRecord(id="r", planned_s=0.0))
     response.feed(SSE_HEAD + chunk(event(token("a", [1]))), 1.0)
     assert response.merged_reads == 0
@@ -84,7 +84,7 @@ def test_several_chunks_in_one_read_are_counted_as_merged():
     assert response.merged_reads == 1 and response.record.token_s == [1.0, 2.0, 2.0]
 
 
-def test_a_finish_makes_up_for_a_missing_end_of_body():
+def test_finish_replaces_a_missing_end_of_body():
     response = Response(RequestRecord(id="r", planned_s=0.0))
     response.feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))), 1.0)
     assert not response.complete
@@ -93,14 +93,14 @@ def test_a_finish_makes_up_for_a_missing_end_of_body():
 
 
 @pytest.mark.parametrize("unfinished", [None, ""])
-def test_a_stream_that_is_cut_before_its_finish_fails(unfinished):
+def test_stream_cut_before_its_finish_fails(unfinished):
     response = Response(RequestRecord(id="r", planned_s=0.0))
     response.feed(SSE_HEAD + chunk(event(token("a", [1], unfinished))), 1.0)
     response.closed(5.0, "reset", "gone")
     assert response.record.error is not None and response.record.error.kind == "reset"
 
 
-def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():
+def test_finish_replaces_a_missing_done_but_not_an_error_after_it():
     record = response_to(
         [SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")]
     )
@@ -110,7 +110,7 @@ def test_a_finish_makes_up_for_a_missing_done_but_not_for_an_error_after_it():
     assert record.error is not None and record.error.kind == "server_error"
 
 
-def test_error_texts():
+def test_error_messages_of_all_forms():
     for body, text in [
         (json.dumps({"error": {"message": "a"}}).encode(), "a"),
         (b'{"detail": "b"}', "b"),

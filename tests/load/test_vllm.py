@@ -24,7 +24,7 @@ def test_token_counts_equal_the_servers_usage(single: DeploymentInfo, endpoint, 
         assert not ignore_eos or record.output_tokens == 20
 
 
-def test_prompts_of_exact_length_are_as_long_by_the_servers_count(single: DeploymentInfo):
+def test_exact_prompt_lengths_equal_the_servers_count(single: DeploymentInfo):
     config = LoadConfig(
         requests=6, concurrency=3, input_tokens=100, input_distribution="uniform", output_tokens=4, seed=32
     )
@@ -35,7 +35,7 @@ def test_prompts_of_exact_length_are_as_long_by_the_servers_count(single: Deploy
     assert [record.prompt_tokens for record in result.requests if not record.warmup] == planned
 
 
-def test_a_prompt_that_is_too_long_is_data(single: DeploymentInfo):
+def test_prompt_that_is_too_long_is_a_failed_request(single: DeploymentInfo):
     config = LoadConfig(requests=2, input_tokens=600, output_tokens=4, warmup=0)
     arguments = {"url": single.url, "model": single.model_name, "tokenizer_path": single.model_path}
     result = run_load(config, clock=Clock.start(), **arguments)

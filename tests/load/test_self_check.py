@@ -1,0 +1,105 @@
+"""The client's check of itself: windows, steadiness, and when a run is flagged."""
+
+import numpy
+import pytest
+
+from pdbench.load import self_check
+from pdbench.load.generator import ClientResult, steady_since
+from pdbench.records import RequestError, RequestRecord
+
+
+def record(identity: int, sent_s: float, end_s: float, **more) -> RequestRecord:
+    return RequestRecord(id=str(identity), planned_s=sent_s, sent_s=sent_s, end_s=end_s, **more)
+
+
+def result_of(records: list[RequestRecord], streams: int | None) -> ClientResult:
+    """A process's records as the window sees them."""
+    return ClientResult(requests=records, streams=streams)
+
+
+def test_windows_leave_out_ramp_up_and_drain():
+    closed = [record(0, 0.0, 2.0), record(1, 0.5, 3.0), record(2, 2.0, 5.0), record(3, 3.0, 6.0)]
+    warmup = record(9, -3.0, -1.0, warmup=True)
+    assert self_check.window([result_of([warmup, *closed], 2)], False) == (0.5, 5.0, "all 2 streams in flight")
+    assert self_check.window([result_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
+    assert "whole run" in self_check.window([result_of(closed[:3], 2)], False)[2]
+    opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
+    assert self_check.window([result_of(opened, None)], True)[:2] == (2.5, 9.0)
+    assert self_check.window([result_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
+    assert self_check.window([result_of([warmup], 1)], False)[2].startswith("empty")
+    lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
+    assert self_check.window([result_of(lone, 1)], False)[:2] == (1.0, 3.0)
+
+
+def test_split_window_ends_with_the_first_process_to_run_dry():
+    quick = [record(index, index * 1.0, index + 1.0) for index in range(6)]
+    slow = [record(index, 0.5 + index * 1.5, 2.0 + index * 1.5) for index in range(6)]
+    both = [result_of(quick, 1), result_of(slow, 1)]
+    assert self_check.window(both, False) == (0.5, 6.0, "all 2 streams in flight")
+    assert "whole run" in self_check.window([*both, result_of(slow[:1], 2)], False)[2], (
+        "two streams of one were never in flight"
+    )
+
+
+def test_steady_means_equal_halves():
+    flat = [(index * 0.25, index * 100, 8) for index in range(41)]
+    assert steady_since(flat, 5.0) == pytest.approx(5.0)
+    assert steady_since(flat, 60.0) is None
+    growing = [(index * 0.25, index * index, 8) for index in range(41)]
+    assert steady_since(growing, 5.0) is None
+    filling = [(index * 0.25, index * 100, index) for index in range(41)]
+    assert steady_since(filling, 5.0) is None
+
+
+def checked(
+    delays_ms: list[float], *, cpu_s: float = 0.1, merged: int = 0, stamp: str = "kernel", late_ms: float = 0.0
+) -> ClientResult:
+    records = [
+        record(index, float(index), index + 0.5, stamp=stamp, token_s=[index + 0.1], due_s=float(index) - late_ms / 1e3)
+        for index in range(10)
+    ]
+    packed = (numpy.array(delays_ms) / 1e3).tobytes()
+    return ClientResult(
+        requests=records,
+        streams=4,
+        begin_s=-0.1,
+        busy_s=packed,
+        read_delays_s=packed,
+        merged_reads=merged,
+        cpu_s=cpu_s,
+        wall_s=10.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (checked([0.1] * 10), None),
+        (checked([30.0] * 10), "read 30.0 ms late"),
+        (checked([8.0] * 10, merged=5), "held several chunks"),
+        (checked([8.0] * 10), None),
+        (checked([3.0] * 10, stamp="user"), "no kernel stamps"),
+        (checked([0.1] * 10, cpu_s=9.8), "98% of its core"),
+        (checked([0.1] * 10, late_ms=12.0), "left 12.0 ms late"),
+    ],
+)
+def test_client_limited_flag_names_reason_and_remedy(result, reason):
+    client = self_check.describe([result], result.requests, streams=4, open_loop=False)
+    flags = self_check.flags(client)
+    assert [flag.name for flag in flags] == (["client-limited"] if reason else [])
+    assert reason is None or (reason in flags[0].detail and "--client-processes" in flags[0].detail)
+
+
+def test_self_check_without_successful_requests():
+    empty = result_of([], 1)
+    failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
+    client = self_check.describe([empty], [failed], streams=1, open_loop=False)
+    assert client["user_minus_kernel_ms"] is None and client["cpu_us_per_token"] is None
+    assert client["failures"] == {"refused": 1} and self_check.flags(client) == []
+
+
+def test_decode_window_excludes_prefill_and_drain() -> None:
+    batch = [RequestRecord(id=str(i), planned_s=0.0, token_s=[1.0 + i, 5.0, 9.0 - i]) for i in range(3)]
+    assert self_check.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
+    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
+    assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None
