@@ -1,13 +1,17 @@
-"""The sampler on a real GPU, read-only: no clock and no limit is ever set. Run: pytest -m gpu tests/gpu/test_power_gpu.py"""
+"""NVML and the sampler on real GPUs, read-only: no clock and no limit is ever set. Run: pytest -m gpu tests/gpu/test_power_gpu.py"""
 
+import re
+import subprocess
 import time
 
 import numpy as np
 import pytest
 
+from pdbench import nvml
 from pdbench.analysis.energy import energy_over, power_curve
 from pdbench.power.host import open_readers
-from pdbench.power.sampler import Sampler
+from pdbench.power.idle import idle_before_start
+from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +24,7 @@ def sample_under(
 ) -> tuple[DeviceRecord, float, float]:
     """GPU 0 under matrix products, `on_s` of every `on_s + off_s`; returns its record and the load's start and end."""
     torch = pytest.importorskip("torch")
-    one = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
+    matrix = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     clock = Clock.start()
     with (sampler := Sampler(open_readers({"load": [0]}, {}), interval_s, clock)):
@@ -29,12 +33,14 @@ def sample_under(
         while clock.now() < start + load_s:
             end = time.monotonic() + on_s
             while time.monotonic() < end:
-                one @ one
+                matrix @ matrix
                 torch.cuda.synchronize()
             time.sleep(off_s)
         end_s = clock.now()
         time.sleep(1)
-    return sampler.records()[0], start, end_s
+    records = sampler.records()
+    assert merge_records(sampler.take()) == records
+    return records[0], start, end_s
 
 
 def test_counter_and_integral_agree_over_thirty_seconds() -> None:
@@ -69,3 +75,30 @@ def test_every_field_is_plausible(interval_s: float) -> None:
     assert last.sm_clock_mhz and last.memory_clock_mhz and last.temperature_c and last.power_limit_w
     assert device.statistics["gpu_utilization_pct"]["max"] > 50
     assert device.sampling["energy_refresh_ms"] is not None
+
+
+def nvidia_smi(*arguments: str) -> str:
+    return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_inventory_is_that_of_nvidia_smi() -> None:
+    rows = nvidia_smi("--query-gpu=index,name,driver_version,memory.total,uuid", "--format=csv,noheader,nounits")
+    found = [(gpu.index, gpu.name, gpu.driver, gpu.memory_total_mib, gpu.uuid) for gpu in nvml.gpus()]
+    print(found)
+    expected = [row.split(", ") for row in rows.splitlines()]
+    assert found == [(int(index), name, driver, float(mib), uuid) for index, name, driver, mib, uuid in expected]
+
+
+def test_links_are_those_of_nvidia_smi() -> None:
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).split() for row in nvidia_smi("topo", "-m").splitlines()]
+    count = len(nvml.gpus())
+    cells = [row[1 : count + 1] for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and row[1] != "GPU1"]
+    print(nvml.links())
+    assert nvml.links() == {(a, b): cells[a][b] for a in range(count) for b in range(count) if a != b}
+
+
+def test_idle_power_has_both_kinds() -> None:
+    idle = idle_before_start([0], 2.0)["gpu0"]
+    print(idle)
+    assert idle["bare"] and idle["context"]
+    assert 20 < idle["bare"] < idle["context"] + 5 < 300
