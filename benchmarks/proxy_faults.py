@@ -1,4 +1,4 @@
-"""What a fault costs a client of the proxy: servers are killed and paused, clients leave, and each prints a table's row.
+"""What a fault costs a client of the proxy: servers are killed and paused, clients leave; one table row each.
 
 Try: python benchmarks/proxy_faults.py            (about 30 seconds)
 """
@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.support.proxy_processes import instance, proxy, wait_until
+from tests.support.processes import wait_until
+from tests.support.proxy_processes import instance, proxy
 
 WAITS = {"first": 0.3}
 PACED = {"delay": 0.01}
@@ -28,7 +29,7 @@ def row(fault, seen, waited_s, lost):
 
 
 def describe(answer):
-    """What the client saw, in few words."""
+    """What the client saw, in a few words."""
     if answer.headers.get("content-type", "").startswith("text/event-stream"):
         last = answer.events[-1]
         if last == b"[DONE]":
@@ -41,11 +42,11 @@ def describe(answer):
 
 def before_the_answer(folder, fault, break_it, *options, prefills=1, decodes=1, lost="nothing", **fields):
     """A fault before a byte was passed on; the time runs from the request."""
-    with contextmanagers(folder, prefills, decodes) as (prefill, decode):
+    with instances(folder, prefills, decodes) as (prefill, decode):
         with proxy(
             folder, *OPTIONS, "--decode-policy", "round-robin", *options, prefill=prefill, decode=decode
         ) as server:
-            wait_until(lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all in")
+            server.wait_all_healthy()
             break_it(prefill, decode)
             answers = []
             for _ in range(max(prefills, decodes)):
@@ -56,30 +57,22 @@ def before_the_answer(folder, fault, break_it, *options, prefills=1, decodes=1, 
             row(fault, describe(answer), waited_s, lost)
 
 
-class contextmanagers:  # noqa: N801
+@contextlib.contextmanager
+def instances(folder, prefills, decodes):
     """Some prefill and decode instances that live as long as the block."""
-
-    def __init__(self, folder, prefills, decodes):
-        self.open = [
-            [instance(folder, f"{role}-{time.monotonic_ns()}-{i}") for i in range(count)]
+    with contextlib.ExitStack() as stack:
+        yield [
+            [stack.enter_context(instance(folder, f"{role}-{time.monotonic_ns()}-{i}")) for i in range(count)]
             for role, count in (("prefill", prefills), ("decode", decodes))
         ]
-
-    def __enter__(self):
-        return [[one.__enter__() for one in some] for some in self.open]
-
-    def __exit__(self, *error):
-        for some in self.open:
-            for one in some:
-                one.__exit__(None, None, None)
 
 
 def mid_stream(folder, fault, number, lost):
     """A fault while tokens flow; the time runs from the fault."""
-    with contextmanagers(folder, 1, 1) as (prefill, decode):
+    with instances(folder, 1, 1) as (prefill, decode):
         with proxy(folder, *OPTIONS, "--decode-timeout-s", "2", prefill=prefill, decode=decode) as server:
             future = threads.submit(server.complete, True, max_tokens=1000, decode=PACED)
-            wait_until(server.in_flight, "the stream runs")
+            wait_until(server.in_flight)
             time.sleep(0.5)
             start_s = time.monotonic()
             decode[0].signal(number)
@@ -88,8 +81,8 @@ def mid_stream(folder, fault, number, lost):
 
 
 def client_leaves(folder):
-    """The time from the client's close to the instances' knowing."""
-    with contextmanagers(folder, 1, 1) as (prefill, decode):
+    """The time from the client's close to the end of decode's work."""
+    with instances(folder, 1, 1) as (prefill, decode):
         with proxy(folder, *OPTIONS, prefill=prefill, decode=decode) as server:
             waits = []
             for _ in range(50):
@@ -100,19 +93,19 @@ def client_leaves(folder):
                 assert connection.recv(1000)
                 start_s = time.monotonic()
                 connection.close()
-                wait_until(lambda: decode[0].lines()[-1]["event"] == "abort", "decode was told")
+                wait_until(lambda: decode[0].lines()[-1]["event"] == "abort")
                 waits.append(decode[0].lines()[-1]["at_s"] - start_s)
             assert server.in_flight() == 0
-            row("client leaves mid-stream (median of 50)", "-", statistics.median(waits), "decode is told to stop")
-            row("client leaves mid-stream (worst of 50)", "-", max(waits), "decode is told to stop")
+            row("client leaves mid-stream (median of 50)", "-", statistics.median(waits), "decode stops")
+            row("client leaves mid-stream (worst of 50)", "-", max(waits), "decode stops")
 
 
 def shutdown(folder):
     """SIGTERM with a stream in flight."""
-    with contextmanagers(folder, 1, 1) as (prefill, decode):
+    with instances(folder, 1, 1) as (prefill, decode):
         with proxy(folder, *OPTIONS, prefill=prefill, decode=decode) as server:
             future = threads.submit(server.complete, True, max_tokens=50, decode=PACED)
-            wait_until(server.in_flight, "the stream runs")
+            wait_until(server.in_flight)
             start_s = time.monotonic()
             server.signal(signal.SIGTERM)
             answer = future.result()

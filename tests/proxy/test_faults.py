@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.proxy_processes import Server, instance, proxy, read_answer, wait_until
+from tests.support.processes import wait_until
+from tests.support.proxy_processes import Server, instance, proxy, read_answer
 
 FAST = ("--health-interval-s", "0.2", "--prefill-timeout-s", "1", "--decode-timeout-s", "1")
 
-# A decode instance waits for KV; the scripted one just waits: for long where it is never to answer.
+# A real decode instance waits for KV; a scripted one waits this long, or does not answer within a test.
 WAITS, FOREVER = {"first": 0.5}, {"first": 30}
 
 
@@ -54,44 +55,44 @@ def lasting(tmp_path_factory):
             yield server, prefill, decode
 
 
-def test_prefill_dead_is_named_and_let_in_again(tmp_path, pair):
+def test_dead_prefill_is_reported_and_taken_back(tmp_path, pair):
     with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].kill()
         answer = server.complete(decode=FOREVER)
         assert answer.status in (502, 503)
         assert answer.json["error"]["stage"] == "prefill"
-        wait_until(lambda: server.ask("GET", "/health").status == 503, "the dead instance is out")
+        wait_until(lambda: not server.is_ready())
         answer = server.complete()
         assert (answer.status, answer.json["error"]["stage"]) == (503, "prefill")
         assert "retry-after" in answer.headers
-        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+        server.wait_idle()
         with instance(tmp_path, "prefill-again", port=pair[0].port):
-            wait_until(lambda: server.ask("GET", "/health").status == 200, "the instance is back")
+            wait_until(server.is_ready)
             assert server.complete().status == 200
 
 
-def test_an_instance_that_answers_but_is_sick_is_let_out_and_in_again(tmp_path, pair):
+def test_unhealthy_instance_is_taken_out_and_back(tmp_path, pair):
     with proxy(tmp_path, *FAST, decode=[pair[1]]) as server:
         assert server.complete(decode={"health": 503}).status == 200
         # Its answers, 5xx among them, are no sign of health: three failed checks in a row take it out.
-        wait_until(lambda: server.ask("GET", "/health").status == 503, "the sick instance is out")
+        wait_until(lambda: not server.is_ready())
         assert server.complete().status == 503
         with pair[1].connect() as connection:
             send_request(connection, max_tokens=2, decode={"health": 200})
             assert read_answer(connection).status == 200
-        wait_until(lambda: server.ask("GET", "/health").status == 200, "it is back")
+        wait_until(server.is_ready)
         assert server.complete().status == 200
 
 
-def test_an_instance_that_is_removed_amid_its_check_leaves_no_connection(tmp_path, pair):
+def test_instance_removed_during_its_check_leaves_no_connection(tmp_path, pair):
     with instance(tmp_path, "hung") as hung, proxy(tmp_path, *FAST, decode=[pair[1]]) as server:
         hung.signal(signal.SIGSTOP)
         for _ in range(5):
-            added = server.ask("POST", "/instances", {"role": "decode", "url": hung.url})
+            added = server.request("POST", "/instances", {"role": "decode", "url": hung.url})
             assert added.status == 201
-            wait_until(lambda: connections(server, hung), "a check is under way")
-            assert server.ask("DELETE", f"/instances/{added.json['id']}?now=true").status == 202
-            wait_until(lambda: not connections(server, hung), "its connection is closed")
+            wait_until(lambda: connections(server, hung))
+            assert server.request("DELETE", f"/instances/{added.json['id']}?now=true").status == 202
+            wait_until(lambda: not connections(server, hung))
 
 
 def connections(server: Server, to: Server) -> int:
@@ -100,13 +101,11 @@ def connections(server: Server, to: Server) -> int:
     return sum(end.raddr != () and end.raddr.port == to.port for end in ends)
 
 
-def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):
+def test_dead_prefill_is_replaced_then_recomputed_by_decode(tmp_path, pair):
     with instance(tmp_path, "prefill-2") as second:
         options = ("--fallback", "recompute", "--prefill-policy", "round-robin", "--health-interval-s", "60")
         with proxy(tmp_path, *options, prefill=[pair[0], second], decode=[pair[1]]) as server:
-            wait_until(
-                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
-            )
+            server.wait_all_healthy()
             pair[0].kill()
             answers = [server.complete(decode=WAITS) for _ in range(2)]
             assert [answer.status for answer in answers] == [200, 200]
@@ -121,25 +120,23 @@ def test_another_prefill_takes_over_and_recompute_follows(tmp_path, pair):
 
 
 @pytest.mark.parametrize("connector", ["p2p-nccl", "nixl", "builtin-p2p-nccl"])
-def test_prefill_stalled_is_a_timeout_of_prefill(tmp_path, pair, connector):
+def test_stalled_prefill_is_a_504(tmp_path, pair, connector):
     with proxy(tmp_path, *FAST, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].signal(signal.SIGSTOP)
         answer = server.complete(decode=FOREVER)
         assert (answer.status, answer.json["error"]["stage"]) == (504, "prefill")
-        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+        server.wait_idle()
         if connector != "p2p-nccl":
             assert not pair[1].requests(), "decode must not hear of it"
         else:
-            wait_until(pair[1].aborted, "decode is told to stop")
+            wait_until(pair[1].aborted)
 
 
-def test_decode_dead_before_a_byte_is_tried_elsewhere(tmp_path, pair):
+def test_dead_decode_is_replaced_before_the_first_byte(tmp_path, pair):
     with instance(tmp_path, "decode-2") as second:
         options = ("--decode-policy", "round-robin", "--health-interval-s", "60")
         with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1], second]) as server:
-            wait_until(
-                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
-            )
+            server.wait_all_healthy()
             pair[1].kill()
             assert [server.complete().status for _ in range(2)] == [200, 200]
             second.kill()
@@ -147,7 +144,7 @@ def test_decode_dead_before_a_byte_is_tried_elsewhere(tmp_path, pair):
             assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
 
 
-def test_decode_killed_mid_stream_is_said_and_closed(tmp_path, pair):
+def test_decode_killed_mid_stream_ends_with_an_error_event(tmp_path, pair):
     with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
         with running_stream(server, "killed", max_tokens=1000, decode={"delay": 0.01}) as stream:
             pair[1].kill()
@@ -159,7 +156,7 @@ def test_decode_killed_mid_stream_is_said_and_closed(tmp_path, pair):
         assert server.event("killed")["stage"] == "decode"
 
 
-def test_decode_paused_mid_stream_is_a_timeout_said(tmp_path, pair):
+def test_decode_stalled_mid_stream_ends_with_a_504_event(tmp_path, pair):
     with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
         with running_stream(server, max_tokens=1000, decode={"delay": 0.01}) as stream:
             pair[1].signal(signal.SIGSTOP)
@@ -177,16 +174,16 @@ def test_decode_paused_mid_stream_is_a_timeout_said(tmp_path, pair):
         ({"end": "garbage"}, 502),
     ],
 )
-def test_no_failed_answer_looks_like_a_good_one(lasting, stream, decode, status):
+def test_failed_answer_of_decode_is_an_error(lasting, stream, decode, status):
     server, _, _ = lasting
     answer = server.complete(stream=stream, max_tokens=4, decode=decode)
     assert (answer.status, answer.json["error"]["stage"]) == (status, "decode")
     assert answer.complete
-    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+    server.wait_idle()
 
 
 @pytest.mark.parametrize("decode", [{"die": 2}, {"end": "no-done"}])
-def test_truncated_streams_end_with_an_error(lasting, decode):
+def test_truncated_stream_ends_with_an_error_event(lasting, decode):
     server, _, _ = lasting
     answer = server.complete(stream=True, max_tokens=4, decode=decode)
     assert answer.status == 200
@@ -194,44 +191,44 @@ def test_truncated_streams_end_with_an_error(lasting, decode):
     assert all("choices" in event for event in answer.events[:-1])
 
 
-def test_body_cut_off_is_a_502(lasting):
+def test_truncated_body_is_a_502(lasting):
     answer = lasting[0].complete(max_tokens=4, decode={"end": "cut-off"})
     assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
 
 
-def test_client_that_leaves_before_an_answer_ends_the_work_of_both(lasting):
+def test_client_leaving_before_an_answer_stops_both(lasting):
     server, *pair = lasting
     with server.connect() as connection:
         send_request(connection, "before", prefill=FOREVER, decode=FOREVER)
-        for one in pair:
-            one.asked("before")
-    for one in pair:
-        wait_until(lambda one=one: "before" in one.aborted(), "it has stopped")
+        for member in pair:
+            member.received("before")
+    for member in pair:
+        wait_until(lambda member=member: "before" in member.aborted())
     assert server.event("before")["status"] == 499
-    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+    server.wait_idle()
 
 
-def test_client_that_leaves_amid_a_stream_ends_it(lasting):
+def test_client_leaving_mid_stream_stops_decode(lasting):
     server, _, decode = lasting
-    with running_stream(server, "amid", max_tokens=2000, decode={"delay": 0.01}):
+    with running_stream(server, "leaving", max_tokens=2000, decode={"delay": 0.01}):
         pass
-    wait_until(lambda: "amid" in decode.aborted(), "decode has stopped")
-    assert server.event("amid")["status"] == 499
-    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+    wait_until(lambda: "leaving" in decode.aborted())
+    assert server.event("leaving")["status"] == 499
+    server.wait_idle()
 
 
 @pytest.mark.parametrize("connector", ["nixl", "builtin-p2p-nccl"])
-def test_client_that_leaves_while_prefill_computes_alone_ends_it(tmp_path, pair, connector):
+def test_client_leaving_during_prefill_stops_prefill(tmp_path, pair, connector):
     with proxy(tmp_path, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         with server.connect() as connection:
             send_request(connection, prefill=FOREVER)
-            wait_until(pair[0].requests, "the request is at prefill")
-        wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
-        wait_until(pair[0].aborted, "prefill has stopped")
+            wait_until(pair[0].requests)
+        server.wait_idle()
+        wait_until(pair[0].aborted)
         assert not pair[1].requests(), "decode must not hear of it"
 
 
-def test_a_thousand_clients_that_leave_leave_nothing(lasting):
+def test_thousand_leaving_clients_leave_nothing_in_flight(lasting):
     server, _, _ = lasting
     for _ in range(5):
         connections = [server.connect() for _ in range(200)]
@@ -240,11 +237,11 @@ def test_a_thousand_clients_that_leave_leave_nothing(lasting):
         for connection in connections:
             assert connection.recv(20)
             connection.close()
-    wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+    server.wait_idle()
     assert server.complete(stream=True).events[-1] == b"[DONE]"
 
 
-def test_two_thousand_streams_at_once_and_a_thousand_leave(tmp_path):
+def test_two_thousand_streams_of_which_half_leave(tmp_path):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with instance(tmp_path, "prefill") as prefill, instance(tmp_path, "decode") as decode:
@@ -257,19 +254,19 @@ def test_two_thousand_streams_at_once_and_a_thousand_leave(tmp_path):
                 for connection in arriving:
                     assert connection.recv(15) == b"HTTP/1.1 200 OK"
                 connections += arriving
-            wait_until(lambda: server.in_flight() == 2000, "all are at decode, none at prefill")
+            wait_until(lambda: server.in_flight() == 2000)
             for leaving in connections[:1000]:
                 leaving.close()
-            wait_until(lambda: server.in_flight() == 1000, "those who left are counted out")
-            wait_until(lambda: len(decode.aborted()) == 1000, "decode has stopped work on each")
+            wait_until(lambda: server.in_flight() == 1000)
+            wait_until(lambda: len(decode.aborted()) == 1000)
             for staying in connections[1000:]:
                 assert staying.recv(4096)
                 staying.close()
-            wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
-            wait_until(lambda: len(decode.aborted()) == 2000, "decode has stopped work on each")
+            server.wait_idle()
+            wait_until(lambda: len(decode.aborted()) == 2000)
 
 
-def test_slow_reader_gets_everything_and_slows_nobody(lasting):
+def test_slow_reader_gets_everything_and_delays_nobody(lasting):
     server, _, _ = lasting
     slow = server.connect()
     send_request(slow, stream=True, max_tokens=50000)
@@ -288,7 +285,7 @@ def test_full_queue_is_429_with_retry_after(tmp_path, pair):
     options = ("--max-in-flight", "1", "--queue-size", "1", "--queue-timeout-s", "1")
     with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1]]) as server, ThreadPoolExecutor(8) as threads:
         first = threads.submit(server.complete, max_tokens=2, decode={"delay": 1})
-        wait_until(server.in_flight, "the first is under way")
+        wait_until(server.in_flight)
         rest = list(threads.map(lambda _: server.complete(max_tokens=2), range(4)))
         assert first.result().status == 200
         assert {answer.status for answer in rest} <= {200, 429}
@@ -300,7 +297,7 @@ def test_full_queue_is_429_with_retry_after(tmp_path, pair):
         assert server.complete().status == 200
 
 
-def test_shutdown_ends_what_is_in_flight_and_takes_nothing_new(tmp_path, pair):
+def test_shutdown_completes_requests_in_flight(tmp_path, pair):
     with proxy(tmp_path, prefill=[pair[0]], decode=[pair[1]]) as server:
         with running_stream(server, max_tokens=30, decode={"delay": 0.02}) as stream, server.connect() as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -313,10 +310,10 @@ def test_shutdown_ends_what_is_in_flight_and_takes_nothing_new(tmp_path, pair):
             server.connect()
 
 
-def test_shutdown_cuts_off_what_takes_too_long(tmp_path, pair):
+def test_shutdown_cuts_off_after_the_drain_timeout(tmp_path, pair):
     with proxy(tmp_path, "--drain-timeout-s", "0.2", prefill=[pair[0]], decode=[pair[1]]) as server:
         with running_stream(server, max_tokens=1000, decode={"delay": 0.1}) as stream:
             server.signal(signal.SIGTERM)
             assert not read_answer(stream).complete
         assert server.process.wait(10) == 0
-        wait_until(pair[1].aborted, "decode is told to stop")
+        wait_until(pair[1].aborted)

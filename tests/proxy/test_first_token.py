@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.proxy_processes import instance, proxy, wait_until
+from tests.support.processes import wait_until
+from tests.support.proxy_processes import instance, proxy
 
 GREEDY = {"max_tokens": 4, "temperature": 0, "stream": True}
 TEXTS = [" t0", " t1", " t2", " t3"]
@@ -39,7 +40,7 @@ def texts(answer) -> list[str]:
 @pytest.mark.parametrize("prompt", ["Hi", [1, 2, 3, 4, 5]], ids=["text", "ids"])
 @pytest.mark.parametrize("ids", [True, False], ids=["with token ids", "without"])
 @pytest.mark.parametrize("usage", [True, False], ids=["with usage", "without"])
-def test_the_stream_is_the_one_that_decode_alone_gives(early, late, prompt, ids, usage):
+def test_stream_equals_that_of_decode_alone(early, late, prompt, ids, usage):
     fields = GREEDY | {"prompt": prompt, "return_token_ids": ids, "stream_options": {"include_usage": usage}}
     seen, expected = early.complete(**fields), late.complete(**fields)
     assert seen.complete
@@ -55,10 +56,10 @@ def test_the_stream_is_the_one_that_decode_alone_gives(early, late, prompt, ids,
     assert stripped[0] == stripped[1]
 
 
-def test_decode_goes_on_from_prefills_token(early, pair):
+def test_decode_continues_after_prefills_token(early, pair):
     answer = early.complete(**GREEDY)
     assert texts(answer) == TEXTS
-    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
+    prefill, decode = (server.received(answer.request_id)[1] for server in pair)
     assert prefill["return_token_ids"] is True
     remote = decode.pop("kv_transfer_params")
     assert remote["prefilled_tokens"] == 5
@@ -68,9 +69,9 @@ def test_decode_goes_on_from_prefills_token(early, pair):
     assert event["prefill_done_s"] <= event["first_token_s"] <= event["decode_sent_s"] <= event["first_byte_s"]
 
 
-def test_one_token_less_than_vllms_default_is_asked_of_decode(early, pair):
+def test_default_max_tokens_is_one_less_for_decode(early, pair):
     answer = early.complete(stream=True, temperature=0, **script(decode={"tokens": 1}))
-    assert pair[1].asked(answer.request_id)[1]["max_tokens"] == 15
+    assert pair[1].received(answer.request_id)[1]["max_tokens"] == 15
 
 
 @pytest.mark.parametrize(
@@ -104,45 +105,43 @@ def test_one_token_less_than_vllms_default_is_asked_of_decode(early, pair):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_where_it_is_not_exact_decode_computes_the_first_token(early, pair, fields):
+def test_inexact_request_gets_its_first_token_from_decode(early, pair, fields):
     asked = {"prompt": "Hi", **GREEDY, **fields}
     answer = early.complete(**asked)
     assert answer.status == 200
-    prefill, decode = (server.asked(answer.request_id)[1] for server in pair)
+    prefill, decode = (server.received(answer.request_id)[1] for server in pair)
     assert "prefilled_tokens" not in decode.pop("kv_transfer_params")
     assert decode == {"model": "m", **asked}
     assert "return_token_ids" not in prefill
     assert early.event(answer.request_id)["first_token_s"] is None
 
 
-def test_chats_and_requests_without_a_temperature_go_to_both_at_once(early, pair):
+def test_chat_and_unset_temperature_are_dispatched_concurrently(early, pair):
     chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **GREEDY}
-    answer = early.ask("POST", "/v1/chat/completions", chat)
+    answer = early.request("POST", "/v1/chat/completions", chat)
     assert answer.status == 200
-    assert pair[1].asked(answer.request_id)[1]["messages"] == chat["messages"]
+    assert pair[1].received(answer.request_id)[1]["messages"] == chat["messages"]
     answer = early.complete(stream=True, max_tokens=4)
     assert answer.status == 200
-    assert pair[1].asked(answer.request_id)[1]["prompt"] == "Hi"
+    assert pair[1].received(answer.request_id)[1]["prompt"] == "Hi"
 
 
 @pytest.mark.parametrize(
     "prefill", [{"finish": "stop"}, {"text": ""}, {"text": "\ufffd"}], ids=["ends the answer", "no text", "half a character"]
 )  # fmt: skip
-def test_a_token_that_cannot_be_shown_alone_is_left_to_decode(early, pair, prefill):
+def test_token_without_text_is_left_to_decode(early, pair, prefill):
     answer = early.complete(**GREEDY, **script(prefill=prefill))
     assert texts(answer) == TEXTS
-    decode = pair[1].asked(answer.request_id)[1]
+    decode = pair[1].received(answer.request_id)[1]
     assert decode["prompt"] == "Hi"
     assert decode["kv_transfer_params"]["do_remote_prefill"] is True
 
 
-def test_another_decode_takes_over_after_the_first_token(tmp_path, pair):
+def test_dead_decode_is_replaced_after_the_first_token(tmp_path, pair):
     options = ("--decode-policy", "round-robin", "--health-interval-s", "60")
     with instance(tmp_path, "decode-2") as second, instance(tmp_path, "decode-3") as third:
         with proxy(tmp_path, *options, prefill=[pair[0]], decode=[second, third]) as server:
-            wait_until(
-                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "all are in"
-            )
+            server.wait_all_healthy()
             second.kill()
             answers = [server.complete(**GREEDY) for _ in range(2)]
             assert [texts(answer) for answer in answers] == [TEXTS, TEXTS]
@@ -154,7 +153,7 @@ def test_another_decode_takes_over_after_the_first_token(tmp_path, pair):
             assert answer.events[-1]["error"]["stage"] == "decode"
 
 
-def test_a_refusal_of_decode_after_the_first_token_is_said(early):
+def test_refusal_of_decode_after_the_first_token_is_an_error_event(early):
     answer = early.complete(**GREEDY, **script(decode={"status": 400}))
     assert texts(answer)[:1] == [" t0"]
     assert answer.events[-1]["error"]["code"] == 400
@@ -162,7 +161,7 @@ def test_a_refusal_of_decode_after_the_first_token_is_said(early):
     assert early.event(answer.request_id)["stage"] == "decode"
 
 
-def test_a_client_that_leaves_at_the_first_token_lets_decode_fetch_the_kv(early, pair):
+def test_client_leaving_at_the_first_token_lets_decode_fetch_the_kv(early, pair):
     body = json.dumps(
         {"model": "m", "prompt": "Hi", **GREEDY, **script(decode={"first": 0.2, "tokens": 50, "delay": 0.05})}
     )
@@ -172,7 +171,7 @@ def test_a_client_that_leaves_at_the_first_token_lets_decode_fetch_the_kv(early,
         connection.sendall((head + body).encode())
         assert b" t0" in connection.recv(65536)
     assert early.event("left")["status"] == 499
-    wait_until(lambda: [line["event"] for line in pair[1].lines()[before:]] == ["request", "abort"], "decode is ended")
+    wait_until(lambda: [line["event"] for line in pair[1].lines()[before:]] == ["request", "abort"])
     asked, ended = (line["at_s"] for line in pair[1].lines()[before:])
     assert ended - asked >= 0.2, "decode was not given the time to fetch the KV"
-    wait_until(lambda: early.in_flight() == 0, "nothing is in flight")
+    early.wait_idle()

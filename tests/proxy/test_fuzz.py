@@ -1,6 +1,6 @@
-"""Inputs that nobody thought of: over HTTP, over JSON, and against the proxy's own OpenAPI description.
+"""Random inputs: bytes, JSON bodies, and requests to every path of the OpenAPI description.
 
-CI sends a few hundred. For 100,000: PDBENCH_FUZZ_INPUTS=100000 pytest tests/test_proxy_fuzz.py --timeout 3600
+CI sends a few hundred. For 100,000: PDBENCH_FUZZ_INPUTS=100000 pytest tests/proxy/test_fuzz.py --timeout 3600
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
-from tests.support.proxy_processes import instance, proxy, read_answer, wait_until
+from tests.support.proxy_processes import instance, proxy, read_answer
 
 INPUTS = int(os.environ.get("PDBENCH_FUZZ_INPUTS", "150"))
 SETTINGS = settings(
@@ -27,11 +27,11 @@ SETTINGS = settings(
 def target(tmp_path_factory):
     """A proxy whose instances answer anything; at the end it must be alive, empty, and have logged no traceback."""
     folder = tmp_path_factory.mktemp("fuzz")
-    with instance(folder, "prefill", "--deaf") as prefill, instance(folder, "decode", "--deaf") as decode:
+    with instance(folder, "prefill", "--same-answer") as prefill, instance(folder, "decode", "--same-answer") as decode:
         with proxy(folder, "--first-token", "decode", prefill=[prefill], decode=[decode]) as server:
             yield server
             assert server.complete().status == 200
-            wait_until(lambda: server.in_flight() == 0, "nothing is in flight")
+            server.wait_idle()
 
 
 PIECES = st.sampled_from(
@@ -48,7 +48,7 @@ PIECES = st.sampled_from(
 
 @SETTINGS
 @given(st.lists(PIECES | st.binary(max_size=12), max_size=16).map(b"".join), st.integers(0, 60))
-def test_any_bytes_get_an_answer_or_a_close(target, data, cut):
+def test_random_bytes_get_an_answer_or_a_close(target, data, cut):
     with target.connect() as connection:
         connection.settimeout(20)
         try:
@@ -118,7 +118,7 @@ def bodies(draw):
 
 @pytest.fixture(scope="module")
 def line(target):
-    """One kept connection, made anew when an answer ended it."""
+    """One kept connection, replaced when an answer has ended it."""
     kept = Line(target)
     yield kept
     kept.connection.close()
@@ -158,7 +158,7 @@ class Line:
 @example(path="/v1/completions", body=b'{"temperature":0,"stream":true,"prompt":"' + b"x" * 1_000_000 + b'"}')
 @example(path="/v1/completions", body=b'{"temperature":0,"stream":true,"prompt":"a","max_tokens":"5"}')
 @example(path="/v1/completions", body=b'{"temperature":0,"stream":null,"prompt":"a"}')
-def test_any_json_is_served_or_refused_by_name(line, path, body):
+def test_random_json_is_served_or_refused(line, path, body):
     note(f"{path} {body[:1000]!r}")
     answer = line.complete(path, body)
     note(f"{answer}")
@@ -172,8 +172,8 @@ def test_any_json_is_served_or_refused_by_name(line, path, body):
 
 @settings(SETTINGS, max_examples=max(INPUTS // 10, 20))
 @given(bodies=st.lists(OBJECTS | VALUES, min_size=1, max_size=3), name=st.text(max_size=12))
-def test_every_answer_is_one_that_the_description_names(target, bodies, name):
-    description = target.ask("GET", "/openapi.json").json
+def test_random_bodies_get_answers_of_the_openapi_description(target, bodies, name):
+    description = target.request("GET", "/openapi.json").json
     quoted = "".join(f"%{byte:02x}" for byte in name.encode())
     with target.connect() as connection:
         for path, operations in description["paths"].items():

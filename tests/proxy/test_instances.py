@@ -1,4 +1,4 @@
-"""The instances: choosing among them, changing them at run time, and one view of them in several workers."""
+"""The instances: choosing among them, changing them at run time, and sharing them among workers."""
 
 import asyncio
 import os
@@ -14,7 +14,8 @@ from pdbench.errors import UserError
 from pdbench.proxy.instances import DRAINING, SERVING, InstanceTable, choose, parse_address
 from pdbench.proxy.messages import prompt_tokens
 from pdbench.proxy.upstream import ConnectionPool, InstanceConnection, UpstreamRequest
-from tests.support.proxy_processes import instance, proxy, wait_until
+from tests.support.processes import wait_until
+from tests.support.proxy_processes import instance, proxy
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ class Transport:
         pass
 
 
-def test_a_connection_that_a_slow_client_paused_to_the_end_is_read_for_the_next_request(table):
+def test_paused_connection_is_read_again_for_the_next_request(table):
     async def serve_twice():
         pool, first = ConnectionPool(table, ProxyConfig()), table.all()[0]
         connection, transport = InstanceConnection(pool), Transport()
@@ -60,7 +61,7 @@ def test_a_connection_that_a_slow_client_paused_to_the_end_is_read_for_the_next_
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.005, 0.02])
-def test_workers_that_just_begin_hear_of_the_end(tmp_path, after_s):
+def test_starting_workers_obey_sigterm(tmp_path, after_s):
     with instance(tmp_path, "d") as decode:
         with proxy(tmp_path, "--workers", "3", decode=[decode], ready=False) as server:
             time.sleep(after_s)
@@ -68,7 +69,7 @@ def test_workers_that_just_begin_hear_of_the_end(tmp_path, after_s):
             assert server.process.wait(10) == 0
 
 
-def test_addresses():
+def test_address_with_and_without_kv():
     address = parse_address("http://gpu-1:8100@10.0.0.7:14579", 1)
     assert (address.url, address.kv) == ("http://gpu-1:8100", "10.0.0.7:14579")
     assert parse_address("http://[::1]:80", 9).url == "http://[::1]:80"
@@ -80,21 +81,21 @@ def test_addresses():
     ["", "127.0.0.1:80", "https://a:1", "http://a", "http://a:x", "http://a:70000", "http://a:1/v1", "http://a:1@b",
      "http://a:1@b:c", "http://a b:1", "http://a:1\r\nX: y", "http://" + "a" * 600 + ":1"],
 )  # fmt: skip
-def test_what_is_no_address_is_refused_with_the_form(text):
+def test_invalid_address_is_refused_with_the_right_form(text):
     with pytest.raises(UserError, match=r"http://HOST:PORT|characters"):
         parse_address(text, 0)
 
 
-def test_least_work_weighs_prompt_tokens_for_prefill_and_requests_for_decode(table):
-    one, two, three = table.all("prefill")
-    table.begin(one, 1000)
-    table.begin(two, 10)
-    table.begin(two, 10)
-    table.begin(three, 2000)
-    assert choose("least-work", "prefill", table, b"", set()) == two
+def test_least_work_counts_tokens_for_prefill_and_requests_for_decode(table):
+    first, second, third = table.all("prefill")
+    table.begin(first, 1000)
+    table.begin(second, 10)
+    table.begin(second, 10)
+    table.begin(third, 2000)
+    assert choose("least-work", "prefill", table, b"", set()) == second
     for port, tokens in ((4, 1000), (5, 10), (5, 10)):
-        found = [i for i in table.all("decode") if i.address.port == port]
-        decode = found[0] if found else table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0))
+        present = [instance for instance in table.all("decode") if instance.address.port == port]
+        decode = present[0] if present else table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0))
         table.passed(decode)
         table.begin(decode, tokens)
     chosen = choose("least-work", "decode", table, b"", set())
@@ -102,22 +103,22 @@ def test_least_work_weighs_prompt_tokens_for_prefill_and_requests_for_decode(tab
     assert chosen.address.port == 4
 
 
-def test_ties_and_round_robin_spread(table):
+def test_ties_and_round_robin_are_spread(table):
     for policy in ("least-work", "round-robin"):
         chosen = [choose(policy, "prefill", table, b"", set()) for _ in range(6)]
         assert {instance.slot for instance in chosen if instance} == {0, 1, 2}
 
 
-def test_each_role_takes_turns_of_its_own(table):
+def test_roles_take_independent_turns(table):
     for port in (4, 5, 6):
         table.passed(table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0)))
     for policy in ("least-work", "round-robin"):
-        for role in ("prefill", "decode"):
-            chosen = [choose(policy, asked, table, b"", set()) for _ in range(6) for asked in ("prefill", "decode")]
-            assert len({instance.slot for instance in chosen if instance and instance.role == role}) == 3
+        for counted in ("prefill", "decode"):
+            chosen = [choose(policy, role, table, b"", set()) for _ in range(6) for role in ("prefill", "decode")]
+            assert len({instance.slot for instance in chosen if instance and instance.role == counted}) == 3
 
 
-def test_prefix_affinity_stays_until_the_instance_has_too_much(table):
+def test_prefix_affinity_holds_until_the_instance_is_overloaded(table):
     chosen = {
         prefix: choose("prefix-affinity", "prefill", table, prefix, set()) for prefix in (b"a", b"b", b"c", b"d", b"e")
     }
@@ -131,36 +132,36 @@ def test_prefix_affinity_stays_until_the_instance_has_too_much(table):
 
 
 def test_only_ready_instances_are_chosen(table):
-    one, two, three = table.all("prefill")
-    table.set_state(one, DRAINING)
+    first, second, third = table.all("prefill")
+    table.set_state(first, DRAINING)
     for _ in range(3):
-        table.failed(two, 3)
-    assert choose("least-work", "prefill", table, b"", set()) == three
-    assert choose("least-work", "prefill", table, b"", {three.slot}) is None
-    table.passed(two)
-    table.set_state(one, SERVING)
+        table.failed(second, 3)
+    assert choose("least-work", "prefill", table, b"", set()) == third
+    assert choose("least-work", "prefill", table, b"", {third.slot}) is None
+    table.passed(second)
+    table.set_state(first, SERVING)
     assert len(table.ready("prefill")) == 3
 
 
-def test_a_slot_filled_again_does_not_get_the_old_ones_counts(table):
-    one = table.all("prefill")[0]
-    table.begin(one, 5)
-    table.remove(one)
+def test_refilled_slot_ignores_counts_of_the_old_instance(table):
+    first = table.all("prefill")[0]
+    table.begin(first, 5)
+    table.remove(first)
     new = table.add("prefill", parse_address("http://127.0.0.1:9", 0))
-    assert new.slot == one.slot
-    table.end(one, 5)
-    table.failed(one, 1)
+    assert new.slot == first.slot
+    table.end(first, 5)
+    table.failed(first, 1)
     assert table.load(new) == (0, 0)
 
 
-def test_load_is_the_sum_of_the_workers_and_a_dead_ones_is_forgotten(table):
-    one = table.all("prefill")[0]
+def test_load_is_summed_over_workers_and_forgotten_with_a_dead_one(table):
+    first = table.all("prefill")[0]
     for worker in (0, 1):
         table.worker = worker
-        table.begin(one, 10)
-    assert table.load(one) == (2, 20)
+        table.begin(first, 10)
+    assert table.load(first) == (2, 20)
     table.forget_worker(1)
-    assert table.load(one) == (1, 10)
+    assert table.load(first) == (1, 10)
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [(b"[1,2,3]", 3), (b'"abcdefgh"', 3), (b"", 1), (b'["ab", "cd"]', 4)])
@@ -168,35 +169,33 @@ def test_prompt_tokens(prompt, tokens):
     assert prompt_tokens(prompt) == tokens
 
 
-def test_instances_come_drain_and_go_at_run_time(tmp_path):
-    with instance(tmp_path, "one") as one, instance(tmp_path, "two") as two, ThreadPoolExecutor() as threads:
-        with proxy(tmp_path, "--health-interval-s", "0.1", decode=[one]) as server:
-            answer = server.ask("POST", "/instances", {"role": "decode", "url": two.url})
+def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
+    with instance(tmp_path, "first") as first, instance(tmp_path, "second") as second, ThreadPoolExecutor() as threads:
+        with proxy(tmp_path, "--health-interval-s", "0.1", decode=[first]) as server:
+            answer = server.request("POST", "/instances", {"role": "decode", "url": second.url})
             assert answer.status == 201
             name = answer.json["id"]
-            wait_until(
-                lambda: all(i["healthy"] for i in server.ask("GET", "/instances").json["instances"]), "both are in"
-            )
-            assert server.ask("POST", "/instances", {"role": "decode", "url": two.url}).status == 409
-            assert server.ask("POST", "/instances/decode-0/drain").json["state"] == "draining"
+            server.wait_all_healthy()
+            assert server.request("POST", "/instances", {"role": "decode", "url": second.url}).status == 409
+            assert server.request("POST", "/instances/decode-0/drain").json["state"] == "draining"
             running = threads.submit(server.complete, stream=True, max_tokens=40, decode={"delay": 0.02})
-            wait_until(server.in_flight, "a stream runs at the second")
-            assert server.ask("DELETE", f"/instances/{name}").status == 202
+            wait_until(server.in_flight)
+            assert server.request("DELETE", f"/instances/{name}").status == 202
             assert server.complete().status == 503
-            assert server.ask("POST", "/instances/decode-0/resume").json["state"] == "serving"
+            assert server.request("POST", "/instances/decode-0/resume").json["state"] == "serving"
             assert server.complete().status == 200
             assert running.result().events[-1] == b"[DONE]"
-            wait_until(lambda: len(server.ask("GET", "/instances").json["instances"]) == 1, "the second has left")
-            assert [len(one.requests()), len(two.requests())] == [1, 1]
-            assert server.ask("DELETE", "/instances/decode-0?now=true").status == 202
-            assert server.ask("GET", "/health").status == 503
+            wait_until(lambda: len(server.instances()) == 1)
+            assert [len(first.requests()), len(second.requests())] == [1, 1]
+            assert server.request("DELETE", "/instances/decode-0?now=true").status == 202
+            assert server.request("GET", "/health").status == 503
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{}", b'{"role":"x","url":"http://a:1"}', b'{"role":"decode","url":"a"}']
 )
-def test_what_is_no_instance_is_refused(lone, body):
-    answer = lone.ask("POST", "/instances", body)
+def test_invalid_instance_is_refused(dead, body):
+    answer = dead.request("POST", "/instances", body)
     assert answer.status == 400
     assert "http://HOST:PORT" in answer.json["error"]["message"]
 
@@ -206,50 +205,44 @@ def test_what_is_no_instance_is_refused(lone, body):
     [("GET", "/instances/x", 405), ("DELETE", "/instances", 405), ("POST", "/instances/decode-0/dance", 404),
      ("DELETE", "/instances/prefill-9", 404), ("GET", "/instances/decode-0", 405)],
 )  # fmt: skip
-def test_administration_names_its_ways(lone, method, target, status):
-    assert lone.ask(method, target).status == status
+def test_unknown_instance_path_or_method_is_refused(dead, method, target, status):
+    assert dead.request(method, target).status == status
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory):
-    """A proxy over an instance that does not exist."""
-    folder = tmp_path_factory.mktemp("lone")
+def dead(tmp_path_factory):
+    """A proxy over an instance that is dead."""
+    folder = tmp_path_factory.mktemp("dead")
     with instance(folder, "gone") as gone:
         gone.kill()
     with proxy(folder, decode=[gone], ready=False) as server:
         yield server
 
 
-def test_alive_but_not_ready(lone):
-    assert lone.ask("GET", "/health").status == 503
-    assert lone.ask("GET", "/health/live").status == 200
-    assert lone.complete().status == 503
+def test_health_without_instances_is_live_but_not_ready(dead):
+    assert dead.request("GET", "/health").status == 503
+    assert dead.request("GET", "/health/live").status == 200
+    assert dead.complete().status == 503
 
 
-def test_workers_share_the_port_and_the_view_of_the_instances(tmp_path):
+def test_workers_share_port_and_instances(tmp_path):
     with instance(tmp_path, "p") as prefill, instance(tmp_path, "d") as decode, ThreadPoolExecutor(16) as threads:
         options = ("--workers", "3", "--health-interval-s", "0.2")
         with proxy(tmp_path, *options, prefill=[prefill], decode=[decode]) as server:
             children = [child.pid for child in psutil.Process(server.process.pid).children()]
             assert len(children) == 3
             futures = [threads.submit(server.complete, True, max_tokens=200, decode={"delay": 0.02}) for _ in range(12)]
-            # Prefill's share counts, too, and passes through 12 while streams still begin: six answers alike are the end of that.
-            wait_until(
-                lambda: {server.in_flight() for _ in range(6)} == {12},
-                "every worker sees all streams, and nothing else",
-            )
+            # Requests at prefill count too, so the sum passes through 12 while streams begin: six equal answers end that.
+            wait_until(lambda: {server.in_flight() for _ in range(6)} == {12})
             assert all(future.result().events[-1] == b"[DONE]" for future in futures)
-            metrics = {server.ask("GET", "/metrics").body.count(b"_requests_total{") for _ in range(6)}
+            metrics = {server.request("GET", "/metrics").body.count(b"_requests_total{") for _ in range(6)}
             assert metrics == {1}
-            assert b'requests_total{status="200"} 12' in server.ask("GET", "/metrics").body
-            assert server.ask("POST", "/instances/decode-1/drain").status == 200
-            assert {server.ask("GET", "/health").status for _ in range(6)} == {503}
-            assert server.ask("POST", "/instances/decode-1/resume").status == 200
+            assert b'requests_total{status="200"} 12' in server.request("GET", "/metrics").body
+            assert server.request("POST", "/instances/decode-1/drain").status == 200
+            assert {server.request("GET", "/health").status for _ in range(6)} == {503}
+            assert server.request("POST", "/instances/decode-1/resume").status == 200
             os.kill(children[0], signal.SIGKILL)
-            wait_until(
-                lambda: len(psutil.Process(server.process.pid).children()) == 3,
-                "the dead worker has an heir",
-            )
+            wait_until(lambda: len(psutil.Process(server.process.pid).children()) == 3)
             assert {server.complete().status for _ in range(9)} == {200}
             server.signal(signal.SIGTERM)
             assert server.process.wait(15) == 0

@@ -53,7 +53,7 @@ def wait_for_no_kv(running: DeploymentInfo) -> None:
         time.sleep(0.5)
 
 
-def test_every_way_of_asking_gives_what_one_instance_gives(single: DeploymentInfo, disaggregated: DeploymentInfo):
+def test_answers_equal_those_of_one_instance(single: DeploymentInfo, disaggregated: DeploymentInfo):
     prompt = "The proxy passes this prompt to prefill and to decode at once, and " * 3
     expected = text_of(single, prompt)
     assert text_of(disaggregated, prompt) == expected
@@ -76,9 +76,7 @@ def test_every_way_of_asking_gives_what_one_instance_gives(single: DeploymentInf
     wait_for_no_kv(disaggregated)
 
 
-def test_prefills_first_token_opens_the_stream_that_one_instance_gives(
-    single: DeploymentInfo, disaggregated: DeploymentInfo
-):
+def test_stream_opened_by_prefill_equals_that_of_one_instance(single: DeploymentInfo, disaggregated: DeploymentInfo):
     options = {"max_tokens": 12, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
     for number in range(16):
         prompt = f"{number} times: prefill says the first token, decode the others. " + "word " * number
@@ -101,7 +99,7 @@ def test_prefills_first_token_opens_the_stream_that_one_instance_gives(
     wait_for_no_kv(disaggregated)
 
 
-def test_clients_that_leave_leave_no_kv(disaggregated: DeploymentInfo):
+def test_leaving_clients_leave_no_kv(disaggregated: DeploymentInfo):
     with client(disaggregated) as api:
         for number in range(8):
             stream = api.completions.create(
@@ -123,7 +121,7 @@ def two_and_two(tmp_path: Path) -> Iterator[Deployment]:
     deployment.close()
 
 
-def test_several_instances_of_either_role(two_and_two: Deployment, single: DeploymentInfo):
+def test_several_prefill_and_decode_instances(two_and_two: Deployment, single: DeploymentInfo):
     running = two_and_two.info()
     prompts = [f"{number} prompts go to all the instances there are, " * 3 for number in range(6)]
     expected = [text_of(single, prompt) for prompt in prompts]

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "condition") -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "condition") -> None:
     """Raises TimeoutError when `condition` does not become true within `timeout_s`."""
     begin_s = time.monotonic()
     while not condition():

@@ -1,7 +1,7 @@
-"""A scripted server that speaks like vLLM, for the proxy's tests: real sockets, real processes.
+"""A scripted vLLM instance for the proxy's tests: a process that can be killed and paused, with thousands of streams at once.
 
-It answers by what the prompt says ("tokens=20 delay=0.01"), logs each request as one JSON line, and tells of aborts.
-Try: python tests/support/proxy_servers.py --port 8100 --log requests.jsonl
+A request says how it is to be answered, {"decode": {"tokens": 20, "delay": 0.01}}; requests and aborts are logged as JSON lines.
+Try: python -m tests.support.proxy_servers --port 8100 --log requests.jsonl
 """
 
 import argparse
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httptools
 
-EVENT = b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"%b","finish_reason":%b}]}\n\n'
-CHAT = b'data: {"id":"chat-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n'
+from tests.support.servers import SSE_HEAD, chunk, event, token
 
 # The i-th token of every answer has this id plus i.
-TOKEN = 100
+FIRST_ID = 100
+MODEL = {"created": 1, "model": "m"}
 
 
 def prompt_ids(body):
@@ -24,16 +24,18 @@ def prompt_ids(body):
     return body["prompt"] if isinstance(body.get("prompt"), list) else [1, 2, 3, 4, 5]
 
 
-def already(body):
-    """How many of the answer's tokens stand at the end of the prompt."""
-    return sum(token >= TOKEN for token in prompt_ids(body) if isinstance(token, int))
+def answered(body):
+    """How many of the answer's tokens are at the end of the prompt."""
+    return sum(number >= FIRST_ID for number in prompt_ids(body) if isinstance(number, int))
 
 
-class Server(asyncio.Protocol):
-    """One connection."""
+def usage(prompt, completion):
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def __init__(self, log, health, deaf):
-        self.log, self.health, self.deaf = log, health, deaf
+
+class Connection(asyncio.Protocol):
+    def __init__(self, log, health, same_answer):
+        self.log, self.health, self.same_answer = log, health, same_answer
         self.parser = httptools.HttpRequestParser(self)
         self.url, self.headers, self.body, self.task, self.request_id = b"", {}, b"", None, None
 
@@ -43,7 +45,7 @@ class Server(asyncio.Protocol):
     def connection_lost(self, error):
         if self.task is not None and not self.task.done():
             self.task.cancel()
-            self.say({"event": "abort", "at_s": time.monotonic(), "request_id": self.request_id})
+            self.note({"event": "abort", "at_s": time.monotonic(), "request_id": self.request_id})
 
     def data_received(self, data):
         self.parser.feed_data(data)
@@ -62,41 +64,31 @@ class Server(asyncio.Protocol):
         self.url, self.headers, self.body, self.request_id = b"", {}, b"", self.headers.get("x-request-id")
         self.task = asyncio.get_running_loop().create_task(self.answer(request))
 
-    def say(self, record):
+    def note(self, record):
         with Path(self.log).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def whole(self, status, document):
-        body = json.dumps(document).encode()
-        self.transport.write(
-            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
-            % (status, len(body), body)
-        )
+    def write(self, *pieces):
+        self.transport.write(b"".join(pieces))
 
-    def any_answer(self, streamed):
-        """What fits any request: a token with its ids, as a whole answer or as a stream."""
-        choice = {
-            "index": 0,
-            "text": " t0",
-            "finish_reason": "length",
-            "token_ids": [TOKEN],
-            "prompt_token_ids": [1, 2],
-        }
-        document = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
-        if not streamed:
-            return self.whole(200, document)
-        events = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(document).encode()
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        return self.transport.write(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events))
+    def respond(self, status, document):
+        body = json.dumps(document).encode()
+        head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+        self.write(head, body)
 
     async def answer(self, request):
-        if request["path"] == "/health":
-            return self.whole(self.health["status"], {})
-        if self.deaf:
-            return self.any_answer('"stream":true' in request["body"].replace(" ", ""))
-        self.say({"event": "request", "at_s": time.monotonic(), **request})
-        if request["path"] == "/v1/models":
-            return self.whole(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+        path = request["path"]
+        if path == "/health":
+            return self.respond(self.health["status"], {})
+        if self.same_answer:
+            document = token(" t0", [FIRST_ID], "length", **MODEL)
+            document["choices"][0]["prompt_token_ids"] = [1, 2]
+            if '"stream":true' not in request["body"].replace(" ", ""):
+                return self.respond(200, document)
+            return self.write(SSE_HEAD, chunk(event(document) + event(b"[DONE]")), chunk(b""))
+        self.note({"event": "request", "at_s": time.monotonic(), **request})
+        if path == "/v1/models":
+            return self.respond(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
         body = json.loads(request["body"])
         script = {
             "tokens": body.get("max_tokens", 3),
@@ -108,81 +100,72 @@ class Server(asyncio.Protocol):
         }
         # `user` can carry the script past a proxy that looks at every field.
         scripts = json.loads(body.get("user") or "{}") | body
-        script.update(scripts.get("prefill" if body.get("max_tokens") == 1 else "decode", {}))
+        script |= scripts.get("prefill" if body.get("max_tokens") == 1 else "decode", {})
         self.health["status"] = script.get("health", self.health["status"])
         await asyncio.sleep(script["first"])
         if script["die"] == 0:
             return self.transport.abort()
         if script["status"] != 200:
-            return self.whole(script["status"], {"error": {"message": "scripted", "code": script["status"]}})
+            return self.respond(script["status"], {"error": {"message": "scripted", "code": script["status"]}})
         if script["end"] == "garbage":
-            self.transport.write(b"HTTP/1.1 two hundred\r\n\r\n")
-            return None
+            return self.write(b"HTTP/1.1 two hundred\r\n\r\n")
         if script["end"] == "empty-body":
             kind = b"text/event-stream" if body.get("stream") else b"application/json"
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: 0\r\n\r\n" % kind)
-            return None
+            return self.write(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: 0\r\n\r\n" % kind)
         if body.get("stream"):
-            return await self.stream(script, body, request["path"])
+            return await self.stream(script, body, path)
         await asyncio.sleep(script["delay"] * script["tokens"])
-        said = range(already(body), already(body) + script["tokens"])
-        text = script.get("text", "".join(f" t{i}" for i in said))
-        choice = {
-            "index": 0,
-            "text": text,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": script.get("finish", "length"),
-        }
-        if body.get("return_token_ids"):
-            choice |= {"token_ids": [TOKEN + i for i in said], "prompt_token_ids": prompt_ids(body)}
-        usage = {"prompt_tokens": 5, "completion_tokens": script["tokens"], "total_tokens": 5 + script["tokens"]}
-        kind = "chat.completion" if "chat" in request["path"] else "text_completion"
-        document = {"id": "cmpl-1", "object": kind, "created": 1, "model": "m", "choices": [choice], "usage": usage}
-        if body.get("kv_transfer_params"):
-            document["kv_transfer_params"] = {
-                "remote_engine_id": "e",
-                "remote_block_ids": [1, 2],
-                "asked": body["kv_transfer_params"],
-            }
         if script["end"] == "cut-off":
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
+            self.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
             await asyncio.sleep(0.05)
             return self.transport.abort()
-        return self.whole(200, document)
+        return self.respond(200, self.completion(script, body, path))
+
+    def completion(self, script, body, path):
+        numbers = range(answered(body), answered(body) + script["tokens"])
+        text = script.get("text", "".join(f" t{number}" for number in numbers))
+        ids = [FIRST_ID + number for number in numbers] if body.get("return_token_ids") else None
+        document = token(text, ids, script.get("finish", "length"), **MODEL, usage=usage(5, script["tokens"]))
+        if ids is not None:
+            document["choices"][0]["prompt_token_ids"] = prompt_ids(body)
+        if "chat" in path:
+            document["object"] = "chat.completion"
+            document["choices"][0]["message"] = {"role": "assistant", "content": text}
+        if body.get("kv_transfer_params"):
+            params = {"remote_engine_id": "e", "remote_block_ids": [1, 2], "received": body["kv_transfer_params"]}
+            document["kv_transfer_params"] = params
+        return document
 
     async def stream(self, script, body, path):
-        event = CHAT if "chat" in path else EVENT
-        self.transport.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
-        count, before = script["tokens"], already(body)
+        self.write(SSE_HEAD)
+        count, before = script["tokens"], answered(body)
         for i in range(count):
             if i:
                 await asyncio.sleep(script["delay"])
-            chunk = event % (b" t%d" % (before + i), b'"length"' if i == count - 1 else b"null")
+            text, finish = f" t{before + i}", "length" if i == count - 1 else None
+            payload = token(text, [FIRST_ID + before + i] if body.get("return_token_ids") else None, finish, **MODEL)
             if body.get("return_token_ids"):
-                ids = b"%d" % (TOKEN + before + i)
-                named = json.dumps(prompt_ids(body)).encode() if i == 0 else b"null"
-                chunk = chunk[:-5] + b',"prompt_token_ids":%b,"token_ids":[%b]}]}\n\n' % (named, ids)
+                payload["choices"][0]["prompt_token_ids"] = prompt_ids(body) if i == 0 else None
+            if "chat" in path:
+                choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+                payload |= {"object": "chat.completion.chunk", "choices": [choice]}
+            data = event(payload)
+            half = len(data) // 2
             if i + 1 == script["die"]:
-                self.transport.write(b"%x\r\n%b" % (len(chunk), chunk[: len(chunk) // 2]))
+                self.write(b"%x\r\n" % len(data), data[:half])
                 await asyncio.sleep(0.05)
                 return self.transport.abort()
             if script.get("cut"):
-                half = len(chunk) // 2
-                self.transport.write(b"%x\r\n%b\r\n" % (half, chunk[:half]))
+                self.write(chunk(data[:half]))
                 await asyncio.sleep(0.01)
-                chunk = chunk[half:]
-            self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                data = data[half:]
+            self.write(chunk(data))
         if (body.get("stream_options") or {}).get("include_usage"):
-            asked = len(prompt_ids(body))
-            usage = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (asked, count, asked + count)
-            chunk = b'data: {"id":"cmpl-1","object":"text_completion","choices":[],"usage":%b}\n\n' % usage
-            self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+            totals = usage(len(prompt_ids(body)), count)
+            self.write(chunk(event({"id": "cmpl", "object": "text_completion", "choices": [], "usage": totals})))
         if script["end"] == "done":
-            self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n")
-        self.transport.write(b"0\r\n%b\r\n" % script.get("trailer", "").encode())
-        return None
+            self.write(chunk(event(b"[DONE]")))
+        return self.write(b"0\r\n", script.get("trailer", "").encode(), b"\r\n")
 
 
 async def main():
@@ -190,13 +173,11 @@ async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", required=True)
-    parser.add_argument("--health", type=int, default=200)
-    parser.add_argument("--deaf", action="store_true", help="give every request the same answer")
+    parser.add_argument("--same-answer", action="store_true", help="answer every request alike, valid or not")
     options = parser.parse_args()
-    loop = asyncio.get_running_loop()
-    health = {"status": options.health}
-    server = await loop.create_server(
-        lambda: Server(options.log, health, options.deaf), "127.0.0.1", options.port, backlog=4096
+    health = {"status": 200}
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Connection(options.log, health, options.same_answer), "127.0.0.1", options.port, backlog=4096
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()

@@ -129,12 +129,10 @@ class ScriptedServer:
 
 
 def event(payload: dict | bytes) -> bytes:
-    """One server-sent event."""
-    return (
-        b"data: "
-        + (payload if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False).encode())
-        + b"\n\n"
-    )
+    """One server-sent event, its JSON compact as vLLM writes it."""
+    if isinstance(payload, dict):
+        payload = json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %b\n\n" % payload
 
 
 def chunk(body: bytes) -> bytes:
