@@ -156,6 +156,7 @@ def as_client(url: str, load: dict, out: str, processes: int) -> None:
     """The process that is measured: one trial, its records written once it has ended."""
     from pdbench.config import LoadConfig
     from pdbench.load.clients import run_load
+    from pdbench.load.plan import TrialLoad
     from pdbench.records import Clock
 
     streams, rounds, tokens = load["streams"], load["rounds"], load["tokens"]
@@ -163,7 +164,7 @@ def as_client(url: str, load: dict, out: str, processes: int) -> None:
         concurrency=streams, requests=streams * rounds, output_tokens=tokens, warmup=streams, client_processes=processes
     )
     before = psutil.Process().memory_info().rss
-    result = run_load(config, url=url, model="scripted", clock=Clock.start())
+    result = run_load(TrialLoad(config, url, "scripted", Clock.start()))
     measured = [record for record in result.requests if not record.warmup]
     kept = sum(len(record.token_s) for record in result.requests)
     made = {

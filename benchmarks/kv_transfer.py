@@ -29,6 +29,7 @@ from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_
 from pdbench.config import LoadConfig
 from pdbench.http import get
 from pdbench.load.clients import run_load
+from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock
 
 KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
@@ -239,9 +240,9 @@ class Measurement:
             input_tokens=tokens,
             output_tokens=output,
             seed=_random.randrange(1 << 30),
+            tokenizer=self.options.model,
         )
-        named = {"model": "m", "tokenizer_path": self.options.model}
-        result = await asyncio.to_thread(run_load, config, url=url, clock=Clock.start(), trial=concurrency, **named)
+        result = await asyncio.to_thread(run_load, TrialLoad(config, url, "m", Clock.start(), trial=concurrency))
         measured = [request for request in result.requests if not request.warmup]
         good = [request for request in measured if request.error is None]
         return {

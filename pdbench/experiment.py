@@ -15,6 +15,7 @@ from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.http import offered_model
+from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
 from pdbench.power.sampler import merge_records
@@ -256,7 +257,8 @@ def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, con
         def on_progress(done: int, total: int | None) -> None:
             status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
 
-        result = site.run_load(options.load, info, run.clock, trial, on_progress)
+        config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
+        result = site.run_load(TrialLoad(config, info.url, info.model_name, run.clock, trial), on_progress)
     measured = [request for request in result.requests if not request.warmup]
     interrupted = any(flag.name == "interrupted" for flag in result.flags)
     if measured or not interrupted:  # a trial that was interrupted during its warm-up is none

@@ -18,6 +18,7 @@ from pdbench.http import split_url
 from pdbench.load import clients, plan
 from pdbench.load.clients import LoadResult
 from pdbench.load.generator import OnProgress
+from pdbench.load.plan import TrialLoad
 from pdbench.power.device import gpu_indices
 from pdbench.power.sampler import merge_records
 from pdbench.records import Clock, DeviceRecord, Flag
@@ -131,10 +132,8 @@ class Site(Protocol):
 
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement: ...
 
-    def run_load(
-        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
-    ) -> LoadResult:
-        """One trial of the load against `info`; see pdbench.load.clients.run_load."""
+    def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
+        """One trial; see pdbench.load.clients.run_load."""
 
     def findings(self, config: ServeConfig) -> list[Finding]:
         """What `pdbench doctor` reports."""
@@ -194,18 +193,8 @@ class LocalSite:
             raise UserError(f"{info.url} is served by several nodes: measure it with --cluster auto")
         return Measurement([(LocalHost(), info.servers)], power, clock)
 
-    def run_load(
-        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
-    ) -> LoadResult:
-        return clients.run_load(
-            config,
-            url=info.url,
-            model=info.model_name,
-            clock=clock,
-            trial=trial,
-            tokenizer_path=info.model_path,
-            on_progress=on_progress,
-        )
+    def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
+        return clients.run_load(load, on_progress)
 
     def findings(self, config: ServeConfig) -> list[Finding]:
         return doctor.examine(config, self._machine or machines.inspect())

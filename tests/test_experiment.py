@@ -13,6 +13,7 @@ from pdbench import correctness, experiment
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
+from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, States
 from pdbench.serving.plan import ServerSpec
@@ -72,9 +73,7 @@ class FakeSite(LocalSite):
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return Measurement([], power, clock)
 
-    def run_load(
-        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: Callable[..., None]
-    ) -> LoadResult:
+    def run_load(self, load: TrialLoad, on_progress: Callable[..., None]) -> LoadResult:
         self.trials += 1
         return self._load(self.trials)
 

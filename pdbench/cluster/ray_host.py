@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 
 from pdbench.cluster import clock_sync
-from pdbench.config import LoadConfig, ServeConfig
+from pdbench.config import ServeConfig
 from pdbench.host import LocalHost, Planner
 from pdbench.load.clients import LocalClient, Message
-from pdbench.records import Clock
+from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Setup
 from pdbench.serving.plan import ServerSpec
@@ -83,9 +83,7 @@ class RayHost(LocalHost):
         os.environ.update(environment)
         return self.start(commands, log_dir, secrets)
 
-    def start_client(
-        self, environment: Secrets, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, index: int
-    ) -> None:
+    def start_client(self, environment: Secrets, load: TrialLoad, index: int) -> None:
         """Start a client process; it warms up, reports that it is ready and waits for `begin_load`."""
         self._end_client()
         os.environ.update(environment)
@@ -93,8 +91,8 @@ class RayHost(LocalHost):
         main = sys.modules["__main__"]
         if getattr(main, "__file__", None):
             main.__file__ = None
-        self._trial = trial
-        self._client = LocalClient(index, config, url=url, model=model, clock=clock, trial=trial)
+        self._trial = load.trial
+        self._client = LocalClient(index, load)
 
     def begin_load(self, begin_s: float) -> None:
         assert self._client is not None

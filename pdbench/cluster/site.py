@@ -22,6 +22,7 @@ from pdbench.load import clients
 from pdbench.load import plan as load_plan
 from pdbench.load.clients import ClientResult, LoadResult, Message
 from pdbench.load.generator import OnProgress
+from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.records import Clock, Flag
 from pdbench.serving import plan, vllm
@@ -206,22 +207,12 @@ class RaySite:
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return RayMeasurement(self.cluster, info, self._client_nodes, power, clock)
 
-    def run_load(
-        self, config: LoadConfig, info: DeploymentInfo, clock: Clock, trial: int, on_progress: OnProgress
-    ) -> LoadResult:
+    def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
         """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
-        config = self._on_client_nodes(config)
+        config = self._on_client_nodes(load.config)
         nodes = [self._client_nodes[index % len(self._client_nodes)] for index in range(config.client_processes)]
-        result = clients.run_load(
-            config,
-            url=info.url,
-            model=info.model_name,
-            clock=clock,
-            trial=trial,
-            tokenizer_path=info.model_path,
-            on_progress=on_progress,
-            run_clients=functools.partial(self._run_clients, nodes),
-        )
+        load = dataclasses.replace(load, config=config)
+        result = clients.merge(load, self._run_clients(nodes, load, on_progress))
         result.trial.client["nodes"] = [node.address for node in nodes]
         return result
 
@@ -259,42 +250,23 @@ class RaySite:
         """At least one client process per node."""
         return dataclasses.replace(config, client_processes=max(config.client_processes, len(self._client_nodes)))
 
-    def _run_clients(
-        self,
-        nodes: Sequence[Node],
-        config: LoadConfig,
-        *,
-        url: str,
-        model: str,
-        clock: Clock,
-        trial: int,
-        on_progress: OnProgress | None,
-    ) -> list[ClientResult]:
+    def _run_clients(self, nodes: Sequence[Node], load: TrialLoad, on_progress: OnProgress) -> list[ClientResult]:
         """One client per node of `nodes`, started at one instant; their results on the run's clock."""
-        cluster = self.cluster
+        cluster, clock = self.cluster, load.clock
         cluster.agents(nodes)
         for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
             self._clients.append(cluster.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
         hosts = self._clients[: len(nodes)]
         environment = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
         offsets = [cluster.clocks[node.address].latest_offset_s() for node in nodes]
-        calls = [
-            functools.partial(
-                host.call,
-                "start_client",
-                environment,
-                config,
-                url,
-                model,
-                Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s),
-                trial,
-                index,
-            )
-            for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True))
-        ]
+        calls = []
+        for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
+            node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
+            on_node = dataclasses.replace(load, clock=node_clock)
+            calls.append(functools.partial(host.call, "start_client", environment, on_node, index))
         at_once(calls)
         results = clients.collect(
-            [RemoteClient(host, trial) for host in hosts],
+            [RemoteClient(host, load.trial) for host in hosts],
             clock=clock,
             wait=cluster.wait,
             on_progress=on_progress,

@@ -12,17 +12,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 import msgspec
 
-from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan, self_check
 from pdbench.load.generator import STOP_SIGNALS, ClientResult, OnProgress, run_client, stopping
+from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
 
 _POLL_S = 0.1
@@ -92,51 +92,28 @@ class LoadResult:
     flags: list[Flag]
 
 
-def run_load(
-    config: LoadConfig,
-    *,
-    url: str,
-    model: str,
-    clock: Clock,
-    trial: int = 0,
-    tokenizer_path: str | None = None,
-    on_progress: OnProgress | None = None,
-    run_clients: Callable[..., list[ClientResult]] | None = None,
-) -> LoadResult:
-    """Send one trial of `config`, which `plan.check` has passed, to the server at `url` and wait for all responses.
+def run_load(load: TrialLoad, on_progress: OnProgress | None = None) -> LoadResult:
+    """Send one trial from this host and wait for all responses; `plan.check` has passed its options.
 
-    The tokenizer is config.tokenizer, else `tokenizer_path`, else `model` (folder or hub name). `on_progress(done, total)`
-    is called about ten times a second; total is None where time ends the trial. `run_clients`, called with `config` and the
-    keywords url, model, clock, trial and on_progress, may run the clients elsewhere; default: on this host.
-    Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
-    "interrupted"; a lost client ends it with a flag "client-lost".
+    `on_progress(done, total)` is called about ten times a second; total is None where time ends the trial. Raises UserError
+    for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag "interrupted"; a lost
+    client process ends it with a flag "client-lost".
     """
-    if tokenizer_path and not config.tokenizer:
-        config = replace(config, tokenizer=tokenizer_path)
-    if run_clients is None:
-        run_clients = run_local_clients
-    results = run_clients(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)
-    return _merge(config, results, trial)
-
-
-def run_local_clients(
-    config: LoadConfig, *, url: str, model: str, clock: Clock, trial: int, on_progress: OnProgress | None
-) -> list[ClientResult]:
-    """The results of `config.client_processes` clients on this host; a single one runs in this process."""
-    if config.client_processes == 1:
-        return [run_client(config, url=url, model=model, clock=clock, trial=trial, on_progress=on_progress)]
+    if load.config.client_processes == 1:
+        return merge(load, [run_client(load, on_progress=on_progress)])
     clients: list[LocalClient] = []
 
     def wait(seconds: float) -> None:
         multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
 
     try:
-        for index in range(config.client_processes):
-            clients.append(LocalClient(index, config, url=url, model=model, clock=clock, trial=trial))
-        return collect(clients, clock=clock, wait=wait, on_progress=on_progress)
+        for index in range(load.config.client_processes):
+            clients.append(LocalClient(index, load))
+        results = collect(clients, clock=load.clock, wait=wait, on_progress=on_progress)
     finally:
         for client in clients:
             client.close()
+    return merge(load, results)
 
 
 def collect(
@@ -176,7 +153,10 @@ def collect(
                         ready.add(index)
                     elif isinstance(message, Progress):
                         progress[index] = message
-                        _report(list(progress.values()), len(clients), on_progress)
+                        totals = [each.total for each in progress.values() if each.total is not None]
+                        if on_progress:
+                            done = sum(each.done for each in progress.values())
+                            on_progress(done, sum(totals) if len(totals) == len(clients) else None)
                     elif isinstance(message, Failure):
                         gone = f"{client.name}: {message.message}"
                         if begin_s is None and not interrupted.is_set():
@@ -212,12 +192,6 @@ def collect(
     return results
 
 
-def _report(progress: Sequence[Progress], clients: int, on_progress: OnProgress | None) -> None:
-    totals = [client.total for client in progress if client.total is not None]
-    if on_progress:
-        on_progress(sum(client.done for client in progress), sum(totals) if len(totals) == clients else None)
-
-
 def _join(parts: list[ClientResult]) -> ClientResult:
     """A client's partial results and its last one as one; what counts from the start is in the last one."""
     return msgspec.structs.replace(
@@ -234,15 +208,13 @@ class LocalClient:
 
     lost = None
 
-    def __init__(self, index: int, config: LoadConfig, *, url: str, model: str, clock: Clock, trial: int) -> None:
+    def __init__(self, index: int, load: TrialLoad) -> None:
         self.name = f"client {index}"
         self.ended = False
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, config, url, model, clock, trial, index)
-        self._process = context.Process(
-            target=_client_process, args=arguments, name=f"pdbench-client-{index}", daemon=True
-        )
+        name = f"pdbench-client-{index}"
+        self._process = context.Process(target=_client_process, args=(theirs, load, index), name=name, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -272,9 +244,7 @@ class LocalClient:
         self._process.join()
 
 
-def _client_process(
-    pipe: Connection, config: LoadConfig, url: str, model: str, clock: Clock, trial: int, index: int
-) -> None:
+def _client_process(pipe: Connection, load: TrialLoad, index: int) -> None:
     """The terminal's Ctrl-C reaches this process too, but only its parent's SIGTERM counts, so that it stops once."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -298,18 +268,13 @@ def _client_process(
         put(Ready())
         while not pipe.poll(_POLL_S):
             if interrupted.is_set():
-                return clock.now()
+                return load.clock.now()
         return float(pipe.recv())
 
     try:
         result = run_client(
-            config,
-            url=url,
-            model=model,
-            clock=clock,
-            trial=trial,
-            client=index,
-            clients=config.client_processes,
+            load,
+            index,
             begin=begin,
             stop_signals=(),
             interrupted=interrupted,
@@ -325,16 +290,15 @@ def _client_process(
     sender.join()
 
 
-def _merge(config: LoadConfig, results: Sequence[ClientResult], trial: int) -> LoadResult:
-    """One result of a split client's, in the order of the one plan."""
-    requests = sorted(
-        (record for result in results for record in result.requests), key=lambda record: (not record.warmup, record.id)
-    )
-    measured = [record for record in requests if not record.warmup]
-    open_loop = plan.is_open_loop(config)
+def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
+    """One result of all clients', in the order of the one plan."""
+    config, open_loop = load.config, plan.is_open_loop(load.config)
+    requests = [request for result in results for request in result.requests]
+    requests.sort(key=lambda request: (not request.warmup, request.id))
+    measured = [request for request in requests if not request.warmup]
     client = self_check.describe(results, measured, streams=plan.streams(config), open_loop=open_loop)
-    start_s, end_s, window = self_check.window(results, open_loop)
     flags = self_check.flags(client)
+    start_s, end_s, window = self_check.window(results, open_loop)
     decode_window = self_check.decode_window(measured) if config.phase == "decode" else None
     steady_window = results[0].steady_window
     if steady_window:
@@ -348,12 +312,11 @@ def _merge(config: LoadConfig, results: Sequence[ClientResult], trial: int) -> L
     elif lost:
         flags.append(Flag("client-lost", f"{'; '.join(lost)}: the figures are of what was measured until then"))
     elif config.phase == "decode" and not decode_window:
-        flags.append(Flag("phases-mixed", "the batch never decoded all at once: ask for more --output-tokens"))
+        flags.append(Flag("phases-mixed", "the batch never decoded all at once: raise --output-tokens"))
     elif config.steady_s is not None and not steady_window:
-        flags.append(
-            Flag("not-steady", f"the load never held steady for {config.steady_s:g} s: lower it or run longer")
-        )
+        detail = f"the load never held steady for {config.steady_s:g} s: lower it or run longer"
+        flags.append(Flag("not-steady", detail))
     if any(result.token_ids_refused for result in results):
         flags.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
     client["window"] = window
-    return LoadResult(requests, Trial(index=trial, start_s=start_s, end_s=end_s, client=client), flags)
+    return LoadResult(requests, Trial(index=load.trial, start_s=start_s, end_s=end_s, client=client), flags)

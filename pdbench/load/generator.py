@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from pdbench.config import LoadConfig
 from pdbench.load import plan
 from pdbench.load.client import Client
-from pdbench.load.plan import PlannedRequest
-from pdbench.records import Clock, RequestRecord
+from pdbench.load.plan import PlannedRequest, TrialLoad
+from pdbench.records import RequestRecord
 
 OnProgress = Callable[[int, int | None], None]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -52,21 +51,16 @@ class ClientResult(msgspec.Struct, kw_only=True):
 
 
 def run_client(
-    config: LoadConfig,
-    *,
-    url: str,
-    model: str,
-    clock: Clock,
-    trial: int,
+    trial_load: TrialLoad,
     client: int = 0,
-    clients: int = 1,
+    *,
     begin: Callable[[], float] | None = None,
     stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
     interrupted: threading.Event | None = None,
     on_progress: OnProgress | None = None,
     on_partial: Callable[[ClientResult], None] | None = None,
 ) -> ClientResult:
-    """Send every `clients`-th request of the plan from number `client` on, over this client's share of the streams.
+    """Send this client's requests of the plan, every N-th of N clients', over its share of the streams.
 
     `begin` is called after the warm-up and returns the common start on the run's clock. One of `stop_signals`, or whoever
     sets `interrupted`, ends the load with what was measured. `on_progress(done, total)` is called about ten times a second;
@@ -76,12 +70,13 @@ def run_client(
     with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    tokenizer = plan.find_tokenizer(config, model)
-    warmup = plan.warmup_requests(config, tokenizer, trial)[client::clients]
+    config, clock = trial_load.config, trial_load.clock
+    clients = config.client_processes
+    tokenizer = plan.find_tokenizer(config, trial_load.model)
+    warmup = plan.warmup_requests(config, tokenizer, trial_load.trial)[client::clients]
     # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
-    planned: Iterator[PlannedRequest] = (
-        request for request in plan.planned_requests(config, tokenizer, trial) if request.index % clients == client
-    )
+    every = plan.planned_requests(config, tokenizer, trial_load.trial)
+    planned: Iterator[PlannedRequest] = (request for request in every if request.index % clients == client)
     total = None
     if not plan.is_endless(config):
         requests = list(planned)
@@ -89,8 +84,8 @@ def run_client(
     streams = plan.streams(config)
     if streams is not None:
         streams = streams // clients + (client < streams % clients)
-    connections = Client(
-        url,
+    sender = Client(
+        trial_load.url,
         endpoint=config.endpoint,
         zero_s=clock.monotonic_s,
         timeout_s=config.request_timeout_s,
@@ -98,8 +93,8 @@ def run_client(
         verify_tls=config.tls_verify,
     )
     interrupted = interrupted or threading.Event()
-    with connections, stopping(stop_signals, interrupted.set), _undelayed() as real_time:
-        load = _Load(config, connections, model, f"{int(clock.unix_s * 1e3):x}-{trial}", trial, interrupted)
+    with sender, stopping(stop_signals, interrupted.set), _undelayed() as real_time:
+        load = _Load(trial_load, sender, interrupted)
         load.drive(iter(warmup), streams or len(warmup), clock.now(), warmup=True)
         load.result.real_time, load.result.streams = real_time, streams
         load.result.begin_s = begin_s = clock.now() if begin is None else begin()
@@ -113,11 +108,10 @@ def run_client(
 class _Load:
     """The sending loop's state: what was sent, what came back, when to stop."""
 
-    def __init__(
-        self, config: LoadConfig, client: Client, model: str, run_id: str, trial: int, interrupted: threading.Event
-    ) -> None:
-        self.config, self.client, self.model, self.run_id, self.trial = config, client, model, run_id, trial
+    def __init__(self, load: TrialLoad, client: Client, interrupted: threading.Event) -> None:
+        self.config, self.client, self.model, self.trial = load.config, client, load.model, load.trial
         self.interrupted = interrupted
+        self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
         self.result = ClientResult()
         self.total: int | None = None
         self.on_progress: OnProgress | None = None
@@ -181,7 +175,7 @@ class _Load:
     def _send(self, planned: PlannedRequest, planned_s: float, due_s: float, warmup: bool) -> None:
         config = self.config
         record = RequestRecord(
-            id=f"{self.run_id}-{'w' if warmup else ''}{planned.index:06d}",
+            id=f"{self._run_id}-{'w' if warmup else ''}{planned.index:06d}",
             planned_s=planned_s,
             due_s=due_s,
             prompt_tokens=planned.prompt_tokens,

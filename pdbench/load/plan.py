@@ -17,6 +17,18 @@ from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, prompts, traces
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer
+from pdbench.records import Clock
+
+
+@dataclass(frozen=True)
+class TrialLoad:
+    """What one trial sends, where to and on which clock: all that a client process needs to know."""
+
+    config: LoadConfig
+    url: str
+    model: str
+    clock: Clock
+    trial: int = 0
 
 
 @dataclass(frozen=True)

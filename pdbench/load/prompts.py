@@ -85,17 +85,27 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
 
     A text file holds one prompt per paragraph; without an empty line in it, one per line. Raises UserError with the row.
     """
+    pairs: list[tuple[str, str | None]] = []
+    row = 0
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            pairs = [pair for conversation in json.loads(text) if (pair := _conversation(conversation))]
+            pairs += [pair for conversation in json.loads(text) if (pair := _conversation(conversation))]
         elif path.suffix == ".jsonl":
-            pairs = [_jsonl_pair(line, row) for row, line in enumerate(text.splitlines(), 1) if line.strip()]
+            for line in text.splitlines():
+                row += 1
+                if line.strip():
+                    fields = json.loads(line)
+                    pairs.append((str(fields["prompt"]), fields.get("reply")))
         else:
             parts = re.split(r"\n\s*\n", text.strip()) if re.search(r"\n\s*\n", text.strip()) else text.splitlines()
-            pairs = [(part.strip(), None) for part in parts if part.strip()]
+            pairs += [(part.strip(), None) for part in parts if part.strip()]
     except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f'--prompt-file {path}: {error}; give ShareGPT .json, .jsonl with "prompt", or text') from None
+        where = f"{path}, row {row}" if row else path
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f'--prompt-file {where}: {reason}; give ShareGPT .json, .jsonl with "prompt", or text'
+        ) from None
     if not pairs:
         raise UserError(f"--prompt-file {path} holds no prompt")
     return pairs
@@ -107,14 +117,6 @@ def _conversation(conversation: dict[str, Any]) -> tuple[str, str | None] | None
     if not turns or turns[0].get("from") not in ("human", "user") or not turns[0].get("value"):
         return None
     return turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None
-
-
-def _jsonl_pair(line: str, row: int) -> tuple[str, str | None]:
-    try:
-        fields = json.loads(line)
-        return str(fields["prompt"]), fields.get("reply")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"row {row}: {error!r}") from None
 
 
 @functools.lru_cache(maxsize=4096)

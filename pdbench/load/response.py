@@ -54,20 +54,20 @@ class Response:
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
         self.complete = self.keep_alive = False
-        self.bytes_seen = self.merged_reads = self.user_stamps = 0
+        self.merged_reads = self.user_stamps = 0
         self._parser: Any = httptools.HttpResponseParser(self)
         self._events = EventReader()
         self._texts: list[str] = []
         self._body = self._content_type = b""
         self._chunks = self._status = 0
-        self._by_text = self._by_token_ids = self._finished = self._streaming = False
+        self._begun = self._by_text = self._by_token_ids = self._finished = self._streaming = False
         self._counts: set[str] = set()
         self._now_s = 0.0
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
         self._now_s = at_s
-        self.bytes_seen += len(data)
+        self._begun = True
         before = self._chunks
         try:
             self._parser.feed_data(data)
@@ -233,7 +233,7 @@ class Response:
             self._counts.add("chunks")
         if self._counts:
             record.counted_by = self._counts.pop() if len(self._counts) == 1 else "mixed"
-        if self.bytes_seen:
+        if self._begun:
             record.stamp = "user" if self.user_stamps else "kernel"
         if record.sent_s is not None:
             record.phases["client"] = (record.planned_s, record.sent_s)

@@ -13,13 +13,14 @@ import pytest
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult, run_load
+from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, RequestRecord
 from tests.support.processes import wait_until
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 
 def load(server: ScriptedServer, **options) -> LoadResult:
-    return run_load(LoadConfig(**options), url=server.url, model="m", clock=Clock.start())
+    return run_load(TrialLoad(LoadConfig(**options), server.url, "m", Clock.start()))
 
 
 def measured(result: LoadResult) -> list[RequestRecord]:
@@ -36,7 +37,7 @@ def test_closed_loop_keeps_its_streams_in_flight():
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         config = LoadConfig(concurrency=4, requests=24, warmup=3)
         progress = lambda finished, total: done.append((finished, total))  # noqa: E731
-        result = run_load(config, url=server.url, model="m", clock=Clock.start(), trial=2, on_progress=progress)
+        result = run_load(TrialLoad(config, server.url, "m", Clock.start(), trial=2), progress)
     records = measured(result)
     assert len(records) == 24 and len(result.requests) == 27 and done[-1] == (24, 24)
     assert all(record.error is None and record.trial == 2 for record in result.requests)
@@ -145,7 +146,7 @@ def test_split_closed_loop_shares_the_streams():
 def test_client_process_error_reaches_the_user():
     with pytest.raises(UserError, match="--url"):
         config = LoadConfig(client_processes=2, rate=5.0)
-        run_load(config, url="nonsense", model="m", clock=Clock.start())
+        run_load(TrialLoad(config, "nonsense", "m", Clock.start()))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

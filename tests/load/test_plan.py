@@ -19,6 +19,7 @@ from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, plan, prompts
 from pdbench.load.clients import run_load
+from pdbench.load.plan import TrialLoad
 from pdbench.load.tokenizer import Tokenizer, exact_text, load_tokenizer
 from pdbench.load.traces import read_trace
 from pdbench.records import Clock
@@ -211,7 +212,7 @@ def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, n
     (tmp_path / name).write_text(TRACES[name])
     with ScriptedServer(stream(tokens(3))) as server:
         config = LoadConfig(trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
-        result = run_load(config, url=server.url, model="m", clock=Clock.start())
+        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
         asked = [(tokenizer.count(peer.json["prompt"]), peer.json["max_tokens"]) for peer in server.requests]
     assert asked == [(374, 44), (396, 109)]
     first, second = result.requests
