@@ -106,7 +106,7 @@ class Gpu:
 
 def gpus() -> tuple[Gpu, ...]:
     """All GPUs of this host that answer; none without NVML."""
-    found = []
+    inventory = []
     with suppress(GpuError), _session():
         driver = nv.nvmlSystemGetDriverVersion()
         for index, handle in _handles():
@@ -115,13 +115,13 @@ def gpus() -> tuple[Gpu, ...]:
                 memory = nv.nvmlDeviceGetMemoryInfo(handle)
                 total_mib, used_mib = float(memory.total // 2**20), float(memory.used // 2**20)
             name, uuid = nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetUUID(handle)
-            found.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
-    return tuple(found)
+            inventory.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
+    return tuple(inventory)
 
 
 def links() -> dict[tuple[int, int], str]:
     """(GPU, GPU) -> their link in the words of `nvidia-smi topo -m`: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
-    found = {}
+    named: dict[tuple[int, int], str] = {}
     with suppress(GpuError), _session():
         handles = dict(_handles())
         buses = {index: nv.nvmlDeviceGetPciInfo(handle).busId for index, handle in handles.items()}
@@ -130,12 +130,12 @@ def links() -> dict[tuple[int, int], str]:
             # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU that is there.
             switched = sum(end not in buses.values() for end in ends[first]) if ends[second] else 0
             if count := ends[first].count(buses[second]) or switched:
-                found[first, second] = f"NV{count}"
+                named[first, second] = f"NV{count}"
             else:
                 with suppress(nv.NVMLError, KeyError):
                     level = nv.nvmlDeviceGetTopologyCommonAncestor(handles[first], handles[second])
-                    found[first, second] = _PCIE_LINKS[level]
-    return found
+                    named[first, second] = _PCIE_LINKS[level]
+    return named
 
 
 def _nvlink_ends(handle: Any) -> list[Any]:
@@ -155,13 +155,13 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
     for pid in processes:
         with suppress(psutil.Error):
             trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
-    found = []
+    indices = []
     with suppress(GpuError), _session():
         for index, handle in _handles():
             with suppress(nv.NVMLError):
                 if any(process.pid in trees for process in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
-                    found.append(index)
-    return found
+                    indices.append(index)
+    return indices
 
 
 class OpenGpu:

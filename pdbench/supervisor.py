@@ -1,4 +1,4 @@
-"""Child processes that never outlive this one: they end when their standard input does, of which this process holds the end.
+"""Child processes that never outlive this one: each ends when its standard input does, a pipe that this process holds.
 
 The kernel closes a process's pipes however it ends, SIGKILL included. As a script, `python -I -S supervisor.py GRACE_S
 COMMAND...` runs one command with that guarantee. Only the standard library: it is in memory once per server.
@@ -133,12 +133,12 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
 
 
 def _descendants(pid: int) -> set[int]:
-    found = set[int]()
+    descendants = set[int]()
     with contextlib.suppress(OSError):  # it ended meanwhile
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
-                found |= {child} | _descendants(child)
-    return found
+                descendants |= {child} | _descendants(child)
+    return descendants
 
 
 if __name__ == "__main__":

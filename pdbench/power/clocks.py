@@ -157,21 +157,20 @@ def clock_flags(locks: Sequence[ClockLock], devices: Sequence[DeviceRecord]) -> 
     """A flag for every GPU that reported another clock than requested, at once or while it was busy in the run."""
     flags = []
     for lock in locks:
-        if lock.requested_clock_mhz is None:
+        if (requested_mhz := lock.requested_clock_mhz) is None:
             continue
-        if lock.clock_mhz is not None and abs(lock.clock_mhz - lock.requested_clock_mhz) > _CLAMP_MHZ:
-            detail = f"GPU {lock.index} ({lock.role}): requested {lock.requested_clock_mhz} MHz, read back {lock.clock_mhz} MHz"
-            flags.append(Flag("clock-clamped", detail))
-        busy = [
+        request = f"GPU {lock.index} ({lock.role}): requested {requested_mhz} MHz"
+        if lock.clock_mhz is not None and abs(lock.clock_mhz - requested_mhz) > _CLAMP_MHZ:
+            flags.append(Flag("clock-clamped", f"{request}, read back {lock.clock_mhz} MHz"))
+        busy_mhz = [
             sample.sm_clock_mhz
             for device in devices
-            if device.kind == "gpu" and device.index == lock.index and device.role == lock.role
+            if (device.kind, device.index, device.role) == ("gpu", lock.index, lock.role)
             for sample in device.samples
             if sample.sm_clock_mhz is not None and (sample.gpu_utilization_pct or 0) >= 50
         ]
-        if busy and abs(statistics.median(busy) - lock.requested_clock_mhz) > _CLAMP_MHZ:
-            detail = f"GPU {lock.index} ({lock.role}): requested {lock.requested_clock_mhz} MHz, ran at {statistics.median(busy):.0f}"
-            flags.append(Flag("clock-not-held", detail + " MHz (median while busy)"))
+        if busy_mhz and abs((median_mhz := statistics.median(busy_mhz)) - requested_mhz) > _CLAMP_MHZ:
+            flags.append(Flag("clock-not-held", f"{request}, ran at {median_mhz:.0f} MHz (median while busy)"))
     return flags
 
 

