@@ -1,7 +1,7 @@
-"""What a proxy costs: CPU a token and a request, time added, memory; ours beside its peers and a C relay, same run.
+"""What a proxy costs: CPU per token and per request, time added, memory; pdbench's beside its peers and a C relay.
 
-Servers and client share one core, the proxy has the other. Peers are installed into virtual environments of their own
-under --peers (kept for the next run if you name a folder) and skipped with a word when that fails.
+Servers and client share one core, the proxy has the other. Each peer is installed into a virtual environment under --peers
+(kept for the next run if you name a folder); one that cannot be installed is skipped with a message.
 Try: python benchmarks/proxy_cost.py            (about 7 minutes; --rounds 1 is quicker and rougher)
 """
 
@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,19 +20,15 @@ import psutil
 import uvloop
 from proxy_cost_client import close, connect, first_token_ms, many_requests, steady
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.processes import free_port
+
 HERE = Path(__file__).parent
 CORES = sorted(os.sched_getaffinity(0))
 STAGE_S = 0.005
 CONTENDERS = (
     "floor", "pdbench p2p-nccl", "pdbench builtin-p2p-nccl", "pdbench none", "quart", "vllm-router", "sglang-router",
 )  # fmt: skip
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def pinned(argv, core, **options):
@@ -52,7 +47,7 @@ def ours(connector, prefill, decode, port):
 
 
 def install(name, folder):
-    """A peer's virtual environment, made if need be; returns its bin folder or None."""
+    """Create a peer's virtual environment if there is none; returns its bin folder, None if pip fails."""
     home = folder / name
     packages = {"quart": ["quart", "aiohttp", "uvloop"]}.get(name, [name])
     if not (home / "bin" / "python").exists():
@@ -67,7 +62,7 @@ def install(name, folder):
 
 
 def peer(name, folder, prefill, decode, port):
-    """A peer's command line, or None when it does not install."""
+    """A peer's command line, None if it cannot be installed."""
     programs = install(name, folder)
     if programs is None:
         return None
@@ -139,7 +134,7 @@ async def wait_ready(port, process):
 
 
 async def paced_cpu(process, port, count, tokens, pace_s):
-    """CPU of the proxy a token while all streams run, in us, and the gaps between tokens in ms."""
+    """CPU of the proxy per token while all streams run, in us, and the gaps between tokens in ms."""
     spent = []
 
     async def during(streams):
@@ -159,7 +154,7 @@ async def paced_cpu(process, port, count, tokens, pace_s):
 
 
 async def request_cost(process, port, requests):
-    """CPU of the proxy a one-token request in ms, and the growth of its memory over the requests in KiB."""
+    """CPU of the proxy per one-token request in ms, and the growth of its memory over the requests in KiB."""
     await many_requests(port, requests // 4, 16)
     before, held = cpu_s(process), memory_bytes(process)
     await many_requests(port, requests, 16)
@@ -167,7 +162,7 @@ async def request_cost(process, port, requests):
 
 
 async def stream_memory_kib(process, port, count):
-    """Memory of the proxy a stream with so many open at once, in KiB; every stream must end well."""
+    """Memory of the proxy per stream with `count` open at once, in KiB; raises RuntimeError if tokens are missing."""
     held = memory_bytes(process)
     peak = []
 
@@ -183,7 +178,7 @@ async def stream_memory_kib(process, port, count):
 
 
 def percentile(values, share):
-    """The value below which so large a share of the values lies."""
+    """The value below which a share of the values lies."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
@@ -255,7 +250,7 @@ async def contend(argv, port, options, first_round):
 
 
 async def command(name, folder, prefill, decode, port):
-    """A contender's command line, or None when it cannot be made here."""
+    """A contender's command line, None if it cannot run here."""
     if name == "floor":
         return floor(folder, decode, port)
     if name.startswith("pdbench"):
@@ -267,7 +262,7 @@ async def compare(options, folder):
     """Every contender in turn, round after round, against the same servers."""
     os.sched_setaffinity(0, {CORES[0]})
     with contextlib.suppress(PermissionError):
-        # Everything measured goes before whatever else the machine does; inherited by servers and contenders alike.
+        # Before other work on this machine; servers and contenders inherit it.
         os.nice(-15)
     servers = pinned([sys.executable, str(HERE / "proxy_cost_servers.py")], CORES[0], stdout=subprocess.PIPE, text=True)
     prefill, decode = map(int, servers.stdout.readline().split())
@@ -281,7 +276,7 @@ async def compare(options, folder):
                 argv = await command(name, folder, prefill, decode, port)
                 try:
                     if argv is None:
-                        raise RuntimeError("it does not install here")
+                        raise RuntimeError("it cannot be installed here")
                     rounds[name].append(await contend(argv, port, options, number == 0))
                     print(f"  round {number + 1}, {name}: {rounds[name][-1]}", file=sys.stderr)
                 except (RuntimeError, TimeoutError, OSError) as error:
@@ -299,7 +294,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the table has their medians")
     parser.add_argument("--requests", type=int, default=1000, help="requests of the CPU and memory growth figures")
     parser.add_argument(
-        "--peers", type=Path, help="folder of the peers' virtual environments; by itself a temporary one"
+        "--peers", type=Path, help="folder of the peers' virtual environments; default: a temporary one"
     )
     parser.add_argument("--only", action="append", help="one contender by its name in the table; may be repeated")
     options = parser.parse_args()

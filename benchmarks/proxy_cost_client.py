@@ -1,4 +1,4 @@
-"""The client of benchmarks/proxy_cost.py: streams over kept connections, one arrival instant a read.
+"""The client of benchmarks/proxy_cost.py: streams over kept connections, one arrival instant per read.
 
 Try: python benchmarks/proxy_cost.py --rounds 1
 """
@@ -47,7 +47,7 @@ class Stream(asyncio.Protocol):
 
 
 async def connect(port, count):
-    """So many connections to a port of this host."""
+    """`count` connections to a port of this host."""
     loop = asyncio.get_running_loop()
     streams = []
     for _ in range(count):
@@ -79,11 +79,11 @@ async def many_requests(port, requests, concurrency):
     streams = await connect(port, concurrency)
     left = iter(range(requests))
 
-    async def one(stream):
+    async def send(stream):
         for _ in left:
             await stream.request(max_tokens=1)
 
-    await asyncio.gather(*(one(stream) for stream in streams))
+    await asyncio.gather(*(send(stream) for stream in streams))
     close(streams)
 
 

@@ -1,7 +1,7 @@
 """Scripted prefill and decode servers of benchmarks/proxy_cost.py: one process, exact paces, as little work as possible.
 
 Every stream gets one token at each tick of its pace, all streams of a pace at once, as an engine's step gives them. A
-decode request that carries a transfer id of ours starts when its prefill has ended, as with real KV.
+decode request with a pdbench transfer id starts when its prefill has ended, as with real KV.
 Try: python benchmarks/proxy_cost_servers.py  (prints the ports of prefill and decode)
 """
 
@@ -32,7 +32,7 @@ class Engine:
         self.task = None
 
     def add(self, transport, tokens):
-        """A stream of so many tokens; its first comes at the next tick."""
+        """Add a stream of so many tokens; its first is sent at the next tick."""
         self.streams[transport] = tokens
         if self.task is None:
             self.task = asyncio.get_running_loop().create_task(self.run())

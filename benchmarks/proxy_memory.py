@@ -1,4 +1,4 @@
-"""Does the proxy's memory stay flat? One line after each tenth of the requests, so that a run cut short says something too.
+"""Does the proxy's memory stay flat? One line after each tenth of the requests, so that a short run is useful too.
 
 One-token streams over 16 kept connections, against the servers of benchmarks/proxy_cost.py.
 Try: python benchmarks/proxy_memory.py --requests 20000      (a million: half an hour)
@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import uvloop
-from proxy_cost import family, free_port, memory_bytes, ours, wait_ready
+from proxy_cost import family, memory_bytes, ours, wait_ready
 from proxy_cost_client import many_requests
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.processes import free_port
 
 CONCURRENCY = 16
 
