@@ -282,8 +282,8 @@ class RequestHandler:
         self._client.respond(status, upstream.body, upstream.headers + self._timing_header())
 
     def _timing_header(self) -> Headers:
-        known = self._context.config.timing_header and self._event.admitted_s is not None
-        return [(b"server-timing", server_timing(self._event))] if known else []
+        enabled = self._context.config.timing_header and self._event.admitted_s is not None
+        return [(b"server-timing", server_timing(self._event))] if enabled else []
 
     def _note(self, status: int, stage: str | None, error: str | None) -> None:
         self._event.status, self._event.stage, self._event.error = status, stage, error

@@ -17,7 +17,7 @@ from pdbench.proxy.kv_protocols import Message
 from pdbench.proxy.messages import ClientRequest, RequestError, header, method_refused
 
 _OPENAPI = (Path(__file__).parent / "openapi.json").read_bytes()
-# A proxy in front of this one names its client in these: then the connection's own address says nothing about who asks.
+# A proxy in front of this one names its client in these; the connection's address is then that proxy's.
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 

@@ -37,7 +37,7 @@ def serve(config: ProxyConfig) -> None:
     """Run the proxy until SIGTERM or SIGINT; raises UserError for options that cannot work."""
     logging.basicConfig(level=logging.INFO, format="pdbench proxy: %(message)s", stream=sys.stderr)
     if config.connector != "none" and not config.prefill:
-        raise UserError("no prefill instance: add --prefill URL, or --connector none to balance over --decode alone")
+        raise UserError("no prefill instance: add --prefill URL, or --connector none to balance over --decode only")
     if config.connector == "none" and config.prefill:
         raise UserError("--connector none has no prefill: name every instance with --decode")
     if not config.decode:

@@ -31,7 +31,7 @@ def server_timing(event: ProxyEvent) -> bytes:
 
 
 class EventLog:
-    """A file that gets one line per request. Raises UserError if it cannot be written."""
+    """A file that gets one line per request; raises UserError if it cannot be written."""
 
     def __init__(self, path: str | None) -> None:
         self._file: int | None = None
