@@ -1,7 +1,7 @@
-"""Prefill and decode servers for benchmarks/kv_transfer.py, and the small client that asks them, dialect by dialect.
+"""Prefill and decode servers for benchmarks/kv_transfer.py, and a small client that speaks each connector's protocol.
 
-Only the standard library: it runs wherever vLLM does. A decode server asked without transfer parameters is the single
-instance to compare with: the same process, device and CUDA graphs.
+Only the standard library: it runs wherever vLLM does. A decode server without transfer parameters is the single instance to
+compare with: the same process, device and CUDA graphs.
 """
 
 import asyncio
@@ -10,13 +10,16 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.support.processes import free_port
 
 CONNECTORS = ("p2p-nccl", "tcp", "nixl", "builtin-p2p-nccl")
 
@@ -36,7 +39,7 @@ class Timed:
 
     @property
     def tbt_ms(self) -> list[float]:
-        """Gaps between the arrivals of chunks (usually one token each), the first token's own left out."""
+        """Gaps between the arrivals of chunks, usually of one token each."""
         return [(b - a) * 1e3 for a, b in zip(self.chunk_s, self.chunk_s[1:], strict=False)]
 
 
@@ -76,7 +79,7 @@ class Pair:
             process.wait()
 
     async def ask(self, prompt: list[int], output_tokens: int, timeout_s: float = 120.0) -> Timed:
-        """One streamed request through prefill and decode; own dialects dispatch both at once, the others one by one."""
+        """One streamed request through prefill and decode; PdKvConnector takes both at once, the others one after the other."""
         name = secrets.token_hex(12)
         begun_s = time.monotonic()
         try:
@@ -91,16 +94,16 @@ class Pair:
             await plain(self.urls[0], prompt, None, {"X-Request-Id": both})
             return await streamed(self.urls[1], prompt, output_tokens, None, name, begun_s, {"X-Request-Id": both})
         if self.connector == "nixl":
-            wanted = {"do_remote_decode": True, "do_remote_prefill": False}
-            answer = await plain(self.urls[0], prompt, wanted)
+            parameters = {"do_remote_decode": True, "do_remote_prefill": False}
+            answer = await plain(self.urls[0], prompt, parameters)
             return await streamed(self.urls[1], prompt, output_tokens, answer["kv_transfer_params"], name, begun_s)
         host, port = self.kv[0].rsplit(":", 1)
-        first = asyncio.create_task(plain(self.urls[0], prompt, {"transfer_id": name, "do_remote_decode": True}))
+        prefill = asyncio.create_task(plain(self.urls[0], prompt, {"transfer_id": name, "do_remote_decode": True}))
         there = {"transfer_id": name, "do_remote_prefill": True, "remote_host": host, "remote_port": int(port)}
         try:
             return await streamed(self.urls[1], prompt, output_tokens, there, name, begun_s)
         finally:
-            await first
+            await prefill
 
     async def ask_single(self, prompt: list[int], output_tokens: int) -> Timed:
         """The same request to the decode server alone, which prefills it itself."""
@@ -110,30 +113,6 @@ class Pair:
 def available(connector: str) -> bool:
     """Can this Python import what the connector needs?"""
     return connector != "nixl" or importlib.util.find_spec("nixl") is not None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def free_run(length: int) -> int:
-    """The first of `length` ports in a row that nobody listens on now: rank i of an instance takes the i-th."""
-    while True:
-        (first,) = free_ports(1)
-        sockets = []
-        try:
-            sockets = [socket.create_server(("127.0.0.1", first + i)) for i in range(length)]
-            return first
-        except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
 
 
 def start(
@@ -152,23 +131,17 @@ def start(
     joins no two ranks of one GPU, and moves KV over sockets, slowly. The caller has vLLM take less than half of the GPU each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ports, kv_first = free_ports(2), free_run(2 * tensor_parallel)
-    kv_ports = (kv_first, kv_first + tensor_parallel)
+    # Rank i of an instance takes its i-th KV port.
+    port, kv_port = free_port(count=2), free_port(count=2 * tensor_parallel)
+    ports, kv_ports = (port, port + 1), (kv_port, kv_port + tensor_parallel)
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
     commands = []
     secret = secrets.token_hex(16)
     for index, role in enumerate(("prefill", "decode")):
         transfer = _transfer(connector, role, kv_ports[index], ports[index], folder, transfer_timeout_s)
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            model,
-            "--served-model-name",
-            "m",
-        ]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--served-model-name", "m"]
         command += ["--host", "127.0.0.1", "--port", str(ports[index]), "--kv-transfer-config", json.dumps(transfer)]
         environment = os.environ | {
             "PDBENCH_KV_SECRET": secret,
@@ -185,12 +158,8 @@ def start(
             command += ["--tensor-parallel-size", str(tensor_parallel)]
         if cpu:
             command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
-            command += [
-                "--distributed-executor-backend",
-                "uni" if tensor_parallel == 1 else "mp",
-                "--max-model-len",
-                "4096",
-            ]
+            command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
+            command += ["--max-model-len", "4096"]
             command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
             environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         else:
@@ -228,8 +197,8 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, 
         "transfer_timeout_s": timeout_s,
         "event_log": str(folder / f"{connector}-{role}.jsonl"),
     }
-    own = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
-    return side | own | {"kv_load_failure_policy": "fail", "kv_connector_extra_config": extra}
+    ours = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
+    return side | ours | {"kv_load_failure_policy": "fail", "kv_connector_extra_config": extra}
 
 
 def wait_healthy(pair: Pair, limit_s: float) -> str | None:
@@ -250,16 +219,16 @@ def wait_healthy(pair: Pair, limit_s: float) -> str | None:
 
 def metrics(url: str) -> dict[str, float]:
     """Prometheus metrics, summed over their labels."""
-    found: dict[str, float] = {}
+    sums: dict[str, float] = {}
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         for line in answer.read().decode().splitlines():
             if not line.startswith("#"):
                 name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
-                found[name] = found.get(name, 0.0) + float(value)
-    return found
+                sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
 
 
-def _body(
+def request_body(
     prompt: list[int], output_tokens: int, stream: bool, transfer: dict[str, object] | None, **more: object
 ) -> bytes:
     body: dict[str, object] = {"model": "m", "prompt": prompt, "max_tokens": output_tokens, "stream": stream} | more
@@ -269,7 +238,7 @@ def _body(
     return json.dumps(body).encode()
 
 
-async def _post(
+async def post(
     url: str, data: bytes, headers: dict[str, str] | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a request; returns the connection when the status line says 200. Raises ValueError otherwise."""
@@ -290,7 +259,7 @@ async def plain(
     url: str, prompt: list[int], transfer: dict[str, object] | None, headers: dict[str, str] | None = None
 ) -> dict[str, object]:
     """A prefill request: one token, not streamed; returns the answer's JSON."""
-    reader, writer = await _post(url, _body(prompt, 1, False, transfer), headers)
+    reader, writer = await post(url, request_body(prompt, 1, False, transfer), headers)
     try:
         answer = await reader.read()
         return dict(json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1]))
@@ -309,8 +278,8 @@ async def streamed(
 ) -> Timed:
     """A streamed request; the instants of its chunks."""
     timed = Timed(name, begun_s)
-    body = _body(prompt, output_tokens, True, transfer if isinstance(transfer, dict) else None)
-    reader, writer = await _post(url, body, headers)
+    body = request_body(prompt, output_tokens, True, transfer if isinstance(transfer, dict) else None)
+    reader, writer = await post(url, body, headers)
     try:
         while line := await reader.readline():
             if line.startswith(b"data: {"):

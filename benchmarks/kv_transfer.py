@@ -4,9 +4,9 @@ On a host with two GPUs (starts and stops its servers; NixlConnector's rows come
     python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl --requests 1000 --limit-s 480
 With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
     python benchmarks/kv_transfer.py --out kv-transfer --connectors builtin-p2p-nccl --requests 200
-A try on CPU, to see that everything works:
+On CPU, to try the benchmark itself:
     python benchmarks/kv_transfer.py --cpu --connectors tcp --requests 16 --model MODEL_FOLDER --out kv-transfer
-Table again, from what was saved: python benchmarks/kv_transfer.py --out kv-transfer --connectors ''
+The table again, from what was saved: python benchmarks/kv_transfer.py --out kv-transfer --connectors ''
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock
 
-KV_BYTES_A_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
+KV_BYTES_PER_TOKEN = 27 * 576 * 2  # DeepSeek-V2-Lite: layers x (kv_lora_rank 512 + rope 64) x bfloat16
 COPY_TOKENS = (512, 2048, 8192)
 
 _random = random.Random(0)
@@ -49,12 +49,12 @@ def quantile(values: list[float], q: float) -> float | None:
 
 
 def plain_copies() -> dict[str, float | None]:
-    """GB/s (1e9 bytes) of torch's copy from GPU 0 to GPU 1, for the bytes of as many prompt tokens; None without two GPUs."""
+    """GB/s (1e9 bytes) of torch's copy from GPU 0 to GPU 1, for the KV bytes of each prompt length; None without two GPUs."""
     code = f"""
 import json, torch
 found = {{}}
 for tokens in {COPY_TOKENS}:
-    count = tokens * {KV_BYTES_A_TOKEN}
+    count = tokens * {KV_BYTES_PER_TOKEN}
     a, b = (torch.empty(count, dtype=torch.uint8, device=f"cuda:{{i}}") for i in (0, 1))
     times = []
     for _ in range(30):
@@ -71,27 +71,27 @@ print(json.dumps(found))
     return dict(json.loads(ran.stdout))
 
 
-def transfers(pair: Pair, asked: list[Timed]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def transfers(pair: Pair, requests: list[Timed]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(send, receive) lines of the connector's event logs for these requests; empty for connectors that write none."""
     sides = []
     for role in ("prefill", "decode"):
         log = pair.folder / f"{pair.connector}-{role}.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         sides.append({line["transfer_id"]: line for line in lines if line["error"] is None})
-    names = [timed.transfer_id for timed in asked if timed.transfer_id in sides[0] and timed.transfer_id in sides[1]]
+    names = [timed.transfer_id for timed in requests if timed.transfer_id in sides[0] and timed.transfer_id in sides[1]]
     return [(sides[0][name], sides[1][name]) for name in names]
 
 
 class Measurement:
-    """All stages for one connector; `found` is what they measured, by name."""
+    """All stages for one connector; `results` is what they measured, by name."""
 
     def __init__(self, pair: Pair, options: argparse.Namespace, until_s: float) -> None:
         self.pair, self.options, self.until_s = pair, options, until_s
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         self.proxy_url = self.late_url = ""  # the second one lets decode compute the first token
 
     async def run(self) -> None:
-        """Stage after stage, while there is time; a stage that fails says so and the next one goes on."""
+        """Stage after stage, while there is time; a stage that fails is recorded and the next one starts."""
         stages: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = [
             ("warm-up", self.warm_up),
             ("handoff", self.handoff),
@@ -103,13 +103,13 @@ class Measurement:
         with proxy(self.pair) as self.proxy_url, proxy(self.pair, "--first-token", "decode") as self.late_url:
             for name, stage in stages:
                 if time.monotonic() > self.until_s:
-                    self.found[f"{name} left out"] = "the time was up"
+                    self.results[f"{name} skipped"] = "no time was left"
                     continue
                 begun_s = time.monotonic()
                 try:
                     await stage()
                 except Exception as error:
-                    self.found[f"{name} failed"] = f"{type(error).__name__}: {error}"
+                    self.results[f"{name} failed"] = f"{type(error).__name__}: {error}"
                 print(f"{self.pair.connector}: {name} {time.monotonic() - begun_s:.1f} s", file=sys.stderr)
 
     def prompt(self, tokens: int) -> list[int]:
@@ -130,18 +130,18 @@ class Measurement:
         """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs."""
         before = await asyncio.to_thread(metrics, self.pair.urls[1])
         for tokens in (512, 2048, self.options.long):
-            asked = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
+            requests = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
             await asyncio.sleep(0.5)
-            both = transfers(self.pair, asked)
+            both = transfers(self.pair, requests)
             rates = [receive["bytes"] / receive["wire_s"] / 1e9 for _, receive in both]
             handoffs = [(receive["reported_s"] - send["ready_s"]) * 1e3 for send, receive in both]
-            self.found[f"wire {tokens}"] = {
+            self.results[f"wire {tokens}"] = {
                 "gb_per_s_p50": quantile(rates, 0.5),
                 "handoff_ms_p50": quantile(handoffs, 0.5),
                 "handoff_ms_p99": quantile(handoffs, 0.99),
                 "bytes": both[0][1]["bytes"] if both else None,
                 "transfers": len(both),
-                "failed": sum(timed.error is not None for timed in asked),
+                "failed": sum(timed.error is not None for timed in requests),
             }
         after = await asyncio.to_thread(metrics, self.pair.urls[1])
         moved, seconds = (
@@ -149,7 +149,7 @@ class Measurement:
             for name in ("vllm:nixl_bytes_transferred_sum", "vllm:nixl_xfer_time_seconds_sum")
         )
         if seconds > 0:
-            self.found["nixl's own rate"] = {"gb_per_s": moved / seconds / 1e9}
+            self.results["nixl's own rate"] = {"gb_per_s": moved / seconds / 1e9}
 
     async def ttft(self) -> None:
         """One at a time, through the proxy and by the decode server alone in turn."""
@@ -159,7 +159,7 @@ class Measurement:
                 for side, url in (("disaggregated", self.proxy_url), ("single", self.pair.urls[1])):
                     done = await self.driven(url, 1, max(1, self.options.repeat // 3), tokens, 4)
                     sides[side] += done["ttfts"]
-            self.found[f"ttft {tokens}"] = {f"{side}_ms_p50": quantile(ttfts, 0.5) for side, ttfts in sides.items()}
+            self.results[f"ttft {tokens}"] = {f"{side}_ms_p50": quantile(ttfts, 0.5) for side, ttfts in sides.items()}
 
     async def tbt_beside_transfers(self) -> None:
         """Eight streams decode without a break; their gaps while KV arrives for others, and while it does not."""
@@ -175,7 +175,7 @@ class Measurement:
             done = await asyncio.gather(*streams)
             # The first and last tokens, when not all eight run, are left out.
             gaps = [gap for timed in done for gap in timed.tbt_ms[20:-20]]
-            self.found[f"tbt {name} transfers"] = {
+            self.results[f"tbt {name} transfers"] = {
                 "p50_ms": quantile(gaps, 0.5),
                 "p99_ms": quantile(gaps, 0.99),
                 "transfers": arrived,
@@ -202,7 +202,7 @@ class Measurement:
             after = await asyncio.to_thread(metrics, self.pair.urls[1])
             ttfts, gaps, seconds = done.pop("ttfts"), done.pop("gaps"), done.pop("second_gaps")
             steps = after["vllm:iteration_tokens_total_count"] - before["vllm:iteration_tokens_total_count"]
-            self.found[name] = done | {
+            self.results[name] = done | {
                 "tbt_p50_ms": quantile(gaps, 0.5),
                 "tbt_p99_ms": quantile(gaps, 0.99),
                 "ttft_p50_ms": quantile(ttfts, 0.5),
@@ -212,9 +212,9 @@ class Measurement:
             }
 
     async def arrivals_without_kv(self) -> None:
-        """As many requests a second as the loaded pair served, at decode alone, which has all but the last token of their prompts
+        """As many requests per second as the loaded pair served, at decode alone, which has all but the last token of their prompts
         in its prefix cache: what arrivals cost the streams that decode beside them when no KV travels."""
-        rate = self.found[f"load {self.options.concurrency} at a time"]["requests_per_s"]
+        rate = self.results[f"load {self.options.concurrency} at a time"]["requests_per_s"]
         prompts = [self.prompt(2049) for _ in range(min(self.options.requests, 60))]
         for prompt in prompts:
             await self.pair.ask_single(prompt, 2)
@@ -224,7 +224,7 @@ class Measurement:
             arriving.append(asyncio.create_task(self.pair.ask_single(prompts[index % len(prompts)], 128)))
         done = await asyncio.gather(*arriving)
         gaps = [gap for timed in done if timed.error is None for gap in timed.tbt_ms[2:]]
-        self.found["arrivals without KV"] = {
+        self.results["arrivals without KV"] = {
             "requests": len(done),
             "failed": sum(timed.error is not None for timed in done),
             "requests_per_s": rate,
@@ -277,7 +277,7 @@ def proxy(pair: Pair, *options: str) -> Iterator[str]:
 def judged(
     found: dict[str, Any], copies: dict[str, float | None], options: argparse.Namespace
 ) -> list[tuple[str, float | None, float | None, float | None]]:
-    """(what, value, least, most) a row; None where it was not measured, or has no such bound."""
+    """Per row: what, value, lower and upper bound; None where it was not measured, or has no such bound."""
 
     def get(name: str, key: str) -> float | None:
         value = found.get(name, {}).get(key) if isinstance(found.get(name), dict) else None
@@ -314,12 +314,12 @@ def judged(
         (f"TBT p99 ms, {options.concurrency} streams and no transfers", alone, None, None),
         (f"first to second token p50 ms, {at_once}", get(many, "second_token_p50_ms"), None, None),
         ("TBT p50 with / without transfers", cost, 0.95, 1.05),
-        (f"requests a second, {at_once}", get(many, "requests_per_s"), None, None),
+        (f"requests per second, {at_once}", get(many, "requests_per_s"), None, None),
     ]
 
 
 def table(results: dict[str, Any], options: argparse.Namespace) -> str:
-    """One column a connector; a value that misses its target is marked with '!'."""
+    """One column per connector; a value that misses its target is marked with '!'."""
     names = [name for name in CONNECTORS if name in results["connectors"]]
     columns = {name: judged(results["connectors"][name], results["plain_copy_gb_per_s"], options) for name in names}
     lines = ["| | target | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
@@ -344,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("kv-transfer_results"))
     parser.add_argument("--connectors", default="p2p-nccl,nixl", help="some of " + ",".join(CONNECTORS))
-    parser.add_argument("--model", help="model folder; by itself DeepSeek-V2-Lite's shape, made in --out")
+    parser.add_argument("--model", help="model folder (default: DeepSeek-V2-Lite's shape, made in --out)")
     parser.add_argument("--requests", type=int, default=2000, help="requests of the stage with many at a time")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=30, help="requests of each length in the stages one at a time")
@@ -359,7 +359,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, save, print."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end, too
     begun_s = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kv_transfer.json"
@@ -388,7 +388,7 @@ def main() -> None:
             print(f"{name}: servers up after {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
             measurement = Measurement(pair, options, begun_s + options.limit_s)
             asyncio.run(measurement.run())
-            results["connectors"][name] = measurement.found
+            results["connectors"][name] = measurement.results
         finally:
             pair.stop()
             results["options"] = {key: str(value) for key, value in vars(options).items()}

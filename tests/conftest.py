@@ -53,24 +53,6 @@ def start(kind: DeploymentKind, config: ServeConfig) -> Deployment:
     return LocalSite().deployment(kind, config).start()
 
 
-@pytest.fixture
-def kv_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The secret of the connector's workers in this process."""
-    from tests.support.kv_instances import SECRET
-
-    monkeypatch.setenv("PDBENCH_KV_SECRET", SECRET)
-
-
-@pytest.fixture
-def kv_pair(kv_secret: None) -> Iterator[list[object]]:
-    """A prefill and a decode worker of the connector, without vLLM's engine."""
-    from tests.support.kv_instances import Instance, free_port, instances
-
-    port = free_port()
-    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as made:
-        yield made
-
-
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a scripted libnvidia-ml.so.1, for tests.support.fake_nvml's children."""

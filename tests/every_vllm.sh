@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The connector's tests on real vLLM for CPU of other versions than the pinned one: what the range in pdbench/kv/compat.py rests on.
-#   tests/every_vllm.sh [VERSION ...]     5 minutes and 0.5 GB (in .cache) each; by itself all that run with the pinned torch
+# The connector's tests with other versions of vLLM for CPU than the pinned one: the evidence for the range in pdbench/kv/compat.py.
+#   tests/every_vllm.sh [VERSION ...]     5 minutes and 0.5 GB (in .cache) each; default: all that run with the pinned torch
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$(requirements/setup.sh dev) || exit

@@ -1,5 +1,4 @@
-"""The KV connector that vLLM loads: prefill pushes the KV cache to decode, over NCCL or TCP.
+"""The KV connector that vLLM loads: prefill pushes the KV cache to decode, over NCCL or TCP (docs/kv-connector.md).
 
-It imports nothing of the rest of pdbench, so that it also serves plain `vllm serve` (docs/kv-connector.md).
-Try: python -c "from pdbench.kv.connector import PdKvConnector; print(PdKvConnector.__doc__)"
+It runs inside `vllm serve` and imports nothing of pdbench but `pdbench.events`. Importing `pdbench.kv.compat` does not import vLLM.
 """

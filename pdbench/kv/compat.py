@@ -1,54 +1,88 @@
-"""What differs between the vLLM versions that this connector runs in, and what it refuses to run with, all in one place.
+"""What the connector works with: vLLM's versions, deployments and KV caches, and its own options. Importing it imports no vLLM.
 
-Try: python -c "from pdbench.kv import compat; compat.check_version(); print('this vLLM will do')"
+Whatever it does not support is refused when vLLM starts, with UnsupportedError.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SUPPORTED = ((0, 26), (0, 33))
-"""First and last vLLM minor version, both included."""
-RANGE_TEXT = "0.26 to 0.33"
-_MOVABLE = ("FullAttentionSpec", "MLAAttentionSpec")
-"""Kinds of KV cache in which block i holds the prompt's i-th tokens and nothing else; their subclasses (sinks, evicted
-windows, hidden states) hold more, or less."""
+"""First and last minor version of vLLM, both included."""
+RANGE_TEXT = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[1])
+SECRET_VARIABLE = "PDBENCH_KV_SECRET"
+# KV caches whose block i holds the prompt's i-th tokens and nothing else. Subclasses of these specs (attention sinks, evicted
+# windows, hidden states) hold more, or less.
+_MOVABLE_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 
 
 class UnsupportedError(ValueError):
-    """This connector cannot work here: one line with what is wrong and the remedy."""
+    """The connector cannot work here: one line with what is wrong and the remedy."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From --kv-transfer-config: `port` is kv_port, the rest kv_connector_extra_config (docs/kv-connector.md)."""
+
+    kv_ip: str = "127.0.0.1"
+    port: int = 14579
+    transport: Literal["tcp", "nccl"] = "tcp"
+    transfer_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    event_log: str | None = None
+    staging_mib: Annotated[int, msgspec.Meta(ge=1)] = 128
+    verify_prompt: bool = True
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Options:
+        """The options of this instance. Raises UnsupportedError for unknown names and impossible values."""
+        transfer = vllm_config.kv_transfer_config
+        extra = dict(transfer.kv_connector_extra_config)
+        if "port" in extra:
+            raise UnsupportedError("kv_connector_extra_config has a port: give it beside kv_connector, as kv_port")
+        # From vLLM 0.32 on kv_ip is not an option of vLLM itself.
+        if "kv_ip" not in extra and getattr(transfer, "kv_ip", None):
+            extra["kv_ip"] = str(transfer.kv_ip)
+        try:
+            return msgspec.convert(extra | {"port": int(transfer.kv_port)}, cls)
+        except msgspec.ValidationError as error:
+            names = ", ".join(name for name in cls.__struct_fields__ if name != "port")
+            raise UnsupportedError(f"kv_connector_extra_config: {error}; the options are {names}") from error
+
+
+def shared_secret() -> bytes:
+    """The secret that prefill and decode prove to each other. Raises UnsupportedError when there is none."""
+    secret = os.environ.get(SECRET_VARIABLE, "")
+    if len(secret) < 16:
+        raise UnsupportedError(
+            f"{SECRET_VARIABLE} is not set, or shorter than 16 characters: give all instances of the deployment the same one, "
+            f"for example `export {SECRET_VARIABLE}=$(openssl rand -hex 16)`"
+        )
+    return secret.encode()
 
 
 def check_version(text: str | None = None) -> None:
-    """Raise UnsupportedError, with the range in the message, unless vLLM (or the version `text`) is one of those supported."""
+    """Raise UnsupportedError unless the installed vLLM (or the version `text`) is in the supported range."""
     if text is None:
         text = str(import_module("vllm").__version__)
-    found = re.match(r"(\d+)\.(\d+)", text)
-    version = (int(found[1]), int(found[2])) if found else None
-    if version is None or not SUPPORTED[0] <= version <= SUPPORTED[1]:
-        raise UnsupportedError(
-            f"PdKvConnector works with vLLM {RANGE_TEXT}, this is {text}: install a version of that range"
-        )
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if match is None or not SUPPORTED[0] <= (int(match[1]), int(match[2])) <= SUPPORTED[1]:
+        raise UnsupportedError(f"PdKvConnector works with vLLM {RANGE_TEXT}, this is {text}: install another version")
 
 
 def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise UnsupportedError for parallelism and cache layouts whose blocks this connector cannot move one to one."""
-    parallel = vllm_config.parallel_config
-    for option in (
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
-        if getattr(parallel, option, 1) > 1:
-            flag = option.replace("_", "-")
-            raise UnsupportedError(f"PdKvConnector does not support --{flag} {getattr(parallel, option)}: set it to 1")
+    for kind in ("pipeline", "data", "decode-context", "prefill-context"):
+        size = getattr(vllm_config.parallel_config, f"{kind.replace('-', '_')}_parallel_size", 1)
+        if size > 1:
+            raise UnsupportedError(f"PdKvConnector does not support --{kind}-parallel-size {size}: set it to 1")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         raise UnsupportedError("PdKvConnector does not support --enable-sleep-mode: leave it out")
     groups = kv_cache_config.kv_cache_groups
@@ -57,22 +91,19 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             f"PdKvConnector moves one group of full-attention blocks and this model's KV cache has {len(groups)} "
             "(a hybrid model): serve it without disaggregation, or with another connector"
         )
-    for spec in _layer_specs(groups[0].kv_cache_spec):
-        if type(spec).__name__ not in _MOVABLE:
+    spec = groups[0].kv_cache_spec
+    # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
+    wrapped = getattr(spec, "kv_cache_specs", None)
+    for layer_spec in wrapped.values() if wrapped else [spec]:
+        if type(layer_spec).__name__ not in _MOVABLE_SPECS:
             raise UnsupportedError(
-                f"PdKvConnector moves full-attention KV blocks (MLA included) and this model has a {type(spec).__name__}: "
+                f"PdKvConnector moves full-attention KV blocks (MLA included) and this model has a {type(layer_spec).__name__}: "
                 "serve it without disaggregation, or with another connector"
             )
 
 
-def _layer_specs(spec: Any) -> list[Any]:
-    """The layers' own specs where vLLM wraps several of one kind in UniformTypeKVCacheSpecs."""
-    inner = getattr(spec, "kv_cache_specs", None)
-    return list(inner.values()) if inner else [spec]
-
-
 def cache_hit_source() -> Any:
-    """By what name vLLM 0.32 and newer count prompt tokens that came from another instance; None before."""
+    """How vLLM 0.32 and newer label prompt tokens that came from another instance; None before."""
     try:
         return import_module("vllm.v1.metrics.cache_hit_source").CacheHitSource.P2P
     except ImportError:
@@ -80,6 +111,6 @@ def cache_hit_source() -> Any:
 
 
 def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
-    """KVConnectorTransferResults of vLLM 0.30 and newer; before, vLLM asks get_finished and get_block_ids_with_load_errors."""
+    """KVConnectorTransferResults of vLLM 0.30 and newer. Before, vLLM calls get_finished and get_block_ids_with_load_errors."""
     base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
     return base.KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)

@@ -1,8 +1,4 @@
-"""The class that vLLM loads: `PdKvConnector`, which hands every call to the scheduler's or the worker's half.
-
-Try: vllm serve MODEL --kv-transfer-config '{"kv_connector": "PdKvConnector", "kv_connector_module_path":
-"pdbench.kv.connector", "kv_role": "kv_producer", "kv_ip": "127.0.0.1", "kv_port": 14579}'
-"""
+"""The class that vLLM loads: `PdKvConnector`, which passes every call to the scheduler's or the worker's half."""
 
 from __future__ import annotations
 
@@ -13,10 +9,9 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from pdbench.kv import compat
-from pdbench.kv.messages import Options, StepPlan, shared_secret
 from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
 from pdbench.kv.scheduler import KvScheduler
-from pdbench.kv.worker import KvWorker, Reports, model_digest
+from pdbench.kv.worker import KvWorker, Reports, model_fingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,8 +31,8 @@ class PdKvConnector(KVConnectorBase_V1):
         compat.check_version()
         compat.check_deployment(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        shared_secret()
-        options = Options.of(vllm_config)
+        compat.shared_secret()  # without one, fail now and not in the worker
+        options = compat.Options.of(vllm_config)
         transfer = vllm_config.kv_transfer_config
         self._produces, self._consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -52,60 +47,52 @@ class PdKvConnector(KVConnectorBase_V1):
             from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
             rank = get_tensor_model_parallel_rank()
-            self._worker = KvWorker(options, rank, self._ranks, block_size, model_digest(vllm_config))
+            self._worker = KvWorker(options, rank, self._ranks, block_size, model_fingerprint(vllm_config))
 
     # The scheduler's half
 
     def on_new_request(self, request: Request) -> None:
-        """A request arrived."""
         self._scheduling.new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many more prompt tokens prefill has."""
         return self._scheduling.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Blocks are reserved."""
         self._scheduling.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """The step's plan for the worker."""
         return self._scheduling.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """A step's output came back: what was received since that step was launched is added, to be scheduled next.
 
-        vLLM runs a step ahead, so get_finished alone would tell the scheduler of it two steps later.
+        vLLM runs a step ahead: by get_finished alone the scheduler would learn of it two steps later.
         """
         if self._ranks == 1 and has_kv_transfer_group():  # the worker's half is in this process, and has no other ranks
-            beside = get_kv_transfer_group()
-            if isinstance(beside, PdKvConnector) and (received := beside._working.take_received()):
+            worker_half = get_kv_transfer_group()
+            if isinstance(worker_half, PdKvConnector) and (received := worker_half._working.take_received()):
                 connector_output.finished_recving = received.union(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """The request is over; True keeps its blocks."""
-        del block_ids
+        """The request is over; True keeps its blocks until get_finished reports it as sent."""
         return self._scheduling.finished(request), None
 
     def has_pending_push_work(self) -> bool:
-        """Must the engine take a step for the connector's sake alone?"""
+        """Must the engine take a step only for the connector?"""
         return self._scheduler is not None and self._scheduler.has_unsent_plan()
 
     # The worker's half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The cache is allocated: listen and connect."""
         self._working.start(kv_caches, self._blocks, self._produces, self._consumes)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Before the forward pass."""
-        assert isinstance(kv_connector_metadata, StepPlan)
         self._working.before_forward(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Before the forward pass, or (from vLLM 0.29 on) right after its launch."""
-        del forward_context, kwargs
-        self._working.load(self._step_plan)
+        self._working.load(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: no forward pass runs on blocks that are still to come."""
@@ -114,31 +101,28 @@ class PdKvConnector(KVConnectorBase_V1):
         """Nothing: all layers travel together after the forward pass."""
 
     def wait_for_save(self) -> None:
-        """Nothing to wait for: blocks are kept until they are sent."""
+        """Nothing: blocks are kept until they are sent."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose transfers ended; after the forward pass of every step, and in steps without one."""
-        del finished_req_ids
         reports = self._reports = self._poll()
         return reports.sent or None, reports.received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """The same, as vLLM asks for it from 0.30 on."""
-        del finished_req_ids
+        """What vLLM 0.30 and newer call in place of get_finished."""
         reports = self._poll()
-        return compat.transfer_results(reports.sent, reports.received, reports.failed)
+        return compat.transfer_results(reports.sent, reports.received, set(reports.failed))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks of failed receives, for the vLLM versions that do not take request ids."""
+        """Blocks of failed receives, for vLLM before 0.30, which does not take the failed requests."""
         reports, self._reports = self._reports, Reports()
-        return reports.failed_blocks
+        return {block for blocks in reports.failed.values() for block in blocks}
 
     def get_kv_connector_stats(self) -> PdKvStats | None:
-        """Transfers since the last call (the worker's side only)."""
-        return self._worker.evidence.take_stats() if self._worker is not None else None
+        """Transfers since the last call (the worker's half only)."""
+        return self._worker.recorder.take_stats() if self._worker is not None else None
 
     def shutdown(self) -> None:
-        """vLLM is going down."""
         if self._worker is not None:
             self._worker.close()
 
@@ -146,26 +130,19 @@ class PdKvConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdKvStats:
-        """Statistics from their plain form."""
         return PdKvStats(data=data or {})
 
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> PdKvPromMetrics:
-        """The Prometheus metrics of this instance."""
         return PdKvPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def _poll(self) -> Reports:
-        # vLLM calls wait_for_save only in steps with a forward pass, some versions before speculative drafting; this, always.
-        self._working.after_forward(self._step_plan)
-        return self._working.poll(self._step_plan)
-
-    @property
-    def _step_plan(self) -> StepPlan:
+        # Not in wait_for_save: vLLM calls that only in steps with a forward pass, some versions before speculative drafting.
         plan = self._get_connector_metadata()
-        assert isinstance(plan, StepPlan)
-        return plan
+        self._working.after_forward(plan)
+        return self._working.poll(plan)
 
     @property
     def _scheduling(self) -> KvScheduler:

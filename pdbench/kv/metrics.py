@@ -1,7 +1,4 @@
-"""Evidence of every transfer: one JSON line in the event log, and vLLM's own statistics and Prometheus metrics.
-
-Try: curl -s http://127.0.0.1:8200/metrics | grep pdbench_kv
-"""
+"""What is recorded of every transfer: one JSON line in the event log, vLLM's own statistics and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -22,10 +19,20 @@ from pdbench.events import TransferEvent
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _FIELDS = ("bytes", "wait_s", "wire_s")
+_SIDES = ("send", "receive")
 _SECONDS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+_RATES = [0.1, 0.3, 1, 3, 10, 30, 50, 100, 150, 200, 250, 300, 350, 400, 450]
+_METRICS = {  # name -> documentation, and the buckets of a histogram
+    "transfers": ("KV transfers that ended well.", None),
+    "failures": ("KV transfers that failed.", None),
+    "bytes": ("Bytes of KV cache moved.", None),
+    "wait_seconds": ("From decode's request to the first byte.", _SECONDS),
+    "wire_seconds": ("Time in which a transfer's bytes moved.", _SECONDS),
+    "gigabytes_per_second": ("Rate on the wire, in 1e9 bytes per second.", _RATES),
+}
 
 
-class Evidence:
+class TransferRecorder:
     """Collects finished transfers for vLLM's statistics, and writes them to the event log from a thread of its own."""
 
     def __init__(self, path: str | None) -> None:
@@ -39,7 +46,6 @@ class Evidence:
             self._thread.start()
 
     def add(self, record: TransferEvent) -> None:
-        """A transfer ended, well or badly."""
         if record.end_s is None:
             record.end_s = time.monotonic()
         with self._lock:
@@ -48,7 +54,7 @@ class Evidence:
             self._lines.put(record)
 
     def take_stats(self) -> PdKvStats | None:
-        """What ended since the last call, None if nothing."""
+        """Transfers that ended since the last call; None if there are none."""
         with self._lock:
             if self._stats.is_empty():
                 return None
@@ -56,7 +62,6 @@ class Evidence:
             return taken
 
     def close(self) -> None:
-        """Write what is left."""
         if self._thread is not None:
             self._lines.put(None)
             self._thread.join(timeout=2.0)
@@ -74,7 +79,7 @@ class Evidence:
 
 @dataclass
 class PdKvStats(KVConnectorStats):
-    """Transfers of an interval: lists of raw values by side, and counts of failures; plain data, for it crosses processes."""
+    """Transfers of an interval: lists of raw values by side, and a 1 per failure. Plain data, because it crosses processes."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -83,33 +88,29 @@ class PdKvStats(KVConnectorStats):
             self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.data = {f"{side}_{name}": [] for side in ("send", "receive") for name in (*_FIELDS, "failed")}
+        self.data = {f"{side}_{name}": [] for side in _SIDES for name in (*_FIELDS, "failed")}
 
     def add(self, record: TransferEvent) -> None:
-        """Count one finished transfer."""
         if record.error is not None:
             self.data[f"{record.side}_failed"].append(1)
             return
         for name in _FIELDS:
-            value = getattr(record, name)
-            self.data[f"{record.side}_{name}"].append(value)
+            self.data[f"{record.side}_{name}"].append(getattr(record, name))
 
     def aggregate(self, other: KVConnectorStats) -> PdKvStats:
-        """Add another interval, or another rank, to this one."""
+        """Add the transfers of another interval or of another rank."""
         for name, values in other.data.items():
             self.data[name].extend(values)
         return self
 
     def is_empty(self) -> bool:
-        """Did nothing end?"""
         return not any(self.data.values())
 
     def reduce(self) -> dict[str, int | float]:
-        """The interval in a line of vLLM's log; a side's figures stand only when it moved something."""
+        """The interval as vLLM's log shows it; sides that moved nothing are left out."""
         line: dict[str, int | float] = {}
-        for side in ("send", "receive"):
-            moved, wire = sum(self.data[f"{side}_bytes"]), sum(x or 0 for x in self.data[f"{side}_wire_s"])
+        for side in _SIDES:
+            moved, wire = sum(self.data[f"{side}_bytes"]), sum(seconds or 0 for seconds in self.data[f"{side}_wire_s"])
             count, failed = len(self.data[f"{side}_bytes"]), len(self.data[f"{side}_failed"])
             if count or failed:
                 line |= {f"{side} transfers": count, f"{side} failures": failed}
@@ -127,30 +128,20 @@ class PdKvPromMetrics(KVConnectorPromMetrics):
         self, vllm_config: Any, metric_types: Any, labels: list[str], per_engine: dict[int, list[object]]
     ) -> None:
         super().__init__(vllm_config, metric_types, labels, per_engine)
-        count, spread = self._counter_cls, self._histogram_cls
-        makers: dict[str, tuple[Any, str, dict[str, Any]]] = {
-            "transfers": (count, "KV transfers that ended well.", {}),
-            "failures": (count, "KV transfers that failed.", {}),
-            "bytes": (count, "Bytes of KV cache moved.", {}),
-            "wait_seconds": (spread, "From decode's ask to the first byte.", {"buckets": _SECONDS}),
-            "wire_seconds": (spread, "Time in which a transfer's bytes moved.", {"buckets": _SECONDS}),
-            "gigabytes_per_second": (
-                spread,
-                "Rate on the wire, 1e9 bytes a second.",
-                {"buckets": [0.1, 0.3, 1, 3, 10, 30, 50, 100, 150, 200, 250, 300, 350, 400, 450]},
-            ),
-        }
         self._metrics: dict[tuple[str, str], dict[int, Any]] = {}
-        for name, (kind, words, more) in makers.items():
-            metric = kind(name=f"vllm:pdbench_kv_{name}", documentation=words, labelnames=[*labels, "side"], **more)
-            for side in ("send", "receive"):
-                values = {engine: [*given, side] for engine, given in per_engine.items()}
-                self._metrics[name, side] = create_metric_per_engine(metric, values)
+        for name, (documentation, buckets) in _METRICS.items():
+            arguments = {"documentation": documentation, "labelnames": [*labels, "side"]}
+            if buckets is None:
+                metric = self._counter_cls(name=f"vllm:pdbench_kv_{name}", **arguments)
+            else:
+                metric = self._histogram_cls(name=f"vllm:pdbench_kv_{name}", buckets=buckets, **arguments)
+            for side in _SIDES:
+                labelled = {engine: [*values, side] for engine, values in per_engine.items()}
+                self._metrics[name, side] = create_metric_per_engine(metric, labelled)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add an interval's transfers."""
         data = transfer_stats_data
-        for side in ("send", "receive"):
+        for side in _SIDES:
             self._metrics["failures", side][engine_idx].inc(len(data[f"{side}_failed"]))
             self._metrics["transfers", side][engine_idx].inc(len(data[f"{side}_bytes"]))
             self._metrics["bytes", side][engine_idx].inc(sum(data[f"{side}_bytes"]))

@@ -1,31 +1,22 @@
 """The scheduler's half of the connector: which requests hand their KV over, which fetch it, which blocks vLLM must keep.
 
-It decides nothing about the wire: every engine step it hands the worker's half one StepPlan.
-Try: python -m pytest tests/test_kv_scheduler.py
+Every engine step it gives the worker's half one StepPlan; it does no input or output of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from pdbench.kv.messages import (
-    Drop,
-    Fetch,
-    Options,
-    Prefilled,
-    PrefillEnd,
-    Prompt,
-    StepPlan,
-    TransferParameters,
-    fingerprint,
-)
+from pdbench.kv.compat import Options
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -37,164 +28,225 @@ logger = logging.getLogger(f"vllm.{__name__}")
 GOOD_ENDS = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
 
-@dataclass
-class _Prefill:
-    """A prefill whose KV goes to decode. `scheduled`: it has, or had, blocks that the worker knows."""
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What identifies a transfer: the proxy's id, the prompt's length in tokens and its fingerprint.
 
-    prompt: Prompt
+    `host` and `port` are prefill's; only decode has them.
+    """
+
+    request_id: str
+    transfer_id: str
+    tokens: int
+    fingerprint: str
+    host: str = ""
+    port: int = 0
+
+    def blocks(self, block_size: int) -> int:
+        """How many blocks of `block_size` tokens the prompt fills, the last one perhaps in part."""
+        return -(-self.tokens // block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillProgress:
+    """What one step computes of a prefill: its new blocks (all of them if `replace`) and the prompt's tokens computed after it."""
+
+    request_id: str
+    blocks: list[int]
+    replace: bool
+    computed_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillEnd:
+    """A prefill is over. `kept`: vLLM holds its blocks until the worker reports them sent. `error` is None when it is good."""
+
+    request_id: str
+    kept: bool
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Decode wants a prompt's blocks from the prompt's block `start_block` on, into its own `blocks`."""
+
+    transfer: Transfer
+    start_block: int
+    blocks: list[int]
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """All that the worker must know about one engine step; `idle` when the step runs no forward pass.
+
+    `cancelled`: transfers that decode does not need any more, and why.
+    """
+
+    idle: bool = True
+    expected: list[Transfer] = field(default_factory=list)
+    prefilled: list[PrefillProgress] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    ended: list[PrefillEnd] = field(default_factory=list)
+    fetches: list[Fetch] = field(default_factory=list)
+    cancelled: list[tuple[Transfer, str]] = field(default_factory=list)
+
+
+class TransferParameters(msgspec.Struct, frozen=True):
+    """A request's `kv_transfer_params` (docs/kv-connector.md); other fields may stand beside these."""
+
+    transfer_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    do_remote_decode: bool | None = None
+    do_remote_prefill: bool | None = None
+    remote_host: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    prefilled_tokens: int | None = None
+    verify_prompt: bool = True
+
+
+@dataclass
+class _RequestState:
+    """A request with a transfer. `scheduled`: it has, or had, blocks that the worker knows."""
+
+    transfer: Transfer
+    sends: bool
+    fetch_pending: bool
     scheduled: bool = False
     reported_tokens: int = 0
 
 
 @dataclass
 class KvScheduler:
-    """Bookkeeping of one scheduler; `block_size` is in tokens."""
+    """The transfers of one scheduler; `block_size` is in tokens."""
 
     options: Options
     block_size: int
     produces: bool
     consumes: bool
-    _prefills: dict[str, _Prefill] = field(default_factory=dict)
-    _fetched: set[str] = field(default_factory=set)
+    _requests: dict[str, _RequestState] = field(default_factory=dict)
     _plan: StepPlan = field(default_factory=StepPlan)
 
     def new_request(self, request: Request) -> None:
-        """A request arrived; the worker learns of prefills at once, so that decode is told to wait for them."""
+        """A request arrived. The worker learns of prefills at once, so that it can tell decode to wait for them."""
         try:
-            parameters = TransferParameters.of(request)
+            parameters = msgspec.convert(request.kv_transfer_params or {}, TransferParameters)
         except msgspec.ValidationError as error:
-            logger.warning("kv_transfer_params of %s are left unused: %s", request.request_id, error)
+            logger.warning("kv_transfer_params of %s are ignored: %s", request.request_id, error)
             return
-        if not self.produces or not parameters.do_remote_decode:
+        sends = self.produces and bool(parameters.do_remote_decode)
+        fetches = self.consumes and bool(parameters.do_remote_prefill)
+        if not sends and not fetches:
             return
-        prompt = self._prompt(request)
-        if any(prefill.prompt.transfer_id == prompt.transfer_id for prefill in self._prefills.values()):
-            logger.warning("transfer id %s is in use: %s hands over nothing", prompt.transfer_id, request.request_id)
-            return
-        self._prefills[request.request_id] = _Prefill(prompt)
-        self._plan.expected.append(prompt)
+        transfer = self._transfer(request, parameters)
+        if sends and any(r.sends and r.transfer.transfer_id == transfer.transfer_id for r in self._requests.values()):
+            logger.warning("transfer id %s is in use: %s hands over nothing", transfer.transfer_id, request.request_id)
+            sends = False
+        if sends or fetches:
+            self._requests[request.request_id] = _RequestState(transfer, sends, fetches)
+        if sends:
+            self._plan.expected.append(transfer)
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
         """How many prompt tokens beyond `computed_tokens` can be fetched from prefill, and whether that is asynchronous."""
-        if not self._wants_fetch(request):
-            return 0, False
-        missing = _prefilled_tokens(request, _parameters(request)) - computed_tokens
+        state = self._requests.get(request.request_id)
+        missing = state.transfer.tokens - computed_tokens if state is not None and state.fetch_pending else 0
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM reserved `blocks` for the request, `external_tokens` of which are to be fetched."""
-        if not self._wants_fetch(request):
+        state = self._requests.get(request.request_id)
+        if state is None or not state.fetch_pending:
             return
-        self._fetched.add(request.request_id)
-        parameters, prompt = _parameters(request), self._prompt(request)
+        state.fetch_pending = False
+        transfer = state.transfer
         if external_tokens == 0:
-            self._drop(request, "decode needs none of its blocks")
+            self._plan.cancelled.append((transfer, "decode needs none of its blocks"))
             return
-        start, stop = (prompt.tokens - external_tokens) // self.block_size, prompt.blocks(self.block_size)
+        start, stop = (transfer.tokens - external_tokens) // self.block_size, transfer.blocks(self.block_size)
         (block_ids,) = blocks.get_block_ids()
-        self._plan.fetches.append(
-            Fetch(
-                prompt=prompt,
-                host=parameters.remote_host,
-                port=parameters.remote_port,
-                start_block=start,
-                blocks=list(block_ids[start:stop]),
-            )
-        )
+        self._plan.fetches.append(Fetch(transfer=transfer, start_block=start, blocks=list(block_ids[start:stop])))
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
-        """All that the worker must know about the step that vLLM just scheduled; starts the next step's plan."""
+        """What the worker must know about the step that vLLM just scheduled; starts the next step's plan."""
         plan, self._plan = self._plan, StepPlan()
         plan.idle = output.total_num_scheduled_tokens == 0
-        plan.preempted = [name for name in output.preempted_req_ids or () if name in self._prefills]
-        for name in plan.preempted:
-            self._prefills[name].reported_tokens = 0
+        for name in output.preempted_req_ids or ():
+            state = self._requests.get(name)
+            if state is not None and state.sends:
+                state.reported_tokens = 0
+                plan.preempted.append(name)
         for name, blocks, replace, before in _scheduled(output):
-            prefill = self._prefills.get(name)
-            if prefill is None or prefill.reported_tokens >= prefill.prompt.tokens:
+            state = self._requests.get(name)
+            if state is None or not state.sends or state.reported_tokens >= state.transfer.tokens:
                 continue
-            after = min(before + output.num_scheduled_tokens[name], prefill.prompt.tokens)
-            prefill.scheduled, prefill.reported_tokens = True, after
-            plan.prefilled.append(Prefilled(request_id=name, blocks=blocks, replace=replace, computed_tokens=after))
+            after = min(before + output.num_scheduled_tokens[name], state.transfer.tokens)
+            state.scheduled, state.reported_tokens = True, after
+            progress = PrefillProgress(request_id=name, blocks=blocks, replace=replace, computed_tokens=after)
+            plan.prefilled.append(progress)
         return plan
 
     def finished(self, request: Request) -> bool:
         """The request is over. True when vLLM must keep its blocks until the worker reports them sent."""
-        name = request.request_id
-        prefill = self._prefills.pop(name, None)
-        if prefill is not None:
-            status = request.status.name
-            error = None if status in GOOD_ENDS else f"prefill ended as {status.removeprefix('FINISHED_').lower()}"
-            self._plan.ended.append(PrefillEnd(request_id=name, kept=prefill.scheduled, error=error))
-            return prefill.scheduled
-        if self._wants_fetch(request):
-            self._drop(request, "decode gave the request up before it was scheduled")
-        elif name in self._fetched and request.status.name not in GOOD_ENDS:
-            self._drop(request, "decode gave the request up")
-        self._fetched.discard(name)
+        state = self._requests.pop(request.request_id, None)
+        if state is None:
+            return False
+        status = request.status.name
+        good = status in GOOD_ENDS
+        if state.sends:
+            error = None if good else f"prefill ended as {status.removeprefix('FINISHED_').lower()}"
+            self._plan.ended.append(PrefillEnd(request_id=request.request_id, kept=state.scheduled, error=error))
+            return state.scheduled
+        if state.fetch_pending:
+            self._plan.cancelled.append((state.transfer, "decode gave the request up before it was scheduled"))
+        elif not good:
+            self._plan.cancelled.append((state.transfer, "decode gave the request up"))
         return False
 
     def has_unsent_plan(self) -> bool:
-        """Is there anything that the worker must hear although no request is left to schedule?"""
+        """Is there anything that the worker must learn although no request is left to schedule?"""
         plan = self._plan
-        return bool(plan.expected or plan.ended or plan.fetches or plan.drops)
+        return bool(plan.expected or plan.ended or plan.fetches or plan.cancelled)
 
-    def _wants_fetch(self, request: Request) -> bool:
-        wanted = self.consumes and _parameters(request).do_remote_prefill
-        return bool(wanted) and request.request_id not in self._fetched
-
-    def _drop(self, request: Request, reason: str) -> None:
-        parameters = _parameters(request)
-        self._plan.drops.append(
-            Drop(
-                request_id=request.request_id,
-                transfer_id=parameters.transfer_id or request.request_id,
-                host=parameters.remote_host,
-                port=parameters.remote_port,
-                reason=reason,
-            )
-        )
-
-    def _prompt(self, request: Request) -> Prompt:
-        """The prompt's identity; both sides compute it from the same tokens, so a mixed-up transfer id shows."""
-        parameters = _parameters(request)
-        tokens = _prefilled_tokens(request, parameters)
+    def _transfer(self, request: Request, parameters: TransferParameters) -> Transfer:
+        # Prefill computes all of the prompt, or as much as decode's request says (docs/kv-protocol.md, "The first token").
+        tokens, prefilled = int(request.num_prompt_tokens), parameters.prefilled_tokens
+        if prefilled is not None and prefilled > 0:
+            tokens = min(prefilled, tokens)
         digest = "not verified"
         if self.options.verify_prompt and parameters.verify_prompt:
-            lora = getattr(request.lora_request, "lora_name", None)
-            images = [feature.identifier for feature in getattr(request, "mm_features", None) or ()]
-            salt = getattr(request, "cache_salt", None)
             embeddings = getattr(request, "prompt_embeds", None)
-            given = None if embeddings is None else _digest(embeddings[:tokens])
-            digest = fingerprint((request.prompt_token_ids or ())[:tokens], lora, salt, images, given)
-        return Prompt(
+            if embeddings is not None:
+                data = embeddings[:tokens].cpu().contiguous().view(torch.uint8).numpy()
+                embeddings = hashlib.blake2b(data, digest_size=16).hexdigest()
+            digest = fingerprint(
+                (request.prompt_token_ids or ())[:tokens],
+                getattr(request.lora_request, "lora_name", None),
+                getattr(request, "cache_salt", None),
+                [feature.identifier for feature in getattr(request, "mm_features", None) or ()],
+                embeddings,
+            )
+        return Transfer(
             request_id=request.request_id,
             transfer_id=parameters.transfer_id or request.request_id,
             tokens=tokens,
             fingerprint=digest,
+            host=parameters.remote_host,
+            port=parameters.remote_port,
         )
 
 
-def _parameters(request: Request) -> TransferParameters:
-    """What a request says of its transfer; nothing where it makes no sense, which `new_request` has told."""
-    try:
-        return TransferParameters.of(request)
-    except msgspec.ValidationError:
-        return TransferParameters()
+def fingerprint(token_ids: Sequence[int], *more: object) -> str:
+    """A hash of a prompt's tokens and of all else that shapes its KV cache (LoRA, cache salt, images, embeddings).
 
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.blake2b(tensor.cpu().contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
-
-
-def _prefilled_tokens(request: Request, parameters: TransferParameters) -> int:
-    """How many of the prompt's tokens prefill computes: all, if the request does not say that its end came later."""
-    tokens, said = int(request.num_prompt_tokens), parameters.prefilled_tokens
-    return min(said, tokens) if said is not None and said > 0 else tokens
+    Both sides compute it from their own request, so that a mixed-up transfer id is noticed.
+    """
+    digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
+    for item in more:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """(request id, new blocks, whether they replace all earlier ones, tokens computed before this step), of each request."""
+    """Per scheduled request: its id, its new blocks, whether they replace all earlier ones, tokens computed before this step."""
     for new in output.scheduled_new_reqs:
         yield new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens
     cached: Any = output.scheduled_cached_reqs

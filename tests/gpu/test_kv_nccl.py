@@ -1,4 +1,4 @@
-"""The nccl transport on real GPUs: blocks arrive, real vLLM goes on from them, and no fault hangs or leaks.
+"""The nccl transport on real GPUs: blocks arrive, real vLLM continues from them, and no fault hangs or leaks.
 
 On a host with two GPUs: python -m pytest tests/gpu/test_kv_nccl.py -m gpu
 With one GPU the servers share it, and NCCL moves KV between them over sockets: all of the connector is tested, but no NVLink.
@@ -19,25 +19,36 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kv_servers
 
-from pdbench.kv.messages import SECRET_VARIABLE
+from pdbench.kv.compat import SECRET_VARIABLE
 from pdbench.serving.models import tiny_model
-from tests.support import kv_instances
-from tests.support.kv_fleet import prompt_of, tiny_qwen2, until
-from tests.support.kv_instances import SECRET, Instance, drop, fetch, free_port, instances, prefill, prompt, settled
+from tests.support.kv import (
+    BLOCK,
+    BLOCKS,
+    SECRET,
+    Instance,
+    cancel,
+    fetch,
+    instances,
+    new_transfer,
+    prefill,
+    prompt_of,
+    settled,
+    tiny_qwen2,
+)
+from tests.support.processes import free_port, wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
 GPUS = torch.cuda.device_count()
 if GPUS < 1:
     pytest.skip("needs a GPU", allow_module_level=True)
 
-BLOCKS = kv_instances.BLOCKS
 PATIENCE_S = 60.0
 TRANSFER_TIMEOUT_S = 10.0
 
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A prefill worker on GPU 0 and a decode worker on GPU 1, in this process, over nccl; 1 MiB a layer's block."""
+    """A prefill worker on GPU 0 and a decode worker on GPU 1, in this process, over nccl; 1 MiB per layer's block."""
     if GPUS < 2:
         pytest.skip("needs two GPUs: NCCL joins no two workers of one process and one GPU")
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
@@ -45,18 +56,18 @@ def pair(monkeypatch):
     more = {"transport": "nccl", "layout": layout, "timeout_s": 10.0, "staging_mib": 16}
     with instances(
         lambda: Instance("prefill", port, device="cuda:0", **more), lambda: Instance("decode", device="cuda:1", **more)
-    ) as made:
-        yield made
+    ) as workers:
+        yield workers
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 33, 120])
 def test_blocks_arrive(pair, tokens):
     p, d = pair
-    asked, count = prompt(tokens), -(-tokens // kv_instances.BLOCK)
+    transfer, count = new_transfer(tokens), -(-tokens // BLOCK)
     here, there = list(range(count)), list(range(BLOCKS - count, BLOCKS))[::-1]
-    fetch(d, asked, there, p.port)
-    prefill(p, asked, here, sorted({min(tokens, 18), tokens}))
-    settled(p, d, asked)
+    fetch(d, transfer, there, p.port)
+    prefill(p, transfer, here, sorted({min(tokens, 18), tokens}))
+    settled(p, d, transfer)
     assert torch.equal(p.blocks(here).cpu(), d.blocks(there).cpu())
 
 
@@ -64,32 +75,32 @@ def test_many_transfers_share_one_communicator(pair):
     p, d = pair
     jobs = []
     for index in range(40):
-        asked = prompt(8)
+        transfer = new_transfer(8)
         here, there = [2 * (index % 20), 2 * (index % 20) + 1], [2 * (index % 30), 2 * (index % 30) + 1]
-        prefill(p, asked, here)
-        fetch(d, asked, there, p.port)
-        settled(p, d, asked)
+        prefill(p, transfer, here)
+        fetch(d, transfer, there, p.port)
+        settled(p, d, transfer)
         jobs.append(torch.equal(p.blocks(here).cpu(), d.blocks(there).cpu()))
     assert all(jobs)
 
 
-def test_decode_gives_up_amid_the_chunks(pair):
+def test_decode_cancels_between_the_chunks(pair):
     p, d = pair
-    asked = prompt(120)
-    fetch(d, asked, list(range(30)), p.port)
-    prefill(p, asked, list(range(30)), [60], ended=False)
-    drop(d, asked, p.port)
-    d.until(lambda: asked.request_id in d.received)
-    after = prompt(8)
+    transfer = new_transfer(120)
+    fetch(d, transfer, list(range(30)), p.port)
+    prefill(p, transfer, list(range(30)), [60], ended=False)
+    cancel(d, transfer, p.port)
+    d.until(lambda: transfer.request_id in d.received)
+    after = new_transfer(8)
     prefill(p, after, [40, 41])
     fetch(d, after, [50, 51], p.port)
     settled(p, d, after)
     assert torch.equal(p.blocks([40, 41]).cpu(), d.blocks([50, 51]).cpu())
 
 
-def test_a_peer_that_leaves_and_returns(pair):
+def test_peer_leaves_and_returns(pair):
     p, d = pair
-    first, second = prompt(8), prompt(8)
+    first, second = new_transfer(8), new_transfer(8)
     prefill(p, first, [1, 2])
     fetch(d, first, [10, 11], p.port)
     settled(p, d, first)
@@ -98,7 +109,7 @@ def test_a_peer_that_leaves_and_returns(pair):
     d.until(lambda: d.failed == [second.request_id])
     more = {"transport": "nccl", "layout": p.layout, "timeout_s": 10.0, "staging_mib": 16}
     with instances(lambda: Instance("prefill", p.port, device="cuda:0", **more)) as returned:
-        third = prompt(8)
+        third = new_transfer(8)
         prefill(returned, third, [3, 4])
         fetch(d, third, [14, 15], p.port)
         settled(returned, d, third)
@@ -125,7 +136,7 @@ def started(folder, tensor_parallel=1, model=None, arguments=()):
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """The tiny DeepSeek-V2 (MLA) in bfloat16, one GPU a side."""
+    """The tiny DeepSeek-V2 (MLA) in bfloat16, one GPU per side."""
     with started(tmp_path_factory.mktemp("servers")) as running:
         yield running
 
@@ -135,8 +146,8 @@ def output_of(servers, index, prompt, output_tokens=16, **transfer):
     url = servers.urls[index]
 
     async def ask():
-        reader, writer = await kv_servers._post(
-            url, kv_servers._body(prompt, output_tokens, False, transfer or None, return_token_ids=True), None
+        reader, writer = await kv_servers.post(
+            url, kv_servers.request_body(prompt, output_tokens, False, transfer or None, return_token_ids=True), None
         )
         answer = await reader.read()
         writer.close()
@@ -147,7 +158,7 @@ def output_of(servers, index, prompt, output_tokens=16, **transfer):
 
 
 def through_both(servers, prompt, decoded=None):
-    """Prefill `prompt`, then decode it (or `decoded` in its place, without the check that both are the same)."""
+    """Prefill `prompt`, then decode it (or `decoded` instead, without the check that both are the same)."""
     name, more = secrets.token_hex(8), {} if decoded is None else {"verify_prompt": False}
     host, port = servers.kv[0].split(":")
     output_of(servers, 0, prompt, 1, transfer_id=name, do_remote_decode=True, **more)
@@ -156,11 +167,11 @@ def through_both(servers, prompt, decoded=None):
 
 
 def is_free(servers, index):
-    found = kv_servers.metrics(servers.urls[index])
-    return found["vllm:kv_cache_usage_perc"] == 0 and found["vllm:num_requests_running"] == 0
+    metrics = kv_servers.metrics(servers.urls[index])
+    return metrics["vllm:kv_cache_usage_perc"] == 0 and metrics["vllm:num_requests_running"] == 0
 
 
-def is_equal_to_prefills_own(servers, lengths):
+def assert_equal_to_prefills_own(servers, lengths):
     equal = 0
     for length in lengths:
         prompt = prompt_of(length)
@@ -168,18 +179,18 @@ def is_equal_to_prefills_own(servers, lengths):
         equal += through_both(servers, prompt) == output_of(servers, 0, prompt)
     # In bfloat16 prefill's and decode's kernels round differently, so a near tie between two tokens may fall either way.
     assert equal >= len(lengths) - 3
-    until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
+    wait_until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
 
 
 def test_equal_to_a_single_instance(servers):
     edges = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 511, 512, 513, 700, 1000, 1023, 1024, 1025]
-    is_equal_to_prefills_own(servers, [*edges, *range(30, 40)])
+    assert_equal_to_prefills_own(servers, [*edges, *range(30, 40)])
 
 
 @pytest.mark.skipif(GPUS < 4, reason="needs four GPUs")
 def test_tensor_parallel_two_on_both_sides(tmp_path):
     with started(tmp_path, tensor_parallel=2) as running:
-        is_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
+        assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,7 @@ def test_tensor_parallel_two_on_both_sides(tmp_path):
 )
 def test_other_caches(tmp_path, make_model, arguments):
     with started(tmp_path, model=make_model(tmp_path / "model"), arguments=arguments) as running:
-        is_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
+        assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
 def test_swapped_kv_gives_the_other_prompts_answer(servers):
@@ -202,33 +213,33 @@ def test_swapped_kv_gives_the_other_prompts_answer(servers):
     assert through_both(servers, ours, decoded=theirs) == through_both(servers, ours)
 
 
-def test_sixty_four_at_a_time_none_fails(servers):
+def test_sixty_four_requests_at_a_time_succeed(servers):
     async def all_of_them():
         return await asyncio.gather(*(servers.ask(prompt_of(900), 16) for _ in range(64)))
 
     assert [timed.error for timed in asyncio.run(all_of_them()) if timed.error] == []
-    until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
+    wait_until(lambda: is_free(servers, 0) and is_free(servers, 1), PATIENCE_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_victim_amid_load_harms_nobody_and_returns(servers, victim, number):
+def test_victim_under_load_harms_no_other_and_returns(servers, victim, number):
     async def load():
-        asked = [asyncio.create_task(servers.ask(prompt_of(900), 64, timeout_s=90)) for _ in range(32)]
+        requests = [asyncio.create_task(servers.ask(prompt_of(900), 64, timeout_s=90)) for _ in range(32)]
         await asyncio.sleep(0.3)
         servers.signal(victim, number)
         if number == signal.SIGSTOP:
             await asyncio.sleep(1.5 * TRANSFER_TIMEOUT_S)
             servers.signal(victim, signal.SIGCONT)
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*requests)
 
     asyncio.run(load())  # each ends: with its tokens, or with an error
-    until(lambda: is_free(servers, 1 - victim), PATIENCE_S)
+    wait_until(lambda: is_free(servers, 1 - victim), PATIENCE_S)
     if number == signal.SIGKILL:
         servers.processes[victim].wait()
         servers.launch(victim)
         assert kv_servers.wait_healthy(servers, 300) is None
-    until(lambda: is_free(servers, victim), PATIENCE_S)
+    wait_until(lambda: is_free(servers, victim), PATIENCE_S)
     before = kv_servers.metrics(servers.urls[1]).get("vllm:pdbench_kv_bytes_total", 0.0)
     prompts = [prompt_of(300) for _ in range(6)]
     assert sum(through_both(servers, prompt) == output_of(servers, 0, prompt) for prompt in prompts) >= 5

@@ -1,6 +1,6 @@
 """KV caches of other types than float32, moved by real vLLM on CPU: bytes are bytes, but their layout is vLLM's.
 
-The reference is prefill's own answer. Decode asked alone would do as well until it has the prompt in its prefix cache.
+The reference is prefill's own answer. Decode's would do as well until it has the prompt in its prefix cache.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from pdbench.serving import vllm
 from pdbench.serving.machine import inspect
 from tests.conftest import serve_config
-from tests.support.kv_fleet import Server, decode, new_id, prefill, prompt_of, tiny_qwen2, until
+from tests.support.kv import Server, new_id, prompt_of, tiny_qwen2, wait_free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
 
@@ -24,24 +24,24 @@ LENGTHS = [2, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 300, 400]
         pytest.param("float16", "", id="float16"),
     ],
 )
-def test_decode_goes_on_as_prefill_would(tmp_path, dtype, arguments):
+def test_decode_continues_as_prefill_would(tmp_path, dtype, arguments):
     if arguments and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 cache on CPU needs AVX-512")
     machine, model = inspect(), str(tiny_qwen2(tmp_path / "tiny-qwen2"))
     options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
     config = serve_config(tmp_path, connector="tcp", model=model, **options)
-    servers = [Server(instance, tmp_path) for instance in vllm.commands("disaggregated", config, machine, model)[:2]]
+    servers = [Server(command, tmp_path) for command in vllm.commands("disaggregated", config, machine, model)[:2]]
     p, d = servers
     try:
         for server in servers:
-            server.wait()
-        before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+            server.wait_healthy()
+        before = d.external_tokens()
         for length in LENGTHS:
             prompt, name = prompt_of(length), new_id()
-            prefill(p, prompt, name)
-            assert decode(d, prompt, name, p)["text"] == p.complete(prompt)["text"], f"{length} tokens"
-        assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(LENGTHS)
-        until(lambda: p.is_free() and d.is_free())
+            p.prefill(prompt, name)
+            assert d.decode(prompt, name, p)["text"] == p.complete(prompt)["text"], f"{length} tokens"
+        assert d.external_tokens() - before == sum(LENGTHS)
+        wait_free(p, d)
     finally:
         for server in servers:
             server.kill()

@@ -1,25 +1,22 @@
-"""The scheduler's half with vLLM's own request and step objects: what is planned, kept and dropped."""
+"""The scheduler's half with vLLM's own request and step objects: what is planned, kept and cancelled."""
 
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, RSWASpec, SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 
-from pdbench.kv import compat
-from pdbench.kv.messages import Options, fingerprint
-from pdbench.kv.scheduler import KvScheduler
+from pdbench.kv.compat import Options
+from pdbench.kv.scheduler import KvScheduler, fingerprint
 
 BLOCK = 16
 
 
 @dataclass
 class Blocks:
-    """The one method of vLLM's KVCacheBlocks that matters here."""
+    """The method of vLLM's KVCacheBlocks that the scheduler calls."""
 
     ids: list
 
@@ -60,6 +57,10 @@ def step_of(scheduled, new=(), cached=(), resumed=(), preempted=()):
     )
 
 
+def cancelled_by(plan):
+    return [transfer.transfer_id for transfer, _ in plan.cancelled]
+
+
 @pytest.fixture
 def producer():
     return KvScheduler(Options(), BLOCK, produces=True, consumes=False)
@@ -70,27 +71,18 @@ def consumer():
     return KvScheduler(Options(), BLOCK, produces=False, consumes=True)
 
 
-def test_a_prefill_in_chunks_is_reported_as_it_is_computed(producer):
+def test_prefill_in_chunks_is_reported_as_it_is_computed(producer):
     request = prefill_of(100)
     producer.new_request(request)
     plan = producer.plan_step(step_of({"r": 40}, new=[("r", [1, 2, 3], 0)]))
-    assert [prompt.transfer_id for prompt in plan.expected] == ["t"] and not plan.idle
-    assert (plan.prefilled[0].blocks, plan.prefilled[0].replace, plan.prefilled[0].computed_tokens) == (
-        [1, 2, 3],
-        True,
-        40,
-    )
+    assert [transfer.transfer_id for transfer in plan.expected] == ["t"] and not plan.idle
+    assert astuple(plan.prefilled[0]) == ("r", [1, 2, 3], True, 40)
     plan = producer.plan_step(step_of({"r": 40}, cached=[("r", [4, 5], 40)]))
-    assert (plan.prefilled[0].blocks, plan.prefilled[0].replace, plan.prefilled[0].computed_tokens) == (
-        [4, 5],
-        False,
-        80,
-    )
+    assert astuple(plan.prefilled[0]) == ("r", [4, 5], False, 80)
     plan = producer.plan_step(step_of({"r": 20}, cached=[("r", None, 80)]))  # no new block: the chunk fits the old ones
-    assert (plan.prefilled[0].blocks, plan.prefilled[0].computed_tokens) == ([], 100)
-    assert (
-        producer.plan_step(step_of({"r": 1}, cached=[("r", [6], 100)])).prefilled == []
-    )  # it decodes: nothing to hand over
+    assert astuple(plan.prefilled[0]) == ("r", [], False, 100)
+    # It decodes: nothing to hand over.
+    assert producer.plan_step(step_of({"r": 1}, cached=[("r", [6], 100)])).prefilled == []
     request.status = RequestStatus.FINISHED_LENGTH_CAPPED
     assert producer.finished(request) is True and producer.has_unsent_plan()
     plan = producer.plan_step(step_of({}))
@@ -98,7 +90,7 @@ def test_a_prefill_in_chunks_is_reported_as_it_is_computed(producer):
     assert not producer.has_unsent_plan()
 
 
-def test_a_preempted_prefill_starts_again(producer):
+def test_preempted_prefill_starts_again(producer):
     producer.new_request(prefill_of(100))
     producer.plan_step(step_of({"r": 40}, new=[("r", [1, 2, 3], 0)]))
     assert producer.plan_step(step_of({}, preempted=["r", "another"])).preempted == ["r"]
@@ -107,7 +99,7 @@ def test_a_preempted_prefill_starts_again(producer):
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
-def test_an_aborted_prefill_is_told_and_kept_only_if_it_had_blocks(producer, scheduled):
+def test_aborted_prefill_is_reported_and_kept_only_if_it_had_blocks(producer, scheduled):
     request = prefill_of(100)
     producer.new_request(request)
     if scheduled:
@@ -117,13 +109,13 @@ def test_an_aborted_prefill_is_told_and_kept_only_if_it_had_blocks(producer, sch
     assert producer.plan_step(step_of({})).ended[0].error == "prefill ended as aborted"
 
 
-def test_a_transfer_id_in_use_is_not_handed_over_twice(producer):
+def test_transfer_id_in_use_is_not_handed_over_twice(producer):
     producer.new_request(prefill_of(20, "a"))
     producer.new_request(prefill_of(20, "b"))
     assert len(producer.plan_step(step_of({})).expected) == 1
 
 
-def test_requests_without_transfer_are_left_alone(producer, consumer):
+def test_requests_without_transfer_are_ignored(producer, consumer):
     for half in (producer, consumer):
         request = request_of(50)
         half.new_request(request)
@@ -135,32 +127,36 @@ def test_requests_without_transfer_are_left_alone(producer, consumer):
 
 def test_decode_fetches_what_it_lacks_once(consumer):
     request = decode_of(100)
+    consumer.new_request(request)
     assert consumer.matched_tokens(request, 32) == (68, True)
-    assert consumer.matched_tokens(request, 32) == (68, True)  # asked again until there is room
+    assert consumer.matched_tokens(request, 32) == (68, True)  # vLLM repeats it until there is room
     consumer.allocated(request, Blocks([1, 2, 3, 4, 5, 6, 7, 8]), 68)
     (fetch,) = consumer.plan_step(step_of({})).fetches
-    assert (fetch.start_block, fetch.blocks, fetch.host, fetch.port) == (2, [3, 4, 5, 6, 7], "127.0.0.1", 14579)
-    assert consumer.matched_tokens(request, 0) == (0, False)  # after a failure or a preemption it computes by itself
+    assert (fetch.start_block, fetch.blocks) == (2, [3, 4, 5, 6, 7])
+    assert (fetch.transfer.host, fetch.transfer.port) == ("127.0.0.1", 14579)
+    assert consumer.matched_tokens(request, 0) == (0, False)  # after a failure or a preemption decode computes them
     request.status = RequestStatus.FINISHED_STOPPED
     assert consumer.finished(request) is False and not consumer.has_unsent_plan()
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_an_aborted_decode_is_told_to_prefill(consumer, fetched):
+def test_aborted_decode_cancels_its_transfer(consumer, fetched):
     request = decode_of(100)
+    consumer.new_request(request)
     if fetched:
         consumer.allocated(request, Blocks(list(range(7))), 100)
         consumer.plan_step(step_of({}))
     request.status = RequestStatus.FINISHED_ABORTED
     assert consumer.finished(request) is False
-    assert [drop.transfer_id for drop in consumer.plan_step(step_of({})).drops] == ["t"]
+    assert cancelled_by(consumer.plan_step(step_of({}))) == ["t"]
 
 
-def test_decode_that_needs_nothing_lets_prefill_free_its_blocks(consumer):
+def test_decode_that_needs_nothing_cancels_its_transfer(consumer):
     request = decode_of(100)
+    consumer.new_request(request)
     consumer.allocated(request, Blocks([1]), 0)
     plan = consumer.plan_step(step_of({"r": 100}, new=[("r", [1], 0)]))
-    assert [drop.transfer_id for drop in plan.drops] == ["t"] and not plan.fetches
+    assert cancelled_by(plan) == ["t"] and not plan.fetches
 
 
 def embedded(value):
@@ -169,78 +165,33 @@ def embedded(value):
     sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {"do_remote_decode": True}})
     embeddings = torch.full((20, 8), value, dtype=torch.bfloat16)
     half.new_request(Request("r", None, sampling, None, prompt_embeds=embeddings))
-    (prompt,) = half.plan_step(step_of({})).expected
-    assert prompt.tokens == 20
-    return prompt.fingerprint
+    (transfer,) = half.plan_step(step_of({})).expected
+    assert transfer.tokens == 20
+    return transfer.fingerprint
 
 
-def test_fingerprints_tell_prompts_and_their_circumstances_apart(consumer, producer):
+def test_fingerprints_differ_by_prompt_and_circumstances(consumer, producer):
     assert fingerprint([1, 2, 3]) == fingerprint((1, 2, 3)) != fingerprint([1, 2, 4])
     assert fingerprint([1, 2], "lora") != fingerprint([1, 2], None) != fingerprint([1, 2, 0])
     assert embedded(1.0) == embedded(1.0) != embedded(2.0)
     producer.new_request(prefill_of(20))
+    consumer.new_request(decode_of(20))
     consumer.allocated(decode_of(20), Blocks([1, 2]), 20)
-    here, there = producer.plan_step(step_of({})).expected[0], consumer.plan_step(step_of({})).fetches[0].prompt
+    here, there = producer.plan_step(step_of({})).expected[0], consumer.plan_step(step_of({})).fetches[0].transfer
     assert (here.transfer_id, here.tokens, here.fingerprint) == (there.transfer_id, there.tokens, there.fingerprint)
-
-
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "dev"])
-def test_vllm_outside_the_range_is_refused_with_the_range(version):
-    with pytest.raises(compat.UnsupportedError, match=r"0\.26 to 0\.33"):
-        compat.check_version(version)
-
-
-@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.1rc1+cpu", "0.30.0.dev3"])
-def test_vllm_of_the_range_is_accepted(version):
-    compat.check_version(version)
-    compat.check_version()
-
-
-def deployment_of(specs, sleep=False, **parallel):
-    """(vLLM configuration, KV cache configuration), as far as the connector reads them; the groups' specs are vLLM's own."""
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(enable_sleep_mode=sleep)
-    )
-    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
-
-
-SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float16}
-FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=64)
-
-
-@pytest.mark.parametrize("spec", [FULL, MLAAttentionSpec(**SIZES), FullAttentionSpec(**SIZES, sliding_window=64)])
-def test_full_attention_is_accepted_mla_and_whole_blocks_of_a_window_included(spec):
-    compat.check_deployment(*deployment_of([spec], pipeline_parallel_size=1))
-
-
-@pytest.mark.parametrize(
-    ("specs", "more", "words"),
-    [
-        ([FULL, WINDOW], {}, "a hybrid model"),
-        ([WINDOW], {}, "SlidingWindowSpec"),
-        ([RSWASpec(**SIZES, rswa_window=64)], {}, "RSWASpec"),  # a FullAttentionSpec whose blocks are evicted
-        ([MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float16,))], {}, "MambaSpec"),
-        ([FULL], {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
-        ([FULL], {"data_parallel_size": 4}, "--data-parallel-size 4"),
-        ([FULL], {"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
-        ([FULL], {"sleep": True}, "--enable-sleep-mode"),
-    ],
-)
-def test_what_cannot_be_moved_block_by_block_is_refused_by_name(specs, more, words):
-    with pytest.raises(compat.UnsupportedError, match=words):
-        compat.check_deployment(*deployment_of(specs, **more))
 
 
 def test_decode_fetches_what_prefill_computed_of_a_longer_prompt(consumer, producer):
     there = {"remote_host": "127.0.0.1", "remote_port": 14579}
     longer = request_of(33, transfer_id="t", do_remote_prefill=True, prefilled_tokens=32, **there)
+    consumer.new_request(longer)
     assert consumer.matched_tokens(longer, 0) == (32, True)
     consumer.allocated(longer, Blocks([7, 8, 9]), 32)
     (fetch,) = consumer.plan_step(step_of({})).fetches
     assert fetch.blocks == [7, 8]
     producer.new_request(prefill_of(32))
     (expected,) = producer.plan_step(step_of({})).expected
-    assert (expected.tokens, expected.fingerprint) == (fetch.prompt.tokens, fetch.prompt.fingerprint)
+    assert (expected.tokens, expected.fingerprint) == (fetch.transfer.tokens, fetch.transfer.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -257,19 +208,21 @@ def test_decode_fetches_what_prefill_computed_of_a_longer_prompt(consumer, produ
     ],
     ids=str,
 )
-def test_parameters_that_make_no_sense_are_told_and_leave_the_request_to_itself(consumer, producer, wrong, caplog):
-    asked = {"transfer_id": "t", "do_remote_prefill": True, "do_remote_decode": True}
-    request = request_of(33, **{**asked, "remote_host": "127.0.0.1", "remote_port": 14579, **wrong})
+def test_parameters_that_make_no_sense_are_logged_and_ignored(consumer, producer, wrong, caplog):
+    good = {"transfer_id": "t", "do_remote_prefill": True, "do_remote_decode": True, "remote_host": "127.0.0.1"}
+    request = request_of(33, **{**good, "remote_port": 14579, **wrong})
     for half in (consumer, producer):
         half.new_request(request)
         assert half.matched_tokens(request, 0) == (0, False)
         half.allocated(request, Blocks([1, 2, 3]), 0)
         request.status = RequestStatus.FINISHED_ABORTED
         assert half.finished(request) is False and not half.has_unsent_plan()
-    assert caplog.text.count("kv_transfer_params of r are left unused") == 2
+    assert caplog.text.count("kv_transfer_params of r are ignored") == 2
     assert next(iter(wrong)) in caplog.text
 
 
-@pytest.mark.parametrize("said", [0, -1, 34, None])
-def test_a_length_that_makes_no_sense_is_the_whole_prompt(consumer, said):
-    assert consumer.matched_tokens(request_of(33, do_remote_prefill=True, prefilled_tokens=said), 0) == (33, True)
+@pytest.mark.parametrize("prefilled_tokens", [0, -1, 34, None])
+def test_prefilled_tokens_that_make_no_sense_mean_the_whole_prompt(consumer, prefilled_tokens):
+    request = request_of(33, do_remote_prefill=True, prefilled_tokens=prefilled_tokens)
+    consumer.new_request(request)
+    assert consumer.matched_tokens(request, 0) == (33, True)

@@ -1,6 +1,6 @@
 """Tensor parallelism of two on both sides, in real vLLM on CPU: each rank moves its own share of the KV cache.
 
-Eight processes on two cores take minutes: python -m pytest -m slow tests/test_kv_tensor_parallel.py
+Eight processes on two cores take minutes: python -m pytest -m slow tests/kv/test_tensor_parallel.py
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.conftest import serve_config, start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 
-def test_both_ranks_hand_over_and_the_gate_passes(tmp_path: Path):
+def test_both_ranks_transfer_and_the_correctness_check_passes(tmp_path: Path):
     deployment = start("disaggregated", serve_config(tmp_path, tensor_parallel=2))
     try:
         running = deployment.running()

@@ -1,7 +1,8 @@
 """The connector inside real vLLM on CPU: the same tokens as a single instance, and no hang, leak or wrong token in any fault.
 
-A tiny Qwen2, because vLLM on CPU runs MLA without chunked prefill and prefix caching (MLA itself: the last test). Two prefill and two decode instances; a decode instance asked without transfer parameters is the single instance to compare
-with. Processes are really stopped, killed and restarted.
+A tiny Qwen2, because vLLM on CPU runs MLA without chunked prefill and prefix caching (MLA itself: the last test). Two prefill and
+two decode instances; a decode instance without transfer parameters is the single instance to compare with. Processes are really
+stopped, killed and restarted.
 """
 
 import dataclasses
@@ -18,17 +19,7 @@ from pdbench.kv import compat
 from pdbench.serving import vllm
 from pdbench.serving.machine import inspect
 from tests.conftest import serve_config
-from tests.support.kv_fleet import (
-    OUTPUT_TOKENS,
-    PATIENCE_S,
-    Server,
-    decode,
-    new_id,
-    prefill,
-    prompt_of,
-    tiny_qwen2,
-    until,
-)
+from tests.support.kv import OUTPUT_TOKENS, PATIENCE_S, Server, new_id, prompt_of, tiny_qwen2, wait_free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -40,13 +31,13 @@ def fleet(tmp_path_factory):
     config, machine = serve_config(folder, 2, 2, connector="tcp"), inspect()
     model = str(tiny_qwen2(folder / "tiny-qwen2"))
     config = dataclasses.replace(config, model=model)
-    instances = vllm.commands("disaggregated", config, machine, model)[:4]
+    commands = vllm.commands("disaggregated", config, machine, model)[:4]
     failing = dataclasses.replace(config, kv_load_failure_policy="fail")
-    instances[3] = vllm.commands("disaggregated", failing, machine, model)[3]
-    servers = [Server(instance, folder) for instance in instances]
+    commands[3] = vllm.commands("disaggregated", failing, machine, model)[3]
+    servers = [Server(command, folder) for command in commands]
     try:
         for server in servers:
-            server.wait()
+            server.wait_healthy()
         yield servers
     finally:
         for server in servers:
@@ -63,25 +54,25 @@ def test_equal_to_a_single_instance_at_block_edges_in_every_order(fleet, pool):
     p, _, d, single = fleet
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 126, 127, 128, 129, 130]
     lengths += [143, 144, 145, 255, 256, 257, 383, 400]
-    before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+    before = d.external_tokens()
     for index, length in enumerate(lengths):
         prompt, name = prompt_of(length), new_id()
         expected = single.complete(prompt)["text"]
         if index % 3 == 0:
-            prefill(p, prompt, name)
-            got = decode(d, prompt, name, p)
+            p.prefill(prompt, name)
+            got = d.decode(prompt, name, p)
         else:
-            first = pool.submit(decode, d, prompt, name, p)
+            first = pool.submit(d.decode, prompt, name, p)
             time.sleep(0.2 * (index % 3 - 1))
-            prefill(p, prompt, name)
+            p.prefill(prompt, name)
             got = first.result()
         assert got["text"] == expected, f"{length} tokens"
-    assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == sum(lengths) - 1  # not the 1
+    assert d.external_tokens() - before == sum(lengths) - 1  # not the 1
     assert d.metric("pdbench_kv_transfers_total", 'side="receive"') >= len(lengths)
     if compat.cache_hit_source() is not None:
         counted = d.metric("prompt_tokens_cached_by_source_total", 'source="p2p"')
         assert counted in (sum(lengths) - 1, sum(lengths))  # vLLM 0.33 counts the prompt of 1, too
-    until(lambda: p.is_free() and d.is_free())
+    wait_free(p, d)
 
 
 def test_two_prefill_and_two_decode_instances_at_once(fleet, pool):
@@ -90,158 +81,158 @@ def test_two_prefill_and_two_decode_instances_at_once(fleet, pool):
     for index in range(16):
         prompt, name = prompt_of(20 + 23 * index), new_id()
         p, d = (p0, p1)[index % 2], (d0, d1)[index // 2 % 2]
-        jobs.append((prompt, pool.submit(prefill, p, prompt, name), pool.submit(decode, d, prompt, name, p)))
+        jobs.append((prompt, pool.submit(p.prefill, prompt, name), pool.submit(d.decode, prompt, name, p)))
     for prompt, first, second in jobs:
         first.result()
         assert second.result()["text"] == d0.complete(prompt)["text"]
-    until(lambda: all(server.is_free() for server in fleet))
+    wait_free(*fleet)
 
 
-def test_a_prefix_that_decode_has_does_not_travel(fleet, pool):
+def test_prefix_that_decode_has_does_not_travel(fleet, pool):
     p, _, d, single = fleet
     first = prompt_of(200)
     second = first[:160] + prompt_of(40)
-    for prompt, travelled in ((first, 200), (second, 40)):
-        before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
+    for prompt, moved in ((first, 200), (second, 40)):
+        before = d.external_tokens()
         name = new_id()
-        prefill(p, prompt, name)
-        assert decode(d, prompt, name, p)["text"] == single.complete(prompt)["text"]
-        assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == travelled
+        p.prefill(prompt, name)
+        assert d.decode(prompt, name, p)["text"] == single.complete(prompt)["text"]
+        assert d.external_tokens() - before == moved
 
 
 def test_swapped_kv_gives_the_other_prompts_answer(fleet):
-    """Proof that decode really goes on from what prefill computed: only the last token is decode's own."""
+    """Proof that decode continues from what prefill computed: only the last token is decode's own."""
     p, _, d, single = fleet
     ours = prompt_of(100)
     theirs = prompt_of(99) + ours[-1:]
     name = new_id()
-    prefill(p, ours, name, verify_prompt=False)
-    got = decode(d, theirs, name, p, verify_prompt=False)["text"]
+    p.prefill(ours, name, verify_prompt=False)
+    got = d.decode(theirs, name, p, verify_prompt=False)["text"]
     assert got == single.complete(ours)["text"] != single.complete(theirs)["text"]
 
 
-def test_a_mixed_up_transfer_id_never_gives_a_wrong_token(fleet):
+def test_mixed_up_transfer_id_never_gives_a_wrong_token(fleet):
     p, _, d, failing = fleet
     ours, theirs, name = prompt_of(50), prompt_of(50), new_id()
-    prefill(p, ours, name)
+    p.prefill(ours, name)
     expected = p.complete(theirs)["text"]
-    assert decode(d, theirs, name, p)["text"] == expected
+    assert d.decode(theirs, name, p)["text"] == expected
     with pytest.raises(urllib.error.HTTPError):
-        decode(failing, theirs, name, p)
-    assert decode(d, ours, name, p)["text"] == p.complete(ours)["text"]  # its own request is still served
-    assert decode(d, ours, name, p)["text"] == p.complete(ours)["text"]  # and a replay recomputes
-    until(lambda: p.is_free() and d.is_free() and failing.is_free())
+        failing.decode(theirs, name, p)
+    assert d.decode(ours, name, p)["text"] == p.complete(ours)["text"]  # its own request is still served
+    assert d.decode(ours, name, p)["text"] == p.complete(ours)["text"]  # and a replay recomputes
+    wait_free(p, d, failing)
 
 
 def test_decode_without_prefill_recomputes_or_fails_within_the_timeout(fleet):
     p, _, d, failing = fleet
     prompt = prompt_of(60)
-    assert decode(d, prompt, new_id(), p)["text"] == p.complete(prompt)["text"]
+    assert d.decode(prompt, new_id(), p)["text"] == p.complete(prompt)["text"]
     with pytest.raises(urllib.error.HTTPError):
-        decode(failing, prompt_of(60), new_id(), p)
-    until(lambda: d.is_free() and failing.is_free())
+        failing.decode(prompt_of(60), new_id(), p)
+    wait_free(d, failing)
 
 
 @pytest.mark.parametrize("wrong", [{"remote_port": None}, {"remote_port": "x"}, {"transfer_id": "t" * 300}], ids=str)
-def test_parameters_that_make_no_sense_harm_nobody(fleet, wrong):
+def test_parameters_that_make_no_sense_are_ignored(fleet, wrong):
     p, _, d, failing = fleet
     prompt = prompt_of(60)
-    asked = {"transfer_id": new_id(), "remote_host": "127.0.0.1", "remote_port": 14579, **wrong}
+    parameters = {"transfer_id": new_id(), "remote_host": "127.0.0.1", "remote_port": 14579, **wrong}
     expected = p.complete(prompt)["text"]
-    p.complete(prompt, max_tokens=1, **asked, do_remote_decode=True)
+    p.complete(prompt, max_tokens=1, **parameters, do_remote_decode=True)
     for server in (d, failing):
-        assert server.complete(prompt, **asked, do_remote_prefill=True)["text"] == expected
-    until(lambda: p.is_free() and d.is_free() and failing.is_free())
+        assert server.complete(prompt, **parameters, do_remote_prefill=True)["text"] == expected
+    wait_free(p, d, failing)
 
 
-def test_a_prefill_that_is_sent_twice_is_freed_twice(fleet):
+def test_prefill_that_is_sent_twice_is_freed_twice(fleet):
     p, _, d, _ = fleet
     prompt, name = prompt_of(100), new_id()
-    prefill(p, prompt, name)
-    prefill(p, prompt, name)
-    assert decode(d, prompt, name, p)["text"] == p.complete(prompt)["text"]
-    until(lambda: p.is_free() and d.is_free())
+    p.prefill(prompt, name)
+    p.prefill(prompt, name)
+    assert d.decode(prompt, name, p)["text"] == p.complete(prompt)["text"]
+    wait_free(p, d)
 
 
 def test_prefill_without_decode_is_freed(fleet):
     p, *_ = fleet
-    prefill(p, prompt_of(300), new_id())
+    p.prefill(prompt_of(300), new_id())
     assert p.metric("kv_cache_usage_perc") > 0
-    until(p.is_free)
+    wait_free(p)
 
 
-def test_clients_that_go_away_leave_nothing_behind(fleet, pool):
+def test_disconnected_clients_leave_nothing_behind(fleet, pool):
     p, _, d, _ = fleet
     host, port = p.kv_address.split(":")
     name = new_id()
     d.abandon(prompt_of(100), 0.5, transfer_id=name, do_remote_prefill=True, remote_host=host, remote_port=int(port))
-    until(d.is_free)
+    wait_free(d)
     for after_s in (0.0, 0.02, 0.05):
         prompt, name = prompt_of(450), new_id()
-        answer = pool.submit(decode, d, prompt, name, p)
+        answer = pool.submit(d.decode, prompt, name, p)
         p.abandon(prompt, after_s, transfer_id=name, do_remote_decode=True)
         assert answer.result()["text"] == p.complete(prompt)["text"]
-    until(lambda: p.is_free() and d.is_free())
+    wait_free(p, d)
 
 
-def test_a_stopped_prefill_is_not_waited_for_and_serves_again(fleet, pool):
+def test_stopped_prefill_is_not_waited_for_and_serves_again(fleet, pool):
     p, other, d, _ = fleet
     prompt, name = prompt_of(80), new_id()
     expected = other.complete(prompt)["text"]
     p.signal(signal.SIGSTOP)
     try:
-        first = pool.submit(prefill, p, prompt, name)
-        assert decode(d, prompt, name, p)["text"] == expected
+        first = pool.submit(p.prefill, prompt, name)
+        assert d.decode(prompt, name, p)["text"] == expected
     finally:
         p.signal(signal.SIGCONT)
     first.result()
-    until(lambda: p.is_free() and d.is_free())
+    wait_free(p, d)
     prompt, name = prompt_of(80), new_id()
-    prefill(p, prompt, name)
-    before = d.metric("prompt_tokens_by_source_total", "external_kv_transfer")
-    assert decode(d, prompt, name, p)["text"] == other.complete(prompt)["text"]
-    assert d.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == 80
+    p.prefill(prompt, name)
+    before = d.external_tokens()
+    assert d.decode(prompt, name, p)["text"] == other.complete(prompt)["text"]
+    assert d.external_tokens() - before == 80
 
 
-def test_a_stopped_decode_does_not_hold_prefills_blocks(fleet, pool):
+def test_stopped_decode_does_not_hold_prefills_blocks(fleet, pool):
     p, _, d, _ = fleet
     prompt, name = prompt_of(80), new_id()
     d.signal(signal.SIGSTOP)
     try:
-        answer = pool.submit(decode, d, prompt, name, p)
-        prefill(p, prompt, name)
-        until(p.is_free)
+        answer = pool.submit(d.decode, prompt, name, p)
+        p.prefill(prompt, name)
+        wait_free(p)
     finally:
         d.signal(signal.SIGCONT)
     assert answer.result()["text"] == p.complete(prompt)["text"]
-    until(d.is_free)
+    wait_free(d)
 
 
-def test_killed_instances_harm_nobody_else_and_serve_again_after_a_restart(fleet, pool):
+def test_killed_instances_harm_no_other_and_serve_again_after_a_restart(fleet, pool):
     p, doomed_prefill, d, doomed_decode = fleet
     prompt = prompt_of(90)
-    waiting = pool.submit(decode, d, prompt, new_id(), doomed_prefill)
+    waiting = pool.submit(d.decode, prompt, new_id(), doomed_prefill)
     held = new_id()
-    other = pool.submit(decode, doomed_decode, prompt_of(70), held, p)
+    other = pool.submit(doomed_decode.decode, prompt_of(70), held, p)
     time.sleep(1.0)
     doomed_prefill.kill()
     doomed_decode.kill()
     assert waiting.result()["text"] == p.complete(prompt)["text"]
     with pytest.raises((OSError, urllib.error.URLError)):
         other.result()
-    prefill(p, prompt_of(70), held)
-    until(lambda: p.is_free() and d.is_free())
+    p.prefill(prompt_of(70), held)
+    wait_free(p, d)
     doomed_prefill.start()
     doomed_decode.start()
-    doomed_prefill.wait()
-    doomed_decode.wait()
+    doomed_prefill.wait_healthy()
+    doomed_decode.wait_healthy()
     for source, target in ((doomed_prefill, d), (p, doomed_decode)):
         prompt, name = prompt_of(90), new_id()
-        prefill(source, prompt, name)
-        before = target.metric("prompt_tokens_by_source_total", "external_kv_transfer")
-        assert decode(target, prompt, name, source)["text"] == p.complete(prompt)["text"]
-        assert target.metric("prompt_tokens_by_source_total", "external_kv_transfer") - before == 90
-    until(lambda: all(server.is_free() for server in fleet))
+        source.prefill(prompt, name)
+        before = target.external_tokens()
+        assert target.decode(prompt, name, source)["text"] == p.complete(prompt)["text"]
+        assert target.external_tokens() - before == 90
+    wait_free(*fleet)
 
 
 @pytest.mark.skipif((inspect().vllm or (0,)) < (0, 29), reason="before 0.29 vLLM has no MLA on CPU")

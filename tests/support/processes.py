@@ -1,5 +1,6 @@
 """What tests do with processes and ports: wait for a condition, find a free port, run pdbench's command."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -21,11 +22,20 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: s
         time.sleep(min(0.02 + waited_s / 10, 0.2))  # some conditions cost much to look at
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
+    """A TCP port that nothing listens on now, the first of `count` such ports in a row."""
+    while True:
+        first = 0
+        with contextlib.ExitStack() as probes:
+            try:
+                for offset in range(count):
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind((host, first + offset))
+                    first = first or int(probe.getsockname()[1])
+                return first
+            except (OSError, OverflowError):
+                if not first:
+                    raise
 
 
 def run_pdbench(

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdbench.kv.blocks import make_packer
 from pdbench.kv.compat import UnsupportedError
-from pdbench.kv.pack import make_packer
 
 BLOCKS = 10
 
@@ -83,7 +83,7 @@ def test_layouts_differ_when_the_caches_do():
     [filled((3, 16, 64)), filled((BLOCKS, 16, 64))[:, :, ::2], filled((16, BLOCKS, 64)), [filled((BLOCKS, 4))]],
     ids=["other block count", "not contiguous", "blocks inside", "no tensor"],
 )
-def test_odd_caches_are_refused_in_words(cache):
+def test_odd_caches_are_refused(cache):
     with pytest.raises(UnsupportedError):
         make_packer({"layer": cache}, BLOCKS)
 
@@ -95,7 +95,7 @@ def test_no_cache_is_refused():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS, unique=True), st.randoms())
-def test_any_blocks_into_any_others(blocks, random):
+def test_any_blocks_move_into_any_others(blocks, random):
     targets = random.sample(range(BLOCKS), len(blocks))
     here, there = filled((BLOCKS, 2, 8)), filled((BLOCKS, 2, 8))
     source, target = make_packer({"a": here}, BLOCKS), make_packer({"a": there}, BLOCKS)

@@ -1,4 +1,4 @@
-"""How an NCCL link opens, and what is left when it does not: a scripted NCCL and GPU, since a real one opens well."""
+"""What an NCCL link leaves behind when it cannot open, or is closed: with a scripted NCCL and GPU, since a real one opens."""
 
 import socket
 import threading
@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pdbench.kv import nccl
-from pdbench.kv.control import Channel, ChannelClosedError
-from pdbench.kv.threads import Threads
+from pdbench.kv import transports
+from pdbench.kv.channel import Channel, ChannelClosedError
+from pdbench.kv.transports import NcclLink
+from pdbench.kv.worker import Threads
 
 
 class Event:
@@ -30,18 +31,18 @@ class Event:
 
 
 class Library:
-    """NCCL: `hangs` holds ncclCommInitRank until it is set, as a peer does that never comes."""
+    """NCCL; ncclCommInitRank waits for `peer_came`, as it does for a peer."""
 
     def __init__(self):
-        self.hangs, self.opened, self.sent, self.aborted = threading.Event(), threading.Event(), [], []
-        self.hangs.set()
+        self.peer_came, self.opened, self.sent, self.aborted = threading.Event(), threading.Event(), [], []
+        self.peer_came.set()
 
     def ncclGetUniqueId(self):  # noqa: N802 (NCCL's own names)
         return SimpleNamespace(internal=b"id")
 
     def ncclCommInitRank(self, *_):  # noqa: N802 (NCCL's own names)
         self.opened.set()
-        assert self.hangs.wait(10)
+        assert self.peer_came.wait(10)
         return "comm"
 
     def ncclSend(self, _, count, *__):  # noqa: N802 (NCCL's own names)
@@ -54,14 +55,14 @@ class Library:
 @pytest.fixture
 def library(monkeypatch):
     """The scripted NCCL, on a machine that seems to have a GPU."""
-    made = Library()
-    monkeypatch.setattr(nccl, "NCCLLibrary", lambda: made)
-    monkeypatch.setattr(nccl, "cudaStream_t", lambda _: None)
+    library = Library()
+    monkeypatch.setattr(transports.pynccl, "NCCLLibrary", lambda: library)
+    monkeypatch.setattr(transports.pynccl, "cudaStream_t", lambda _: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
-    return made
+    return library
 
 
 @pytest.fixture
@@ -73,14 +74,12 @@ def channel():
 
 
 def opened(channel, threads):
-    return nccl.NcclLink(channel, SimpleNamespace(device=torch.device("cpu")), 1000, True, threads)
+    return NcclLink(channel, SimpleNamespace(device=torch.device("cpu")), 1000, True, threads.start)
 
 
-def test_the_buffer_is_made_when_the_communicator_stands(library, channel):
+def test_close_aborts_the_communicator_once(library, channel):
     threads = Threads()
     link = opened(channel, threads)
-    assert library.sent == [1]  # NCCL connects with it
-    assert link._staging.numel() == 1000
     link.close()
     link.close()
     threads.join(5)
@@ -89,24 +88,24 @@ def test_the_buffer_is_made_when_the_communicator_stands(library, channel):
         link.send({}, 10)
 
 
-def test_an_opening_that_hangs_is_given_up_and_its_late_communicator_given_back(library, channel, monkeypatch):
+def test_open_that_hangs_is_given_up_and_its_late_communicator_aborted(library, channel, monkeypatch):
     threads, before = Threads(), set(threading.enumerate())
-    monkeypatch.setattr(nccl, "OPEN_TIMEOUT_S", 0.1)
-    library.hangs.clear()
+    monkeypatch.setattr(transports, "NCCL_OPEN_TIMEOUT_S", 0.1)
+    library.peer_came.clear()
     sizes = []
     monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size) or torch.zeros(size))
     with pytest.raises(ChannelClosedError, match=r"no NCCL communicator in 0\.1 s"):
         opened(channel, threads)
-    assert library.opened.is_set() and sizes == [1]
+    assert library.opened.is_set() and sizes == [1]  # the thread that hangs holds no large buffer
     with pytest.raises(ChannelClosedError):
         channel.send({})
-    library.hangs.set()
+    library.peer_came.set()
     threads.join(5)
     assert library.aborted == ["comm"] and library.sent == []
     assert not set(threading.enumerate()) - before
 
 
-def test_a_buffer_that_does_not_fit_gives_the_communicator_back(library, channel, monkeypatch):
+def test_buffer_that_does_not_fit_aborts_the_communicator(library, channel, monkeypatch):
     def empty(size, **_):
         if size > 1:
             raise torch.OutOfMemoryError("no room")

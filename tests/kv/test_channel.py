@@ -1,4 +1,4 @@
-"""The control connection: who gets in, who does not, and that nobody can make it hang."""
+"""The connection between two workers: who is let in, who is refused, and that no peer can make it hang."""
 
 import dataclasses
 import socket
@@ -7,8 +7,17 @@ import threading
 
 import pytest
 
-from pdbench.kv import control
-from pdbench.kv.control import Channel, ChannelClosedError, Identity, RefusedError, accept_handshake, offer_handshake
+from pdbench.kv import channel
+from pdbench.kv.channel import (
+    Channel,
+    ChannelClosedError,
+    HandshakeError,
+    Identity,
+    accept_handshake,
+    connect,
+    offer_handshake,
+)
+from tests.support.processes import free_port
 
 SECRET = b"sixteen letters or more"
 IDENTITY = Identity(transport="tcp", tensor_parallel=2, rank=1, block_size=16, layout="4 parts", model="abc")
@@ -16,7 +25,7 @@ IDENTITY = Identity(transport="tcp", tensor_parallel=2, rank=1, block_size=16, l
 
 @pytest.fixture
 def ends():
-    """Both ends of a TCP connection over the loopback."""
+    """Decode's and prefill's end of a TCP connection over the loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
@@ -28,9 +37,9 @@ def shake(ends, *, decode_secret=SECRET, decode_identity=IDENTITY):
     """Run both sides of the handshake; returns what each side raised."""
     raised = {}
 
-    def side(name, function, channel, secret, identity):
+    def side(name, handshake, end, secret, identity):
         try:
-            function(channel, secret, identity)
+            handshake(end, secret, identity)
         except ChannelClosedError as error:
             raised[name] = error
 
@@ -41,18 +50,18 @@ def shake(ends, *, decode_secret=SECRET, decode_identity=IDENTITY):
     return raised
 
 
-def test_equal_sides_shake_hands_and_then_talk(ends):
+def test_handshake_of_equal_sides_succeeds(ends):
     assert shake(ends) == {}
-    ends[0].send({"type": "ask"}, memoryview(b"payload"))
-    assert ends[1].receive() == {"type": "ask"}
+    ends[0].send({"type": "request"}, memoryview(b"payload"))
+    assert ends[1].receive() == {"type": "request"}
     buffer = bytearray(7)
     ends[1].receive_into(memoryview(buffer))
     assert bytes(buffer) == b"payload"
 
 
-def test_another_secret_is_refused_on_both_sides_and_never_travels(ends):
+def test_handshake_with_another_secret_is_refused_on_both_sides(ends):
     raised = shake(ends, decode_secret=b"another secret of length")
-    assert isinstance(raised["prefill"], RefusedError) and isinstance(raised["decode"], RefusedError)
+    assert isinstance(raised["prefill"], HandshakeError) and isinstance(raised["decode"], HandshakeError)
     assert "PDBENCH_KV_SECRET" in str(raised["decode"])
 
 
@@ -67,22 +76,22 @@ def test_another_secret_is_refused_on_both_sides_and_never_travels(ends):
         ("model", "x"),
     ],
 )
-def test_unequal_sides_are_refused_with_the_difference(ends, field, value):
+def test_handshake_of_unequal_sides_names_the_difference(ends, field, value):
     raised = shake(ends, decode_identity=dataclasses.replace(IDENTITY, **{field: value}))
     assert f"{field} is {value} on the decode side" in str(raised["decode"])
-    assert isinstance(raised["prefill"], RefusedError)
+    assert isinstance(raised["prefill"], HandshakeError)
 
 
-def test_decode_refuses_a_prefill_that_cannot_prove_the_secret(ends):
+def test_prefill_that_reflects_the_proof_is_refused(ends):
     def impostor():
-        ends[1].send({"protocol": control.PROTOCOL, "nonce": "00"})
+        ends[1].send({"protocol": channel.PROTOCOL, "nonce": "00"})
         answer = ends[1].receive()
         # What it could do without the secret: reflect decode's own proof.
         ends[1].send({"identity": answer["identity"], "proof": answer["proof"]})
 
     thread = threading.Thread(target=impostor)
     thread.start()
-    with pytest.raises(RefusedError, match="did not prove"):
+    with pytest.raises(HandshakeError, match="did not prove"):
         offer_handshake(ends[0], SECRET, IDENTITY)
     thread.join()
 
@@ -101,27 +110,27 @@ def test_decode_refuses_a_prefill_that_cannot_prove_the_secret(ends):
         b"",
     ],
 )
-def test_a_stranger_is_refused_whatever_it_says(ends, sent):
+def test_unauthenticated_peer_is_refused_whatever_it_sends(ends, sent):
     ends[0]._socket.sendall(sent)
     ends[0]._socket.shutdown(socket.SHUT_WR)
     with pytest.raises(ChannelClosedError):
         accept_handshake(ends[1], SECRET, IDENTITY)
 
 
-def test_a_silent_stranger_is_left_after_the_handshake_timeout(ends, monkeypatch):
-    monkeypatch.setattr(control, "HANDSHAKE_TIMEOUT_S", 0.2)
+def test_silent_unauthenticated_peer_is_refused_after_the_handshake_timeout(ends, monkeypatch):
+    monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT_S", 0.2)
     with pytest.raises(ChannelClosedError, match="in time"):
         accept_handshake(ends[1], SECRET, IDENTITY)
 
 
-def test_a_side_that_stops_reading_is_left(ends):
+def test_peer_that_stops_reading_is_disconnected(ends):
     ends[0].set_timeout(0.2)
     with pytest.raises(ChannelClosedError, match="took no data"):
         for _ in range(100):
             ends[0].send({"type": "blocks"}, memoryview(bytes(1 << 20)))
 
 
-def test_a_message_that_stops_half_way_is_left_but_an_idle_line_is_not(ends):
+def test_message_that_stops_half_way_closes_but_an_idle_connection_stays(ends):
     ends[1].set_timeout(0.2)
     threading.Timer(0.5, lambda: ends[0]._socket.sendall(struct.pack("!I", 50) + b'{"type"')).start()
     with pytest.raises(ChannelClosedError, match="sent no data"):
@@ -131,14 +140,14 @@ def test_a_message_that_stops_half_way_is_left_but_an_idle_line_is_not(ends):
 def test_send_now_does_not_wait_for_a_reader(ends):
     with pytest.raises(ChannelClosedError):
         for _ in range(10_000):
-            ends[0].send_now({"type": "ask", "padding": "x" * 10_000})
+            ends[0].send_now({"type": "request", "padding": "x" * 10_000})
 
 
-def test_a_channel_that_another_thread_closed_says_so(ends):
+def test_channel_that_another_thread_closed_raises_at_every_use(ends):
     ends[0].close()
     for use in (
-        lambda: ends[0].send({"type": "ask"}),
-        lambda: ends[0].send_now({"type": "ask"}),
+        lambda: ends[0].send({"type": "request"}),
+        lambda: ends[0].send_now({"type": "request"}),
         lambda: ends[0].set_timeout(1.0),
         ends[0].receive,
     ):
@@ -146,7 +155,7 @@ def test_a_channel_that_another_thread_closed_says_so(ends):
             use()
 
 
-def test_a_descriptor_is_not_free_while_a_thread_uses_it(ends):
+def test_descriptor_is_not_free_while_a_thread_uses_it(ends):
     descriptor = ends[0]._socket.fileno()
     with ends[0]._using():
         ends[0].close()
@@ -171,10 +180,7 @@ def test_close_wakes_a_thread_that_receives(ends):
     assert raised and not thread.is_alive()
 
 
-def test_nobody_listens():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+@pytest.mark.parametrize("port", [None, 99_999])
+def test_connect_without_a_listener_fails(port):
     with pytest.raises(ChannelClosedError, match="not reachable"):
-        control.dial("127.0.0.1", port, 1.0)
-    with pytest.raises(ChannelClosedError, match="not reachable"):
-        control.dial("127.0.0.1", 99_999, 1.0)
+        connect("127.0.0.1", port or free_port(), SECRET, IDENTITY, 1.0)

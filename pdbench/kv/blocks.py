@@ -1,7 +1,6 @@
 """Which bytes of which layers make up a KV block, and how blocks of all layers are gathered into one buffer and back.
 
 A packed buffer holds, layer after layer, the given blocks in order, so that any number of layers is one transfer.
-Try: python -m pytest tests/test_kv_pack.py
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import torch
 
 from pdbench.kv.compat import UnsupportedError
 
-# Copies move whole words of this many bytes where a block's size allows: one byte a thread would waste a GPU.
+# Copies move whole words of this many bytes where a block's size allows: single bytes per thread would waste a GPU.
 _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
 
 
 @dataclass(frozen=True)
 class BlockPacker:
-    """Views of a worker's KV cache as `parts`, each of shape [blocks, words a block]; K and V may be parts of their own."""
+    """Views of a worker's KV cache as `parts`, each of shape [blocks, words per block]; K and V may be parts of their own."""
 
     parts: tuple[torch.Tensor, ...]
     block_bytes: int
@@ -27,7 +26,6 @@ class BlockPacker:
 
     @property
     def device(self) -> torch.device:
-        """Where the KV cache lives."""
         return self.parts[0].device
 
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
@@ -89,17 +87,15 @@ def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:
         raise UnsupportedError("this model has no KV cache to move")
     sizes = [part.shape[1] * part.element_size() for part in parts]
     word, width = next((word, width) for word, width in _WORDS if all(size % width == 0 for size in sizes))
-    aligned = all(part.data_ptr() % width == 0 for part in parts)
-    if aligned:
+    if all(part.data_ptr() % width == 0 for part in parts):
         parts = [part.view(word) for part in parts]
     first = next(iter(kv_caches.values()))
-    kinds = f"{len(parts)} parts of {sorted(set(sizes))} bytes a block, {first.dtype}, {_text(first)}"
-    return BlockPacker(parts=tuple(parts), block_bytes=sum(sizes), layout=kinds)
-
-
-def _text(cache: torch.Tensor) -> str:
-    """A cache's shape behind the number of blocks, and the order of its dimensions in memory."""
-    return f"shape {tuple(cache.shape[1:])[-3:]}, memory order {_memory_order(cache)}"
+    # Equal on both sides, or they do not talk to each other: the shape behind the number of blocks, and the order in memory.
+    layout = (
+        f"{len(parts)} parts of {sorted(set(sizes))} bytes per block, {first.dtype}, "
+        f"shape {tuple(first.shape[1:])[-3:]}, memory order {_memory_order(first)}"
+    )
+    return BlockPacker(parts=tuple(parts), block_bytes=sum(sizes), layout=layout)
 
 
 def _memory_order(cache: torch.Tensor) -> list[int]:

@@ -1,0 +1,367 @@
+"""The connection between a prefill and a decode worker: messages, framing, handshake, and prefill's listening socket.
+
+Before anything else both sides prove that they know the deployment's secret (HMAC-SHA256 over both sides' fresh nonces and the
+sender's identity; the secret itself never travels) and compare what must be equal. After that the connection is plain TCP.
+docs/kv-protocol.md has the protocol.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import logging
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+PROTOCOL = "pdbench-kv/2"
+MESSAGE_LIMIT_BYTES = 1 << 20
+HANDSHAKE_LIMIT_BYTES = 1 << 16
+HANDSHAKE_TIMEOUT_S = 5.0
+# Connections that have not proved the secret yet; further ones are closed at once.
+UNAUTHENTICATED_LIMIT = 32
+_LENGTH = struct.Struct("!I")
+
+StartThread = Callable[..., threading.Thread]
+"""(name, target, *arguments): starts a thread that the worker waits for when it closes."""
+
+
+class ChannelClosedError(ConnectionError):
+    """The other side is gone, stalled or does not speak the protocol."""
+
+
+class HandshakeError(ChannelClosedError):
+    """One of the sides refused the handshake; the message says why."""
+
+
+class TransferRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """Decode asks for a transfer's blocks from the prompt's block `start_block` on, at most `piece_blocks` at once."""
+
+    transfer_id: str
+    tokens: int
+    fingerprint: str
+    start_block: int
+    piece_blocks: int
+
+
+class CancelTransfer(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
+    """Decode does not need a transfer any more, or prefill will not send it."""
+
+    transfer_id: str
+    reason: str
+
+
+class Blocks(msgspec.Struct, frozen=True, tag="blocks", tag_field="type"):
+    """The next `count` blocks of a transfer, from the prompt's block `start` on; `bytes` follow on the transport."""
+
+    transfer_id: str
+    start: int
+    count: int
+    bytes: int
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting", tag_field="type"):
+    """A sign of life: prefill knows the transfer and still computes it, or has it queued."""
+
+    transfer_id: str
+
+
+Message = msgspec.Struct | dict[str, Any]
+"""What a channel sends: one of the above, or the dictionaries of the handshake and of the nccl transport."""
+
+
+class Channel:
+    """One connected socket. One thread may receive while others send; a read or write that stalls for `timeout_s` closes it."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+        # The last thread that uses the descriptor closes it. Closed earlier, its number could go to another peer's connection
+        # while a thread is about to read or write.
+        self._users = 0
+        self._closed = False
+        self._send_lock = threading.Lock()
+        self._is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        self.set_timeout(timeout_s)
+        if self._is_tcp:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        try:
+            self.peer = "{}:{}".format(*connection.getpeername()[:2])
+        except (OSError, IndexError):
+            self.peer = "unknown"
+
+    def send(self, message: Message, payload: memoryview | None = None) -> None:
+        """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError."""
+        data = msgspec.json.encode(message)
+        try:
+            with self._send_lock, self._using():
+                self._socket.sendall(_LENGTH.pack(len(data)) + data)
+                if payload is not None:
+                    self._socket.sendall(payload)
+        except OSError as error:
+            raise self._failed(error, "took no data") from error
+
+    def send_now(self, message: Message) -> None:
+        """Send a short message without waiting. Raises ChannelClosedError when the socket does not take all of it."""
+        data = msgspec.json.encode(message)
+        data = _LENGTH.pack(len(data)) + data
+        try:
+            with self._send_lock, self._using():
+                poll = select.poll()
+                poll.register(self._socket, select.POLLOUT)
+                if (self._socket.send(data) if poll.poll(0) else 0) < len(data):
+                    raise TimeoutError
+        except OSError as error:
+            raise self._failed(error, "took no data") from error
+
+    def receive(self, limit_bytes: int = MESSAGE_LIMIT_BYTES, idle: bool = True) -> dict[str, Any]:
+        """The next message; with `idle` it may take any time to begin. Raises ChannelClosedError."""
+        head = bytearray(_LENGTH.size)
+        self.receive_into(memoryview(head), idle=idle)
+        (size,) = _LENGTH.unpack(head)
+        if size > limit_bytes:
+            raise self._failed(f"a message of {size} bytes, which is not {PROTOCOL}")
+        body = bytearray(size)
+        self.receive_into(memoryview(body))
+        try:
+            return msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._failed(f"not a message of {PROTOCOL}") from error
+
+    def receive_into(self, buffer: memoryview, idle: bool = False) -> None:
+        """Fill `buffer`; with `idle` its first byte may take any time. Raises ChannelClosedError."""
+        filled = 0
+        while filled < len(buffer):
+            try:
+                with self._using():
+                    count = self._socket.recv_into(buffer[filled:])
+            except OSError as error:
+                if isinstance(error, TimeoutError) and idle and filled == 0:
+                    continue
+                raise self._failed(error, "sent no data") from error
+            if count == 0:
+                raise self._failed("the connection was closed by the other side")
+            filled += count
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long a read or write may stall from now on, and for how long a host may not answer at all (tcp(7)).
+
+        Raises ChannelClosedError when another thread has closed it.
+        """
+        self.timeout_s = timeout_s
+        try:
+            with self._using():
+                self._socket.settimeout(timeout_s)
+                if self._is_tcp:
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
+        except OSError as error:
+            raise ChannelClosedError(f"the connection was closed ({error})") from error
+
+    def close(self) -> None:
+        """Close it; threads that wait in `receive` or `send` get ChannelClosedError."""
+        with self._lock:
+            self._closed = True
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            if not self._users:
+                self._socket.close()
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """While inside, the descriptor remains this connection's. Raises OSError once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "closed here")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._socket.close()
+
+    def _failed(self, error: OSError | str, stalled: str = "") -> ChannelClosedError:
+        """Close the connection; returns the error to raise."""
+        self.close()
+        if isinstance(error, TimeoutError):
+            error = f"the other side {stalled} in time"
+        elif isinstance(error, OSError):
+            error = f"the connection broke ({error})"
+        return ChannelClosedError(f"{self.peer}: {error}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What prefill and decode must have in common; `layout` describes every layer's block, `model` its configuration."""
+
+    transport: str
+    tensor_parallel: int
+    rank: int
+    block_size: int
+    layout: str
+    model: str
+
+    @classmethod
+    def of(cls, message: dict[str, Any]) -> Identity:
+        """The identity that a peer sent. Raises HandshakeError."""
+        try:
+            return msgspec.convert(message.get("identity"), cls)
+        except msgspec.ValidationError as error:
+            raise HandshakeError(f"the other side's identity is not one of {PROTOCOL}: {error}") from error
+
+
+def _proof(secret: bytes, side: str, their_nonce: str, our_nonce: str, identity: Identity) -> str:
+    """HMAC-SHA256 (RFC 2104) over side, both nonces and the identity; the side's name keeps proofs from being reflected."""
+    text = "\n".join((PROTOCOL, side, their_nonce, our_nonce, msgspec.json.encode(identity).decode()))
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def accept_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
+    """Prefill's side of the handshake. Raises HandshakeError or ChannelClosedError, and closes the channel in both cases."""
+    nonce = secrets.token_hex(16)
+    channel.set_timeout(HANDSHAKE_TIMEOUT_S)
+    channel.send({"protocol": PROTOCOL, "nonce": nonce})
+    answer = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
+    try:
+        their_nonce, their_identity = str(answer.get("nonce", "")), Identity.of(answer)
+        expected = _proof(secret, "decode", nonce, their_nonce, their_identity)
+        if not hmac.compare_digest(expected.encode(), str(answer.get("proof", "")).encode()):
+            raise HandshakeError("the shared secret differs (PDBENCH_KV_SECRET must be the same on all instances)")
+        for name in Identity.__dataclass_fields__:
+            ours, theirs = getattr(identity, name), getattr(their_identity, name)
+            if ours != theirs:
+                raise HandshakeError(
+                    f"{name} is {theirs} on the decode side and {ours} on the prefill side; they must be equal"
+                )
+    except HandshakeError as refusal:
+        try:
+            channel.send({"refused": str(refusal)})
+        finally:
+            channel.close()
+        raise
+    proof = _proof(secret, "prefill", their_nonce, nonce, identity)
+    channel.send({"identity": msgspec.to_builtins(identity), "proof": proof})
+
+
+def offer_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
+    """Decode's side of the handshake. Raises HandshakeError or ChannelClosedError, and closes the channel in both cases."""
+    nonce = secrets.token_hex(16)
+    channel.set_timeout(HANDSHAKE_TIMEOUT_S)
+    hello = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
+    their_nonce = str(hello.get("nonce", ""))
+    try:
+        if hello.get("protocol") != PROTOCOL:
+            raise HandshakeError(f"{channel.peer} speaks {hello.get('protocol')!r}, not {PROTOCOL}")
+        proof = _proof(secret, "decode", their_nonce, nonce, identity)
+        channel.send({"nonce": nonce, "proof": proof, "identity": msgspec.to_builtins(identity)})
+        answer = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
+        if "refused" in answer:
+            raise HandshakeError(f"prefill {channel.peer} refused the handshake: {answer['refused']}")
+        expected = _proof(secret, "prefill", nonce, their_nonce, Identity.of(answer))
+        if not hmac.compare_digest(expected.encode(), str(answer.get("proof", "")).encode()):
+            raise HandshakeError(f"{channel.peer} did not prove that it knows the shared secret")
+    except HandshakeError:
+        channel.close()
+        raise
+
+
+def connect(host: str, port: int, secret: bytes, identity: Identity, timeout_s: float) -> Channel:
+    """Decode's connection to a prefill worker, ready after the handshake. Raises ChannelClosedError."""
+    begun_s = time.monotonic()
+    try:
+        connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_TIMEOUT_S))
+    except (OSError, ValueError, OverflowError) as error:
+        waited_s = time.monotonic() - begun_s
+        raise ChannelClosedError(f"prefill {host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
+    channel = Channel(connection, timeout_s)
+    offer_handshake(channel, secret, identity)
+    channel.set_timeout(timeout_s)
+    return channel
+
+
+class Listener:
+    """Prefill's listening socket, on `address` alone; every authenticated connection is served by a thread of its own.
+
+    Raises OSError when the address is taken or not this host's.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        secret: bytes,
+        identity: Identity,
+        timeout_s: float,
+        serve: Callable[[Channel], None],
+        start_thread: StartThread,
+    ) -> None:
+        self._secret, self._identity, self._timeout_s = secret, identity, timeout_s
+        self._serve, self._start_thread = serve, start_thread
+        self._unauthenticated = threading.BoundedSemaphore(UNAUTHENTICATED_LIMIT)
+        self._closing = False
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._socket = socket.create_server(address, family=family, backlog=128)
+        start_thread("kv-listen", self._accept)
+
+    def close(self) -> None:
+        """Accept no more connections; those that are open remain."""
+        self._closing = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(), which would hold the port open
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                if not self._closing:
+                    time.sleep(0.1)  # out of file descriptors, say
+                continue
+            if not self._unauthenticated.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                self._start_thread("kv-peer", self._authenticate, connection)
+            except RuntimeError as error:  # no more threads on this machine
+                logger.warning("a KV connection was closed: %s", error)
+                self._unauthenticated.release()
+                connection.close()
+
+    def _authenticate(self, connection: socket.socket) -> None:
+        """Shake hands within a bounded time, however slowly the other side sends, then serve."""
+        try:
+            channel = Channel(connection, self._timeout_s)
+            deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
+            deadline.start()
+            try:
+                accept_handshake(channel, self._secret, self._identity)
+            finally:
+                deadline.cancel()
+            channel.set_timeout(self._timeout_s)
+        except Exception as error:
+            connection.close()
+            logger.warning("a KV connection was refused: %s", error)
+            return
+        finally:
+            self._unauthenticated.release()
+        self._serve(channel)

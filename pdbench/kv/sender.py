@@ -1,0 +1,337 @@
+"""Prefill's half of the worker: listens for decode workers and pushes each transfer's blocks as they are computed.
+
+Every transfer ends: sent, failed, cancelled by decode, or `timeout_s` after prefill was done when decode never asked for it. Then
+vLLM may free its blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pdbench.events import TransferEvent
+from pdbench.kv.channel import Blocks, CancelTransfer, Channel, ChannelClosedError, Listener, TransferRequest, Waiting
+from pdbench.kv.scheduler import PrefillEnd, PrefillProgress, StepPlan, Transfer
+from pdbench.kv.transports import Link, WorkerContext
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+REMEMBERED_TRANSFERS = 10_000
+
+
+@dataclass(eq=False)
+class _Peer:
+    """A decode worker that is connected, and the queue of the thread that writes to it."""
+
+    link: Link
+    work: queue.SimpleQueue[Callable[[], None] | None] = field(default_factory=queue.SimpleQueue)
+
+
+@dataclass(eq=False)
+class _Send:
+    """One transfer: prefill's `transfer` and decode's `request` from `peer`, either of which may come first.
+
+    `ready` and `sent` count blocks from the prompt's start; `event` is the CUDA event of the last forward pass.
+    """
+
+    record: TransferEvent
+    transfer: Transfer | None = None
+    request: TransferRequest | None = None
+    peer: _Peer | None = None
+    blocks: list[int] = field(default_factory=list)
+    ready: int = 0
+    sent: int = 0
+    event: Any = None
+    gathering: bool = False
+    prefill_end: PrefillEnd | None = None
+    prefill_end_s: float = 0.0
+    ended: bool = False
+
+
+class Sender:
+    """All transfers of one prefill worker. Public methods are called by the engine's thread and never wait for the network.
+
+    Raises OSError when `address` is taken or not this host's.
+    """
+
+    def __init__(self, address: tuple[str, int], context: WorkerContext) -> None:
+        self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
+        self._block_size = context.identity.block_size
+        self._by_request: dict[str, _Send] = {}  # prefills whose blocks may be in use
+        self._by_transfer: dict[str, _Send] = {}  # transfers that have not ended
+        self._past: OrderedDict[str, str] = OrderedDict()  # transfer id -> how it ended
+        self._reports: set[str] = set()
+        self._peers: set[_Peer] = set()
+        self._stepped_s: float | None = None
+        self._closed = False
+        self._listener = Listener(
+            address, context.secret, context.identity, context.timeout_s, self._serve, context.start_thread
+        )
+
+    # The engine's thread
+
+    def step(self, plan: StepPlan, event: Any) -> None:
+        """After a forward pass was launched: what it computes, which requests came and went."""
+        with self._changed:
+            if self._stepped_s is None:
+                self._changed.notify_all()
+            self._stepped_s = time.monotonic()
+            for transfer in plan.expected:
+                self._expect(transfer)
+            for progress in plan.prefilled:
+                self._advance(progress, event)
+            for end in plan.ended:
+                self._end_prefill(end)
+
+    def preempted(self, request_ids: list[str]) -> None:
+        """Before a forward pass: these requests lost their blocks, which it may overwrite; waits for a copy under way."""
+        with self._changed:
+            for name in request_ids:
+                send = self._by_request.get(name)
+                if send is not None:
+                    send.ready, send.blocks = 0, []
+                    while send.gathering:
+                        self._changed.wait()
+
+    def take_reports(self) -> set[str]:
+        """Requests whose kept blocks vLLM may free now. The caller holds the lock."""
+        taken, self._reports = self._reports, set()
+        return taken
+
+    def tick(self) -> None:
+        """Called regularly, from any thread: end what is overdue, and tell decode that its prefill still waits or computes."""
+        now_s = time.monotonic()
+        with self._changed:
+            for send in list(self._by_transfer.values()):
+                if send.transfer is None and now_s - (send.record.asked_s or 0.0) > self._timeout_s:
+                    self._end(send, f"no such prefill came in {self._timeout_s:g} s")
+                elif send.request is None and send.prefill_end and now_s - send.prefill_end_s > self._timeout_s:
+                    self._end(send, f"decode never asked for it in {self._timeout_s:g} s after prefill")
+            # An engine that hangs makes no steps: then decode gets no sign of life and gives up in time.
+            if self._stepped_s is not None and now_s - self._stepped_s < self._timeout_s:
+                for send in self._by_transfer.values():
+                    if send.transfer is not None and send.peer is not None:
+                        self._post(send.peer, Waiting(send.record.transfer_id))
+
+    def close(self) -> None:
+        """Stop listening and disconnect all peers."""
+        self._listener.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            peers = list(self._peers)
+        for peer in peers:
+            peer.link.close()
+
+    # Transfers; the caller holds the lock
+
+    def _expect(self, transfer: Transfer) -> None:
+        send = self._by_transfer.get(transfer.transfer_id)
+        # The scheduler forgets a prefill that is over, while its blocks still wait here for decode.
+        used = transfer.transfer_id in self._past or (send is not None and send.transfer is not None)
+        if send is None or used:
+            send = _Send(TransferEvent(side="send", transfer_id=transfer.transfer_id))
+        send.transfer, send.ended = transfer, used
+        self._by_request[transfer.request_id] = send
+        if not used:
+            self._by_transfer[transfer.transfer_id] = send
+            if send.request is not None:
+                self._match(send, transfer, send.request)
+
+    def _advance(self, progress: PrefillProgress, event: Any) -> None:
+        send = self._by_request.get(progress.request_id)
+        if send is None or send.transfer is None or send.ended:
+            return
+        send.blocks = progress.blocks if progress.replace else send.blocks + progress.blocks
+        send.ready = progress.computed_tokens // self._block_size
+        if progress.computed_tokens >= send.transfer.tokens:
+            send.ready = send.transfer.blocks(self._block_size)  # the last one may be filled in part
+        send.event = event
+        self._wake(send)
+
+    def _end_prefill(self, end: PrefillEnd) -> None:
+        send = self._by_request.get(end.request_id)
+        if send is None or send.transfer is None:
+            return
+        send.prefill_end, send.prefill_end_s = end, time.monotonic()
+        error = end.error
+        if error is None and send.ready * self._block_size < send.transfer.tokens:
+            error = "prefill lost its blocks before they were sent"  # preempted while its last step was under way
+        if error is not None:
+            self._end(send, error)
+        self._settle(send)
+
+    def _request(self, request: TransferRequest, peer: _Peer) -> None:
+        """Decode asks for a transfer, perhaps before its prefill came."""
+        send = self._by_transfer.get(request.transfer_id)
+        if (reason := self._past.get(request.transfer_id)) is not None:
+            self._cancel(peer, request.transfer_id, f"this transfer id was used before ({reason})")
+            return
+        if send is None:
+            send = _Send(TransferEvent(side="send", transfer_id=request.transfer_id))
+            self._by_transfer[request.transfer_id] = send
+        elif send.request is not None:
+            self._cancel(peer, request.transfer_id, "another request asked for this transfer id before")
+            return
+        send.request, send.peer, send.record.asked_s = request, peer, time.monotonic()
+        if send.transfer is not None:
+            self._match(send, send.transfer, request)
+
+    def _match(self, send: _Send, transfer: Transfer, request: TransferRequest) -> None:
+        """Both sides are here: start if they mean the same prompt; else refuse the request, so that another one may come."""
+        assert send.peer is not None
+        blocks = transfer.blocks(self._block_size)
+        if (request.tokens, request.fingerprint) != (transfer.tokens, transfer.fingerprint):
+            reason = f"the prompts of this transfer id differ (prefill's {transfer.tokens} tokens, decode's {request.tokens})"
+        elif not 0 <= request.start_block < blocks:
+            reason = f"decode asked for block {request.start_block} of a prompt of {blocks} blocks"
+        else:
+            send.sent, send.record.peer = request.start_block, send.peer.link.channel.peer
+            send.record.tokens = transfer.tokens - request.start_block * self._block_size
+            self._wake(send)
+            return
+        self._cancel(send.peer, transfer.transfer_id, reason)
+        send.request = send.peer = send.record.asked_s = None
+
+    def _cancelled(self, message: CancelTransfer, peer: _Peer) -> None:
+        """Decode gave a transfer up; one that another worker asked for is not its to give up."""
+        send = self._by_transfer.get(message.transfer_id)
+        if send is None:
+            self._remember(message.transfer_id, message.reason)
+        elif send.peer is None or send.peer is peer:
+            send.request = send.peer = None  # it need not be told
+            self._end(send, message.reason)
+
+    def _wake(self, send: _Send) -> None:
+        if send.peer is not None and send.ready > send.sent:
+            send.peer.work.put(lambda: self._push(send))
+
+    def _end(self, send: _Send, error: str | None) -> None:
+        """The transfer is over; `error` is None when all is sent, else decode is told."""
+        if send.ended:
+            return
+        send.ended = True
+        transfer_id = send.record.transfer_id
+        self._by_transfer.pop(transfer_id, None)
+        self._remember(transfer_id, error or "it was sent")
+        if error is not None and send.peer is not None:
+            self._cancel(send.peer, transfer_id, error)
+        if send.transfer is not None:
+            send.record.error = error
+            self._context.finish(send.record)
+            self._settle(send)
+
+    def _settle(self, send: _Send) -> None:
+        """Forget the transfer once prefill and transfer are both over and nothing reads its blocks; report kept blocks."""
+        if send.ended and send.prefill_end is not None and not send.gathering:
+            name = send.prefill_end.request_id
+            if self._by_request.pop(name, None) is not None and send.prefill_end.kept:
+                self._reports.add(name)
+            self._changed.notify_all()
+
+    def _remember(self, transfer_id: str, reason: str) -> None:
+        self._past[transfer_id] = reason
+        while len(self._past) > REMEMBERED_TRANSFERS:
+            self._past.popitem(last=False)
+
+    def _cancel(self, peer: _Peer, transfer_id: str, reason: str) -> None:
+        self._post(peer, CancelTransfer(transfer_id, reason))
+
+    def _post(self, peer: _Peer, message: msgspec.Struct) -> None:
+        peer.work.put(lambda: peer.link.channel.send(message))
+
+    # A peer's two threads
+
+    def _serve(self, channel: Channel) -> None:
+        """One decode worker, from handshake to its end."""
+        with self._changed:
+            # While vLLM captures CUDA graphs, which is over at its first step, no kernel may run and nothing be allocated on a GPU.
+            self._changed.wait_for(lambda: self._stepped_s is not None or self._closed, self._timeout_s)
+            if self._stepped_s is None or self._closed:
+                channel.close()
+                return
+        try:
+            peer = _Peer(self._context.open_link(channel, True))
+        except Exception as error:
+            logger.warning("no link to decode worker %s: %s", channel.peer, error)
+            channel.close()
+            return
+        with self._changed:
+            self._peers.add(peer)
+            if self._closed:
+                peer.link.close()
+        logger.info("decode worker %s is connected", channel.peer)
+        self._context.start_thread("kv-send", self._until_lost, peer, self._write)
+        self._until_lost(peer, self._read)
+
+    def _until_lost(self, peer: _Peer, loop: Callable[[_Peer], None]) -> None:
+        try:
+            loop(peer)
+            return
+        except ChannelClosedError as error:
+            reason = str(error)
+        except msgspec.ValidationError as error:
+            reason = f"not a message of the protocol: {error}"
+        except Exception as error:
+            logger.exception("the KV connection to %s failed", peer.link.channel.peer)
+            reason = f"{type(error).__name__}: {error}"
+        peer.link.close()
+        with self._changed:
+            if peer in self._peers:
+                self._peers.discard(peer)
+                peer.work.put(None)
+            # Its next request comes over a connection of its own.
+            for send in [send for send in self._by_transfer.values() if send.peer is peer]:
+                self._end(send, reason)
+
+    def _read(self, peer: _Peer) -> None:
+        while True:
+            message = msgspec.convert(peer.link.channel.receive(), TransferRequest | CancelTransfer)
+            with self._changed:
+                if isinstance(message, TransferRequest):
+                    self._request(message, peer)
+                else:
+                    self._cancelled(message, peer)
+
+    def _write(self, peer: _Peer) -> None:
+        while (task := peer.work.get()) is not None:
+            task()
+
+    def _push(self, send: _Send) -> None:
+        """Send all blocks that are ready, piece by piece."""
+        while True:
+            with self._changed:
+                if send.ended or send.request is None or send.peer is None or send.ready <= send.sent:
+                    return
+                assert send.transfer is not None
+                piece_blocks = min(self._context.piece_blocks, max(1, send.request.piece_blocks))
+                start, stop = send.sent, min(send.ready, send.sent + piece_blocks)
+                link, event, block_ids = send.peer.link, send.event, send.blocks[start:stop]
+                last = stop == send.transfer.blocks(self._block_size)
+                send.gathering = True
+            try:
+                count, ready_s = link.pack(block_ids, event)
+            finally:
+                with self._changed:
+                    send.gathering = False
+                    if send.ended:
+                        self._settle(send)
+                    self._changed.notify_all()
+            packed_s = time.monotonic()
+            with self._changed:
+                if send.ended:
+                    return
+            seconds = link.send(Blocks(send.record.transfer_id, start, stop - start, count), count)
+            with self._changed:
+                send.sent = stop
+                send.record.ready_s = ready_s
+                send.record.moved(count, stop - start, packed_s, seconds)
+                if last:
+                    self._end(send, None)

@@ -1,0 +1,20 @@
+"""A pair of the connector's workers, without vLLM's engine."""
+
+import pytest
+
+from tests.support.kv import SECRET, Instance, instances
+from tests.support.processes import free_port
+
+
+@pytest.fixture
+def kv_secret(monkeypatch):
+    """The secret of the connector's workers in this process."""
+    monkeypatch.setenv("PDBENCH_KV_SECRET", SECRET)
+
+
+@pytest.fixture
+def kv_pair(kv_secret):
+    """A prefill and a decode worker."""
+    port = free_port()
+    with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as pair:
+        yield pair

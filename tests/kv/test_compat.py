@@ -1,0 +1,99 @@
+"""What the connector supports: vLLM's versions, deployments, KV caches, and its own options."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, RSWASpec, SlidingWindowSpec
+
+from pdbench.kv import compat
+from pdbench.kv.compat import Options, UnsupportedError
+
+BLOCK = 16
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "dev"])
+def test_vllm_outside_the_range_is_refused(version):
+    with pytest.raises(UnsupportedError, match=r"0\.26 to 0\.33"):
+        compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.1rc1+cpu", "0.30.0.dev3"])
+def test_vllm_in_the_range_is_accepted(version):
+    compat.check_version(version)
+    compat.check_version()
+
+
+def deployment_of(specs, sleep=False, **parallel):
+    """vLLM's configuration and KV cache configuration, as far as the connector reads them; the groups' specs are vLLM's own."""
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(enable_sleep_mode=sleep)
+    )
+    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float16}
+FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=64)
+
+
+@pytest.mark.parametrize("spec", [FULL, MLAAttentionSpec(**SIZES), FullAttentionSpec(**SIZES, sliding_window=64)])
+def test_full_attention_is_accepted(spec):
+    compat.check_deployment(*deployment_of([spec], pipeline_parallel_size=1))
+
+
+@pytest.mark.parametrize(
+    ("specs", "more", "message"),
+    [
+        ([FULL, WINDOW], {}, "a hybrid model"),
+        ([WINDOW], {}, "SlidingWindowSpec"),
+        ([RSWASpec(**SIZES, rswa_window=64)], {}, "RSWASpec"),  # a FullAttentionSpec whose blocks are evicted
+        ([MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float16,))], {}, "MambaSpec"),
+        ([FULL], {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ([FULL], {"data_parallel_size": 4}, "--data-parallel-size 4"),
+        ([FULL], {"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
+        ([FULL], {"sleep": True}, "--enable-sleep-mode"),
+    ],
+)
+def test_unsupported_deployment_is_refused_by_name(specs, more, message):
+    with pytest.raises(UnsupportedError, match=message):
+        compat.check_deployment(*deployment_of(specs, **more))
+
+
+def test_range_is_readable_without_vllm():
+    """pdbench.serving chooses a connector by it, on hosts that may have no vLLM."""
+    code = "import sys, pdbench.kv.compat; assert not {'vllm', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def options_of(extra, **transfer):
+    config = SimpleNamespace(kv_port=14579, kv_connector_extra_config=extra, **transfer)
+    return Options.of(SimpleNamespace(kv_transfer_config=config))
+
+
+@pytest.mark.parametrize("extra", [{}, {"kv_ip": "10.0.0.1"}])
+def test_kv_ip_stands_in_the_extra_configuration_or_beside_it(extra):
+    assert options_of(extra, kv_ip="10.0.0.1") == Options(kv_ip="10.0.0.1", port=14579)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"transprt": "tcp"}, "unknown field `transprt`; the options are kv_ip, transport,"),
+        ({"transport": "rdma"}, "'rdma' - at `\\$.transport`"),
+        ({"transfer_timeout_s": 0}, "transfer_timeout_s"),
+        ({"staging_mib": 0}, "staging_mib"),
+        ({"port": 1}, "kv_port"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(extra, message):
+    with pytest.raises(UnsupportedError, match=message):
+        options_of(extra)
+
+
+@pytest.mark.parametrize("secret", ["", "short"])
+def test_missing_secret_is_refused_with_the_remedy(monkeypatch, secret):
+    monkeypatch.setenv(compat.SECRET_VARIABLE, secret)
+    with pytest.raises(UnsupportedError, match="openssl rand"):
+        compat.shared_secret()
