@@ -1,4 +1,4 @@
-"""Who tells the truth under load? Load clients on one core against a server on another whose every token time is known.
+"""How far load clients are from the truth: clients on one core, on another a server whose every token time is known.
 
 The truth of a run is what the server's log says: request in its kernel -> token handed to its kernel, the server's own lateness
 included, so a client is charged for its own error alone. CPU is the client's process tree between first request and last token.
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a client reports (or the truth): seconds a request to its first token, seconds between tokens."""
+    """What a client reports (or the truth): seconds per request to its first token, seconds between tokens."""
 
     ttft_s: numpy.ndarray
     itl_s: numpy.ndarray
@@ -106,9 +106,9 @@ class CpuWatch:
         seen: dict[int, float] = {}
         while not self._stop.wait(0.05):
             try:
-                for one in [self._process, *self._process.children(recursive=True)]:
-                    times = one.cpu_times()
-                    seen[one.pid] = times.user + times.system
+                for process in [self._process, *self._process.children(recursive=True)]:
+                    times = process.cpu_times()
+                    seen[process.pid] = times.user + times.system
             except psutil.Error:
                 pass
             self.readings.append((time.monotonic(), sum(seen.values())))
@@ -144,12 +144,12 @@ def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> 
     watch = run_client(
         [sys.executable, __file__, "--as-client", json.dumps([url, vars(load), str(out), options.processes])], folder
     )
-    made = json.loads(out.read_text())
-    itl = numpy.concatenate([numpy.diff(record["token_s"]) for record in made["requests"]])
-    ttft = numpy.array([record["token_s"][0] - record["sent_s"] for record in made["requests"]])
-    client = made["client"]
-    note = f"{client['cpu_us_per_token']:.1f} us/token in the loop; {made['bytes_per_token']:.0f} B/token kept"
-    return watch, Figures(ttft, itl, f"{note}; {'marked client-limited' if made['limited'] else 'not marked'}")
+    written = json.loads(out.read_text())
+    itl = numpy.concatenate([numpy.diff(record["token_s"]) for record in written["requests"]])
+    ttft = numpy.array([record["token_s"][0] - record["sent_s"] for record in written["requests"]])
+    client = written["client"]
+    note = f"{client['cpu_us_per_token']:.1f} us/token in the loop; {written['bytes_per_token']:.0f} B/token kept"
+    return watch, Figures(ttft, itl, f"{note}; {'marked client-limited' if written['limited'] else 'not marked'}")
 
 
 def as_client(url: str, load: dict, out: str, processes: int) -> None:
@@ -167,13 +167,13 @@ def as_client(url: str, load: dict, out: str, processes: int) -> None:
     result = run_load(TrialLoad(config, url, "scripted", Clock.start()))
     measured = [record for record in result.requests if not record.warmup]
     kept = sum(len(record.token_s) for record in result.requests)
-    made = {
+    written = {
         "requests": [{"sent_s": record.sent_s, "token_s": record.token_s} for record in measured],
         "client": result.trial.client,
         "limited": any(flag.name == "client-limited" for flag in result.flags),
         "bytes_per_token": (psutil.Process().memory_info().rss - before) / kept,
     }
-    Path(out).write_text(json.dumps(made))
+    Path(out).write_text(json.dumps(written))
 
 
 def bare(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
@@ -228,8 +228,10 @@ def vllm(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tup
         str(out),
     ]
     watch = run_client(command, folder)
-    made = json.loads(out.read_text())
-    return watch, Figures(numpy.array(made["ttfts"]), numpy.concatenate([numpy.array(itls) for itls in made["itls"]]))
+    written = json.loads(out.read_text())
+    return watch, Figures(
+        numpy.array(written["ttfts"]), numpy.concatenate([numpy.array(itls) for itls in written["itls"]])
+    )
 
 
 def aiperf(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
@@ -264,13 +266,13 @@ CLIENTS = {"bare": bare, "pdbench": pdbench, "vllm": vllm, "aiperf": aiperf}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5, help="requests a stream")
-    parser.add_argument("--tokens", type=int, default=100, help="tokens a request")
+    parser.add_argument("--rounds", type=int, default=5, help="requests per stream")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens per request")
     parser.add_argument("--ttft-ms", type=float, default=20.0)
     parser.add_argument("--itl-ms", type=float, default=10.0)
     parser.add_argument("--clients", default="bare,pdbench,vllm,aiperf")
     parser.add_argument("--processes", type=int, default=1, help="--client-processes of ours")
-    parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; by itself the tiny model's")
+    parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; default: the tiny model's")
     parser.add_argument("--aiperf", default="aiperf", help="its executable, in an environment of its own")
     parser.add_argument("--as-client", help=argparse.SUPPRESS)
     parser.add_argument("--as-bare", help=argparse.SUPPRESS)
@@ -321,7 +323,9 @@ def add_rows(table: Table, name: str, load: Load, options: argparse.Namespace) -
     cells = ["-"] * 8
     if len(reported.ttft_s):
         pairs = zip(reported.quantiles_ms(), true_ms, strict=True)
-        cells = [cell for told, true in pairs for cell in (f"{told:.2f}", f"{told - true:+.2f}")]
+        cells = [
+            cell for reported_ms, exact_ms in pairs for cell in (f"{reported_ms:.2f}", f"{reported_ms - exact_ms:+.2f}")
+        ]
     cpu_us = watch.between(start_s, end_s) / (load.requests * load.tokens) * 1e6
     table.add_row(name, *cells, f"{cpu_us:.1f}", reported.note)
     table.add_row(

@@ -4,6 +4,7 @@ Sources: exponential gaps by inversion; gamma gaps with shape = burstiness (1 is
 `vllm bench serve`; ramps and stages are Poisson processes whose time is stretched by the inverse of the summed rate.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,12 @@ Stage = tuple[float, float]
 
 def poisson(rate: float, seed: int | str) -> Iterator[float]:
     """Endless arrivals of a Poisson process, `rate` per second."""
-    for unit in _unit_poisson(seed):
-        yield unit / rate
+    return (unit / rate for unit in _unit_poisson(seed))
 
 
 def constant(rate: float) -> Iterator[float]:
     """Endless arrivals, one every 1/rate seconds, the first after one gap."""
-    index = 0
-    while True:
-        index += 1
-        yield index / rate
+    return (index / rate for index in itertools.count(1))
 
 
 def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:

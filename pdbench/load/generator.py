@@ -167,7 +167,7 @@ class _Load:
                 ahead.append(following)
             if self.interrupted.is_set():
                 upcoming = None
-                for record in client.abandon("interrupted", "Ctrl-C"):
+                for record in client.abandon("interrupted", "the load was stopped"):
                     self._ended(record)
         if self.on_progress:
             self.on_progress(self._done, self.total)

@@ -89,21 +89,21 @@ def flags(client: dict[str, Any]) -> list[Flag]:
     too_slow = asked and achieved and achieved < RATE_SHARE * asked
     if too_slow and not client["streams"]:
         reasons.append(f"{achieved:.2f} of {asked:.2f} requests/s were sent (limit {RATE_SHARE:.0%})")
-    found = [Flag("client-limited", f"{'; '.join(reasons)}: {REMEDY}")] if reasons else []
+    result = [Flag("client-limited", f"{'; '.join(reasons)}: {REMEDY}")] if reasons else []
     if chunks := client["counted_by"].get("chunks", 0) + client["counted_by"].get("mixed", 0):
         detail = f"{chunks} responses without token ids: their token instants are those of chunks with text"
-        found.append(Flag("tokens-counted-by-chunks", detail))
+        result.append(Flag("tokens-counted-by-chunks", detail))
     if too_slow and client["streams"]:
         detail = f"{achieved:.2f} of {asked:.2f} requests/s sent: --concurrency {client['streams']} capped the streams"
-        found.append(Flag("rate-not-reached", detail))
-    return found
+        result.append(Flag("rate-not-reached", detail))
+    return result
 
 
 def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, float, str]:
-    """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where that is no time.
+    """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where there is none.
 
-    Closed loop: from the instant the asked streams were all in flight to the first that stayed empty, in whichever process. Open
-    loop: from the first completion (until then the system only fills) to the last sending.
+    Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from the
+    first completion (until then the system only fills) to the last sending.
     """
     sent, ended = _sent_and_ended(record for result in results for record in result.requests)
     if not sent or not ended:
@@ -133,7 +133,7 @@ def _sent_and_ended(records: Iterable[RequestRecord]) -> tuple[list[float], list
 
 
 def _full(records: Sequence[RequestRecord], streams: int) -> tuple[float, float]:
-    """From when to when all streams of one process were in flight; nothing (inf, -inf) if they never were."""
+    """From when to when all streams of one process were in flight; (inf, -inf) if they never were."""
     sent, ended = _sent_and_ended(records)
     if not ended or len(sent) < streams:
         return inf, -inf
@@ -141,7 +141,7 @@ def _full(records: Sequence[RequestRecord], streams: int) -> tuple[float, float]
 
 
 def decode_window(measured: Sequence[RequestRecord]) -> tuple[float, float, str] | None:
-    """The time in which every request of the batch decodes: last first token to first last token; None when there is none."""
+    """The time in which every request of the batch decodes: last first token to first last token; None without such a time."""
     spans = [(record.token_s[0], record.token_s[-1]) for record in measured if record.token_s]
     if len(spans) < len(measured) or not spans:
         return None
