@@ -1,7 +1,6 @@
 """The scripted OpenAI server: real sockets, a script per request that writes raw bytes, and the payloads that vLLM sends."""
 
 import json
-import select
 import socket
 import ssl
 import struct
@@ -56,12 +55,6 @@ class Peer:
         body = json.dumps(document).encode()
         head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
         self.write(head + body)
-
-    def sleep(self, seconds: float) -> None:
-        """Raises ConnectionAbortedError as soon as the client closes the connection."""
-        readable, _, _ = select.select([self.sock], [], [], seconds)
-        if readable and not self.sock.recv(1, socket.MSG_PEEK):
-            raise ConnectionAbortedError("the client has gone")
 
     def reset(self) -> None:
         """Close with RST: what a killed process leaves."""
