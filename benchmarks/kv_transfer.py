@@ -52,7 +52,7 @@ def plain_copies() -> dict[str, float | None]:
     """GB/s (1e9 bytes) of torch's copy from GPU 0 to GPU 1, for the KV bytes of each prompt length; None without two GPUs."""
     code = f"""
 import json, torch
-found = {{}}
+rates = {{}}
 for tokens in {COPY_TOKENS}:
     count = tokens * {KV_BYTES_PER_TOKEN}
     a, b = (torch.empty(count, dtype=torch.uint8, device=f"cuda:{{i}}") for i in (0, 1))
@@ -61,8 +61,8 @@ for tokens in {COPY_TOKENS}:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record(); b.copy_(a); ended.record(); ended.synchronize()
         times.append(begun.elapsed_time(ended))
-    found[tokens] = count / sorted(times)[15] / 1e6
-print(json.dumps(found))
+    rates[tokens] = count / sorted(times)[15] / 1e6
+print(json.dumps(rates))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     if ran.returncode != 0:
@@ -275,12 +275,12 @@ def proxy(pair: Pair, *options: str) -> Iterator[str]:
 
 
 def judged(
-    found: dict[str, Any], copies: dict[str, float | None], options: argparse.Namespace
+    measured: dict[str, Any], copies: dict[str, float | None], options: argparse.Namespace
 ) -> list[tuple[str, float | None, float | None, float | None]]:
     """Per row: what, value, lower and upper bound; None where it was not measured, or has no such bound."""
 
     def get(name: str, key: str) -> float | None:
-        value = found.get(name, {}).get(key) if isinstance(found.get(name), dict) else None
+        value = measured.get(name, {}).get(key) if isinstance(measured.get(name), dict) else None
         return float(value) if value is not None else None
 
     def ratio(a: float | None, b: float | None) -> float | None:
@@ -333,9 +333,9 @@ def table(results: dict[str, Any], options: argparse.Namespace) -> str:
         lines.append(f"| {what} | {', '.join(bounds)} | " + " | ".join(cells) + " |")
     copies = ", ".join(f"{tokens} tokens {rate:.0f}" for tokens, rate in results["plain_copy_gb_per_s"].items() if rate)
     for name in names:  # why something was not measured, and the first request that failed
-        found = results["connectors"][name]
-        lines += [f"{name}: {what}: {why}" for what, why in found.items() if isinstance(why, str)]
-        errors = [value.get("first_error") for value in found.values() if isinstance(value, dict)]
+        measured = results["connectors"][name]
+        lines += [f"{name}: {what}: {why}" for what, why in measured.items() if isinstance(why, str)]
+        errors = [value.get("first_error") for value in measured.values() if isinstance(value, dict)]
         lines += [f"{name}: first failed request: {error}" for error in errors if error]
     return "\n".join([*lines, "", f"plain copy GPU to GPU, GB/s: {copies or 'not measured'}"])
 

@@ -47,8 +47,8 @@ def test_blocks_arrive_in_either_order(kv_pair, order, tokens):
     else:
         prefill(p, transfer, here, chunks[:1], ended=False)
         fetch(d, transfer, there, p.port)
-        known = -(-chunks[0] // BLOCK)
-        p.compute(transfer, here[known:], tokens)
+        first_blocks = -(-chunks[0] // BLOCK)
+        p.compute(transfer, here[first_blocks:], tokens)
         p.end(transfer)
     settled(p, d, transfer)
     assert torch.equal(p.blocks(here), d.blocks(there))
