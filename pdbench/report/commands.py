@@ -1,121 +1,272 @@
-"""What `pdbench compare` and `pdbench report` do: find saved runs, judge, print, write the files.
+"""What `pdbench compare`, `report` and `plot` do, and what follows a measurement: analyze, print, draw, write the report."""
 
-Try: pdbench report single_results disaggregated_results --out report
-"""
-
+import csv
 import os
-import tempfile
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from rich.console import Console
-from rich.markup import escape
 
-from pdbench.analysis import thresholds, verdicts
-from pdbench.analysis.compare import compare
-from pdbench.analysis.run_analysis import analyze
+from pdbench.analysis import thresholds
+from pdbench.analysis.compare import Comparison, compare
+from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError
-from pdbench.records import load_run, write_whole
-from pdbench.report import energy_tables, html, tables
-from pdbench.report.digest import Digest, digests
-from pdbench.report.export import COLUMNS
+from pdbench.records import DeviceRecord, DeviceSample, Run, load_devices, save_run, write_whole
+from pdbench.report import tables, text
+from pdbench.report.text import translate as _
 
 PICTURES = 4
 DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
+SERIOUS = ("gate-failed",)
+"""Flags with which a run's figures do not count: the command ends with exit code 1."""
+
+
+def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAnalysis]:
+    """Analyze runs that were just measured and saved into their folders; show and draw each, and their comparison in `out`.
+
+    The summary and the flags go into each run's results, its analysis and picture beside them.
+    """
+    from pdbench.report import mpl
+
+    analyses, pictures = [], []
+    for folder, run in runs.items():
+        analysis = analyze(run)
+        run.summary, run.flags = msgspec.to_builtins(analysis.summary), analysis.flags
+        save_run(run, folder)
+        save_analysis(analysis, folder)
+        picture = mpl.picture(mpl.performance_analysis, analysis, analysis.name)
+        write_whole(folder / f"{run.name}_performance_analysis.png", picture)
+        console.print(
+            *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis), sep="\n"
+        )
+        _say(console, f"results: {folder}/")
+        analyses.append(analysis)
+        pictures.append(picture)
+    if len(analyses) > 1:
+        names = names_of(analyses, list(runs))
+        comparisons = _comparisons(analyses, names)
+        for compared in comparisons:
+            console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
+        picture = mpl.picture(mpl.comparison, analyses, names, comparisons)
+        write_whole(out / "performance_comparison.png", picture)
+        _say(console, f"picture: {out / 'performance_comparison.png'}")
+        files = dict(zip(_picture_names(names), pictures, strict=True)) if len(names) <= PICTURES else {}
+        csv_parts = [tables.requests_csv(analysis) for analysis in analyses]
+        _write_report(
+            analyses,
+            names,
+            csv_parts,
+            comparisons,
+            files | {"performance_comparison.png": picture},
+            out / "report",
+            None,
+            console,
+        )
+    return analyses
+
+
+def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
+    """Raises UserError when a run's figures do not count."""
+    for analysis in analyses:
+        for flag in analysis.flags:
+            if flag.name in SERIOUS:
+                raise UserError(f"{analysis.name}: {flag.name}: {flag.detail}; its figures do not count")
 
 
 def compare_folders(
-    folders: Sequence[Path],
-    fail_if: Sequence[str],
-    anyway: bool,
-    language: str,
-    picture: Path | None,
-    console: Console,
+    folders: Sequence[Path], fail_if: Sequence[str], anyway: bool, picture: Path | None, console: Console
 ) -> int:
-    """Compare two saved runs (none named: those of the main job); returns the exit code that the conditions give."""
-    conditions = [thresholds.parse(text) for text in fail_if]
+    """Compare two saved runs (default: those of the main job); returns the exit code of the conditions."""
+    conditions = [thresholds.parse(condition) for condition in fail_if]
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
     paths = list(folders) or list(DEFAULT_FOLDERS)
     missing = [path for path in paths if not any(path.glob("*_results.json"))]
     if missing:
-        where = " and ".join(str(path) for path in missing)
+        where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
-    a, b = (load_run(path) for path in paths)
-    comparison = compare(analyze(a), analyze(b), anyway, None if a.name != b.name else (str(paths[0]), str(paths[1])))
-    rulings = thresholds.evaluate(comparison, conditions)
-    console.print(tables.verdict_table(comparison, language))
+    analyses = [load_analysis(path) for path in paths]
+    names = [analysis.name for analysis in analyses]
+    names = names if len(set(names)) == 2 else list(map(str, paths))
+    compared = compare(*analyses, anyway=anyway, names=(names[0], names[1]))
+    results = thresholds.evaluate(compared, conditions)
+    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
+    for name, analysis in zip(names, analyses, strict=True):
+        console.print(*tables.warnings(name, analysis), sep="\n", end="\n" if analysis.flags else "")
     if picture is not None:
-        from pdbench.report import figures
+        from pdbench.report import mpl
 
-        figures.comparison([a, b], picture, _drawable(language, console))
-        console.print(f"picture: {picture}", highlight=False)
-    for ruling in rulings:
-        style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[ruling.outcome]
-        console.print(f"[{style}]{ruling.outcome}[/{style}] {escape(verdicts.threshold(ruling))}", highlight=False)
-    return thresholds.exit_code(rulings)
+        _say_when_english(console)
+        write_whole(picture, mpl.picture(mpl.comparison, analyses, names, [compared]))
+        _say(console, _("picture: {0}", picture))
+    for result in results:
+        style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
+        console.print(f"[{style}]{_(result.outcome)}[/{style}]", end=" ")
+        _say(console, text.threshold(result))
+    return thresholds.exit_code(results)
 
 
-def report(folders: Sequence[Path], out: Path, sort_by: str | None, language: str, console: Console) -> None:
-    """Write report.html, report.md, requests.csv and the pictures of saved runs into `out`."""
+def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Console) -> None:
+    """Write report.html, report.md, requests.csv and (up to four runs) the pictures of saved runs into `out`."""
     folders = list(folders) or [path for path in DEFAULT_FOLDERS if any(path.glob("*_results.json"))]
     if not folders:
         raise UserError(
             "nothing measured here: run `./run_disaggregated_test.sh` first, or name results folders: `pdbench report DIR...`"
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = [Path(scratch) / f"{place}.csv" for place in range(len(folders))]
-        runs = digests(folders, html.DEVICE_FIGURES, html.COMPARED + 1, parts, language)
-        names = names_of(runs)
-        write_whole(out / "report.html", html.page(runs, names, sort_by, language).encode())
-        write_whole(
-            out / "requests.csv", b"".join([",".join(COLUMNS).encode() + b"\n", *(part.read_bytes() for part in parts)])
-        )
-    write_whole(out / "report.md", _markdown(runs, names, sort_by, language).encode())
-    made = ["report.html", "report.md", "requests.csv"]
+    loaded = _load_all(folders)
+    analyses = [analysis for analysis, _csv in loaded]
+    names = names_of(analyses, folders)
+    comparisons = _comparisons(analyses, names)
+    pictures = {}
     if len(folders) <= PICTURES:
-        from pdbench.report import figures  # matplotlib, most of the start-up, for pictures alone
+        from pdbench.report import mpl  # matplotlib is most of the start-up
 
-        drawn = _drawable(language, console)
-        loaded = [load_run(folder) for folder in folders]
-        for run, name in zip(loaded, names, strict=True):
-            made.append(figures.performance_analysis(run, out / f"{name}_performance_analysis.png", drawn).name)
-        if len(loaded) > 1:
-            made.append(figures.comparison(loaded, out / "performance_comparison.png", drawn).name)
-    beside = ", ".join(made[1:])
-    console.print(f"report: {out / made[0]}", highlight=False, soft_wrap=True)
-    console.print(f"beside it: {beside}", highlight=False)
+        _say_when_english(console)
+        for name, file, analysis in zip(names, _picture_names(names), analyses, strict=True):
+            pictures[file] = mpl.picture(mpl.performance_analysis, analysis, name)
+        if len(folders) > 1:
+            pictures["performance_comparison.png"] = mpl.picture(mpl.comparison, analyses, names, comparisons)
+    _write_report(analyses, names, [part for _analysis, part in loaded], comparisons, pictures, out, sort_by, console)
 
 
-def _drawable(language: str, console: Console) -> str:
-    """The language of the pictures; says so where this machine has no font for the one asked for."""
-    from pdbench.report import fonts
+def _write_report(
+    analyses: Sequence[RunAnalysis],
+    names: Sequence[str],
+    csv_parts: Sequence[str],
+    comparisons: Sequence[Comparison],
+    pictures: Mapping[str, bytes],
+    out: Path,
+    sort_by: str | None,
+    console: Console,
+) -> None:
+    from pdbench.report.page import page
 
-    drawn = fonts.language_of_pictures(language)
-    if drawn != language:
-        console.print(fonts.NO_FONT, highlight=False, soft_wrap=True)
-    return drawn
+    side_by_side = tables.side_by_side(analyses, names, sort_by)
+    files = {
+        "report.html": page(analyses, names, comparisons, side_by_side).encode(),
+        "report.md": _markdown(analyses, names, comparisons, side_by_side).encode(),
+        "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *csv_parts]).encode(),
+    }
+    for name, data in (files | dict(pictures)).items():
+        write_whole(out / name, data)
+    _say(console, _("report: {0}", out / "report.html"))
+    _say(console, _("beside it: {0}", ", ".join([*list(files)[1:], *pictures])))
 
 
-def names_of(runs: Sequence[Digest]) -> list[str]:
-    """Each run's deployment; where two share it, their folders (below the one that holds them all) tell them apart."""
-    plain = [run.name for run in runs]
-    folders = [Path(run.folder).absolute() for run in runs]
-    above = Path(os.path.commonpath([folder.parent for folder in folders]))
+def _markdown(
+    analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
+) -> str:
+    parts = [
+        f"# {' · '.join(names)}",
+        *text.each(text.load, analyses, names),
+        *text.each(text.machine, analyses, names),
+    ]
+    parts += text.each(text.gate, analyses, names)
+    lines = [
+        f"- **{name}, {flag}**: {detail}"
+        for name, analysis in zip(names, analyses, strict=True)
+        for flag, detail in text.warnings(analysis)
+    ]
+    parts += ["\n".join(lines)] if lines else []
+    for compared in comparisons:
+        parts.append(tables.markdown(tables.comparison(compared)))
+        parts.append("\n".join(f"- **{_('differs: ')}** {text.mismatch(found)}" for found in compared.mismatches))
+    parts += map(tables.markdown, [side_by_side, *tables.energy(analyses, names)])
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[str]:
+    """Each run's deployment; where runs share it, their folders below the one that holds them all; numbers where those repeat."""
+    plain = [analysis.name for analysis in analyses]
+    paths = [folder.absolute() for folder in folders]
+    above = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [
+        name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts)
+        for path, name in zip(paths, plain, strict=True)
+    ]
     return [
-        name if plain.count(name) == 1 else "_".join(folder.relative_to(above).parts)
-        for folder, name in zip(folders, plain, strict=True)
+        f"{name} {names[: place + 1].count(name)}" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
     ]
 
 
-def _markdown(runs: Sequence[Digest], names: Sequence[str], sort_by: str | None, language: str) -> str:
-    parts = [f"# {' · '.join(names)}\n\n{runs[0].load}\n\n{runs[0].machine}\n"]
-    for run, name in zip(runs, names, strict=True):
-        parts += [f"- **{name}, {flag.name}**: {flag.detail}" for flag in run.skeleton.flags]
-    for run, name in zip(runs[1 : html.COMPARED + 1], names[1:], strict=False):
-        parts.append(
-            tables.markdown(tables.comparison_rows(html.compare_digests(runs[0], run, (names[0], name)), language))
-        )
-    parts.append(tables.markdown(tables.digest_rows(runs, names, sort_by, language)))
-    parts += map(tables.markdown, energy_tables.both(*html.energy_of(runs, names), language))
-    return "\n".join(parts)
+def _picture_names(names: Sequence[str]) -> list[str]:
+    # A name comes from a results file, which may be somebody else's.
+    plain = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
+    return [f"{name}_performance_analysis.png" for name in plain]
+
+
+def _comparisons(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Comparison]:
+    """The first run with each of the next eight."""
+    others = list(zip(analyses, names, strict=True))[1:9]
+    return [compare(analyses[0], analysis, anyway=True, names=(names[0], name)) for analysis, name in others]
+
+
+def _load_all(folders: Sequence[Path]) -> list[tuple[RunAnalysis, str]]:
+    """Analyses with their rows of requests.csv, by as many processes as there are cores where there are many."""
+    workers = min(os.cpu_count() or 1, len(folders))
+    if workers < 2 or len(folders) < 8:
+        return [_load(folder) for folder in folders]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes fill the cores already
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_load, folders))
+
+
+def _load(folder: Path) -> tuple[RunAnalysis, str]:
+    analysis = load_analysis(folder)
+    return analysis, tables.requests_csv(analysis)
+
+
+def plot(source: Path, picture: Path | None, console: Console) -> None:
+    """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
+    from pdbench.report import charts, mpl
+
+    devices = [device for device in read_devices(source) if device.samples]
+    if not devices:
+        raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
+    picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
+    chart = charts.monitored(devices, _("Devices of {0}", source.name))
+    write_whole(picture, mpl.picture(mpl.chart, chart, (15, 10)))
+    _say(console, f"drawn: {picture}")
+
+
+def read_devices(source: Path) -> list[DeviceRecord]:
+    """The devices of monitor's file or of a run's folder. Raises UserError when it holds none."""
+    if source.is_dir():
+        files = sorted(source.glob("*_gpu_data.json"))
+        if not files:
+            raise UserError(f"no *_gpu_data.json in {source}: name a results folder of a run that sampled its devices")
+        return [device for file in files for device in load_devices(file)]
+    if source.suffix != ".csv":
+        return load_devices(source)
+    devices: dict[str, DeviceRecord] = {}
+    try:
+        for row in csv.DictReader(source.read_text().splitlines()):
+            cells: dict[str, Any] = {k: v for k, v in row.items() if k in DeviceSample.__struct_fields__ and v}
+            if "throttle" in cells:
+                cells["throttle"] = cells["throttle"].split()
+            device = DeviceRecord(id=row["device"], kind=row["kind"], name=row["name"])
+            samples = devices.setdefault(row["device"], device).samples
+            samples.append(msgspec.convert(cells, DeviceSample, strict=False))
+    except FileNotFoundError:
+        raise UserError(f"no file {source}: `pdbench monitor --out FILE` writes one") from None
+    except (KeyError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise UserError(f"{source} is not monitor's CSV ({error}): name a file that `pdbench monitor` wrote") from None
+    return list(devices.values())
+
+
+def _say(console: Console, line: str) -> None:
+    """One line as it is: brackets in a path are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_when_english(console: Console) -> None:
+    from pdbench.report import mpl
+
+    if text.LANGUAGE.get() == "zh" and mpl.chinese_font() is None:
+        _say(console, mpl.NO_FONT)

