@@ -1,6 +1,7 @@
 """What `pdbench compare`, `report` and `plot` do, and what follows a measurement: analyze, print, draw, write the report."""
 
 import csv
+import gc
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare
@@ -20,53 +22,40 @@ from pdbench.records import DeviceRecord, DeviceSample, Run, load_devices, save_
 from pdbench.report import tables, text
 from pdbench.report.text import translate as _
 
-PICTURES = 4
+PICTURES, COMPARISON = 4, "performance_comparison.png"
 DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
 SERIOUS = ("gate-failed",)
 """Flags with which a run's figures do not count: the command ends with exit code 1."""
 
 
 def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAnalysis]:
-    """Analyze runs that were just measured and saved into their folders; show and draw each, and their comparison in `out`.
+    """Analyze, show and draw runs that were just measured and saved into their folders; compare them in `out`.
 
-    The summary and the flags go into each run's results, its analysis and picture beside them.
+    Summary and flags go into each run's results; its analysis and its picture lie beside them.
     """
     from pdbench.report import mpl
 
-    analyses, pictures = [], []
+    analyses, drawn = [], []
     for folder, run in runs.items():
         analysis = analyze(run)
         run.summary, run.flags = msgspec.to_builtins(analysis.summary), analysis.flags
         save_run(run, folder)
         save_analysis(analysis, folder)
-        picture = mpl.picture(mpl.performance_analysis, analysis, analysis.name)
-        write_whole(folder / f"{run.name}_performance_analysis.png", picture)
-        console.print(
-            *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis), sep="\n"
-        )
+        drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
+        write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
+        _show(console, *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis))
         _say(console, f"results: {folder}/")
         analyses.append(analysis)
-        pictures.append(picture)
     if len(analyses) > 1:
-        names = names_of(analyses, list(runs))
-        comparisons = _comparisons(analyses, names)
+        names, comparisons = names_of(analyses, [*runs]), _comparisons(analyses, names_of(analyses, [*runs]))
         for compared in comparisons:
-            console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
+            _show(console, tables.terminal(tables.comparison(compared)), *tables.mismatches(compared))
         picture = mpl.picture(mpl.comparison, analyses, names, comparisons)
-        write_whole(out / "performance_comparison.png", picture)
-        _say(console, f"picture: {out / 'performance_comparison.png'}")
-        files = dict(zip(_picture_names(names), pictures, strict=True)) if len(names) <= PICTURES else {}
-        csv_parts = [tables.requests_csv(analysis) for analysis in analyses]
-        _write_report(
-            analyses,
-            names,
-            csv_parts,
-            comparisons,
-            files | {"performance_comparison.png": picture},
-            out / "report",
-            None,
-            console,
-        )
+        write_whole(out / COMPARISON, picture)
+        _say(console, f"picture: {out / COMPARISON}")
+        pictures = dict(zip(_picture_files(names), drawn, strict=True)) | {COMPARISON: picture}
+        rows = list(map(tables.requests_csv, analyses))
+        _write_report(analyses, names, comparisons, rows, pictures, out / "report", None, console)
     return analyses
 
 
@@ -90,24 +79,21 @@ def compare_folders(
     if missing:
         where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
-    analyses = [load_analysis(path) for path in paths]
-    names = [analysis.name for analysis in analyses]
-    names = names if len(set(names)) == 2 else list(map(str, paths))
-    compared = compare(*analyses, anyway=anyway, names=(names[0], names[1]))
+    a, b = map(load_analysis, paths)
+    names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
+    compared = compare(a, b, anyway, names)
     results = thresholds.evaluate(compared, conditions)
-    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
-    for name, analysis in zip(names, analyses, strict=True):
-        console.print(*tables.warnings(name, analysis), sep="\n", end="\n" if analysis.flags else "")
+    warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
+    _show(console, tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), *warnings)
     if picture is not None:
         from pdbench.report import mpl
 
         _say_when_english(console)
-        write_whole(picture, mpl.picture(mpl.comparison, analyses, names, [compared]))
+        write_whole(picture, mpl.picture(mpl.comparison, [a, b], names, [compared]))
         _say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
-        console.print(f"[{style}]{_(result.outcome)}[/{style}]", end=" ")
-        _say(console, text.threshold(result))
+        console.print(Text.assemble((_(result.outcome), style), " ", text.threshold(result)), soft_wrap=True)
     return thresholds.exit_code(results)
 
 
@@ -118,27 +104,37 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Con
         raise UserError(
             "nothing measured here: run `./run_disaggregated_test.sh` first, or name results folders: `pdbench report DIR...`"
         )
-    loaded = _load_all(folders)
-    analyses = [analysis for analysis, _csv in loaded]
+    workers = min(os.cpu_count() or 1, len(folders))
+    if workers < 2 or len(folders) < 8:
+        loaded = [_load(folder) for folder in folders]
+    else:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes fill the cores already
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
+            loaded = list(pool.map(_load, folders))
+    analyses, rows = zip(*loaded, strict=True)
     names = names_of(analyses, folders)
-    comparisons = _comparisons(analyses, names)
-    pictures = {}
+    comparisons, pictures = _comparisons(analyses, names), {}
     if len(folders) <= PICTURES:
         from pdbench.report import mpl  # matplotlib is most of the start-up
 
         _say_when_english(console)
-        for name, file, analysis in zip(names, _picture_names(names), analyses, strict=True):
+        for name, file, analysis in zip(names, _picture_files(names), analyses, strict=True):
             pictures[file] = mpl.picture(mpl.performance_analysis, analysis, name)
         if len(folders) > 1:
-            pictures["performance_comparison.png"] = mpl.picture(mpl.comparison, analyses, names, comparisons)
-    _write_report(analyses, names, [part for _analysis, part in loaded], comparisons, pictures, out, sort_by, console)
+            pictures[COMPARISON] = mpl.picture(mpl.comparison, analyses, names, comparisons)
+    _write_report(analyses, names, comparisons, rows, pictures, out, sort_by, console)
+
+
+def _load(folder: Path) -> tuple[RunAnalysis, str]:
+    analysis = load_analysis(folder)
+    return analysis, tables.requests_csv(analysis)
 
 
 def _write_report(
     analyses: Sequence[RunAnalysis],
     names: Sequence[str],
-    csv_parts: Sequence[str],
     comparisons: Sequence[Comparison],
+    rows: Sequence[str],
     pictures: Mapping[str, bytes],
     out: Path,
     sort_by: str | None,
@@ -150,88 +146,62 @@ def _write_report(
     files = {
         "report.html": page(analyses, names, comparisons, side_by_side).encode(),
         "report.md": _markdown(analyses, names, comparisons, side_by_side).encode(),
-        "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *csv_parts]).encode(),
+        "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
+        **pictures,
     }
-    for name, data in (files | dict(pictures)).items():
+    for name, data in files.items():
         write_whole(out / name, data)
     _say(console, _("report: {0}", out / "report.html"))
-    _say(console, _("beside it: {0}", ", ".join([*list(files)[1:], *pictures])))
+    _say(console, _("beside it: {0}", ", ".join([*files][1:])))
 
 
 def _markdown(
     analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
 ) -> str:
-    parts = [
-        f"# {' · '.join(names)}",
-        *text.each(text.load, analyses, names),
-        *text.each(text.machine, analyses, names),
-    ]
-    parts += text.each(text.gate, analyses, names)
-    lines = [
-        f"- **{name}, {flag}**: {detail}"
-        for name, analysis in zip(names, analyses, strict=True)
-        for flag, detail in text.warnings(analysis)
-    ]
-    parts += ["\n".join(lines)] if lines else []
+    parts = [f"# {text.against(names)}", text.loads(analyses, names), text.machines(analyses, names)]
+    parts += dict.fromkeys(map(text.gate, analyses))
+    runs = zip(names, analyses, strict=True)
+    lines = [f"- **{name}, {flag}**: {detail}" for name, run in runs for flag, detail in text.warnings(run)]
+    parts.append("\n".join(lines))
     for compared in comparisons:
         parts.append(tables.markdown(tables.comparison(compared)))
-        parts.append("\n".join(f"- **{_('differs: ')}** {text.mismatch(found)}" for found in compared.mismatches))
+        parts.append("\n".join(f"- **{_('differs: ')}**{text.mismatch(found)}" for found in compared.mismatches))
     parts += map(tables.markdown, [side_by_side, *tables.energy(analyses, names)])
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[str]:
     """Each run's deployment; where runs share it, their folders below the one that holds them all; numbers where those repeat."""
     plain = [analysis.name for analysis in analyses]
     paths = [folder.absolute() for folder in folders]
-    above = Path(os.path.commonpath([path.parent for path in paths]))
-    names = [
-        name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts)
-        for path, name in zip(paths, plain, strict=True)
-    ]
-    return [
-        f"{name} {names[: place + 1].count(name)}" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
-    ]
+    above = os.path.commonpath([path.parent for path in paths])
+    runs = zip(plain, paths, strict=True)
+    names = [name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts) for name, path in runs]
+    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _picture_names(names: Sequence[str]) -> list[str]:
+def _picture_files(names: Sequence[str]) -> list[str]:
     # A name comes from a results file, which may be somebody else's.
-    plain = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
-    return [f"{name}_performance_analysis.png" for name in plain]
+    safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
+    return [f"{name}_performance_analysis.png" for name in safe[:PICTURES]]
 
 
 def _comparisons(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Comparison]:
     """The first run with each of the next eight."""
-    others = list(zip(analyses, names, strict=True))[1:9]
-    return [compare(analyses[0], analysis, anyway=True, names=(names[0], name)) for analysis, name in others]
-
-
-def _load_all(folders: Sequence[Path]) -> list[tuple[RunAnalysis, str]]:
-    """Analyses with their rows of requests.csv, by as many processes as there are cores where there are many."""
-    workers = min(os.cpu_count() or 1, len(folders))
-    if workers < 2 or len(folders) < 8:
-        return [_load(folder) for folder in folders]
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes fill the cores already
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_load, folders))
-
-
-def _load(folder: Path) -> tuple[RunAnalysis, str]:
-    analysis = load_analysis(folder)
-    return analysis, tables.requests_csv(analysis)
+    runs = [*zip(analyses, names, strict=True)][1:9]
+    return [compare(analyses[0], analysis, anyway=True, names=(names[0], name)) for analysis, name in runs]
 
 
 def plot(source: Path, picture: Path | None, console: Console) -> None:
     """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
-    from pdbench.report import charts, mpl
+    from pdbench.report import mpl, run_charts
 
     devices = [device for device in read_devices(source) if device.samples]
     if not devices:
         raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
-    chart = charts.monitored(devices, _("Devices of {0}", source.name))
-    write_whole(picture, mpl.picture(mpl.chart, chart, (15, 10)))
+    chart = run_charts.monitored(devices, _("Devices of {0}", source.name))
+    write_whole(picture, mpl.picture(mpl.chart, chart, 15, 10))
     _say(console, f"drawn: {picture}")
 
 
@@ -260,6 +230,10 @@ def read_devices(source: Path) -> list[DeviceRecord]:
     return list(devices.values())
 
 
+def _show(console: Console, *parts: RenderableType) -> None:
+    console.print(Group(*parts))
+
+
 def _say(console: Console, line: str) -> None:
     """One line as it is: brackets in a path are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -269,4 +243,4 @@ def _say_when_english(console: Console) -> None:
     from pdbench.report import mpl
 
     if text.LANGUAGE.get() == "zh" and mpl.chinese_font() is None:
-        _say(console, mpl.NO_FONT)
+        _say(console, _(mpl.NO_FONT))

@@ -93,116 +93,108 @@ def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:
 def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     """One run, 1600 x 1500: devices over time, every request's latencies, the parts of TTFT and energy, statistics."""
     figure = Figure(figsize=(16, 15))
-    grid = figure.add_gridspec(
-        3, 1, height_ratios=(4.7, 2.7, 2.8), hspace=0.24, left=LEFT, right=RIGHT, top=0.905, bottom=0.04
-    )
-    note = text.power_missing(analysis)
-    _heading(figure, _("{0}: performance and power", name), [analysis], [name], note)
-    rows = GridSpecFromSubplotSpec(2, 1, grid[0], height_ratios=(1.8, 1), hspace=0.22)
-    for place, panel in enumerate(run_charts.device_curves(analysis, analysis.name).panels[:2]):
-        draw_panel(figure.add_subplot(rows[place]), panel, x_labels=place == 1, legend="above")
-    cells = GridSpecFromSubplotSpec(1, 3, grid[1], wspace=0.16)
+    ratios = {"height_ratios": (4.7, 2.7, 2.8), "hspace": 0.24}
+    rows = figure.add_gridspec(3, 1, left=LEFT, right=RIGHT, top=0.905, bottom=0.04, **ratios)
+    _heading(figure, _("{0}: performance and power", name), [analysis], [name], text.power_missing(analysis))
+    cells = GridSpecFromSubplotSpec(2, 1, rows[0], height_ratios=(1.8, 1), hspace=0.22)
+    for place, panel in enumerate(run_charts.device_curves(analysis, name).panels[:2]):
+        draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == 1)
+    cells = GridSpecFromSubplotSpec(1, 3, rows[1], wspace=0.16)
     for place, panel in enumerate(run_charts.every_request(analysis).panels):
         beside = GridSpecFromSubplotSpec(1, 3, cells[place], width_ratios=(4, 0.9, 0.6), wspace=0.03)
         axis = figure.add_subplot(beside[0])
-        draw_panel(axis, panel, legend="")
+        draw_panel(axis, panel, "")
         if panel.series:
             _histogram(figure.add_subplot(beside[1], sharey=axis), panel)
-    _parts_and_statistics(figure, grid[2], analysis)
-    return figure
-
-
-def _parts_and_statistics(figure: Figure, place: Any, analysis: RunAnalysis) -> None:
-    cells = GridSpecFromSubplotSpec(1, 5, place, width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
-    panels = [run_charts.ttft_parts([analysis], [analysis.name]).panels[0]]
-    panels += run_charts.energy_parts([analysis], [analysis.name]).panels[:1]
-    halves = GridSpecFromSubplotSpec(len(panels), 1, cells[1], hspace=0.75, height_ratios=(1.5, 1)[: len(panels)])
-    for number, panel in enumerate(panels):
-        axis = figure.add_subplot(halves[number])
-        draw_panel(axis, panel, legend="below" if number else "")
-        axis.set_title(panel.title, x=-0.33)
+    cells = GridSpecFromSubplotSpec(1, 5, rows[2], width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
+    panels = [
+        *run_charts.ttft_parts([analysis], [name]).panels,
+        *run_charts.energy_parts([analysis], [name]).panels[:1],
+    ]
+    halves = GridSpecFromSubplotSpec(len(panels), 1, cells[1], hspace=0.62, height_ratios=(1.5, 1)[: len(panels)])
+    for place, panel in enumerate(panels):
+        draw_panel(figure.add_subplot(halves[place]), panel, "above" if place else "", title_x=-0.33)
     _draw_table(figure.add_subplot(cells[3]), tables.times(analysis), (2.4, 1, 1, 1, 1))
     _draw_table(figure.add_subplot(cells[4]), tables.windows(analysis), (3.2, 1, 1, 1, 1.2))
+    return figure
 
 
 def comparison(analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison]) -> Figure:
     """Runs side by side, 1600 wide: verdicts (of two runs), latency distributions, speed, power and energy."""
-    compared = comparisons[0] if len(comparisons) == 1 else None
-    rows = 3 if compared else 2
-    figure = Figure(figsize=(16, 14 if compared else 10.5))
-    grid = figure.add_gridspec(
-        rows, 12, hspace=0.30, wspace=1.0, left=LEFT, right=RIGHT, top=1 - 1.33 / figure.get_figheight(), bottom=0.055,
-        height_ratios=(1.25, 1.2, 0.95)[-rows:] if compared else (1.25, 1.0),
-    )  # fmt: skip
+    ratios = (1.25, 1.2, 0.95) if len(comparisons) == 1 else (1.25, 1.0)
+    height = 14 if len(comparisons) == 1 else 10.5
+    figure = Figure(figsize=(16, height))
+    edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.38 / height, "bottom": 0.055}
+    rows = figure.add_gridspec(len(ratios), 12, hspace=0.32, wspace=1.0, height_ratios=ratios, **edges)
     notes = dict.fromkeys(filter(None, map(text.energy_missing, analyses)))
     _heading(figure, text.against(names), analyses, names, "; ".join(notes))
-    if compared:
-        cells = GridSpecFromSubplotSpec(1, 3, grid[0, :], width_ratios=WIDTHS, wspace=0)
-        draw_panel(figure.add_subplot(cells[1]), run_charts.verdicts(compared).panels[0])
+    if len(comparisons) == 1:
+        cells = GridSpecFromSubplotSpec(1, 3, rows[0, :], width_ratios=WIDTHS, wspace=0)
+        draw_panel(figure.add_subplot(cells[1]), run_charts.verdicts(comparisons[0]).panels[0])
     for place, panel in enumerate(run_charts.latency_distributions(analyses, names).panels):
-        axis = figure.add_subplot(grid[rows - 2, place * 4 : place * 4 + 4])
-        draw_panel(axis, panel, legend="above" if place == 0 else "")
+        cell = rows[len(ratios) - 2, place * 4 : place * 4 + 4]
+        draw_panel(figure.add_subplot(cell), panel, "above" if place == 0 else "")
     bars = run_charts.side_by_side(analyses, names).panels
-    width = 12 // max(len(bars), 1)
     for place, panel in enumerate(bars):
-        draw_panel(figure.add_subplot(grid[rows - 1, place * width : (place + 1) * width]), panel)
+        width = 12 // len(bars)
+        draw_panel(figure.add_subplot(rows[len(ratios) - 1, place * width : (place + 1) * width]), panel)
     return figure
 
 
-def chart(described: Chart, size: tuple[float, float]) -> Figure:
+def chart(described: Chart, width: float, height: float) -> Figure:
     """A chart alone: its panels in two columns, title and caption above."""
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=(width, height))
     columns = min(len(described.panels), 2)
-    rows = -(-len(described.panels) // columns)
-    top = 1 - 1.2 / size[1]
-    grid = figure.add_gridspec(rows, columns, left=LEFT, right=0.975, top=top, bottom=0.06, hspace=0.28, wspace=0.22)
-    figure.text(LEFT, 1 - 0.3 / size[1], described.title, fontsize=17, fontweight="bold", color=INK, va="top")
-    figure.text(LEFT, 1 - 0.6 / size[1], described.caption, fontsize=10, color=MUTED, va="top")
+    edges = {"left": LEFT, "right": 0.975, "top": 1 - 1.2 / height, "bottom": 0.06}
+    grid = figure.add_gridspec(-(-len(described.panels) // columns), columns, hspace=0.28, wspace=0.22, **edges)
+    figure.text(LEFT, 1 - 0.3 / height, described.title, fontsize=17, fontweight="bold", color=INK, va="top")
+    figure.text(LEFT, 1 - 0.65 / height, described.caption, fontsize=10, color=MUTED, va="top")
     for place, panel in enumerate(described.panels):
         draw_panel(figure.add_subplot(grid[place // columns, place % columns]), panel)
     return figure
 
 
-def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names: Sequence[str], note: str = "") -> None:
-    """Title, load and machine; at the right the result of the correctness check, flags and a note."""
-    top, middle, bottom = (1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84))
-    figure.text(LEFT, top, title, fontsize=19, fontweight="bold", color=INK, va="top")
-    figure.text(LEFT, middle, "; ".join(text.each(text.load, analyses, names)), fontsize=11, color=INK, va="top")
-    figure.text(LEFT, bottom, "; ".join(text.each(text.machine, analyses, names)), fontsize=10, color=MUTED, va="top")
-    bold: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "ha": "right", "va": "top"}
-    gates = [analysis.gate for analysis in analyses if analysis.gate is not None]
+def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names: Sequence[str], note: str) -> None:
+    """Title, load and machine; at the right the result of the correctness check, a note and the names of flags."""
+    rows = [1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84, 1.04)]
+    figure.text(LEFT, rows[0], title, fontsize=19, fontweight="bold", color=INK, va="top")
+    counts = [text.counts(analysis) for analysis in analyses if len(analyses) == 1]
+    load = " · ".join([text.loads(analyses, names), *counts])
+    figure.text(LEFT, rows[1], load, fontsize=11, color=INK, va="top")
+    figure.text(LEFT, rows[2], text.machines(analyses, names), fontsize=10, color=MUTED, va="top")
+    at_right: dict[str, Any] = {"fontsize": 11, "ha": "right", "va": "top"}
+    gates = [analysis.gate.passed for analysis in analyses if analysis.gate is not None]
     if gates:
-        passed = all(gate.passed for gate in gates)
-        words = _("Correctness check passed") if passed else _("CORRECTNESS CHECK FAILED")
-        figure.text(RIGHT, top, words, color=GOOD if passed else BAD, **bold)
-    flags = {
-        name: ", ".join(dict.fromkeys(flag.name for flag in analysis.flags))
-        for name, analysis in zip(names, analyses, strict=True)
-        if analysis.flags
-    }
+        words = _("Correctness check passed") if all(gates) else _("CORRECTNESS CHECK FAILED")
+        figure.text(RIGHT, rows[0], words, color=GOOD if all(gates) else BAD, fontweight="bold", **at_right)
+    figure.text(RIGHT, rows[2], note, color=MUTED, **at_right | {"fontsize": 10})
+    flags = []
+    for name, analysis in zip(names, analyses, strict=True):
+        found = ", ".join(dict.fromkeys(flag.name for flag in analysis.flags))
+        flags += [f"{name}: {found}" if len(names) > 1 else found] if found else []
     if flags:
-        words = "; ".join(f"{name}: {each}" if len(analyses) > 1 else each for name, each in flags.items())
-        figure.text(RIGHT, middle, _("warnings: {0}", words), color=BAD, **bold)
-    figure.text(RIGHT, bottom, note, fontsize=10, color=MUTED, ha="right", va="top")
+        words = _("warnings: {0}", "; ".join(flags))
+        row = rows[1] if len(load) + len(words) < 150 else rows[3]
+        figure.text(RIGHT, row, words, color=BAD, fontweight="bold", **at_right)
 
 
-def draw_panel(axis: Axes, panel: Panel, x_labels: bool = True, legend: str = "inside") -> None:
-    """Draw a panel into `axis`; `legend` is inside, above, below or empty for none."""
-    axis.set_title(panel.title)
+def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool = True, title_x: float = 0.0) -> None:
+    """Draw a panel; `legend` is inside, above, or empty for none."""
+    axis.set_title(panel.title, x=title_x)
     if not panel.series:
-        width = max(int(axis.get_window_extent().width / 8), 20)
-        words = fill(_("not measured: {0}", panel.not_measured), width)
+        words = fill(_("not measured: {0}", panel.not_measured), max(int(axis.get_window_extent().width / 8), 20))
         axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED)
         axis.set(xticks=[], yticks=[])
         return
-    behind = axis.twinx() if any(series.behind for series in panel.series) else axis
-    if behind is not axis:
+    behind = axis
+    if any(series.behind for series in panel.series):
+        behind = axis.twinx()
         behind.set_zorder(axis.get_zorder() - 1)
-        axis.patch.set_visible(False)
         behind.grid(visible=False)
+        axis.patch.set_visible(False)
     ends: dict[str, float] = {}
     for series in panel.series:
-        _draw_series(behind if series.behind else axis, series, ends if panel.stacked else {})
+        _draw_series(behind if series.behind else axis, series, ends)
     _set_axis(axis, "x", panel.x)
     _set_axis(axis, "y", panel.y)
     if panel.behind is not None:
@@ -212,33 +204,29 @@ def draw_panel(axis: Axes, panel: Panel, x_labels: bool = True, legend: str = "i
         behind.set_ylim(bottom=0)
     for start, end in panel.pauses:
         axis.axvspan(start, end, color=PAPER, zorder=5, lw=0)
-        axis.axvline((start + end) / 2, color=MUTED, lw=0.8, ls=":", zorder=6)
-    for at in panel.lines:
-        axis.axvline(at, color=MUTED, lw=0.8, ls=":")
+    for at in [*panel.lines, *((start + end) / 2 for start, end in panel.pauses)]:
+        axis.axvline(at, color=MUTED, lw=0.8, ls=":", zorder=6)
     if panel.rows:
         _draw_rows(axis, panel)
     if not x_labels:
-        axis.set_xlabel("")
-        axis.set_xticklabels([])
-    names = axis.get_legend_handles_labels()[1]
-    if names and legend:
-        places = {
-            "inside": {"loc": "best"},
-            "above": {"loc": "lower right", "bbox_to_anchor": (1.0, 0.985), "ncols": 8, "columnspacing": 1.2},
-            "below": {"loc": "upper left", "bbox_to_anchor": (-0.35, -0.42), "ncols": 1, "handlelength": 1.2},
+        axis.set(xlabel="", xticklabels=[])
+    if legend and axis.get_legend_handles_labels()[1]:
+        above = {
+            "loc": "lower right",
+            "bbox_to_anchor": (1.0, 0.985),
+            "ncols": 8,
+            "columnspacing": 1.1,
+            "handlelength": 1.4,
         }
-        axis.legend(**places[legend])
+        axis.legend(**above if legend == "above" else {"loc": "best"})
 
 
 def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
-    """`ends` holds where the bar of each name has come to, for stacks."""
-    x, y, name = series.x, series.y, series.name or None
-    style: dict[str, Any] = {"color": series.shade, "alpha": series.opacity, "label": name}
-    if series.kind in ("line", "step"):
-        drawstyle = "steps-post" if series.kind == "step" else "default"
-        axis.plot(
-            x, y, lw=series.width, ls=LINES[series.dash], drawstyle=drawstyle, marker=series.marker, ms=5, **style
-        )
+    """`ends` holds where the horizontal bar of each name has come to, for stacks."""
+    x, y = series.x, series.y
+    style: dict[str, Any] = {"color": series.shade, "alpha": series.opacity, "label": series.name or None}
+    if series.kind == "line":
+        axis.plot(x, y, lw=series.width, ls=LINES[series.dash], marker=series.marker, ms=5, **style)
     elif series.kind == "points":
         style |= {"facecolors": "none", "edgecolors": style.pop("color")} if series.hollow else {}
         style |= {"s": series.size**2, "linewidths": 1.5 if series.hollow or series.marker else 0}
@@ -246,70 +234,62 @@ def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
     elif series.kind == "area":
         axis.fill_between(x, y, linewidth=0, **style)
     elif series.kind == "boxes":
-        boxes = [
-            [(start, row + 0.06), (start, row + 0.94), (end, row + 0.94), (end, row + 0.06)]
-            for (start, end), row in zip(x, y, strict=True)
-        ]
+        rows = [(start, end, row + 0.06, row + 0.94) for (start, end), row in zip(x, y, strict=True)]
+        boxes = [[(start, low), (start, high), (end, high), (end, low)] for start, end, low, high in rows]
         axis.add_collection(PolyCollection(boxes, facecolors=series.shade, alpha=series.opacity, linewidths=0))
         axis.autoscale_view()
     elif series.kind == "interval":
-        for number, (value, low, high, colour) in enumerate(zip(x, series.low, series.high, series.shade, strict=True)):
-            axis.plot([low, high], [number] * 2, color=colour, lw=3, solid_capstyle="butt", alpha=0.55)
-            axis.plot(value, number, "o", color=colour, ms=6, markerfacecolor=colour if low < high else "none")
+        for row, value, low, high, shade in zip(y, x, series.low, series.high, series.shade, strict=True):
+            axis.plot([low, high], [row, row], color=shade, lw=3, solid_capstyle="butt", alpha=0.55)
+            axis.plot(value, row, "o", color=shade, ms=6, markerfacecolor=shade if low < high else "none")
     elif series.kind == "bar":
-        bars = axis.bar(list(x), y, width=0.6, **style)
-        axis.bar_label(bars, series.labels, padding=3, fontsize=10, color=INK)
+        axis.bar_label(axis.bar(x, y, width=0.6, **style), series.labels, padding=3, fontsize=10, color=INK)
     else:
         starts = [ends.get(row, 0.0) for row in y]
-        bars = axis.barh(
-            list(y), x, left=starts, height=0.62, hatch=series.hatch * 3, edgecolor=PAPER, linewidth=0.5, **style
-        )
-        ends.update({row: start + value for row, start, value in zip(y, starts, x, strict=True)})
-        if series.labels:
-            axis.bar_label(bars, [f" {label}" for label in series.labels], fontsize=9, color=INK)
-        axis.margins(x=0.2)
+        style |= {"height": 0.62, "hatch": series.hatch * 3, "edgecolor": PAPER, "linewidth": 0.5}
+        bars = axis.barh(y, x, left=starts, **style)
+        axis.bar_label(bars, [f" {label}" for label in series.labels or [""] * len(x)], fontsize=9, color=INK)
+        axis.margins(x=0.22)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(visible=False)
-    if series.labels and series.kind in ("line", "points"):
-        for label, point in zip(series.labels, zip(x, y, strict=True), strict=True):
-            axis.annotate(label, point, (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
+        ends.update({row: start + value for row, start, value in zip(y, starts, x, strict=True)})
+    if series.kind == "line":
+        for label, at, value in zip(series.labels, x, y, strict=False):
+            axis.annotate(label, (at, value), (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
 
 
 def _set_axis(axis: Axes, which: str, described: AxisDescription) -> None:
     side, limit = (axis.xaxis, axis.set_xlim) if which == "x" else (axis.yaxis, axis.set_ylim)
     side.set_label_text(described.label)
     if described.log:
-        side._set_axes_scale("log")
-    if described.low is not None or described.high is not None:
-        limit(described.low, described.high)
-    if described.names:
-        if which == "y":
-            axis.invert_yaxis()
-        else:
-            side.set_ticks(range(len(described.names)), [name.replace("-", "-\n") for name in described.names])
-            axis.grid(axis="x", visible=False)
-    elif described.ticks:
-        side.set_ticks(described.ticks[0], described.ticks[1])
-        side.set_minor_locator(NullLocator())
-    elif described.log:
-        low, high = side.get_view_interval()
+        axis.set(**{f"{which}scale": "log"})
+        low, high = described.low or 1.0, described.high or 10.0
         side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=12))
         side.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
         side.set_minor_locator(NullLocator())
     elif described.integer:
         side.set_major_locator(MaxNLocator(integer=True))
+    if described.names and which == "y":
+        axis.invert_yaxis()
+    elif described.names:
+        side.set_ticks(range(len(described.names)), [name.replace("-", "-\n") for name in described.names])
+        axis.grid(axis="x", visible=False)
+    elif described.ticks:
+        side.set_ticks(*described.ticks)
+    if described.low is not None or described.high is not None:
+        limit(described.low, described.high)
 
 
 def _draw_rows(axis: Axes, panel: Panel) -> None:
-    """The texts of an interval panel: names and values left of it, the judgement at the right in its colour."""
+    """The texts of an interval panel: names and values at its left, verdicts at its right in their colours."""
     left = -WIDTHS[0] / WIDTHS[1]
     beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 10}
-    for number, ((name, values, judgement), colour) in enumerate(zip(panel.rows, panel.series[0].shade, strict=True)):
+    for number, ((name, values, verdict), shade) in enumerate(zip(panel.rows, panel.series[0].shade, strict=True)):
         axis.text(left, number, name, color=INK, fontweight="bold", **beside)
-        axis.text(-0.03, number, values, color=INK if colour != MUTED else MUTED, ha="right", **beside)
-        axis.text(1.03, number, judgement, color=colour, **beside)
+        axis.text(-0.03, number, values, color=MUTED if shade == MUTED else INK, ha="right", **beside)
+        axis.text(1.03, number, verdict, color=shade, **beside)
     axis.axvline(1, color=INK, lw=1)
-    axis.set_ylim(max(len(panel.rows), 1) - 0.5, -0.5)
-    axis.set_yticks([])
+    axis.set(ylim=(len(panel.rows) - 0.5, -0.5), yticks=[])
     axis.set_title(panel.title, x=left)
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)
@@ -317,15 +297,14 @@ def _draw_rows(axis: Axes, panel: Panel) -> None:
 
 def _histogram(axis: Axes, panel: Panel) -> None:
     """How often each height occurs, lying beside the points, with the quantiles marked and named without overlap."""
-    low, high = axis.get_ylim()
-    bins = np.linspace(low, high, 41).tolist()
-    axis.hist(panel.spread, bins=bins, orientation="horizontal", color=panel.series[-1].shade, alpha=0.45)
-    apart = 0.075 * (high - low)
-    places = spread_apart(list(panel.marks.values()), apart, high - apart / 2)
+    low, high = panel.y.low or 0.0, panel.y.high or 1.0
+    bins, shade = np.linspace(low, high, 41).tolist(), panel.series[0].shade
+    axis.hist(panel.spread, bins=bins, orientation="horizontal", color=shade, alpha=0.45)
+    places = spread_apart(list(panel.marks.values()), 0.075 * (high - low), high - 0.0375 * (high - low))
     for (name, mark), place, dash in zip(panel.marks.items(), places, ("-", "--", ":"), strict=True):
         axis.axhline(mark, color=INK, lw=0.8, ls=dash)
-        beside = axis.get_yaxis_transform()
-        axis.text(1.04, place, f"{name} {text.number(mark)}", transform=beside, va="center", fontsize=9, color=INK)
+        words, beside = f"{name} {text.number(mark)}", axis.get_yaxis_transform()
+        axis.text(1.04, place, words, transform=beside, va="center", fontsize=9, color=INK)
     axis.set_ylim(low, high)
     axis.axis("off")
 
@@ -344,13 +323,12 @@ def _draw_table(axis: Axes, table: Table, widths: Sequence[float]) -> None:
     """A table as text: words left, numbers right, a line under the header."""
     axis.set_title(table.title)
     axis.axis("off")
-    edges = np.cumsum(widths) / sum(widths)
-    rows = [table.header, *table.cells]
+    edges, rows = np.cumsum(widths) / sum(widths), [table.header, *table.cells]
     step = min(1.0 / len(rows), 0.16)
     for number, row in enumerate(rows):
         for place, word in enumerate(row):
-            x, side = (0.0, "left") if place == 0 else (edges[place], "right")
-            look = {"color": INK if number else MUTED, "fontweight": "bold" if place == 0 and number else "normal"}
-            height = 1 - (number + 0.5) * step
-            axis.text(x, height, word, ha=side, va="center", fontsize=9.5, transform=axis.transAxes, **look)
+            look: dict[str, Any] = {"color": INK if number else MUTED, "ha": "right" if place else "left"}
+            look |= {"fontweight": "normal" if place else "bold", "va": "center", "fontsize": 9.5}
+            x, y = edges[place] if place else 0.0, 1 - (number + 0.5) * step
+            axis.text(x, y, word, transform=axis.transAxes, **look)
     axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)

