@@ -108,8 +108,9 @@ def run(
     out
         Folder in which the results folders go.
     """
-    from pdbench import experiment, judge
+    from pdbench import experiment
     from pdbench.cluster import open_site
+    from pdbench.report import commands
     from pdbench.site import stop_on_signals
 
     kinds = _deployment_names(against)
@@ -118,10 +119,8 @@ def run(
         with stop_on_signals(), open_site(cluster) as site:
             experiment.run(kinds, trials, options, out, console, site, runs)
     finally:  # what was measured is shown when the rest failed or was interrupted, too
-        for folder in runs:
-            judge.finish(folder, console)
-    judge.side_by_side(list(runs), out, console)
-    judge.exit_on_flags(list(runs))
+        analyses = commands.finish(runs, out, console)
+    commands.exit_on_flags(analyses)
 
 
 @app.command(group_parameters=_MEASURING)
@@ -148,8 +147,9 @@ def bench(
     out
         Folder in which the results folder goes.
     """
-    from pdbench import experiment, judge
+    from pdbench import experiment
     from pdbench.cluster import open_site
+    from pdbench.report import commands
     from pdbench.site import stop_on_signals
 
     served = ServeConfig(**asdict(server or ServerConfig()))
@@ -159,9 +159,8 @@ def bench(
         with stop_on_signals(), open_site(cluster) as site:
             experiment.bench(url, options.serve.model, options, trials, out, console, site, runs)
     finally:
-        for folder in runs:
-            judge.finish(folder, console)
-    judge.exit_on_flags(list(runs))
+        analyses = commands.finish(runs, out, console)
+    commands.exit_on_flags(analyses)
 
 
 @app.command
@@ -271,10 +270,11 @@ def compare(
     picture
         Where the picture goes.
     """
-    from pdbench.report.commands import compare_folders
+    from pdbench.report import commands, text
 
     try:
-        sys.exit(compare_folders(folders, fail_if, anyway, lang, picture, console))
+        with text.language(lang):
+            sys.exit(commands.compare_folders(folders, fail_if, anyway, picture, console))
     except UserError as error:
         raise UserError(str(error), exit_code=2) from None  # 1 says that a condition is met
 
@@ -320,9 +320,9 @@ def plot(source: Path, /, *, picture: Path | None = None) -> None:
     picture
         Where the PNG goes; by itself beside the source.
     """
-    from pdbench.report import device_figures
+    from pdbench.report import commands
 
-    console.print(f"drawn: {device_figures.plot(source, picture)}", highlight=False)
+    commands.plot(source, picture, console)
 
 
 @app.command
@@ -342,9 +342,10 @@ def report(
     lang
         Language of page and tables.
     """
-    from pdbench.report import commands
+    from pdbench.report import commands, text
 
-    commands.report(folders, out, sort_by, lang, console)
+    with text.language(lang):
+        commands.report(folders, out, sort_by, console)
 
 
 @app.command(group_parameters=_MEASURING)
@@ -378,9 +379,9 @@ def sweep(
     out
         Folder of the points, the summary table and the curves.
     """
-    from pdbench import experiment, judge, sweep
+    from pdbench import experiment, sweep
     from pdbench.cluster import open_site
-    from pdbench.report import sweep_figures
+    from pdbench.report import commands, sweep_figures
     from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
@@ -393,8 +394,8 @@ def sweep(
             else:
                 experiment.run(_deployment_names(against), trials, point, folder, console, site, runs)
         finally:
-            for measured in runs:
-                judge.finish(measured, console)
+            for measured, run in runs.items():
+                commands.finish({measured: run}, folder, console)
         return list(runs)
 
     what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and asdict(cluster)}

@@ -76,8 +76,9 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gaps(msgspec.Struct, frozen=True, kw_only=True):
-    """At most 10,000 gaps between tokens, evenly chosen; `request` is the row in `RunAnalysis.requests`."""
+    """At most 10,000 gaps between tokens, evenly chosen; `x` drawn seconds, `request` the row in `RunAnalysis.requests`."""
 
+    x: Array
     request: IntArray
     ms: Array
 
@@ -113,7 +114,7 @@ def curves_of(run: Run, measured: Measured) -> Curves:
     return Curves(
         axis=axis,
         quantiles={name: _quantile_curve(values) for name, values in latencies.items()},
-        gaps=Gaps(request=measured.tbt_owner[chosen], ms=measured.tbt_ms[chosen]),
+        gaps=Gaps(x=axis.place(measured.tbt_s[chosen]), request=measured.tbt_owner[chosen], ms=measured.tbt_ms[chosen]),
         tbt_over_time=_tbt_over_time(measured, axis),
         ttft_parts_ms=mean_ttft_parts_ms(measured),
         devices={field: found for field, found in lines.items() if found},

@@ -139,7 +139,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
                 x=x,
                 y=Axis(label=text.label(fields[0]), low=0, high=top),
                 pauses=axis.pauses,
-                not_measured=text.reasons(curves.not_measured.get(fields[0], "")),
+                not_measured=_(curves.not_measured.get(fields[0], "")),
                 height=height,
             )
         )

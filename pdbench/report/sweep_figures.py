@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.records import write_whole
 from pdbench.report import mpl, tables, text
 from pdbench.report.charts import BAD, Axis, Chart, Panel, Series, shades
@@ -149,14 +149,12 @@ def _short(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("_", " ")
 
 
-def present(
-    measured: Iterable[tuple[Mapping[str, Any], Sequence[RunAnalysis]]], out: Path, console: Console
-) -> list[Row]:
-    """Take (varied options, analyses) as they come; keep table and curves in `out` up to date; show them at the end."""
+def present(measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console) -> list[Row]:
+    """Take (varied options, results folders) as they come; keep table and curves in `out` up to date; show them at the end."""
     rows: list[Row] = []
     try:
-        for varied, analyses in measured:
-            rows += [Row(varied, analysis) for analysis in analyses]
+        for varied, folders in measured:
+            rows += [Row(varied, load_analysis(folder)) for folder in folders]
             write_whole(out / "sweep_summary.csv", summary_csv(rows).encode())
             write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, curves(rows), 16, 10))
     finally:

@@ -230,7 +230,7 @@ def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str], sort_by:
 def energy(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Table]:
     """Each role's joules, then what a token, a request and a joule came to; one line where nothing was measured."""
     runs = dict(zip(names, (analysis.summary.energy for analysis in analyses), strict=True))
-    missing = {name: text.reasons(run.not_measured) for name, run in runs.items() if run.not_measured}
+    missing = {name: _(run.not_measured) for name, run in runs.items() if run.not_measured}
     alike = len(set(missing.values())) == 1 and len(missing) == len(runs)
     why = _(
         "not measured: {0}",

@@ -44,7 +44,7 @@ METRICS = {
     "kv_gb": ("KV transferred", "GB", "energy.kv_transfer.bytes"),
     "kv_j": ("KV transfer alone, above idle", "J", "energy.kv_transfer.active_j"),
     "price_per_million_output_tokens": (
-        "price of a million output tokens",
+        "Price of a million output tokens",
         "",
         "energy.price_per_million_output_tokens",
     ),
@@ -74,33 +74,43 @@ def language(name: str) -> Iterator[None]:
 @cache
 def catalogue() -> dict[str, str]:
     """English text -> Chinese."""
-    entries: dict[str, str] = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
-    return entries
+    return _entries("texts")
 
 
 @cache
 def _patterns() -> list[tuple[re.Pattern[str], str]]:
-    """Entries with placeholders as patterns: flags and reasons are saved as English sentences with their numbers in."""
+    """Texts that runs are saved with (flags, reasons, device names), whose {0}, {1} were filled in then."""
     return [
-        (re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english)), re.DOTALL), chinese)
-        for english, chinese in catalogue().items()
-        if "{0}" in english
+        (re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(key))), chinese)
+        for key, chinese in _entries("saved").items()
     ]
 
 
+def _entries(section: str) -> dict[str, str]:
+    entries: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
+    return entries[section]
+
+
 def translate(english: str, *values: object) -> str:
-    """`english` in the current language, with `values` at its {0}, {1}, ...; a text without entry stays English."""
-    if LANGUAGE.get() == "en":
-        return english.format(*values) if values else english
-    chinese = catalogue().get(english)
-    if chinese is not None:
-        return chinese.format(*values) if values else chinese
-    if values:
-        return english.format(*values)
+    """`english` in the current language, with `values` at its {0}, {1}, ...; a text without entry stays English.
+
+    A text that a run was saved with may be several, with semicolons between.
+    """
+    if LANGUAGE.get() == "zh":
+        chinese = catalogue().get(english)
+        if chinese is None and not values:
+            return _translate_saved(english)
+        english = chinese or english
+    return english.format(*values) if values else english
+
+
+@cache
+def _translate_saved(english: str) -> str:
     for pattern, chinese in _patterns():
         if match := pattern.fullmatch(english):
             return chinese.format(*map(translate, match.groups()))
-    return english
+    parts = english.split("; ")
+    return "；".join(map(translate, parts)) if len(parts) > 1 else english
 
 
 _ = translate
@@ -239,18 +249,13 @@ def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
 def power_missing(analysis: RunAnalysis) -> str:
     """Why there is no power curve; empty when there is one."""
     reason = analysis.curves.not_measured.get("power_w")
-    return "" if reason is None else _("power not measured: {0}", reasons(reason))
+    return "" if reason is None else _("power not measured: {0}", _(reason))
 
 
 def energy_missing(analysis: RunAnalysis) -> str:
     """Why energy was not measured; empty when it was."""
     reason = analysis.summary.energy.not_measured
-    return "" if reason is None else _("power and energy not measured: {0}", reasons(reason))
-
-
-def reasons(joined: str) -> str:
-    """Reasons that were saved with semicolons between, each translated."""
-    return "; ".join(map(_, joined.split("; ")))
+    return "" if reason is None else _("power and energy not measured: {0}", _(reason))
 
 
 def mismatch(found: Mismatch) -> str:
