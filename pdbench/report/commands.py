@@ -159,7 +159,7 @@ def _markdown(
     analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
 ) -> str:
     parts = [f"# {text.against(names)}", text.loads(analyses, names), text.machines(analyses, names)]
-    parts += dict.fromkeys(map(text.gate, analyses))
+    parts += [line for _result, line in text.gates(analyses, names)]
     runs = zip(names, analyses, strict=True)
     lines = [f"- **{name}, {flag}**: {detail}" for name, run in runs for flag, detail in text.warnings(run)]
     parts.append("\n".join(lines))

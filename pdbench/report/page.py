@@ -44,7 +44,7 @@ def page(
         lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
         title=text.against(names),
         runs=list(zip(names, analyses, strict=True)),
-        checked=[(name, run) for name, run in zip(names, analyses, strict=True) if run.gate],
+        gates=text.gates(analyses, names),
         load=text.loads(analyses, names),
         machine=text.machines(analyses, names),
         comparisons=[(compared, tables.comparison(compared)) for compared in comparisons],

@@ -226,11 +226,15 @@ def counts(analysis: RunAnalysis) -> str:
     return _(words, requests.sent, trials, requests.failed)
 
 
-def gate(analysis: RunAnalysis) -> str:
-    if analysis.gate is None:
-        return _("Correctness check not run: nothing here shows that the outputs are right")
-    words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
-    return _(words, _(analysis.gate.detail))
+def gates(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(better or worse, result of the correctness check with its detail) of the first four runs that had one."""
+    lines = []
+    for name, analysis in zip(names, analyses, strict=True):
+        if analysis.gate is not None:
+            words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
+            line = (f"{name}: " if len(names) > 1 else "") + _(words, _(analysis.gate.detail))
+            lines.append(("better" if analysis.gate.passed else "worse", line))
+    return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:

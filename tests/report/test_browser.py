@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from pdbench.report.digest import digest
 
 from pdbench.records import save_run
 from pdbench.report import html
-from pdbench.report.digest import digest
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.runs import build_run
 

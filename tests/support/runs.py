@@ -103,7 +103,7 @@ def _device(random, run: Run, role: str, index: int, gpu: bool) -> DeviceRecord:
     device = DeviceRecord(
         id=f"gpu{index}" if gpu else f"process-{role}",
         kind="gpu" if gpu else "process",
-        name="Synthetic H200" if gpu else f"{role}'s processes",
+        name="Synthetic H200" if gpu else f"CPU use of {role}'s processes",
         role=role,
         index=index if gpu else None,
         not_measured={} if gpu else {"power_w": "no RAPL on this machine", "energy_j": "no RAPL on this machine"},

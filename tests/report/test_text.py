@@ -1,0 +1,111 @@
+"""Verdicts as sentences, numbers, translation."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as draw
+
+from pdbench.analysis.compare import compare, judge
+from pdbench.analysis.metrics import METRICS
+from pdbench.analysis.run_analysis import Figure, analyze
+from pdbench.analysis.thresholds import evaluate, parse
+from pdbench.report import text
+from tests.support.runs import build_run
+
+ENERGY = METRICS["j_per_output_token"]
+
+
+def line_of(a, b, name):
+    return next(line for line in compare(analyze(a), analyze(b)).differences if line.metric.name == name)
+
+
+def figure(*trials):
+    return Figure(value=float(np.mean(trials)), trials=dict(enumerate(trials)))
+
+
+def test_verdict_says_how_much_and_how_sure():
+    a, b = build_run("single", ttft_ms=20, tbt_ms=3.3, seed=1), build_run(ttft_ms=35, tbt_ms=1.5, seed=2)
+    tbt = line_of(a, b, "tbt_p50_ms")
+    assert re.fullmatch(r"better: 2\.\d\d x lower \(2\.\d\d–2\.\d\d\)", text.verdict(tbt))
+    assert text.values(tbt).endswith(" ms")
+    with text.language("zh"):
+        assert re.fullmatch(r"更好: 降至 1/2\.\d\d \(1/2\.\d\d–1/2\.\d\d\)", text.verdict(tbt))
+
+
+def test_unclear_verdict_names_the_trials_that_would_show_a_difference():
+    ttft = line_of(build_run(ttft_ms=30, spread=0.4, seed=1), build_run(ttft_ms=30, spread=0.4, seed=2), "ttft_p50_ms")
+    words = text.judgement(ttft)
+    assert words.startswith("not significant with 3 trials (")
+    assert words.endswith(f"; detecting 5 % would need {ttft.trials_needed}")
+
+
+def test_interval_that_says_nothing_is_not_printed():
+    line = judge(ENERGY, figure(1.0, 30.0), figure(1.5, 1.0), True)
+    assert text.judgement(line) == "2 trials cannot show a difference; detecting 5 % would need over 1,000"
+
+
+def test_few_values_are_named():
+    assert "not judged: 48 values, needs 400" in text.judgement(
+        line_of(build_run(seed=1), build_run(seed=2), "ttft_p99_ms")
+    )
+
+
+def test_condition_without_interval_says_why():
+    compared = compare(*(analyze(build_run(name, trials=1, seed=len(name))) for name in ("single", "disaggregated")))
+    (result,) = evaluate(compared, [parse("ttft_p50_ms > +5%")])
+    assert re.fullmatch(
+        r"ttft_p50_ms > \+5%: TTFT p50: [+−][\d.]+ %, one trial: no interval \(.* ms\)", text.threshold(result)
+    )
+
+
+def shown_bounds(words):
+    """The interval as a reader sees it: (low, high, the value that stands for no change)."""
+    inside = words[words.index("(") + 1 : words.rindex(")")].replace("−", "-").replace(",", "").replace("1/", "")
+    low, high = map(float, re.findall(r"[+-]?\d[\d.]*(?:e-\d+)?", inside))
+    return low, high, 0.0 if "%" in inside else 1.0
+
+
+@settings(deadline=None)
+@given(
+    draw.floats(0.2, 5.0),
+    draw.floats(3e-4, 0.2),
+    draw.integers(0, 99),
+    draw.booleans(),
+    draw.sampled_from(["en", "zh"]),
+)
+def test_words_and_the_interval_beside_them_agree(change, sd, seed, paired, language):
+    logs = np.random.default_rng(seed).normal(0, sd, (2, 3))
+    a, b = (figure(*(factor * np.exp(side))) for factor, side in ((8.8, logs[0]), (8.8 * change, logs[1])))
+    line = judge(ENERGY, a, b, paired)
+    with text.language(language):
+        words = text.judgement(line)
+    low, high, none = shown_bounds(words)
+    assert (line.verdict in ("better", "worse")) == (not min(low, high) <= none <= max(low, high))
+    assert line.verdict != "same" or (low >= -5 and high <= 5)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_ratio_decides_where_ratio_and_difference_disagree(paired):
+    line = judge(ENERGY, figure(8.8, 8.84), figure(16.9, 18.2), paired)
+    assert text.verdict(line).startswith("worse: 1.99 x higher (1.")
+    assert text.values(line) == "8.82 → 17.5 J"
+
+
+def test_numbers_have_three_significant_digits():
+    values = [None, float("nan"), 0.0, 0.0000456, 0.12345, 1.5, 12.34, 12345.6]
+    assert list(map(text.number, values)) == ["–", "–", "0", "5e-05", "0.123", "1.50", "12.3", "12,346"]
+
+
+def test_texts_that_a_run_was_saved_with_are_translated():
+    with text.language("zh"):
+        assert text.translate("gpu0: sw_power_cap in 12 % of the samples") == "gpu0：12 % 的采样为 sw_power_cap"
+        assert text.translate("no RAPL on this machine; something new") == "本机没有 RAPL；something new"
+    assert text.translate("no RAPL on this machine") == "no RAPL on this machine"
+
+
+def test_every_translation_takes_the_same_values():
+    for section in ("texts", "saved"):
+        for english, chinese in text._entries(section).items():
+            assert chinese and set(re.findall(r"{\d}", english)) >= set(re.findall(r"{\d}", chinese)), english
