@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
-from pdbench.report.device_figures import read_devices
 
 from pdbench.analysis.energy import energy_over
 from pdbench.cli import main

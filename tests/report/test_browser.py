@@ -1,14 +1,15 @@
 """The report in a real Chromium: every figure drawn, no console error, legend and hover work, dark mode, nothing fetched."""
 
+import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from pdbench.report.digest import digest
+from rich.console import Console
 
 from pdbench.records import save_run
-from pdbench.report import html
+from pdbench.report import commands, text
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.runs import build_run
 
@@ -27,12 +28,13 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(params=["en", "zh"], scope="module")
 def page(request, browser, tmp_path_factory):
-    tmp_path, digests = tmp_path_factory.mktemp("report"), []
-    for run in (build_run("single", ttft_ms=20, tbt_ms=3.3), build_run(tbt_ms=1.5, seed=2)):
-        save_run(run, tmp_path / run.name)
-        digests.append(digest(tmp_path / run.name))
+    tmp_path = tmp_path_factory.mktemp("report")
+    folders = [tmp_path / "single", tmp_path / "disaggregated"]
+    save_run(build_run("single", ttft_ms=20, tbt_ms=3.3), folders[0])
+    save_run(build_run(tbt_ms=1.5, seed=2), folders[1])
+    with text.language(request.param):
+        commands.report(folders, tmp_path, None, Console(file=io.StringIO()))
     path = tmp_path / "report.html"
-    path.write_text(html.page(digests, ["single", "disaggregated"], language=request.param), encoding="utf-8")
     browser.problems.clear()
     browser.requested.clear()
     browser.open(path.as_uri())
@@ -57,7 +59,7 @@ def test_every_figure_is_drawn_and_nothing_is_wider_than_the_page(page):
 
 def test_the_verdicts_are_on_the_first_screen(page):
     assert page.evaluate("document.querySelector('.answer').getBoundingClientRect().bottom") < 500
-    assert page.evaluate("document.querySelectorAll('.tag.better').length") >= 3
+    assert page.evaluate("document.querySelectorAll('tr.better').length") >= 3
 
 
 def test_a_click_in_the_legend_hides_and_shows_a_run(page):
@@ -69,9 +71,19 @@ def test_a_click_in_the_legend_hides_and_shows_a_run(page):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         page.mouse(kind, x, y)
-    assert page.evaluate(f"new Promise(done => setTimeout(() => done({visible}), 900))") == 3
+    assert page.evaluate(f"new Promise(done => setTimeout(() => done({visible}), 900))") == 6
     page.evaluate("Plotly.restyle('distributions', {visible: true}).then(() => true)")
     assert page.evaluate(visible) == 0
+
+
+def test_panels_are_below_each_other_in_a_narrow_window(page):
+    tops = "[...document.querySelectorAll('#distributions .xtitle, #distributions .x2title')].map(t => t.getBoundingClientRect().top)"
+    beside = page.evaluate(tops)
+    page.resize(500)
+    below = page.evaluate(f"new Promise(done => setTimeout(() => done({tops}), 900))")
+    page.resize(1280)
+    assert beside[0] == beside[1] and below[0] + 100 < below[1]
+    assert page.evaluate(f"new Promise(done => setTimeout(() => done({tops}), 900))") == beside
 
 
 def test_hovering_shows_a_value_with_its_unit(page):
@@ -92,7 +104,7 @@ def test_on_paper_figures_fit_and_nothing_stays_folded(page, tmp_path):
     before = page.evaluate(width)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(width) < 690
-    assert page.evaluate("[...document.querySelectorAll('details')].every(one => one.open)")
+    assert page.evaluate("[...document.querySelectorAll('details')].every(details => details.open)")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(f"new Promise(done => setTimeout(() => done({width}), 300))") == before
     page.print_to(tmp_path / "report.pdf")

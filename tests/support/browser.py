@@ -80,6 +80,10 @@ class Browser:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(data["data"]))
 
+    def resize(self, width: int) -> None:
+        """Change the window's width."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+
     def print_to(self, path: Path) -> None:
         """A PDF, as a person prints the page."""
         data = self.call("Page.printToPDF", preferCSSPageSize=True)
