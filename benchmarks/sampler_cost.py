@@ -1,8 +1,8 @@
-"""What measuring power costs and how true it is: pdbench's sampler beside Zeus and nvidia-smi polling, same GPUs, same windows.
+"""Cost and accuracy of measuring power: pdbench's sampler beside Zeus and nvidia-smi polling, same GPUs, same windows.
 
-By itself on four scripted GPUs whose energy is known exactly (tests/fake_nvml.c, built with gcc); with --real on this
-host's first GPU under a 250 ms square wave of matrix products, where the judge is the driver's own energy counter.
-Zeus is installed into a virtual environment under --peers and skipped with a word when that fails.
+Default: four scripted GPUs whose energy is known exactly (tests/support/fake_nvml.c, built with gcc). With --real: this host's
+first GPU under a 250 ms square wave of matrix products, against the driver's own energy counter. Zeus is installed into a
+virtual environment under --peers, and skipped with a message when that fails.
 Try: python benchmarks/sampler_cost.py            (about 1 minute)
 """
 
@@ -19,7 +19,7 @@ from threading import Thread
 HERE = Path(__file__).parent
 WAVES = ("constant", "square", "ramp", "spike")
 ZEUS = "zeus==0.16.0"
-# All tools are up before the windows are told; this is left for a load or a sampler to begin.
+# All tools run before the windows are announced; this is left for a load or a sampler to begin.
 START_S = 3.0
 LENGTHS_S = (1.03, 3.17, 1.41, 6.29, 2.53, 10.07)
 

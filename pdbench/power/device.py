@@ -7,10 +7,12 @@ own buffer. amdsmi is installed with ROCm, not with pdbench.
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from pdbench import nvml
 
+T = TypeVar("T")
 _MIG = "MIG is on: the board's meter is shared by its slices, and no slice has one"
 
 
@@ -77,22 +79,12 @@ class GpuReader(Reader):
     def counter_j(self) -> float | None:
         if self._gpu is None or self.lost or "energy_j" in self.not_measured:
             return None
-        try:
-            energy_j = self._gpu.energy_j()
-        except nvml.GpuError as error:
-            self._note("energy_j", error)
-            return None
-        self._failures.pop("energy_j", None)
-        return energy_j
+        return self._attempt("energy_j", self._gpu.energy_j)
 
     def buffer(self) -> list[tuple[float, float]]:
         if self._gpu is None or not self.not_measured.keys().isdisjoint(("device", "power_w", "fine_power")):
             return []
-        try:
-            entries = self._gpu.buffer(self._buffer_us)
-        except nvml.GpuError as error:
-            self._note("fine_power", error)
-            return []
+        entries = self._attempt("fine_power", partial(self._gpu.buffer, self._buffer_us)) or []
         self._buffer_us = entries[-1][0] if entries else self._buffer_us
         return [(at_us / 1e6, power_w) for at_us, power_w in entries]
 
@@ -100,6 +92,15 @@ class GpuReader(Reader):
         if self._gpu:
             self._gpu.close()
             self._gpu = None
+
+    def _attempt(self, field: str, call: Callable[[], T]) -> T | None:
+        try:
+            value = call()
+        except nvml.GpuError as error:
+            self._note(field, error)
+            return None
+        self._failures.pop(field, None)
+        return value
 
     def _note(self, field: str, error: nvml.GpuError) -> None:
         """An unsupported field is not read again, nor one that fails ten times in a row; else one value is missing."""
