@@ -65,17 +65,9 @@ def measure(options: argparse.Namespace) -> None:
     from pdbench.cluster.ray_host import RayHost
     from pdbench.cluster.site import RaySite
     from pdbench.config import ClusterConfig, PowerConfig, ServeConfig
-    from pdbench.host import VllmPlanner
     from pdbench.power.device import Reader
     from pdbench.records import Clock
     from pdbench.serving.vllm import Command
-
-    class ScriptedPlanner(VllmPlanner):
-        """Servers that are healthy and nothing else."""
-
-        def command(self, spec: Any, config: Any, machine: Any, gpus: Any, setup: Any) -> Command:
-            argv = (sys.executable, "-S", "-c", SERVER, config.host, str(spec.port))
-            return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
 
     class Counting(Reader):
         """Its power is the number of the reading, so that a lost sample shows."""
@@ -87,12 +79,18 @@ def measure(options: argparse.Namespace) -> None:
             return {"power_w": float(self.readings), "gpu_utilization_pct": 50.0, "sm_clock_mhz": 1980.0}
 
     class SimulatedHost(RayHost):
+        """Its servers are healthy and nothing else."""
+
+        def command(self, spec: Any, config: Any, gpus: Any, setup: Any) -> Command:
+            argv = (sys.executable, "-S", "-c", SERVER, config.host, str(spec.port))
+            return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
+
         def open_readers(self, servers: Any) -> list[Reader]:
             count = options.devices // options.nodes
             return [Counting(f"simulated-{index}", "gpu", "simulated", role="replica") for index in range(count)]
 
     config = ClusterConfig(cluster=options.inside)
-    with tempfile.TemporaryDirectory() as logs, RaySite(config, ScriptedPlanner(), SimulatedHost) as site:
+    with tempfile.TemporaryDirectory() as logs, RaySite(config, SimulatedHost) as site:
         for count in (options.nodes, options.instances):
             serve = ServeConfig(replica_instances=count, log_dir=logs)
             begin_s = time.monotonic()
@@ -103,7 +101,7 @@ def measure(options: argparse.Namespace) -> None:
                 )
                 if count == options.instances:
                     measurement = site.measurement(deployment.info(), PowerConfig(), Clock.start())
-                    sample(site.cluster, measurement, options)
+                    sample(site, measurement, options)
 
 
 def sample(cluster: Any, measurement: Any, options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from pdbench import nvml
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
-from pdbench.host import VllmPlanner
+from pdbench.host import LocalHost
 from pdbench.http import host_port
 from pdbench.serving import vllm
 from pdbench.serving.machine import Machine, port_owner
@@ -79,7 +79,7 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     commands: list[Command] = []
     problem, model = None, ""
     try:
-        model = VllmPlanner().setup("disaggregated", config, machine).model
+        model = LocalHost(machine).setup("disaggregated", config).model
         commands = vllm.commands("disaggregated", config, machine, model)
     except UserError as error:
         problem = str(error)

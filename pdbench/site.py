@@ -3,7 +3,7 @@
 import functools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -13,7 +13,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, Ser
 from pdbench.doctor import Finding
 from pdbench.errors import UserError
 from pdbench.events import Event, move
-from pdbench.host import Batch, HostLostError, LocalHost, Planner
+from pdbench.host import Batch, HostLostError, LocalHost
 from pdbench.http import split_url
 from pdbench.load import clients, plan
 from pdbench.load.clients import LoadResult
@@ -23,7 +23,7 @@ from pdbench.power.device import gpu_indices
 from pdbench.power.sampler import merge_records
 from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving import machine as machines
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, ServerSite, at_once
 from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec
 
@@ -114,15 +114,9 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Site(Protocol):
+class Site(ServerSite, Protocol):
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
-
-    def check(self) -> None:
-        """Raises UserError when a host is lost."""
-
-    def reserve(self, specs: Sequence[ServerSpec]) -> AbstractContextManager[dict[str, ServerHost]]:
-        """A host for each server, by name; at the block's end everything that was started there has ended."""
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
         """Not started yet; planned already where its hosts are known. Raises UserError when it cannot run here."""
@@ -140,10 +134,10 @@ class Site(Protocol):
 
 
 class LocalSite:
-    """This host. `machine` and `planner` are for tests: what it has, and who makes the servers' command lines."""
+    """This host; `machine` (what it has) and `host_class` are for tests."""
 
-    def __init__(self, machine: Machine | None = None, planner: Planner | None = None) -> None:
-        self._machine, self._planner = machine, planner
+    def __init__(self, machine: Machine | None = None, host_class: type[LocalHost] = LocalHost) -> None:
+        self._machine, self._host_class = machine, host_class
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         plan.check(load)
@@ -153,7 +147,7 @@ class LocalSite:
 
     @contextmanager
     def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
-        host = LocalHost(self._machine, self._planner)
+        host = self._host_class(self._machine)
         try:
             yield {spec.name: host for spec in specs}
         finally:

@@ -1,7 +1,7 @@
 """Putting a node's monotonic clock on the head's: offsets by round trips, joined by straight lines, with their uncertainty.
 
 A round trip that left the head at a, was answered at the node's n and came back at b gives the offset (a + b) / 2 - n, wrong by
-(b - a) / 2 at most (Cristian 1989). The quickest of every few seconds counts. Pure. Try: pytest tests/test_cluster_placement.py
+(b - a) / 2 at most (Cristian 1989). The quickest of every few seconds counts. Pure.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pdbench.load.clients import ClientResult
 from pdbench.records import RequestRecord
 
 WINDOW_S = 5.0
+_INSTANTS = ("planned_s", "due_s", "sent_s", "end_s")
 
 
 class NodeClock:
@@ -84,12 +85,10 @@ def move_result(result: ClientResult, move: Callable[[float], float]) -> ClientR
 
 def move_request(request: RequestRecord, move: Callable[[float], float]) -> RequestRecord:
     """A request with every instant moved."""
+    known = {name: instant_s for name in _INSTANTS if (instant_s := getattr(request, name)) is not None}
     return msgspec.structs.replace(
         request,
-        planned_s=move(request.planned_s),
-        due_s=None if request.due_s is None else move(request.due_s),
-        sent_s=None if request.sent_s is None else move(request.sent_s),
-        token_s=[move(instant) for instant in request.token_s],
-        end_s=None if request.end_s is None else move(request.end_s),
+        token_s=[move(instant_s) for instant_s in request.token_s],
         phases={name: span and (move(span[0]), move(span[1])) for name, span in request.phases.items()},
+        **{name: move(instant_s) for name, instant_s in known.items()},
     )

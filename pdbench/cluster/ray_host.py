@@ -18,7 +18,7 @@ import msgspec
 
 from pdbench.cluster import clock_sync
 from pdbench.config import ServeConfig
-from pdbench.host import LocalHost, Planner
+from pdbench.host import LocalHost
 from pdbench.load.clients import LocalClient, Message
 from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
@@ -35,8 +35,8 @@ Outgoing = bytes | tuple[int, Message]
 
 
 class RayHost(LocalHost):
-    def __init__(self, lease_s: float, address: str, planner: Planner | None = None) -> None:
-        super().__init__(planner=planner, address=address)
+    def __init__(self, lease_s: float, address: str) -> None:
+        super().__init__(address=address)
         self._renewed_s = time.monotonic()
         self._outbox: list[tuple[int, Outgoing]] = []
         self._number = 0

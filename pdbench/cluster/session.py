@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -14,7 +13,7 @@ from pdbench.cluster.placement import Node, find_node
 from pdbench.cluster.ray_host import THREADS, Outgoing, RayHost
 from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.host import Batch, HostLostError, Planner
+from pdbench.host import Batch, HostLostError
 from pdbench.records import Clock
 from pdbench.serving.deployment import ServerInfo, Setup
 from pdbench.serving.plan import ServerSpec
@@ -139,9 +138,7 @@ class RemoteHost:
 class Cluster:
     """A connection to a running Ray cluster; a context manager that ends every actor it started, and waits for that."""
 
-    def __init__(
-        self, config: ClusterConfig, planner: Planner | None = None, host_class: type[RayHost] = RayHost
-    ) -> None:
+    def __init__(self, config: ClusterConfig, host_class: type[RayHost] = RayHost) -> None:
         """Connect. Raises UserError when there is no cluster, or Ray is not installed."""
         try:
             import ray
@@ -177,7 +174,7 @@ class Cluster:
         self.head = next(node for node in self.nodes if node.id == own_id)
         self.clocks: dict[str, clock_sync.NodeClock] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self._planner, self._host_class = planner, host_class
+        self._host_class = host_class
         self._hosts: list[RemoteHost] = []
         self._agents: dict[str, RemoteHost] = {}
         self._clock_compared_s: dict[str, float] = {}
@@ -189,9 +186,7 @@ class Cluster:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end(list(self._hosts))
         self._stop.set()
         self._thread.join(5.0)
@@ -211,7 +206,7 @@ class Cluster:
         options.setdefault("num_cpus", 0)
         options.setdefault("scheduling_strategy", NodeAffinitySchedulingStrategy(node.id, soft=False))
         actor_class = self.ray.remote(self._host_class).options(max_concurrency=THREADS, **options)
-        handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address, self._planner)
+        handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address)
         host = RemoteHost(self, name, node, handle, heartbeat_s)
         self._hosts.append(host)
         return host

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from pdbench import doctor
@@ -17,7 +16,6 @@ from pdbench.cluster.session import Cluster, RemoteHost
 from pdbench.config import ClusterConfig, DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.doctor import UNCERTAIN_MS, Finding, NodeFacts
 from pdbench.errors import UserError
-from pdbench.host import Planner
 from pdbench.load import clients
 from pdbench.load import plan as load_plan
 from pdbench.load.clients import ClientResult, LoadResult, Message
@@ -127,32 +125,23 @@ def refuse_locked_clocks(power: PowerConfig) -> None:
         raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
 
 
-class RaySite:
-    """A context manager; pdbench.site.Site. `planner` and `host_class` are for tests and benchmarks."""
+class RaySite(Cluster):
+    """pdbench.site.Site; a context manager. `host_class` is for tests and benchmarks."""
 
-    def __init__(
-        self, config: ClusterConfig, planner: Planner | None = None, host_class: type[RayHost] = RayHost
-    ) -> None:
-        """Connect. Raises UserError when there is no such cluster, or --place or --client-nodes names a node that it lacks."""
-        self.cluster = Cluster(config, planner, host_class)
-        self._pins = placement.pins(config.place, self.cluster.nodes)
-        self._client_nodes = [self.cluster.node(word) for word in config.client_nodes] or [self.cluster.head]
+    def __init__(self, config: ClusterConfig, host_class: type[RayHost] = RayHost) -> None:
+        """Raises UserError when there is no such cluster, or --place or --client-nodes names a node that it lacks."""
+        super().__init__(config, host_class)
         self._clients: list[RemoteHost] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cluster.__exit__(kind, error, trace)
+        try:
+            self._pins = placement.pins(config.place, self.nodes)
+            self._client_nodes = [self.node(word) for word in config.client_nodes] or [self.head]
+        except UserError:
+            self.__exit__()
+            raise
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         load_plan.check(self._on_client_nodes(load))
         refuse_locked_clocks(power)
-
-    def check(self) -> None:
-        self.cluster.check()
 
     @contextmanager
     def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
@@ -160,23 +149,22 @@ class RaySite:
         from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        cluster = self.cluster
-        on_gpu = any(node.gpus for node in cluster.nodes)
-        bundles, strategy = placement.group(specs, cluster.config.place, self._pins, on_gpu)
+        on_gpu = any(node.gpus for node in self.nodes)
+        bundles, strategy = placement.group(specs, self.config.place, self._pins, on_gpu)
         group = placement_group(list(bundles.values()), strategy=strategy)
         hosts: dict[str, RemoteHost] = {}
         try:
             if not group.wait(RESERVE_TIMEOUT_S):
-                free = {key: value for key, value in cluster.ray.available_resources().items() if key in ("CPU", "GPU")}
+                free = {key: value for key, value in self.ray.available_resources().items() if key in ("CPU", "GPU")}
                 raise UserError(
                     f"the cluster has no room for {len(bundles)} bundles {list(bundles.values())} ({strategy}); free are {free}: "
                     "end other jobs (`ray status`), or change --place or the instances"
                 )
             node_ids = placement_group_table(group)["bundles_to_node_id"]
-            nodes = {node.id: node for node in cluster.nodes}
+            nodes = {node.id: node for node in self.nodes}
             for index, (name, bundle) in enumerate(bundles.items()):
                 resources = dict(bundle)
-                hosts[name] = cluster.host(
+                hosts[name] = self.host(
                     name,
                     nodes[node_ids[index]],
                     num_cpus=resources.pop("CPU"),
@@ -186,10 +174,10 @@ class RaySite:
                 )
             for spec in specs:
                 if spec.role == "proxy":
-                    hosts[spec.name] = cluster.host(spec.name, self._pins.get("proxy", cluster.head))
+                    hosts[spec.name] = self.host(spec.name, self._pins.get("proxy", self.head))
             yield dict(hosts)
         finally:
-            cluster.end(list(hosts.values()))
+            self.end(list(hosts.values()))
             remove_placement_group(group)
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
@@ -198,14 +186,14 @@ class RaySite:
         if model and vllm.is_local(model):
             model = str(Path(model).expanduser().absolute())
         config = dataclasses.replace(config, model=model, log_dir=str(Path(config.log_dir).absolute()))
-        return Deployment(kind, config, self, self.cluster.config.restarts)
+        return Deployment(kind, config, self, self.config.restarts)
 
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
         """None: nothing says on which node a server runs that pdbench did not start."""
         return []
 
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
-        return RayMeasurement(self.cluster, info, self._client_nodes, power, clock)
+        return RayMeasurement(self, info, self._client_nodes, power, clock)
 
     def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
         """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
@@ -217,12 +205,11 @@ class RaySite:
         return result
 
     def findings(self, config: ServeConfig) -> list[Finding]:
-        cluster = self.cluster
-        agents = cluster.agents(cluster.nodes)
+        agents = self.agents(self.nodes)
         specs = plan.servers("disaggregated", config)
         ports = sorted({port for spec in specs for port in (spec.port, spec.kv_port) if port is not None})
-        nodes = []
-        for node in cluster.nodes:
+        nodes, links = [], dict[tuple[str, str], float | str]()
+        for node in self.nodes:
             host = agents[node.address]
             owners = at_once([functools.partial(host.port_owner, node.address, port) for port in ports])
             nodes.append(
@@ -231,19 +218,17 @@ class RaySite:
                     name=node.name,
                     cpus=node.cpus,
                     gpus=node.gpus,
-                    is_this_host=node == cluster.head,
-                    facts=cluster.facts[node.address],
-                    clock=cluster.clocks[node.address].facts(),
+                    is_this_host=node == self.head,
+                    facts=self.facts[node.address],
+                    clock=self.clocks[node.address].facts(),
                     ports=dict(zip(ports, owners, strict=True)),
                 )
             )
-        links: dict[tuple[str, str], float | str] = {}
-        for sender in cluster.nodes:
-            for receiver in cluster.nodes:
-                if sender != receiver:
+            for receiver in self.nodes:
+                if receiver != node:
                     port = agents[receiver.address].call("listen")
-                    rate = agents[sender.address].call("send_rate", receiver.address, port, _PROBE_S)
-                    links[sender.address, receiver.address] = rate
+                    rate = host.call("send_rate", receiver.address, port, _PROBE_S)
+                    links[node.address, receiver.address] = rate
         return doctor.examine_nodes(nodes, links)
 
     def _on_client_nodes(self, config: LoadConfig) -> LoadConfig:
@@ -252,13 +237,13 @@ class RaySite:
 
     def _run_clients(self, nodes: Sequence[Node], load: TrialLoad, on_progress: OnProgress) -> list[ClientResult]:
         """One client per node of `nodes`, started at one instant; their results on the run's clock."""
-        cluster, clock = self.cluster, load.clock
-        cluster.agents(nodes)
+        clock = load.clock
+        self.agents(nodes)
         for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
-            self._clients.append(cluster.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
+            self._clients.append(self.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
         hosts = self._clients[: len(nodes)]
         environment = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
-        offsets = [cluster.clocks[node.address].latest_offset_s() for node in nodes]
+        offsets = [self.clocks[node.address].latest_offset_s() for node in nodes]
         calls = []
         for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
             node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
@@ -268,23 +253,19 @@ class RaySite:
         results = clients.collect(
             [RemoteClient(host, load.trial) for host in hosts],
             clock=clock,
-            wait=cluster.wait,
+            wait=self.wait,
             on_progress=on_progress,
-            problem=cluster.problem,
+            problem=self.problem,
             start_after_s=_START_AFTER_S,
         )
-        cluster.compare_clocks()
+        self.compare_clocks()
+
+        def mover(host: RemoteHost, offset_s: float) -> Callable[[float], float]:
+            """From the run's clock as the client knew it at its start to what all round trips say."""
+            to_run_clock = host.to_run_clock(clock)
+            return lambda t_s: to_run_clock(t_s + clock.monotonic_s - offset_s)
+
         return [
-            clock_sync.move_result(result, self._mover(node, clock, offset_s))
-            for result, node, offset_s in zip(results, nodes, offsets, strict=True)
+            clock_sync.move_result(result, mover(host, offset_s))
+            for result, host, offset_s in zip(results, hosts, offsets, strict=True)
         ]
-
-    def _mover(self, node: Node, clock: Clock, offset_s: float) -> Callable[[float], float]:
-        """From the run's clock as the client knew it at its start to what all round trips say."""
-        node_clock = self.cluster.clocks[node.address]
-
-        def move(t_s: float) -> float:
-            node_s = t_s + clock.monotonic_s - offset_s
-            return clock.of_monotonic(node_s + node_clock.offset_s(node_s))
-
-        return (lambda t_s: t_s) if node_clock.same else move

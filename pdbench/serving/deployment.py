@@ -27,8 +27,6 @@ from pdbench.serving.vllm import Command
 INFO_FILE = "running.json"
 _POLL_S = 0.25
 T = TypeVar("T")
-
-
 States = dict[str, ServerState]
 
 
@@ -198,7 +196,15 @@ class Deployment:
     def check(self) -> None:
         """Raises UserError when a host is lost or a server has died; dead servers are restarted first, as --restarts allows."""
         self._site.check()
-        self._check(self._states())
+        dead = {name: state for name, state in self._states().items() if state.exit_code is not None}
+        for name, state in list(dead.items())[self._restarts_left :]:
+            raise UserError(
+                f"{name} died{_on(self._hosts[name])} with exit code {state.exit_code}: "
+                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\nwhole log: {self._log(name)}"
+            )
+        if dead:
+            self._restarts_left -= len(dead)
+            self._start_servers(list(dead))
 
     def info(self) -> DeploymentInfo:
         assert self._setup
@@ -253,11 +259,10 @@ class Deployment:
             self._pids |= zip(members, pids, strict=True)
         deadline_s = time.monotonic() + self.config.start_timeout_s
         while True:
-            self._site.check()
-            states = self._states()
-            self._check(states)
-            self._on_states({name: states[name] for name in names})
-            late = [name for name in names if not states[name].healthy]
+            self.check()
+            states = self._states(names)
+            self._on_states(states)
+            late = [name for name, state in states.items() if not state.healthy]
             if not late:
                 break
             if time.monotonic() > deadline_s:
@@ -269,19 +274,8 @@ class Deployment:
             time.sleep(_POLL_S)
         save(self.info(), Path(self.config.log_dir))
 
-    def _states(self) -> States:
-        return {name: host.state(name) for name, host in self._hosts.items()}
-
-    def _check(self, states: States) -> None:
-        dead = {name: state for name, state in states.items() if state.exit_code is not None}
-        for name, state in list(dead.items())[self._restarts_left :]:
-            raise UserError(
-                f"{name} died{_on(self._hosts[name])} with exit code {state.exit_code}: "
-                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\nwhole log: {self._log(name)}"
-            )
-        if dead:
-            self._restarts_left -= len(dead)
-            self._start_servers(list(dead))
+    def _states(self, names: Iterable[str] | None = None) -> States:
+        return {name: self._hosts[name].state(name) for name in names or self._hosts}
 
     def _log(self, name: str) -> str:
         return f"{self.config.log_dir}/{name}.log"

@@ -100,7 +100,7 @@ class ServerProcess:
         return ServerState(
             pid=self.pid,
             age_s=time.monotonic() - self._started_s,
-            healthy=self._healthy,
+            healthy=self._healthy and code is None,
             exit_code=code,
             cause=None if code is None else self._likely_cause(),
             log_tail="" if code is None else self.log_tail(),

@@ -62,17 +62,17 @@ def nothing_left(hosts: Hosts) -> bool:
     return not any(host.servers() for host in hosts.all)
 
 
-def test_the_doctor_sees_every_node_and_link(hosts: Hosts) -> None:
+def test_doctor_reports_every_node_and_link(hosts: Hosts) -> None:
     process = pdbench(hosts, "doctor")
     assert process.wait(120) == 0, told(hosts, "doctor")
-    for one in hosts.all:
-        assert f"{one.address} clock against the head's" in told(hosts, "doctor")
+    for host in hosts.all:
+        assert f"{host.address} clock against the head's" in told(hosts, "doctor")
         for other in hosts.all:
-            if one is not other:
-                assert f"{one.address} -> {other.address}: " in told(hosts, "doctor")
+            if host is not other:
+                assert f"{host.address} -> {other.address}: " in told(hosts, "doctor")
 
 
-def test_pdbench_killed_leaves_nothing_and_in_the_next_run_an_actor_dies(hosts: Hosts) -> None:
+def test_killed_pdbench_leaves_nothing_and_a_dead_actor_ends_the_next_run(hosts: Hosts) -> None:
     process, _ = running_load(hosts, "killed")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -80,9 +80,9 @@ def test_pdbench_killed_leaves_nothing_and_in_the_next_run_an_actor_dies(hosts: 
     first = hosts.all[0]
     process, folder = running_load(hosts, "actor")
     # The actor that holds the server; the node's agent has none.
-    (supervisor,) = [one for one in first.processes() if "supervisor.py" in " ".join(one.cmdline())]
+    (supervisor,) = [process for process in first.processes() if "supervisor.py" in " ".join(process.cmdline())]
     actor = supervisor.parent()
-    assert actor is not None and "ray::RayHost" in " ".join(actor.cmdline())
+    assert actor is not None and "RayHost" in " ".join(actor.cmdline())
     actor.kill()
     run = marked(process, folder, hosts)
     (lost,) = [flag.detail for flag in run.flags if flag.name == "node-lost"]
@@ -90,7 +90,7 @@ def test_pdbench_killed_leaves_nothing_and_in_the_next_run_an_actor_dies(hosts: 
     wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")
 
 
-def test_a_node_that_is_cut_off_for_good_ends_the_run_and_what_its_client_had_told_is_kept(hosts: Hosts) -> None:
+def test_node_cut_off_for_good_ends_the_run_and_its_clients_reports_are_kept(hosts: Hosts) -> None:
     second, third = hosts.all[1:]
     process, folder = running_load(hosts, "cut")
     second.cut()
@@ -102,7 +102,7 @@ def test_a_node_that_is_cut_off_for_good_ends_the_run_and_what_its_client_had_to
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_ends_the_run(hosts: Hosts) -> None:
+def test_node_that_dies_ends_the_run(hosts: Hosts) -> None:
     process, folder = running_load(hosts, "died")
     hosts.all[0].kill()
     marked(process, folder, hosts)
@@ -110,7 +110,7 @@ def test_a_node_that_dies_ends_the_run(hosts: Hosts) -> None:
 
 
 @pytest.mark.slow
-def test_the_heads_own_cable_pulled_ends_the_run(hosts: Hosts) -> None:
+def test_cut_of_the_head_ends_the_run(hosts: Hosts) -> None:
     third = hosts.all[2]
     process, folder = running_load(hosts, "alone")
     third.cut()

@@ -26,7 +26,7 @@ def options(hosts: Hosts) -> list[str]:
     first, second, third = hosts.all
     given = ["--cluster", f"{third.address}:{PORT}", "--node-timeout-s", str(NODE_TIMEOUT_S)]
     given += ["--place", f"prefill={first.address}", f"decode={second.address}"]
-    return [*given, "--log-dir", str(hosts.folder / "logs"), "--connector", "tcp"]
+    return [*given, "--log-dir", str(hosts.folder / "logs")]
 
 
 def pdbench(hosts: Hosts, *arguments: str) -> subprocess.Popen[str]:
@@ -55,7 +55,7 @@ def result(process: subprocess.Popen[str], folder: Path, hosts: Hosts, code: int
 def serving(joined: Hosts) -> subprocess.Popen[str]:
     """`pdbench serve --cluster` that is ready."""
     joined.repair()
-    process = pdbench(joined, "serve", "--restarts", "1")
+    process = pdbench(joined, "serve", "--restarts", "1", "--connector", "tcp")
     wait_until(lambda: "ready:" in told(joined, "serve") or process.poll() is not None, 300, "servers ready")
     assert process.poll() is None, told(joined, "serve")
     return process
@@ -70,7 +70,7 @@ def flowing(hosts: Hosts, process: subprocess.Popen[str]) -> None:
     assert process.poll() is None, told(hosts, "bench")
 
 
-def test_the_gate_passes_and_the_kv_crosses_the_cable(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
+def test_gate_passes_and_kv_crosses_the_cable(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     first = hosts.all[0]
     before = first.sent_bytes()
     run = result(
@@ -87,7 +87,7 @@ def test_the_gate_passes_and_the_kv_crosses_the_cable(hosts: Hosts, serving: sub
     assert sum(not request.warmup for request in run.requests) == 6
 
 
-def test_every_role_has_its_node_and_all_instants_are_on_the_heads_clock(
+def test_roles_have_their_nodes_and_instants_are_on_the_heads_clock(
     hosts: Hosts, serving: subprocess.Popen[str]
 ) -> None:
     run = load_run(hosts.folder / "whole" / "disaggregated_results")
@@ -133,7 +133,7 @@ def test_secrets_are_in_no_command_line_and_no_log(hosts: Hosts, serving: subpro
             assert secret not in path.read_text(errors="replace"), path
 
 
-def test_a_cut_of_five_seconds_heals_and_loses_nothing(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
+def test_cut_of_five_seconds_loses_nothing(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     second = hosts.all[1]
     process, folder = bench(hosts, "healed", "--duration-s", "20", "--output-tokens", "48")
     flowing(hosts, process)
@@ -150,7 +150,7 @@ def test_a_cut_of_five_seconds_heals_and_loses_nothing(hosts: Hosts, serving: su
     assert max(b.t_s - a.t_s for a, b in zip(decode.samples, decode.samples[1:], strict=False)) < CUT_S
 
 
-def test_prefill_is_started_again_and_its_kv_comes_anew(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
+def test_restarted_prefill_sends_its_kv(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     for process in hosts.all[0].processes():
         if "api_server" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):
             process.kill()
@@ -163,7 +163,7 @@ def test_prefill_is_started_again_and_its_kv_comes_anew(hosts: Hosts, serving: s
     assert [request.error for request in run.requests] == [None] * len(run.requests)
 
 
-def test_a_node_that_dies_ends_the_run_with_what_was_measured(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
+def test_node_that_dies_ends_the_run_with_what_was_measured(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     first, second, third = hosts.all
     process, folder = bench(hosts, "died", "--requests", "400", "--output-tokens", "64")
     flowing(hosts, process)

@@ -17,9 +17,9 @@ from pdbench.records import Run, load_run
 from pdbench.serving import machine
 from pdbench.site import LocalSite
 from tests.support.fake_nvml import child, environment
+from tests.support.processes import ROOT, run_pdbench
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
-ROOT = Path(__file__).parents[2]
 TREE = """
 import socket, subprocess, sys
 listener = socket.create_server(("127.0.0.1", 0))
@@ -32,75 +32,74 @@ with subprocess.Popen(["sleep", "60"]) as child:
 
 def models(peer: Peer) -> bool:
     """What a server with one model answers to everything but a load."""
-    body = b'{"data": [{"id": "their-model"}]}'
-    peer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    peer.respond({"data": [{"id": "their-model"}]})
     return True
 
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     answer = stream(tokens(5))
-    with ScriptedServer(lambda peer: models(peer) if peer.head.startswith(b"GET") else answer(peer)) as made:
-        yield made
+    with ScriptedServer(lambda peer: models(peer) if peer.head.startswith(b"GET") else answer(peer)) as scripted:
+        yield scripted
 
 
 @pytest.fixture(scope="module")
-def stranger() -> int:
+def ended() -> int:
     """The id of a process that has ended."""
-    with subprocess.Popen(["true"]) as ended:
-        return ended.pid
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
 
 
 def bench(nvml_library: Path, server: ScriptedServer, out: Path, *arguments: str, **settings: str) -> Run | str:
     """A saved run of `pdbench bench` where NVML knows two scripted GPUs, or what it said when it failed."""
-    found = environment(nvml_library, gpus="2", **settings)
-    found |= {"PYTHONPATH": f"{ROOT}:{found['PYTHONPATH']}"}
-    command = [sys.executable, "-m", "pdbench", "bench", "--url", server.url, "--requests", "4", "--idle-s", "0"]
-    done = subprocess.run([*command, *arguments], env=found, cwd=out, capture_output=True, text=True, timeout=120)
+    scripted = environment(nvml_library, gpus="2", **settings)
+    scripted["PYTHONPATH"] = f"{ROOT}:{scripted['PYTHONPATH']}"
+    load = ("--url", server.url, "--requests", "4", "--idle-s", "0")
+    done = run_pdbench("bench", *load, *arguments, cwd=out, timeout_s=120, **scripted)
     return done.stderr if done.returncode else load_run(out / "bench_results")
 
 
-def test_the_gpus_of_its_processes_are_its_own(
-    nvml_library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+def test_gpus_of_its_processes_are_sampled(
+    nvml_library: Path, server: ScriptedServer, ended: int, tmp_path: Path
 ) -> None:
-    run = bench(nvml_library, server, tmp_path, processes=f"0:{stranger} 1:{os.getpid()}")
+    run = bench(nvml_library, server, tmp_path, processes=f"0:{ended} 1:{os.getpid()}")
     assert run.roles["server"] == ["gpu1"]
     assert run.config["model"] == "their-model"
     assert "devices-unknown" not in {flag.name for flag in run.flags}
 
 
-def test_where_nothing_tells_its_gpus_none_is_counted_and_the_run_says_so(
-    nvml_library: Path, server: ScriptedServer, stranger: int, tmp_path: Path
+def test_foreign_server_without_gpu_info_is_flagged(
+    nvml_library: Path, server: ScriptedServer, ended: int, tmp_path: Path
 ) -> None:
-    run = bench(nvml_library, server, tmp_path, processes=f"0:{stranger}")
+    run = bench(nvml_library, server, tmp_path, processes=f"0:{ended}")
     assert run.devices == []
     assert "devices-unknown" in {flag.name for flag in run.flags}
 
 
-def test_gpus_that_are_named_stand(nvml_library: Path, server: ScriptedServer, tmp_path: Path) -> None:
+def test_named_gpus_are_sampled(nvml_library: Path, server: ScriptedServer, tmp_path: Path) -> None:
     run = bench(nvml_library, server, tmp_path, "--single-gpus", "0", processes=f"1:{os.getpid()}")
     assert run.roles["server"] == ["gpu0"]
 
 
 @pytest.mark.parametrize("named", [["7"], ["0", "--single-gpus", "0"]], ids=["none of ours", "twice"])
-def test_gpus_that_cannot_be_meant_are_refused(
+def test_named_gpus_that_do_not_exist_are_refused(
     named: list[str], nvml_library: Path, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    told = bench(nvml_library, server, tmp_path, "--single-gpus", *named)
-    assert "name different ones of this host's GPUs, [0, 1]" in told
+    stderr = bench(nvml_library, server, tmp_path, "--single-gpus", *named)
+    assert "name different ones of this host's GPUs, [0, 1]" in stderr
 
 
-def test_a_clock_is_held_without_sampling_and_for_the_server_alone(
+def test_clock_is_locked_without_sampling_and_for_the_server_alone(
     nvml_library: Path, server: ScriptedServer, tmp_path: Path
 ) -> None:
     ours = {"processes": f"1:{os.getpid()}", "state": str(tmp_path / "state")}
     run = bench(nvml_library, server, tmp_path, "--no-power", "--single-clock", "900", **ours)
     assert [(hold["index"], hold["clock_mhz"]) for hold in run.config["clocks_held"]] == [(1, 900)]
-    told = bench(nvml_library, server, tmp_path, "--prefill-clock", "900", **ours)
-    assert "--single-clock" in told
+    stderr = bench(nvml_library, server, tmp_path, "--prefill-clock", "900", **ours)
+    assert "--single-clock" in stderr
 
 
-def test_a_server_of_another_host_has_no_power_here(
+def test_server_of_another_host_has_no_power_here(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "is_this_host", lambda host: False)
@@ -127,19 +126,21 @@ def test_this_host_is_known_by_its_addresses() -> None:
     assert not machine.is_this_host("192.0.2.1")
 
 
-def test_a_server_is_the_listener_and_what_it_started(nvml_library: Path) -> None:
+def test_server_is_the_listener_and_what_it_started(nvml_library: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as one:
-        assert one.stdin and one.stdout
-        port, worker = map(int, one.stdout.readline().split())
-        assert [process.pid for process in machine.listeners(port)] == [one.pid]
-        code = f"from pdbench import nvml; print(nvml.gpus_of([{one.pid}]))"
-        assert child(nvml_library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{one.pid}") == "[2, 3]\n"
-        one.stdin.close()
+    ) as process:
+        assert process.stdin and process.stdout
+        port, worker = map(int, process.stdout.readline().split())
+        assert [listener.pid for listener in machine.listeners(port)] == [process.pid]
+        code = f"from pdbench import nvml; print(nvml.gpus_of([{process.pid}]))"
+        assert (
+            child(nvml_library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{process.pid}") == "[2, 3]\n"
+        )
+        process.stdin.close()
 
 
-def test_the_model_is_asked_as_the_load_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_requested_as_the_load_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key\r\n")
     with ScriptedServer(models) as server:
         assert offered_model(f"{server.url}/base/v1/") == "their-model"
@@ -152,7 +153,7 @@ def test_the_model_is_asked_as_the_load_asks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (refusal(b"401 Unauthorized", "no key"), "set OPENAI_API_KEY"),
         (refusal(b"404 Not Found", "no such path"), "give --model NAME"),
@@ -160,13 +161,13 @@ def test_the_model_is_asked_as_the_load_asks(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["key", "path", "nobody"],
 )
-def test_a_model_that_is_not_told_is_one_line_with_the_remedy(answer, told) -> None:
-    with ScriptedServer(answer) as server, pytest.raises(UserError, match=told) as raised:
+def test_server_without_a_model_is_one_line_with_the_remedy(answer, message) -> None:
+    with ScriptedServer(answer) as server, pytest.raises(UserError, match=message) as raised:
         offered_model(server.url)
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_password_in_the_url_is_refused_and_not_repeated() -> None:
+def test_password_in_the_url_is_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="OPENAI_API_KEY") as raised:
         offered_model("http://me:pass-word@127.0.0.1:9")
     assert "pass-word" not in str(raised.value)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -17,8 +16,8 @@ from PIL import Image
 from pdbench.events import TransferEvent
 from pdbench.records import load_run
 from tests.conftest import serve_config
+from tests.support.processes import ROOT, wait_until
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 
@@ -30,13 +29,6 @@ def flags(config: object) -> list[str]:
         if value != field.default:
             given += [f"--{field.name.replace('_', '-')}", str(value)]
     return given
-
-
-def wait_until(condition, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition not reached"
-        time.sleep(0.2)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -76,7 +68,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     return folder, done
 
 
-def test_the_job_succeeds_and_tells_its_story(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_job_succeeds_and_prints_its_steps(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = job
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("prefill-0: ready", "decode-0: ready", "proxy: ready", "single-0: ready", "correctness gate passed"):
@@ -84,7 +76,7 @@ def test_the_job_succeeds_and_tells_its_story(job: tuple[Path, subprocess.Comple
     assert left(folder) == []
 
 
-def test_the_results_hold_every_request_and_the_proof_of_the_transfer(
+def test_results_hold_every_request_and_the_proof_of_the_transfer(
     job: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = job
@@ -110,7 +102,7 @@ def test_the_results_hold_every_request_and_the_proof_of_the_transfer(
     assert all(event.bytes > 0 for event in sent)
 
 
-def test_all_deployments_gave_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_deployments_generate_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = job
     runs = [load_run(folder / f"{name}_results") for name in ("single", "replicas", "disaggregated")]
     texts = [[request.text for request in run.requests if not request.warmup] for run in runs]
@@ -118,7 +110,7 @@ def test_all_deployments_gave_the_same_greedy_text(job: tuple[Path, subprocess.C
     assert len(set(texts[0])) == 4
 
 
-def test_devices_were_sampled_from_before_the_first_request_to_after_the_last(
+def test_devices_are_sampled_from_before_the_first_request_to_after_the_last(
     job: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = job
@@ -155,7 +147,7 @@ def test_files_are_where_the_readme_says(job: tuple[Path, subprocess.CompletedPr
             assert len(image.convert("L").getcolors() or [0] * 300) > 20  # something is drawn
 
 
-def test_the_three_steps_by_hand(tmp_path: Path) -> None:
+def test_three_steps_by_hand(tmp_path: Path) -> None:
     config = serve_config(tmp_path / "logs")
     servers = subprocess.Popen(
         [str(ROOT / "start_disaggregated_servers.sh"), *flags(config)],
@@ -198,7 +190,7 @@ def test_sigkill_of_pdbench_leaves_no_server(tmp_path: Path) -> None:
     wait_until(lambda: left(tmp_path) == [], 60)
 
 
-def test_a_server_that_dies_is_reported_with_its_cause(tmp_path: Path) -> None:
+def test_server_that_dies_is_reported_with_its_cause(tmp_path: Path) -> None:
     config = serve_config(tmp_path / "logs", vllm_args="--no-such-argument")
     done = subprocess.run(
         [sys.executable, "-m", "pdbench", "serve", *flags(config)],

@@ -16,11 +16,12 @@ from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerInfo, S
 from pdbench.site import LocalSite
 from tests.conftest import serve_config
 from tests.support.processes import wait_until
-from tests.support.scripted_vllm import ScriptedPlanner
+from tests.support.scripted_vllm import Scripted
 
 
 def scripted(**scripts: str) -> LocalSite:
-    return LocalSite(planner=ScriptedPlanner({name.replace("_", "-"): script for name, script in scripts.items()}))
+    scripts = {name.replace("_", "-"): script for name, script in scripts.items()}
+    return LocalSite(host_class=type("Host", (Scripted,), {"scripts": scripts}))
 
 
 @pytest.fixture

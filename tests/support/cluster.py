@@ -125,7 +125,7 @@ class Host:
                     "multiprocessing.spawn",
                     "ScriptedServer(",
                 )
-                if any(word in line for word in ours) or line.startswith("ray::RayHost"):
+                if any(word in line for word in ours) or line.startswith(("ray::RayHost", "ray::ScriptedRayHost")):
                     found.append(line)
         return found
 
