@@ -6,8 +6,8 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve
-from pdbench.analysis.metrics import Array, BoolArray, IntArray, Measured, mean_ttft_parts_ms, quantiles
+from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, reasons
+from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 FIELDS = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "memory_clock_mhz", "cpu_clock_mhz", "temperature_c")
@@ -16,7 +16,7 @@ CURVE_POINTS, BINS, SPANS, GAPS = 1000, 160, 3000, 10_000
 MARGIN_S, APART_S, GAP_SHARE = 1.0, 5.0, 0.02
 
 
-class Curve(msgspec.Struct, frozen=True):
+class Curve(msgspec.Struct, frozen=True, eq=False):
     """Points of one line; NaN in `y` breaks it."""
 
     x: Array
@@ -65,7 +65,7 @@ class TimeAxis(msgspec.Struct, frozen=True, kw_only=True):
         return Curve(np.concatenate(x), np.concatenate(y))
 
 
-class Spans(msgspec.Struct, frozen=True, kw_only=True):
+class Spans(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Requests as drawn boxes, warm-up included: drawn instants, a row such that boxes of one row do not overlap."""
 
     sent_s: Array
@@ -75,8 +75,8 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True):
     failed: BoolArray
 
 
-class Gaps(msgspec.Struct, frozen=True, kw_only=True):
-    """At most 10,000 gaps between tokens, evenly chosen; `x` drawn seconds, `request` the row in `RunAnalysis.requests`."""
+class Gaps(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """At most 10,000 gaps between tokens, evenly chosen; `request` is the row in `RunAnalysis.requests`."""
 
     x: Array
     request: IntArray
@@ -103,31 +103,24 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: Curve
 
 
-def curves_of(run: Run, measured: Measured) -> Curves:
+def curves_of(run: Run, timings: Timings) -> Curves:
     axis = time_axis(run)
     devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device_name(device)))
     lines = {field: [line for device in devices if (line := _device_curve(device, field, axis))] for field in FIELDS}
-    latencies = {name: values for name, (values, _) in measured.latencies.items()}
-    chosen = np.linspace(0, len(measured.tbt_ms) - 1, min(len(measured.tbt_ms), GAPS)).astype(np.int64)
+    chosen = np.linspace(0, len(timings.tbt_ms) - 1, min(len(timings.tbt_ms), GAPS)).astype(np.int64)
     requests = [request for request in run.requests if request.sent_s is not None and request.end_s is not None]
     requests.sort(key=lambda request: request.sent_s or 0.0)
     return Curves(
         axis=axis,
-        quantiles={name: _quantile_curve(values) for name, values in latencies.items()},
-        gaps=Gaps(x=axis.place(measured.tbt_s[chosen]), request=measured.tbt_owner[chosen], ms=measured.tbt_ms[chosen]),
-        tbt_over_time=_tbt_over_time(measured, axis),
-        ttft_parts_ms=mean_ttft_parts_ms(measured),
+        quantiles={name: _quantile_curve(latency.rising) for name, latency in timings.latencies.items()},
+        gaps=Gaps(x=axis.place(timings.tbt_s[chosen]), request=timings.tbt_request[chosen], ms=timings.tbt_ms[chosen]),
+        tbt_over_time=_tbt_over_time(timings, axis),
+        ttft_parts_ms=mean_ttft_parts_ms(timings),
         devices={field: found for field, found in lines.items() if found},
         not_measured={field: reasons(devices, (field,)) for field, found in lines.items() if not found},
         spans=_spans(requests, axis) if len(requests) <= SPANS else None,
         in_flight=_in_flight(requests, axis),
     )
-
-
-def reasons(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
-    """Why no device has one of these fields, in a few words."""
-    found = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
-    return "; ".join(sorted(found)) or ("no meter on this machine" if devices else "no device was sampled")
 
 
 def time_axis(run: Run) -> TimeAxis:
@@ -159,22 +152,21 @@ def time_axis(run: Run) -> TimeAxis:
     )
 
 
-def _quantile_curve(values: Array) -> Curve:
-    rising = np.sort(values[np.isfinite(values)])
+def _quantile_curve(rising: Array) -> Curve:
     if not len(rising):
         return Curve(rising, rising)
     shares = SHARES if len(rising) > len(SHARES) else np.linspace(0, 1, len(rising))
     return Curve(quantiles(rising, shares), shares * 100)
 
 
-def _tbt_over_time(measured: Measured, axis: TimeAxis) -> dict[str, Curve]:
+def _tbt_over_time(timings: Timings, axis: TimeAxis) -> dict[str, Curve]:
     """p50 and p99 of the gaps in each of 160 stretches of the drawn time that hold at least 5."""
     edges = np.linspace(0, axis.length_s, BINS + 1)
-    place = np.clip(axis.place(measured.tbt_s) / edges[1], 0, BINS)
+    place = np.clip(axis.place(timings.tbt_s) / edges[1], 0, BINS)
     # Of 16-bit integers numpy makes a radix sort, several times faster than sorting the instants.
     stretch = np.nan_to_num(place, nan=BINS).astype(np.int16)
     order = np.argsort(stretch, kind="stable")
-    gaps = measured.tbt_ms[order]
+    gaps = timings.tbt_ms[order]
     cuts = np.searchsorted(stretch[order], np.arange(BINS + 1))
     held = np.full((BINS, 2), np.nan)
     for number, (first, last) in enumerate(pairwise(cuts)):
@@ -186,11 +178,8 @@ def _tbt_over_time(measured: Measured, axis: TimeAxis) -> dict[str, Curve]:
 
 def series(device: DeviceRecord, field: str) -> tuple[Array, Array]:
     """(instants, values) of a field where it was measured; power from the driver's fine buffer where there is one."""
-    if field == "power_w":
-        points = power_curve(device)
-    else:
-        points = [(s.t_s, value) for s in device.samples if (value := getattr(s, field)) is not None]
-    instants, values = np.array(points, dtype=float).reshape(-1, 2).T
+    points = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
+    instants, values = (power_curve(device) if field == "power_w" else np.array(points, dtype=float).reshape(-1, 2)).T
     return instants, values
 
 

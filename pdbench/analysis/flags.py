@@ -1,37 +1,50 @@
-"""What a reader must know of a run's devices wherever its figures appear: throttled, too short for energy, meters that disagree.
-
-Try: python -c "from pdbench.records import load_run as l; from pdbench.analysis.flags import device_flags as f; print(f(l('single_results')))"
-"""
+"""What a reader must know wherever a run's figures appear: the run's own flags (a failed gate among them), and its devices'."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from pdbench.analysis.energy import energy_in, residual_flags
-from pdbench.records import DeviceRecord, Flag, Interval, Run
+import numpy as np
+
+from pdbench.analysis.energy import Meter
+from pdbench.analysis.metrics import inside
+from pdbench.records import Flag, Interval, Run
 
 SHORT_S = 30.0
-"""Energy wants windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
+"""Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
+RESIDUAL_LIMIT_PCT = 3.0
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
-"""Clock event reasons that are no sign of a device held below what it was asked for."""
+"""Clock event reasons that are no sign of a device held below the clock that was set."""
 
 
-def device_flags(run: Run) -> list[Flag]:
-    """Flags of all devices over the measured windows; none where nothing was measured."""
+def flags_of(run: Run, meters: Sequence[Meter]) -> list[Flag]:
+    """The run's flags, each once, then those of its devices over the measured windows that it does not have yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
-    return [flag for device in run.devices for flag in _of_device(device, windows)]
+    flags = list(dict.fromkeys(run.flags))
+    # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
+    known = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
+    return flags + [
+        flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in known
+    ]
 
 
-def _of_device(device: DeviceRecord, windows: list[Interval]) -> Iterator[Flag]:
-    energy = energy_in(device, windows)
-    yield from residual_flags(device, energy)
+def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
+    """Counter and integral that differ by more than 3 %, a counter that was reset, windows too short for energy, throttling."""
+    device, energy = meter.device, meter.energy_in(windows)
+    if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
+        both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
+        yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")
+    if energy.counter_resets:
+        times = f"jumped back {energy.counter_resets} times; the integral stands in there"
+        yield Flag("energy-counter-reset", f"{device.id}: the energy counter {times}")
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
-        detail = f"{device.id}: a window of {shortest_s:.1f} s is short for energy, {SHORT_S:g} s are asked for: more --requests"
-        yield Flag("short-window", detail)
-    inside = [one for one in device.samples if any(start <= one.t_s <= end for start, end in windows)]
-    reasons = Counter(reason for one in inside for reason in one.throttle or () if reason not in HARMLESS)
+        needs = f"energy needs at least {SHORT_S:g} s: raise --requests"
+        yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is short, {needs}")
+    here = inside(np.array([sample.t_s for sample in device.samples], dtype=float), windows)
+    during = [sample for sample, is_here in zip(device.samples, here, strict=True) if is_here]
+    reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)
     for reason, count in reasons.items():
-        share_pct = 100 * count / len(inside)
+        share_pct = 100 * count / len(during)
         if share_pct >= THROTTLED_PCT:
             yield Flag("throttled", f"{device.id}: {reason} in {share_pct:.0f} % of the samples")

@@ -1,14 +1,12 @@
 """A run's records to arrays: the time to first token, between tokens and end to end of every request, as docs/metrics.md defines.
 
 Durations are derived here and nowhere else. NaN in an array is None in the records: not measured.
-Try: python -c "from pdbench.records import load_run as l; from pdbench.analysis.metrics import measure as m; print(m(l('single_results')))"
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,14 +18,13 @@ Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
-TTFT_PHASES = PHASES[1:]
 
 
 @dataclass(frozen=True)
 class Metric:
     """A figure that runs are compared by: its name (as --fail-if takes it), title, unit and which way is better.
 
-    A latency has the key of `Measured.latencies` and the quantile that is taken of it; all others are a property of `Totals`.
+    A latency has the key of `Timings.latencies` and the quantile that is taken of it; all others are one of `RATIOS`.
     """
 
     name: str
@@ -67,6 +64,201 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
+class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The measured requests (no warm-up) in the order of sending, one array entry per request; NaN is not measured.
+
+    Instants in seconds of the run's clock. A failed request (`ok` is False) has no latencies; it has an error, or no token came.
+    `trial` is its Trial's index. `phase_ms` has the durations of `PHASES`. `error` is the error's kind, None without one.
+    """
+
+    id: list[str]
+    trial: IntArray
+    ok: BoolArray
+    sent_s: Array
+    end_s: Array
+    ttft_ms: Array
+    mean_tbt_ms: Array
+    e2e_ms: Array
+    send_delay_ms: Array
+    prompt_tokens: Array
+    output_tokens: Array
+    phase_ms: dict[str, Array]
+    error: list[str | None]
+    finish_reason: list[str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What some windows held. None: not measured (energy), no SLO (good requests), no GPU (device seconds)."""
+
+    window_s: float
+    device_s: float | None
+    output_tokens: int
+    requests: int
+    good_requests: int | None
+    energy_j: float | None
+
+    def ratio(self, name: str) -> float | None:
+        """One of `RATIOS`; None where a part of it is not known or there is nothing to divide by."""
+        above, below = RATIOS[name]
+        return per(getattr(self, above), getattr(self, below))
+
+
+RATIOS = {
+    "requests_per_s": ("requests", "window_s"),
+    "output_tokens_per_s": ("output_tokens", "window_s"),
+    "output_tokens_per_s_per_device": ("output_tokens", "device_s"),
+    "goodput_requests_per_s": ("good_requests", "window_s"),
+    "mean_power_w": ("energy_j", "window_s"),
+    "j_per_output_token": ("energy_j", "output_tokens"),
+    "j_per_request": ("energy_j", "requests"),
+    "output_tokens_per_j": ("output_tokens", "energy_j"),
+    "goodput_per_w": ("good_requests", "energy_j"),  # good requests per second over mean watts
+}
+"""Every figure that a window has once: what is divided by what."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Sorted milliseconds of what was measured: all of it, and by trial index where a trial has any."""
+
+    rising: Array
+    by_trial: dict[int, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """All of a run's measured instants and durations.
+
+    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `phase_s` (phase -> (requests, 2): start, end).
+    One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
+    `token_s` holds every token's arrival, of failed requests too.
+    """
+
+    trials: list[Trial]
+    requests: Requests
+    first_s: Array
+    in_slo: BoolArray | None
+    phase_s: dict[str, Array]
+    tbt_ms: Array
+    tbt_request: IntArray
+    tbt_s: Array
+    token_s: Array
+
+    @property
+    def windows(self) -> list[Interval]:
+        """Every trial's measured window."""
+        return [(trial.start_s, trial.end_s) for trial in self.trials]
+
+    @cached_property
+    def latencies(self) -> dict[str, Latency]:
+        """ttft, tbt (every gap), mean_tbt (TPOT) and e2e."""
+        requests = self.requests
+        return {
+            "ttft": _latency(requests.ttft_ms, requests.trial),
+            "tbt": _latency(self.tbt_ms, requests.trial[self.tbt_request]),
+            "mean_tbt": _latency(requests.mean_tbt_ms, requests.trial),
+            "e2e": _latency(requests.e2e_ms, requests.trial),
+        }
+
+    def totals(self, windows: Sequence[Interval], energy_j: float | None, gpus: int) -> Totals:
+        """What windows held: tokens that arrived in them (failed requests' too), requests that ended in them."""
+        ended = inside(self.requests.end_s, windows)
+        window_s = sum((end - start for start, end in windows), 0.0)
+        return Totals(
+            window_s=window_s,
+            device_s=window_s * gpus if gpus else None,
+            output_tokens=int(np.count_nonzero(inside(self.token_s, windows))),
+            requests=int(np.count_nonzero(ended & self.requests.ok)),
+            good_requests=None if self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
+            energy_j=energy_j,
+        )
+
+
+def timings_of(run: Run) -> Timings:
+    """All of a run's requests as arrays. A failed request keeps its instants, but has no latency and no gaps."""
+    records = [record for record in run.requests if not record.warmup]
+    records.sort(key=lambda record: record.planned_s if record.sent_s is None else record.sent_s)
+    sent_s, end_s, planned_s = (_column(records, name) for name in ("sent_s", "end_s", "planned_s"))
+    counts = np.array([len(record.token_s) for record in records], dtype=np.int64)
+    token_s = np.fromiter(chain.from_iterable(record.token_s for record in records), dtype=float, count=counts.sum())
+    answered = np.array([record.error is None for record in records], dtype=bool)
+    ok = answered & (counts > 0)
+    begin = np.cumsum(counts) - counts
+    first_s, last_s = np.full(len(records), np.nan), np.full(len(records), np.nan)
+    first_s[counts > 0] = token_s[begin[counts > 0]]
+    last_s[counts > 0] = token_s[(begin + counts - 1)[counts > 0]]
+    request = np.repeat(np.arange(len(records)), counts)
+    is_gap = (request[1:] == request[:-1]) & ok[request[1:]]
+    unknown = (np.nan, np.nan)
+    phase_s = {
+        name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
+        for name in PHASES
+    }
+    reported = _column(records, "output_tokens")
+    requests = Requests(
+        id=[record.id for record in records],
+        trial=np.array([record.trial for record in records], dtype=np.int64),
+        ok=ok,
+        sent_s=sent_s,
+        end_s=end_s,
+        ttft_ms=np.where(ok, (first_s - sent_s) * 1e3, np.nan),
+        mean_tbt_ms=np.where(ok & (counts > 1), (last_s - first_s) / np.maximum(counts - 1, 1) * 1e3, np.nan),
+        e2e_ms=np.where(ok, (end_s - sent_s) * 1e3, np.nan),
+        send_delay_ms=(sent_s - planned_s) * 1e3,
+        prompt_tokens=_column(records, "prompt_tokens"),
+        output_tokens=np.where(np.isnan(reported), counts, reported),
+        phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phase_s.items()},
+        error=[None if record.error is None else record.error.kind for record in records],
+        finish_reason=[record.finish_reason for record in records],
+    )
+    return Timings(
+        trials=run.trials,
+        requests=requests,
+        first_s=first_s,
+        in_slo=_in_slo(run, requests),
+        phase_s=phase_s,
+        tbt_ms=(np.diff(token_s) * 1e3)[is_gap],
+        tbt_request=request[1:][is_gap],
+        tbt_s=token_s[1:][is_gap],
+        token_s=token_s,
+    )
+
+
+def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:
+    """The mean TTFT split into what the phases cover, in order and without overlap; `other` is what nobody measured.
+
+    A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
+    A phase that began after every first token (the handoff, where prefill's token opens the stream) is no part.
+    Over the requests that succeeded and have a phase; None where there are none.
+    """
+    spans = {name: timings.phase_s[name] for name in PHASES[1:] if np.isfinite(timings.phase_s[name]).any()}
+    ttft_ms = timings.requests.ttft_ms
+    begins = np.array([span[:, 0] for span in spans.values()])
+    split = np.isfinite(ttft_ms) & np.isfinite(begins).any(axis=0)
+    if not split.any():
+        return None
+    reached, parts = timings.requests.sent_s[split], {}
+    first = timings.first_s[split]
+    edges = [span[split].T for span in spans.values()]
+    for place, (name, (start, end)) in enumerate(zip(spans, edges, strict=True)):
+        later = [np.where(begin >= start, begin, np.inf) for begin, _ in edges[place + 1 :]]
+        stop = np.minimum.reduce([end, first, *later])
+        if (start < first).any():
+            parts[name] = np.nan_to_num(np.maximum(stop - np.maximum(start, reached), 0.0)) * 1e3
+        reached = np.fmax(reached, stop)
+    parts["other"] = np.maximum(ttft_ms[split] - sum(parts.values()), 0.0)
+    return {name: float(part.mean()) for name, part in parts.items()}
+
+
+def inside(instants: Array, windows: Sequence[Interval]) -> BoolArray:
+    """For each instant, whether it lies in one of the windows."""
+    here = np.zeros(len(instants), dtype=bool)
+    for start, end in windows:
+        here |= (instants >= start) & (instants <= end)
+    return here
+
+
 def quantiles(rising: Array, shares: Array) -> Array:
     """Quantiles (share 0 to 1) of sorted values, at least one, by linear interpolation as numpy's."""
     place = shares * (len(rising) - 1)
@@ -75,9 +267,13 @@ def quantiles(rising: Array, shares: Array) -> Array:
     return rising[below] + (place - below) * (rising[above] - rising[below])
 
 
-def spread(values: Array) -> Spread | None:
-    """The spread of what was measured; None when nothing was."""
-    rising = np.sort(values[np.isfinite(values)])
+def rising(values: Array) -> Array:
+    """What was measured, sorted."""
+    return np.sort(values[np.isfinite(values)])
+
+
+def spread(rising: Array) -> Spread | None:
+    """The spread of sorted values; None when there are none."""
     if not len(rising):
         return None
     p50, p90, p99 = quantiles(rising, np.array([0.5, 0.9, 0.99])).tolist()
@@ -87,233 +283,28 @@ def spread(values: Array) -> Spread | None:
 
 def per(top: float | None, bottom: float | None) -> float | None:
     """A ratio; None when either is not known or there is nothing to divide by."""
-    return None if top is None or not bottom or bottom < 0 else top / bottom
+    return None if top is None or bottom is None or not bottom > 0 else float(top / bottom)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Totals:
-    """What some windows held. None: not measured (energy), no SLO (good requests), no GPU (devices)."""
-
-    window_s: float
-    output_tokens: int
-    requests: int
-    good_requests: int | None
-    energy_j: float | None
-    devices: int | None
-
-    @property
-    def requests_per_s(self) -> float | None:
-        return per(self.requests, self.window_s)
-
-    @property
-    def goodput_requests_per_s(self) -> float | None:
-        return per(self.good_requests, self.window_s)
-
-    @property
-    def output_tokens_per_s(self) -> float | None:
-        return per(self.output_tokens, self.window_s)
-
-    @property
-    def output_tokens_per_s_per_device(self) -> float | None:
-        return per(self.output_tokens_per_s, self.devices)
-
-    @property
-    def mean_power_w(self) -> float | None:
-        return per(self.energy_j, self.window_s)
-
-    @property
-    def j_per_output_token(self) -> float | None:
-        return per(self.energy_j, self.output_tokens)
-
-    @property
-    def j_per_request(self) -> float | None:
-        return per(self.energy_j, self.requests)
-
-    @property
-    def output_tokens_per_j(self) -> float | None:
-        return per(self.output_tokens, self.energy_j)
-
-    @property
-    def goodput_per_w(self) -> float | None:
-        """Good requests a second over mean watts, which is good requests per joule."""
-        return per(self.good_requests, self.energy_j)
+def _in_slo(run: Run, requests: Requests) -> BoolArray | None:
+    """Which requests met the run's SLO: a TTFT and a mean TBT at most as given. A request of one token has no TBT to miss."""
+    load = run.config.get("load") or {}
+    ttft_ms, mean_tbt_ms = load.get("slo_ttft_ms"), load.get("slo_tbt_ms")
+    if ttft_ms is None and mean_tbt_ms is None:
+        return None
+    met = requests.ok.copy()
+    if ttft_ms is not None:
+        met &= requests.ttft_ms <= ttft_ms
+    if mean_tbt_ms is not None:
+        met &= ~(requests.mean_tbt_ms > mean_tbt_ms)
+    return met
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The measured requests of a run (no warm-up), in the order of sending.
-
-    One entry a request: `trial` (index into `trials`), `ok`, `sent_s`, `end_s`, `first_s` and `last_s` (tokens), `ttft_ms`,
-    `e2e_ms`, `mean_tbt_ms`, `send_delay_ms`, `prompt_tokens`, `output_tokens`. One entry a gap between two tokens of a
-    successful request: `tbt_ms`, its request `tbt_owner`, its instant `tbt_s`. `token_s` holds every token's arrival, of failed
-    requests too. `phase_s` has each request's (start, end) of a phase, `phase_ms` their durations but for failed requests.
-    `merged_tokens` came in another's chunk.
-    """
-
-    trials: list[Trial]
-    requests: list[RequestRecord]
-    trial: NDArray[np.int64]
-    ok: NDArray[np.bool_]
-    sent_s: Array
-    end_s: Array
-    first_s: Array
-    last_s: Array
-    ttft_ms: Array
-    e2e_ms: Array
-    mean_tbt_ms: Array
-    send_delay_ms: Array
-    prompt_tokens: Array
-    output_tokens: Array
-    tbt_ms: Array
-    tbt_owner: NDArray[np.int64]
-    tbt_s: Array
-    token_s: Array
-    phase_s: dict[str, Array]
-    phase_ms: dict[str, Array]
-    merged_tokens: int
-
-    @property
-    def windows(self) -> list[Interval]:
-        """Every trial's measured window."""
-        return [(trial.start_s, trial.end_s) for trial in self.trials]
-
-    @property
-    def window_s(self) -> float:
-        """Seconds of all trials' measured windows together."""
-        return sum(end - start for start, end in self.windows)
-
-    @cached_property
-    def window_tokens(self) -> int:
-        """Tokens that arrived in the trials' windows, those of failed requests too."""
-        return int(np.count_nonzero(inside(self.token_s, self.windows)))
-
-    @property
-    def latencies(self) -> dict[str, tuple[Array, IntArray]]:
-        """ttft, tbt (every gap), mean_tbt, e2e: values in ms and the place in `trials` of each; NaN where there is none."""
-        return {
-            "ttft": (self.ttft_ms, self.trial),
-            "tbt": (self.tbt_ms, self.trial[self.tbt_owner]),
-            "mean_tbt": (self.mean_tbt_ms, self.trial),
-            "e2e": (self.e2e_ms, self.trial),
-        }
-
-    def ended_inside(self, which: NDArray[np.bool_]) -> int:
-        """How many of `which` requests ended in a trial's window."""
-        return int(np.count_nonzero(inside(self.end_s[which], self.windows)))
-
-
-def inside(instants: Array, windows: Sequence[Interval]) -> NDArray[np.bool_]:
-    """For each instant, whether it lies in one of the windows."""
-    found = np.zeros(len(instants), dtype=bool)
-    for start, end in windows:
-        found |= (instants >= start) & (instants <= end)
-    return found
-
-
-def option(config: Mapping[str, Any], name: str) -> Any:
-    """The option `name` of a saved configuration, whether it lies flat or in a section; None when it is not there."""
-    if name in config:
-        return config[name]
-    sections = [value for value in config.values() if isinstance(value, Mapping)]
-    return next((section[name] for section in sections if name in section), None)
-
-
-def measure(run: Run) -> Measured:
-    """All of a run's requests as arrays. A failed request keeps its instants, but has no latency and no gaps."""
-    requests = sorted((r for r in run.requests if not r.warmup), key=_sent_or_planned_s)
-    trials = run.trials or _whole_run(requests)
-    position = {trial.index: place for place, trial in enumerate(trials)}
-    counted = np.fromiter((len(r.token_s) for r in requests), dtype=np.int64, count=len(requests))
-    answered = np.array([r.error is None for r in requests], dtype=bool)
-    ok = answered & (counted > 0)
-    sent, end, planned = (_column(requests, name) for name in ("sent_s", "end_s", "planned_s"))
-    tokens = np.fromiter(chain.from_iterable(r.token_s for r in requests), dtype=float, count=counted.sum())
-    begin = np.cumsum(counted) - counted
-    first = _where(counted > 0, tokens, begin)
-    last = _where(counted > 0, tokens, begin + counted - 1)
-    owner = np.repeat(np.arange(len(requests)), counted)
-    gap = np.diff(tokens) * 1e3
-    same = (owner[1:] == owner[:-1]) & ok[owner[1:]]
-    gaps = gap[same]
-    reported = {name for request in requests for name in request.phases}
-    unknown = np.full((len(requests), 2), np.nan)
-    phases = {name: _spans(requests, name) if name in reported else unknown for name in PHASES}
-    said = _column(requests, "output_tokens")
-    return Measured(
-        trials=trials,
-        requests=requests,
-        trial=np.array([position.get(r.trial, -1) for r in requests], dtype=np.int64),
-        ok=ok,
-        sent_s=sent,
-        end_s=end,
-        first_s=first,
-        last_s=last,
-        ttft_ms=np.where(ok, (first - sent) * 1e3, np.nan),
-        e2e_ms=np.where(ok, (end - sent) * 1e3, np.nan),
-        mean_tbt_ms=np.where(ok & (counted > 1), (last - first) / np.maximum(counted - 1, 1) * 1e3, np.nan),
-        send_delay_ms=(sent - planned) * 1e3,
-        prompt_tokens=_column(requests, "prompt_tokens"),
-        output_tokens=np.where(np.isnan(said), counted, said),
-        tbt_ms=gaps,
-        tbt_owner=owner[1:][same],
-        tbt_s=tokens[1:][same],
-        token_s=tokens,
-        phase_s=phases,
-        phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phases.items()},
-        merged_tokens=int(np.count_nonzero(gaps == 0.0)),
+def _latency(values: Array, trial: IntArray) -> Latency:
+    return Latency(
+        rising(values), {int(i): of_trial for i in np.unique(trial) if len(of_trial := rising(values[trial == i]))}
     )
 
 
-def mean_ttft_parts_ms(measured: Measured) -> dict[str, float] | None:
-    """The mean TTFT taken apart into what the phases cover, in order and without overlap; `other` is what nobody measured.
-
-    A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
-    A phase that began after every first token (the handoff, where prefill's token opens the stream) is no part.
-    Over the requests that succeeded and have a phase; None where there are none.
-    """
-    known = {name: span for name in TTFT_PHASES if np.isfinite(span := measured.phase_s[name]).any()}
-    begins = np.array([span[:, 0] for span in known.values()])
-    told = np.isfinite(measured.ttft_ms) & np.isfinite(begins).any(axis=0)
-    if not told.any():
-        return None
-    reached, parts = measured.sent_s[told], {}
-    first = reached + measured.ttft_ms[told] / 1e3
-    spans = [span[told].T for span in known.values()]
-    for place, (name, (start, end)) in enumerate(zip(known, spans, strict=True)):
-        later = [np.where(begin >= start, begin, np.inf) for begin, _ in spans[place + 1 :]]
-        stop = np.minimum.reduce([end, first, *later])
-        if (start < first).any():
-            parts[name] = np.nan_to_num(np.maximum(stop - np.maximum(start, reached), 0.0)) * 1e3
-        reached = np.fmax(reached, stop)
-    parts["other"] = np.maximum(measured.ttft_ms[told] - sum(parts.values()), 0.0)
-    return {name: float(part.mean()) for name, part in parts.items()}
-
-
-def _column(requests: Sequence[RequestRecord], name: str) -> Array:
-    """One number a request; NaN for None."""
-    return np.array([getattr(request, name) for request in requests], dtype=float)
-
-
-def _where(known: NDArray[np.bool_], values: Array, places: NDArray[np.int64]) -> Array:
-    """The values at these places; NaN where there is none."""
-    found = np.full(len(known), np.nan)
-    found[known] = values[places[known]]
-    return found
-
-
-def _spans(requests: Sequence[RequestRecord], name: str) -> Array:
-    """When each request was in this phase, shape (requests, 2); NaN where that was not measured."""
-    unknown = (np.nan, np.nan)
-    spans = [request.phases.get(name) or unknown for request in requests]
-    return np.array(spans, dtype=float).reshape(-1, 2)
-
-
-def _sent_or_planned_s(request: RequestRecord) -> float:
-    return request.planned_s if request.sent_s is None else request.sent_s
-
-
-def _whole_run(requests: list[RequestRecord]) -> list[Trial]:
-    """A run saved without trials is one trial from its first request to its last end."""
-    starts = [r.sent_s for r in requests if r.sent_s is not None]
-    ends = [r.end_s for r in requests if r.end_s is not None]
-    return [Trial(index=0, start_s=min(starts), end_s=max(ends))] if starts and ends else []
+def _column(records: Sequence[RequestRecord], name: str) -> Array:
+    return np.array([getattr(record, name) for record in records], dtype=float)

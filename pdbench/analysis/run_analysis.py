@@ -13,23 +13,22 @@ import msgspec
 import numpy as np
 
 from pdbench import __version__
-from pdbench.analysis.curves import Curves, curves_of, reasons
-from pdbench.analysis.energy import Energy, EnergyWindow, Meter, device_name, energy_of, metered, total
-from pdbench.analysis.flags import device_flags
+from pdbench.analysis.curves import Curves, curves_of
+from pdbench.analysis.energy import Energy, EnergyWindow, Meter, device_name, energy_of, joules, metered
+from pdbench.analysis.flags import flags_of
 from pdbench.analysis.metrics import (
     METRICS,
-    PHASES,
     Array,
-    BoolArray,
-    IntArray,
-    Measured,
+    Requests,
     Spread,
+    Timings,
     Totals,
     inside,
-    measure,
     per,
     quantiles,
+    rising,
     spread,
+    timings_of,
 )
 from pdbench.errors import UserError
 from pdbench.records import Clock, Flag, Gate, Interval, Run, Trial, load_run, write_whole
@@ -57,29 +56,6 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     value: float
     trials: dict[int, float]
     count: int | None = None
-
-
-class Requests(msgspec.Struct, frozen=True, kw_only=True):
-    """The measured requests (no warm-up) in the order of sending, one array entry per request; NaN is not measured.
-
-    Instants in seconds of the run's clock. A failed request has no latencies. `trial` is its Trial's index. `phase_ms` has client,
-    queue, prefill, kv_transfer and decode. `error` is the error's kind, None for success.
-    """
-
-    id: list[str]
-    trial: IntArray
-    ok: BoolArray
-    sent_s: Array
-    end_s: Array
-    ttft_ms: Array
-    mean_tbt_ms: Array
-    e2e_ms: Array
-    send_delay_ms: Array
-    prompt_tokens: Array
-    output_tokens: Array
-    phase_ms: dict[str, Array]
-    error: list[str | None]
-    finish_reason: list[str | None]
 
 
 class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,11 +164,15 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
 
 def analyze(run: Run) -> RunAnalysis:
     """The analysis of a run in memory; it does not change the run."""
-    measured = measure(run)
+    timings = timings_of(run)
     meters = [Meter(device) for device in run.devices]
-    met = within_slo(run, measured)
-    in_all = totals_in(measured, met, meters, measured.windows)
-    each = {trial.index: totals_in(measured, met, meters, [(trial.start_s, trial.end_s)]) for trial in measured.trials}
+    gpus = sum(device.kind == "gpu" for device in run.devices)
+
+    def totals_in(windows: list[Interval]) -> Totals:
+        return timings.totals(windows, joules(metered(meters), windows).energy_j, gpus)
+
+    totals = totals_in(timings.windows)
+    in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
     return RunAnalysis(
         run_schema=run.schema,
         name=run.name,
@@ -202,12 +182,12 @@ def analyze(run: Run) -> RunAnalysis:
         versions=run.versions,
         roles=run.roles,
         gate=run.gate,
-        flags=list(dict.fromkeys([*run.flags, *device_flags(run)])),
+        flags=flags_of(run, meters),
         trials=run.trials,
-        summary=_summary(run, measured, meters, in_all, met),
-        figures=_figures(measured, in_all, each),
-        curves=curves_of(run, measured),
-        requests=_requests(measured),
+        summary=_summary(run, timings, meters, totals),
+        figures=_figures(timings, totals, in_trial),
+        curves=curves_of(run, timings),
+        requests=timings.requests,
     )
 
 
@@ -237,99 +217,53 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
     return analysis
 
 
-def totals_in(measured: Measured, met: BoolArray | None, meters: list[Meter], windows: list[Interval]) -> Totals:
-    """What these windows held; `met` says which requests met the SLO, None without one."""
-    ended = inside(measured.end_s, windows)
-    counted = metered(meters) if windows else []
-    return Totals(
-        window_s=sum(end - start for start, end in windows),
-        output_tokens=int(np.count_nonzero(inside(measured.token_s, windows))),
-        requests=int(np.count_nonzero(ended & measured.ok)),
-        good_requests=None if met is None else int(np.count_nonzero(ended & met)),
-        energy_j=total(meter.energy_in(windows).energy_j for meter in counted),
-        devices=sum(meter.device.kind == "gpu" for meter in meters) or None,
-    )
-
-
-def within_slo(run: Run, measured: Measured) -> BoolArray | None:
-    """Which requests met the run's SLO (a failed one does not); None when it was given none. A request of one token has no TBT."""
-    load = run.config.get("load") or {}
-    ttft_ms, tbt_ms = load.get("slo_ttft_ms"), load.get("slo_tbt_ms")
-    if ttft_ms is None and tbt_ms is None:
-        return None
-    met = measured.ok.copy()
-    if ttft_ms is not None:
-        met &= measured.ttft_ms <= ttft_ms
-    if tbt_ms is not None:
-        met &= ~(measured.mean_tbt_ms > tbt_ms)
-    return met
-
-
-def _figures(measured: Measured, in_all: Totals, each: dict[int, Totals]) -> dict[str, Figure]:
-    """Every metric that the run has: the latencies' quantiles, then what a window has once."""
+def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> dict[str, Figure]:
+    """Every metric that the run has."""
     figures = {}
-    by_latency = {key: _by_trial(*pair) for key, pair in measured.latencies.items()}
     for metric in METRICS.values():
         if metric.latency is None:
-            value = getattr(in_all, metric.name)
-            trials = {index: rate for index, one in each.items() if (rate := getattr(one, metric.name)) is not None}
-            count = None
+            value, count = totals.ratio(metric.name), None
+            each = {index: trial.ratio(metric.name) for index, trial in in_trial.items()}
         else:
-            assert metric.quantile is not None
-            share, rising = np.array(metric.quantile), by_latency[metric.latency]
-            count = len(rising[None]) if None in rising else 0
-            value = float(quantiles(rising[None], share)) if count else None
-            trials = {
-                trial.index: float(quantiles(rising[place], share))
-                for place, trial in enumerate(measured.trials)
-                if place in rising
-            }
+            latency, share = timings.latencies[metric.latency], np.array(metric.quantile)
+            count = len(latency.rising)
+            value = float(quantiles(latency.rising, share)) if count else None
+            each = {index: float(quantiles(values, share)) for index, values in latency.by_trial.items()}
         if value is not None:
+            trials = {index: figure for index, figure in each.items() if figure is not None}
             figures[metric.name] = Figure(value=value, trials=trials, count=count)
     return figures
 
 
-def _by_trial(values: Array, place: IntArray) -> dict[int | None, Array]:
-    """Sorted values of each trial that has any, by its place in `Measured.trials`, and of all of them under None."""
-    known = np.isfinite(values) & (place >= 0)
-    values, place = values[known], place[known]
-    groups: dict[int | None, Array] = {int(number): np.sort(values[place == number]) for number in np.unique(place)}
-    return {**groups, None: np.sort(values)} if len(values) else {}
-
-
-def _summary(run: Run, measured: Measured, meters: list[Meter], totals: Totals, met: BoolArray | None) -> Summary:
-    failed = [request for request, ok in zip(measured.requests, measured.ok, strict=True) if not ok]
-    errors = Counter("no_tokens" if request.error is None else request.error.kind for request in failed)
-    load = run.config.get("load") or {}
-    no_meter = reasons([meter.device for meter in meters], ("power_w", "energy_j"))
+def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) -> Summary:
+    requests, load = timings.requests, run.config.get("load") or {}
+    errors = Counter(error or "no_tokens" for error, ok in zip(requests.error, requests.ok, strict=True) if not ok)
+    merged = int(np.count_nonzero(timings.tbt_ms == 0.0))
+    in_slo = timings.in_slo
     return Summary(
-        trials=len(measured.trials),
+        trials=len(timings.trials),
         window_s=totals.window_s,
         requests=RequestCounts(
-            sent=len(measured.requests), succeeded=int(measured.ok.sum()), failed=int((~measured.ok).sum())
+            sent=len(requests.ok), succeeded=int(requests.ok.sum()), failed=int((~requests.ok).sum())
         ),
         errors=dict(errors.most_common()),
         tokens=TokenCounts(
-            prompt=_count(measured.prompt_tokens[measured.ok]),
-            output=_count(measured.output_tokens[measured.ok]),
-            merged_pct=per(100.0 * measured.merged_tokens, len(measured.tbt_ms)),
+            prompt=_count(requests.prompt_tokens[requests.ok]),
+            output=_count(requests.output_tokens[requests.ok]),
+            merged_pct=per(100.0 * merged, len(timings.tbt_ms)),
         ),
-        **{f"{name}_ms": spread(values) for name, (values, _) in measured.latencies.items()},
-        send_delay_ms=spread(measured.send_delay_ms),
-        **{f"{name}_ms": spread(measured.phase_ms[name]) for name in PHASES},
-        throughput=Throughput(
-            requests_per_s=totals.requests_per_s,
-            output_tokens_per_s=totals.output_tokens_per_s,
-            output_tokens_per_s_per_device=totals.output_tokens_per_s_per_device,
-        ),
+        **{f"{name}_ms": spread(latency.rising) for name, latency in timings.latencies.items()},
+        send_delay_ms=spread(rising(requests.send_delay_ms)),
+        **{f"{name}_ms": spread(rising(values)) for name, values in requests.phase_ms.items()},
+        throughput=Throughput(**{name: totals.ratio(name) for name in Throughput.__struct_fields__}),
         goodput=Goodput(
             slo_ttft_ms=load.get("slo_ttft_ms"),
             slo_tbt_ms=load.get("slo_tbt_ms"),
-            requests_per_s=totals.goodput_requests_per_s,
-            met_pct=None if met is None else per(100.0 * int(met.sum()), len(met)),
+            requests_per_s=totals.ratio("goodput_requests_per_s"),
+            met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), len(in_slo)),
         ),
-        energy=energy_of(run, measured, meters, totals, no_meter),
-        devices={device_name(meter.device): _device(meter, measured.windows) for meter in meters},
+        energy=energy_of(run, timings, meters, totals),
+        devices={device_name(meter.device): _device(meter, timings.windows) for meter in meters},
     )
 
 
@@ -351,25 +285,6 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
         readings=readings,
         sampling=device.sampling,
         not_measured=device.not_measured,
-    )
-
-
-def _requests(measured: Measured) -> Requests:
-    return Requests(
-        id=[request.id for request in measured.requests],
-        trial=np.array([request.trial for request in measured.requests], dtype=np.int64),
-        ok=measured.ok,
-        sent_s=measured.sent_s,
-        end_s=measured.end_s,
-        ttft_ms=measured.ttft_ms,
-        mean_tbt_ms=measured.mean_tbt_ms,
-        e2e_ms=measured.e2e_ms,
-        send_delay_ms=measured.send_delay_ms,
-        prompt_tokens=measured.prompt_tokens,
-        output_tokens=measured.output_tokens,
-        phase_ms=measured.phase_ms,
-        error=[None if request.error is None else request.error.kind for request in measured.requests],
-        finish_reason=[request.finish_reason for request in measured.requests],
     )
 
 

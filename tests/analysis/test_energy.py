@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdbench.analysis.attribution import attribute, efficiency, intersect, without
-from pdbench.analysis.energy import active_and_idle_j, energy_in, energy_over, merge, residual_flags
-from pdbench.analysis.summary import summarize
+from pdbench.analysis.energy import Energy, Meter, difference, energy_over, intersection, joules, length_s, union
+from pdbench.analysis.flags import device_flags
+from pdbench.analysis.run_analysis import analyze
 from pdbench.events import TransferEvent
 from pdbench.records import (
     Clock,
@@ -18,6 +18,7 @@ from pdbench.records import (
     Run,
     Trial,
 )
+from tests.support.runs import build_run
 
 
 def gpu(
@@ -58,18 +59,20 @@ def test_a_hole_in_the_samples_is_no_energy() -> None:
 
 @pytest.mark.parametrize(("gain", "flagged"), [(1.02, False), (1.05, True), (0.9, True)])
 def test_residual_above_three_percent_is_flagged(gain: float, flagged: bool) -> None:
-    device = gpu(gain=gain)
+    device = gpu(gain=gain, until_s=40)
     window = energy_over(device, 2, 12)
     assert window.counter_j == pytest.approx(4000 * gain)
     assert window.residual_pct == pytest.approx(100 * (1 / gain - 1))
-    assert bool(residual_flags(device, window)) == flagged
+    assert [flag.name for flag in device_flags(Meter(device), [(2, 36)])] == ["energy-residual"] * flagged
 
 
 def test_idle_is_kept_apart_and_never_exceeds_the_total() -> None:
-    window = energy_over(gpu(), 0, 10)
-    assert active_and_idle_j(window, 120) == (pytest.approx(2800), pytest.approx(1200))
-    assert active_and_idle_j(window, 500) == (pytest.approx(0), pytest.approx(4000))
-    assert active_and_idle_j(window, None) == (None, None)
+    def parts(engine_ready: float | None) -> object:
+        return pytest.approx(joules([Meter(gpu(idle_power_w={"engine_ready": engine_ready}))], [(0, 10)]))
+
+    assert parts(120) == (4000, 2800, 1200)
+    assert parts(500) == (4000, 0, 4000)
+    assert joules([Meter(gpu())], [(0, 10)]) == (pytest.approx(4000), None, None)
 
 
 intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
@@ -78,19 +81,15 @@ intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
 @settings(deadline=None)
 @given(intervals, intervals)
 def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Interval]) -> None:
-    both, rest = intersect(first, second), without(first, second)
-
-    def length(windows: list[Interval]) -> float:
-        return sum(end - start for start, end in windows)
-
-    assert length(both) + length(rest) == pytest.approx(length(merge(first)))
-    assert intersect(rest, second) == []
+    both, rest = intersection(first, second), difference(first, second)
+    assert length_s(both) + length_s(rest) == pytest.approx(length_s(union(first)))
+    assert intersection(rest, second) == []
 
 
 @settings(deadline=None)
 @given(intervals)
 def test_energy_of_windows_adds_up(windows: list[Interval]) -> None:
-    joined = energy_in(gpu(), windows)
+    joined = Meter(gpu()).energy_in(windows)
     assert joined.integral_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
     assert joined.counter_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
 
@@ -139,80 +138,105 @@ def disaggregated() -> Run:
     )
 
 
+def energy(run: Run) -> Energy:
+    return analyze(run).summary.energy
+
+
 def test_gpus_of_one_index_on_two_hosts_are_two() -> None:
     run = disaggregated()
     for host, device in zip(("a", "b"), run.devices, strict=True):
         device.id, device.index, device.host = "gpu0", 0, host
-    summary = summarize(run)
-    assert summary["energy"]["total_j"] == pytest.approx(7000)
-    assert summary["energy"]["by_role_j"] == {"prefill": pytest.approx(3000), "decode": pytest.approx(4000)}
-    assert set(summary["devices"]) == {"a/gpu0", "b/gpu0"}
+    summary = analyze(run).summary
+    assert summary.energy.total_j == pytest.approx(7000)
+    roles = {role: used.total_j for role, used in summary.energy.roles.items()}
+    assert roles == {"prefill": pytest.approx(3000), "decode": pytest.approx(4000)}
+    assert set(summary.devices) == {"a/gpu0", "b/gpu0"}
 
 
 def test_roles_phases_and_tokens_get_their_joules() -> None:
-    found = attribute(disaggregated())
+    found = energy(disaggregated())
     prefill, decode = found.roles["prefill"], found.roles["decode"]
     assert (found.total_j, prefill.total_j, decode.total_j) == tuple(map(pytest.approx, (7000, 3000, 4000)))
-    assert (prefill.active_j, prefill.idle_j) == (pytest.approx(1800), pytest.approx(1200))
-    assert prefill.phase is not None and decode.phase is not None
-    assert (prefill.phase.busy_s, prefill.phase.energy_j) == (pytest.approx(2), pytest.approx(600))
-    assert (decode.phase.busy_s, decode.phase.mean_power_w) == (pytest.approx(6), pytest.approx(400))
+    assert (prefill.phase_s, prefill.phase_j) == (pytest.approx(2), pytest.approx(600))
+    assert (prefill.active_j, prefill.idle_j) == (pytest.approx(360), pytest.approx(240))
+    assert (decode.phase_s, decode.phase_j) == (pytest.approx(6), pytest.approx(2400))
     assert (prefill.waiting_s, prefill.waiting_j) == (pytest.approx(8), pytest.approx(2400))
     assert found.j_per_output_token == pytest.approx(70)
-    assert found.decode_j_per_output_token == pytest.approx(40)
+    assert found.decode_j_per_output_token == decode.j_per_output_token == pytest.approx(40)
     assert found.j_per_computed_prompt_token == pytest.approx(10), "the failed request's prompt was computed too"
     assert found.j_per_request == pytest.approx(3500), "its energy stays in the total, it is no delivered request"
-    assert attribute(disaggregated(), cached_prompt_tokens=100).j_per_computed_prompt_token == pytest.approx(15)
+    assert (found.mean_power_w, found.output_tokens_per_j) == (pytest.approx(700), pytest.approx(1 / 70))
 
 
-def test_handoff_is_told_apart_only_where_nothing_else_runs() -> None:
-    handoff = attribute(disaggregated()).handoff
-    assert handoff is not None and handoff.why is None
-    assert (handoff.bytes, handoff.apart_s) == (2 * 10**9, pytest.approx(1))
-    assert handoff.active_j == pytest.approx(180 + 280)
-    assert handoff.gb_per_j == pytest.approx(2 / 460)
+def test_parts_of_a_role_add_up_to_its_total() -> None:
+    for run in (disaggregated(), build_run(seed=2), build_run("single", seed=2)):
+        for role in energy(run).roles.values():
+            parts = (role.active_j, role.idle_j, role.waiting_j)
+            assert sum(part for part in parts if part is not None) == pytest.approx(role.total_j)
+            assert (role.waiting_j is None) == (run.name == "single")
+
+
+def test_transfers_have_joules_only_where_nothing_else_runs() -> None:
+    transfers = energy(disaggregated()).kv_transfer
+    assert transfers is not None and transfers.not_measured is None
+    assert (transfers.bytes, transfers.alone_s) == (2 * 10**9, pytest.approx(1))
+    assert transfers.active_j == pytest.approx(180 + 280)
     crowded = disaggregated()
     crowded.requests.append(RequestRecord(id="d", planned_s=5, phases={"decode": (5, 15)}))
-    told = attribute(crowded).handoff
-    assert told is not None and told.active_j is None and "too short" in (told.why or "")
+    transfers = energy(crowded).kv_transfer
+    assert transfers is not None and transfers.active_j is None and "too short" in (transfers.not_measured or "")
 
 
-def test_a_single_instance_is_not_split() -> None:
+def test_single_instance_is_not_split() -> None:
     run = disaggregated()
     run.devices = [gpu("single")]
-    found = attribute(run)
+    found = energy(run)
     assert found.total_j == pytest.approx(4000)
     assert found.j_per_output_token == pytest.approx(40)
-    assert (found.j_per_computed_prompt_token, found.decode_j_per_output_token, found.handoff) == (None, None, None)
-    assert "--phase prefill" in (found.why_no_split or "")
+    split = (found.j_per_computed_prompt_token, found.decode_j_per_output_token, found.kv_transfer)
+    assert split == (None, None, None)
+    assert "--phase prefill" in (found.not_split or "")
 
 
 def test_a_missing_piece_makes_no_total() -> None:
     run = disaggregated()
     run.devices[0].samples = []
-    found = attribute(run)
+    found = energy(run)
     assert (found.total_j, found.j_per_output_token, found.j_per_computed_prompt_token) == (None, None, None)
     assert found.decode_j_per_output_token == pytest.approx(40)
     run.devices = []
-    assert attribute(run).why_no_split == "no GPU was sampled"
+    assert (energy(run).not_split, energy(run).not_measured) == ("no GPU was sampled", "no device was sampled")
 
 
-def test_efficiency_by_hand() -> None:
-    bought = efficiency(
-        7200,
-        output_tokens=100,
-        window_s=10,
-        devices=2,
-        requests=2,
-        mean_e2e_s=3,
-        good_requests=1,
-        price_kwh=0.3,
-        gco2_kwh=400,
-    )
-    assert bought.output_tokens_per_j == pytest.approx(100 / 7200)
-    assert bought.output_tokens_per_s_per_device == pytest.approx(5)
-    assert bought.energy_delay_js == pytest.approx(3600 * 3)
-    assert bought.goodput_per_w == pytest.approx(1 / 7200)
-    assert bought.price_per_million_output_tokens == pytest.approx(20 * 0.3)
-    assert bought.gco2_per_million_output_tokens == pytest.approx(20 * 400)
-    assert efficiency(None, output_tokens=0, window_s=0, devices=0, requests=0).output_tokens_per_j is None
+def test_rapl_domains_count_where_there_is_no_gpu() -> None:
+    run = disaggregated()
+    for device, kind in zip(run.devices, ("cpu", "dram"), strict=True):
+        device.kind, device.role = kind, None
+    found = energy(run)
+    assert (found.total_j, list(found.roles), found.not_split) == (pytest.approx(7000), ["host"], "no GPU was sampled")
+
+
+def test_what_the_joules_bought() -> None:
+    run = disaggregated()
+    run.config = {"power": {"price_kwh": 0.3, "gco2_kwh": 400}, "load": {"slo_ttft_ms": 3500}}
+    for request, sent_s in zip(run.requests, (5.0, 9.0, 9.0), strict=True):
+        request.sent_s = sent_s
+    summary = analyze(run).summary
+    assert summary.throughput.output_tokens_per_s_per_device == pytest.approx(5)
+    assert summary.energy.energy_delay_js == pytest.approx(3500 * 3.5)
+    assert summary.energy.goodput_per_w == pytest.approx(1 / 7000)
+    kwh = 70 * 1e6 / 3.6e6
+    assert summary.energy.price_per_million_output_tokens == pytest.approx(kwh * 0.3)
+    assert summary.energy.gco2_per_million_output_tokens == pytest.approx(kwh * 400)
+
+
+def test_without_a_meter_the_reason_stands_in() -> None:
+    found = energy(build_run(gpu=False))
+    assert (found.total_j, found.not_measured) == (None, "no RAPL on this machine")
+
+
+def test_small_energy_is_not_rounded_to_nothing() -> None:
+    run = disaggregated()
+    for device in run.devices:
+        device.samples = [DeviceSample(t_s=i / 10, power_w=1e-6) for i in range(200)]
+    assert energy(run).j_per_output_token == pytest.approx(2e-7)

@@ -1,7 +1,7 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
-from pdbench.analysis.flags import device_flags
-from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, Trial
+from pdbench.analysis.run_analysis import analyze
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Run, Trial
 
 
 def a_run(
@@ -20,24 +20,31 @@ def a_run(
 
 
 def names(run: Run) -> list[str]:
-    return [flag.name for flag in device_flags(run)]
+    return [flag.name for flag in analyze(run).flags]
 
 
-def test_a_long_quiet_run_has_no_flag() -> None:
+def test_long_quiet_run_has_no_flag() -> None:
     assert names(a_run(40, throttle=["gpu_idle", "clocks_setting"])) == []
 
 
-def test_a_power_cap_is_told() -> None:
+def test_power_cap_is_flagged() -> None:
     assert names(a_run(40, throttle=["sw_power_cap"])) == ["throttled"]
 
 
-def test_a_window_under_30_s_is_short_for_energy() -> None:
+def test_window_under_30_s_is_flagged_as_short_for_energy() -> None:
     assert names(a_run(20)) == ["short-window"]
 
 
-def test_counter_and_integral_that_disagree_are_told() -> None:
+def test_counter_and_integral_that_disagree_are_flagged() -> None:
     assert names(a_run(40, counter_w=110.0)) == ["energy-residual"]
 
 
-def test_what_has_no_meter_has_no_energy_flag() -> None:
+def test_device_without_a_meter_has_no_energy_flag() -> None:
     assert names(a_run(5, power_w=None)) == []
+
+
+def test_flags_of_a_saved_run_stand_once() -> None:
+    """In another version's words, perhaps; those of the run itself come first."""
+    run = a_run(20)
+    run.flags = [Flag("interrupted", "Ctrl-C"), Flag("short-window", "gpu0: too short, in other words")] * 2
+    assert names(run) == ["interrupted", "short-window"]

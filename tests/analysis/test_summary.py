@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pdbench.analysis.metrics import mean_ttft_parts_ms, measure, option
-from pdbench.analysis.summary import describe, summarize
+from pdbench.analysis.metrics import mean_ttft_parts_ms, rising, spread, timings_of
+from pdbench.analysis.run_analysis import analyze
 from pdbench.records import Clock, RequestError, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 
@@ -18,57 +18,67 @@ def request(number: int = 0, **fields) -> RequestRecord:
     return RequestRecord(id=f"r{number}", **(defaults | fields))
 
 
+def summarize(run: Run):
+    return analyze(run).summary
+
+
 def test_durations_of_one_request():
-    measured = measure(tiny_run(request()))
-    assert measured.ttft_ms == pytest.approx([200.0])
-    assert measured.e2e_ms == pytest.approx([500.0])
-    assert measured.tbt_ms == pytest.approx([50.0, 0.0, 150.0])
-    assert measured.mean_tbt_ms == pytest.approx([200 / 3])
-    assert measured.send_delay_ms == pytest.approx([100.0])
-    assert measured.merged_tokens == 1
+    timings = timings_of(tiny_run(request()))
+    assert timings.requests.ttft_ms == pytest.approx([200.0])
+    assert timings.requests.e2e_ms == pytest.approx([500.0])
+    assert timings.tbt_ms == pytest.approx([50.0, 0.0, 150.0])
+    assert timings.requests.mean_tbt_ms == pytest.approx([200 / 3])
+    assert timings.requests.send_delay_ms == pytest.approx([100.0])
+    assert summarize(tiny_run(request())).tokens.merged_pct == pytest.approx(100 / 3)
+
+
+def test_tbt_is_every_gap_and_mean_tbt_one_value_per_request():
+    summary = summarize(tiny_run(request()))
+    assert (summary.tbt_ms.count, summary.tbt_ms.p50, summary.tbt_ms.max) == (3, pytest.approx(50), pytest.approx(150))
+    assert (summary.mean_tbt_ms.count, summary.mean_tbt_ms.p50) == (1, pytest.approx(200 / 3))
 
 
 def test_gaps_never_cross_requests_and_failed_ones_have_none():
     late = request(1, sent_s=2.0, token_s=[2.5, 2.6], end_s=2.7)
     failed = request(2, sent_s=3.0, token_s=[3.1, 3.2], error=RequestError("reset", "gone"))
-    measured = measure(tiny_run(request(), late, failed))
-    assert measured.tbt_ms == pytest.approx([50.0, 0.0, 150.0, 100.0])
-    assert list(measured.tbt_owner) == [0, 0, 0, 1]
-    assert list(measured.ok) == [True, True, False]
-    assert np.isnan(measured.ttft_ms[2])
+    timings = timings_of(tiny_run(request(), late, failed))
+    assert timings.tbt_ms == pytest.approx([50.0, 0.0, 150.0, 100.0])
+    assert list(timings.tbt_request) == [0, 0, 0, 1]
+    assert list(timings.requests.ok) == [True, True, False]
+    assert np.isnan(timings.requests.ttft_ms[2])
 
 
 def test_warm_up_is_left_out_and_order_is_of_sending():
     run = tiny_run(request(1, sent_s=5.0, token_s=[5.1], end_s=5.2), request(0), request(2, warmup=True))
-    assert [one.id for one in measure(run).requests] == ["r0", "r1"]
+    assert timings_of(run).requests.id == ["r0", "r1"]
 
 
 def test_throughput_counts_what_arrived_inside_the_window():
     run = tiny_run(request(), trials=[Trial(index=0, start_s=1.0, end_s=1.3)])
-    speed = summarize(run)["throughput"]
-    assert speed["output_tokens_per_s"] == pytest.approx(3 / 0.3, rel=1e-3)
-    assert speed["requests_per_s"] == 0.0
-    assert speed["output_tokens_per_s_per_device"] is None
+    speed = summarize(run).throughput
+    assert speed.output_tokens_per_s == pytest.approx(3 / 0.3, rel=1e-3)
+    assert speed.requests_per_s == 0.0
+    assert speed.output_tokens_per_s_per_device is None
 
 
 def test_goodput_counts_a_failed_request_as_missing_the_slo():
     failed = request(1, error=RequestError("timeout", "late"))
     slow = request(2, sent_s=1.0, token_s=[1.9, 2.0], end_s=2.0)
     run = tiny_run(request(), failed, slow, trials=[Trial(index=0, start_s=1.0, end_s=3.0)])
-    assert summarize(run)["goodput"]["requests_per_s"] is None
+    assert summarize(run).goodput.requests_per_s is None
     run.config = {"load": {"slo_ttft_ms": 300.0, "slo_tbt_ms": 100.0}}
-    good = summarize(run)["goodput"]
-    assert good["requests_per_s"] == pytest.approx(0.5)
-    assert good["met_pct"] == pytest.approx(100 / 3, abs=1e-3)
+    good = summarize(run).goodput
+    assert (good.slo_ttft_ms, good.slo_tbt_ms) == (300.0, 100.0)
+    assert good.requests_per_s == pytest.approx(0.5)
+    assert good.met_pct == pytest.approx(100 / 3, abs=1e-3)
 
 
 @pytest.mark.parametrize("requests", [0, 1])
 def test_empty_and_one_request_runs_have_a_summary(requests):
     summary = summarize(tiny_run(*([request()] * requests)))
-    assert summary["requests"]["sent"] == requests
-    assert (summary["ttft_ms"] is None) == (requests == 0)
-    assert summary["energy"]["total_j"] is None
-    assert summary["energy"]["not_measured"] == "no device was sampled"
+    assert summary.requests.sent == requests
+    assert (summary.ttft_ms is None) == (requests == 0)
+    assert (summary.energy.total_j, summary.energy.not_measured) == (None, "no device was sampled")
 
 
 def test_a_run_where_everything_failed_names_the_kinds():
@@ -77,20 +87,33 @@ def test_a_run_where_everything_failed_names_the_kinds():
         for i, kind in enumerate(("refused", "reset", "reset"))
     ]
     summary = summarize(tiny_run(*failed))
-    assert summary["errors"] == {"reset": 2, "refused": 1}
-    assert summary["ttft_ms"] is None
+    assert summary.errors == {"reset": 2, "refused": 1}
+    assert summary.ttft_ms is None
 
 
 def test_a_stream_that_ends_without_a_token_is_no_success():
-    assert summarize(tiny_run(request(token_s=[])))["errors"] == {"no_tokens": 1}
+    assert summarize(tiny_run(request(token_s=[]))).errors == {"no_tokens": 1}
 
 
-def test_describe_agrees_with_numpy():
+def test_spread_agrees_with_numpy():
     values = np.random.default_rng(0).lognormal(size=1001)
-    spread = describe(np.append(values, np.nan))
-    assert spread["count"] == 1001
-    assert spread["p99"] == pytest.approx(np.percentile(values, 99), abs=1e-4)
-    assert describe(np.array([np.nan])) is None
+    found = spread(rising(np.append(values, np.nan)))
+    assert found.count == 1001
+    assert (found.p50, found.p90, found.p99) == pytest.approx(np.percentile(values, (50, 90, 99)))
+    assert (found.mean, found.min, found.max) == pytest.approx((values.mean(), values.min(), values.max()))
+    assert spread(rising(np.array([np.nan]))) is None
+
+
+def test_figures_have_the_pooled_value_and_that_of_each_trial():
+    analysis = analyze(build_run(trials=3))
+    figure, requests = analysis.figures["ttft_p90_ms"], analysis.requests
+    assert figure.value == analysis.summary.ttft_ms.p90 and figure.count == 48
+    for trial in range(3):
+        values = requests.ttft_ms[requests.trial == trial]
+        assert figure.trials[trial] == pytest.approx(np.percentile(values, 90))
+    per_token = analysis.figures["j_per_output_token"]
+    assert per_token.value == analysis.summary.energy.j_per_output_token
+    assert min(per_token.trials.values()) <= per_token.value <= max(per_token.trials.values())
 
 
 def test_ttft_parts_neither_overlap_nor_leave_a_rest_unnamed():
@@ -101,31 +124,19 @@ def test_ttft_parts_neither_overlap_nor_leave_a_rest_unnamed():
         "decode": (1.15, 1.4),
         "queue": None,
     }
-    parts = mean_ttft_parts_ms(measure(tiny_run(request(phases=phases))))
+    parts = mean_ttft_parts_ms(timings_of(tiny_run(request(phases=phases))))
     assert parts == pytest.approx({"prefill": 80, "kv_transfer": 50, "decode": 50, "other": 20}, abs=1e-6)
     several = tiny_run(request(phases=phases), request(1), request(2, phases={"decode": (1.1, 1.4)}))
-    parts = mean_ttft_parts_ms(measure(several))
+    parts = mean_ttft_parts_ms(timings_of(several))
     assert parts == pytest.approx({"prefill": 40, "kv_transfer": 25, "decode": 75, "other": 60}, abs=1e-6)
-    assert mean_ttft_parts_ms(measure(tiny_run(request()))) is None
+    assert mean_ttft_parts_ms(timings_of(tiny_run(request()))) is None
     early = {"prefill": (1.02, 1.19), "kv_transfer": (1.21, 1.22), "decode": (1.22, 1.4)}
-    parts = mean_ttft_parts_ms(measure(tiny_run(request(phases=early))))
+    parts = mean_ttft_parts_ms(timings_of(tiny_run(request(phases=early))))
     assert parts == pytest.approx({"prefill": 170, "other": 30}, abs=1e-6), "prefill's token was the first"
 
 
-def test_options_are_found_flat_and_in_sections():
-    assert option({"rate": 3}, "rate") == option({"load": {"rate": 3}}, "rate") == 3
-    assert option({"load": {}}, "rate") is None
-
-
-def test_energy_of_devices_and_tokens():
+def test_energy_of_a_run_is_that_of_its_roles():
     summary = summarize(build_run(trials=2))
-    energy = summary["energy"]
-    assert energy["total_j"] == pytest.approx(sum(energy["by_role_j"].values()), rel=1e-6)
-    assert energy["mean_power_w"] == pytest.approx(energy["total_j"] / summary["window_s"], rel=1e-3)
-    assert energy["output_tokens_per_j"] * energy["j_per_output_token"] == pytest.approx(1, abs=1e-3)
-
-
-def test_without_a_meter_the_reason_stands_in():
-    energy = summarize(build_run(gpu=False))["energy"]
-    assert energy["total_j"] is None
-    assert energy["not_measured"] == "no RAPL on this machine"
+    assert summary.energy.total_j == pytest.approx(sum(role.total_j for role in summary.energy.roles.values()))
+    assert summary.energy.mean_power_w == pytest.approx(summary.energy.total_j / summary.window_s)
+    assert summary.energy.output_tokens_per_j * summary.energy.j_per_output_token == pytest.approx(1)
