@@ -6,7 +6,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, reasons
+from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, why_not_measured
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
@@ -116,8 +116,8 @@ def curves_of(run: Run, timings: Timings) -> Curves:
         gaps=Gaps(x=axis.place(timings.tbt_s[chosen]), request=timings.tbt_request[chosen], ms=timings.tbt_ms[chosen]),
         tbt_over_time=_tbt_over_time(timings, axis),
         ttft_parts_ms=mean_ttft_parts_ms(timings),
-        devices={field: found for field, found in lines.items() if found},
-        not_measured={field: reasons(devices, (field,)) for field, found in lines.items() if not found},
+        devices={field: of_field for field, of_field in lines.items() if of_field},
+        not_measured={field: why_not_measured(devices, (field,)) for field, of_field in lines.items() if not of_field},
         spans=_spans(requests, axis) if len(requests) <= SPANS else None,
         in_flight=_in_flight(requests, axis),
     )
@@ -192,11 +192,10 @@ def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> DeviceCur
     if len(drawn.x) > CURVE_POINTS:
         kept: list[int] = []
         for part in np.array_split(np.arange(len(drawn.x)), CURVE_POINTS // 2):
-            y = drawn.y[part]
-            known = part[np.isfinite(y)]
-            broken = part[~np.isfinite(y)][:1]
-            ends = {known[np.argmin(drawn.y[known])], known[np.argmax(drawn.y[known])]} if len(known) else set()
-            kept += sorted({*map(int, ends), *map(int, broken)})
+            measured, broken = part[np.isfinite(drawn.y[part])], part[~np.isfinite(drawn.y[part])]
+            ends = drawn.y[measured]
+            extremes = {int(measured[ends.argmin()]), int(measured[ends.argmax()])} if len(measured) else set()
+            kept += sorted({*extremes, *broken[:1].tolist()})
         drawn = Curve(drawn.x[kept], drawn.y[kept])
     return DeviceCurve(device=device_name(device), kind=device.kind, name=device.name, role=device.role, curve=drawn)
 

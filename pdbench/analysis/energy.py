@@ -192,15 +192,15 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         gco2_per_million_output_tokens=_product(kwh_per_million, power.get("gco2_kwh")),
         roles=roles,
         kv_transfer=_transfer_energy(run, metered(meters), windows, phases) if split else None,
-        not_measured=reasons(run.devices, ("power_w", "energy_j")) if totals.energy_j is None else None,
+        not_measured=why_not_measured(run.devices, ("power_w", "energy_j")) if totals.energy_j is None else None,
         not_split=None if split else ONE_INSTANCE if any(d.kind == "gpu" for d in run.devices) else NO_GPU,
     )
 
 
-def reasons(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
+def why_not_measured(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
     """Why no device has one of these fields, in a few words."""
-    found = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
-    return "; ".join(sorted(found)) or ("no meter on this machine" if devices else "no device was sampled")
+    reasons = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
+    return "; ".join(sorted(reasons)) or ("no meter on this machine" if devices else "no device was sampled")
 
 
 def _phase_windows(requests: Sequence[RequestRecord], phase: str) -> list[Interval]:
@@ -392,8 +392,8 @@ def difference(first: Sequence[Interval], second: Sequence[Interval]) -> list[In
 
 def _sum(parts: Sequence[float | None]) -> float | None:
     """None as soon as a part is not measured: a total with a piece missing is no total."""
-    known = [part for part in parts if part is not None]
-    return float(sum(known)) if len(known) == len(parts) else None
+    numbers = [part for part in parts if part is not None]
+    return float(sum(numbers)) if len(numbers) == len(parts) else None
 
 
 def _product(first: float | None, second: float | None) -> float | None:

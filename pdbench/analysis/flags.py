@@ -22,9 +22,9 @@ def flags_of(run: Run, meters: Sequence[Meter]) -> list[Flag]:
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
     flags = list(dict.fromkeys(run.flags))
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
-    known = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
+    present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
     return flags + [
-        flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in known
+        flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in present
     ]
 
 
@@ -39,8 +39,8 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
         yield Flag("energy-counter-reset", f"{device.id}: the energy counter {times}")
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
-        needs = f"energy needs at least {SHORT_S:g} s: raise --requests"
-        yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is short, {needs}")
+        needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"
+        yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is {needs}")
     here = inside(np.array([sample.t_s for sample in device.samples], dtype=float), windows)
     during = [sample for sample, is_here in zip(device.samples, here, strict=True) if is_here]
     reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)

@@ -99,7 +99,7 @@ class Totals:
     energy_j: float | None
 
     def ratio(self, name: str) -> float | None:
-        """One of `RATIOS`; None where a part of it is not known or there is nothing to divide by."""
+        """One of `RATIOS`; None where a part of it is unknown or there is nothing to divide by."""
         above, below = RATIOS[name]
         return per(getattr(self, above), getattr(self, below))
 

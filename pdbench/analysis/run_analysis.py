@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from pdbench import __version__
-from pdbench.analysis.curves import Curves, curves_of
+from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.energy import Energy, EnergyWindow, Meter, device_name, energy_of, joules, metered
 from pdbench.analysis.flags import flags_of
 from pdbench.analysis.metrics import (
@@ -35,16 +35,7 @@ from pdbench.records import Clock, Flag, Gate, Interval, Run, Trial, load_run, w
 
 SCHEMA = "pdbench-analysis/1"
 FILE = "analysis.json"
-READINGS = (
-    "power_w",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "gpu_utilization_pct",
-    "cpu_utilization_pct",
-    "cpu_clock_mhz",
-    "temperature_c",
-    "memory_used_mib",
-)
+READINGS = (*FIELDS, "gpu_utilization_pct", "memory_used_mib")
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):

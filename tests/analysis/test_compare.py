@@ -132,12 +132,12 @@ def test_runs_measured_differently_are_refused_unless_anyway(change, named):
     change(b)
     with pytest.raises(UserError, match=f"{named}.*--anyway"):
         compare_runs(a, b)
-    assert any(one.what == named and one.refused for one in compare_runs(a, b, anyway=True).mismatches)
+    assert any(item.what == named and item.refused for item in compare_runs(a, b, anyway=True).mismatches)
 
 
 def test_other_settings_are_noted_but_compared():
     a, b = build_run("single", serve={"enforce_eager": True}), build_run(serve={"enforce_eager": False})
-    assert [str(one) for one in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
+    assert [str(mismatch) for mismatch in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
 
 
 def test_flags_and_a_failed_gate_travel_with_the_comparison():
@@ -192,10 +192,10 @@ def test_unknown_metric_names_those_that_exist(slower_first_token_faster_tokens)
 
 def test_recommended_trials_find_five_percent():
     """Plans from pilots of three pairs reach 80 % power on average (docs/statistics.md)."""
-    random, found = np.random.default_rng(13), 0
+    random, detected = np.random.default_rng(13), 0
     for _ in range(400):
         pilot = random.normal(0, 0.03, (2, 3))
         trials = trials_to_show(*pilot, True) or 1000
         changes = random.normal(np.log(1.05), 0.03 * 2**0.5, trials)
-        found += mean_difference(np.zeros(trials), changes, True).low > 0
-    assert found >= 320
+        detected += mean_difference(np.zeros(trials), changes, True).low > 0
+    assert detected >= 320

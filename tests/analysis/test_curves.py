@@ -61,9 +61,9 @@ def test_peaks_survive_thinning():
 
 
 def test_devices_come_in_a_requests_order_and_what_is_missing_says_why():
-    found = curves(build_run())
-    assert [line.role for line in found.devices["power_w"]] == ["prefill", "decode"]
-    assert set(found.not_measured) == {"cpu_utilization_pct", "cpu_clock_mhz"}
+    lines = curves(build_run())
+    assert [line.role for line in lines.devices["power_w"]] == ["prefill", "decode"]
+    assert set(lines.not_measured) == {"cpu_utilization_pct", "cpu_clock_mhz"}
     assert curves(build_run(gpu=False)).not_measured["power_w"] == "no RAPL on this machine"
 
 

@@ -154,18 +154,18 @@ def test_gpus_of_one_index_on_two_hosts_are_two() -> None:
 
 
 def test_roles_phases_and_tokens_get_their_joules() -> None:
-    found = energy(disaggregated())
-    prefill, decode = found.roles["prefill"], found.roles["decode"]
-    assert (found.total_j, prefill.total_j, decode.total_j) == tuple(map(pytest.approx, (7000, 3000, 4000)))
+    used = energy(disaggregated())
+    prefill, decode = used.roles["prefill"], used.roles["decode"]
+    assert (used.total_j, prefill.total_j, decode.total_j) == tuple(map(pytest.approx, (7000, 3000, 4000)))
     assert (prefill.phase_s, prefill.phase_j) == (pytest.approx(2), pytest.approx(600))
     assert (prefill.active_j, prefill.idle_j) == (pytest.approx(360), pytest.approx(240))
     assert (decode.phase_s, decode.phase_j) == (pytest.approx(6), pytest.approx(2400))
     assert (prefill.waiting_s, prefill.waiting_j) == (pytest.approx(8), pytest.approx(2400))
-    assert found.j_per_output_token == pytest.approx(70)
-    assert found.decode_j_per_output_token == decode.j_per_output_token == pytest.approx(40)
-    assert found.j_per_computed_prompt_token == pytest.approx(10), "the failed request's prompt was computed too"
-    assert found.j_per_request == pytest.approx(3500), "its energy stays in the total, it is no delivered request"
-    assert (found.mean_power_w, found.output_tokens_per_j) == (pytest.approx(700), pytest.approx(1 / 70))
+    assert used.j_per_output_token == pytest.approx(70)
+    assert used.decode_j_per_output_token == decode.j_per_output_token == pytest.approx(40)
+    assert used.j_per_computed_prompt_token == pytest.approx(10), "the failed request's prompt was computed too"
+    assert used.j_per_request == pytest.approx(3500), "its energy stays in the total, it is no delivered request"
+    assert (used.mean_power_w, used.output_tokens_per_j) == (pytest.approx(700), pytest.approx(1 / 70))
 
 
 def test_parts_of_a_role_add_up_to_its_total() -> None:
@@ -190,20 +190,20 @@ def test_transfers_have_joules_only_where_nothing_else_runs() -> None:
 def test_single_instance_is_not_split() -> None:
     run = disaggregated()
     run.devices = [gpu("single")]
-    found = energy(run)
-    assert found.total_j == pytest.approx(4000)
-    assert found.j_per_output_token == pytest.approx(40)
-    split = (found.j_per_computed_prompt_token, found.decode_j_per_output_token, found.kv_transfer)
+    used = energy(run)
+    assert used.total_j == pytest.approx(4000)
+    assert used.j_per_output_token == pytest.approx(40)
+    split = (used.j_per_computed_prompt_token, used.decode_j_per_output_token, used.kv_transfer)
     assert split == (None, None, None)
-    assert "--phase prefill" in (found.not_split or "")
+    assert "--phase prefill" in (used.not_split or "")
 
 
 def test_a_missing_piece_makes_no_total() -> None:
     run = disaggregated()
     run.devices[0].samples = []
-    found = energy(run)
-    assert (found.total_j, found.j_per_output_token, found.j_per_computed_prompt_token) == (None, None, None)
-    assert found.decode_j_per_output_token == pytest.approx(40)
+    used = energy(run)
+    assert (used.total_j, used.j_per_output_token, used.j_per_computed_prompt_token) == (None, None, None)
+    assert used.decode_j_per_output_token == pytest.approx(40)
     run.devices = []
     assert (energy(run).not_split, energy(run).not_measured) == ("no GPU was sampled", "no device was sampled")
 
@@ -212,8 +212,8 @@ def test_rapl_domains_count_where_there_is_no_gpu() -> None:
     run = disaggregated()
     for device, kind in zip(run.devices, ("cpu", "dram"), strict=True):
         device.kind, device.role = kind, None
-    found = energy(run)
-    assert (found.total_j, list(found.roles), found.not_split) == (pytest.approx(7000), ["host"], "no GPU was sampled")
+    used = energy(run)
+    assert (used.total_j, list(used.roles), used.not_split) == (pytest.approx(7000), ["host"], "no GPU was sampled")
 
 
 def test_what_the_joules_bought() -> None:
@@ -231,8 +231,8 @@ def test_what_the_joules_bought() -> None:
 
 
 def test_without_a_meter_the_reason_stands_in() -> None:
-    found = energy(build_run(gpu=False))
-    assert (found.total_j, found.not_measured) == (None, "no RAPL on this machine")
+    used = energy(build_run(gpu=False))
+    assert (used.total_j, used.not_measured) == (None, "no RAPL on this machine")
 
 
 def test_small_energy_is_not_rounded_to_nothing() -> None:

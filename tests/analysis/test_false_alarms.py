@@ -115,8 +115,8 @@ def test_verdict_is_what_the_interval_says():
     for sides in zip(a, b, strict=True):
         figures = [Figure(value=float(side.mean()), trials=dict(enumerate(side.tolist())), count=999) for side in sides]
         interval = mean_difference(*np.log(sides), True)
-        found = not interval.low <= 0 <= interval.high
-        assert (judge(METRICS["ttft_p50_ms"], *figures, True).verdict in ("better", "worse")) == found
+        detected = not interval.low <= 0 <= interval.high
+        assert (judge(METRICS["ttft_p50_ms"], *figures, True).verdict in ("better", "worse")) == detected
 
 
 def test_recorded_run_against_itself_raises_few_false_alarms():

@@ -19,18 +19,18 @@ ROUNDED = 0.51e-4
 @pytest.fixture(scope="module")
 def analyses(tmp_path_factory) -> dict[str, RunAnalysis]:
     folder = tmp_path_factory.mktemp("recorded")
-    found = {}
+    by_name = {}
     for name in GOLDEN:
         result, _, deployment = name.partition("/")
         if not deployment:
             saved = (ROOT / "tests/data/recorded_single_cpu_results.json").read_bytes()
-            found[name] = analyze(msgspec.json.decode(saved, type=Run))
+            by_name[name] = analyze(msgspec.json.decode(saved, type=Run))
             continue
         if not (folder / result).exists():
             with tarfile.open(ROOT / "docs/results" / result / "runs.tar.xz") as runs:
                 runs.extractall(folder / result, filter="data")
-        found[name] = load_analysis(folder / name)
-    return found
+        by_name[name] = load_analysis(folder / name)
+    return by_name
 
 
 def assert_equal(actual: object, golden: object, where: str) -> None:
@@ -59,7 +59,7 @@ def test_summary_of_recorded_run_keeps_its_numbers(analyses, name):
         | {key: value for key, value in bought.items() if key != "output_tokens_per_s_per_device"},
         f"{name} energy",
     )
-    assert {role: one["total_j"] for role, one in summary["energy"]["roles"].items()} == pytest.approx(
+    assert {role: item["total_j"] for role, item in summary["energy"]["roles"].items()} == pytest.approx(
         energy["by_role_j"], abs=ROUNDED
     )
     assert (summary["energy"]["not_split"] is None) == (split["why_no_split"] is None)

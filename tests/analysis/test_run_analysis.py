@@ -13,8 +13,8 @@ from tests.support.runs import build_run
 
 def equal(a, b) -> bool:
     """The same numbers everywhere, NaN like NaN; `source` aside, which only a saved one has."""
-    encoded = (msgspec.structs.replace(one, source="") for one in (a, b))
-    first, second = (msgspec.json.encode(one, enc_hook=np.ndarray.tolist) for one in encoded)
+    encoded = (msgspec.structs.replace(item, source="") for item in (a, b))
+    first, second = (msgspec.json.encode(item, enc_hook=np.ndarray.tolist) for item in encoded)
     return first == second
 
 

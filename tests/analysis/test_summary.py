@@ -97,10 +97,14 @@ def test_a_stream_that_ends_without_a_token_is_no_success():
 
 def test_spread_agrees_with_numpy():
     values = np.random.default_rng(0).lognormal(size=1001)
-    found = spread(rising(np.append(values, np.nan)))
-    assert found.count == 1001
-    assert (found.p50, found.p90, found.p99) == pytest.approx(np.percentile(values, (50, 90, 99)))
-    assert (found.mean, found.min, found.max) == pytest.approx((values.mean(), values.min(), values.max()))
+    values_spread = spread(rising(np.append(values, np.nan)))
+    assert values_spread.count == 1001
+    assert (values_spread.p50, values_spread.p90, values_spread.p99) == pytest.approx(
+        np.percentile(values, (50, 90, 99))
+    )
+    assert (values_spread.mean, values_spread.min, values_spread.max) == pytest.approx(
+        (values.mean(), values.min(), values.max())
+    )
     assert spread(rising(np.array([np.nan]))) is None
 
 
