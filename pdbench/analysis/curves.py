@@ -6,7 +6,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, why_not_measured
+from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, union, why_not_measured
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
@@ -128,10 +128,9 @@ def time_axis(run: Run) -> TimeAxis:
     extents: list[Interval] = [(trial.start_s, trial.end_s) for trial in run.trials]
     extents += [(r.sent_s, r.end_s) for r in run.requests if r.sent_s is not None and r.end_s is not None]
     extents = extents or [(d.samples[0].t_s, d.samples[-1].t_s) for d in run.devices if d.samples]
-    starts, ends = np.array(sorted(extents) or [(MARGIN_S, 1.0 - MARGIN_S)], dtype=float).T
-    starts, reached = starts - MARGIN_S, np.maximum.accumulate(ends) + MARGIN_S
-    breaks = np.flatnonzero(starts[1:] - reached[:-1] >= APART_S)
-    stretches = list(zip(starts[[0, *(breaks + 1)]].tolist(), reached[[*breaks, -1]].tolist(), strict=True))
+    extents = extents or [(MARGIN_S, 1.0 - MARGIN_S)]
+    joined = union([(start - MARGIN_S, end + MARGIN_S + APART_S) for start, end in extents])
+    stretches = [(start, end - APART_S) for start, end in joined]
     lengths = np.array([end - start for start, end in stretches])
     gap_s = GAP_SHARE * float(lengths.sum())
     drawn = [0.0, *np.cumsum(lengths[:-1] + gap_s).tolist()]

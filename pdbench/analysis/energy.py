@@ -360,13 +360,13 @@ def length_s(windows: Sequence[Interval]) -> float:
 
 def union(windows: Sequence[Interval]) -> list[Interval]:
     """The same instants as sorted windows that do not overlap; empty and reversed windows are left out."""
-    merged: list[Interval] = []
-    for start, end in sorted((start, end) for start, end in windows if end > start):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
+    edges = np.array([(start, end) for start, end in windows if end > start], dtype=float)
+    if not len(edges):
+        return []
+    starts, ends = edges[np.argsort(edges[:, 0])].T
+    reached = np.maximum.accumulate(ends)
+    apart = starts[1:] > reached[:-1]
+    return list(zip(starts[np.append(True, apart)].tolist(), reached[np.append(apart, True)].tolist(), strict=True))
 
 
 def intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
