@@ -44,8 +44,8 @@ class Difference:
     """One metric of both runs. `ratio` is B / A, `difference` B - A; None where no interval can be drawn: `unjudged` says why.
 
     `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
-    over all trials. `trials` were compared on each side, in pairs if `paired`; `trials_needed` of them would show a change of 5 %
-    with 80 % power, None for over 1,000. A quantile of fewer than `values_needed` values is not judged; it had `values`.
+    over all trials. `trials` were compared on each side; `trials_needed` of them would show a change of 5 % with 80 % power, None
+    for over 1,000. A quantile of fewer than `values_needed` values is not judged; it had `values`.
     """
 
     metric: Metric
@@ -55,7 +55,6 @@ class Difference:
     difference: Interval | None
     verdict: Verdict
     unjudged: Unjudged | None
-    paired: bool
     trials: int
     trials_needed: int | None
     values: int | None
@@ -190,7 +189,6 @@ def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
         difference=difference,
         verdict=verdict,
         unjudged=unjudged,
-        paired=paired,
         trials=min(len(left), len(right)),
         trials_needed=trials_needed,
         values=values,
