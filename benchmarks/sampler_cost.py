@@ -50,7 +50,7 @@ def say(found, points=None):
 
 def with_pdbench(gpus):
     """The sampler as `pdbench run` uses it: every field of every GPU each 100 ms."""
-    from pdbench.analysis.energy import energy_over
+    from pdbench.analysis.energy import Meter
     from pdbench.power.host import open_readers
     from pdbench.power.sampler import Sampler
     from pdbench.records import Clock
@@ -63,7 +63,10 @@ def with_pdbench(gpus):
     offset = clock.unix_s
     records = [record for record in sampler.records() if record.kind == "gpu"]
     say(
-        [[energy_over(record, start - offset, end - offset).energy_j for record in records] for start, end in edges],
+        [
+            [Meter(record).energy_in([(start - offset, end - offset)]).energy_j for record in records]
+            for start, end in edges
+        ],
         len(records[0].fine_power) / (records[0].samples[-1].t_s - records[0].samples[0].t_s),
     )
 

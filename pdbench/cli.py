@@ -1,14 +1,12 @@
-"""The commands: each reads its options and calls one function of the rooms below. Nothing is measured or judged here.
-
-Try: pdbench --help
-"""
+"""The commands: each reads its options and calls one function of the rooms below. Nothing is measured or judged here."""
 
 import sys
 import time
-import tomllib
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -16,7 +14,7 @@ from cyclopts.config import Dict as Settings
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import __version__
+from pdbench import __version__, recipe
 from pdbench.config import (
     ClusterConfig,
     Count,
@@ -32,22 +30,17 @@ from pdbench.config import (
 from pdbench.errors import UserError
 from pdbench.records import Run
 
+if TYPE_CHECKING:
+    from pdbench.site import Site
+
 console = Console()
-app = App(
-    name="pdbench", help="Does prefill/decode disaggregation pay, in milliseconds and in joules?", version=__version__
-)
+_HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
+app = App(name="pdbench", help=_HELP, version=__version__)
 Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; a flag overrides what it sets.")]
 DEFAULTS = Options()
 _MEASURING = Group("Measurement and output", sort_key=0)
 _WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")
 """Commands that take a recipe; each ignores options of the others."""
-_SECTIONS = {
-    "serve": ServeConfig,
-    "load": LoadConfig,
-    "power": PowerConfig,
-    "cluster": ClusterConfig,
-    "proxy": ProxyConfig,
-}
 
 
 def _recipe_settings(arguments: list[str]) -> list[Settings]:
@@ -59,31 +52,29 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
         raise UserError(f"several recipes, {' and '.join(map(str, paths))}: name one, and give the rest as flags")
     if not paths:
         return []
-    try:
-        settings = _flat(paths[0], tomllib.loads(paths[0].read_text()))
-    except FileNotFoundError:
-        raise UserError(f"no recipe {paths[0]}: `ls recipes/` shows those that come with pdbench") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{paths[0]} is not TOML: {error}") from None
+    settings = recipe.read(paths[0])
     foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
     settings = {key: value for key, value in settings.items() if key not in foreign}
     return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
 
 
-def _flat(recipe: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's options without its sections. Raises UserError for a section or a key in it that does not exist."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if not isinstance(value, dict):
-            flat[key] = value
-            continue
-        if key not in _SECTIONS:
-            raise UserError(f"{recipe}: no section [{key}]: choose from {', '.join(f'[{name}]' for name in _SECTIONS)}")
-        for name in value:
-            if name not in (field.name for field in fields(_SECTIONS[key])):
-                raise UserError(f"{recipe}: no option {name} in [{key}]; `pdbench run --help` lists them", exit_code=2)
-        flat |= value
-    return flat
+@contextmanager
+def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site, dict[Path, Run]]]":
+    """Where to measure, and the runs by folder to fill; they are shown afterwards, also what was measured before a failure.
+
+    Raises UserError when the figures of a run do not count.
+    """
+    from pdbench.cluster import open_site
+    from pdbench.report import commands
+    from pdbench.site import stop_on_signals
+
+    runs: dict[Path, Run] = {}
+    try:
+        with stop_on_signals(), open_site(cluster) as site:
+            yield site, runs
+    finally:  # signals are normal again: Ctrl-C during a slow picture ends it, and the runs are saved already
+        analyses = commands.finish(runs, out, console)
+    commands.exit_on_flags(analyses)
 
 
 @app.command(group_parameters=_MEASURING)
@@ -109,18 +100,10 @@ def run(
         Folder in which the results folders go.
     """
     from pdbench import experiment
-    from pdbench.cluster import open_site
-    from pdbench.report import commands
-    from pdbench.site import stop_on_signals
 
     kinds = _deployment_names(against)
-    runs: dict[Path, Run] = {}
-    try:
-        with stop_on_signals(), open_site(cluster) as site:
-            experiment.run(kinds, trials, options, out, console, site, runs)
-    finally:  # what was measured is shown when the rest failed or was interrupted, too
-        analyses = commands.finish(runs, out, console)
-    commands.exit_on_flags(analyses)
+    with _measuring(cluster, out) as (site, runs):
+        experiment.run(kinds, trials, options, out, console, site, runs)
 
 
 @app.command(group_parameters=_MEASURING)
@@ -148,19 +131,11 @@ def bench(
         Folder in which the results folder goes.
     """
     from pdbench import experiment
-    from pdbench.cluster import open_site
-    from pdbench.report import commands
-    from pdbench.site import stop_on_signals
 
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
-    runs: dict[Path, Run] = {}
-    try:
-        with stop_on_signals(), open_site(cluster) as site:
-            experiment.bench(url, options.serve.model, options, trials, out, console, site, runs)
-    finally:
-        analyses = commands.finish(runs, out, console)
-    commands.exit_on_flags(analyses)
+    with _measuring(cluster, out) as (site, runs):
+        experiment.bench(url, options.serve.model, options, trials, out, console, site, runs)
 
 
 @app.command
@@ -195,7 +170,8 @@ def serve(
     if show:
         for command in LocalSite().deployment(kind, serve or ServeConfig()).commands.values():
             settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
-            print(f"# {command.name}\n{settings} {shlex.join(command.argv)}")
+            secrets = "".join(f" (set {name} to the same secret for all)" for name in command.secret_names)
+            print(f"# {command.name}{secrets}\n{settings} {shlex.join(command.argv)}")
         return
     with (
         stop_on_signals(),
@@ -225,8 +201,8 @@ def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluste
 
 def _options(command: str) -> set[str]:
     """The options of a command, as a recipe names them."""
-    names = {name for argument in app[command].assemble_argument_collection() for name in argument.names}
-    return {name.removeprefix("--").replace("-", "_") for name in names if name.startswith("--")}
+    names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
+    return {name[2:].replace("-", "_") for name in names if name.startswith("--")}
 
 
 def _deployment_names(text: str) -> list[DeploymentKind]:
@@ -259,7 +235,7 @@ def compare(
     Parameters
     ----------
     folders
-        Two results folders, A and B; by itself single_results and disaggregated_results.
+        Two results folders, A and B; default: single_results and disaggregated_results.
     fail_if
         Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told,
         2 when nothing could be judged.
@@ -292,11 +268,11 @@ def monitor(
     Parameters
     ----------
     gpus
-        GPU indices with commas between, as 0,1; by itself all of them.
+        GPU indices with commas between, as 0,1; default: all.
     interval
         Seconds between samples, 0.01 to 10.
     duration
-        Seconds to watch; by itself until Ctrl-C.
+        Seconds to watch; default: until Ctrl-C.
     out
         File for what was read: .json (everything, the fine power curve too) or .csv (the samples).
     """
@@ -318,7 +294,7 @@ def plot(source: Path, /, *, picture: Path | None = None) -> None:
     source
         A file of `pdbench monitor`, a *_gpu_data.json, or a results folder.
     picture
-        Where the PNG goes; by itself beside the source.
+        Where the PNG goes; default: beside the source.
     """
     from pdbench.report import commands
 
@@ -334,7 +310,7 @@ def report(
     Parameters
     ----------
     folders
-        Results folders; the first is the baseline. By itself single_results and disaggregated_results.
+        Results folders; the first is the baseline. Default: single_results and disaggregated_results.
     out
         Folder for report.html, report.md, requests.csv and the pictures.
     sort_by
@@ -362,7 +338,7 @@ def sweep(
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
 ) -> None:
-    """Measure every combination of some options, a folder a point; the same command again resumes it.
+    """Measure every combination of some options, one folder per point; the same command again resumes it.
 
     Parameters
     ----------
@@ -398,9 +374,14 @@ def sweep(
                 commands.finish({measured: run}, folder, console)
         return list(runs)
 
-    what = {"against": None if url else against, "url": url, "trials": trials, "cluster": cluster and asdict(cluster)}
+    context = {
+        "against": None if url else against,
+        "url": url,
+        "trials": trials,
+        "cluster": cluster and asdict(cluster),
+    }
     with stop_on_signals(), open_site(cluster) as site:
-        sweep_figures.present(sweep.run(points, out, measure, console, what), out, console)
+        sweep_figures.present(sweep.run(points, out, measure, console, context), out, console)
 
 
 def main(arguments: list[str] | None = None) -> None:

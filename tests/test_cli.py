@@ -10,22 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig
-
-ROOT = Path(__file__).parents[1]
+from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
+from tests.support.processes import ROOT, run_pdbench
 
 
 def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "pdbench", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    return run_pdbench(*arguments, cwd=cwd, timeout_s=120)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +178,7 @@ def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:
 def test_help_has_every_option_of_the_command_under_a_heading(command: str) -> None:
     configs: tuple[type, ...] = {
         "serve": (ServeConfig, ClusterConfig),
+        "bench": (ServerConfig, LoadConfig, PowerConfig, ClusterConfig),
         "proxy": (ProxyConfig,),
     }.get(command, (ServeConfig, LoadConfig, PowerConfig, ClusterConfig))
     printed = pdbench(command, "--help").stdout

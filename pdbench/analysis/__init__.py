@@ -1,1 +1,1 @@
-"""A saved run to its summary; two summaries to their differences."""
+"""A run to its RunAnalysis, made once and saved; two of them to a comparison."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from pdbench.analysis.metrics import RATIOS, Array, Timings, Totals, inside, per
 from pdbench.events import TransferEvent
-from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
+from pdbench.records import DeviceRecord, DeviceSample, Interval, RequestRecord, Run
 
 ENGINE_READY = "engine_ready"
 ROLE_ORDER = {"prefill": 0, "decode": 1}
@@ -125,6 +125,10 @@ class Meter:
             counter_resets=int(np.count_nonzero(inside(self._counter.resets, windows))),
         )
 
+    def samples_in(self, windows: Sequence[Interval]) -> list[DeviceSample]:
+        here = inside(np.array([sample.t_s for sample in self.device.samples], dtype=float), windows)
+        return [sample for sample, is_here in zip(self.device.samples, here, strict=True) if is_here]
+
 
 class Joules(NamedTuple):
     """What several devices used together: in total, and apart what lies above the engine-ready idle draw, and that draw."""
@@ -145,11 +149,6 @@ def joules(meters: Sequence[Meter], windows: Sequence[Interval]) -> Joules:
             idle_j = min(idle_power_w * window.duration_s, window.energy_j)
             each.append(Joules(window.energy_j, window.energy_j - idle_j, idle_j))
     return Joules(*map(_sum, zip(*each, strict=True))) if each and windows else Joules(None, None, None)
-
-
-def energy_over(device: DeviceRecord, start_s: float, end_s: float) -> EnergyWindow:
-    """The energy of `device` between two instants of the run's clock."""
-    return Meter(device).energy_in([(start_s, end_s)])
 
 
 def metered(meters: Sequence[Meter]) -> list[Meter]:

@@ -3,10 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from pdbench.analysis.energy import Meter
-from pdbench.analysis.metrics import inside
 from pdbench.records import Flag, Interval, Run
 
 SHORT_S = 30.0
@@ -41,8 +38,7 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     if energy.energy_j is not None and shortest_s < SHORT_S:
         needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"
         yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is {needs}")
-    here = inside(np.array([sample.t_s for sample in device.samples], dtype=float), windows)
-    during = [sample for sample, is_here in zip(device.samples, here, strict=True) if is_here]
+    during = meter.samples_in(windows)
     reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)
     for reason, count in reasons.items():
         share_pct = 100 * count / len(during)

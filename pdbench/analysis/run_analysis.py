@@ -23,7 +23,6 @@ from pdbench.analysis.metrics import (
     Spread,
     Timings,
     Totals,
-    inside,
     per,
     quantiles,
     rising,
@@ -35,6 +34,7 @@ from pdbench.records import Clock, Flag, Gate, Interval, Run, Trial, load_run, w
 
 SCHEMA = "pdbench-analysis/1"
 FILE = "analysis.json"
+METADATA = ("name", "clock", "config", "host", "versions", "roles", "gate", "trials")
 READINGS = (*FIELDS, "gpu_utilization_pct", "memory_used_mib")
 
 
@@ -166,15 +166,8 @@ def analyze(run: Run) -> RunAnalysis:
     in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
     return RunAnalysis(
         run_schema=run.schema,
-        name=run.name,
-        clock=run.clock,
-        config=run.config,
-        host=run.host,
-        versions=run.versions,
-        roles=run.roles,
-        gate=run.gate,
+        **{name: getattr(run, name) for name in METADATA},
         flags=flags_of(run, meters),
-        trials=run.trials,
         summary=_summary(run, timings, meters, totals),
         figures=_figures(timings, totals, in_trial),
         curves=curves_of(run, timings),
@@ -259,10 +252,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
 
 
 def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
-    device = meter.device
-    here = inside(np.array([sample.t_s for sample in device.samples], dtype=float), windows)
-    during = [sample for sample, is_here in zip(device.samples, here, strict=True) if is_here]
-    readings = {}
+    device, during, readings = meter.device, meter.samples_in(windows), {}
     for field in READINGS:
         values = [value for sample in during if (value := getattr(sample, field)) is not None]
         if values:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdbench.analysis.energy import Energy, Meter, difference, energy_over, intersection, joules, length_s, union
+from pdbench.analysis.energy import Energy, Meter, difference, intersection, joules, length_s, union
 from pdbench.analysis.flags import device_flags
 from pdbench.analysis.run_analysis import analyze
 from pdbench.events import TransferEvent
@@ -18,7 +18,7 @@ from pdbench.records import (
     Run,
     Trial,
 )
-from tests.support.runs import build_run
+from tests.support.runs import build_run, energy_over
 
 
 def gpu(

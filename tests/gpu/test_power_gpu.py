@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from pdbench import nvml
-from pdbench.analysis.energy import energy_over, power_curve
+from pdbench.analysis.energy import power_curve
 from pdbench.power.host import open_readers
 from pdbench.power.idle import idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord
+from tests.support.runs import energy_over
 
 pytestmark = pytest.mark.gpu
 

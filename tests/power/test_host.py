@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.analysis.energy import energy_over
 from pdbench.power.host import open_rapl, open_readers
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
+from tests.support.runs import energy_over
 
 
 def zone(root: Path, name: str, label: str, energy_uj: int, top_uj: int = 1_000_000_000) -> Path:

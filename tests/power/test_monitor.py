@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
-from pdbench.analysis.energy import energy_over
 from pdbench.cli import main
 from pdbench.power.monitor import as_csv
 from pdbench.records import DeviceRecord, load_devices
 from pdbench.report.commands import read_devices
 from tests.support.fake_nvml import environment, sampled, wave_text
+from tests.support.runs import energy_over
 
 
 def pdbench(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.analysis.energy import Meter, energy_over
+from pdbench.analysis.energy import Meter
 from pdbench.analysis.flags import RESIDUAL_LIMIT_PCT, device_flags
 from pdbench.power.sampler import merge_records
 from tests.support.fake_nvml import WAVES, child, exact_j, sampled, wave_text
+from tests.support.runs import energy_over
 
 FINE_S = 0.02
 

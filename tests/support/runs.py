@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pdbench.analysis.energy import EnergyWindow, Meter
 from pdbench.config import LoadConfig, Options, ServeConfig
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestError, RequestRecord, Run, Trial
 
@@ -16,6 +17,10 @@ def host(gpu: bool = True) -> dict:
     if gpu:
         return facts | {"gpus": gpus, "driver": "580.1", "gpu_links": {"0-1": "NV18"}}
     return facts | {"gpus": [], "driver": None, "gpu_links": {}}
+
+
+def energy_over(device: DeviceRecord, start_s: float, end_s: float) -> EnergyWindow:
+    return Meter(device).energy_in([(start_s, end_s)])
 
 
 def build_run(

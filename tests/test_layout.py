@@ -1,0 +1,81 @@
+"""The structure that docs/architecture.md describes: imports point one way, without circles; files stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "pdbench").rglob("*.py"))
+ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "report")
+BASE = ("config", "records", "events", "errors", "http", "nvml", "supervisor")
+MAY_IMPORT = {
+    "kv": ("events",),
+    "load": BASE,
+    "power": BASE,
+    "serving": BASE,
+    "proxy": BASE,
+    "analysis": ("records", "events", "errors", "config"),
+    "report": ("analysis", "records", "events", "errors", "config"),
+    "cluster": (*BASE, "serving", "load", "power"),
+}
+"""Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, *, at_import: bool) -> set[str]:
+    """Modules of pdbench that `path` imports; `at_import`: only those that importing it imports."""
+    modules = {module_of(file) for file in FILES}
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name in modules)
+        if isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in modules else node.module)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_stands_below_them(room: str) -> None:
+    for path in (ROOT / "pdbench" / room).rglob("*.py"):
+        for name in imports_of(path, at_import=False):
+            first = name.split(".")[1] if "." in name else "pdbench"
+            assert first in (room, "pdbench", *MAY_IMPORT[room]), f"{module_of(path)} imports {name}"
+
+
+def test_imports_have_no_circles() -> None:
+    left = {module_of(path): imports_of(path, at_import=True) - {module_of(path)} for path in FILES}
+    while left:
+        free = {module for module, needs in left.items() if not needs & left.keys()}
+        assert free, f"these modules import each other in a circle: {sorted(left)}"
+        left = {module: needs for module, needs in left.items() if module not in free}
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda path: path.stem)
+def test_files_have_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    missing = [module_of(path) for path in FILES if path.stem != "__init__" and f"`{path.name}`" not in page]
+    assert not missing, f"docs/architecture.md does not name {missing}"
+
+
+def test_experiment_knows_no_cluster() -> None:
+    assert "cluster" not in (ROOT / "pdbench" / "experiment.py").read_text().lower().replace("clustering", "")
