@@ -1,6 +1,6 @@
 """A real Chromium, headless, driven through its DevTools protocol: open a page, evaluate, click, screenshot, print, listen.
 
-A picture of a report's first screen (of the whole page with --whole): python tests/browser.py report/report.html report.png
+A picture of a report's first screen (of the whole page with --whole): python tests/support/browser.py report/report.html report.png
 """
 
 import base64
