@@ -1,11 +1,9 @@
 """What is saved: requests, device samples, trials, runs; versioned JSON, written whole or not at all.
 
 All instants are seconds on the run's one monotonic clock, 0 at its start. Unknown is None, never 0.
-Try: python -c "from pdbench.records import load_run; print(load_run('disaggregated_results').summary)"
 """
 
 import os
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +14,8 @@ import msgspec
 from pdbench.errors import UserError
 from pdbench.events import Event
 
-SCHEMA = "pdbench/1"
+SCHEMA = "pdbench/2"
+READABLE = ("pdbench/1", SCHEMA)
 Interval = tuple[float, float]
 
 
@@ -53,7 +52,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
     `token_s` has one instant per token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
     or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
-    were counted: "token_ids", "usage" (on every chunk), "chunks" (one a chunk with text) or "mixed". `prompt` is None where
+    were counted: "token_ids", "usage" (on every chunk), "chunks" (one per chunk with text) or "mixed". `prompt` is None where
     it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
@@ -126,7 +125,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
 
 
 class Trial(msgspec.Struct, kw_only=True):
-    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's own truth.
+    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
 
     `start_temperature_c` maps a GPU to its temperature before the first request.
     """
@@ -186,7 +185,7 @@ class _DeviceFile(msgspec.Struct, kw_only=True):
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError when no file can be written into `folder` (made if need be): better known before than after."""
+    """Raises UserError when no file can be written into `folder`, which is created if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -220,16 +219,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def save_run(run: Run, folder: Path) -> Path:
-    """Write `NAME_results.json` and one `ROLE_gpu_data.json` a role into `folder`; returns the results file's path.
-
-    Device files of an earlier run there are removed: `load_run` would take them for this one's.
-    """
+    """Write `NAME_results.json` and one `ROLE_gpu_data.json` per role into `folder`; returns the results file's path."""
     roles = sorted({device.role or "host" for device in run.devices})
     for role in roles:
         devices = [device for device in run.devices if (device.role or "host") == role]
         save_devices(folder / f"{role}_gpu_data.json", role, devices)
     path = folder / f"{run.name}_results.json"
     write_whole(path, _encode(run))
+    # Device files of an earlier run: `load_run` would take them for this one's.
     for other in set(folder.glob("*_gpu_data.json")) - {folder / f"{role}_gpu_data.json" for role in roles}:
         other.unlink()
     return path
@@ -241,7 +238,7 @@ def save_devices(path: Path, role: str, devices: list[DeviceRecord]) -> None:
 
 
 def load_devices(path: Path) -> list[DeviceRecord]:
-    """The devices of one `*_gpu_data.json`. Raises UserError when it is not one of ours."""
+    """The devices of one `*_gpu_data.json`. Raises UserError when pdbench did not write it."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_DeviceFile).devices
     except FileNotFoundError:
@@ -253,7 +250,7 @@ def load_devices(path: Path) -> list[DeviceRecord]:
 
 
 def _encode(run: Run) -> bytes:
-    """The run without its devices: one line a top-level key, one line a request, so that a person can read and diff it."""
+    """The run without its devices: one line per top-level key and per request, so that a person can read and diff it."""
     lines = []
     for key in (name for name in run.__struct_fields__ if name != "devices"):
         value = getattr(run, key)
@@ -265,38 +262,38 @@ def _encode(run: Run) -> bytes:
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
-_BEGINNING = re.compile(rb'\s*\{\s*"schema":\s*"%s"' % SCHEMA.encode())
-"""How files of ours begin, which saves reading them twice."""
-
-
 class _Head(msgspec.Struct):
     schema: Any = None
 
 
-def _schema_of(saved: bytes) -> Any:
-    """The schema of a saved run, everything else skipped; None where there is none."""
-    try:
-        return msgspec.json.decode(saved, type=_Head).schema
-    except msgspec.ValidationError:
-        return None
-
-
 def load_run(folder: Path | str) -> Run:
-    """The run saved in `folder`, its devices included. Raises UserError with the remedy when it is not one of ours."""
+    """The run saved in `folder`, its devices included. Raises UserError with the remedy when pdbench did not write it."""
     folder = Path(folder)
-    found = sorted(folder.glob("*_results.json"))
-    if not found:
+    path = next(iter(sorted(folder.glob("*_results.json"))), None)
+    if path is None:
         raise UserError(f"no *_results.json in {folder}: run `pdbench run` or `pdbench bench --out {folder}` first")
+    saved = path.read_bytes()
     try:
-        saved = found[0].read_bytes()
-        schema = SCHEMA if _BEGINNING.match(saved) else _schema_of(saved)
-        if schema != SCHEMA:
-            raise UserError(
-                f"{found[0]} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version"
-            )
         run = msgspec.json.decode(saved, type=Run)
-        for path in sorted(folder.glob("*_gpu_data.json")):
-            run.devices.extend(load_devices(path))
+        schema: Any = run.schema
     except msgspec.MsgspecError as error:
-        raise UserError(f"{folder} does not hold a whole run ({error}): measure again, or restore the file") from error
+        try:
+            schema = msgspec.json.decode(saved, type=_Head).schema
+        except msgspec.ValidationError:
+            schema = None  # whole JSON, but no object
+        except msgspec.DecodeError:
+            schema = SCHEMA  # half a file
+        if schema in READABLE:
+            raise UserError(
+                f"{folder} does not hold a whole run ({error}): measure again, or restore the file"
+            ) from error
+    if schema not in READABLE:
+        raise UserError(f"{path} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version")
+    if schema != SCHEMA:
+        run.summary, run.schema = (
+            {},
+            SCHEMA,
+        )  # its keys meant other things; the figures are derived again from the requests
+    for path in sorted(folder.glob("*_gpu_data.json")):
+        run.devices.extend(load_devices(path))
     return run

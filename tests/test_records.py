@@ -54,6 +54,7 @@ def test_each_request_stands_on_its_own_line(tmp_path: Path) -> None:
         ('{"schema": "pdbench/0"}', "measure again"),
         ("[1]", "schema"),
         ('{"schema": "pdbench/1", "name": 3}', "does not hold a whole run"),
+        ('{"schema": "pdbench/2", "name": 3}', "does not hold a whole run"),
         ("{", "does not hold a whole run"),
         ("", "does not hold a whole run"),
     ],
@@ -85,3 +86,10 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
 
 def test_the_clock_puts_other_processes_instants_on_the_runs_zero() -> None:
     assert Clock(monotonic_s=5.0, unix_s=1000.0).of_monotonic(7.5) == 2.5
+
+
+def test_summary_of_an_older_schema_is_not_read(tmp_path: Path) -> None:
+    older = a_run()
+    older.schema, older.summary = "pdbench/1", {"tbt_ms": {"p99": 1.0}}
+    save_run(older, tmp_path)
+    assert load_run(tmp_path) == a_run()
