@@ -16,7 +16,6 @@ from scipy import special
 from pdbench.analysis.metrics import METRICS, Array, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
 from pdbench.errors import UserError
-from pdbench.records import Flag
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
 Unjudged = Literal["one-trial", "few-values", "zero"]
@@ -93,13 +92,12 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All metrics that both runs have, what else differs between them, and the flags of either. `paired`: by one `pdbench run`."""
+    """All metrics that both runs have, and what else differs between them. `paired`: measured by one `pdbench run`."""
 
     names: tuple[str, str]
     paired: bool
     differences: list[Difference]
     mismatches: list[Mismatch]
-    flags: tuple[list[Flag], list[Flag]]
 
     @property
     def one_trial(self) -> bool:
@@ -123,7 +121,7 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
         for name, metric in METRICS.items()
         if name in a.figures and name in b.figures
     ]
-    return Comparison(names, paired, lines, mismatches, (a.flags, b.flags))
+    return Comparison(names, paired, lines, mismatches)
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:

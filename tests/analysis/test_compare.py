@@ -9,7 +9,7 @@ from pdbench.analysis.compare import compare, judge, mean_difference, trials_to_
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.errors import UserError
-from pdbench.records import Clock, Flag, Gate
+from pdbench.records import Clock
 from tests.support.runs import build_run
 
 ENERGY = METRICS["j_per_output_token"]
@@ -138,15 +138,6 @@ def test_runs_measured_differently_are_refused_unless_anyway(change, named):
 def test_other_settings_are_noted_but_compared():
     a, b = build_run("single", serve={"enforce_eager": True}), build_run(serve={"enforce_eager": False})
     assert [str(mismatch) for mismatch in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
-
-
-def test_flags_and_a_failed_gate_travel_with_the_comparison():
-    failed = Gate(
-        passed=False, prompts=4, equal_outputs=3, prompt_tokens=1, external_kv_tokens=0, detail="3 of 4 equal"
-    )
-    comparison = compare_runs(build_run("single", flags=[Flag("throttled", "hot")]), build_run(gate=failed))
-    names = [[flag.name for flag in flags if flag.name != "short-window"] for flags in comparison.flags]
-    assert names == [["throttled"], ["gate-failed"]]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
 from pdbench.analysis.run_analysis import analyze
-from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Run, Trial
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, Run, Trial
+from tests.support.runs import build_run
 
 
 def a_run(
@@ -48,3 +49,10 @@ def test_flags_of_a_saved_run_stand_once() -> None:
     run = a_run(20)
     run.flags = [Flag("interrupted", "Ctrl-C"), Flag("short-window", "gpu0: too short, in other words")] * 2
     assert names(run) == ["interrupted", "short-window"]
+
+
+def test_failed_gate_is_flagged_once() -> None:
+    failed = Gate(
+        passed=False, prompts=4, equal_outputs=3, prompt_tokens=1, external_kv_tokens=0, detail="3 of 4 equal"
+    )
+    assert names(build_run(gate=failed, gpu=False)) == ["gate-failed"]
