@@ -178,9 +178,8 @@ def serve(
         open_site(cluster) as site,
         experiment.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
     ):
-        console.print(
-            f"[green]ready[/green]: {deployment.url}  model {deployment.model_name}  (Ctrl-C ends all)", highlight=False
-        )
+        info = deployment.info()
+        console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False)
         try:
             while True:
                 deployment.check()

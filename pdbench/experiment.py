@@ -140,17 +140,16 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
         def on_states(states: States) -> None:
             nonlocal printed_s
             starting = []
-            for name, state in states.items():
-                address = deployment.address(name)
-                if not state.healthy:
-                    starting.append(f"{name} starting{f' on {address}' if address else ''}, {state.age_s:.0f} s")
-                elif name not in ready or ready[name] != state.pid:
+            for server in deployment.info().servers:
+                name, state = server.name, states.get(server.name)
+                if state and not state.healthy:
+                    starting.append(
+                        f"{name} starting{f' on {server.host}' if server.host else ''}, {state.age_s:.0f} s"
+                    )
+                elif state and ready.get(name) != state.pid:
                     word = "ready again" if name in ready else "ready"
                     ready[name] = state.pid
-                    console.print(
-                        f"  {name}: {word} after {state.age_s:.0f} s at {deployment.commands[name].url}",
-                        highlight=False,
-                    )
+                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
                     printed_s = time.monotonic()
             line = " · ".join(starting)
             status.update(line or "ready")

@@ -15,10 +15,9 @@ from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, States
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, States
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
-from pdbench.serving.vllm import Command
 from pdbench.site import LocalSite, Measurement
 
 OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
@@ -31,10 +30,6 @@ class FakeDeployment(Deployment):
     def __init__(self, kind: DeploymentKind, config: ServeConfig, states: Sequence[States] = ()) -> None:
         super().__init__(kind, config, LocalSite())
         self.states = states
-        self.commands = {spec.name: Command(spec.name, spec.role, (), {}, "http://127.0.0.1:1") for spec in self.specs}
-
-    def address(self, name: str) -> str | None:
-        return None
 
     def start(self, on_states: Callable[[States], None] | None = None) -> "FakeDeployment":
         for states in self.states:
@@ -52,7 +47,9 @@ class FakeDeployment(Deployment):
         return {}
 
     def info(self) -> DeploymentInfo:
-        return DeploymentInfo(name=self.kind, url="http://127.0.0.1:1", model_name="m")
+        url = "http://127.0.0.1:1"
+        servers = [ServerInfo(name=spec.name, role=spec.role, url=url) for spec in self.specs]
+        return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers)
 
 
 class FakeSite(LocalSite):

@@ -123,20 +123,6 @@ class Deployment:
         self._claim: IO[bytes] | None = None
         self._on_states: Callable[[States], None] = lambda states: None
 
-    @property
-    def url(self) -> str:
-        """Where requests go: the proxy, or the only server."""
-        return self.commands[self.specs[-1].name].url
-
-    @property
-    def model_name(self) -> str:
-        assert self._setup
-        return self._setup.model_name
-
-    def address(self, name: str) -> str | None:
-        """The host of a server; None for this one."""
-        return self._hosts[name].address
-
     def gpus(self) -> dict[str, list[int]]:
         """Role -> GPU indices; empty without GPUs, and before it is planned."""
         return gpus_by_role(self._servers())
@@ -210,7 +196,7 @@ class Deployment:
         assert self._setup
         return DeploymentInfo(
             name=self.kind,
-            url=self.url,
+            url=self.commands[self.specs[-1].name].url,  # the proxy's, or the only server's
             model_name=self._setup.model_name,
             model_path=self._setup.model if vllm.is_local(self._setup.model) else None,
             owner_pid=os.getpid(),
