@@ -179,8 +179,8 @@ def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
             yield Finding(section, NOTE, text, remedy)
         uncertainty_ms = node.clock["uncertainty_ms"]
         uncertain = uncertainty_ms is None or uncertainty_ms > UNCERTAIN_MS
-        known = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
-        text = f"{node.address} clock against the head's: {known}"
+        accuracy = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
+        text = f"{node.address} clock against the head's: {accuracy}"
         yield Finding(section, NOTE if uncertain else FINE, text)
 
 

@@ -237,8 +237,8 @@ def _measure(
         run.devices = merge_records(run.devices + devices)
         run.config["clocks_held"] = [lock.to_dict() for lock in locks]
         run.host |= measurement.host_facts()
-        known = {flag.name for flag in run.flags}
-        run.flags += [flag for flag in measurement.flags() if flag.name not in known]
+        flagged = {flag.name for flag in run.flags}
+        run.flags += [flag for flag in measurement.flags() if flag.name not in flagged]
         run.flags += [flag for flag in clocks.clock_flags(locks, devices) if flag not in run.flags]
         run.roles = {}
         for device in run.devices:

@@ -221,8 +221,8 @@ def _address_in(network: str) -> str:
     """This host's address in a network (10.1.0.0/16). Raises UserError without one."""
     wanted = ipaddress.ip_network(network, strict=False)
     for addresses in psutil.net_if_addrs().values():
-        for found in addresses:
-            is_ip = found.family in (socket.AF_INET, socket.AF_INET6)
-            if is_ip and ipaddress.ip_address(found.address.split("%")[0]) in wanted:
-                return found.address
+        for address in addresses:
+            is_ip = address.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and ipaddress.ip_address(address.address.split("%")[0]) in wanted:
+                return address.address
     raise UserError(f"--kv-ip {network}: this host has no address in that network")

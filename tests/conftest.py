@@ -95,8 +95,8 @@ def disaggregated(deployments: dict[str, Deployment]) -> DeploymentInfo:
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """Three hosts in one Ray cluster, for the tests marked `cluster`; where namespaces are not permitted they are skipped."""
     try:
-        with joined_hosts(tmp_path_factory.mktemp("hosts")) as made:
-            yield made
+        with joined_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+            yield hosts
     except NotPermittedError as error:
         pytest.skip(str(error))
 

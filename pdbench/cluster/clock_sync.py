@@ -85,10 +85,10 @@ def move_result(result: ClientResult, move: Callable[[float], float]) -> ClientR
 
 def move_request(request: RequestRecord, move: Callable[[float], float]) -> RequestRecord:
     """A request with every instant moved."""
-    known = {name: instant_s for name in _INSTANTS if (instant_s := getattr(request, name)) is not None}
+    instants = {name: instant_s for name in _INSTANTS if (instant_s := getattr(request, name)) is not None}
     return msgspec.structs.replace(
         request,
         token_s=[move(instant_s) for instant_s in request.token_s],
         phases={name: span and (move(span[0]), move(span[1])) for name, span in request.phases.items()},
-        **{name: move(instant_s) for name, instant_s in known.items()},
+        **{name: move(instant_s) for name, instant_s in instants.items()},
     )

@@ -84,15 +84,15 @@ class RayMeasurement(Measurement):
         for address, facts in nodes.items():
             uncertainty_ms = facts["clock"]["uncertainty_ms"]
             if uncertainty_ms is None or uncertainty_ms > UNCERTAIN_MS:
-                known = "not known" if uncertainty_ms is None else f"known to +-{uncertainty_ms:.1f} ms"
-                flags.append(Flag("clock-uncertain", f"instants of node {address} are {known}"))
+                accuracy = "not known" if uncertainty_ms is None else f"known to +-{uncertainty_ms:.1f} ms"
+                flags.append(Flag("clock-uncertain", f"instants of node {address} are {accuracy}"))
             if facts["niceness"] > 0:
                 detail = (
                     f"servers on {address} run at niceness {facts['niceness']}: start Ray with RAY_worker_niceness=0"
                 )
                 flags.append(Flag("niced", detail))
         versions = [facts["versions"] for facts in nodes.values()]
-        differing = [name for name in versions[0] if len({found[name] for found in versions}) > 1]
+        differing = [name for name in versions[0] if len({installed[name] for installed in versions}) > 1]
         if differing:
             flags.append(Flag("versions-differ", f"nodes differ in {', '.join(differing)} (pdbench doctor --cluster)"))
         return flags

@@ -99,11 +99,11 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
 
 def gpus_by_role(servers: Iterable[ServerInfo]) -> dict[str, list[int]]:
     """Role -> GPU indices; a role without GPUs is left out."""
-    found: dict[str, list[int]] = {}
+    gpus: dict[str, list[int]] = {}
     for server in servers:
         if server.gpus:
-            found.setdefault(server.role, []).extend(server.gpus)
-    return found
+            gpus.setdefault(server.role, []).extend(server.gpus)
+    return gpus
 
 
 class Deployment:

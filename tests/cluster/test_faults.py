@@ -27,7 +27,7 @@ def pdbench(hosts: Hosts, command: str, *arguments: str) -> subprocess.Popen[str
     return third.popen(sys.executable, SCRIPT, command, *given, *arguments, stdout=log, stderr=log)
 
 
-def told(hosts: Hosts, command: str) -> str:
+def output(hosts: Hosts, command: str) -> str:
     return (hosts.folder / f"{command}.log").read_text()
 
 
@@ -39,19 +39,21 @@ def running_load(hosts: Hosts, name: str) -> tuple[subprocess.Popen[str], Path]:
     clients = ["--client-nodes", hosts.all[2].address, hosts.all[1].address, "--client-processes", "2"]
     load = ["--trials", "1", "--concurrency", "8", "--requests", "40000", "--output-tokens", "20", "--out", str(out)]
     process = pdbench(hosts, "run", *load, *clients)
-    wait_until(lambda: "proxy: ready" in told(hosts, "run") or process.poll() is not None, PATIENCE_S, "servers ready")
-    assert process.poll() is None, told(hosts, "run")
+    wait_until(
+        lambda: "proxy: ready" in output(hosts, "run") or process.poll() is not None, PATIENCE_S, "servers ready"
+    )
+    assert process.poll() is None, output(hosts, "run")
     wait_until(lambda: events.exists() and len(events.read_text().splitlines()) > 80, PATIENCE_S, "requests flow")
     return process, out / "replicas_results"
 
 
 def marked(process: subprocess.Popen[str], folder: Path, hosts: Hosts) -> Run:
     """The result of a run that a fault ended: requests of both clients, samples of both nodes."""
-    assert process.wait(120) == 1, told(hosts, "run")
+    assert process.wait(120) == 1, output(hosts, "run")
     run = load_run(folder)
     assert "node-lost" in {flag.name for flag in run.flags}
     done = [request for request in run.requests if request.error is None and not request.warmup]
-    assert {int(request.id[-6:]) % 2 for request in done} == {0, 1}, told(hosts, "run")
+    assert {int(request.id[-6:]) % 2 for request in done} == {0, 1}, output(hosts, "run")
     assert len({request.id for request in run.requests}) == len(run.requests)
     assert all(request.sent_s is not None and request.sent_s < request.token_s[0] for request in done)
     assert {device.host for device in run.devices if device.samples} >= {hosts.all[0].address, hosts.all[1].address}
@@ -64,12 +66,12 @@ def nothing_left(hosts: Hosts) -> bool:
 
 def test_doctor_reports_every_node_and_link(hosts: Hosts) -> None:
     process = pdbench(hosts, "doctor")
-    assert process.wait(120) == 0, told(hosts, "doctor")
+    assert process.wait(120) == 0, output(hosts, "doctor")
     for host in hosts.all:
-        assert f"{host.address} clock against the head's" in told(hosts, "doctor")
+        assert f"{host.address} clock against the head's" in output(hosts, "doctor")
         for other in hosts.all:
             if host is not other:
-                assert f"{host.address} -> {other.address}: " in told(hosts, "doctor")
+                assert f"{host.address} -> {other.address}: " in output(hosts, "doctor")
 
 
 def test_killed_pdbench_leaves_nothing_and_a_dead_actor_ends_the_next_run(hosts: Hosts) -> None:

@@ -30,13 +30,13 @@ def options(hosts: Hosts) -> list[str]:
 
 
 def pdbench(hosts: Hosts, *arguments: str) -> subprocess.Popen[str]:
-    """On the third host; its output goes into a file that `told` reads."""
+    """On the third host; its output goes into a file that `output` reads."""
     log = (hosts.folder / f"{arguments[0]}.log").open("w")
     command = [sys.executable, "-m", "pdbench", *arguments, *options(hosts)]
     return hosts.all[2].popen(*command, stdout=log, stderr=log)
 
 
-def told(hosts: Hosts, command: str) -> str:
+def output(hosts: Hosts, command: str) -> str:
     return (hosts.folder / f"{command}.log").read_text()
 
 
@@ -47,7 +47,7 @@ def bench(hosts: Hosts, name: str, *arguments: str) -> tuple[subprocess.Popen[st
 
 
 def result(process: subprocess.Popen[str], folder: Path, hosts: Hosts, code: int = 0) -> Run:
-    assert process.wait(240) == code, told(hosts, "bench")
+    assert process.wait(240) == code, output(hosts, "bench")
     return load_run(folder)
 
 
@@ -56,18 +56,18 @@ def serving(joined: Hosts) -> subprocess.Popen[str]:
     """`pdbench serve --cluster` that is ready."""
     joined.repair()
     process = pdbench(joined, "serve", "--restarts", "1", "--connector", "tcp")
-    wait_until(lambda: "ready:" in told(joined, "serve") or process.poll() is not None, 300, "servers ready")
-    assert process.poll() is None, told(joined, "serve")
+    wait_until(lambda: "ready:" in output(joined, "serve") or process.poll() is not None, 300, "servers ready")
+    assert process.poll() is None, output(joined, "serve")
     return process
 
 
 def flowing(hosts: Hosts, process: subprocess.Popen[str]) -> None:
     """Until the gate is over and some requests of `bench` came back."""
     events = hosts.folder / "logs" / "proxy.events.jsonl"
-    wait_until(lambda: "gate passed" in " ".join(told(hosts, "bench").split()), PATIENCE_S, "the gate passes")
+    wait_until(lambda: "gate passed" in " ".join(output(hosts, "bench").split()), PATIENCE_S, "the gate passes")
     before = len(events.read_text().splitlines())
     wait_until(lambda: len(events.read_text().splitlines()) > before + 5, PATIENCE_S, "requests flow")
-    assert process.poll() is None, told(hosts, "bench")
+    assert process.poll() is None, output(hosts, "bench")
 
 
 def test_gate_passes_and_kv_crosses_the_cable(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
@@ -123,8 +123,8 @@ def test_secrets_are_in_no_command_line_and_no_log(hosts: Hosts, serving: subpro
     for host in hosts.all:
         for process in host.processes():
             lines.append(" ".join(process.cmdline()))
-            if "PDBENCH_KV_SECRET" in (found := process.environ()):
-                secrets.add(found["PDBENCH_KV_SECRET"])
+            if "PDBENCH_KV_SECRET" in (environment := process.environ()):
+                secrets.add(environment["PDBENCH_KV_SECRET"])
     assert len(secrets) == 1
     secret = secrets.pop()
     assert not any(secret in line for line in lines)
@@ -139,8 +139,8 @@ def test_cut_of_five_seconds_loses_nothing(hosts: Hosts, serving: subprocess.Pop
     flowing(hosts, process)
     second.cut()
     time.sleep(CUT_S)
-    second.mend()
-    assert process.poll() is None, told(hosts, "bench")
+    second.reconnect()
+    assert process.poll() is None, output(hosts, "bench")
     run = result(process, folder, hosts)
     assert [request.error for request in run.requests] == [None] * len(run.requests)
     assert "node-lost" not in {flag.name for flag in run.flags}
@@ -155,9 +155,9 @@ def test_restarted_prefill_sends_its_kv(hosts: Hosts, serving: subprocess.Popen[
         if "api_server" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):
             process.kill()
     wait_until(
-        lambda: "prefill-0: ready again" in told(hosts, "serve") or serving.poll() is not None, 300, "started again"
+        lambda: "prefill-0: ready again" in output(hosts, "serve") or serving.poll() is not None, 300, "started again"
     )
-    assert serving.poll() is None, told(hosts, "serve")
+    assert serving.poll() is None, output(hosts, "serve")
     run = result(*bench(hosts, "again", "--requests", "3", "--output-tokens", "8"), hosts)
     assert run.gate is not None and run.gate.passed and run.gate.external_kv_tokens == run.gate.prompt_tokens
     assert [request.error for request in run.requests] == [None] * len(run.requests)
@@ -168,12 +168,12 @@ def test_node_that_dies_ends_the_run_with_what_was_measured(hosts: Hosts, servin
     process, folder = bench(hosts, "died", "--requests", "400", "--output-tokens", "64")
     flowing(hosts, process)
     second.kill()
-    assert process.wait(150) == 1, told(hosts, "bench")
+    assert process.wait(150) == 1, output(hosts, "bench")
     run = load_run(folder)
     assert "node-lost" in {flag.name for flag in run.flags}
     done = [request for request in run.requests if request.error is None and not request.warmup]
     assert done and any(request.phases.get("kv_transfer") for request in done)
     assert any(device.role == "decode" and device.samples for device in run.devices)
     assert serving.wait(150) == 1
-    assert "10.213.77.2" in told(hosts, "serve")
+    assert "10.213.77.2" in output(hosts, "serve")
     wait_until(lambda: first.servers() == [] and third.servers() == [], PATIENCE_S, "nothing of ours is left")

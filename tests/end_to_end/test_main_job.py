@@ -38,12 +38,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 def left(folder: Path) -> list[str]:
     """Living processes that a test's pdbench started, whatever they call themselves and wherever they moved."""
-    found = []
+    lines = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("PDBENCH_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-    return found
+                lines.append(" ".join(process.cmdline()))
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +156,13 @@ def test_three_steps_by_hand(tmp_path: Path) -> None:
         env=environment(tmp_path),
         cwd=tmp_path,
     )
-    asked = ["--url", f"http://127.0.0.1:{config.proxy_port}", "--log-dir", config.log_dir]
-    asked += ["--requests", "3", "--output-tokens", "8", "--concurrency", "2"]
+    load = ["--url", f"http://127.0.0.1:{config.proxy_port}", "--log-dir", config.log_dir]
+    load += ["--requests", "3", "--output-tokens", "8", "--concurrency", "2"]
     try:
         assert servers.stdout is not None
         assert any("ready:" in line for line in servers.stdout)
         bench = subprocess.run(
-            [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *asked, "--out", str(tmp_path)],
+            [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *load, "--out", str(tmp_path)],
             capture_output=True,
             text=True,
             env=environment(tmp_path),

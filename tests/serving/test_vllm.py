@@ -13,8 +13,8 @@ from pdbench.serving.machine import Machine, version_numbers
 
 
 def machine(version: str, gpus: int) -> Machine:
-    found = tuple(Gpu(index, "H200", "580", 143771.0, 0.0) for index in range(gpus))
-    return Machine(vllm=version_numbers(version), vllm_text=version, gpus=found)
+    present = tuple(Gpu(index, "H200", "580", 143771.0, 0.0) for index in range(gpus))
+    return Machine(vllm=version_numbers(version), vllm_text=version, gpus=present)
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +54,15 @@ def test_vllm_outside_the_connectors_range_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("version", "gpus", "asked"),
+    ("version", "gpus", "connector"),
     [("0.26.0", 2, "builtin-p2p-nccl"), ("0.23.0", 2, "p2p-nccl"), ("0.24.0", 2, "auto"), ("0.32.0", 0, "p2p-nccl")],
 )
-def test_a_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpus: int, asked: str) -> None:
+def test_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpus: int, connector: str) -> None:
     with pytest.raises(UserError, match=r"--connector|install"):
-        vllm.choose_connector(ServeConfig(connector=asked), machine(version, gpus))  # type: ignore[arg-type]
+        vllm.choose_connector(ServeConfig(connector=connector), machine(version, gpus))  # type: ignore[arg-type]
 
 
-def test_the_seeds_defaults_on_two_gpus() -> None:
+def test_defaults_on_two_gpus() -> None:
     prefill, decode = disaggregated(ServeConfig(), machine("0.23.0", 2), "MODEL")
     assert (prefill.url, decode.url) == ("http://127.0.0.1:8100", "http://127.0.0.1:8200")
     assert (prefill.environment["CUDA_VISIBLE_DEVICES"], decode.environment["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
@@ -72,14 +72,14 @@ def test_the_seeds_defaults_on_two_gpus() -> None:
         assert "--enforce-eager" in instance.argv
         assert instance.environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] == "1"
     transfer = [json.loads(option(instance, "--kv-transfer-config")) for instance in (prefill, decode)]
-    assert [one["kv_connector"] for one in transfer] == ["P2pNcclConnector"] * 2
-    assert [one["kv_role"] for one in transfer] == ["kv_producer", "kv_consumer"]
+    assert [config["kv_connector"] for config in transfer] == ["P2pNcclConnector"] * 2
+    assert [config["kv_role"] for config in transfer] == ["kv_producer", "kv_consumer"]
     assert transfer[0]["kv_port"] != transfer[1]["kv_port"]
     # It dies at the first prompt that chunked prefill splits.
     assert int(option(prefill, "--max-num-batched-tokens")) >= 8192
 
 
-def test_our_connector_is_loaded_from_outside_vllms_tree() -> None:
+def test_connector_is_loaded_from_outside_vllms_tree() -> None:
     prefill, decode = disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2), "MODEL")
     transfer = json.loads(option(decode, "--kv-transfer-config"))
     assert transfer["kv_connector_module_path"] == "pdbench.kv.connector"
@@ -91,16 +91,16 @@ def test_our_connector_is_loaded_from_outside_vllms_tree() -> None:
 def test_instances_take_consecutive_gpus_and_ports() -> None:
     config = ServeConfig(prefill_instances=2, decode_instances=1, tensor_parallel=2)
     instances = disaggregated(config, machine("0.26.0", 6), "MODEL")
-    assert [one.name for one in instances] == ["prefill-0", "prefill-1", "decode-0"]
-    assert [one.gpus for one in instances] == [(0, 1), (2, 3), (4, 5)]
-    assert len({one.kv_address for one in instances} | {one.url for one in instances}) == 6
+    assert [command.name for command in instances] == ["prefill-0", "prefill-1", "decode-0"]
+    assert [command.gpus for command in instances] == [(0, 1), (2, 3), (4, 5)]
+    assert len({command.kv_address for command in instances} | {command.url for command in instances}) == 6
 
 
-@pytest.mark.parametrize(("asked", "executor"), [(1, "uni"), (2, "mp")])
-def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) -> None:
-    (one,) = vllm.commands("single", ServeConfig(tensor_parallel=asked), machine("0.32.0", 0), "MODEL")
-    assert f"--tensor-parallel-size {asked}" in " ".join(one.argv)
-    assert f"--distributed-executor-backend {executor}" in " ".join(one.argv)
+@pytest.mark.parametrize(("width", "executor"), [(1, "uni"), (2, "mp")])
+def test_tensor_parallelism_holds_without_gpus(width: int, executor: str) -> None:
+    (command,) = vllm.commands("single", ServeConfig(tensor_parallel=width), machine("0.32.0", 0), "MODEL")
+    assert f"--tensor-parallel-size {width}" in " ".join(command.argv)
+    assert f"--distributed-executor-backend {executor}" in " ".join(command.argv)
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_tensor_parallelism_holds_without_gpus_too(asked: int, executor: str) ->
         (ServeConfig(prefill_instances=0), 2, "at least one instance"),
     ],
 )
-def test_gpus_that_cannot_be_given_are_one_clear_line(config: ServeConfig, gpus: int, message: str) -> None:
+def test_gpus_that_cannot_be_assigned_are_one_line(config: ServeConfig, gpus: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         disaggregated(config, machine("0.26.0", gpus), "MODEL")
 
 
-def test_gpus_are_taken_from_those_that_are_allotted() -> None:
+def test_gpus_come_from_the_allotted_ones() -> None:
     whole = machine("0.26.0", 8)
     ours = dataclasses.replace(whole, gpus=(whole.gpus[6], whole.gpus[4]))
-    assert [one.gpus for one in disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
+    assert [command.gpus for command in disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
 
 
-def test_more_arguments_go_to_their_role_alone() -> None:
+def test_role_arguments_go_to_their_role_alone() -> None:
     config = ServeConfig(vllm_args="--seed 7", prefill_args="--max-num-seqs 4", decode_args="--max-num-seqs 9")
     prefill, decode = disaggregated(config, machine("0.26.0", 2), "MODEL")
     assert (option(prefill, "--max-num-seqs"), option(decode, "--max-num-seqs")) == ("4", "9")

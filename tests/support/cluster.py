@@ -104,16 +104,16 @@ class Host:
     def processes(self) -> list[psutil.Process]:
         """Everything that lives in this namespace."""
         done = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
-        found = []
+        alive = []
         for pid in map(int, done.stdout.split()):
             with contextlib.suppress(psutil.Error):
                 if (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    alive.append(process)
+        return alive
 
     def servers(self) -> list[str]:
         """Command lines of our servers, supervisors, proxies and actors here: what must not be left after a run."""
-        found = []
+        lines = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
@@ -126,8 +126,8 @@ class Host:
                     "ScriptedServer(",
                 )
                 if any(word in line for word in ours) or line.startswith(("ray::RayHost", "ray::ScriptedRayHost")):
-                    found.append(line)
-        return found
+                    lines.append(line)
+        return lines
 
     def kill(self) -> None:
         """The power fails: every process here gets SIGKILL."""
@@ -142,7 +142,7 @@ class Host:
         """Pull the cable."""
         ip("-n", self.hosts.switch, "link", "set", self.port, "down")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         """Plug it in again; Ray gives a node up that was away for long (`harmed`)."""
         ip("-n", self.hosts.switch, "link", "set", self.port, "up")
 
@@ -202,8 +202,8 @@ class Hosts:
         """A Ray node on every host; the last one is the head."""
         *others, head = self.all
         head.start_ray()
-        asked = f"import socket; socket.create_connection(('{head.address}', {PORT}), 1)"
-        wait_until(lambda: head.run(sys.executable, "-c", asked).returncode == 0, PATIENCE_S, "Ray's head listens")
+        probe = f"import socket; socket.create_connection(('{head.address}', {PORT}), 1)"
+        wait_until(lambda: head.run(sys.executable, "-c", probe).returncode == 0, PATIENCE_S, "Ray's head listens")
         for number, host in enumerate(others, 2):
             host.start_ray(head)
             self.wait_for_nodes(number)
@@ -212,7 +212,7 @@ class Hosts:
         """After a fault: every host is on its cable, and in the cluster as on the first day."""
         harmed = [host for host in self.all if host.harmed]
         for host in harmed:
-            host.mend()
+            host.reconnect()
             host.kill()
         if self.all[-1] in harmed:
             for host in self.all:
@@ -228,12 +228,12 @@ class Hosts:
 
     def wait_for_nodes(self, number: int) -> None:
         """Until the cluster of the last host has so many living nodes."""
-        asked = (
+        wait = (
             "import ray, sys, time\n"
             f"ray.init('{self.all[-1].address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
             f"while sum(node['Alive'] for node in ray.nodes()) != {number}: time.sleep(0.2)\n"
         )
-        waiting = self.all[-1].popen(sys.executable, "-c", asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        waiting = self.all[-1].popen(sys.executable, "-c", wait, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE_S
         while waiting.poll() is None:
             assert time.monotonic() < deadline, f"not {number} nodes"
