@@ -135,7 +135,7 @@ def bench(
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
     with _measuring(cluster, out) as (site, runs):
-        experiment.bench(url, options.serve.model, options, trials, out, console, site, runs)
+        experiment.bench(url, trials, options, out, console, site, runs)
 
 
 @app.command
@@ -365,7 +365,7 @@ def sweep(
         runs: dict[Path, Run] = {}
         try:
             if url is not None:
-                experiment.bench(url, point.serve.model, point, trials, folder, console, site, runs)
+                experiment.bench(url, trials, point, folder, console, site, runs)
             else:
                 experiment.run(_deployment_names(against), trials, point, folder, console, site, runs)
         finally:

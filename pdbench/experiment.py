@@ -89,14 +89,7 @@ def run(
 
 
 def bench(
-    url: str,
-    model: str | None,
-    options: Options,
-    trials: int,
-    out: Path,
-    console: Console,
-    site: Site,
-    runs: dict[Path, Run],
+    url: str, trials: int, options: Options, out: Path, console: Console, site: Site, runs: dict[Path, Run]
 ) -> None:
     """Measure the server at `url`, started by pdbench or not; `runs` gets the run by its folder when it is saved.
 
@@ -107,7 +100,7 @@ def bench(
     info = deployments.find(Path(options.serve.log_dir), url)
     flags: list[Flag] = []
     if info is None:
-        model = model or offered_model(url, verify_tls=options.load.tls_verify)
+        model = options.serve.model or offered_model(url, verify_tls=options.load.tls_verify)
         info = DeploymentInfo(name="bench", url=url, model_name=model)
         if options.power.power or clocks.requested_options(options.power):
             flags = site.assign_devices(info, options)

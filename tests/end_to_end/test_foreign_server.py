@@ -108,7 +108,7 @@ def test_server_of_another_host_has_no_power_here(
     def measure(power: PowerConfig) -> Run:
         options = Options(load=LoadConfig(requests=2, warmup=0), power=power)
         runs: dict[Path, Run] = {}
-        experiment.bench(server.url, None, options, 1, tmp_path, console, LocalSite(), runs)
+        experiment.bench(server.url, 1, options, tmp_path, console, LocalSite(), runs)
         (folder,) = runs
         return load_run(folder)
 
