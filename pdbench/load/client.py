@@ -9,7 +9,6 @@ import select
 import socket
 import time
 from array import array
-from collections import deque
 from typing import Any
 
 import msgspec
@@ -47,7 +46,6 @@ class Client:
     ) -> None:
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
-        self.in_flight = 0
         self.merged_reads = 0
         server = split_url(url, verify_tls=verify_tls)
         self._address, self._tls, self._server_name = _reachable_address(server), server.tls, server.host
@@ -56,9 +54,10 @@ class Client:
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
         self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
-        self._poller = _Poller()
-        self._idle: deque[Connection] = deque()
-        self._active: set[Connection] = set()
+        self._epoll = select.epoll()
+        self._fine = self._epoll.fileno() <= _HIGHEST_FOR_SELECT
+        self._connections: dict[int, Connection] = {}
+        self._idle: list[Connection] = []
         self._finished: list[RequestRecord] = []
         self._check_at_s = self._refresh_at_s = 0.0
         # The kernel begins to stamp some milliseconds after the first socket has asked: this one asks for all.
@@ -69,42 +68,51 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection in [*self._active, *self._idle]:
+        for connection in self._connections.values():
             connection.close()
         self._stamper.close()
-        self._poller.close()
+        self._epoll.close()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._connections) - len(self._idle)
 
     def start(self, record: RequestRecord, body: bytes) -> None:
         """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
         record.sent_s = self.clock.now()
-        self.in_flight += 1
         data = b"%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, record.id.encode(), len(body), body)
         response = Response(record)
-        connection = self._idle_connection()
-        if connection is None:
+        # The connection used last that the server has not closed meanwhile. No request is ever sent twice: resets are data.
+        while self._idle and self._idle[-1].stale():
+            self._settle(self._idle[-1], ("closed", ""))
+        if self._idle:
+            connection = self._idle.pop()
+        else:
             try:
-                connection = Connection(self._address, self._tls, self._server_name, self.clock, self._poller.watch)
+                connection = Connection(self._address, self._tls, self._server_name, self.clock, self._epoll)
             except OSError as error:
                 response.fail("connect", f"{error}: `ulimit -n` bounds the connections", self.clock.now())
-                self._collect(response)
+                self._finished.append(record)
                 return
-        self._active.add(connection)
+            self._connections[connection.sock.fileno()] = connection
         connection.request(data, response)
         if connection.broken is not None:
-            self._settle(connection)
+            self._settle(connection, connection.broken)
 
     def poll(self, until_s: float) -> list[RequestRecord]:
         """Handle what arrives until a request ends or `until_s` (run's clock) has come; the requests that ended."""
-        monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._poller.wait, self.busy_s.append
+        monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._wait, self.busy_s.append
+        connections = self._connections
         now_s = monotonic() - zero_s
         while not self._finished:
             ready = wait(min(until_s, self._check_at_s) - now_s)
             began_s = monotonic() - zero_s
-            for connection, events in ready:
+            for number, events in ready:
+                connection = connections[number]
                 connection.ready(events)
                 response = connection.response
                 if connection.broken is not None or (response is not None and response.complete):
-                    self._settle(connection)
+                    self._settle(connection, connection.broken)
             now_s = monotonic() - zero_s
             if ready:
                 busy(now_s - began_s)
@@ -118,7 +126,8 @@ class Client:
 
     def tokens_in_flight(self) -> int:
         """Tokens received so far of the requests that have not ended."""
-        return sum(len(connection.response.record.token_s) for connection in self._active if connection.response)
+        responses = [connection.response for connection in self._connections.values()]
+        return sum(len(response.record.token_s) for response in responses if response)
 
     def take_counters(self) -> tuple[bytes, bytes, int]:
         """(turns of the loop and delays of reads in seconds as raw float64 arrays, merged reads) since the last call."""
@@ -128,96 +137,53 @@ class Client:
 
     def abandon(self, kind: str, message: str) -> list[RequestRecord]:
         """End every request in flight as a failure of this class; what has arrived is kept."""
-        now_s = self.clock.now()
-        for connection in list(self._active):
-            self._drop(connection, kind, message, now_s)
+        for connection in list(self._connections.values()):
+            if connection.response is not None:
+                self._settle(connection, (kind, message))
         finished, self._finished = self._finished, []
         return finished
 
-    def _idle_connection(self) -> Connection | None:
-        """The connection used last that the server has not closed meanwhile. No request is ever sent twice: resets are data."""
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.stale():
-                return connection
-            self._drop(connection, "closed", "", 0.0)
-        return None
-
-    def _settle(self, connection: Connection) -> None:
-        """A connection whose response is complete or that broke: keep it or drop it."""
+    def _settle(self, connection: Connection, failure: tuple[str, str] | None) -> None:
+        """End the connection's request, if it has one, and keep the connection only if it can take another."""
         response = connection.response
-        if response is not None and response.complete and connection.broken is None and response.keep_alive:
-            self._active.discard(connection)
+        if response is not None and response.keep_alive and failure is None and not connection.unsent:
             connection.idle()
             self._idle.append(connection)
-            self._collect(response)
         else:
-            kind, message = connection.broken or ("closed", "")
-            self._drop(connection, kind, message, self.clock.now())
-
-    def _drop(self, connection: Connection, kind: str, message: str, at_s: float) -> None:
-        self._active.discard(connection)
-        with contextlib.suppress(ValueError):
-            self._idle.remove(connection)
-        self._poller.forget(connection)
-        connection.close()
-        if connection.response is not None:
-            connection.response.closed(at_s, kind, message)
-            self._collect(connection.response)
-
-    def _collect(self, response: Response) -> None:
-        self.merged_reads += response.merged_reads
-        self.in_flight -= 1
-        self._finished.append(response.record)
+            del self._connections[connection.sock.fileno()]
+            connection.close()
+            if response is None:
+                self._idle.remove(connection)
+            else:
+                response.closed(self.clock.now(), *(failure or ("closed", "")))
+        if response is not None:
+            self.merged_reads += response.merged_reads
+            self._finished.append(response.record)
 
     def _check_deadlines(self, now_s: float) -> None:
         self._check_at_s = now_s + _DEADLINE_CHECK_S
         if now_s >= self._refresh_at_s:
             self._refresh_at_s = now_s + _CLOCK_REFRESH_S
             self.clock.refresh()
-        for connection in list(self._active):
-            response = connection.response
+        for connection in list(self._connections.values()):
+            response, byte_s = connection.response, connection.last_byte_s
             if response is None or response.record.sent_s is None:
                 continue
             if now_s - response.record.sent_s > self._timeout_s:
-                self._drop(connection, "timeout", f"not whole after {self._timeout_s:g} s", now_s)
-            elif connection.last_byte_s is not None and now_s - connection.last_byte_s > self._read_timeout_s:
-                self._drop(connection, "stall", f"no byte for {self._read_timeout_s:g} s in mid-response", now_s)
+                self._settle(connection, ("timeout", f"not whole after {self._timeout_s:g} s"))
+            elif byte_s is not None and now_s - byte_s > self._read_timeout_s:
+                self._settle(connection, ("stall", f"no byte for {self._read_timeout_s:g} s in mid-response"))
 
-
-class _Poller:
-    """Waits for sockets with epoll, and wakes within microseconds of a deadline."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._connections: dict[int, Connection] = {}
-        self._fine = self._epoll.fileno() <= _HIGHEST_FOR_SELECT
-        self.close = self._epoll.close
-
-    def watch(self, connection: Connection, events: int) -> None:
-        if connection.watched:
-            self._epoll.modify(connection.sock, events)
-        else:
-            self._connections[connection.sock.fileno()] = connection
-            self._epoll.register(connection.sock, events)
-
-    def forget(self, connection: Connection) -> None:
-        if connection.watched:
-            self._epoll.unregister(connection.sock)
-            del self._connections[connection.sock.fileno()]
-
-    def wait(self, wait_s: float) -> list[tuple[Connection, int]]:
-        """The ready connections with their events, after at most `wait_s` seconds (0 or less: at once)."""
+    def _wait(self, wait_s: float) -> list[tuple[int, int]]:
+        """The ready sockets with their events, after at most `wait_s` seconds (0 or less: at once), within microseconds."""
         coarse_s = wait_s - 2 * _MILLISECOND_S
         ready = self._epoll.poll(coarse_s if coarse_s > 0 else 0)
         if not ready and wait_s > 0 and coarse_s <= 0:
             if self._fine:
                 select.select([self._epoll], [], [], wait_s)
-                ready = self._epoll.poll(0)
-            else:
-                ready = self._epoll.poll(wait_s)
-        connections = self._connections
-        return [(connections[number], events) for number, events in ready]
+                return self._epoll.poll(0)
+            return self._epoll.poll(wait_s)
+        return ready
 
 
 def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", timeout_s: float = 120.0) -> RequestRecord:

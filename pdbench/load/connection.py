@@ -11,8 +11,7 @@ import ssl
 import struct
 import time
 from array import array
-from collections.abc import Callable
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLIN, EPOLLOUT, epoll
 
 from pdbench.load.response import Response
 
@@ -76,19 +75,10 @@ class ArrivalClock:
 
 
 class Connection:
-    """A socket to the server, connecting from its creation on.
-
-    `watch(connection, events)` is called whenever it begins to wait for other epoll events than before (`watched`). A failure
-    sets `broken` to (class, message); whoever owns the connection then closes it.
-    """
+    """A socket to the server, connecting from its creation on. A failure sets `broken` to (class, message) for its owner."""
 
     def __init__(
-        self,
-        address: Address,
-        tls: ssl.SSLContext | None,
-        server_name: str,
-        clock: ArrivalClock,
-        watch: Callable[["Connection", int], None],
+        self, address: Address, tls: ssl.SSLContext | None, server_name: str, clock: ArrivalClock, poller: epoll
     ) -> None:
         self.sock = socket.socket(address[0], socket.SOCK_STREAM)
         self.sock.setblocking(False)
@@ -96,18 +86,15 @@ class Connection:
         enable_stamps(self.sock)
         self.response: Response | None = None
         self.broken: tuple[str, str] | None = None
-        self.watched = 0
         self.last_byte_s: float | None = None
-        self._clock = clock
+        self.unsent = memoryview(b"")
+        self._clock, self._poller, self._watched = clock, poller, 0
         self._recvmsg = self.sock.recvmsg
-        self._request = b""
-        self._unsent = memoryview(b"")
-        self._watch = watch
         self._connecting = True
-        self._handshaking = tls is not None
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._request = b""
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = tls.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         result = self.sock.connect_ex(address[1])
         if result not in (0, errno.EINPROGRESS):
@@ -115,38 +102,52 @@ class Connection:
 
     def request(self, data: bytes, response: Response) -> None:
         """Send one whole HTTP request; the bytes that come go to `response` from now on."""
-        self.response = response
-        self.last_byte_s = None
-        self._request = data
-        if not self._connecting:
-            if not self._handshaking:
-                self._send_request()
-            return
-        # On loopback the connection stands at once, which saves a turn of the loop.
-        try:
-            self.sock.getpeername()
-        except OSError:
-            self._wait_for(EPOLLIN | EPOLLOUT)
-        else:
-            self._connected()
+        self.response, self.last_byte_s, self._request = response, None, data
+        if self._connecting:
+            # On loopback the connection stands at once, which saves a turn of the loop.
+            try:
+                self.sock.getpeername()
+            except OSError:
+                self._watch(EPOLLIN | EPOLLOUT)
+                return
+            self._connecting = False
+        self._send()
 
     def ready(self, events: int) -> None:
         """The socket can be written or read; errors and hang-ups count as readable: the read says what happened."""
         try:
-            if events == EPOLLIN:
-                self._readable()
-                return
             if events & EPOLLOUT:
-                self._writable()
-            if events & ~EPOLLOUT and self.broken is None:
-                self._readable()
-        except (OSError, ssl.SSLError) as error:
+                if self._connecting and (result := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+                    raise OSError(result, errno.errorcode.get(result, ""))
+                self._connecting = False
+                self._send()
+                if events == EPOLLOUT or self.broken is not None:
+                    return
+            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+            at_s, from_kernel = self._clock.arrival(ancillary)
+            ended = not data
+            if self._tls is not None and data:
+                data, ended = self._decrypt(self._tls, data)
+        except BlockingIOError:
+            return
+        except OSError as error:
             self._break(error)
+            return
+        response = self.response
+        if data and response is not None and not response.complete:
+            if not from_kernel:
+                response.record.stamp = "user"
+            self.last_byte_s = at_s
+            response.feed(data, at_s)
+        elif data:
+            self.broken = ("closed", "bytes came that belong to no request")
+        if ended:
+            self.broken = self.broken or ("closed", "the server closed the connection")
 
     def idle(self) -> None:
         """The response is complete: wait for the next request, or for the server to close."""
         self.response = None
-        self._wait_for(EPOLLIN)
+        self._watch(EPOLLIN)
 
     def stale(self) -> bool:
         """Has the server closed this idle connection (or, without TLS, sent what belongs to no request)?"""
@@ -159,95 +160,47 @@ class Connection:
         return not waiting or self._tls is None
 
     def close(self) -> None:
+        if self._watched:
+            self._poller.unregister(self.sock)
         with contextlib.suppress(OSError):
             self.sock.close()
 
-    def _wait_for(self, events: int) -> None:
-        if events != self.watched:
-            self._watch(self, events)
-            self.watched = events
+    def _watch(self, events: int) -> None:
+        if events != self._watched:
+            (self._poller.modify if self._watched else self._poller.register)(self.sock, events)
+            self._watched = events
 
-    def _connected(self) -> None:
-        self._connecting = False
-        if self._handshaking:
-            self._handshake()
-        else:
-            self._send_request()
-
-    def _send_request(self) -> None:
-        if self._tls is not None:
-            self._tls.write(self._request)
-            self._unsent = memoryview(self._outgoing.read())
-        else:
-            self._unsent = memoryview(self._request)
-        self._request = b""
-        self._flush()
-
-    def _handshake(self) -> None:
-        assert self._tls is not None
-        try:
-            self._tls.do_handshake()
-            self._handshaking = False
-        except ssl.SSLWantReadError:
-            pass
-        if not self._handshaking and self._request:
-            self._tls.write(self._request)
+    def _send(self) -> None:
+        """Send what is unsent and the request; over TLS, what the handshake needs before it."""
+        data = self._request
+        if self._tls is None:
             self._request = b""
-        self._unsent = memoryview(bytes(self._unsent) + self._outgoing.read())
-        self._flush()
-
-    def _flush(self) -> None:
+        else:
+            if data:
+                with contextlib.suppress(ssl.SSLWantReadError):  # while the handshake is not done
+                    self._tls.write(data)
+                    self._request = b""
+            data = self._outgoing.read()
+        if data:
+            self.unsent = memoryview(bytes(self.unsent) + data if self.unsent else data)
         try:
-            while self._unsent:
-                self._unsent = self._unsent[self.sock.send(self._unsent) :]
+            while self.unsent:
+                self.unsent = self.unsent[self.sock.send(self.unsent) :]
         except BlockingIOError:
             pass
         except OSError as error:
             self._break(error)
             return
-        self._wait_for(EPOLLIN | EPOLLOUT if self._unsent else EPOLLIN)
+        self._watch(EPOLLIN | EPOLLOUT if self.unsent else EPOLLIN)
 
-    def _writable(self) -> None:
-        if not self._connecting:
-            self._flush()
-            return
-        result = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if result:
-            raise OSError(result, errno.errorcode.get(result, ""))
-        self._connected()
-
-    def _readable(self) -> None:
-        try:
-            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
-        except BlockingIOError:
-            return
-        at_s, from_kernel = self._clock.arrival(ancillary)
-        if self._tls is not None and data:
-            data, ended = self._decrypt(data)
-        else:
-            ended = not data
-        response = self.response
-        if data and response is not None and not response.complete:
-            if not from_kernel:
-                response.user_stamps += 1
-            self.last_byte_s = at_s
-            response.feed(data, at_s)
-        elif data:
-            self.broken = ("closed", "bytes came that belong to no request")
-        if ended:
-            self.broken = self.broken or ("closed", "the server closed the connection")
-
-    def _decrypt(self, data: bytes) -> tuple[bytes, bool]:
+    def _decrypt(self, tls: ssl.SSLObject, data: bytes) -> tuple[bytes, bool]:
         """(what is readable of it, has the server ended the stream?)"""
-        assert self._tls is not None
         self._incoming.write(data)
-        if self._handshaking:
-            self._handshake()
-            if self._handshaking:
-                return b"", False
+        if self._request:  # it waits for the handshake
+            self._send()
         pieces = []
         try:
-            while piece := self._tls.read(_READ_BYTES):
+            while piece := tls.read(_READ_BYTES):
                 pieces.append(piece)
             return b"".join(pieces), True
         except ssl.SSLWantReadError:
@@ -256,12 +209,9 @@ class Connection:
     def _break(self, error: OSError) -> None:
         if isinstance(error, ssl.SSLError):
             kind = "tls"
-        elif error.errno == errno.ECONNREFUSED:
-            kind = "refused"
         elif error.errno in (errno.ECONNRESET, errno.EPIPE):
             kind = "reset"
-        elif error.errno == errno.ETIMEDOUT:
-            kind = "timeout"
         else:
-            kind = "connect" if self._connecting else "reset"
+            kinds = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}
+            kind = kinds.get(error.errno or 0, "connect" if self._connecting else "reset")
         self.broken = (kind, str(error))

@@ -54,7 +54,7 @@ class Response:
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
         self.complete = self.keep_alive = False
-        self.merged_reads = self.user_stamps = 0
+        self.merged_reads = 0
         self._parser: Any = httptools.HttpResponseParser(self)
         self._events = EventReader()
         self._texts: list[str] = []
@@ -85,7 +85,7 @@ class Response:
         if self.complete:
             return
         if self._finished:
-            self._succeed()
+            self._close(self._now_s)
         elif kind == "closed" and self._status:
             self._now_s = at_s
             self._end_of_body()
@@ -216,15 +216,12 @@ class Response:
         elif not self.record.token_s and not self.record.output_tokens:
             self.fail("empty", "the stream finished without a token", self._now_s)
         else:
-            self._succeed()
-
-    def _succeed(self) -> None:
-        if self.record.output_tokens is None:
-            self.record.output_tokens = len(self.record.token_s)
-        self._close(self._now_s)
+            self._close(self._now_s)
 
     def _close(self, at_s: float) -> None:
         record = self.record
+        if record.error is None and record.output_tokens is None:
+            record.output_tokens = len(record.token_s)
         record.end_s = at_s
         record.text = "".join(self._texts)
         if self._by_token_ids:
@@ -233,8 +230,8 @@ class Response:
             self._counts.add("chunks")
         if self._counts:
             record.counted_by = self._counts.pop() if len(self._counts) == 1 else "mixed"
-        if self._begun:
-            record.stamp = "user" if self.user_stamps else "kernel"
+        if self._begun and record.stamp is None:
+            record.stamp = "kernel"
         if record.sent_s is not None:
             record.phases["client"] = (record.planned_s, record.sent_s)
         self.complete = True
