@@ -21,7 +21,7 @@ import msgspec
 
 from pdbench.errors import UserError
 from pdbench.load import plan, self_check
-from pdbench.load.generator import STOP_SIGNALS, ClientResult, OnProgress, run_client, stopping
+from pdbench.load.generator import ClientResult, OnProgress, interruption, run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
 
@@ -135,22 +135,20 @@ def collect(
     """
     parts: list[list[ClientResult]] = [[] for _ in clients]
     progress: dict[int, Progress] = {}
-    ready: set[int] = set()
-    ended: set[int] = set()
+    pending = set(range(len(clients)))
     lost: dict[int, str] = {}
+    ready = 0
     begin_s: float | None = None
     stop_by_s = inf
-    interrupted = threading.Event()
-    with stopping(STOP_SIGNALS, interrupted.set):
-        while len(ended) + len(lost) < len(clients) and time.monotonic() < stop_by_s:
+    with interruption() as interrupted:
+        while pending and time.monotonic() < stop_by_s:
             wait(_POLL_S)
-            for index, client in enumerate(clients):
-                if index in ended or index in lost:
-                    continue
+            for index in sorted(pending):
+                client = clients[index]
                 gone = client.lost  # before its messages are taken: none can follow then
                 for message in client.take_messages():
                     if isinstance(message, Ready):
-                        ready.add(index)
+                        ready += 1
                     elif isinstance(message, Progress):
                         progress[index] = message
                         totals = [each.total for each in progress.values() if each.total is not None]
@@ -164,10 +162,11 @@ def collect(
                     else:
                         parts[index].append(message.result)
                         if isinstance(message, Final):
-                            ended.add(index)
-                if gone and index not in ended:
+                            pending.discard(index)
+                if gone and index in pending:
                     lost[index] = gone
-            if begin_s is None and len(ready) == len(clients):
+                    pending.discard(index)
+            if begin_s is None and ready == len(clients):
                 begin_s = clock.now() + start_after_s
                 for client in clients:
                     client.begin(begin_s)
@@ -175,32 +174,28 @@ def collect(
                 stop_by_s = time.monotonic() + _STOP_TIMEOUT_S
                 for client in clients:
                     client.stop()
+    for index in pending:
+        lost[index] = f"{clients[index].name}: no result within {_STOP_TIMEOUT_S:g} s of its stop"
     results = []
-    for index, client in enumerate(clients):
-        result = _join(parts[index]) if parts[index] else ClientResult(begin_s=begin_s or clock.now())
-        result.interrupted = interrupted.is_set()  # a client is also stopped because of another's loss
-        if index not in ended:
-            result.lost = lost.get(index, f"{client.name}: no result within {_STOP_TIMEOUT_S:g} s of its stop")
+    for index, reported in enumerate(parts):
+        # What counts from the start is in the last one.
+        result = msgspec.structs.replace(
+            reported[-1] if reported else ClientResult(begin_s=begin_s or clock.now()),
+            requests=[request for part in reported for request in part.requests],
+            busy_s=b"".join(part.busy_s for part in reported),
+            read_delays_s=b"".join(part.read_delays_s for part in reported),
+            merged_reads=sum(part.merged_reads for part in reported),
+            interrupted=interrupted.is_set(),  # a client is also stopped because of another's loss
+            lost=lost.get(index),
+        )
         results.append(result)
     requests = [request for result in results for request in result.requests]
     if interrupted.is_set():
         if not requests:
             raise KeyboardInterrupt
-    elif len(ended) < len(clients) and all(request.warmup for request in requests):
-        reason = problem() or next((result.lost for result in results if result.lost), "")
-        raise UserError(f"{reason}: no request was measured")
+    elif lost and all(request.warmup for request in requests):
+        raise UserError(f"{problem() or lost[min(lost)]}: no request was measured")
     return results
-
-
-def _join(parts: list[ClientResult]) -> ClientResult:
-    """A client's partial results and its last one as one; what counts from the start is in the last one."""
-    return msgspec.structs.replace(
-        parts[-1],
-        requests=[request for part in parts for request in part.requests],
-        busy_s=b"".join(part.busy_s for part in parts),
-        read_delays_s=b"".join(part.read_delays_s for part in parts),
-        merged_reads=sum(part.merged_reads for part in parts),
-    )
 
 
 class LocalClient:
@@ -276,7 +271,6 @@ def _client_process(pipe: Connection, load: TrialLoad, index: int) -> None:
             load,
             index,
             begin=begin,
-            stop_signals=(),
             interrupted=interrupted,
             on_progress=lambda done, total: put(Progress(done, total)),
             on_partial=lambda partial: put(Partial(partial)),

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import itertools
 import os
 import resource
 import signal
@@ -19,8 +20,8 @@ from pdbench.load.plan import PlannedRequest, TrialLoad
 from pdbench.records import RequestRecord
 
 OnProgress = Callable[[int, int | None], None]
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SHORT_PROMPT = 200
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHORT_PROMPT = 200
 _LOOKAHEAD = 64
 _PROGRESS_S = 0.1
 _PARTIAL_S = 1.0
@@ -51,31 +52,30 @@ class ClientResult(msgspec.Struct, kw_only=True):
 
 
 def run_client(
-    trial_load: TrialLoad,
+    load: TrialLoad,
     client: int = 0,
     *,
     begin: Callable[[], float] | None = None,
-    stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
     interrupted: threading.Event | None = None,
     on_progress: OnProgress | None = None,
     on_partial: Callable[[ClientResult], None] | None = None,
 ) -> ClientResult:
     """Send this client's requests of the plan, every N-th of N clients', over its share of the streams.
 
-    `begin` is called after the warm-up and returns the common start on the run's clock. One of `stop_signals`, or whoever
-    sets `interrupted`, ends the load with what was measured. `on_progress(done, total)` is called about ten times a second;
+    `begin` is called after the warm-up and returns the common start on the run's clock. Whoever sets `interrupted` (without
+    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_progress(done, total)` is called about ten times a second;
     total is None where time ends the trial. `on_partial` takes, about once a second, what was measured since its last call;
     the returned result then holds the rest. Raises UserError when the load cannot be planned or the URL cannot be used.
     """
     with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    config, clock = trial_load.config, trial_load.clock
+    config, clock = load.config, load.clock
     clients = config.client_processes
-    tokenizer = plan.find_tokenizer(config, trial_load.model)
-    warmup = plan.warmup_requests(config, tokenizer, trial_load.trial)[client::clients]
+    tokenizer = plan.find_tokenizer(config, load.model)
+    warmup = plan.warmup_requests(config, tokenizer, load.trial)[client::clients]
     # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
-    every = plan.planned_requests(config, tokenizer, trial_load.trial)
+    every = plan.planned_requests(config, tokenizer, load.trial)
     planned: Iterator[PlannedRequest] = (request for request in every if request.index % clients == client)
     total = None
     if not plan.is_endless(config):
@@ -85,48 +85,75 @@ def run_client(
     if streams is not None:
         streams = streams // clients + (client < streams % clients)
     sender = Client(
-        trial_load.url,
+        load.url,
         endpoint=config.endpoint,
         zero_s=clock.monotonic_s,
         timeout_s=config.request_timeout_s,
         read_timeout_s=config.read_timeout_s,
         verify_tls=config.tls_verify,
     )
-    interrupted = interrupted or threading.Event()
-    with sender, stopping(stop_signals, interrupted.set), _undelayed() as real_time:
-        load = _Load(trial_load, sender, interrupted)
-        load.drive(iter(warmup), streams or len(warmup), clock.now(), warmup=True)
-        load.result.real_time, load.result.streams = real_time, streams
-        load.result.begin_s = begin_s = clock.now() if begin is None else begin()
-        load.total, load.on_progress, load.on_partial = total, on_progress, on_partial
-        load.reset_counters()
-        if not interrupted.is_set():
-            load.drive(planned, streams, begin_s)
-        return load.take_result()
+    stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
+    with sender, stop as interrupted, _undelayed() as real_time:
+        loop = _Loop(load, sender, interrupted, ClientResult(streams=streams, real_time=real_time))
+        loop.drive(iter(warmup), streams or len(warmup), clock.now())
+        loop.result.begin_s = begin_s = clock.now() if begin is None else begin()
+        loop.total, loop.on_progress, loop.on_partial = total, on_progress, on_partial
+        loop.drive(planned, streams, begin_s, warmup=False)
+        return loop.take_result()
 
 
-class _Load:
+class _Loop:
     """The sending loop's state: what was sent, what came back, when to stop."""
 
-    def __init__(self, load: TrialLoad, client: Client, interrupted: threading.Event) -> None:
-        self.config, self.client, self.model, self.trial = load.config, client, load.model, load.trial
-        self.interrupted = interrupted
-        self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
-        self.result = ClientResult()
+    def __init__(self, load: TrialLoad, client: Client, interrupted: threading.Event, result: ClientResult) -> None:
+        self.load, self.config, self.client = load, load.config, client
+        self.interrupted, self.result = interrupted, result
         self.total: int | None = None
         self.on_progress: OnProgress | None = None
         self.on_partial: Callable[[ClientResult], None] | None = None
-        self._in_flight: dict[str, PlannedRequest] = {}
-        self._sent_again: set[str] = set()
-        self._done = self._tokens_ended = 0
+        self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
+        self._in_flight: dict[str, tuple[PlannedRequest, bool]] = {}
+        self._tokens_ended = 0
         self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
-        self.reset_counters()
 
-    def reset_counters(self) -> None:
-        self.client.take_counters()
-        self._done = 0
-        self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
+    def drive(
+        self, planned: Iterator[PlannedRequest], streams: int | None, begin_s: float, *, warmup: bool = True
+    ) -> None:
+        """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all responses."""
+        client = self.client
+        client.take_counters()
+        self._done, self._began_s, self._began_cpu_s = 0, time.monotonic(), time.thread_time()
+        free_s = deque([begin_s] * (streams or 0))
+        ahead = deque(itertools.islice(planned, 1))
+        while ahead or client.in_flight:
+            if self.interrupted.is_set():
+                for record in client.abandon("interrupted", "the load was stopped"):
+                    self._ended(record)
+                break
+            now_s = client.clock.now()
+            if ahead and not warmup and self._stop_sending(now_s, begin_s):
+                ahead.clear()
+            next_s = now_s + 1.0
+            while ahead and (streams is None or free_s):
+                arrival_s = ahead[0].arrival_s
+                earliest_s = begin_s if arrival_s is None else begin_s + arrival_s
+                due_s = earliest_s if streams is None else max(earliest_s, free_s[0])
+                if due_s > now_s:
+                    next_s = due_s
+                    break
+                if streams is not None:
+                    free_s.popleft()
+                self._send(ahead.popleft(), due_s if arrival_s is None else earliest_s, due_s, warmup)
+                if not ahead:
+                    ahead.extend(itertools.islice(planned, 1))
+            for record in client.poll(next_s):
+                if self._ended(record):
+                    free_s.append(record.end_s if record.end_s is not None else now_s)
+            if 0 < len(ahead) <= _LOOKAHEAD:
+                ahead.extend(itertools.islice(planned, 1))
+        if self.on_progress:
+            self.on_progress(self._done, self.total)
 
     def take_result(self) -> ClientResult:
         """What was measured since the last call."""
@@ -137,72 +164,30 @@ class _Load:
         result.interrupted = self.interrupted.is_set()
         return result
 
-    def drive(
-        self, planned: Iterator[PlannedRequest], streams: int | None, begin_s: float, *, warmup: bool = False
-    ) -> None:
-        """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all responses."""
-        client = self.client
-        free_s = deque([begin_s] * (streams or 0))
-        ahead: deque[PlannedRequest] = deque()
-        upcoming = next(planned, None)
-        while upcoming is not None or client.in_flight:
-            now_s = client.clock.now()
-            if upcoming is not None and self._stop_sending(now_s, begin_s, warmup):
-                upcoming = None
-            next_s = now_s + 1.0
-            while upcoming is not None and (streams is None or free_s):
-                arrival_s = begin_s if upcoming.arrival_s is None else begin_s + upcoming.arrival_s
-                due_s = max(arrival_s, free_s[0]) if streams is not None else arrival_s
-                if due_s > now_s:
-                    next_s = due_s
-                    break
-                if streams is not None:
-                    free_s.popleft()
-                self._send(upcoming, arrival_s if upcoming.arrival_s is not None else due_s, due_s, warmup)
-                upcoming = ahead.popleft() if ahead else next(planned, None)
-            for record in client.poll(next_s):
-                if self._ended(record):
-                    free_s.append(record.end_s if record.end_s is not None else now_s)
-            if len(ahead) < _LOOKAHEAD and upcoming is not None and (following := next(planned, None)) is not None:
-                ahead.append(following)
-            if self.interrupted.is_set():
-                upcoming = None
-                for record in client.abandon("interrupted", "the load was stopped"):
-                    self._ended(record)
-        if self.on_progress:
-            self.on_progress(self._done, self.total)
-
     def _send(self, planned: PlannedRequest, planned_s: float, due_s: float, warmup: bool) -> None:
-        config = self.config
+        config, load = self.config, self.load
         record = RequestRecord(
             id=f"{self._run_id}-{'w' if warmup else ''}{planned.index:06d}",
             planned_s=planned_s,
             due_s=due_s,
             prompt_tokens=planned.prompt_tokens,
-            trial=self.trial,
+            trial=load.trial,
             warmup=warmup,
         )
-        self._in_flight[record.id] = planned
         token_ids = config.token_ids and not self.result.token_ids_refused
-        self.client.start(record, plan.request_body(config, self.model, planned, token_ids=token_ids))
+        self._in_flight[record.id] = planned, token_ids
+        self.client.start(record, plan.request_body(config, load.model, planned, token_ids=token_ids))
         # After the sending, which a long prompt's hash would delay.
         record.prompt_sha256 = hashlib.sha256(planned.prompt.encode()).hexdigest()
-        if config.save_prompts or len(planned.prompt) <= SHORT_PROMPT:
+        if config.save_prompts or len(planned.prompt) <= _SHORT_PROMPT:
             record.prompt = planned.prompt
 
     def _ended(self, record: RequestRecord) -> bool:
         """Keep a record; False where its request was sent again because the server does not know return_token_ids."""
-        planned = self._in_flight.pop(record.id)
+        planned, token_ids = self._in_flight.pop(record.id)
         error = record.error
-        if (
-            error
-            and error.kind in ("http_400", "http_422")
-            and "return_token_ids" in error.message
-            and self.config.token_ids
-            and record.id not in self._sent_again
-        ):
+        if token_ids and error and error.kind in ("http_400", "http_422") and "return_token_ids" in error.message:
             self.result.token_ids_refused = True
-            self._sent_again.add(record.id)
             assert record.due_s is not None
             self._send(planned, record.planned_s, record.due_s, record.warmup)
             return False
@@ -218,14 +203,12 @@ class _Load:
             self.on_partial(self.take_result())
         return True
 
-    def _stop_sending(self, now_s: float, begin_s: float, warmup: bool) -> bool:
-        if warmup:
-            return False
-        config = self.config
+    def _stop_sending(self, now_s: float, begin_s: float) -> bool:
+        """Has the load's time passed, or has it held steady for long enough?"""
+        config, client = self.config, self.client
         if config.steady_s is not None and now_s >= self._sample_at_s:
             self._sample_at_s = now_s + _STEADY_SAMPLE_S
-            tokens = self._tokens_ended + self.client.tokens_in_flight()
-            self._samples.append((now_s, tokens, self.client.in_flight))
+            self._samples.append((now_s, self._tokens_ended + client.tokens_in_flight(), client.in_flight))
             start_s = steady_since(self._samples, config.steady_s)
             if start_s is not None:
                 self.result.steady_window = (start_s, now_s)
@@ -256,12 +239,13 @@ def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, toler
 
 
 @contextlib.contextmanager
-def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Iterator[None]:
-    """While inside, the first of these signals calls `stop`; a second one does what it did before. Main thread only."""
+def interruption() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one does what it did before. Main thread only."""
+    interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield interrupted
         return
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -269,12 +253,12 @@ def stopping(numbers: Sequence[signal.Signals], stop: Callable[[], None]) -> Ite
 
     def on_signal(*_: object) -> None:
         restore()
-        stop()
+        interrupted.set()
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, on_signal)
     try:
-        yield
+        yield interrupted
     finally:
         restore()
 
