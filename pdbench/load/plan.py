@@ -15,8 +15,8 @@ import msgspec
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, prompts, traces
-from pdbench.load.tokenizer import Tokenizer, load_tokenizer
+from pdbench.load import arrivals, prompts
+from pdbench.load.prompts import Tokenizer, load_tokenizer
 from pdbench.records import Clock
 
 
@@ -82,13 +82,11 @@ def streams(config: LoadConfig) -> int | None:
 
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
-    bounded_by_time = config.duration_s is not None or config.steady_s is not None
-    rows = traces.read_trace(config.trace) if config.trace else None
+    rows = arrivals.read_trace(config.trace) if config.trace else None
     contents = _trace_contents(config, rows, tokenizer, trial) if rows else _contents(config, tokenizer, f"{trial}")
-    instants: Iterator[float | None] = _instants(config, rows, trial)
-    for index, (arrival_s, content) in enumerate(zip(instants, contents, strict=False)):
-        if not bounded_by_time and index >= config.requests:
-            return
+    planned = zip(_instants(config, rows, trial), contents, strict=False)
+    limit = config.requests if config.duration_s is None and config.steady_s is None else None
+    for index, (arrival_s, content) in enumerate(itertools.islice(planned, limit)):
         if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
             return
         yield PlannedRequest(index, arrival_s, *content)
@@ -115,9 +113,8 @@ def request_body(config: LoadConfig, model: str, request: PlannedRequest, *, tok
     }
     if token_ids:
         body["return_token_ids"] = True
-    fixed_lengths = bool(config.input_tokens or config.trace or config.phase != "both")
-    ignore_eos = config.ignore_eos if config.ignore_eos is not None else fixed_lengths
-    if ignore_eos:
+    ignore_eos = config.ignore_eos
+    if ignore_eos or (ignore_eos is None and (config.input_tokens or config.trace or config.phase != "both")):
         body["ignore_eos"] = True
     return msgspec.json.encode(body | _extra_body(config))
 
@@ -138,7 +135,7 @@ def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
     return tokenizer
 
 
-def _instants(config: LoadConfig, rows: list[traces.TraceRow] | None, trial: int) -> Iterator[float | None]:
+def _instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: int) -> Iterator[float | None]:
     seed = f"{config.seed}/{trial}"
     if rows:
         return (row.arrival_s * config.time_scale for row in rows)
@@ -167,35 +164,36 @@ def _contents(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Ite
         output_tokens = prompts.length(
             config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
         )
-        if config.input_tokens is not None and texts is None:
-            assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
-            tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
-            tokens = min(tokens, config.max_input_tokens or tokens)
-            group = f"{config.seed}/{index % config.prefix_groups}"
-            text = prompts.of_length(tokens, seed, tokenizer, shared=config.shared_prefix, group=group)
-            yield text, tokens, _output_tokens(config, output_tokens)
-            continue
-        if texts is None:
-            text = prompts.built_in(index, f"({part}-{index})")
-        else:
+        tokens: int | None = None
+        if texts is not None:
             text, reply = texts[index % len(texts)]
             if config.reply_lengths and reply and tokenizer:
                 output_tokens = max(1, tokenizer.count(reply))
             if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
                 text = tokenizer.cut(text, config.max_input_tokens)
-        yield text, tokenizer.count(text) if tokenizer else None, _output_tokens(config, output_tokens)
+        elif config.input_tokens is not None:
+            assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
+            tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
+            tokens = min(tokens, config.max_input_tokens or tokens)
+            group = f"{config.seed}/{index % config.prefix_groups}"
+            text = prompts.of_length(tokens, seed, tokenizer, shared=config.shared_prefix, group=group)
+        else:
+            text = prompts.built_in(index, f"({part}-{index})")
+        if tokens is None and tokenizer:
+            tokens = tokenizer.count(text)
+        yield text, tokens, _output_tokens(config, output_tokens)
 
 
 def _trace_contents(
-    config: LoadConfig, rows: list[traces.TraceRow], tokenizer: Tokenizer | None, trial: int
+    config: LoadConfig, rows: list[arrivals.TraceRow], tokenizer: Tokenizer | None, trial: int
 ) -> Iterator[_Content]:
     assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
     for index, row in enumerate(rows):
         seed = f"{config.seed}/{trial}/{index}"
         tokens = min(row.input_tokens, config.max_input_tokens or row.input_tokens)
         if row.block_ids:
-            blocks = row.block_ids[: max(1, math.ceil(tokens / traces.MOONCAKE_BLOCK_TOKENS))]
-            text = prompts.of_blocks(tokens, blocks, traces.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
+            blocks = row.block_ids[: max(1, math.ceil(tokens / arrivals.MOONCAKE_BLOCK_TOKENS))]
+            text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
         else:
             text = prompts.of_length(tokens, seed, tokenizer)
         yield text, tokens, _output_tokens(config, row.output_tokens)

@@ -15,9 +15,80 @@ from statistics import NormalDist
 from typing import Any
 
 from pdbench.errors import UserError
-from pdbench.load.tokenizer import Tokenizer, exact_text
 
-QUESTIONS = 16
+_QUESTIONS = 16
+_HUB_TIMEOUT_S = 5.0
+_FILLERS = (" a", "a", " 1", "1", ".", "\n", " the", "的", "e", "!")
+
+
+class Tokenizer:
+    """Counts as the server does: with the special tokens that the model's tokenizer puts around a prompt."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+
+    def count(self, text: str) -> int:
+        """Number of tokens the server makes of a completion prompt."""
+        return len(self._encoder.encode(text).ids)
+
+    def cut(self, text: str, tokens: int) -> str:
+        """About the first `tokens` tokens of `text`."""
+        return str(self._encoder.decode(self._encoder.encode(text).ids[:tokens], skip_special_tokens=True))
+
+
+def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
+    """The tokenizer of a model folder (tokenizer.json) or hub name; None when there is none to be had.
+
+    With `hub` False only a local folder is looked at.
+    """
+    path = Path(name) / "tokenizer.json"
+    try:
+        import tokenizers
+
+        if not path.is_file():
+            if Path(name).exists() or not hub:
+                return None
+            import huggingface_hub
+
+            try:
+                path = Path(huggingface_hub.hf_hub_download(name, path.name, local_files_only=True))
+            except huggingface_hub.errors.LocalEntryNotFoundError:
+                # A download without a network is tried again for a minute; this question is asked once.
+                url = huggingface_hub.hf_hub_url(name, path.name)
+                huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
+                path = Path(huggingface_hub.hf_hub_download(name, path.name))
+        encoder = tokenizers.Tokenizer.from_file(str(path))
+    except Exception:
+        # The libraries raise bare Exception for everything: a broken file, no network, no such model.
+        return None
+    encoder.no_truncation()
+    encoder.no_padding()
+    return Tokenizer(encoder)
+
+
+def exact_text(sentences: Iterator[str], tokens: int, tokenizer: Tokenizer, start: str = "") -> str:
+    """`start` continued by `sentences` to exactly `tokens` tokens. Raises UserError where the tokenizer allows no such text."""
+    text = start
+    while tokenizer.count(text) < tokens:
+        # Doubling the look-ahead keeps the number of encodings small for very long prompts.
+        missing = tokens - tokenizer.count(text)
+        added = 0
+        while added < missing:
+            sentence = next(sentences)
+            text, added = text + sentence, added + max(1, len(sentence) // 4)
+    text = tokenizer.cut(text, tokens).replace("\N{REPLACEMENT CHARACTER}", "")
+    for _ in range(4 * tokens + 64):
+        count = tokenizer.count(text)
+        if count == tokens:
+            return text
+        if count > tokens:
+            text = text[:-1]
+            continue
+        grown = ((text + filler, tokenizer.count(text + filler)) for filler in _FILLERS)
+        text = next((longer for longer, size in grown if count < size <= tokens), text[:-1])
+        if not text:
+            break
+    raise UserError(f"no text of exactly {tokens} tokens with this tokenizer: ask for more --input-tokens")
 
 
 @functools.cache
@@ -38,7 +109,7 @@ def _sentences() -> tuple[str, ...]:
 
 def built_in(index: int, tag: str) -> str:
     """The built-in question of this index (20 to 100 words or characters), numbered by `tag`."""
-    return f"{tag} {passages()[index % QUESTIONS]}"
+    return f"{tag} {passages()[index % _QUESTIONS]}"
 
 
 def sentences_in_random_order(seed: str) -> Iterator[str]:
@@ -90,7 +161,11 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            pairs += [pair for conversation in json.loads(text) if (pair := _conversation(conversation))]
+            for conversation in json.loads(text):
+                turns = conversation.get("conversations") or conversation.get("conversation") or []
+                # A conversation that does not begin with a person's question is left out.
+                if turns and turns[0].get("from") in ("human", "user") and turns[0].get("value"):
+                    pairs.append((turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None))
         elif path.suffix == ".jsonl":
             for line in text.splitlines():
                 row += 1
@@ -100,7 +175,7 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
         else:
             parts = re.split(r"\n\s*\n", text.strip()) if re.search(r"\n\s*\n", text.strip()) else text.splitlines()
             pairs += [(part.strip(), None) for part in parts if part.strip()]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         where = f"{path}, row {row}" if row else path
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -109,14 +184,6 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
     if not pairs:
         raise UserError(f"--prompt-file {path} holds no prompt")
     return pairs
-
-
-def _conversation(conversation: dict[str, Any]) -> tuple[str, str | None] | None:
-    """The first question and its reply; None for a conversation that does not begin with a person's question."""
-    turns = conversation.get("conversations") or conversation.get("conversation") or []
-    if not turns or turns[0].get("from") not in ("human", "user") or not turns[0].get("value"):
-        return None
-    return turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None
 
 
 @functools.lru_cache(maxsize=4096)

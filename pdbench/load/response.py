@@ -60,8 +60,8 @@ class Response:
         self._texts: list[str] = []
         self._body = self._content_type = b""
         self._chunks = self._status = 0
-        self._begun = self._by_text = self._by_token_ids = self._finished = self._streaming = False
-        self._counts: set[str] = set()
+        self._begun = self._finished = self._streaming = False
+        self._by_token_ids = self._by_usage = self._by_text = False
         self._now_s = 0.0
 
     def feed(self, data: bytes, at_s: float) -> None:
@@ -168,7 +168,28 @@ class Response:
             return
         record, usage, metrics = self.record, chunk.usage, chunk.metrics
         for choice in chunk.choices or ():
-            self._take_choice(choice, usage)
+            text = choice.text
+            if text is None and choice.delta is not None:
+                delta = choice.delta
+                text = (delta.reasoning or delta.reasoning_content or "") + (delta.content or "")
+            if text:
+                self._texts.append(text)
+            count = 0
+            if choice.token_ids is not None:
+                count = len(choice.token_ids)
+                self._by_token_ids = True
+            elif usage is not None and usage.completion_tokens is not None:
+                count = max(0, usage.completion_tokens - len(record.token_s))
+                self._by_usage = True
+            elif text:
+                count = 1
+                self._by_text = True
+            if count:
+                self._chunks += 1
+                record.token_s.extend([self._now_s] * count)
+            if choice.finish_reason:  # some servers say "" until the end
+                record.finish_reason = choice.finish_reason
+                self._finished = True
         if usage is not None:
             record.prompt_tokens = record.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
             record.output_tokens = record.output_tokens if usage.completion_tokens is None else usage.completion_tokens
@@ -178,30 +199,6 @@ class Response:
             if queue_ms is not None and first_token_ms is not None:
                 scheduled_s = record.token_s[0] - first_token_ms / 1e3
                 record.phases["queue"] = (scheduled_s - queue_ms / 1e3, scheduled_s)
-
-    def _take_choice(self, choice: _Choice, usage: _Usage | None) -> None:
-        text, token_s = choice.text, self.record.token_s
-        if text is None and choice.delta is not None:
-            delta = choice.delta
-            text = (delta.reasoning or delta.reasoning_content or "") + (delta.content or "")
-        if text:
-            self._texts.append(text)
-        if choice.token_ids is not None:
-            count = len(choice.token_ids)
-            self._counts.add("token_ids")
-        elif usage is not None and usage.completion_tokens is not None:
-            count = max(0, usage.completion_tokens - len(token_s))
-            self._counts.add("usage")
-        else:
-            count = 1 if text else 0
-            if text:
-                self._counts.add("chunks")
-        if count:
-            self._chunks += 1
-            token_s.extend([self._now_s] * count)
-        if choice.finish_reason:  # some servers say "" until the end
-            self.record.finish_reason = choice.finish_reason
-            self._finished = True
 
     def _end_of_body(self) -> None:
         if self._status != 200:
@@ -224,12 +221,10 @@ class Response:
             record.output_tokens = len(record.token_s)
         record.end_s = at_s
         record.text = "".join(self._texts)
-        if self._by_token_ids:
-            self._counts.add("token_ids")
-        if self._by_text:
-            self._counts.add("chunks")
-        if self._counts:
-            record.counted_by = self._counts.pop() if len(self._counts) == 1 else "mixed"
+        ways = {"token_ids": self._by_token_ids, "usage": self._by_usage, "chunks": self._by_text}
+        used = [way for way, was_used in ways.items() if was_used]
+        if used:
+            record.counted_by = used[0] if len(used) == 1 else "mixed"
         if self._begun and record.stamp is None:
             record.stamp = "kernel"
         if record.sent_s is not None:

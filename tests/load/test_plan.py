@@ -18,10 +18,10 @@ from scipy import stats
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, plan, prompts
+from pdbench.load.arrivals import read_trace
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
-from pdbench.load.tokenizer import Tokenizer, exact_text, load_tokenizer
-from pdbench.load.traces import read_trace
+from pdbench.load.prompts import Tokenizer, exact_text, load_tokenizer
 from pdbench.records import Clock
 from tests.support.servers import ScriptedServer, stream, tokens
 
