@@ -148,7 +148,7 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     edges = {"left": LEFT, "right": 0.975, "top": 1 - 1.2 / height, "bottom": 0.06}
     grid = figure.add_gridspec(-(-len(described.panels) // columns), columns, hspace=0.28, wspace=0.22, **edges)
     figure.text(LEFT, 1 - 0.3 / height, described.title, fontsize=17, fontweight="bold", color=INK, va="top")
-    figure.text(LEFT, 1 - 0.65 / height, described.caption, fontsize=10, color=MUTED, va="top")
+    figure.text(LEFT, 1 - 0.62 / height, fill(described.caption, 11 * int(width)), fontsize=10, color=MUTED, va="top")
     for place, panel in enumerate(described.panels):
         draw_panel(figure.add_subplot(grid[place // columns, place % columns]), panel)
     return figure
@@ -174,7 +174,7 @@ def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names:
         flags += [f"{name}: {found}" if len(names) > 1 else found] if found else []
     if flags:
         words = _("warnings: {0}", "; ".join(flags))
-        row = rows[1] if len(load) + len(words) < 150 else rows[3]
+        row = rows[1] if len(load) + len(words) < 190 else rows[3]
         figure.text(RIGHT, row, words, color=BAD, fontweight="bold", **at_right)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.curves import Curve, DeviceCurve, series
+from pdbench.analysis.energy import ROLE_ORDER
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import charts, tables, text
@@ -326,6 +327,7 @@ def every_request(analysis: RunAnalysis) -> Chart:
 
 def monitored(devices: Sequence[DeviceRecord], title: str) -> Chart:
     """Devices alone: power with utilisation behind, clocks, temperature, power against utilisation; those that were measured."""
+    devices = sorted(devices, key=lambda device: ROLE_ORDER.get(device.role or "", 2))
     gpus = [device for device in devices if device.kind == "gpu"]
 
     def lines(field: str, among: Sequence[DeviceRecord] = devices, **look: Any) -> list[Series]:

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def flags(self) -> list[str]:
-        return [flag.name for flag in self.run.flags]
+        return list(dict.fromkeys(flag.name for flag in self.run.flags))
 
 
 def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:
