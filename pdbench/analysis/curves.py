@@ -10,7 +10,15 @@ from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, union,
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
-FIELDS = ("power_w", "cpu_utilization_pct", "sm_clock_mhz", "memory_clock_mhz", "cpu_clock_mhz", "temperature_c")
+FIELDS = (
+    "power_w",
+    "gpu_utilization_pct",
+    "cpu_utilization_pct",
+    "sm_clock_mhz",
+    "memory_clock_mhz",
+    "cpu_clock_mhz",
+    "temperature_c",
+)
 SHARES = np.concatenate([np.linspace(0, 0.98, 120), np.linspace(0.981, 1, 60)])
 CURVE_POINTS, BINS, SPANS, GAPS = 1000, 160, 3000, 10_000
 MARGIN_S, APART_S, GAP_SHARE = 1.0, 5.0, 0.02

@@ -18,7 +18,7 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError
-from pdbench.records import DeviceRecord, DeviceSample, Run, load_devices, save_run, write_whole
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, save_run, write_whole
 from pdbench.report import tables, text
 from pdbench.report.text import translate as _
 
@@ -47,15 +47,13 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         _say(console, f"results: {folder}/")
         analyses.append(analysis)
     if len(analyses) > 1:
-        names, comparisons = names_of(analyses, [*runs]), _comparisons(analyses, names_of(analyses, [*runs]))
+        rows = list(map(tables.requests_csv, analyses))
+        comparisons, files = _write_report(analyses, [*runs], rows, out / "report", None, drawn)
         for compared in comparisons:
             _show(console, tables.terminal(tables.comparison(compared)), *tables.mismatches(compared))
-        picture = mpl.picture(mpl.comparison, analyses, names, comparisons)
-        write_whole(out / COMPARISON, picture)
+        write_whole(out / COMPARISON, files[COMPARISON])
         _say(console, f"picture: {out / COMPARISON}")
-        pictures = dict(zip(_picture_files(names), drawn, strict=True)) | {COMPARISON: picture}
-        rows = list(map(tables.requests_csv, analyses))
-        _write_report(analyses, names, comparisons, rows, pictures, out / "report", None, console)
+        _say(console, f"report: {out / 'report' / 'report.html'}")
     return analyses
 
 
@@ -112,17 +110,11 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Con
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
             loaded = list(pool.map(_load, folders))
     analyses, rows = zip(*loaded, strict=True)
-    names = names_of(analyses, folders)
-    comparisons, pictures = _comparisons(analyses, names), {}
     if len(folders) <= PICTURES:
-        from pdbench.report import mpl  # matplotlib is most of the start-up
-
         _say_when_english(console)
-        for name, file, analysis in zip(names, _picture_files(names), analyses, strict=True):
-            pictures[file] = mpl.picture(mpl.performance_analysis, analysis, name)
-        if len(folders) > 1:
-            pictures[COMPARISON] = mpl.picture(mpl.comparison, analyses, names, comparisons)
-    _write_report(analyses, names, comparisons, rows, pictures, out, sort_by, console)
+    _comparisons, files = _write_report(analyses, folders, rows, out, sort_by, [])
+    _say(console, _("report: {0}", out / "report.html"))
+    _say(console, _("beside it: {0}", ", ".join([*files][1:])))
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:
@@ -131,42 +123,55 @@ def _load(folder: Path) -> tuple[RunAnalysis, str]:
 
 
 def _write_report(
-    analyses: Sequence[RunAnalysis],
-    names: Sequence[str],
-    comparisons: Sequence[Comparison],
+    runs: Sequence[RunAnalysis],
+    folders: Sequence[Path],
     rows: Sequence[str],
-    pictures: Mapping[str, bytes],
     out: Path,
     sort_by: str | None,
-    console: Console,
-) -> None:
+    drawn: list[bytes],
+) -> tuple[list[Comparison], dict[str, bytes]]:
+    """Write all files about `runs` into `out`; returns the first run's comparisons with the next eight, and the files.
+
+    `rows` are theirs of requests.csv, `drawn` their pictures where those are there already; more than four runs have none.
+    """
     from pdbench.report.page import page
 
-    side_by_side = tables.side_by_side(analyses, names, sort_by)
+    names = names_of(runs, folders)
+    others = [*zip(runs, names, strict=True)][1:9]
+    comparisons = [compare(runs[0], run, anyway=True, names=(names[0], name)) for run, name in others]
+    side_by_side = tables.side_by_side(runs, names, sort_by)
     files = {
-        "report.html": page(analyses, names, comparisons, side_by_side).encode(),
-        "report.md": _markdown(analyses, names, comparisons, side_by_side).encode(),
+        "report.html": page(runs, names, comparisons, side_by_side).encode(),
+        "report.md": _markdown(runs, names, comparisons, side_by_side).encode(),
         "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
-        **pictures,
     }
+    if len(runs) <= PICTURES:
+        from pdbench.report import mpl  # matplotlib is most of the start-up
+
+        pairs = zip(runs, names, strict=True)
+        drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for run, name in pairs]
+        # A name comes from a results file, which may be somebody else's.
+        safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
+        files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(safe, drawn, strict=True)}
+        if len(runs) > 1:
+            files[COMPARISON] = mpl.picture(mpl.comparison, runs, names, comparisons)
     for name, data in files.items():
         write_whole(out / name, data)
-    _say(console, _("report: {0}", out / "report.html"))
-    _say(console, _("beside it: {0}", ", ".join([*files][1:])))
+    return comparisons, files
 
 
 def _markdown(
-    analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
+    runs: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
 ) -> str:
-    parts = [f"# {text.against(names)}", text.loads(analyses, names), text.machines(analyses, names)]
-    parts += [line for _result, line in text.gates(analyses, names)]
-    runs = zip(names, analyses, strict=True)
-    lines = [f"- **{name}, {flag}**: {detail}" for name, run in runs for flag, detail in text.warnings(run)]
+    parts = [f"# {text.against(names)}", text.loads(runs, names), text.machines(runs, names)]
+    parts += [line for _result, line in text.gates(runs, names)]
+    pairs = zip(names, runs, strict=True)
+    lines = [f"- **{name}, {flag}**: {detail}" for name, run in pairs for flag, detail in text.warnings(run)]
     parts.append("\n".join(lines))
     for compared in comparisons:
         parts.append(tables.markdown(tables.comparison(compared)))
-        parts.append("\n".join(f"- **{_('differs: ')}**{text.mismatch(found)}" for found in compared.mismatches))
-    parts += map(tables.markdown, [side_by_side, *tables.energy(analyses, names)])
+        parts.append("\n".join(f"- **{_('differs: ')}**{_(str(found))}" for found in compared.mismatches))
+    parts += map(tables.markdown, [side_by_side, *tables.energy(runs, names)])
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -180,18 +185,6 @@ def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[s
     return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _picture_files(names: Sequence[str]) -> list[str]:
-    # A name comes from a results file, which may be somebody else's.
-    safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
-    return [f"{name}_performance_analysis.png" for name in safe[:PICTURES]]
-
-
-def _comparisons(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Comparison]:
-    """The first run with each of the next eight."""
-    runs = [*zip(analyses, names, strict=True)][1:9]
-    return [compare(analyses[0], analysis, anyway=True, names=(names[0], name)) for analysis, name in runs]
-
-
 def plot(source: Path, picture: Path | None, console: Console) -> None:
     """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
     from pdbench.report import mpl, run_charts
@@ -199,9 +192,12 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     devices = [device for device in read_devices(source) if device.samples]
     if not devices:
         raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
+    if any(source.glob("*_results.json")):
+        analysis = load_analysis(source)
+    else:
+        analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
-    chart = run_charts.monitored(devices, _("Devices of {0}", source.name))
-    write_whole(picture, mpl.picture(mpl.chart, chart, 15, 10))
+    write_whole(picture, mpl.picture(mpl.chart, run_charts.monitored(analysis, devices), 15, 10))
     _say(console, f"drawn: {picture}")
 
 

@@ -95,7 +95,7 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     figure = Figure(figsize=(16, 15))
     ratios = {"height_ratios": (4.7, 2.7, 2.8), "hspace": 0.24}
     rows = figure.add_gridspec(3, 1, left=LEFT, right=RIGHT, top=0.905, bottom=0.04, **ratios)
-    _heading(figure, _("{0}: performance and power", name), [analysis], [name], text.power_missing(analysis))
+    _heading(figure, _("{0}: performance and power", name), [analysis], [name])
     cells = GridSpecFromSubplotSpec(2, 1, rows[0], height_ratios=(1.8, 1), hspace=0.22)
     for place, panel in enumerate(run_charts.device_curves(analysis, name).panels[:2]):
         draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == 1)
@@ -126,8 +126,7 @@ def comparison(analyses: Sequence[RunAnalysis], names: Sequence[str], comparison
     figure = Figure(figsize=(16, height))
     edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.38 / height, "bottom": 0.055}
     rows = figure.add_gridspec(len(ratios), 12, hspace=0.32, wspace=1.0, height_ratios=ratios, **edges)
-    notes = dict.fromkeys(filter(None, map(text.energy_missing, analyses)))
-    _heading(figure, text.against(names), analyses, names, "; ".join(notes))
+    _heading(figure, text.against(names), analyses, names)
     if len(comparisons) == 1:
         cells = GridSpecFromSubplotSpec(1, 3, rows[0, :], width_ratios=WIDTHS, wspace=0)
         draw_panel(figure.add_subplot(cells[1]), run_charts.verdicts(comparisons[0]).panels[0])
@@ -154,12 +153,11 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     return figure
 
 
-def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names: Sequence[str], note: str) -> None:
+def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names: Sequence[str]) -> None:
     """Title, load and machine; at the right the result of the correctness check, a note and the names of flags."""
     rows = [1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84, 1.04)]
     figure.text(LEFT, rows[0], title, fontsize=19, fontweight="bold", color=INK, va="top")
-    counts = [text.counts(analysis) for analysis in analyses if len(analyses) == 1]
-    load = " · ".join([text.loads(analyses, names), *counts])
+    load, note = text.loads(analyses, names), dict.fromkeys(filter(None, map(text.energy_missing, analyses)))
     figure.text(LEFT, rows[1], load, fontsize=11, color=INK, va="top")
     figure.text(LEFT, rows[2], text.machines(analyses, names), fontsize=10, color=MUTED, va="top")
     at_right: dict[str, Any] = {"fontsize": 11, "ha": "right", "va": "top"}
@@ -167,7 +165,7 @@ def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names:
     if gates:
         words = _("Correctness check passed") if all(gates) else _("CORRECTNESS CHECK FAILED")
         figure.text(RIGHT, rows[0], words, color=GOOD if all(gates) else BAD, fontweight="bold", **at_right)
-    figure.text(RIGHT, rows[2], note, color=MUTED, **at_right | {"fontsize": 10})
+    figure.text(RIGHT, rows[2], "; ".join(note), color=MUTED, **at_right | {"fontsize": 10})
     flags = []
     for name, analysis in zip(names, analyses, strict=True):
         found = ", ".join(dict.fromkeys(flag.name for flag in analysis.flags))

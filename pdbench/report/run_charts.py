@@ -1,13 +1,13 @@
 """The charts of runs and of devices; several runs share a chart, each with its colour."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pdbench.analysis.compare import Comparison
-from pdbench.analysis.curves import Curve, DeviceCurve, series
-from pdbench.analysis.energy import ROLE_ORDER
+from pdbench.analysis.curves import DeviceCurve
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import charts, tables, text
@@ -32,13 +32,12 @@ FEW_GAPS = 2000
 
 def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     """Share of values at or below each latency, with p50, p90 and p99 marked; logarithmic where they span a decade."""
-    titles = {
-        "ttft": _("Time to first token"),
-        "tbt": _("Time between tokens, every gap"),
-        "e2e": _("The whole request"),
-    }
     panels = []
-    for key, title in titles.items():
+    for key, title in zip(
+        ("ttft", "tbt", "e2e"),
+        ("Time to first token", "Time between tokens, every gap", "The whole request"),
+        strict=True,
+    ):
         drawn, curves = [], [analysis.curves.quantiles[key] for analysis in analyses]
         for number, (analysis, curve, shade) in enumerate(zip(analyses, curves, _shades(analyses), strict=True)):
             spread = getattr(analysis.summary, f"{key}_ms")
@@ -49,21 +48,10 @@ def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str])
         x = np.sort(np.concatenate([curve.x for curve in curves] or [np.array([])]))
         x = x[x > 0] if len(x) and x[-1] > 0 else np.array([1.0])
         low, high = x[int(0.01 * (len(x) - 1))], x[int(0.99 * (len(x) - 1))]
-        log = bool(high > 8 * low)
-        panels.append(
-            Panel(
-                title=title,
-                series=drawn,
-                x=Axis(
-                    label=text.label(f"{key}_ms"),
-                    log=log,
-                    low=0.8 * float(low) if log else 0.0,
-                    high=1.05 * float(x[-1]),
-                ),
-                y=Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"])),
-                not_measured=_("no request succeeded"),
-            )
-        )
+        log, right = bool(high > 8 * low), 1.05 * float(x[-1])
+        across = Axis(label=text.label(f"{key}_ms"), log=log, low=0.8 * float(low) if log else 0.0, high=right)
+        up = Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"]))
+        panels.append(Panel(title=_(title), series=drawn, x=across, y=up, not_measured=_("no request succeeded")))
     caption = _("Share of values at or below each time: a curve further left is faster. Click a name to hide it.")
     return Chart(key="distributions", title=_("Latency distributions"), panels=panels, caption=caption)
 
@@ -149,24 +137,22 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     )
     if curves.spans is None or len(curves.spans.row) > most_boxes:
         caption = _("Device curves with the number of requests in flight behind (grey), warm-up included.")
-    missing = text.power_missing(analysis)
-    caption += f" ({missing})" if missing else ""
+    if "power_w" in curves.not_measured:
+        caption += " " + _("(power not measured: {0})", _(curves.not_measured["power_w"]))
     return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, shared_x=True)
 
 
-def _device_lines(curves: Sequence[DeviceCurve], field: str, **look: Any) -> list[Series]:
+def _device_lines(curves: Sequence[DeviceCurve], field: str) -> list[Series]:
     """A line per device; the id is in its name where devices share a role. Memory clocks are dashed."""
     roles = [curve.role or curve.kind for curve in curves]
     lines = []
     for number, (curve, role) in enumerate(zip(curves, roles, strict=True)):
         name = role if curve.role and roles.count(role) == 1 else f"{role} ({curve.device})"
-        style: dict[str, Any] = {
-            "dash": dash(len(charts.SPARE) * roles[:number].count(role)),
-            "shade": SHADES.get(role, charts.SPARE[number % 7]),
-        }
+        style, width = dash(len(charts.SPARE) * roles[:number].count(role)), 1.5
         if field == "memory_clock_mhz":
-            name, style = _("{0}, memory", name), style | {"dash": "dash", "width": 1.0}
-        lines.append(Series(**{"name": name, "x": curve.curve.x, "y": curve.curve.y} | style | look))
+            name, style, width = _("{0}, memory", name), "dash", 1.0
+        shade = SHADES.get(role, charts.SPARE[number % len(charts.SPARE)])
+        lines.append(Series(name=name, x=curve.curve.x, y=curve.curve.y, shade=shade, dash=style, width=width))
     return lines
 
 
@@ -325,62 +311,32 @@ def every_request(analysis: RunAnalysis) -> Chart:
     return Chart(key="requests", title=_("Every request"), panels=panels)
 
 
-def monitored(devices: Sequence[DeviceRecord], title: str) -> Chart:
-    """Devices alone: power with utilisation behind, clocks, temperature, power against utilisation; those that were measured."""
-    devices = sorted(devices, key=lambda device: ROLE_ORDER.get(device.role or "", 2))
-    gpus = [device for device in devices if device.kind == "gpu"]
-
-    def lines(field: str, among: Sequence[DeviceRecord] = devices, **look: Any) -> list[Series]:
-        curves = []
-        for device in among:
-            x, y = series(device, field)
-            if len(x):
-                holes = np.flatnonzero(np.diff(x) > 10 * np.median(np.diff(x)) + 1.0) + 1
-                curve = Curve(np.insert(x, holes, np.nan), np.insert(y, holes, np.nan))
-                curves.append(
-                    DeviceCurve(device=device.id, kind=device.kind, name=device.name, role=device.role, curve=curve)
-                )
-        return _device_lines(curves, field, **look)
-
-    # Beside GPUs the host's CPU use would be the larger surface and say less.
-    used, among = ("gpu_utilization_pct", gpus) if gpus else ("cpu_utilization_pct", devices)
-    filled, power = lines(used, among, name="", kind="area", opacity=0.16, behind=True), lines("power_w", width=1.1)
-    clocks = [line for field in ("sm_clock_mhz", "memory_clock_mhz", "cpu_clock_mhz") for line in lines(field)]
+def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
+    """Devices alone: power, clocks, temperature, utilisation, and power against utilisation; those that were measured."""
+    chart = device_curves(analysis, analysis.name)
+    panels, use = chart.drawable, Axis(label=text.label("gpu_utilization_pct"), low=0)
+    lines = _device_lines(analysis.curves.devices.get("gpu_utilization_pct", []), "")
+    panels.append(replace(panels[0], title=_("Utilisation"), series=lines, y=use))
     points = []
-    for device, shade in zip(gpus, shades([device.role or device.id for device in gpus]), strict=True):
+    for device in devices:
         # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.
         watts = [s.power_w if s.power_average_w is None else s.power_average_w for s in device.samples]
         pairs = [(s.gpu_utilization_pct, w) for s, w in zip(device.samples, watts, strict=True)]
         x, y = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2).T
-        name = f"{device.role} ({device.id})" if device.role else device.id
-        points += [Series(kind="points", name=name, x=x, y=y, shade=shade, opacity=0.45, size=3.7)] if len(x) else []
-    seconds, use, watt = (
-        Axis(label=_("seconds")),
-        Axis(label=text.label(used), low=0),
-        Axis(label=text.label("power_w"), low=0),
-    )
-    main = Panel(title=_("Utilisation"), series=lines(used, among), x=seconds, y=use)
-    if power:
-        main = Panel(
-            title=_("Power, with utilisation behind it"), series=[*filled, *power], x=seconds, y=watt, behind=use
-        )
-    panels = [
-        main,
-        Panel(title=_("Clocks"), series=clocks, x=seconds, y=Axis(label=_("clock, MHz"), low=0)),
-        Panel(
-            title=_("Temperature"), series=lines("temperature_c"), x=seconds, y=Axis(label=text.label("temperature_c"))
-        ),
-        Panel(title=_("Power against utilisation"), series=points, x=use, y=watt),
-    ]
-    parts = [" · ".join(dict.fromkeys(_(device.name) for device in devices))]
+        look: dict[str, Any] = {"name": device.role or device.id, "shade": SHADES.get(device.role or "", charts.BLUE)}
+        points += [Series(kind="points", x=x, y=y, opacity=0.45, size=3.7, **look)] if len(x) else []
+    power = Axis(label=text.label("power_w"), low=0)
+    panels.append(Panel(title=_("Power against utilisation"), series=points, x=use, y=power))
+    parts = list(dict.fromkeys(_(device.name) for device in devices))
     for key, words in (("p50_ms", "samples every {0} ms"), ("fine_interval_ms", "power curve every {0} ms")):
         known = [value for device in devices if (value := device.sampling.get(key)) is not None]
         parts += [_(words, f"{np.median(known):.0f}")] if known else []
-    for field, drawn in (("power_w", power), ("temperature_c", panels[2].series)):
-        why = dict.fromkeys(_(device.not_measured.get(field, "this device has none")) for device in devices)
-        parts += [] if drawn else [_("{0} not measured: {1}", text.title(field), "; ".join(why))]
-    shown = [panel for panel in panels if panel.series]
-    return Chart(key="monitor", title=title, panels=shown, caption=" · ".join(parts))
+    missing = analysis.curves.not_measured
+    parts += [
+        _("{0} not measured: {1}", text.title(f), _(missing[f])) for f in ("power_w", "temperature_c") if f in missing
+    ]
+    title = _("Devices of {0}", analysis.name)
+    return Chart(key="monitor", title=title, panels=[p for p in panels if p.series], caption=" · ".join(parts))
 
 
 def _shades(analyses: Sequence[RunAnalysis]) -> list[str]:

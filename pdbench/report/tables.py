@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import msgspec
 import numpy as np
@@ -57,19 +58,7 @@ class Table:
     @property
     def cells(self) -> list[list[str]]:
         """The rows as text."""
-        return [
-            [
-                self.missing
-                if v is None
-                else v
-                if isinstance(v, str)
-                else f"{v:,}"
-                if isinstance(v, int)
-                else text.number(v)
-                for v in row
-            ]
-            for row in self.rows
-        ]
+        return [[text.number(value, self.missing) for value in row] for row in self.rows]
 
 
 def terminal(table: Table) -> Group:
@@ -150,13 +139,10 @@ def _figures(spread: Spread | Range | None, *names: str) -> list[Value]:
 def run_summary(analysis: RunAnalysis) -> list[Table]:
     """One run for the terminal: times and counts, energy, devices."""
     requests, known = analysis.summary.requests, times(analysis)
-    counts = {_("requests succeeded / sent"): f"{requests.succeeded} / {requests.sent}"}
-    counts |= {
-        text.label(metric): text.number(text.value(analysis, metric))
-        for metric in ("output_tokens_per_s", "merged_pct")
-    }
-    if (text.value(analysis, "merged_pct") or 0.0) < MERGED_PCT:
-        counts.pop(text.label("merged_pct"))
+    counts: dict[str, Value] = {_("requests succeeded / sent"): f"{requests.succeeded} / {requests.sent}"}
+    counts[text.label("output_tokens_per_s")] = text.value(analysis, "output_tokens_per_s")
+    if (merged_pct := text.value(analysis, "merged_pct") or 0.0) >= MERGED_PCT:
+        counts[text.label("merged_pct")] = merged_pct
     rows = [*known.rows, *([name, value, "", "", ""] for name, value in counts.items())]
     title = f"{analysis.name}: {text.loads([analysis], [analysis.name])}"
     first = replace(known, title=title, header=[_("milliseconds"), *known.header[1:]], rows=rows)
@@ -165,11 +151,14 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
 
 def windows(analysis: RunAnalysis) -> Table:
     """Throughput, energy per token, and each device's power or use over the measured windows."""
-    always = ("output_tokens_per_s", "requests_per_s")
-    measured = [
-        metric for metric in (*always, *ENERGY[:3]) if metric in always or text.value(analysis, metric) is not None
+    figures = {
+        metric: text.value(analysis, metric) for metric in ("output_tokens_per_s", "requests_per_s", *ENERGY[:3])
+    }
+    rows: list[list[Value]] = [
+        [text.label(metric), value, "", "", ""]
+        for metric, value in figures.items()
+        if value is not None or metric not in ENERGY
     ]
-    rows: list[list[Value]] = [[text.label(metric), text.value(analysis, metric), "", "", ""] for metric in measured]
     for name, device in list(analysis.summary.devices.items())[:5]:
         shown = ("power_w", "gpu_utilization_pct", "cpu_utilization_pct")
         field = next((key for key in shown if key in device.readings), "cpu_utilization_pct")
@@ -214,15 +203,11 @@ def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str], sort_by:
     """A row per run, best first by `sort_by` (of `SIDE_BY_SIDE`), those without it last."""
     if sort_by is not None and sort_by not in SIDE_BY_SIDE:
         raise UserError(f"--sort-by {sort_by}: choose from {', '.join(SIDE_BY_SIDE)}", exit_code=2)
-    order = list(range(len(names)))
+    runs = list(zip(names, analyses, strict=True))
     if sort_by is not None:
         sign = 1 if sort_by.endswith("_ms") or sort_by == "j_per_output_token" else -1
-        figures = [text.value(analysis, sort_by) for analysis in analyses]
-        order.sort(key=lambda place: (figures[place] is None, sign * (figures[place] or 0.0)))
-    rows = [
-        [names[place], text.model(analyses[place]), *(text.value(analyses[place], metric) for metric in SIDE_BY_SIDE)]
-        for place in order
-    ]
+        runs.sort(key=lambda run: sign * (text.value(run[1], sort_by) or sign * inf))
+    rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in runs]
     header = [_("run"), _("model"), *map(text.label, SIDE_BY_SIDE)]
     return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1))
 
@@ -230,39 +215,29 @@ def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str], sort_by:
 def energy(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Table]:
     """Each role's joules, then what a token, a request and a joule came to; one line where nothing was measured."""
     runs = dict(zip(names, (analysis.summary.energy for analysis in analyses), strict=True))
-    missing = {name: _(run.not_measured) for name, run in runs.items() if run.not_measured}
-    alike = len(set(missing.values())) == 1 and len(missing) == len(runs)
-    why = _(
-        "not measured: {0}",
-        "; ".join(
-            missing[name] if alike else f"{name}: {missing[name]}" for name in list(missing)[: 1 if alike else None]
-        ),
-    )
-    if len(missing) == len(runs):
-        return [Table(title=_("Energy"), note=why)]
+    missing: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if run.not_measured:
+            missing.setdefault(_(run.not_measured), []).append(name)
+    why = [reason if len(of) == len(runs) else f"{', '.join(of)}: {reason}" for reason, of in missing.items()]
+    notes = [_("not measured: {0}", "; ".join(why))] if why else []
+    if all(run.not_measured for run in runs.values()):
+        return [Table(title=_("Energy"), note=notes[0])]
     rows: list[list[Value]] = []
     for name, run in runs.items():
         for role, used in run.roles.items():
-            parts = energy_parts(used)
+            parts = [energy_parts(used).get(part, "") for part in ("active_j", "idle_j", "waiting_j")]
             waited = "" if used.waiting_s is None else f"{text.number(used.waiting_s)} / {text.number(used.window_s)}"
             label = role if role == name or len(names) == 1 else f"{name}, {role}"
-            rows.append(
-                [label, used.total_j, *(parts.get(part, "") for part in ("active_j", "idle_j", "waiting_j")), waited]
-            )
+            rows.append([label, used.total_j, *parts, waited])
     header = [_("role"), _("total, J"), _("active"), _("idle draw"), _("waiting"), _("waited, s")]
-    figures = {metric: [text.value(analysis, metric) for analysis in analyses] for metric in ENERGY}
-    split = dict.fromkeys(_(run.not_split) for run in runs.values() if run.not_split and not run.not_measured)
+    figures = [[text.label(metric), *(text.value(analysis, metric) for analysis in analyses)] for metric in ENERGY]
+    measured = [row for row in figures if any(value is not None for value in row[1:])]
+    notes += dict.fromkeys(_(run.not_split) for run in runs.values() if run.not_split and not run.not_measured)
+    cost, unknown = _("Energy: what a token and a request cost"), _("not measured")
     return [
         Table(title=_("Energy by role, J in the measured windows"), header=header, rows=rows),
-        Table(
-            title=_("Energy: what a token and a request cost"),
-            header=["", *names],
-            rows=[
-                [text.label(metric), *row] for metric, row in figures.items() if any(value is not None for value in row)
-            ],
-            note="; ".join([*([why] if missing else []), *split]),
-            missing=_("not measured"),
-        ),
+        Table(title=cost, header=["", *names], rows=measured, note="; ".join(notes), missing=unknown),
     ]
 
 
@@ -308,6 +283,6 @@ def warnings(name: str, analysis: RunAnalysis) -> list[Text]:
 def mismatches(compared: Comparison) -> list[Text]:
     """One line per thing that is not the same in both runs; red where figures may not be compared across it."""
     return [
-        Text.assemble((_("differs: "), "bold red" if found.refused else "yellow"), text.mismatch(found))
+        Text.assemble((_("differs: "), "bold red" if found.refused else "yellow"), _(str(found)))
         for found in compared.mismatches
     ]

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference, Mismatch
+from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.thresholds import ThresholdResult
 
@@ -72,23 +72,11 @@ def language(name: str) -> Iterator[None]:
 
 
 @cache
-def catalogue() -> dict[str, str]:
-    """English text -> Chinese."""
-    return _entries("texts")
-
-
-@cache
-def _patterns() -> list[tuple[re.Pattern[str], str]]:
-    """Texts that runs are saved with (flags, reasons, device names), whose {0}, {1} were filled in then."""
-    return [
-        (re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(key))), chinese)
-        for key, chinese in _entries("saved").items()
-    ]
-
-
-def _entries(section: str) -> dict[str, str]:
-    entries: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
-    return entries[section]
+def catalogue() -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]]]:
+    """English -> Chinese: texts of this package, and patterns of those that runs are saved with (flags, reasons, names)."""
+    entries = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
+    saved = {re.sub(r"\\{\d\\}", "(.+?)", re.escape(key)): chinese for key, chinese in entries["saved"].items()}
+    return entries["texts"], [(re.compile(pattern), chinese) for pattern, chinese in saved.items()]
 
 
 def translate(english: str, *values: object) -> str:
@@ -97,7 +85,7 @@ def translate(english: str, *values: object) -> str:
     A text that a run was saved with may be several, with semicolons between.
     """
     if LANGUAGE.get() == "zh":
-        chinese = catalogue().get(english)
+        chinese = catalogue()[0].get(english)
         if chinese is None and not values:
             return _translate_saved(english)
         english = chinese or english
@@ -106,7 +94,7 @@ def translate(english: str, *values: object) -> str:
 
 @cache
 def _translate_saved(english: str) -> str:
-    for pattern, chinese in _patterns():
+    for pattern, chinese in catalogue()[1]:
         if match := pattern.fullmatch(english):
             return chinese.format(*map(translate, match.groups()))
     parts = english.split("; ")
@@ -116,12 +104,14 @@ def _translate_saved(english: str) -> str:
 _ = translate
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, thousands apart; an en dash for what was not measured."""
+def number(value: str | float | None, missing: str = "–") -> str:
+    """Three significant digits, thousands apart (of a whole number all); `missing` for what was not measured."""
+    if isinstance(value, str):
+        return value
     if value is None or not isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
+        return missing
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
     if abs(value) < 0.001:
         return f"{value:.1g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
@@ -173,8 +163,13 @@ def shared(parts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
 
 
 def loads(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
-    """Model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`."""
-    return shared([_load(analysis) for analysis in analyses], names)
+    """Model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`; of one run how many requests, too."""
+    counts = []
+    for analysis in analyses[:1] if len(analyses) == 1 else ():
+        requests, trials = analysis.summary.requests, analysis.summary.trials
+        words = "{0} requests in 1 trial, {2} failed" if trials == 1 else "{0} requests in {1} trials, {2} failed"
+        counts.append(_(words, requests.sent, trials, requests.failed))
+    return " · ".join([shared(list(map(_load, analyses)), names), *counts])
 
 
 def _load(analysis: RunAnalysis) -> list[str]:
@@ -220,12 +215,6 @@ def machines(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
     return shared(parts, names)
 
 
-def counts(analysis: RunAnalysis) -> str:
-    requests, trials = analysis.summary.requests, analysis.summary.trials
-    words = "{0} requests in 1 trial, {2} failed" if trials == 1 else "{0} requests in {1} trials, {2} failed"
-    return _(words, requests.sent, trials, requests.failed)
-
-
 def gates(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[tuple[str, str]]:
     """(better or worse, result of the correctness check with its detail) of the first four runs that had one."""
     lines = []
@@ -250,25 +239,10 @@ def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
     return lines
 
 
-def power_missing(analysis: RunAnalysis) -> str:
-    """Why there is no power curve; empty when there is one."""
-    reason = analysis.curves.not_measured.get("power_w")
-    return "" if reason is None else _("power not measured: {0}", _(reason))
-
-
 def energy_missing(analysis: RunAnalysis) -> str:
     """Why energy was not measured; empty when it was."""
     reason = analysis.summary.energy.not_measured
-    return "" if reason is None else _("power and energy not measured: {0}", _(reason))
-
-
-def mismatch(found: Mismatch) -> str:
-    """`host: vm against other-host`."""
-    values = [
-        _("none") if value in (None, []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for value in (found.a, found.b)
-    ]
-    return _("{0}: {1} against {2}", _(found.what), *values)
+    return "" if reason is None else _("energy not measured: {0}", _(reason))
 
 
 def values(line: Difference) -> str:
