@@ -1,7 +1,6 @@
 """The charts of runs and of devices; several runs share a chart, each with its colour."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,19 +106,19 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
     x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
     rows = [
-        (_("Power of each device, requests behind (darker until the first token)"), ["power_w"], 3.0),
+        (_("Power of each device"), ["power_w"], 3.0),
         (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"], 1.5),
         (_("Temperature"), ["temperature_c"], 1.5),
     ]
     if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
-        title = _("CPU use of each role's processes, requests behind (darker until the first token)")
-        rows[0] = (title, ["cpu_utilization_pct"], 3.0)
+        rows[0] = (_("CPU use of each role's processes"), ["cpu_utilization_pct"], 3.0)
     if "sm_clock_mhz" not in curves.devices:
         rows[1] = (_("CPU clock"), ["cpu_clock_mhz"], 1.5)
     panels: list[Panel] = []
     for title, fields, height in rows:
         lines = [line for field in fields for line in _device_lines(curves.devices.get(field, []), field)]
         behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
+        title = _("{0}, requests behind (darker until the first token)", title) if behind else title
         top = max((float(np.nanmax(line.y)) for line in lines), default=0.0) * 1.15 or 1.0
         panels.append(
             Panel(
@@ -316,7 +315,7 @@ def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
     chart = device_curves(analysis, analysis.name)
     panels, use = chart.drawable, Axis(label=text.label("gpu_utilization_pct"), low=0)
     lines = _device_lines(analysis.curves.devices.get("gpu_utilization_pct", []), "")
-    panels.append(replace(panels[0], title=_("Utilisation"), series=lines, y=use))
+    panels.append(Panel(title=_("Utilisation"), series=lines, x=panels[0].x, y=use, pauses=panels[0].pauses))
     points = []
     for device in devices:
         # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.
