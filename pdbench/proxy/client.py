@@ -1,22 +1,26 @@
 """One client's connection: reads its requests within limits, serves them one after another, and writes the answers.
 
 HTTP is written by hand here, in messages.py and in upstream.py (httptools parses it): a proxy's cost is its work per
-token, which is one read and one write here. On an HTTP framework a token costs three times as much
-(docs/results/proxy.md).
+token, one read and one write. On an HTTP framework a token costs three times as much (docs/results/proxy.md).
 """
 
 import asyncio
 import contextlib
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import httptools
 
+from pdbench.config import ProxyConfig
 from pdbench.proxy import messages
 from pdbench.proxy.messages import ClientRequest, Headers, RequestError
+from pdbench.proxy.upstream import UpstreamRequest
 
 METHODS = (b"GET", b"POST", b"DELETE")
 MAX_HEADERS = 128
@@ -24,45 +28,32 @@ MAX_PIPELINED = 16
 # How long a refused client may go on sending: closing a socket that has unread bytes resets it, and the client may then
 # lose the answer.
 LINGER_S = 2.0
+MAX_HELD_BYTES = 16 * 2**20
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients may do: connections, bytes of a head and of a body, seconds between requests and for sending one."""
-
-    connections: int
-    head_bytes: int
-    body_bytes: int
-    idle_s: float
-    request_s: float
-
-
+@dataclass(eq=False)
 class ClientConnection(asyncio.Protocol):
-    """`handle` answers a request, `methods_of` gives a path's methods, `connections` are all open connections."""
+    """`handle` answers a request, `connections` are all open connections of this worker."""
 
-    transport: asyncio.Transport
+    handle: Callable[[ClientRequest, "ClientConnection"], Coroutine[Any, Any, None]]
+    config: ProxyConfig
+    connections: "set[ClientConnection]"
+    transport: asyncio.Transport = field(init=False)
+    request: ClientRequest | None = None
+    decode: UpstreamRequest | None = None
+    """Whose events are passed on."""
+    last_request: bool = False
+    _waiting: deque[ClientRequest] = field(default_factory=deque)
+    _task: asyncio.Task[None] | None = None
+    _paused: bool = False
+    _refusal: RequestError | None = None
+    _quiet_s: float = 0.0
 
-    def __init__(
-        self,
-        handle: Callable[[ClientRequest, "ClientConnection"], Coroutine[Any, Any, None]],
-        methods_of: Callable[[bytes], tuple[bytes, ...]],
-        connections: "set[ClientConnection]",
-        limits: Limits,
-    ) -> None:
-        self.last_request = False
-        self.chunked = False
-        self.on_pause: Callable[[bool], None] | None = None
-        self.on_leave: Callable[[str], None] | None = None
-        self._handle = handle
-        self._methods_of = methods_of
-        self._connections = connections
-        self._limits = limits
-        self._waiting: deque[ClientRequest] = deque()
-        self._request: ClientRequest | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._paused = False
-        self._refusal: RequestError | None = None
-        self._quiet_s = 0.0
+    def __post_init__(self) -> None:
+        self._head_limit = int(self.config.max_header_kib * 2**10)
+        self._body_limit = int(self.config.max_body_mib * 2**20)
         self._parser = httptools.HttpRequestParser(self)
         self._begin()
 
@@ -71,19 +62,23 @@ class ClientConnection(asyncio.Protocol):
         """Whether a request is being served or read."""
         return self._task is not None or self._in_message
 
+    @property
+    def keep_alive(self) -> bool:
+        return self.request is not None and self.request.keep_alive and not self.last_request
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        self._connections.add(self)
-        if len(self._connections) > self._limits.connections:
-            self._refuse_and_close(RequestError(503, "too many connections: try again later", retry_after_s=1))
+        self.connections.add(self)
+        if len(self.connections) > ceil(self.config.max_connections / self.config.workers):
+            self._refuse_and_close(RequestError(503, "too many connections: try again later"))
             self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._connections.discard(self)
+        self.connections.discard(self)
         self._waiting.clear()
-        if self.on_leave is not None:
+        if self.decode is not None:
             # Before the task hears of it: what an instance sends until then could not be written any more.
-            self.on_leave("the client left")
+            self.decode.end("the client left")
         if self._task is not None:
             self._task.cancel()
 
@@ -98,11 +93,11 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(400, f"not a valid HTTP/1.1 request: {str(error)[:100]}")
         if self._in_message and not self._head_done:
             self._head_bytes += len(data)
-            if self._head_bytes > self._limits.head_bytes:
-                self._refuse(431, f"the request's head is larger than {self._limits.head_bytes} bytes")
+            if self._head_bytes > self._head_limit:
+                self._refuse(431, f"the request's head is larger than {self._head_limit} bytes")
         elif self._in_message:
             self._raw_bytes += len(data)
-            if self._raw_bytes > 2 * self._limits.body_bytes + 65536:
+            if self._raw_bytes > 2 * self._body_limit + 65536:
                 self._refuse(413, "the request's chunks carry too little data")
         if self._refusal is not None:
             self._refuse_and_close(self._refusal)
@@ -111,25 +106,24 @@ class ClientConnection(asyncio.Protocol):
         """The client reads its answer more slowly than it comes."""
         self._paused = True
         self._quiet_s = 0.0
-        if self.on_pause is not None:
-            self.on_pause(True)
+        if self.decode is not None:
+            self.decode.pause(True)
 
     def resume_writing(self) -> None:
         self._paused = False
         self._quiet_s = 0.0
-        if self.on_pause is not None:
-            self.on_pause(False)
+        if self.decode is not None:
+            self.decode.pause(False)
 
     def tick(self, seconds: float) -> None:
         """Count time: ends the connection of a client that is silent, slow to send, or does not read its answer."""
         self._quiet_s += seconds
         if self._in_message and self._task is None:
             self._sending_s += seconds
-            if self._sending_s > self._limits.request_s:
-                self._refuse_and_close(
-                    RequestError(408, f"the request took over {self._limits.request_s:g} s to arrive")
-                )
-        elif self._quiet_s > self._limits.idle_s:
+            limit_s = self.config.request_timeout_s
+            if self._sending_s > limit_s:
+                self._refuse_and_close(RequestError(408, f"the request took over {limit_s:g} s to arrive"))
+        elif self._quiet_s > self.config.idle_timeout_s:
             if self._paused:
                 self.transport.abort()
             elif self._task is None:
@@ -139,36 +133,9 @@ class ClientConnection(asyncio.Protocol):
         """Write a whole answer to the request being served, if the client is still there."""
         if self.transport.is_closing():
             return
-        self.transport.write(messages.response(status, body, headers or [], keep_alive=self._keep_alive))
-        if not self._keep_alive:
+        self.transport.write(messages.response(status, body, headers or [], keep_alive=self.keep_alive))
+        if not self.keep_alive:
             self.transport.close()
-
-    def refuse(self, error: RequestError, headers: Headers | None = None) -> None:
-        """Answer the request being served with an error."""
-        self.respond(error.status, error.body, error.headers + (headers or []))
-
-    def begin_stream(self, status: int, headers: Headers) -> bytes:
-        """The head of a streamed answer, to be written with its first bytes."""
-        assert self._request is not None
-        self.chunked = not self._request.http_1_0
-        keep_alive = self._keep_alive and self.chunked
-        return messages.response_head(status, headers, length=None, chunked=self.chunked, keep_alive=keep_alive)
-
-    def end_stream(self, last: bytes = b"", *, close: bool = False) -> None:
-        """Write `last` and the end of a streamed answer, if the client is still there."""
-        if self.transport.is_closing():
-            return
-        if self.chunked:
-            last = (b"%x\r\n%b\r\n" % (len(last), last) if last else b"") + b"0\r\n\r\n"
-        if last:
-            self.transport.write(last)
-        self.last_request = self.last_request or close or not self.chunked
-        if not self._keep_alive:
-            self.transport.close()
-
-    @property
-    def _keep_alive(self) -> bool:
-        return self._request is not None and self._request.keep_alive and not self.last_request
 
     # httptools calls the next six, in this order, for each request.
 
@@ -183,8 +150,8 @@ class ClientConnection(asyncio.Protocol):
         if not self._head_done:  # trailers after a body count towards the limit and are not forwarded
             self._headers.append((name.lower(), value))
         self._head_bytes += len(name) + len(value)
-        if len(self._headers) > MAX_HEADERS or self._head_bytes > self._limits.head_bytes:
-            self._refuse(431, f"the head is larger than {self._limits.head_bytes} bytes or {MAX_HEADERS} headers")
+        if len(self._headers) > MAX_HEADERS or self._head_bytes > self._head_limit:
+            self._refuse(431, f"the head is larger than {self._head_limit} bytes or {MAX_HEADERS} headers")
 
     def on_headers_complete(self) -> None:
         """Refuse what can be refused before the body is read."""
@@ -194,9 +161,6 @@ class ClientConnection(asyncio.Protocol):
         length = messages.header(self._headers, b"content-length")
         if version not in ("1.0", "1.1"):
             self._refuse(505, "only HTTP/1.1 is spoken here")
-        elif self._parser.get_method() not in METHODS:
-            path = self._target.split(b"?", 1)[0]
-            self._refusal = self._refusal or messages.method_refused(self._methods_of(path) or METHODS)
         elif self._parser.should_upgrade():
             self._refuse(400, "only HTTP/1.1 is spoken here: send no Upgrade")
         elif not self._target.startswith(b"/"):
@@ -205,31 +169,32 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(400, "one Host header is needed")
         elif names.count(b"transfer-encoding") > 1 or (version == "1.0" and b"transfer-encoding" in names):
             self._refuse(400, "the request's framing is ambiguous")
-        elif length is not None and int(length) > self._limits.body_bytes:
-            self._refuse(413, f"the body is larger than {self._limits.body_bytes} bytes")
+        elif length is not None and int(length) > self._body_limit:
+            self._refuse(413, f"the body is larger than {self._body_limit} bytes")
         elif (messages.header(self._headers, b"expect") or b"").lower() == b"100-continue" and self._task is None:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
         self._body_bytes += len(body)
-        if self._body_bytes > self._limits.body_bytes:
-            self._refuse(413, f"the body is larger than {self._limits.body_bytes} bytes")
+        if self._body_bytes > self._body_limit:
+            self._refuse(413, f"the body is larger than {self._body_limit} bytes")
 
     def on_message_complete(self) -> None:
-        """Serve the request, or let it wait for the one before."""
         if self._refusal is not None:
             return
+        method = self._parser.get_method()
+        request_id = messages.header(self._headers, b"x-request-id") or b""
         request = ClientRequest(
-            method=self._parser.get_method(),
+            method=method,
             target=self._target,
             headers=self._headers,
             body=b"".join(self._body),
             received_s=time.monotonic(),
-            keep_alive=self._parser.should_keep_alive(),
+            # Answers to other methods may have another framing: a HEAD's has no body.
+            keep_alive=self._parser.should_keep_alive() and method in METHODS,
             http_1_0=self._parser.get_http_version() == "1.0",
-            request_id=messages.header(self._headers, b"x-request-id") or b"",
-            authorization=messages.header(self._headers, b"authorization"),
+            request_id=request_id if _REQUEST_ID.fullmatch(request_id) else os.urandom(16).hex().encode(),
         )
         self._begin()
         self._waiting.append(request)
@@ -248,12 +213,12 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
 
     def _serve_next(self) -> None:
-        self._request = self._waiting.popleft()
-        self._task = asyncio.create_task(self._handle(self._request, self))
+        self.request = self._waiting.popleft()
+        self._task = asyncio.create_task(self.handle(self.request, self))
         self._task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        self._task = self._request = self.on_pause = self.on_leave = None
+        self._task = self.request = self.decode = None
         self._quiet_s = 0.0
         if not task.cancelled() and task.exception() is not None:
             context = {"message": "a request's handler failed", "exception": task.exception()}
@@ -279,3 +244,89 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write(messages.response(refusal.status, refusal.body, refusal.headers, keep_alive=False))
             self.transport.write_eof()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
+
+
+class EventStream:
+    """The streamed answer to a client, made of decode's events; `edit` may change them.
+
+    Only whole events are passed on, so that an error event can always follow the last one.
+    """
+
+    def __init__(
+        self, client: ClientConnection, headers: Headers, edit: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        assert client.request is not None
+        self._decode: UpstreamRequest | None = None
+        self._held = b""
+        self._last = b""
+        self._client = client
+        self._edit = edit
+        self._chunked = not client.request.http_1_0
+        keep_alive = client.keep_alive and self._chunked
+        self._head = messages.response_head(200, headers, length=None, chunked=self._chunked, keep_alive=keep_alive)
+        self._write = client.transport.write
+
+    def begin(self, events: bytes) -> None:
+        """Write the head, unless it is written, and the first events."""
+        self._write(self._head + self._frame(events))
+        self._head = b""
+
+    def follow(self, decode: UpstreamRequest) -> None:
+        """Pass on the part of decode's body that is there, and the rest as it arrives."""
+        self._decode = self._client.decode = decode
+        first = self._whole_events(decode.body)
+        decode.chunks = []
+        if first and self._edit is not None:
+            first = self._edit(first)
+        self._last = first
+        self.begin(first)
+        decode.consume = self.pass_on
+
+    def pass_on(self, body: bytes) -> None:
+        # Nearly every piece is whole events: then this is one write and nothing else.
+        if self._held or not body.endswith(_EVENT_ENDS):
+            body = self._whole_events(body)
+            if not body:
+                return
+        if self._edit is not None:
+            body = self._edit(body)
+        self._last = body
+        self._write(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
+
+    def close(self) -> str | None:
+        """End the client's stream after decode has ended; returns what failed, which the client was sent, or None."""
+        assert self._decode is not None
+        error = self._decode.error
+        if error is None and not self._last.rstrip().endswith(b"[DONE]"):
+            error = "decode ended the stream without [DONE]"
+        if error is None:
+            self._end(self._held)
+        else:
+            status = 504 if self._decode.timed_out else 502
+            self.fail(RequestError(status, f"decode failed mid-stream: {error}", stage="decode"))
+        return error
+
+    def fail(self, error: RequestError) -> None:
+        """End the client's stream with an error event, and the connection."""
+        self._client.last_request = True
+        self._end(b"data: %b\n\n" % error.body)
+
+    def _end(self, last: bytes) -> None:
+        client = self._client
+        if client.transport.is_closing():
+            return
+        self._write(self._frame(last) + b"0\r\n\r\n" if self._chunked else last)
+        if not (client.keep_alive and self._chunked):
+            client.transport.close()
+
+    def _frame(self, body: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked and body else body
+
+    def _whole_events(self, body: bytes) -> bytes:
+        body = self._held + body
+        cut = max(body.rfind(end) + len(end) if end in body else 0 for end in _EVENT_ENDS)
+        self._held = body[cut:]
+        if len(self._held) > MAX_HELD_BYTES:
+            assert self._decode is not None
+            self._decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
+        return body[:cut]

@@ -1,12 +1,8 @@
-"""Prefill's own token as the client's first one; decode goes on from the prompt and that token.
-
-Prefill samples a token anyway; waiting for decode to compute it again costs a handoff and a decode step of TTFT.
-docs/proxy.md says where this is exact.
-"""
+"""Prefill's own token as the client's first one; decode goes on from the prompt and that token: docs/proxy.md."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -14,6 +10,8 @@ from pdbench.proxy.messages import ClientRequest, Fields
 
 # vLLM's default for a completion that names no number of output tokens.
 DEFAULT_MAX_TOKENS = 16
+# What prefill is sent as well, so that its answer has the tokens' ids.
+PREFILL_FIELDS: Fields = {"return_token_ids": msgspec.Raw(b"true")}
 # Fields that mean the same for the prompt as for the prompt and one token; greedy sampling ignores the sampling fields.
 _ANY_VALUE = frozenset(
     ("model", "prompt", "max_tokens", "seed", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias",
@@ -55,14 +53,6 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_event = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class FirstToken(NamedTuple):
-    """The client's first event, the request for the tokens after it, and how many of its prompt's tokens have KV."""
-
-    event: bytes
-    rest: ClientRequest
-    prefilled_tokens: int
-
-
 def is_exact(request: ClientRequest) -> bool:
     """Whether a stream is the same when decode starts one token later; False if a field is not known to be harmless."""
     fields = request.fields
@@ -79,13 +69,11 @@ def is_exact(request: ClientRequest) -> bool:
         return False
 
 
-def prefill_request(request: ClientRequest) -> ClientRequest:
-    """The request whose answer also has the tokens' ids."""
-    return replace(request, fields=request.fields | {"return_token_ids": msgspec.Raw(b"true")})
+def read(request: ClientRequest, answer_body: bytes) -> tuple[bytes, ClientRequest, int] | None:
+    """The client's first event, the request for the tokens after it, and how many of its prompt's tokens have KV.
 
-
-def read(request: ClientRequest, answer_body: bytes) -> FirstToken | None:
-    """The first token in prefill's answer, None if it ends the answer or is no text without the next one."""
+    None if prefill's token ends the answer or is no text without the next one.
+    """
     try:
         answer = _decode_answer(answer_body)
     except msgspec.MsgspecError:
@@ -108,7 +96,7 @@ def read(request: ClientRequest, answer_body: bytes) -> FirstToken | None:
         "max_tokens": msgspec.Raw(b"%d" % (_max_tokens(request.fields) - 1)),
     }
     rest = replace(request, body=msgspec.json.encode(fields), fields=fields)
-    return FirstToken(b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1)
+    return b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1
 
 
 def event_editor(request: ClientRequest) -> Callable[[bytes], bytes]:

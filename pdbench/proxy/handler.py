@@ -1,23 +1,21 @@
-"""One completion request: it is queued, sent to a prefill and a decode instance, and decode's answer passed back.
-
-A stage that fails before a byte was passed on is tried again at another instance; after that the client gets the error.
-"""
+"""One completion request: it is queued, sent to a prefill and a decode instance, and decode's answer passed back."""
 
 import asyncio
 import os
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 from pdbench.config import ProxyConfig
 from pdbench.events import ProxyEvent
 from pdbench.proxy import first_token, messages
-from pdbench.proxy.client import ClientConnection
+from pdbench.proxy.client import ClientConnection, EventStream
 from pdbench.proxy.instances import Instance, InstanceTable, choose
-from pdbench.proxy.kv_protocols import Handoff, KvProtocol, Message, plain_decode
+from pdbench.proxy.kv_protocols import PROTOCOLS, Handoff, decode_body, prefill_body
 from pdbench.proxy.messages import ClientRequest, Headers, RequestError, StageError
-from pdbench.proxy.stream import EventStream
-from pdbench.proxy.telemetry import EventLog, Metrics, server_timing
+from pdbench.proxy.telemetry import Telemetry, server_timing
 from pdbench.proxy.upstream import ConnectionPool, UpstreamRequest
 
 _PREFIX_BYTES = 1024
@@ -27,138 +25,113 @@ _EVENT_STREAM = b"text/event-stream; charset=utf-8"
 FETCH_KV_S = 1.0
 
 
-class Admission:
-    """A bounded number of requests in flight, and a bounded first-come, first-served queue before them."""
-
-    def __init__(self, max_in_flight: int, queue_size: int, queue_timeout_s: float) -> None:
-        self.in_flight = 0
-        self._max_in_flight = max_in_flight
-        self._queue_size = queue_size
-        self._queue_timeout_s = queue_timeout_s
-        self._queue: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    async def enter(self) -> None:
-        """Wait for a place; raises RequestError(429) when the queue is full or the wait too long."""
-        if self.in_flight < self._max_in_flight:
-            self.in_flight += 1
-            return
-        if len(self._queue) >= self._queue_size:
-            raise RequestError(429, "the proxy's queue is full: try again later", stage="queue", retry_after_s=1)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(place)
-        try:
-            async with asyncio.timeout(self._queue_timeout_s):
-                await place
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if place in self._queue:
-                self._queue.remove(place)
-            elif not place.cancelled():
-                self.leave()  # the place was given in the same moment
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            text = f"no place within {self._queue_timeout_s:g} s: try again later"
-            raise RequestError(429, text, stage="queue", retry_after_s=1) from None
-
-    def leave(self) -> None:
-        """Give the place to the next request in the queue."""
-        while self._queue:
-            place = self._queue.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
-        self.in_flight -= 1
-
-
-@dataclass(slots=True)
 class ProxyContext:
-    """What all requests of a worker share; keys are None where none is set."""
+    """What all requests of a worker share; `requests` counts those in flight and in the queue."""
 
-    config: ProxyConfig
-    protocol: KvProtocol
-    table: InstanceTable
-    pool: ConnectionPool
-    admission: Admission
-    event_log: EventLog
-    metrics: Metrics
-    api_key: bytes | None
-    admin_key: bytes | None
-    upstream_key: bytes | None
-    draining: bool = False
+    def __init__(
+        self, config: ProxyConfig, table: InstanceTable, event_log: int | None, metrics_dir: str | None
+    ) -> None:
+        self.config = config
+        self.protocol = PROTOCOLS[config.connector]
+        self.table = table
+        self.pool = ConnectionPool(table, config)
+        max_in_flight = ceil(config.max_in_flight / config.workers)
+        self.requests = 0
+        self._max_requests = max_in_flight + ceil(config.queue_size / config.workers)
+        self._places = asyncio.Semaphore(max_in_flight)
+        self.telemetry = Telemetry(table, event_log, metrics_dir)
+        # Keys are never options: a process list shows options. An empty one is none.
+        self.api_key = os.environb.get(b"PDBENCH_PROXY_API_KEY", b"")
+        self.admin_key = os.environb.get(b"PDBENCH_PROXY_ADMIN_KEY", b"")
+        self.upstream_key = os.environb.get(b"PDBENCH_UPSTREAM_API_KEY", b"")
+        self.draining = False
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A place in flight, first come, first served; raises RequestError: the queue is full, the wait too long."""
+        timeout_s = self.config.queue_timeout_s
+        if self.requests >= self._max_requests:
+            raise RequestError(429, "the proxy's queue is full: try again later", stage="queue")
+        self.requests += 1
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._places.acquire()
+            except TimeoutError:
+                raise RequestError(429, f"no place within {timeout_s:g} s: try again later", stage="queue") from None
+            try:
+                yield
+            finally:
+                self._places.release()
+        finally:
+            self.requests -= 1
 
     def send(
-        self, request: ClientRequest, instance: Instance, stage: str, message: Message, *, tokens: int, timeout_s: float
+        self, request: ClientRequest, instance: Instance, stage: str, body: bytes, timeout_s: float
     ) -> UpstreamRequest:
-        """Send a client's request, with this body and id, to an instance."""
-        upstream = UpstreamRequest(self.pool, instance, stage, tokens=tokens, timeout_s=timeout_s)
         # A client's key for the proxy stays here; without one of the proxy's own it is for the instances.
-        key = self.upstream_key if self.api_key is not None else self.upstream_key or request.authorization
-        host = instance.address.netloc.encode()
-        upstream.start(messages.upstream_bytes(request, host, message.body, message.request_id, key))
-        return upstream
+        key = None if self.api_key else messages.header(request.headers, b"authorization")
+        if self.upstream_key:
+            key = b"Bearer " + self.upstream_key
+        data = messages.upstream_bytes(request, instance.address.netloc.encode(), body, key)
+        return UpstreamRequest(self.pool, instance, stage, data, request.tokens, timeout_s)
 
 
 def check_answer(upstream: UpstreamRequest) -> int:
     """The status of a finished request whose answer can be passed on; raises StageError for any other."""
-    stage, slot = upstream.stage, upstream.instance.slot
-    name = f"{stage} {upstream.instance.address.url}"
-    if upstream.error is not None or upstream.status is None:
-        raise StageError(stage, slot, f"{name}: {upstream.error}", timed_out=upstream.timed_out)
-    if upstream.status >= 500:
-        raise StageError(stage, slot, f"{name} answered {upstream.status}")
-    if upstream.first_byte_s is None:
-        raise StageError(stage, slot, f"{name} answered {upstream.status} with an empty body")
-    return upstream.status
+    stage, instance, status = upstream.stage, upstream.instance, upstream.status
+    if upstream.error is not None or status is None:
+        failure = f": {upstream.error}"
+    elif status >= 500:
+        failure = f" answered {status}"
+    elif upstream.first_byte_s is None:
+        failure = f" answered {status} with an empty body"
+    else:
+        return status
+    raise StageError(stage, instance.slot, f"{stage} {instance.address.url}{failure}", timed_out=upstream.timed_out)
 
 
+@dataclass(slots=True)
 class RequestHandler:
     """Handles one completion request; `run` returns when the client has its answer or has left."""
 
     # The futures of upstream requests are awaited under a shield: a client that leaves cancels the waiting, but the
     # upstream request must still be able to end.
 
-    def __init__(self, context: ProxyContext, request: ClientRequest, client: ClientConnection) -> None:
-        self._context = context
-        self._request = request
-        self._client = client
-        self._event = ProxyEvent(request_id=request.request_id.decode("latin-1"), received_s=request.received_s)
-        self._prefill: UpstreamRequest | None = None
-        self._decode: UpstreamRequest | None = None
-        self._stream: EventStream | None = None
-        self._decode_only = False
-        self._wants_first_token = False
-        self._decode_after_prefill = False
-        self._prefix = b""
-        self._tokens = 0
+    context: ProxyContext
+    request: ClientRequest
+    client: ClientConnection
+    event: ProxyEvent = field(default_factory=ProxyEvent)
+    prefill: UpstreamRequest | None = None
+    decode: UpstreamRequest | None = None
+    stream: EventStream | None = None
+    decode_only: bool = False
+    wants_first_token: bool = False
+    decode_after_prefill: bool = False
+    prefix: bytes = b""
 
     async def run(self) -> None:
-        """Handle the request; every failure becomes an answer that names its stage."""
-        context, request, admission = self._context, self._request, self._context.admission
-        protocol = context.protocol
+        """Handle the request; raises RequestError, which names the stage, unless it was sent as an error event."""
+        context, request, protocol = self.context, self.request, self.context.protocol
+        self.event.request_id, self.event.received_s = request.request_id.decode("latin-1"), request.received_s
         try:
             request.fields = messages.parse_fields(request.body)
             prompt = bytes(request.fields.get("prompt") or request.fields.get("messages") or b"")
-            self._prefix = prompt[:_PREFIX_BYTES]
-            self._tokens = messages.prompt_tokens(prompt)
+            self.prefix = prompt[:_PREFIX_BYTES]
+            request.tokens = messages.prompt_tokens(prompt)
             transferable = messages.is_single_sequence(request.fields) or not protocol.decode_can_prefill
-            self._decode_only = protocol.prefill is None or not transferable
-            may_open = protocol.first_token and context.config.first_token == "prefill" and not self._decode_only
-            self._wants_first_token = may_open and first_token.is_exact(request)
-            await admission.enter()
-            try:
-                self._event.admitted_s = time.monotonic()
+            self.decode_only = not protocol.has_prefill or not transferable
+            may_open = protocol.first_token and context.config.first_token == "prefill" and not self.decode_only
+            self.wants_first_token = may_open and first_token.is_exact(request)
+            async with context.place():
+                self.event.admitted_s = time.monotonic()
                 await self._try_instances()
-            finally:
-                admission.leave()
         except RequestError as error:
-            self._note(error.status, error.stage, error.message)
-            if self._stream is not None:
-                self._stream.fail(error)
-            else:
-                self._client.refuse(error, self._timing_header())
+            self._note(error.status, error.stage, str(error))
+            if self.stream is None:
+                error.headers += self._timing_header()
+                raise
+            self.stream.fail(error)
         except asyncio.CancelledError:
             self._note(499, "client", "the client left")
             raise
@@ -166,97 +139,86 @@ class RequestHandler:
             self._end()
 
     async def _try_instances(self) -> None:
+        """A stage that fails before a byte was passed on is tried again at another instance."""
+        config, table = self.context.config, self.context.table
+        may_recompute = config.fallback == "recompute" and self.context.protocol.decode_can_prefill
         tried: set[int] = set()
         failure: StageError | None = None
         while True:
-            prefill, decode = self._choose(tried, failure)
-            self._event.retries += failure is not None
+            prefill = None
+            if not self.decode_only:
+                prefill = choose(config.prefill_policy, "prefill", table, self.prefix, tried)
+                if prefill is None and not may_recompute:
+                    raise failure or RequestError(503, "no prefill instance is ready", stage="prefill")
+            decode = choose(config.decode_policy, "decode", table, self.prefix, tried)
+            if decode is None:
+                raise failure or RequestError(503, "no decode instance is ready", stage="decode")
+            self.event.prefill = prefill.address.url if prefill else None
+            self.event.decode = decode.address.url
+            self.event.retries += failure is not None
             try:
                 return await self._answer(await self._attempt(prefill, decode))
             except StageError as error:
                 failure = error
-            for upstream in (self._prefill, self._decode):
+            for upstream in (self.prefill, self.decode):
                 if upstream is not None:
-                    upstream.end(failure.message)
+                    upstream.end(str(failure))
             self._note_instants()
-            self._prefill = self._decode = None
+            self.prefill = self.decode = None
             tried.add(failure.slot)
-            if self._event.retries >= self._context.config.retries:
-                if not (failure.stage == "prefill" and self._may_recompute()):
+            if self.event.retries >= config.retries:
+                if not (failure.stage == "prefill" and may_recompute):
                     raise failure
-                self._decode_only = True
-
-    def _may_recompute(self) -> bool:
-        context = self._context
-        return context.config.fallback == "recompute" and context.protocol.decode_can_prefill and not self._decode_only
-
-    def _choose(self, tried: set[int], failure: StageError | None) -> tuple[Instance | None, Instance]:
-        """The next pair of instances; raises the last failure, or a 503, if there is none."""
-        config, table = self._context.config, self._context.table
-        prefill = None
-        if not self._decode_only:
-            prefill = choose(config.prefill_policy, "prefill", table, self._prefix, tried)
-            if prefill is None and not self._may_recompute():
-                raise failure or RequestError(503, "no prefill instance is ready", stage="prefill", retry_after_s=1)
-        decode = choose(config.decode_policy, "decode", table, self._prefix, tried)
-        if decode is None:
-            raise failure or RequestError(503, "no decode instance is ready", stage="decode", retry_after_s=1)
-        self._event.prefill = prefill.address.url if prefill else None
-        self._event.decode = decode.address.url
-        return prefill, decode
+                self.decode_only = True
 
     async def _attempt(self, prefill: Instance | None, decode: Instance) -> UpstreamRequest:
         """Send the request to one pair of instances; returns the upstream request whose answer the client gets."""
-        protocol, request = self._context.protocol, self._request
-        transfer_id = os.urandom(16).hex()
-        handoff = Handoff(transfer_id, (prefill or decode).address, decode.address)
-        self._event.transfer_id = transfer_id if prefill else None
-        if prefill is None or protocol.prefill is None:
-            self._decode = self._send(decode, "decode", plain_decode(request, handoff, b""))
-            return self._decode
-        to_prefill = first_token.prefill_request(request) if self._wants_first_token else request
-        self._prefill = self._send(prefill, "prefill", protocol.prefill(to_prefill, handoff))
-        if protocol.concurrent_dispatch and not self._wants_first_token:
-            self._decode = self._send(decode, "decode", protocol.decode(request, handoff, b""))
-            await asyncio.wait((self._prefill.finished, self._decode.started), return_when=asyncio.FIRST_COMPLETED)
-            if not self._prefill.finished.done():
-                return self._decode
-        await asyncio.shield(self._prefill.finished)
-        if self._decode is not None and self._decode.first_byte_s is not None and self._decode.status == 200:
-            return self._decode
-        if self._prefill.status is not None and 400 <= self._prefill.status < 500 and self._prefill.error is None:
-            return self._prefill
-        check_answer(self._prefill)
-        if self._decode is None:
-            prefill_answer = self._prefill.body
-            self._decode_after_prefill = True
-            if self._wants_first_token:
-                handoff = self._pass_first_token(handoff, prefill_answer)
-            try:
-                message = protocol.decode(self._request, handoff, prefill_answer)
-            except ValueError:
-                raise StageError("prefill", prefill.slot, "prefill's answer is not JSON") from None
-            self._decode = self._send(decode, "decode", message)
-        return self._decode
-
-    def _pass_first_token(self, handoff: Handoff, prefill_answer: bytes) -> Handoff:
-        """Open the client's stream with prefill's token; from here on the request is for the tokens after it."""
-        self._wants_first_token = False
-        first = first_token.read(self._request, prefill_answer)
-        if first is None:
-            return handoff
-        self._note_instants()
-        headers = [(b"content-type", _EVENT_STREAM), *self._timing_header()]
-        self._stream = EventStream(self._client, headers, first_token.event_editor(self._request))
-        self._stream.open(first.event)
-        self._event.first_token_s = time.monotonic()
-        self._request = first.rest
-        return handoff._replace(prefilled_tokens=first.prefilled_tokens)
-
-    def _send(self, instance: Instance, stage: str, message: Message) -> UpstreamRequest:
-        config = self._context.config
-        timeout_s = config.prefill_timeout_s if stage == "prefill" else config.decode_timeout_s
-        return self._context.send(self._request, instance, stage, message, tokens=self._tokens, timeout_s=timeout_s)
+        context, request, config = self.context, self.request, self.context.config
+        protocol = context.protocol
+        if prefill is None:
+            self.event.transfer_id = None
+            self.decode = context.send(request, decode, "decode", decode_body(request), config.decode_timeout_s)
+            return self.decode
+        handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address)
+        self.event.transfer_id = handoff.transfer_id
+        if protocol.addresses_in_id:
+            request = replace(request, request_id=handoff.builtin_request_id)
+        fields = request.fields | first_token.PREFILL_FIELDS if self.wants_first_token else request.fields
+        body = prefill_body(fields, protocol.prefill_params(handoff))
+        self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
+        if protocol.concurrent_dispatch and not self.wants_first_token:
+            body = decode_body(request, protocol.decode_params(handoff, b""))
+            self.decode = context.send(request, decode, "decode", body, config.decode_timeout_s)
+            await asyncio.wait((self.prefill.finished, self.decode.started), return_when=asyncio.FIRST_COMPLETED)
+            if not self.prefill.finished.done():
+                return self.decode
+        await asyncio.shield(self.prefill.finished)
+        if self.decode is not None and self.decode.first_byte_s is not None and self.decode.status == 200:
+            return self.decode
+        if self.prefill.status is not None and 400 <= self.prefill.status < 500 and self.prefill.error is None:
+            return self.prefill
+        check_answer(self.prefill)
+        if self.decode is not None:
+            return self.decode
+        if self.wants_first_token:
+            self.wants_first_token = False
+            if first := first_token.read(request, self.prefill.body):
+                # The client's stream opens with prefill's token; from here on `request` is for the tokens after it.
+                self._note_instants()
+                headers = [(b"content-type", _EVENT_STREAM), *self._timing_header()]
+                self.stream = EventStream(self.client, headers, first_token.event_editor(request))
+                first_event, self.request, prefilled_tokens = first
+                self.stream.begin(first_event)
+                self.event.first_token_s = time.monotonic()
+                request = self.request
+                handoff = handoff._replace(prefilled_tokens=prefilled_tokens)
+        try:
+            body = decode_body(request, protocol.decode_params(handoff, self.prefill.body))
+        except ValueError:
+            raise StageError("prefill", prefill.slot, "prefill's answer is not JSON") from None
+        self.decode_after_prefill = True
+        self.decode = context.send(request, decode, "decode", body, config.decode_timeout_s)
+        return self.decode
 
     async def _answer(self, upstream: UpstreamRequest) -> None:
         """Pass an answer on: events as they come, anything else whole, so that it can still become an error."""
@@ -264,8 +226,8 @@ class RequestHandler:
         is_events = (messages.header(upstream.headers, b"content-type") or b"").startswith(b"text/event-stream")
         if is_events and upstream.status == 200 and upstream.first_byte_s is not None:
             self._note_instants()
-            self._event.status = 200
-            stream = self._stream or EventStream(self._client, upstream.headers + self._timing_header())
+            self.event.status = 200
+            stream = self.stream or EventStream(self.client, upstream.headers + self._timing_header())
             stream.follow(upstream)
             await asyncio.shield(upstream.finished)
             error = stream.close()
@@ -275,21 +237,21 @@ class RequestHandler:
         await asyncio.shield(upstream.finished)
         status = check_answer(upstream)
         self._note_instants()
-        if self._stream is not None:
+        if self.stream is not None:
             text = upstream.body[:500].decode(errors="replace")
             raise RequestError(status, f"decode answered {status} with no stream: {text}", stage="decode")
         self._note(status, upstream.stage if status >= 400 else None, f"answered {status}" if status >= 400 else None)
-        self._client.respond(status, upstream.body, upstream.headers + self._timing_header())
+        self.client.respond(status, upstream.body, upstream.headers + self._timing_header())
 
     def _timing_header(self) -> Headers:
-        enabled = self._context.config.timing_header and self._event.admitted_s is not None
-        return [(b"server-timing", server_timing(self._event))] if enabled else []
+        enabled = self.context.config.timing_header and self.event.admitted_s is not None
+        return [(b"server-timing", server_timing(self.event))] if enabled else []
 
     def _note(self, status: int, stage: str | None, error: str | None) -> None:
-        self._event.status, self._event.stage, self._event.error = status, stage, error
+        self.event.status, self.event.stage, self.event.error = status, stage, error
 
     def _note_instants(self) -> None:
-        event, prefill, decode = self._event, self._prefill, self._decode
+        event, prefill, decode = self.event, self.prefill, self.decode
         if prefill is not None:
             event.prefill_sent_s = prefill.sent_s
             event.prefill_done_s = prefill.end_s if prefill.error is None else None
@@ -300,16 +262,16 @@ class RequestHandler:
 
     def _end(self) -> None:
         """End what still runs, and log the request."""
-        prefill, decode = self._prefill, self._decode
-        succeeded = decode is not None and decode.finished.done() and decode.error is None and self._event.error is None
+        prefill, decode = self.prefill, self.decode
+        succeeded = decode is not None and decode.finished.done() and decode.error is None and self.event.error is None
         if succeeded and prefill is not None and not prefill.finished.done():
             # Decode's answer can be complete before prefill's: then prefill runs on, and the log line waits for it.
             prefill.finished.add_done_callback(lambda _: self._log())
             return
-        reason = self._event.error or "not needed any more"
+        reason = self.event.error or "not needed any more"
         if prefill is not None:
             prefill.end(reason)
-        if decode is not None and self._decode_after_prefill and not decode.started.done():
+        if decode is not None and self.decode_after_prefill and not decode.started.done():
             decode.started.add_done_callback(lambda _: decode.end(reason))
             asyncio.get_running_loop().call_later(FETCH_KV_S, decode.end, reason)
         elif decode is not None:
@@ -318,5 +280,4 @@ class RequestHandler:
 
     def _log(self) -> None:
         self._note_instants()
-        self._context.event_log.write(self._event)
-        self._context.metrics.count(self._event)
+        self.context.telemetry.record(self.event)

@@ -7,23 +7,34 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from enum import IntEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
 
 ROLES = ("prefill", "decode")
-SERVING, DRAINING, LEAVING = 1, 2, 3
-STATES = {SERVING: "serving", DRAINING: "draining", LEAVING: "leaving"}
 MAX_INSTANCES = 128
 _ADDRESS_BYTES = 512
 _turns = {role: itertools.count() for role in ROLES}
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+def netloc(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class State(IntEnum):
+    """REMOVED: the slot is free. DRAINING: no new requests. LEAVING: removed when its requests have ended."""
+
+    REMOVED = 0
+    SERVING = 1
+    DRAINING = 2
+    LEAVING = 3
+
+
+class Address(NamedTuple):
     """Where an instance listens for HTTP and for KV."""
 
     host: str
@@ -33,8 +44,7 @@ class Address:
 
     @property
     def netloc(self) -> str:
-        """HOST:PORT, with brackets around an IPv6 host."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return netloc(self.host, self.port)
 
     @property
     def url(self) -> str:
@@ -42,12 +52,10 @@ class Address:
 
     @property
     def kv(self) -> str:
-        """The KV address, KV_HOST:KV_PORT."""
-        return f"[{self.kv_host}]:{self.kv_port}" if ":" in self.kv_host else f"{self.kv_host}:{self.kv_port}"
+        return netloc(self.kv_host, self.kv_port)
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
+class Instance(NamedTuple):
     """An instance in a slot of the table; a slot that is emptied and filled again has another generation."""
 
     slot: int
@@ -57,7 +65,6 @@ class Instance:
 
     @property
     def id(self) -> str:
-        """Its name in /instances."""
         return f"{self.role}-{self.slot}"
 
 
@@ -99,19 +106,18 @@ class InstanceTable:
             return kind.from_buffer(mmap.mmap(-1, ctypes.sizeof(kind)))
 
         self.worker = 0
-        self.workers = workers
         self._lock_file = os.memfd_create("pdbench-proxy-instances")
         self._version = shared(ctypes.c_int64)
         self._slots = shared(_Slot * MAX_INSTANCES)
         # Of each slot one load per worker, which that worker alone writes and readers sum up: counting needs no lock.
         self._loads = shared(_Load * workers * MAX_INSTANCES)
         self._read_version = -1
-        self._instances: dict[str, list[Instance]] = {}
+        self._instances: list[Instance] = []
 
     def add(self, role: str, address: Address) -> Instance:
         """Add an instance, ready after its first health check; raises UserError if known or if all slots are full."""
         with self._changing():
-            present = [instance for instances in self._read().values() for instance in instances]
+            present = self._read()
             if any(instance.role == role and instance.address.url == address.url for instance in present):
                 raise UserError(f"{address.url} is a {role} instance already")
             free = set(range(MAX_INSTANCES)) - {instance.slot for instance in present}
@@ -125,32 +131,26 @@ class InstanceTable:
             slot.address = f"{address.host} {address.port} {address.kv_host} {address.kv_port}".encode()
             for load in self._loads[index]:
                 load.requests = load.tokens = 0
-            slot.state = SERVING
+            slot.state = State.SERVING
         return Instance(index, slot.generation, role, address)
 
-    def all(self, role: str | None = None) -> list[Instance]:
-        """The instances of a role, or of both."""
+    def all(self) -> list[Instance]:
         if self._read_version != self._version.value:
             self._read_version = self._version.value
             self._instances = self._read()
-        if role is not None:
-            return self._instances[role]
-        return [instance for instances in self._instances.values() for instance in instances]
+        return self._instances
 
     def ready(self, role: str) -> list[Instance]:
-        """The instances of a role that may get a request."""
-        slots = self._slots
-        return [i for i in self.all(role) if slots[i.slot].healthy and slots[i.slot].state == SERVING]
+        return [i for i in self.all() if i.role == role and self.is_ready(i)]
 
-    def set_state(self, instance: Instance, state: int) -> None:
-        """SERVING; DRAINING: no new requests; LEAVING: the same, and removed when its requests have ended."""
+    def is_ready(self, instance: Instance) -> bool:
+        slot = self._slots[instance.slot]
+        return bool(slot.healthy) and slot.state == State.SERVING
+
+    def set_state(self, instance: Instance, state: State) -> None:
         with self._changing():
             if slot := self._slot(instance):
                 slot.state = state
-
-    def remove(self, instance: Instance) -> None:
-        """Empty the slot; requests in flight there run on."""
-        self.set_state(instance, 0)
 
     def passed(self, instance: Instance) -> None:
         """A health check passed: the instance is in."""
@@ -173,16 +173,15 @@ class InstanceTable:
     def healthy(self, instance: Instance) -> bool:
         return bool(self._slots[instance.slot].healthy)
 
-    def state(self, instance: Instance) -> int:
-        """SERVING, DRAINING, LEAVING, or 0 for an empty slot."""
-        return int(self._slots[instance.slot].state)
+    def state(self, instance: Instance) -> State:
+        return State(self._slots[instance.slot].state)
 
-    def begin(self, instance: Instance, tokens: int) -> None:
-        """Count a request with so many prompt tokens as in flight."""
-        self._count(instance, 1, tokens)
-
-    def end(self, instance: Instance, tokens: int) -> None:
-        self._count(instance, -1, -tokens)
+    def count(self, instance: Instance, requests: int, tokens: int) -> None:
+        """Add to the requests and prompt tokens in flight at an instance."""
+        if self._slot(instance):
+            load = self._loads[instance.slot][self.worker]
+            load.requests += requests
+            load.tokens += tokens
 
     def load(self, instance: Instance) -> tuple[int, int]:
         """Requests and prompt tokens in flight at an instance, over all workers."""
@@ -193,12 +192,6 @@ class InstanceTable:
         """Uncount everything a worker had in flight when it died."""
         for loads in self._loads:
             loads[worker].requests = loads[worker].tokens = 0
-
-    def _count(self, instance: Instance, requests: int, tokens: int) -> None:
-        if self._slot(instance):
-            load = self._loads[instance.slot][self.worker]
-            load.requests += requests
-            load.tokens += tokens
 
     def _slot(self, instance: Instance) -> Any:
         """The instance's slot, None if another instance is there."""
@@ -215,14 +208,13 @@ class InstanceTable:
         finally:
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN)
 
-    def _read(self) -> dict[str, list[Instance]]:
-        instances: dict[str, list[Instance]] = {role: [] for role in ROLES}
+    def _read(self) -> list[Instance]:
+        instances = []
         for index, slot in enumerate(self._slots):
-            if slot.state:
+            if slot.state != State.REMOVED:
                 host, port, kv_host, kv_port = slot.address.decode().split(" ")
-                role = ROLES[slot.role]
                 address = Address(host, int(port), kv_host, int(kv_port))
-                instances[role].append(Instance(index, slot.generation, role, address))
+                instances.append(Instance(index, slot.generation, ROLES[slot.role], address))
         return instances
 
 

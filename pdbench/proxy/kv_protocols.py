@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from pdbench.proxy.instances import Address
-from pdbench.proxy.messages import ClientRequest
+from pdbench.proxy.messages import ClientRequest, Fields
 
 # Fields that contradict one token without streaming, and the field that only the proxy may write.
 _NOT_FOR_PREFILL = ("stream_options", "min_tokens", "kv_transfer_params")
@@ -25,32 +25,32 @@ class Handoff(NamedTuple):
     decode: Address
     prefilled_tokens: int | None = None
 
-
-class Message(NamedTuple):
-    """The body and the request id that an instance gets."""
-
-    body: bytes
-    request_id: bytes
+    @property
+    def builtin_request_id(self) -> bytes:
+        return f"___prefill_addr_{self.prefill.kv}___decode_addr_{self.decode.kv}_{self.transfer_id}".encode()
 
 
 class KvProtocol(NamedTuple):
-    """How requests look with one connector.
+    """How requests look with one connector; the first two give the kv_transfer_params, None for none.
 
-    `decode` also gets prefill's answer, empty with `concurrent_dispatch`: decode may be sent its request before prefill
-    has answered. `prefill` is None without prefill instances. `decode_can_prefill`: decode computes the prompt of a
-    request without handoff. `first_token`: decode accepts a prompt whose last token, which prefill sampled, has no KV.
+    `decode_params` also gets prefill's answer, empty with `concurrent_dispatch`: decode may be sent its request before
+    prefill has answered. `addresses_in_id`: the request id names both instances. `decode_can_prefill`: decode computes
+    the prompt of a request without handoff. `first_token`: decode accepts a prompt whose last token, which prefill
+    sampled, has no KV.
     """
 
-    decode: Callable[[ClientRequest, Handoff, bytes], Message]
-    prefill: Callable[[ClientRequest, Handoff], Message] | None
+    prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
+    decode_params: Callable[[Handoff, bytes], bytes | None] = lambda handoff, prefill_answer: None
+    has_prefill: bool = True
+    addresses_in_id: bool = False
     concurrent_dispatch: bool = False
     decode_can_prefill: bool = True
     first_token: bool = False
 
 
-def prefill_body(request: ClientRequest, kv_transfer_params: bytes | None) -> bytes:
+def prefill_body(fields: Fields, kv_transfer_params: bytes | None) -> bytes:
     """The client's body with one token and no stream; every other field unchanged."""
-    fields = {name: value for name, value in request.fields.items() if name not in _NOT_FOR_PREFILL}
+    fields = {name: value for name, value in fields.items() if name not in _NOT_FOR_PREFILL}
     fields["stream"] = msgspec.Raw(b"false")
     fields["max_tokens"] = msgspec.Raw(b"1")
     if "max_completion_tokens" in fields:
@@ -60,8 +60,8 @@ def prefill_body(request: ClientRequest, kv_transfer_params: bytes | None) -> by
     return msgspec.json.encode(fields)
 
 
-def decode_body(request: ClientRequest, kv_transfer_params: bytes | None) -> bytes:
-    """The client's body, byte for byte, with the proxy's kv_transfer_params added."""
+def decode_body(request: ClientRequest, kv_transfer_params: bytes | None = None) -> bytes:
+    """The client's body, byte for byte, with the proxy's kv_transfer_params added; without them decode prefills."""
     body = request.body
     if "kv_transfer_params" in request.fields:
         # A client's parameters would make an instance connect to an address of the client's choice.
@@ -73,17 +73,11 @@ def decode_body(request: ClientRequest, kv_transfer_params: bytes | None) -> byt
     return b'%b%b"kv_transfer_params":%b}' % (body.rstrip()[:-1], comma, kv_transfer_params)
 
 
-def plain_decode(request: ClientRequest, handoff: Handoff, prefill_answer: bytes) -> Message:
-    """The client's request without a handoff: the instance computes the prompt."""
-    return Message(decode_body(request, None), request.request_id)
+def _pdbench_prefill(handoff: Handoff) -> bytes:
+    return msgspec.json.encode({"transfer_id": handoff.transfer_id, "do_remote_decode": True})
 
 
-def _pdbench_prefill(request: ClientRequest, handoff: Handoff) -> Message:
-    params = {"transfer_id": handoff.transfer_id, "do_remote_decode": True}
-    return Message(prefill_body(request, msgspec.json.encode(params)), request.request_id)
-
-
-def _pdbench_decode(request: ClientRequest, handoff: Handoff, prefill_answer: bytes) -> Message:
+def _pdbench_decode(handoff: Handoff, prefill_answer: bytes) -> bytes:
     params: dict[str, str | int | bool] = {
         "transfer_id": handoff.transfer_id,
         "do_remote_prefill": True,
@@ -92,40 +86,23 @@ def _pdbench_decode(request: ClientRequest, handoff: Handoff, prefill_answer: by
     }
     if handoff.prefilled_tokens is not None:
         params["prefilled_tokens"] = handoff.prefilled_tokens
-    return Message(decode_body(request, msgspec.json.encode(params)), request.request_id)
+    return msgspec.json.encode(params)
 
 
-def _builtin_request_id(handoff: Handoff) -> bytes:
-    return f"___prefill_addr_{handoff.prefill.kv}___decode_addr_{handoff.decode.kv}_{handoff.transfer_id}".encode()
-
-
-def _builtin_prefill(request: ClientRequest, handoff: Handoff) -> Message:
-    # `n` and a list of prompts stay: both engines number their sequences by them.
-    return Message(prefill_body(request, None), _builtin_request_id(handoff))
-
-
-def _builtin_decode(request: ClientRequest, handoff: Handoff, prefill_answer: bytes) -> Message:
-    return Message(decode_body(request, None), _builtin_request_id(handoff))
-
-
-def _nixl_prefill(request: ClientRequest, handoff: Handoff) -> Message:
-    return Message(prefill_body(request, _NIXL_PREFILL), request.request_id)
-
-
-def _nixl_decode(request: ClientRequest, handoff: Handoff, prefill_answer: bytes) -> Message:
-    # The parameters of prefill's answer, verbatim; a prompt that is shorter than a block has none.
+def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
+    """The parameters of prefill's answer, verbatim; a prompt that is shorter than a block has none."""
     params = bytes(_decode_answer(prefill_answer).get("kv_transfer_params", b"null"))
-    return Message(decode_body(request, None if params == b"null" else params), request.request_id)
+    return None if params == b"null" else params
 
 
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
-_PDBENCH = KvProtocol(_pdbench_decode, _pdbench_prefill, concurrent_dispatch=True, first_token=True)
+_PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, concurrent_dispatch=True, first_token=True)
 PROTOCOLS = {
     "p2p-nccl": _PDBENCH,
     "tcp": _PDBENCH,
-    # vLLM's P2pNcclConnector (0.9.2 to 0.23): both KV addresses are in the request id. Every decode request waits for
-    # KV: one whose prefill never happened hangs the engine for good.
-    "builtin-p2p-nccl": KvProtocol(_builtin_decode, _builtin_prefill, decode_can_prefill=False),
-    "nixl": KvProtocol(_nixl_decode, _nixl_prefill),
-    "none": KvProtocol(plain_decode, prefill=None),
+    # vLLM's P2pNcclConnector (0.9.2 to 0.23): both engines number a request's sequences alike, so `n` and a list of
+    # prompts stay. Every decode request waits for KV: one whose prefill never happened hangs the engine for good.
+    "builtin-p2p-nccl": KvProtocol(addresses_in_id=True, decode_can_prefill=False),
+    "nixl": KvProtocol(lambda handoff: _NIXL_PREFILL, _nixl_decode),
+    "none": KvProtocol(has_prefill=False),
 }

@@ -1,7 +1,6 @@
 """HTTP/1.1 messages: a client's request, the errors that answer it, and the bytes for clients and instances."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -11,13 +10,12 @@ Headers = list[tuple[bytes, bytes]]
 Fields = dict[str, msgspec.Raw]
 
 # Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that the proxy writes.
-_REQUEST_HEADERS_NOT_FORWARDED = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
-    b"upgrade host content-length expect accept-encoding x-request-id authorization".split()
-)
 _RESPONSE_HEADERS_NOT_FORWARDED = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-connection te trailer transfer-encoding "
-    b"upgrade content-length".split()
+    b"connection keep-alive proxy-authenticate proxy-connection te trailer transfer-encoding upgrade "
+    b"content-length".split()
+)
+_REQUEST_HEADERS_NOT_FORWARDED = _RESPONSE_HEADERS_NOT_FORWARDED.union(
+    b"proxy-authorization host expect accept-encoding x-request-id authorization".split()
 )
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
@@ -26,7 +24,7 @@ _decode_fields = msgspec.json.Decoder(Fields).decode
 
 @dataclass(slots=True)
 class ClientRequest:
-    """One request of a client, read to its end. `fields`: the top-level fields of its JSON body, values undecoded."""
+    """One request of a client, read to its end; the handler fills the last two from its JSON body (`parse_fields`)."""
 
     method: bytes
     target: bytes
@@ -36,8 +34,8 @@ class ClientRequest:
     keep_alive: bool
     http_1_0: bool
     request_id: bytes
-    authorization: bytes | None
     fields: Fields = field(default_factory=dict)
+    tokens: int = 0
 
     @property
     def path(self) -> bytes:
@@ -48,27 +46,19 @@ class ClientRequest:
 class RequestError(Exception):
     """Why a request gets no instance's answer: HTTP status, message, and stage (request, queue, prefill, decode)."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        stage: str = "request",
-        retry_after_s: int | None = None,
-        headers: Iterable[tuple[bytes, bytes]] = (),
-    ) -> None:
+    def __init__(self, status: int, message: str, *, stage: str = "request", headers: Headers | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
         self.stage = stage
-        self.headers = [] if retry_after_s is None else [(b"retry-after", b"%d" % retry_after_s)]
-        self.headers += headers
+        self.headers = headers or []
+        if status in (429, 503):
+            self.headers.append((b"retry-after", b"1"))
 
     @property
     def body(self) -> bytes:
         """The error in OpenAI's form, with the stage that failed."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.status, "stage": self.stage}
+        error = {"message": str(self), "type": kind, "param": None, "code": self.status, "stage": self.stage}
         return msgspec.json.encode({"error": error})
 
 
@@ -78,12 +68,6 @@ class StageError(RequestError):
     def __init__(self, stage: str, slot: int, message: str, *, timed_out: bool = False) -> None:
         super().__init__(504 if timed_out else 502, message, stage=stage)
         self.slot = slot
-
-
-def method_refused(allowed: tuple[bytes, ...]) -> RequestError:
-    """The error for a method that a path does not have."""
-    text = f"this path takes {b' or '.join(allowed).decode()}"
-    return RequestError(405, text, headers=[(b"allow", b", ".join(allowed))])
 
 
 def parse_fields(body: bytes) -> Fields:
@@ -121,17 +105,13 @@ def is_single_sequence(fields: Fields) -> bool:
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The value of the header `name` (lower case), or None."""
-    for key, value in headers:
-        if key == name:
-            return value
-    return None
+    return next((value for key, value in headers if key == name), None)
 
 
-def upstream_bytes(
-    request: ClientRequest, host: bytes, body: bytes, request_id: bytes, authorization: bytes | None
-) -> bytes:
+def upstream_bytes(request: ClientRequest, host: bytes, body: bytes, authorization: bytes | None) -> bytes:
     """A whole request to an instance. Its framing is the proxy's, so that a client's framing tricks end here."""
-    lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\nX-Request-Id: %b" % (request.method, request.target, host, request_id)]
+    start = (request.method, request.target, host, request.request_id)
+    lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\nX-Request-Id: %b" % start]
     lines += [b"%b: %b" % pair for pair in request.headers if pair[0] not in _REQUEST_HEADERS_NOT_FORWARDED]
     if authorization is not None:
         lines.append(b"Authorization: " + authorization)

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import os
-import re
 import resource
 import shutil
 import signal
@@ -13,24 +12,20 @@ import sys
 import tempfile
 import time
 from functools import partial
-from math import ceil
 
 import uvloop
 
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
 from pdbench.proxy import routes
-from pdbench.proxy.client import ClientConnection, Limits
-from pdbench.proxy.handler import Admission, ProxyContext
-from pdbench.proxy.instances import InstanceTable, parse_address
-from pdbench.proxy.kv_protocols import PROTOCOLS
-from pdbench.proxy.messages import ClientRequest, RequestError
-from pdbench.proxy.telemetry import EventLog, Metrics
-from pdbench.proxy.upstream import ConnectionPool, watch_health
+from pdbench.proxy.client import ClientConnection
+from pdbench.proxy.handler import ProxyContext
+from pdbench.proxy.instances import InstanceTable, netloc, parse_address
+from pdbench.proxy.telemetry import open_event_log
+from pdbench.proxy.upstream import watch_health
 
 log = logging.getLogger("pdbench.proxy")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 
 
 def serve(config: ProxyConfig) -> None:
@@ -48,16 +43,15 @@ def serve(config: ProxyConfig) -> None:
     roles = [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
     for index, (role, url) in enumerate(roles):
         table.add(role, parse_address(url, config.kv_port + index))
-    event_log = EventLog(config.event_log)
+    event_log = open_event_log(config.event_log)
     # A stream takes up to three descriptors; the usual soft limit of 1,024 would end at 300 streams.
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     listeners = _listen(config)
-    host, port = listeners[0].getsockname()[:2]
-    text = f"pdbench proxy: listening on http://{f'[{host}]' if ':' in host else host}:{port}"
+    text = f"pdbench proxy: listening on http://{netloc(*listeners[0].getsockname()[:2])}"
     if config.workers == 1:
         print(text, flush=True)
-        uvloop.run(Worker(config, table, event_log, None).run(listeners[0]))
+        uvloop.run(_work(ProxyContext(config, table, event_log, None), listeners[0]))
     else:
         _supervise(config, table, event_log, listeners, text)
 
@@ -86,7 +80,7 @@ def _listen(config: ProxyConfig) -> list[socket.socket]:
 
 
 def _supervise(
-    config: ProxyConfig, table: InstanceTable, event_log: EventLog, listeners: list[socket.socket], text: str
+    config: ProxyConfig, table: InstanceTable, event_log: int | None, listeners: list[socket.socket], text: str
 ) -> None:
     """Fork workers, replace one that dies, forward signals, wait for all. Prints `text` once signals are handled."""
     stopping = False
@@ -111,14 +105,13 @@ def _supervise(
         if process_id != 0:
             return
         table.worker = index
-        code = 1
         try:
-            uvloop.run(Worker(config, table, event_log, metrics_dir).run(listeners[index]))
-            code = 0
+            uvloop.run(_work(ProxyContext(config, table, event_log, metrics_dir), listeners[index]))
+            os._exit(0)
         except BaseException:
             log.exception("worker %d failed", index)
         finally:
-            os._exit(code)
+            os._exit(1)
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
@@ -139,93 +132,53 @@ def _supervise(
         shutil.rmtree(metrics_dir, ignore_errors=True)
 
 
-def _key(name: str) -> bytes | None:
-    # Keys are never options: a process list shows options.
-    return os.environ.get(name, "").encode() or None
+async def _work(context: ProxyContext, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; requests in flight then get the drain timeout, or until a second signal."""
+    config = context.config
+    clients: set[ClientConnection] = set()
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
 
-
-class Worker:
-    """One process of the proxy, on one listening socket."""
-
-    def __init__(self, config: ProxyConfig, table: InstanceTable, event_log: EventLog, metrics_dir: str | None) -> None:
-        upstream_key = _key("PDBENCH_UPSTREAM_API_KEY")
-        workers = table.workers
-        self._clients: set[ClientConnection] = set()
-        self._context = ProxyContext(
-            config=config,
-            protocol=PROTOCOLS[config.connector],
-            table=table,
-            pool=ConnectionPool(table, config),
-            admission=Admission(
-                ceil(config.max_in_flight / workers), ceil(config.queue_size / workers), config.queue_timeout_s
-            ),
-            event_log=event_log,
-            metrics=Metrics(table, metrics_dir),
-            api_key=_key("PDBENCH_PROXY_API_KEY"),
-            admin_key=_key("PDBENCH_PROXY_ADMIN_KEY"),
-            upstream_key=b"Bearer " + upstream_key if upstream_key else None,
+    async def tick() -> None:
+        timeouts_s = (
+            config.prefill_timeout_s,
+            config.decode_timeout_s,
+            config.idle_timeout_s,
+            config.request_timeout_s,
         )
-        self._limits = Limits(
-            connections=ceil(config.max_connections / workers),
-            head_bytes=int(config.max_header_kib * 2**10),
-            body_bytes=int(config.max_body_mib * 2**20),
-            idle_s=config.idle_timeout_s,
-            request_s=config.request_timeout_s,
-        )
-
-    async def run(self, listener: socket.socket) -> None:
-        """Serve until SIGTERM or SIGINT; requests in flight then get the drain timeout, or until a second signal."""
-        loop = asyncio.get_running_loop()
-        stop, stop_now = asyncio.Event(), asyncio.Event()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
-        background = [asyncio.create_task(self._tick())]
-        if self._context.table.worker == 0:
-            background.append(asyncio.create_task(watch_health(self._context.pool)))
-        connection = partial(ClientConnection, self._handle, routes.methods_of, self._clients, self._limits)
-        server = await loop.create_server(connection, sock=listener, backlog=4096)
-        gc.collect()
-        gc.freeze()
-        await stop.wait()
-        server.close()
-        await self._drain(stop_now)
-        for task in background:
-            task.cancel()
-        self._context.pool.close()
-
-    async def _handle(self, request: ClientRequest, client: ClientConnection) -> None:
-        if not _REQUEST_ID.fullmatch(request.request_id):
-            request.request_id = os.urandom(16).hex().encode()
-        try:
-            await routes.serve(self._context, request, client)
-        except RequestError as error:
-            client.refuse(error)
-
-    async def _tick(self) -> None:
-        config = self._context.config
-        limits_s = (config.prefill_timeout_s, config.decode_timeout_s, config.idle_timeout_s, config.request_timeout_s)
-        tick_s = min(1.0, min(limits_s) / 4)
+        tick_s = min(1.0, min(timeouts_s) / 4)
         while True:
             await asyncio.sleep(tick_s)
-            self._context.pool.tick(tick_s)
-            for client in list(self._clients):
+            context.pool.tick(tick_s)
+            for client in list(clients):
                 client.tick(tick_s)
 
-    async def _drain(self, stop_now: asyncio.Event) -> None:
-        self._context.draining = True
-        admission = self._context.admission
-        before = admission.in_flight + admission.waiting
-        for client in list(self._clients):
-            client.last_request = True
-            if not client.busy:
-                client.transport.close()
-        loop = asyncio.get_running_loop()
-        end_s = loop.time() + self._context.config.drain_timeout_s
-        while any(client.busy for client in self._clients) and not stop_now.is_set() and loop.time() <= end_s:
-            await asyncio.sleep(0.02)
-        cut_off = admission.in_flight + admission.waiting
-        for client in list(self._clients):
-            client.transport.abort()
-        await asyncio.sleep(0.05)  # the aborted requests are logged
-        text = "stopped: %d requests were in flight, %d of them ended, %d were cut off"
-        log.info(text, before, before - cut_off, cut_off)
+    background = [asyncio.create_task(tick())]
+    if context.table.worker == 0:
+        background.append(asyncio.create_task(watch_health(context.pool)))
+    connection = partial(ClientConnection, partial(routes.serve, context), config, clients)
+    server = await loop.create_server(connection, sock=listener, backlog=4096)
+    gc.collect()
+    gc.freeze()
+    await stop.wait()
+    server.close()
+    context.draining = True
+    before = context.requests
+    for client in list(clients):
+        client.last_request = True
+        if not client.busy:
+            client.transport.close()
+    end_s = loop.time() + config.drain_timeout_s
+    while any(client.busy for client in clients) and not stop_now.is_set() and loop.time() <= end_s:
+        await asyncio.sleep(0.02)
+    cut_off = context.requests
+    for client in list(clients):
+        client.transport.abort()
+    await asyncio.sleep(0.05)  # the aborted requests are logged
+    text = "stopped: %d requests were in flight, %d of them ended, %d were cut off"
+    log.info(text, before, before - cut_off, cut_off)
+    for task in background:
+        task.cancel()
+    context.pool.close()

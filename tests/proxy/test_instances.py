@@ -11,7 +11,7 @@ import pytest
 
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
-from pdbench.proxy.instances import DRAINING, SERVING, InstanceTable, choose, parse_address
+from pdbench.proxy.instances import InstanceTable, State, choose, parse_address
 from pdbench.proxy.messages import prompt_tokens
 from pdbench.proxy.upstream import ConnectionPool, InstanceConnection, UpstreamRequest
 from tests.support.processes import wait_until
@@ -41,6 +41,9 @@ class Transport:
     def write(self, data):
         pass
 
+    def is_closing(self):
+        return False
+
 
 def test_paused_connection_is_read_again_for_the_next_request(table):
     async def serve_twice():
@@ -48,9 +51,8 @@ def test_paused_connection_is_read_again_for_the_next_request(table):
         connection, transport = InstanceConnection(pool), Transport()
         connection.connection_made(transport)
         pool.release(connection, first)
-        request = UpstreamRequest(pool, first, "decode", tokens=1, timeout_s=5.0)
+        request = UpstreamRequest(pool, first, "decode", b"POST / HTTP/1.1", tokens=1, timeout_s=5.0)
         request.consume = lambda _: request.pause(True)
-        request.start(b"POST / HTTP/1.1")
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert request.finished.done() and request.error is None
         request.pause(False)  # the client has caught up
@@ -87,17 +89,17 @@ def test_invalid_address_is_refused_with_the_right_form(text):
 
 
 def test_least_work_counts_tokens_for_prefill_and_requests_for_decode(table):
-    first, second, third = table.all("prefill")
-    table.begin(first, 1000)
-    table.begin(second, 10)
-    table.begin(second, 10)
-    table.begin(third, 2000)
+    first, second, third = table.all()
+    table.count(first, 1, 1000)
+    table.count(second, 1, 10)
+    table.count(second, 1, 10)
+    table.count(third, 1, 2000)
     assert choose("least-work", "prefill", table, b"", set()) == second
     for port, tokens in ((4, 1000), (5, 10), (5, 10)):
-        present = [instance for instance in table.all("decode") if instance.address.port == port]
+        present = [instance for instance in table.all() if instance.address.port == port]
         decode = present[0] if present else table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0))
         table.passed(decode)
-        table.begin(decode, tokens)
+        table.count(decode, 1, tokens)
     chosen = choose("least-work", "decode", table, b"", set())
     assert chosen is not None
     assert chosen.address.port == 4
@@ -127,38 +129,38 @@ def test_prefix_affinity_holds_until_the_instance_is_overloaded(table):
     assert first is not None
     assert all(choose("prefix-affinity", "prefill", table, b"a", set()) == first for _ in range(5))
     for _ in range(9):
-        table.begin(first, 1)
+        table.count(first, 1, 1)
     assert choose("prefix-affinity", "prefill", table, b"a", set()) != first
 
 
 def test_only_ready_instances_are_chosen(table):
-    first, second, third = table.all("prefill")
-    table.set_state(first, DRAINING)
+    first, second, third = table.all()
+    table.set_state(first, State.DRAINING)
     for _ in range(3):
         table.failed(second, 3)
     assert choose("least-work", "prefill", table, b"", set()) == third
     assert choose("least-work", "prefill", table, b"", {third.slot}) is None
     table.passed(second)
-    table.set_state(first, SERVING)
+    table.set_state(first, State.SERVING)
     assert len(table.ready("prefill")) == 3
 
 
 def test_refilled_slot_ignores_counts_of_the_old_instance(table):
-    first = table.all("prefill")[0]
-    table.begin(first, 5)
-    table.remove(first)
+    first = table.all()[0]
+    table.count(first, 1, 5)
+    table.set_state(first, State.REMOVED)
     new = table.add("prefill", parse_address("http://127.0.0.1:9", 0))
     assert new.slot == first.slot
-    table.end(first, 5)
+    table.count(first, -1, -5)
     table.failed(first, 1)
     assert table.load(new) == (0, 0)
 
 
 def test_load_is_summed_over_workers_and_forgotten_with_a_dead_one(table):
-    first = table.all("prefill")[0]
+    first = table.all()[0]
     for worker in (0, 1):
         table.worker = worker
-        table.begin(first, 10)
+        table.count(first, 1, 10)
     assert table.load(first) == (2, 20)
     table.forget_worker(1)
     assert table.load(first) == (1, 10)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import pdbench.proxy
-from pdbench.proxy.routes import ROUTES, methods_of
+from pdbench.proxy.messages import RequestError
+from pdbench.proxy.routes import ROUTES, find
 
 DESCRIPTION = json.loads((Path(pdbench.proxy.__file__).parent / "openapi.json").read_text())
 
@@ -18,7 +19,7 @@ def test_openapi_describes_exactly_the_routes():
         for method in operations
         if method != "parameters"
     }
-    assert described == set(ROUTES)
+    assert described == {(method, path) for path, (_, methods) in ROUTES.items() for method in methods}
 
 
 def test_openapi_references_resolve():
@@ -36,7 +37,13 @@ def test_openapi_references_resolve():
 @pytest.mark.parametrize(
     ("path", "methods"),
     [(b"/v1/models", (b"GET",)), (b"/instances", (b"GET", b"POST")), (b"/instances/x", (b"DELETE",)),
-     (b"/instances/x/drain", (b"POST",)), (b"/instances/x/y", ()), (b"/instances/x/drain/y", ()), (b"/v1/x/drain", ())],
+     (b"/instances/x/drain", (b"POST",))],
 )  # fmt: skip
 def test_methods_of_a_path(path, methods):
-    assert methods_of(path) == methods
+    assert tuple(find(path)[1]) == methods
+
+
+@pytest.mark.parametrize("path", [b"/instances/x/y", b"/instances/x/drain/y", b"/v1/x/drain"])
+def test_unknown_path_is_a_404(path):
+    with pytest.raises(RequestError, match="no such path"):
+        find(path)
