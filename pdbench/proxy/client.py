@@ -204,8 +204,7 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
 
     def _begin(self) -> None:
-        self._in_message = False
-        self._head_done = False
+        self._in_message = self._head_done = False
         self._head_bytes = self._raw_bytes = self._body_bytes = 0
         self._sending_s = 0.0
         self._target = b""
@@ -256,7 +255,6 @@ class EventStream:
         self, client: ClientConnection, headers: Headers, edit: Callable[[bytes], bytes] | None = None
     ) -> None:
         assert client.request is not None
-        self._decode: UpstreamRequest | None = None
         self._held = b""
         self._last = b""
         self._client = client
@@ -273,7 +271,7 @@ class EventStream:
 
     def follow(self, decode: UpstreamRequest) -> None:
         """Pass on the part of decode's body that is there, and the rest as it arrives."""
-        self._decode = self._client.decode = decode
+        self._client.decode = decode
         first = self._whole_events(decode.body)
         decode.chunks = []
         if first and self._edit is not None:
@@ -295,14 +293,15 @@ class EventStream:
 
     def close(self) -> str | None:
         """End the client's stream after decode has ended; returns what failed, which the client was sent, or None."""
-        assert self._decode is not None
-        error = self._decode.error
+        decode = self._client.decode
+        assert decode is not None
+        error = decode.error
         if error is None and not self._last.rstrip().endswith(b"[DONE]"):
             error = "decode ended the stream without [DONE]"
         if error is None:
             self._end(self._held)
         else:
-            status = 504 if self._decode.timed_out else 502
+            status = 504 if decode.timed_out else 502
             self.fail(RequestError(status, f"decode failed mid-stream: {error}", stage="decode"))
         return error
 
@@ -327,6 +326,6 @@ class EventStream:
         cut = max(body.rfind(end) + len(end) if end in body else 0 for end in _EVENT_ENDS)
         self._held = body[cut:]
         if len(self._held) > MAX_HELD_BYTES:
-            assert self._decode is not None
-            self._decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
+            assert self._client.decode is not None
+            self._client.decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
         return body[:cut]

@@ -78,9 +78,8 @@ def parse_address(text: str, default_kv_port: int) -> Address:
     except ValueError as error:
         raise UserError(f"{form} ({error})") from None
     bare = parts.path in ("", "/") and not parts.query and not parts.fragment and text.isascii() and text.isprintable()
-    if parts.scheme != "http" or not parts.hostname or port is None or " " in text or not bare:
-        raise UserError(form)
-    if at and (not kv_parts.hostname or kv_port is None or kv_parts.path):
+    valid_kv = not at or (kv_parts.hostname and kv_port is not None and not kv_parts.path)
+    if parts.scheme != "http" or not parts.hostname or port is None or " " in text or not bare or not valid_kv:
         raise UserError(form)
     if len(text) > _ADDRESS_BYTES - 16:
         raise UserError(f"an instance's address may have {_ADDRESS_BYTES - 16} characters, this one has {len(text)}")

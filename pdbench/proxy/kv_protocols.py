@@ -51,8 +51,7 @@ class KvProtocol(NamedTuple):
 def prefill_body(fields: Fields, kv_transfer_params: bytes | None) -> bytes:
     """The client's body with one token and no stream; every other field unchanged."""
     fields = {name: value for name, value in fields.items() if name not in _NOT_FOR_PREFILL}
-    fields["stream"] = msgspec.Raw(b"false")
-    fields["max_tokens"] = msgspec.Raw(b"1")
+    fields |= {"stream": msgspec.Raw(b"false"), "max_tokens": msgspec.Raw(b"1")}
     if "max_completion_tokens" in fields:
         fields["max_completion_tokens"] = msgspec.Raw(b"1")
     if kv_transfer_params is not None:

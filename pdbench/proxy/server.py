@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import uvloop
 
@@ -21,7 +22,6 @@ from pdbench.proxy import routes
 from pdbench.proxy.client import ClientConnection
 from pdbench.proxy.handler import ProxyContext
 from pdbench.proxy.instances import InstanceTable, netloc, parse_address
-from pdbench.proxy.telemetry import open_event_log
 from pdbench.proxy.upstream import watch_health
 
 log = logging.getLogger("pdbench.proxy")
@@ -43,7 +43,15 @@ def serve(config: ProxyConfig) -> None:
     roles = [("prefill", url) for url in config.prefill] + [("decode", url) for url in config.decode]
     for index, (role, url) in enumerate(roles):
         table.add(role, parse_address(url, config.kv_port + index))
-    event_log = open_event_log(config.event_log)
+    event_log = None
+    if config.event_log is not None:
+        try:
+            Path(config.event_log).parent.mkdir(parents=True, exist_ok=True)
+            # Several workers share the file: every line is one write to a file opened for appending.
+            event_log = os.open(config.event_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            text = f"cannot write the event log {config.event_log} ({error.strerror}): name another file"
+            raise UserError(text) from None
     # A stream takes up to three descriptors; the usual soft limit of 1,024 would end at 300 streams.
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
@@ -140,15 +148,10 @@ async def _work(context: ProxyContext, listener: socket.socket) -> None:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
+    limits_s = (config.prefill_timeout_s, config.decode_timeout_s, config.idle_timeout_s, config.request_timeout_s)
+    tick_s = min(1.0, min(limits_s) / 4)
 
     async def tick() -> None:
-        timeouts_s = (
-            config.prefill_timeout_s,
-            config.decode_timeout_s,
-            config.idle_timeout_s,
-            config.request_timeout_s,
-        )
-        tick_s = min(1.0, min(timeouts_s) / 4)
         while True:
             await asyncio.sleep(tick_s)
             context.pool.tick(tick_s)
@@ -181,4 +184,5 @@ async def _work(context: ProxyContext, listener: socket.socket) -> None:
     log.info(text, before, before - cut_off, cut_off)
     for task in background:
         task.cancel()
-    context.pool.close()
+    for request in list(context.pool.active):
+        request.end("the proxy is shutting down")

@@ -3,11 +3,9 @@
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
-from pdbench.errors import UserError
 from pdbench.events import ProxyEvent
 from pdbench.proxy.instances import InstanceTable
 
@@ -34,18 +32,6 @@ def server_timing(event: ProxyEvent) -> bytes:
     return ", ".join(f"{stage};dur={1000 * span_s:.3f}" for stage, span_s in _stages(event)).encode()
 
 
-def open_event_log(path: str | None) -> int | None:
-    """The descriptor of the file that gets one line per request; raises UserError if it cannot be written."""
-    if path is None:
-        return None
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        # Several workers share the file: every line is one write to a file opened for appending.
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write the event log {path} ({error.strerror}): name another file") from None
-
-
 class Telemetry:
     """The event log and one worker's counters, all workers' together where they share `metrics_dir`."""
 
@@ -54,6 +40,7 @@ class Telemetry:
             # prometheus_client reads it when it is imported, so the import must come after this.
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
         import prometheus_client as prometheus
+        from prometheus_client.multiprocess import MultiProcessCollector
 
         self._table = table
         self._event_log = event_log
@@ -67,8 +54,6 @@ class Telemetry:
         )
         self._seconds = {stage: seconds.labels(stage) for stage in _STAGES}
         if metrics_dir is not None:
-            from prometheus_client.multiprocess import MultiProcessCollector
-
             registry = prometheus.CollectorRegistry()
             MultiProcessCollector(registry)
         self._render_counters = partial(prometheus.generate_latest, registry)

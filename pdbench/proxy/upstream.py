@@ -53,25 +53,22 @@ class ConnectionPool:
             while idle and (idle[0].transport.is_closing() or now - idle[0].idle_since_s > MAX_IDLE_S):
                 idle.popleft().transport.abort()
 
-    def close(self) -> None:
-        for request in list(self.active):
-            request.end("the proxy is shutting down")
-
 
 @dataclass(slots=True, eq=False)
 class UpstreamRequest:
     """One request at one instance, sent at once. It never raises: `error` says why it failed.
 
-    `tokens`: its share of the instance's load, None for a health check, which is none. `started` is done at the first
-    byte of the body or at the end, `finished` at the end. The body gathers in `chunks` until `consume` is replaced.
+    `tokens` and `requests`: its share of the instance's load, 0 for a health check. `started` is done at the first byte
+    of the body or at the end, `finished` at the end. The body gathers in `chunks` until `consume` is replaced.
     """
 
     pool: ConnectionPool
     instance: Instance
     stage: str
     data: bytes
-    tokens: int | None
+    tokens: int
     timeout_s: float
+    requests: int = 1
     started: asyncio.Future[None] = field(default_factory=asyncio.Future)
     finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
     status: int | None = None
@@ -85,15 +82,14 @@ class UpstreamRequest:
     sent_s: float | None = None
     first_byte_s: float | None = None
     end_s: float | None = None
+    connection: "InstanceConnection | None" = None
     _body_bytes: int = 0
-    _connection: "InstanceConnection | None" = None
     _task: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.consume = self._gather
         self.pool.active.add(self)
-        if self.tokens is not None:
-            self.pool.table.count(self.instance, 1, self.tokens)
+        self.pool.table.count(self.instance, self.requests, self.tokens)
         connection = self.pool.acquire(self.instance)
         if connection is not None:
             self._send(connection)
@@ -111,7 +107,7 @@ class UpstreamRequest:
             return
         self.end_s = time.monotonic()
         self.error = error
-        connection, self._connection, task, self._task = self._connection, None, self._task, None
+        connection, self.connection, task, self._task = self.connection, None, self._task, None
         self.data = b""
         if connection is not None:
             connection.request = None
@@ -119,8 +115,7 @@ class UpstreamRequest:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
         self.pool.active.discard(self)
-        if self.tokens is not None:
-            self.pool.table.count(self.instance, -1, -self.tokens)
+        self.pool.table.count(self.instance, -self.requests, -self.tokens)
         self.finished.set_result(None)
         if not self.started.done():
             self.started.set_result(None)
@@ -128,11 +123,11 @@ class UpstreamRequest:
     def pause(self, paused: bool) -> None:
         """Stop reading while the client cannot take more; the instance then waits too, and that is not a stall."""
         self.paused = paused
-        if self._connection is not None and not self._connection.transport.is_closing():
+        if self.connection is not None and not self.connection.transport.is_closing():
             if paused:
-                self._connection.transport.pause_reading()
+                self.connection.transport.pause_reading()
             else:
-                self._connection.transport.resume_reading()
+                self.connection.transport.resume_reading()
 
     def tick(self, seconds: float) -> None:
         """Count time: fails if the instance has been silent for longer than the timeout."""
@@ -141,15 +136,8 @@ class UpstreamRequest:
             self.timed_out = True
             self.fail(f"no byte for {self.timeout_s:g} s")
 
-    def complete(self) -> None:
-        """The answer is complete and its connection is back in the pool."""
-        self._connection = None
-        if self.tokens is not None and self.status is not None and self.status < 500:
-            self.pool.table.served(self.instance)
-        self.end(None)
-
     def connection_lost(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection is not None and connection.uses > 1 and self.status is None:
             # An idle connection that the instance was closing: nothing was served, so send it again over a new one.
             self._task = asyncio.create_task(self._connect())
@@ -189,7 +177,7 @@ class UpstreamRequest:
             self._send(connection)
 
     def _send(self, connection: "InstanceConnection") -> None:
-        self._connection = connection
+        self.connection = connection
         self.sent_s = time.monotonic()
         connection.request = self
         connection.uses += 1
@@ -234,13 +222,13 @@ class InstanceConnection(asyncio.Protocol):
         if bodies:
             request.consume(bodies[0] if len(bodies) == 1 else b"".join(bodies))
             bodies.clear()
-        if self._complete:
-            self._finish()
+        if self._complete and self.request is request:
+            self._finish(request)
 
     def eof_received(self) -> None:
         if self.request is not None and self._until_close:
             self._keep_alive = False
-            self._finish()
+            self._finish(self.request)
 
     def connection_lost(self, error: Exception | None) -> None:
         request, self.request = self.request, None
@@ -262,19 +250,19 @@ class InstanceConnection(asyncio.Protocol):
         self._complete = self._parser.get_status_code() >= 200  # an interim 1xx answer is not the end
         self._keep_alive = self._parser.should_keep_alive() and not self._until_close
 
-    def _finish(self) -> None:
-        request, self.request = self.request, None
+    def _finish(self, request: UpstreamRequest) -> None:
+        self.request = None
         self._complete = False
-        if request is None:
-            self.transport.abort()
-            return
         if self._keep_alive:
             if request.paused:  # by a slow client, with the answer's last bytes: the next answer must be read
                 self.transport.resume_reading()
             self.pool.release(self, request.instance)
         else:
             self.transport.close()
-        request.complete()
+        request.connection = None
+        if request.status is not None and request.status < 500:
+            self.pool.table.served(request.instance)
+        request.end(None)
 
 
 async def watch_health(pool: ConnectionPool) -> None:
@@ -296,7 +284,7 @@ async def _check_health(pool: ConnectionPool, instance: Instance) -> None:
     """One check, and the wait before the next."""
     table, config = pool.table, pool.config
     data = f"GET /health HTTP/1.1\r\nHost: {instance.address.netloc}\r\n\r\n".encode()
-    request = UpstreamRequest(pool, instance, "health", data, tokens=None, timeout_s=HEALTH_TIMEOUT_S)
+    request = UpstreamRequest(pool, instance, "health", data, tokens=0, timeout_s=HEALTH_TIMEOUT_S, requests=0)
     try:
         # Without the shield a cancelled check would cancel `finished`, and the request could not close its connection.
         await asyncio.shield(request.finished)

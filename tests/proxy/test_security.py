@@ -47,6 +47,7 @@ def guarded(tmp_path_factory):
         b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
 )
 def test_ambiguous_or_malformed_http_is_refused_and_closed(guarded, data):
