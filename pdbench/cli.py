@@ -276,12 +276,14 @@ def monitor(
         File for what was read: .json (everything, the fine power curve too) or .csv (the samples).
     """
     from pdbench.power import monitor as room
+    from pdbench.site import stop_on_signals
 
     try:
         indices = None if gpus is None else [int(index) for index in gpus.split(",")]
     except ValueError:
         raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
-    room.monitor(indices, interval, duration, out, console)
+    with stop_on_signals():
+        room.monitor(indices, interval, duration, out, console)
 
 
 @app.command

@@ -4,9 +4,7 @@ The client names its request in X-Request-Id, the proxy logs that name beside it
 `pdbench.kv`, which runs inside vLLM, imports this module and nothing else of pdbench: it needs msgspec alone.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -97,12 +95,6 @@ Event = ProxyEvent | TransferEvent
 _decode = msgspec.json.Decoder(Event).decode
 
 
-def read(paths: Iterable[str], clock: "Clock") -> list[Event]:
-    """All events of these logs, their instants on the run's clock; a log that does not exist yet has none."""
-    lines = (path.read_bytes().splitlines() for path in map(Path, paths) if path.exists())
-    return parse(itertools.chain.from_iterable(lines), clock)
-
-
 def parse(lines: Iterable[bytes | str], clock: "Clock") -> list[Event]:
     """The events of an event log's lines, their instants on the run's clock; lines of other kinds are left out."""
     events = []
@@ -129,34 +121,28 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
     """Fill each request's `phases` from the events that name it; a phase that nobody reported is None."""
     events = list(events)
     proxied = {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
-    received = _received([event for event in events if isinstance(event, TransferEvent) and event.side == "receive"])
+    received: dict[str, list[TransferEvent]] = {}
+    for event in events:
+        if isinstance(event, TransferEvent) and event.side == "receive":
+            received.setdefault(event.transfer_id, []).append(event)
     for request in requests:
-        event = proxied.get(request.id)
-        if event is None:
+        way = proxied.get(request.id)
+        if way is None:
             continue
-        kv_begin_s, kv_end_s = received.get(event.transfer_id or "", (None, None))
-        if event.prefill_sent_s is not None and "queue" in request.phases:
+        # From the first byte to the end over all ranks of decode; no end where one of them failed.
+        ranks = received.get(way.transfer_id or "", [])
+        kv_begin_s = min((rank.first_byte_s for rank in ranks if rank.first_byte_s is not None), default=None)
+        ends = [rank.end_s for rank in ranks if rank.end_s is not None and not rank.error]
+        kv_end_s = max(ends) if ends and len(ends) == len(ranks) else None
+        if way.prefill_sent_s is not None and "queue" in request.phases:
             # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
             request.phases["decode_queue"] = request.phases.pop("queue")
         last_token_s = request.token_s[-1] if request.token_s else None
         request.phases |= {
-            "prefill": _interval(event.prefill_sent_s, event.prefill_done_s),
+            "prefill": _interval(way.prefill_sent_s, way.prefill_done_s),
             "kv_transfer": _interval(kv_begin_s, kv_end_s),
-            "decode": _interval(kv_end_s if kv_end_s is not None else event.decode_sent_s, last_token_s),
+            "decode": _interval(kv_end_s if kv_end_s is not None else way.decode_sent_s, last_token_s),
         }
-
-
-def _received(events: list[TransferEvent]) -> dict[str, tuple[float | None, float | None]]:
-    """Transfer id -> its first byte and its end over all ranks of decode; no end where one of them failed."""
-    ranks: dict[str, list[TransferEvent]] = {}
-    for event in events:
-        ranks.setdefault(event.transfer_id, []).append(event)
-    spans: dict[str, tuple[float | None, float | None]] = {}
-    for transfer_id, ends in ranks.items():
-        begun = [end.first_byte_s for end in ends if end.first_byte_s is not None]
-        ended = [end.end_s for end in ends if end.end_s is not None and not end.error]
-        spans[transfer_id] = (min(begun, default=None), max(ended) if len(ended) == len(ends) else None)
-    return spans
 
 
 def _interval(start_s: float | None, end_s: float | None) -> "Interval | None":

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -228,7 +228,7 @@ def _measure(
     finally:
         devices = measurement.devices()
         run.devices = merge_records(run.devices + devices)
-        run.config["clocks_held"] = [lock.to_dict() for lock in locks]
+        run.config["clocks_held"] = [asdict(lock) for lock in locks]
         run.host |= measurement.host_facts()
         flagged = {flag.name for flag in run.flags}
         run.flags += [flag for flag in measurement.flags() if flag.name not in flagged]

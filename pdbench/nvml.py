@@ -125,7 +125,12 @@ def links() -> dict[tuple[int, int], str]:
     with suppress(GpuError), _session():
         handles = dict(_handles())
         buses = {index: nv.nvmlDeviceGetPciInfo(handle).busId for index, handle in handles.items()}
-        ends = {index: _nvlink_ends(handle) for index, handle in handles.items()}
+        ends: dict[int, list[Any]] = {index: [] for index in handles}
+        for index, handle in handles.items():
+            with suppress(nv.NVMLError):
+                for link in range(nv.NVML_NVLINK_MAX_LINKS):
+                    if nv.nvmlDeviceGetNvLinkState(handle, link):
+                        ends[index].append(nv.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId)
         for first, second in itertools.permutations(handles, 2):
             # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU that is there.
             switched = sum(end not in buses.values() for end in ends[first]) if ends[second] else 0
@@ -136,16 +141,6 @@ def links() -> dict[tuple[int, int], str]:
                     level = nv.nvmlDeviceGetTopologyCommonAncestor(handles[first], handles[second])
                     named[first, second] = _PCIE_LINKS[level]
     return named
-
-
-def _nvlink_ends(handle: Any) -> list[Any]:
-    """The PCI bus ids at the other ends of a GPU's active NVLinks."""
-    ends = []
-    with suppress(nv.NVMLError):
-        for link in range(nv.NVML_NVLINK_MAX_LINKS):
-            if nv.nvmlDeviceGetNvLinkState(handle, link):
-                ends.append(nv.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId)
-    return ends
 
 
 def gpus_of(processes: Iterable[int]) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from pdbench.errors import UserError
 from pdbench.records import check_writable, write_whole
 
 _DONE = "point.json"
-Measure = Callable[[Options, Path], list[Path]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +98,43 @@ def _options(*, options: Options = _DEFAULTS) -> Options:
 
 
 def run(
-    points: Sequence[Point], out: Path, measure: Measure, console: Console, context: Mapping[str, Any] | None = None
+    points: Sequence[Point],
+    out: Path,
+    measure: Callable[[Options, Path], list[Path]],
+    console: Console,
+    context: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[dict[str, Any], list[Path]]]:
     """Measure the points that are not yet in `out`; yields every point's varied options and its results folders.
 
-    `measure(options, folder)` measures one point and returns its results folders; `context` (what is
-    measured beside the options, as the deployments) must be the same for a point to count as measured. A point that fails is reported and left out; the
-    others go on. Raises UserError when none succeeded.
+    `measure(options, folder)` measures one point and returns its results folders; `context` (what is measured beside the
+    options, as the deployments) must be the same for a point to count as measured. A point that fails is reported and left
+    out; the others go on. Raises UserError when none succeeded.
     """
     check_writable(out)
     spent_s: list[float] = []
     failed = 0
-    saved_context: dict[str, Any] = json.loads(json.dumps(context or {}))  # as it is read back: tuples are lists
-    left = sum(_folders_of(point, saved_context, out / point.name) is None for point in points)
-    for number, point in enumerate(points, 1):
+    # What a point.json must say for its point to count, as it is read back: tuples are lists.
+    wanted = [json.loads(json.dumps({"context": context or {}, "options": point.options.plain()})) for point in points]
+    left = sum(_results(out / point.name, keys) is None for point, keys in zip(points, wanted, strict=True))
+    for number, (point, keys) in enumerate(zip(points, wanted, strict=True), 1):
         folder = out / point.name
-        folders = _folders_of(point, saved_context, folder)
+        folders = _results(folder, keys)
         place = f"[bold]point {number} of {len(points)}[/bold] {point.name}"
         if folders is not None:
             console.print(f"{place}: already measured", highlight=False)
             yield point.varied, folders
             continue
-        remaining = f", about {_duration(sum(spent_s) / len(spent_s) * left)} left" if spent_s else ""
+        remaining = f", about {_duration(statistics.mean(spent_s) * left)} left" if spent_s else ""
         console.print(f"{place}{remaining}", highlight=False)
         left -= 1
         begin_s = time.monotonic()
         try:
-            folders = _measured(point, saved_context, folder, measure)
+            if folder.exists():
+                # An unfinished or older measurement: its files must not be taken for this one's.
+                shutil.rmtree(folder)
+            folders = measure(point.options, folder)
+            done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
+            write_whole(folder / _DONE, json.dumps(done, indent=1).encode())
         except UserError as error:
             failed += 1
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
@@ -135,31 +145,14 @@ def run(
         raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
 
 
-def _measured(point: Point, context: dict[str, Any], folder: Path, measure: Measure) -> list[Path]:
-    if folder.exists():
-        # An unfinished or older measurement: its files must not be taken for this one's.
-        shutil.rmtree(folder)
-    folders = measure(point.options, folder)
-    names = [str(path.relative_to(folder)) for path in folders]
-    write_whole(
-        folder / _DONE,
-        json.dumps({"context": context, "options": _saved_options(point), "results": names}, indent=1).encode(),
-    )
-    return folders
-
-
-def _folders_of(point: Point, context: dict[str, Any], folder: Path) -> list[Path] | None:
+def _results(folder: Path, keys: dict[str, Any]) -> list[Path] | None:
     """The results of a point that was measured whole, the same with the same options, else None."""
     try:
         done = json.loads((folder / _DONE).read_bytes())
-        same = done["context"] == context and done["options"] == _saved_options(point)
+        same = all(done[key] == value for key, value in keys.items())
         return [folder / name for name in done["results"]] if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _saved_options(point: Point) -> Any:
-    return json.loads(json.dumps(point.options.plain()))
 
 
 def _folder_word(value: Any) -> str:

@@ -1,7 +1,6 @@
 """The events of proxy and connector: their clock, and the join with the client's requests."""
 
 import json
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,8 +9,10 @@ from pdbench import events
 from pdbench.events import ProxyEvent, TransferEvent
 from pdbench.records import Clock, RequestRecord
 
+CLOCK = Clock(monotonic_s=10.0, unix_s=0.0)
 
-def test_events_join_the_client_by_request_and_transfer_id(tmp_path: Path) -> None:
+
+def test_events_join_the_client_by_request_and_transfer_id() -> None:
     proxy = {
         "event": "request",
         "request_id": "r1",
@@ -28,12 +29,9 @@ def test_events_join_the_client_by_request_and_transfer_id(tmp_path: Path) -> No
         "end_s": 10.52,
         "error": None,
     }
-    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(proxy), '{"event": "requ']))
-    (tmp_path / "b.jsonl").write_text(
-        json.dumps(receive | {"side": "send", "end_s": 99.0}) + "\n" + json.dumps(receive)
-    )
-    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "absent.jsonl")]
-    found = events.read(paths, Clock(monotonic_s=10.0, unix_s=0.0))
+    send = receive | {"side": "send", "end_s": 99.0}
+    lines = [*map(json.dumps, (proxy, send, receive)), '{"event": "requ']
+    found = events.parse(lines, CLOCK)
     joined = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.6, 0.7])
     alone = RequestRecord(id="r2", planned_s=0.0, sent_s=0.05, token_s=[0.6])
     events.join([joined, alone], found)
@@ -59,13 +57,12 @@ def test_a_transfer_lasts_until_its_last_rank_has_all(order: int) -> None:
     assert (request.phases["kv_transfer"], request.phases["decode"]) == (None, (0.5, 4.0))
 
 
-def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is(tmp_path: Path) -> None:
+def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is() -> None:
     transfer = {"event": "kv_transfer", "side": "receive", "transfer_id": "t1", "bytes": 11, "error": None}
     transfer |= {"asked_s": 11.0, "ready_s": None, "first_byte_s": 12.0, "end_s": 13.0, "reported_s": 14.0}
     transfer |= {"wire_s": 0.5}
     request = {"event": "request", "request_id": "r1", "received_s": 11.0, "admitted_s": 12.0, "status": 200}
-    (tmp_path / "a.jsonl").write_text(json.dumps(transfer) + "\n" + json.dumps(request))
-    read = events.read([str(tmp_path / "a.jsonl")], Clock(monotonic_s=10.0, unix_s=0.0))
+    read = events.parse([json.dumps(transfer), json.dumps(request)], CLOCK)
     moved = {"asked_s": 1.0, "first_byte_s": 2.0, "end_s": 3.0, "reported_s": 4.0}
     assert [msgspec.to_builtins(event) for event in read] == [
         msgspec.to_builtins(
@@ -75,11 +72,10 @@ def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is(tmp_p
     ]
 
 
-def test_a_phase_nobody_reported_is_none(tmp_path: Path) -> None:
+def test_a_phase_nobody_reported_is_none() -> None:
     proxy = {"event": "request", "request_id": "r1", "transfer_id": "t1", "received_s": 10.1, "decode_sent_s": 10.6}
-    (tmp_path / "a.jsonl").write_text(json.dumps(proxy))
     request = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.7])
-    events.join([request], events.read([str(tmp_path / "a.jsonl")], Clock(monotonic_s=10.0, unix_s=0.0)))
+    events.join([request], events.parse([json.dumps(proxy)], CLOCK))
     assert request.phases["prefill"] is None
     assert request.phases["kv_transfer"] is None
     assert request.phases["decode"] is not None

@@ -9,34 +9,31 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import partial
 
 from pdbench import nvml, supervisor
 from pdbench.config import PowerConfig
 from pdbench.errors import UserError
 from pdbench.records import DeviceRecord, Flag
 
-READ_BACK_S = 1.0
+_READ_BACK_S = 1.0
 _RESTORE_S = 20.0
 _CLAMP_MHZ = 15
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ClockLock:
     """What was requested of one GPU and what it reported when read back; None where nothing was requested."""
 
     role: str
     index: int
     requested_clock_mhz: int | None
-    clock_mhz: int | None
+    clock_mhz: int | None = None
     requested_power_cap_w: int | None
-    power_cap_w: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    power_cap_w: float | None = None
 
 
 def requested_options(config: PowerConfig) -> list[str]:
@@ -48,15 +45,12 @@ def requested_options(config: PowerConfig) -> list[str]:
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:
     """Raises UserError for a clock or power cap of a role that has no GPU in any deployment of `gpus`."""
     present = {_clock_role(role) for roles in gpus for role, indices in roles.items() if indices}
-    for role in ("prefill", "decode", "single"):
-        for name in ("clock", "power_cap"):
-            value: int | None = getattr(config, f"{role}_{name}")
-            suffix = name.replace("_", "-")
-            if value is not None and role not in present:
-                remedy = f"--{min(present)}-{suffix} sets the GPUs of the servers here" if present else "leave it out"
-                raise UserError(
-                    f"--{role}-{suffix} {value}: no {role} server here has a known GPU of this host: {remedy}"
-                )
+    for option in requested_options(config):
+        role, suffix = option.removeprefix("--").split("-", 1)
+        if role not in present:
+            value = getattr(config, f"{role}_{suffix.replace('-', '_')}")
+            remedy = f"--{min(present)}-{suffix} sets the GPUs of the servers here" if present else "leave it out"
+            raise UserError(f"{option} {value}: no {role} server here has a known GPU of this host: {remedy}")
 
 
 @contextmanager
@@ -65,30 +59,28 @@ def locked_clocks(config: PowerConfig, gpus: Mapping[str, Sequence[int]]) -> Ite
 
     Raises UserError, with everything as it was, when a setting is refused.
     """
-    wanted = [
-        (role, index, getattr(config, f"{_clock_role(role)}_clock"), getattr(config, f"{_clock_role(role)}_power_cap"))
-        for role, indices in gpus.items()
-        for index in indices
-    ]
-    wanted = [setting for setting in wanted if setting[2:] != (None, None)]
-    if not wanted:
+    locks = []
+    for role, index in ((role, index) for role, indices in gpus.items() for index in indices):
+        clock, cap = (getattr(config, f"{_clock_role(role)}_{name}") for name in ("clock", "power_cap"))
+        if (clock, cap) != (None, None):
+            locks.append(ClockLock(role=role, index=index, requested_clock_mhz=clock, requested_power_cap_w=cap))
+    if not locks:
         yield []
         return
     limits_w = []
-    for _, index, _, cap in wanted:
-        if cap is not None:
-            with _user_errors(index):
-                limits_w.append((index, nvml.power_limit_w(index)))
-    unlock = [index for _, index, clock, _ in wanted if clock is not None]
+    for lock in locks:
+        if lock.requested_power_cap_w is not None:
+            with _user_errors(lock):
+                limits_w.append((lock.index, nvml.power_limit_w(lock.index)))
+    unlock = [lock.index for lock in locks if lock.requested_clock_mhz is not None]
     settings = json.dumps({"unlock": unlock, "limits_w": limits_w})
     restorer = supervisor.Child([sys.executable, "-m", "pdbench.power.clocks", settings])
     try:
         if (problem := restorer.wait_ready()) is not None:
             raise UserError(f"the process that would restore the clocks did not start: {problem}")
-        locks = []
-        for setting in wanted:
-            with _user_errors(setting[1]):
-                locks.append(_lock(*setting))
+        for lock in locks:
+            with _user_errors(lock):
+                _set(lock)
         yield locks
     finally:
         # When the child failed or was killed, this process is the last that can restore.
@@ -99,15 +91,14 @@ def locked_clocks(config: PowerConfig, gpus: Mapping[str, Sequence[int]]) -> Ite
 
 
 @contextmanager
-def _user_errors(index: int) -> Iterator[None]:
+def _user_errors(lock: ClockLock) -> Iterator[None]:
     try:
         yield
     except nvml.GpuError as error:
+        text = f"{error}: it cannot be held at a clock or power cap; leave those options out"
         if error.needs_root:
-            text = f"GPU {index}: clocks and power caps need root: use sudo, or leave those options out"
-        else:
-            text = f"GPU {index}: {error}: it cannot be held at a clock or power cap; leave those options out"
-        raise UserError(text) from None
+            text = "clocks and power caps need root: use sudo, or leave those options out"
+        raise UserError(f"GPU {lock.index}: {text}") from None
 
 
 def _clock_role(role: str) -> str:
@@ -115,41 +106,34 @@ def _clock_role(role: str) -> str:
     return role if role in ("prefill", "decode") else "single"
 
 
-def _lock(role: str, index: int, clock: int | None, cap: int | None) -> ClockLock:
-    if cap is not None:
-        low, high = nvml.power_limit_range_w(index)
+def _set(lock: ClockLock) -> None:
+    if (cap := lock.requested_power_cap_w) is not None:
+        low, high = nvml.power_limit_range_w(lock.index)
         if not low <= cap <= high:
             raise UserError(
-                f"GPU {index} takes power caps from {low:.0f} to {high:.0f} W, not {cap} W: choose one of those"
+                f"GPU {lock.index} takes power caps from {low:.0f} to {high:.0f} W, not {cap} W: choose one of those"
             )
-        nvml.set_power_limit(index, cap)
-    reported_mhz = None
-    if clock is not None:
-        nvml.lock_sm_clock(index, clock)
-        end_s = time.monotonic() + READ_BACK_S
-        while (reported_mhz := nvml.sm_clock_mhz(index)) != clock and time.monotonic() < end_s:
+        nvml.set_power_limit(lock.index, cap)
+        lock.power_cap_w = nvml.power_limit_w(lock.index)
+    if lock.requested_clock_mhz is not None:
+        nvml.lock_sm_clock(lock.index, lock.requested_clock_mhz)
+        end_s = time.monotonic() + _READ_BACK_S
+        while (mhz := nvml.sm_clock_mhz(lock.index)) != lock.requested_clock_mhz and time.monotonic() < end_s:
             time.sleep(0.05)
-    return ClockLock(
-        role=role,
-        index=index,
-        requested_clock_mhz=clock,
-        clock_mhz=reported_mhz,
-        requested_power_cap_w=cap,
-        power_cap_w=None if cap is None else nvml.power_limit_w(index),
-    )
+        lock.clock_mhz = mhz
 
 
 def restore(unlock: Sequence[int], limits_w: Sequence[tuple[int, float]]) -> list[str]:
     """Unlock these GPUs' clocks and set these limits; goes on after a refusal and returns all of them."""
-    calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(nvml.unlock_sm_clock, (index,)) for index in unlock]
-    calls += [(nvml.set_power_limit, (index, limit_w)) for index, limit_w in limits_w]
+    calls = [partial(nvml.unlock_sm_clock, index) for index in unlock]
+    calls += [partial(nvml.set_power_limit, index, limit_w) for index, limit_w in limits_w]
     problems = []
-    for call, arguments in calls:
+    for call in calls:
         try:
-            call(*arguments)
+            call()
         except nvml.GpuError as error:
             if not error.needs_root:  # who may not restore could not have changed anything
-                problems.append(f"GPU {arguments[0]}: {error}")
+                problems.append(f"GPU {call.args[0]}: {error}")
     return problems
 
 

@@ -1,8 +1,4 @@
-"""What the sampler reads: the base class of all devices, and GPUs of both makers.
-
-NVIDIA's instant power (field 186) is `power_w`, its 1 s average (field 185) `power_average_w`; the fine curve is the driver's
-own buffer. amdsmi is installed with ROCm, not with pdbench.
-"""
+"""What the sampler reads: the base class of all devices, and GPUs of both makers (amdsmi comes with ROCm, not with pdbench)."""
 
 import importlib
 from collections import Counter
@@ -47,51 +43,42 @@ class Reader:
         return []
 
     def close(self) -> None:
-        """Release the device."""
+        pass
 
 
 class GpuReader(Reader):
-    """One NVIDIA GPU by its NVML index; `not_measured` says why when it cannot be opened."""
+    """One NVIDIA GPU."""
 
-    def __init__(self, index: int, role: str | None) -> None:
-        super().__init__(f"gpu{index}", "gpu", f"GPU {index}", role=role, index=index)
+    def __init__(self, gpu: nvml.OpenGpu, index: int, role: str | None) -> None:
+        super().__init__(f"gpu{index}", "gpu", gpu.name, role=role, index=index)
+        self._gpu = gpu
         self._buffer_us = 0
         self._failures: Counter[str] = Counter()
-        try:
-            self._gpu: nvml.OpenGpu | None = nvml.OpenGpu(index)
-        except (nvml.GpuError, LookupError) as error:
-            self._gpu = None
-            self.mark_failed(str(error))
-            return
-        self.name = self._gpu.name
-        if self._gpu.mig:
+        if gpu.mig:
             self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j", "fine_power"), _MIG)
 
     def read(self, now_s: float) -> dict[str, Any]:
-        answers = self._gpu.read(self.not_measured) if self._gpu and not self.lost else {}
-        for field, answer in answers.items():
-            if isinstance(answer, nvml.GpuError):
-                self._note(field, answer)
+        values = {}
+        for field, value in self._gpu.read(self.not_measured).items():
+            if isinstance(value, nvml.GpuError):
+                self._note(field, value)
             else:
                 self._failures.pop(field, None)
-        return {field: answer for field, answer in answers.items() if not isinstance(answer, nvml.GpuError)}
+                values[field] = value
+        return values
 
     def counter_j(self) -> float | None:
-        if self._gpu is None or self.lost or "energy_j" in self.not_measured:
-            return None
-        return self._attempt("energy_j", self._gpu.energy_j)
+        return None if "energy_j" in self.not_measured else self._attempt("energy_j", self._gpu.energy_j)
 
     def buffer(self) -> list[tuple[float, float]]:
-        if self._gpu is None or not self.not_measured.keys().isdisjoint(("device", "power_w", "fine_power")):
+        if not self.not_measured.keys().isdisjoint(("power_w", "fine_power")):
             return []
         entries = self._attempt("fine_power", partial(self._gpu.buffer, self._buffer_us)) or []
         self._buffer_us = entries[-1][0] if entries else self._buffer_us
         return [(at_us / 1e6, power_w) for at_us, power_w in entries]
 
     def close(self) -> None:
-        if self._gpu:
-            self._gpu.close()
-            self._gpu = None
+        self._gpu.close()
 
     def _attempt(self, field: str, call: Callable[[], T]) -> T | None:
         try:
@@ -104,35 +91,24 @@ class GpuReader(Reader):
 
     def _note(self, field: str, error: nvml.GpuError) -> None:
         """An unsupported field is not read again, nor one that fails ten times in a row; else one value is missing."""
+        self._failures[field] += 1
         if error.lost:
             self.mark_failed(str(error))
         elif error.unsupported:
             self.not_measured[field] = str(error)
-        else:
-            self._failures[field] += 1
-            if self._failures[field] >= 10:
-                self.not_measured[field] = f"given up after 10 failed reads in a row: {error}"
+        elif self._failures[field] >= 10:
+            self.not_measured[field] = f"given up after 10 failed reads in a row: {error}"
 
 
 class AmdReader(Reader):
-    """One AMD GPU by its amdsmi index. Instant power where the board gives it (MI300), else its average socket power."""
+    """One AMD GPU by its handle. Instant power where the board gives it (MI300), else its average socket power."""
 
-    def __init__(self, index: int, role: str | None) -> None:
+    def __init__(self, smi: Any, gpu: Any, index: int, role: str | None) -> None:
         super().__init__(f"gpu{index}", "gpu", f"AMD GPU {index}", role=role, index=index)
-        smi = _amdsmi()
-        handles = smi.amdsmi_get_processor_handles() if smi else []
-        if index >= len(handles):
-            self.mark_failed(f"amdsmi sees {len(handles)} GPUs, none of index {index}")
-            return
-        gpu = handles[index]
 
-        def clock_mhz(kind: str) -> Any:
-            info = smi.amdsmi_get_clock_info(gpu, getattr(smi.AmdSmiClkType, kind))
+        def clock_mhz(kind: Any) -> Any:
+            info = smi.amdsmi_get_clock_info(gpu, kind)
             return info.get("clk", info.get("cur_clk"))
-
-        def temperature_c() -> Any:
-            kind, metric = smi.AmdSmiTemperatureType.HOTSPOT, smi.AmdSmiTemperatureMetric.CURRENT
-            return smi.amdsmi_get_temp_metric(gpu, kind, metric)
 
         def energy_j() -> Any:
             count = smi.amdsmi_get_energy_count(gpu)
@@ -147,11 +123,13 @@ class AmdReader(Reader):
             "power_w": lambda: smi.amdsmi_get_power_info(gpu).get("current_socket_power"),
             "power_average_w": lambda: smi.amdsmi_get_power_info(gpu).get("average_socket_power"),
             "energy_j": energy_j,
-            "sm_clock_mhz": lambda: clock_mhz("GFX"),
-            "memory_clock_mhz": lambda: clock_mhz("MEM"),
+            "sm_clock_mhz": lambda: clock_mhz(smi.AmdSmiClkType.GFX),
+            "memory_clock_mhz": lambda: clock_mhz(smi.AmdSmiClkType.MEM),
             "gpu_utilization_pct": lambda: smi.amdsmi_get_gpu_activity(gpu).get("gfx_activity"),
             "memory_utilization_pct": lambda: smi.amdsmi_get_gpu_activity(gpu).get("umc_activity"),
-            "temperature_c": temperature_c,
+            "temperature_c": lambda: smi.amdsmi_get_temp_metric(
+                gpu, smi.AmdSmiTemperatureType.HOTSPOT, smi.AmdSmiTemperatureMetric.CURRENT
+            ),
             "memory_used_mib": memory_mib,
         }
         self.not_measured["throttle"] = "amdsmi gives no reasons for its clocks"
@@ -159,7 +137,7 @@ class AmdReader(Reader):
 
     def read(self, now_s: float) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for field, call in () if self.lost else self._calls.items():
+        for field, call in self._calls.items():
             if field in self.not_measured:
                 continue
             try:
@@ -174,32 +152,35 @@ class AmdReader(Reader):
         return values
 
 
-def _amdsmi() -> Any:
-    """amdsmi, initialised; None where it is not installed or finds no driver (it raises many kinds of error then)."""
-    try:
-        library: Any = importlib.import_module("amdsmi")
-        library.amdsmi_init()
-    except Exception:
-        return None
-    return library
-
-
 def _number(value: Any) -> float | None:
     """amdsmi writes "N/A", or a type's largest number, for what a board does not give."""
     return float(value) if isinstance(value, (int, float)) and value not in (0xFFFF, 0xFFFFFFFF, 2**64 - 1) else None
 
 
-def _amd_count() -> int:
-    library = _amdsmi()
-    return len(library.amdsmi_get_processor_handles()) if library else 0
+def _amd_gpus() -> tuple[Any, list[Any]]:
+    """amdsmi and its GPUs' handles; none where it is not installed or finds no driver (it raises many kinds of error then)."""
+    try:
+        smi: Any = importlib.import_module("amdsmi")
+        smi.amdsmi_init()
+        return smi, list(smi.amdsmi_get_processor_handles())
+    except Exception:
+        return None, []
 
 
 def open_gpu(index: int, role: str | None) -> Reader:
-    """One GPU of either maker; where neither library finds it, NVML's reason stands."""
-    gpu = GpuReader(index, role)
-    return AmdReader(index, role) if gpu.lost and _amd_count() else gpu
+    """One GPU of either maker; where it cannot be opened, the reason is in the reader's `not_measured`."""
+    try:
+        return GpuReader(nvml.OpenGpu(index), index, role)
+    except (nvml.GpuError, LookupError) as error:
+        reason = str(error)
+    smi, handles = _amd_gpus()
+    if index < len(handles):
+        return AmdReader(smi, handles[index], index, role)
+    reader = Reader(f"gpu{index}", "gpu", f"GPU {index}", role=role, index=index)
+    reader.mark_failed(f"amdsmi sees {len(handles)} GPUs, none of index {index}" if handles else reason)
+    return reader
 
 
 def gpu_indices() -> list[int]:
     """The GPUs of this host, of either maker."""
-    return [gpu.index for gpu in nvml.gpus()] or list(range(_amd_count()))
+    return [gpu.index for gpu in nvml.gpus()] or list(range(len(_amd_gpus()[1])))

@@ -4,6 +4,7 @@ CPU use is a share of time, not a power: nothing here derives watts from it.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import psutil
 
 from pdbench.power.device import Reader, gpu_indices, open_gpu
 
-_POWERCAP = Path("/sys/class/powercap")
 _REFRESH_S = 1.0
 
 
@@ -33,7 +33,7 @@ def open_host(gpus: Sequence[int] | None = None) -> list[Reader]:
     return [*(open_gpu(index, None) for index in indices), *open_rapl(), HostReader()]
 
 
-def open_rapl(powercap: Path = _POWERCAP) -> list[Reader]:
+def open_rapl(powercap: Path = Path("/sys/class/powercap")) -> list[Reader]:
     """Every package and every DRAM zone of Linux powercap (Intel and AMD)."""
     readers: list[Reader] = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
@@ -56,28 +56,25 @@ class RaplReader(Reader):
         super().__init__(device_id, kind, name)
         self._counter = zone / "energy_uj"
         self._range_uj = int((zone / "max_energy_range_uj").read_text())
-        self._last_uj: int | None = None
+        self._last: tuple[int, float] | None = None
         self._total_uj = 0
-        self._last_s = 0.0
 
     def read(self, now_s: float) -> dict[str, Any]:
         try:
             value_uj = int(self._counter.read_text())
-        except PermissionError:
-            self.mark_failed(f"no permission to read {self._counter}: root may; `chmod a+r` permits others")
-            return {}
         except (OSError, ValueError) as error:
-            self.mark_failed(f"{self._counter} cannot be read: {error}")
+            refused = f"no permission to read {self._counter}: root may; `chmod a+r` permits others"
+            is_refusal = isinstance(error, PermissionError)
+            self.mark_failed(refused if is_refusal else f"{self._counter} cannot be read: {error}")
             return {}
-        values: dict[str, Any] = {}
-        if self._last_uj is not None:
-            step_uj = value_uj - self._last_uj
-            step_uj += self._range_uj if step_uj < 0 else 0
-            self._total_uj += step_uj
-            if now_s > self._last_s:
-                values["power_w"] = step_uj / 1e6 / (now_s - self._last_s)
-        self._last_uj, self._last_s = value_uj, now_s
-        return values | {"energy_j": self._total_uj / 1e6}
+        before, self._last = self._last, (value_uj, now_s)
+        if before is None:
+            return {"energy_j": 0.0}
+        step_uj = value_uj - before[0]
+        step_uj += self._range_uj if step_uj < 0 else 0
+        self._total_uj += step_uj
+        power = {"power_w": step_uj / 1e6 / (now_s - before[1])} if now_s > before[1] else {}
+        return power | {"energy_j": self._total_uj / 1e6}
 
 
 class _CpuReader(Reader):
@@ -86,12 +83,12 @@ class _CpuReader(Reader):
     def __init__(self, device_id: str, name: str, role: str | None, no_power: str) -> None:
         super().__init__(device_id, "process", name, role=role)
         self.not_measured |= dict.fromkeys(("power_w", "energy_j"), no_power)
-        self._clock_read_s: float | None = None
+        self._clock_read_s = -math.inf
         self._clock_mhz: dict[str, float] = {}
 
     def _cpu_clock(self, now_s: float) -> dict[str, float]:
         # Read once a second: the kernel wakes every core to answer.
-        if self._clock_read_s is None or now_s - self._clock_read_s >= _REFRESH_S:
+        if now_s - self._clock_read_s >= _REFRESH_S:
             self._clock_read_s = now_s
             frequency = None
             with contextlib.suppress(OSError, NotImplementedError):
@@ -107,18 +104,18 @@ class ProcessReader(_CpuReader):
     """The processes `pids` of one role and their descendants; 100 % is one core busy."""
 
     def __init__(self, role: str | None, pids: list[int]) -> None:
-        name = f"CPU use of {role}'s processes"
-        super().__init__(f"process-{role}", name, role, "CPU use of processes has no meter of its own")
+        no_power = "CPU use of processes has no meter of its own"
+        super().__init__(f"process-{role}", f"CPU use of {role}'s processes", role, no_power)
         self._roots = pids
         self._processes: dict[int, psutil.Process] = {}
         self._used: dict[int, tuple[float, float]] = {}
-        self._refreshed_s: float | None = None
+        self._refreshed_s = -math.inf
 
     def read(self, now_s: float) -> dict[str, Any]:
         """CPU time of each process since its last reading over the time between the two, summed; memory is the sum of
         resident sets."""
         # Walking /proc is expensive: once a second.
-        if self._refreshed_s is None or now_s - self._refreshed_s >= _REFRESH_S:
+        if now_s - self._refreshed_s >= _REFRESH_S:
             self._refreshed_s = now_s
             for root in self._roots:
                 with contextlib.suppress(psutil.Error):
@@ -169,17 +166,16 @@ def _cpu_time(process: psutil.Process) -> tuple[float, float]:
     two readings; the closest pair of a few tries counts."""
     tries = []
     for _ in range(3):
-        begin_s, used_s, end_s = time.monotonic(), _cpu_seconds(process), time.monotonic()
+        begin_s = time.monotonic()
+        try:
+            # The process's CPU clock, see clock_getcpuclockid(3): /proc counts in steps of 10 ms, a tenth of an interval.
+            used_s = time.clock_gettime(~process.pid << 3 | 2)
+        except OSError:
+            times = process.cpu_times()
+            used_s = times.user + times.system
+        end_s = time.monotonic()
         tries.append((end_s - begin_s, (begin_s + end_s) / 2, used_s))
         if end_s - begin_s < 0.001:
             break
     _, at_s, used_s = min(tries)
     return at_s, used_s
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    with contextlib.suppress(OSError):
-        # The process's CPU clock, see clock_getcpuclockid(3): /proc counts in steps of 10 ms, a tenth of an interval.
-        return time.clock_gettime(~process.pid << 3 | 2)
-    times = process.cpu_times()
-    return float(times.user + times.system)

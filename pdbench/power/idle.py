@@ -36,9 +36,8 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
                 sampler.idle(CONTEXT, seconds)
         finally:
             holder.close(_CLOSE_S)
-    return {
-        record.id: {kind: record.idle_power_w.get(kind) for kind in (BARE, CONTEXT)} for record in sampler.records()
-    }
+    unknown = dict.fromkeys((BARE, CONTEXT))
+    return {record.id: unknown | record.idle_power_w for record in sampler.records()}
 
 
 class Cooldown:
@@ -52,29 +51,24 @@ class Cooldown:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._limit_s, self._open, self._sleep = limit_s, open_reader, sleep
-        self._first_c: dict[int, float] = {}
+        self._first_c: dict[str, float] = {}
 
     def wait(self, gpus: Sequence[int]) -> dict[str, float]:
         """GPU -> degrees Celsius at the start of the trial that begins next; a GPU without a thermometer is left out."""
-        readers = {index: self._open(index, None) for index in gpus}
+        readers = [self._open(index, None) for index in gpus]
         try:
             waited_s = 0.0
             while True:
-                readings = {index: reader.read(time.monotonic()) for index, reader in readers.items()}
-                now_c = {
-                    index: float(values["temperature_c"])
-                    for index, values in readings.items()
-                    if "temperature_c" in values
-                }
-                for index, celsius in now_c.items():
-                    self._first_c.setdefault(index, celsius)
-                hot = [index for index, celsius in now_c.items() if celsius > self._first_c[index] + WITHIN_C]
+                readings = {reader.id: reader.read(time.monotonic()).get("temperature_c") for reader in readers}
+                now_c = {gpu: float(celsius) for gpu, celsius in readings.items() if celsius is not None}
+                self._first_c = now_c | self._first_c
+                hot = any(celsius > self._first_c[gpu] + WITHIN_C for gpu, celsius in now_c.items())
                 if not hot or waited_s >= self._limit_s:
-                    return {f"gpu{index}": celsius for index, celsius in now_c.items()}
+                    return now_c
                 self._sleep(1.0)
                 waited_s += 1.0
         finally:
-            for reader in readers.values():
+            for reader in readers:
                 reader.close()
 
 

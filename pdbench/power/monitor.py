@@ -2,9 +2,10 @@
 
 import csv
 import io
-import signal
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -30,35 +31,28 @@ COLUMNS = {
     "cpu_utilization_pct": "CPU %",
     "cpu_clock_mhz": "CPU MHz",
 }
-CSV_HEAD = ("device", "kind", "name", *DeviceSample.__struct_fields__)
 
 
 def monitor(
     gpus: Sequence[int] | None, interval_s: float, duration_s: float | None, out: Path | None, console: Console
 ) -> list[DeviceRecord]:
-    """Watch the named GPUs (None: all), RAPL and the host's CPU for `duration_s` seconds or until Ctrl-C or SIGTERM.
+    """Watch the named GPUs (None: all), RAPL and the host's CPU for `duration_s` seconds or until Ctrl-C.
 
     `out` ends in .json (everything) or .csv (the samples). Raises UserError, before it begins, for another suffix and where
     nothing can be written.
     """
-    if out is not None and out.suffix not in (".json", ".csv"):
-        raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
     if out is not None:
+        if out.suffix not in (".json", ".csv"):
+            raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
         check_writable(out.parent)
-    before = signal.signal(signal.SIGTERM, _interrupt)
     readers = open_host(gpus)
     sampler = Sampler(readers, interval_s, Clock.start())
-    try:
-        with sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
-            console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
-            end = None if duration_s is None else time.monotonic() + duration_s
-            while end is None or time.monotonic() < end:
-                live.update(_live_table(sampler.latest()))
-                time.sleep(0.25 if end is None else max(0.0, min(0.25, end - time.monotonic())))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
+        console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
+        end = math.inf if duration_s is None else time.monotonic() + duration_s
+        while time.monotonic() < end:
+            live.update(_live_table(sampler.latest()))
+            time.sleep(max(0.0, min(0.25, end - time.monotonic())))
     records = sampler.records()
     console.print(summary_table(records))
     for record in records:
@@ -74,15 +68,13 @@ def as_csv(records: Sequence[DeviceRecord]) -> bytes:
     """One line per sample, empty where not measured; throttle reasons with spaces between."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    writer.writerow(("device", "kind", "name", *DeviceSample.__struct_fields__))
     for record in records:
         for sample in record.samples:
-            cells: list[object] = [record.id, record.kind, record.name]
-            for field in DeviceSample.__struct_fields__:
-                value = getattr(sample, field)
-                value = round(value, 6) if isinstance(value, float) else value
-                cells.append(" ".join(value) if isinstance(value, list) else value)
-            writer.writerow(cells)
+            values = [getattr(sample, field) for field in DeviceSample.__struct_fields__]
+            values = [round(value, 6) if isinstance(value, float) else value for value in values]
+            cells = [" ".join(value) if isinstance(value, list) else value for value in values]
+            writer.writerow([record.id, record.kind, record.name, *cells])
     return text.getvalue().encode()
 
 
@@ -95,11 +87,8 @@ def summary_table(records: Sequence[DeviceRecord]) -> Table:
             cells = (f"{s['avg']:.0f} ({s['min']:.0f} - {s['max']:.0f})" if s else "-" for s in statistics)
             table.add_row(label, *cells)
     table.add_row("energy J", *map(_joules, records))
-    for name, label in (
-        ("p50_ms", "interval p50 ms"),
-        ("p99_ms", "interval p99 ms"),
-        ("largest_gap_ms", "largest gap ms"),
-    ):
+    labels = {"p50_ms": "interval p50 ms", "p99_ms": "interval p99 ms", "largest_gap_ms": "largest gap ms"}
+    for name, label in labels.items():
         values = [record.sampling.get(name) for record in records]
         table.add_row(label, *("-" if value is None else f"{value:.1f}" for value in values))
     return table
@@ -109,7 +98,7 @@ def _joules(record: DeviceRecord) -> str:
     readings = record.energy_ticks or [(s.t_s, s.energy_j) for s in record.samples if s.energy_j is not None]
     if len(readings) < 2:
         return "-"
-    (start_s, start_j), (end_s, end_j) = readings[0], readings[-1]
+    (start_s, start_j), *_, (end_s, end_j) = readings
     return f"{end_j - start_j:.0f} in {end_s - start_s:.1f} s"
 
 
@@ -131,7 +120,3 @@ def _columns(names: Sequence[str], title: str | None) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     return table
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

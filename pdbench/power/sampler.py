@@ -1,10 +1,11 @@
 """One thread per host that reads every device at a steady interval and reports how steady it was; the merging of records.
 
 Three things happen on that thread: samples every `interval_s`; the driver's power buffer is emptied once a second, which
-gives a finer curve than polling at no polling cost; each energy counter is read as it moves (counter.py).
+gives a finer curve than polling at no polling cost; each energy counter is read as it moves (CounterEdgeTracker).
 """
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pdbench.power.counter import CounterEdgeTracker
 from pdbench.power.device import Reader
 from pdbench.records import Clock, DeviceRecord, DeviceSample
 
 BUFFER_S = 1.0
+POLL_S = 0.0005
+RETRY_S = 0.1
+ANCHOR_S = 5.0
+_LEAD_S = 0.005
+_STILL_S = 1.0
 _FIRST_EDGES_S = 0.5
 _LAST_EDGE_S = 0.25
 _COUNTS = {"missed_ticks", "stale_repeats"}
@@ -35,6 +40,69 @@ class SystemTime:
         stop.wait(seconds)
 
 
+class CounterEdgeTracker:
+    """When to read an energy counter that its device refreshes at intervals of its own: at the moment it moves.
+
+    A counter that moves every 100 ms is up to 100 ms old when it is read at any other moment, which is 10 % of a 1 s window.
+    The tracker polls until it sees the counter move, learns the period, sleeps, and wakes shortly before a later move. Each
+    reading kept is good to about one poll. `due_s` is when it wants a reading; `edges` are (monotonic s, joules).
+    """
+
+    def __init__(self) -> None:
+        self.edges: list[tuple[float, float]] = []
+        self.due_s = 0.0
+        self.finishing = False
+        self.period_s: float | None = None  # None before two edges
+        self._last: tuple[float, float] | None = None
+        self._awake_s = 0.0
+        self._stride = 1
+
+    @property
+    def settled(self) -> bool:
+        """The first edge is known, or there is no counter."""
+        return bool(self.edges) or self.due_s == math.inf
+
+    def observe(self, at_s: float, energy_j: float | None, now_s: float) -> None:
+        """A reading whose middle was `at_s` and which ended at `now_s`; None means that there is no counter."""
+        if energy_j is None:
+            self.due_s, self.finishing = math.inf, False
+        elif self._last is None:
+            self._last, self._awake_s, self.due_s = (at_s, energy_j), at_s, now_s + POLL_S
+        elif energy_j != self._last[1]:
+            self._edge((self._last[0] + at_s) / 2, energy_j)
+        elif at_s - self._awake_s > _STILL_S:
+            # It does not move at all: any moment is as good as an edge.
+            self._keep(at_s, energy_j, at_s + ANCHOR_S)
+        else:
+            self._last, self.due_s = (at_s, energy_j), now_s + POLL_S
+
+    def skip(self, now_s: float) -> None:
+        """One reading failed: try again soon."""
+        if self.due_s < math.inf:
+            self.due_s = now_s + RETRY_S
+
+    def finish(self, now_s: float) -> None:
+        """Sampling ends: take the very next edge, then no more."""
+        if self.due_s < math.inf:
+            self.finishing, self.due_s, self._last = True, now_s, None
+
+    def _edge(self, edge_s: float, energy_j: float) -> None:
+        if self.edges:
+            passed_s = edge_s - self.edges[-1][0]
+            self.period_s = passed_s / (max(1, round(passed_s / self.period_s)) if self.period_s else 1)
+        if self.period_s is None:
+            self._keep(edge_s, energy_j, edge_s + POLL_S)
+            return
+        # The period is known better after every stride, so the strides may grow.
+        self._stride = min(2 * self._stride, max(1, round(ANCHOR_S / self.period_s)))
+        self._keep(edge_s, energy_j, edge_s + self._stride * self.period_s - _LEAD_S)
+
+    def _keep(self, at_s: float, energy_j: float, due_s: float) -> None:
+        """One more edge, and sleep until the next is due."""
+        self.edges.append((at_s, energy_j))
+        self.finishing, self._last, self.due_s = False, None, due_s
+
+
 class Sampler:
     """Samples `readers` every `interval_s` seconds (0.01 to 10) while the `with` block runs; closes them at its end.
 
@@ -50,10 +118,8 @@ class Sampler:
         self._devices = [_Device(reader, self._time) for reader in readers]
         self._stop = threading.Event()
         self._settled = threading.Event()
-        self._never = threading.Event()
         self._end_s: float | None = None
         self._thread = threading.Thread(target=self.run, name="pdbench-sampler", daemon=True)
-        self._missed_intervals = 0
         self._figures: dict[str, float | None] = {}
         self._figures_taken = False
 
@@ -73,6 +139,7 @@ class Sampler:
     def run(self) -> None:
         """The thread: reads what is due until it is stopped, and on until the end of the window is covered."""
         began_cpu, began = self._time.cpu(), self._time.monotonic()
+        missed_intervals = 0
         for device in self._devices:
             device.guarded(device.reader.buffer)  # what the driver gathered before is not ours
         next_sample, next_buffer = began, began + BUFFER_S
@@ -83,7 +150,7 @@ class Sampler:
                     device.sample()
                 # Intervals that have already passed are counted as missed, never made up for in a burst.
                 late = int((self._time.monotonic() - next_sample) / self._interval_s)
-                self._missed_intervals += late
+                missed_intervals += late
                 next_sample += (late + 1) * self._interval_s
             elif now >= next_buffer:
                 for device in self._devices:
@@ -95,7 +162,7 @@ class Sampler:
                 if all(device.counter.settled for device in self._devices) or now - began > _FIRST_EDGES_S:
                     self._settled.set()
                 due = min([next_sample, next_buffer, *(device.counter.due_s for device in self._devices)])
-                self._time.wait(max(0.0, due - now), self._stop if self._end_s is None else self._never)
+                self._time.wait(max(0.0, due - now), self._stop if self._end_s is None else threading.Event())
         for device in self._devices:
             device.sample()  # one more beyond the end of the window
             device.empty_buffer()
@@ -103,7 +170,7 @@ class Sampler:
         self._settled.set()
         ran_s = self._time.monotonic() - began
         self._figures = {
-            "missed_ticks": float(self._missed_intervals),
+            "missed_ticks": float(missed_intervals),
             "sampler_cpu_pct": 100 * (self._time.cpu() - began_cpu) / ran_s if ran_s else None,
         }
 
@@ -138,7 +205,7 @@ class Sampler:
         pieces after the `with` block carry the figures of the sampling and the idle powers."""
         figures = {} if self._figures_taken else self._figures
         self._figures_taken |= bool(figures)
-        return [device.piece(self._clock, figures, device.take()) for device in self._devices]
+        return [device.piece(self._clock, figures, device.new_parts()) for device in self._devices]
 
     def records(self) -> list[DeviceRecord]:
         """Everything read, on the run's clock, with statistics; call it after the `with` block."""
@@ -172,26 +239,21 @@ def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -
     for name in dict.fromkeys(itertools.chain(*samplings)):
         values = [value for figures in samplings if (value := figures.get(name)) is not None]
         sampling[name] = None if not values else sum(values) if name in _COUNTS else max(values)
+    statistics: dict[str, dict[str, float | None]] = {}
+    for field in (name for name in DeviceSample.__struct_fields__ if name not in _NOT_STATISTICS):
+        values = [value for sample in samples if (value := getattr(sample, field)) is not None]
+        if values:
+            statistics[field] = {"avg": float(np.mean(values)), "min": float(min(values)), "max": float(max(values))}
     return msgspec.structs.replace(
         pieces[-1],
         samples=samples,
         fine_power=fine,
         energy_ticks=sorted(edges),
         sampling=sampling,
-        statistics=_field_statistics(samples),
+        statistics=statistics,
         not_measured={field: reason for piece in pieces for field, reason in piece.not_measured.items()},
         idle_power_w={kind: power_w for piece in pieces for kind, power_w in piece.idle_power_w.items()},
     )
-
-
-def _field_statistics(samples: Sequence[DeviceSample]) -> dict[str, dict[str, float | None]]:
-    """Field -> avg, min and max over the samples that have it; a field that no sample has is left out."""
-    statistics: dict[str, dict[str, float | None]] = {}
-    for field in (name for name in DeviceSample.__struct_fields__ if name not in _NOT_STATISTICS):
-        values = [value for sample in samples if (value := getattr(sample, field)) is not None]
-        if values:
-            statistics[field] = {"avg": float(np.mean(values)), "min": float(min(values)), "max": float(max(values))}
-    return statistics
 
 
 def _sampling_statistics(
@@ -202,18 +264,13 @@ def _sampling_statistics(
     A repeat is a sample whose power equals the one before it: the device had not refreshed it (or drew just the same).
     """
     gaps_ms = 1000 * np.diff([sample.t_s for sample in samples])
-    reads_ms = [1000 * sample.read_s for sample in samples if sample.read_s is not None]
+    reads_ms = 1000 * np.array([sample.read_s for sample in samples if sample.read_s is not None])
     fine_ms = 1000 * np.diff([t_s for t_s, _ in fine])
     powers = [sample.power_w for sample in samples]
-    repeats = sum(a is not None and a == b for a, b in itertools.pairwise(powers))
-    return {
-        "p50_ms": float(np.percentile(gaps_ms, 50)) if len(gaps_ms) else None,
-        "p99_ms": float(np.percentile(gaps_ms, 99)) if len(gaps_ms) else None,
-        "largest_gap_ms": float(np.max(gaps_ms)) if len(gaps_ms) else None,
-        "read_p50_ms": float(np.median(reads_ms)) if reads_ms else None,
-        "fine_interval_ms": float(np.median(fine_ms)) if len(fine_ms) else None,
-        "stale_repeats": float(repeats),
-    }
+    quantiles = {"p50_ms": (gaps_ms, 50), "p99_ms": (gaps_ms, 99), "largest_gap_ms": (gaps_ms, 100)}
+    quantiles |= {"read_p50_ms": (reads_ms, 50), "fine_interval_ms": (fine_ms, 50)}
+    figures = {name: float(np.percentile(x, pct)) if len(x) else None for name, (x, pct) in quantiles.items()}
+    return figures | {"stale_repeats": float(sum(a is not None and a == b for a, b in itertools.pairwise(powers)))}
 
 
 class _Device:
@@ -233,7 +290,7 @@ class _Device:
         if self.reader.lost:
             return
         before = self._time.monotonic()
-        values = self.guarded(lambda: self.reader.read(before)) or {}
+        values = self.guarded(lambda: self.reader.read(before))
         after = self._time.monotonic()
         if not values:
             return
@@ -246,9 +303,9 @@ class _Device:
         before = self._time.monotonic()
         value = self.guarded(self.reader.counter_j)
         after = self._time.monotonic()
-        self._new_counter_j = value if value is not None else self._new_counter_j
-        has_counter = not self.reader.lost and "energy_j" not in self.reader.not_measured
-        if value is None and self.counter.settled and has_counter:
+        if value is not None:
+            self._new_counter_j = value
+        if value is None and self.counter.settled and "energy_j" not in self.reader.not_measured:
             self.counter.skip(after)
         else:
             self.counter.observe((before + after) / 2, value, after)
@@ -267,7 +324,7 @@ class _Device:
             self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
 
-    def take(self) -> list[slice]:
+    def new_parts(self) -> list[slice]:
         """What is new in samples, fine curve and counter since the last call."""
         sizes = (len(self.samples), len(self.fine), len(self.counter.edges))
         self._taken = [slice(before.stop, size) for before, size in zip(self._taken, sizes, strict=True)]
@@ -290,14 +347,13 @@ class _Device:
             not_measured=dict(reader.not_measured),
         )
         if figures:
-            sampling = _sampling_statistics(self.samples, self.fine)
-            record.sampling = sampling | figures | {"energy_refresh_ms": self.counter.refresh_ms}
-            record.idle_power_w = {name: self._mean_power_w(*window) for name, window in self.idle_windows.items()}
+            period_s = self.counter.period_s
+            refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}
+            record.sampling = _sampling_statistics(self.samples, self.fine) | figures | refresh
+            for name, (start_s, end_s) in self.idle_windows.items():
+                # The fine curve of a window of steady power, or the samples where there is none.
+                curves = (self.fine, [(s.t_s, s.power_w) for s in self.samples if s.power_w is not None])
+                windows = ([power_w for t_s, power_w in curve if start_s <= t_s <= end_s] for curve in curves)
+                powers = next(filter(None, windows), None)
+                record.idle_power_w[name] = float(np.mean(powers)) if powers else None
         return record
-
-    def _mean_power_w(self, start_s: float, end_s: float) -> float | None:
-        """The mean of the fine curve's points in a window of steady power, or of the samples' where there is none."""
-        powers = [power_w for t_s, power_w in self.fine if start_s <= t_s <= end_s] or [
-            sample.power_w for sample in self.samples if sample.power_w is not None and start_s <= sample.t_s <= end_s
-        ]
-        return float(np.mean(powers)) if powers else None

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-REVISION = "3"
-"""Changes whenever the tiny model changes, so that an older one in the cache is not taken for it."""
+_REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
 
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog. Large language models are served in two phases: prefill reads the whole "
@@ -43,7 +42,7 @@ def tiny_model(cache: Path | None = None) -> Path:
     """
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pdbench"
-    folder = cache / f"tiny-deepseek-v2-{REVISION}"
+    folder = cache / f"tiny-deepseek-v2-{_REVISION}"
     if not (folder / "model.safetensors").exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".tiny-"))
@@ -62,17 +61,28 @@ def tiny_model(cache: Path | None = None) -> Path:
 def _write_tiny(folder: Path) -> None:
     """Tokenizer, configuration and seeded float32 weights."""
     import torch
+    from tokenizers import Tokenizer
     from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    vocab_size = _write_tokenizer(
-        folder, BPE(), ("<s>", "</s>"), 4096, corpus=_CORPUS, settings={"chat_template": _CHAT_TEMPLATE}
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    _save_tokenizer(tokenizer, folder, ["<s>", "</s>"], 4096, chat_template=_CHAT_TEMPLATE)
     # The head sizes (128, rope 64, kv_lora_rank 512) are DeepSeek-V2's own: vLLM's MLA kernels take no others.
     config = DeepseekV2Config(
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
         intermediate_size=256,
         moe_intermediate_size=64,
@@ -114,6 +124,7 @@ def _write_tiny(folder: Path) -> None:
 
 def shape_model(folder: Path) -> Path:
     """Write DeepSeek-V2-Lite without its weights into `folder` (a few MB), for `--load-format dummy`; returns it."""
+    from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -121,49 +132,27 @@ def shape_model(folder: Path) -> Path:
     # The published config.json without the entries that name remote code; its special tokens are the last two written here.
     shutil.copy(Path(__file__).with_name("deepseek-v2-lite.json"), folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
-    special = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
+    special = ["<|begin_of_sentence|>", "<|end_of_sentence|>"]
     # Every byte, every pair of printable ASCII, triples of them: nearly every token is text, as in a trained vocabulary.
-    entries = sorted(ByteLevel.alphabet())
-    merges = []
+    alphabet = sorted(ByteLevel.alphabet())
     printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # a byte-level vocabulary writes the space as U+0120
-    for pair in itertools.product(printable, printable):
-        entries.append("".join(pair))
-        merges.append(pair)
-    triples = itertools.product(printable, printable, printable)
-    for first, second, third in itertools.islice(triples, config["vocab_size"] - len(special) - len(entries)):
-        entries.append(first + second + third)
-        merges.append((first + second, third))
-    vocabulary = {entry: index for index, entry in enumerate(entries)}
-    _write_tokenizer(folder, BPE(vocab=vocabulary, merges=merges), special, config["max_position_embeddings"])
+    pairs = itertools.product(printable, repeat=2)
+    triples = ((first + second, third) for first, second, third in itertools.product(printable, repeat=3))
+    count = config["vocab_size"] - len(special) - len(alphabet)
+    merges = list(itertools.islice(itertools.chain(pairs, triples), count))
+    entries = alphabet + ["".join(merge) for merge in merges]
+    tokenizer = Tokenizer(BPE(vocab={entry: index for index, entry in enumerate(entries)}, merges=merges))
+    tokenizer.add_special_tokens(special)
+    _save_tokenizer(tokenizer, folder, special, config["max_position_embeddings"])
     return folder
 
 
-def _write_tokenizer(
-    folder: Path,
-    model: Any,
-    special: tuple[str, str],
-    max_length: int,
-    *,
-    corpus: Sequence[str] = (),
-    settings: dict[str, Any] | None = None,
-) -> int:
-    """A byte-level tokenizer, which encodes any text, from a BPE model, or trained on `corpus`; returns the vocabulary's size."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+def _save_tokenizer(tokenizer: Any, folder: Path, special: Sequence[str], max_length: int, **settings: str) -> None:
+    """Save it as a byte-level one, which encodes any text."""
+    from tokenizers import decoders, pre_tokenizers
 
-    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if corpus:
-        trainer = trainers.BpeTrainer(
-            vocab_size=1024,
-            min_frequency=2,
-            special_tokens=list(special),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(corpus, trainer)
-    else:
-        tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -172,8 +161,7 @@ def _write_tokenizer(
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | (settings or {}), indent=1))
-    return int(tokenizer.get_vocab_size())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings, indent=1))
 
 
 if __name__ == "__main__":
