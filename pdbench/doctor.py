@@ -77,7 +77,7 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         return
     yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
     commands: list[Command] = []
-    problem, model = None, ""
+    problem = model = ""
     try:
         model = LocalHost(machine).setup("disaggregated", config).model
         commands = vllm.commands("disaggregated", config, machine, model)
@@ -85,12 +85,12 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         problem = str(error)
     needed = {gpu for command in commands for gpu in command.gpus}
     for gpu in machine.gpus:
+        text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, "
         if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
-            text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, which does not report its memory"
-            yield Finding(section, NOTE, text)
+            yield Finding(section, NOTE, f"{text}which does not report its memory")
             continue
         free = gpu.memory_total_mib - gpu.memory_used_mib
-        text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, {free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"
+        text += f"{free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"
         if free >= config.gpu_memory_utilization * gpu.memory_total_mib:
             yield Finding(section, FINE, text)
         elif needed and gpu.index not in needed:
@@ -160,7 +160,7 @@ def _measurement(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
 
 def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> list[Finding]:
     """All findings about a cluster. `links`: sender and receiver -> bytes per second, or why nothing was received."""
-    return [*_nodes(nodes), *_versions(nodes), *_ports(nodes), *_links(links)]
+    return [*_nodes(nodes), *_between_nodes(nodes, links)]
 
 
 def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
@@ -169,8 +169,8 @@ def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
         devices = ", ".join(gpu["name"] for gpu in node.facts["gpus"]) or "no GPU"
         here = " (pdbench runs here)" if node.is_this_host else ""
         yield Finding(section, FINE, f"{node.address} {node.name}{here}: {node.cpus:g} CPUs for Ray, {devices}")
-        if len(node.facts["gpus"]) != node.gpus:
-            text = f"{node.address} has {len(node.facts['gpus'])} GPUs and Ray knows {node.gpus}"
+        if (gpus := len(node.facts["gpus"])) != node.gpus:
+            text = f"{node.address} has {gpus} GPUs and Ray knows {node.gpus}"
             remedy = "start Ray there with --num-gpus, or without it so that it counts itself"
             yield Finding(section, WRONG, text, remedy)
         if node.facts["niceness"] > 0:
@@ -184,7 +184,7 @@ def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
         yield Finding(section, NOTE if uncertain else FINE, text)
 
 
-def _versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+def _between_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
     section = "Versions"
     for name in nodes[0].facts["versions"]:
         versions = {node.address: node.facts["versions"][name] for node in nodes}
@@ -194,9 +194,6 @@ def _versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
             yield Finding(section, state, f"{name} differs: {text}", "install the same requirements on every node")
         elif version := versions[nodes[0].address]:
             yield Finding(section, FINE, f"{name} {version} on all nodes")
-
-
-def _ports(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     section = "Ports"
     for node in nodes:
         taken = {port: owner for port, owner in node.ports.items() if owner}
@@ -205,9 +202,6 @@ def _ports(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
         for port, owner in taken.items():
             text = f"{node.address}:{port} is taken by {owner}"
             yield Finding(section, WRONG, text, "end it, or choose another port")
-
-
-def _links(links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
     section = "Links (TCP, one connection)"
     for (sender, receiver), rate in links.items():
         text = f"{sender} -> {receiver}: {rate if isinstance(rate, str) else f'{rate / 1e6:,.0f} MB/s'}"

@@ -5,7 +5,6 @@ import json
 import os
 import ssl
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
@@ -56,24 +55,14 @@ def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def request(
-    url: str, path: str, *, body: Any = None, timeout_s: float = 10.0, verify_tls: bool = True
-) -> tuple[int, bytes]:
-    """Status and body of a GET of `path` below the URL's base, or of a POST of `body` as JSON.
-
-    Raises OSError when no answer comes (http.client's own errors included).
-    """
+def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True) -> tuple[int, bytes]:
+    """Status and body of a GET of `path` below the URL's base. Raises OSError when no answer comes, whatever the reason."""
     server = split_url(url, verify_tls=verify_tls)
-    if server.tls is None:
-        connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
-    else:
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
+    if server.tls:
         connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=server.tls)
     try:
-        if body is None:
-            connection.request("GET", server.base + path, headers=authorization())
-        else:
-            headers = authorization() | {"Content-Type": "application/json"}
-            connection.request("POST", server.base + path, json.dumps(body), headers)
+        connection.request("GET", server.base + path, headers=authorization())
         response = connection.getresponse()
         return response.status, response.read()
     except http.client.HTTPException as error:

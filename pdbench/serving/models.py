@@ -139,7 +139,7 @@ def shape_model(folder: Path) -> Path:
     pairs = itertools.product(printable, repeat=2)
     triples = ((first + second, third) for first, second, third in itertools.product(printable, repeat=3))
     count = config["vocab_size"] - len(special) - len(alphabet)
-    merges = list(itertools.islice(itertools.chain(pairs, triples), count))
+    merges: list[Any] = list(itertools.islice(itertools.chain(pairs, triples), count))
     entries = alphabet + ["".join(merge) for merge in merges]
     tokenizer = Tokenizer(BPE(vocab={entry: index for index, entry in enumerate(entries)}, merges=merges))
     tokenizer.add_special_tokens(special)
