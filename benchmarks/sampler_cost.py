@@ -51,7 +51,7 @@ def say(found, points=None):
 def with_pdbench(gpus):
     """The sampler as `pdbench run` uses it: every field of every GPU each 100 ms."""
     from pdbench.analysis.energy import Meter
-    from pdbench.power.host import open_readers
+    from pdbench.power.device import open_readers
     from pdbench.power.sampler import Sampler
     from pdbench.records import Clock
 

@@ -5,12 +5,15 @@ The client names its request in X-Request-Id, the proxy logs that name beside it
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import msgspec
 
 if TYPE_CHECKING:
     from pdbench.records import Clock, Interval, RequestRecord
+
+
+Instant = Annotated[float | None, "an instant on the clock of its writer's host until `move` puts it on another"]
 
 
 class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
@@ -20,27 +23,16 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
     `first_byte_s`: first byte of decode's body; `error`: what failed.
     """
 
-    INSTANTS: ClassVar = (
-        "received_s",
-        "admitted_s",
-        "prefill_sent_s",
-        "prefill_done_s",
-        "first_token_s",
-        "decode_sent_s",
-        "first_byte_s",
-        "last_byte_s",
-    )
-
     request_id: str = ""
     transfer_id: str | None = None
-    received_s: float | None = None
-    admitted_s: float | None = None
-    prefill_sent_s: float | None = None
-    prefill_done_s: float | None = None
-    first_token_s: float | None = None
-    decode_sent_s: float | None = None
-    first_byte_s: float | None = None
-    last_byte_s: float | None = None
+    received_s: Instant = None
+    admitted_s: Instant = None
+    prefill_sent_s: Instant = None
+    prefill_done_s: Instant = None
+    first_token_s: Instant = None
+    decode_sent_s: Instant = None
+    first_byte_s: Instant = None
+    last_byte_s: Instant = None
     prefill: str | None = None
     decode: str | None = None
     retries: int = 0
@@ -56,8 +48,6 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
     (receive side): vLLM was told, from then on decode can schedule the request.
     """
 
-    INSTANTS: ClassVar = ("asked_s", "ready_s", "first_byte_s", "end_s", "reported_s")
-
     side: str
     transfer_id: str
     rank: int = 0
@@ -66,11 +56,11 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
     tokens: int = 0
     blocks: int = 0
     pieces: int = 0
-    asked_s: float | None = None
-    ready_s: float | None = None
-    first_byte_s: float | None = None
-    end_s: float | None = None
-    reported_s: float | None = None
+    asked_s: Instant = None
+    ready_s: Instant = None
+    first_byte_s: Instant = None
+    end_s: Instant = None
+    reported_s: Instant = None
     wire_s: float | None = None
     error: str | None = None
 
@@ -92,6 +82,10 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
 
 
 Event = ProxyEvent | TransferEvent
+_INSTANTS = {
+    kind: [name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Instant]
+    for kind in (ProxyEvent, TransferEvent)
+}
 _decode = msgspec.json.Decoder(Event).decode
 
 
@@ -110,7 +104,7 @@ def parse(lines: Iterable[bytes | str], clock: "Clock") -> list[Event]:
 
 def move(event: Event, to_clock: Callable[[float], float]) -> Event:
     """Put every instant of `event` on another clock, in place."""
-    for name in event.INSTANTS:
+    for name in _INSTANTS[type(event)]:
         instant_s = getattr(event, name)
         if instant_s is not None:
             setattr(event, name, to_clock(instant_s))

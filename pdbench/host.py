@@ -16,8 +16,7 @@ import psutil
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, parse
-from pdbench.power.device import Reader
-from pdbench.power.host import open_readers
+from pdbench.power.device import Reader, open_readers
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines

@@ -163,6 +163,7 @@ class OpenGpu:
     """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices."""
 
     def __init__(self, index: int) -> None:
+        self._buffer_us = 0
         with _errors(), ExitStack() as opened:
             nv.nvmlInit()
             opened.callback(nv.nvmlShutdown)
@@ -201,16 +202,18 @@ class OpenGpu:
         with _errors():
             return float(nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
 
-    def buffer(self, after_us: int) -> list[tuple[int, float]]:
-        """(unix us, watts) of the driver's own samples, of which it holds about 2.4 s."""
+    def buffer(self) -> list[tuple[float, float]]:
+        """(unix seconds, watts) of the driver's own samples since the last call; it holds about 2.4 s of them."""
         try:
-            kind, entries = nv.nvmlDeviceGetSamples(self._handle, nv.NVML_TOTAL_POWER_SAMPLES, after_us)
+            kind, entries = nv.nvmlDeviceGetSamples(self._handle, nv.NVML_TOTAL_POWER_SAMPLES, self._buffer_us)
         except nv.NVMLError as error:
             if error.value == nv.NVML_ERROR_NOT_FOUND:
                 return []
             raise GpuError(error) from None
         samples = sorted((int(entry.timeStamp), _number(kind, entry.sampleValue) / 1000) for entry in entries)
-        return [sample for sample in samples if sample[0] > after_us]
+        samples = [sample for sample in samples if sample[0] > self._buffer_us]
+        self._buffer_us = samples[-1][0] if samples else self._buffer_us
+        return [(at_us / 1e6, power_w) for at_us, power_w in samples]
 
 
 def _powers_w(fields: Sequence[str], handle: Any) -> list[float | GpuError]:

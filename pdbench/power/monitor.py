@@ -14,8 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
-from pdbench.power.device import Reader
-from pdbench.power.host import open_host
+from pdbench.power.device import Reader, open_host
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, save_devices, write_whole
 

@@ -1,6 +1,5 @@
 """One server process under the supervisor: its log in a file, its state, its end with all it started."""
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,9 +81,6 @@ class ServerProcess:
         self._started_s = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = command.environment | dict(secrets or {})
-        package = str(Path(__file__).parents[2])
-        inherited = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [inherited, package]))
         with log.open("wb") as output:
             self._child = Child(supervised(command.argv, GRACE_S), environment, output.fileno())
 

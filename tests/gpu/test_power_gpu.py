@@ -9,7 +9,7 @@ import pytest
 
 from pdbench import nvml
 from pdbench.analysis.energy import power_curve
-from pdbench.power.host import open_readers
+from pdbench.power.device import open_readers
 from pdbench.power.idle import idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord

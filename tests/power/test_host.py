@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.power.host import open_rapl, open_readers
+from pdbench.power.device import open_rapl, open_readers
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from tests.support.runs import energy_over
@@ -77,7 +77,7 @@ def test_amd_gpu_is_read_through_amdsmi(tmp_path: Path) -> None:
     (tmp_path / "amdsmi.py").write_text(AMDSMI)
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
-from pdbench.power.host import open_readers
+from pdbench.power.device import open_readers
 gpu, absent = open_readers({{"decode": [0, 1]}}, {{}})[:2]
 values = gpu.read(0.0)
 assert values == {{"power_w": 550.0, "energy_j": 30.6, "sm_clock_mhz": 2100.0, "memory_clock_mhz": 1300.0,

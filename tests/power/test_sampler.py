@@ -163,7 +163,7 @@ def test_merged_records_of_two_samplers_are_one_device(nvml_library: Path) -> No
 def test_merged_pieces_are_the_whole_record(nvml_library: Path) -> None:
     code = """
 from dataclasses import dataclass
-from pdbench.power.host import open_readers
+from pdbench.power.device import open_readers
 from pdbench.power.sampler import Sampler, merge_records
 from tests.support.fake_nvml import ScriptedTime
 scripted = ScriptedTime(6.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from pdbench.power.host import open_readers
+from pdbench.power.device import open_readers
 from pdbench.power.sampler import Sampler, SystemTime
 from pdbench.records import Clock, DeviceRecord
 
