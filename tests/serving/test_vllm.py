@@ -9,12 +9,12 @@ from pdbench.config import Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.nvml import Gpu
 from pdbench.serving import vllm
-from pdbench.serving.machine import Machine, version_numbers
+from pdbench.serving.machine import Machine
 
 
 def machine(version: str, gpus: int) -> Machine:
     present = tuple(Gpu(index, "H200", "580", 143771.0, 0.0) for index in range(gpus))
-    return Machine(vllm=version_numbers(version), vllm_text=version, gpus=present)
+    return Machine(version, present)
 
 
 @pytest.fixture(autouse=True)
@@ -149,4 +149,4 @@ def test_keys_among_vllms_arguments_are_not_in_the_record(given: str, kept: str)
 
 
 def test_version_numbers_ignore_what_follows() -> None:
-    assert version_numbers("0.26.0rc1+cu130") == (0, 26, 0)
+    assert machine("0.26.0rc1+cu130", 0).vllm == (0, 26, 0)
