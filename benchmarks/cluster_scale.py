@@ -117,7 +117,7 @@ def sample(cluster: Any, measurement: Any, options: argparse.Namespace) -> None:
     samples = sum(len(record.samples) for record in records)
     missed = sum(record.sampling["missed_ticks"] or 0 for record in records)
     print(
-        f"devices {len(records)}, samples {samples}, of those read lost on the way: {lost}; beats missed by nodes: {missed:.0f}"
+        f"devices {len(records)}, samples {samples}, of those read lost on the way: {lost}; intervals missed by nodes: {missed:.0f}"
     )
     print(
         f"head: pdbench {spent[0] / ran_s:.3f} cores, Ray's gcs_server {sum(spent[1:]) / ran_s:.3f} cores over {ran_s:.1f} s"
