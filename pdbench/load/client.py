@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
 from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps
@@ -29,31 +30,21 @@ _HIGHEST_FOR_SELECT = 1023
 class Client:
     """Sends requests to one server and collects finished records; `start` never blocks, `poll` waits for bytes.
 
-    `url` is the server's base (http or https, IPv6 in brackets); `endpoint` "completions" or "chat". `timeout_s` bounds a
-    request from sending to its last byte, `read_timeout_s` the silence between two arrivals once the response has begun.
+    `url` is the server's base (http or https, IPv6 in brackets); of `config` it takes the options of single requests.
     The API key is read from OPENAI_API_KEY. Raises UserError for a URL that cannot be used.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        endpoint: str = "completions",
-        zero_s: float | None = None,
-        timeout_s: float = 120.0,
-        read_timeout_s: float = 60.0,
-        verify_tls: bool = True,
-    ) -> None:
+    def __init__(self, url: str, config: LoadConfig | None = None, *, zero_s: float | None = None) -> None:
+        self._config = config = config or LoadConfig()
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
         self.merged_reads = 0
-        server = split_url(url, verify_tls=verify_tls)
+        server = split_url(url, verify_tls=config.tls_verify)
         self._address, self._tls, self._server_name = _reachable_address(server), server.tls, server.host
-        path = f"{server.base}/v1/{'chat/completions' if endpoint == 'chat' else 'completions'}"
+        path = f"{server.base}/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}"
         headers = {"Host": server.authority, "Content-Type": "application/json"} | authorization()
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-        self._timeout_s, self._read_timeout_s = timeout_s, read_timeout_s
         self._epoll = select.epoll()
         self._fine = self._epoll.fileno() <= _HIGHEST_FOR_SELECT
         self._connections: dict[int, Connection] = {}
@@ -165,14 +156,15 @@ class Client:
         if now_s >= self._refresh_at_s:
             self._refresh_at_s = now_s + _CLOCK_REFRESH_S
             self.clock.refresh()
+        limit_s, silence_s = self._config.request_timeout_s, self._config.read_timeout_s
         for connection in list(self._connections.values()):
             response, byte_s = connection.response, connection.last_byte_s
             if response is None or response.record.sent_s is None:
                 continue
-            if now_s - response.record.sent_s > self._timeout_s:
-                self._settle(connection, ("timeout", f"not whole after {self._timeout_s:g} s"))
-            elif byte_s is not None and now_s - byte_s > self._read_timeout_s:
-                self._settle(connection, ("stall", f"no byte for {self._read_timeout_s:g} s in mid-response"))
+            if now_s - response.record.sent_s > limit_s:
+                self._settle(connection, ("timeout", f"not whole after {limit_s:g} s"))
+            elif byte_s is not None and now_s - byte_s > silence_s:
+                self._settle(connection, ("stall", f"no byte for {silence_s:g} s in mid-response"))
 
     def _wait(self, wait_s: float) -> list[tuple[int, int]]:
         """The ready sockets with their events, after at most `wait_s` seconds (0 or less: at once), within microseconds."""
@@ -186,10 +178,10 @@ class Client:
         return ready
 
 
-def fetch(url: str, body: dict[str, Any], *, endpoint: str = "completions", timeout_s: float = 120.0) -> RequestRecord:
+def fetch(url: str, body: dict[str, Any], config: LoadConfig | None = None) -> RequestRecord:
     """Send one request, wait, return its record; the body's `stream` and `return_token_ids` are set here."""
     whole = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, **body}
-    with Client(url, endpoint=endpoint, timeout_s=timeout_s) as client:
+    with Client(url, config) as client:
         record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now())
         client.start(record, msgspec.json.encode(whole))
         while not client.poll(client.clock.now() + 1.0):
@@ -204,9 +196,6 @@ def _reachable_address(server: ServerUrl) -> Address:
     except OSError as error:
         raise UserError(f"cannot resolve {server.host}: {error.strerror}") from None
     if len(addresses) > 1:
-        for family, _, _, _, address in addresses:
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.settimeout(2.0)
-                probe.connect(address)
-                return family, address
+        with contextlib.suppress(OSError), socket.create_connection((server.host, server.port), 2.0) as probe:
+            return probe.family, probe.getpeername()
     return addresses[0][0], addresses[0][4]

@@ -101,19 +101,16 @@ def run_load(load: TrialLoad, on_progress: OnProgress | None = None) -> LoadResu
     """
     if load.config.client_processes == 1:
         return merge(load, [run_client(load, on_progress=on_progress)])
-    clients: list[LocalClient] = []
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(contextlib.closing(LocalClient(index, load)))
+            for index in range(load.config.client_processes)
+        ]
 
-    def wait(seconds: float) -> None:
-        multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
+        def wait(seconds: float) -> None:
+            multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
 
-    try:
-        for index in range(load.config.client_processes):
-            clients.append(LocalClient(index, load))
-        results = collect(clients, clock=load.clock, wait=wait, on_progress=on_progress)
-    finally:
-        for client in clients:
-            client.close()
-    return merge(load, results)
+        return merge(load, collect(clients, clock=load.clock, wait=wait, on_progress=on_progress))
 
 
 def collect(

@@ -84,14 +84,7 @@ def run_client(
     streams = plan.streams(config)
     if streams is not None:
         streams = streams // clients + (client < streams % clients)
-    sender = Client(
-        load.url,
-        endpoint=config.endpoint,
-        zero_s=clock.monotonic_s,
-        timeout_s=config.request_timeout_s,
-        read_timeout_s=config.read_timeout_s,
-        verify_tls=config.tls_verify,
-    )
+    sender = Client(load.url, config, zero_s=clock.monotonic_s)
     stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
     with sender, stop as interrupted, _undelayed() as real_time:
         loop = _Loop(load, sender, interrupted, ClientResult(streams=streams, real_time=real_time))

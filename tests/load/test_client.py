@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import connection
 from pdbench.load.client import Client, fetch
@@ -33,10 +34,10 @@ BODY = {"model": "m", "prompt": "Hello", "max_tokens": 8}
 
 def ask(answer, **options) -> RequestRecord:
     with ScriptedServer(answer) as server:
-        return fetch(server.url, BODY, **options)
+        return fetch(server.url, BODY, LoadConfig(**options))
 
 
-def ask_step_by_step(count: int, **options) -> RequestRecord:
+def ask_step_by_step(count: int, tls=None) -> RequestRecord:
     """A record of `count` tokens, each of them sent when the one before has been read."""
     read = threading.Semaphore()
 
@@ -48,7 +49,7 @@ def ask_step_by_step(count: int, **options) -> RequestRecord:
         peer.write(chunk(b""))
         return True
 
-    with ScriptedServer(answer, tls=options.pop("tls", None)) as server, Client(server.url, **options) as client:
+    with ScriptedServer(answer, tls=tls) as server, Client(server.url) as client:
         record, seen = RequestRecord(id="r", planned_s=client.clock.now()), 0
         client.start(record, json.dumps(BODY).encode())
         while not client.poll(client.clock.now() + 0.001):
@@ -163,8 +164,9 @@ def test_failures_in_mid_stream_keep_earlier_tokens(answer, kind):
 
 
 def test_stall_and_timeout_are_separate_failure_classes():
-    assert ask(_head_then(PART, then="hang"), timeout_s=0.3).error.kind == "timeout"
-    with ScriptedServer(_head_then(PART, then="hang")) as server, Client(server.url, read_timeout_s=0.2) as client:
+    assert ask(_head_then(PART, then="hang"), request_timeout_s=0.3).error.kind == "timeout"
+    config = LoadConfig(read_timeout_s=0.2)
+    with ScriptedServer(_head_then(PART, then="hang")) as server, Client(server.url, config) as client:
         record = RequestRecord(id="r", planned_s=0.0)
         client.start(record, b"{}")
         while not client.poll(client.clock.now() + 0.1):
@@ -252,7 +254,7 @@ def test_many_streams_at_once():
 def test_api_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with ScriptedServer(stream(tokens(1))) as server:
-        fetch(f"{server.url}/base/v1/", BODY, endpoint="chat")
+        fetch(f"{server.url}/base/v1/", BODY, LoadConfig(endpoint="chat"))
         assert server.requests[0].fields["authorization"] == "Bearer secret-key"
         assert server.requests[0].head.startswith(b"POST /base/v1/chat/completions HTTP/1.1\r\n")
 
