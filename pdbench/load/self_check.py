@@ -105,39 +105,36 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
     Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from the
     first completion (until then the system only fills) to the last sending.
     """
-    sent, ended = _sent_and_ended(record for result in results for record in result.requests)
+    requests = [request for result in results for request in result.requests]
+    sent, ended = _instants(requests, "sent_s"), _instants(requests, "end_s")
     if not sent or not ended:
         return 0.0, 0.0, "empty: no request was sent"
-    whole = (sent[0], max(ended[-1], sent[-1]))
     if open_loop:
         start_s, end_s, name = ended[0], sent[-1], "first completion to last sending"
         enough = sum(start_s <= at_s <= end_s for at_s in ended) >= 2
     else:
-        streams = sum(result.streams or 1 for result in results)
-        full = [_full(result.requests, result.streams or 1) for result in results]
-        start_s, end_s = max(start for start, _ in full), min(end for _, end in full)
+        start_s, end_s, streams = -inf, inf, 0
+        for result in results:
+            count = result.streams or 1
+            own_sent, own_ended = _instants(result.requests, "sent_s"), _instants(result.requests, "end_s")
+            if own_ended and len(own_sent) >= count:
+                start_s = max(start_s, own_sent[count - 1])
+                end_s = min(end_s, next((at_s for at_s in own_ended if at_s > own_sent[-1]), own_sent[-1]))
+            else:
+                start_s = inf  # they never were in flight all at once
+            streams += count
         name = f"all {streams} streams in flight"
         enough = len(sent) >= 2 * streams
     if not enough or end_s <= start_s:
-        return *whole, "whole run, ramp-up and drain included: too few requests for a time at full load"
+        name = "whole run, ramp-up and drain included: too few requests for a time at full load"
+        return sent[0], max(ended[-1], sent[-1]), name
     return start_s, end_s, name
 
 
-def _sent_and_ended(records: Iterable[RequestRecord]) -> tuple[list[float], list[float]]:
-    """When the measured requests were sent and when they ended, each in order."""
-    sent = [record for record in records if not record.warmup and record.sent_s is not None]
-    return (
-        sorted(record.sent_s for record in sent if record.sent_s is not None),
-        sorted(record.end_s for record in sent if record.end_s is not None),
-    )
-
-
-def _full(records: Sequence[RequestRecord], streams: int) -> tuple[float, float]:
-    """From when to when all streams of one process were in flight; (inf, -inf) if they never were."""
-    sent, ended = _sent_and_ended(records)
-    if not ended or len(sent) < streams:
-        return inf, -inf
-    return sent[streams - 1], next((at_s for at_s in ended if at_s > sent[-1]), max(ended[-1], sent[-1]))
+def _instants(records: Iterable[RequestRecord], name: str) -> list[float]:
+    """One instant of each measured request, in order."""
+    instants = (getattr(record, name) for record in records if not record.warmup)
+    return sorted(at_s for at_s in instants if at_s is not None)
 
 
 def decode_window(measured: Sequence[RequestRecord]) -> tuple[float, float, str] | None:
