@@ -1,9 +1,4 @@
-"""When requests arrive, in seconds from the load's start: pure functions of seed and parameters, and recorded traces.
-
-Sources: exponential gaps by inversion; gamma gaps with shape = burstiness (1 is Poisson, below 1 burstier), as in
-`vllm bench serve`; ramps and stages are Poisson processes whose time is stretched by the inverse of the summed rate. Traces:
-github.com/Azure/AzurePublicDataset, github.com/HPMLL/BurstGPT, github.com/kvcache-ai/Mooncake.
-"""
+"""When requests arrive, in seconds from the load's start: pure functions of seed and parameters, and recorded traces."""
 
 import csv
 import itertools
@@ -20,7 +15,6 @@ from pdbench.errors import UserError
 MOONCAKE_BLOCK_TOKENS = 512
 _AZURE_COLUMNS = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
 _BURSTGPT_COLUMNS = {"Timestamp", "Request tokens", "Response tokens"}
-Stage = tuple[float, float]
 
 
 def poisson(rate: float, seed: int | str) -> Iterator[float]:
@@ -34,7 +28,10 @@ def constant(rate: float) -> Iterator[float]:
 
 
 def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
-    """Endless arrivals with gamma gaps of mean 1/rate; the gaps' coefficient of variation is 1/sqrt(burstiness)."""
+    """Endless arrivals with gamma gaps of mean 1/rate and coefficient of variation 1/sqrt(burstiness), 1 being Poisson.
+
+    As in `vllm bench serve`.
+    """
     generator = random.Random(f"arrivals/{seed}")
     scale = 1.0 / (rate * burstiness)
     now_s = 0.0
@@ -56,7 +53,7 @@ def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> 
             yield (math.sqrt(start_rate**2 + 2 * slope * unit) - start_rate) / slope
 
 
-def staged(stages: Sequence[Stage], seed: int | str) -> Iterator[float]:
+def staged(stages: Sequence[tuple[float, float]], seed: int | str) -> Iterator[float]:
     """Poisson arrivals through stages of (requests per second, seconds); ends with the last stage."""
     begin_s, summed = 0.0, 0.0
     units = _unit_poisson(seed)
@@ -68,7 +65,7 @@ def staged(stages: Sequence[Stage], seed: int | str) -> Iterator[float]:
         begin_s, summed = begin_s + length_s, summed + rate * length_s
 
 
-def read_stages(text: str) -> list[Stage]:
+def read_stages(text: str) -> list[tuple[float, float]]:
     """Stages out of "RATE:SECONDS,..." as in "2:30,20:5,2:30". Raises UserError naming the part that is wrong."""
     stages = []
     for part in text.split(","):
@@ -102,7 +99,8 @@ class TraceRow(NamedTuple):
 def read_trace(path: Path | str) -> list[TraceRow]:
     """The requests of a trace in order of arrival, the first at 0; the format is recognised by its columns or keys.
 
-    Azure LLM inference 2023/2024 (CSV), BurstGPT (CSV), Mooncake (JSONL), and pdbench's own JSONL with lines
+    Azure LLM inference 2023/2024 (CSV; github.com/Azure/AzurePublicDataset), BurstGPT (CSV; github.com/HPMLL/BurstGPT),
+    Mooncake (JSONL; github.com/kvcache-ai/Mooncake), and pdbench's own JSONL with lines
     {"arrival_s": 0.5, "input_tokens": 200, "output_tokens": 50}. Requests without an output (BurstGPT's failures) are left
     out. Raises UserError with the row that is wrong.
     """

@@ -64,10 +64,6 @@ class Client:
         self._stamper.close()
         self._epoll.close()
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._connections) - len(self._idle)
-
     def start(self, record: RequestRecord, body: bytes) -> None:
         """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
         record.sent_s = self.clock.now()
@@ -114,11 +110,6 @@ class Client:
                 break
         finished, self._finished = self._finished, []
         return finished
-
-    def tokens_in_flight(self) -> int:
-        """Tokens received so far of the requests that have not ended."""
-        responses = [connection.response for connection in self._connections.values()]
-        return sum(len(response.record.token_s) for response in responses if response)
 
     def take_counters(self) -> tuple[bytes, bytes, int]:
         """(turns of the loop and delays of reads in seconds as raw float64 arrays, merged reads) since the last call."""

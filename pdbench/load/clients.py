@@ -36,30 +36,23 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Progress(msgspec.Struct, tag=True):
-    """Requests ended so far; `total` is None where time ends the trial."""
-
     done: int
     total: int | None
 
 
 class Partial(msgspec.Struct, tag=True):
-    """What was measured since the last message of this kind."""
-
     result: ClientResult
 
 
 class Final(msgspec.Struct, tag=True):
-    """What was measured since the last Partial; nothing follows."""
-
     result: ClientResult
 
 
 class Failure(msgspec.Struct, tag=True):
-    """The client ended without a Final."""
-
     message: str
 
 
+# A Partial holds what was measured since the last one; after a Final or a Failure, nothing follows.
 Message = Ready | Progress | Partial | Final | Failure
 _encode, _decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Message).decode
 

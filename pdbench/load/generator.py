@@ -105,7 +105,7 @@ class _Loop:
         self.on_progress: OnProgress | None = None
         self.on_partial: Callable[[ClientResult], None] | None = None
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
-        self._in_flight: dict[str, tuple[PlannedRequest, bool]] = {}
+        self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, bool]] = {}
         self._tokens_ended = 0
         self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
@@ -119,7 +119,7 @@ class _Loop:
         self._done, self._began_s, self._began_cpu_s = 0, time.monotonic(), time.thread_time()
         free_s = deque([begin_s] * (streams or 0))
         ahead = deque(itertools.islice(planned, 1))
-        while ahead or client.in_flight:
+        while ahead or self._in_flight:
             if self.interrupted.is_set():
                 for record in client.abandon("interrupted", "the load was stopped"):
                     self._ended(record)
@@ -168,7 +168,7 @@ class _Loop:
             warmup=warmup,
         )
         token_ids = config.token_ids and not self.result.token_ids_refused
-        self._in_flight[record.id] = planned, token_ids
+        self._in_flight[record.id] = record, planned, token_ids
         self.client.start(record, plan.request_body(config, load.model, planned, token_ids=token_ids))
         # After the sending, which a long prompt's hash would delay.
         record.prompt_sha256 = hashlib.sha256(planned.prompt.encode()).hexdigest()
@@ -177,7 +177,7 @@ class _Loop:
 
     def _ended(self, record: RequestRecord) -> bool:
         """Keep a record; False where its request was sent again because the server does not know return_token_ids."""
-        planned, token_ids = self._in_flight.pop(record.id)
+        _, planned, token_ids = self._in_flight.pop(record.id)
         error = record.error
         if token_ids and error and error.kind in ("http_400", "http_422") and "return_token_ids" in error.message:
             self.result.token_ids_refused = True
@@ -198,10 +198,11 @@ class _Loop:
 
     def _stop_sending(self, now_s: float, begin_s: float) -> bool:
         """Has the load's time passed, or has it held steady for long enough?"""
-        config, client = self.config, self.client
+        config = self.config
         if config.steady_s is not None and now_s >= self._sample_at_s:
             self._sample_at_s = now_s + _STEADY_SAMPLE_S
-            self._samples.append((now_s, self._tokens_ended + client.tokens_in_flight(), client.in_flight))
+            tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
+            self._samples.append((now_s, tokens, len(self._in_flight)))
             start_s = steady_since(self._samples, config.steady_s)
             if start_s is not None:
                 self.result.steady_window = (start_s, now_s)

@@ -83,8 +83,7 @@ def streams(config: LoadConfig) -> int | None:
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
     rows = arrivals.read_trace(config.trace) if config.trace else None
-    contents = _trace_contents(config, rows, tokenizer, trial) if rows else _contents(config, tokenizer, f"{trial}")
-    planned = zip(_instants(config, rows, trial), contents, strict=False)
+    planned = zip(_instants(config, rows, trial), _contents(config, tokenizer, f"{trial}", rows), strict=False)
     limit = config.requests if config.duration_s is None and config.steady_s is None else None
     for index, (arrival_s, content) in enumerate(itertools.islice(planned, limit)):
         if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
@@ -152,20 +151,27 @@ def _instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: i
     return arrivals.poisson(config.rate, seed)
 
 
-_Content = tuple[str, int | None, int]
-"""Prompt, its tokens (None: unknown), tokens to generate."""
-
-
-def _contents(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Iterator[_Content]:
-    """Endless prompts of one part (a trial, a trial's warm-up) of the load."""
-    texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file else None
-    for index in itertools.count():
+def _contents(
+    config: LoadConfig, tokenizer: Tokenizer | None, part: str, rows: list[arrivals.TraceRow] | None = None
+) -> Iterator[tuple[str, int | None, int]]:
+    """(prompt, its tokens, tokens to generate) of one part (a trial, a trial's warm-up) of the load; endless without a trace."""
+    texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file and not rows else None
+    for index in range(len(rows)) if rows else itertools.count():
         seed = f"{config.seed}/{part}/{index}"
+        tokens: int | None = None
         output_tokens = prompts.length(
             config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
         )
-        tokens: int | None = None
-        if texts is not None:
+        if rows:
+            assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
+            _, tokens, output_tokens, blocks = rows[index]
+            tokens = min(tokens, config.max_input_tokens or tokens)
+            if blocks:
+                blocks = blocks[: max(1, math.ceil(tokens / arrivals.MOONCAKE_BLOCK_TOKENS))]
+                text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
+            else:
+                text = prompts.of_length(tokens, seed, tokenizer)
+        elif texts:
             text, reply = texts[index % len(texts)]
             if config.reply_lengths and reply and tokenizer:
                 output_tokens = max(1, tokenizer.count(reply))
@@ -181,26 +187,8 @@ def _contents(config: LoadConfig, tokenizer: Tokenizer | None, part: str) -> Ite
             text = prompts.built_in(index, f"({part}-{index})")
         if tokens is None and tokenizer:
             tokens = tokenizer.count(text)
-        yield text, tokens, _output_tokens(config, output_tokens)
-
-
-def _trace_contents(
-    config: LoadConfig, rows: list[arrivals.TraceRow], tokenizer: Tokenizer | None, trial: int
-) -> Iterator[_Content]:
-    assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
-    for index, row in enumerate(rows):
-        seed = f"{config.seed}/{trial}/{index}"
-        tokens = min(row.input_tokens, config.max_input_tokens or row.input_tokens)
-        if row.block_ids:
-            blocks = row.block_ids[: max(1, math.ceil(tokens / arrivals.MOONCAKE_BLOCK_TOKENS))]
-            text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
-        else:
-            text = prompts.of_length(tokens, seed, tokenizer)
-        yield text, tokens, _output_tokens(config, row.output_tokens)
-
-
-def _output_tokens(config: LoadConfig, tokens: int) -> int:
-    return 1 if config.phase == "prefill" else min(tokens, config.max_output_tokens or tokens)
+        output_tokens = min(output_tokens, config.max_output_tokens or output_tokens)
+        yield text, tokens, 1 if config.phase == "prefill" else output_tokens
 
 
 def _extra_body(config: LoadConfig) -> dict[str, Any]:
