@@ -19,7 +19,11 @@ _BURSTGPT_COLUMNS = {"Timestamp", "Request tokens", "Response tokens"}
 
 def poisson(rate: float, seed: int | str) -> Iterator[float]:
     """Endless arrivals of a Poisson process, `rate` per second."""
-    return (unit / rate for unit in _unit_poisson(seed))
+    generator = random.Random(f"arrivals/{seed}")
+    unit = 0.0
+    while True:
+        unit -= math.log(1.0 - generator.random())
+        yield unit / rate
 
 
 def constant(rate: float) -> Iterator[float]:
@@ -44,7 +48,7 @@ def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> 
     """Endless Poisson arrivals whose rate goes linearly from `start_rate` to `end_rate` over `over_s`, then stays."""
     slope = (end_rate - start_rate) / over_s
     at_end = (start_rate + end_rate) / 2 * over_s
-    for unit in _unit_poisson(seed):
+    for unit in poisson(1.0, seed):
         if unit >= at_end:
             yield over_s + (unit - at_end) / end_rate
         elif slope == 0:
@@ -56,7 +60,7 @@ def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> 
 def staged(stages: Sequence[tuple[float, float]], seed: int | str) -> Iterator[float]:
     """Poisson arrivals through stages of (requests per second, seconds); ends with the last stage."""
     begin_s, summed = 0.0, 0.0
-    units = _unit_poisson(seed)
+    units = poisson(1.0, seed)
     unit = next(units)
     for rate, length_s in stages:
         while unit < summed + rate * length_s:
@@ -77,14 +81,6 @@ def read_stages(text: str) -> list[tuple[float, float]]:
             raise UserError(f"--stages: {part!r} needs a rate of 0 or more and a length above 0 seconds")
         stages.append((rate, length_s))
     return stages
-
-
-def _unit_poisson(seed: int | str) -> Iterator[float]:
-    generator = random.Random(f"arrivals/{seed}")
-    now = 0.0
-    while True:
-        now -= math.log(1.0 - generator.random())
-        yield now
 
 
 class TraceRow(NamedTuple):

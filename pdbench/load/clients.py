@@ -88,9 +88,8 @@ class LoadResult:
 def run_load(load: TrialLoad, on_progress: OnProgress | None = None) -> LoadResult:
     """Send one trial from this host and wait for all responses; `plan.check` has passed its options.
 
-    `on_progress(done, total)` is called about ten times a second; total is None where time ends the trial. Raises UserError
-    for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag "interrupted"; a lost
-    client process ends it with a flag "client-lost".
+    Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
+    "interrupted"; a lost client process ends it with a flag "client-lost".
     """
     if load.config.client_processes == 1:
         return merge(load, [run_client(load, on_progress=on_progress)])
@@ -166,10 +165,8 @@ def collect(
                     client.stop()
     for index in pending:
         lost[index] = f"{clients[index].name}: no result within {_STOP_TIMEOUT_S:g} s of its stop"
-    results = []
-    for index, reported in enumerate(parts):
-        # What counts from the start is in the last one.
-        result = msgspec.structs.replace(
+    results = [
+        msgspec.structs.replace(  # what counts from the start is in the last one
             reported[-1] if reported else ClientResult(begin_s=begin_s or clock.now()),
             requests=[request for part in reported for request in part.requests],
             busy_s=b"".join(part.busy_s for part in reported),
@@ -178,7 +175,8 @@ def collect(
             interrupted=interrupted.is_set(),  # a client is also stopped because of another's loss
             lost=lost.get(index),
         )
-        results.append(result)
+        for index, reported in enumerate(parts)
+    ]
     requests = [request for result in results for request in result.requests]
     if interrupted.is_set():
         if not requests:

@@ -21,6 +21,7 @@ _ANCILLARY_BYTES = 128
 _SO_TIMESTAMPING = 37
 _RECEIVE_SOFTWARE, _REPORT_SOFTWARE = 1 << 3, 1 << 4
 _TIMESPEC = struct.Struct("@qq")
+_KINDS = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ETIMEDOUT: "timeout"}
 # A stamp this little in the future is the two clocks' reading error, not a stepped clock.
 _CLOCK_ERROR_S = 1e-4
 
@@ -34,8 +35,6 @@ def enable_stamps(sock: socket.socket) -> None:
 class ArrivalClock:
     """Turns a read's ancillary data into an instant on the run's clock, and keeps how late user space was each time."""
 
-    __slots__ = ("_unix_minus_run_s", "read_delays_s", "zero_s")
-
     def __init__(self, zero_s: float) -> None:
         self.zero_s = zero_s
         self.read_delays_s = array("d")
@@ -46,12 +45,10 @@ class ArrivalClock:
 
     def refresh(self) -> None:
         """Measure the wall clock's offset again (it may be stepped or slewed); call it every second or so."""
-        best_width = float("inf")
-        for _ in range(5):  # the tightest of five readings, so that preemption between two of them does not count
-            before, unix, after = time.monotonic(), time.time(), time.monotonic()
-            if after - before < best_width:
-                best_width = after - before
-                self._unix_minus_run_s = unix - (before + after) / 2 + self.zero_s
+        readings = [(time.monotonic(), time.time(), time.monotonic()) for _ in range(5)]
+        # The tightest, so that preemption between two readings does not count.
+        before, unix, after = min(readings, key=lambda reading: reading[2] - reading[0])
+        self._unix_minus_run_s = unix - (before + after) / 2 + self.zero_s
 
     def arrival(self, ancillary: list[tuple[int, int, bytes]]) -> tuple[float, bool]:
         """(instant in seconds, does it come from the kernel?); the caller's own clock where there is no stamp.
@@ -127,7 +124,14 @@ class Connection:
             at_s, from_kernel = self._clock.arrival(ancillary)
             ended = not data
             if self._tls is not None and data:
-                data, ended = self._decrypt(self._tls, data)
+                self._incoming.write(data)
+                if self._request:  # it waits for the handshake
+                    self._send()
+                data = b""
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    while piece := self._tls.read(_READ_BYTES):
+                        data += piece
+                    ended = True
         except BlockingIOError:
             return
         except OSError as error:
@@ -193,25 +197,7 @@ class Connection:
             return
         self._watch(EPOLLIN | EPOLLOUT if self.unsent else EPOLLIN)
 
-    def _decrypt(self, tls: ssl.SSLObject, data: bytes) -> tuple[bytes, bool]:
-        """(what is readable of it, has the server ended the stream?)"""
-        self._incoming.write(data)
-        if self._request:  # it waits for the handshake
-            self._send()
-        pieces = []
-        try:
-            while piece := tls.read(_READ_BYTES):
-                pieces.append(piece)
-            return b"".join(pieces), True
-        except ssl.SSLWantReadError:
-            return b"".join(pieces), False
-
     def _break(self, error: OSError) -> None:
-        if isinstance(error, ssl.SSLError):
-            kind = "tls"
-        elif error.errno in (errno.ECONNRESET, errno.EPIPE):
-            kind = "reset"
-        else:
-            kinds = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}
-            kind = kinds.get(error.errno or 0, "connect" if self._connecting else "reset")
+        otherwise = "connect" if self._connecting else "reset"
+        kind = "tls" if isinstance(error, ssl.SSLError) else _KINDS.get(error.errno or 0, otherwise)
         self.broken = (kind, str(error))

@@ -19,6 +19,7 @@ from pdbench.load.client import Client
 from pdbench.load.plan import PlannedRequest, TrialLoad
 from pdbench.records import RequestRecord
 
+# Takes (requests ended, total) about ten times a second; total is None where time ends the trial.
 OnProgress = Callable[[int, int | None], None]
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHORT_PROMPT = 200
@@ -63,9 +64,8 @@ def run_client(
     """Send this client's requests of the plan, every N-th of N clients', over its share of the streams.
 
     `begin` is called after the warm-up and returns the common start on the run's clock. Whoever sets `interrupted` (without
-    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_progress(done, total)` is called about ten times a second;
-    total is None where time ends the trial. `on_partial` takes, about once a second, what was measured since its last call;
-    the returned result then holds the rest. Raises UserError when the load cannot be planned or the URL cannot be used.
+    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_partial` takes, about once a second, what was measured
+    since its last call; the returned result then holds the rest. Raises UserError for a load or a URL that cannot be used.
     """
     with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -236,25 +236,16 @@ def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, toler
 def interruption() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; a second one does what it did before. Main thread only."""
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as restoring:
+
+        def on_signal(*_: object) -> None:
+            restoring.close()
+            interrupted.set()
+
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP_SIGNALS:
+                restoring.callback(signal.signal, number, signal.signal(number, on_signal))
         yield interrupted
-        return
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(*_: object) -> None:
-        restore()
-        interrupted.set()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield interrupted
-    finally:
-        restore()
 
 
 @contextlib.contextmanager

@@ -99,12 +99,10 @@ def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int)
 
 def request_body(config: LoadConfig, model: str, request: PlannedRequest, *, token_ids: bool) -> bytes:
     """The JSON body of one request."""
-    body: dict[str, Any] = {"model": model}
-    if config.endpoint == "chat":
-        body["messages"] = [{"role": "user", "content": request.prompt}]
-    else:
-        body["prompt"] = request.prompt
-    body |= {
+    chat = config.endpoint == "chat"
+    body: dict[str, Any] = {
+        "model": model,
+        "messages" if chat else "prompt": [{"role": "user", "content": request.prompt}] if chat else request.prompt,
         "max_tokens": request.output_tokens,
         "temperature": config.temperature,
         "stream": True,

@@ -69,9 +69,8 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
 def exact_text(sentences: Iterator[str], tokens: int, tokenizer: Tokenizer, start: str = "") -> str:
     """`start` continued by `sentences` to exactly `tokens` tokens. Raises UserError where the tokenizer allows no such text."""
     text = start
-    while tokenizer.count(text) < tokens:
+    while (missing := tokens - tokenizer.count(text)) > 0:
         # Doubling the look-ahead keeps the number of encodings small for very long prompts.
-        missing = tokens - tokenizer.count(text)
         added = 0
         while added < missing:
             sentence = next(sentences)

@@ -1,8 +1,8 @@
 """One response as it grows: HTTP/1.1 bytes with their arrival instant in, one RequestRecord out.
 
 Tokens are counted by `token_ids` where the server gives them, by `usage` where every chunk carries it, else by chunks with
-text; the record's `counted_by` says which. Tokens of one chunk share its instant: spreading them would be a guess.
-The usual form of a chunk (`on_body`, `_take_chunk`) is taken with as few steps as possible; every other form in `_take_unusual`.
+text. Tokens of one chunk share its instant: spreading them would be a guess. The usual form of a chunk (`on_body`,
+`_take_chunk`) is taken with as few steps as possible; every other form in `_take_unusual`.
 """
 
 from typing import Any
@@ -252,8 +252,6 @@ class EventReader:
 
     `pending` says that bytes have come which make no whole event yet.
     """
-
-    __slots__ = ("_buffer", "_data", "_skip_newline", "pending")
 
     def __init__(self) -> None:
         self._buffer = b""

@@ -31,8 +31,8 @@ def quantiles_ms(delays_s: Sequence[float] | numpy.ndarray) -> dict[str, float] 
     """{"p50", "p99", "max"} in milliseconds of delays in seconds; None when there are no delays."""
     if not len(delays_s):
         return None
-    p50, p99, worst = numpy.quantile(numpy.asarray(delays_s, dtype=float), [0.5, 0.99, 1.0]) * 1e3
-    return {"p50": float(p50), "p99": float(p99), "max": float(worst)}
+    quantiles = numpy.quantile(numpy.asarray(delays_s, dtype=float), [0.5, 0.99, 1.0]) * 1e3
+    return dict(zip(("p50", "p99", "max"), quantiles.tolist(), strict=True))
 
 
 def describe(
@@ -73,12 +73,11 @@ def flags(client: dict[str, Any]) -> list[Flag]:
     send, read, lag = client["send_delay_ms"], client["user_minus_kernel_ms"], client["loop_lag_ms"]
     if send and send["p99"] > SEND_DELAY_P99_MS:
         reasons.append(f"requests left {send['p99']:.1f} ms late at p99 (limit {SEND_DELAY_P99_MS:g})")
-    merged = client["merged_reads"] > MERGED_READS_SHARE * client["reads"]
+    merged = client["merged_reads"] / max(1, client["reads"])
     if read and read["p99"] > READ_DELAY_P99_MS:
         reasons.append(f"bytes were read {read['p99']:.1f} ms late at p99 (limit {READ_DELAY_P99_MS:g})")
-    elif read and read["p99"] > MERGED_READ_DELAY_P99_MS and merged:
-        share = client["merged_reads"] / client["reads"]
-        reasons.append(f"{share:.0%} of reads held several chunks and reading was {read['p99']:.1f} ms late at p99")
+    elif read and read["p99"] > MERGED_READ_DELAY_P99_MS and merged > MERGED_READS_SHARE:
+        reasons.append(f"{merged:.0%} of reads held several chunks and reading was {read['p99']:.1f} ms late at p99")
     if client["stamps"].get("user") and lag and lag["p99"] > USER_STAMP_LAG_P99_MS:
         reasons.append(
             f"no kernel stamps and the loop lagged {lag['p99']:.1f} ms at p99 (limit {USER_STAMP_LAG_P99_MS:g})"
