@@ -128,10 +128,12 @@ class Connection:
                 if self._request:  # it waits for the handshake
                     self._send()
                 data = b""
-                with contextlib.suppress(ssl.SSLWantReadError):
+                ended = True
+                try:
                     while piece := self._tls.read(_READ_BYTES):
                         data += piece
-                    ended = True
+                except ssl.SSLWantReadError:
+                    ended = False
         except BlockingIOError:
             return
         except OSError as error:
