@@ -5,13 +5,18 @@ import dataclasses
 import io
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from pdbench import cli, sweep
+from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.report import sweep_figures
+from pdbench.records import Flag
+from pdbench.report import mpl, sweep_figures
+from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
 
 OPTIONS = Options()
@@ -116,3 +121,34 @@ def test_a_whole_sweep_against_a_server(tmp_path):
     assert all(float(row["output_tokens_per_s"]) > 0 and row["j_per_output_token"] == "" for row in rows)
     assert (tmp_path / "sweep_curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "concurrency=2" / "bench_results" / "bench_results.json").exists()
+
+
+def test_curves_have_integer_ticks_and_name_the_slo():
+    rows = [
+        sweep_figures.Row({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))
+        for name in ("single", "disaggregated")
+        for number in (1, 2, 3)
+        for load in [{"concurrency": number, "slo_ttft_ms": 200.0, "slo_tbt_ms": 50.0}]
+    ]
+    chart = sweep_figures.curves(rows)
+    assert [panel.title for panel in chart.panels][2:] == [
+        "Goodput: requests/s with TTFT ≤ 200 ms and mean TBT ≤ 50 ms", "Output tokens/s per GPU",
+    ]  # fmt: skip
+    with matplotlib.rc_context(mpl.STYLE):
+        figure = mpl.chart(chart, 16, 10)
+        FigureCanvasAgg(figure).draw()
+    places = [tick for tick in figure.axes[2].get_xticks() if 1 <= tick <= 3]
+    assert places == [1, 2, 3]
+    heading = figure.texts[0].get_window_extent()
+    assert not any(axis.title.get_window_extent().overlaps(heading) for axis in figure.axes)
+
+
+def test_flags_and_failures_are_marked_and_listed_once():
+    run = build_run(trials=2, requests=4, failed=1, flags=[Flag("throttled", "a"), Flag("throttled", "b")])
+    rows = [sweep_figures.Row({"rate": 2.0}, analyze(run))]
+    table = sweep_figures.table(rows)
+    assert table.styles == ["worse"] and "throttled" in table.note and "needs --slo-ttft-ms" in table.note
+    (row,) = csv.DictReader(io.StringIO(sweep_figures.summary_csv(rows)))
+    assert row["flags"].split().count("throttled") == 1 and row["failed"] == "2"
+    tbt = rows[0].run.summary
+    assert float(row["tbt_p99_ms"]) == tbt.tbt_ms.p99 and float(row["mean_tbt_p99_ms"]) == tbt.mean_tbt_ms.p99

@@ -77,16 +77,14 @@ class Axis:
 class Panel:
     """Series that share axes. Without series, `not_measured` says why.
 
-    `behind` is the axis of the series behind, None for one without scale. `rows` are (name, values, verdict) of an interval panel.
-    `spread` holds values whose histogram is drawn beside the panel, with `marks` (p50 -> value). `lines` are dotted verticals,
-    `pauses` stretches of x left blank.
+    `rows` are (name, values, verdict) of an interval panel. `spread` holds values whose histogram is drawn beside the panel, with
+    `marks` (p50 -> value). `lines` are dotted verticals, `pauses` stretches of x left blank.
     """
 
     title: str
     series: Sequence[Series]
     x: Axis = Axis()
     y: Axis = Axis()
-    behind: Axis | None = None
     not_measured: str = ""
     rows: Sequence[tuple[str, str, str]] = ()
     spread: Any = None

@@ -196,9 +196,7 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         _draw_series(behind if series.behind else axis, series, ends)
     _set_axis(axis, "x", panel.x)
     _set_axis(axis, "y", panel.y)
-    if panel.behind is not None:
-        _set_axis(behind, "y", panel.behind)
-    elif behind is not axis:
+    if behind is not axis:
         behind.axis("off")
         behind.set_ylim(bottom=0)
     for start, end in panel.pauses:
@@ -248,7 +246,6 @@ def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
         style |= {"height": 0.62, "hatch": series.hatch * 3, "edgecolor": PAPER, "linewidth": 0.5}
         bars = axis.barh(y, x, left=starts, **style)
         axis.bar_label(bars, [f" {label}" for label in series.labels or [""] * len(x)], fontsize=9, color=INK)
-        axis.margins(x=0.22)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(visible=False)
         ends.update({row: start + value for row, start, value in zip(y, starts, x, strict=True)})

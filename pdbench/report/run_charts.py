@@ -70,7 +70,7 @@ def ttft_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
     panel = Panel(
         title=title,
         series=drawn,
-        x=Axis(label=_("mean TTFT, ms"), low=0),
+        x=_bar_axis(_("mean TTFT, ms"), drawn),
         y=Axis(names=list(dict.fromkeys(row for bars in drawn for row in bars.y))),
         not_measured=_("no proxy and no connector reported this deployment's phases"),
     )
@@ -196,11 +196,9 @@ def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart
         for (role, runs), shade in zip(per_token.items(), shades([*per_token]), strict=True)
     ]
     known = [name for name in names if any(name in runs for runs in per_token.values())]
-    x = Axis(label=text.label("j_per_output_token"), low=0)
+    x = _bar_axis(text.label("j_per_output_token"), tokens)
     panels = [
-        Panel(
-            title=_("Energy by role, J"), series=used, x=Axis(label=_("energy, J"), low=0), y=Axis(names=list(roles))
-        ),
+        Panel(title=_("Energy by role, J"), series=used, x=_bar_axis(_("energy, J"), used), y=Axis(names=list(roles))),
         Panel(title=text.title("j_per_output_token"), series=tokens, x=x, y=Axis(names=known)),
     ]
     caption = _(
@@ -336,6 +334,15 @@ def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
     ]
     title = _("Devices of {0}", analysis.name)
     return Chart(key="monitor", title=title, panels=[p for p in panels if p.series], caption=" · ".join(parts))
+
+
+def _bar_axis(label: str, bars: Sequence[Series]) -> Axis:
+    """The axis of horizontal stacks, with room for their labels."""
+    ends: dict[str, float] = {}
+    for series in bars:
+        for row, value in zip(series.y, series.x, strict=True):
+            ends[row] = ends.get(row, 0.0) + value
+    return Axis(label=label, low=0, high=1.25 * max(ends.values(), default=0.0) or 1.0)
 
 
 def _shades(analyses: Sequence[RunAnalysis]) -> list[str]:

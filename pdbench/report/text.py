@@ -75,7 +75,7 @@ def language(name: str) -> Iterator[None]:
 def catalogue() -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]]]:
     """English -> Chinese: texts of this package, and patterns of those that runs are saved with (flags, reasons, names)."""
     entries = json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))
-    saved = {re.sub(r"\\{\d\\}", "(.+?)", re.escape(key)): chinese for key, chinese in entries["saved"].items()}
+    saved = {re.sub(r"\\{\d\\}", "([^;]+?)", re.escape(key)): chinese for key, chinese in entries["saved"].items()}
     return entries["texts"], [(re.compile(pattern), chinese) for pattern, chinese in saved.items()]
 
 

@@ -103,6 +103,10 @@ def test_numbers_have_three_significant_digits():
 def test_texts_that_a_run_was_saved_with_are_translated():
     with text.language("zh"):
         assert text.translate("gpu0: sw_power_cap in 12 % of the samples") == "gpu0：12 % 的采样为 sw_power_cap"
+        assert text.translate("4 of 4 greedy outputs equal; 3 of 3 prompt tokens came to decode as external KV") == (
+            "4 个贪心输出中 4 个相同；3 个提示 token 中 3 个作为外部 KV 到达解码"
+        )
+        assert text.translate("load, concurrency: 1 against 4") == "负载，concurrency：1 与 4"
         assert text.translate("no RAPL on this machine; something new") == "本机没有 RAPL；something new"
     assert text.translate("no RAPL on this machine") == "no RAPL on this machine"
 
