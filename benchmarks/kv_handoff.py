@@ -41,7 +41,7 @@ def side(role: str, port: int, interval_ms: float | None, transfers: int, log: s
     os.environ[SECRET_VARIABLE] = SECRET
     if interval_ms is not None:
         worker.SWITCH_INTERVAL_S = interval_ms / 1e3
-    instance = Instance(role, port, layout=(64, BLOCK, 4096), timeout_s=60.0, event_log=log)
+    instance = Instance(role, port, layout=(64, BLOCK, 4096), timeout_s=600.0, event_log=log)
     planned = [new_transfer(TOKENS, f"r{index}") for index in range(transfers + WARM_UP)]
     blocks = list(range(TOKENS // BLOCK))
     if role == "prefill":
@@ -57,6 +57,7 @@ def side(role: str, port: int, interval_ms: float | None, transfers: int, log: s
         while transfer.request_id not in instance.received:
             loops.append(busy(STEP_S))
             instance.step(idle=False)
+    assert not instance.failed
     instance.worker.close()
     events = [json.loads(line) for line in Path(log).read_text().splitlines()[WARM_UP:]]
     durations_ms = sorted((event["end_s"] - event["asked_s"]) * 1e3 for event in events)
