@@ -1,0 +1,123 @@
+"""What compare, report and the end of a measurement write, print and return."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pdbench.analysis import run_analysis
+from pdbench.analysis.run_analysis import analyze
+from pdbench.errors import UserError
+from pdbench.records import load_run, save_run
+from pdbench.report import commands, mpl, text
+from tests.support.reports import gate
+from tests.support.runs import build_run
+
+
+def test_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
+    commands.report(folders, tmp_path, None, Console(file=io.StringIO(), width=200))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"report.html", "report.md", "requests.csv", "performance_comparison.png"} <= names
+    assert "disaggregated_performance_analysis.png" in names
+    assert len((tmp_path / "requests.csv").read_text().splitlines()) == 1 + 96
+    markdown = (tmp_path / "report.md").read_text()
+    assert "client-limited" in markdown and "3 of 48: timeout 3" in markdown
+
+
+def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):
+    for name, load in (("single", {"concurrency": 1}), ("disaggregated", {"concurrency": 4})):
+        save_run(build_run(name, load=load, trials=2), tmp_path / name)
+    commands.report([tmp_path / "single", tmp_path / "disaggregated"], tmp_path, None, Console(file=io.StringIO()))
+    differs = "load, concurrency: 1 against 4"
+    assert f"**differs: **{differs}" in (tmp_path / "report.md").read_text()
+    assert differs in (tmp_path / "report.html").read_text()
+
+
+def test_brackets_in_a_path_are_no_markup(folders, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    commands.report(folders[:1], tmp_path / "r [bold]", None, console)
+    assert f"{tmp_path}/r [bold]/report.html" in console.file.getvalue()
+
+
+def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
+    folders = [tmp_path / "sweep" / point / "single_results" for point in ("concurrency=1", "concurrency=2")]
+    runs = [analyze(build_run("single", trials=1, requests=2))] * 3
+    names = commands.names_of(runs[:2], folders)
+    assert names == ["concurrency=1_single_results", "concurrency=2_single_results"]
+    assert commands.names_of(runs[:1], folders[:1]) == ["single"]
+    assert len(set(commands.names_of(runs, [*folders, folders[0]]))) == 3
+
+
+def test_a_name_from_a_file_does_not_choose_the_folder(tmp_path):
+    run = build_run("single", trials=1, requests=2)
+    save_run(run, tmp_path / "run")
+    saved = tmp_path / "run" / "single_results.json"
+    saved.write_text(saved.read_text().replace('"name": "single"', '"name": "../../outside"'))
+    commands.report([tmp_path / "run"], tmp_path / "a" / "report", None, Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.rglob("*outside*")] == [".._.._outside_performance_analysis.png"]
+
+
+def test_one_measurement_is_analyzed_and_drawn_once_and_read_from_no_disk(tmp_path, monkeypatch):
+    runs = {tmp_path / f"{run.name}_results": run for run in (build_run("single"), build_run())}
+    for folder, run in runs.items():
+        save_run(run, folder)
+    calls = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: (calls.append(name), function(*arguments))[1])
+
+    for module, name in (
+        (commands, "analyze"),
+        (mpl, "performance_analysis"),
+        (mpl, "comparison"),
+        (run_analysis, "timings_of"),
+    ):
+        counted(module, name)
+    monkeypatch.setattr("pdbench.records.load_run", None)
+    monkeypatch.setattr(run_analysis, "load_run", None)
+    console = Console(file=io.StringIO(), width=200)
+    analyses = commands.finish(runs, tmp_path, console)
+    assert [analysis.name for analysis in analyses] == ["single", "disaggregated"]
+    assert {name: calls.count(name) for name in calls} == {
+        "analyze": 2, "timings_of": 2, "performance_analysis": 2, "comparison": 1,
+    }  # fmt: skip
+    monkeypatch.undo()
+    for analysis, folder in zip(analyses, runs, strict=True):
+        assert load_run(folder).summary["ttft_ms"]["p50"] == analysis.summary.ttft_ms.p50
+        assert (folder / "analysis.json").exists() and (folder / f"{analysis.name}_performance_analysis.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"performance_comparison.png", "report"}
+    assert (tmp_path / "report" / "report.html").exists()
+    assert "TTFT p50" in console.file.getvalue() and "results: " in console.file.getvalue()
+
+
+def test_flags_with_which_figures_do_not_count_are_errors():
+    commands.exit_on_flags([analyze(build_run(trials=1, requests=2))])
+    with pytest.raises(UserError, match="gate-failed: none equal"):
+        commands.exit_on_flags([analyze(build_run(trials=1, requests=2, gate=gate(False, "none equal")))])
+
+
+def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"no metric tbt_p98_ms; there are ttft_p50_ms, .*mean_power_w"):
+        commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, None, Console())
+
+
+def test_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="run_disaggregated_test"):
+        commands.compare_folders([], [], False, None, console)
+    with pytest.raises(UserError, match="run_disaggregated_test"):
+        commands.report([], tmp_path / "report", None, console)
+    with pytest.raises(UserError, match="two results folders"):
+        commands.compare_folders([tmp_path], [], False, None, console)
+
+
+def test_compare_returns_the_exit_code_of_the_conditions(folders):
+    console = Console(file=io.StringIO(), width=200)
+    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, None, console) == 1
+    assert re.search(r"fails ttft_p50_ms > \+5%: \+\d+\.\d %, 95 % interval \+", console.file.getvalue())
+    with text.language("zh"):
+        assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, None, console) == 0
+    assert "合格 tbt_p50_ms" in console.file.getvalue()

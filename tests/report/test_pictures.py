@@ -1,0 +1,163 @@
+"""Pictures by their structure: what is drawn, where texts stand, in which language."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from fontTools.ttLib import TTFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from rich.console import Console
+
+from pdbench.analysis.compare import compare
+from pdbench.analysis.run_analysis import analyze, load_analysis
+from pdbench.records import Flag, save_run
+from pdbench.report import commands, mpl, run_charts, tables, text
+from tests.support.reports import gate, page_of
+from tests.support.runs import build_run
+
+
+def drawn(figure_of, *arguments):
+    """The figure after it was drawn, so that its texts have their places."""
+    with matplotlib.rc_context(mpl.STYLE):
+        figure = figure_of(*arguments)
+        FigureCanvasAgg(figure).draw()
+    return figure
+
+
+RUNS = {
+    "usual": lambda: build_run(),
+    "on a CPU": lambda: build_run("single", gpu=False),
+    "one trial, many at once": lambda: build_run(trials=1, requests=200, concurrency=32, tokens=8),
+    "one token": lambda: build_run(trials=1, requests=2, tokens=1),
+    "empty": lambda: build_run(trials=0),
+    "all failed": lambda: build_run(trials=1, requests=3, failed=3),
+    "check failed": lambda: build_run(gate=gate(False)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kind_of_run_is_drawn(name):
+    usual, other = analyze(build_run("single")), analyze(RUNS[name]())
+    with Image.open(io.BytesIO(mpl.picture(mpl.performance_analysis, other, other.name))) as picture:
+        assert picture.size == (1600, 1500)
+        assert len(picture.convert("RGB").resize((160, 150)).getcolors(100_000)) > 50
+    compared = [compare(usual, other, anyway=True, names=("a", "b"))]
+    with Image.open(io.BytesIO(mpl.picture(mpl.comparison, [usual, other], ["a", "b"], compared))) as picture:
+        assert picture.width == 1600
+    assert "<table" in page_of([usual, other], ["a", "b"])
+
+
+def test_three_deployments_share_a_comparison_with_different_colours():
+    runs = [analyze(build_run(name)) for name in ("single", "replicas", "disaggregated")]
+    names = [run.name for run in runs]
+    figure = drawn(mpl.comparison, runs, names, [None, None])
+    heading = min(label.get_position()[1] for label in figure.texts if label.get_text())
+    assert max(axis.get_position().y1 for axis in figure.axes) < heading - 0.03
+    bars = next(axis for axis in figure.axes if axis.get_title(loc="left") == "Output tokens/s")
+    assert len({patch.get_facecolor() for patch in bars.patches}) == 3
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_no_text_of_the_comparison_is_cut_off(gpu):
+    """Long names, reasons and warnings included."""
+    flags = [Flag("short-window", ""), Flag("throttled", ""), Flag("interrupted", "")]
+    runs = [
+        analyze(build_run(name, gpu=gpu, spread=0.5, seed=len(name), flags=flags))
+        for name in ("single", "disaggregated")
+    ]
+    figure = drawn(mpl.comparison, runs, ["single", "disaggregated"], [compare(*runs, anyway=True)])
+    for label in [*figure.texts, *(label for axis in figure.axes for label in axis.texts)]:
+        box = label.get_window_extent()
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= 1600 and box.y1 <= figure.bbox.height, label.get_text()
+
+
+def test_pictures_name_the_flags(analyses):
+    figure = drawn(mpl.performance_analysis, analyses[1], "disaggregated")
+    assert "warnings: client-limited, short-window" in [label.get_text() for label in figure.texts]
+
+
+def test_every_panel_has_titles_and_labels_that_do_not_collide():
+    run = analyze(build_run())
+    figure = drawn(mpl.chart, run_charts.latency_distributions([run], ["a"]), 15, 10)
+    title = figure.texts[0].get_window_extent()
+    assert not any(axis.title.get_window_extent().overlaps(title) for axis in figure.axes)
+
+
+def test_every_gap_of_a_short_run_is_drawn():
+    run = build_run(trials=1, requests=3, tokens=20)
+    chart = run_charts.tbt_over_time([analyze(run)], ["a"])
+    assert [len(series.x) for series in chart.panels[0].series] == [3 * 19]
+    assert np.isfinite(chart.panels[0].series[0].x).all()
+
+
+def test_warm_up_is_drawn_behind_the_curves():
+    run = build_run(trials=1, requests=8)
+    run.requests[0].warmup = True
+    boxes = [
+        series for series in run_charts.device_curves(analyze(run), "a").panels[0].series if series.kind == "boxes"
+    ]
+    assert [len(series.y) for series in boxes] == [8, 8]
+
+
+def test_many_requests_are_drawn_as_a_count():
+    chart = run_charts.device_curves(analyze(build_run(trials=1, requests=8)), "a", most_boxes=5)
+    assert [series.kind for series in chart.panels[0].series if series.behind] == ["area"]
+
+
+def test_one_trial_shows_its_change_and_what_to_do():
+    runs = [analyze(build_run("single", trials=1, ttft_ms=20)), analyze(build_run(trials=1, ttft_ms=35, seed=2))]
+    compared, html = compare(*runs), page_of(runs)
+    assert "--trials 3" in html and "worse so far" in html and "not judged" not in html
+    assert html.index("--trials 3") < html.index("worse so far") < html.index("<table")
+    table = tables.comparison(compared)
+    assert re.fullmatch(r"\+\d\d\.\d %", table.rows[0][-1]) and "--trials 3" in table.note
+    figure = drawn(mpl.comparison, runs, ["single", "disaggregated"], [compared])
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert len(points) == len(compared.differences)
+
+
+def test_pictures_are_chinese_where_a_font_is(tmp_path):
+    """A font made for this test, found in a folder that matplotlib's own list does not know yet."""
+    font = TTFont(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    for record in font["name"].names:
+        if record.nameID in (1, 4, 16):
+            record.string = "WenQuanYi Test"
+    (tmp_path / "fonts").mkdir()
+    font.save(tmp_path / "fonts/wqy-test.ttf")
+    command = [sys.executable, "-c", "from pdbench.report.mpl import chinese_font; print(chinese_font())"]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() not in ("", "None")
+
+
+def test_pictures_without_a_chinese_font_are_english_and_it_says_so(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(mpl, "chinese_font", lambda: None)
+    console = Console(file=io.StringIO(), width=200)
+    with text.language("zh"):
+        commands.compare_folders(folders, [], False, tmp_path / "picture.png", console)
+        assert console.file.getvalue().count(text.translate(mpl.NO_FONT)) == 1
+    assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "titles"),
+    [(True, ["Power", "Clocks", "Temperature", "Utilisation", "Power against"]), (False, ["CPU use", "CPU clock"])],
+)
+def test_plot_has_a_panel_for_what_was_measured_alone(gpu, titles, tmp_path):
+    folder = save_run(build_run(gpu=gpu, trials=2), tmp_path / "results").parent
+    chart = run_charts.monitored(load_analysis(folder), commands.read_devices(folder))
+    assert len(chart.panels) == len(titles)
+    assert all(panel.title.startswith(title) for panel, title in zip(chart.panels, titles, strict=True))
+    assert gpu or "Power not measured: no RAPL on this machine" in chart.caption
+    assert len(chart.panels[0].pauses) == 1
+    for source in (folder, sorted(folder.glob("*_gpu_data.json"))[0]):
+        commands.plot(source, tmp_path / "devices.png", Console(file=io.StringIO()))
+        with Image.open(tmp_path / "devices.png") as picture:
+            assert picture.size == (1500, 1000)

@@ -1,0 +1,16 @@
+"""Pages and correctness checks for the tests of the report."""
+
+from pdbench.analysis.compare import compare
+from pdbench.records import Gate
+from pdbench.report import tables
+from pdbench.report.page import page
+
+
+def gate(passed: bool, detail: str = "4 of 4 < 5") -> Gate:
+    return Gate(passed=passed, prompts=4, equal_outputs=4, prompt_tokens=1, external_kv_tokens=1, detail=detail)
+
+
+def page_of(analyses, names=None):
+    names = names or [analysis.name for analysis in analyses]
+    comparisons = [compare(analyses[0], other, anyway=True, names=(names[0], "b")) for other in analyses[1:]]
+    return page(analyses, names, comparisons, tables.side_by_side(analyses, names))
