@@ -13,11 +13,11 @@ MAY_IMPORT = {
     "kv": ("events",),
     "load": BASE,
     "power": BASE,
-    "serving": BASE,
+    "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
     "analysis": ("records", "events", "errors", "config"),
     "report": ("analysis", "records", "events", "errors", "config"),
-    "cluster": (*BASE, "serving", "load", "power"),
+    "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""
 
