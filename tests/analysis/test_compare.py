@@ -135,6 +135,21 @@ def test_runs_measured_differently_are_refused_unless_anyway(change, named):
     assert any(item.what == named and item.refused for item in compare_runs(a, b, anyway=True).mismatches)
 
 
+def test_other_slo_is_noted_and_leaves_out_goodput_alone():
+    a, b = build_run("single"), build_run()
+    same = {line.metric.name for line in compare_runs(a, b).differences}
+    b.config["load"]["slo_ttft_ms"] = 100.0
+    compared = compare_runs(a, b)
+    assert [(item.what, item.refused) for item in compared.mismatches] == [("load, slo_ttft_ms", False)]
+    assert {line.metric.name for line in compared.differences} == same - {"goodput_requests_per_s"}
+
+
+def test_option_that_a_run_does_not_know_equals_its_default():
+    a, b = build_run("single"), build_run()
+    b.config["load"] |= {"burstiness": 1.0, "save_prompts": False}
+    assert compare_runs(a, b).mismatches == []
+
+
 def test_other_settings_are_noted_but_compared():
     a, b = build_run("single", serve={"enforce_eager": True}), build_run(serve={"enforce_eager": False})
     assert [str(mismatch) for mismatch in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
