@@ -141,6 +141,7 @@ class LocalSite:
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         plan.check(load)
+        plan.check_files(load)
 
     def check(self) -> None:
         pass

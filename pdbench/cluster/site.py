@@ -141,6 +141,8 @@ class RaySite(Cluster):
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         load_plan.check(self._on_client_nodes(load))
+        if not self.config.client_nodes:  # else the files are those of other nodes
+            load_plan.check_files(load)
         refuse_locked_clocks(power)
 
     @contextmanager

@@ -58,9 +58,21 @@ def check(config: LoadConfig) -> None:
         raise UserError(
             "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"
         )
+    if config.shared_prefix and config.input_tokens is None:
+        raise UserError("--shared-prefix needs --input-tokens, the length that it is a share of")
     if config.stages:
         arrivals.read_stages(config.stages)
     _extra_body(config)
+
+
+def check_files(config: LoadConfig) -> None:
+    """Raise UserError for a trace, prompt file or tokenizer that cannot be read; on a client's host, before servers start."""
+    if config.trace:
+        arrivals.read_trace(config.trace)
+    if config.prompt_file:
+        prompts.read_prompt_file(Path(config.prompt_file))
+    if config.tokenizer:
+        find_tokenizer(config, config.tokenizer)
 
 
 def is_open_loop(config: LoadConfig) -> bool:

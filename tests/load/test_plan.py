@@ -296,6 +296,8 @@ def test_request_bodies():
         {"stages": "1:0"},
         {"extra_body": "[1]"},
         {"extra_body": "{"},
+        {"stages": "1:x"},
+        {"shared_prefix": 0.5},
     ],
 )
 def test_contradicting_options_are_a_user_error(options):
@@ -326,6 +328,12 @@ def test_values_out_of_range_are_refused_where_they_are_declared(option):
 
     with pytest.raises(cyclopts.ValidationError):
         app([option], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("option", ["trace", "prompt_file", "tokenizer"])
+def test_missing_file_is_found_before_anything_starts(tmp_path, option):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}.*"):
+        plan.check_files(LoadConfig(**{option: str(tmp_path / "none.csv")}))
 
 
 def test_exact_lengths_need_a_tokenizer(tmp_path):
