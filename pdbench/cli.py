@@ -21,6 +21,7 @@ from pdbench.config import (
     DeploymentKind,
     LoadConfig,
     Options,
+    Positive,
     PowerConfig,
     ProxyConfig,
     SampleInterval,
@@ -259,7 +260,7 @@ def monitor(
     *,
     gpus: str | None = None,
     interval: SampleInterval[float] = 0.1,
-    duration: float | None = None,
+    duration: Positive[float | None] = None,
     out: Path | None = None,
 ) -> None:
     """Watch power, clocks and utilisation of this host's devices: a live table, and a file when it ends.
@@ -362,6 +363,7 @@ def sweep(
     from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
+    kinds = _deployment_names(against)
 
     def measure(point: Options, folder: Path) -> list[Path]:
         runs: dict[Path, Run] = {}
@@ -369,18 +371,14 @@ def sweep(
             if url is not None:
                 experiment.bench(url, trials, point, folder, console, site, runs)
             else:
-                experiment.run(_deployment_names(against), trials, point, folder, console, site, runs)
+                experiment.run(kinds, trials, point, folder, console, site, runs)
         finally:
             for measured, run in runs.items():
                 commands.finish({measured: run}, folder, console)
         return list(runs)
 
-    context = {
-        "against": None if url else against,
-        "url": url,
-        "trials": trials,
-        "cluster": cluster and asdict(cluster),
-    }
+    nodes = cluster and asdict(cluster)
+    context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
     with stop_on_signals(), open_site(cluster) as site:
         sweep_figures.present(sweep.run(points, out, measure, console, context), out, console)
 

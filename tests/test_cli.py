@@ -28,6 +28,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["serve", "none.toml"], "no recipe none.toml"),
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
+        (["sweep", "--against", "singel", "--vary", "seed=1"], "choose from single"),
         (["run", "--trials", "0"], "for --trials. Give 1 or more"),
         (["bench", "--trials", "0"], "for --trials. Give 1 or more"),
         (["bench", "--requests", "1.5"], "not a whole number"),

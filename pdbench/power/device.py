@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import psutil
 
 from pdbench import nvml
+from pdbench.errors import UserError
 
 T = TypeVar("T")
 _REFRESH_S = 1.0
@@ -351,6 +352,12 @@ def open_readers(gpus: Mapping[str, Sequence[int]], processes: Mapping[str, Sequ
 
 
 def open_host(gpus: Sequence[int] | None = None) -> list[Reader]:
-    """What `pdbench monitor` watches: the named GPUs (None: all of them), RAPL, and the host's CPU use."""
-    indices = gpu_indices() if gpus is None else gpus
+    """What `pdbench monitor` watches: the named GPUs (None: all of them), RAPL, and the host's CPU use.
+
+    Raises UserError for a GPU that this host lacks.
+    """
+    present = gpu_indices()
+    indices = present if gpus is None else gpus
+    if missing := sorted(set(indices) - set(present)):
+        raise UserError(f"no GPU {missing[0]} here: --gpus takes indices of this host's GPUs, {present}")
     return [*(open_gpu(index, None) for index in indices), *open_rapl(), HostReader()]

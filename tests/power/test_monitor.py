@@ -68,6 +68,8 @@ def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
         (["monitor", "--out", "x.txt"], "must end in .json"),
         (["monitor", "--interval", "0.001"], "0.01 to 10"),
         (["monitor", "--gpus", "one"], "--gpus 0,1"),
+        (["monitor", "--gpus", "77"], "no GPU 77 here"),
+        (["monitor", "--duration", "-1"], "a number above 0"),
         (["plot", "nowhere.json"], "no file nowhere.json"),
         (["plot", "nowhere.csv"], "no file nowhere.csv"),
         (["plot", "wrong.csv"], "is not monitor's CSV"),
@@ -88,5 +90,5 @@ def test_wrong_input_is_one_line(
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     error = capsys.readouterr().err
-    assert ended.value.code == (2 if "--interval" in arguments else 1)
+    assert ended.value.code == (2 if {"--interval", "--duration"} & set(arguments) else 1)
     assert message in error and error.count("\n") == 1
