@@ -217,12 +217,12 @@ def energy(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Table]
     runs = dict(zip(names, (analysis.summary.energy for analysis in analyses), strict=True))
     missing: dict[str, list[str]] = {}
     for name, run in runs.items():
-        if run.not_measured:
-            missing.setdefault(_(run.not_measured), []).append(name)
+        if reason := run.not_measured or run.not_split:
+            missing.setdefault(_(reason), []).append(name)
     why = [reason if len(of) == len(runs) else f"{', '.join(of)}: {reason}" for reason, of in missing.items()]
-    notes = [_("not measured: {0}", "; ".join(why))] if why else []
+    note = _("not measured: {0}", "; ".join(why)) if why else ""
     if all(run.not_measured for run in runs.values()):
-        return [Table(title=_("Energy"), note=notes[0])]
+        return [Table(title=_("Energy"), note=note)]
     rows: list[list[Value]] = []
     for name, run in runs.items():
         for role, used in run.roles.items():
@@ -233,11 +233,10 @@ def energy(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Table]
     header = [_("role"), _("total, J"), _("active"), _("idle draw"), _("waiting"), _("waited, s")]
     figures = [[text.label(metric), *(text.value(analysis, metric) for analysis in analyses)] for metric in ENERGY]
     measured = [row for row in figures if any(value is not None for value in row[1:])]
-    notes += dict.fromkeys(_(run.not_split) for run in runs.values() if run.not_split and not run.not_measured)
     cost, unknown = _("Energy: what a token and a request cost"), _("not measured")
     return [
         Table(title=_("Energy by role, J in the measured windows"), header=header, rows=rows),
-        Table(title=cost, header=["", *names], rows=measured, note="; ".join(notes), missing=unknown),
+        Table(title=cost, header=["", *names], rows=measured, note=note, missing=unknown),
     ]
 
 

@@ -190,7 +190,7 @@ def _load(analysis: RunAnalysis) -> list[str]:
         ("{0} tokens in", analysis.requests.prompt_tokens),
         ("{0} out", analysis.requests.output_tokens),
     ):
-        known = column[column > 0]
+        known = column[analysis.requests.ok & (column > 0)]
         span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
     return [_("model {0}", model(analysis)), arrivals, *tokens]
