@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 console = Console()
 _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
 app = App(name="pdbench", help=_HELP, version=__version__)
-Recipe = Annotated[Path | None, Parameter(help="A TOML file that sets options; a flag overrides what it sets.")]
+_RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
+Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
 DEFAULTS = Options()
 _MEASURING = Group("Measurement and output", sort_key=0)
 _WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")

@@ -17,6 +17,12 @@ SECTIONS = {
 }
 
 
+def check(kind: Any, path: Path | None) -> None:
+    """Raises ValueError, which cyclopts reports, for what is no recipe: it would be left out without a word."""
+    if path and not (path.suffix == ".toml" and path.is_file()):
+        raise ValueError("Give a .toml file.")
+
+
 def read(path: Path) -> dict[str, Any]:
     """Option -> value, sections taken off. Raises UserError for a file that cannot be read, and for an unknown section or key in one."""
     try:

@@ -26,6 +26,8 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["serve", "--model", "./no-such-model"], "no model in no-such-model"),
         (["serve", "--connector", "p2p-nccl"], "--connector tcp"),
         (["serve", "none.toml"], "no recipe none.toml"),
+        (["serve", "folder.toml"], "cannot read folder.toml: Is a directory"),
+        (["serve", "recipes"], "Give a .toml file"),
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
         (["sweep", "--against", "singel", "--vary", "seed=1"], "choose from single"),
@@ -45,6 +47,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
     done = pdbench(*arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert told in done.stderr
