@@ -124,6 +124,7 @@ def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
         done = pdbench("serve", "--single", "--single-port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert f"port {port} for single-0 is taken by" in done.stderr
+    assert not (tmp_path / "logs").exists()
     assert str(os.getpid()) in done.stderr
 
 

@@ -150,10 +150,10 @@ class Deployment:
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
         self._on_states = on_states or self._on_states
-        self._claim = claim(Path(self.config.log_dir))
         try:
             self.plan()
             self.check_ports()
+            self._claim = claim(Path(self.config.log_dir))
             self._start_servers(list(self.commands))
         except BaseException:
             self.close()
