@@ -132,10 +132,13 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
             # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
             request.phases["decode_queue"] = request.phases.pop("queue")
         last_token_s = request.token_s[-1] if request.token_s else None
+        # Without a prefill instance (replicas) the same instance computes the prompt too: no instant tells where decode begins.
+        decode_begin_s = way.decode_sent_s if kv_end_s is None else kv_end_s
+        decode = None if way.prefill_sent_s is None else _interval(decode_begin_s, last_token_s)
         request.phases |= {
             "prefill": _interval(way.prefill_sent_s, way.prefill_done_s),
             "kv_transfer": _interval(kv_begin_s, kv_end_s),
-            "decode": _interval(kv_end_s if kv_end_s is not None else way.decode_sent_s, last_token_s),
+            "decode": decode,
         }
 
 

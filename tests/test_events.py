@@ -48,7 +48,7 @@ def receive(rank: int, first_byte_s: float, end_s: float, error: str | None = No
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_transfer_lasts_until_its_last_rank_has_all(order: int) -> None:
-    proxy = ProxyEvent(request_id="r1", transfer_id="t1", decode_sent_s=0.5)
+    proxy = ProxyEvent(request_id="r1", transfer_id="t1", prefill_sent_s=0.1, decode_sent_s=0.5)
     ranks = [receive(0, 1.0, 3.0), receive(1, 1.9, 2.0)][::order]
     request = RequestRecord(id="r1", planned_s=0.0, token_s=[4.0])
     events.join([request], [proxy, *ranks])
@@ -78,4 +78,11 @@ def test_a_phase_nobody_reported_is_none() -> None:
     events.join([request], events.parse([json.dumps(proxy)], CLOCK))
     assert request.phases["prefill"] is None
     assert request.phases["kv_transfer"] is None
-    assert request.phases["decode"] is not None
+    assert request.phases["decode"] is None  # the instance computed the prompt too
+
+
+def test_decode_begins_when_it_was_sent_where_no_transfer_is_reported() -> None:
+    way = ProxyEvent(request_id="r1", prefill_sent_s=0.1, prefill_done_s=0.4, decode_sent_s=0.5)
+    request = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.7])
+    events.join([request], [way])
+    assert request.phases["decode"] == (0.5, 0.7)
