@@ -170,7 +170,7 @@ def _markdown(
     parts.append("\n".join(lines))
     for compared in comparisons:
         parts.append(tables.markdown(tables.comparison(compared)))
-        parts.append("\n".join(f"- **{_('differs: ')}**{_(str(found))}" for found in compared.mismatches))
+        parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(found))}" for found in compared.mismatches))
     parts += map(tables.markdown, [side_by_side, *tables.energy(runs, names)])
     return "\n\n".join(filter(None, parts)) + "\n"
 
