@@ -30,7 +30,7 @@ def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):
         save_run(build_run(name, load=load, trials=2), tmp_path / name)
     commands.report([tmp_path / "single", tmp_path / "disaggregated"], tmp_path, None, Console(file=io.StringIO()))
     differs = "load, concurrency: 1 against 4"
-    assert f"**differs: **{differs}" in (tmp_path / "report.md").read_text()
+    assert f"**differs:** {differs}" in (tmp_path / "report.md").read_text()
     assert differs in (tmp_path / "report.html").read_text()
 
 
