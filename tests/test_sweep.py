@@ -15,7 +15,7 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.records import Flag
-from pdbench.report import mpl, sweep_figures
+from pdbench.report import mpl, sweep_charts
 from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
 
@@ -95,12 +95,12 @@ def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
 
 
 def test_the_knee():
-    assert sweep_figures.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
-    assert sweep_figures.knee([10, 20, 30], [5, 5.2, 4.9]) is None
-    assert sweep_figures.knee([1, 2], [1, 2]) is None
-    assert sweep_figures.knee([1, 2, 3], [1, 2, 3]) is None
-    assert sweep_figures.knee([1, 1, 1], [1, 2, 3]) is None
-    assert sweep_figures.knee([1, 2, 3], [3, 5.5, 6]) is None
+    assert sweep_charts.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
+    assert sweep_charts.knee([10, 20, 30], [5, 5.2, 4.9]) is None
+    assert sweep_charts.knee([1, 2], [1, 2]) is None
+    assert sweep_charts.knee([1, 2, 3], [1, 2, 3]) is None
+    assert sweep_charts.knee([1, 1, 1], [1, 2, 3]) is None
+    assert sweep_charts.knee([1, 2, 3], [3, 5.5, 6]) is None
 
 
 def test_a_whole_sweep_against_a_server(tmp_path):
@@ -125,12 +125,12 @@ def test_a_whole_sweep_against_a_server(tmp_path):
 
 def test_curves_have_integer_ticks_and_name_the_slo():
     rows = [
-        sweep_figures.Row({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))
+        sweep_charts.Row({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))
         for name in ("single", "disaggregated")
         for number in (1, 2, 3)
         for load in [{"concurrency": number, "slo_ttft_ms": 200.0, "slo_tbt_ms": 50.0}]
     ]
-    chart = sweep_figures.curves(rows)
+    chart = sweep_charts.curves(rows)
     assert [panel.title for panel in chart.panels][2:] == [
         "Goodput: requests/s with TTFT ≤ 200 ms and mean TBT ≤ 50 ms", "Output tokens/s per GPU",
     ]  # fmt: skip
@@ -145,10 +145,10 @@ def test_curves_have_integer_ticks_and_name_the_slo():
 
 def test_flags_and_failures_are_marked_and_listed_once():
     run = build_run(trials=2, requests=4, failed=1, flags=[Flag("throttled", "a"), Flag("throttled", "b")])
-    rows = [sweep_figures.Row({"rate": 2.0}, analyze(run))]
-    table = sweep_figures.table(rows)
+    rows = [sweep_charts.Row({"rate": 2.0}, analyze(run))]
+    table = sweep_charts.table(rows)
     assert table.styles == ["worse"] and "throttled" in table.note and "needs --slo-ttft-ms" in table.note
-    (row,) = csv.DictReader(io.StringIO(sweep_figures.summary_csv(rows)))
+    (row,) = csv.DictReader(io.StringIO(sweep_charts.summary_csv(rows)))
     assert row["flags"].split().count("throttled") == 1 and row["failed"] == "2"
     tbt = rows[0].run.summary
     assert float(row["tbt_p99_ms"]) == tbt.tbt_ms.p99 and float(row["mean_tbt_p99_ms"]) == tbt.mean_tbt_ms.p99

@@ -1,124 +1,348 @@
-"""What a chart is, without a plotting library: panels of series with their axes, and the colours that all charts share.
+"""The charts of runs and of devices; several runs share a chart, each with its colour."""
 
-`run_charts` and `sweep_figures` build them, `mpl` draws them into pictures, `page` into the interactive report.
-"""
+from collections.abc import Sequence
+from typing import Any
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import numpy as np
 
-from pdbench.records import Interval
+from pdbench.analysis.compare import Comparison
+from pdbench.analysis.curves import DeviceCurve
+from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.records import DeviceRecord
+from pdbench.report import chart_types as colours
+from pdbench.report import tables, text
+from pdbench.report.chart_types import SHADES, Axis, Chart, Panel, Series, dash, shades
+from pdbench.report.text import translate as _
 
-INK, MUTED, FAINT, PAPER = "#1f2933", "#5f6b7a", "#dfe3e8", "#ffffff"
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
-GREY, BAD, GOOD = "#9aa5b1", "#B3261E", "#00704F"
-SHADES = {
-    "prefill": VERMILLION,
-    "decode": BLUE,
-    "single": GREEN,
-    "replica": PURPLE,
-    "replicas": PURPLE,
-    "tensor-parallel": ORANGE,
-    "disaggregated": BLUE,
-    "queue": YELLOW,
-    "kv_transfer": GREEN,
-    "other": FAINT,
-    "proxy": "#7b8794",
-    "bench": SKY,
+VERDICTS = {"better": colours.GOOD, "worse": colours.BAD}
+ENERGY_PARTS = {
+    "active_j": ("active", colours.ORANGE, ""),
+    "idle_j": ("idle draw", colours.GREY, ""),
+    "waiting_j": ("waiting", colours.FAINT, "/"),
 }
-SPARE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
-DASHES = ("solid", "dash", "dot", "dashdot")
-
-Kind = Literal["line", "points", "bar", "hbar", "area", "boxes", "interval"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line, set of points, bars or boxes. NaN in `y` breaks a line.
-
-    boxes: `x` holds (start, end) pairs, `y` rows of height 1. interval: `low` and `high` bound each `x`. `labels` are texts beside
-    the points or bars. `behind` draws on a second vertical axis behind the panel.
-    """
-
-    kind: Kind = "line"
-    name: str = ""
-    x: Any
-    y: Any
-    low: Any = ()
-    high: Any = ()
-    labels: Sequence[str] = ()
-    shade: str | Sequence[str] = INK
-    opacity: float = 1.0
-    dash: str = "solid"
-    width: float = 1.5
-    size: float = 5.0
-    marker: str = ""
-    hollow: bool = False
-    hatch: str = ""
-    behind: bool = False
+TTFT_PARTS = {
+    "queue": "queue",
+    "prefill": "prefill",
+    "kv_transfer": "KV transfer",
+    "decode": "decode's first step",
+    "other": "unattributed",
+}
+FEW_GAPS = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """`label` with its unit. `low` and `high` cut it. `ticks` are places with their labels, `names` the categories of bars."""
-
-    label: str = ""
-    log: bool = False
-    integer: bool = False
-    low: float | None = None
-    high: float | None = None
-    ticks: tuple[Sequence[float], Sequence[str]] | None = None
-    names: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """Series that share axes. Without series, `not_measured` says why.
-
-    `rows` are (name, values, verdict) of an interval panel. `spread` holds values whose histogram is drawn beside the panel, with
-    `marks` (p50 -> value). `lines` are dotted verticals, `pauses` stretches of x left blank.
-    """
-
-    title: str
-    series: Sequence[Series]
-    x: Axis = Axis()
-    y: Axis = Axis()
-    not_measured: str = ""
-    rows: Sequence[tuple[str, str, str]] = ()
-    spread: Any = None
-    marks: Mapping[str, float] = field(default_factory=dict)
-    lines: Sequence[float] = ()
-    pauses: Sequence[Interval] = ()
-    height: float = 1.0
+def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """Share of values at or below each latency, with p50, p90 and p99 marked; logarithmic where they span a decade."""
+    panels = []
+    for key, title in zip(
+        ("ttft", "tbt", "e2e"),
+        ("Time to first token", "Time between tokens, every gap", "The whole request"),
+        strict=True,
+    ):
+        drawn, curves = [], [analysis.curves.quantiles[key] for analysis in analyses]
+        for number, (analysis, curve, shade) in enumerate(zip(analyses, curves, _shades(analyses), strict=True)):
+            spread = getattr(analysis.summary, f"{key}_ms")
+            if spread is not None:
+                drawn.append(Series(name=names[number], x=curve.x, y=curve.y, shade=shade, dash=dash(number), width=2))
+                marks = [spread.p50, spread.p90, spread.p99]
+                drawn.append(Series(kind="points", x=marks, y=[50, 90, 99], shade=shade))
+        x = np.sort(np.concatenate([curve.x for curve in curves] or [np.array([])]))
+        x = x[x > 0] if len(x) and x[-1] > 0 else np.array([1.0])
+        low, high = x[int(0.01 * (len(x) - 1))], x[int(0.99 * (len(x) - 1))]
+        log, right = bool(high > 8 * low), 1.05 * float(x[-1])
+        across = Axis(label=text.label(f"{key}_ms"), log=log, low=0.8 * float(low) if log else 0.0, high=right)
+        up = Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"]))
+        panels.append(Panel(title=_(title), series=drawn, x=across, y=up, not_measured=_("no request succeeded")))
+    caption = _("Share of values at or below each time: a curve further left is faster. Click a name to hide it.")
+    return Chart(key="distributions", title=_("Latency distributions"), panels=panels, caption=caption)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """Panels beside each other, or below each other on one horizontal axis (`shared_x`)."""
+def ttft_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """The mean TTFT of each run split by the reported instants: a bar per part of one run, a stacked bar per run of several."""
+    known = {
+        name: run.curves.ttft_parts_ms for name, run in zip(names, analyses, strict=True) if run.curves.ttft_parts_ms
+    }
+    keys = [key for key in TTFT_PARTS if any(key in parts for parts in known.values())]
+    drawn = []
+    for key in keys:
+        title, values = _(TTFT_PARTS[key]), [parts.get(key, 0.0) for parts in known.values()]
+        y, labels = (list(known), []) if len(analyses) > 1 else ([title], [f"{text.number(values[0])} ms"])
+        drawn.append(Series(kind="hbar", name=title, x=values, y=y, labels=labels, shade=SHADES[key]))
+    title = _("Where TTFT goes")
+    panel = Panel(
+        title=title,
+        series=drawn,
+        x=_bar_axis(_("mean TTFT, ms"), drawn),
+        y=Axis(names=list(dict.fromkeys(row for bars in drawn for row in bars.y))),
+        not_measured=_("no proxy and no connector reported this deployment's phases"),
+    )
+    caption = _(
+        "Mean TTFT, split by what client, proxy and connector reported; a deployment that reported nothing is absent."
+    )
+    return Chart(key="ttft", title=title, panels=[panel], caption=caption)
 
-    key: str
-    title: str
-    panels: Sequence[Panel]
-    caption: str = ""
-    shared_x: bool = False
 
-    @property
-    def drawable(self) -> list[Panel]:
-        return [panel for panel in self.panels if panel.series]
+def tbt_over_time(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """p50 and p99 of the gaps between tokens as the load goes on; every gap of a run that has few."""
+    drawn = []
+    for name, analysis, shade in zip(names, analyses, _shades(analyses), strict=True):
+        gaps = analysis.curves.gaps
+        if 0 < len(gaps.ms) <= FEW_GAPS:
+            drawn.append(Series(kind="points", name=name, x=gaps.x, y=gaps.ms, shade=shade, size=4, opacity=0.6))
+            continue
+        for quantile, style in (("p99", "solid"), ("p50", "dot")):
+            curve = analysis.curves.tbt_over_time[quantile]
+            if np.isfinite(curve.y).any():
+                drawn.append(Series(name=f"{name} {quantile}", x=curve.x, y=curve.y, shade=shade, dash=style))
+    x = Axis(label=_("seconds of load, pauses left out"), low=0)
+    panel = Panel(title="", series=drawn, x=x, y=Axis(label=text.label("tbt_ms"), low=0))
+    caption = _(
+        "p99 (solid) and p50 (dotted) of the gaps between tokens as the load went on; every gap (dots) where there are few."
+    )
+    return Chart(key="tbt", title=_("TBT over time"), panels=[panel], caption=caption)
 
 
-def shades(names: Sequence[str]) -> list[str]:
-    """A colour for each role, phase or deployment, no two the same as long as the palette lasts."""
-    taken: list[str] = []
-    for name in names:
-        usual = SHADES.get(name)
-        free = [spare for spare in SPARE if spare not in taken]
-        taken.append(usual if usual and usual not in taken else (free or SPARE)[0])
-    return taken
+def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_boxes: int = 3000) -> Chart:
+    """Power (or CPU use), clocks and temperature of each device, with the requests behind: `most_boxes` at most, else a count."""
+    curves, axis = analysis.curves, analysis.curves.axis
+    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
+    x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
+    rows = [
+        (_("Power of each device"), ["power_w"], 3.0),
+        (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"], 1.5),
+        (_("Temperature"), ["temperature_c"], 1.5),
+    ]
+    if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
+        rows[0] = (_("CPU use of each role's processes"), ["cpu_utilization_pct"], 3.0)
+    if "sm_clock_mhz" not in curves.devices:
+        rows[1] = (_("CPU clock"), ["cpu_clock_mhz"], 1.5)
+    panels: list[Panel] = []
+    for title, fields, height in rows:
+        lines = [line for field in fields for line in _device_lines(curves.devices.get(field, []), field)]
+        behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
+        title = _("{0}, requests behind (darker until the first token)", title) if behind else title
+        top = max((float(np.nanmax(line.y)) for line in lines), default=0.0) * 1.15 or 1.0
+        panels.append(
+            Panel(
+                title=title,
+                series=[*behind, *lines],
+                x=x,
+                y=Axis(label=text.label(fields[0]), low=0, high=top),
+                pauses=axis.pauses,
+                not_measured=_(curves.not_measured.get(fields[0], "")),
+                height=height,
+            )
+        )
+    caption = _(
+        "Device curves with the requests behind, warm-up included: darker until the first token, paler while decoding."
+    )
+    if curves.spans is None or len(curves.spans.row) > most_boxes:
+        caption = _("Device curves with the number of requests in flight behind (grey), warm-up included.")
+    if "power_w" in curves.not_measured:
+        caption += " " + _("(power not measured: {0})", _(curves.not_measured["power_w"]))
+    return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, shared_x=True)
 
 
-def dash(number: int) -> str:
-    """The line style of the curve at `number`, as the palette repeats."""
-    return DASHES[number // len(SPARE) % len(DASHES)]
+def _device_lines(curves: Sequence[DeviceCurve], field: str) -> list[Series]:
+    """A line per device; the id is in its name where devices share a role. Memory clocks are dashed."""
+    roles = [curve.role or curve.kind for curve in curves]
+    lines = []
+    for number, (curve, role) in enumerate(zip(curves, roles, strict=True)):
+        name = role if curve.role and roles.count(role) == 1 else f"{role} ({curve.device})"
+        style, width = dash(len(colours.SPARE) * roles[:number].count(role)), 1.5
+        if field == "memory_clock_mhz":
+            name, style, width = _("{0}, memory", name), "dash", 1.0
+        shade = SHADES.get(role, colours.SPARE[number % len(colours.SPARE)])
+        lines.append(Series(name=name, x=curve.curve.x, y=curve.curve.y, shade=shade, dash=style, width=width))
+    return lines
+
+
+def _requests_behind(analysis: RunAnalysis, most_boxes: int) -> list[Series]:
+    spans, flying = analysis.curves.spans, analysis.curves.in_flight
+    if spans is None or len(spans.row) > most_boxes:
+        look: dict[str, Any] = {"name": _("requests in flight"), "shade": colours.GREY, "opacity": 0.25}
+        return [Series(kind="area", x=flying.x, y=flying.y, behind=True, **look)]
+    parts = (
+        (_("until the first token"), spans.sent_s, spans.first_s, ~spans.failed, colours.VERMILLION, 0.30),
+        (_("decoding"), spans.first_s, spans.end_s, ~spans.failed, colours.BLUE, 0.13),
+        (_("failed requests"), spans.sent_s, spans.end_s, spans.failed, colours.BAD, 0.35),
+    )
+    return [
+        Series(kind="boxes", name=name, x=np.stack([start[which], end[which]], axis=1), y=spans.row[which], shade=shade,
+               opacity=opacity, behind=True)
+        for name, start, end, which, shade, opacity in parts
+        if which.any()
+    ]  # fmt: skip
+
+
+def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """What each role did with its joules, then joules per output token by role; no panel for what no run has."""
+    roles: dict[str, dict[str, float]] = {}
+    per_token: dict[str, dict[str, float]] = {}
+    for name, analysis in zip(names, analyses, strict=True):
+        for role, energy in analysis.summary.energy.roles.items():
+            parts = tables.energy_parts(energy)
+            if parts:
+                roles[role if role == name or len(names) == 1 else f"{name}, {role}"] = parts
+            if energy.j_per_output_token is not None:
+                per_token.setdefault(role, {})[name] = energy.j_per_output_token
+    used = []
+    for part, (title, shade, hatch) in ENERGY_PARTS.items():
+        rows = [row for row, parts in roles.items() if part in parts]
+        labels = [text.number(sum(roles[row].values())) if part == [*roles[row]][-1] else "" for row in rows]
+        joules = [roles[row][part] for row in rows]
+        if rows:
+            used.append(Series(kind="hbar", name=_(title), x=joules, y=rows, labels=labels, shade=shade, hatch=hatch))
+    tokens = [
+        Series(kind="hbar", name=role, x=[*runs.values()], y=[*runs], shade=shade)
+        for (role, runs), shade in zip(per_token.items(), shades([*per_token]), strict=True)
+    ]
+    known = [name for name in names if any(name in runs for runs in per_token.values())]
+    x = _bar_axis(text.label("j_per_output_token"), tokens)
+    panels = [
+        Panel(title=_("Energy by role, J"), series=used, x=_bar_axis(_("energy, J"), used), y=Axis(names=list(roles))),
+        Panel(title=text.title("j_per_output_token"), series=tokens, x=x, y=Axis(names=known)),
+    ]
+    caption = _(
+        "The measured windows, failed requests' energy included. Active: above the idle draw, with requests in the role's phase; "
+        "waiting: all it drew with none. Beside it: J per output token."
+    )
+    drawn = [panel for panel in panels if panel.series]
+    return Chart(key="energy", title=_("Energy"), panels=drawn, caption=caption)
+
+
+def trade_off(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """Throughput against TBT p99, a point per run; the more energy per token, the larger."""
+    joules = [text.value(analysis, "j_per_output_token") for analysis in analyses]
+    most = max((value for value in joules if value), default=0.0)
+    drawn = []
+    for name, analysis, shade, energy in zip(names, analyses, _shades(analyses), joules, strict=True):
+        speed, latency = (text.value(analysis, metric) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
+        if latency is not None and speed is not None:
+            size = 8 + 24 * (energy / most) ** 0.5 if energy and most else 14
+            drawn.append(Series(kind="points", name=name, x=[speed], y=[latency], shade=shade, size=size, opacity=0.85))
+    x, y = (Axis(label=text.label(metric), low=0) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
+    caption = _(
+        "Lower and further right is better; a larger dot costs more energy per token (equal dots: not measured)."
+    )
+    panel = Panel(title="", series=drawn, x=x, y=y)
+    return Chart(key="trade-off", title=_("Throughput against latency"), panels=[panel], caption=caption)
+
+
+def verdicts(compared: Comparison) -> Chart:
+    """A row per metric: its change with the 95 % interval on a logarithmic scale, its values and its verdict."""
+    bounds = [
+        (line.ratio.value, line.ratio.low, line.ratio.high) if line.ratio else (line.change or np.nan,) * 3
+        for line in compared.differences
+    ]
+    shown = [bound for bound, line in zip(bounds, compared.differences, strict=True) if not text.too_wide(line.ratio)]
+    reach = float(np.nanmax([1.25, *(max(high, 1 / low) for _value, low, high in shown)])) ** 1.05
+    steps = [step for step in (1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if step <= reach]
+    steps = [steps[-4], steps[-1]] if len(steps) > 4 and reach > 10 else steps[-2:]
+    ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
+    labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
+    rows = [(text.title(line.metric.name), text.values(line), text.verdict(line)) for line in compared.differences]
+    value, low, high = zip(*bounds, strict=True) if bounds else ((), (), ())
+    shade = [VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences]
+    panel = Panel(
+        title=text.advice(compared) or _("change and 95 % interval"),
+        series=[Series(kind="interval", x=value, y=range(len(rows)), low=low, high=high, shade=shade)] if rows else [],
+        x=Axis(log=True, low=1 / reach, high=reach, ticks=(ticks, labels)),
+        y=Axis(names=[row[0] for row in rows]),
+        rows=rows,
+        not_measured=_("These runs share no metric."),
+    )
+    caption = _("Change and its 95 % interval; {0} is 1.", compared.names[0])
+    return Chart(key="verdicts", title=_("Change of each metric"), panels=[panel], caption=caption)
+
+
+def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+    """Bars of up to four figures of each run: the first that were measured."""
+    speeds = ("output_tokens_per_s", "output_tokens_per_s_per_device")
+    panels = []
+    for metric in (*speeds, "mean_power_w", "j_per_output_token", "goodput_requests_per_s", "requests_per_s"):
+        values = [text.value(analysis, metric) for analysis in analyses]
+        if any(value is not None for value in values):
+            labels = [_("not measured") if value is None else text.number(value) for value in values]
+            heights = [value or 0.0 for value in values]
+            bars = Series(kind="bar", x=names, y=heights, labels=labels, shade=_shades(analyses))
+            y = Axis(low=0, high=max(heights) * 1.18 or 1.0)
+            panels.append(Panel(title=text.label(metric), series=[bars], x=Axis(names=names), y=y))
+    return Chart(key="bars", title=_("Side by side"), panels=panels[:4])
+
+
+def every_request(analysis: RunAnalysis) -> Chart:
+    """TTFT, TBT and E2E of every request in the order of sending; failed ones as crosses at the bottom, gaps pale behind."""
+    requests, gaps = analysis.requests, analysis.curves.gaps
+    numbers = np.arange(1, len(requests.id) + 1)
+    panels = []
+    for key, title, values, shade in (
+        ("ttft_ms", _("TTFT, time to first token"), requests.ttft_ms, colours.BLUE),
+        ("tbt_ms", _("TBT, between tokens: every gap, and means"), requests.mean_tbt_ms, colours.GREEN),
+        ("e2e_ms", _("E2E, the whole request"), requests.e2e_ms, colours.PURPLE),
+    ):
+        spread, known, drawn = getattr(analysis.summary, key), values[np.isfinite(values)], []
+        if key == "tbt_ms" and spread is not None:
+            known = np.minimum(gaps.ms, 3 * spread.p99)
+            drawn = [Series(kind="points", x=gaps.request + 1, y=gaps.ms, size=2, shade=shade, opacity=0.22)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+        pad = 0.12 * (high - low) or 0.1 * high or 1.0
+        low = low - pad if low - pad > 0.5 * high else 0.0
+        size = 5 if len(values) <= 200 else 2.5
+        drawn.append(Series(kind="points", x=numbers, y=values, size=size, shade=shade, opacity=0.9))
+        failed = numbers[~requests.ok]
+        bottom = np.full(len(failed), low + 0.02 * (high + pad - low))
+        drawn.append(Series(kind="points", x=failed, y=bottom, marker="x", shade=colours.BAD))
+        panels.append(
+            Panel(
+                title=title,
+                series=drawn if spread is not None else [],
+                x=Axis(label=_("request, in the order of sending"), integer=True),
+                y=Axis(label="ms", low=low, high=high + pad),
+                lines=(np.flatnonzero(np.diff(requests.trial)) + 1.5).tolist(),
+                spread=gaps.ms if key == "tbt_ms" else known,
+                marks={} if spread is None else {"p50": spread.p50, "p90": spread.p90, "p99": spread.p99},
+                not_measured=_("no request succeeded"),
+            )
+        )
+    return Chart(key="requests", title=_("Every request"), panels=panels)
+
+
+def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
+    """Devices alone: power, clocks, temperature, utilisation, and power against utilisation; those that were measured."""
+    chart = device_curves(analysis, analysis.name)
+    panels, use = chart.drawable, Axis(label=text.label("gpu_utilization_pct"), low=0)
+    lines = _device_lines(analysis.curves.devices.get("gpu_utilization_pct", []), "")
+    panels.append(Panel(title=_("Utilisation"), series=lines, x=panels[0].x, y=use, pauses=panels[0].pauses))
+    points = []
+    for device in devices:
+        # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.
+        watts = [s.power_w if s.power_average_w is None else s.power_average_w for s in device.samples]
+        pairs = [(s.gpu_utilization_pct, w) for s, w in zip(device.samples, watts, strict=True)]
+        x, y = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2).T
+        look: dict[str, Any] = {"name": device.role or device.id, "shade": SHADES.get(device.role or "", colours.BLUE)}
+        points += [Series(kind="points", x=x, y=y, opacity=0.45, size=3.7, **look)] if len(x) else []
+    power = Axis(label=text.label("power_w"), low=0)
+    panels.append(Panel(title=_("Power against utilisation"), series=points, x=use, y=power))
+    parts = list(dict.fromkeys(_(device.name) for device in devices))
+    for key, words in (("p50_ms", "samples every {0} ms"), ("fine_interval_ms", "power curve every {0} ms")):
+        known = [value for device in devices if (value := device.sampling.get(key)) is not None]
+        parts += [_(words, f"{np.median(known):.0f}")] if known else []
+    missing = analysis.curves.not_measured
+    parts += [
+        _("{0} not measured: {1}", text.title(f), _(missing[f])) for f in ("power_w", "temperature_c") if f in missing
+    ]
+    title = _("Devices of {0}", analysis.name)
+    return Chart(key="monitor", title=title, panels=[p for p in panels if p.series], caption=" · ".join(parts))
+
+
+def _bar_axis(label: str, bars: Sequence[Series]) -> Axis:
+    """The axis of horizontal stacks, with room for their labels."""
+    ends: dict[str, float] = {}
+    for series in bars:
+        for row, value in zip(series.y, series.x, strict=True):
+            ends[row] = ends.get(row, 0.0) + value
+    return Axis(label=label, low=0, high=1.25 * max(ends.values(), default=0.0) or 1.0)
+
+
+def _shades(analyses: Sequence[RunAnalysis]) -> list[str]:
+    return shades([analysis.name for analysis in analyses])

@@ -187,7 +187,7 @@ def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[s
 
 def plot(source: Path, picture: Path | None, console: Console) -> None:
     """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
-    from pdbench.report import mpl, run_charts
+    from pdbench.report import charts, mpl
 
     devices = [device for device in read_devices(source) if device.samples]
     if not devices:
@@ -197,7 +197,7 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     else:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
-    write_whole(picture, mpl.picture(mpl.chart, run_charts.monitored(analysis, devices), 15, 10))
+    write_whole(picture, mpl.picture(mpl.chart, charts.monitored(analysis, devices), 15, 10))
     _say(console, f"drawn: {picture}")
 
 

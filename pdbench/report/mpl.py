@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.report import run_charts, tables, text
-from pdbench.report.charts import BAD, FAINT, GOOD, INK, MUTED, PAPER, Chart, Panel, Series
-from pdbench.report.charts import Axis as AxisDescription
+from pdbench.report import charts, tables, text
+from pdbench.report.chart_types import BAD, FAINT, GOOD, INK, MUTED, PAPER, Chart, Panel, Series
+from pdbench.report.chart_types import Axis as AxisDescription
 from pdbench.report.tables import Table
 from pdbench.report.text import translate as _
 
@@ -97,10 +97,10 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     rows = figure.add_gridspec(3, 1, left=LEFT, right=RIGHT, top=0.905, bottom=0.04, **ratios)
     _heading(figure, _("{0}: performance and power", name), [analysis], [name])
     cells = GridSpecFromSubplotSpec(2, 1, rows[0], height_ratios=(1.8, 1), hspace=0.22)
-    for place, panel in enumerate(run_charts.device_curves(analysis, name).panels[:2]):
+    for place, panel in enumerate(charts.device_curves(analysis, name).panels[:2]):
         draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == 1)
     cells = GridSpecFromSubplotSpec(1, 3, rows[1], wspace=0.16)
-    for place, panel in enumerate(run_charts.every_request(analysis).panels):
+    for place, panel in enumerate(charts.every_request(analysis).panels):
         beside = GridSpecFromSubplotSpec(1, 3, cells[place], width_ratios=(4, 0.9, 0.6), wspace=0.03)
         axis = figure.add_subplot(beside[0])
         draw_panel(axis, panel, "")
@@ -108,8 +108,8 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
             _histogram(figure.add_subplot(beside[1], sharey=axis), panel)
     cells = GridSpecFromSubplotSpec(1, 5, rows[2], width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
     panels = [
-        *run_charts.ttft_parts([analysis], [name]).panels,
-        *run_charts.energy_parts([analysis], [name]).panels[:1],
+        *charts.ttft_parts([analysis], [name]).panels,
+        *charts.energy_parts([analysis], [name]).panels[:1],
     ]
     halves = GridSpecFromSubplotSpec(len(panels), 1, cells[1], hspace=0.62, height_ratios=(1.5, 1)[: len(panels)])
     for place, panel in enumerate(panels):
@@ -129,11 +129,11 @@ def comparison(analyses: Sequence[RunAnalysis], names: Sequence[str], comparison
     _heading(figure, text.against(names), analyses, names)
     if len(comparisons) == 1:
         cells = GridSpecFromSubplotSpec(1, 3, rows[0, :], width_ratios=WIDTHS, wspace=0)
-        draw_panel(figure.add_subplot(cells[1]), run_charts.verdicts(comparisons[0]).panels[0])
-    for place, panel in enumerate(run_charts.latency_distributions(analyses, names).panels):
+        draw_panel(figure.add_subplot(cells[1]), charts.verdicts(comparisons[0]).panels[0])
+    for place, panel in enumerate(charts.latency_distributions(analyses, names).panels):
         cell = rows[len(ratios) - 2, place * 4 : place * 4 + 4]
         draw_panel(figure.add_subplot(cell), panel, "above" if place == 0 else "")
-    bars = run_charts.side_by_side(analyses, names).panels
+    bars = charts.side_by_side(analyses, names).panels
     for place, panel in enumerate(bars):
         width = 12 // len(bars)
         draw_panel(figure.add_subplot(rows[len(ratios) - 1, place * width : (place + 1) * width]), panel)

@@ -10,8 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.report import run_charts, tables, text
-from pdbench.report.charts import MUTED, Axis, Chart, Panel, Series
+from pdbench.report import charts, tables, text
+from pdbench.report.chart_types import MUTED, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
 DEVICE_CHARTS, COMPARED, BOXES = 8, 8, 300
@@ -23,23 +23,23 @@ def page(
 ) -> str:
     """The page for these runs; `comparisons` are of the first run with the next ones."""
     some, some_names = analyses[:COMPARED], names[:COMPARED]
-    charts = [
-        *(run_charts.verdicts(compared) for compared in comparisons if len(comparisons) == 1),
-        run_charts.latency_distributions(analyses, names),
-        run_charts.ttft_parts(analyses, names),
-        run_charts.tbt_over_time(analyses, names),
+    drawn = [
+        *(charts.verdicts(compared) for compared in comparisons if len(comparisons) == 1),
+        charts.latency_distributions(analyses, names),
+        charts.ttft_parts(analyses, names),
+        charts.tbt_over_time(analyses, names),
         *(
-            run_charts.device_curves(analysis, name, f"devices-{number}", BOXES)
+            charts.device_curves(analysis, name, f"devices-{number}", BOXES)
             for number, (analysis, name) in enumerate(zip(analyses[:DEVICE_CHARTS], names, strict=False))
         ),
-        run_charts.trade_off(analyses, names),
-        run_charts.energy_parts(some, some_names),
+        charts.trade_off(analyses, names),
+        charts.energy_parts(some, some_names),
     ]
-    charts = [chart for chart in charts if chart.drawable]
+    drawn = [chart for chart in drawn if chart.drawable]
     environment = Environment(loader=PackageLoader("pdbench.report", "."), autoescape=True, trim_blocks=True)
     environment.globals.update(_=_, text=text)
     differing, same = tables.configuration(some, some_names)
-    data = json.dumps({chart.key: plotly_figure(chart) for chart in charts}, separators=(",", ":"))
+    data = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
     return environment.get_template("page.html.j2").render(
         lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
         title=text.against(names),
@@ -49,7 +49,7 @@ def page(
         machine=text.machines(analyses, names),
         comparisons=[(compared, tables.comparison(compared)) for compared in comparisons],
         side_by_side=side_by_side,
-        charts=charts,
+        charts=drawn,
         energy=tables.energy(some, some_names),
         differing=differing,
         same=same,

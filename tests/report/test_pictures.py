@@ -18,7 +18,7 @@ from rich.console import Console
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import analyze, load_analysis
 from pdbench.records import Flag, save_run
-from pdbench.report import commands, mpl, run_charts, tables, text
+from pdbench.report import charts, commands, mpl, tables, text
 from tests.support.reports import gate, page_of
 from tests.support.runs import build_run
 
@@ -85,14 +85,14 @@ def test_pictures_name_the_flags(analyses):
 
 def test_every_panel_has_titles_and_labels_that_do_not_collide():
     run = analyze(build_run())
-    figure = drawn(mpl.chart, run_charts.latency_distributions([run], ["a"]), 15, 10)
+    figure = drawn(mpl.chart, charts.latency_distributions([run], ["a"]), 15, 10)
     title = figure.texts[0].get_window_extent()
     assert not any(axis.title.get_window_extent().overlaps(title) for axis in figure.axes)
 
 
 def test_every_gap_of_a_short_run_is_drawn():
     run = build_run(trials=1, requests=3, tokens=20)
-    chart = run_charts.tbt_over_time([analyze(run)], ["a"])
+    chart = charts.tbt_over_time([analyze(run)], ["a"])
     assert [len(series.x) for series in chart.panels[0].series] == [3 * 19]
     assert np.isfinite(chart.panels[0].series[0].x).all()
 
@@ -100,14 +100,12 @@ def test_every_gap_of_a_short_run_is_drawn():
 def test_warm_up_is_drawn_behind_the_curves():
     run = build_run(trials=1, requests=8)
     run.requests[0].warmup = True
-    boxes = [
-        series for series in run_charts.device_curves(analyze(run), "a").panels[0].series if series.kind == "boxes"
-    ]
+    boxes = [series for series in charts.device_curves(analyze(run), "a").panels[0].series if series.kind == "boxes"]
     assert [len(series.y) for series in boxes] == [8, 8]
 
 
 def test_many_requests_are_drawn_as_a_count():
-    chart = run_charts.device_curves(analyze(build_run(trials=1, requests=8)), "a", most_boxes=5)
+    chart = charts.device_curves(analyze(build_run(trials=1, requests=8)), "a", most_boxes=5)
     assert [series.kind for series in chart.panels[0].series if series.behind] == ["area"]
 
 
@@ -152,7 +150,7 @@ def test_pictures_without_a_chinese_font_are_english_and_it_says_so(folders, tmp
 )
 def test_plot_has_a_panel_for_what_was_measured_alone(gpu, titles, tmp_path):
     folder = save_run(build_run(gpu=gpu, trials=2), tmp_path / "results").parent
-    chart = run_charts.monitored(load_analysis(folder), commands.read_devices(folder))
+    chart = charts.monitored(load_analysis(folder), commands.read_devices(folder))
     assert len(chart.panels) == len(titles)
     assert all(panel.title.startswith(title) for panel, title in zip(chart.panels, titles, strict=True))
     assert gpu or "Power not measured: no RAPL on this machine" in chart.caption

@@ -11,7 +11,7 @@ from rich.console import Console
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.records import write_whole
 from pdbench.report import mpl, tables, text
-from pdbench.report.charts import BAD, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 
 COLUMNS = (
