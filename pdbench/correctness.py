@@ -29,13 +29,13 @@ def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) ->
 
     `nonce` must be new for every check. Raises UserError when a request fails or a decode server does not report its counters.
     """
-    before = _external_kv_tokens(running.decode_urls())
+    before = _external_kv_tokens(running.urls("decode"))
     records = _outputs(running.url, running.model_name, nonce)
-    after = _external_kv_tokens(running.decode_urls())
-    direct = running.prefill_url()
+    after = _external_kv_tokens(running.urls("decode"))
+    direct = running.urls("prefill")
     if reference is None and direct and running.config.get("connector_used") != "builtin-p2p-nccl":
         # Prefill alone can answer too, but not with vLLM's own P2P connector, which wants both addresses in every request id.
-        reference = [record.text for record in _outputs(direct, running.model_name, nonce)]
+        reference = [record.text for record in _outputs(direct[0], running.model_name, nonce)]
     external = None if after is None else after - (before or 0)
     tokens = sum(record.prompt_tokens or 0 for record in records)
     outputs = [record.text for record in records]

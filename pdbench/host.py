@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
@@ -68,16 +67,27 @@ class LocalHost:
         connector = vllm.choose_connector(config, self.machine) if kind == "disaggregated" else None
         return Setup(connector, vllm.served_model_name(config, self.machine), self._model(config))
 
-    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]:
-        """Command lines for this host. Raises UserError when it cannot run them."""
-        self._check_vllm()
-        config = self._own_options(config)
-        gpus = self.assign_gpus(specs, config, setup)
-        return [self._reachable(self.command(spec, config, gpus[spec.name], setup), config) for spec in specs]
-
-    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command:
-        config = self._own_options(config)
-        return self._reachable(vllm.proxy_command(config, servers, setup.connector), config)
+    def plan(
+        self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
+    ) -> list[Command]:
+        """Command lines for this host; a proxy's is for the one in front of `servers`. Raises UserError when it cannot run them."""
+        # Other hosts do not reach the loopback address; of a network, the address in it.
+        if self.address is not None:
+            host = self.address if config.host == _LOOPBACK else config.host
+            kv_ip = self.address if config.kv_ip == _LOOPBACK else config.kv_ip
+            config = dataclasses.replace(config, host=host, kv_ip=kv_ip)
+        if "/" in config.kv_ip:
+            config = dataclasses.replace(config, kv_ip=_address_in(config.kv_ip))
+        if specs[0].role == "proxy":
+            commands = [vllm.proxy_command(config, servers, setup.connector)]
+        else:
+            self._check_vllm()
+            gpus = self.assign_gpus(specs, config, setup)
+            commands = [self.command(spec, config, gpus[spec.name], setup) for spec in specs]
+        if self.address is None or config.host not in _ALL_ADDRESSES:
+            return commands
+        urls = [command.url.replace(config.host, self.address) for command in commands]
+        return [dataclasses.replace(command, url=url) for command, url in zip(commands, urls, strict=True)]
 
     def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
         """Tests put a scripted server in vLLM's place here."""
@@ -107,9 +117,6 @@ class LocalHost:
     def state(self, name: str) -> ServerState:
         server = self._servers.get(name)
         return server.state() if server else ServerState()
-
-    def log_tail(self, name: str) -> str:
-        return self._servers[name].log_tail()
 
     # Devices and event logs
 
@@ -154,10 +161,6 @@ class LocalHost:
         """From this host's monotonic clock to the run's."""
         return clock.of_monotonic
 
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the results needs to know of this host."""
-        return machines.host_facts() | {"versions": machines.versions()}
-
     def close(self) -> None:
         """End all servers, at the same time, and the sampling; returns when none lives."""
         for server in self._servers.values():
@@ -199,21 +202,6 @@ class LocalHost:
                 f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name"
             )
         return str(folder)
-
-    def _own_options(self, config: ServeConfig) -> ServeConfig:
-        """Addresses as they hold here: other hosts do not reach the loopback one; of a network, the one in it."""
-        if self.address is not None:
-            host = self.address if config.host == _LOOPBACK else config.host
-            kv_ip = self.address if config.kv_ip == _LOOPBACK else config.kv_ip
-            config = dataclasses.replace(config, host=host, kv_ip=kv_ip)
-        if "/" in config.kv_ip:
-            config = dataclasses.replace(config, kv_ip=_address_in(config.kv_ip))
-        return config
-
-    def _reachable(self, command: Command, config: ServeConfig) -> Command:
-        if self.address is None or config.host not in _ALL_ADDRESSES:
-            return command
-        return dataclasses.replace(command, url=command.url.replace(config.host, self.address))
 
 
 def _address_in(network: str) -> str:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,8 +24,7 @@ from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Setup
 from pdbench.serving.plan import ServerSpec
-from pdbench.serving.process import Secrets, ServerState
-from pdbench.serving.vllm import Command
+from pdbench.serving.process import ServerState
 
 THREADS = 4
 """Calls that may run at once: some take long, and heartbeats are still answered."""
@@ -35,7 +34,8 @@ Outgoing = bytes | tuple[int, Message]
 
 
 class RayHost(LocalHost):
-    def __init__(self, lease_s: float, address: str) -> None:
+    def __init__(self, lease_s: float, address: str, environment: Mapping[str, str] = {}) -> None:
+        """`environment`: variables of the head's that servers and clients on other nodes would lack."""
         super().__init__(address=address)
         self._renewed_s = time.monotonic()
         self._outbox: list[tuple[int, Outgoing]] = []
@@ -43,10 +43,9 @@ class RayHost(LocalHost):
         self._lock = threading.Lock()
         self._client: LocalClient | None = None
         self._trial = 0
-        for name in _FROM_RAY:
-            os.environ.pop(
-                name, None
-            )  # Ray sets them for its own tasks; our servers get theirs from their command lines
+        os.environ.update(environment)
+        for name in _FROM_RAY:  # Ray sets them for its own tasks; our servers get theirs from their command lines
+            os.environ.pop(name, None)
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray starts its workers niced, and servers inherit it
         threading.Thread(target=self._watch_lease, args=(lease_s,), daemon=True).start()
@@ -76,17 +75,9 @@ class RayHost(LocalHost):
 
         return {spec.name: tuple(int(index) for index in ray.get_gpu_ids()) for spec in specs}
 
-    def start_with(
-        self, environment: Secrets, commands: Sequence[Command], log_dir: str, secrets: Secrets
-    ) -> list[int]:
-        """`start` with variables of the head's environment, which servers on other nodes would lack."""
-        os.environ.update(environment)
-        return self.start(commands, log_dir, secrets)
-
-    def start_client(self, environment: Secrets, load: TrialLoad, index: int) -> None:
+    def start_client(self, load: TrialLoad, index: int) -> None:
         """Start a client process; it warms up, reports that it is ready and waits for `begin_load`."""
         self._end_client()
-        os.environ.update(environment)
         # Not Ray's own program, which a spawned process would import again.
         main = sys.modules["__main__"]
         if getattr(main, "__file__", None):
@@ -104,9 +95,12 @@ class RayHost(LocalHost):
             self._client.stop()
 
     def facts(self) -> dict[str, Any]:
-        facts = super().facts()
-        facts["versions"]["ray"] = machines.installed_version("ray")
-        return facts | {"clock": clock_sync.identity(), "niceness": os.getpriority(os.PRIO_PROCESS, 0)}
+        """What a reader of the results needs to know of this node."""
+        return machines.host_facts() | {
+            "versions": machines.versions() | {"ray": machines.installed_version("ray")},
+            "clock": clock_sync.identity(),
+            "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        }
 
     def listen(self) -> int:
         """Read and discard what one peer sends to a free port of this node; returns the port."""

@@ -25,8 +25,9 @@ CLOCK_EVERY_S = 1.0
 CALL_TIMEOUT_S = 300.0
 """For a living actor's reply, its first one included: a node may start dozens of Ray workers at once."""
 _LEASE_BEYOND_S = 10.0
-_SERVER_SECRETS = (
+_SECRETS = (
     "HF_TOKEN",
+    "OPENAI_API_KEY",
     "VLLM_API_KEY",
     "PDBENCH_PROXY_API_KEY",
     "PDBENCH_PROXY_ADMIN_KEY",
@@ -48,27 +49,35 @@ class RemoteHost:
         self._cluster, self._heartbeat_s = cluster, heartbeat_s
         self._messages: list[Outgoing] = []
         self._states: dict[str, ServerState] = {}
-        self._pids: dict[str, int] = {}
         self._confirmed = 0
-        self._sent_s = 0.0
+        self._due_s = 0.0
 
     def send_heartbeat(self, now_s: float) -> None:
         """Send the next heartbeat when it is due, one at a time."""
-        if self.pending is None and self.lost is None and now_s - self._sent_s >= self._heartbeat_s:
-            self._sent_s = now_s
+        if self.pending is None and self.lost is None and now_s >= self._due_s:
+            self._due_s = now_s + self._heartbeat_s
             self.pending = self.handle.heartbeat.remote(self._confirmed)
 
-    def poll_now(self) -> None:
-        self._sent_s = 0.0
+    def take_reply(self) -> None:
+        """Of the pending heartbeat, which is answered. A message that came before is not taken twice."""
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-    def take_reply(self, reply: tuple[dict[str, ServerState], list[tuple[int, Outgoing]]]) -> None:
-        """A message that came before is not taken twice."""
-        self._states, messages = reply
-        self.last_reply_s, self.replied, self.pending = time.monotonic(), True, None
+        reference, self.pending = self.pending, None
+        try:
+            self._states, messages = self._cluster.ray.get(reference)
+        except ActorUnavailableError:
+            return  # the connection broke; the next heartbeat asks for the same messages again
+        except RayActorError as error:
+            self.lost = _why_gone(self, error)
+            return
+        except RayError as error:
+            self.lost = f"{self.name}: {str(error).splitlines()[-1]}"
+            return
         for number, message in messages:
             if number > self._confirmed:
                 self._confirmed = number
                 self._messages.append(message)
+        self.last_reply_s, self.replied = time.monotonic(), True
 
     def take_messages(self) -> list[Outgoing]:
         """The messages since the last call."""
@@ -83,30 +92,23 @@ class RemoteHost:
     def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
         return self.call("setup", kind, config, timeout_s=config.start_timeout_s)
 
-    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]:
-        return self.call("plan", specs, config, setup, timeout_s=config.start_timeout_s)
-
-    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command:
-        return self.call("plan_proxy", config, servers, setup)
+    def plan(
+        self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
+    ) -> list[Command]:
+        return self.call("plan", specs, config, setup, servers, timeout_s=config.start_timeout_s)
 
     def port_owner(self, address: str, port: int) -> str | None:
         return self.call("port_owner", address, port)
 
     def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]:
-        environment = Secrets({name: os.environ[name] for name in _SERVER_SECRETS if name in os.environ})
-        pids: list[int] = self.call("start_with", environment, commands, log_dir, secrets)
-        self._pids |= zip((command.name for command in commands), pids, strict=True)
-        return pids
+        return self.call("start", commands, log_dir, secrets)
 
     def state(self, name: str) -> ServerState:
-        """As of the last heartbeat; nothing of a server that was restarted since."""
+        """As of the last heartbeat."""
         state = self._states.get(name, ServerState())
         if not state.healthy:
-            self.poll_now()
-        return state if state.pid == self._pids.get(name) else ServerState()
-
-    def log_tail(self, name: str) -> str:
-        return str(self.call("log_tail", name))
+            self._due_s = 0.0
+        return state
 
     def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
         self.take_messages()  # of an earlier measurement
@@ -119,13 +121,10 @@ class RemoteHost:
         """Returns when the last batch is here."""
         self.call("stop_measuring")
         # One heartbeat may have been under way: the reply to the second one began after the end.
-        replies, last_s = 0, self.last_reply_s
-        self.poll_now()
-        while self.lost is None and replies < 2:
-            self._cluster.wait(0.05)
-            if self.last_reply_s != last_s:
-                last_s, replies = self.last_reply_s, replies + 1
-                self.poll_now()
+        for _ in range(2):
+            last_s, self._due_s = self.last_reply_s, 0.0
+            while self.lost is None and self.last_reply_s == last_s:
+                self._cluster.wait(0.05)
 
     def take(self) -> list[Batch]:
         return [_decode_batch(message) for message in self.take_messages() if isinstance(message, bytes)]
@@ -206,7 +205,8 @@ class Cluster:
         options.setdefault("num_cpus", 0)
         options.setdefault("scheduling_strategy", NodeAffinitySchedulingStrategy(node.id, soft=False))
         actor_class = self.ray.remote(self._host_class).options(max_concurrency=THREADS, **options)
-        handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address)
+        environment = Secrets({name: os.environ[name] for name in _SECRETS if name in os.environ})
+        handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address, environment)
         host = RemoteHost(self, name, node, handle, heartbeat_s)
         self._hosts.append(host)
         return host
@@ -267,10 +267,9 @@ class Cluster:
         begin_s = time.monotonic()
         while pending and time.monotonic() - begin_s < GRACE_S + 6 and any(host.lost is None for host in alive):
             _, pending = self.ray.wait(pending, num_returns=len(pending), timeout=0.5)
+        self._hosts = [host for host in self._hosts if host not in hosts]
+        self._agents = {address: agent for address, agent in self._agents.items() if agent not in hosts}
         for host in hosts:
-            if host in self._hosts:
-                self._hosts.remove(host)
-            self._agents = {address: agent for address, agent in self._agents.items() if agent is not host}
             self.ray.kill(host.handle)
 
     def compare_clocks(self) -> None:
@@ -302,7 +301,7 @@ class Cluster:
             pending = {host.pending: host for host in list(self._hosts) if host.pending is not None}
             ready, _ = self.ray.wait(list(pending), num_returns=len(pending), timeout=0.1) if pending else ([], [])
             for reference in ready:
-                self._take_reply(pending[reference], reference)
+                pending[reference].take_reply()
             for host in list(self._hosts):
                 silent_s = time.monotonic() - host.last_reply_s
                 limit_s = self.config.node_timeout_s if host.replied else CALL_TIMEOUT_S
@@ -317,18 +316,6 @@ class Cluster:
                 with self._changed:
                     self._changed.notify_all()
             self._stop.wait(0.05)
-
-    def _take_reply(self, host: RemoteHost, reference: Any) -> None:
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayError
-
-        try:
-            host.take_reply(self.ray.get(reference))
-        except ActorUnavailableError:
-            host.pending = None  # the connection broke; the next heartbeat asks for the same messages again
-        except RayActorError as error:
-            host.lost, host.pending = _why_gone(host, error), None
-        except RayError as error:
-            host.lost, host.pending = f"{host.name}: {str(error).splitlines()[-1]}", None
 
 
 def _why_gone(host: RemoteHost, error: Exception) -> str:

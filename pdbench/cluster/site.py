@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,6 @@ from pdbench.records import Clock, Flag
 from pdbench.serving import plan, vllm
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, at_once
 from pdbench.serving.plan import ServerSpec
-from pdbench.serving.process import Secrets
 from pdbench.site import Measurement
 
 RESERVE_TIMEOUT_S = 30.0
@@ -34,7 +32,6 @@ RESERVE_TIMEOUT_S = 30.0
 CLIENT_HEARTBEAT_S = 0.1
 _START_AFTER_S = 0.3
 _PROBE_S = 0.5
-_CLIENT_SECRETS = ("OPENAI_API_KEY", "HF_TOKEN")
 
 
 class RayMeasurement(Measurement):
@@ -244,13 +241,12 @@ class RaySite(Cluster):
         for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
             self._clients.append(self.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
         hosts = self._clients[: len(nodes)]
-        environment = Secrets({name: os.environ[name] for name in _CLIENT_SECRETS if name in os.environ})
         offsets = [self.clocks[node.address].latest_offset_s() for node in nodes]
         calls = []
         for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
             node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
             on_node = dataclasses.replace(load, clock=node_clock)
-            calls.append(functools.partial(host.call, "start_client", environment, on_node, index))
+            calls.append(functools.partial(host.call, "start_client", on_node, index))
         at_once(calls)
         results = clients.collect(
             [RemoteClient(host, load.trial) for host in hosts],

@@ -44,12 +44,12 @@ class ServerHost(Protocol):
     address: str | None
 
     def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup: ...
-    def plan(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> list[Command]: ...
-    def plan_proxy(self, config: ServeConfig, servers: Sequence[Command], setup: Setup) -> Command: ...
+    def plan(
+        self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
+    ) -> list[Command]: ...
     def port_owner(self, address: str, port: int) -> str | None: ...
     def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]: ...
     def state(self, name: str) -> ServerState: ...
-    def log_tail(self, name: str) -> str: ...
 
 
 class ServerSite(Protocol):
@@ -85,12 +85,8 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
     servers: list[ServerInfo] = []
     config: dict[str, Any] = {}
 
-    def prefill_url(self) -> str | None:
-        """The first prefill instance."""
-        return next((server.url for server in self.servers if server.role == "prefill"), None)
-
-    def decode_urls(self) -> list[str]:
-        return [server.url for server in self.servers if server.role == "decode"]
+    def urls(self, role: str) -> list[str]:
+        return [server.url for server in self.servers if server.role == role]
 
     def local_gpus(self) -> dict[str, list[int]]:
         """Role -> GPU indices of this host."""
@@ -118,7 +114,7 @@ class Deployment:
         self._hosts: dict[str, ServerHost] = {}
         self._setup: Setup | None = None
         self._pids: dict[str, int] = {}
-        self._secret = secrets.token_hex(16)
+        self._secrets = Secrets(PDBENCH_KV_SECRET=secrets.token_hex(16))
         self._reservation = ExitStack()
         self._claim: IO[bytes] | None = None
         self._on_states: Callable[[States], None] = lambda states: None
@@ -140,9 +136,9 @@ class Deployment:
         ]
         planned = {command.name: command for commands in at_once(calls) for command in commands}
         servers = [planned[spec.name] for spec in specs]
-        for spec in self.specs[len(specs) :]:  # the proxy's command line names all others
-            planned[spec.name] = self._hosts[spec.name].plan_proxy(self.config, servers, setup)
-        self._setup, self.commands = setup, {spec.name: planned[spec.name] for spec in self.specs}
+        for proxy in self.specs[len(specs) :]:  # its command line names all others
+            servers += self._hosts[proxy.name].plan([proxy], self.config, setup, servers)
+        self._setup, self.commands = setup, {command.name: command for command in servers}
 
     def start(self, on_states: Callable[[States], None] | None = None) -> Self:
         """Start all servers at once and wait until all are healthy; `on_states` is called as they change.
@@ -186,7 +182,8 @@ class Deployment:
         for name, state in list(dead.items())[self._restarts_left :]:
             raise UserError(
                 f"{name} died{_on(self._hosts[name])} with exit code {state.exit_code}: "
-                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\nwhole log: {self._log(name)}"
+                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\n"
+                f"whole log: {self.config.log_dir}/{name}.log"
             )
         if dead:
             self._restarts_left -= len(dead)
@@ -239,8 +236,7 @@ class Deployment:
         calls = []
         for host, members in hosts:
             commands = [self.commands[name] for name in members]
-            shared = Secrets({variable: self._secret for command in commands for variable in command.secret_names})
-            calls.append(functools.partial(host.start, commands, self.config.log_dir, shared))
+            calls.append(functools.partial(host.start, commands, self.config.log_dir, self._secrets))
         for (_, members), pids in zip(hosts, at_once(calls), strict=True):
             self._pids |= zip(members, pids, strict=True)
         deadline_s = time.monotonic() + self.config.start_timeout_s
@@ -248,23 +244,21 @@ class Deployment:
             self.check()
             states = self._states(names)
             self._on_states(states)
-            late = [name for name, state in states.items() if not state.healthy]
-            if not late:
+            late = next((name for name, state in states.items() if not state.healthy), None)
+            if late is None:
                 break
             if time.monotonic() > deadline_s:
-                host = self._hosts[late[0]]
                 raise UserError(
-                    f"{late[0]}{_on(host)} is not healthy after {self.config.start_timeout_s:g} s: "
-                    f"read {self._log(late[0])}, or raise --start-timeout-s\n{host.log_tail(late[0])}"
+                    f"{late}{_on(self._hosts[late])} is not healthy after {self.config.start_timeout_s:g} s: "
+                    f"read {self.config.log_dir}/{late}.log, or raise --start-timeout-s\n{states[late].log_tail}"
                 )
             time.sleep(_POLL_S)
         save(self.info(), Path(self.config.log_dir))
 
     def _states(self, names: Iterable[str] | None = None) -> States:
-        return {name: self._hosts[name].state(name) for name in names or self._hosts}
-
-    def _log(self, name: str) -> str:
-        return f"{self.config.log_dir}/{name}.log"
+        states = {name: self._hosts[name].state(name) for name in names or self._hosts}
+        # A node's states are as of its last heartbeat: of a server that was restarted since, nothing is known.
+        return {name: state if state.pid == self._pids.get(name) else ServerState() for name, state in states.items()}
 
 
 def _on(host: ServerHost) -> str:

@@ -61,7 +61,7 @@ class Secrets(dict[str, str]):
 
 
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
-    """A started server now. `cause` (the likely one) and `log_tail` are those of a dead one."""
+    """A started server now. `log_tail` is that of one that is not healthy, `cause` (the likely one) that of a dead one."""
 
     pid: int | None = None
     age_s: float = 0.0
@@ -71,8 +71,9 @@ class ServerState(msgspec.Struct, frozen=True, kw_only=True):
     log_tail: str = ""
 
 
-class ServerProcess:
-    """A running server and all its descendants. `close` ends them; so does the end of this process, however it comes."""
+class ServerProcess(Child):
+    """A running server and all its descendants, of which its supervisor (`pid`) is the root. `close` ends them; so does the
+    end of this process, however it comes."""
 
     def __init__(self, command: Command, log: Path, secrets: Mapping[str, str] | None = None) -> None:
         """Start it. Raises OSError when the log cannot be written."""
@@ -80,44 +81,25 @@ class ServerProcess:
         self._healthy = False
         self._started_s = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = command.environment | dict(secrets or {})
         with log.open("wb") as output:
-            self._child = Child(supervised(command.argv, GRACE_S), environment, output.fileno())
-
-    @property
-    def pid(self) -> int:
-        """The supervisor's process id: the server and its workers are its descendants."""
-        return self._child.pid
+            environment = command.environment | dict(secrets or {})
+            super().__init__(supervised(command.argv, GRACE_S), environment, output.fileno())
 
     def state(self) -> ServerState:
-        code = self._child.exit_code()
+        code = self.exit_code()
         if code is None and not self._healthy:
             self._healthy = get(self._url, "/health", timeout_s=2.0) is not None
+        healthy = self._healthy and code is None
+        log = "" if healthy or not self._log.exists() else self._log.read_text(errors="replace")
+        causes = (cause for sign, cause in _CAUSES if code is not None and sign in log.lower())
         return ServerState(
             pid=self.pid,
             age_s=time.monotonic() - self._started_s,
-            healthy=self._healthy and code is None,
+            healthy=healthy,
             exit_code=code,
-            cause=None if code is None else self._likely_cause(),
-            log_tail="" if code is None else self.log_tail(),
+            cause=next(causes, None),
+            log_tail="\n".join(log.splitlines()[-_TAIL_LINES:]),
         )
 
-    def ask_to_stop(self) -> None:
-        """Tell it to end and do not wait: several servers can end at the same time."""
-        self._child.ask_to_stop()
-
-    def close(self) -> None:
-        """Stop it and wait until nothing of it lives."""
-        self._child.close(GRACE_S + 5)
-
-    def log_tail(self) -> str:
-        """The end of its log."""
-        return "\n".join(self._read_log().splitlines()[-_TAIL_LINES:])
-
-    def _likely_cause(self) -> str | None:
-        """What in its log looks like the reason of its end, with the remedy; None when nothing known is there."""
-        text = self._read_log().lower()
-        return next((cause for sign, cause in _CAUSES if sign in text), None)
-
-    def _read_log(self) -> str:
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+    def close(self, timeout_s: float = GRACE_S + 5) -> int:
+        return super().close(timeout_s)

@@ -123,7 +123,7 @@ def test_client_warms_up_waits_for_the_start_and_sends_its_result() -> None:
         host = RayHost(LEASE_S, "127.0.0.1")
         clock = Clock.start()
         config = LoadConfig(requests=4, warmup=1, client_processes=2, concurrency=2, output_tokens=3)
-        host.start_client(Secrets(), TrialLoad(config, server.url, "m", clock), 1)
+        host.start_client(TrialLoad(config, server.url, "m", clock), 1)
         message_of(host, Ready)
         begin_s = clock.now() + 0.1
         host.begin_load(begin_s)
