@@ -16,7 +16,7 @@ from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import LocalHost
 from pdbench.http import host_port
-from pdbench.serving import vllm
+from pdbench.serving import plan, vllm
 from pdbench.serving.machine import Machine, port_owner
 from pdbench.serving.vllm import Command
 
@@ -77,9 +77,13 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     yield finding(FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
     commands: list[Command] = []
     problem = model = ""
+    host = LocalHost(machine)
     try:
-        model = LocalHost(machine).setup("disaggregated", config).model
-        commands = vllm.commands("disaggregated", config, machine, model)
+        setup = host.setup("disaggregated", config)
+        model = setup.model
+        *instances, proxy = plan.servers("disaggregated", config)
+        commands = host.plan(instances, config, setup)
+        commands += host.plan([proxy], config, setup, commands)
     except UserError as error:
         problem = str(error)
     needed = {gpu for command in commands for gpu in command.gpus}
@@ -108,8 +112,8 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         return
     yield finding(FINE, f"model {model}")
     for command in commands:
-        host, port = host_port(command.url)
-        owner = port_owner(host, port)
+        address, port = host_port(command.url)
+        owner = port_owner(address, port)
         text = f"port {port} for {command.name}: {owner or 'free'}"
         yield finding(*_passed(not owner, text, f"end it, or choose another port for {command.name}"))
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"

@@ -11,9 +11,16 @@ import pytest
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.serving.deployment import Deployment, DeploymentInfo
+from pdbench.serving.machine import Machine
+from pdbench.serving.vllm import Command
 from pdbench.site import LocalSite
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
 from tests.support.proxy_processes import Server, instance
+
+
+def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
+    """How the servers of a deployment would be started, on `machine` or this one."""
+    return list(LocalSite(machine).deployment(kind, config).commands.values())
 
 
 def serve_config(

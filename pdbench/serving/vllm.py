@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdbench.config import Connector, DeploymentKind, ServeConfig
+from pdbench.config import Connector, ServeConfig
 from pdbench.errors import UserError
 from pdbench.kv.compat import RANGE_TEXT, SUPPORTED
-from pdbench.serving import plan
 from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec
 
@@ -73,19 +72,6 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"connector {connector} moves KV between GPUs and this machine serves on CPU: use --connector tcp"
         )
     return connector
-
-
-def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine, model: str) -> list[Command]:
-    """All servers of a deployment on one machine. Raises UserError when it cannot run them."""
-    connector = choose_connector(config, machine) if kind == "disaggregated" else None
-    specs = plan.servers(kind, config)
-    gpus = plan.assign_gpus(specs, config, machine, connector)
-    servers = [
-        server_command(spec, config, machine, model, gpus[spec.name], connector)
-        for spec in specs
-        if spec.role != "proxy"
-    ]
-    return servers + [proxy_command(config, servers, connector) for spec in specs if spec.role == "proxy"]
 
 
 def server_command(

@@ -6,9 +6,7 @@ The reference is prefill's own answer. Decode's would do as well until it has th
 import pytest
 import torch
 
-from pdbench.serving import vllm
-from pdbench.serving.machine import inspect
-from tests.conftest import serve_config
+from tests.conftest import commands, serve_config
 from tests.support.kv import Server, new_id, prompt_of, tiny_qwen2, wait_free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
@@ -27,10 +25,10 @@ LENGTHS = [2, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 300, 400]
 def test_decode_continues_as_prefill_would(tmp_path, dtype, arguments):
     if arguments and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 cache on CPU needs AVX-512")
-    machine, model = inspect(), str(tiny_qwen2(tmp_path / "tiny-qwen2"))
+    model = str(tiny_qwen2(tmp_path / "tiny-qwen2"))
     options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
     config = serve_config(tmp_path, connector="tcp", model=model, **options)
-    servers = [Server(command, tmp_path) for command in vllm.commands("disaggregated", config, machine, model)[:2]]
+    servers = [Server(command, tmp_path) for command in commands("disaggregated", config)[:2]]
     p, d = servers
     try:
         for server in servers:

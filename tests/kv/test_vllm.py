@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pdbench.kv import compat
-from pdbench.serving import vllm
 from pdbench.serving.machine import inspect
-from tests.conftest import serve_config
+from tests.conftest import commands, serve_config
 from tests.support.kv import OUTPUT_TOKENS, PATIENCE_S, Server, new_id, prompt_of, tiny_qwen2, wait_free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
@@ -28,13 +27,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 def fleet(tmp_path_factory):
     """prefill-0, prefill-1, decode-0 (recomputes what fails) and decode-1 (fails it)."""
     folder = tmp_path_factory.mktemp("fleet")
-    config, machine = serve_config(folder, 2, 2, connector="tcp"), inspect()
-    model = str(tiny_qwen2(folder / "tiny-qwen2"))
-    config = dataclasses.replace(config, model=model)
-    commands = vllm.commands("disaggregated", config, machine, model)[:4]
+    config = serve_config(folder, 2, 2, connector="tcp", model=str(tiny_qwen2(folder / "tiny-qwen2")))
+    planned = commands("disaggregated", config)[:4]
     failing = dataclasses.replace(config, kv_load_failure_policy="fail")
-    commands[3] = vllm.commands("disaggregated", failing, machine, model)[3]
-    servers = [Server(command, folder) for command in commands]
+    planned[3] = commands("disaggregated", failing, inspect())[3]
+    servers = [Server(command, folder) for command in planned]
     try:
         for server in servers:
             server.wait_healthy()

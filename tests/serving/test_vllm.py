@@ -10,6 +10,7 @@ from pdbench.errors import UserError
 from pdbench.nvml import Gpu
 from pdbench.serving import vllm
 from pdbench.serving.machine import Machine
+from tests.conftest import commands
 
 
 def machine(version: str, gpus: int) -> Machine:
@@ -23,9 +24,9 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: None)
 
 
-def disaggregated(config: ServeConfig, machine: Machine, model: str) -> list[vllm.Command]:
+def disaggregated(config: ServeConfig, machine: Machine) -> list[vllm.Command]:
     """The instances without the proxy."""
-    return vllm.commands("disaggregated", config, machine, model)[:-1]
+    return commands("disaggregated", config, machine)[:-1]
 
 
 def option(instance: vllm.Command, name: str) -> str:
@@ -63,7 +64,7 @@ def test_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpu
 
 
 def test_defaults_on_two_gpus() -> None:
-    prefill, decode = disaggregated(ServeConfig(), machine("0.23.0", 2), "MODEL")
+    prefill, decode = disaggregated(ServeConfig(), machine("0.23.0", 2))
     assert (prefill.url, decode.url) == ("http://127.0.0.1:8100", "http://127.0.0.1:8200")
     assert (prefill.environment["CUDA_VISIBLE_DEVICES"], decode.environment["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
     for instance in (prefill, decode):
@@ -80,7 +81,7 @@ def test_defaults_on_two_gpus() -> None:
 
 
 def test_connector_is_loaded_from_outside_vllms_tree() -> None:
-    prefill, decode = disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2), "MODEL")
+    prefill, decode = disaggregated(ServeConfig(kv_load_failure_policy="fail"), machine("0.26.0", 2))
     transfer = json.loads(option(decode, "--kv-transfer-config"))
     assert transfer["kv_connector_module_path"] == "pdbench.kv.connector"
     assert transfer["kv_load_failure_policy"] == "fail"
@@ -90,15 +91,16 @@ def test_connector_is_loaded_from_outside_vllms_tree() -> None:
 
 def test_instances_take_consecutive_gpus_and_ports() -> None:
     config = ServeConfig(prefill_instances=2, decode_instances=1, tensor_parallel=2)
-    instances = disaggregated(config, machine("0.26.0", 6), "MODEL")
+    instances = disaggregated(config, machine("0.26.0", 6))
     assert [command.name for command in instances] == ["prefill-0", "prefill-1", "decode-0"]
     assert [command.gpus for command in instances] == [(0, 1), (2, 3), (4, 5)]
     assert len({command.kv_address for command in instances} | {command.url for command in instances}) == 6
 
 
 @pytest.mark.parametrize(("width", "executor"), [(1, "uni"), (2, "mp")])
-def test_tensor_parallelism_holds_without_gpus(width: int, executor: str) -> None:
-    (command,) = vllm.commands("single", ServeConfig(tensor_parallel=width), machine("0.32.0", 0), "MODEL")
+def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: "0.32.0")
+    (command,) = commands("single", ServeConfig(tensor_parallel=width, model="org/model"), machine("0.32.0", 0))
     assert f"--tensor-parallel-size {width}" in " ".join(command.argv)
     assert f"--distributed-executor-backend {executor}" in " ".join(command.argv)
 
@@ -115,18 +117,18 @@ def test_tensor_parallelism_holds_without_gpus(width: int, executor: str) -> Non
 )
 def test_gpus_that_cannot_be_assigned_are_one_line(config: ServeConfig, gpus: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        disaggregated(config, machine("0.26.0", gpus), "MODEL")
+        disaggregated(config, machine("0.26.0", gpus))
 
 
 def test_gpus_come_from_the_allotted_ones() -> None:
     whole = machine("0.26.0", 8)
     ours = dataclasses.replace(whole, gpus=(whole.gpus[6], whole.gpus[4]))
-    assert [command.gpus for command in disaggregated(ServeConfig(), ours, "MODEL")] == [(6,), (4,)]
+    assert [command.gpus for command in disaggregated(ServeConfig(), ours)] == [(6,), (4,)]
 
 
 def test_role_arguments_go_to_their_role_alone() -> None:
     config = ServeConfig(vllm_args="--seed 7", prefill_args="--max-num-seqs 4", decode_args="--max-num-seqs 9")
-    prefill, decode = disaggregated(config, machine("0.26.0", 2), "MODEL")
+    prefill, decode = disaggregated(config, machine("0.26.0", 2))
     assert (option(prefill, "--max-num-seqs"), option(decode, "--max-num-seqs")) == ("4", "9")
     assert option(prefill, "--seed") == option(decode, "--seed") == "7"
 
