@@ -121,7 +121,6 @@ class Sampler:
         self._end_s: float | None = None
         self._thread = threading.Thread(target=self.run, name="pdbench-sampler", daemon=True)
         self._figures: dict[str, float | None] = {}
-        self._figures_taken = False
 
     def __enter__(self) -> "Sampler":
         self._thread.start()
@@ -203,13 +202,12 @@ class Sampler:
     def take(self) -> list[DeviceRecord]:
         """What was read since the last call, on the run's clock, for `merge_records`; safe while the thread runs. The first
         pieces after the `with` block carry the figures of the sampling and the idle powers."""
-        figures = {} if self._figures_taken else self._figures
-        self._figures_taken |= bool(figures)
-        return [device.piece(self._clock, figures, device.new_parts()) for device in self._devices]
+        figures, self._figures = self._figures, {}
+        return [device.take(self._clock, figures) for device in self._devices]
 
     def records(self) -> list[DeviceRecord]:
-        """Everything read, on the run's clock, with statistics; call it after the `with` block."""
-        return merge_records([device.piece(self._clock, self._figures) for device in self._devices])
+        """What no `take` has taken, with statistics; call it after the `with` block."""
+        return merge_records(self.take())
 
 
 def merge_records(pieces: Sequence[DeviceRecord], move: Callable[[float], float] | None = None) -> list[DeviceRecord]:
@@ -274,7 +272,7 @@ def _sampling_statistics(
 
 
 class _Device:
-    """What the thread has read from one reader; instants are monotonic until `piece` puts them on the run's clock."""
+    """What the thread has read from one reader; instants are monotonic until `take` puts them on the run's clock."""
 
     def __init__(self, reader: Reader, time_source: SystemTime) -> None:
         self.reader, self._time = reader, time_source
@@ -283,7 +281,7 @@ class _Device:
         self.counter = CounterEdgeTracker()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
-        self._taken = [slice(0, 0)] * 3
+        self._taken = (0, 0, 0)
 
     def sample(self) -> None:
         """Read the quick fields once; a device that is lost gives no more samples."""
@@ -324,26 +322,20 @@ class _Device:
             self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
 
-    def new_parts(self) -> list[slice]:
-        """What is new in samples, fine curve and counter since the last call."""
-        sizes = (len(self.samples), len(self.fine), len(self.counter.edges))
-        self._taken = [slice(before.stop, size) for before, size in zip(self._taken, sizes, strict=True)]
-        return self._taken
-
-    def piece(
-        self, clock: Clock, figures: dict[str, float | None], parts: Sequence[slice] = (slice(None),) * 3
-    ) -> DeviceRecord:
-        """These parts of what was read, on the run's clock; with `figures`, the sampling has ended."""
+    def take(self, clock: Clock, figures: dict[str, float | None]) -> DeviceRecord:
+        """What is new since the last call, on the run's clock; with `figures`, the sampling has ended."""
         reader, run_s = self.reader, clock.of_monotonic
+        taken, self._taken = self._taken, (len(self.samples), len(self.fine), len(self.counter.edges))
+        samples, fine, edges = map(slice, taken, self._taken)
         record = DeviceRecord(
             id=reader.id,
             kind=reader.kind,
             name=reader.name,
             role=reader.role,
             index=reader.index,
-            samples=[msgspec.structs.replace(sample, t_s=run_s(sample.t_s)) for sample in self.samples[parts[0]]],
-            fine_power=[(run_s(t_s), power_w) for t_s, power_w in self.fine[parts[1]]],
-            energy_ticks=[(run_s(t_s), energy_j) for t_s, energy_j in self.counter.edges[parts[2]]],
+            samples=[msgspec.structs.replace(sample, t_s=run_s(sample.t_s)) for sample in self.samples[samples]],
+            fine_power=[(run_s(t_s), power_w) for t_s, power_w in self.fine[fine]],
+            energy_ticks=[(run_s(t_s), energy_j) for t_s, energy_j in self.counter.edges[edges]],
             not_measured=dict(reader.not_measured),
         )
         if figures:
