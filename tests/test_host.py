@@ -11,8 +11,8 @@ from pdbench.events import Event, ProxyEvent
 from pdbench.host import Batch, HostLostError, LocalHost
 from pdbench.records import Clock, DeviceRecord, DeviceSample
 from pdbench.serving import plan
-from pdbench.serving.deployment import ServerInfo, Setup
-from pdbench.serving.vllm import Command
+from pdbench.serving.deployment import ServerInfo
+from pdbench.serving.vllm import Command, Setup
 from pdbench.site import Measurement
 from tests.support.scripted_vllm import Scripted
 

@@ -22,9 +22,9 @@ from pdbench.host import LocalHost
 from pdbench.load.clients import LocalClient, Message
 from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
-from pdbench.serving.deployment import Setup
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
+from pdbench.serving.vllm import Setup
 
 THREADS = 4
 """Calls that may run at once: some take long, and heartbeats are still answered."""

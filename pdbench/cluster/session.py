@@ -15,10 +15,10 @@ from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import Batch, HostLostError
 from pdbench.records import Clock
-from pdbench.serving.deployment import ServerInfo, Setup
+from pdbench.serving.deployment import ServerInfo
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import GRACE_S, Secrets, ServerState
-from pdbench.serving.vllm import Command
+from pdbench.serving.vllm import Command, Setup
 
 HEARTBEAT_S = 1.0
 CLOCK_EVERY_S = 1.0

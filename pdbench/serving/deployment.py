@@ -9,33 +9,25 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import IO, Any, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 import psutil
 
-from pdbench.config import Connector, DeploymentKind, ServeConfig
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.http import host_port
 from pdbench.records import write_whole
 from pdbench.serving import plan, vllm
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState
-from pdbench.serving.vllm import Command
+from pdbench.serving.vllm import Command, Setup
 
 INFO_FILE = "running.json"
 _POLL_S = 0.25
 T = TypeVar("T")
 States = dict[str, ServerState]
-
-
-class Setup(NamedTuple):
-    """What all servers of a deployment share: `model` is a folder or hub name, `model_name` what clients call it."""
-
-    connector: Connector | None
-    model_name: str
-    model: str
 
 
 class ServerHost(Protocol):

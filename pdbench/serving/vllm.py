@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdbench.config import Connector, ServeConfig
 from pdbench.errors import UserError
@@ -21,6 +21,14 @@ REQUEST_METRICS_SINCE = (0, 26)
 REQUEST_ID_RANDOMIZED_SINCE = (0, 14)
 
 
+class Setup(NamedTuple):
+    """What all servers of a deployment share: `model` is a folder or hub name, `model_name` what clients call it."""
+
+    connector: Connector | None
+    model_name: str
+    model: str
+
+
 @dataclass(frozen=True)
 class Command:
     """How a server is started, where it answers, what it holds. `secret_names`: variables that get the deployment's secret."""
@@ -33,14 +41,6 @@ class Command:
     gpus: tuple[int, ...] = ()
     kv_address: str | None = None
     secret_names: tuple[str, ...] = ()
-
-
-def served_model_name(config: ServeConfig, machine: Machine) -> str:
-    """The name that clients give the model: a hub name unchanged, a folder's last part."""
-    model = config.model
-    if model is None:
-        return "deepseek-v2-lite" if machine.on_gpu else "tiny-deepseek-v2"
-    return Path(model).name if is_local(model) else model
 
 
 def is_local(model: str) -> bool:
@@ -75,16 +75,12 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
 
 
 def server_command(
-    spec: ServerSpec,
-    config: ServeConfig,
-    machine: Machine,
-    model: str,
-    gpus: tuple[int, ...],
-    connector: Connector | None,
+    spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
 ) -> Command:
     """One vLLM instance."""
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--served-model-name", served_model_name(config, machine), "--host", config.host, "--port", str(spec.port)]
+    connector = setup.connector
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", setup.model]
+    argv += ["--served-model-name", setup.model_name, "--host", config.host, "--port", str(spec.port)]
     argv += ["--max-model-len", str(config.max_model_len), "--load-format", config.load_format]
     environment = {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
     if config.enforce_eager:
@@ -115,10 +111,15 @@ def server_command(
         if connector == "builtin-p2p-nccl" and spec.role == "prefill":
             # It dies at the first prompt that chunked prefill splits: room for 32 whole prompts in one batch.
             argv += ["--max-num-batched-tokens", str(max(8192, 32 * config.max_model_len))]
-    argv += _split_arguments("--vllm-args", config.vllm_args)
-    if spec.role in ("prefill", "decode"):
-        role_arguments = config.prefill_args if spec.role == "prefill" else config.decode_args
-        argv += _split_arguments(f"--{spec.role}-args", role_arguments)
+    for arguments in ("vllm_args", f"{spec.role}_args"):
+        text = getattr(config, arguments, "")  # only prefill and decode have some of their own
+        try:
+            argv += shlex.split(text)
+        except ValueError as error:
+            raise UserError(
+                f"--{arguments.replace('_', '-')} {text!r}: {str(error).lower()}: "
+                "write it as in a shell, inside one pair of quotes"
+            ) from None
     return Command(
         name=spec.name,
         role=spec.role,
@@ -145,15 +146,6 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
 def event_log(log_dir: str, name: str) -> str:
     """Where a server writes its events, as JSON lines."""
     return str(Path(log_dir).absolute() / f"{name}.events.jsonl")
-
-
-def _split_arguments(option: str, text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text!r}: {str(error).lower()}: write it as in a shell, inside one pair of quotes"
-        ) from None
 
 
 def _kv_transfer(

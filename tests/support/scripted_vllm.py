@@ -12,9 +12,8 @@ from pdbench.cluster import site
 from pdbench.cluster.ray_host import RayHost
 from pdbench.config import ServeConfig
 from pdbench.host import LocalHost
-from pdbench.serving.deployment import Setup
 from pdbench.serving.plan import ServerSpec
-from pdbench.serving.vllm import Command
+from pdbench.serving.vllm import Command, Setup
 
 SERVER = """import sys
 from tests.support.servers import ScriptedServer, completions
