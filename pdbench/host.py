@@ -101,8 +101,8 @@ class LocalHost:
     def port_owner(self, address: str, port: int) -> str | None:
         return machines.port_owner(address, port)
 
-    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]:
-        """Start servers, or restart dead ones; returns their process ids. Raises UserError when a log cannot be written."""
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> dict[str, int]:
+        """Start servers, or restart dead ones; returns process ids by name. Raises UserError when a log cannot be written."""
         for command in commands:
             log = Path(log_dir) / f"{command.name}.log"
             try:
@@ -114,7 +114,7 @@ class LocalHost:
                 self._servers[command.name] = ServerProcess(command, log, own)
             except OSError as error:
                 raise cannot_write(log, error) from None
-        return [self._servers[command.name].pid for command in commands]
+        return {command.name: self._servers[command.name].pid for command in commands}
 
     def state(self, name: str) -> ServerState:
         server = self._servers.get(name)

@@ -19,10 +19,10 @@ _INSTANTS = ("planned_s", "due_s", "sent_s", "end_s")
 
 
 class NodeClock:
-    """What is known of one node's clock. `same` says that it is the head's own, so that nothing needs an estimate."""
+    """What is known of one node's clock, as of `compared_s`. `same`: it is the head's own, and nothing needs an estimate."""
 
     def __init__(self, same: bool = False) -> None:
-        self.same = same
+        self.same, self.compared_s = same, 0.0
         self._best: dict[int, tuple[float, float, float]] = {}
 
     def add(self, sent_s: float, node_s: float, received_s: float) -> None:
@@ -46,9 +46,7 @@ class NodeClock:
     @property
     def uncertainty_s(self) -> float | None:
         """The largest error that an offset may have; None when nothing was measured."""
-        if self.same:
-            return 0.0
-        return max((half for half, _, _ in self._best.values()), default=None)
+        return 0.0 if self.same else max((half for half, _, _ in self._best.values()), default=None)
 
     def facts(self) -> dict[str, Any]:
         """For the result: offset in seconds, uncertainty in milliseconds, drift in microseconds a second."""

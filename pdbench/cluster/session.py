@@ -100,7 +100,7 @@ class RemoteHost:
     def port_owner(self, address: str, port: int) -> str | None:
         return self.call("port_owner", address, port)
 
-    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]:
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> dict[str, int]:
         return self.call("start", commands, log_dir, secrets)
 
     def state(self, name: str) -> ServerState:
@@ -176,7 +176,6 @@ class Cluster:
         self._host_class = host_class
         self._hosts: list[RemoteHost] = []
         self._agents: dict[str, RemoteHost] = {}
-        self._clock_compared_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._heartbeat_loop, name="pdbench-heartbeat", daemon=True)
@@ -281,10 +280,10 @@ class Cluster:
     def _compare_clock(self, agent: RemoteHost, times: int) -> None:
         from ray.exceptions import RayError
 
-        clock = self.clocks.get(agent.node.address)
-        self._clock_compared_s[agent.node.address] = time.monotonic()
-        if clock is None or clock.same:
+        clock = self.clocks[agent.node.address]
+        if clock.same:
             return
+        clock.compared_s = time.monotonic()
         for _ in range(times):
             sent_s = time.monotonic()
             try:
@@ -308,8 +307,8 @@ class Cluster:
                 if host.lost is None and silent_s > limit_s:
                     host.lost = f"node {host.address} has not replied for {silent_s:.0f} s ({host.name})"
             for agent in list(self._agents.values()):
-                compared_s = self._clock_compared_s.get(agent.node.address, 0.0)
-                due = now_s - compared_s > CLOCK_EVERY_S
+                clock = self.clocks.get(agent.node.address)
+                due = clock and now_s - clock.compared_s > CLOCK_EVERY_S
                 if due and agent.replied and agent.lost is None and agent.pending is None:
                     self._compare_clock(agent, 4)
             if ready:

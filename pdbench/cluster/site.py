@@ -17,13 +17,13 @@ from pdbench.doctor import UNCERTAIN_MS, Finding, NodeFacts
 from pdbench.errors import UserError
 from pdbench.load import clients
 from pdbench.load import plan as load_plan
-from pdbench.load.clients import ClientResult, LoadResult, Message
+from pdbench.load.clients import LoadResult, Message
 from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.records import Clock, Flag
 from pdbench.serving import plan, vllm
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, at_once
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
 from pdbench.serving.plan import ServerSpec
 from pdbench.site import Measurement
 
@@ -41,11 +41,10 @@ class RayMeasurement(Measurement):
         self, cluster: Cluster, info: DeploymentInfo, client_nodes: Sequence[Node], power: PowerConfig, clock: Clock
     ) -> None:
         self._cluster, self._client_nodes = cluster, client_nodes
-        self._servers = {
-            server.host: [other for other in info.servers if other.host == server.host]
-            for server in info.servers
-            if server.host
-        }
+        self._servers: dict[str, list[ServerInfo]] = {}
+        for server in info.servers:
+            if server.host:
+                self._servers.setdefault(server.host, []).append(server)
         nodes = [cluster.node(address) for address in self._servers]
         self._agents = cluster.agents([*nodes, *client_nodes])
         hosts = [(self._agents[address], servers) for address, servers in self._servers.items()]
@@ -198,8 +197,38 @@ class RaySite(Cluster):
         """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
         config = self._on_client_nodes(load.config)
         nodes = [self._client_nodes[index % len(self._client_nodes)] for index in range(config.client_processes)]
-        load = dataclasses.replace(load, config=config)
-        result = clients.merge(load, self._run_clients(nodes, load, on_progress))
+        load, clock = dataclasses.replace(load, config=config), load.clock
+        self.agents(nodes)
+        for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
+            self._clients.append(self.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
+        hosts = self._clients[: len(nodes)]
+        offsets = [self.clocks[node.address].latest_offset_s() for node in nodes]
+        calls = []
+        for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
+            node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
+            on_node = dataclasses.replace(load, clock=node_clock)
+            calls.append(functools.partial(host.call, "start_client", on_node, index))
+        at_once(calls)
+        results = clients.collect(
+            [RemoteClient(host, load.trial) for host in hosts],
+            clock=clock,
+            wait=self.wait,
+            on_progress=on_progress,
+            problem=self.problem,
+            start_after_s=_START_AFTER_S,
+        )
+        self.compare_clocks()
+
+        def mover(host: RemoteHost, offset_s: float) -> Callable[[float], float]:
+            """From the run's clock as the client knew it at its start to what all round trips say."""
+            to_run_clock = host.to_run_clock(clock)
+            return lambda t_s: to_run_clock(t_s + clock.monotonic_s - offset_s)
+
+        moved = [
+            clock_sync.move_result(result, mover(host, offset_s))
+            for result, host, offset_s in zip(results, hosts, offsets, strict=True)
+        ]
+        result = clients.merge(load, moved)
         result.trial.client["nodes"] = [node.address for node in nodes]
         return result
 
@@ -233,37 +262,3 @@ class RaySite(Cluster):
     def _on_client_nodes(self, config: LoadConfig) -> LoadConfig:
         """At least one client process per node."""
         return dataclasses.replace(config, client_processes=max(config.client_processes, len(self._client_nodes)))
-
-    def _run_clients(self, nodes: Sequence[Node], load: TrialLoad, on_progress: OnProgress) -> list[ClientResult]:
-        """One client per node of `nodes`, started at one instant; their results on the run's clock."""
-        clock = load.clock
-        self.agents(nodes)
-        for index, node in enumerate(nodes[len(self._clients) :], len(self._clients)):  # they are kept over the trials
-            self._clients.append(self.host(f"client {index} on {node.address}", node, CLIENT_HEARTBEAT_S))
-        hosts = self._clients[: len(nodes)]
-        offsets = [self.clocks[node.address].latest_offset_s() for node in nodes]
-        calls = []
-        for index, (host, offset_s) in enumerate(zip(hosts, offsets, strict=True)):
-            node_clock = Clock(monotonic_s=clock.monotonic_s - offset_s, unix_s=clock.unix_s)
-            on_node = dataclasses.replace(load, clock=node_clock)
-            calls.append(functools.partial(host.call, "start_client", on_node, index))
-        at_once(calls)
-        results = clients.collect(
-            [RemoteClient(host, load.trial) for host in hosts],
-            clock=clock,
-            wait=self.wait,
-            on_progress=on_progress,
-            problem=self.problem,
-            start_after_s=_START_AFTER_S,
-        )
-        self.compare_clocks()
-
-        def mover(host: RemoteHost, offset_s: float) -> Callable[[float], float]:
-            """From the run's clock as the client knew it at its start to what all round trips say."""
-            to_run_clock = host.to_run_clock(clock)
-            return lambda t_s: to_run_clock(t_s + clock.monotonic_s - offset_s)
-
-        return [
-            clock_sync.move_result(result, mover(host, offset_s))
-            for result, host, offset_s in zip(results, hosts, offsets, strict=True)
-        ]

@@ -27,6 +27,7 @@ from pdbench.serving.vllm import Command, Setup
 INFO_FILE = "running.json"
 _POLL_S = 0.25
 T = TypeVar("T")
+S = TypeVar("S", ServerSpec, Command)
 States = dict[str, ServerState]
 
 
@@ -40,7 +41,7 @@ class ServerHost(Protocol):
         self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup, servers: Sequence[Command] = ()
     ) -> list[Command]: ...
     def port_owner(self, address: str, port: int) -> str | None: ...
-    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> list[int]: ...
+    def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> dict[str, int]: ...
     def state(self, name: str) -> ServerState: ...
 
 
@@ -113,7 +114,7 @@ class Deployment:
 
     def gpus(self) -> dict[str, list[int]]:
         """Role -> GPU indices; empty without GPUs, and before it is planned."""
-        return gpus_by_role(self._servers())
+        return gpus_by_role(self.info().servers) if self.commands else {}
 
     def plan(self) -> None:
         """Reserve hosts and make every command line where it will run. Raises UserError when a host cannot run it."""
@@ -122,10 +123,7 @@ class Deployment:
         self._hosts = self._reservation.enter_context(self._site.reserve(self.specs))
         setup = self._hosts[self.specs[0].name].setup(self.kind, self.config)
         specs = [spec for spec in self.specs if spec.role != "proxy"]
-        calls = [
-            functools.partial(host.plan, [spec for spec in specs if spec.name in names], self.config, setup)
-            for host, names in self._by_host(spec.name for spec in specs)
-        ]
+        calls = [functools.partial(host.plan, own, self.config, setup) for host, own in self._by_host(specs).items()]
         planned = {command.name: command for commands in at_once(calls) for command in commands}
         servers = [planned[spec.name] for spec in specs]
         for proxy in self.specs[len(specs) :]:  # its command line names all others
@@ -189,7 +187,18 @@ class Deployment:
             model_name=self._setup.model_name,
             model_path=self._setup.model if vllm.is_local(self._setup.model) else None,
             owner_pid=os.getpid(),
-            servers=self._servers(),
+            servers=[
+                ServerInfo(
+                    name=name,
+                    role=command.role,
+                    url=command.url,
+                    host=self._hosts[name].address,
+                    pids=[self._pids[name]] if name in self._pids else [],
+                    gpus=list(command.gpus),
+                    event_log=vllm.event_log(self.config.log_dir, name),
+                )
+                for name, command in self.commands.items()
+            ],
             config=self.config.plain() | {"connector_used": self._setup.connector},
         )
 
@@ -202,35 +211,18 @@ class Deployment:
         if self._claim:
             self._claim.close()
 
-    def _servers(self) -> list[ServerInfo]:
-        return [
-            ServerInfo(
-                name=name,
-                role=command.role,
-                url=command.url,
-                host=self._hosts[name].address,
-                pids=[self._pids[name]] if name in self._pids else [],
-                gpus=list(command.gpus),
-                event_log=vllm.event_log(self.config.log_dir, name),
-            )
-            for name, command in self.commands.items()
-        ]
-
-    def _by_host(self, names: Iterable[str]) -> list[tuple[ServerHost, list[str]]]:
-        hosts: dict[int, tuple[ServerHost, list[str]]] = {}
-        for name in names:
-            hosts.setdefault(id(self._hosts[name]), (self._hosts[name], []))[1].append(name)
-        return list(hosts.values())
+    def _by_host(self, servers: Iterable[S]) -> dict[ServerHost, list[S]]:
+        hosts: dict[ServerHost, list[S]] = {}
+        for server in servers:
+            hosts.setdefault(self._hosts[server.name], []).append(server)
+        return hosts
 
     def _start_servers(self, names: Sequence[str]) -> None:
         """Start servers, or restart them, and wait until they are healthy."""
-        hosts = self._by_host(names)
-        calls = []
-        for host, members in hosts:
-            commands = [self.commands[name] for name in members]
-            calls.append(functools.partial(host.start, commands, self.config.log_dir, self._secrets))
-        for (_, members), pids in zip(hosts, at_once(calls), strict=True):
-            self._pids |= zip(members, pids, strict=True)
+        hosts = self._by_host(self.commands[name] for name in names)
+        shared = self.config.log_dir, self._secrets
+        for pids in at_once([functools.partial(host.start, own, *shared) for host, own in hosts.items()]):
+            self._pids |= pids
         deadline_s = time.monotonic() + self.config.start_timeout_s
         while True:
             self.check()

@@ -33,8 +33,8 @@ from pdbench.serving.vllm import Command
 host = RayHost(1.5, "127.0.0.1")
 argv = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 command = Command("server-0", "server", argv, {}, "http://127.0.0.1:1", secret_names=("PDBENCH_KV_SECRET",))
-(pid,) = host.start([command], sys.argv[1], Secrets(PDBENCH_KV_SECRET="x" * 16))
-print(pid, flush=True)
+pids = host.start([command], sys.argv[1], Secrets(PDBENCH_KV_SECRET="x" * 16))
+print(pids["server-0"], flush=True)
 time.sleep(600)
 """
 
