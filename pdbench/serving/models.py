@@ -15,33 +15,18 @@ from pathlib import Path
 from typing import Any
 
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
-
-_CORPUS = [
-    "The quick brown fox jumps over the lazy dog. Large language models are served in two phases: prefill reads the whole "
-    "prompt at once and is bound by compute; decode writes one token after another and is bound by memory bandwidth.",
-    "When both phases share one device, a long prompt delays the tokens of everybody else. Splitting them moves the "
-    "key-value cache from one device to another, which costs time and energy of its own. Is it worth it?",
-    "Energy is power integrated over time. What is the price of a token in joules? How does the clock of a device change "
-    "the answer, and what does an idle device cost while it waits for work?",
-    "Please explain, summarize, translate and compare: write a short story about a ship in the night, list the steps of "
-    "the water cycle, and say why the sky is blue. Then give the reasons in your own words, with one example each.",
-    "大语言模型的推理分为两个阶段：预填充阶段一次读入全部提示词，受计算能力限制；解码阶段逐个生成词元，受内存带宽限制。",
-    "把两个阶段放到不同的设备上，需要把键值缓存从一个设备传到另一个设备。请用简单的语言解释这个过程，并给出一个例子。",
-    "能量是功率对时间的积分。每个词元消耗多少焦耳？时钟频率如何影响答案？请比较两种方法的优点和缺点，并总结结论。",
-]
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
-def tiny_model(cache: Path | None = None) -> Path:
-    """The folder of a random DeepSeek-V2 of 2 M parameters, written first if need be (a few seconds, 8 MB).
+def tiny_model() -> Path:
+    """The folder of a random DeepSeek-V2 of 2 M parameters, in XDG_CACHE_HOME/pdbench or ~/.cache/pdbench.
 
-    `cache` defaults to XDG_CACHE_HOME/pdbench or ~/.cache/pdbench.
+    It is written first if need be (a few seconds, 8 MB).
     """
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pdbench"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pdbench"
     folder = cache / f"tiny-deepseek-v2-{_REVISION}"
     if not (folder / "model.safetensors").exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -61,27 +46,22 @@ def tiny_model(cache: Path | None = None) -> Path:
 def _write_tiny(folder: Path) -> None:
     """Tokenizer, configuration and seeded float32 weights."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.trainers import BpeTrainer
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = BpeTrainer(
-        vocab_size=1024,
-        min_frequency=2,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-        show_progress=False,
+    here, special = Path(__file__).parent, ["<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    _save_tokenizer(tokenizer, folder, ["<s>", "</s>"], 4096, chat_template=_CHAT_TEMPLATE)
+    tokenizer.train_from_iterator((here / "tiny-corpus.txt").read_text("utf-8").splitlines(), trainer)
+    _save_tokenizer(tokenizer, folder, special, 4096, chat_template=_CHAT_TEMPLATE)
     # The head sizes (128, rope 64, kv_lora_rank 512) are DeepSeek-V2's own: vLLM's MLA kernels take no others.
-    settings = json.loads(Path(__file__).with_name("tiny-deepseek-v2.json").read_text())
+    settings = json.loads((here / "tiny-deepseek-v2.json").read_text())
     config = DeepseekV2Config(vocab_size=tokenizer.get_vocab_size(), **settings)
     torch.manual_seed(0)
     model = DeepseekV2ForCausalLM(config)
@@ -97,9 +77,7 @@ def _write_tiny(folder: Path) -> None:
 
 def shape_model(folder: Path) -> Path:
     """Write DeepSeek-V2-Lite without its weights into `folder` (a few MB), for `--load-format dummy`; returns it."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
     # The published config.json without the entries that name remote code; its special tokens are the last two written here.
@@ -107,14 +85,14 @@ def shape_model(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     special = ["<|begin_of_sentence|>", "<|end_of_sentence|>"]
     # Every byte, every pair of printable ASCII, triples of them: nearly every token is text, as in a trained vocabulary.
-    alphabet = sorted(ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # a byte-level vocabulary writes the space as U+0120
     pairs = itertools.product(printable, repeat=2)
     triples = ((first + second, third) for first, second, third in itertools.product(printable, repeat=3))
     count = config["vocab_size"] - len(special) - len(alphabet)
     merges: list[Any] = list(itertools.islice(itertools.chain(pairs, triples), count))
     entries = alphabet + ["".join(merge) for merge in merges]
-    tokenizer = Tokenizer(BPE(vocab={entry: index for index, entry in enumerate(entries)}, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab={entry: index for index, entry in enumerate(entries)}, merges=merges))
     tokenizer.add_special_tokens(special)
     _save_tokenizer(tokenizer, folder, special, config["max_position_embeddings"])
     return folder
