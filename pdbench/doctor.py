@@ -64,11 +64,6 @@ def report(findings: Sequence[Finding], console: Console) -> int:
     return 1 if wrong else 0
 
 
-def examine(config: ServeConfig, machine: Machine) -> list[Finding]:
-    """All findings about this machine, in the order in which a run would meet them."""
-    return [*_start(config, machine), *_transfer(config, machine), *_measurement(config, machine)]
-
-
 def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     finding = partial(Finding, "Servers start")
     if machine.vllm is None:
@@ -122,7 +117,9 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         yield finding(NOTE, f"{model} is not in the hub's cache here", remedy)
 
 
-def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
+def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
+    """All findings about this machine, in the order in which a run would meet them."""
+    yield from _start(config, machine)
     finding = partial(Finding, "KV transfer")
     try:
         connector = vllm.choose_connector(config, machine)
@@ -141,9 +138,6 @@ def _transfer(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
             text = f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}"
             remedy = "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
             yield finding(*_passed(fast, text, remedy, NOTE))
-
-
-def _measurement(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     finding = partial(Finding, "Test and measurement")
     if machine.gpus:
         root = os.geteuid() == 0
@@ -160,12 +154,8 @@ def _measurement(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         yield finding(*_passed(writable, text, "choose --out and --log-dir elsewhere"))
 
 
-def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> list[Finding]:
+def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
     """All findings about a cluster. `links`: sender and receiver -> bytes per second, or why nothing was received."""
-    return [*_nodes(nodes), *_between_nodes(nodes, links)]
-
-
-def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     finding = partial(Finding, "Nodes")
     for node in nodes:
         gpus, niceness = node.facts["gpus"], node.facts["niceness"]
@@ -183,8 +173,6 @@ def _nodes(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
         certain = uncertainty_ms is not None and uncertainty_ms <= UNCERTAIN_MS
         yield finding(FINE if certain else NOTE, f"{node.address} clock against the head's: {known}")
 
-
-def _between_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
     finding = partial(Finding, "Versions")
     for name in nodes[0].facts["versions"]:
         versions = {node.address: node.facts["versions"][name] for node in nodes}

@@ -101,10 +101,8 @@ class Measurement:
 def stop_on_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds."""
 
-    def interrupt(number: int, frame: object) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    stops = (signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in stops}
     # A shell starts its background jobs with SIGINT ignored.
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -192,4 +190,4 @@ class LocalSite:
         return clients.run_load(load, on_progress)
 
     def findings(self, config: ServeConfig) -> list[Finding]:
-        return doctor.examine(config, self._machine or machines.inspect())
+        return list(doctor.examine(config, self._machine or machines.inspect()))

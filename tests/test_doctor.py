@@ -33,7 +33,7 @@ def node(address: str, **changes: Any) -> NodeFacts:
 
 
 def test_cluster_that_is_whole_has_nothing_to_fix() -> None:
-    findings = doctor.examine_nodes([node("10.0.0.1"), node("10.0.0.2")], {("10.0.0.1", "10.0.0.2"): 2.5e9})
+    findings = list(doctor.examine_nodes([node("10.0.0.1"), node("10.0.0.2")], {("10.0.0.1", "10.0.0.2"): 2.5e9}))
     assert {finding.state for finding in findings} == {doctor.FINE}
     assert any(finding.text == "10.0.0.1 -> 10.0.0.2: 2,500 MB/s" for finding in findings)
 

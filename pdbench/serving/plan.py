@@ -77,14 +77,12 @@ def assign_gpus(
         for i, spec in enumerate(members):
             assigned[spec.name] = tuple(gpus[i * spec.width : (i + 1) * spec.width])
         first += count
-    shared = _gpus_of("prefill", assigned) & _gpus_of("decode", assigned)
-    if shared and connector != "tcp":
+    prefill, decode = (
+        {gpu for spec in specs if spec.role == role for gpu in assigned[spec.name]} for role in ("prefill", "decode")
+    )
+    if (shared := prefill & decode) and connector != "tcp":
         raise UserError(
             f"GPU {min(shared)} is given to prefill and to decode, and {connector} moves KV between different GPUs: "
             "name others"
         )
     return assigned
-
-
-def _gpus_of(role: str, assigned: dict[str, tuple[int, ...]]) -> set[int]:
-    return {gpu for name, gpus in assigned.items() if name.startswith(f"{role}-") for gpu in gpus}
