@@ -166,11 +166,11 @@ def serve(
 
     from pdbench import experiment
     from pdbench.cluster import open_site
-    from pdbench.site import LocalSite, stop_on_signals
+    from pdbench.site import Site, stop_on_signals
 
     kind = _deployment_names(against or ("single" if single else "disaggregated"))[0]
     if show:
-        for command in LocalSite().deployment(kind, serve or ServeConfig()).commands.values():
+        for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
             settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
             secrets = "".join(f" (set {name} to the same secret for all)" for name in command.secret_names)
             print(f"# {command.name}{secrets}\n{settings} {shlex.join(command.argv)}")

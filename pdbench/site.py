@@ -23,7 +23,7 @@ from pdbench.power.device import gpu_indices
 from pdbench.power.sampler import merge_records
 from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving import machine as machines
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, ServerSite, at_once
+from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
 from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec
 
@@ -112,37 +112,19 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Site(ServerSite, Protocol):
-    def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
-        """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
-
-    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
-        """Not started yet; planned already where its hosts are known. Raises UserError when it cannot run here."""
-
-    def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
-        """Enter the devices of a server that pdbench did not start; a flag says why they cannot be measured."""
-
-    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement: ...
-
-    def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
-        """One trial; see pdbench.load.clients.run_load."""
-
-    def findings(self, config: ServeConfig) -> list[Finding]:
-        """What `pdbench doctor` reports."""
-
-
-class LocalSite:
-    """This host; `machine` (what it has) and `host_class` are for tests."""
+class Site:
+    """This host; cluster.RaySite overrides all of it. `machine` (what this host has) and `host_class` are for tests."""
 
     def __init__(self, machine: Machine | None = None, host_class: type[LocalHost] = LocalHost) -> None:
         self._machine, self._host_class = machine, host_class
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
+        """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
         plan.check(load)
         plan.check_files(load)
 
     def check(self) -> None:
-        pass
+        """Raises UserError when a host is lost."""
 
     @contextmanager
     def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
@@ -153,12 +135,14 @@ class LocalSite:
             host.close()
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        """Not started yet; planned already where its hosts are known. Raises UserError when it cannot run here."""
         deployment = Deployment(kind, config, self)
         deployment.plan()
         return deployment
 
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
-        """Those GPUs that --single-gpus names, else those of its processes. Raises UserError when a named GPU is not here."""
+        """Enter the devices of a server that pdbench did not start: the GPUs that --single-gpus names, else those of its
+        processes; a flag says why they cannot be measured. Raises UserError when a named GPU is not here."""
         named = list(options.serve.single_gpus)
         present = list(gpu_indices())
         server = ServerInfo(name="server", role="server", url=info.url)
@@ -187,7 +171,9 @@ class LocalSite:
         return Measurement([(LocalHost(), info.servers)], power, clock)
 
     def run_load(self, load: TrialLoad, on_progress: OnProgress) -> LoadResult:
+        """One trial; see pdbench.load.clients.run_load."""
         return clients.run_load(load, on_progress)
 
     def findings(self, config: ServeConfig) -> list[Finding]:
+        """What `pdbench doctor` reports."""
         return list(doctor.examine(config, self._machine or machines.inspect()))

@@ -13,14 +13,14 @@ from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.serving.deployment import Deployment, DeploymentInfo
 from pdbench.serving.machine import Machine
 from pdbench.serving.vllm import Command
-from pdbench.site import LocalSite
+from pdbench.site import Site
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
 from tests.support.proxy_processes import Server, instance
 
 
 def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
     """How the servers of a deployment would be started, on `machine` or this one."""
-    return list(LocalSite(machine).deployment(kind, config).commands.values())
+    return list(Site(machine).deployment(kind, config).commands.values())
 
 
 def serve_config(
@@ -57,7 +57,7 @@ def _is_free(port: int) -> bool:
 
 def start(kind: DeploymentKind, config: ServeConfig) -> Deployment:
     """The deployment up and healthy; the caller closes it."""
-    return LocalSite().deployment(kind, config).start()
+    return Site().deployment(kind, config).start()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run,
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, States
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
-from pdbench.site import LocalSite, Measurement
+from pdbench.site import Measurement, Site
 
 OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
 KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
@@ -28,7 +28,7 @@ class FakeDeployment(Deployment):
     """Nothing runs; `start` reports states that are given to it."""
 
     def __init__(self, kind: DeploymentKind, config: ServeConfig, states: Sequence[States] = ()) -> None:
-        super().__init__(kind, config, LocalSite())
+        super().__init__(kind, config, Site())
         self.states = states
 
     def start(self, on_states: Callable[[States], None] | None = None) -> "FakeDeployment":
@@ -52,7 +52,7 @@ class FakeDeployment(Deployment):
         return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers)
 
 
-class FakeSite(LocalSite):
+class FakeSite(Site):
     """`load(number)` returns what the number-th trial measured."""
 
     def __init__(self, load: Callable[[int], LoadResult]) -> None:

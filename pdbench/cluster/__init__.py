@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pdbench.config import ClusterConfig
-from pdbench.site import LocalSite, Site
+from pdbench.site import Site
 
 
 @contextmanager
 def open_site(config: ClusterConfig | None) -> Iterator[Site]:
     """The cluster of --cluster, left at the end with all that was started there; this host without it. Raises UserError."""
     if config is None or config.cluster is None:
-        yield LocalSite()
+        yield Site()
         return
     from pdbench.cluster.site import RaySite
 

@@ -193,7 +193,7 @@ class Cluster:
         self.head = next(node for node in self.nodes if node.id == own_id)
         self.clocks: dict[str, clock_sync.NodeClock] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self._host_class = host_class
+        self._actor_class = host_class
         self._hosts: list[RemoteHost] = []
         self._agents: dict[str, RemoteHost] = {}
         self._stop = threading.Event()
@@ -223,7 +223,7 @@ class Cluster:
 
         options.setdefault("num_cpus", 0)
         options.setdefault("scheduling_strategy", NodeAffinitySchedulingStrategy(node.id, soft=False))
-        actor_class = self.ray.remote(self._host_class).options(max_concurrency=THREADS, **options)
+        actor_class = self.ray.remote(self._actor_class).options(max_concurrency=THREADS, **options)
         environment = Secrets({name: os.environ[name] for name in _SECRETS if name in os.environ})
         handle = actor_class.remote(self.config.node_timeout_s + _LEASE_BEYOND_S, node.address, environment)
         host = RemoteHost(self, name, node, handle, heartbeat_s)

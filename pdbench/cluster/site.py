@@ -25,7 +25,7 @@ from pdbench.records import Clock, Flag
 from pdbench.serving import plan, vllm
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
 from pdbench.serving.plan import ServerSpec
-from pdbench.site import Measurement
+from pdbench.site import Measurement, Site
 
 RESERVE_TIMEOUT_S = 30.0
 """How long the placement group may wait for resources that an earlier run is about to free."""
@@ -121,8 +121,8 @@ def refuse_locked_clocks(power: PowerConfig) -> None:
         raise UserError(f"{option} sets GPUs of this host alone: leave it out with --cluster")
 
 
-class RaySite(Cluster):
-    """pdbench.site.Site; a context manager. `host_class` is for tests and benchmarks."""
+class RaySite(Cluster, Site):
+    """A context manager. `host_class` is for tests and benchmarks."""
 
     def __init__(self, config: ClusterConfig, host_class: type[RayHost] = RayHost) -> None:
         """Raises UserError when there is no such cluster, or --place or --client-nodes names a node that it lacks."""

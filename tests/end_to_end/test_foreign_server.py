@@ -15,7 +15,7 @@ from pdbench.errors import UserError
 from pdbench.http import offered_model
 from pdbench.records import Run, load_run
 from pdbench.serving import machine
-from pdbench.site import LocalSite
+from pdbench.site import Site
 from tests.support.fake_nvml import child, environment
 from tests.support.processes import ROOT, run_pdbench
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
@@ -108,7 +108,7 @@ def test_server_of_another_host_has_no_power_here(
     def measure(power: PowerConfig) -> Run:
         options = Options(load=LoadConfig(requests=2, warmup=0), power=power)
         runs: dict[Path, Run] = {}
-        experiment.bench(server.url, 1, options, tmp_path, console, LocalSite(), runs)
+        experiment.bench(server.url, 1, options, tmp_path, console, Site(), runs)
         (folder,) = runs
         return load_run(folder)
 

@@ -13,15 +13,15 @@ from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerInfo, States
-from pdbench.site import LocalSite
+from pdbench.site import Site
 from tests.conftest import serve_config
 from tests.support.processes import wait_until
 from tests.support.scripted_vllm import Scripted
 
 
-def scripted(**scripts: str) -> LocalSite:
+def scripted(**scripts: str) -> Site:
     scripts = {name.replace("_", "-"): script for name, script in scripts.items()}
-    return LocalSite(host_class=type("Host", (Scripted,), {"scripts": scripts}))
+    return Site(host_class=type("Host", (Scripted,), {"scripts": scripts}))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import machine
 from pdbench.serving.machine import Machine
-from pdbench.site import LocalSite
+from pdbench.site import Site
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_cuda_build_without_gpu_is_refused_with_the_reason(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=message):
-        LocalSite(Machine("0.33.0", ())).deployment("single", ServeConfig())
+        Site(Machine("0.33.0", ())).deployment("single", ServeConfig())
 
 
 @pytest.mark.parametrize(
