@@ -64,9 +64,13 @@ def run(
     planned = [site.deployment(kind, options.serve) for kind in kinds]
     for deployment in planned:
         deployment.check_ports()
-    gpus = [deployment.gpus() for deployment in planned]
+    gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
     clocks.check(options.power, gpus)
-    idle = _idle_power(gpus, options, console)
+    idle: dict[str, dict[str, float | None]] = {}  # of all GPUs that the run will use, before anything runs on them
+    used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
+    if used and options.power.power and options.power.idle_s:
+        console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
+        idle = idle_before_start(used, options.power.idle_s)
     clock = Clock.start()
     nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
@@ -165,17 +169,6 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
             f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
             f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
         )
-
-
-def _idle_power(
-    used: Sequence[dict[str, list[int]]], options: Options, console: Console
-) -> dict[str, dict[str, float | None]]:
-    """Device id -> idle power by kind, of all GPUs that the run will use, before anything runs on them."""
-    gpus = sorted({gpu for by_role in used for indices in by_role.values() for gpu in indices})
-    if not (gpus and options.power.power and options.power.idle_s):
-        return {}
-    console.print(f"idle power of GPU {', '.join(map(str, gpus))}: {2 * options.power.idle_s:g} s")
-    return idle_before_start(gpus, options.power.idle_s)
 
 
 def _cooldown(options: Options) -> Cooldown:

@@ -43,9 +43,6 @@ class FakeDeployment(Deployment):
     def check(self) -> None:
         pass
 
-    def gpus(self) -> dict[str, list[int]]:
-        return {}
-
     def info(self) -> DeploymentInfo:
         url = "http://127.0.0.1:1"
         servers = [ServerInfo(name=spec.name, role=spec.role, url=url) for spec in self.specs]

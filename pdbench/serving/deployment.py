@@ -112,10 +112,6 @@ class Deployment:
         self._claim: IO[bytes] | None = None
         self._on_states: Callable[[States], None] = lambda states: None
 
-    def gpus(self) -> dict[str, list[int]]:
-        """Role -> GPU indices; empty without GPUs, and before it is planned."""
-        return gpus_by_role(self.info().servers) if self.commands else {}
-
     def plan(self) -> None:
         """Reserve hosts and make every command line where it will run. Raises UserError when a host cannot run it."""
         if self.commands:
