@@ -52,16 +52,16 @@ def with_pdbench(gpus):
     """The sampler as `pdbench run` uses it: every field of every GPU each 100 ms."""
     from pdbench.analysis.energy import Meter
     from pdbench.power.device import open_readers
-    from pdbench.power.sampler import Sampler
+    from pdbench.power.sampler import Sampler, merge_records
     from pdbench.records import Clock
 
     clock = Clock.start()
-    sampler = Sampler(open_readers({"all": gpus}, {}), 0.1, clock)
+    sampler = Sampler(open_readers({"all": gpus}, {}), 0.1)
     with sampler:
         edges = ready()
         sleep_until(edges[-1][1] + 0.1)
     offset = clock.unix_s
-    records = [record for record in sampler.records() if record.kind == "gpu"]
+    records = [record for record in merge_records(sampler.take(), clock.of_monotonic) if record.kind == "gpu"]
     say(
         [
             [Meter(record).energy_in([(start - offset, end - offset)]).energy_j for record in records]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 import msgspec
 
 if TYPE_CHECKING:
-    from pdbench.records import Clock, Interval, RequestRecord
+    from pdbench.records import Interval, RequestRecord
 
 
 Instant = Annotated[float | None, "an instant on the clock of its writer's host until `move` puts it on another"]
@@ -89,16 +89,14 @@ _INSTANTS = {
 _decode = msgspec.json.Decoder(Event).decode
 
 
-def parse(lines: Iterable[bytes | str], clock: "Clock") -> list[Event]:
-    """The events of an event log's lines, their instants on the run's clock; lines of other kinds are left out."""
+def parse(lines: Iterable[bytes | str]) -> list[Event]:
+    """The events of an event log's lines, their instants on its host's monotonic clock; lines of other kinds are left out."""
     events = []
     for line in lines:
         try:
-            event = _decode(line)
+            events.append(_decode(line))
         except (msgspec.MsgspecError, UnicodeDecodeError):
             continue  # another kind of line, or the last one of a process that was killed
-        move(event, clock.of_monotonic)
-        events.append(event)
     return events
 
 

@@ -27,8 +27,6 @@ from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerProcess, ServerState
 from pdbench.serving.vllm import Command, Setup
 
-HOST_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
-"""A clock whose instants are the host's own monotonic ones."""
 _LOOPBACK = "127.0.0.1"
 _ALL_ADDRESSES = ("0.0.0.0", "::")
 
@@ -130,7 +128,7 @@ class LocalHost:
             self._rest = []
             self._logs = {log: log.stat().st_size if log.exists() else 0 for log in logs}
         if interval_s is not None:
-            self._sampler = Sampler(self.open_readers(servers), interval_s, HOST_CLOCK)
+            self._sampler = Sampler(self.open_readers(servers), interval_s)
             self._sampler.__enter__()
 
     def open_readers(self, servers: Sequence[ServerInfo]) -> list[Reader]:
@@ -181,7 +179,7 @@ class LocalHost:
                 whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
                 self._logs[path] = seen + len(whole) + len(newline)
                 lines += whole.splitlines()
-        events = parse(lines, HOST_CLOCK)
+        events = parse(lines)
         return [Batch(devices, events)] if devices or events else []
 
     def _check_vllm(self) -> None:

@@ -12,6 +12,11 @@ from pdbench.records import Clock, RequestRecord
 CLOCK = Clock(monotonic_s=10.0, unix_s=0.0)
 
 
+def parsed(lines: list[str]) -> list[events.Event]:
+    """The events of these lines on the run's clock."""
+    return [events.move(event, CLOCK.of_monotonic) for event in events.parse(lines)]
+
+
 def test_events_join_the_client_by_request_and_transfer_id() -> None:
     proxy = {
         "event": "request",
@@ -31,7 +36,7 @@ def test_events_join_the_client_by_request_and_transfer_id() -> None:
     }
     send = receive | {"side": "send", "end_s": 99.0}
     lines = [*map(json.dumps, (proxy, send, receive)), '{"event": "requ']
-    found = events.parse(lines, CLOCK)
+    found = parsed(lines)
     joined = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.6, 0.7])
     alone = RequestRecord(id="r2", planned_s=0.0, sent_s=0.05, token_s=[0.6])
     events.join([joined, alone], found)
@@ -62,7 +67,7 @@ def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is() -> 
     transfer |= {"asked_s": 11.0, "ready_s": None, "first_byte_s": 12.0, "end_s": 13.0, "reported_s": 14.0}
     transfer |= {"wire_s": 0.5}
     request = {"event": "request", "request_id": "r1", "received_s": 11.0, "admitted_s": 12.0, "status": 200}
-    read = events.parse([json.dumps(transfer), json.dumps(request)], CLOCK)
+    read = parsed([json.dumps(transfer), json.dumps(request)])
     moved = {"asked_s": 1.0, "first_byte_s": 2.0, "end_s": 3.0, "reported_s": 4.0}
     assert [msgspec.to_builtins(event) for event in read] == [
         msgspec.to_builtins(
@@ -75,7 +80,7 @@ def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is() -> 
 def test_a_phase_nobody_reported_is_none() -> None:
     proxy = {"event": "request", "request_id": "r1", "transfer_id": "t1", "received_s": 10.1, "decode_sent_s": 10.6}
     request = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.7])
-    events.join([request], events.parse([json.dumps(proxy)], CLOCK))
+    events.join([request], parsed([json.dumps(proxy)]))
     assert request.phases["prefill"] is None
     assert request.phases["kv_transfer"] is None
     assert request.phases["decode"] is None  # the instance computed the prompt too

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pdbench import supervisor
 from pdbench.power.device import Reader, open_gpu
-from pdbench.power.sampler import Sampler
-from pdbench.records import Clock
+from pdbench.power.sampler import Sampler, merge_records
 
 BARE, CONTEXT, ENGINE_READY = "bare", "context", "engine_ready"
 WITHIN_C = 2.0
@@ -24,7 +23,7 @@ _CLOSE_S = 20.0
 
 def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str, float | None]]:
     """Device id -> mean watts over `seconds` each, bare and with a CUDA context; None where not measured. The GPUs must be free."""
-    sampler = Sampler([open_gpu(index, None) for index in gpus], 0.1, Clock.start())
+    sampler = Sampler([open_gpu(index, None) for index in gpus], 0.1)
     with sampler:
         sampler.idle(BARE, seconds)
         # A context cannot be undone in the process that created it: a child holds one on each GPU.
@@ -37,7 +36,7 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
         finally:
             holder.close(_CLOSE_S)
     unknown = dict.fromkeys((BARE, CONTEXT))
-    return {record.id: unknown | record.idle_power_w for record in sampler.records()}
+    return {record.id: unknown | record.idle_power_w for record in merge_records(sampler.take())}
 
 
 class Cooldown:

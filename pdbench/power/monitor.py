@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pdbench.errors import UserError
 from pdbench.power.device import Reader, open_host
-from pdbench.power.sampler import Sampler
+from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, save_devices, write_whole
 
 COLUMNS = {
@@ -45,14 +45,14 @@ def monitor(
             raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
         check_writable(out.parent)
     readers = open_host(gpus)
-    sampler = Sampler(readers, interval_s, Clock.start())
+    sampler, clock = Sampler(readers, interval_s), Clock.start()
     with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
         console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
         end = math.inf if duration_s is None else time.monotonic() + duration_s
         while time.monotonic() < end:
             live.update(_live_table(sampler.latest()))
             time.sleep(max(0.0, min(0.25, end - time.monotonic())))
-    records = sampler.records()
+    records = merge_records(sampler.take(), clock.of_monotonic)
     console.print(summary_table(records))
     for record in records:
         for field, reason in record.not_measured.items():

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from pdbench.power.device import Reader
-from pdbench.records import Clock, DeviceRecord, DeviceSample
+from pdbench.records import DeviceRecord, DeviceSample
 
 BUFFER_S = 1.0
 POLL_S = 0.0005
@@ -110,11 +110,8 @@ class Sampler:
     starts then is covered.
     """
 
-    def __init__(
-        self, readers: Sequence[Reader], interval_s: float, clock: Clock, time_source: SystemTime | None = None
-    ) -> None:
-        self._clock, self._interval_s = clock, interval_s
-        self._time = time_source or SystemTime()
+    def __init__(self, readers: Sequence[Reader], interval_s: float, time_source: SystemTime | None = None) -> None:
+        self._interval_s, self._time = interval_s, time_source or SystemTime()
         self._devices = [_Device(reader, self._time) for reader in readers]
         self._stop = threading.Event()
         self._settled = threading.Event()
@@ -200,14 +197,10 @@ class Sampler:
         self._time.wait(seconds, self._stop)
 
     def take(self) -> list[DeviceRecord]:
-        """What was read since the last call, on the run's clock, for `merge_records`; safe while the thread runs. The first
-        pieces after the `with` block carry the figures of the sampling and the idle powers."""
+        """What was read since the last call, on the monotonic clock, for `merge_records`; safe while the thread runs. The
+        first pieces after the `with` block carry the figures of the sampling and the idle powers."""
         figures, self._figures = self._figures, {}
-        return [device.take(self._clock, figures) for device in self._devices]
-
-    def records(self) -> list[DeviceRecord]:
-        """What no `take` has taken, with statistics; call it after the `with` block."""
-        return merge_records(self.take())
+        return [device.take(figures) for device in self._devices]
 
 
 def merge_records(pieces: Sequence[DeviceRecord], move: Callable[[float], float] | None = None) -> list[DeviceRecord]:
@@ -272,7 +265,7 @@ def _sampling_statistics(
 
 
 class _Device:
-    """What the thread has read from one reader; instants are monotonic until `take` puts them on the run's clock."""
+    """What the thread has read from one reader."""
 
     def __init__(self, reader: Reader, time_source: SystemTime) -> None:
         self.reader, self._time = reader, time_source
@@ -322,9 +315,9 @@ class _Device:
             self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
 
-    def take(self, clock: Clock, figures: dict[str, float | None]) -> DeviceRecord:
-        """What is new since the last call, on the run's clock; with `figures`, the sampling has ended."""
-        reader, run_s = self.reader, clock.of_monotonic
+    def take(self, figures: dict[str, float | None]) -> DeviceRecord:
+        """What is new since the last call; with `figures`, the sampling has ended."""
+        reader = self.reader
         taken, self._taken = self._taken, (len(self.samples), len(self.fine), len(self.counter.edges))
         samples, fine, edges = map(slice, taken, self._taken)
         record = DeviceRecord(
@@ -333,9 +326,9 @@ class _Device:
             name=reader.name,
             role=reader.role,
             index=reader.index,
-            samples=[msgspec.structs.replace(sample, t_s=run_s(sample.t_s)) for sample in self.samples[samples]],
-            fine_power=[(run_s(t_s), power_w) for t_s, power_w in self.fine[fine]],
-            energy_ticks=[(run_s(t_s), energy_j) for t_s, energy_j in self.counter.edges[edges]],
+            samples=self.samples[samples],
+            fine_power=self.fine[fine],
+            energy_ticks=self.counter.edges[edges],
             not_measured=dict(reader.not_measured),
         )
         if figures:

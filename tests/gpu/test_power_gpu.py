@@ -11,7 +11,7 @@ from pdbench import nvml
 from pdbench.analysis.energy import power_curve
 from pdbench.power.device import open_readers
 from pdbench.power.idle import idle_before_start
-from pdbench.power.sampler import Sampler
+from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord
 from tests.support.runs import energy_over
 
@@ -28,7 +28,7 @@ def sample_under(
     matrix = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     clock = Clock.start()
-    with (sampler := Sampler(open_readers({"load": [0]}, {}), interval_s, clock)):
+    with (sampler := Sampler(open_readers({"load": [0]}, {}), interval_s)):
         time.sleep(1)
         start = clock.now()
         while clock.now() < start + load_s:
@@ -39,7 +39,7 @@ def sample_under(
             time.sleep(off_s)
         end_s = clock.now()
         time.sleep(1)
-    records = sampler.records()
+    records = merge_records(sampler.take(), clock.of_monotonic)
     return records[0], start, end_s
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pdbench.power.device import open_rapl, open_readers
-from pdbench.power.sampler import Sampler
-from pdbench.records import Clock, DeviceRecord
+from pdbench.power.sampler import Sampler, merge_records
+from pdbench.records import DeviceRecord
 from tests.support.runs import energy_over
 
 
@@ -94,11 +94,11 @@ def test_process_tree_is_measured_without_gpu() -> None:
     spin = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     tree = subprocess.Popen([sys.executable, "-c", spin], start_new_session=True)
     try:
-        sampler = Sampler(open_readers({}, {"decode": [tree.pid], "gone": [2**22 + 1]}), 0.05, Clock.start())
+        sampler = Sampler(open_readers({}, {"decode": [tree.pid], "gone": [2**22 + 1]}), 0.05)
         with sampler:
             while not any(sample and sample.cpu_utilization_pct for _, sample in sampler.latest()):
                 sampler.idle("bare", 0.2)
-        records = {record.role: record for record in sampler.records()}
+        records = {record.role: record for record in merge_records(sampler.take())}
     finally:
         os.killpg(tree.pid, 9)
         tree.wait()

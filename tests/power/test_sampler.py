@@ -169,7 +169,7 @@ from pdbench.power.device import open_readers
 from pdbench.power.sampler import Sampler, merge_records
 from tests.support.fake_nvml import ScriptedTime
 scripted = ScriptedTime(6.0)
-sampler = Sampler(open_readers({"decode": [0]}, {}), 0.1, scripted.clock, scripted)
+sampler = Sampler(open_readers({"decode": [0]}, {}), 0.1, scripted)
 pieces, wait = [], scripted.wait
 def wait_and_take(seconds, stop):
     pieces.extend(sampler.take())
@@ -179,9 +179,9 @@ sampler.run()
 pieces += sampler.take()
 assert len(pieces) > 50 and sum(bool(piece.samples) for piece in pieces) > 50
 assert [piece for piece in pieces if piece.sampling] == pieces[-1:]
-whole = merge_records(pieces)
+whole = merge_records(pieces, scripted.clock.of_monotonic)
 assert sampler.take()[0].sampling == {}, "the figures of a sampling count once"
-moved = merge_records(pieces, lambda t_s: t_s + 100)[0]
+moved = merge_records(pieces, lambda t_s: scripted.clock.of_monotonic(t_s) + 100)[0]
 assert moved.samples[0].t_s == whole[0].samples[0].t_s + 100
 assert moved.fine_power[-1][0] > 105 and moved.energy_ticks[-1][0] > 105
 lost = merge_records(pieces[:-1])[0]

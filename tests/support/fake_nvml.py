@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pdbench.power.device import open_readers
-from pdbench.power.sampler import Sampler, SystemTime
+from pdbench.power.sampler import Sampler, SystemTime, merge_records
 from pdbench.records import Clock, DeviceRecord
 
 HERE = Path(__file__).parent
@@ -114,9 +114,9 @@ class ScriptedTime(SystemTime):
 def scripted_sampling(seconds: float, gpus: dict[str, list[int]], interval_s: float = 0.1) -> list[DeviceRecord]:
     """What the sampler records of the fake GPUs in `seconds` of the library's clock."""
     scripted = ScriptedTime(seconds)
-    sampler = Sampler(open_readers(gpus, {}), interval_s, scripted.clock, scripted)
+    sampler = Sampler(open_readers(gpus, {}), interval_s, scripted)
     sampler.run()
-    return sampler.records()
+    return merge_records(sampler.take(), scripted.clock.of_monotonic)
 
 
 def sampled(
