@@ -51,12 +51,12 @@ def say(found, points=None):
 def with_pdbench(gpus):
     """The sampler as `pdbench run` uses it: every field of every GPU each 100 ms."""
     from pdbench.analysis.energy import Meter
-    from pdbench.power.device import open_readers
+    from pdbench.power.device import open_gpu, open_rapl
     from pdbench.power.sampler import Sampler, merge_records
     from pdbench.records import Clock
 
     clock = Clock.start()
-    sampler = Sampler(open_readers({"all": gpus}, {}), 0.1)
+    sampler = Sampler([*(open_gpu(index, "all") for index in gpus), *open_rapl()], 0.1)
     with sampler:
         edges = ready()
         sleep_until(edges[-1][1] + 0.1)

@@ -15,12 +15,12 @@ import psutil
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, parse
-from pdbench.power.device import Reader, open_readers
+from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines
 from pdbench.serving import plan, vllm
-from pdbench.serving.deployment import ServerInfo, cannot_write, gpus_by_role
+from pdbench.serving.deployment import ServerInfo, cannot_write
 from pdbench.serving.machine import Machine
 from pdbench.serving.models import tiny_model
 from pdbench.serving.plan import ServerSpec
@@ -132,12 +132,12 @@ class LocalHost:
             self._sampler.__enter__()
 
     def open_readers(self, servers: Sequence[ServerInfo]) -> list[Reader]:
-        """The meters of these servers: their GPUs or, without any, the CPU use of their processes; and the host's own."""
+        """The meters of these servers: their GPUs or, without any, the CPU use of each role's processes; and the host's own."""
+        gpus = [open_gpu(index, server.role) for server in servers for index in server.gpus]
         pids: dict[str, list[int]] = {}
         for server in servers:
             pids.setdefault(server.role, []).extend(server.pids)
-        gpus = gpus_by_role(servers)
-        return open_readers(gpus, {} if gpus else pids)
+        return [*(gpus or [ProcessReader(role, roots) for role, roots in pids.items() if roots]), *open_rapl()]
 
     def idle(self, kind: str, seconds: float) -> None:
         """Keep the mean power of the next `seconds` as the devices' idle power of this kind."""

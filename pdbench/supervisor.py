@@ -15,6 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+GRACE_S = 8.0
+"""How long a server may take to end after SIGTERM before its supervisor kills it."""
+CLOSE_S = GRACE_S + 5
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -58,7 +61,7 @@ class Child:
         assert self._process.stdin
         self._process.stdin.close()
 
-    def close(self, timeout_s: float) -> int:
+    def close(self, timeout_s: float = CLOSE_S) -> int:
         """Stop it, or kill it after `timeout_s`; returns its exit code."""
         self.ask_to_stop()
         try:

@@ -18,8 +18,9 @@ from pdbench.host import Batch, HostLostError
 from pdbench.records import Clock
 from pdbench.serving.deployment import ServerInfo, at_once
 from pdbench.serving.plan import ServerSpec
-from pdbench.serving.process import GRACE_S, Secrets, ServerState
+from pdbench.serving.process import Secrets, ServerState
 from pdbench.serving.vllm import Command, Setup
+from pdbench.supervisor import CLOSE_S
 
 HEARTBEAT_S = 1.0
 CLOCK_EVERY_S = 1.0
@@ -260,7 +261,7 @@ class Cluster:
         alive = [host for host in hosts if host.lost is None]
         pending = [host.handle.close.remote() for host in alive]
         begin_s = time.monotonic()
-        while pending and time.monotonic() - begin_s < GRACE_S + 6 and any(host.lost is None for host in alive):
+        while pending and time.monotonic() - begin_s < CLOSE_S + 1 and any(host.lost is None for host in alive):
             _, pending = self.ray.wait(pending, num_returns=len(pending), timeout=0.5)
         self._hosts = [host for host in self._hosts if host not in hosts]
         self._agents = {address: agent for address, agent in self._agents.items() if agent not in hosts}

@@ -20,7 +20,6 @@ from pdbench.errors import UserError
 from pdbench.records import DeviceRecord, Flag
 
 _READ_BACK_S = 1.0
-_RESTORE_S = 20.0
 _CLAMP_MHZ = 15
 
 
@@ -84,7 +83,7 @@ def locked_clocks(config: PowerConfig, gpus: Mapping[str, Sequence[int]]) -> Ite
         yield locks
     finally:
         # When the child failed or was killed, this process is the last that can restore.
-        if restorer.close(_RESTORE_S) != 0 and (problems := restore(unlock, limits_w)):
+        if restorer.close() != 0 and (problems := restore(unlock, limits_w)):
             raise UserError(
                 f"not restored ({'; '.join(problems)}): `sudo nvidia-smi -rgc` frees clocks, `-pl WATTS` sets limits"
             )

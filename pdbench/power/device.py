@@ -8,7 +8,7 @@ import importlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -339,16 +339,6 @@ def open_rapl(powercap: Path = Path("/sys/class/powercap")) -> list[Reader]:
         except (OSError, ValueError):
             continue
     return readers
-
-
-def open_readers(gpus: Mapping[str, Sequence[int]], processes: Mapping[str, Sequence[int]]) -> list[Reader]:
-    """Readers of each role's GPUs (by driver index) and processes (by pid, with their descendants), and RAPL where it exists.
-
-    A GPU that cannot be read is still in the list; its `not_measured` says why.
-    """
-    readers = [open_gpu(index, role) for role, indices in gpus.items() for index in indices]
-    readers += [ProcessReader(role, list(pids)) for role, pids in processes.items() if pids]
-    return [*readers, *open_rapl()]
 
 
 def open_host(gpus: Sequence[int] | None = None) -> list[Reader]:

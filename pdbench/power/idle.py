@@ -18,7 +18,6 @@ BARE, CONTEXT, ENGINE_READY = "bare", "context", "engine_ready"
 WITHIN_C = 2.0
 """A GPU counts as cool again this close to its first temperature: NVML's readings are whole degrees."""
 _SETTLE_S = 1.0
-_CLOSE_S = 20.0
 
 
 def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str, float | None]]:
@@ -34,7 +33,7 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
                 sampler.pause(_SETTLE_S)
                 sampler.idle(CONTEXT, seconds)
         finally:
-            holder.close(_CLOSE_S)
+            holder.close()
     unknown = dict.fromkeys((BARE, CONTEXT))
     return {record.id: unknown | record.idle_power_w for record in merge_records(sampler.take())}
 

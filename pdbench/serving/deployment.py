@@ -82,17 +82,12 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
         return [server.url for server in self.servers if server.role == role]
 
     def local_gpus(self) -> dict[str, list[int]]:
-        """Role -> GPU indices of this host."""
-        return gpus_by_role(server for server in self.servers if server.host is None)
-
-
-def gpus_by_role(servers: Iterable[ServerInfo]) -> dict[str, list[int]]:
-    """Role -> GPU indices; a role without GPUs is left out."""
-    gpus: dict[str, list[int]] = {}
-    for server in servers:
-        if server.gpus:
-            gpus.setdefault(server.role, []).extend(server.gpus)
-    return gpus
+        """Role -> GPU indices of this host; a role without GPUs is left out."""
+        gpus: dict[str, list[int]] = {}
+        for server in self.servers:
+            if server.gpus and server.host is None:
+                gpus.setdefault(server.role, []).extend(server.gpus)
+        return gpus
 
 
 class Deployment:

@@ -9,10 +9,8 @@ import msgspec
 
 from pdbench.http import get
 from pdbench.serving.vllm import Command
-from pdbench.supervisor import Child, supervised
+from pdbench.supervisor import GRACE_S, Child, supervised
 
-GRACE_S = 8.0
-"""How long a server may take to end after SIGTERM before it is killed."""
 _TAIL_LINES = 15
 
 _CAUSES: dict[str, str] = tomllib.loads(Path(__file__).with_name("causes.toml").read_text("utf-8"))
@@ -65,6 +63,3 @@ class ServerProcess(Child):
             cause=next(causes, None),
             log_tail="\n".join(log.splitlines()[-_TAIL_LINES:]),
         )
-
-    def close(self, timeout_s: float = GRACE_S + 5) -> int:
-        return super().close(timeout_s)

@@ -9,7 +9,7 @@ import pytest
 
 from pdbench import nvml
 from pdbench.analysis.energy import power_curve
-from pdbench.power.device import open_readers
+from pdbench.power.device import open_gpu
 from pdbench.power.idle import idle_before_start
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord
@@ -28,7 +28,7 @@ def sample_under(
     matrix = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     clock = Clock.start()
-    with (sampler := Sampler(open_readers({"load": [0]}, {}), interval_s)):
+    with (sampler := Sampler([open_gpu(0, "load")], interval_s)):
         time.sleep(1)
         start = clock.now()
         while clock.now() < start + load_s:

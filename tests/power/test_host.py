@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdbench.power.device import open_rapl, open_readers
+from pdbench.power.device import ProcessReader, open_rapl
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import DeviceRecord
 from tests.support.runs import energy_over
@@ -77,8 +77,8 @@ def test_amd_gpu_is_read_through_amdsmi(tmp_path: Path) -> None:
     (tmp_path / "amdsmi.py").write_text(AMDSMI)
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
-from pdbench.power.device import open_readers
-gpu, absent = open_readers({{"decode": [0, 1]}}, {{}})[:2]
+from pdbench.power.device import open_gpu
+gpu, absent = open_gpu(0, "decode"), open_gpu(1, "decode")
 values = gpu.read(0.0)
 assert values == {{"power_w": 550.0, "energy_j": 30.6, "sm_clock_mhz": 2100.0, "memory_clock_mhz": 1300.0,
     "gpu_utilization_pct": 97.0, "memory_utilization_pct": 40.0, "memory_used_mib": 1024.0}}, values
@@ -94,7 +94,7 @@ def test_process_tree_is_measured_without_gpu() -> None:
     spin = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     tree = subprocess.Popen([sys.executable, "-c", spin], start_new_session=True)
     try:
-        sampler = Sampler(open_readers({}, {"decode": [tree.pid], "gone": [2**22 + 1]}), 0.05)
+        sampler = Sampler([ProcessReader("decode", [tree.pid]), ProcessReader("gone", [2**22 + 1])], 0.05)
         with sampler:
             while not any(sample and sample.cpu_utilization_pct for _, sample in sampler.latest()):
                 sampler.idle("bare", 0.2)

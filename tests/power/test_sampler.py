@@ -165,11 +165,11 @@ def test_merged_records_of_two_samplers_are_one_device(nvml_library: Path) -> No
 def test_merged_pieces_are_the_whole_record(nvml_library: Path) -> None:
     code = """
 import msgspec
-from pdbench.power.device import open_readers
+from pdbench.power.device import open_gpu
 from pdbench.power.sampler import Sampler, merge_records
 from tests.support.fake_nvml import ScriptedTime
 scripted = ScriptedTime(6.0)
-sampler = Sampler(open_readers({"decode": [0]}, {}), 0.1, scripted)
+sampler = Sampler([open_gpu(0, "decode")], 0.1, scripted)
 pieces, wait = [], scripted.wait
 def wait_and_take(seconds, stop):
     pieces.extend(sampler.take())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from pdbench.power.device import open_readers
+from pdbench.power.device import open_gpu
 from pdbench.power.sampler import Sampler, SystemTime, merge_records
 from pdbench.records import Clock, DeviceRecord
 
@@ -114,7 +114,8 @@ class ScriptedTime(SystemTime):
 def scripted_sampling(seconds: float, gpus: dict[str, list[int]], interval_s: float = 0.1) -> list[DeviceRecord]:
     """What the sampler records of the fake GPUs in `seconds` of the library's clock."""
     scripted = ScriptedTime(seconds)
-    sampler = Sampler(open_readers(gpus, {}), interval_s, scripted)
+    readers = [open_gpu(index, role) for role, indices in gpus.items() for index in indices]
+    sampler = Sampler(readers, interval_s, scripted)
     sampler.run()
     return merge_records(sampler.take(), scripted.clock.of_monotonic)
 
