@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -273,10 +273,8 @@ def _save(run: Run, folder: Path, runs: dict[Path, Run]) -> None:
     if not run.requests:
         return
     # A second Ctrl-C does not cost what the first one let us keep.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as restoring:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            restoring.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
         save_run(run, folder)
         runs[folder] = run
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

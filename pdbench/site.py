@@ -3,7 +3,7 @@
 import functools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -101,15 +101,13 @@ class Measurement:
 def stop_on_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds."""
 
-    stops = (signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in stops}
-    # A shell starts its background jobs with SIGINT ignored.
-    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with ExitStack() as restoring:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before = signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            restoring.callback(signal.signal, number, before)
+        # A shell starts its background jobs with SIGINT ignored.
+        restoring.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Site:

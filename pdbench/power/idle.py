@@ -30,7 +30,7 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
         holder = supervisor.Child([sys.executable, "-m", "pdbench.power.idle", str(len(gpus))], visible)
         try:
             if holder.wait_ready() is None:
-                sampler.pause(_SETTLE_S)
+                time.sleep(_SETTLE_S)
                 sampler.idle(CONTEXT, seconds)
         finally:
             holder.close()

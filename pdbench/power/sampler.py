@@ -188,13 +188,9 @@ class Sampler:
     def idle(self, name: str, seconds: float) -> None:
         """Wait for `seconds` of idleness and keep its mean power as the devices' `idle_power_w[name]` (see power/idle.py)."""
         start = self._time.monotonic()
-        self.pause(seconds)
+        self._time.wait(seconds, self._stop)
         for device in self._devices:
             device.idle_windows[name] = (start, self._time.monotonic())
-
-    def pause(self, seconds: float) -> None:
-        """Let the sampling go on for `seconds`."""
-        self._time.wait(seconds, self._stop)
 
     def take(self) -> list[DeviceRecord]:
         """What was read since the last call, on the monotonic clock, for `merge_records`; safe while the thread runs. The
