@@ -52,8 +52,9 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
     `token_s` has one instant per token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
     or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
-    were counted: "token_ids", "usage" (on every chunk), "chunks" (one per chunk with text) or "mixed". `prompt` is None where
-    it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
+    were counted: "token_ids", "usage" (on every chunk), "chunks" (one per chunk with text) or "mixed". `cached_prompt_tokens`
+    is how many of `prompt_tokens` the server says that it took from a cache. `prompt` is None where it was too long to be
+    saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
     id: str
@@ -63,6 +64,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     token_s: list[float] = []
     end_s: float | None = None
     prompt_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
     output_tokens: int | None = None
     prompt: str | None = None
     prompt_sha256: str | None = None

@@ -28,9 +28,14 @@ class _Choice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+class _PromptDetails(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Metrics(msgspec.Struct, gc=False):
@@ -193,6 +198,8 @@ class Response:
         if usage is not None:
             record.prompt_tokens = record.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
             record.output_tokens = record.output_tokens if usage.completion_tokens is None else usage.completion_tokens
+            if usage.prompt_tokens_details is not None:
+                record.cached_prompt_tokens = usage.prompt_tokens_details.cached_tokens
         if metrics is not None and record.token_s:
             # vLLM's --enable-per-request-metrics gives durations; they are anchored at the first token's arrival here.
             queue_ms, first_token_ms = metrics.queue_time_ms, metrics.time_to_first_token_ms
