@@ -360,7 +360,7 @@ def sweep(
     """
     from pdbench import experiment, sweep
     from pdbench.cluster import open_site
-    from pdbench.report import commands, sweep_charts
+    from pdbench.report import commands
     from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
@@ -381,7 +381,7 @@ def sweep(
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
     with stop_on_signals(), open_site(cluster) as site:
-        sweep_charts.present(sweep.run(points, out, measure, console, context), out, console)
+        commands.present_sweep(sweep.run(points, out, measure, console, context), out, console)
 
 
 def main(arguments: list[str] | None = None) -> None:

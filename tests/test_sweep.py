@@ -15,7 +15,7 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.records import Flag
-from pdbench.report import mpl, sweep_charts
+from pdbench.report import mpl, sweep_charts, tables
 from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
 
@@ -125,7 +125,7 @@ def test_a_whole_sweep_against_a_server(tmp_path):
 
 def test_curves_have_integer_ticks_and_name_the_slo():
     rows = [
-        sweep_charts.Row({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))
+        ({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))
         for name in ("single", "disaggregated")
         for number in (1, 2, 3)
         for load in [{"concurrency": number, "slo_ttft_ms": 200.0, "slo_tbt_ms": 50.0}]
@@ -145,10 +145,10 @@ def test_curves_have_integer_ticks_and_name_the_slo():
 
 def test_flags_and_failures_are_marked_and_listed_once():
     run = build_run(trials=2, requests=4, failed=1, flags=[Flag("throttled", "a"), Flag("throttled", "b")])
-    rows = [sweep_charts.Row({"rate": 2.0}, analyze(run))]
-    table = sweep_charts.table(rows)
+    rows = [({"rate": 2.0}, analyze(run))]
+    table = tables.sweep(rows)
     assert table.styles == ["worse"] and "throttled" in table.note and "needs --slo-ttft-ms" in table.note
-    (row,) = csv.DictReader(io.StringIO(sweep_charts.summary_csv(rows)))
+    (row,) = csv.DictReader(io.StringIO(tables.sweep_csv(rows)))
     assert row["flags"].split().count("throttled") == 1 and row["failed"] == "2"
-    tbt = rows[0].run.summary
+    tbt = rows[0][1].summary
     assert float(row["tbt_p99_ms"]) == tbt.tbt_ms.p99 and float(row["mean_tbt_p99_ms"]) == tbt.mean_tbt_ms.p99

@@ -1,7 +1,4 @@
-"""What a chart is, without a plotting library: panels of series with their axes, and the colours that all charts share.
-
-`charts` and `sweep_charts` build them, `mpl` draws them into pictures, `page` into the interactive report.
-"""
+"""What a chart is, without a plotting library: panels of series with their axes, and the colours that all charts share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +33,10 @@ Kind = Literal["line", "points", "bar", "hbar", "area", "boxes", "interval"]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line, set of points, bars or boxes. NaN in `y` breaks a line.
+    """One line, set of points, bars or boxes. NaN in `y` breaks a line. Areas and boxes are behind the others, on an axis of their own.
 
     boxes: `x` holds (start, end) pairs, `y` rows of height 1. interval: `low` and `high` bound each `x`. `labels` are texts beside
-    the points or bars. `behind` draws on a second vertical axis behind the panel.
+    the points or bars.
     """
 
     kind: Kind = "line"
@@ -57,7 +54,10 @@ class Series:
     marker: str = ""
     hollow: bool = False
     hatch: str = ""
-    behind: bool = False
+
+    @property
+    def behind(self) -> bool:
+        return self.kind in ("area", "boxes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Axis:
 class Panel:
     """Series that share axes. Without series, `not_measured` says why.
 
-    `rows` are (name, values, verdict) of an interval panel. `spread` holds values whose histogram is drawn beside the panel, with
+    `rows` are (values, verdict) of an interval panel, named by `y.names`. `spread` holds values whose histogram is drawn beside the panel, with
     `marks` (p50 -> value). `lines` are dotted verticals, `pauses` stretches of x left blank.
     """
 
@@ -86,7 +86,7 @@ class Panel:
     x: Axis = Axis()
     y: Axis = Axis()
     not_measured: str = ""
-    rows: Sequence[tuple[str, str, str]] = ()
+    rows: Sequence[tuple[str, str]] = ()
     spread: Any = None
     marks: Mapping[str, float] = field(default_factory=dict)
     lines: Sequence[float] = ()
@@ -117,8 +117,3 @@ def shades(names: Sequence[str]) -> list[str]:
         free = [spare for spare in SPARE if spare not in taken]
         taken.append(usual if usual and usual not in taken else (free or SPARE)[0])
     return taken
-
-
-def dash(number: int) -> str:
-    """The line style of the curve at `number`, as the palette repeats."""
-    return DASHES[number // len(SPARE) % len(DASHES)]

@@ -1,5 +1,6 @@
 """The charts of runs and of devices; several runs share a chart, each with its colour."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import chart_types as colours
 from pdbench.report import tables, text
-from pdbench.report.chart_types import SHADES, Axis, Chart, Panel, Series, dash, shades
+from pdbench.report.chart_types import DASHES, SHADES, SPARE, Axis, Chart, Panel, Series, shades
 from pdbench.report.text import translate as _
 
 VERDICTS = {"better": colours.GOOD, "worse": colours.BAD}
@@ -30,67 +31,62 @@ TTFT_PARTS = {
 FEW_GAPS = 2000
 
 
-def latency_distributions(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def latency_distributions(runs: text.Runs) -> Chart:
     """Share of values at or below each latency, with p50, p90 and p99 marked; logarithmic where they span a decade."""
     panels = []
-    for key, title in zip(
-        ("ttft", "tbt", "e2e"),
-        ("Time to first token", "Time between tokens, every gap", "The whole request"),
-        strict=True,
-    ):
-        drawn, curves = [], [analysis.curves.quantiles[key] for analysis in analyses]
-        for number, (analysis, curve, shade) in enumerate(zip(analyses, curves, _shades(analyses), strict=True)):
-            spread = getattr(analysis.summary, f"{key}_ms")
+    titles = {"ttft": "Time to first token", "tbt": "Time between tokens, every gap", "e2e": "The whole request"}
+    for key, title in titles.items():
+        drawn, curves = [], [run.curves.quantiles[key] for run in runs.values()]
+        for number, (name, curve, shade) in enumerate(zip(runs, curves, _shades(runs), strict=True)):
+            spread = getattr(runs[name].summary, f"{key}_ms")
             if spread is not None:
-                drawn.append(Series(name=names[number], x=curve.x, y=curve.y, shade=shade, dash=dash(number), width=2))
-                marks = [spread.p50, spread.p90, spread.p99]
-                drawn.append(Series(kind="points", x=marks, y=[50, 90, 99], shade=shade))
+                style = DASHES[number // len(SPARE) % len(DASHES)]  # as the palette repeats
+                drawn.append(Series(name=name, x=curve.x, y=curve.y, shade=shade, dash=style, width=2))
+                drawn.append(Series(kind="points", x=[spread.p50, spread.p90, spread.p99], y=[50, 90, 99], shade=shade))
         x = np.sort(np.concatenate([curve.x for curve in curves] or [np.array([])]))
         x = x[x > 0] if len(x) and x[-1] > 0 else np.array([1.0])
         low, high = x[int(0.01 * (len(x) - 1))], x[int(0.99 * (len(x) - 1))]
         log, right = bool(high > 8 * low), 1.05 * float(x[-1])
-        across = Axis(label=text.label(f"{key}_ms"), log=log, low=0.8 * float(low) if log else 0.0, high=right)
+        steps = (1, 2, 5) if right < 160 * low else (1,)
+        places = [step * 10.0**power for power in range(-3, 7) for step in steps]
+        ticks = (places, [f"{place:g}" for place in places]) if log else None
+        left = 0.8 * float(low) if log else 0.0
+        across = Axis(label=text.label(f"{key}_ms"), log=log, low=left, high=right, ticks=ticks)
         up = Axis(label=_("% at or below"), low=0, high=103, ticks=([0, 50, 90, 99], ["0", "p50", "p90", "p99"]))
         panels.append(Panel(title=_(title), series=drawn, x=across, y=up, not_measured=_("no request succeeded")))
     caption = _("Share of values at or below each time: a curve further left is faster. Click a name to hide it.")
     return Chart(key="distributions", title=_("Latency distributions"), panels=panels, caption=caption)
 
 
-def ttft_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def ttft_parts(runs: text.Runs) -> Chart:
     """The mean TTFT of each run split by the reported instants: a bar per part of one run, a stacked bar per run of several."""
-    known = {
-        name: run.curves.ttft_parts_ms for name, run in zip(names, analyses, strict=True) if run.curves.ttft_parts_ms
-    }
-    keys = [key for key in TTFT_PARTS if any(key in parts for parts in known.values())]
+    known = {name: parts for name, run in runs.items() if (parts := run.curves.ttft_parts_ms)}
     drawn = []
-    for key in keys:
-        title, values = _(TTFT_PARTS[key]), [parts.get(key, 0.0) for parts in known.values()]
-        y, labels = (list(known), []) if len(analyses) > 1 else ([title], [f"{text.number(values[0])} ms"])
-        drawn.append(Series(kind="hbar", name=title, x=values, y=y, labels=labels, shade=SHADES[key]))
-    title = _("Where TTFT goes")
-    panel = Panel(
-        title=title,
-        series=drawn,
-        x=_bar_axis(_("mean TTFT, ms"), drawn),
-        y=Axis(names=list(dict.fromkeys(row for bars in drawn for row in bars.y))),
-        not_measured=_("no proxy and no connector reported this deployment's phases"),
-    )
+    for key, part in TTFT_PARTS.items():
+        if any(key in parts for parts in known.values()):
+            values = [parts.get(key, 0.0) for parts in known.values()]
+            y, labels = (list(known), []) if len(runs) > 1 else ([_(part)], [f"{text.number(values[0])} ms"])
+            drawn.append(Series(kind="hbar", name=_(part), x=values, y=y, labels=labels, shade=SHADES[key]))
+    title, rows = _("Where TTFT goes"), list(dict.fromkeys(row for bars in drawn for row in bars.y))
+    missing = _("no proxy and no connector reported this deployment's phases")
+    x = _bar_axis(_("mean TTFT, ms"), drawn)
+    panel = Panel(title=title, series=drawn, x=x, y=Axis(names=rows), not_measured=missing)
     caption = _(
         "Mean TTFT, split by what client, proxy and connector reported; a deployment that reported nothing is absent."
     )
     return Chart(key="ttft", title=title, panels=[panel], caption=caption)
 
 
-def tbt_over_time(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def tbt_over_time(runs: text.Runs) -> Chart:
     """p50 and p99 of the gaps between tokens as the load goes on; every gap of a run that has few."""
     drawn = []
-    for name, analysis, shade in zip(names, analyses, _shades(analyses), strict=True):
-        gaps = analysis.curves.gaps
+    for (name, run), shade in zip(runs.items(), _shades(runs), strict=True):
+        gaps = run.curves.gaps
         if 0 < len(gaps.ms) <= FEW_GAPS:
             drawn.append(Series(kind="points", name=name, x=gaps.x, y=gaps.ms, shade=shade, size=4, opacity=0.6))
             continue
         for quantile, style in (("p99", "solid"), ("p50", "dot")):
-            curve = analysis.curves.tbt_over_time[quantile]
+            curve = run.curves.tbt_over_time[quantile]
             if np.isfinite(curve.y).any():
                 drawn.append(Series(name=f"{name} {quantile}", x=curve.x, y=curve.y, shade=shade, dash=style))
     x = Axis(label=_("seconds of load, pauses left out"), low=0)
@@ -106,17 +102,14 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     curves, axis = analysis.curves, analysis.curves.axis
     label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
     x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
-    rows = [
-        (_("Power of each device"), ["power_w"], 3.0),
-        (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"], 1.5),
-        (_("Temperature"), ["temperature_c"], 1.5),
-    ]
+    power = (_("Power of each device"), ["power_w"])
     if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
-        rows[0] = (_("CPU use of each role's processes"), ["cpu_utilization_pct"], 3.0)
+        power = (_("CPU use of each role's processes"), ["cpu_utilization_pct"])
+    clocks = (_("Clocks (graphics solid, memory dashed)"), ["sm_clock_mhz", "memory_clock_mhz"])
     if "sm_clock_mhz" not in curves.devices:
-        rows[1] = (_("CPU clock"), ["cpu_clock_mhz"], 1.5)
+        clocks = (_("CPU clock"), ["cpu_clock_mhz"])
     panels: list[Panel] = []
-    for title, fields, height in rows:
+    for title, fields in (power, clocks, (_("Temperature"), ["temperature_c"])):
         lines = [line for field in fields for line in _device_lines(curves.devices.get(field, []), field)]
         behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
         title = _("{0}, requests behind (darker until the first token)", title) if behind else title
@@ -129,7 +122,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
                 y=Axis(label=text.label(fields[0]), low=0, high=top),
                 pauses=axis.pauses,
                 not_measured=_(curves.not_measured.get(fields[0], "")),
-                height=height,
+                height=1.5 if panels else 3.0,
             )
         )
     caption = _(
@@ -148,10 +141,10 @@ def _device_lines(curves: Sequence[DeviceCurve], field: str) -> list[Series]:
     lines = []
     for number, (curve, role) in enumerate(zip(curves, roles, strict=True)):
         name = role if curve.role and roles.count(role) == 1 else f"{role} ({curve.device})"
-        style, width = dash(len(colours.SPARE) * roles[:number].count(role)), 1.5
+        style, width = DASHES[roles[:number].count(role) % len(DASHES)], 1.5
         if field == "memory_clock_mhz":
             name, style, width = _("{0}, memory", name), "dash", 1.0
-        shade = SHADES.get(role, colours.SPARE[number % len(colours.SPARE)])
+        shade = SHADES.get(role, SPARE[number % len(SPARE)])
         lines.append(Series(name=name, x=curve.curve.x, y=curve.curve.y, shade=shade, dash=style, width=width))
     return lines
 
@@ -159,30 +152,27 @@ def _device_lines(curves: Sequence[DeviceCurve], field: str) -> list[Series]:
 def _requests_behind(analysis: RunAnalysis, most_boxes: int) -> list[Series]:
     spans, flying = analysis.curves.spans, analysis.curves.in_flight
     if spans is None or len(spans.row) > most_boxes:
-        look: dict[str, Any] = {"name": _("requests in flight"), "shade": colours.GREY, "opacity": 0.25}
-        return [Series(kind="area", x=flying.x, y=flying.y, behind=True, **look)]
-    parts = (
+        name = _("requests in flight")
+        return [Series(kind="area", name=name, x=flying.x, y=flying.y, shade=colours.GREY, opacity=0.25)]
+    boxes = []
+    for name, start, end, which, shade, opacity in (
         (_("until the first token"), spans.sent_s, spans.first_s, ~spans.failed, colours.VERMILLION, 0.30),
         (_("decoding"), spans.first_s, spans.end_s, ~spans.failed, colours.BLUE, 0.13),
         (_("failed requests"), spans.sent_s, spans.end_s, spans.failed, colours.BAD, 0.35),
-    )
-    return [
-        Series(kind="boxes", name=name, x=np.stack([start[which], end[which]], axis=1), y=spans.row[which], shade=shade,
-               opacity=opacity, behind=True)
-        for name, start, end, which, shade, opacity in parts
-        if which.any()
-    ]  # fmt: skip
+    ):
+        if which.any():
+            x, y = np.stack([start, end], axis=1)[which], spans.row[which]
+            boxes.append(Series(kind="boxes", name=name, x=x, y=y, shade=shade, opacity=opacity))
+    return boxes
 
 
-def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def energy_parts(runs: text.Runs) -> Chart:
     """What each role did with its joules, then joules per output token by role; no panel for what no run has."""
-    roles: dict[str, dict[str, float]] = {}
+    labelled = tables.energy_roles(runs)
+    roles = {label: parts for label, energy in labelled.items() if (parts := tables.energy_parts(energy))}
     per_token: dict[str, dict[str, float]] = {}
-    for name, analysis in zip(names, analyses, strict=True):
-        for role, energy in analysis.summary.energy.roles.items():
-            parts = tables.energy_parts(energy)
-            if parts:
-                roles[role if role == name or len(names) == 1 else f"{name}, {role}"] = parts
+    for name, run in runs.items():
+        for role, energy in run.summary.energy.roles.items():
             if energy.j_per_output_token is not None:
                 per_token.setdefault(role, {})[name] = energy.j_per_output_token
     used = []
@@ -193,10 +183,10 @@ def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart
         if rows:
             used.append(Series(kind="hbar", name=_(title), x=joules, y=rows, labels=labels, shade=shade, hatch=hatch))
     tokens = [
-        Series(kind="hbar", name=role, x=[*runs.values()], y=[*runs], shade=shade)
-        for (role, runs), shade in zip(per_token.items(), shades([*per_token]), strict=True)
+        Series(kind="hbar", name=role, x=[*joules.values()], y=[*joules], shade=shade)
+        for (role, joules), shade in zip(per_token.items(), shades([*per_token]), strict=True)
     ]
-    known = [name for name in names if any(name in runs for runs in per_token.values())]
+    known = [name for name in runs if any(name in joules for joules in per_token.values())]
     x = _bar_axis(text.label("j_per_output_token"), tokens)
     panels = [
         Panel(title=_("Energy by role, J"), series=used, x=_bar_axis(_("energy, J"), used), y=Axis(names=list(roles))),
@@ -210,13 +200,13 @@ def energy_parts(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart
     return Chart(key="energy", title=_("Energy"), panels=drawn, caption=caption)
 
 
-def trade_off(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def trade_off(runs: text.Runs) -> Chart:
     """Throughput against TBT p99, a point per run; the more energy per token, the larger."""
-    joules = [text.value(analysis, "j_per_output_token") for analysis in analyses]
+    joules = [text.value(run, "j_per_output_token") for run in runs.values()]
     most = max((value for value in joules if value), default=0.0)
     drawn = []
-    for name, analysis, shade, energy in zip(names, analyses, _shades(analyses), joules, strict=True):
-        speed, latency = (text.value(analysis, metric) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
+    for (name, run), shade, energy in zip(runs.items(), _shades(runs), joules, strict=True):
+        speed, latency = (text.value(run, metric) for metric in ("output_tokens_per_s", "tbt_p99_ms"))
         if latency is not None and speed is not None:
             size = 8 + 24 * (energy / most) ** 0.5 if energy and most else 14
             drawn.append(Series(kind="points", name=name, x=[speed], y=[latency], shade=shade, size=size, opacity=0.85))
@@ -240,37 +230,38 @@ def verdicts(compared: Comparison) -> Chart:
     steps = [steps[-4], steps[-1]] if len(steps) > 4 and reach > 10 else steps[-2:]
     ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
     labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
-    rows = [(text.title(line.metric.name), text.values(line), text.verdict(line)) for line in compared.differences]
+    names = [text.title(line.metric.name) for line in compared.differences]
+    colour = [VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences]
     value, low, high = zip(*bounds, strict=True) if bounds else ((), (), ())
-    shade = [VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences]
+    intervals = Series(kind="interval", x=value, y=names, low=low, high=high, shade=colour)
     panel = Panel(
         title=text.advice(compared) or _("change and 95 % interval"),
-        series=[Series(kind="interval", x=value, y=range(len(rows)), low=low, high=high, shade=shade)] if rows else [],
+        series=[intervals] if bounds else [],
         x=Axis(log=True, low=1 / reach, high=reach, ticks=(ticks, labels)),
-        y=Axis(names=[row[0] for row in rows]),
-        rows=rows,
+        y=Axis(names=names),
+        rows=[(text.values(line), text.verdict(line)) for line in compared.differences],
         not_measured=_("These runs share no metric."),
     )
     caption = _("Change and its 95 % interval; {0} is 1.", compared.names[0])
     return Chart(key="verdicts", title=_("Change of each metric"), panels=[panel], caption=caption)
 
 
-def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> Chart:
+def side_by_side(runs: text.Runs) -> list[Panel]:
     """Bars of up to four figures of each run: the first that were measured."""
     speeds = ("output_tokens_per_s", "output_tokens_per_s_per_device")
     panels = []
     for metric in (*speeds, "mean_power_w", "j_per_output_token", "goodput_requests_per_s", "requests_per_s"):
-        values = [text.value(analysis, metric) for analysis in analyses]
+        values = [text.value(run, metric) for run in runs.values()]
         if any(value is not None for value in values):
             labels = [_("not measured") if value is None else text.number(value) for value in values]
             heights = [value or 0.0 for value in values]
-            bars = Series(kind="bar", x=names, y=heights, labels=labels, shade=_shades(analyses))
+            bars = Series(kind="bar", x=[*runs], y=heights, labels=labels, shade=_shades(runs))
             y = Axis(low=0, high=max(heights) * 1.18 or 1.0)
-            panels.append(Panel(title=text.label(metric), series=[bars], x=Axis(names=names), y=y))
-    return Chart(key="bars", title=_("Side by side"), panels=panels[:4])
+            panels.append(Panel(title=text.label(metric), series=[bars], x=Axis(names=[*runs]), y=y))
+    return panels[:4]
 
 
-def every_request(analysis: RunAnalysis) -> Chart:
+def every_request(analysis: RunAnalysis) -> list[Panel]:
     """TTFT, TBT and E2E of every request in the order of sending; failed ones as crosses at the bottom, gaps pale behind."""
     requests, gaps = analysis.requests, analysis.curves.gaps
     numbers = np.arange(1, len(requests.id) + 1)
@@ -304,7 +295,7 @@ def every_request(analysis: RunAnalysis) -> Chart:
                 not_measured=_("no request succeeded"),
             )
         )
-    return Chart(key="requests", title=_("Every request"), panels=panels)
+    return panels
 
 
 def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
@@ -337,12 +328,11 @@ def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
 
 def _bar_axis(label: str, bars: Sequence[Series]) -> Axis:
     """The axis of horizontal stacks, with room for their labels."""
-    ends: dict[str, float] = {}
+    ends: Counter[str] = Counter()
     for series in bars:
-        for row, value in zip(series.y, series.x, strict=True):
-            ends[row] = ends.get(row, 0.0) + value
+        ends.update(dict(zip(series.y, series.x, strict=True)))
     return Axis(label=label, low=0, high=1.25 * max(ends.values(), default=0.0) or 1.0)
 
 
-def _shades(analyses: Sequence[RunAnalysis]) -> list[str]:
-    return shades([analysis.name for analysis in analyses])
+def _shades(runs: text.Runs) -> list[str]:
+    return shades([run.name for run in runs.values()])

@@ -4,14 +4,15 @@ import csv
 import gc
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.text import Text
 
 from pdbench.analysis import thresholds
@@ -24,8 +25,6 @@ from pdbench.report.text import translate as _
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
 DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
-SERIOUS = ("gate-failed",)
-"""Flags with which a run's figures do not count: the command ends with exit code 1."""
 
 
 def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAnalysis]:
@@ -43,14 +42,16 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         save_analysis(analysis, folder)
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
         write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
-        _show(console, *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis))
+        console.print(
+            *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis), sep="\n"
+        )
         _say(console, f"results: {folder}/")
         analyses.append(analysis)
     if len(analyses) > 1:
         rows = list(map(tables.requests_csv, analyses))
         comparisons, files = _write_report(analyses, [*runs], rows, out / "report", None, drawn)
         for compared in comparisons:
-            _show(console, tables.terminal(tables.comparison(compared)), *tables.mismatches(compared))
+            console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
         write_whole(out / COMPARISON, files[COMPARISON])
         _say(console, f"picture: {out / COMPARISON}")
         _say(console, f"report: {out / 'report' / 'report.html'}")
@@ -58,10 +59,10 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
 
 
 def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
-    """Raises UserError when a run's figures do not count."""
+    """Raises UserError when a run's figures do not count: its outputs were not as they should be."""
     for analysis in analyses:
         for flag in analysis.flags:
-            if flag.name in SERIOUS:
+            if flag.name == "gate-failed":
                 raise UserError(f"{analysis.name}: {flag.name}: {flag.detail}; its figures do not count")
 
 
@@ -79,15 +80,17 @@ def compare_folders(
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
     names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
+    if names[0] == names[1]:
+        names = f"{names[0]} A", f"{names[0]} B"
     compared = compare(a, b, anyway, names)
     results = thresholds.evaluate(compared, conditions)
     warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
-    _show(console, tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), *warnings)
+    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), *warnings, sep="\n")
     if picture is not None:
         from pdbench.report import mpl
 
         _say_when_english(console)
-        write_whole(picture, mpl.picture(mpl.comparison, [a, b], names, [compared]))
+        write_whole(picture, mpl.picture(mpl.comparison, dict(zip(names, (a, b), strict=True)), [compared]))
         _say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
@@ -123,55 +126,51 @@ def _load(folder: Path) -> tuple[RunAnalysis, str]:
 
 
 def _write_report(
-    runs: Sequence[RunAnalysis],
+    analyses: Sequence[RunAnalysis],
     folders: Sequence[Path],
     rows: Sequence[str],
     out: Path,
     sort_by: str | None,
     drawn: list[bytes],
 ) -> tuple[list[Comparison], dict[str, bytes]]:
-    """Write all files about `runs` into `out`; returns the first run's comparisons with the next eight, and the files.
+    """Write all files about these runs into `out`; returns the first run's comparisons with the next eight, and the files.
 
     `rows` are theirs of requests.csv, `drawn` their pictures where those are there already; more than four runs have none.
     """
     from pdbench.report.page import page
 
-    names = names_of(runs, folders)
-    others = [*zip(runs, names, strict=True)][1:9]
-    comparisons = [compare(runs[0], run, anyway=True, names=(names[0], name)) for run, name in others]
-    side_by_side = tables.side_by_side(runs, names, sort_by)
+    runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
+    (first, baseline), *others = islice(runs.items(), 9)
+    comparisons = [compare(baseline, run, anyway=True, names=(first, name)) for name, run in others]
+    side_by_side = tables.side_by_side(runs, sort_by)
     files = {
-        "report.html": page(runs, names, comparisons, side_by_side).encode(),
-        "report.md": _markdown(runs, names, comparisons, side_by_side).encode(),
+        "report.html": page(runs, comparisons, side_by_side).encode(),
+        "report.md": _markdown(runs, comparisons, side_by_side).encode(),
         "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
     }
     if len(runs) <= PICTURES:
         from pdbench.report import mpl  # matplotlib is most of the start-up
 
-        pairs = zip(runs, names, strict=True)
-        drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for run, name in pairs]
+        drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for name, run in runs.items()]
         # A name comes from a results file, which may be somebody else's.
-        safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in names]
+        safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in runs]
         files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(safe, drawn, strict=True)}
         if len(runs) > 1:
-            files[COMPARISON] = mpl.picture(mpl.comparison, runs, names, comparisons)
+            files[COMPARISON] = mpl.picture(mpl.comparison, runs, comparisons)
     for name, data in files.items():
         write_whole(out / name, data)
     return comparisons, files
 
 
-def _markdown(
-    runs: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
-) -> str:
-    parts = [f"# {text.against(names)}", text.loads(runs, names), text.machines(runs, names)]
-    parts += [line for _result, line in text.gates(runs, names)]
-    pairs = zip(names, runs, strict=True)
-    lines = [f"- **{name}, {flag}**: {detail}" for name, run in pairs for flag, detail in text.warnings(run)]
-    parts.append("\n".join(lines))
+def _markdown(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: tables.Table) -> str:
+    parts = [f"# {text.against([*runs])}", text.loads(runs), text.machines(runs)]
+    parts += [line for _result, line in text.gates(runs)]
+    warnings = [(name, *warning) for name, run in runs.items() for warning in text.warnings(run)]
+    parts.append("\n".join(f"- **{name}, {flag}**: {detail}" for name, flag, detail in warnings))
     for compared in comparisons:
         parts.append(tables.markdown(tables.comparison(compared)))
         parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(found))}" for found in compared.mismatches))
-    parts += map(tables.markdown, [side_by_side, *tables.energy(runs, names)])
+    parts += map(tables.markdown, [side_by_side, *tables.energy(runs)])
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -183,6 +182,25 @@ def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[s
     runs = zip(plain, paths, strict=True)
     names = [name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts) for name, path in runs]
     return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def present_sweep(
+    measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console
+) -> list[tables.SweepRow]:
+    """Take (varied options, results folders) as they come; keep table and curves in `out` up to date; show them at the end."""
+    from pdbench.report import mpl, sweep_charts
+
+    rows: list[tables.SweepRow] = []
+    try:
+        for varied, folders in measured:
+            rows += [(varied, load_analysis(folder)) for folder in folders]
+            write_whole(out / "sweep_summary.csv", tables.sweep_csv(rows).encode())
+            write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, sweep_charts.curves(rows), 16, 10))
+    finally:
+        if rows:
+            console.print(tables.terminal(tables.sweep(rows)))
+            _say(console, f"curves: {out / 'sweep_curves.png'}  table: {out / 'sweep_summary.csv'}")
+    return rows
 
 
 def plot(source: Path, picture: Path | None, console: Console) -> None:
@@ -224,10 +242,6 @@ def read_devices(source: Path) -> list[DeviceRecord]:
     except (KeyError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise UserError(f"{source} is not monitor's CSV ({error}): name a file that `pdbench monitor` wrote") from None
     return list(devices.values())
-
-
-def _show(console: Console, *parts: RenderableType) -> None:
-    console.print(Group(*parts))
 
 
 def _say(console: Console, line: str) -> None:

@@ -16,15 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager
-from matplotlib.gridspec import GridSpecFromSubplotSpec
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.report import charts, tables, text
-from pdbench.report.chart_types import BAD, FAINT, GOOD, INK, MUTED, PAPER, Chart, Panel, Series
-from pdbench.report.chart_types import Axis as AxisDescription
-from pdbench.report.tables import Table
+from pdbench.report.chart_types import BAD, FAINT, GOOD, INK, MUTED, PAPER, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
 STYLE: dict[str, Any] = {
@@ -66,18 +63,14 @@ NO_FONT = (
 @cache
 def chinese_font() -> str | None:
     """A font family with Chinese characters on this machine, None when there is none."""
-
-    def families() -> list[str]:
-        return [entry.name for entry in fontManager.ttflist if CHINESE.search(entry.name)]
-
-    if not families():
-        for path in findSystemFonts():  # fonts installed after matplotlib made its list
-            if CHINESE.search(Path(path).stem.replace("-", " ")):
-                fontManager.addfont(path)
+    for path in findSystemFonts():  # matplotlib's own list may be older than the font
+        if CHINESE.search(Path(path).stem.replace("-", " ")):
+            fontManager.addfont(path)
     # Otherwise every bold text warns that the font has no bold cut.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     # Such fonts come in a cut per language; simplified Chinese is preferred.
-    return min(families(), key=lambda name: (not name.endswith("SC"), name), default=None)
+    families = [entry.name for entry in fontManager.ttflist if CHINESE.search(entry.name)]
+    return min(families, key=lambda name: (not name.endswith("SC"), name), default=None)
 
 
 def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:
@@ -95,23 +88,20 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     figure = Figure(figsize=(16, 15))
     ratios = {"height_ratios": (4.7, 2.7, 2.8), "hspace": 0.24}
     rows = figure.add_gridspec(3, 1, left=LEFT, right=RIGHT, top=0.905, bottom=0.04, **ratios)
-    _heading(figure, _("{0}: performance and power", name), [analysis], [name])
-    cells = GridSpecFromSubplotSpec(2, 1, rows[0], height_ratios=(1.8, 1), hspace=0.22)
+    _heading(figure, _("{0}: performance and power", name), {name: analysis})
+    cells = rows[0].subgridspec(2, 1, height_ratios=(1.8, 1), hspace=0.22)
     for place, panel in enumerate(charts.device_curves(analysis, name).panels[:2]):
         draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == 1)
-    cells = GridSpecFromSubplotSpec(1, 3, rows[1], wspace=0.16)
-    for place, panel in enumerate(charts.every_request(analysis).panels):
-        beside = GridSpecFromSubplotSpec(1, 3, cells[place], width_ratios=(4, 0.9, 0.6), wspace=0.03)
+    cells = rows[1].subgridspec(1, 3, wspace=0.16)
+    for place, panel in enumerate(charts.every_request(analysis)):
+        beside = cells[place].subgridspec(1, 3, width_ratios=(4, 0.9, 0.6), wspace=0.03)
         axis = figure.add_subplot(beside[0])
         draw_panel(axis, panel, "")
         if panel.series:
             _histogram(figure.add_subplot(beside[1], sharey=axis), panel)
-    cells = GridSpecFromSubplotSpec(1, 5, rows[2], width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
-    panels = [
-        *charts.ttft_parts([analysis], [name]).panels,
-        *charts.energy_parts([analysis], [name]).panels[:1],
-    ]
-    halves = GridSpecFromSubplotSpec(len(panels), 1, cells[1], hspace=0.62, height_ratios=(1.5, 1)[: len(panels)])
+    cells = rows[2].subgridspec(1, 5, width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
+    panels = [*charts.ttft_parts({name: analysis}).panels, *charts.energy_parts({name: analysis}).panels[:1]]
+    halves = cells[1].subgridspec(len(panels), 1, hspace=0.62, height_ratios=(1.5, 1)[: len(panels)])
     for place, panel in enumerate(panels):
         draw_panel(figure.add_subplot(halves[place]), panel, "above" if place else "", title_x=-0.33)
     _draw_table(figure.add_subplot(cells[3]), tables.times(analysis), (2.4, 1, 1, 1, 1))
@@ -119,21 +109,21 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     return figure
 
 
-def comparison(analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison]) -> Figure:
+def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
     """Runs side by side, 1600 wide: verdicts (of two runs), latency distributions, speed, power and energy."""
     ratios = (1.25, 1.2, 0.95) if len(comparisons) == 1 else (1.25, 1.0)
     height = 14 if len(comparisons) == 1 else 10.5
     figure = Figure(figsize=(16, height))
     edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.38 / height, "bottom": 0.055}
     rows = figure.add_gridspec(len(ratios), 12, hspace=0.32, wspace=1.0, height_ratios=ratios, **edges)
-    _heading(figure, text.against(names), analyses, names)
+    _heading(figure, text.against([*runs]), runs)
     if len(comparisons) == 1:
-        cells = GridSpecFromSubplotSpec(1, 3, rows[0, :], width_ratios=WIDTHS, wspace=0)
+        cells = rows[0, :].subgridspec(1, 3, width_ratios=WIDTHS, wspace=0)
         draw_panel(figure.add_subplot(cells[1]), charts.verdicts(comparisons[0]).panels[0])
-    for place, panel in enumerate(charts.latency_distributions(analyses, names).panels):
+    for place, panel in enumerate(charts.latency_distributions(runs).panels):
         cell = rows[len(ratios) - 2, place * 4 : place * 4 + 4]
         draw_panel(figure.add_subplot(cell), panel, "above" if place == 0 else "")
-    bars = charts.side_by_side(analyses, names).panels
+    bars = charts.side_by_side(runs)
     for place, panel in enumerate(bars):
         width = 12 // len(bars)
         draw_panel(figure.add_subplot(rows[len(ratios) - 1, place * width : (place + 1) * width]), panel)
@@ -154,27 +144,28 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     return figure
 
 
-def _heading(figure: Figure, title: str, analyses: Sequence[RunAnalysis], names: Sequence[str]) -> None:
+def _heading(figure: Figure, title: str, runs: text.Runs) -> None:
     """Title, load and machine; at the right the result of the correctness check, a note and the names of flags."""
     rows = [1 - inches / figure.get_figheight() for inches in (0.26, 0.60, 0.84, 1.04)]
+    at_right: dict[str, Any] = {"x": RIGHT, "ha": "right", "va": "top"}
+    load = text.loads(runs)
     figure.text(LEFT, rows[0], title, fontsize=19, fontweight="bold", color=INK, va="top")
-    load, note = text.loads(analyses, names), dict.fromkeys(filter(None, map(text.energy_missing, analyses)))
     figure.text(LEFT, rows[1], load, fontsize=11, color=INK, va="top")
-    figure.text(LEFT, rows[2], text.machines(analyses, names), fontsize=10, color=MUTED, va="top")
-    at_right: dict[str, Any] = {"fontsize": 11, "ha": "right", "va": "top"}
-    gates = [analysis.gate.passed for analysis in analyses if analysis.gate is not None]
+    figure.text(LEFT, rows[2], text.machines(runs), fontsize=10, color=MUTED, va="top")
+    gates = [run.gate.passed for run in runs.values() if run.gate is not None]
     if gates:
         words = _("Correctness check passed") if all(gates) else _("CORRECTNESS CHECK FAILED")
-        figure.text(RIGHT, rows[0], words, color=GOOD if all(gates) else BAD, fontweight="bold", **at_right)
-    figure.text(RIGHT, rows[2], "; ".join(note), color=MUTED, **at_right | {"fontsize": 10})
-    flags = []
-    for name, analysis in zip(names, analyses, strict=True):
-        found = ", ".join(dict.fromkeys(flag.name for flag in analysis.flags))
-        flags += [f"{name}: {found}" if len(names) > 1 else found] if found else []
-    if flags:
-        words = _("warnings: {0}", "; ".join(flags))
+        colour = GOOD if all(gates) else BAD
+        figure.text(y=rows[0], s=words, fontsize=11, color=colour, fontweight="bold", **at_right)
+    reasons = [reason for run in runs.values() if (reason := run.summary.energy.not_measured) is not None]
+    notes = dict.fromkeys(_("energy not measured: {0}", _(reason)) for reason in reasons)
+    figure.text(y=rows[2], s="; ".join(notes), fontsize=10, color=MUTED, **at_right)
+    flags = {name: ", ".join(text.flag_names(run)) for name, run in runs.items()}
+    found = [f"{name}: {flag}" if len(runs) > 1 else flag for name, flag in flags.items() if flag]
+    if found:
+        words = _("warnings: {0}", "; ".join(found))
         row = rows[1] if len(load) + len(words) < 190 else rows[3]
-        figure.text(RIGHT, row, words, color=BAD, fontweight="bold", **at_right)
+        figure.text(y=row, s=words, fontsize=11, color=BAD, fontweight="bold", **at_right)
 
 
 def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool = True, title_x: float = 0.0) -> None:
@@ -207,15 +198,10 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         _draw_rows(axis, panel)
     if not x_labels:
         axis.set(xlabel="", xticklabels=[])
-    if legend and axis.get_legend_handles_labels()[1]:
-        above = {
-            "loc": "lower right",
-            "bbox_to_anchor": (1.0, 0.985),
-            "ncols": 8,
-            "columnspacing": 1.1,
-            "handlelength": 1.4,
-        }
-        axis.legend(**above if legend == "above" else {"loc": "best"})
+    if legend == "above" and axis.get_legend_handles_labels()[1]:
+        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=8, columnspacing=1.1, handlelength=1.4)
+    elif legend and axis.get_legend_handles_labels()[1]:
+        axis.legend(loc="best")
 
 
 def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
@@ -236,7 +222,7 @@ def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
         axis.add_collection(PolyCollection(boxes, facecolors=series.shade, alpha=series.opacity, linewidths=0))
         axis.autoscale_view()
     elif series.kind == "interval":
-        for row, value, low, high, shade in zip(y, x, series.low, series.high, series.shade, strict=True):
+        for row, (value, low, high, shade) in enumerate(zip(x, series.low, series.high, series.shade, strict=True)):
             axis.plot([low, high], [row, row], color=shade, lw=3, solid_capstyle="butt", alpha=0.55)
             axis.plot(value, row, "o", color=shade, ms=6, markerfacecolor=shade if low < high else "none")
     elif series.kind == "bar":
@@ -254,14 +240,11 @@ def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
             axis.annotate(label, (at, value), (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
 
 
-def _set_axis(axis: Axes, which: str, described: AxisDescription) -> None:
+def _set_axis(axis: Axes, which: str, described: Axis) -> None:
     side, limit = (axis.xaxis, axis.set_xlim) if which == "x" else (axis.yaxis, axis.set_ylim)
     side.set_label_text(described.label)
     if described.log:
         axis.set(**{f"{which}scale": "log"})
-        low, high = described.low or 1.0, described.high or 10.0
-        side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=12))
-        side.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
         side.set_minor_locator(NullLocator())
     elif described.integer:
         side.set_major_locator(MaxNLocator(integer=True))
@@ -280,7 +263,8 @@ def _draw_rows(axis: Axes, panel: Panel) -> None:
     """The texts of an interval panel: names and values at its left, verdicts at its right in their colours."""
     left = -WIDTHS[0] / WIDTHS[1]
     beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 10}
-    for number, ((name, values, verdict), shade) in enumerate(zip(panel.rows, panel.series[0].shade, strict=True)):
+    rows = zip(panel.y.names, panel.rows, panel.series[0].shade, strict=True)
+    for number, (name, (values, verdict), shade) in enumerate(rows):
         axis.text(left, number, name, color=INK, fontweight="bold", **beside)
         axis.text(-0.03, number, values, color=MUTED if shade == MUTED else INK, ha="right", **beside)
         axis.text(1.03, number, verdict, color=shade, **beside)
@@ -296,7 +280,11 @@ def _histogram(axis: Axes, panel: Panel) -> None:
     low, high = panel.y.low or 0.0, panel.y.high or 1.0
     bins, shade = np.linspace(low, high, 41).tolist(), panel.series[0].shade
     axis.hist(panel.spread, bins=bins, orientation="horizontal", color=shade, alpha=0.45)
-    places = spread_apart(list(panel.marks.values()), 0.075 * (high - low), high - 0.0375 * (high - low))
+    apart, places = 0.075 * (high - low), list(panel.marks.values())
+    for i in range(1, len(places)):  # moved as little as keeps the names apart and below the top
+        places[i] = max(places[i], places[i - 1] + apart)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], high - (len(places) - i - 0.5) * apart)
     for (name, mark), place, dash in zip(panel.marks.items(), places, ("-", "--", ":"), strict=True):
         axis.axhline(mark, color=INK, lw=0.8, ls=dash)
         words, beside = f"{name} {text.number(mark)}", axis.get_yaxis_transform()
@@ -305,17 +293,7 @@ def _histogram(axis: Axes, panel: Panel) -> None:
     axis.axis("off")
 
 
-def spread_apart(places: Sequence[float], apart: float, highest: float) -> list[float]:
-    """The same rising places, moved as little as keeps neighbours `apart` and all at or below `highest`."""
-    moved = list(places)
-    for i in range(1, len(moved)):
-        moved[i] = max(moved[i], moved[i - 1] + apart)
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], highest - (len(moved) - 1 - i) * apart)
-    return moved
-
-
-def _draw_table(axis: Axes, table: Table, widths: Sequence[float]) -> None:
+def _draw_table(axis: Axes, table: tables.Table, widths: Sequence[float]) -> None:
     """A table as text: words left, numbers right, a line under the header."""
     axis.set_title(table.title)
     axis.axis("off")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,51 +10,39 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import Comparison
-from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.report import charts, tables, text
 from pdbench.report.chart_types import MUTED, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
-DEVICE_CHARTS, COMPARED, BOXES = 8, 8, 300
-LOG_TICKS = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]
+MOST_RUNS, MOST_BOXES = 8, 300
+"""Of charts and tables that have a part for each run; of a device chart's requests, which are counted where there are more."""
 
 
-def page(
-    analyses: Sequence[RunAnalysis], names: Sequence[str], comparisons: Sequence[Comparison], side_by_side: tables.Table
-) -> str:
+def page(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: tables.Table) -> str:
     """The page for these runs; `comparisons` are of the first run with the next ones."""
-    some, some_names = analyses[:COMPARED], names[:COMPARED]
+    some = dict(islice(runs.items(), MOST_RUNS))
     drawn = [
         *(charts.verdicts(compared) for compared in comparisons if len(comparisons) == 1),
-        charts.latency_distributions(analyses, names),
-        charts.ttft_parts(analyses, names),
-        charts.tbt_over_time(analyses, names),
-        *(
-            charts.device_curves(analysis, name, f"devices-{number}", BOXES)
-            for number, (analysis, name) in enumerate(zip(analyses[:DEVICE_CHARTS], names, strict=False))
-        ),
-        charts.trade_off(analyses, names),
-        charts.energy_parts(some, some_names),
+        charts.latency_distributions(runs),
+        charts.ttft_parts(runs),
+        charts.tbt_over_time(runs),
+        *(charts.device_curves(run, name, f"devices-{i}", MOST_BOXES) for i, (name, run) in enumerate(some.items())),
+        charts.trade_off(runs),
+        charts.energy_parts(some),
     ]
     drawn = [chart for chart in drawn if chart.drawable]
+    plots = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
     environment = Environment(loader=PackageLoader("pdbench.report", "."), autoescape=True, trim_blocks=True)
-    environment.globals.update(_=_, text=text)
-    differing, same = tables.configuration(some, some_names)
-    data = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
+    environment.globals.update(_=_, text=text, tables=tables)
     return environment.get_template("page.html.j2").render(
         lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
-        title=text.against(names),
-        runs=list(zip(names, analyses, strict=True)),
-        gates=text.gates(analyses, names),
-        load=text.loads(analyses, names),
-        machine=text.machines(analyses, names),
-        comparisons=[(compared, tables.comparison(compared)) for compared in comparisons],
+        runs=runs,
+        comparisons=comparisons,
         side_by_side=side_by_side,
         charts=drawn,
-        energy=tables.energy(some, some_names),
-        differing=differing,
-        same=same,
-        plots=data.replace("<", "\\u003c"),
+        energy=tables.energy(some),
+        configuration=tables.configuration(some),
+        plots=plots.replace("<", "\\u003c"),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
 
@@ -102,60 +91,41 @@ def _layout(chart: Chart, below: bool) -> dict[str, Any]:
 
 
 def _trace(series: Series, panel: Panel) -> dict[str, Any]:
-    colour = series.shade if isinstance(series.shade, str) else list(series.shade)
-    marker = {"color": colour, "size": series.size, "opacity": series.opacity}
-    if series.kind in ("area", "boxes"):
-        x, y = series.x, series.y
+    shade = series.shade if isinstance(series.shade, str) else list(series.shade)
+    x, y = series.x, series.y
+    marker: dict[str, Any] = {"color": shade, "size": series.size, "opacity": series.opacity}
+    hover = f"%{{x:.4g}} ({panel.x.label}), %{{y:.4g}} ({panel.y.label})<extra>{series.name}</extra>"
+    look: dict[str, Any]
+    if series.kind == "line":
+        look = {"mode": "lines", "line": {"color": shade, "width": series.width, "dash": series.dash}}
+    elif series.kind == "points":
+        look = {"mode": "markers", "marker": marker}
+    elif series.kind in ("area", "boxes"):
+        look = {"mode": "lines", "line": {"width": 0}, "fillcolor": shade, "opacity": series.opacity}
+        look |= {"fill": "tozeroy" if series.kind == "area" else "toself", "hoverinfo": "skip"}
         if series.kind == "boxes":  # one outline of all boxes, broken between them
             x = [at for start, end in x for at in (start, end, end, start, start, np.nan)]
             y = [row + height for row in y for height in (0.06, 0.06, 0.94, 0.94, 0.06, np.nan)]
-        rgb = ",".join(str(int(str(colour)[place : place + 2], 16)) for place in (1, 3, 5))
-        look = {
-            "fillcolor": f"rgba({rgb},{series.opacity})",
-            "line": {"width": 0},
-            "hoverinfo": "skip",
-            "mode": "lines",
-        }
-        return {
-            "type": "scatter",
-            "x": _plain(x),
-            "y": _plain(y),
-            "fill": "toself" if x is not series.x else "tozeroy",
-        } | look
-    trace: dict[str, Any] = {"type": "scatter", "x": _plain(series.x), "y": _plain(series.y)}
-    trace["hovertemplate"] = f"%{{x:.4g}} ({panel.x.label}), %{{y:.4g}} ({panel.y.label})<extra>{series.name}</extra>"
-    if series.kind == "line":
-        line = {"color": colour, "width": series.width, "dash": series.dash}
-        return trace | {"mode": "lines", "line": line}
-    if series.kind == "points":
-        return trace | {"mode": "markers", "marker": marker}
-    if series.kind == "interval":
-        middle, low, high = (np.array(values, dtype=float) for values in (series.x, series.low, series.high))
+    elif series.kind == "interval":
+        middle, low, high = (np.array(values, dtype=float) for values in (x, series.low, series.high))
         error = {"type": "data", "symmetric": False, "array": _plain(high - middle), "arrayminus": _plain(middle - low)}
-        more = {
-            "error_x": error | {"color": MUTED, "thickness": 2},
-            "hovertext": [": ".join(row[1:]) for row in panel.rows],
-        }
+        look = {"mode": "markers", "marker": marker | {"size": 9}, "error_x": error | {"color": MUTED, "thickness": 2}}
+        look["hovertext"] = [": ".join(row) for row in panel.rows]
         hover = "%{y}: %{hovertext}<extra></extra>"
-        return (
-            trace
-            | {"mode": "markers", "y": list(panel.y.names), "marker": marker | {"size": 9}, "hovertemplate": hover}
-            | more
-        )
-    hover = f"%{{y}}: %{{x:.4g}} ({panel.x.label})<extra>{series.name}</extra>"
-    fill = {
-        "color": colour,
-        "line": {"color": MUTED, "width": 0.4},
-        "pattern": {"shape": series.hatch, "solidity": 0.25},
-    }
-    words = {"text": list(series.labels), "textposition": "outside", "cliponaxis": False} if series.labels else {}
-    return trace | {"type": "bar", "orientation": "h", "marker": fill, "hovertemplate": hover} | words
+    else:
+        pattern = {"shape": series.hatch, "solidity": 0.25}
+        marker = {"color": shade, "line": {"color": MUTED, "width": 0.4}, "pattern": pattern}
+        look = {"type": "bar", "orientation": "h", "marker": marker}
+        if series.labels:
+            look |= {"text": list(series.labels), "textposition": "outside", "cliponaxis": False}
+        hover = f"%{{y}}: %{{x:.4g}} ({panel.x.label})<extra>{series.name}</extra>"
+    return {"type": "scatter", "x": _plain(x), "y": _plain(y), "hovertemplate": hover} | look
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
     shown: dict[str, Any] = {"title": {"text": axis.label}, "automargin": True}
     if axis.log:
-        shown |= {"type": "log", "tickvals": LOG_TICKS, "ticktext": [f"{tick:g}" for tick in LOG_TICKS]}
+        shown["type"] = "log"
     if axis.low is not None and axis.high is not None:
         shown["range"] = np.log10([axis.low, axis.high]).tolist() if axis.log else [axis.low, axis.high]
     elif axis.low == 0:
@@ -163,12 +133,8 @@ def _axis(axis: Axis) -> dict[str, Any]:
     if axis.ticks:
         shown |= {"tickvals": _plain(axis.ticks[0]), "ticktext": list(axis.ticks[1])}
     if axis.names:
-        shown |= {
-            "type": "category",
-            "categoryarray": list(axis.names),
-            "categoryorder": "array",
-            "autorange": "reversed",
-        }
+        shown |= {"type": "category", "categoryarray": list(axis.names), "categoryorder": "array"}
+        shown["autorange"] = "reversed"
     return shown
 
 

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.energy import RoleEnergy
-from pdbench.analysis.metrics import PHASES, Array, Spread
+from pdbench.analysis.metrics import PHASES, Spread
 from pdbench.analysis.run_analysis import Range, RunAnalysis
 from pdbench.errors import UserError
 from pdbench.report import text
@@ -24,6 +25,8 @@ from pdbench.report.text import translate as _
 
 Value = str | int | float | None
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "unjudged": "dim"}
+SweepRow = tuple[Mapping[str, Any], RunAnalysis]
+"""One run of a sweep with the varied options' values."""
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
 SIDE_BY_SIDE = (
     "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "output_tokens_per_s", "j_per_output_token",
@@ -37,6 +40,11 @@ MERGED_PCT = 5.0
 REQUEST_COLUMNS = (
     "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
     "prompt_tokens", "output_tokens", *(f"{name}_ms" for name in PHASES), "error", "finish_reason",
+)  # fmt: skip
+SWEEP_COLUMNS = (
+    "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
+    "e2e_p50_ms", "output_tokens_per_s", "output_tokens_per_s_per_device", "requests_per_s", "goodput_requests_per_s",
+    "slo_met_pct", "j_per_output_token",
 )  # fmt: skip
 
 
@@ -81,45 +89,25 @@ def markdown(table: Table) -> str:
     return "\n\n".join(filter(None, (f"## {table.title}", "\n".join(cells), table.note)))
 
 
-def csv_text(table: Table) -> str:
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
     """With full precision; an empty cell was not measured."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
 def requests_csv(analysis: RunAnalysis) -> str:
     """Rows of `REQUEST_COLUMNS`, one per measured request (no warm-up); an empty cell was not measured."""
-    requests, out = analysis.requests, io.StringIO()
-    instants = (
-        requests.sent_s,
-        requests.end_s,
-        requests.ttft_ms,
-        requests.mean_tbt_ms,
-        requests.e2e_ms,
-        requests.send_delay_ms,
-    )
-    columns = [
-        [analysis.name] * len(requests.id),
-        requests.id,
-        requests.trial.tolist(),
-        *map(_csv_cells, instants),
-        *(
-            [cell.removesuffix(".0") for cell in _csv_cells(c)]
-            for c in (requests.prompt_tokens, requests.output_tokens)
-        ),
-        *(_csv_cells(requests.phase_ms[name]) for name in PHASES),
-        [error or "" for error in requests.error],
-        [reason or "" for reason in requests.finish_reason],
-    ]
-    csv.writer(out, lineterminator="\n").writerows(zip(*columns, strict=True))
-    return out.getvalue()
-
-
-def _csv_cells(column: Array) -> list[str]:
-    # msgspec writes decimals several times faster than `repr`; NaN is its null.
-    cells = msgspec.json.encode(np.round(column, 6).tolist()).decode()[1:-1]
-    return cells.replace("null", "").split(",") if len(column) else []
+    requests = analysis.requests
+    phases = {f"{name}_ms": values for name, values in requests.phase_ms.items()}
+    columns: list[list[Any]] = [[analysis.name] * len(requests.id)]
+    for name in REQUEST_COLUMNS[1:]:
+        values: Any = phases[name] if name in phases else getattr(requests, name)
+        if isinstance(values, np.ndarray) and len(values):
+            # msgspec writes decimals several times faster than `repr`; NaN is its null.
+            values = msgspec.json.encode(np.round(values, 6).tolist()).decode()[1:-1].replace("null", "").split(",")
+        columns.append([cell.removesuffix(".0") for cell in values] if name.endswith("_tokens") else values)
+    return csv_text(zip(*columns, strict=True))
 
 
 def times(analysis: RunAnalysis) -> Table:
@@ -144,21 +132,18 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
     if (merged_pct := text.value(analysis, "merged_pct") or 0.0) >= MERGED_PCT:
         counts[text.label("merged_pct")] = merged_pct
     rows = [*known.rows, *([name, value, "", "", ""] for name, value in counts.items())]
-    title = f"{analysis.name}: {text.loads([analysis], [analysis.name])}"
+    title = f"{analysis.name}: {text.loads({analysis.name: analysis})}"
     first = replace(known, title=title, header=[_("milliseconds"), *known.header[1:]], rows=rows)
-    return [first, *energy([analysis], [analysis.name]), *([devices(analysis)] if analysis.summary.devices else [])]
+    return [first, *energy({analysis.name: analysis}), *([devices(analysis)] if analysis.summary.devices else [])]
 
 
 def windows(analysis: RunAnalysis) -> Table:
     """Throughput, energy per token, and each device's power or use over the measured windows."""
-    figures = {
-        metric: text.value(analysis, metric) for metric in ("output_tokens_per_s", "requests_per_s", *ENERGY[:3])
-    }
-    rows: list[list[Value]] = [
-        [text.label(metric), value, "", "", ""]
-        for metric, value in figures.items()
-        if value is not None or metric not in ENERGY
-    ]
+    rows: list[list[Value]] = []
+    for metric in ("output_tokens_per_s", "requests_per_s", *ENERGY[:3]):
+        value = text.value(analysis, metric)
+        if value is not None or metric not in ENERGY:
+            rows.append([text.label(metric), value, "", "", ""])
     for name, device in list(analysis.summary.devices.items())[:5]:
         shown = ("power_w", "gpu_utilization_pct", "cpu_utilization_pct")
         field = next((key for key in shown if key in device.readings), "cpu_utilization_pct")
@@ -172,17 +157,18 @@ def windows(analysis: RunAnalysis) -> Table:
 
 def devices(analysis: RunAnalysis) -> Table:
     """Means of one run's devices over the measured windows, and their energy."""
-    groups = (
-        ("power_w",),
-        ("gpu_utilization_pct", "cpu_utilization_pct"),
-        ("sm_clock_mhz", "cpu_clock_mhz"),
-        ("temperature_c",),
-    )
+    columns = {
+        _("power, W"): ("power_w",),
+        _("use, %"): ("gpu_utilization_pct", "cpu_utilization_pct"),
+        _("clock, MHz"): ("sm_clock_mhz", "cpu_clock_mhz"),
+        "°C": ("temperature_c",),
+    }
     rows: list[list[Value]] = []
     for name, device in analysis.summary.devices.items():
-        found = [next((device.readings[f].mean for f in group if f in device.readings), None) for group in groups]
+        means = {field: reading.mean for field, reading in device.readings.items()}
+        found = [next((means[field] for field in fields if field in means), None) for fields in columns.values()]
         rows.append([name, device.role or "", *found, device.energy.energy_j])
-    header = [_("device"), _("role"), _("power, W"), _("use, %"), _("clock, MHz"), "°C", _("energy, J")]
+    header = [_("device"), _("role"), *columns, _("energy, J")]
     return Table(title=_("Devices over the measured windows"), header=header, rows=rows, left=(0, 1))
 
 
@@ -199,45 +185,51 @@ def comparison(compared: Comparison) -> Table:
     )
 
 
-def side_by_side(analyses: Sequence[RunAnalysis], names: Sequence[str], sort_by: str | None = None) -> Table:
+def side_by_side(runs: text.Runs, sort_by: str | None = None) -> Table:
     """A row per run, best first by `sort_by` (of `SIDE_BY_SIDE`), those without it last."""
     if sort_by is not None and sort_by not in SIDE_BY_SIDE:
         raise UserError(f"--sort-by {sort_by}: choose from {', '.join(SIDE_BY_SIDE)}", exit_code=2)
-    runs = list(zip(names, analyses, strict=True))
+    ordered = list(runs.items())
     if sort_by is not None:
         sign = 1 if sort_by.endswith("_ms") or sort_by == "j_per_output_token" else -1
-        runs.sort(key=lambda run: sign * (text.value(run[1], sort_by) or sign * inf))
-    rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in runs]
+        ordered.sort(key=lambda item: sign * (text.value(item[1], sort_by) or sign * inf))
+    rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in ordered]
     header = [_("run"), _("model"), *map(text.label, SIDE_BY_SIDE)]
     return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1))
 
 
-def energy(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[Table]:
+def energy(runs: text.Runs) -> list[Table]:
     """Each role's joules, then what a token, a request and a joule came to; one line where nothing was measured."""
-    runs = dict(zip(names, (analysis.summary.energy for analysis in analyses), strict=True))
     missing: dict[str, list[str]] = {}
     for name, run in runs.items():
-        if reason := run.not_measured or run.not_split:
+        if reason := run.summary.energy.not_measured or run.summary.energy.not_split:
             missing.setdefault(_(reason), []).append(name)
     why = [reason if len(of) == len(runs) else f"{', '.join(of)}: {reason}" for reason, of in missing.items()]
     note = _("not measured: {0}", "; ".join(why)) if why else ""
-    if all(run.not_measured for run in runs.values()):
+    if all(run.summary.energy.not_measured for run in runs.values()):
         return [Table(title=_("Energy"), note=note)]
     rows: list[list[Value]] = []
-    for name, run in runs.items():
-        for role, used in run.roles.items():
-            parts = [energy_parts(used).get(part, "") for part in ("active_j", "idle_j", "waiting_j")]
-            waited = "" if used.waiting_s is None else f"{text.number(used.waiting_s)} / {text.number(used.window_s)}"
-            label = role if role == name or len(names) == 1 else f"{name}, {role}"
-            rows.append([label, used.total_j, *parts, waited])
+    for label, used in energy_roles(runs).items():
+        parts = [energy_parts(used).get(part, "") for part in ("active_j", "idle_j", "waiting_j")]
+        waited = "" if used.waiting_s is None else f"{text.number(used.waiting_s)} / {text.number(used.window_s)}"
+        rows.append([label, used.total_j, *parts, waited])
     header = [_("role"), _("total, J"), _("active"), _("idle draw"), _("waiting"), _("waited, s")]
-    figures = [[text.label(metric), *(text.value(analysis, metric) for analysis in analyses)] for metric in ENERGY]
+    figures = [[text.label(metric), *(text.value(run, metric) for run in runs.values())] for metric in ENERGY]
     measured = [row for row in figures if any(value is not None for value in row[1:])]
     cost, unknown = _("Energy: what a token and a request cost"), _("not measured")
     return [
         Table(title=_("Energy by role, J in the measured windows"), header=header, rows=rows),
-        Table(title=cost, header=["", *names], rows=measured, note=note, missing=unknown),
+        Table(title=cost, header=["", *runs], rows=measured, note=note, missing=unknown),
     ]
+
+
+def energy_roles(runs: text.Runs) -> dict[str, RoleEnergy]:
+    """The roles of all runs, each with its run's name where that is needed to tell them apart."""
+    return {
+        role if role == name or len(runs) == 1 else f"{name}, {role}": used
+        for name, run in runs.items()
+        for role, used in run.summary.energy.roles.items()
+    }
 
 
 def energy_parts(role: RoleEnergy) -> dict[str, float]:
@@ -247,31 +239,30 @@ def energy_parts(role: RoleEnergy) -> dict[str, float]:
     return {name: joules for name, joules in parts.items() if joules is not None}
 
 
-def configuration(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> tuple[Table, Table]:
+def configuration(runs: text.Runs) -> tuple[Table, Table]:
     """Options, host and versions: those that differ between the runs, and the others."""
-    flat: list[dict[str, str]] = []
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}", inner)
-        elif value not in (None, "", [], ()):
-            flat[-1][prefix] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-    for analysis in analyses:
-        flat.append({})
-        for section, value in (("config", analysis.config), ("host", analysis.host), ("version", analysis.versions)):
-            walk(section, value)
-    keys = dict.fromkeys(key for run in flat for key in run)
-    rows = [[key, *(run.get(key, "") for run in flat)] for key in keys]
+    columns = [
+        _flat("config", run.config) | _flat("host", run.host) | _flat("version", run.versions) for run in runs.values()
+    ]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [[key, *(column.get(key, "") for column in columns)] for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     same = [row for row in rows if len(set(row[1:])) == 1]
-    left, header = tuple(range(len(names) + 1)), ["", *names]
+    left, header = range(len(runs) + 1), ["", *runs]
     note, rest = _("What differs between the runs."), _("{0} options that are the same in all", len(same))
     return (
         Table(title=_("Configuration and environment"), header=header, rows=differing, left=left, note=note),
         Table(title=rest, header=header, rows=same, left=left),
     )
+
+
+def _flat(name: str, value: object) -> dict[str, str]:
+    """Nested values on one level, as config.load.rate; those that are not set are left out."""
+    if isinstance(value, dict):
+        return {path: leaf for key, inner in value.items() for path, leaf in _flat(f"{name}.{key}", inner).items()}
+    if value in (None, "", [], ()):
+        return {}
+    return {name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)}
 
 
 def warnings(name: str, analysis: RunAnalysis) -> list[Text]:
@@ -285,3 +276,42 @@ def mismatches(compared: Comparison) -> list[Text]:
         Text.assemble((_("differs: "), "bold red" if found.refused else "yellow"), _(str(found)))
         for found in compared.mismatches
     ]
+
+
+def sweep(rows: Sequence[SweepRow]) -> Table:
+    """A row per point and deployment for the terminal; `sweep_csv` has all figures."""
+    keys = [*rows[0][0]]
+    columns = {
+        "TTFT ms\np50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
+        "TBT ms\np50/p99": ("tbt_p50_ms", "tbt_p99_ms"),
+        "tok\n/s": ("output_tokens_per_s",),
+        "goodput\n/s": ("goodput_requests_per_s",),
+        "J/\ntok": ("j_per_output_token",),
+    }
+    cells: list[list[Value]] = []
+    for varied, run in rows:
+        figures = ["/".join(text.number(text.value(run, metric)) for metric in group) for group in columns.values()]
+        cells.append([*(str(varied[key]) for key in keys), run.name, *figures])
+    notes = []
+    if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
+        notes.append(f"goodput {text.NEEDS_SLO}")
+    marked = [bool(run.flags or run.summary.requests.failed) for _varied, run in rows]
+    if any(marked):
+        flags = sorted({flag.name for _varied, run in rows for flag in run.flags})
+        notes.append(f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which")
+    return Table(
+        title=f"Sweep over {', '.join(map(text.option, keys))}",
+        header=[*(text.option(key).replace(" ", "\n") for key in keys), "deployment", *columns],
+        rows=cells,
+        left=range(len(keys) + 1),
+        styles=["worse" if mark else "" for mark in marked],
+        note="\n".join(notes),
+    )
+
+
+def sweep_csv(rows: Sequence[SweepRow]) -> str:
+    lines: list[list[Any]] = [[*rows[0][0], "deployment", *SWEEP_COLUMNS, "flags"]]
+    for varied, run in rows:
+        figures = (text.value(run, metric) for metric in SWEEP_COLUMNS)
+        lines.append([*varied.values(), run.name, *figures, " ".join(text.flag_names(run))])
+    return csv_text(lines)

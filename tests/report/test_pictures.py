@@ -49,15 +49,14 @@ def test_every_kind_of_run_is_drawn(name):
         assert picture.size == (1600, 1500)
         assert len(picture.convert("RGB").resize((160, 150)).getcolors(100_000)) > 50
     compared = [compare(usual, other, anyway=True, names=("a", "b"))]
-    with Image.open(io.BytesIO(mpl.picture(mpl.comparison, [usual, other], ["a", "b"], compared))) as picture:
+    with Image.open(io.BytesIO(mpl.picture(mpl.comparison, {"a": usual, "b": other}, compared))) as picture:
         assert picture.width == 1600
     assert "<table" in page_of([usual, other], ["a", "b"])
 
 
 def test_three_deployments_share_a_comparison_with_different_colours():
-    runs = [analyze(build_run(name)) for name in ("single", "replicas", "disaggregated")]
-    names = [run.name for run in runs]
-    figure = drawn(mpl.comparison, runs, names, [None, None])
+    runs = {name: analyze(build_run(name)) for name in ("single", "replicas", "disaggregated")}
+    figure = drawn(mpl.comparison, runs, [None, None])
     heading = min(label.get_position()[1] for label in figure.texts if label.get_text())
     assert max(axis.get_position().y1 for axis in figure.axes) < heading - 0.03
     bars = next(axis for axis in figure.axes if axis.get_title(loc="left") == "Output tokens/s")
@@ -68,11 +67,11 @@ def test_three_deployments_share_a_comparison_with_different_colours():
 def test_no_text_of_the_comparison_is_cut_off(gpu):
     """Long names, reasons and warnings included."""
     flags = [Flag("short-window", ""), Flag("throttled", ""), Flag("interrupted", "")]
-    runs = [
-        analyze(build_run(name, gpu=gpu, spread=0.5, seed=len(name), flags=flags))
+    runs = {
+        name: analyze(build_run(name, gpu=gpu, spread=0.5, seed=len(name), flags=flags))
         for name in ("single", "disaggregated")
-    ]
-    figure = drawn(mpl.comparison, runs, ["single", "disaggregated"], [compare(*runs, anyway=True)])
+    }
+    figure = drawn(mpl.comparison, runs, [compare(*runs.values(), anyway=True)])
     for label in [*figure.texts, *(label for axis in figure.axes for label in axis.texts)]:
         box = label.get_window_extent()
         assert min(box.x0, box.y0) >= 0 and box.x1 <= 1600 and box.y1 <= figure.bbox.height, label.get_text()
@@ -85,14 +84,14 @@ def test_pictures_name_the_flags(analyses):
 
 def test_every_panel_has_titles_and_labels_that_do_not_collide():
     run = analyze(build_run())
-    figure = drawn(mpl.chart, charts.latency_distributions([run], ["a"]), 15, 10)
+    figure = drawn(mpl.chart, charts.latency_distributions({"a": run}), 15, 10)
     title = figure.texts[0].get_window_extent()
     assert not any(axis.title.get_window_extent().overlaps(title) for axis in figure.axes)
 
 
 def test_every_gap_of_a_short_run_is_drawn():
     run = build_run(trials=1, requests=3, tokens=20)
-    chart = charts.tbt_over_time([analyze(run)], ["a"])
+    chart = charts.tbt_over_time({"a": analyze(run)})
     assert [len(series.x) for series in chart.panels[0].series] == [3 * 19]
     assert np.isfinite(chart.panels[0].series[0].x).all()
 
@@ -116,7 +115,7 @@ def test_one_trial_shows_its_change_and_what_to_do():
     assert html.index("--trials 3") < html.index("worse so far") < html.index("<table")
     table = tables.comparison(compared)
     assert re.fullmatch(r"\+\d\d\.\d %", table.rows[0][-1]) and "--trials 3" in table.note
-    figure = drawn(mpl.comparison, runs, ["single", "disaggregated"], [compared])
+    figure = drawn(mpl.comparison, dict(zip(compared.names, runs, strict=True)), [compared])
     points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert len(points) == len(compared.differences)
 

@@ -50,7 +50,7 @@ def test_tables_fit_eighty_columns():
 def test_none_is_a_dash_and_zero_is_zero():
     table = tables.Table(title="t", header=["", "a", "b"], rows=[["x", None, 0.0], ["y", 12345.6, 7]])
     assert table.cells == [["x", "–", "0"], ["y", "12,346", "7"]]
-    assert tables.csv_text(table) == ",a,b\nx,,0.0\ny,12345.6,7\n"
+    assert tables.csv_text([table.header, *table.rows]) == ",a,b\nx,,0.0\ny,12345.6,7\n"
     assert tables.markdown(table).splitlines()[2:] == [
         "|  | a | b |",
         "| --- | ---: | ---: |",
@@ -60,11 +60,11 @@ def test_none_is_a_dash_and_zero_is_zero():
 
 
 def test_models_side_by_side_are_sorted_by_the_metric():
-    runs = [analyze(build_run(tbt_ms=tbt, model=f"m{tbt}")) for tbt in (4, 2, 3)]
+    runs = {name: analyze(build_run(tbt_ms=tbt, model=f"m{tbt}")) for name, tbt in (("a", 4), ("b", 2), ("c", 3))}
     for metric in ("tbt_p50_ms", "output_tokens_per_s"):
-        assert [row[0] for row in tables.side_by_side(runs, ["a", "b", "c"], metric).rows] == ["b", "c", "a"]
+        assert [row[0] for row in tables.side_by_side(runs, metric).rows] == ["b", "c", "a"]
     with pytest.raises(UserError, match="choose from"):
-        tables.side_by_side(runs, ["a", "b", "c"], "speed")
+        tables.side_by_side(runs, "speed")
 
 
 def test_merged_tokens_are_shown_where_they_are_many():
@@ -87,19 +87,19 @@ def test_merged_tokens_are_shown_where_they_are_many():
     ],
 )
 def test_heading_says_how_requests_came(load, words):
-    assert text.loads([analyze(build_run(load=load))], ["a"]).split(" · ")[1] == words
+    assert text.loads({"a": analyze(build_run(load=load))}).split(" · ")[1] == words
 
 
 def test_heading_says_once_what_runs_share():
-    runs = [analyze(build_run("single", model="m", gpu=True)), analyze(build_run(model="m", load={"rate": 2.0}))]
-    assert text.loads(runs, ["a", "b"]).startswith("model m · a: 1 at a time; b: 2 requests/s · ")
-    assert " · a: 1 x Synthetic H200; b: 2 x Synthetic H200 · " in text.machines(runs, ["a", "b"])
+    runs = {"a": analyze(build_run("single", model="m")), "b": analyze(build_run(model="m", load={"rate": 2.0}))}
+    assert text.loads(runs).startswith("model m · a: 1 at a time; b: 2 requests/s · ")
+    assert " · a: 1 x Synthetic H200; b: 2 x Synthetic H200 · " in text.machines(runs)
 
 
 def test_energy_is_given_by_role_or_one_line_says_why_not(analyses):
     html = page_of(analyses)
     assert "no meter splits them" in html and "Prefill, J per prompt token" in html
-    (table,) = tables.energy([analyze(build_run("single", gpu=False))], ["single"])
+    (table,) = tables.energy({"single": analyze(build_run("single", gpu=False))})
     assert not table.rows and table.note == "not measured: no RAPL on this machine"
     assert tables.markdown(table) == "## Energy\n\nnot measured: no RAPL on this machine"
     console = Console(width=80, file=io.StringIO())

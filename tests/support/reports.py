@@ -13,4 +13,5 @@ def gate(passed: bool, detail: str = "4 of 4 < 5") -> Gate:
 def page_of(analyses, names=None):
     names = names or [analysis.name for analysis in analyses]
     comparisons = [compare(analyses[0], other, anyway=True, names=(names[0], "b")) for other in analyses[1:]]
-    return page(analyses, names, comparisons, tables.side_by_side(analyses, names))
+    runs = dict(zip(names, analyses, strict=True))
+    return page(runs, comparisons, tables.side_by_side(runs))
