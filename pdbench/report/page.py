@@ -101,7 +101,8 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
     elif series.kind == "points":
         look = {"mode": "markers", "marker": marker}
     elif series.kind in ("area", "boxes"):
-        look = {"mode": "lines", "line": {"width": 0}, "fillcolor": shade, "opacity": series.opacity}
+        rgb = ",".join(map(str, bytes.fromhex(str(shade)[1:])))  # the trace's own opacity leaves some fills opaque
+        look = {"mode": "lines", "line": {"width": 0}, "fillcolor": f"rgba({rgb},{series.opacity})"}
         look |= {"fill": "tozeroy" if series.kind == "area" else "toself", "hoverinfo": "skip"}
         if series.kind == "boxes":  # one outline of all boxes, broken between them
             x = [at for start, end in x for at in (start, end, end, start, start, np.nan)]
