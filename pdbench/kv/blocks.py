@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 
 import torch
 
@@ -31,12 +33,12 @@ class BlockPacker:
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
         """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
         packed = out[: len(block_ids) * self.block_bytes]
-        _GATHER(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+        _gather(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
         return packed
 
     def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
-        _SCATTER(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+        _scatter(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
 
     def warm_up(self) -> None:
         """Run both copies, block 0 onto itself, so that no transfer waits for kernels to be loaded."""
@@ -51,6 +53,9 @@ class BlockPacker:
         return index.pin_memory().to(self.device, non_blocking=True)
 
 
+# Scripted, a loop over all layers runs without the interpreter's lock: otherwise each layer's copy would wait for the engine's
+# thread to let go of it, and would make that thread wait in turn.
+@torch.jit.script
 def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
     start = 0
     for part in parts:
@@ -59,6 +64,7 @@ def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor
         start += size
 
 
+@torch.jit.script
 def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
     start = 0
     for part in parts:
@@ -67,22 +73,15 @@ def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tenso
         start += size
 
 
-# Scripted, a loop over all layers runs without the interpreter's lock: otherwise each layer's copy would wait for the engine's
-# thread to let go of it, and would make that thread wait in turn.
-_GATHER, _SCATTER = torch.jit.script(_gather), torch.jit.script(_scatter)
-
-
 def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:
     """The packer of a worker's layers; `blocks` is how many KV blocks vLLM allocated. Raises UnsupportedError for odd layouts."""
-    parts: list[torch.Tensor] = []
-    seen: set[int] = set()
+    layers: dict[int, list[torch.Tensor]] = {}  # by address: layers may share one cache
     for name, cache in kv_caches.items():
         if not isinstance(cache, torch.Tensor):
             raise UnsupportedError(f"layer {name} has a KV cache that is no single tensor: this model is not supported")
-        if cache.data_ptr() in seen:  # layers that share one cache
-            continue
-        seen.add(cache.data_ptr())
-        parts.extend(_layer_parts(name, cache, blocks))
+        if cache.data_ptr() not in layers:
+            layers[cache.data_ptr()] = _layer_parts(name, cache, blocks)
+    parts = list(chain.from_iterable(layers.values()))
     if not parts:
         raise UnsupportedError("this model has no KV cache to move")
     sizes = [part.shape[1] * part.element_size() for part in parts]
@@ -107,13 +106,11 @@ def _layer_parts(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tens
     order = _memory_order(cache)
     memory = cache.permute(order)
     logical = 0 if cache.shape[0] % blocks == 0 and cache.shape[0] != 2 else 1
-    place = order.index(logical) if logical < cache.dim() else -1
-    outer = memory.shape[:place] if place >= 0 else ()
-    fits = place >= 0 and cache.shape[logical] % blocks == 0 and outer in ((), (2,), (1,), (2, 1))
-    if not fits or not memory.is_contiguous():
+    outer = memory.shape[: order.index(logical)] if logical < cache.dim() else None
+    fits = outer in ((), (2,), (1,), (2, 1)) and cache.shape[logical] % blocks == 0 and memory.is_contiguous()
+    if outer is None or not fits:
         raise UnsupportedError(
             f"layer {name} has a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()} for {blocks} blocks, "
             "which PdKvConnector cannot split into blocks: try another --attention-backend"
         )
-    flat = memory.reshape(-1, blocks, memory.numel() // blocks // max(1, outer.numel() if outer else 1))
-    return [part.view(torch.uint8) for part in flat.unbind(0)]
+    return [part.view(torch.uint8) for part in memory.reshape(prod(outer), blocks, -1).unbind(0)]
