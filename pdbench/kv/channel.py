@@ -24,6 +24,9 @@ from typing import Any
 
 import msgspec
 
+from pdbench.events import TransferEvent
+from pdbench.kv.blocks import BlockPacker
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
 PROTOCOL = "pdbench-kv/2"
@@ -34,19 +37,44 @@ HANDSHAKE_TIMEOUT_S = 5.0
 UNAUTHENTICATED_LIMIT = 32
 _LENGTH = struct.Struct("!I")
 
-StartThread = Callable[..., threading.Thread]
-"""(name, target, *arguments): starts a thread that the worker waits for when it closes."""
-
 
 class ChannelClosedError(ConnectionError):
-    """The other side is gone, stalled or does not speak the protocol."""
+    """The other side is gone, stalled, does not speak the protocol or was refused; the message says which."""
 
 
-class HandshakeError(ChannelClosedError):
-    """One of the sides refused the handshake; the message says why."""
+class Identity(msgspec.Struct, frozen=True):
+    """What prefill and decode must have in common; `layout` describes every layer's block, `model` its configuration."""
+
+    transport: str
+    tensor_parallel: int
+    rank: int
+    block_size: int
+    layout: str
+    model: str
 
 
-class TransferRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+@dataclass(frozen=True)
+class WorkerContext:
+    """What all parts of one worker share. `staging_bytes` of buffer per peer; `changed` is the lock of all transfers' states.
+
+    `start_thread(name, target, *arguments)` starts a thread that the worker waits for when it closes.
+    """
+
+    secret: bytes
+    identity: Identity
+    packer: BlockPacker
+    staging_bytes: int
+    timeout_s: float
+    changed: threading.Condition
+    finish: Callable[[TransferEvent], None]
+    start_thread: Callable[..., threading.Thread]
+
+    @property
+    def piece_blocks(self) -> int:
+        return self.staging_bytes // self.packer.block_bytes
+
+
+class FetchRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
     """Decode asks for a transfer's blocks from the prompt's block `start_block` on, at most `piece_blocks` at once."""
 
     transfer_id: str
@@ -56,7 +84,7 @@ class TransferRequest(msgspec.Struct, frozen=True, tag="request", tag_field="typ
     piece_blocks: int
 
 
-class CancelTransfer(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
     """Decode does not need a transfer any more, or prefill will not send it."""
 
     transfer_id: str
@@ -93,54 +121,49 @@ class Channel:
         self._users = 0
         self._closed = False
         self._send_lock = threading.Lock()
-        self._is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
         self.set_timeout(timeout_s)
-        if self._is_tcp:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
         try:
             self.peer = "{}:{}".format(*connection.getpeername()[:2])
-        except (OSError, IndexError):
+        except OSError:  # it left already
             self.peer = "unknown"
 
-    def send(self, message: Message, payload: memoryview | None = None) -> None:
-        """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError."""
-        data = msgspec.json.encode(message)
-        try:
-            with self._send_lock, self._using():
-                self._socket.sendall(_LENGTH.pack(len(data)) + data)
-                if payload is not None:
-                    self._socket.sendall(payload)
-        except OSError as error:
-            raise self._failed(error, "took no data") from error
+    def send(self, message: Message, payload: memoryview | None = None, wait: bool = True) -> None:
+        """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError.
 
-    def send_now(self, message: Message) -> None:
-        """Send a short message without waiting. Raises ChannelClosedError when the socket does not take all of it."""
+        Without `wait`, that is when the socket does not take all of a short message at once.
+        """
         data = msgspec.json.encode(message)
         data = _LENGTH.pack(len(data)) + data
         try:
             with self._send_lock, self._using():
+                if wait:
+                    self._socket.sendall(data)
+                    if payload is not None:
+                        self._socket.sendall(payload)
+                    return
                 poll = select.poll()
                 poll.register(self._socket, select.POLLOUT)
                 if (self._socket.send(data) if poll.poll(0) else 0) < len(data):
                     raise TimeoutError
         except OSError as error:
-            raise self._failed(error, "took no data") from error
+            raise self.failed(error, "took no data") from error
 
-    def receive(self, limit_bytes: int = MESSAGE_LIMIT_BYTES, idle: bool = True) -> dict[str, Any]:
-        """The next message; with `idle` it may take any time to begin. Raises ChannelClosedError."""
+    def receive(self, kind: Any = dict[str, Any], limit_bytes: int = MESSAGE_LIMIT_BYTES, idle: bool = True) -> Any:
+        """The next message, of a type in `kind`; with `idle` it may take any time to begin. Raises ChannelClosedError."""
         head = bytearray(_LENGTH.size)
         self.receive_into(memoryview(head), idle=idle)
         (size,) = _LENGTH.unpack(head)
         if size > limit_bytes:
-            raise self._failed(f"a message of {size} bytes, which is not {PROTOCOL}")
+            raise self.failed(f"a message of {size} bytes, which is not {PROTOCOL}")
         body = bytearray(size)
         self.receive_into(memoryview(body))
         try:
-            return msgspec.json.decode(body, type=dict[str, Any])
+            return msgspec.json.decode(body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise self._failed(f"not a message of {PROTOCOL}") from error
+            raise self.failed(f"not a message of {PROTOCOL} ({error})") from error
 
     def receive_into(self, buffer: memoryview, idle: bool = False) -> None:
         """Fill `buffer`; with `idle` its first byte may take any time. Raises ChannelClosedError."""
@@ -152,9 +175,9 @@ class Channel:
             except OSError as error:
                 if isinstance(error, TimeoutError) and idle and filled == 0:
                     continue
-                raise self._failed(error, "sent no data") from error
+                raise self.failed(error, "sent no data") from error
             if count == 0:
-                raise self._failed("the connection was closed by the other side")
+                raise self.failed("the connection was closed by the other side")
             filled += count
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -166,9 +189,8 @@ class Channel:
         try:
             with self._using():
                 self._socket.settimeout(timeout_s)
-                if self._is_tcp:
-                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
-                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 2)))
         except OSError as error:
             raise ChannelClosedError(f"the connection was closed ({error})") from error
 
@@ -198,7 +220,7 @@ class Channel:
                 if self._closed and not self._users:
                     self._socket.close()
 
-    def _failed(self, error: OSError | str, stalled: str = "") -> ChannelClosedError:
+    def failed(self, error: OSError | str, stalled: str = "") -> ChannelClosedError:
         """Close the connection; returns the error to raise."""
         self.close()
         if isinstance(error, TimeoutError):
@@ -208,79 +230,61 @@ class Channel:
         return ChannelClosedError(f"{self.peer}: {error}")
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What prefill and decode must have in common; `layout` describes every layer's block, `model` its configuration."""
-
-    transport: str
-    tensor_parallel: int
-    rank: int
-    block_size: int
-    layout: str
-    model: str
-
-    @classmethod
-    def of(cls, message: dict[str, Any]) -> Identity:
-        """The identity that a peer sent. Raises HandshakeError."""
-        try:
-            return msgspec.convert(message.get("identity"), cls)
-        except msgspec.ValidationError as error:
-            raise HandshakeError(f"the other side's identity is not one of {PROTOCOL}: {error}") from error
-
-
 def _proof(secret: bytes, side: str, their_nonce: str, our_nonce: str, identity: Identity) -> str:
     """HMAC-SHA256 (RFC 2104) over side, both nonces and the identity; the side's name keeps proofs from being reflected."""
     text = "\n".join((PROTOCOL, side, their_nonce, our_nonce, msgspec.json.encode(identity).decode()))
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
+def _proved(secret: bytes, side: str, our_nonce: str, their_nonce: str, message: dict[str, Any]) -> Identity:
+    """The identity that the other side sent and proved. Raises ValueError."""
+    try:
+        identity = msgspec.convert(message.get("identity"), Identity)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the {side} side's identity is not one of {PROTOCOL}: {error}") from error
+    expected = _proof(secret, side, our_nonce, their_nonce, identity)
+    if not hmac.compare_digest(expected.encode(), str(message.get("proof", "")).encode()):
+        remedy = "PDBENCH_KV_SECRET must be the same on all instances"
+        raise ValueError(f"the {side} side did not prove that it knows the shared secret ({remedy})")
+    return identity
+
+
 def accept_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
-    """Prefill's side of the handshake. Raises HandshakeError or ChannelClosedError, and closes the channel in both cases."""
+    """Prefill's side of the handshake. Raises ChannelClosedError, with the channel closed."""
     nonce = secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
     channel.send({"protocol": PROTOCOL, "nonce": nonce})
-    answer = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
+    answer = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    their_nonce = str(answer.get("nonce", ""))
     try:
-        their_nonce, their_identity = str(answer.get("nonce", "")), Identity.of(answer)
-        expected = _proof(secret, "decode", nonce, their_nonce, their_identity)
-        if not hmac.compare_digest(expected.encode(), str(answer.get("proof", "")).encode()):
-            raise HandshakeError("the shared secret differs (PDBENCH_KV_SECRET must be the same on all instances)")
-        for name in Identity.__dataclass_fields__:
-            ours, theirs = getattr(identity, name), getattr(their_identity, name)
-            if ours != theirs:
-                raise HandshakeError(
-                    f"{name} is {theirs} on the decode side and {ours} on the prefill side; they must be equal"
-                )
-    except HandshakeError as refusal:
-        try:
-            channel.send({"refused": str(refusal)})
-        finally:
-            channel.close()
-        raise
-    proof = _proof(secret, "prefill", their_nonce, nonce, identity)
-    channel.send({"identity": msgspec.to_builtins(identity), "proof": proof})
+        theirs = _proved(secret, "decode", nonce, their_nonce, answer)
+        for name in Identity.__struct_fields__:
+            if getattr(identity, name) != getattr(theirs, name):
+                values = f"{getattr(theirs, name)} on the decode side and {getattr(identity, name)} on the prefill side"
+                raise ValueError(f"{name} is {values}; they must be equal")
+    except ValueError as refusal:
+        channel.send({"refused": str(refusal)})
+        raise channel.failed(str(refusal)) from None
+    channel.send({"identity": identity, "proof": _proof(secret, "prefill", their_nonce, nonce, identity)})
 
 
 def offer_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
-    """Decode's side of the handshake. Raises HandshakeError or ChannelClosedError, and closes the channel in both cases."""
+    """Decode's side of the handshake. Raises ChannelClosedError, with the channel closed."""
     nonce = secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
-    hello = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
+    hello = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    if hello.get("protocol") != PROTOCOL:
+        raise channel.failed(f"it speaks {hello.get('protocol')!r}, not {PROTOCOL}")
     their_nonce = str(hello.get("nonce", ""))
+    proof = _proof(secret, "decode", their_nonce, nonce, identity)
+    channel.send({"nonce": nonce, "proof": proof, "identity": identity})
+    answer = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    if "refused" in answer:
+        raise channel.failed(f"prefill refused the handshake: {answer['refused']}")
     try:
-        if hello.get("protocol") != PROTOCOL:
-            raise HandshakeError(f"{channel.peer} speaks {hello.get('protocol')!r}, not {PROTOCOL}")
-        proof = _proof(secret, "decode", their_nonce, nonce, identity)
-        channel.send({"nonce": nonce, "proof": proof, "identity": msgspec.to_builtins(identity)})
-        answer = channel.receive(HANDSHAKE_LIMIT_BYTES, idle=False)
-        if "refused" in answer:
-            raise HandshakeError(f"prefill {channel.peer} refused the handshake: {answer['refused']}")
-        expected = _proof(secret, "prefill", nonce, their_nonce, Identity.of(answer))
-        if not hmac.compare_digest(expected.encode(), str(answer.get("proof", "")).encode()):
-            raise HandshakeError(f"{channel.peer} did not prove that it knows the shared secret")
-    except HandshakeError:
-        channel.close()
-        raise
+        _proved(secret, "prefill", nonce, their_nonce, answer)
+    except ValueError as refusal:
+        raise channel.failed(str(refusal)) from None
 
 
 def connect(host: str, port: int, secret: bytes, identity: Identity, timeout_s: float) -> Channel:
@@ -303,22 +307,13 @@ class Listener:
     Raises OSError when the address is taken or not this host's.
     """
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        secret: bytes,
-        identity: Identity,
-        timeout_s: float,
-        serve: Callable[[Channel], None],
-        start_thread: StartThread,
-    ) -> None:
-        self._secret, self._identity, self._timeout_s = secret, identity, timeout_s
-        self._serve, self._start_thread = serve, start_thread
+    def __init__(self, address: tuple[str, int], context: WorkerContext, serve: Callable[[Channel], None]) -> None:
+        self._context, self._serve = context, serve
         self._unauthenticated = threading.BoundedSemaphore(UNAUTHENTICATED_LIMIT)
         self._closing = False
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._socket = socket.create_server(address, family=family, backlog=128)
-        start_thread("kv-listen", self._accept)
+        context.start_thread("kv-listen", self._accept)
 
     def close(self) -> None:
         """Accept no more connections; those that are open remain."""
@@ -341,7 +336,7 @@ class Listener:
                 connection.close()
                 continue
             try:
-                self._start_thread("kv-peer", self._authenticate, connection)
+                self._context.start_thread("kv-peer", self._authenticate, connection)
             except RuntimeError as error:  # no more threads on this machine
                 logger.warning("a KV connection was closed: %s", error)
                 self._unauthenticated.release()
@@ -350,14 +345,14 @@ class Listener:
     def _authenticate(self, connection: socket.socket) -> None:
         """Shake hands within a bounded time, however slowly the other side sends, then serve."""
         try:
-            channel = Channel(connection, self._timeout_s)
+            channel = Channel(connection, HANDSHAKE_TIMEOUT_S)
             deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
             deadline.start()
             try:
-                accept_handshake(channel, self._secret, self._identity)
+                accept_handshake(channel, self._context.secret, self._context.identity)
             finally:
                 deadline.cancel()
-            channel.set_timeout(self._timeout_s)
+            channel.set_timeout(self._context.timeout_s)
         except Exception as error:
             connection.close()
             logger.warning("a KV connection was refused: %s", error)

@@ -108,9 +108,3 @@ def cache_hit_source() -> Any:
         return import_module("vllm.v1.metrics.cache_hit_source").CacheHitSource.P2P
     except ImportError:
         return None
-
-
-def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
-    """KVConnectorTransferResults of vLLM 0.30 and newer. Before, vLLM calls get_finished and get_block_ids_with_load_errors."""
-    base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
-    return base.KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)

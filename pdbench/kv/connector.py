@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from pdbench.kv import compat
 from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
 from pdbench.kv.scheduler import KvScheduler
-from pdbench.kv.worker import KvWorker, Reports, model_fingerprint
+from pdbench.kv.worker import KvWorker, model_fingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,36 +33,29 @@ class PdKvConnector(KVConnectorBase_V1):
         compat.check_deployment(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
         compat.shared_secret()  # without one, fail now and not in the worker
-        options = compat.Options.of(vllm_config)
-        transfer = vllm_config.kv_transfer_config
-        self._produces, self._consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
+        self._options = compat.Options.of(vllm_config)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
-        self._blocks = int(kv_cache_config.num_blocks)
-        block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
-        self._scheduler: KvScheduler | None = None
+        self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._worker: KvWorker | None = None
-        self._reports = Reports()
+        self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = KvScheduler(options, block_size, self._produces, self._consumes)
-        else:
-            from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
-            rank = get_tensor_model_parallel_rank()
-            self._worker = KvWorker(options, rank, self._ranks, block_size, model_fingerprint(vllm_config))
+            transfer = vllm_config.kv_transfer_config
+            produces, consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
+            self._scheduler = KvScheduler(self._options, self._block_size, produces, consumes)
 
     # The scheduler's half
 
     def on_new_request(self, request: Request) -> None:
-        self._scheduling.new_request(request)
+        self._scheduler.new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self._scheduling.matched_tokens(request, num_computed_tokens)
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduling.allocated(request, blocks, num_external_tokens)
+        self._scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduling.plan_step(scheduler_output)
+        return self._scheduler.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """A step's output came back: what was received since that step was launched is added, to be scheduled next.
@@ -75,16 +69,25 @@ class PdKvConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; True keeps its blocks until get_finished reports it as sent."""
-        return self._scheduling.finished(request), None
+        return self._scheduler.finished(request), None
 
     def has_pending_push_work(self) -> bool:
         """Must the engine take a step only for the connector?"""
-        return self._scheduler is not None and self._scheduler.has_unsent_plan()
+        return self._scheduler.has_unsent_plan()
 
     # The worker's half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._working.start(kv_caches, self._blocks, self._produces, self._consumes)
+        self._worker = KvWorker(
+            self._options,
+            rank=get_tensor_model_parallel_rank(),
+            ranks=self._ranks,
+            block_size=self._block_size,
+            model=model_fingerprint(self._vllm_config),
+            kv_caches=kv_caches,
+            blocks=int(self._kv_cache_config.num_blocks),
+            produces=bool(self._vllm_config.kv_transfer_config.is_kv_producer),
+        )
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Before the forward pass."""
@@ -104,19 +107,27 @@ class PdKvConnector(KVConnectorBase_V1):
         """Nothing: blocks are kept until they are sent."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose transfers ended; after the forward pass of every step, and in steps without one."""
-        reports = self._reports = self._poll()
+        """Requests whose transfers ended; after the forward pass of every step, and in steps without one.
+
+        Not so wait_for_save: vLLM calls that only in steps with a forward pass, some versions before speculative drafting.
+        """
+        reports = self._working.after_forward(self._get_connector_metadata())
+        self._failed_blocks.update(*reports.failed.values())
         return reports.sent or None, reports.received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """What vLLM 0.30 and newer call in place of get_finished."""
-        reports = self._poll()
-        return compat.transfer_results(reports.sent, reports.received, set(reports.failed))
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+        reports = self._working.after_forward(self._get_connector_metadata())
+        return KVConnectorTransferResults(
+            finished_sending=reports.sent, finished_recving=reports.received, failed_recving=set(reports.failed)
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of failed receives, for vLLM before 0.30, which does not take the failed requests."""
-        reports, self._reports = self._reports, Reports()
-        return {block for blocks in reports.failed.values() for block in blocks}
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
 
     def get_kv_connector_stats(self) -> PdKvStats | None:
         """Transfers since the last call (the worker's half only)."""
@@ -126,28 +137,8 @@ class PdKvConnector(KVConnectorBase_V1):
         if self._worker is not None:
             self._worker.close()
 
-    # Metrics
-
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdKvStats:
-        return PdKvStats(data=data or {})
-
-    @classmethod
-    def build_prom_metrics(
-        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
-    ) -> PdKvPromMetrics:
-        return PdKvPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-    def _poll(self) -> Reports:
-        # Not in wait_for_save: vLLM calls that only in steps with a forward pass, some versions before speculative drafting.
-        plan = self._get_connector_metadata()
-        self._working.after_forward(plan)
-        return self._working.poll(plan)
-
-    @property
-    def _scheduling(self) -> KvScheduler:
-        assert self._scheduler is not None, "this is the worker's half"
-        return self._scheduler
+    build_kv_connector_stats = PdKvStats
+    build_prom_metrics = PdKvPromMetrics
 
     @property
     def _working(self) -> KvWorker:

@@ -12,30 +12,29 @@ from typing import Any
 
 import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.utils import create_metric_per_engine
 
 from pdbench.events import TransferEvent
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_FIELDS = ("bytes", "wait_s", "wire_s")
 _SIDES = ("send", "receive")
 _SECONDS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 _RATES = [0.1, 0.3, 1, 3, 10, 30, 50, 100, 150, 200, 250, 300, 350, 400, 450]
-_METRICS = {  # name -> documentation, and the buckets of a histogram
-    "transfers": ("KV transfers that ended well.", None),
-    "failures": ("KV transfers that failed.", None),
-    "bytes": ("Bytes of KV cache moved.", None),
-    "wait_seconds": ("From decode's request to the first byte.", _SECONDS),
-    "wire_seconds": ("Time in which a transfer's bytes moved.", _SECONDS),
-    "gigabytes_per_second": ("Rate on the wire, in 1e9 bytes per second.", _RATES),
+_METRICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transfers": ("KV transfers that ended well.", {}),
+    "failures": ("KV transfers that failed.", {}),
+    "bytes": ("Bytes of KV cache moved.", {}),
+    "wait_seconds": ("From decode's request to the first byte.", {"buckets": _SECONDS}),
+    "wire_seconds": ("Time in which a transfer's bytes moved.", {"buckets": _SECONDS}),
+    "gigabytes_per_second": ("Rate on the wire, in 1e9 bytes per second.", {"buckets": _RATES}),
 }
 
 
 class TransferRecorder:
-    """Collects finished transfers for vLLM's statistics, and writes them to the event log from a thread of its own."""
+    """Collects one rank's finished transfers for vLLM's statistics, and writes them to the event log from a thread of its own."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, rank: int) -> None:
+        self._rank = rank
         self._stats = PdKvStats()
         self._lock = threading.Lock()
         self._lines: queue.SimpleQueue[TransferEvent | None] = queue.SimpleQueue()
@@ -46,10 +45,12 @@ class TransferRecorder:
             self._thread.start()
 
     def add(self, record: TransferEvent) -> None:
+        record.rank = self._rank
         if record.end_s is None:
             record.end_s = time.monotonic()
         with self._lock:
-            self._stats.add(record)
+            ended = (record.side, record.error is None, record.bytes, record.wait_s, record.wire_s)
+            self._stats.data["transfers"].append(ended)
         if self._thread is not None:
             self._lines.put(record)
 
@@ -79,45 +80,37 @@ class TransferRecorder:
 
 @dataclass
 class PdKvStats(KVConnectorStats):
-    """Transfers of an interval: lists of raw values by side, and a 1 per failure. Plain data, because it crosses processes."""
+    """Transfers of an interval: (side, ended well, bytes, wait_s, wire_s) of each. Plain data, because it crosses processes."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.data:
-            self.reset()
+        self.data = self.data or {"transfers": []}
 
     def reset(self) -> None:
-        self.data = {f"{side}_{name}": [] for side in _SIDES for name in (*_FIELDS, "failed")}
-
-    def add(self, record: TransferEvent) -> None:
-        if record.error is not None:
-            self.data[f"{record.side}_failed"].append(1)
-            return
-        for name in _FIELDS:
-            self.data[f"{record.side}_{name}"].append(getattr(record, name))
+        self.data = {"transfers": []}
 
     def aggregate(self, other: KVConnectorStats) -> PdKvStats:
         """Add the transfers of another interval or of another rank."""
-        for name, values in other.data.items():
-            self.data[name].extend(values)
+        self.data["transfers"] += other.data["transfers"]
         return self
 
     def is_empty(self) -> bool:
-        return not any(self.data.values())
+        return not self.data["transfers"]
 
     def reduce(self) -> dict[str, int | float]:
         """The interval as vLLM's log shows it; sides that moved nothing are left out."""
         line: dict[str, int | float] = {}
         for side in _SIDES:
-            moved, wire = sum(self.data[f"{side}_bytes"]), sum(seconds or 0 for seconds in self.data[f"{side}_wire_s"])
-            count, failed = len(self.data[f"{side}_bytes"]), len(self.data[f"{side}_failed"])
-            if count or failed:
-                line |= {f"{side} transfers": count, f"{side} failures": failed}
-            if count:
-                line |= {f"{side} MB": round(moved / 1e6, 3)}
-            if wire > 0:
-                line |= {f"{side} GB/s on the wire": round(moved / wire / 1e9, 3)}
+            ended = [transfer for transfer in self.data["transfers"] if transfer[0] == side]
+            moved = [(size, wire_s or 0) for _, good, size, _, wire_s in ended if good]
+            total, wire_s = sum(size for size, _ in moved), sum(seconds for _, seconds in moved)
+            if ended:
+                line |= {f"{side} transfers": len(moved), f"{side} failures": len(ended) - len(moved)}
+            if moved:
+                line[f"{side} MB"] = round(total / 1e6, 3)
+            if wire_s > 0:
+                line[f"{side} GB/s on the wire"] = round(total / wire_s / 1e9, 3)
         return line
 
 
@@ -125,29 +118,30 @@ class PdKvPromMetrics(KVConnectorPromMetrics):
     """The same as Prometheus metrics, labelled by side (send, receive) beside vLLM's own labels."""
 
     def __init__(
-        self, vllm_config: Any, metric_types: Any, labels: list[str], per_engine: dict[int, list[object]]
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
-        super().__init__(vllm_config, metric_types, labels, per_engine)
-        self._metrics: dict[tuple[str, str], dict[int, Any]] = {}
-        for name, (documentation, buckets) in _METRICS.items():
-            arguments = {"documentation": documentation, "labelnames": [*labels, "side"]}
-            if buckets is None:
-                metric = self._counter_cls(name=f"vllm:pdbench_kv_{name}", **arguments)
-            else:
-                metric = self._histogram_cls(name=f"vllm:pdbench_kv_{name}", buckets=buckets, **arguments)
-            for side in _SIDES:
-                labelled = {engine: [*values, side] for engine, values in per_engine.items()}
-                self._metrics[name, side] = create_metric_per_engine(metric, labelled)
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._metrics: dict[tuple[int, str, str], Any] = {}
+        for name, (text, more) in _METRICS.items():
+            kind = self._histogram_cls if more else self._counter_cls
+            metric = kind(name=f"vllm:pdbench_kv_{name}", documentation=text, labelnames=[*labelnames, "side"], **more)
+            for engine, values in per_engine_labelvalues.items():
+                for side in _SIDES:
+                    self._metrics[engine, side, name] = metric.labels(*values, side)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        data = transfer_stats_data
-        for side in _SIDES:
-            self._metrics["failures", side][engine_idx].inc(len(data[f"{side}_failed"]))
-            self._metrics["transfers", side][engine_idx].inc(len(data[f"{side}_bytes"]))
-            self._metrics["bytes", side][engine_idx].inc(sum(data[f"{side}_bytes"]))
-            for moved, wait, wire in zip(*(data[f"{side}_{name}"] for name in _FIELDS), strict=True):
-                if wait is not None:
-                    self._metrics["wait_seconds", side][engine_idx].observe(max(wait, 0.0))
-                if wire:
-                    self._metrics["wire_seconds", side][engine_idx].observe(wire)
-                    self._metrics["gigabytes_per_second", side][engine_idx].observe(moved / wire / 1e9)
+        for side, good, size, wait_s, wire_s in transfer_stats_data["transfers"]:
+            seen: dict[str, float] = {"failures": 1}
+            if good:
+                seen = {"transfers": 1, "bytes": size}
+                if wait_s is not None:
+                    seen["wait_seconds"] = max(wait_s, 0.0)
+                if wire_s:
+                    seen |= {"wire_seconds": wire_s, "gigabytes_per_second": size / wire_s / 1e9}
+            for name, value in seen.items():
+                metric = self._metrics[engine_idx, side, name]
+                (metric.observe if _METRICS[name][1] else metric.inc)(value)

@@ -1,7 +1,6 @@
 """Decode's half of the worker: asks prefill for blocks and puts what comes into vLLM's own, while other requests go on.
 
-Every fetch ends exactly once, well or with an error, and is then reported to vLLM: within `timeout_s` of the last sign of life
-of its prefill.
+Every fetch ends exactly once, well or with an error, within `timeout_s` of its prefill's last sign of life; vLLM is told then.
 """
 
 from __future__ import annotations
@@ -14,9 +13,18 @@ from typing import Any
 import msgspec
 
 from pdbench.events import TransferEvent
-from pdbench.kv.channel import Blocks, CancelTransfer, Channel, ChannelClosedError, TransferRequest, Waiting, connect
+from pdbench.kv.channel import (
+    Blocks,
+    Cancel,
+    Channel,
+    ChannelClosedError,
+    FetchRequest,
+    Waiting,
+    WorkerContext,
+    connect,
+)
 from pdbench.kv.scheduler import Fetch, StepPlan, Transfer
-from pdbench.kv.transports import Link, WorkerContext
+from pdbench.kv.transports import Link, open_link
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -25,17 +33,13 @@ Address = tuple[str, int]
 
 @dataclass(eq=False)
 class _Receive:
-    """A fetch under way: `received` blocks are in the cache, `alive_s` is prefill's last sign of life.
-
-    `event` is the CUDA event of the forward passes that may still use the blocks.
-    """
+    """A fetch under way; `alive_s` is prefill's last sign of life, `event` of the forward passes that may still use its blocks."""
 
     fetch: Fetch
     address: Address
     event: Any
     alive_s: float
     record: TransferEvent
-    received: int = 0
     writing: bool = False
     given_up: str | None = None
 
@@ -66,9 +70,23 @@ class Receiver:
         now_s = time.monotonic()
         with self._changed:
             for fetch in plan.fetches:
-                self._start(fetch, event, now_s)
+                transfer, (host, port) = fetch.transfer, self._address(fetch.transfer)
+                tokens = transfer.tokens - fetch.start_block * self._context.identity.block_size
+                name, peer = transfer.transfer_id, f"{host}:{port}"
+                record = TransferEvent(side="receive", transfer_id=name, peer=peer, tokens=tokens, asked_s=now_s)
+                receive = _Receive(fetch, (host, port), event, now_s, record)
+                if name in self._receives:
+                    self._end(receive, "another request of this instance already receives this transfer id")
+                    continue
+                self._receives[name] = receive
+                more = (transfer.tokens, transfer.fingerprint, fetch.start_block, self._context.piece_blocks)
+                self._post(receive.address, FetchRequest(name, *more))
             for transfer, reason in plan.cancelled:
-                self._cancel(transfer, reason)
+                ours = self._receives.get(transfer.transfer_id)
+                if ours is not None and ours.fetch.transfer.request_id == transfer.request_id:
+                    self._give_up(ours, reason)
+                elif ours is None and transfer.host:
+                    self._post(self._address(transfer), Cancel(transfer.transfer_id, reason))
 
     def take_reports(self, failures: bool = True) -> tuple[set[str], dict[str, list[int]]]:
         """Requests whose fetches ended since the last call, and the blocks of those that failed. The caller holds the lock.
@@ -77,15 +95,15 @@ class Receiver:
         """
         ended = [receive for receive in self._ended if failures or receive.record.error is None]
         self._ended = [receive for receive in self._ended if receive not in ended]
-        now_s = time.monotonic()
+        received, failed = set(), {}
         for receive in ended:
-            receive.record.reported_s = now_s
+            receive.record.reported_s = time.monotonic()
             self._context.finish(receive.record)
-        failed = [receive.fetch for receive in ended if receive.record.error is not None]
-        return (
-            {receive.fetch.transfer.request_id for receive in ended},
-            {fetch.transfer.request_id: fetch.blocks for fetch in failed},
-        )
+            request_id = receive.fetch.transfer.request_id
+            received.add(request_id)
+            if receive.record.error is not None:
+                failed[request_id] = receive.fetch.blocks
+        return received, failed
 
     def tick(self) -> None:
         """Called regularly, from any thread: give up the fetches whose prefill shows no sign of life."""
@@ -93,8 +111,7 @@ class Receiver:
         with self._changed:
             for receive in list(self._receives.values()):
                 if now_s - receive.alive_s > self._timeout_s:
-                    host, port = receive.address
-                    reason = f"no sign of the transfer from prefill {host}:{port} in {self._timeout_s:g} s"
+                    reason = f"no sign of the transfer from prefill {receive.record.peer} in {self._timeout_s:g} s"
                     self._give_up(receive, reason)
 
     def close(self) -> None:
@@ -110,39 +127,12 @@ class Receiver:
     def _address(self, transfer: Transfer) -> Address:
         return transfer.host, transfer.port + self._context.identity.rank
 
-    def _start(self, fetch: Fetch, event: Any, now_s: float) -> None:
-        transfer = fetch.transfer
-        host, port = address = self._address(transfer)
-        record = TransferEvent(
-            side="receive",
-            transfer_id=transfer.transfer_id,
-            peer=f"{host}:{port}",
-            tokens=transfer.tokens - fetch.start_block * self._context.identity.block_size,
-            asked_s=now_s,
-        )
-        receive = _Receive(fetch, address, event, now_s, record)
-        if transfer.transfer_id in self._receives:
-            self._end(receive, "another request of this instance already receives this transfer id")
-            return
-        self._receives[transfer.transfer_id] = receive
-        request = TransferRequest(
-            transfer.transfer_id, transfer.tokens, transfer.fingerprint, fetch.start_block, self._context.piece_blocks
-        )
-        self._post(address, request)
-
-    def _cancel(self, transfer: Transfer, reason: str) -> None:
-        receive = self._receives.get(transfer.transfer_id)
-        if receive is not None and receive.fetch.transfer.request_id == transfer.request_id:
-            self._give_up(receive, reason)
-        elif receive is None and transfer.host:
-            self._post(self._address(transfer), CancelTransfer(transfer.transfer_id, reason))
-
     def _give_up(self, receive: _Receive, reason: str) -> None:
         """Stop a fetch from this side; one whose blocks are being written right now ends when that is done."""
         if receive.given_up is not None:
             return
         receive.given_up = reason
-        self._post(receive.address, CancelTransfer(receive.record.transfer_id, reason))
+        self._post(receive.address, Cancel(receive.record.transfer_id, reason))
         if not receive.writing:
             self._end(receive, reason)
 
@@ -170,7 +160,7 @@ class Receiver:
             return
         try:
             # These few bytes wait only when the other side has read nothing for a long time.
-            peer.link.channel.send_now(message)
+            peer.link.channel.send(message, wait=False)
         except ChannelClosedError as error:
             self._lose(peer, str(error))
 
@@ -192,20 +182,20 @@ class Receiver:
         channel: Channel | None = None
         try:
             channel = connect(*peer.address, self._context.secret, self._context.identity, self._timeout_s)
-            link = self._context.open_link(channel, False)
+            link = open_link(self._context, channel, sends=False)
             self._send_unsent(peer, link)
             logger.info("prefill worker %s is connected", channel.peer)
             while True:
-                message = msgspec.convert(channel.receive(), Blocks | CancelTransfer | Waiting)
+                message = channel.receive(Blocks | Cancel | Waiting)
                 if isinstance(message, Blocks):
                     self._receive_blocks(link, message)
                     continue
                 with self._changed:
                     if (receive := self._receives.get(message.transfer_id)) is not None:
                         receive.alive_s = time.monotonic()
-                        if isinstance(message, CancelTransfer):
+                        if isinstance(message, Cancel):
                             self._end(receive, message.reason)
-        except (ChannelClosedError, msgspec.ValidationError) as error:
+        except ChannelClosedError as error:
             reason = str(error)
         except Exception as error:
             logger.exception("receiving KV from %s failed", peer.address)
@@ -230,7 +220,7 @@ class Receiver:
 
     def _receive_blocks(self, link: Link, message: Blocks) -> None:
         """Take the bytes off the wire in any case; write them only if the fetch still wants them."""
-        size = message.count * self._context.block_bytes
+        size = message.count * self._context.packer.block_bytes
         if not 0 < message.count <= self._context.piece_blocks or message.bytes != size:
             raise ChannelClosedError(f"a piece of {message.count} blocks and {message.bytes} bytes, which fits nothing")
         begun_s = time.monotonic()
@@ -240,7 +230,7 @@ class Receiver:
             if receive is None or receive.given_up is not None:
                 return
             start = message.start - receive.fetch.start_block
-            if start != receive.received or start + message.count > len(receive.fetch.blocks):
+            if start != receive.record.blocks or start + message.count > len(receive.fetch.blocks):
                 raise ChannelClosedError(f"blocks {message.start}+{message.count} came out of order")
             receive.writing, receive.alive_s = True, time.monotonic()
         try:
@@ -253,9 +243,8 @@ class Receiver:
             raise
         with self._changed:
             receive.writing, receive.alive_s = False, time.monotonic()
-            receive.received += message.count
             receive.record.moved(message.bytes, message.count, begun_s, seconds)
             if receive.given_up is not None:
                 self._end(receive, receive.given_up)
-            elif receive.received == len(receive.fetch.blocks):
+            elif receive.record.blocks == len(receive.fetch.blocks):
                 self._end(receive, None)

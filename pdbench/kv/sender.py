@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,18 @@ from typing import Any
 import msgspec
 
 from pdbench.events import TransferEvent
-from pdbench.kv.channel import Blocks, CancelTransfer, Channel, ChannelClosedError, Listener, TransferRequest, Waiting
-from pdbench.kv.scheduler import PrefillEnd, PrefillProgress, StepPlan, Transfer
-from pdbench.kv.transports import Link, WorkerContext
+from pdbench.kv.channel import (
+    Blocks,
+    Cancel,
+    Channel,
+    ChannelClosedError,
+    FetchRequest,
+    Listener,
+    Waiting,
+    WorkerContext,
+)
+from pdbench.kv.scheduler import PrefillEnd, StepPlan, Transfer
+from pdbench.kv.transports import Link, open_link
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -33,6 +41,9 @@ class _Peer:
     link: Link
     work: queue.SimpleQueue[Callable[[], None] | None] = field(default_factory=queue.SimpleQueue)
 
+    def post(self, message: msgspec.Struct) -> None:
+        self.work.put(lambda: self.link.channel.send(message))
+
 
 @dataclass(eq=False)
 class _Send:
@@ -43,7 +54,7 @@ class _Send:
 
     record: TransferEvent
     transfer: Transfer | None = None
-    request: TransferRequest | None = None
+    request: FetchRequest | None = None
     peer: _Peer | None = None
     blocks: list[int] = field(default_factory=list)
     ready: int = 0
@@ -66,14 +77,12 @@ class Sender:
         self._block_size = context.identity.block_size
         self._by_request: dict[str, _Send] = {}  # prefills whose blocks may be in use
         self._by_transfer: dict[str, _Send] = {}  # transfers that have not ended
-        self._past: OrderedDict[str, str] = OrderedDict()  # transfer id -> how it ended
+        self._past: dict[str, str] = {}  # the latest: transfer id -> how it ended
         self._reports: set[str] = set()
         self._peers: set[_Peer] = set()
         self._stepped_s: float | None = None
         self._closed = False
-        self._listener = Listener(
-            address, context.secret, context.identity, context.timeout_s, self._serve, context.start_thread
-        )
+        self._listener = Listener(address, context, self._serve)
 
     # The engine's thread
 
@@ -84,11 +93,38 @@ class Sender:
                 self._changed.notify_all()
             self._stepped_s = time.monotonic()
             for transfer in plan.expected:
-                self._expect(transfer)
+                send = self._by_transfer.get(transfer.transfer_id)
+                # The scheduler forgets a prefill that is over, while its blocks still wait here for decode.
+                used = transfer.transfer_id in self._past or (send is not None and send.transfer is not None)
+                if send is None or used:
+                    send = _Send(TransferEvent(side="send", transfer_id=transfer.transfer_id))
+                send.transfer, send.ended = transfer, used
+                self._by_request[transfer.request_id] = send
+                if not used:
+                    self._by_transfer[transfer.transfer_id] = send
+                    self._match(send)
             for progress in plan.prefilled:
-                self._advance(progress, event)
+                send = self._by_request.get(progress.request_id)
+                if send is None or send.transfer is None or send.ended:
+                    continue
+                send.blocks = progress.blocks if progress.replace else send.blocks + progress.blocks
+                send.ready = progress.computed_tokens // self._block_size
+                if progress.computed_tokens >= send.transfer.tokens:
+                    send.ready = send.transfer.blocks(self._block_size)  # the last one may be filled in part
+                send.event = event
+                self._wake(send)
             for end in plan.ended:
-                self._end_prefill(end)
+                send = self._by_request.get(end.request_id)
+                if send is None or send.transfer is None:
+                    continue
+                send.prefill_end, send.prefill_end_s = end, self._stepped_s
+                error = end.error
+                if error is None and send.ready * self._block_size < send.transfer.tokens:
+                    # Preempted while its last step was under way.
+                    error = "prefill lost its blocks before they were sent"
+                if error is not None:
+                    self._end(send, error)
+                self._settle(send)
 
     def preempted(self, request_ids: list[str]) -> None:
         """Before a forward pass: these requests lost their blocks, which it may overwrite; waits for a copy under way."""
@@ -118,7 +154,7 @@ class Sender:
             if self._stepped_s is not None and now_s - self._stepped_s < self._timeout_s:
                 for send in self._by_transfer.values():
                     if send.transfer is not None and send.peer is not None:
-                        self._post(send.peer, Waiting(send.record.transfer_id))
+                        send.peer.post(Waiting(send.record.transfer_id))
 
     def close(self) -> None:
         """Stop listening and disconnect all peers."""
@@ -132,82 +168,38 @@ class Sender:
 
     # Transfers; the caller holds the lock
 
-    def _expect(self, transfer: Transfer) -> None:
-        send = self._by_transfer.get(transfer.transfer_id)
-        # The scheduler forgets a prefill that is over, while its blocks still wait here for decode.
-        used = transfer.transfer_id in self._past or (send is not None and send.transfer is not None)
-        if send is None or used:
-            send = _Send(TransferEvent(side="send", transfer_id=transfer.transfer_id))
-        send.transfer, send.ended = transfer, used
-        self._by_request[transfer.request_id] = send
-        if not used:
-            self._by_transfer[transfer.transfer_id] = send
-            if send.request is not None:
-                self._match(send, transfer, send.request)
-
-    def _advance(self, progress: PrefillProgress, event: Any) -> None:
-        send = self._by_request.get(progress.request_id)
-        if send is None or send.transfer is None or send.ended:
-            return
-        send.blocks = progress.blocks if progress.replace else send.blocks + progress.blocks
-        send.ready = progress.computed_tokens // self._block_size
-        if progress.computed_tokens >= send.transfer.tokens:
-            send.ready = send.transfer.blocks(self._block_size)  # the last one may be filled in part
-        send.event = event
-        self._wake(send)
-
-    def _end_prefill(self, end: PrefillEnd) -> None:
-        send = self._by_request.get(end.request_id)
-        if send is None or send.transfer is None:
-            return
-        send.prefill_end, send.prefill_end_s = end, time.monotonic()
-        error = end.error
-        if error is None and send.ready * self._block_size < send.transfer.tokens:
-            error = "prefill lost its blocks before they were sent"  # preempted while its last step was under way
-        if error is not None:
-            self._end(send, error)
-        self._settle(send)
-
-    def _request(self, request: TransferRequest, peer: _Peer) -> None:
+    def _request(self, request: FetchRequest, peer: _Peer) -> None:
         """Decode asks for a transfer, perhaps before its prefill came."""
         send = self._by_transfer.get(request.transfer_id)
         if (reason := self._past.get(request.transfer_id)) is not None:
-            self._cancel(peer, request.transfer_id, f"this transfer id was used before ({reason})")
+            peer.post(Cancel(request.transfer_id, f"this transfer id was used before ({reason})"))
             return
         if send is None:
             send = _Send(TransferEvent(side="send", transfer_id=request.transfer_id))
             self._by_transfer[request.transfer_id] = send
         elif send.request is not None:
-            self._cancel(peer, request.transfer_id, "another request asked for this transfer id before")
+            peer.post(Cancel(request.transfer_id, "another request asked for this transfer id before"))
             return
         send.request, send.peer, send.record.asked_s = request, peer, time.monotonic()
-        if send.transfer is not None:
-            self._match(send, send.transfer, request)
+        self._match(send)
 
-    def _match(self, send: _Send, transfer: Transfer, request: TransferRequest) -> None:
-        """Both sides are here: start if they mean the same prompt; else refuse the request, so that another one may come."""
-        assert send.peer is not None
+    def _match(self, send: _Send) -> None:
+        """Once both sides are here: start if they mean the same prompt; else refuse the request, so that another one may come."""
+        transfer, request, peer = send.transfer, send.request, send.peer
+        if transfer is None or request is None or peer is None:
+            return
         blocks = transfer.blocks(self._block_size)
         if (request.tokens, request.fingerprint) != (transfer.tokens, transfer.fingerprint):
             reason = f"the prompts of this transfer id differ (prefill's {transfer.tokens} tokens, decode's {request.tokens})"
         elif not 0 <= request.start_block < blocks:
             reason = f"decode asked for block {request.start_block} of a prompt of {blocks} blocks"
         else:
-            send.sent, send.record.peer = request.start_block, send.peer.link.channel.peer
+            send.sent, send.record.peer = request.start_block, peer.link.channel.peer
             send.record.tokens = transfer.tokens - request.start_block * self._block_size
             self._wake(send)
             return
-        self._cancel(send.peer, transfer.transfer_id, reason)
+        peer.post(Cancel(transfer.transfer_id, reason))
         send.request = send.peer = send.record.asked_s = None
-
-    def _cancelled(self, message: CancelTransfer, peer: _Peer) -> None:
-        """Decode gave a transfer up; one that another worker asked for is not its to give up."""
-        send = self._by_transfer.get(message.transfer_id)
-        if send is None:
-            self._remember(message.transfer_id, message.reason)
-        elif send.peer is None or send.peer is peer:
-            send.request = send.peer = None  # it need not be told
-            self._end(send, message.reason)
 
     def _wake(self, send: _Send) -> None:
         if send.peer is not None and send.ready > send.sent:
@@ -222,7 +214,7 @@ class Sender:
         self._by_transfer.pop(transfer_id, None)
         self._remember(transfer_id, error or "it was sent")
         if error is not None and send.peer is not None:
-            self._cancel(send.peer, transfer_id, error)
+            send.peer.post(Cancel(transfer_id, error))
         if send.transfer is not None:
             send.record.error = error
             self._context.finish(send.record)
@@ -239,13 +231,7 @@ class Sender:
     def _remember(self, transfer_id: str, reason: str) -> None:
         self._past[transfer_id] = reason
         while len(self._past) > REMEMBERED_TRANSFERS:
-            self._past.popitem(last=False)
-
-    def _cancel(self, peer: _Peer, transfer_id: str, reason: str) -> None:
-        self._post(peer, CancelTransfer(transfer_id, reason))
-
-    def _post(self, peer: _Peer, message: msgspec.Struct) -> None:
-        peer.work.put(lambda: peer.link.channel.send(message))
+            del self._past[next(iter(self._past))]
 
     # A peer's two threads
 
@@ -258,7 +244,7 @@ class Sender:
                 channel.close()
                 return
         try:
-            peer = _Peer(self._context.open_link(channel, True))
+            peer = _Peer(open_link(self._context, channel, sends=True))
         except Exception as error:
             logger.warning("no link to decode worker %s: %s", channel.peer, error)
             channel.close()
@@ -277,8 +263,6 @@ class Sender:
             return
         except ChannelClosedError as error:
             reason = str(error)
-        except msgspec.ValidationError as error:
-            reason = f"not a message of the protocol: {error}"
         except Exception as error:
             logger.exception("the KV connection to %s failed", peer.link.channel.peer)
             reason = f"{type(error).__name__}: {error}"
@@ -293,12 +277,15 @@ class Sender:
 
     def _read(self, peer: _Peer) -> None:
         while True:
-            message = msgspec.convert(peer.link.channel.receive(), TransferRequest | CancelTransfer)
+            message = peer.link.channel.receive(FetchRequest | Cancel)
             with self._changed:
-                if isinstance(message, TransferRequest):
+                if isinstance(message, FetchRequest):
                     self._request(message, peer)
-                else:
-                    self._cancelled(message, peer)
+                elif (send := self._by_transfer.get(message.transfer_id)) is None:
+                    self._remember(message.transfer_id, message.reason)
+                elif send.peer is None or send.peer is peer:  # what another worker asked for is not its to give up
+                    send.request = send.peer = None  # it need not be told
+                    self._end(send, message.reason)
 
     def _write(self, peer: _Peer) -> None:
         while (task := peer.work.get()) is not None:

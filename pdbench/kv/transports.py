@@ -11,105 +11,107 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from vllm.distributed.device_communicators import pynccl_wrapper as pynccl
 
-from pdbench.events import TransferEvent
 from pdbench.kv.blocks import BlockPacker
-from pdbench.kv.channel import Blocks, Channel, ChannelClosedError, Identity, StartThread
-from pdbench.kv.compat import UnsupportedError
+from pdbench.kv.channel import Blocks, Channel, WorkerContext
 
 # A communicator takes a second or two to make; a peer that dies meanwhile would block NCCL for good.
 NCCL_OPEN_TIMEOUT_S = 60.0
 NCCL_POLL_S = 0.00005
 
 
-class Link(Protocol):
+class Link(ABC):
     """What moves a pair's blocks: prefill packs and sends, decode receives and unpacks, one piece at a time, in order.
 
     One thread uses it at a time, `close` may come from any. The buffer is reused by the next piece. `after` is a CUDA event of the
     forward pass that must be over first, None on CPU. Every method may raise ChannelClosedError.
     """
 
-    channel: Channel
+    _host: torch.Tensor | None = None
+    """The buffer's twin in pinned memory, for a transport that sends from there."""
+
+    def __init__(self, channel: Channel, packer: BlockPacker, on_gpu: bool, staging_bytes: int) -> None:
+        self.channel, self._packer = channel, packer
+        # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
+        self._stream: Any = torch.cuda.Stream(packer.device, priority=-1) if on_gpu else None
+        # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
+        self._passed: Any = torch.cuda.Event(blocking=True) if on_gpu else None
+        self._staging = self._buffer(staging_bytes)
 
     def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
         """Gather blocks, which may be overwritten then; returns the bytes, and when (time.monotonic()) the pass was over."""
+        ready_s = time.monotonic()
+        with self._on_stream(after):
+            packed = self._packer.gather(block_ids, self._staging)
+            if self._host is not None:
+                self._host[: packed.numel()].copy_(packed, non_blocking=True)
+        if self._passed is not None:
+            after.synchronize()
+            ready_s = time.monotonic()
+            self._passed.synchronize()
+        return packed.numel(), ready_s
 
+    @abstractmethod
     def send(self, header: Blocks, count: int) -> float:
         """Send header and the `count` bytes packed last; returns the seconds on the wire, when the buffer is free again."""
 
+    @abstractmethod
     def receive(self, count: int) -> float:
         """Receive the `count` bytes behind a header; returns the seconds on the wire."""
 
     def unpack(self, count: int, block_ids: Sequence[int], after: Any) -> None:
         """Scatter the bytes received last; returns when they are in the cache."""
+        packed = self._staging[:count]
+        with self._on_stream(after):
+            if self._host is not None:
+                packed.copy_(self._host[:count], non_blocking=True)
+            self._packer.scatter(packed, block_ids)
+        if self._passed is not None:
+            self._passed.synchronize()
 
     def close(self) -> None:
         """End it; a method that waits raises ChannelClosedError."""
+        self.channel.close()
+
+    @contextmanager
+    def _on_stream(self, after: Any) -> Iterator[None]:
+        """Do what follows on the link's stream and behind `after`, with `_passed` at its end; on CPU now."""
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                self._stream.wait_event(after)
+            yield
+            if self._passed is not None:
+                self._passed.record()
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        with torch.cuda.stream(self._stream):
+            return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
 
 
-OpenLink = Callable[[Channel, bool], Link]
-"""Makes the link of a channel after its handshake; True on the side that sends."""
+def open_link(context: WorkerContext, channel: Channel, sends: bool) -> Link:
+    """Make the link of a channel after its handshake. Raises ChannelClosedError, or whatever a GPU without room raises."""
+    if context.identity.transport == "tcp":
+        return TcpLink(channel, context.packer, context.staging_bytes)
+    return NcclLink(channel, context.packer, context.staging_bytes, sends, context.start_thread)
 
 
-@dataclass(frozen=True)
-class WorkerContext:
-    """What the sending and the receiving half of one worker share. `changed` is the lock of all transfers' states."""
-
-    secret: bytes
-    identity: Identity
-    open_link: OpenLink
-    block_bytes: int
-    piece_blocks: int
-    timeout_s: float
-    changed: threading.Condition
-    finish: Callable[[TransferEvent], None]
-    start_thread: StartThread
-
-
-def link_opener(transport: str, packer: BlockPacker, staging_bytes: int, start_thread: StartThread) -> OpenLink:
-    """Opens links of this worker's cache, with a buffer of `staging_bytes` per peer. Raises UnsupportedError."""
-    size = max(staging_bytes, packer.block_bytes)
-    if transport == "tcp":
-        return lambda channel, sends: TcpLink(channel, packer, size)
-    if packer.device.type != "cuda":
-        raise UnsupportedError(f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp")
-    return lambda channel, sends: NcclLink(channel, packer, size, sends, start_thread)
-
-
-class TcpLink:
+class TcpLink(Link):
     """Link over the control connection."""
 
     def __init__(self, channel: Channel, packer: BlockPacker, staging_bytes: int) -> None:
-        self.channel, self._packer = channel, packer
-        on_device = packer.device.type != "cpu"
-        # Host memory that the socket reads and writes directly; on a GPU pinned, with a twin on the device.
-        self._host = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=on_device)
-        self._bytes = memoryview(self._host.numpy())
-        self._device = torch.empty(staging_bytes, dtype=torch.uint8, device=packer.device) if on_device else None
-        self._stream = torch.cuda.Stream(packer.device) if on_device else None
-
-    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
-        count = len(block_ids) * self._packer.block_bytes
-        if self._device is None or self._stream is None:
-            begun_s = time.monotonic()
-            self._packer.gather(block_ids, self._host)
-            return count, begun_s
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            packed = self._packer.gather(block_ids, self._device)
-            self._host[:count].copy_(packed, non_blocking=True)
-        if after is not None:
-            after.synchronize()
-        ready_s = time.monotonic()
-        self._stream.synchronize()
-        return count, ready_s
+        on_gpu = packer.device.type != "cpu"
+        super().__init__(channel, packer, on_gpu, staging_bytes)
+        # The socket reads and writes host memory directly.
+        if on_gpu:
+            self._host = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True)
+        self._bytes = memoryview((self._staging if self._host is None else self._host).numpy())
 
     def send(self, header: Blocks, count: int) -> float:
         begun_s = time.monotonic()
@@ -121,41 +123,25 @@ class TcpLink:
         self.channel.receive_into(self._bytes[:count])
         return time.monotonic() - begun_s
 
-    def unpack(self, count: int, block_ids: Sequence[int], after: Any) -> None:
-        if self._device is None or self._stream is None:
-            self._packer.scatter(self._host[:count], block_ids)
-            return
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            packed = self._device[:count]
-            packed.copy_(self._host[:count], non_blocking=True)
-            self._packer.scatter(packed, block_ids)
-        self._stream.synchronize()
 
-    def close(self) -> None:
-        self.channel.close()
-
-
-class NcclLink:
+class NcclLink(Link):
     """Link over an NCCL communicator of two."""
 
     def __init__(
-        self, channel: Channel, packer: BlockPacker, staging_bytes: int, sends: bool, start_thread: StartThread
+        self,
+        channel: Channel,
+        packer: BlockPacker,
+        staging_bytes: int,
+        sends: bool,
+        start_thread: Callable[..., threading.Thread],
     ) -> None:
-        self.channel = channel
-        self._packer, self._sends, self._start_thread = packer, sends, start_thread
+        super().__init__(channel, packer, True, 1)
+        self._sends, self._start_thread = sends, start_thread
         self._library = pynccl.NCCLLibrary()
         self._using = threading.Lock()
         self._closed = threading.Event()
         self._comm: Any = None
-        with torch.cuda.device(packer.device):
-            # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
-            self._stream = torch.cuda.Stream(packer.device, priority=-1)
-            self._staging = self._buffer(1)
-            self._begun, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
-            self._passed = torch.cuda.Event(blocking=True)
+        self._begun, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         try:
             self._open_in_time()
             # Only now: a peer that dies while NCCL opens can leave a thread behind in NCCL, which must not hold much.
@@ -163,18 +149,6 @@ class NcclLink:
         except BaseException:
             self.close()
             raise
-
-    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            packed = self._packer.gather(block_ids, self._staging)
-            self._passed.record()
-        if after is not None:
-            after.synchronize()
-        ready_s = time.monotonic()
-        self._passed.synchronize()
-        return packed.numel(), ready_s
 
     def send(self, header: Blocks, count: int) -> float:
         """The seconds returned are from launch to end, the peer's answer included."""
@@ -187,24 +161,12 @@ class NcclLink:
         self._launch(count)
         return self._finish()
 
-    def unpack(self, count: int, block_ids: Sequence[int], after: Any) -> None:
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            self._packer.scatter(self._staging[:count], block_ids)
-            self._passed.record()
-        self._passed.synchronize()
-
     def close(self) -> None:
         """End it: what waits raises ChannelClosedError, and the communicator is aborted in the background."""
         self.channel.close()
         if not self._closed.is_set():
             self._closed.set()
             self._start_thread("kv-nccl-abort", self._abort)
-
-    def _buffer(self, size: int) -> torch.Tensor:
-        with torch.cuda.device(self._packer.device), torch.cuda.stream(self._stream):
-            return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
 
     def _open_in_time(self) -> None:
         """Open in a thread of its own and wait for it. Raises ChannelClosedError when that fails or does not end."""
@@ -219,9 +181,9 @@ class NcclLink:
         thread = self._start_thread("kv-nccl-open", run)
         thread.join(NCCL_OPEN_TIMEOUT_S)
         if thread.is_alive():
-            raise ChannelClosedError(f"{self.channel.peer}: no NCCL communicator in {NCCL_OPEN_TIMEOUT_S:g} s")
+            raise self.channel.failed(f"no NCCL communicator in {NCCL_OPEN_TIMEOUT_S:g} s")
         if failures:
-            raise ChannelClosedError(f"{self.channel.peer}: no NCCL communicator ({failures[0]})") from failures[0]
+            raise self.channel.failed(f"no NCCL communicator ({failures[0]})") from failures[0]
 
     def _open(self) -> None:
         """Make the communicator and move one byte through it, so that NCCL connects now and not in the first transfer."""
@@ -233,7 +195,7 @@ class NcclLink:
             try:
                 unique_id = self._library.unique_id_from_bytes(bytes.fromhex(message["id"]))
             except (KeyError, TypeError, ValueError) as error:
-                raise ChannelClosedError(f"{self.channel.peer}: no NCCL id came") from error
+                raise self.channel.failed("no NCCL id came") from error
         with torch.cuda.device(self._packer.device):
             self._comm = self._library.ncclCommInitRank(2, unique_id, 0 if self._sends else 1)
             if self._closed.is_set():  # given up meanwhile, perhaps before there was anything to abort
@@ -248,7 +210,7 @@ class NcclLink:
         call = self._library.ncclSend if self._sends else self._library.ncclRecv
         with self._using, torch.cuda.stream(self._stream):
             if self._closed.is_set() or self._comm is None:
-                raise ChannelClosedError(f"{self.channel.peer}: the connection is closed")
+                raise self.channel.failed("the connection is closed")
             self._begun.record()
             call(pointer, count, pynccl.ncclDataTypeEnum.ncclUint8, 1 if self._sends else 0, self._comm, stream)
             self._ended.record()
@@ -259,7 +221,7 @@ class NcclLink:
         while not self._ended.query():
             if self._closed.is_set() or time.monotonic() > deadline_s:
                 self.close()
-                raise ChannelClosedError(f"{self.channel.peer}: the GPU transfer was not finished by the other side")
+                raise self.channel.failed("the GPU transfer was not finished by the other side")
             time.sleep(NCCL_POLL_S)
         return float(self._begun.elapsed_time(self._ended)) / 1e3
 

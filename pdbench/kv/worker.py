@@ -9,20 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pdbench.events import TransferEvent
 from pdbench.kv.blocks import make_packer
-from pdbench.kv.channel import Identity
-from pdbench.kv.compat import Options, shared_secret
+from pdbench.kv.channel import Identity, WorkerContext
+from pdbench.kv.compat import Options, UnsupportedError, shared_secret
 from pdbench.kv.metrics import TransferRecorder
 from pdbench.kv.receiver import Receiver
 from pdbench.kv.scheduler import StepPlan
 from pdbench.kv.sender import Sender
-from pdbench.kv.transports import WorkerContext, link_opener
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,13 +35,12 @@ SWITCH_INTERVAL_S = 0.0001
 CLOSE_TIMEOUT_S = 3.0
 
 
-@dataclass
-class Reports:
+class Reports(NamedTuple):
     """Requests whose transfers ended in a step; `received` includes those that `failed`, which come with their blocks."""
 
-    sent: set[str] = field(default_factory=set)
-    received: set[str] = field(default_factory=set)
-    failed: dict[str, list[int]] = field(default_factory=dict)
+    sent: set[str]
+    received: set[str]
+    failed: dict[str, list[int]]
 
 
 class Threads:
@@ -77,52 +73,52 @@ class Threads:
 
 
 class KvWorker:
-    """One rank's transfers. `rank` and `ranks` are of tensor parallelism; rank i listens on the instance's kv_port + i."""
+    """One rank's transfers: takes vLLM's KV cache (layer name -> tensor) of `blocks` blocks, and listens if it `produces`.
 
-    def __init__(self, options: Options, rank: int, ranks: int, block_size: int, model: str) -> None:
-        self._options, self._rank, self._ranks = options, rank, ranks
-        self._block_size, self._model = block_size, model
-        self._changed = threading.Condition()
-        self._threads = Threads()
-        self.recorder = TransferRecorder(options.event_log)
-        self._sender: Sender | None = None
-        self._receiver: Receiver | None = None
-        self._closed = threading.Event()
-        self._on_gpu = False
+    `rank` and `ranks` are of tensor parallelism; rank i listens on the instance's kv_port + i. Raises UnsupportedError, OSError.
+    """
 
-    def start(self, kv_caches: dict[str, torch.Tensor], blocks: int, produces: bool, consumes: bool) -> None:
-        """Take vLLM's KV cache (layer name -> tensor) of `blocks` blocks and listen or connect. Raises UnsupportedError, OSError."""
-        options = self._options
+    def __init__(
+        self,
+        options: Options,
+        *,
+        rank: int,
+        ranks: int,
+        block_size: int,
+        model: str,
+        kv_caches: dict[str, torch.Tensor],
+        blocks: int,
+        produces: bool,
+    ) -> None:
         packer = make_packer(kv_caches, blocks)
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
-        staging_bytes = options.staging_mib << 20
+        if options.transport == "nccl" and not self._on_gpu:
+            raise UnsupportedError(
+                f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp"
+            )
+        self._threads = Threads()
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self.recorder = TransferRecorder(options.event_log, rank)
         context = WorkerContext(
             secret=shared_secret(),
-            identity=Identity(
-                transport=options.transport,
-                tensor_parallel=self._ranks,
-                rank=self._rank,
-                block_size=self._block_size,
-                layout=packer.layout,
-                model=self._model,
-            ),
-            open_link=link_opener(options.transport, packer, staging_bytes, self._threads.start),
-            block_bytes=packer.block_bytes,
-            piece_blocks=max(1, staging_bytes // packer.block_bytes),
+            identity=Identity(options.transport, ranks, rank, block_size, packer.layout, model),
+            packer=packer,
+            staging_bytes=max(options.staging_mib << 20, packer.block_bytes),
             timeout_s=options.transfer_timeout_s,
             changed=self._changed,
-            finish=self._finish,
+            finish=self.recorder.add,
             start_thread=self._threads.start,
         )
+        self._receiver = Receiver(context)
+        self._sender: Sender | None = None
         if produces:
-            address = (options.kv_ip, options.port + self._rank)
+            address = (options.kv_ip, options.port + rank)
             self._sender = Sender(address, context)
-            logger.info("prefill rank %d listens for decode on %s:%d (%s)", self._rank, *address, options.transport)
-        if consumes:
-            self._receiver = Receiver(context)
-        self._threads.start("kv-time", self._keep_time)
+            logger.info("prefill rank %d listens for decode on %s:%d (%s)", rank, *address, options.transport)
+        self._threads.start("kv-time", self._keep_time, min(1.0, options.transfer_timeout_s / 10))
 
     def before_forward(self, plan: StepPlan) -> None:
         """Before the step's forward pass, which may overwrite the blocks of preempted requests."""
@@ -131,16 +127,16 @@ class KvWorker:
 
     def load(self, plan: StepPlan) -> None:
         """Start and cancel fetches, which threads carry out."""
-        if self._receiver is not None and (plan.fetches or plan.cancelled):
+        if plan.fetches or plan.cancelled:
             self._receiver.step(plan, self._mark())
 
-    def after_forward(self, plan: StepPlan) -> None:
-        """The step's forward pass is launched (on CPU: done): what it computes may travel once it is over."""
+    def after_forward(self, plan: StepPlan) -> Reports:
+        """The step's forward pass is launched (on CPU: done): what it computes may travel once it is over.
+
+        Returns what ended since the last step; a step without a forward pass waits a moment for something to end.
+        """
         if self._sender is not None:
             self._sender.step(plan, self._mark() if plan.prefilled else None)
-
-    def poll(self, plan: StepPlan) -> Reports:
-        """What ended since the last step; a step without a forward pass waits a moment for something to end."""
         with self._changed:
             reports = self._take_reports()
             if plan.idle and not (reports.sent or reports.received) and self._changed.wait(IDLE_WAIT_S):
@@ -149,27 +145,21 @@ class KvWorker:
 
     def take_received(self) -> set[str]:
         """Requests whose KV came since the last report; failures wait for `poll`."""
-        if self._receiver is None:
-            return set()
         with self._changed:
             return self._receiver.take_reports(failures=False)[0]
 
     def close(self) -> None:
         """End all transfers and threads."""
         self._closed.set()
-        for half in (self._sender, self._receiver):
-            if half is not None:
-                half.close()
+        if self._sender is not None:
+            self._sender.close()
+        self._receiver.close()
         self._threads.join(CLOSE_TIMEOUT_S)
         self.recorder.close()
 
     def _take_reports(self) -> Reports:
-        reports = Reports()
-        if self._sender is not None:
-            reports.sent = self._sender.take_reports()
-        if self._receiver is not None:
-            reports.received, reports.failed = self._receiver.take_reports()
-        return reports
+        sent = self._sender.take_reports() if self._sender is not None else set()
+        return Reports(sent, *self._receiver.take_reports())
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event behind all that is launched so far on the engine's stream; None on CPU, where all of it is done."""
@@ -180,12 +170,8 @@ class KvWorker:
         event.record()
         return event
 
-    def _finish(self, record: TransferEvent) -> None:
-        record.rank = self._rank
-        self.recorder.add(record)
-
-    def _keep_time(self) -> None:
-        while not self._closed.wait(min(1.0, self._options.transfer_timeout_s / 10)):
+    def _keep_time(self, interval_s: float) -> None:
+        while not self._closed.wait(interval_s):
             for half in (self._sender, self._receiver):
                 try:
                     if half is not None:

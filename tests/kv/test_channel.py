@@ -1,17 +1,16 @@
 """The connection between two workers: who is let in, who is refused, and that no peer can make it hang."""
 
-import dataclasses
 import socket
 import struct
 import threading
 
+import msgspec
 import pytest
 
 from pdbench.kv import channel
 from pdbench.kv.channel import (
     Channel,
     ChannelClosedError,
-    HandshakeError,
     Identity,
     accept_handshake,
     connect,
@@ -61,7 +60,7 @@ def test_handshake_of_equal_sides_succeeds(ends):
 
 def test_handshake_with_another_secret_is_refused_on_both_sides(ends):
     raised = shake(ends, decode_secret=b"another secret of length")
-    assert isinstance(raised["prefill"], HandshakeError) and isinstance(raised["decode"], HandshakeError)
+    assert "PDBENCH_KV_SECRET" in str(raised["prefill"])
     assert "PDBENCH_KV_SECRET" in str(raised["decode"])
 
 
@@ -77,9 +76,9 @@ def test_handshake_with_another_secret_is_refused_on_both_sides(ends):
     ],
 )
 def test_handshake_of_unequal_sides_names_the_difference(ends, field, value):
-    raised = shake(ends, decode_identity=dataclasses.replace(IDENTITY, **{field: value}))
+    raised = shake(ends, decode_identity=msgspec.structs.replace(IDENTITY, **{field: value}))
     assert f"{field} is {value} on the decode side" in str(raised["decode"])
-    assert isinstance(raised["prefill"], HandshakeError)
+    assert f"{field} is {value} on the decode side" in str(raised["prefill"])
 
 
 def test_prefill_that_reflects_the_proof_is_refused(ends):
@@ -91,7 +90,7 @@ def test_prefill_that_reflects_the_proof_is_refused(ends):
 
     thread = threading.Thread(target=impostor)
     thread.start()
-    with pytest.raises(HandshakeError, match="did not prove"):
+    with pytest.raises(ChannelClosedError, match="did not prove"):
         offer_handshake(ends[0], SECRET, IDENTITY)
     thread.join()
 
@@ -137,17 +136,17 @@ def test_message_that_stops_half_way_closes_but_an_idle_connection_stays(ends):
         ends[1].receive(idle=True)
 
 
-def test_send_now_does_not_wait_for_a_reader(ends):
+def test_send_without_wait_does_not_wait_for_a_reader(ends):
     with pytest.raises(ChannelClosedError):
         for _ in range(10_000):
-            ends[0].send_now({"type": "request", "padding": "x" * 10_000})
+            ends[0].send({"type": "request", "padding": "x" * 10_000}, wait=False)
 
 
 def test_channel_that_another_thread_closed_raises_at_every_use(ends):
     ends[0].close()
     for use in (
         lambda: ends[0].send({"type": "request"}),
-        lambda: ends[0].send_now({"type": "request"}),
+        lambda: ends[0].send({"type": "request"}, wait=False),
         lambda: ends[0].set_timeout(1.0),
         ends[0].receive,
     ):

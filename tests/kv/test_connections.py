@@ -12,11 +12,10 @@ import torch
 
 from pdbench.kv.channel import (
     Blocks,
-    CancelTransfer,
+    Cancel,
     Channel,
     ChannelClosedError,
-    Identity,
-    TransferRequest,
+    FetchRequest,
     accept_handshake,
     connect,
 )
@@ -137,7 +136,7 @@ def test_prefill_after_its_request_timed_out_keeps_nothing():
     with instances(lambda: Instance("prefill", free_port(), timeout_s=1.0)) as p:
         p.step()
         transfer, channel = new_transfer(8), connected(p)
-        channel.send(TransferRequest(transfer.transfer_id, tokens=8, fingerprint="same", start_block=0, piece_blocks=4))
+        channel.send(FetchRequest(transfer.transfer_id, tokens=8, fingerprint="same", start_block=0, piece_blocks=4))
         assert "no such prefill came" in channel.receive()["reason"]
         prefill(p, transfer, [1, 2])
         assert p.sent == [transfer.request_id]
@@ -147,8 +146,8 @@ def test_reader_error_disconnects_the_peer(monkeypatch, caplog):
     with instances(lambda: Instance("prefill", free_port())) as p:
         p.step()
         channel, sender = connected(p), p.worker._sender
-        monkeypatch.setattr(sender, "_cancelled", lambda *_: 1 / 0)
-        channel.send(CancelTransfer("t", "why"))
+        monkeypatch.setattr(sender, "_remember", lambda *_: 1 / 0)
+        channel.send(Cancel("t", "why"))
         with pytest.raises(ChannelClosedError):
             channel.receive(idle=False)
         p.until(lambda: not sender._peers)
@@ -172,14 +171,7 @@ def false_prefill(behave):
             behave(channel)
 
         template = Instance("decode")
-        identity = Identity(
-            transport="tcp",
-            tensor_parallel=1,
-            rank=0,
-            block_size=BLOCK,
-            layout=template.worker._receiver._context.identity.layout,
-            model="model",
-        )
+        identity = template.worker._receiver._context.identity
         template.worker.close()
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -240,7 +232,7 @@ def test_stopped_decode_does_not_hold_blocks_for_ever():
     with instances(lambda: Instance("prefill", port, layout=big, timeout_s=0.5)) as p:
         transfer = new_transfer(16)
         connected(p).send(
-            TransferRequest(transfer.transfer_id, tokens=16, fingerprint="same", start_block=0, piece_blocks=4)
+            FetchRequest(transfer.transfer_id, tokens=16, fingerprint="same", start_block=0, piece_blocks=4)
         )
         prefill(p, transfer, [0, 1, 2, 3])
         p.until(lambda: p.sent == [transfer.request_id])

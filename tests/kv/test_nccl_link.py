@@ -68,7 +68,9 @@ def library(monkeypatch):
 @pytest.fixture
 def channel():
     """One end of a connection whose other end says nothing."""
-    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
     with ours, theirs:
         yield Channel(ours, 5.0)
 

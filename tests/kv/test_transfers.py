@@ -63,8 +63,8 @@ def test_only_missing_blocks_travel(kv_pair, tmp_path):
     settled(p, d, transfer)
     assert torch.equal(p.blocks(list(range(3, 8))), d.blocks(list(range(23, 28))))
     assert torch.equal(before, d.blocks([20, 21, 22]))
-    stats = d.worker.recorder.take_stats()
-    assert stats.data["receive_bytes"] == [5 * LAYERS * BLOCK * 8 * 4]
+    ((_, _, moved, _, _),) = d.worker.recorder.take_stats().data["transfers"]
+    assert moved == 5 * LAYERS * BLOCK * 8 * 4
 
 
 def test_finished_chunks_travel_while_later_ones_compute(kv_pair):
@@ -159,7 +159,10 @@ def test_event_log_and_statistics_of_both_sides(tmp_path):
         fetch(d, lost, [20, 21], free_port())
         d.until(lambda: d.failed == [lost.request_id])
         stats = d.worker.recorder.take_stats()
-        assert stats.data["receive_bytes"] == [3 * LAYERS * BLOCK * 8 * 4] and stats.data["receive_failed"] == [1]
+        assert [t[:3] for t in stats.data["transfers"]] == [
+            ("receive", True, 3 * LAYERS * BLOCK * 8 * 4),
+            ("receive", False, 0),
+        ]
         assert stats.reduce()["receive transfers"] == 1 and stats.reduce()["receive failures"] == 1
         assert d.worker.recorder.take_stats() is None
     send, receive, failure = (json.loads(line) for log in logs for line in Path(log).read_text().splitlines())
@@ -174,13 +177,13 @@ def test_event_log_and_statistics_of_both_sides(tmp_path):
 
 
 def test_event_log_that_cannot_be_written_is_logged_once_and_holds_nothing(caplog):
-    recorder = TransferRecorder("/dev/full")
+    recorder = TransferRecorder("/dev/full", rank=0)
     for _ in range(3):
         recorder.add(TransferEvent(side="send", transfer_id="t"))
     wait_until(recorder._lines.empty, PATIENCE_S)
     recorder.close()
     assert caplog.text.count("cannot be written") == 1
-    assert recorder.take_stats().data["send_bytes"] == [0, 0, 0]
+    assert recorder.take_stats().reduce()["send transfers"] == 3
 
 
 def halves(worker, ranks):

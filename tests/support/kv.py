@@ -59,8 +59,16 @@ class Instance:
             event_log=self.event_log,
             staging_mib=self.staging_mib,
         )
-        self.worker = KvWorker(options, self.rank, self.ranks, BLOCK, "model")
-        self.worker.start(self.cache, self.layout[0], self.role == "prefill", self.role == "decode")
+        self.worker = KvWorker(
+            options,
+            rank=self.rank,
+            ranks=self.ranks,
+            block_size=BLOCK,
+            model="model",
+            kv_caches=self.cache,
+            blocks=self.layout[0],
+            produces=self.role == "prefill",
+        )
 
     def step(self, **plan):
         """One engine step on the instance's device; keeps what the worker reported."""
@@ -68,8 +76,7 @@ class Instance:
         with torch.cuda.device(self.device) if self.device != "cpu" else nullcontext():
             self.worker.before_forward(step_plan)
             self.worker.load(step_plan)
-            self.worker.after_forward(step_plan)
-            reports = self.worker.poll(step_plan)
+            reports = self.worker.after_forward(step_plan)
         self.sent += reports.sent
         self.received += reports.received
         self.failed += reports.failed
