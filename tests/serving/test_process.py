@@ -84,6 +84,7 @@ def test_state_of_a_dead_server_has_its_exit_code_and_the_end_of_its_log(
     [
         ("OSError: [Errno 98] Address already in use", "pdbench doctor"),
         ("torch.OutOfMemoryError: CUDA out of memory", "--gpu-memory-utilization"),
+        ("Out of memory: Killed process 7 (python)", "the system ended it"),
         ("RuntimeError: No CUDA GPUs are available", "nvidia-smi"),
         ("error: unrecognized arguments: --nonsense", "--vllm-args"),
     ],
