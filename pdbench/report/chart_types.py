@@ -33,10 +33,9 @@ Kind = Literal["line", "points", "bar", "hbar", "area", "boxes", "interval"]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line, set of points, bars or boxes. NaN in `y` breaks a line. Areas and boxes are behind the others, on an axis of their own.
+    """One line, set of points, bars or boxes; `labels` are texts beside its points or bars. NaN in `y` breaks a line.
 
-    boxes: `x` holds (start, end) pairs, `y` rows of height 1. interval: `low` and `high` bound each `x`. `labels` are texts beside
-    the points or bars.
+    boxes: `x` holds (start, end) pairs, `y` rows of height 1. interval: `low` and `high` bound each `x`.
     """
 
     kind: Kind = "line"
@@ -57,6 +56,7 @@ class Series:
 
     @property
     def behind(self) -> bool:
+        """Is it drawn behind the others, on a vertical axis of its own?"""
         return self.kind in ("area", "boxes")
 
 
@@ -77,8 +77,8 @@ class Axis:
 class Panel:
     """Series that share axes. Without series, `not_measured` says why.
 
-    `rows` are (values, verdict) of an interval panel, named by `y.names`. `spread` holds values whose histogram is drawn beside the panel, with
-    `marks` (p50 -> value). `lines` are dotted verticals, `pauses` stretches of x left blank.
+    `rows` are (values, verdict) of an interval panel, named by `y.names`. `spread` holds values whose histogram is drawn beside
+    the panel, with `marks` (p50 -> value). `lines` are dotted verticals, `pauses` stretches of x left blank.
     """
 
     title: str

@@ -42,9 +42,8 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         save_analysis(analysis, folder)
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
         write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
-        console.print(
-            *map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis), sep="\n"
-        )
+        shown = [*map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis)]
+        console.print(*shown, sep="\n")
         _say(console, f"results: {folder}/")
         analyses.append(analysis)
     if len(analyses) > 1:

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -182,7 +183,7 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         behind.set_zorder(axis.get_zorder() - 1)
         behind.grid(visible=False)
         axis.patch.set_visible(False)
-    ends: dict[str, float] = {}
+    ends: Counter[str] = Counter()
     for series in panel.series:
         _draw_series(behind if series.behind else axis, series, ends)
     _set_axis(axis, "x", panel.x)
@@ -198,18 +199,19 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         _draw_rows(axis, panel)
     if not x_labels:
         axis.set(xlabel="", xticklabels=[])
-    if legend == "above" and axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=8, columnspacing=1.1, handlelength=1.4)
-    elif legend and axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="best")
+    if legend and axis.get_legend_handles_labels()[1]:
+        above = {"bbox_to_anchor": (1.0, 0.985), "ncols": 8, "columnspacing": 1.1, "handlelength": 1.4}
+        axis.legend(**{"loc": "lower right"} | above if legend == "above" else {})
 
 
-def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
+def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
     """`ends` holds where the horizontal bar of each name has come to, for stacks."""
     x, y = series.x, series.y
     style: dict[str, Any] = {"color": series.shade, "alpha": series.opacity, "label": series.name or None}
     if series.kind == "line":
         axis.plot(x, y, lw=series.width, ls=LINES[series.dash], marker=series.marker, ms=5, **style)
+        for label, at, value in zip(series.labels, x, y, strict=False):
+            axis.annotate(label, (at, value), (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
     elif series.kind == "points":
         style |= {"facecolors": "none", "edgecolors": style.pop("color")} if series.hollow else {}
         style |= {"s": series.size**2, "linewidths": 1.5 if series.hollow or series.marker else 0}
@@ -228,16 +230,12 @@ def _draw_series(axis: Axes, series: Series, ends: dict[str, float]) -> None:
     elif series.kind == "bar":
         axis.bar_label(axis.bar(x, y, width=0.6, **style), series.labels, padding=3, fontsize=10, color=INK)
     else:
-        starts = [ends.get(row, 0.0) for row in y]
         style |= {"height": 0.62, "hatch": series.hatch * 3, "edgecolor": PAPER, "linewidth": 0.5}
-        bars = axis.barh(y, x, left=starts, **style)
+        bars = axis.barh(y, x, left=[ends[row] for row in y], **style)
         axis.bar_label(bars, [f" {label}" for label in series.labels or [""] * len(x)], fontsize=9, color=INK)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(visible=False)
-        ends.update({row: start + value for row, start, value in zip(y, starts, x, strict=True)})
-    if series.kind == "line":
-        for label, at, value in zip(series.labels, x, y, strict=False):
-            axis.annotate(label, (at, value), (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
+        ends.update(dict(zip(y, x, strict=True)))
 
 
 def _set_axis(axis: Axes, which: str, described: Axis) -> None:
