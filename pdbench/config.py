@@ -244,7 +244,7 @@ class LoadConfig:
     tls_verify: Requests[bool] = True
     """Check an https server's certificate (SSL_CERT_FILE names another authority)."""
     request_timeout_s: Requests[Positive[float]] = 120.0
-    """Seconds after which a request counts as failed."""
+    """Seconds after which a request counts as failed: to its first token, and as a whole for each 256 tokens asked for."""
     read_timeout_s: Requests[Positive[float]] = 60.0
     """Seconds of silence within an answer after which it counts as stalled."""
     save_prompts: Requests[bool] = False

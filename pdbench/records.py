@@ -50,11 +50,15 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """One request as the client saw it; durations are derived from these instants in `analysis`.
 
     `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
-    `token_s` has one instant per token; tokens of one chunk share theirs. `phases` maps a phase's name to [start_s, end_s]
-    or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens
-    were counted: "token_ids", "usage" (on every chunk), "chunks" (one per chunk with text) or "mixed". `cached_prompt_tokens`
-    is how many of `prompt_tokens` the server says that it took from a cache. `prompt` is None where it was too long to be
-    saved; `prompt_sha256` is of its UTF-8 bytes.
+    `token_s` has one instant per token, those of one chunk share theirs; counted by "chunks", it has one per chunk, and
+    `output_tokens` the tokens (None: nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not
+    measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted:
+    "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed".
+    `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the
+    first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are reasoning that was not sent.
+    `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache. `notes` name what was
+    odd about the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8
+    bytes.
     """
 
     id: str
@@ -66,6 +70,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    unsent_tokens: int = 0
     prompt: str | None = None
     prompt_sha256: str | None = None
     text: str = ""
@@ -76,6 +82,9 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     stamp: str | None = None
     counted_by: str | None = None
     finish_reason: str | None = None
+    answer_index: int | None = 0
+    token_choice: list[int] = []
+    notes: list[str] = []
 
 
 class DeviceSample(msgspec.Struct, kw_only=True):

@@ -3,12 +3,13 @@
 Arrival instants are the kernel's; the loop waits with microsecond precision, so that requests leave when they are planned.
 """
 
-import contextlib
+import itertools
 import os
 import select
 import socket
 import time
 from array import array
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -22,6 +23,11 @@ from pdbench.records import RequestRecord
 
 _DEADLINE_CHECK_S = 0.05
 _CLOCK_REFRESH_S = 1.0
+# uvicorn closes idle connections after 5 s: one that is older could be closed while it is used again (as the proxy's).
+_IDLE_S = 4.0
+_PROBE_TIMEOUT_S = 2.0
+# --request-timeout-s is for an answer of at most this many tokens; a longer one has proportionally more time.
+_TIMEOUT_TOKENS = 256
 # epoll_wait counts whole milliseconds: what remains of a wait is left to select(2), which counts microseconds.
 _MILLISECOND_S = 0.001
 _HIGHEST_FOR_SELECT = 1023
@@ -39,20 +45,25 @@ class Client:
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
         self.merged_reads = 0
+        # When the streams of records became free whose connection was held open after their end.
+        self.freed_s: dict[str, float] = {}
         server = split_url(url, verify_tls=config.tls_verify)
-        self._address, self._tls, self._server_name = _reachable_address(server), server.tls, server.host
+        addresses, self._tls, self._server_name = _reachable_addresses(server), server.tls, server.host
+        self.addresses = [address[1][0] for address in addresses]
+        self._addresses = itertools.cycle(addresses)
         path = f"{server.base}/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}"
-        headers = {"Host": server.authority, "Content-Type": "application/json"} | authorization()
+        headers = {"Host": server.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers |= authorization()
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
         self._epoll = select.epoll()
         self._fine = self._epoll.fileno() <= _HIGHEST_FOR_SELECT
         self._connections: dict[int, Connection] = {}
-        self._idle: list[Connection] = []
+        self._idle: deque[Connection] = deque()
         self._finished: list[RequestRecord] = []
         self._check_at_s = self._refresh_at_s = 0.0
         # The kernel begins to stamp some milliseconds after the first socket has asked: this one asks for all.
-        self._stamper = socket.socket(self._address[0], socket.SOCK_STREAM)
+        self._stamper = socket.socket(addresses[0][0], socket.SOCK_STREAM)
         enable_stamps(self._stamper)
 
     def __enter__(self) -> "Client":
@@ -68,15 +79,17 @@ class Client:
         """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
         record.sent_s = self.clock.now()
         data = b"%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, record.id.encode(), len(body), body)
-        response = Response(record)
-        # The connection used last that the server has not closed meanwhile. No request is ever sent twice: resets are data.
-        while self._idle and self._idle[-1].stale():
-            self._settle(self._idle[-1], ("closed", ""))
+        response = Response(record, body)
+        # The connection that is idle longest, so that all addresses have their share, unless it is too old or the server has
+        # closed it. No request is ever sent twice: resets are data.
+        while self._idle and (record.sent_s - self._idle[0].idle_since_s > _IDLE_S or self._idle[0].stale()):
+            self._settle(self._idle[0], ("closed", ""))
         if self._idle:
-            connection = self._idle.pop()
+            connection = self._idle.popleft()
+            response.reused = True
         else:
             try:
-                connection = Connection(self._address, self._tls, self._server_name, self.clock, self._epoll)
+                connection = Connection(next(self._addresses), self._tls, self._server_name, self.clock, self._epoll)
             except OSError as error:
                 response.fail("connect", f"{error}: `ulimit -n` bounds the connections", self.clock.now())
                 self._finished.append(record)
@@ -129,7 +142,7 @@ class Client:
         """End the connection's request, if it has one, and keep the connection only if it can take another."""
         response = connection.response
         if response is not None and response.keep_alive and failure is None and not connection.unsent:
-            connection.idle()
+            connection.idle(self.clock.now())
             self._idle.append(connection)
         else:
             del self._connections[connection.sock.fileno()]
@@ -137,7 +150,10 @@ class Client:
             if response is None:
                 self._idle.remove(connection)
             else:
-                response.closed(self.clock.now(), *(failure or ("closed", "")))
+                now_s = self.clock.now()
+                response.closed(now_s, *(failure or ("closed", "")))
+                if response.record.error is None:
+                    self.freed_s[response.record.id] = now_s
         if response is not None:
             self.merged_reads += response.merged_reads
             self._finished.append(response.record)
@@ -152,8 +168,14 @@ class Client:
             response, byte_s = connection.response, connection.last_byte_s
             if response is None or response.record.sent_s is None:
                 continue
-            if now_s - response.record.sent_s > limit_s:
-                self._settle(connection, ("timeout", f"not whole after {limit_s:g} s"))
+            grace_s, tokens = response.grace_s, response.record.token_s
+            waited_s = now_s - response.record.sent_s
+            if grace_s is not None and byte_s is not None and now_s - byte_s > grace_s:
+                self._settle(connection, ("closed", ""))
+            elif waited_s > limit_s and not tokens:
+                self._settle(connection, ("timeout", f"no token after {limit_s:g} s"))
+            elif waited_s > limit_s and waited_s > (whole_s := limit_s * _time_share(response)):
+                self._settle(connection, ("timeout", f"not whole after {whole_s:g} s"))
             elif byte_s is not None and now_s - byte_s > silence_s:
                 self._settle(connection, ("stall", f"no byte for {silence_s:g} s in mid-response"))
 
@@ -180,13 +202,24 @@ def fetch(url: str, body: dict[str, Any], config: LoadConfig | None = None) -> R
     return record
 
 
-def _reachable_address(server: ServerUrl) -> Address:
-    """The first of the host's addresses that accepts a connection, so that `localhost` finds a server on ::1 or 127.0.0.1."""
+def _time_share(response: Response) -> float:
+    """How much longer than --request-timeout-s an answer may take."""
+    return max(1.0, (response.asked_tokens or 0) / _TIMEOUT_TOKENS)
+
+
+def _reachable_addresses(server: ServerUrl) -> list[Address]:
+    """The host's addresses that accept a connection, so that `localhost` finds a server on ::1 or 127.0.0.1; else the first."""
     try:
         addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(f"cannot resolve {server.host}: {error.strerror}") from None
-    if len(addresses) > 1:
-        with contextlib.suppress(OSError), socket.create_connection((server.host, server.port), 2.0) as probe:
-            return probe.family, probe.getpeername()
-    return addresses[0][0], addresses[0][4]
+    found: list[Address] = list(dict.fromkeys((family, address) for family, _, _, _, address in addresses))
+    if len(found) == 1:
+        return found
+    reachable: list[Address] = []
+    for family, address in found:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_TIMEOUT_S)
+            if probe.connect_ex(address) == 0:
+                reachable.append((family, address))
+    return reachable or found[:1]

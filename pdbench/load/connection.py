@@ -84,6 +84,7 @@ class Connection:
         self.response: Response | None = None
         self.broken: tuple[str, str] | None = None
         self.last_byte_s: float | None = None
+        self.idle_since_s = 0.0
         self.unsent = memoryview(b"")
         self._clock, self._poller, self._watched = clock, poller, 0
         self._recvmsg = self.sock.recvmsg
@@ -150,9 +151,9 @@ class Connection:
         if ended:
             self.broken = self.broken or ("closed", "the server closed the connection")
 
-    def idle(self) -> None:
+    def idle(self, since_s: float) -> None:
         """The response is complete: wait for the next request, or for the server to close."""
-        self.response = None
+        self.response, self.idle_since_s = None, since_s
         self._watch(EPOLLIN)
 
     def stale(self) -> bool:

@@ -49,6 +49,7 @@ class ClientResult(msgspec.Struct, kw_only=True):
     interrupted: bool = False
     steady_window: tuple[float, float] | None = None
     token_ids_refused: bool = False
+    addresses: list[str] = []
     lost: str | None = None
 
 
@@ -87,7 +88,9 @@ def run_client(
     sender = Client(load.url, config, zero_s=clock.monotonic_s)
     stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
     with sender, stop as interrupted, _undelayed() as real_time:
-        loop = _Loop(load, sender, interrupted, ClientResult(streams=streams, real_time=real_time))
+        loop = _Loop(
+            load, sender, interrupted, ClientResult(streams=streams, real_time=real_time, addresses=sender.addresses)
+        )
         loop.drive(iter(warmup), streams or len(warmup), clock.now())
         loop.result.begin_s = begin_s = clock.now() if begin is None else begin()
         loop.total, loop.on_progress, loop.on_partial = total, on_progress, on_partial
@@ -141,8 +144,9 @@ class _Loop:
                 if not ahead:
                     ahead.extend(itertools.islice(planned, 1))
             for record in client.poll(next_s):
+                end_s = client.freed_s.pop(record.id, record.end_s)
                 if self._ended(record):
-                    free_s.append(record.end_s if record.end_s is not None else now_s)
+                    free_s.append(end_s if end_s is not None else now_s)
             if 0 < len(ahead) <= _LOOKAHEAD:
                 ahead.extend(itertools.islice(planned, 1))
         if self.on_progress:

@@ -1,18 +1,26 @@
 """One response as it grows: HTTP/1.1 bytes with their arrival instant in, one RequestRecord out.
 
-Tokens are counted by `token_ids` where the server gives them, by `usage` where every chunk carries it, else by chunks with
-text. Tokens of one chunk share its instant: spreading them would be a guess. The usual form of a chunk (`on_body`,
-`_take_chunk`) is taken with as few steps as possible; every other form in `_take_unusual`.
+The usual form of a chunk (`on_body`, `_take_chunk`) is taken with as few steps as possible; every other form by `chunks.read`.
+How tokens are counted is decided in `counting`. Tokens of one chunk share its instant: spreading them would be a guess.
 """
 
+import zlib
 from typing import Any
 
 import httptools
 import msgspec
 
+from pdbench.load import chunks, counting
+from pdbench.load.chunks import Event, Part, error_text
+from pdbench.load.counting import Counter
+from pdbench.load.sse import EventReader, InflatingReader, inflated, is_done
 from pdbench.records import RequestError, RequestRecord
 
 _ERROR_BODY_BYTES = 4096
+_FIELDS = (b"data:", b"event:", b":", b"id:", b"retry:")
+_LINES = (b"ndjson", b"jsonl", b"json-lines", b"stream+json", b"json-seq")
+# How long a connection is kept for what may follow `[DONE]` (the body's end) or a finish reason (usage, `[DONE]`).
+_AFTER_DONE_S, _AFTER_FINISH_S = 0.25, 5.0
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -25,28 +33,15 @@ class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: _Delta | None = None
     token_ids: list[int] | None = None
-    finish_reason: str | None = None
-
-
-class _PromptDetails(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-
-
-class _Metrics(msgspec.Struct, gc=False):
-    queue_time_ms: float | None = None
-    time_to_first_token_ms: float | None = None
+    finish_reason: Any = None
+    logprobs: Any = None
+    index: Any = 0
 
 
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    metrics: _Metrics | None = None
+    usage: Any = None
+    metrics: Any = None
     error: Any = None
 
 
@@ -54,31 +49,47 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Response:
-    """The response to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final."""
+    """The response to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final.
 
-    def __init__(self, record: RequestRecord) -> None:
-        self.record = record
-        self.complete = self.keep_alive = False
+    `body` is the request's, which says how many tokens were asked for. `reused` says that its connection had an earlier request.
+    """
+
+    def __init__(self, record: RequestRecord, body: bytes = b"") -> None:
+        self.record, self.body = record, body
+        self.complete = self.keep_alive = self.begun = self.reused = False
         self.merged_reads = 0
         self._parser: Any = httptools.HttpResponseParser(self)
-        self._events = EventReader()
+        self._events: EventReader = EventReader()
+        self._counter = Counter(record)
         self._texts: list[str] = []
-        self._body = self._content_type = b""
+        self._body = self._content_type = self._encoding = b""
         self._chunks = self._status = 0
-        self._begun = self._finished = self._streaming = False
-        self._by_token_ids = self._by_usage = self._by_text = False
+        self._finished = self._done = self._streaming = False
+        self._aborted: str | None = None
+        self._last_payload = b""
         self._now_s = 0.0
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """How many tokens the request asked for."""
+        return counting.asked(self.body).tokens
+
+    @property
+    def grace_s(self) -> float | None:
+        """The seconds of silence after which nothing more is to come; None while the answer is not whole."""
+        return _AFTER_DONE_S if self._done else _AFTER_FINISH_S if self._finished else None
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
         self._now_s = at_s
-        self._begun = True
+        self.begun = True
         before = self._chunks
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             if not self.complete:
-                self.fail("bad_http", f"not HTTP/1.1: {error}", at_s)
+                self._bad_http(f"not HTTP/1.1: {error}", at_s)
+            self.keep_alive = False
         if self._chunks > before + 1:
             self.merged_reads += 1
 
@@ -87,13 +98,16 @@ class Response:
 
         A success if the stream had finished, a failure with its tokens kept if not.
         """
+        if self._streaming and not self.complete:
+            self._take(self._events.close())
         if self.complete:
             return
         if self._finished:
-            self._close(self._now_s)
+            self._end()
+        elif not self.begun and self.reused and kind in ("closed", "reset"):
+            self.fail("reset_reused", f"{message}: the server closed an idle connection as it was used again", at_s)
         elif kind == "closed" and self._status:
-            self._now_s = at_s
-            self._end_of_body()
+            self._end_of_body(at_s)
         elif kind == "closed":
             self.fail("reset", f"{message} without a response", at_s)
         else:
@@ -107,12 +121,20 @@ class Response:
     # What the HTTP parser calls.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
+        name = name.lower()
+        if name == b"content-type":
             self._content_type = value.lower()
+        elif name == b"content-encoding":
+            self._encoding = value.strip().lower()
 
     def on_headers_complete(self) -> None:
+        if self.complete:
+            return  # bytes beyond the body that look like another response
         self._status = self._parser.get_status_code()
-        self._streaming = self._status == 200 and b"event-stream" in self._content_type
+        kind = self._content_type
+        self._streaming = self._good and (b"event-stream" in kind or any(name in kind for name in _LINES))
+        if self._encoding in (b"gzip", b"x-gzip", b"deflate"):
+            self._events = InflatingReader()
 
     def on_body(self, body: bytes) -> None:
         # One whole event is nearly always what comes: its only line ends are the two at its end.
@@ -127,28 +149,46 @@ class Response:
         ):
             self._take_chunk(body[6:-2])
         elif self._streaming:
-            for payload in self._events.feed(body):
-                if payload == b"[DONE]":
-                    self._finished = True
-                elif not self.complete:
-                    self._take_chunk(payload)
-        else:
-            self._body = (self._body + body)[:_ERROR_BODY_BYTES]
+            try:
+                self._take(self._events.feed(body))
+            except zlib.error as error:
+                if not self.complete:
+                    self.fail("encoded", f"the body is not in {self._encoding.decode('latin-1')}: {error}", self._now_s)
+        elif not self.complete:
+            self._body += body
+            if self._good and not self._encoding and _looks_like_stream(self._body):
+                self._streaming, body, self._body = True, self._body, b""
+                self._take(self._events.feed(body))
+            elif len(self._body) > _ERROR_BODY_BYTES:
+                self._body = self._body[:_ERROR_BODY_BYTES]
 
     def on_message_complete(self) -> None:
         if 100 <= self._status < 200:
             self._status = 0
         elif not self.complete:
             self.keep_alive = self._parser.should_keep_alive()
-            self._end_of_body()
+            self._end_of_body(self._now_s)
+
+    @property
+    def _good(self) -> bool:
+        return 200 <= self._status < 300
 
     # What an event means.
+
+    def _take(self, payloads: list[bytes]) -> None:
+        for payload in payloads:
+            if self.complete:
+                return
+            if self._finished:
+                self._take_unusual(payload)
+            else:
+                self._take_chunk(payload)
 
     def _take_chunk(self, payload: bytes) -> None:
         try:
             chunk = _decode(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            self._take_unusual(payload)
             return
         choices = chunk.choices
         if choices and len(choices) == 1 and chunk.usage is None and chunk.error is None and chunk.metrics is None:
@@ -156,139 +196,173 @@ class Response:
             text, token_ids, delta = choice.text, choice.token_ids, choice.delta
             if text is None and delta is not None and delta.reasoning is None and delta.reasoning_content is None:
                 text = delta.content
-            if text and not choice.finish_reason and (token_ids is None or len(token_ids) == 1):
-                self.record.token_s.append(self._now_s)
-                self._texts.append(text)
-                self._chunks += 1
+            if text and not choice.finish_reason and choice.logprobs is None and not choice.index:
                 if token_ids is None:
-                    self._by_text = True
+                    self.record.token_s.append(self._now_s)
+                    self._counter.by_chunks = True
+                elif token_ids:
+                    if len(token_ids) == 1:
+                        self.record.token_s.append(self._now_s)
+                    else:
+                        self.record.token_s.extend([self._now_s] * len(token_ids))
+                    self._counter.by_token_ids = True
                 else:
-                    self._by_token_ids = True
-                return
-        self._take_unusual(chunk)
-
-    def _take_unusual(self, chunk: _Chunk) -> None:
-        if chunk.error is not None:
-            self.fail("server_error", _error_text(chunk.error), self._now_s)
-            return
-        record, usage, metrics = self.record, chunk.usage, chunk.metrics
-        for choice in chunk.choices or ():
-            text = choice.text
-            if text is None and choice.delta is not None:
-                delta = choice.delta
-                text = (delta.reasoning or delta.reasoning_content or "") + (delta.content or "")
-            if text:
+                    self._take_unusual(payload)
+                    return
                 self._texts.append(text)
-            count = 0
-            if choice.token_ids is not None:
-                count = len(choice.token_ids)
-                self._by_token_ids = True
-            elif usage is not None and usage.completion_tokens is not None:
-                count = max(0, usage.completion_tokens - len(record.token_s))
-                self._by_usage = True
-            elif text:
-                count = 1
-                self._by_text = True
-            if count:
                 self._chunks += 1
-                record.token_s.extend([self._now_s] * count)
-            if choice.finish_reason:  # some servers say "" until the end
-                record.finish_reason = choice.finish_reason
-                self._finished = True
-        if usage is not None:
-            record.prompt_tokens = record.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
-            record.output_tokens = record.output_tokens if usage.completion_tokens is None else usage.completion_tokens
-            if usage.prompt_tokens_details is not None:
-                record.cached_prompt_tokens = usage.prompt_tokens_details.cached_tokens
-        if metrics is not None and record.token_s:
+                return
+        self._take_unusual(payload)
+
+    def _take_unusual(self, payload: bytes) -> None:
+        """An event in any other form; one that is none of these fails the request unless the answer has already ended."""
+        if not payload or payload.isspace():
+            return
+        if is_done(payload):
+            self._stop(done=True)
+            return
+        if self._finished and payload == self._last_payload:
+            return  # the final chunk once more
+        try:
+            for document in chunks.documents(payload):
+                for part in document if isinstance(document, list) else [document]:
+                    if part is chunks.DONE:
+                        self._stop(done=True)
+                    elif not self.complete:
+                        self._take_event(chunks.read(part))
+        except ValueError as error:
+            if self._finished and not self._done:
+                self.record.notes.append("malformed-after-finish")
+            elif not self._finished:
+                self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
+        if self._finished and not self._last_payload:
+            self._last_payload = payload
+
+    def _take_event(self, event: Event) -> None:
+        record, counter = self.record, self._counter
+        if event.error is not None:
+            if not self._done or record.finish_reason is None:
+                self.fail("server_error", event.error, self._now_s)
+            return
+        if not self._done:
+            counter.tools |= event.tools
+            for part in event.parts:
+                self._take_part(part, event)
+        if event.usage is not None:
+            counter.take_usage(event.usage, alone=not event.parts)
+        if event.metrics is not None and record.token_s:
             # vLLM's --enable-per-request-metrics gives durations; they are anchored at the first token's arrival here.
-            queue_ms, first_token_ms = metrics.queue_time_ms, metrics.time_to_first_token_ms
-            if queue_ms is not None and first_token_ms is not None:
+            queue_ms, first_token_ms = (
+                event.metrics.get(f"{name}_ms") for name in ("queue_time", "time_to_first_token")
+            )
+            if isinstance(queue_ms, int | float) and isinstance(first_token_ms, int | float):
                 scheduled_s = record.token_s[0] - first_token_ms / 1e3
                 record.phases["queue"] = (scheduled_s - queue_ms / 1e3, scheduled_s)
 
-    def _end_of_body(self) -> None:
-        if self._status != 200:
-            self.fail(f"http_{self._status}", _error_text(self._body), self._now_s)
+    def _take_part(self, part: Part, event: Event) -> None:
+        counter, record = self._counter, self.record
+        if part.message and self._texts:
+            part = counting.message_rest(part, self._texts, by_messages=counter.by_messages)
+        elif part.message:
+            counter.by_messages = True
+        if part.text:
+            self._texts.append(part.text)
+        if counter.take_part(part, event.usage, self._now_s):
+            self._chunks += 1
+        if part.finish is not None:
+            if chunks.failed(part.finish):
+                self._aborted = record.finish_reason = part.finish
+            elif record.finish_reason is None:
+                record.finish_reason = part.finish
+            if counter.finish(part.choice):
+                self._stop()
+
+    def _stop(self, *, done: bool = False) -> None:
+        """The answer is whole as far as the server says; what still comes is looked at with more care."""
+        self._finished, self._done = True, self._done or done
+        self._events.hold = self._events.pending = True
+
+    def _end_of_body(self, at_s: float) -> None:
+        if self._streaming:
+            self._take(self._events.close())
+        if self.complete:
+            return
+        body = self._body
+        if self._encoding and not self._streaming:
+            body = inflated([body]) if isinstance(self._events, InflatingReader) else b""
+        if self._good and self._encoding not in (b"", b"identity") and not isinstance(self._events, InflatingReader):
+            name = self._encoding.decode("latin-1")
+            remedy = "the request says Accept-Encoding: identity: switch compression off in the server or gateway"
+            self.fail("encoded", f"the body is compressed ({name}); {remedy}", at_s)
+        elif not self._good:
+            self.fail(f"http_{self._status}", error_text(body), at_s)
         elif not self._streaming:
-            kind = self._content_type.decode("latin-1") or "a response without content-type"
-            self.fail("not_a_stream", f"{kind} where an event stream was expected: {self._body[:120]!r}", self._now_s)
-        elif not self._finished:
+            self._no_stream(body, at_s)
+        elif self._finished or self._counter.usage_ended:
+            self._end()
+        else:
             rest = self._events.rest()
             inside = f", inside {rest[:80]!r}" if rest else ""
-            self.fail("truncated", f"the stream ended without a finish{inside}", self._now_s)
-        elif not self.record.token_s and not self.record.output_tokens:
-            self.fail("empty", "the stream finished without a token", self._now_s)
+            self.fail("truncated", f"the stream ended without a finish{inside}", at_s)
+
+    def _no_stream(self, body: bytes, at_s: float) -> None:
+        """A body that is no event stream: the error that it holds, or what it is."""
+        try:
+            found = [chunks.read(document) for document in chunks.documents(body)]
+        except ValueError:
+            found = []
+        for event in found:
+            if event.error is not None:
+                self.fail("server_error", event.error, at_s)
+                return
+        kind = self._content_type.decode("latin-1") or "a response without content-type"
+        what = "a whole answer" if any(event.parts for event in found) else "this"
+        self.fail("not_a_stream", f"{kind} where an event stream was expected, {what}: {body[:120]!r}", at_s)
+
+    def _bad_http(self, message: str, at_s: float) -> None:
+        if self._finished:
+            self._end()
         else:
-            self._close(self._now_s)
+            self.fail("bad_http", message, at_s)
+
+    def _end(self) -> None:
+        """The stream came to its end: a success unless it was aborted, empty or shorter than it had to be."""
+        counter, at_s = self._counter, self._now_s
+        if self._aborted is not None:
+            self.fail("aborted", f"finish_reason {self._aborted}", at_s)
+            return
+        if not self.record.token_s:
+            usage = f", usage says {counter.usage}" if counter.usage else ""
+            self.fail("empty", f"the stream finished without a token{usage}", at_s)
+            return
+        asked = counting.asked(self.body)
+        counter.settle(self._texts, asked)
+        short = counter.short(asked)
+        if short is not None:
+            self.fail("short", short, at_s)
+        else:
+            self._close(at_s)
 
     def _close(self, at_s: float) -> None:
         record = self.record
-        if record.error is None and record.output_tokens is None:
-            record.output_tokens = len(record.token_s)
+        self._counter.settle(self._texts, counting.asked(self.body))
         record.end_s = at_s
-        record.text = "".join(self._texts)
-        ways = {"token_ids": self._by_token_ids, "usage": self._by_usage, "chunks": self._by_text}
-        used = [way for way, was_used in ways.items() if was_used]
-        if used:
-            record.counted_by = used[0] if len(used) == 1 else "mixed"
-        if self._begun and record.stamp is None:
+        record.text = counting.joined(self._texts)
+        if self.begun and record.stamp is None:
             record.stamp = "kernel"
         if record.sent_s is not None:
             record.phases["client"] = (record.planned_s, record.sent_s)
         self.complete = True
         # The parser holds this object: without this the garbage collector would have to find every response.
-        self._parser, self._texts = None, []
+        self._parser, self._texts, self.body = None, [], b""
 
 
-def _error_text(error: Any) -> str:
-    """The message in an error of the OpenAI form ({"error": {"message": ..}} or its inside), else the text itself."""
-    if isinstance(error, bytes):
-        try:
-            error = msgspec.json.decode(error)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            error = error.decode("utf-8", "replace")
-    for key in ("error", "message", "detail"):
-        if isinstance(error, dict) and key in error:
-            error = error[key]
-    return str(error) or "no message"
-
-
-class EventReader:
-    """Server-sent events out of bytes that arrive cut anywhere (WHATWG HTML, "Interpreting an event stream").
-
-    `pending` says that bytes have come which make no whole event yet.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._data: list[bytes] = []
-        self._skip_newline = self.pending = False
-
-    def feed(self, piece: bytes) -> list[bytes]:
-        """The data of the events that `piece` completes, in order."""
-        if self._skip_newline and piece:
-            # A line ended in \r at the end of the last piece: this \n belongs to it.
-            self._skip_newline = False
-            if piece.startswith(b"\n"):
-                piece = piece[1:]
-        events = []
-        if b"\n" not in piece and b"\r" not in piece:
-            self._buffer += piece
-        else:
-            lines = (self._buffer + piece).splitlines(keepends=True)
-            self._buffer = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
-            self._skip_newline = piece.endswith(b"\r")
-            for line in lines:
-                content = line.rstrip(b"\r\n")
-                if not content and self._data:
-                    events.append(b"\n".join(self._data))
-                    self._data = []
-                elif content.startswith(b"data:"):
-                    self._data.append(content[6:] if content.startswith(b"data: ") else content[5:])
-        self.pending = bool(self._buffer or self._data or self._skip_newline)
-        return events
-
-    def rest(self) -> bytes:
-        """What has come but makes no whole event yet, for the error message of a stream that was cut."""
-        return b"\n".join([*self._data, self._buffer])
+def _looks_like_stream(body: bytes) -> bool:
+    """Does a body without a stream's content type begin as one: with a field of an event, or a line that is a chunk?"""
+    body = body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if body.startswith(_FIELDS):
+        return True
+    first, line_end, _ = body.partition(b"\n")
+    return (
+        bool(line_end) and first.startswith(b"{") and (b'"delta"' in first or b".chunk" in first or b'"done"' in first)
+    )

@@ -21,6 +21,13 @@ USER_STAMP_LAG_P99_MS = 2.0
 CPU_SHARE = 0.95
 RATE_SHARE = 0.95
 SHARE_OVER_S = 0.5
+NOTES = {
+    "usage-refused": "the server's usage holds a count that cannot be (negative, 0, no number, far beyond what came): not used",
+    "usage-contradicts": "the server's usage contradicts what arrived; where there are no token ids, output tokens are unknown",
+    "tokens-unknown": "several tokens per chunk and neither token ids nor usage: output tokens are unknown",
+    "malformed-after-finish": "an event after the finish_reason could not be read",
+}
+"""What is said of each of `RequestRecord.notes`."""
 REMEDY = (
     "send fewer streams (--concurrency, --rate), raise --client-processes where cores are free, "
     "or run `pdbench bench --url` on another host"
@@ -64,6 +71,9 @@ def describe(
         "stamps": dict(Counter(record.stamp for record in measured if record.stamp)),
         "counted_by": dict(Counter(record.counted_by for record in measured if record.counted_by)),
         "failures": dict(Counter(record.error.kind for record in measured if record.error)),
+        "finish_reasons": dict(Counter(record.finish_reason or "none" for record in measured if not record.error)),
+        "notes": dict(Counter(note for record in measured for note in record.notes)),
+        "addresses": list(dict.fromkeys(address for result in results for address in result.addresses)),
     }
 
 
@@ -90,8 +100,17 @@ def flags(client: dict[str, Any]) -> list[Flag]:
         reasons.append(f"{achieved:.2f} of {asked:.2f} requests/s were sent (limit {RATE_SHARE:.0%})")
     result = [Flag("client-limited", f"{'; '.join(reasons)}: {REMEDY}")] if reasons else []
     if chunks := client["counted_by"].get("chunks", 0) + client["counted_by"].get("mixed", 0):
-        detail = f"{chunks} responses without token ids: their token instants are those of chunks with text"
+        detail = (
+            f"{chunks} responses without token ids: instants are those of chunks. Tokens, throughput, J per token and mean "
+            "TBT follow the server's usage; per-gap TBT is given only where a chunk holds one token"
+        )
         result.append(Flag("tokens-counted-by-chunks", detail))
+    result += [Flag(note, f"{count} responses: {NOTES.get(note, note)}") for note, count in client["notes"].items()]
+    if (missing := client["finish_reasons"].get("none", 0)) and len(client["finish_reasons"]) > 1:
+        detail = (
+            f"{missing} answers ended without a finish_reason, others of this server have one: they may have been cut"
+        )
+        result.append(Flag("finish-missing", detail))
     if too_slow and client["streams"]:
         detail = f"{achieved:.2f} of {asked:.2f} requests/s sent: --concurrency {client['streams']} capped the streams"
         result.append(Flag("rate-not-reached", detail))

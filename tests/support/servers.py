@@ -19,6 +19,7 @@ class Peer:
         self.head = self.body = b""
         self.method = self.path = ""
         self.fields: dict[str, str] = {}
+        self.written_s: list[float] = []
 
     def read_request(self) -> bool:
         """The next request; False when the client has gone."""

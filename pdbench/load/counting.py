@@ -1,0 +1,293 @@
+"""How many tokens an answer has, and which of the ways to count them is believed.
+
+Ids or logprobs count exactly. Usage counts where every chunk carries it and it grows with them. Else a chunk with something in
+it counts as one instant, and the answer's usage says how many tokens there were: it corrects `output_tokens`, never instants.
+Counts that cannot be are refused, those that contradict what arrived leave `output_tokens` None; both are noted for a flag.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from pdbench.load.chunks import Part, Usage, count
+from pdbench.records import RequestRecord
+
+REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
+_MOST_PROMPT_TOKENS = 10_000_000
+_ORDER = 10
+"""A count this many times beyond all that could be is nonsense."""
+_UNSEEN_TOKENS = 16
+"""Markers and special tokens that a server may count beside the text that it sends."""
+_TOKEN_BYTES = 16
+_TWO_WORDS = re.compile(r"\w\s+\w")
+
+
+class Asked(msgspec.Struct, gc=False):
+    """What a request's body says about the answer's length."""
+
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    min_tokens: Any = None
+    ignore_eos: Any = None
+    n: Any = None
+    echo: Any = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def tokens(self) -> int | None:
+        """The most tokens of all choices together; None without a limit."""
+        most, choices = count(self.max_tokens) or count(self.max_completion_tokens), count(self.n)
+        return most * max(1, choices or 1) if most is not None and most > 0 else None
+
+    @property
+    def forced(self) -> bool:
+        """Must the answer have all of these tokens?"""
+        return bool(self.ignore_eos) or (count(self.min_tokens) or 0) >= (count(self.max_tokens) or 1)
+
+
+_decode = msgspec.json.Decoder(Asked).decode
+
+
+def asked(body: bytes) -> Asked:
+    """What a request's body asked for; nothing where it is not JSON."""
+    try:
+        return _decode(body)
+    except msgspec.MsgspecError:
+        return Asked()
+
+
+class Counter:
+    """Counts one answer's tokens into its record as they come; the response's fast path adds instants without it."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self.record = record
+        self.by_token_ids = self.by_chunks = self.by_logprobs = self.by_usage = self.by_messages = self.tools = False
+        self.usage: int | None = None
+        self._finished: set[int] = set()
+        self._choices: list[tuple[int, int]] = []  # (place in token_s, choice) of those that are not choice 0's
+        self._seen: set[int] = set()
+        self._steps: list[tuple[int, bool, float]] | None = []  # the chunks counted by usage; None: it does not count
+        self._recounted = self._settled = False
+        self._usage_on_chunks = self._usage_at = -1
+        self._answer_index = self._reasoning = self._reasoning_chunks = 0
+
+    @property
+    def usage_ended(self) -> bool:
+        """Was an event with nothing but usage the last to come?"""
+        return self._usage_at == len(self.record.token_s) > 0
+
+    def finish(self, choice: int) -> bool:
+        """A choice has its finish reason; have all?"""
+        self._finished.add(choice)
+        first = {0} if len(self.record.token_s) > len(self._choices) else set()
+        return self._finished >= self._seen | first
+
+    def take_part(self, part: Part, usage: Usage | None, at_s: float) -> int:
+        """Count a choice's part, which came at `at_s`; its tokens, as far as they are known."""
+        if part.filled:
+            self._seen.add(part.choice)
+        tokens = part.tokens
+        if tokens is None or (tokens == 0 and part.filled and not self.by_token_ids):
+            tokens = self._tokens_without_ids(part, usage, at_s)
+        elif part.way == "token_ids":
+            self.by_token_ids |= tokens > 0
+        else:
+            self.by_logprobs = True
+        if tokens:
+            self._add(tokens, part.choice, at_s, reasoning=part.reasoning, filled=part.filled)
+        return tokens
+
+    def take_usage(self, usage: Usage, *, alone: bool) -> None:
+        """A usage object; `alone`: in an event without choices."""
+        record = self.record
+        if usage.prompt is not None:
+            if 0 <= usage.prompt <= _MOST_PROMPT_TOKENS:
+                record.prompt_tokens = usage.prompt
+            else:
+                self._note(REFUSED)
+        if usage.cached is not None:
+            if 0 <= usage.cached <= (_MOST_PROMPT_TOKENS if record.prompt_tokens is None else record.prompt_tokens):
+                record.cached_prompt_tokens = usage.cached
+            else:
+                self._note(REFUSED)
+        if usage.completion is not None and usage.completion >= 0:
+            self.usage = max(usage.completion, self.usage or 0)
+            if alone:
+                self._usage_at = len(record.token_s)
+        elif usage.completion is not None:
+            self._note(REFUSED)
+        if usage.reasoning is not None and usage.reasoning >= 0:
+            self._reasoning = max(self._reasoning, usage.reasoning)
+
+    def settle(self, texts: list[str], asked: Asked) -> None:
+        """Decide what the answer's counts are; once, at its end."""
+        record = self.record
+        if self._settled:
+            return
+        self._settled = True
+        if asked.echo is True and record.token_s and texts and self.by_chunks and not self.by_token_ids:
+            prompt = msgspec.json.decode(asked.prompt)
+            if isinstance(prompt, str) and texts[0].strip() == prompt.strip():
+                del record.token_s[0]
+        instants = len(record.token_s)
+        ways = {
+            "token_ids": self.by_token_ids, "logprobs": self.by_logprobs, "usage": self.by_usage, "chunks": self.by_chunks,
+        }  # fmt: skip
+        used = [way for way, was_used in ways.items() if was_used]
+        if used:
+            record.counted_by = used[0] if len(used) == 1 else "mixed"
+        usage = self._plausible_usage(instants, texts, asked)
+        if record.error is not None:
+            record.output_tokens = usage
+        else:
+            record.output_tokens = self._output_tokens(instants, usage, texts, asked)
+        if self._choices:
+            record.token_choice = [0] * instants
+            for place, choice in self._choices:
+                record.token_choice[place] = choice
+        if self._reasoning_chunks:
+            record.answer_index = self._answer_index if self._answer_index < instants else None
+        total = record.output_tokens
+        if self._reasoning and total is not None and self._reasoning <= total:
+            record.reasoning_tokens = self._reasoning
+            # Reasoning that was counted but not sent took its time before the first token.
+            if not self._reasoning_chunks and instants <= total - self._reasoning:
+                record.unsent_tokens = self._reasoning
+        elif self._reasoning:
+            self._note(REFUSED)
+        elif self._reasoning_chunks and total == instants:
+            record.reasoning_tokens = self._reasoning_chunks
+
+    def short(self, asked: Asked) -> str | None:
+        """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
+        record, most = self.record, asked.tokens
+        if most is None or not asked.forced or record.output_tokens is None or record.output_tokens >= most:
+            return None
+        certain = record.counted_by in ("token_ids", "logprobs", "usage") or self.usage is not None
+        if (
+            not certain
+            and record.finish_reason is not None
+            and record.finish_reason.lower() in ("length", "max_tokens")
+        ):
+            return None
+        return (
+            f"{record.output_tokens} of {most} tokens, finish_reason {record.finish_reason}: the request says ignore_eos "
+            "(--no-ignore-eos for servers that do not know it)"
+        )
+
+    def _tokens_without_ids(self, part: Part, usage: Usage | None, at_s: float) -> int:
+        """The tokens of a part by usage where that counts, else 1 if there is something in it."""
+        total = None if usage is None else usage.completion
+        if self._steps is not None and not (self.by_chunks or self.by_token_ids or self.by_logprobs):
+            step = None if total is None or total < 0 else total - len(self.record.token_s)
+            if part.filled:
+                if step is not None and 1 <= step <= 4 * len(part.text) + _UNSEEN_TOKENS:
+                    self.by_usage = True
+                    self._usage_on_chunks = max(self._usage_on_chunks, total or 0)
+                    self._steps.append((part.choice, part.reasoning, at_s))
+                    return step
+                if step == 0 and part.finish is not None and self.by_usage:
+                    return 0  # text that was held back
+                self._usage_on_chunks = max(self._usage_on_chunks, total or 0)
+                if step is not None:
+                    self._recount()
+                self._steps = None
+            elif self.by_usage and step is not None and 0 < step <= _UNSEEN_TOKENS:
+                return step
+        if part.filled:
+            self.by_chunks = True
+        return int(part.filled)
+
+    def _recount(self) -> None:
+        """Usage on the chunks does not grow with them: one instant per chunk instead."""
+        steps, self._steps = self._steps or [], None
+        self.record.token_s[:], self._choices = [], []
+        self._answer_index = self._reasoning_chunks = 0
+        self.by_usage, self.by_chunks, self._recounted = False, True, True
+        for choice, reasoning, at_s in steps:
+            self._add(1, choice, at_s, reasoning=reasoning, filled=True)
+
+    def _add(self, tokens: int, choice: int, at_s: float, *, reasoning: bool, filled: bool) -> None:
+        token_s = self.record.token_s
+        before = len(token_s)
+        # What is empty (an id without text) belongs to what comes next.
+        if (reasoning or not filled) and self._answer_index == before:
+            self._answer_index = before + tokens
+        if reasoning:
+            self._reasoning_chunks += tokens
+        token_s.extend([at_s] * tokens)
+        if choice:
+            self._choices.extend((place, choice) for place in range(before, before + tokens))
+
+    def _plausible_usage(self, instants: int, texts: list[str], asked: Asked) -> int | None:
+        """The server's count unless it cannot be."""
+        usage = self.usage
+        if usage is None:
+            return None
+        junk = self._recounted and usage <= self._usage_on_chunks and usage < instants
+        most = max(asked.tokens or 0, instants, _UNSEEN_TOKENS)
+        if usage > _ORDER * most:
+            most = max(most, _size(texts))
+        if junk or usage > _ORDER * most or (usage == 0 and instants):
+            self._note(REFUSED)
+            self.usage = None
+        return self.usage
+
+    def _output_tokens(self, instants: int, usage: int | None, texts: list[str], asked: Asked) -> int | None:
+        """The answer's tokens; None where nobody knows."""
+        if self.record.counted_by in ("token_ids", "logprobs"):
+            # A parser on the server may hold back tokens that it counts: only then are there more than came.
+            if usage is None or usage == instants:
+                return instants
+            if usage > instants and (self.tools or self._reasoning_chunks):
+                return usage
+            self._note(CONTRADICTS)
+            return instants
+        if self.record.counted_by == "usage":
+            return max(instants, usage or 0)
+        if usage is None:
+            if _coarse(texts):
+                self._note(UNKNOWN)
+                return None
+            return instants
+        sent = usage - min(self._reasoning, usage)
+        too_many = usage > (asked.tokens or 0) and sent > max(instants, _size(texts)) + _UNSEEN_TOKENS
+        if too_many or instants - usage > max(1, instants // 50):
+            self._note(CONTRADICTS)
+            return None
+        return usage
+
+    def _note(self, note: str) -> None:
+        if note not in self.record.notes:
+            self.record.notes.append(note)
+
+
+def message_rest(part: Part, texts: list[str], *, by_messages: bool) -> Part:
+    """What a `message` adds to the texts before it: nothing where they came as deltas or are the same, else what is new."""
+    so_far = "".join(texts)
+    if by_messages and not so_far.startswith(part.text):
+        return msgspec.structs.replace(part, text=part.text.removeprefix(so_far))
+    return msgspec.structs.replace(part, text="", filled=False, tokens=None)
+
+
+def joined(texts: list[str]) -> str:
+    """The text of an answer; halves of a character that came in two chunks are joined, what stays half is replaced."""
+    text = "".join(texts)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _size(texts: list[str]) -> int:
+    return len("".join(texts).encode("utf-8", "surrogatepass"))
+
+
+def _coarse(texts: list[str]) -> bool:
+    """Do most chunks hold more than a token: two words, or more bytes than tokens have?"""
+    texts = [text for text in texts if text]
+    several = sum(1 for text in texts if len(text) > _TOKEN_BYTES or _TWO_WORDS.search(text))
+    return 2 * several > len(texts)

@@ -1,0 +1,75 @@
+"""Every scripted stream of tests/support/streams.py over a real socket, all at once: its class, counts and instants."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import pytest
+
+from pdbench.config import LoadConfig
+from pdbench.load.client import fetch
+from pdbench.records import RequestRecord
+from tests.support.servers import ScriptedServer
+from tests.support.streams import CASES, Case
+
+_SLACK_S = 0.03
+
+
+def ask(case: Case) -> tuple[RequestRecord, list[float]]:
+    """The record, and the instants at which the server read the request and wrote each piece."""
+    body = {"model": "m", "prompt": "Hello", "max_tokens": case.max_tokens}
+    if case.forced:
+        body["ignore_eos"] = True
+    with ScriptedServer(case.answer) as server:
+        record = fetch(server.url, body, LoadConfig(endpoint="chat" if case.chat else "completions"))
+        return record, server.requests[0].written_s
+
+
+def check_instants(case: Case, record: RequestRecord, read_s: float, written_s: list[float]) -> None:
+    """First token, first answer token and last token came when the server wrote them."""
+    first, answer, last = case.truth.first, case.truth.answer, case.truth.last
+    assert record.token_s == sorted(record.token_s)
+    assert record.token_s[0] - record.sent_s == pytest.approx(written_s[first] - read_s, abs=_SLACK_S)
+    if last is not None:
+        span_s = written_s[last] - written_s[first]
+        assert record.token_s[-1] - record.token_s[0] == pytest.approx(span_s, abs=_SLACK_S)
+    if answer is not None and answer >= 0:
+        wait_s = record.token_s[record.answer_index] - record.token_s[0]
+        assert wait_s == pytest.approx(written_s[answer] - written_s[first], abs=_SLACK_S)
+    elif answer is not None:
+        assert record.answer_index is None
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict[str, tuple[RequestRecord, list[float]]]:
+    """Each case's answer; several are asked for at once, for they mostly wait."""
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip([case.name for case in CASES], pool.map(ask, CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_stream_is_seen_as_it_is(case, asked):
+    truth = case.truth
+    record, (read_s, *written_s) = asked[case.name]
+    assert (record.error.kind if record.error else None) == truth.error, record.error
+    msgspec.json.encode(record)
+    if truth.error is not None:
+        assert truth.tokens is None or len(record.token_s) == truth.tokens
+        return
+    assert record.output_tokens == truth.tokens
+    for name, value in {
+        "prompt_tokens": truth.prompt,
+        "cached_prompt_tokens": truth.cached,
+        "reasoning_tokens": truth.reasoning,
+        "text": truth.text,
+    }.items():
+        assert value is None or getattr(record, name) == value, name
+    assert record.notes == ([truth.note] if truth.note else [])
+    try:
+        check_instants(case, record, read_s, written_s)
+    except AssertionError:  # a busy machine: once more, alone
+        record, (read_s, *written_s) = ask(case)
+        check_instants(case, record, read_s, written_s)
+
+
+def test_cases_have_their_own_names():
+    assert len({case.name for case in CASES}) == len(CASES) >= 60
