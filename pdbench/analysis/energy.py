@@ -8,7 +8,7 @@ import numpy as np
 
 from pdbench.analysis.metrics import RATIOS, Array, Timings, Totals, inside, per
 from pdbench.events import TransferEvent
-from pdbench.records import DeviceRecord, DeviceSample, Interval, RequestRecord, Run
+from pdbench.records import DeviceRecord, DeviceSample, Interval, Run
 
 ENGINE_READY = "engine_ready"
 ROLE_ORDER = {"prefill": 0, "decode": 1}
@@ -27,9 +27,8 @@ ONE_INSTANCE = (
 class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     """What one device used in `duration_s` seconds of windows; None where it was not measured all along.
 
-    `energy_j` is the counter's figure where there is one, else the integral. `counter_j` comes from the device's energy counter,
-    `integral_j` from its power curve, `residual_pct` is 100 (integral - counter) / counter.
-    `counter_resets` counts the counter's jumps backwards; the integral stands in for those stretches.
+    `energy_j` is `counter_j` where there is a counter, else `integral_j`, the area of the power curve; `residual_pct` is
+    100 (integral - counter) / counter. `counter_resets` counts jumps backwards; the integral stands in for those stretches.
     """
 
     duration_s: float
@@ -98,19 +97,30 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Meter:
-    """A device's readings prepared once, for the energy of many windows."""
+    """A device's power curve and energy counter prepared once, for the energy of many windows."""
 
     def __init__(self, device: DeviceRecord) -> None:
         self.device = device
         self._curve = _Curve(power_curve(device))
-        self._counter = _Counter(counter_readings(device), self._curve)
+        # The counter on its own refreshes where the sampler caught them, else as the samples have it.
+        readings = device.energy_ticks
+        if len(readings) < 2:
+            readings = [(sample.t_s, sample.energy_j) for sample in device.samples if sample.energy_j is not None]
+        self._t, counted_j = np.array(sorted(readings), dtype=float).reshape(-1, 2).T
+        self._steps = np.diff(counted_j)
+        back = np.flatnonzero(self._steps < 0)
+        self._resets = self._t[back + 1]
+        # Where the counter jumped back, the curve tells the joules of that stretch.
+        self._steps[back] = np.array([self._curve.energy_j(self._t[i], self._t[i + 1]) for i in back], dtype=float)
+        self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
+        self._beyond_s = 1.5 * float(np.median(np.diff(self._t))) if len(self._t) > 1 else 0.0
 
     def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
         """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
         windows = union(windows)
         duration_s = length_s(windows)
         integral_j = _sum([self._curve.energy_j(start, end) for start, end in windows])
-        counter_j = _sum([self._counter.energy_j(start, end) for start, end in windows])
+        counter_j = _sum([self._counter_j(start, end) for start, end in windows])
         energy_j = integral_j if counter_j is None else counter_j
         residual_pct = None
         if counter_j is not None and integral_j is not None and counter_j > 0:
@@ -122,12 +132,37 @@ class Meter:
             integral_j=integral_j,
             residual_pct=residual_pct,
             mean_power_w=per(energy_j, duration_s),
-            counter_resets=int(np.count_nonzero(inside(self._counter.resets, windows))),
+            counter_resets=int(np.count_nonzero(inside(self._resets, windows))),
         )
 
     def samples_in(self, windows: Sequence[Interval]) -> list[DeviceSample]:
         here = inside(np.array([sample.t_s for sample in self.device.samples], dtype=float), windows)
         return [sample for sample, is_here in zip(self.device.samples, here, strict=True) if is_here]
+
+    def _counter_j(self, start: float, end: float) -> float | None:
+        """The counter's joules between two instants; None where it was not read around them."""
+        t = self._t
+        if len(t) < 2 or start < t[0] - self._beyond_s or end > t[-1] + self._beyond_s:
+            return None
+        first = int(np.clip(np.searchsorted(t, start, side="right") - 1, 0, len(t) - 2))
+        last = int(np.clip(np.searchsorted(t, end, side="left") - 1, 0, len(t) - 2))
+        if np.isnan(self._steps[first : last + 1]).any():
+            return None
+        parts: list[float | None] = [self._counted_j(last, end) - self._counted_j(first, start)]
+        # Beyond the first and the last reading lies no more than a stretch: the curve tells it.
+        parts += [self._curve.energy_j(start, min(end, t[0]))] if start < t[0] else []
+        parts += [self._curve.energy_j(max(start, t[-1]), end)] if end > t[-1] else []
+        return _sum(parts)
+
+    def _counted_j(self, i: int, t: float) -> float:
+        """Joules from the first reading to an instant in (or beyond) the stretch after reading i, spread as the curve is shaped."""
+        low, high = self._t[i], self._t[i + 1]
+        t = min(t, high)
+        if t <= low:
+            return float(self._total[i])
+        part, whole = self._curve.energy_j(low, t), self._curve.energy_j(low, high)
+        share = (t - low) / (high - low) if part is None or not whole else part / whole
+        return float(self._total[i] + self._steps[i] * share)
 
 
 class Joules(NamedTuple):
@@ -168,7 +203,11 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     by_role: dict[str, list[Meter]] = {}
     for meter in sorted(metered(meters), key=lambda meter: ROLE_ORDER.get(meter.device.role or "", 2)):
         by_role.setdefault(meter.device.role or "host", []).append(meter)
-    phases = {name: _phase_windows(run.requests, name) for name in ("prefill", "decode", "kv_transfer")}
+    # The instants in which at least one request, failed ones and warm-ups among them, is in the phase.
+    phases = {
+        name: union([window for request in run.requests if (window := request.phases.get(name)) is not None])
+        for name in ("prefill", "decode", "kv_transfer")
+    }
     roles = {
         role: _role_energy(of_role, windows, intersection(phases[role], windows) if role in ROLE_ORDER else [], totals)
         for role, of_role in by_role.items()
@@ -197,14 +236,9 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
 
 
 def why_not_measured(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
-    """Why no device has one of these fields, in a few words."""
+    """Why no device has one of these fields."""
     reasons = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
     return "; ".join(sorted(reasons)) or ("no meter on this machine" if devices else "no device was sampled")
-
-
-def _phase_windows(requests: Sequence[RequestRecord], phase: str) -> list[Interval]:
-    """The instants in which at least one request, failed ones and warm-ups among them, is in `phase`."""
-    return union([window for request in requests if (window := request.phases.get(phase)) is not None])
 
 
 def _role_energy(
@@ -237,21 +271,16 @@ def _transfer_energy(
     ends = np.array([np.nan if event.end_s is None else event.end_s for event in received])
     sizes = [event.bytes for event, here in zip(received, inside(ends, windows), strict=True) if here]
     alone = difference(intersection(phases["kv_transfer"], windows), [*phases["prefill"], *phases["decode"]])
-    active_j, why = None, None
+    alone_s, why = length_s(alone), None
+    active_j = joules(meters, alone).active_j if alone_s >= ALONE_S else None
     if not received and not phases["kv_transfer"]:
         why = "this connector reports no transfers"
-    elif length_s(alone) < ALONE_S:
-        only = f"only {1000 * length_s(alone):.0f} ms of transfers ran with no request in prefill or decode"
+    elif alone_s < ALONE_S:
+        only = f"only {1000 * alone_s:.0f} ms of transfers ran with no request in prefill or decode"
         why = f"{only}: too short for a power meter"
-    else:
-        active_j = joules(meters, alone).active_j
-        why = "power or engine-ready idle was not measured" if active_j is None else None
-    return TransferEnergy(
-        bytes=sum(sizes) if sizes else None,
-        alone_s=length_s(alone),
-        active_j=active_j,
-        not_measured=why,
-    )
+    elif active_j is None:
+        why = "power or engine-ready idle was not measured"
+    return TransferEnergy(bytes=sum(sizes) if sizes else None, alone_s=alone_s, active_j=active_j, not_measured=why)
 
 
 def power_curve(device: DeviceRecord) -> Array:
@@ -275,14 +304,6 @@ def power_curve(device: DeviceRecord) -> Array:
     return merged[np.argsort(merged[:, 0], kind="stable")]
 
 
-def counter_readings(device: DeviceRecord) -> Array:
-    """Rows of (t_s, energy_j): the counter's readings on its own refreshes where the sampler caught them, else the samples'."""
-    readings = device.energy_ticks
-    if len(readings) < 2:
-        readings = [(sample.t_s, sample.energy_j) for sample in device.samples if sample.energy_j is not None]
-    return np.array(sorted(readings), dtype=float).reshape(-1, 2)
-
-
 class _Curve:
     """Power over time as straight lines between points; energy is their area."""
 
@@ -303,53 +324,11 @@ class _Curve:
         return self._until(end) - self._until(start)
 
     def _until(self, t: float) -> float:
-        if t <= self.t[0]:
-            return float((t - self.t[0]) * self.w[0])
-        if t >= self.t[-1]:
-            return float(self.area[-1] + (t - self.t[-1]) * self.w[-1])
-        i = int(np.searchsorted(self.t, t, side="right")) - 1
-        power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / (self.t[i + 1] - self.t[i])
+        i = max(int(np.searchsorted(self.t, t, side="right")) - 1, 0)
+        power = self.w[i]
+        if self.t[0] < t < self.t[-1]:
+            power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / (self.t[i + 1] - self.t[i])
         return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
-
-
-class _Counter:
-    """The energy counter between its readings: each stretch's joules are spread in time as the power curve is shaped."""
-
-    def __init__(self, readings: Array, curve: _Curve) -> None:
-        self.t, joules = readings.T
-        self.curve = curve
-        self.steps = np.diff(joules)
-        back = np.flatnonzero(self.steps < 0)
-        self.resets = self.t[back + 1]
-        # Where the counter jumped back, the curve tells the joules of that stretch.
-        stand_in = [self.curve.energy_j(self.t[i], self.t[i + 1]) for i in back]
-        self.steps[back] = np.array(stand_in, dtype=float)
-        self.total = np.concatenate([[0.0], np.nancumsum(self.steps)])
-        self.beyond_s = 1.5 * float(np.median(np.diff(self.t))) if len(self.t) > 1 else 0.0
-
-    def energy_j(self, start: float, end: float) -> float | None:
-        """Joules between two instants; None where the counter was not read around them."""
-        if len(self.t) < 2 or start < self.t[0] - self.beyond_s or end > self.t[-1] + self.beyond_s:
-            return None
-        first = int(np.clip(np.searchsorted(self.t, start, side="right") - 1, 0, len(self.steps) - 1))
-        last = int(np.clip(np.searchsorted(self.t, end, side="left") - 1, 0, len(self.steps) - 1))
-        if np.isnan(self.steps[first : last + 1]).any():
-            return None
-        parts: list[float | None] = [self._until(last, end) - self._until(first, start)]
-        # Beyond the first and the last reading lies no more than a stretch: the curve tells it.
-        parts += [self.curve.energy_j(start, min(end, self.t[0]))] if start < self.t[0] else []
-        parts += [self.curve.energy_j(max(start, self.t[-1]), end)] if end > self.t[-1] else []
-        return _sum(parts)
-
-    def _until(self, i: int, t: float) -> float:
-        """Joules from the first reading to an instant in (or beyond) the stretch after reading i."""
-        low, high = self.t[i], self.t[i + 1]
-        t = min(t, high)
-        if t <= low:
-            return float(self.total[i])
-        part, whole = self.curve.energy_j(low, t), self.curve.energy_j(low, high)
-        share = (t - low) / (high - low) if part is None or not whole else part / whole
-        return float(self.total[i] + self.steps[i] * share)
 
 
 def length_s(windows: Sequence[Interval]) -> float:
@@ -357,35 +336,27 @@ def length_s(windows: Sequence[Interval]) -> float:
     return sum((end - start for start, end in windows), 0.0)
 
 
-def union(windows: Sequence[Interval]) -> list[Interval]:
-    """The same instants as sorted windows that do not overlap; empty and reversed windows are left out."""
-    edges = np.array([(start, end) for start, end in windows if end > start], dtype=float)
-    if not len(edges):
-        return []
-    starts, ends = edges[np.argsort(edges[:, 0])].T
-    reached = np.maximum.accumulate(ends)
-    apart = starts[1:] > reached[:-1]
-    return list(zip(starts[np.append(True, apart)].tolist(), reached[np.append(apart, True)].tolist(), strict=True))
+def union(windows: Sequence[Interval], depth: int = 1) -> list[Interval]:
+    """The instants that at least `depth` windows cover, as sorted windows that do not overlap; empty and reversed ones cover none."""
+    edges = np.array([(start, end) for start, end in windows if end > start], dtype=float).reshape(-1, 2).T
+    order = np.argsort(edges, axis=None, kind="stable")  # of one instant, the starts come first
+    at, step = edges.ravel()[order], np.where(order < edges.shape[1], 1, -1)
+    cover = np.cumsum(step)
+    bounds = zip(
+        at[(step > 0) & (cover == depth)].tolist(), at[(step < 0) & (cover == depth - 1)].tolist(), strict=True
+    )
+    return [(start, end) for start, end in bounds if end > start]
 
 
 def intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
     """The instants that lie in both."""
-    left, right = union(first), union(second)
-    both, i, j = [], 0, 0
-    while i < len(left) and j < len(right):
-        both.append((max(left[i][0], right[j][0]), min(left[i][1], right[j][1])))
-        if left[i][1] < right[j][1]:
-            i += 1
-        else:
-            j += 1
-    return union(both)
+    return union([*union(first), *union(second)], depth=2)
 
 
 def difference(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
     """The instants of `first` that do not lie in `second`."""
     taken = union(second)
-    ends = [-np.inf, *(end for _, end in taken)]
-    starts = [*(start for start, _ in taken), np.inf]
+    ends, starts = [-np.inf, *(end for _, end in taken)], [*(start for start, _ in taken), np.inf]
     return intersection(first, list(zip(ends, starts, strict=True)))
 
 
