@@ -31,21 +31,10 @@ class Curve(msgspec.Struct, frozen=True, eq=False):
     y: Array
 
 
-class DeviceCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """One field of one device over the drawn axis. `device` is its name in `Summary.devices`."""
-
-    device: str
-    kind: str
-    name: str
-    role: str | None
-    curve: Curve
-
-
 class TimeAxis(msgspec.Struct, frozen=True, kw_only=True):
     """The run's time as drawn, in seconds: its trials side by side, the pauses between them left out.
 
-    `stretches` (run clock) begin at `starts` (drawn). `pauses` are the drawn gaps between them. Labels of ticks are seconds since
-    their stretch's start.
+    `stretches` (run clock) begin at `starts` (drawn), with drawn `pauses` between. Ticks are labelled in seconds of their stretch.
     """
 
     stretches: list[Interval]
@@ -62,15 +51,6 @@ class TimeAxis(msgspec.Struct, frozen=True, kw_only=True):
             inside = (instants >= start) & (instants <= end)
             placed[inside] = instants[inside] - start + drawn
         return placed
-
-    def curve(self, instants: Array, values: Array) -> Curve:
-        """A line on the drawn axis, broken between stretches so that none crosses a pause."""
-        x, y = [], []
-        for (start, end), drawn in zip(self.stretches, self.starts, strict=True):
-            inside = (instants >= start) & (instants <= end)
-            x += [instants[inside] - start + drawn, np.array([np.nan])]
-            y += [values[inside], np.array([np.nan])]
-        return Curve(np.concatenate(x), np.concatenate(y))
 
 
 class Spans(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -95,8 +75,9 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     """All lines of a run.
 
     `quantiles`: ttft, tbt (every gap), mean_tbt, e2e -> x in ms, y the per cent of values at or below. `tbt_over_time`: p50, p99 -> x
-    drawn seconds, y ms. `devices`: a field of `FIELDS` -> its devices, prefill first; `not_measured`: a field that no device has
-    -> why. `spans` is None for more than 3,000 requests; `in_flight` (x drawn seconds, y requests) is always there.
+    drawn seconds, y ms. `devices`: a field of `FIELDS` -> a line per device, named as in `Summary.devices`, prefill first;
+    `not_measured`: a field that no device has -> why. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
+    seconds, y requests, warm-up included) is always there.
     `ttft_parts_ms`: mean TTFT split into queue, prefill, kv_transfer, decode and other, None where no phase was reported.
     """
 
@@ -105,7 +86,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     gaps: Gaps
     tbt_over_time: dict[str, Curve]
     ttft_parts_ms: dict[str, float] | None
-    devices: dict[str, list[DeviceCurve]]
+    devices: dict[str, dict[str, Curve]]
     not_measured: dict[str, str]
     spans: Spans | None
     in_flight: Curve
@@ -114,10 +95,17 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
 def curves_of(run: Run, timings: Timings) -> Curves:
     axis = time_axis(run)
     devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device_name(device)))
-    lines = {field: [line for device in devices if (line := _device_curve(device, field, axis))] for field in FIELDS}
+    lines = {
+        field: {device_name(device): line for device in devices if (line := _device_curve(device, field, axis))}
+        for field in FIELDS
+    }
     chosen = np.linspace(0, len(timings.tbt_ms) - 1, min(len(timings.tbt_ms), GAPS)).astype(np.int64)
     requests = [request for request in run.requests if request.sent_s is not None and request.end_s is not None]
     requests.sort(key=lambda request: request.sent_s or 0.0)
+    placed = axis.place(np.array([(r.sent_s, r.end_s) for r in requests], dtype=float).reshape(-1, 2))
+    begins, ends = (np.sort(column[np.isfinite(column)]) for column in placed.T)
+    grid = np.linspace(0, axis.length_s, CURVE_POINTS)
+    in_flight = np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right")
     return Curves(
         axis=axis,
         quantiles={name: _quantile_curve(latency.rising) for name, latency in timings.latencies.items()},
@@ -127,7 +115,7 @@ def curves_of(run: Run, timings: Timings) -> Curves:
         devices={field: of_field for field, of_field in lines.items() if of_field},
         not_measured={field: why_not_measured(devices, (field,)) for field, of_field in lines.items() if not of_field},
         spans=_spans(requests, axis) if len(requests) <= SPANS else None,
-        in_flight=_in_flight(requests, axis),
+        in_flight=Curve(grid, in_flight.astype(float)),
     )
 
 
@@ -183,28 +171,27 @@ def _tbt_over_time(timings: Timings, axis: TimeAxis) -> dict[str, Curve]:
     return {"p50": Curve(middles, held[:, 0]), "p99": Curve(middles, held[:, 1])}
 
 
-def series(device: DeviceRecord, field: str) -> tuple[Array, Array]:
-    """(instants, values) of a field where it was measured; power from the driver's fine buffer where there is one."""
-    points = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
-    instants, values = (power_curve(device) if field == "power_w" else np.array(points, dtype=float).reshape(-1, 2)).T
-    return instants, values
-
-
-def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> DeviceCurve | None:
-    """At most 1,000 points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
-    instants, values = series(device, field)
-    if not len(instants):
+def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> Curve | None:
+    """A field over the drawn axis, broken at each pause; None where it was not measured. Power is the driver's fine buffer where
+    there is one. At most 1,000 points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
+    samples = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
+    points = power_curve(device) if field == "power_w" else np.array(samples, dtype=float).reshape(-1, 2)
+    if not len(points):
         return None
-    drawn = axis.curve(instants, values)
-    if len(drawn.x) > CURVE_POINTS:
-        kept: list[int] = []
-        for part in np.array_split(np.arange(len(drawn.x)), CURVE_POINTS // 2):
-            measured, broken = part[np.isfinite(drawn.y[part])], part[~np.isfinite(drawn.y[part])]
-            ends = drawn.y[measured]
-            extremes = {int(measured[ends.argmin()]), int(measured[ends.argmax()])} if len(measured) else set()
-            kept += sorted({*extremes, *broken[:1].tolist()})
-        drawn = Curve(drawn.x[kept], drawn.y[kept])
-    return DeviceCurve(device=device_name(device), kind=device.kind, name=device.name, role=device.role, curve=drawn)
+    x = axis.place(points[:, 0])
+    points, x = points[np.isfinite(x)], x[np.isfinite(x)]
+    breaks = np.searchsorted(points[:, 0], [end for _, end in axis.stretches], side="right")
+    x, y = np.insert(x, breaks, np.nan), np.insert(points[:, 1], breaks, np.nan)
+    if len(x) <= CURVE_POINTS:
+        return Curve(x, y)
+    kept: list[int] = []
+    for part in np.array_split(np.arange(len(x)), CURVE_POINTS // 2):
+        measured, broken = part[np.isfinite(y[part])], part[~np.isfinite(y[part])]
+        extremes = (
+            {int(measured[y[measured].argmin()]), int(measured[y[measured].argmax()])} if len(measured) else set()
+        )
+        kept += sorted({*extremes, *broken[:1].tolist()})
+    return Curve(x[kept], y[kept])
 
 
 def _spans(requests: Sequence[RequestRecord], axis: TimeAxis) -> Spans:
@@ -219,12 +206,3 @@ def _spans(requests: Sequence[RequestRecord], axis: TimeAxis) -> Spans:
     sent, first, end = axis.place(np.array(instants, dtype=float).reshape(-1, 3)).T
     failed = np.array([request.error is not None for request in requests], dtype=bool)
     return Spans(sent_s=sent, first_s=first, end_s=end, row=np.array(rows, dtype=np.int64), failed=failed)
-
-
-def _in_flight(requests: Sequence[RequestRecord], axis: TimeAxis) -> Curve:
-    """How many requests, warm-up included, were under way at each point of the drawn axis."""
-    placed = axis.place(np.array([(r.sent_s, r.end_s) for r in requests], dtype=float).reshape(-1, 2))
-    begins, ends = (np.sort(column[np.isfinite(column)]) for column in placed.T)
-    grid = np.linspace(0, axis.length_s, CURVE_POINTS)
-    count = np.searchsorted(begins, grid, side="right") - np.searchsorted(ends, grid, side="right")
-    return Curve(grid, count.astype(float))

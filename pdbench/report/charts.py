@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from pdbench.analysis.compare import Comparison
-from pdbench.analysis.curves import DeviceCurve
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import chart_types as colours
@@ -110,7 +109,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
         clocks = (_("CPU clock"), ["cpu_clock_mhz"])
     panels: list[Panel] = []
     for title, fields in (power, clocks, (_("Temperature"), ["temperature_c"])):
-        lines = [line for field in fields for line in _device_lines(curves.devices.get(field, []), field)]
+        lines = [line for field in fields for line in _device_lines(analysis, field)]
         behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
         title = _("{0}, requests behind (darker until the first token)", title) if behind else title
         top = max((float(np.nanmax(line.y)) for line in lines), default=0.0) * 1.15 or 1.0
@@ -135,17 +134,18 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, shared_x=True)
 
 
-def _device_lines(curves: Sequence[DeviceCurve], field: str) -> list[Series]:
+def _device_lines(analysis: RunAnalysis, field: str) -> list[Series]:
     """A line per device; the id is in its name where devices share a role. Memory clocks are dashed."""
-    roles = [curve.role or curve.kind for curve in curves]
+    curves, devices = analysis.curves.devices.get(field, {}), analysis.summary.devices
+    roles = [devices[name].role or devices[name].kind for name in curves]
     lines = []
-    for number, (curve, role) in enumerate(zip(curves, roles, strict=True)):
-        name = role if curve.role and roles.count(role) == 1 else f"{role} ({curve.device})"
+    for number, ((device, curve), role) in enumerate(zip(curves.items(), roles, strict=True)):
+        name = role if devices[device].role and roles.count(role) == 1 else f"{role} ({device})"
         style, width = DASHES[roles[:number].count(role) % len(DASHES)], 1.5
         if field == "memory_clock_mhz":
             name, style, width = _("{0}, memory", name), "dash", 1.0
         shade = SHADES.get(role, SPARE[number % len(SPARE)])
-        lines.append(Series(name=name, x=curve.curve.x, y=curve.curve.y, shade=shade, dash=style, width=width))
+        lines.append(Series(name=name, x=curve.x, y=curve.y, shade=shade, dash=style, width=width))
     return lines
 
 
@@ -302,7 +302,7 @@ def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
     """Devices alone: power, clocks, temperature, utilisation, and power against utilisation; those that were measured."""
     chart = device_curves(analysis, analysis.name)
     panels, use = chart.drawable, Axis(label=text.label("gpu_utilization_pct"), low=0)
-    lines = _device_lines(analysis.curves.devices.get("gpu_utilization_pct", []), "")
+    lines = _device_lines(analysis, "gpu_utilization_pct")
     panels.append(Panel(title=_("Utilisation"), series=lines, x=panels[0].x, y=use, pauses=panels[0].pauses))
     points = []
     for device in devices:

@@ -56,13 +56,14 @@ def test_peaks_survive_thinning():
     samples = [DeviceSample(t_s=start + i / 1e4, power_w=100.0) for i in range(8000)]
     samples[4321].power_w, samples[5432].power_w = 700.0, 3.0
     run.devices = [DeviceRecord(id="gpu0", kind="gpu", name="G", role="single", samples=samples)]
-    (line,) = curves(run).devices["power_w"]
-    assert len(line.curve.x) <= CURVE_POINTS + 10 and (np.nanmax(line.curve.y), np.nanmin(line.curve.y)) == (700, 3)
+    line = curves(run).devices["power_w"]["gpu0"]
+    assert len(line.x) <= CURVE_POINTS + 10 and (np.nanmax(line.y), np.nanmin(line.y)) == (700, 3)
 
 
 def test_devices_come_in_a_requests_order_and_what_is_missing_says_why():
-    lines = curves(build_run())
-    assert [line.role for line in lines.devices["power_w"]] == ["prefill", "decode"]
+    analysis = analyze(build_run())
+    lines = analysis.curves
+    assert [analysis.summary.devices[name].role for name in lines.devices["power_w"]] == ["prefill", "decode"]
     assert set(lines.not_measured) == {"cpu_utilization_pct", "cpu_clock_mhz"}
     assert curves(build_run(gpu=False)).not_measured["power_w"] == "no RAPL on this machine"
 
