@@ -1,12 +1,11 @@
 """Run B against run A: each metric's change with its 95 % interval and a verdict, and what else differs between the runs.
 
-Student's paired t on the logarithms of the trials' figures: trial i of both runs had the same arrivals and prompts and was
-measured next to the other, so what they share cancels (Student 1908; docs/statistics.md). Runs that were not measured by one
-`pdbench run` do not pair: Welch's t on the same logarithms (Welch 1947). One rule for every metric.
+Student's paired t on the logarithms of the trials' figures: trial i of both had the same arrivals and prompts and was measured next
+to the other. Runs not measured by one `pdbench run` do not pair: Welch's t on the same logarithms. See docs/statistics.md.
 """
 
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import exp, log, sqrt
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ NOTABLE = 0.05
 POWER = 0.8
 MOST_TRIALS = 1000
 PILOT_CONFIDENCE = 0.7
-BEYOND_QUANTILE = 4
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
 SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
@@ -47,20 +45,19 @@ class Difference:
 
     `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
     over all trials. `trials` were compared on each side; `trials_needed` of them would show a change of 5 % with 80 % power, None
-    for over 1,000. A quantile of fewer than `values_needed` values is not judged; it had `values`.
+    for over 1,000. `values` are behind a quantile, of the run that had fewer.
     """
 
     metric: Metric
     a: float
     b: float
-    ratio: ConfidenceInterval | None
-    difference: ConfidenceInterval | None
-    verdict: Verdict
-    unjudged: Unjudged | None
     trials: int
-    trials_needed: int | None
     values: int | None
-    values_needed: int | None
+    ratio: ConfidenceInterval | None = None
+    difference: ConfidenceInterval | None = None
+    verdict: Verdict = "unjudged"
+    unjudged: Unjudged | None = None
+    trials_needed: int | None = None
 
     @property
     def change(self) -> float | None:
@@ -129,19 +126,14 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
+    """Every difference of host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
     sides = []
     for run in (a, b):
-        gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
-        refused = {
-            "schema": run.run_schema,
-            "host": run.host.get("name"),
-            "GPUs": gpus,
-            "driver": run.host.get("driver"),
-        }
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
         load = asdict(LoadConfig()) | (run.config.get("load") or {})
-        refused |= {"model": run.config.get("model")}
+        gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
+        refused = {"host": run.host.get("name"), "GPUs": gpus}
+        refused |= {"driver": run.host.get("driver"), "model": run.config.get("model")}
         refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - set(SLO_OPTIONS))}
         serve = run.config.get("serve") or {}
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
@@ -162,42 +154,26 @@ def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
         np.array([figure.trials[index] for index in common] if paired else list(figure.trials.values()))
         for figure in (a, b)
     )
-    needed = None if metric.quantile is None else round(BEYOND_QUANTILE / (1 - metric.quantile))
     values = None if a.count is None or b.count is None else min(a.count, b.count)
-    unjudged: Unjudged | None = None
-    if min(len(left), len(right)) < 2:
-        unjudged = "one-trial"
-    elif needed is not None and values is not None and values < needed:
-        unjudged = "few-values"
-    elif min(left.min(), right.min()) <= 0:
-        unjudged = "zero"
-    difference = None if unjudged in ("one-trial", "few-values") else mean_difference(left, right, paired)
-    verdict: Verdict = "unjudged"
-    ratio, trials_needed, shown = None, None, (a.value, b.value)
-    if unjudged is None:
-        logs = np.log(left), np.log(right)
-        change = mean_difference(*logs, paired)
-        ratio = ConfidenceInterval(exp(change.value), exp(change.low), exp(change.high))
-        trials_needed = trials_to_show(*logs, paired)
-        shown = exp(logs[0].mean()), exp(logs[1].mean())
-        verdict = "unclear"
-        if not ratio.low <= 1 <= ratio.high:
-            verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
-        elif ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
-            verdict = "same"
-    return Difference(
-        metric=metric,
-        a=shown[0],
-        b=shown[1],
-        ratio=ratio,
-        difference=difference,
-        verdict=verdict,
-        unjudged=unjudged,
-        trials=min(len(left), len(right)),
-        trials_needed=trials_needed,
-        values=values,
-        values_needed=needed,
-    )
+    seen = Difference(metric=metric, a=a.value, b=b.value, trials=min(len(left), len(right)), values=values)
+    if seen.trials < 2:
+        return replace(seen, unjudged="one-trial")
+    if values is not None and values < (metric.values_needed or 0):
+        return replace(seen, unjudged="few-values")
+    seen = replace(seen, difference=mean_difference(left, right, paired))
+    if min(left.min(), right.min()) <= 0:
+        return replace(seen, unjudged="zero")
+    logs = np.log(left), np.log(right)
+    change = mean_difference(*logs, paired)
+    ratio = ConfidenceInterval(exp(change.value), exp(change.low), exp(change.high))
+    verdict: Verdict = "unclear"
+    if not ratio.low <= 1 <= ratio.high:
+        verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
+    elif ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
+        verdict = "same"
+    means = exp(logs[0].mean()), exp(logs[1].mean())
+    needed = trials_to_show(*logs, paired)
+    return replace(seen, a=means[0], b=means[1], ratio=ratio, verdict=verdict, trials_needed=needed)
 
 
 def mean_difference(a: Array, b: Array, paired: bool) -> ConfidenceInterval:

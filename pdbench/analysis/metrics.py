@@ -1,6 +1,6 @@
-"""A run's records to arrays: the time to first token, between tokens and end to end of every request, as docs/metrics.md defines.
+"""A run's records to arrays: every request's times as docs/metrics.md defines them, derived here and nowhere else.
 
-Durations are derived here and nowhere else. NaN in an array is None in the records: not measured.
+NaN in an array is None in the records: not measured.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pdbench.records import Interval, RequestRecord, Run, Trial
+from pdbench.records import Interval, RequestRecord, Run
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -22,32 +22,32 @@ PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that runs are compared by: its name (as --fail-if takes it), title, unit and which way is better.
-
-    A latency has the key of `Timings.latencies` and the quantile that is taken of it; all others are one of `RATIOS`.
-    """
+    """A figure that runs are compared by: a quantile of one of `Timings.latencies`, else one of `RATIOS`."""
 
     name: str
-    title: str
-    unit: str
     lower_is_better: bool
     latency: str | None = None
     quantile: float | None = None
+
+    @property
+    def values_needed(self) -> int | None:
+        """With fewer values a quantile is not judged: four are needed beyond it."""
+        return None if self.quantile is None else round(4 / (1 - self.quantile))
 
 
 METRICS = {
     metric.name: metric
     for metric in (
         *(
-            Metric(f"{key}_p{percent}_ms", f"{title} p{percent}", "ms", True, key, percent / 100)
-            for key, title in (("ttft", "TTFT"), ("tbt", "TBT"), ("e2e", "E2E"))
+            Metric(f"{key}_p{percent}_ms", True, key, percent / 100)
+            for key in ("ttft", "tbt", "e2e")
             for percent in (50, 90, 99)
         ),
-        Metric("output_tokens_per_s", "Output tokens/s", "", False),
-        Metric("output_tokens_per_s_per_device", "Tokens/s per GPU", "", False),
-        Metric("goodput_requests_per_s", "Goodput", "requests/s", False),
-        Metric("j_per_output_token", "Energy per token", "J", True),
-        Metric("mean_power_w", "Mean power", "W", True),
+        Metric("output_tokens_per_s", False),
+        Metric("output_tokens_per_s_per_device", False),
+        Metric("goodput_requests_per_s", False),
+        Metric("j_per_output_token", True),
+        Metric("mean_power_w", True),
     )
 }
 
@@ -128,14 +128,14 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """All of a run's measured instants and durations.
+    """All of a run's measured instants and durations; `windows` are its trials'.
 
-    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `phase_s` (phase -> (requests, 2): start, end).
+    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
     `token_s` holds every token's arrival, of failed requests too.
     """
 
-    trials: list[Trial]
+    windows: list[Interval]
     requests: Requests
     first_s: Array
     in_slo: BoolArray | None
@@ -145,20 +145,19 @@ class Timings:
     tbt_s: Array
     token_s: Array
 
-    @property
-    def windows(self) -> list[Interval]:
-        """Every trial's measured window."""
-        return [(trial.start_s, trial.end_s) for trial in self.trials]
-
     @cached_property
     def latencies(self) -> dict[str, Latency]:
         """ttft, tbt (every gap), mean_tbt (TPOT) and e2e."""
-        requests = self.requests
+        trial = self.requests.trial
+        values = {
+            "ttft": (self.requests.ttft_ms, trial),
+            "tbt": (self.tbt_ms, trial[self.tbt_request]),
+            "mean_tbt": (self.requests.mean_tbt_ms, trial),
+            "e2e": (self.requests.e2e_ms, trial),
+        }
         return {
-            "ttft": _latency(requests.ttft_ms, requests.trial),
-            "tbt": _latency(self.tbt_ms, requests.trial[self.tbt_request]),
-            "mean_tbt": _latency(requests.mean_tbt_ms, requests.trial),
-            "e2e": _latency(requests.e2e_ms, requests.trial),
+            name: Latency(rising(ms), {int(i): of_i for i in np.unique(of) if len(of_i := rising(ms[of == i]))})
+            for name, (ms, of) in values.items()
         }
 
     def totals(self, windows: Sequence[Interval], energy_j: float | None, gpus: int) -> Totals:
@@ -212,11 +211,15 @@ def timings_of(run: Run) -> Timings:
         error=[None if record.error is None else record.error.kind for record in records],
         finish_reason=[record.finish_reason for record in records],
     )
+    slo = run.config.get("load") or {}
+    limits = ((requests.ttft_ms, slo.get("slo_ttft_ms")), (requests.mean_tbt_ms, slo.get("slo_tbt_ms")))
+    # NaN is above no limit: a request of one token has no TBT to miss.
+    missed = [values > limit for values, limit in limits if limit is not None]
     return Timings(
-        trials=run.trials,
+        windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         requests=requests,
         first_s=first_s,
-        in_slo=_in_slo(run, requests),
+        in_slo=ok & ~np.any(missed, axis=0) if missed else None,
         phase_s=phase_s,
         tbt_ms=(np.diff(token_s) * 1e3)[is_gap],
         tbt_request=request[1:][is_gap],
@@ -284,26 +287,6 @@ def spread(rising: Array) -> Spread | None:
 def per(top: float | None, bottom: float | None) -> float | None:
     """A ratio; None when either is not known or there is nothing to divide by."""
     return None if top is None or bottom is None or not bottom > 0 else float(top / bottom)
-
-
-def _in_slo(run: Run, requests: Requests) -> BoolArray | None:
-    """Which requests met the run's SLO: a TTFT and a mean TBT at most as given. A request of one token has no TBT to miss."""
-    load = run.config.get("load") or {}
-    ttft_ms, mean_tbt_ms = load.get("slo_ttft_ms"), load.get("slo_tbt_ms")
-    if ttft_ms is None and mean_tbt_ms is None:
-        return None
-    met = requests.ok.copy()
-    if ttft_ms is not None:
-        met &= requests.ttft_ms <= ttft_ms
-    if mean_tbt_ms is not None:
-        met &= ~(requests.mean_tbt_ms > mean_tbt_ms)
-    return met
-
-
-def _latency(values: Array, trial: IntArray) -> Latency:
-    return Latency(
-        rising(values), {int(i): of_trial for i in np.unique(trial) if len(of_trial := rising(values[trial == i]))}
-    )
 
 
 def _column(records: Sequence[RequestRecord], name: str) -> Array:

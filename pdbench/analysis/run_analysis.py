@@ -1,7 +1,6 @@
-"""Everything derived from one run, computed once and saved beside its results: figures, energy, curves, flags.
+"""Everything derived from one run, computed once and saved beside its results: all that tables, pictures, pages and exit codes read.
 
-Every table, picture, page, CSV and exit code reads a `RunAnalysis` and nothing else. Nothing in it is rounded; what was not
-measured is None (NaN in arrays), never 0.
+Nothing in it is rounded; what was not measured is None (NaN in arrays), never 0.
 """
 
 from collections import Counter
@@ -30,19 +29,16 @@ from pdbench.analysis.metrics import (
     timings_of,
 )
 from pdbench.errors import UserError
-from pdbench.records import Clock, Flag, Gate, Interval, Run, Trial, load_run, write_whole
+from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run, write_whole
 
 SCHEMA = "pdbench-analysis/1"
 FILE = "analysis.json"
-METADATA = ("name", "clock", "config", "host", "versions", "roles", "gate", "trials")
-READINGS = (*FIELDS, "gpu_utilization_pct", "memory_used_mib")
+METADATA = ("name", "clock", "config", "host", "versions", "gate")
+READINGS = (*FIELDS, "memory_used_mib")
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric: `value` over all trials together, `trials` that of each (trial index -> value; missing where it has none).
-
-    `count` is how many values are behind a latency quantile, None for other metrics.
-    """
+    """One metric over all trials together and in each (trial index -> value); `count` values are behind a latency's quantile."""
 
     value: float
     trials: dict[int, float]
@@ -100,10 +96,7 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run as docs/metrics.md defines them; `msgspec.to_builtins` of it is saved in the results.
-
-    `tbt_ms` is over every gap, `mean_tbt_ms` over the requests' means (TPOT). `window_s` is that of all trials together.
-    """
+    """The figures of a run as docs/metrics.md defines them; `msgspec.to_builtins` of it is saved in the results."""
 
     trials: int
     window_s: float
@@ -127,26 +120,22 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, analyzed. `name` is the deployment; config, host, versions, roles, gate, trials and clock are the run's own.
+    """One run, analyzed; `source` identifies the files that it was made from, name to gate are the run's own.
 
-    `flags` are the run's and those of its devices. `figures` maps a metric's name (`metrics.METRICS`) to its values; a metric
-    that was not measured is not in it. `requests` are columns for requests.csv and scatter panels. `source` identifies the files
-    that it was made from.
+    `flags` are the run's and those of its devices. `figures` maps a metric's name (`metrics.METRICS`) to its values, where it was
+    measured. `requests` are columns for requests.csv and scatter panels.
     """
 
     schema: str = SCHEMA
     pdbench: str = __version__
     source: str = ""
-    run_schema: str
     name: str
     clock: Clock
     config: dict[str, Any]
     host: dict[str, Any]
     versions: dict[str, str | None]
-    roles: dict[str, list[str]]
     gate: Gate | None
     flags: list[Flag]
-    trials: list[Trial]
     summary: Summary
     figures: dict[str, Figure]
     curves: Curves
@@ -165,7 +154,6 @@ def analyze(run: Run) -> RunAnalysis:
     totals = totals_in(timings.windows)
     in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
     return RunAnalysis(
-        run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
         flags=flags_of(run, meters),
         summary=_summary(run, timings, meters, totals),
@@ -220,16 +208,14 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
 
 
 def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) -> Summary:
-    requests, load = timings.requests, run.config.get("load") or {}
+    requests, in_slo, load = timings.requests, timings.in_slo, run.config.get("load") or {}
     errors = Counter(error or "no_tokens" for error, ok in zip(requests.error, requests.ok, strict=True) if not ok)
     merged = int(np.count_nonzero(timings.tbt_ms == 0.0))
-    in_slo = timings.in_slo
+    sent, succeeded = len(requests.ok), int(requests.ok.sum())
     return Summary(
-        trials=len(timings.trials),
+        trials=len(run.trials),
         window_s=totals.window_s,
-        requests=RequestCounts(
-            sent=len(requests.ok), succeeded=int(requests.ok.sum()), failed=int((~requests.ok).sum())
-        ),
+        requests=RequestCounts(sent=sent, succeeded=succeeded, failed=sent - succeeded),
         errors=dict(errors.most_common()),
         tokens=TokenCounts(
             prompt=_count(requests.prompt_tokens[requests.ok]),

@@ -1,7 +1,7 @@
 """The gate for CI: conditions such as `tbt_p99_ms > +5%` on a comparison; each fails, passes, or is uncertain."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
@@ -26,17 +26,16 @@ class Condition:
 
 @dataclass(frozen=True)
 class ThresholdResult:
-    """A condition's outcome. `change` is what was compared with its limit, in `unit` (% or the metric's); None: no interval."""
+    """A condition's outcome. `change` is what was compared with its limit, in its unit; None: no interval."""
 
     condition: Condition
     outcome: Outcome
     change: ConfidenceInterval | None
-    unit: str
     difference: Difference
 
 
 def parse(text: str) -> Condition:
-    """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError with the shape, or the metrics, when it is none of these."""
+    """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError when it is none of these."""
     match = _SHAPE.fullmatch(text)
     if match is None or not match[3]:
         raise UserError(
@@ -57,19 +56,13 @@ def evaluate(comparison: Comparison, conditions: list[Condition]) -> list[Thresh
         if condition.metric not in lines:
             raise UserError(f"--fail-if: {condition.metric} is not measured in both runs; there are {', '.join(lines)}")
         line = lines[condition.metric]
-        change, unit = line.difference, line.metric.unit
-        if condition.relative:
-            ratio, unit = line.ratio, "%"
-            change = ratio and ConfidenceInterval(
-                *(100 * (bound - 1) for bound in (ratio.value, ratio.low, ratio.high))
-            )
-        beyond = (
-            []
-            if change is None
-            else [(bound > condition.limit) == condition.above for bound in (change.low, change.high)]
-        )
-        outcome: Outcome = "fails" if beyond and all(beyond) else "uncertain" if any(beyond) or not beyond else "passes"
-        results.append(ThresholdResult(condition, outcome, change, unit, line))
+        change = line.ratio if condition.relative else line.difference
+        if condition.relative and change:
+            change = ConfidenceInterval(*(100 * (bound - 1) for bound in astuple(change)))
+        bounds = (change.low, change.high) if change else ()
+        beyond = {(bound > condition.limit) == condition.above for bound in bounds}
+        outcome: Outcome = "uncertain" if len(beyond) != 1 else "fails" if True in beyond else "passes"
+        results.append(ThresholdResult(condition, outcome, change, line))
     return results
 
 

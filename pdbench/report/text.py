@@ -266,7 +266,7 @@ def judgement(line: Difference) -> str:
             return change
         reason = _("not judged: it was zero in a trial")
         if line.unjudged == "few-values":
-            reason = _("not judged: {0} values, needs {1}", line.values, line.values_needed)
+            reason = _("not judged: {0} values, needs {1}", line.values, line.metric.values_needed)
         return f"{change}, {reason}" if change else reason
     if line.verdict in ("better", "worse"):
         return times(line.ratio)
@@ -357,5 +357,6 @@ def threshold(result: ThresholdResult) -> str:
             f"{'+' if bound >= 0 else '−'}{number(abs(bound))}"
             for bound in (result.change.value, result.change.low, result.change.high)
         )
-        reason = _("{0} {1}, 95 % interval {2} to {3}", value, result.unit, low, high)
+        its_unit = "%" if result.condition.relative else unit(result.condition.metric)
+        reason = _("{0} {1}, 95 % interval {2} to {3}", value, its_unit, low, high)
     return f"{result.condition.text}: {reason}"

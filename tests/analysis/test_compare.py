@@ -101,7 +101,7 @@ def test_one_trial_is_not_judged():
 
 def test_quantile_of_few_values_is_not_judged():
     ttft = line_of(compare_runs(build_run(seed=1), build_run(seed=2)), "ttft_p99_ms")
-    assert (ttft.unjudged, ttft.values, ttft.values_needed) == ("few-values", 48, 400)
+    assert (ttft.unjudged, ttft.values, ttft.metric.values_needed) == ("few-values", 48, 400)
     assert ttft.ratio is None and ttft.difference is None and ttft.change is not None
 
 
