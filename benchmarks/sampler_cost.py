@@ -50,7 +50,7 @@ def say(found, points=None):
 
 def with_pdbench(gpus):
     """The sampler as `pdbench run` uses it: every field of every GPU each 100 ms."""
-    from pdbench.analysis.energy import Meter
+    from pdbench.analysis.meter import Meter
     from pdbench.power.device import open_gpu, open_rapl
     from pdbench.power.sampler import Sampler, merge_records
     from pdbench.records import Clock

@@ -6,7 +6,8 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.energy import ROLE_ORDER, device_name, power_curve, union, why_not_measured
+from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
+from pdbench.analysis.meter import power_curve, union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 

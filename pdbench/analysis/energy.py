@@ -1,4 +1,4 @@
-"""Energy of devices over windows of time: the counter's joules, the integral of power beside them, and what each role used."""
+"""The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,14 +6,14 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import RATIOS, Array, Timings, Totals, inside, per
+from pdbench.analysis.meter import Meter, difference, intersection, length_s, total, union
+from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
 from pdbench.events import TransferEvent
-from pdbench.records import DeviceRecord, DeviceSample, Interval, Run
+from pdbench.records import DeviceRecord, Interval, Run
 
 ENGINE_READY = "engine_ready"
 ROLE_ORDER = {"prefill": 0, "decode": 1}
 """The roles with a phase of their own, in the order of a request's way; all other roles come after."""
-EDGE_S, HOLE_S = 0.25, 1.0
 ALONE_S = 0.2
 """A power meter needs this much time with transfers and nothing else."""
 J_PER_KWH = 3.6e6
@@ -22,22 +22,6 @@ ONE_INSTANCE = (
     "one instance does both phases on the same GPU and no meter splits them; "
     "`pdbench bench --phase prefill` and `--phase decode` measure each alone"
 )
-
-
-class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one device used in `duration_s` seconds of windows; None where it was not measured all along.
-
-    `energy_j` is `counter_j` where there is a counter, else `integral_j`, the area of the power curve; `residual_pct` is
-    100 (integral - counter) / counter. `counter_resets` counts jumps backwards; the integral stands in for those stretches.
-    """
-
-    duration_s: float
-    energy_j: float | None
-    counter_j: float | None
-    integral_j: float | None
-    residual_pct: float | None
-    mean_power_w: float | None
-    counter_resets: int = 0
 
 
 class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,75 +80,6 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     not_split: str | None
 
 
-class Meter:
-    """A device's power curve and energy counter prepared once, for the energy of many windows."""
-
-    def __init__(self, device: DeviceRecord) -> None:
-        self.device = device
-        self._curve = _Curve(power_curve(device))
-        # The counter on its own refreshes where the sampler caught them, else as the samples have it.
-        readings = device.energy_ticks
-        if len(readings) < 2:
-            readings = [(sample.t_s, sample.energy_j) for sample in device.samples if sample.energy_j is not None]
-        self._t, counted_j = np.array(sorted(readings), dtype=float).reshape(-1, 2).T
-        self._steps = np.diff(counted_j)
-        back = np.flatnonzero(self._steps < 0)
-        self._resets = self._t[back + 1]
-        # Where the counter jumped back, the curve tells the joules of that stretch.
-        self._steps[back] = np.array([self._curve.energy_j(self._t[i], self._t[i + 1]) for i in back], dtype=float)
-        self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
-        self._beyond_s = 1.5 * float(np.median(np.diff(self._t))) if len(self._t) > 1 else 0.0
-
-    def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
-        """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
-        windows = union(windows)
-        duration_s = length_s(windows)
-        integral_j = _sum([self._curve.energy_j(start, end) for start, end in windows])
-        counter_j = _sum([self._counter_j(start, end) for start, end in windows])
-        energy_j = integral_j if counter_j is None else counter_j
-        residual_pct = None
-        if counter_j is not None and integral_j is not None and counter_j > 0:
-            residual_pct = 100 * (integral_j / counter_j - 1)
-        return EnergyWindow(
-            duration_s=duration_s,
-            energy_j=energy_j,
-            counter_j=counter_j,
-            integral_j=integral_j,
-            residual_pct=residual_pct,
-            mean_power_w=per(energy_j, duration_s),
-            counter_resets=int(np.count_nonzero(inside(self._resets, windows))),
-        )
-
-    def samples_in(self, windows: Sequence[Interval]) -> list[DeviceSample]:
-        here = inside(np.array([sample.t_s for sample in self.device.samples], dtype=float), windows)
-        return [sample for sample, is_here in zip(self.device.samples, here, strict=True) if is_here]
-
-    def _counter_j(self, start: float, end: float) -> float | None:
-        """The counter's joules between two instants; None where it was not read around them."""
-        t = self._t
-        if len(t) < 2 or start < t[0] - self._beyond_s or end > t[-1] + self._beyond_s:
-            return None
-        first = int(np.clip(np.searchsorted(t, start, side="right") - 1, 0, len(t) - 2))
-        last = int(np.clip(np.searchsorted(t, end, side="left") - 1, 0, len(t) - 2))
-        if np.isnan(self._steps[first : last + 1]).any():
-            return None
-        parts: list[float | None] = [self._counted_j(last, end) - self._counted_j(first, start)]
-        # Beyond the first and the last reading lies no more than a stretch: the curve tells it.
-        parts += [self._curve.energy_j(start, min(end, t[0]))] if start < t[0] else []
-        parts += [self._curve.energy_j(max(start, t[-1]), end)] if end > t[-1] else []
-        return _sum(parts)
-
-    def _counted_j(self, i: int, t: float) -> float:
-        """Joules from the first reading to an instant in (or beyond) the stretch after reading i, spread as the curve is shaped."""
-        low, high = self._t[i], self._t[i + 1]
-        t = min(t, high)
-        if t <= low:
-            return float(self._total[i])
-        part, whole = self._curve.energy_j(low, t), self._curve.energy_j(low, high)
-        share = (t - low) / (high - low) if part is None or not whole else part / whole
-        return float(self._total[i] + self._steps[i] * share)
-
-
 class Joules(NamedTuple):
     """What several devices used together: in total, and apart what lies above the engine-ready idle draw, and that draw."""
 
@@ -183,7 +98,7 @@ def joules(meters: Sequence[Meter], windows: Sequence[Interval]) -> Joules:
         else:
             idle_j = min(idle_power_w * window.duration_s, window.energy_j)
             each.append(Joules(window.energy_j, window.energy_j - idle_j, idle_j))
-    return Joules(*map(_sum, zip(*each, strict=True))) if each and windows else Joules(None, None, None)
+    return Joules(*map(total, zip(*each, strict=True))) if each and windows else Joules(None, None, None)
 
 
 def metered(meters: Sequence[Meter]) -> list[Meter]:
@@ -259,7 +174,7 @@ def _role_energy(
         phase_j=in_phase.energy_j if phase else None,
         phase_s=length_s(phase) if phase else None,
         waiting_s=length_s(windows) - length_s(phase) if phase else None,
-        idle_power_w=_sum([meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]),
+        idle_power_w=total([meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]),
         j_per_output_token=per(whole.energy_j, totals.output_tokens),
     )
 
@@ -281,89 +196,6 @@ def _transfer_energy(
     elif active_j is None:
         why = "power or engine-ready idle was not measured"
     return TransferEnergy(bytes=sum(sizes) if sizes else None, alone_s=alone_s, active_j=active_j, not_measured=why)
-
-
-def power_curve(device: DeviceRecord) -> Array:
-    """Rows of (t_s, power_w): the driver's own buffer where it reaches, the samples elsewhere; repeated values stay in.
-
-    An entry of the buffer is taken as the mean of the time since the entry before, so it stands in the middle of that time.
-    A device without instant power gives its average power instead.
-    """
-    field = "power_w" if any(sample.power_w is not None for sample in device.samples) else "power_average_w"
-    points = [(sample.t_s, power) for sample in device.samples if (power := getattr(sample, field)) is not None]
-    samples = np.array(sorted(points), dtype=float).reshape(-1, 2)
-    if len(device.fine_power) < 2:
-        return samples
-    fine = np.array(sorted(device.fine_power), dtype=float)
-    step_s = float(np.median(np.diff(fine[:, 0])))
-    fine[:, 0] -= step_s / 2
-    place = np.searchsorted(fine[:, 0], samples[:, 0])
-    edges = np.concatenate([[-np.inf], fine[:, 0], [np.inf]])
-    far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > 3 * step_s
-    merged = np.concatenate([fine, samples[far]])
-    return merged[np.argsort(merged[:, 0], kind="stable")]
-
-
-class _Curve:
-    """Power over time as straight lines between points; energy is their area."""
-
-    def __init__(self, points: Array) -> None:
-        self.t, self.w = points.T
-        steps = np.diff(self.t)
-        self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
-        hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
-        self.holes = [(self.t[i], self.t[i + 1]) for i in np.flatnonzero(steps > hole_s)]
-
-    def energy_j(self, start: float, end: float) -> float | None:
-        """Joules between two instants, the edges interpolated; None where points are missing: a hole inside, or more than a
-        moment at either edge."""
-        if len(self.t) < 2 or start < self.t[0] - EDGE_S or end > self.t[-1] + EDGE_S:
-            return None
-        if any(hole_start < end and start < hole_end for hole_start, hole_end in self.holes):
-            return None
-        return self._until(end) - self._until(start)
-
-    def _until(self, t: float) -> float:
-        i = max(int(np.searchsorted(self.t, t, side="right")) - 1, 0)
-        power = self.w[i]
-        if self.t[0] < t < self.t[-1]:
-            power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / (self.t[i + 1] - self.t[i])
-        return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
-
-
-def length_s(windows: Sequence[Interval]) -> float:
-    """Seconds of windows that do not overlap."""
-    return sum((end - start for start, end in windows), 0.0)
-
-
-def union(windows: Sequence[Interval], depth: int = 1) -> list[Interval]:
-    """The instants that at least `depth` windows cover, as sorted windows that do not overlap; empty and reversed ones cover none."""
-    edges = np.array([(start, end) for start, end in windows if end > start], dtype=float).reshape(-1, 2).T
-    order = np.argsort(edges, axis=None, kind="stable")  # of one instant, the starts come first
-    at, step = edges.ravel()[order], np.where(order < edges.shape[1], 1, -1)
-    cover = np.cumsum(step)
-    bounds = zip(
-        at[(step > 0) & (cover == depth)].tolist(), at[(step < 0) & (cover == depth - 1)].tolist(), strict=True
-    )
-    return [(start, end) for start, end in bounds if end > start]
-
-
-def intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The instants that lie in both."""
-    return union([*union(first), *union(second)], depth=2)
-
-
-def difference(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The instants of `first` that do not lie in `second`."""
-    taken = union(second)
-    ends, starts = [-np.inf, *(end for _, end in taken)], [*(start for start, _ in taken), np.inf]
-    return intersection(first, list(zip(ends, starts, strict=True)))
-
-
-def _sum(parts: Sequence[float | None]) -> float | None:
-    """None as soon as a part is not measured: a total with a piece missing is no total."""
-    numbers = [part for part in parts if part is not None]
-    return float(sum(numbers)) if len(numbers) == len(parts) else None
 
 
 def _product(first: float | None, second: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pdbench.analysis.energy import Meter
+from pdbench.analysis.meter import Meter
 from pdbench.records import Flag, Interval, Run
 
 SHORT_S = 30.0

@@ -13,8 +13,9 @@ import numpy as np
 
 from pdbench import __version__
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
-from pdbench.analysis.energy import Energy, EnergyWindow, Meter, device_name, energy_of, joules, metered
+from pdbench.analysis.energy import Energy, device_name, energy_of, joules, metered
 from pdbench.analysis.flags import flags_of
+from pdbench.analysis.meter import EnergyWindow, Meter
 from pdbench.analysis.metrics import (
     METRICS,
     Array,

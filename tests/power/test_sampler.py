@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pdbench.analysis.energy import Meter
 from pdbench.analysis.flags import RESIDUAL_LIMIT_PCT, device_flags
+from pdbench.analysis.meter import Meter
 from pdbench.power.sampler import merge_records
 from pdbench.records import DeviceRecord
 from tests.support.fake_nvml import WAVES, child, exact_j, sampled, wave_text

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pdbench.analysis.energy import EnergyWindow, Meter
+from pdbench.analysis.meter import EnergyWindow, Meter
 from pdbench.config import LoadConfig, Options, ServeConfig
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestError, RequestRecord, Run, Trial
 
