@@ -126,13 +126,13 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
+    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
     sides = []
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
         load = asdict(LoadConfig()) | (run.config.get("load") or {})
         gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
-        refused = {"host": run.host.get("name"), "GPUs": gpus}
+        refused = {"schema": run.run_schema, "host": run.host.get("name"), "GPUs": gpus}
         refused |= {"driver": run.host.get("driver"), "model": run.config.get("model")}
         refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - set(SLO_OPTIONS))}
         serve = run.config.get("serve") or {}

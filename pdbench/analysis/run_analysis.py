@@ -130,6 +130,7 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     pdbench: str = __version__
     source: str = ""
+    run_schema: str
     name: str
     clock: Clock
     config: dict[str, Any]
@@ -155,6 +156,7 @@ def analyze(run: Run) -> RunAnalysis:
     totals = totals_in(timings.windows)
     in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
     return RunAnalysis(
+        run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
         flags=flags_of(run, meters),
         summary=_summary(run, timings, meters, totals),
