@@ -1,4 +1,4 @@
-"""Every scripted stream of tests/support/streams.py over a real socket, all at once: its class, counts and instants."""
+"""Every scripted stream of tests/support/stream_cases.py over a real socket, all at once: its class, counts and instants."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +9,8 @@ from pdbench.config import LoadConfig
 from pdbench.load.client import fetch
 from pdbench.records import RequestRecord
 from tests.support.servers import ScriptedServer
-from tests.support.streams import CASES, Case
+from tests.support.stream_cases import CASES
+from tests.support.streams import Case
 
 _SLACK_S = 0.03
 
