@@ -187,7 +187,9 @@ class LoadConfig:
     warmup: CountOrZero[int] = 2
     """Requests before the measured ones, left out of every figure."""
     seed: CountOrZero[int] = 0
-    """Seed of prompts and arrivals: same seed, same bytes."""
+    """Seed of arrivals, lengths and prompts."""
+    nonce: Prompts[str | None] = None
+    """Text that makes the prompts new to every cache; default: drawn and saved. The saved one repeats a run's prompts byte for byte."""
     duration_s: Positive[float | None] = None
     """Send new requests for this long, in place of --requests."""
     steady_s: Positive[float | None] = None
@@ -229,6 +231,8 @@ class LoadConfig:
     """Number of groups, each with its own prefix."""
     prompt_file: Prompts[str | None] = None
     """Prompts from a ShareGPT .json, a .jsonl with "prompt", or a text file (one prompt per paragraph or line)."""
+    verbatim_prompts: Prompts[bool] = False
+    """Send the prompts of --prompt-file as they are, without the numbered line that makes each new to a cache."""
     reply_lengths: Prompts[bool] = False
     """Generate as many tokens as the reply in --prompt-file has, in place of --output-tokens."""
     endpoint: Requests[Literal["completions", "chat"]] = "completions"

@@ -15,6 +15,7 @@ from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.http import offered_model
+from pdbench.load import plan
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
@@ -71,8 +72,9 @@ def run(
     if used and options.power.power and options.power.idle_s:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
         idle = idle_before_start(used, options.power.idle_s)
+    options = replace(options, load=plan.with_nonce(options.load))
     clock = Clock.start()
-    nonce = int(clock.unix_s)
+    gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
     reference: list[str] | None = None
     measured: dict[DeploymentKind, Run] = {}
@@ -81,9 +83,9 @@ def run(
             info = deployment.info()
             run = measured.setdefault(kind, _new_run(info, clock, options))
             if kind == "disaggregated":  # each start has connections and KV caches of its own
-                _record_gate(run, correctness.run(info, nonce, reference)[0], console)
+                _record_gate(run, correctness.run(info, gate_nonce, reference)[0], console)
             elif kind == "single" and reference is None:
-                reference = correctness.run(info, nonce, reference)[1]
+                reference = correctness.run(info, gate_nonce, reference)[1]
             try:
                 _measure(run, info, options, indices, console, cooldown, site, deployment.check)
             finally:
@@ -114,6 +116,7 @@ def bench(
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
     clocks.check(options.power, [info.local_gpus()])
+    options = replace(options, load=plan.with_nonce(options.load))
     clock = Clock.start()
     run = _new_run(info, clock, options)
     run.flags += flags

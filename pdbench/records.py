@@ -56,7 +56,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed".
     `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the
     first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are reasoning that was not sent.
-    `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache. `notes` name what was
+    `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; other
+    prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was
     odd about the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8
     bytes.
     """
@@ -69,6 +70,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     end_s: float | None = None
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
+    shared_prompt_tokens: int = 0
     output_tokens: int | None = None
     reasoning_tokens: int | None = None
     unsent_tokens: int = 0

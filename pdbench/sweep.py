@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import secrets
 import shutil
 import statistics
 import time
@@ -18,7 +19,7 @@ from pdbench.config import Options
 from pdbench.errors import UserError
 from pdbench.records import check_writable, write_whole
 
-_DONE = "point.json"
+_DONE, _SWEEP = "point.json", "sweep.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,13 @@ def run(
     `measure(options, folder)` measures one point and returns its results folders; `context` (what is measured beside the
     options, as the deployments) must be the same for a point to count as measured. A point that fails is reported and left
     out; the others go on. Raises UserError when none succeeded.
+
+    All points have one nonce, also when the sweep is resumed. With a "url" in `context` they share a server, whose cache knows
+    what was sent: a point's nonce is then this one with the point's name, and another draw for a point that is measured again.
     """
     check_writable(out)
+    nonce = _nonce(points, out)
+    points = [Point(point.varied, _set_nonce(point.options, point.options.load.nonce or nonce)) for point in points]
     spent_s: list[float] = []
     failed = 0
     # What a point.json must say for its point to count, as it is read back: tuples are lists.
@@ -128,11 +134,15 @@ def run(
         console.print(f"{place}{remaining}", highlight=False)
         left -= 1
         begin_s = time.monotonic()
+        options = point.options
+        if context and context.get("url"):
+            again = f"/{secrets.token_hex(4)}" if folder.exists() else ""
+            options = _set_nonce(options, f"{options.load.nonce}/{point.name}{again}")
         try:
             if folder.exists():
                 # An unfinished or older measurement: its files must not be taken for this one's.
                 shutil.rmtree(folder)
-            folders = measure(point.options, folder)
+            folders = measure(options, folder)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
             write_whole(folder / _DONE, json.dumps(done, indent=1).encode())
         except UserError as error:
@@ -143,6 +153,23 @@ def run(
         yield point.varied, folders
     if failed == len(points):
         raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
+
+
+def _nonce(points: Sequence[Point], out: Path) -> str:
+    """The nonce of the sweep in `out`: the given one, else that with which it began; kept there."""
+    saved = None
+    try:
+        saved = str(json.loads((out / _SWEEP).read_bytes())["nonce"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    nonce = str(next((n for point in points if (n := point.options.load.nonce)), saved) or secrets.token_hex(4))
+    if nonce != saved:
+        write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
+    return nonce
+
+
+def _set_nonce(options: Options, nonce: str) -> Options:
+    return dataclasses.replace(options, load=dataclasses.replace(options.load, nonce=nonce))
 
 
 def _results(folder: Path, keys: dict[str, Any]) -> list[Path] | None:

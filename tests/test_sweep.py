@@ -94,6 +94,39 @@ def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
     assert "[/INST] with [rank0]" in told.file.getvalue()
 
 
+def nonces(out: Path, url: str | None = None, load: LoadConfig | None = None, failing: int = 0) -> list[str]:
+    """The nonces with which a sweep over concurrency=1,2,3 measures the points that it has left; one point may fail."""
+    used = []
+
+    def measure(options: Options, folder: Path) -> list[Path]:
+        used.append(options.load.nonce)
+        (folder / "bench_results").mkdir(parents=True)
+        if options.load.concurrency == failing:
+            raise UserError("the server died")
+        return [folder / "bench_results"]
+
+    made = sweep.points(dataclasses.replace(OPTIONS, load=load or LoadConfig()), ["concurrency=1,2,3"])
+    list(sweep.run(made, out, measure, CONSOLE, {"url": url}))
+    return used
+
+
+def test_points_with_servers_of_their_own_have_one_nonce_also_when_resumed(tmp_path):
+    (nonce,) = set(nonces(tmp_path / "a", failing=2))
+    assert nonces(tmp_path / "a") == [nonce]
+    assert nonce not in nonces(tmp_path / "b")
+    assert nonces(tmp_path / "c", load=LoadConfig(nonce="x")) == ["x"] * 3
+    assert nonces(tmp_path / "c") == []
+    assert nonces(tmp_path / "c", load=LoadConfig(nonce="y")) == ["y"] * 3
+
+
+def test_points_that_share_a_server_have_a_nonce_each_and_a_new_one_when_measured_again(tmp_path):
+    first = nonces(tmp_path, "http://a", failing=2)
+    (nonce,) = {used.partition("/")[0] for used in first}
+    assert first == [f"{nonce}/concurrency={count}" for count in (1, 2, 3)]
+    (again,) = nonces(tmp_path, "http://a")
+    assert again.startswith(first[1] + "/")
+
+
 def test_the_knee():
     assert sweep_charts.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
     assert sweep_charts.knee([10, 20, 30], [5, 5.2, 4.9]) is None

@@ -134,7 +134,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         gpus = sorted({gpu["name"] for gpu in run.host.get("gpus") or []})
         refused = {"schema": run.run_schema, "host": run.host.get("name"), "GPUs": gpus}
         refused |= {"driver": run.host.get("driver"), "model": run.config.get("model")}
-        refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - set(SLO_OPTIONS))}
+        refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - {"nonce", *SLO_OPTIONS})}
         serve = run.config.get("serve") or {}
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}

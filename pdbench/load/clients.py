@@ -298,6 +298,9 @@ def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
     elif config.steady_s is not None and not steady_window:
         detail = f"the load never held steady for {config.steady_s:g} s: lower it or run longer"
         flags.append(Flag("not-steady", detail))
+    if config.verbatim_prompts and (repeats := len(measured) - len({each.prompt_sha256 for each in measured})):
+        detail = f"{len(measured)} requests from {len(measured) - repeats} prompts: {repeats} repeat"
+        flags.append(Flag("prompts-repeat", detail))
     if any(result.token_ids_refused for result in results):
         flags.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
     client["window"] = window

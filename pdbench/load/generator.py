@@ -168,6 +168,7 @@ class _Loop:
             planned_s=planned_s,
             due_s=due_s,
             prompt_tokens=planned.prompt_tokens,
+            shared_prompt_tokens=planned.shared_tokens,
             trial=load.trial,
             warmup=warmup,
         )

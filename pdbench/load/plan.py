@@ -6,8 +6,9 @@ Pure in options, tokenizer and trial, so that every process of a split client ma
 import itertools
 import json
 import math
+import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ class TrialLoad:
 
 @dataclass(frozen=True)
 class PlannedRequest:
-    """`arrival_s` counts from the load's start; `prompt_tokens` is None without a tokenizer."""
+    """`arrival_s` counts from the load's start; `prompt_tokens` is None without a tokenizer.
+
+    The first `shared_tokens` of the prompt are also in other requests' on purpose: a prefix cache may hold these, and no others.
+    """
 
     index: int
     arrival_s: float | None
     prompt: str
     prompt_tokens: int | None
     output_tokens: int
+    shared_tokens: int = 0
 
 
 def check(config: LoadConfig) -> None:
@@ -75,6 +80,11 @@ def check_files(config: LoadConfig) -> None:
         find_tokenizer(config, config.tokenizer)
 
 
+def with_nonce(config: LoadConfig) -> LoadConfig:
+    """The same load with a nonce: drawn, where none is given."""
+    return config if config.nonce is not None else replace(config, nonce=secrets.token_hex(4))
+
+
 def is_open_loop(config: LoadConfig) -> bool:
     """Do requests arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
     return bool(config.rate or config.stages or config.trace)
@@ -95,7 +105,7 @@ def streams(config: LoadConfig) -> int | None:
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
     rows = arrivals.read_trace(config.trace) if config.trace else None
-    planned = zip(_instants(config, rows, trial), _contents(config, tokenizer, f"{trial}", rows), strict=False)
+    planned = zip(_instants(config, rows, trial), _contents(config, tokenizer, trial, rows=rows), strict=False)
     limit = config.requests if config.duration_s is None and config.steady_s is None else None
     for index, (arrival_s, content) in enumerate(itertools.islice(planned, limit)):
         if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
@@ -105,7 +115,7 @@ def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int
 
 def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[PlannedRequest]:
     """The requests before the measured ones: other numbers and texts, the same lengths, each when a stream is free."""
-    contents = _contents(config, tokenizer, f"warmup-{trial}")
+    contents = _contents(config, tokenizer, trial, "warmup-")
     return [PlannedRequest(index, None, *next(contents)) for index in range(config.warmup)]
 
 
@@ -162,13 +172,23 @@ def _instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: i
 
 
 def _contents(
-    config: LoadConfig, tokenizer: Tokenizer | None, part: str, rows: list[arrivals.TraceRow] | None = None
-) -> Iterator[tuple[str, int | None, int]]:
-    """(prompt, its tokens, tokens to generate) of one part (a trial, a trial's warm-up) of the load; endless without a trace."""
+    config: LoadConfig,
+    tokenizer: Tokenizer | None,
+    trial: int,
+    part: str = "",
+    rows: list[arrivals.TraceRow] | None = None,
+) -> Iterator[tuple[str, int | None, int, int]]:
+    """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up; endless without a trace.
+
+    Lengths depend on the seed alone, texts on the nonce too. What prompts share, they share within their trial and its warm-up.
+    """
+    group = f"{config.seed}/{config.nonce}/{trial}"
+    seen: set[Any] = set()
     texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file and not rows else None
     for index in range(len(rows)) if rows else itertools.count():
-        seed = f"{config.seed}/{part}/{index}"
+        seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
+        shared = 0
         output_tokens = prompts.length(
             config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
         )
@@ -178,11 +198,16 @@ def _contents(
             tokens = min(tokens, config.max_input_tokens or tokens)
             if blocks:
                 blocks = blocks[: max(1, math.ceil(tokens / arrivals.MOONCAKE_BLOCK_TOKENS))]
-                text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, seed, tokenizer)
+                text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, group, tokenizer)
+                known = len(list(itertools.takewhile(seen.__contains__, blocks)))
+                shared = min(tokens, known * arrivals.MOONCAKE_BLOCK_TOKENS)
+                seen.update(blocks)
             else:
-                text = prompts.of_length(tokens, seed, tokenizer)
+                text = prompts.of_length(tokens, text_seed, tokenizer)
         elif texts:
             text, reply = texts[index % len(texts)]
+            if not config.verbatim_prompts:
+                text = f"{prompts.number(text_seed)}\n{text}"
             if config.reply_lengths and reply and tokenizer:
                 output_tokens = max(1, tokenizer.count(reply))
             if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
@@ -191,14 +216,15 @@ def _contents(
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
             tokens = min(tokens, config.max_input_tokens or tokens)
-            group = f"{config.seed}/{index % config.prefix_groups}"
-            text = prompts.of_length(tokens, seed, tokenizer, shared=config.shared_prefix, group=group)
+            prefix = f"{group}/{index % config.prefix_groups}"
+            text = prompts.of_length(tokens, text_seed, tokenizer, shared=config.shared_prefix, group=prefix)
+            shared = round(tokens * config.shared_prefix)
         else:
-            text = prompts.built_in(index, f"({part}-{index})")
+            text = prompts.built_in(index, text_seed)
         if tokens is None and tokenizer:
             tokens = tokenizer.count(text)
         output_tokens = min(output_tokens, config.max_output_tokens or output_tokens)
-        yield text, tokens, 1 if config.phase == "prefill" else output_tokens
+        yield text, tokens, 1 if config.phase == "prefill" else output_tokens, shared
 
 
 def _extra_body(config: LoadConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prompts: real English and Chinese texts, exact token lengths, shared prefixes, ShareGPT and text files.
 
 Same seed, same bytes, on every machine; every prompt begins with its own number, so that no prefix cache answers by chance.
+Seeds of texts hold the measurement's nonce, so that no cache knows them from an earlier one.
 """
 
 import functools
@@ -106,9 +107,9 @@ def _sentences() -> tuple[str, ...]:
     )
 
 
-def built_in(index: int, tag: str) -> str:
-    """The built-in question of this index (20 to 100 words or characters), numbered by `tag`."""
-    return f"{tag} {passages()[index % _QUESTIONS]}"
+def built_in(index: int, seed: str) -> str:
+    """The built-in question of this index (20 to 100 words or characters), numbered by `seed`."""
+    return f"{number(seed)} {passages()[index % _QUESTIONS]}"
 
 
 def sentences_in_random_order(seed: str) -> Iterator[str]:
@@ -125,18 +126,22 @@ def of_length(tokens: int, seed: str, tokenizer: Tokenizer, *, shared: float = 0
         prefix_tokens = round(tokens * shared)
         start = _shared_prefix(prefix_tokens, group, tokenizer) if prefix_tokens > 1 else ""
     if shared < 1:
-        start += ("\n" if start else "") + _number(seed)
+        start += ("\n" if start else "") + number(seed)
     if tokenizer.count(start) > tokens:
         start = tokenizer.cut(start, max(1, tokens - 1))
     return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
 
 
-def of_blocks(tokens: int, block_ids: Sequence[int], block_tokens: int, seed: str, tokenizer: Tokenizer) -> str:
-    """A prompt made of blocks that are equal wherever their id is (Mooncake's hash_ids), exactly `tokens` long in all."""
-    start = "".join(_shared_prefix(block_tokens, f"block/{block}", tokenizer) for block in block_ids[:-1])
+def of_blocks(tokens: int, block_ids: Sequence[int], block_tokens: int, group: str, tokenizer: Tokenizer) -> str:
+    """A prompt made of blocks that are equal wherever their id is in a group (Mooncake's hash_ids), exactly `tokens` long in all.
+
+    Equal ids and lengths give equal prompts.
+    """
+    *whole, last = (f"{group}/block/{block}" for block in block_ids)
+    start = "".join(_shared_prefix(block_tokens, block, tokenizer) for block in whole)
     if tokenizer.count(start) >= tokens:
         start = tokenizer.cut(start, max(1, tokens - 1))
-    return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
+    return exact_text(sentences_in_random_order(f"shared/{last}"), tokens, tokenizer, start + number(last))
 
 
 def length(mean: int, distribution: str, spread: float, seed: str) -> int:
@@ -187,11 +192,12 @@ def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
 
 @functools.lru_cache(maxsize=4096)
 def _shared_prefix(tokens: int, group: str, tokenizer: Tokenizer) -> str:
-    start = _number(group)
+    start = number(group)
     if tokenizer.count(start) > tokens:
         start = ""
     return exact_text(sentences_in_random_order(f"shared/{group}"), tokens, tokenizer, start)
 
 
-def _number(seed: str) -> str:
-    return f"No. {random.Random(f'number/{seed}').getrandbits(40):010x}."
+def number(seed: str) -> str:
+    """What a prompt begins with: decimal digits, of which most tokenizers make the same number of tokens every time."""
+    return f"No. {random.Random(f'number/{seed}').randrange(10**12):012d}."

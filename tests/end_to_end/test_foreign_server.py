@@ -99,6 +99,26 @@ def test_clock_is_locked_without_sampling_and_for_the_server_alone(
     assert "--single-clock" in stderr
 
 
+def test_every_bench_has_new_prompts_and_the_saved_nonce_repeats_them(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    sent: list[list[bytes]] = []
+
+    def measure(nonce: str | None = None) -> str:
+        server.requests.clear()
+        load = LoadConfig(requests=3, warmup=1, prompt_file=str(tmp_path / "prompts.txt"), nonce=nonce)
+        runs: dict[Path, Run] = {}
+        options = Options(load=load, power=PowerConfig(power=False))
+        experiment.bench(server.url, 2, options, tmp_path, Console(quiet=True), LocalSite(), runs)
+        sent.append([peer.body for peer in server.requests if peer.method == "POST"])
+        return load_run(tmp_path / "bench_results").config["load"]["nonce"]
+
+    nonce = measure()
+    assert measure() != nonce
+    assert measure(nonce) == nonce
+    first, second, again = sent
+    assert first == again and len(set(first)) == 8 and not set(first) & set(second)
+
+
 def test_server_of_another_host_has_no_power_here(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
