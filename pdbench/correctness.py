@@ -5,13 +5,12 @@ itself) as the load's requests do, so that what is checked is what is measured. 
 how much of the prompts came as external KV.
 """
 
-import re
 from collections.abc import Sequence
 
 from pdbench.errors import UserError
-from pdbench.http import get
 from pdbench.load.client import fetch
 from pdbench.records import Gate, RequestRecord
+from pdbench.server_metrics import scrape, total
 from pdbench.serving.deployment import DeploymentInfo
 
 # The nonce stands at the front: a prefix that decode has cached from an earlier check would not have to come from prefill.
@@ -21,7 +20,7 @@ _TEXTS = (
     "编号 {nonce}。请用两句话说明为什么要把预填充和解码分开，并给出一个例子。",
     "At {nonce} seconds, list three uses of a clock, then compare them: which is the oldest, which is the strangest, and why?",
 )
-_EXTERNAL_KV = r'^vllm:prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\} ([0-9.e+]+)$'
+_EXTERNAL_KV = ("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"')
 
 
 def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) -> tuple[Gate, list[str]]:
@@ -89,10 +88,11 @@ def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
 
 def _external_kv_tokens(urls: Sequence[str]) -> int | None:
     """Prompt tokens that these servers took from external KV so far, by vLLM's counter; None when it has none."""
-    counts: list[str] = []
+    counts = []
     for url in urls:
-        metrics = get(url, "/metrics")
-        if metrics is None:
+        page = scrape(url, timeout_s=10.0)
+        if page is None:
             raise UserError(f"{url}/metrics does not answer, so no KV can be proven to have come: read the logs")
-        counts += re.findall(_EXTERNAL_KV, metrics.decode(), flags=re.MULTILINE)
-    return int(sum(map(float, counts))) if counts else None
+        counts.append(total(page, *_EXTERNAL_KV))
+    known = [count for count in counts if count is not None]
+    return int(sum(known)) if known else None

@@ -21,6 +21,7 @@ from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
 from pdbench.power.sampler import merge_records
 from pdbench.records import Clock, Flag, Gate, Run, check_writable, save_run
+from pdbench.server_metrics import PrefixCacheReader
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, DeploymentInfo, States
@@ -246,7 +247,10 @@ def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, con
             status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
 
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
-        result = site.run_load(TrialLoad(config, info.url, info.model_name, run.clock, trial), on_progress)
+        load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
+        caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
+        result = site.run_load(load, on_progress, caches.start)
+        result.trial.prefix_cache = caches.stop()
     measured = [request for request in result.requests if not request.warmup]
     interrupted = any(flag.name == "interrupted" for flag in result.flags)
     if measured or not interrupted:  # a trial that was interrupted during its warm-up is none

@@ -4,10 +4,13 @@ import http.client
 import json
 import os
 import ssl
+import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
+
+_LARGEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,12 @@ def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = 
     try:
         connection.request("GET", server.base + path, headers=authorization())
         response = connection.getresponse()
-        return response.status, response.read()
+        until_s, body = time.monotonic() + timeout_s, b""
+        while piece := response.read1():
+            body += piece
+            if len(body) > _LARGEST_BYTES or time.monotonic() > until_s:
+                raise OSError("an answer without end")
+        return response.status, body
     except http.client.HTTPException as error:
         raise OSError(f"{type(error).__name__}: {error}") from None
     finally:

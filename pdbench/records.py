@@ -137,10 +137,18 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     idle_power_w: dict[str, float | None] = {}
 
 
+class PrefixCacheCounts(msgspec.Struct, frozen=True):
+    """What one instance counted during a load, its warm-up left out: prompt tokens, and those that its prefix cache had."""
+
+    role: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
 class Trial(msgspec.Struct, kw_only=True):
     """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
 
-    `start_temperature_c` maps a GPU to its temperature before the first request.
+    `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its own counts.
     """
 
     index: int
@@ -148,6 +156,7 @@ class Trial(msgspec.Struct, kw_only=True):
     end_s: float
     client: dict[str, Any] = {}
     start_temperature_c: dict[str, float] = {}
+    prefix_cache: dict[str, PrefixCacheCounts] = {}
 
 
 class Flag(msgspec.Struct, frozen=True):

@@ -67,7 +67,7 @@ class FakeSite(Site):
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return Measurement([], power, clock)
 
-    def run_load(self, load: TrialLoad, on_progress: Callable[..., None]) -> LoadResult:
+    def run_load(self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]) -> LoadResult:
         self.trials += 1
         return self._load(self.trials)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pdbench.analysis.meter import Meter, difference, intersection, length_s, total, union
 from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
+from pdbench.analysis.prefix_cache import prefix_cache_of
 from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Interval, Run
 
@@ -59,7 +60,7 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     """All metered devices (the GPUs; on a host without, the CPU's RAPL domains) over the trials' windows; roles, prefill first.
 
     Failed requests' joules are in every numerator, only what was delivered in a denominator. `j_per_computed_prompt_token` is of
-    the prefill role alone. `energy_delay_js` is J per request times mean E2E seconds; `goodput_per_w` good requests per joule.
+    the prefill role alone, the share that its prefix cache had left out. `energy_delay_js` is J per request times mean E2E seconds; `goodput_per_w` good requests per joule.
     `not_measured` says why total_j is None, `not_split` why prefill and decode cannot be separated.
     """
 
@@ -132,6 +133,8 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
     prompt_tokens = timings.requests.prompt_tokens[inside(computed_s, windows)].sum()
+    if cache := prefix_cache_of(run):
+        prompt_tokens *= 1 - cache.cached_pct / 100
     e2e_ms = timings.latencies["e2e"].rising
     kwh_per_million = per(totals.ratio("j_per_output_token"), J_PER_KWH / 1e6)
     power = run.config.get("power") or {}

@@ -3,9 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from pdbench.analysis.meter import Meter
+from pdbench.analysis.metrics import Timings
+from pdbench.analysis.prefix_cache import prefix_cache_flags, prefix_cache_of
 from pdbench.records import Flag, Interval, Run
 
+COLD_FACTOR = 3.0
+LEAST_FIRST, LEAST_OTHERS = 4, 12
 SHORT_S = 30.0
 """Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
@@ -14,15 +20,47 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
 
 
-def flags_of(run: Run, meters: Sequence[Meter]) -> list[Flag]:
-    """The run's flags, each once, then those of its devices over the measured windows that it does not have yet."""
+def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
+    """The run's flags, each once, then those of its requests and of its devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
     flags = list(dict.fromkeys(run.flags))
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
     present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
+    names = {flag.name for flag in flags}
+    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings)]
+    flags += [flag for flag in found if flag.name not in names]
     return flags + [
         flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in present
     ]
+
+
+def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A trial whose first requests took far longer than the others: the warm-up did not reach the batch sizes of the load.
+
+    The first are a tenth (4 at least), in a closed loop one per stream: the median of their whole time, or of their TTFT, is
+    more than COLD_FACTOR times what nine of ten of the others took. Only where the load is the same all the time.
+    """
+    load = run.config.get("load") or {}
+    if any(load.get(name) for name in ("trace", "stages", "ramp_to")):
+        return
+    streams = 0 if load.get("rate") else load.get("concurrency") or 1
+    requests = timings.requests
+    for trial in run.trials:
+        here = requests.ok & (requests.trial == trial.index)
+        count = int(here.sum())
+        first = max(LEAST_FIRST, -(-count // 10), streams)
+        if count - first < LEAST_OTHERS:
+            continue
+        for words, times in (("took", requests.e2e_ms[here]), ("waited for their first token", requests.ttft_ms[here])):
+            early_ms, other_ms = float(np.median(times[:first])), float(np.quantile(times[first:], 0.9))
+            if early_ms > COLD_FACTOR * other_ms:
+                warmup = max(first, 2 * (load.get("warmup") or 0))
+                yield Flag(
+                    "cold-start",
+                    f"trial {trial.index + 1}: the first {first} requests {words} {early_ms:.0f} ms (median), 90 % of the others at "
+                    f"most {other_ms:.0f} ms: measure again with --warmup {warmup}",
+                )
+                return
 
 
 def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:

@@ -29,6 +29,7 @@ from pdbench.analysis.metrics import (
     spread,
     timings_of,
 )
+from pdbench.analysis.prefix_cache import PrefixCache, prefix_cache_of
 from pdbench.errors import UserError
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run, write_whole
 
@@ -104,6 +105,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     requests: RequestCounts
     errors: dict[str, int]
     tokens: TokenCounts
+    prefix_cache: PrefixCache | None
     ttft_ms: Spread | None
     tbt_ms: Spread | None
     mean_tbt_ms: Spread | None
@@ -158,7 +160,7 @@ def analyze(run: Run) -> RunAnalysis:
     return RunAnalysis(
         run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
-        flags=flags_of(run, meters),
+        flags=flags_of(run, timings, meters),
         summary=_summary(run, timings, meters, totals),
         figures=_figures(timings, totals, in_trial),
         curves=curves_of(run, timings),
@@ -225,6 +227,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
             output=_count(requests.output_tokens[requests.ok]),
             merged_pct=per(100.0 * merged, len(timings.tbt_ms)),
         ),
+        prefix_cache=prefix_cache_of(run),
         **{f"{name}_ms": spread(latency.rising) for name, latency in timings.latencies.items()},
         send_delay_ms=spread(rising(requests.send_delay_ms)),
         **{f"{name}_ms": spread(rising(values)) for name, values in requests.phase_ms.items()},

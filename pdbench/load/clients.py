@@ -85,14 +85,21 @@ class LoadResult:
     flags: list[Flag]
 
 
-def run_load(load: TrialLoad, on_progress: OnProgress | None = None) -> LoadResult:
+def run_load(
+    load: TrialLoad, on_progress: OnProgress | None = None, on_begin: Callable[[], object] = lambda: None
+) -> LoadResult:
     """Send one trial from this host and wait for all responses; `plan.check` has passed its options.
 
-    Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
+    `on_begin` is called between the warm-up and the load. Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
     "interrupted"; a lost client process ends it with a flag "client-lost".
     """
+
+    def begin() -> float:
+        on_begin()
+        return load.clock.now()
+
     if load.config.client_processes == 1:
-        return merge(load, [run_client(load, on_progress=on_progress)])
+        return merge(load, [run_client(load, begin=begin, on_progress=on_progress)])
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(contextlib.closing(LocalClient(index, load)))
@@ -102,7 +109,7 @@ def run_load(load: TrialLoad, on_progress: OnProgress | None = None) -> LoadResu
         def wait(seconds: float) -> None:
             multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
 
-        return merge(load, collect(clients, clock=load.clock, wait=wait, on_progress=on_progress))
+        return merge(load, collect(clients, clock=load.clock, wait=wait, on_progress=on_progress, on_begin=on_begin))
 
 
 def collect(
@@ -111,10 +118,11 @@ def collect(
     clock: Clock,
     wait: Callable[[float], object],
     on_progress: OnProgress | None = None,
+    on_begin: Callable[[], object] = lambda: None,
     problem: Callable[[], str | None] = lambda: None,
     start_after_s: float = 0.05,
 ) -> list[ClientResult]:
-    """Start all clients at one instant once each has warmed up; returns what each measured, in their order.
+    """Start all clients at one instant, after `on_begin`, once each has warmed up; returns what each measured, in their order.
 
     `wait(seconds)` returns when a message may have come, after `seconds` at most; the start is `start_after_s` after the
     last client was ready. Ctrl-C, SIGTERM, a lost client, or a `problem()` elsewhere stop the clients, which then have ten
@@ -156,6 +164,7 @@ def collect(
                     lost[index] = gone
                     pending.discard(index)
             if begin_s is None and ready == len(clients):
+                on_begin()
                 begin_s = clock.now() + start_after_s
                 for client in clients:
                     client.begin(begin_s)

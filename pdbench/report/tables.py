@@ -131,6 +131,8 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
     counts[text.label("output_tokens_per_s")] = text.value(analysis, "output_tokens_per_s")
     if (merged_pct := text.value(analysis, "merged_pct") or 0.0) >= MERGED_PCT:
         counts[text.label("merged_pct")] = merged_pct
+    if cached_pct := text.value(analysis, "cached_pct"):
+        counts[text.label("cached_pct")] = cached_pct
     rows = [*known.rows, *([name, value, "", "", ""] for name, value in counts.items())]
     title = f"{analysis.name}: {text.loads({analysis.name: analysis})}"
     first = replace(known, title=title, header=[_("milliseconds"), *known.header[1:]], rows=rows)

@@ -35,6 +35,7 @@ METRICS = {
     "goodput_requests_per_s": ("Goodput", "requests/s", "goodput.requests_per_s"),
     "slo_met_pct": ("Requests within the SLO", "%", "goodput.met_pct"),
     "merged_pct": ("Gaps of 0 ms, in one chunk", "%", "tokens.merged_pct"),
+    "cached_pct": ("Prompt tokens from a prefix cache", "%", "prefix_cache.cached_pct"),
     "mean_power_w": ("Mean power", "W", "energy.mean_power_w"),
     "j_per_output_token": ("Energy per output token", "J", "energy.j_per_output_token"),
     "j_per_computed_prompt_token": ("Prefill, J per prompt token", "", "energy.j_per_computed_prompt_token"),

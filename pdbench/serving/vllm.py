@@ -17,6 +17,7 @@ from pdbench.serving.plan import ServerSpec
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-V2-Lite"
 BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
+PROMPT_TOKENS_DETAILS_SINCE = (0, 7)
 REQUEST_METRICS_SINCE = (0, 26)
 REQUEST_ID_RANDOMIZED_SINCE = (0, 14)
 
@@ -85,6 +86,8 @@ def server_command(
     environment = {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
     if config.enforce_eager:
         argv.append("--enforce-eager")
+    if (machine.vllm or (0,)) >= PROMPT_TOKENS_DETAILS_SINCE:
+        argv.append("--enable-prompt-tokens-details")
     if (machine.vllm or (0,)) >= REQUEST_METRICS_SINCE:
         argv.append("--enable-per-request-metrics")
     argv += ["--tensor-parallel-size", str(spec.width)]

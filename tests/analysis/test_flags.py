@@ -51,6 +51,41 @@ def test_flags_of_a_saved_run_stand_once() -> None:
     assert names(run) == ["interrupted", "short-window"]
 
 
+def slow_start(first: int, factor: float, concurrency: int = 8, **load: object) -> Run:
+    """Two trials of 48 requests in which the first ones of the second took `factor` times as long."""
+    run = build_run(
+        "single", trials=2, requests=48, concurrency=concurrency, gpu=False, load={"concurrency": concurrency, **load}
+    )
+    for request in [request for request in run.requests if request.trial == 1][:first]:
+        late_s = (factor - 1) * (request.end_s - request.sent_s)
+        request.token_s = [at_s + late_s for at_s in request.token_s]
+        request.end_s += late_s
+    return run
+
+
+def test_first_requests_that_take_far_longer_are_flagged_with_the_remedy() -> None:
+    (flag,) = analyze(slow_start(8, 10.0)).flags
+    assert flag.name == "cold-start"
+    assert flag.detail.startswith("trial 2: the first 8 requests took ") and flag.detail.endswith("with --warmup 8")
+    (flag,) = analyze(slow_start(8, 10.0, warmup=20)).flags
+    assert flag.detail.endswith("with --warmup 40")
+
+
+def test_a_slow_first_token_is_a_cold_start_too() -> None:
+    run = slow_start(0, 1.0)
+    for request in run.requests[:8]:
+        request.token_s[0] = request.sent_s + 10 * (request.token_s[0] - request.sent_s)
+        request.token_s[1:] = [max(at_s, request.token_s[0]) for at_s in request.token_s[1:]]
+    assert [flag.name for flag in analyze(run).flags] == ["cold-start"]
+
+
+def test_ordinary_noise_few_requests_and_changing_loads_are_no_cold_start() -> None:
+    assert names(slow_start(8, 1.5)) == []
+    assert names(slow_start(1, 50.0)) == []
+    assert names(slow_start(8, 10.0, concurrency=48)) == []
+    assert names(slow_start(8, 10.0, stages="5:10,1:10")) == []
+
+
 def test_failed_gate_is_flagged_once() -> None:
     failed = Gate(
         passed=False, prompts=4, equal_outputs=3, prompt_tokens=1, external_kv_tokens=0, detail="3 of 4 equal"
