@@ -40,11 +40,19 @@ def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], No
     return validate
 
 
-Count = Annotated[T, Parameter(converter=_whole_number, validator=_range("1 or more", lambda value: value >= 1))]
+MOST = 10_000_000
+Count = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range(f"1 to {MOST:,}", lambda value: 1 <= value <= MOST))
+]
 CountOrZero = Annotated[T, Parameter(converter=_whole_number, validator=_range("0 or more", lambda value: value >= 0))]
 Port = Annotated[
     T, Parameter(converter=_whole_number, validator=_range("a port, 0 to 65535", lambda value: 0 <= value <= 65535))
 ]
+WarmUp = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range("0 to 10,000", lambda value: 0 <= value <= 10_000))
+]
+Seconds = Annotated[T, Parameter(validator=_range("0.1 seconds or more", lambda value: value >= 0.1))]
+Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda value: 0 <= value <= 3))]
 Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
 NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
 Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
@@ -178,21 +186,21 @@ class LoadConfig:
     """Requests in flight at most; 1 if neither this nor --rate is given. With --rate: a cap on its streams."""
     rate: Positive[float | None] = None
     """Requests per second that arrive (Poisson)."""
-    requests: Count[int] = 16
-    """Measured requests per trial."""
+    requests: Count[int | None] = None
+    """Measured requests per trial; default: 16, and all of a --trace, of --stages and of a --ramp-to."""
     input_tokens: Count[int | None] = None
     """Exact prompt length in tokens; default: built-in mixed texts at their own lengths."""
     output_tokens: Count[int] = 64
     """Tokens generated per request at most."""
-    warmup: CountOrZero[int] = 2
-    """Requests before the measured ones, left out of every figure."""
+    warmup: WarmUp[int | None] = None
+    """Requests before the measured ones, left out of every figure; default: as many as the load will have in flight."""
     seed: CountOrZero[int] = 0
     """Seed of arrivals, lengths and prompts."""
     nonce: Prompts[str | None] = None
     """Text that makes the prompts new to every cache; default: drawn and saved. The saved one repeats a run's prompts byte for byte."""
-    duration_s: Positive[float | None] = None
+    duration_s: Seconds[float | None] = None
     """Send new requests for this long, in place of --requests."""
-    steady_s: Positive[float | None] = None
+    steady_s: Seconds[float | None] = None
     """End once throughput and requests in flight held steady for this long (10 minutes or --duration-s at most)."""
     phase: Literal["both", "prefill", "decode"] = "both"
     """Calibrate one phase of an instance: prefill asks for one token per request; decode sends one batch (--requests at most
@@ -206,20 +214,20 @@ class LoadConfig:
     ramp_s: Arrivals[Positive[float]] = 60.0
     """Seconds that the ramp takes."""
     stages: Arrivals[str] = ""
-    """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate; ends after the last one."""
+    """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate."""
     trace: Arrivals[str | None] = None
-    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl; --requests bounds it."""
+    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl."""
     time_scale: Arrivals[Positive[float]] = 1.0
     """Factor on the trace's instants; 2 makes it last twice as long."""
     tokenizer: Prompts[str | None] = None
     """Folder or hub name of the tokenizer that measures prompts; default: the model's."""
     input_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
     """Distribution of prompt lengths around --input-tokens."""
-    input_spread: Prompts[NotNegative[float]] = 0.5
+    input_spread: Prompts[Spread[float]] = 0.5
     """Uniform: half the range, as a share of the mean. Lognormal: sigma."""
     output_distribution: Prompts[Literal["fixed", "uniform", "lognormal"]] = "fixed"
     """Distribution of output lengths around --output-tokens."""
-    output_spread: Prompts[NotNegative[float]] = 0.5
+    output_spread: Prompts[Spread[float]] = 0.5
     """The same for --output-tokens."""
     max_input_tokens: Prompts[Count[int | None]] = None
     """Cap on the prompt lengths of a trace, file or distribution."""

@@ -1,6 +1,7 @@
 """Servers up -> correctness check -> load and device samples -> saved -> down. Nothing is judged here."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -16,6 +17,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.http import offered_model
 from pdbench.load import plan
+from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
@@ -73,7 +75,7 @@ def run(
     if used and options.power.power and options.power.idle_s:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
         idle = idle_before_start(used, options.power.idle_s)
-    options = replace(options, load=plan.with_nonce(options.load))
+    options = replace(options, load=plan.resolved(options.load))
     clock = Clock.start()
     gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
@@ -117,7 +119,7 @@ def bench(
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
     clocks.check(options.power, [info.local_gpus()])
-    options = replace(options, load=plan.with_nonce(options.load))
+    options = replace(options, load=plan.resolved(options.load))
     clock = Clock.start()
     run = _new_run(info, clock, options)
     run.flags += flags
@@ -210,6 +212,11 @@ def _measure(
     check: Callable[[], None],
 ) -> None:
     """Run `trials` against `info` and add requests, devices, events and flags to `run`."""
+    streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
+    line = f"  load: {plan.describe(options.load)}"
+    if streams and taken and streams > taken:
+        line += f"; the servers work on {taken} at once (--max-num-seqs), the others wait in their queue"
+    console.print(line, markup=False, highlight=False)
     measurement = site.measurement(info, options.power, run.clock)
     gpus = info.local_gpus()
     locks: list[clocks.ClockLock] = []
@@ -241,11 +248,7 @@ def _measure(
 
 def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site) -> None:
     begin_s = time.monotonic()
-    with console.status(f"trial {trial + 1}") as status:
-
-        def on_progress(done: int, total: int | None) -> None:
-            status.update(f"trial {trial + 1}: {done} of {total or '?'} requests")
-
+    with _progress(f"trial {trial + 1}", console) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
         load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
         caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
@@ -262,12 +265,14 @@ def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, con
     for flag in result.flags:
         if flag.name == "client-lost":
             raise UserError(flag.detail)
+    if not measured:
+        raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")
     failed = sum(request.error is not None for request in measured)
     word = f"[red]{failed} failed[/red]" if failed else "none failed"
     console.print(
         f"  trial {trial + 1}: {len(measured)} requests, {word}, {time.monotonic() - begin_s:.1f} s", highlight=False
     )
-    if measured and failed == len(measured):
+    if failed == len(measured):
         error = measured[0].error
         assert error is not None
         raise UserError(
@@ -275,13 +280,47 @@ def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, con
         )
 
 
+@contextmanager
+def _progress(title: str, console: Console) -> Iterator[OnProgress]:
+    """A status line about a load; where there is no terminal, a line every ten seconds."""
+    line, ended, begin_s = f"{title}: warm-up", threading.Event(), time.monotonic()
+    with console.status(line) as status:
+
+        def on_progress(done: int, total: int | None) -> None:
+            nonlocal line
+            line = f"{title}: {done} of {total or '?'} requests"
+            status.update(line)
+
+        def print_lines() -> None:
+            while not ended.wait(PROGRESS_EVERY_S):
+                console.print(f"  {line}, {time.monotonic() - begin_s:.0f} s", highlight=False)
+
+        thread = threading.Thread(target=print_lines, daemon=True)
+        if not console.is_terminal:
+            thread.start()
+        try:
+            yield on_progress
+        finally:
+            ended.set()
+            if thread.ident is not None:
+                thread.join()
+
+
 def _save(run: Run, folder: Path, runs: dict[Path, Run]) -> None:
     """Nothing measured: nothing written, so that the results of an earlier run stay."""
     if not run.requests:
         return
-    # A second Ctrl-C does not cost what the first one let us keep.
+    # A second Ctrl-C does not cost what the first one let us keep: it counts afterwards.
+    pending: list[int] = []
+
+    def deliver() -> None:
+        if pending:
+            signal.raise_signal(pending[0])
+
     with ExitStack() as restoring:
+        restoring.callback(deliver)
         for number in (signal.SIGINT, signal.SIGTERM):
-            restoring.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+            before = signal.signal(number, lambda received, _: pending.append(received))
+            restoring.callback(signal.signal, number, before)
         save_run(run, folder)
         runs[folder] = run

@@ -8,7 +8,7 @@ import numpy as np
 
 from pdbench.analysis.meter import Meter, difference, intersection, length_s, total, union
 from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
-from pdbench.analysis.prefix_cache import prefix_cache_of
+from pdbench.analysis.prefix_cache import computed_share
 from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Interval, Run
 
@@ -132,9 +132,7 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     prefilled_s = timings.phase_s["prefill"][:, 1]
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
-    prompt_tokens = timings.requests.prompt_tokens[inside(computed_s, windows)].sum()
-    if cache := prefix_cache_of(run):
-        prompt_tokens *= 1 - cache.cached_pct / 100
+    prompt_tokens = timings.requests.prompt_tokens[inside(computed_s, windows)].sum() * computed_share(run)
     e2e_ms = timings.latencies["e2e"].rising
     kwh_per_million = per(totals.ratio("j_per_output_token"), J_PER_KWH / 1e6)
     power = run.config.get("power") or {}

@@ -10,8 +10,8 @@ from pdbench.analysis.metrics import Timings
 from pdbench.analysis.prefix_cache import prefix_cache_flags, prefix_cache_of
 from pdbench.records import Flag, Interval, Run
 
-COLD_FACTOR = 3.0
-LEAST_FIRST, LEAST_OTHERS = 4, 12
+COLD_FACTOR = 2.0
+COLD_FIRST, COLD_OTHERS = 4, 8
 SHORT_S = 30.0
 """Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
@@ -35,30 +35,30 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
 
 
 def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A trial whose first requests took far longer than the others: the warm-up did not reach the batch sizes of the load.
+    """A trial whose first requests took far longer than its second half: the warm-up did not reach the load's batch sizes.
 
-    The first are a tenth (4 at least), in a closed loop one per stream: the median of their whole time, or of their TTFT, is
-    more than COLD_FACTOR times what nine of ten of the others took. Only where the load is the same all the time.
+    The first are a tenth (4 at least), in a closed loop one per stream. The median of their whole time, or (open loop) of their
+    TTFT, is over twice what 90 % of the second half took. Only where the load is the same all the time.
     """
     load = run.config.get("load") or {}
     if any(load.get(name) for name in ("trace", "stages", "ramp_to")):
         return
-    streams = 0 if load.get("rate") else load.get("concurrency") or 1
-    requests = timings.requests
+    streams, requests = 0 if load.get("rate") else load.get("concurrency") or 1, timings.requests
+    # In a closed loop all streams begin at once: their first prompts wait for each other, which later ones do not.
+    figures = {"took": requests.e2e_ms} | ({} if streams else {"waited for a token": requests.ttft_ms})
     for trial in run.trials:
         here = requests.ok & (requests.trial == trial.index)
-        count = int(here.sum())
-        first = max(LEAST_FIRST, -(-count // 10), streams)
-        if count - first < LEAST_OTHERS:
+        first, half = max(COLD_FIRST, -(-int(here.sum()) // 10), streams), int(here.sum()) // 2
+        if half < max(first, COLD_OTHERS):
             continue
-        for words, times in (("took", requests.e2e_ms[here]), ("waited for their first token", requests.ttft_ms[here])):
-            early_ms, other_ms = float(np.median(times[:first])), float(np.quantile(times[first:], 0.9))
-            if early_ms > COLD_FACTOR * other_ms:
-                warmup = max(first, 2 * (load.get("warmup") or 0))
+        for words, values_ms in figures.items():
+            early_ms = float(np.median(values_ms[here][:first]))
+            usual_ms = float(np.quantile(values_ms[here][half:], 0.9))
+            if early_ms > COLD_FACTOR * usual_ms:
                 yield Flag(
                     "cold-start",
-                    f"trial {trial.index + 1}: the first {first} requests {words} {early_ms:.0f} ms (median), 90 % of the others at "
-                    f"most {other_ms:.0f} ms: measure again with --warmup {warmup}",
+                    f"trial {trial.index + 1}: the first {first} requests {words} {early_ms:.0f} ms (median), 90 % of the second "
+                    f"half at most {usual_ms:.0f} ms: measure again with --warmup {max(first, 2 * (load.get('warmup') or 0))}",
                 )
                 return
 

@@ -59,6 +59,12 @@ def prefix_cache_of(run: Run) -> PrefixCache | None:
     )
 
 
+def computed_share(run: Run) -> float:
+    """How much of its prompts a run computed; all of them where nobody tells."""
+    cache = prefix_cache_of(run)
+    return 1.0 if cache is None else 1 - cache.cached_pct / 100
+
+
 def prefix_cache_flags(run: Run, cache: PrefixCache | None) -> Iterator[Flag]:
     """More prompt tokens were cached than the load shares: by 1 % of the prompt tokens, a chat template's left out."""
     if cache is None:

@@ -20,6 +20,12 @@ from pdbench.load import arrivals, prompts
 from pdbench.load.prompts import Tokenizer, load_tokenizer
 from pdbench.records import Clock
 
+DEFAULT_REQUESTS = 16
+MOST_WARMUP = 64
+_ANSWER_S = 2.0
+"""How long an answer may take, for the number of requests in flight at a rate that nobody has measured yet."""
+_TRACE_WARMUP = 16
+
 
 @dataclass(frozen=True)
 class TrialLoad:
@@ -59,14 +65,20 @@ def check(config: LoadConfig) -> None:
         raise UserError(f"--client-processes {config.client_processes} is more than --concurrency {limit}")
     if config.steady_s is not None and config.client_processes > 1:
         raise UserError("--steady-s needs one client process, which sees the whole load: use --duration-s")
-    if config.phase == "decode" and (is_open_loop(config) or config.requests > (config.concurrency or 1)):
+    batch = config.requests or DEFAULT_REQUESTS
+    if config.phase == "decode" and (is_open_loop(config) or batch > (config.concurrency or 1)):
         raise UserError(
             "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"
         )
     if config.shared_prefix and config.input_tokens is None:
         raise UserError("--shared-prefix needs --input-tokens, the length that it is a share of")
-    if config.stages:
-        arrivals.read_stages(config.stages)
+    for side in ("input", "output"):
+        if getattr(config, f"{side}_distribution") == "uniform" and getattr(config, f"{side}_spread") > 1:
+            raise UserError(
+                f"--{side}-spread {getattr(config, f'{side}_spread'):g}: uniform lengths spread by 1 at most"
+            )
+    if (config.rate or config.stages) and next(planned_instants(config, None, 0), None) is None:
+        raise UserError("this load sends no request: give a higher --rate, other --stages or a longer --duration-s")
     _extra_body(config)
 
 
@@ -80,9 +92,56 @@ def check_files(config: LoadConfig) -> None:
         find_tokenizer(config, config.tokenizer)
 
 
-def with_nonce(config: LoadConfig) -> LoadConfig:
-    """The same load with a nonce: drawn, where none is given."""
-    return config if config.nonce is not None else replace(config, nonce=secrets.token_hex(4))
+def resolved(config: LoadConfig) -> LoadConfig:
+    """The same load with what is decided at its start: the nonce is drawn, warm-up and requests are counted."""
+    nonce = secrets.token_hex(4) if config.nonce is None else config.nonce
+    requests = config.requests or (None if _ends_by_arrivals(config) else DEFAULT_REQUESTS)
+    return replace(config, nonce=nonce, warmup=warmup_size(config), requests=requests)
+
+
+def describe(config: LoadConfig) -> str:
+    """A resolved load in one line: arrivals, end, warm-up and nonce."""
+    if config.trace:
+        words = [f"trace {Path(config.trace).name}"]
+    elif config.stages:
+        words = [f"stages {config.stages} (requests/s:s)"]
+    elif config.rate:
+        words = [f"{config.rate:g}{f' to {config.ramp_to:g}' if config.ramp_to else ''} requests/s"]
+    else:
+        words = [f"{config.concurrency or 1} at a time"]
+    if is_open_loop(config) and config.concurrency:
+        words.append(f"at most {config.concurrency} at a time")
+    limit = request_limit(config)
+    if config.steady_s is not None:
+        words.append(f"until it holds steady for {config.steady_s:g} s")
+    elif config.duration_s is not None:
+        words.append(f"for {config.duration_s:g} s")
+    else:
+        words.append("to its end" if limit is None else f"{limit} requests")
+    return ", ".join([*words, f"after a warm-up of {warmup_size(config)}, nonce {config.nonce}"])
+
+
+def warmup_size(config: LoadConfig) -> int:
+    """How many requests warm up; by default as many as will be in flight, so that no batch size is met first in the load."""
+    if config.warmup is not None:
+        return config.warmup
+    if not is_open_loop(config):
+        return max(2, config.concurrency or 1)
+    stages = arrivals.read_stages(config.stages) if config.stages else []
+    rates = [config.rate or 0.0, config.ramp_to or 0.0, *(rate for rate, _ in stages)]
+    in_flight = math.ceil(_ANSWER_S * max(rates)) or _TRACE_WARMUP
+    return min(config.concurrency or MOST_WARMUP, MOST_WARMUP, max(2, in_flight))
+
+
+def request_limit(config: LoadConfig) -> int | None:
+    """How many requests are measured; None where time or the arrivals end the load."""
+    if config.duration_s is not None or config.steady_s is not None:
+        return None
+    return config.requests or (None if _ends_by_arrivals(config) else DEFAULT_REQUESTS)
+
+
+def _ends_by_arrivals(config: LoadConfig) -> bool:
+    return bool(config.trace or config.stages or config.ramp_to)
 
 
 def is_open_loop(config: LoadConfig) -> bool:
@@ -105,18 +164,21 @@ def streams(config: LoadConfig) -> int | None:
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
     rows = arrivals.read_trace(config.trace) if config.trace else None
-    planned = zip(_instants(config, rows, trial), _contents(config, tokenizer, trial, rows=rows), strict=False)
-    limit = config.requests if config.duration_s is None and config.steady_s is None else None
-    for index, (arrival_s, content) in enumerate(itertools.islice(planned, limit)):
-        if arrival_s is not None and config.duration_s is not None and arrival_s >= config.duration_s:
-            return
+    contents = _contents(config, tokenizer, trial, rows=rows)
+    planned = zip(planned_instants(config, rows, trial), contents, strict=False)
+    for index, (arrival_s, content) in enumerate(itertools.islice(planned, request_limit(config))):
         yield PlannedRequest(index, arrival_s, *content)
 
 
 def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[PlannedRequest]:
-    """The requests before the measured ones: other numbers and texts, the same lengths, each when a stream is free."""
-    contents = _contents(config, tokenizer, trial, "warmup-")
-    return [PlannedRequest(index, None, *next(contents)) for index in range(config.warmup)]
+    """The requests before the measured ones: other numbers and texts, the same lengths.
+
+    They begin one after the other within 0.2 s, so that batches grow to their largest; the rest follow when a stream is free.
+    """
+    contents, count = _contents(config, tokenizer, trial, "warmup-"), warmup_size(config)
+    at_once = min(count, streams(config) or count)
+    gap_s = min(0.01, 0.2 / at_once) if count else 0.0
+    return [PlannedRequest(index, min(index, at_once) * gap_s, *next(contents)) for index in range(count)]
 
 
 def request_body(config: LoadConfig, model: str, request: PlannedRequest, *, token_ids: bool) -> bytes:
@@ -152,6 +214,17 @@ def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
             "model's tokenizer"
         )
     return tokenizer
+
+
+def planned_instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: int) -> Iterator[float | None]:
+    """When each request is due, in seconds of the load; None is when a stream is free. A rate's end at --duration-s, a ramp's at its top."""
+    end_s = config.duration_s
+    if end_s is None and config.requests is None and config.steady_s is None and config.ramp_to:
+        end_s = config.ramp_s
+    for arrival_s in _instants(config, rows, trial):
+        if arrival_s is not None and end_s is not None and arrival_s >= end_s:
+            return
+        yield arrival_s
 
 
 def _instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: int) -> Iterator[float | None]:

@@ -190,7 +190,11 @@ class Deployment:
                 )
                 for name, command in self.commands.items()
             ],
-            config=self.config.plain() | {"connector_used": self._setup.connector},
+            config=self.config.plain()
+            | {
+                "connector_used": self._setup.connector,
+                "max_num_seqs": vllm.sequences_at_once(self.commands.values()),
+            },
         )
 
     def close(self) -> None:

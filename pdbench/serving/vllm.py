@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +133,23 @@ def server_command(
         kv_address=None if spec.kv_port is None else f"{config.kv_ip}:{spec.kv_port}",
         secret_names=("PDBENCH_KV_SECRET",) if connector in ("p2p-nccl", "tcp") else (),
     )
+
+
+def sequences_at_once(commands: Iterable[Command]) -> int | None:
+    """How many requests these servers work on at once, by their --max-num-seqs; None where vLLM's own default decides."""
+    by_role: dict[str, int] = {}
+    for command in commands:
+        if command.role == "proxy":
+            continue
+        given = [
+            word.partition("=")[2] or following
+            for word, following in zip(command.argv, [*command.argv[1:], ""], strict=True)
+            if word.partition("=")[0].replace("_", "-") == "--max-num-seqs"
+        ]
+        if not given or not given[-1].isdecimal():
+            return None
+        by_role[command.role] = by_role.get(command.role, 0) + int(given[-1])  # vLLM takes the last one
+    return min(by_role.values(), default=None)
 
 
 def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Connector | None) -> Command:

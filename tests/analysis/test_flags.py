@@ -71,8 +71,8 @@ def test_first_requests_that_take_far_longer_are_flagged_with_the_remedy() -> No
     assert flag.detail.endswith("with --warmup 40")
 
 
-def test_a_slow_first_token_is_a_cold_start_too() -> None:
-    run = slow_start(0, 1.0)
+def test_a_slow_first_token_at_a_rate_is_a_cold_start_too() -> None:
+    run = slow_start(0, 1.0, rate=5.0)
     for request in run.requests[:8]:
         request.token_s[0] = request.sent_s + 10 * (request.token_s[0] - request.sent_s)
         request.token_s[1:] = [max(at_s, request.token_s[0]) for at_s in request.token_s[1:]]
@@ -81,8 +81,9 @@ def test_a_slow_first_token_is_a_cold_start_too() -> None:
 
 def test_ordinary_noise_few_requests_and_changing_loads_are_no_cold_start() -> None:
     assert names(slow_start(8, 1.5)) == []
+    assert names(slow_start(8, 1.5, rate=5.0)) == ["cold-start"]  # of its TTFT
     assert names(slow_start(1, 50.0)) == []
-    assert names(slow_start(8, 10.0, concurrency=48)) == []
+    assert names(slow_start(8, 10.0, concurrency=25)) == []
     assert names(slow_start(8, 10.0, stages="5:10,1:10")) == []
 
 

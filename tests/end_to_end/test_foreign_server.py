@@ -108,7 +108,7 @@ def test_every_bench_has_new_prompts_and_the_saved_nonce_repeats_them(server: Sc
         load = LoadConfig(requests=3, warmup=1, prompt_file=str(tmp_path / "prompts.txt"), nonce=nonce)
         runs: dict[Path, Run] = {}
         options = Options(load=load, power=PowerConfig(power=False))
-        experiment.bench(server.url, 2, options, tmp_path, Console(quiet=True), LocalSite(), runs)
+        experiment.bench(server.url, 2, options, tmp_path, Console(quiet=True), Site(), runs)
         sent.append([peer.body for peer in server.requests if peer.method == "POST"])
         return load_run(tmp_path / "bench_results").config["load"]["nonce"]
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pdbench.config import Options, ServeConfig
+from pdbench.config import DeploymentKind, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.nvml import Gpu
 from pdbench.serving import vllm
@@ -152,3 +152,21 @@ def test_keys_among_vllms_arguments_are_not_in_the_record(given: str, kept: str)
 
 def test_version_numbers_ignore_what_follows() -> None:
     assert machine("0.26.0rc1+cu130", 0).vllm == (0, 26, 0)
+
+
+def test_servers_say_how_many_requests_they_work_on_at_once() -> None:
+    def limit(kind: DeploymentKind, arguments: str = "--max-num-seqs 8", **options: int) -> int | None:
+        config = ServeConfig(vllm_args=arguments, **options)
+        return vllm.sequences_at_once(commands(kind, config, machine("0.32.0", 4)))
+
+    assert limit("single") == 8
+    assert limit("replicas", replica_instances=3) == 24
+    assert limit("disaggregated", prefill_instances=2) == 8
+    assert limit("single", "--max-num-seqs=64 --max_num_seqs 32") == 32
+    assert limit("single", "") is None
+
+
+@pytest.mark.parametrize(("version", "given"), [("0.6.3", False), ("0.10.2", True), ("0.32.0", True)])
+def test_cached_prompt_tokens_are_requested_where_vllm_knows_them(version: str, given: bool) -> None:
+    (single,) = commands("single", ServeConfig(), machine(version, 1))
+    assert ("--enable-prompt-tokens-details" in single.argv) == given

@@ -1,0 +1,48 @@
+"""Benches one after the other against the same real vLLM with its prefix cache on: fresh prompts miss it, repeated ones are flagged."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import experiment
+from pdbench.analysis.run_analysis import RunAnalysis, analyze
+from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.records import Run
+from pdbench.site import Site
+from tests.conftest import serve_config, start
+
+pytestmark = pytest.mark.vllm
+PROMPT_TOKENS = 400
+"""Longer than a block of the CPU build (128 tokens)."""
+
+
+@pytest.mark.parametrize("kind", ["single", "disaggregated"])
+def test_only_a_repeated_nonce_meets_the_prefix_cache(kind: DeploymentKind, tmp_path: Path) -> None:
+    config = serve_config(tmp_path / "logs", vllm_args="--enable-prefix-caching")
+
+    def bench(nonce: str | None = None, **options: object) -> RunAnalysis:
+        load = LoadConfig(
+            requests=6, concurrency=2, input_tokens=PROMPT_TOKENS, output_tokens=3, nonce=nonce, **options
+        )
+        runs: dict[Path, Run] = {}
+        measured = Options(ServeConfig(log_dir=config.log_dir), load, PowerConfig(power=False))
+        experiment.bench(deployment.info().url, 1, measured, tmp_path, Console(quiet=True), Site(), runs)
+        (run,) = runs.values()
+        assert all(request.prompt_tokens == PROMPT_TOKENS and not request.error for request in run.requests)
+        return analyze(run)
+
+    def flags(analysis: RunAnalysis) -> list[str]:
+        return [flag.name for flag in analysis.flags if flag.name == "prefix-cache-hit"]
+
+    with closing(start(kind, config)) as deployment:
+        first, second = bench(), bench()
+        for analysis in (first, second):
+            assert analysis.summary.prefix_cache.source == "counters"
+            assert analysis.summary.prefix_cache.prompt_tokens == 6 * PROMPT_TOKENS
+            assert analysis.summary.prefix_cache.cached_tokens == 0 and flags(analysis) == []
+        again = bench(first.config["load"]["nonce"])
+        assert again.summary.prefix_cache.cached_pct > 90 and flags(again) == ["prefix-cache-hit"]
+        shared = bench(shared_prefix=0.7)
+        assert 30 < shared.summary.prefix_cache.cached_pct < 70 and flags(shared) == []

@@ -1,0 +1,108 @@
+"""The warm-up covers the batch sizes that the load will reach, so that nothing is met for the first time inside the window."""
+
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import experiment
+from pdbench.analysis.run_analysis import analyze
+from pdbench.config import LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.load import plan
+from pdbench.load.clients import run_load
+from pdbench.load.plan import TrialLoad
+from pdbench.records import Clock, Run
+from pdbench.site import Site
+from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
+
+
+def compiling_server(sleep_s: float) -> Callable[[Peer], bool]:
+    """Sleeps the first time that it has k requests in flight, for every k, as a server does that compiles for a batch size."""
+    lock, in_flight, met = threading.Lock(), [0], set[int]()
+    answer = stream(tokens(4), pause_s=0.01)
+
+    def serve(peer: Peer) -> bool:
+        if peer.method == "GET":
+            return refusal(b"404 Not Found", "no metrics")(peer)
+        with lock:
+            in_flight[0] += 1
+            new = in_flight[0] not in met
+            met.add(in_flight[0])
+        if new:
+            time.sleep(sleep_s)
+        answered = answer(peer)
+        with lock:
+            in_flight[0] -= 1
+        return answered
+
+    return serve
+
+
+def bench(out: Path, **options: object) -> Run:
+    runs: dict[Path, Run] = {}
+    with ScriptedServer(compiling_server(1.0)) as server:
+        load = LoadConfig(concurrency=8, requests=48, **options)
+        measured = Options(ServeConfig(model="m"), load, PowerConfig(power=False))
+        experiment.bench(server.url, 1, measured, out, Console(quiet=True), Site(), runs)
+    (run,) = runs.values()
+    return run
+
+
+def test_default_warm_up_meets_every_batch_size_before_the_load(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    assert run.config["load"]["warmup"] == 8 == sum(request.warmup for request in run.requests)
+    assert max(request.end_s - request.sent_s for request in run.requests if not request.warmup) < 0.9
+    assert "cold-start" not in [flag.name for flag in analyze(run).flags]
+
+
+def test_too_small_a_warm_up_is_flagged(tmp_path: Path) -> None:
+    (flag,) = [flag for flag in analyze(bench(tmp_path, warmup=2)).flags if flag.name == "cold-start"]
+    assert flag.detail.startswith("trial 1: the first 8 requests took ") and flag.detail.endswith("--warmup 8")
+
+
+def test_batches_grow_during_the_warm_up() -> None:
+    with ScriptedServer(stream(tokens(3), pause_s=0.1)) as server:
+        load = TrialLoad(LoadConfig(concurrency=4, requests=4, warmup=6), server.url, "m", Clock.start())
+        result = run_load(load)
+    sent_s = sorted(request.sent_s for request in result.requests if request.warmup)
+    gaps_s = [after - before for before, after in pairwise(sent_s)]
+    assert all(0.005 < gap_s < 0.1 for gap_s in gaps_s[:3]) and len(sent_s) == 6
+    assert sent_s[4] - sent_s[0] > 0.25  # a fifth waits for a free stream
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 2),
+        ({"concurrency": 1}, 2),
+        ({"concurrency": 100}, 100),
+        ({"concurrency": 100, "warmup": 0}, 0),
+        ({"rate": 0.5}, 2),
+        ({"rate": 8.0}, 16),
+        ({"rate": 8.0, "concurrency": 5}, 5),
+        ({"rate": 1000.0}, 64),
+        ({"rate": 1.0, "ramp_to": 10.0}, 20),
+        ({"stages": "1:10,12:5,3:10"}, 24),
+        ({"trace": "any.csv"}, 16),
+        ({"trace": "any.csv", "concurrency": 4}, 4),
+    ],
+)
+def test_warm_up_size(options: dict, size: int) -> None:
+    assert plan.warmup_size(LoadConfig(**options)) == size
+
+
+def test_resolved_load_says_what_will_be_done() -> None:
+    load = plan.resolved(LoadConfig(concurrency=16, nonce="ab"))
+    assert (load.warmup, load.requests) == (16, 16)
+    assert plan.describe(load) == "16 at a time, 16 requests, after a warm-up of 16, nonce ab"
+    assert plan.resolved(load) == load
+    ramp = plan.resolved(LoadConfig(rate=1.0, ramp_to=4.0, concurrency=3, nonce="ab"))
+    assert ramp.requests is None
+    assert plan.describe(ramp) == (
+        "1 to 4 requests/s, at most 3 at a time, to its end, after a warm-up of 3, nonce ab"
+    )  # fmt: skip
+    assert len(str(plan.resolved(LoadConfig()).nonce)) == 8
