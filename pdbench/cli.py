@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 console = Console()
 _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
-app = App(name="pdbench", help=_HELP, version=__version__)
+app = App(name="pdbench", help=_HELP, version=__version__, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
 Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
 DEFAULTS = Options()
@@ -71,11 +71,12 @@ def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site
     from pdbench.site import stop_on_signals
 
     runs: dict[Path, Run] = {}
-    try:
-        with stop_on_signals(), open_site(cluster) as site:
-            yield site, runs
-    finally:  # signals are normal again: Ctrl-C during a slow picture ends it, and the runs are saved already
-        analyses = commands.finish(runs, out, console)
+    with stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"):
+        try:
+            with open_site(cluster) as site:
+                yield site, runs
+        finally:  # Ctrl-C during a slow picture ends it; the runs are saved already
+            analyses = commands.finish(runs, out, console)
     commands.exit_on_flags(analyses)
 
 
@@ -207,11 +208,10 @@ def _options(command: str) -> set[str]:
 
 
 def _deployment_names(text: str) -> list[DeploymentKind]:
-    names: list[DeploymentKind] = []
-    for part in text.split(","):
-        if part not in get_args(DeploymentKind):
-            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(DeploymentKind))}")
-        names.append(cast(DeploymentKind, part))
+    names = cast(list[DeploymentKind], text.split(","))
+    for name in names:
+        if name not in get_args(DeploymentKind):
+            raise UserError(f"no deployment {name!r}: choose from {', '.join(get_args(DeploymentKind))}")
     return names
 
 
@@ -380,7 +380,7 @@ def sweep(
 
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
-    with stop_on_signals(), open_site(cluster) as site:
+    with stop_on_signals(lambda: sweep.saved(out)), open_site(cluster) as site:
         commands.present_sweep(sweep.run(points, out, measure, console, context), out, console)
 
 

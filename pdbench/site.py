@@ -98,8 +98,11 @@ class Measurement:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds."""
+def stop_on_signals(saved: Callable[[], object] | None = None) -> Iterator[None]:
+    """SIGTERM and SIGHUP act as Ctrl-C does, so that what was measured is kept and every `with` ends what it holds.
+
+    With `saved`, which says what was kept (if anything), it ends as a UserError in one line.
+    """
 
     with ExitStack() as restoring:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -107,7 +110,12 @@ def stop_on_signals() -> Iterator[None]:
             restoring.callback(signal.signal, number, before)
         # A shell starts its background jobs with SIGINT ignored.
         restoring.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            if saved is None:
+                raise
+            raise UserError(f"interrupted: {saved() or 'nothing was measured yet'}", exit_code=130) from None
 
 
 class Site:

@@ -155,6 +155,12 @@ def run(
         raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
 
 
+def saved(out: Path) -> str:
+    """What a sweep that was interrupted leaves in `out`, for its last line; empty when that is nothing."""
+    done = len([*out.glob(f"*/{_DONE}")])
+    return f"{done} points are saved in {out}, the same command resumes the sweep" if done else ""
+
+
 def _nonce(points: Sequence[Point], out: Path) -> str:
     """The nonce of the sweep in `out`: the given one, else that with which it began; kept there."""
     saved = None

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
-from tests.support.processes import ROOT, run_pdbench
+from tests.support.processes import ROOT, run_pdbench, wait_until
+from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 
 def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -31,14 +32,22 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["run", "--against", "singel"], "choose from single"),
         (["run", "--against", "single,single"], "twice"),
         (["sweep", "--against", "singel", "--vary", "seed=1"], "choose from single"),
-        (["run", "--trials", "0"], "for --trials. Give 1 or more"),
-        (["bench", "--trials", "0"], "for --trials. Give 1 or more"),
+        (["run", "--trials", "0"], "for --trials. Give 1 to 10,000,000"),
         (["bench", "--requests", "1.5"], "not a whole number"),
         (["bench", "--temperature", "nan"], "for --temperature. Give 0 or more"),
         (["bench", "--slo-ttft-ms=-5"], "for --slo-ttft-ms. Give a number above 0"),
         (["bench", "--idle-s=-1"], "for --idle-s. Give 0 or more"),
         (["run", "--gpu-memory-utilization", "7"], "for --gpu-memory-utilization. Give a share from 0 to 1"),
-        (["run", "--requests", "0"], "for --requests. Give 1 or more"),
+        (["run", "--requests", "0"], "for --requests. Give 1 to 10,000,000"),
+        (["run", "--requests", "1e3"], "not a whole number"),
+        (["bench", "--requests", "99999999999"], "for --requests. Give 1 to 10,000,000"),
+        (["bench", "--warmup", "100000000"], "for --warmup. Give 0 to 10,000"),
+        (["bench", "--duration-s", "1e-9"], "for --duration-s. Give 0.1 seconds or more"),
+        (["bench", "--rate", "inf"], "for --rate. Give a number above 0"),
+        (["bench", "--input-spread=-4"], "for --input-spread. Give a spread from 0 to 3"),
+        (["bench", "--input-distribution", "uniform", "--input-spread", "2"], "uniform lengths spread by 1 at most"),
+        (["bench", "--rate", "0.001", "--duration-s", "1"], "this load sends no request"),
+        (["bench", "--stages", "0:5"], "this load sends no request"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
         (["run", "--against", "single", "--prefill-clock", "1200"], "--prefill-clock 1200: no prefill server"),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
@@ -170,6 +179,40 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
         starting.send_signal(signal.SIGINT)
         assert starting.stderr.read() == "pdbench: interrupted\n"
         assert starting.wait(30) == 130
+
+
+BENCH = ("--concurrency", "1", "--requests", "1000", "--no-power", "--warmup", "3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [2, 8], ids=["in the warm-up", "in the load"])
+def test_interruption_is_one_line_that_says_what_is_saved(after: int, number: int, tmp_path: Path) -> None:
+    answer = stream(tokens(4), pause_s=0.05)
+    with (
+        ScriptedServer(lambda peer: models(peer) if peer.method == "GET" else answer(peer)) as server,
+        subprocess.Popen(
+            [sys.executable, "-m", "pdbench", "bench", "--url", server.url, *BENCH],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        ) as running,
+    ):
+        assert running.stderr is not None
+        wait_until(lambda: sum(peer.method == "POST" for peer in server.requests) >= after, 60)
+        running.send_signal(number)
+        told = running.stderr.read()
+        assert running.wait(60) == 130
+    saved = tmp_path / "bench_results" / "bench_results.json"
+    assert saved.exists() == (after == 8)
+    what = "what was measured is saved in bench_results" if after == 8 else "nothing was measured yet"
+    assert told == f"pdbench: interrupted: {what}\n"
+
+
+def models(peer: Peer) -> bool:
+    peer.respond({"data": [{"id": "m"}]})
+    return True
 
 
 def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:

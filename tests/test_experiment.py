@@ -2,6 +2,7 @@
 
 import io
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,11 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, Ser
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
 from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run
+from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run, save_run
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, States
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
-from pdbench.site import Measurement, Site
+from pdbench.site import Measurement, Site, stop_on_signals
 
 OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
 KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
@@ -30,6 +31,8 @@ class FakeDeployment(Deployment):
     def __init__(self, kind: DeploymentKind, config: ServeConfig, states: Sequence[States] = ()) -> None:
         super().__init__(kind, config, Site())
         self.states = states
+
+    limit: int | None = None
 
     def start(self, on_states: Callable[[States], None] | None = None) -> "FakeDeployment":
         for states in self.states:
@@ -46,7 +49,8 @@ class FakeDeployment(Deployment):
     def info(self) -> DeploymentInfo:
         url = "http://127.0.0.1:1"
         servers = [ServerInfo(name=spec.name, role=spec.role, url=url) for spec in self.specs]
-        return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers)
+        config = {"max_num_seqs": self.limit}
+        return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers, config=config)
 
 
 class FakeSite(Site):
@@ -197,6 +201,64 @@ def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch)
     printed = started(*({"replica-0": ready, "replica-1": state} for state in waits))
     assert "replica-1 starting, 10 s" in printed
     assert printed.count("replica-0: ready after 5 s at http://127.0.0.1:1") == 1
+
+
+def test_load_into_a_file_reports_its_progress(
+    tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "PROGRESS_EVERY_S", 0.1)
+
+    class SlowSite(FakeSite):
+        def run_load(
+            self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]
+        ) -> LoadResult:
+            time.sleep(0.3)
+            on_progress(7, 30)
+            time.sleep(0.3)
+            return super().run_load(load, on_progress, on_begin)
+
+    printed = run(tmp_path, SlowSite(measured), {}, trials=1)
+    assert "  trial 1: warm-up, 0 s\n" in printed and "  trial 1: 7 of 30 requests, 0 s\n" in printed
+
+
+def test_trial_that_sends_nothing_is_an_error(tmp_path: Path, gates: list[Gate]) -> None:
+    nothing = LoadResult([], Trial(index=0, start_s=0.0, end_s=0.0), [])
+    with pytest.raises(UserError, match="trial 1 sent no request"):
+        run(tmp_path, FakeSite(lambda number: nothing), {})
+
+
+def test_load_line_says_what_is_sent_and_what_the_servers_take(tmp_path: Path, gates: list[Gate]) -> None:
+    class SmallSite(FakeSite):
+        def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+            deployment = FakeDeployment(kind, config)
+            deployment.limit = 8
+            return deployment
+
+    printed = io.StringIO()
+    for concurrency in (8, 16):
+        options = Options(load=LoadConfig(concurrency=concurrency, nonce="ab"), power=PowerConfig(power=False))
+        console = Console(file=printed, width=200)
+        experiment.run(("single",), 1, options, tmp_path, console, SmallSite(measured), {})
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("  load: ")]
+    assert lines == [
+        "  load: 8 at a time, 16 requests, after a warm-up of 8, nonce ab",
+        "  load: 16 at a time, 16 requests, after a warm-up of 16, nonce ab; "
+        "the servers work on 8 at once (--max-num-seqs), the others wait in their queue",
+    ]
+
+
+def test_signal_while_results_are_saved_counts_afterwards(
+    tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(run: Run, folder: Path) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        return save_run(run, folder)
+
+    monkeypatch.setattr(experiment, "save_run", save)
+    runs: dict[Path, Run] = {}
+    with pytest.raises(UserError, match="interrupted: saved"), stop_on_signals(lambda: runs and "saved"):
+        run(tmp_path, FakeSite(measured), runs)
+    assert list(runs) == [tmp_path / "single_results"] and (tmp_path / "single_results").exists()
 
 
 def test_restarted_server_is_ready_again() -> None:
