@@ -106,10 +106,6 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting", tag_field="type"):
     transfer_id: str
 
 
-Message = msgspec.Struct | dict[str, Any]
-"""What a channel sends: one of the above, or the dictionaries of the handshake and of the nccl transport."""
-
-
 class Channel:
     """One connected socket. One thread may receive while others send; a read or write that stalls for `timeout_s` closes it."""
 
@@ -130,7 +126,9 @@ class Channel:
         except OSError:  # it left already
             self.peer = "unknown"
 
-    def send(self, message: Message, payload: memoryview | None = None, wait: bool = True) -> None:
+    def send(
+        self, message: msgspec.Struct | dict[str, Any], payload: memoryview | None = None, wait: bool = True
+    ) -> None:
         """Send a message, and its payload's bytes right behind it. Raises ChannelClosedError.
 
         Without `wait`, that is when the socket does not take all of a short message at once.

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from pdbench.kv import compat
+from pdbench.kv.channel import Identity
 from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
 from pdbench.kv.scheduler import KvScheduler
 from pdbench.kv.worker import KvWorker, model_fingerprint
@@ -78,16 +79,10 @@ class PdKvConnector(KVConnectorBase_V1):
     # The worker's half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = KvWorker(
-            self._options,
-            rank=get_tensor_model_parallel_rank(),
-            ranks=self._ranks,
-            block_size=self._block_size,
-            model=model_fingerprint(self._vllm_config),
-            kv_caches=kv_caches,
-            blocks=int(self._kv_cache_config.num_blocks),
-            produces=bool(self._vllm_config.kv_transfer_config.is_kv_producer),
-        )
+        rank, model = get_tensor_model_parallel_rank(), model_fingerprint(self._vllm_config)
+        identity = Identity(self._options.transport, self._ranks, rank, self._block_size, layout="", model=model)
+        blocks, produces = int(self._kv_cache_config.num_blocks), bool(self._kv_transfer_config.is_kv_producer)
+        self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Before the forward pass."""

@@ -1,7 +1,4 @@
-"""The scheduler's half of the connector: which requests hand their KV over, which fetch it, which blocks vLLM must keep.
-
-Every engine step it gives the worker's half one StepPlan; it does no input or output of its own.
-"""
+"""The scheduler's half of the connector: which requests hand over or fetch KV, as one StepPlan per engine step; no I/O."""
 
 from __future__ import annotations
 
@@ -180,8 +177,9 @@ class KvScheduler:
                 continue
             after = min(before + output.num_scheduled_tokens[name], state.transfer.tokens)
             state.scheduled, state.reported_tokens = True, after
-            progress = PrefillProgress(request_id=name, blocks=blocks, replace=replace, computed_tokens=after)
-            plan.prefilled.append(progress)
+            plan.prefilled.append(
+                PrefillProgress(request_id=name, blocks=blocks, replace=replace, computed_tokens=after)
+            )
         return plan
 
     def finished(self, request: Request) -> bool:

@@ -1,7 +1,6 @@
 """Prefill's half of the worker: listens for decode workers and pushes each transfer's blocks as they are computed.
 
-Every transfer ends: sent, failed, cancelled by decode, or `timeout_s` after prefill was done when decode never asked for it. Then
-vLLM may free its blocks.
+Every transfer ends (sent, failed, cancelled, or `timeout_s` after prefill if decode never asks); then vLLM may free its blocks.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import torch
 
 from pdbench.kv.blocks import make_packer
@@ -73,22 +74,13 @@ class Threads:
 
 
 class KvWorker:
-    """One rank's transfers: takes vLLM's KV cache (layer name -> tensor) of `blocks` blocks, and listens if it `produces`.
+    """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces`.
 
-    `rank` and `ranks` are of tensor parallelism; rank i listens on the instance's kv_port + i. Raises UnsupportedError, OSError.
+    `identity` is complete but for the cache's layout; rank i listens on the instance's kv_port + i. Raises UnsupportedError, OSError.
     """
 
     def __init__(
-        self,
-        options: Options,
-        *,
-        rank: int,
-        ranks: int,
-        block_size: int,
-        model: str,
-        kv_caches: dict[str, torch.Tensor],
-        blocks: int,
-        produces: bool,
+        self, options: Options, identity: Identity, kv_caches: dict[str, torch.Tensor], blocks: int, produces: bool
     ) -> None:
         packer = make_packer(kv_caches, blocks)
         packer.warm_up()
@@ -101,10 +93,10 @@ class KvWorker:
         self._threads = Threads()
         self._changed = threading.Condition()
         self._closed = threading.Event()
-        self.recorder = TransferRecorder(options.event_log, rank)
+        self.recorder = TransferRecorder(options.event_log, identity.rank)
         context = WorkerContext(
             secret=shared_secret(),
-            identity=Identity(options.transport, ranks, rank, block_size, packer.layout, model),
+            identity=msgspec.structs.replace(identity, layout=packer.layout),
             packer=packer,
             staging_bytes=max(options.staging_mib << 20, packer.block_bytes),
             timeout_s=options.transfer_timeout_s,
@@ -115,9 +107,9 @@ class KvWorker:
         self._receiver = Receiver(context)
         self._sender: Sender | None = None
         if produces:
-            address = (options.kv_ip, options.port + rank)
+            address = (options.kv_ip, options.port + identity.rank)
             self._sender = Sender(address, context)
-            logger.info("prefill rank %d listens for decode on %s:%d (%s)", rank, *address, options.transport)
+            logger.info("prefill rank %d listens for decode on %s:%d (%s)", identity.rank, *address, options.transport)
         self._threads.start("kv-time", self._keep_time, min(1.0, options.transfer_timeout_s / 10))
 
     def before_forward(self, plan: StepPlan) -> None:
@@ -144,7 +136,7 @@ class KvWorker:
         return reports
 
     def take_received(self) -> set[str]:
-        """Requests whose KV came since the last report; failures wait for `poll`."""
+        """Requests whose KV came since the last report; failures wait for `after_forward`."""
         with self._changed:
             return self._receiver.take_reports(failures=False)[0]
 
@@ -184,7 +176,6 @@ def model_fingerprint(vllm_config: VllmConfig) -> str:
     """A hash of what a model's KV depends on: its configuration without paths, its weights' and its cache's types."""
     model = vllm_config.model_config
     config = model.hf_config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     text = json.dumps([config, str(model.dtype), model.quantization, vllm_config.cache_config.cache_dtype], default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pdbench.kv.channel import Identity
 from pdbench.kv.compat import SECRET_VARIABLE, Options
 from pdbench.kv.scheduler import Fetch, PrefillEnd, PrefillProgress, StepPlan, Transfer
 from pdbench.kv.worker import KvWorker
@@ -59,16 +60,8 @@ class Instance:
             event_log=self.event_log,
             staging_mib=self.staging_mib,
         )
-        self.worker = KvWorker(
-            options,
-            rank=self.rank,
-            ranks=self.ranks,
-            block_size=BLOCK,
-            model="model",
-            kv_caches=self.cache,
-            blocks=self.layout[0],
-            produces=self.role == "prefill",
-        )
+        identity = Identity(self.transport, self.ranks, self.rank, BLOCK, layout="", model="model")
+        self.worker = KvWorker(options, identity, self.cache, self.layout[0], self.role == "prefill")
 
     def step(self, **plan):
         """One engine step on the instance's device; keeps what the worker reported."""
