@@ -12,14 +12,13 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.distributed.device_communicators import pynccl_wrapper as pynccl
 
-from pdbench.kv.blocks import BlockPacker
 from pdbench.kv.channel import Blocks, Channel, WorkerContext
 
 # A communicator takes a second or two to make; a peer that dies meanwhile would block NCCL for good.
@@ -37,10 +36,10 @@ class Link(ABC):
     _host: torch.Tensor | None = None
     """The buffer's twin in pinned memory, for a transport that sends from there."""
 
-    def __init__(self, channel: Channel, packer: BlockPacker, on_gpu: bool, staging_bytes: int) -> None:
-        self.channel, self._packer = channel, packer
+    def __init__(self, context: WorkerContext, channel: Channel, on_gpu: bool, staging_bytes: int) -> None:
+        self.channel, self._packer = channel, context.packer
         # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
-        self._stream: Any = torch.cuda.Stream(packer.device, priority=-1) if on_gpu else None
+        self._stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
         # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
         self._passed: Any = torch.cuda.Event(blocking=True) if on_gpu else None
         self._staging = self._buffer(staging_bytes)
@@ -98,19 +97,19 @@ class Link(ABC):
 def open_link(context: WorkerContext, channel: Channel, sends: bool) -> Link:
     """Make the link of a channel after its handshake. Raises ChannelClosedError, or whatever a GPU without room raises."""
     if context.identity.transport == "tcp":
-        return TcpLink(channel, context.packer, context.staging_bytes)
-    return NcclLink(channel, context.packer, context.staging_bytes, sends, context.start_thread)
+        return TcpLink(context, channel)
+    return NcclLink(context, channel, sends)
 
 
 class TcpLink(Link):
     """Link over the control connection."""
 
-    def __init__(self, channel: Channel, packer: BlockPacker, staging_bytes: int) -> None:
-        on_gpu = packer.device.type != "cpu"
-        super().__init__(channel, packer, on_gpu, staging_bytes)
+    def __init__(self, context: WorkerContext, channel: Channel) -> None:
+        on_gpu = context.packer.device.type != "cpu"
+        super().__init__(context, channel, on_gpu, context.staging_bytes)
         # The socket reads and writes host memory directly.
         if on_gpu:
-            self._host = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True)
+            self._host = torch.empty(context.staging_bytes, dtype=torch.uint8, pin_memory=True)
         self._bytes = memoryview((self._staging if self._host is None else self._host).numpy())
 
     def send(self, header: Blocks, count: int) -> float:
@@ -127,16 +126,9 @@ class TcpLink(Link):
 class NcclLink(Link):
     """Link over an NCCL communicator of two."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        packer: BlockPacker,
-        staging_bytes: int,
-        sends: bool,
-        start_thread: Callable[..., threading.Thread],
-    ) -> None:
-        super().__init__(channel, packer, True, 1)
-        self._sends, self._start_thread = sends, start_thread
+    def __init__(self, context: WorkerContext, channel: Channel, sends: bool) -> None:
+        super().__init__(context, channel, True, 1)
+        self._sends, self._start_thread = sends, context.start_thread
         self._library = pynccl.NCCLLibrary()
         self._using = threading.Lock()
         self._closed = threading.Event()
@@ -145,7 +137,7 @@ class NcclLink(Link):
         try:
             self._open_in_time()
             # Only now: a peer that dies while NCCL opens can leave a thread behind in NCCL, which must not hold much.
-            self._staging = self._buffer(staging_bytes)
+            self._staging = self._buffer(context.staging_bytes)
         except BaseException:
             self.close()
             raise

@@ -76,7 +76,9 @@ def channel():
 
 
 def opened(channel, threads):
-    return NcclLink(channel, SimpleNamespace(device=torch.device("cpu")), 1000, True, threads.start)
+    packer = SimpleNamespace(device=torch.device("cpu"))
+    context = SimpleNamespace(packer=packer, staging_bytes=1000, start_thread=threads.start)
+    return NcclLink(context, channel, sends=True)
 
 
 def test_close_aborts_the_communicator_once(library, channel):
