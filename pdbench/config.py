@@ -4,13 +4,24 @@ A recipe's keys are the flags' names with underscores, in one section per class 
 without sections. An option that is None is decided at start, by what the machine has.
 """
 
-import math
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Group, Parameter
+
+from pdbench.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Port,
+    Positive,
+    SampleInterval,
+    Seconds,
+    Share,
+    Spread,
+    WarmUp,
+)
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
@@ -20,43 +31,6 @@ T = TypeVar("T")
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
 Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
 VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
-
-
-def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
-    """Raises ValueError for anything else; cyclopts by default rounds 1.5 to 2."""
-    text = tokens[0].value
-    if not text.lstrip("+-").isdecimal():
-        raise ValueError(f"{text!r} is not a whole number.")
-    return int(text)
-
-
-def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], None]:
-    """A validator for numbers. Raises ValueError, which cyclopts reports with the option's name."""
-
-    def validate(kind: Any, value: float | None) -> None:
-        if value is not None and not (math.isfinite(value) and fits(value)):
-            raise ValueError(f"Give {words}.")
-
-    return validate
-
-
-MOST = 10_000_000
-Count = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range(f"1 to {MOST:,}", lambda value: 1 <= value <= MOST))
-]
-CountOrZero = Annotated[T, Parameter(converter=_whole_number, validator=_range("0 or more", lambda value: value >= 0))]
-Port = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range("a port, 0 to 65535", lambda value: 0 <= value <= 65535))
-]
-WarmUp = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range("0 to 10,000", lambda value: 0 <= value <= 10_000))
-]
-Seconds = Annotated[T, Parameter(validator=_range("0.1 seconds or more", lambda value: value >= 0.1))]
-Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda value: 0 <= value <= 3))]
-Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
-NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
-Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
-SampleInterval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
 
 # The headings of the help, in its order.
 _MODEL = Group.create_ordered("Model and vLLM")
@@ -216,7 +190,15 @@ class LoadConfig:
     stages: Arrivals[str] = ""
     """Stages RATE:SECONDS,... of Poisson arrivals, in place of --rate."""
     trace: Arrivals[str | None] = None
-    """Replay arrivals and lengths: Azure LLM inference or BurstGPT .csv, Mooncake or own .jsonl."""
+    """Replay a file's arrivals and lengths: Azure LLM inference, BurstGPT, Mooncake, Bailian, Weka or own format (docs/load.md)."""
+    trace_from: Arrivals[str | None] = None
+    """Begin at this time of the trace, as in 12h or 90s."""
+    trace_for: Arrivals[str | None] = None
+    """End after this much of the trace, as in 10m."""
+    trace_unit: Arrivals[Literal["s", "ms", "us", "ns"] | None] = None
+    """Unit of the trace's times; default: by its format, key or date."""
+    trace_block_tokens: Arrivals[Count[int | None]] = None
+    """Tokens of a block of the trace's hash_ids; default: by its format and lengths."""
     time_scale: Arrivals[Positive[float]] = 1.0
     """Factor on the trace's instants; 2 makes it last twice as long."""
     tokenizer: Prompts[str | None] = None
@@ -238,7 +220,7 @@ class LoadConfig:
     prefix_groups: Prompts[Count[int]] = 1
     """Number of groups, each with its own prefix."""
     prompt_file: Prompts[str | None] = None
-    """Prompts from a ShareGPT .json, a .jsonl with "prompt", or a text file (one prompt per paragraph or line)."""
+    """Prompts from ShareGPT or chat conversations, JSON rows with "prompt" (text or token ids) and the like, or a text file."""
     verbatim_prompts: Prompts[bool] = False
     """Send the prompts of --prompt-file as they are, without the numbered line that makes each new to a cache."""
     reply_lengths: Prompts[bool] = False
@@ -253,6 +235,10 @@ class LoadConfig:
     """Ask for token ids and count tokens by them; --no-token-ids for servers that refuse the field."""
     extra_body: Requests[str] = ""
     """JSON object merged into every request's body."""
+    drop_fields: Requests[Words] = ()
+    """Fields to leave out of every request's body, as in ignore_eos stream_options, for servers that refuse them."""
+    max_tokens_field: Requests[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
+    """Name of the field that limits a request's output."""
     tls_verify: Requests[bool] = True
     """Check an https server's certificate (SSL_CERT_FILE names another authority)."""
     request_timeout_s: Requests[Positive[float]] = 120.0

@@ -1,0 +1,116 @@
+"""The JSON body of a request, and the fields that a server refuses."""
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load.prompt_files import Prompt
+from pdbench.records import Flag
+
+_NEEDED_FIELDS = {"model", "prompt", "messages", "stream"}
+# Fields that a request can do without; the name alone in an error is enough, or only with words that refuse it.
+_OPTIONAL_FIELDS = ("return_token_ids", "ignore_eos", "stream_options")
+_LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
+_REFUSAL = re.compile(
+    "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|forbidden|not accepted|additional propert"
+    "|invalid (param|argument|field|propert)|does not exist|instead",
+    re.IGNORECASE,
+)
+
+
+def check(config: LoadConfig) -> None:
+    """Raises UserError for --drop-fields and --extra-body that cannot be used."""
+    if needed := _NEEDED_FIELDS.intersection(_dropped(config)):
+        raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
+    _extra_body(config)
+
+
+def request_body(
+    config: LoadConfig, model: str, prompt: Prompt, output_tokens: int, refused: Collection[str] = ()
+) -> bytes:
+    """The JSON body of one request, without the fields that the server refuses."""
+    chat = config.endpoint == "chat"
+    body: dict[str, Any] = {
+        "model": model,
+        "messages" if chat else "prompt": [{"role": "user", "content": prompt}] if chat else prompt,
+        config.max_tokens_field: output_tokens,
+        "temperature": config.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if config.token_ids:
+        body["return_token_ids"] = True
+    ignore_eos = config.ignore_eos
+    if ignore_eos or (ignore_eos is None and (config.input_tokens or config.trace or config.phase != "both")):
+        body["ignore_eos"] = True
+    for name in refused:
+        body.pop(name, None)
+        if name in _LENGTH_FIELDS:
+            body[_other_length_field(name)] = output_tokens
+    body |= _extra_body(config)
+    for name in _dropped(config):
+        body.pop(name, None)
+    return msgspec.json.encode(body)
+
+
+def refused_fields(config: LoadConfig, message: str, refused: Collection[str]) -> list[str]:
+    """The fields that a server's error names as refused and that a request can do without, or under another name.
+
+    `refused` are those that it was sent without already; fields that the user asked for are none of them.
+    """
+    sent = {*_OPTIONAL_FIELDS, "temperature", config.max_tokens_field} - set(refused)
+    if config.ignore_eos:
+        sent.discard("ignore_eos")
+    if config.temperature:
+        sent.discard("temperature")
+    named = [name for name in sent if re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", message)]
+    return sorted(name for name in named if name in _OPTIONAL_FIELDS or _REFUSAL.search(message))
+
+
+def refusal_flags(config: LoadConfig, refused: Collection[str]) -> list[Flag]:
+    """What a reader must know of requests that were sent again without some fields."""
+    flags = []
+    if "return_token_ids" in refused:
+        detail = "the server refuses return_token_ids: tokens are counted by chunks"
+        flags.append(Flag("token-ids-refused", detail))
+    if others := sorted(set(refused) - {"return_token_ids"}):
+        effects = {
+            "ignore_eos": "outputs may be shorter than --output-tokens",
+            "stream_options": "usage may be missing",
+            "temperature": "sampling is the server's",
+        }
+        effects |= {name: f"sent as {_other_length_field(name)}" for name in _LENGTH_FIELDS}
+        what = ", ".join(f"{name} ({effects[name]})" for name in others)
+        flags.append(Flag("fields-refused", f"the server refuses {what}: requests were sent again without"))
+    return flags
+
+
+def extra_body(config: LoadConfig) -> dict[str, Any]:
+    """The fields of --extra-body that are sent."""
+    return {name: value for name, value in _extra_body(config).items() if name not in _dropped(config)}
+
+
+def _other_length_field(name: str) -> str:
+    return _LENGTH_FIELDS[1 - _LENGTH_FIELDS.index(name)]
+
+
+def _dropped(config: LoadConfig) -> list[str]:
+    """--drop-fields, with commas or blanks between the names."""
+    return [name for word in config.drop_fields for name in word.split(",") if name]
+
+
+def _extra_body(config: LoadConfig) -> dict[str, Any]:
+    if not config.extra_body:
+        return {}
+    try:
+        extra = json.loads(config.extra_body)
+    except ValueError as error:
+        raise UserError(f"--extra-body is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
+    return extra

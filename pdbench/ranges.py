@@ -1,0 +1,46 @@
+"""Types of options with their ranges, which cyclopts checks: `Count[int]`, `Positive[float | None]`."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import Parameter, Token
+
+T = TypeVar("T")
+
+
+def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
+    """Raises ValueError for anything else; cyclopts by default rounds 1.5 to 2."""
+    text = tokens[0].value
+    if not text.lstrip("+-").isdecimal():
+        raise ValueError(f"{text!r} is not a whole number.")
+    return int(text)
+
+
+def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], None]:
+    """A validator for numbers. Raises ValueError, which cyclopts reports with the option's name."""
+
+    def validate(kind: Any, value: float | None) -> None:
+        if value is not None and not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"Give {words}.")
+
+    return validate
+
+
+MOST = 10_000_000
+Count = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range(f"1 to {MOST:,}", lambda value: 1 <= value <= MOST))
+]
+CountOrZero = Annotated[T, Parameter(converter=_whole_number, validator=_range("0 or more", lambda value: value >= 0))]
+Port = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range("a port, 0 to 65535", lambda value: 0 <= value <= 65535))
+]
+WarmUp = Annotated[
+    T, Parameter(converter=_whole_number, validator=_range("0 to 10,000", lambda value: 0 <= value <= 10_000))
+]
+Seconds = Annotated[T, Parameter(validator=_range("0.1 seconds or more", lambda value: value >= 0.1))]
+Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda value: 0 <= value <= 3))]
+Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
+NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
+Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
+SampleInterval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
