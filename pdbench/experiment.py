@@ -181,11 +181,25 @@ def _cooldown(options: Options) -> Cooldown:
     return Cooldown(options.power.cooldown_s if options.power.power else 0.0)
 
 
+def _file_words(load: LoadConfig) -> list[str]:
+    """What is sent of a trace or prompt file; nothing where the file is another node's."""
+    try:
+        return plan.describe_files(load)
+    except UserError:
+        return []
+
+
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     return Run(
         name=info.name,
         clock=clock,
-        config=options.plain() | {"serve": info.config or None, "url": info.url, "model": info.model_name},
+        config=options.plain()
+        | {
+            "serve": info.config or None,
+            "url": info.url,
+            "model": info.model_name,
+            "inputs": _file_words(options.load),
+        },
         host=machines.host_facts(),
         versions=machines.versions(),
     )

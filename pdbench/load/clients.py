@@ -20,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from pdbench.errors import UserError
-from pdbench.load import plan, self_check
+from pdbench.load import plan, request_fields, self_check
 from pdbench.load.generator import ClientResult, OnProgress, interruption, run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
@@ -310,7 +310,7 @@ def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
     if config.verbatim_prompts and (repeats := len(measured) - len({each.prompt_sha256 for each in measured})):
         detail = f"{len(measured)} requests from {len(measured) - repeats} prompts: {repeats} repeat"
         flags.append(Flag("prompts-repeat", detail))
-    if any(result.token_ids_refused for result in results):
-        flags.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
+    flags += request_fields.refusal_flags(config, {name for result in results for name in result.fields_refused})
+    flags += dict.fromkeys(flag for result in results for flag in result.flags)
     client["window"] = window
     return LoadResult(requests, Trial(index=load.trial, start_s=start_s, end_s=end_s, client=client), flags)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from pdbench.load import plan
+from pdbench.errors import UserError
+from pdbench.load import plan, request_fields
 from pdbench.load.client import Client
 from pdbench.load.plan import PlannedRequest, TrialLoad
-from pdbench.records import RequestRecord
+from pdbench.records import Flag, RequestRecord
 
 # Takes (requests ended, total) about ten times a second; total is None where time ends the trial.
 OnProgress = Callable[[int, int | None], None]
@@ -48,7 +49,8 @@ class ClientResult(msgspec.Struct, kw_only=True):
     real_time: bool = False
     interrupted: bool = False
     steady_window: tuple[float, float] | None = None
-    token_ids_refused: bool = False
+    fields_refused: list[str] = []
+    flags: list[Flag] = []
     addresses: list[str] = []
     lost: str | None = None
 
@@ -73,14 +75,17 @@ def run_client(
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     config, clock = load.config, load.clock
     clients = config.client_processes
-    tokenizer = plan.find_tokenizer(config, load.model)
+    tokenizer, flags = plan.load_tokenizer_for(load)
     warmup = plan.warmup_requests(config, tokenizer, load.trial)[client::clients]
     # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
     every = plan.planned_requests(config, tokenizer, load.trial)
     planned: Iterator[PlannedRequest] = (request for request in every if request.index % clients == client)
     total = None
     if not plan.is_endless(config):
-        requests = list(planned)
+        first = next(every, None)
+        if first is None:
+            raise UserError("the load has no request: its time (--duration-s, --stages) ends before the first arrival")
+        requests = [*([first] if client == 0 else []), *planned]
         planned, total = iter(requests), len(requests)
     streams = plan.streams(config)
     if streams is not None:
@@ -88,9 +93,8 @@ def run_client(
     sender = Client(load.url, config, zero_s=clock.monotonic_s)
     stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
     with sender, stop as interrupted, _undelayed() as real_time:
-        loop = _Loop(
-            load, sender, interrupted, ClientResult(streams=streams, real_time=real_time, addresses=sender.addresses)
-        )
+        result = ClientResult(streams=streams, real_time=real_time, addresses=sender.addresses, flags=flags)
+        loop = _Loop(load, sender, interrupted, result)
         loop.drive(iter(warmup), streams or len(warmup), clock.now())
         loop.result.begin_s = begin_s = clock.now() if begin is None else begin()
         loop.total, loop.on_progress, loop.on_partial = total, on_progress, on_partial
@@ -108,7 +112,7 @@ class _Loop:
         self.on_progress: OnProgress | None = None
         self.on_partial: Callable[[ClientResult], None] | None = None
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
-        self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, bool]] = {}
+        self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, tuple[str, ...]]] = {}
         self._tokens_ended = 0
         self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
@@ -172,20 +176,25 @@ class _Loop:
             trial=load.trial,
             warmup=warmup,
         )
-        token_ids = config.token_ids and not self.result.token_ids_refused
-        self._in_flight[record.id] = record, planned, token_ids
-        self.client.start(record, plan.request_body(config, load.model, planned, token_ids=token_ids))
+        refused = self.result.fields_refused
+        self._in_flight[record.id] = record, planned, tuple(refused)
+        body = request_fields.request_body(config, load.model, planned.prompt, planned.output_tokens, refused)
+        self.client.start(record, body)
         # After the sending, which a long prompt's hash would delay.
-        record.prompt_sha256 = hashlib.sha256(planned.prompt.encode()).hexdigest()
-        if config.save_prompts or len(planned.prompt) <= _SHORT_PROMPT:
-            record.prompt = planned.prompt
+        text = planned.text
+        record.prompt_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        if config.save_prompts or len(text) <= _SHORT_PROMPT:
+            record.prompt = text
 
     def _ended(self, record: RequestRecord) -> bool:
-        """Keep a record; False where its request was sent again because the server does not know return_token_ids."""
-        _, planned, token_ids = self._in_flight.pop(record.id)
-        error = record.error
-        if token_ids and error and error.kind in ("http_400", "http_422") and "return_token_ids" in error.message:
-            self.result.token_ids_refused = True
+        """Keep a record; False where its request was sent again without a field that the server refuses."""
+        _, planned, refused = self._in_flight.pop(record.id)
+        error, refuses = record.error, []
+        if error and error.kind in ("http_400", "http_422"):
+            refuses = request_fields.refused_fields(self.config, error.message, refused)
+        if refuses:
+            known = self.result.fields_refused
+            self.result.fields_refused = known + [name for name in refuses if name not in known]
             assert record.due_s is not None
             self._send(planned, record.planned_s, record.due_s, record.warmup)
             return False

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, prompts
-from pdbench.load.prompts import Tokenizer, load_tokenizer
-from pdbench.records import Clock
+from pdbench.load import arrivals, files, prompts, request_fields
+from pdbench.load.prompt_files import FilePrompt, Prompt
+from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer, template_tokens
+from pdbench.load.trace_fields import read_duration
+from pdbench.load.traces import Trace
+from pdbench.records import Clock, Flag
 
 DEFAULT_REQUESTS = 16
 MOST_WARMUP = 64
@@ -47,10 +48,15 @@ class PlannedRequest:
 
     index: int
     arrival_s: float | None
-    prompt: str
+    prompt: Prompt
     prompt_tokens: int | None
     output_tokens: int
     shared_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The prompt, or its token ids as they are sent."""
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)
 
 
 def check(config: LoadConfig) -> None:
@@ -79,15 +85,21 @@ def check(config: LoadConfig) -> None:
             )
     if (config.rate or config.stages) and next(planned_instants(config, None, 0), None) is None:
         raise UserError("this load sends no request: give a higher --rate, other --stages or a longer --duration-s")
-    _extra_body(config)
+    for name in ("trace_from", "trace_for", "trace_unit", "trace_block_tokens"):
+        value, option = getattr(config, name), f"--{name.replace('_', '-')}"
+        if value is not None and not config.trace:
+            raise UserError(f"{option} needs --trace")
+        if name in ("trace_from", "trace_for") and value is not None:
+            read_duration(option, value)
+    request_fields.check(config)
 
 
 def check_files(config: LoadConfig) -> None:
     """Raise UserError for a trace, prompt file or tokenizer that cannot be read; on a client's host, before servers start."""
     if config.trace:
-        arrivals.read_trace(config.trace)
+        files.trace_of(config)
     if config.prompt_file:
-        prompts.read_prompt_file(Path(config.prompt_file))
+        files.prompt_file_of(config)
     if config.tokenizer:
         find_tokenizer(config, config.tokenizer)
 
@@ -101,8 +113,12 @@ def resolved(config: LoadConfig) -> LoadConfig:
 
 def describe(config: LoadConfig) -> str:
     """A resolved load in one line: arrivals, end, warm-up and nonce."""
+    try:
+        file_words = describe_files(config)
+    except UserError:  # a file of another node
+        file_words = []
     if config.trace:
-        words = [f"trace {Path(config.trace).name}"]
+        words = ["; ".join(file_words) or f"trace {Path(config.trace).name}"]
     elif config.stages:
         words = [f"stages {config.stages} (requests/s:s)"]
     elif config.rate:
@@ -118,6 +134,8 @@ def describe(config: LoadConfig) -> str:
         words.append(f"for {config.duration_s:g} s")
     else:
         words.append("to its end" if limit is None else f"{limit} requests")
+    if config.prompt_file:
+        words.append("; ".join(file_words))
     return ", ".join([*words, f"after a warm-up of {warmup_size(config)}, nonce {config.nonce}"])
 
 
@@ -144,6 +162,11 @@ def _ends_by_arrivals(config: LoadConfig) -> bool:
     return bool(config.trace or config.stages or config.ramp_to)
 
 
+def describe_files(config: LoadConfig) -> list[str]:
+    """What is sent of the trace or prompt file: which rows, over what time, at what mean rate. Raises UserError as check_files."""
+    return files.describe(config, request_limit(config))
+
+
 def is_open_loop(config: LoadConfig) -> bool:
     """Do requests arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
     return bool(config.rate or config.stages or config.trace)
@@ -163,9 +186,9 @@ def streams(config: LoadConfig) -> int | None:
 
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
-    rows = arrivals.read_trace(config.trace) if config.trace else None
-    contents = _contents(config, tokenizer, trial, rows=rows)
-    planned = zip(planned_instants(config, rows, trial), contents, strict=False)
+    trace = files.trace_of(config) if config.trace else None
+    contents = _contents(config, tokenizer, trial, trace=trace)
+    planned = zip(planned_instants(config, trace, trial), contents, strict=False)
     for index, (arrival_s, content) in enumerate(itertools.islice(planned, request_limit(config))):
         yield PlannedRequest(index, arrival_s, *content)
 
@@ -181,56 +204,60 @@ def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int)
     return [PlannedRequest(index, min(index, at_once) * gap_s, *next(contents)) for index in range(count)]
 
 
-def request_body(config: LoadConfig, model: str, request: PlannedRequest, *, token_ids: bool) -> bytes:
-    """The JSON body of one request."""
-    chat = config.endpoint == "chat"
-    body: dict[str, Any] = {
-        "model": model,
-        "messages" if chat else "prompt": [{"role": "user", "content": request.prompt}] if chat else request.prompt,
-        "max_tokens": request.output_tokens,
-        "temperature": config.temperature,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if token_ids:
-        body["return_token_ids"] = True
-    ignore_eos = config.ignore_eos
-    if ignore_eos or (ignore_eos is None and (config.input_tokens or config.trace or config.phase != "both")):
-        body["ignore_eos"] = True
-    return msgspec.json.encode(body | _extra_body(config))
+def load_tokenizer_for(load: TrialLoad) -> tuple[Tokenizer | None, list[Flag]]:
+    """The tokenizer that measures a load's prompts, on the chat endpoint with its template; a flag where that is not known."""
+    config = load.config
+    tokenizer = find_tokenizer(config, load.model, load.url)
+    if tokenizer is None or config.endpoint != "chat" or not (config.input_tokens or config.trace):
+        return tokenizer, []
+    added = template_tokens(load.url, load.model, tokenizer, config, request_fields.extra_body(config))
+    if added is None:
+        detail = (
+            "prompts have the tokens that were asked for plus those of the chat template, which neither the server's /tokenize nor "
+            "its usage tells"
+        )
+        return tokenizer.for_chat(0), [Flag("chat-template-unknown", detail)]
+    if config.input_tokens is not None and config.input_tokens <= added:
+        raise UserError(
+            f"--input-tokens {config.input_tokens}: the chat template alone has {added} tokens, ask for more"
+        )
+    return tokenizer.for_chat(added), []
 
 
-def find_tokenizer(config: LoadConfig, model: str) -> Tokenizer | None:
-    """The tokenizer that measures prompts; the hub is asked only where lengths must be exact.
+def find_tokenizer(config: LoadConfig, model: str, url: str | None = None) -> Tokenizer | None:
+    """The tokenizer that measures prompts: tokenizer.json of a folder or the hub, else the one of the server at `url`.
 
-    Raises UserError where lengths must be exact and there is none.
+    The hub and the server are asked only where lengths must be exact. Raises UserError where they must and there is none.
     """
     needed = bool(config.input_tokens or config.trace or config.reply_lengths or config.tokenizer)
     name = config.tokenizer or model
     tokenizer = load_tokenizer(name, hub=needed)
+    if needed and tokenizer is None and url is not None:
+        tokenizer = server_tokenizer(url, model, verify_tls=config.tls_verify)
     if needed and tokenizer is None:
+        server = "" if url is None else f", and {url} has no /tokenize"
         raise UserError(
-            f"no tokenizer.json for {name} here or on the model hub: give --tokenizer FOLDER, prompt lengths are exact by the "
-            "model's tokenizer"
+            f"no tokenizer.json for {name} here or on the model hub{server}: give --tokenizer FOLDER, prompt lengths are exact by "
+            "the model's tokenizer"
         )
     return tokenizer
 
 
-def planned_instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: int) -> Iterator[float | None]:
+def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
     """When each request is due, in seconds of the load; None is when a stream is free. A rate's end at --duration-s, a ramp's at its top."""
     end_s = config.duration_s
     if end_s is None and config.requests is None and config.steady_s is None and config.ramp_to:
         end_s = config.ramp_s
-    for arrival_s in _instants(config, rows, trial):
+    for arrival_s in _instants(config, trace, trial):
         if arrival_s is not None and end_s is not None and arrival_s >= end_s:
             return
         yield arrival_s
 
 
-def _instants(config: LoadConfig, rows: list[arrivals.TraceRow] | None, trial: int) -> Iterator[float | None]:
+def _instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
     seed = f"{config.seed}/{trial}"
-    if rows:
-        return (row.arrival_s * config.time_scale for row in rows)
+    if trace:
+        return (row.arrival_s * config.time_scale for row in trace.rows)
     if config.stages:
         return arrivals.staged(arrivals.read_stages(config.stages), seed)
     if config.rate is None:
@@ -249,64 +276,65 @@ def _contents(
     tokenizer: Tokenizer | None,
     trial: int,
     part: str = "",
-    rows: list[arrivals.TraceRow] | None = None,
-) -> Iterator[tuple[str, int | None, int, int]]:
+    trace: Trace | None = None,
+) -> Iterator[tuple[Prompt, int | None, int, int]]:
     """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up; endless without a trace.
 
     Lengths depend on the seed alone, texts on the nonce too. What prompts share, they share within their trial and its warm-up.
     """
     group = f"{config.seed}/{config.nonce}/{trial}"
     seen: set[Any] = set()
-    texts = prompts.read_prompt_file(Path(config.prompt_file)) if config.prompt_file and not rows else None
-    for index in range(len(rows)) if rows else itertools.count():
+    texts: list[FilePrompt] = files.prompt_file_of(config).prompts if config.prompt_file and not trace else []
+    text: Prompt
+    for index in range(len(trace.rows)) if trace else itertools.count():
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
         shared = 0
         output_tokens = prompts.length(
             config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
         )
-        if rows:
+        if trace:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
-            _, tokens, output_tokens, blocks = rows[index]
-            tokens = min(tokens, config.max_input_tokens or tokens)
+            _, tokens, output_tokens, blocks = trace.rows[index]
+            # A row may be shorter than what the server adds to every prompt.
+            tokens = max(min(tokens, config.max_input_tokens or tokens), tokenizer.added + 1)
             if blocks:
-                blocks = blocks[: max(1, math.ceil(tokens / arrivals.MOONCAKE_BLOCK_TOKENS))]
-                text = prompts.of_blocks(tokens, blocks, arrivals.MOONCAKE_BLOCK_TOKENS, group, tokenizer)
+                size = trace.block_tokens
+                blocks = blocks[: -(-tokens // size)]
+                may_be_ids = config.endpoint == "completions"
+                text = prompts.of_blocks(tokens, blocks, size, group, text_seed, tokenizer, may_be_ids=may_be_ids)
                 known = len(list(itertools.takewhile(seen.__contains__, blocks)))
-                shared = min(tokens, known * arrivals.MOONCAKE_BLOCK_TOKENS)
+                shared = min(tokens, known * size)
                 seen.update(blocks)
             else:
                 text = prompts.of_length(tokens, text_seed, tokenizer)
         elif texts:
             text, reply = texts[index % len(texts)]
-            if not config.verbatim_prompts:
-                text = f"{prompts.number(text_seed)}\n{text}"
             if config.reply_lengths and reply and tokenizer:
                 output_tokens = max(1, tokenizer.count(reply))
-            if config.max_input_tokens and tokenizer and tokenizer.count(text) > config.max_input_tokens:
-                text = tokenizer.cut(text, config.max_input_tokens)
+            if not isinstance(text, str):  # token ids go as they are
+                text = text[: config.max_input_tokens]
+                tokens = len(text)
+            elif not config.verbatim_prompts:
+                text = f"{prompts.number(text_seed)}\n{text}"
+            if isinstance(text, str) and config.max_input_tokens and tokenizer:
+                text = (
+                    text
+                    if tokenizer.count(text) <= config.max_input_tokens
+                    else tokenizer.cut(text, config.max_input_tokens)
+                )
         elif config.input_tokens is not None:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
             tokens = min(tokens, config.max_input_tokens or tokens)
+            if config.input_distribution != "fixed":
+                tokens = max(tokens, tokenizer.added + 1)
             prefix = f"{group}/{index % config.prefix_groups}"
             text = prompts.of_length(tokens, text_seed, tokenizer, shared=config.shared_prefix, group=prefix)
             shared = round(tokens * config.shared_prefix)
         else:
             text = prompts.built_in(index, text_seed)
-        if tokens is None and tokenizer:
+        if tokens is None and tokenizer and isinstance(text, str):
             tokens = tokenizer.count(text)
         output_tokens = min(output_tokens, config.max_output_tokens or output_tokens)
         yield text, tokens, 1 if config.phase == "prefill" else output_tokens, shared
-
-
-def _extra_body(config: LoadConfig) -> dict[str, Any]:
-    if not config.extra_body:
-        return {}
-    try:
-        extra = json.loads(config.extra_body)
-    except ValueError as error:
-        raise UserError(f"--extra-body is not JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
-    return extra

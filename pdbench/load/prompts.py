@@ -1,70 +1,24 @@
-"""Prompts: real English and Chinese texts, exact token lengths, shared prefixes, ShareGPT and text files.
+"""Prompts: real English and Chinese texts, exact token lengths, shared prefixes and blocks.
 
 Same seed, same bytes, on every machine; every prompt begins with its own number, so that no prefix cache answers by chance.
 Seeds of texts hold the measurement's nonce, so that no cache knows them from an earlier one.
 """
 
 import functools
-import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 from pdbench.errors import UserError
+from pdbench.load.prompt_files import Prompt
+from pdbench.load.tokenizer import Tokenizer
 
 _QUESTIONS = 16
-_HUB_TIMEOUT_S = 5.0
+_NUMBER_TOKENS = 16
 _FILLERS = (" a", "a", " 1", "1", ".", "\n", " the", "的", "e", "!")
-
-
-class Tokenizer:
-    """Counts as the server does: with the special tokens that the model's tokenizer puts around a prompt."""
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
-
-    def count(self, text: str) -> int:
-        """Number of tokens the server makes of a completion prompt."""
-        return len(self._encoder.encode(text).ids)
-
-    def cut(self, text: str, tokens: int) -> str:
-        """About the first `tokens` tokens of `text`."""
-        return str(self._encoder.decode(self._encoder.encode(text).ids[:tokens], skip_special_tokens=True))
-
-
-def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
-    """The tokenizer of a model folder (tokenizer.json) or hub name; None when there is none to be had.
-
-    With `hub` False only a local folder is looked at.
-    """
-    path = Path(name) / "tokenizer.json"
-    try:
-        import tokenizers
-
-        if not path.is_file():
-            if Path(name).exists() or not hub:
-                return None
-            import huggingface_hub
-
-            try:
-                path = Path(huggingface_hub.hf_hub_download(name, path.name, local_files_only=True))
-            except huggingface_hub.errors.LocalEntryNotFoundError:
-                # A download without a network is tried again for a minute; this question is asked once.
-                url = huggingface_hub.hf_hub_url(name, path.name)
-                huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
-                path = Path(huggingface_hub.hf_hub_download(name, path.name))
-        encoder = tokenizers.Tokenizer.from_file(str(path))
-    except Exception:
-        # The libraries raise bare Exception for everything: a broken file, no network, no such model.
-        return None
-    encoder.no_truncation()
-    encoder.no_padding()
-    return Tokenizer(encoder)
 
 
 def exact_text(sentences: Iterator[str], tokens: int, tokenizer: Tokenizer, start: str = "") -> str:
@@ -132,16 +86,32 @@ def of_length(tokens: int, seed: str, tokenizer: Tokenizer, *, shared: float = 0
     return exact_text(sentences_in_random_order(seed), tokens, tokenizer, start)
 
 
-def of_blocks(tokens: int, block_ids: Sequence[int], block_tokens: int, group: str, tokenizer: Tokenizer) -> str:
-    """A prompt made of blocks that are equal wherever their id is in a group (Mooncake's hash_ids), exactly `tokens` long in all.
+def of_blocks(
+    tokens: int,
+    block_ids: Sequence[Hashable],
+    block_tokens: int,
+    group: str,
+    seed: str,
+    tokenizer: Tokenizer,
+    *,
+    may_be_ids: bool = False,
+) -> Prompt:
+    """A prompt of blocks that are equal wherever their id is in a group (Mooncake's hash_ids), exactly `tokens` long in all.
 
-    Equal ids and lengths give equal prompts.
+    Equal ids and lengths give equal prompts; what no id names is this prompt's own, by `seed`. What the server puts before a
+    prompt takes the first tokens' place, so that blocks stand where the server's own blocks do. It is a text; where the
+    tokenizer would make other tokens of that, it is token ids with `may_be_ids`, else a text that is adjusted at its end.
     """
-    *whole, last = (f"{group}/block/{block}" for block in block_ids)
-    start = "".join(_shared_prefix(block_tokens, block, tokenizer) for block in whole)
-    if tokenizer.count(start) >= tokens:
-        start = tokenizer.cut(start, max(1, tokens - 1))
-    return exact_text(sentences_in_random_order(f"shared/{last}"), tokens, tokenizer, start + number(last))
+    ids = [id_ for block in block_ids for id_ in _block(f"{group}/block/{block!r}", block_tokens, tokenizer)]
+    if len(ids) < tokens:
+        ids += _block(f"{seed}/rest", tokens - len(ids), tokenizer)
+    ids = ids[tokenizer.added : tokens]
+    text = tokenizer.decode(ids)
+    if tokenizer.encode(text) == ids:
+        return text
+    if may_be_ids and len(tokenizer.start) == tokenizer.added:
+        return (*tokenizer.start, *ids)
+    return exact_text(sentences_in_random_order(seed), tokens, tokenizer, text)
 
 
 def length(mean: int, distribution: str, spread: float, seed: str) -> int:
@@ -155,39 +125,29 @@ def length(mean: int, distribution: str, spread: float, seed: str) -> int:
     return max(1, round(mean * math.exp(spread * normal - spread**2 / 2)))
 
 
-def read_prompt_file(path: Path) -> list[tuple[str, str | None]]:
-    """(prompt, reply or None) of a ShareGPT JSON, of our own JSONL ({"prompt", "reply"}) or of a text file.
+@functools.lru_cache(maxsize=4096)
+def _block(seed: str, tokens: int, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids by `seed`: its number, then sentences; a block too short for a number is of random tokens."""
+    sentences = _sentence_ids(tokenizer)
+    draw = random.Random(f"ids/{seed}").random
+    if tokens < _NUMBER_TOKENS:
+        known = _known_ids(tokenizer)
+        return tuple(known[int(draw() * len(known))] for _ in range(tokens))
+    ids = tokenizer.encode(f" {number(seed)}")
+    while len(ids) < tokens:
+        ids += sentences[int(draw() * len(sentences))]
+    return tuple(ids[:tokens])
 
-    A text file holds one prompt per paragraph; without an empty line in it, one per line. Raises UserError with the row.
-    """
-    pairs: list[tuple[str, str | None]] = []
-    row = 0
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            for conversation in json.loads(text):
-                turns = conversation.get("conversations") or conversation.get("conversation") or []
-                # A conversation that does not begin with a person's question is left out.
-                if turns and turns[0].get("from") in ("human", "user") and turns[0].get("value"):
-                    pairs.append((turns[0]["value"], turns[1].get("value") if len(turns) > 1 else None))
-        elif path.suffix == ".jsonl":
-            for line in text.splitlines():
-                row += 1
-                if line.strip():
-                    fields = json.loads(line)
-                    pairs.append((str(fields["prompt"]), fields.get("reply")))
-        else:
-            parts = re.split(r"\n\s*\n", text.strip()) if re.search(r"\n\s*\n", text.strip()) else text.splitlines()
-            pairs += [(part.strip(), None) for part in parts if part.strip()]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        where = f"{path}, row {row}" if row else path
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f'--prompt-file {where}: {reason}; give ShareGPT .json, .jsonl with "prompt", or text'
-        ) from None
-    if not pairs:
-        raise UserError(f"--prompt-file {path} holds no prompt")
-    return pairs
+
+@functools.lru_cache(maxsize=4)
+def _sentence_ids(tokenizer: Tokenizer) -> list[list[int]]:
+    """English sentences, whose tokens can be cut anywhere and remain text."""
+    return [tokenizer.encode(f" {sentence.strip()}") for sentence in _sentences() if sentence.isascii()]
+
+
+@functools.lru_cache(maxsize=4)
+def _known_ids(tokenizer: Tokenizer) -> list[int]:
+    return sorted({id_ for ids in _sentence_ids(tokenizer) for id_ in ids})
 
 
 @functools.lru_cache(maxsize=4096)

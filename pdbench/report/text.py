@@ -181,8 +181,9 @@ def loads(runs: Runs) -> str:
 def _load(analysis: RunAnalysis) -> list[str]:
     options = analysis.config.get("load") or {}
     rate, ramp_to, concurrency = (options.get(name) for name in ("rate", "ramp_to", "concurrency"))
+    inputs = _("; ".join(analysis.config.get("inputs") or ()))
     if options.get("trace"):
-        arrivals = _("trace {0}", PurePath(options["trace"]).name)
+        arrivals, inputs = inputs or _("trace {0}", PurePath(options["trace"]).name), ""
     elif options.get("stages"):
         arrivals = _("stages {0} (requests/s:s)", options["stages"])
     elif rate:
@@ -196,7 +197,7 @@ def _load(analysis: RunAnalysis) -> list[str]:
         known = column[requests.ok & (column > 0)]
         span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
-    return [_("model {0}", model(analysis)), arrivals, *tokens]
+    return [_("model {0}", model(analysis)), arrivals, inputs, *tokens]
 
 
 def model(analysis: RunAnalysis) -> str:

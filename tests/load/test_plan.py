@@ -18,12 +18,10 @@ from scipy import stats
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, plan, prompts
-from pdbench.load.arrivals import read_trace
-from pdbench.load.clients import run_load
-from pdbench.load.plan import TrialLoad
-from pdbench.load.prompts import Tokenizer, exact_text, load_tokenizer
-from pdbench.records import Clock
-from tests.support.servers import ScriptedServer, stream, tokens
+from pdbench.load.prompts import exact_text
+from pdbench.load.request_fields import request_body
+from pdbench.load.tokenizer import Tokenizer, load_tokenizer
+from tests.support.servers import ScriptedServer
 
 
 @pytest.fixture(scope="module")
@@ -174,105 +172,6 @@ def test_length_distributions():
     assert prompts.length(100, "fixed", 0.8, "x") == 100
 
 
-def test_prompt_file_formats_are_read(tmp_path, tokenizer):
-    sharegpt = tmp_path / "sharegpt.json"
-    turns = [{"from": "human", "value": "Question?"}, {"from": "gpt", "value": "A long answer."}]
-    sharegpt.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[1:]}, {"conversations": []}]))
-    assert prompts.read_prompt_file(sharegpt) == [("Question?", "A long answer.")]
-    lines = tmp_path / "own.jsonl"
-    lines.write_text('{"prompt": "a", "reply": "b"}\n\n{"prompt": "c"}\n')
-    assert prompts.read_prompt_file(lines) == [("a", "b"), ("c", None)]
-    text = tmp_path / "texts.txt"
-    text.write_text("one\ntwo\n\nthree\n")
-    assert prompts.read_prompt_file(text) == [("one\ntwo", None), ("three", None)]
-    text.write_text("one\ntwo\n")
-    assert prompts.read_prompt_file(text) == [("one", None), ("two", None)]
-    config = LoadConfig(prompt_file=str(sharegpt), reply_lengths=True, requests=3)
-    planned = list(plan.planned_requests(config, tokenizer, 0))
-    assert [request.output_tokens for request in planned] == [tokenizer.count("A long answer.")] * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("a.json", "{"), ("a.jsonl", '{"prompt": 1}\n{"x": 2}'), ("a.txt", ""), ("b.json", "[1]")]
-)
-def test_bad_prompt_file_is_a_user_error(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=r"--prompt-file .*"):
-        prompts.read_prompt_file(tmp_path / name)
-    with pytest.raises(UserError, match="No such file"):
-        prompts.read_prompt_file(tmp_path / "missing.txt")
-
-
-TRACES = {
-    "azure2023.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
-    "azure2024.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,374,44\n2024-05-10 00:00:04.324509+00:00,396,109\n",
-    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,374,44,418,Conversation log\n7,GPT-4,10,0,10,API log\n9.314579,GPT-4,396,109,505,API log\n",
-    "mooncake.jsonl": '{"timestamp": 27000, "input_length": 374, "output_length": 44, "hash_ids": [1]}\n{"timestamp": 31314.579, "input_length": 396, "output_length": 109, "hash_ids": [1, 2]}\n',
-    "own.jsonl": '{"arrival_s": 4.314579, "input_tokens": 396, "output_tokens": 109}\n{"arrival_s": 0, "input_tokens": 374, "output_tokens": 44}\n',
-}
-
-
-@pytest.mark.parametrize("name", TRACES)
-def test_every_trace_format_is_read(tmp_path, name):
-    (tmp_path / name).write_text(TRACES[name])
-    rows = read_trace(tmp_path / name)
-    assert [(row.input_tokens, row.output_tokens) for row in rows] == [(374, 44), (396, 109)]
-    assert [row.arrival_s for row in rows] == pytest.approx([0.0, 4.314579], abs=2e-6)
-    assert rows[1].block_ids == ((1, 2) if name == "mooncake.jsonl" else ())
-
-
-@pytest.mark.parametrize("name", TRACES)
-def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, name):
-    (tmp_path / name).write_text(TRACES[name])
-    with ScriptedServer(stream(tokens(3))) as server:
-        config = LoadConfig(trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
-        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
-        asked = [(tokenizer.count(peer.json["prompt"]), peer.json["max_tokens"]) for peer in server.requests]
-    assert asked == [(374, 44), (396, 109)]
-    first, second = result.requests
-    assert second.planned_s - first.planned_s == pytest.approx(4.314579 * 0.05, abs=1e-6)
-    assert first.sent_s >= first.planned_s and second.sent_s >= second.planned_s
-
-
-@pytest.mark.parametrize(
-    ("name", "bad", "row"),
-    [
-        ("azure2023.csv", "yesterday,1,2\n", 4),
-        ("burstgpt.csv", "9,GPT-4,many,3,4,API log\n", 5),
-        ("burstgpt.csv", "9\n", 5),
-        ("mooncake.jsonl", '{"timestamp": 1}\n', 3),
-        ("own.jsonl", '{"arrival_s": NaN, "input_tokens": 1, "output_tokens": 1}\n', 3),
-        ("own.jsonl", '{"arrival_s": 1, "input_tokens": -1, "output_tokens": 1}\n', 3),
-        ("own.jsonl", "not json\n", 3),
-        ("own.jsonl", "[]\n", 3),
-    ],
-)
-def test_malformed_trace_row_is_named(tmp_path, name, bad, row):
-    (tmp_path / name).write_text(TRACES[name] + bad)
-    with pytest.raises(UserError, match=f"row {row}:"):
-        read_trace(tmp_path / name)
-
-
-def test_empty_or_unknown_trace_is_a_user_error(tmp_path):
-    for name, content in [("a.csv", "x,y\n1,2\n"), ("b.csv", ""), ("c.jsonl", "")]:
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match="--trace"):
-            read_trace(tmp_path / name)
-    with pytest.raises(UserError, match="No such file"):
-        read_trace(tmp_path / "missing.csv")
-
-
-def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):
-    path = tmp_path / "mooncake.jsonl"
-    row = {"timestamp": 0, "input_length": 1100, "output_length": 9, "hash_ids": [7, 8, 9]}
-    path.write_text("".join(json.dumps(row | {"timestamp": 1000 * index}) + "\n" for index in range(3)))
-    planned = list(plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0))
-    assert [request.arrival_s for request in planned] == pytest.approx([0.0, 0.5, 1.0])
-    for request in planned:
-        assert tokenizer.count(request.prompt) == 1100 == request.prompt_tokens and request.output_tokens == 9
-    assert len({request.prompt for request in planned}) == 1  # equal ids and lengths
-
-
 def test_plan_is_the_same_for_every_process(tokenizer):
     config = LoadConfig(
         rate=5.0, input_tokens=50, input_distribution="lognormal", output_distribution="uniform", requests=20
@@ -285,12 +184,11 @@ def test_plan_is_the_same_for_every_process(tokenizer):
 
 
 def test_request_bodies():
-    request = plan.PlannedRequest(0, None, "Hi", 1, 7)
-    body = json.loads(plan.request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", request, token_ids=True))
+    body = json.loads(request_body(LoadConfig(extra_body='{"top_k": 1}'), "m", "Hi", 7))
     assert body["prompt"] == "Hi" and body["max_tokens"] == 7 and body["return_token_ids"] and body["top_k"] == 1
     assert body["stream"] and body["stream_options"] == {"include_usage": True} and "ignore_eos" not in body
-    config = LoadConfig(endpoint="chat", input_tokens=5)
-    body = json.loads(plan.request_body(config, "m", request, token_ids=False))
+    config = LoadConfig(endpoint="chat", input_tokens=5, token_ids=False)
+    body = json.loads(request_body(config, "m", "Hi", 7))
     assert (
         body["messages"] == [{"role": "user", "content": "Hi"}]
         and body["ignore_eos"]
@@ -356,7 +254,7 @@ def test_exact_lengths_need_a_tokenizer(tmp_path):
 
 def test_prefill_phase_generates_one_token_and_decode_phase_needs_one_batch() -> None:
     (planned,) = plan.planned_requests(LoadConfig(phase="prefill", requests=1), None, 0)
-    body = json.loads(plan.request_body(LoadConfig(phase="prefill"), "m", planned, token_ids=True))
+    body = json.loads(request_body(LoadConfig(phase="prefill"), "m", planned.prompt, planned.output_tokens))
     assert body["max_tokens"] == 1
     plan.check(LoadConfig(phase="decode", requests=4, concurrency=4))
     for mixed in (

@@ -1,0 +1,55 @@
+"""The files that a load names, read as its options say, and what is sent of them in words."""
+
+from pathlib import Path
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.load.prompt_files import PromptFile, read_prompt_file
+from pdbench.load.trace_fields import read_duration, span
+from pdbench.load.traces import Trace, read_trace
+
+
+def trace_of(config: LoadConfig) -> Trace:
+    """The part of --trace that is replayed. Raises UserError."""
+    assert config.trace is not None
+    trace = read_trace(config.trace, config.trace_unit, config.trace_block_tokens)
+    if config.trace_from is None and config.trace_for is None:
+        return trace
+    from_s = read_duration("--trace-from", config.trace_from or "0")
+    return trace.part(from_s, None if config.trace_for is None else read_duration("--trace-for", config.trace_for))
+
+
+def prompt_file_of(config: LoadConfig) -> PromptFile:
+    """The prompts of --prompt-file. Raises UserError."""
+    assert config.prompt_file is not None
+    file = read_prompt_file(Path(config.prompt_file))
+    if config.endpoint == "chat" and any(not isinstance(each.prompt, str) for each in file.prompts):
+        raise UserError(f"--prompt-file {file.name} holds token ids, which a chat cannot take: --endpoint completions")
+    return file
+
+
+def describe(config: LoadConfig, limit: int | None) -> list[str]:
+    """What `limit` requests (None: all) send of the file: which rows, over what time, at what mean rate; what was left out."""
+    if config.trace:
+        trace = trace_of(config)
+        instants = [row.arrival_s * config.time_scale for row in trace.rows[:limit]]
+        if config.duration_s is not None:
+            instants = [at_s for at_s in instants if at_s < config.duration_s]
+        words = f"trace {trace.name} ({trace.format}): {len(instants):,} of {trace.total:,} rows"
+        if config.trace_from:
+            words += f" from {span(read_duration('--trace-from', config.trace_from))} on"
+        length_s = instants[-1] - instants[0] if instants else 0.0
+        if length_s > 0:
+            words += f" over {span(length_s)}, mean {(len(instants) - 1) / length_s:.3g} requests/s"
+        elif len(instants) > 1:
+            words += ", all at once"
+        if instants and instants[0] > 10:
+            words += f", the first after {span(instants[0])}"
+        return [words, *trace.notes]
+    if config.prompt_file:
+        file = prompt_file_of(config)
+        words = f"prompt file {file.name}: {len(file.prompts):,} of {file.total:,} {file.unit} used"
+        if limit and limit > len(file.prompts):
+            words += f", for {limit:,} requests"
+        return [words, *file.notes]
+    return []
