@@ -66,7 +66,7 @@ def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
 
 
 def compare_folders(
-    folders: Sequence[Path], fail_if: Sequence[str], anyway: bool, picture: Path | None, console: Console
+    folders: Sequence[Path], fail_if: Sequence[str], anyway: bool, picture: Path, console: Console
 ) -> int:
     """Compare two saved runs (default: those of the main job); returns the exit code of the conditions."""
     conditions = [thresholds.parse(condition) for condition in fail_if]
@@ -85,12 +85,11 @@ def compare_folders(
     results = thresholds.evaluate(compared, conditions)
     warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
     console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), *warnings, sep="\n")
-    if picture is not None:
-        from pdbench.report import mpl
+    from pdbench.report import mpl  # matplotlib is most of the start-up
 
-        _say_when_english(console)
-        write_whole(picture, mpl.picture(mpl.comparison, dict(zip(names, (a, b), strict=True)), [compared]))
-        _say(console, _("picture: {0}", picture))
+    _say_when_english(console)
+    write_whole(picture, mpl.picture(mpl.comparison, dict(zip(names, (a, b), strict=True)), [compared]))
+    _say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
         console.print(Text.assemble((_(result.outcome), style), " ", text.threshold(result)), soft_wrap=True)
@@ -148,7 +147,7 @@ def _write_report(
         "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
     }
     if len(runs) <= PICTURES:
-        from pdbench.report import mpl  # matplotlib is most of the start-up
+        from pdbench.report import mpl
 
         drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for name, run in runs.items()]
         # A name comes from a results file, which may be somebody else's.

@@ -100,24 +100,24 @@ def test_flags_with_which_figures_do_not_count_are_errors():
 
 def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match=r"no metric tbt_p98_ms; there are ttft_p50_ms, .*mean_power_w"):
-        commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, None, Console())
+        commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, tmp_path / "picture.png", Console())
 
 
 def test_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     console = Console(file=io.StringIO())
     with pytest.raises(UserError, match="run_disaggregated_test"):
-        commands.compare_folders([], [], False, None, console)
+        commands.compare_folders([], [], False, tmp_path / "picture.png", console)
     with pytest.raises(UserError, match="run_disaggregated_test"):
         commands.report([], tmp_path / "report", None, console)
     with pytest.raises(UserError, match="two results folders"):
-        commands.compare_folders([tmp_path], [], False, None, console)
+        commands.compare_folders([tmp_path], [], False, tmp_path / "picture.png", console)
 
 
-def test_compare_returns_the_exit_code_of_the_conditions(folders):
+def test_compare_returns_the_exit_code_of_the_conditions(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, None, console) == 1
+    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, tmp_path / "picture.png", console) == 1
     assert re.search(r"fails ttft_p50_ms > \+5%: \+\d+\.\d %, 95 % interval \+", console.file.getvalue())
     with text.language("zh"):
-        assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, None, console) == 0
+        assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, tmp_path / "picture.png", console) == 0
     assert "合格 tbt_p50_ms" in console.file.getvalue()

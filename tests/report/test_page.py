@@ -79,7 +79,7 @@ def test_chinese_leaves_no_text_in_english(folders, tmp_path, monkeypatch):
         console = Console(file=io.StringIO(), width=200)
         with text.language("zh"):
             commands.report(places, tmp_path / "out", None, console)
-            commands.compare_folders(places, ["ttft_p50_ms > +5%"], True, None, console)
+            commands.compare_folders(places, ["ttft_p50_ms > +5%"], True, tmp_path / "picture.png", console)
             commands.plot(places[1], tmp_path / "devices.png", console)
         html = (tmp_path / "out" / "report.html").read_text()
         assert 'lang="zh-Hans"' in html and "更好" in html and "延迟分布" in html
