@@ -109,8 +109,11 @@ def move(event: Event, to_clock: Callable[[float], float]) -> Event:
     return event
 
 
-def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
-    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None."""
+def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefill: bool = False) -> None:
+    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None.
+
+    `has_prefill`: the deployment has prefill instances, whether or not an event says that the request went through one.
+    """
     events = list(events)
     proxied = {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
     received: dict[str, list[TransferEvent]] = {}
@@ -119,6 +122,9 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
             received.setdefault(event.transfer_id, []).append(event)
     for request in requests:
         way = proxied.get(request.id)
+        if "queue" in request.phases and (has_prefill or (way is not None and way.prefill_sent_s is not None)):
+            # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
+            request.phases["decode_queue"] = request.phases.pop("queue")
         if way is None:
             continue
         # From the first byte to the end over all ranks of decode; no end where one of them failed.
@@ -126,9 +132,6 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event]) -> None:
         kv_begin_s = min((rank.first_byte_s for rank in ranks if rank.first_byte_s is not None), default=None)
         ends = [rank.end_s for rank in ranks if rank.end_s is not None and not rank.error]
         kv_end_s = max(ends) if ends and len(ends) == len(ranks) else None
-        if way.prefill_sent_s is not None and "queue" in request.phases:
-            # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
-            request.phases["decode_queue"] = request.phases.pop("queue")
         last_token_s = request.token_s[-1] if request.token_s else None
         # Without a prefill instance (replicas) the same instance computes the prompt too: no instant tells where decode begins.
         decode_begin_s = way.decode_sent_s if kv_end_s is None else kv_end_s

@@ -15,19 +15,20 @@ from pdbench import correctness
 from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.http import offered_model
+from pdbench.events import Event, ProxyEvent, TransferEvent
+from pdbench.http import get, offered_model
 from pdbench.load import plan
 from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
 from pdbench.power.sampler import merge_records
-from pdbench.records import Clock, Flag, Gate, Run, check_writable, save_run
+from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, check_writable, save_run
 from pdbench.server_metrics import PrefixCacheReader
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, DeploymentInfo, States
-from pdbench.site import Site
+from pdbench.site import Measurement, Site
 
 PROGRESS_EVERY_S = 10.0
 
@@ -115,6 +116,11 @@ def bench(
             flags = site.assign_devices(info, options)
         if flags:
             options = replace(options, power=replace(options.power, power=False))
+        if b'pdbench_proxy_instance_ready{role="prefill"' in (get(url, "/metrics") or b""):
+            where = "--log-dir names the log folder of its `pdbench serve`"
+            flags.append(
+                Flag("event-log-missing", f"the proxy at {url} logs elsewhere: phases are not measured; {where}")
+            )
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
@@ -254,10 +260,34 @@ def _measure(
         run.roles = {}
         for device in run.devices:
             run.roles.setdefault(device.role or "host", []).append(device.id)
-        events = measurement.events()
-        event_logs.join([request for request in run.requests if request.trial in trials], events)
+        events, requests = measurement.events(), [request for request in run.requests if request.trial in trials]
+        is_split = {"proxy", "prefill"} <= {server.role for server in info.servers}
+        event_logs.join(requests, events, is_split or any(flag.name == "event-log-missing" for flag in run.flags))
         run.events += events
+        run.flags += [flag for flag in _event_log_flags(info, requests, events, measurement) if flag not in run.flags]
     site.check()
+
+
+def _event_log_flags(
+    info: DeploymentInfo, requests: Sequence[RequestRecord], events: Sequence[Event], measurement: Measurement
+) -> Iterator[Flag]:
+    """One for each server whose event log is gone, or which has no event of the requests that it must have seen."""
+    proxied = {event.request_id for event in events if isinstance(event, ProxyEvent)}
+    sides = {event.side for event in events if isinstance(event, TransferEvent)}
+    answered = [request.id for request in requests if request.error is None and request.token_s]
+    gone = measurement.missing_logs()
+    for server in info.servers:
+        if server.event_log is None:
+            continue
+        lost = len(answered) if server.event_log in gone else 0
+        if server.role == "proxy":
+            # The last ones may not be written yet.
+            lost = max(lost, sum(request not in proxied for request in answered))
+        elif sides and ("send" if server.role == "prefill" else "receive") not in sides:
+            lost = len(answered)
+        if lost > 0.1 * len(answered):
+            what = f"{server.name} logged nothing of {lost} of {len(answered)} requests in {server.event_log}"
+            yield Flag("event-log-missing", f"{what}: their phases are not measured; start the servers again")
 
 
 def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site) -> None:

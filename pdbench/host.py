@@ -40,6 +40,7 @@ class Batch(msgspec.Struct):
 
     devices: list[DeviceRecord] = []
     events: list[Event] = []
+    missing_logs: list[str] = []
 
 
 class LocalHost:
@@ -149,6 +150,8 @@ class LocalHost:
             self._sampler.__exit__()
         with self._taking:
             self._rest += self._new_batches()
+            if missing := [str(log) for log in self._logs if not log.exists()]:
+                self._rest.append(Batch(missing_logs=missing))
             self._sampler, self._logs = None, {}
 
     def take(self) -> list[Batch]:

@@ -81,6 +81,10 @@ class Measurement:
             for event in batch.events
         ]
 
+    def missing_logs(self) -> set[str]:
+        """The event logs that were not there when the measurement ended."""
+        return {log for _, batches in self._batches for batch in batches for log in batch.missing_logs}
+
     def host_facts(self) -> dict[str, Any]:
         """What the results say of other hosts."""
         return {}

@@ -91,3 +91,10 @@ def test_decode_begins_when_it_was_sent_where_no_transfer_is_reported() -> None:
     request = RequestRecord(id="r1", planned_s=0.0, sent_s=0.05, token_s=[0.7])
     events.join([request], [way])
     assert request.phases["decode"] == (0.5, 0.7)
+
+
+@pytest.mark.parametrize(("has_prefill", "name"), [(True, "decode_queue"), (False, "queue")])
+def test_decodes_queue_is_never_the_requests_queue(has_prefill: bool, name: str) -> None:
+    request = RequestRecord(id="r1", planned_s=0.0, phases={"queue": (0.1, 0.2)})
+    events.join([request], [], has_prefill)
+    assert request.phases == {name: (0.1, 0.2)}

@@ -4,7 +4,7 @@ import io
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from rich.console import Console
 from pdbench import correctness, experiment
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
+from pdbench.host import LocalHost
 from pdbench.load.clients import LoadResult
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run, save_run
@@ -265,3 +266,57 @@ def test_restarted_server_is_ready_again() -> None:
     first, second = (ServerState(pid=pid, healthy=True, age_s=5.0) for pid in (1, 2))
     printed = started({"replica-0": first}, {"replica-0": second})
     assert "replica-0: ready after 5 s" in printed and "replica-0: ready again after 5 s" in printed
+
+
+class LoggedSite(FakeSite):
+    """Prefill and decode behind a proxy that log into a folder; `lines` is what the proxy logs during the load."""
+
+    def __init__(self, folder: Path, lines: str) -> None:
+        super().__init__(self.answered)
+        self.folder, self.lines = folder, lines
+
+    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
+        deployment = super().deployment(kind, config)
+        info = deployment.info()
+        for server in info.servers:
+            server.event_log = str(self.folder / f"{server.name}.events.jsonl")
+        deployment.info = lambda: info  # type: ignore[method-assign]
+        return deployment
+
+    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
+        return Measurement([(LocalHost(), info.servers)], power, clock)
+
+    def answered(self, number: int) -> LoadResult:
+        result = measured(number)
+        result.requests[0].token_s, result.requests[0].phases["queue"] = [0.5], (0.1, 0.4)
+        with suppress(FileNotFoundError), (self.folder / "proxy.events.jsonl").open("r+") as log:
+            log.write(self.lines)
+        return result
+
+
+PROXIED = '{"event":"request","request_id":"r1","prefill_sent_s":1.0,"decode_sent_s":2.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("present", "lines", "flagged"),
+    [
+        (("proxy", "prefill-0", "decode-0"), PROXIED, []),
+        (("prefill-0", "decode-0"), PROXIED, ["proxy"]),
+        (("proxy", "prefill-0", "decode-0"), "", ["proxy"]),
+        (("proxy", "prefill-0"), PROXIED, ["decode-0"]),
+        ((), "", ["prefill-0", "decode-0", "proxy"]),
+    ],
+    ids=["all there", "proxy's is gone", "proxy's is empty", "decode's is gone", "all gone"],
+)
+def test_missing_event_log_is_flagged_and_decodes_queue_is_not_the_requests(
+    tmp_path: Path, gates: list[Gate], present: tuple[str, ...], lines: str, flagged: list[str]
+) -> None:
+    for name in present:
+        (tmp_path / f"{name}.events.jsonl").touch()
+    runs: dict[Path, Run] = {}
+    site = LoggedSite(tmp_path, lines)
+    experiment.run(("disaggregated",), 1, OPTIONS, tmp_path / "out", Console(quiet=True), site, runs)
+    (measured_run,) = runs.values()
+    flags = [flag for flag in measured_run.flags if flag.name == "event-log-missing"]
+    assert [flag.detail.split()[0] for flag in flags] == flagged
+    assert "queue" not in measured_run.requests[0].phases

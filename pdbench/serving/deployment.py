@@ -56,7 +56,7 @@ class ServerSite(Protocol):
 
 
 class ServerInfo(msgspec.Struct, kw_only=True):
-    """A running server: `host` is None for this host, `pids` the roots of its process trees; its event log may not exist yet."""
+    """A running server: `host` is None for this host, `pids` the roots of its process trees, `event_log` what it writes, if any."""
 
     name: str
     role: str
@@ -186,7 +186,10 @@ class Deployment:
                     host=self._hosts[name].address,
                     pids=[self._pids[name]] if name in self._pids else [],
                     gpus=list(command.gpus),
-                    event_log=vllm.event_log(self.config.log_dir, name),
+                    # The proxy writes one, and pdbench's own connector, which alone has a secret.
+                    event_log=vllm.event_log(self.config.log_dir, name)
+                    if command.role == "proxy" or command.secret_names
+                    else None,
                 )
                 for name, command in self.commands.items()
             ],
