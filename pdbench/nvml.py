@@ -4,6 +4,7 @@ A GPU is named by its NVML index: the driver's order, which CUDA shares under CU
 """
 
 import itertools
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +37,12 @@ _THROTTLE = {
     nv.nvmlClocksEventReasonHwPowerBrakeSlowdown: "hw_power_brake",
     nv.nvmlClocksEventReasonDisplayClockSetting: "display_clock_setting",
 }
-_POWER_FIELDS = {"power_w": nv.NVML_FI_DEV_POWER_INSTANT, "power_average_w": nv.NVML_FI_DEV_POWER_AVERAGE}
+_POWER_FIELDS = {
+    "power_w": (nv.NVML_FI_DEV_POWER_INSTANT, nv.NVML_POWER_SCOPE_GPU),
+    "power_average_w": (nv.NVML_FI_DEV_POWER_AVERAGE, nv.NVML_POWER_SCOPE_GPU),
+}
+_MORE_SCOPES = {"module_power_w": nv.NVML_POWER_SCOPE_MODULE, "memory_power_w": nv.NVML_POWER_SCOPE_MEMORY}
+_SUPERCHIP = re.compile(r"Grace|\bG[HB]\d{2,3}\b")
 _VALUE_MEMBERS = {
     nv.NVML_VALUE_TYPE_DOUBLE: "dVal",
     nv.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
@@ -160,10 +166,16 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
 
 
 class OpenGpu:
-    """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices."""
+    """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices.
+
+    `not_measured` names a superchip's power scopes that the driver does not give; a board of a GPU alone has no module.
+    """
 
     def __init__(self, index: int) -> None:
         self._buffer_us = 0
+        self._powers = dict(_POWER_FIELDS)
+        self.not_measured: dict[str, str] = {}
+        self.default_power_limit_w: float | None = None
         with _errors(), ExitStack() as opened:
             nv.nvmlInit()
             opened.callback(nv.nvmlShutdown)
@@ -174,14 +186,37 @@ class OpenGpu:
             self.mig = False
             with suppress(nv.NVMLError):
                 self.mig = bool(nv.nvmlDeviceGetMigMode(self._handle)[0])
+            with suppress(nv.NVMLError):
+                self.default_power_limit_w = nv.nvmlDeviceGetPowerManagementDefaultLimit(self._handle) / 1000
+            if not self.mig:
+                self._find_scopes()
             self.close = opened.pop_all().close
+
+    def _find_scopes(self) -> None:
+        """Which further powers this board gives: instant where it can be."""
+        fields = list(itertools.product(_POWER_FIELDS, (nv.NVML_POWER_SCOPE_GPU, *_MORE_SCOPES.values())))
+        answers: list[float | GpuError | None] = [None] * len(fields)
+        with suppress(nv.NVMLError):
+            answers = list(_powers_w([(_POWER_FIELDS[power][0], scope) for power, scope in fields], self._handle))
+        watts = dict(zip(fields, answers, strict=True))
+        for name, scope in _MORE_SCOPES.items():
+            for power in _POWER_FIELDS:
+                # A driver that knows no scopes answers each of them with the GPU's own power.
+                its_own = watts[power, scope] != watts[power, nv.NVML_POWER_SCOPE_GPU]
+                if isinstance(watts[power, scope], float) and its_own:
+                    self._powers.setdefault(name, (_POWER_FIELDS[power][0], scope))
+            if name not in self._powers and _SUPERCHIP.search(self.name):
+                self.not_measured[name] = f"the driver does not give the power of the {name.split('_')[0]}"
 
     def read(self, skip: Container[str]) -> dict[str, Any]:
         """Field of DeviceSample -> value, or GpuError, without the fields in `skip`; it ends at a lost GPU."""
         calls = dict(_READINGS)
-        if powers := tuple(field for field in _POWER_FIELDS if field not in skip):
-            calls = {powers: partial(_powers_w, powers)} | calls
-        elif not self.mig:  # a driver without those two fields has one power, an average
+        powers = {field: query for field, query in self._powers.items() if field not in skip}
+        if powers:
+            calls = {tuple(powers): partial(_powers_w, list(powers.values()))} | calls
+        if (
+            powers.keys().isdisjoint(_POWER_FIELDS) and not self.mig
+        ):  # a driver without these two has one power, an average
             calls = {("plain_power",): lambda handle: (nv.nvmlDeviceGetPowerUsage(handle) / 1000,)} | calls
         values: dict[str, Any] = {}
         for fields, call in calls.items():
@@ -216,13 +251,13 @@ class OpenGpu:
         return [(at_us / 1e6, power_w) for at_us, power_w in samples]
 
 
-def _powers_w(fields: Sequence[str], handle: Any) -> list[float | GpuError]:
-    """Both powers in one call."""
+def _powers_w(queries: Sequence[tuple[int, int]], handle: Any) -> list[float | GpuError]:
+    """All powers, each a field and its scope, in one call."""
     return [
         _number(answer.valueType, answer.value) / 1000
         if answer.nvmlReturn == nv.NVML_SUCCESS
         else GpuError(nv.NVMLError(answer.nvmlReturn))
-        for answer in nv.nvmlDeviceGetFieldValues(handle, [_POWER_FIELDS[field] for field in fields])
+        for answer in nv.nvmlDeviceGetFieldValues(handle, queries)
     ]
 
 

@@ -92,7 +92,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 class DeviceSample(msgspec.Struct, kw_only=True):
     """One reading of one device; None where it was not measured. `t_s` is the middle of the read, `read_s` its duration.
 
-    `power_w` is instant, `power_average_w` the device's own mean over about 1 s. `cpu_utilization_pct`: 100 is one core busy.
+    `power_w` is instant, `power_average_w` the device's own mean over about 1 s; a superchip's module and memory have powers of
+    their own. `power_limit_w` is the limit that is enforced. `cpu_utilization_pct`: 100 is one core busy.
     """
 
     t_s: float
@@ -110,6 +111,8 @@ class DeviceSample(msgspec.Struct, kw_only=True):
     power_limit_w: float | None = None
     cpu_utilization_pct: float | None = None
     cpu_clock_mhz: float | None = None
+    module_power_w: float | None = None
+    memory_power_w: float | None = None
 
 
 class DeviceRecord(msgspec.Struct, kw_only=True):
@@ -135,6 +138,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     sampling: dict[str, float | None] = {}
     statistics: dict[str, dict[str, float | None]] = {}
     idle_power_w: dict[str, float | None] = {}
+    default_power_limit_w: float | None = None
 
 
 class PrefixCacheCounts(msgspec.Struct, frozen=True):

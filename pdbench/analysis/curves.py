@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
-from pdbench.analysis.meter import power_curve, union
+from pdbench.analysis.meter import power_curve, sampled, union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
@@ -175,8 +175,7 @@ def _tbt_over_time(timings: Timings, axis: TimeAxis) -> dict[str, Curve]:
 def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> Curve | None:
     """A field over the drawn axis, broken at each pause; None where it was not measured. Power is the driver's fine buffer where
     there is one. At most 1,000 points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
-    samples = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
-    points = power_curve(device) if field == "power_w" else np.array(samples, dtype=float).reshape(-1, 2)
+    points = power_curve(device) if field == "power_w" else sampled(device, field)
     if not len(points):
         return None
     x = axis.place(points[:, 0])

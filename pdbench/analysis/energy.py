@@ -19,6 +19,7 @@ ALONE_S = 0.2
 """A power meter needs this much time with transfers and nothing else."""
 J_PER_KWH = 3.6e6
 NO_GPU = "no GPU was sampled"
+STANDS_STILL = "the energy counter stands still"
 ONE_INSTANCE = (
     "one instance does both phases on the same GPU and no meter splits them; "
     "`pdbench bench --phase prefill` and `--phase decode` measure each alone"
@@ -146,7 +147,11 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         gco2_per_million_output_tokens=_product(kwh_per_million, power.get("gco2_kwh")),
         roles=roles,
         kv_transfer=_transfer_energy(run, metered(meters), windows, phases) if split else None,
-        not_measured=why_not_measured(run.devices, ("power_w", "energy_j")) if totals.energy_j is None else None,
+        not_measured=None
+        if totals.energy_j is not None
+        else STANDS_STILL
+        if any(meter.is_still(windows) for meter in metered(meters))
+        else why_not_measured(run.devices, ("power_w", "energy_j")),
         not_split=None if split else ONE_INSTANCE if any(d.kind == "gpu" for d in run.devices) else NO_GPU,
     )
 

@@ -16,6 +16,7 @@ SHORT_S = 30.0
 """Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
 RESIDUAL_LIMIT_PCT = 3.0
+POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
 
@@ -64,14 +65,18 @@ def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
 
 
 def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
-    """Counter and integral that differ by more than 3 %, a counter that was reset, windows too short for energy, throttling."""
+    """Counter and integral that differ by more than 3 %, a counter that jumped or stood still, short windows, throttling."""
     device, energy = meter.device, meter.energy_in(windows)
     if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
         both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
         yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")
+    instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
     if energy.counter_resets:
-        times = f"jumped back {energy.counter_resets} times; the integral stands in there"
+        times = f"jumped {energy.counter_resets} times, back or by more than can be; {instead}"
         yield Flag("energy-counter-reset", f"{device.id}: the energy counter {times}")
+    if energy.counter_still_s:
+        stood = f"stood still for {energy.counter_still_s:.1f} s while the device drew power; {instead}"
+        yield Flag("energy-counter-still", f"{device.id}: the energy counter {stood}")
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
         needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"

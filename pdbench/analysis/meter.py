@@ -5,17 +5,23 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import Array, inside, per
+from pdbench.analysis.metrics import Array, BoolArray, inside, per
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 EDGE_S, HOLE_S = 0.25, 1.0
+STILL_S = 1.0
+"""A counter that rests this long, and longer than it usually does between two moves, stands still: every device draws power."""
+JUMP, CREEP, MOST_W = 3.0, 10.0, 10_000.0
+"""A step is a jump from this many times its usual share of the power curve's joules on, or above this power. A counter that gets
+less than a tenth of the curve's joules stands still."""
 
 
 class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     """What one device used in `duration_s` seconds of windows; None where it was not measured all along.
 
     `energy_j` is `counter_j` where there is a counter, else `integral_j`, the area of the power curve; `residual_pct` is
-    100 (integral - counter) / counter. `counter_resets` counts jumps backwards; the integral stands in for those stretches.
+    100 (integral - counter) / counter. The integral stands in where the counter jumped (`counter_resets` times; back, or by more
+    than the device can have used) and where it stood still (`counter_still_s` seconds). A counter that never counts is none.
     """
 
     duration_s: float
@@ -25,6 +31,14 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     residual_pct: float | None
     mean_power_w: float | None
     counter_resets: int = 0
+    counter_still_s: float = 0.0
+
+
+class PowerScope(msgspec.Struct, frozen=True, kw_only=True):
+    """Power and energy of a part of a GPU's board, or of the board with more around it."""
+
+    mean_power_w: float | None
+    energy_j: float | None
 
 
 class Meter:
@@ -33,16 +47,19 @@ class Meter:
     def __init__(self, device: DeviceRecord) -> None:
         self.device = device
         self._curve = _Curve(power_curve(device))
+        wider = {"module": "module_power_w", "memory": "memory_power_w"}
+        curves = {scope: _Curve(sampled(device, field)) for scope, field in wider.items()}
+        self._scopes = {scope: curve for scope, curve in curves.items() if len(curve.t)}
         # The counter on its own refreshes where the sampler caught them, else as the samples have it.
-        readings = device.energy_ticks
-        if len(readings) < 2:
-            readings = [(sample.t_s, sample.energy_j) for sample in device.samples if sample.energy_j is not None]
-        self._t, counted_j = np.array(sorted(readings), dtype=float).reshape(-1, 2).T
-        self._steps = np.diff(counted_j)
-        back = np.flatnonzero(self._steps < 0)
-        self._resets = self._t[back + 1]
-        # Where the counter jumped back, the curve tells the joules of that stretch.
-        self._steps[back] = np.array([self._curve.energy_j(self._t[i], self._t[i + 1]) for i in back], dtype=float)
+        ticks = np.array(sorted(device.energy_ticks), dtype=float).reshape(-1, 2)
+        readings = ticks if len(ticks) > 1 else sampled(device, "energy_j")
+        self._t: Array = readings[:, 0]
+        self._steps = np.diff(readings[:, 1])
+        wrong, self._resets, self._still = _doubtful(self._t, self._steps, self._curve)
+        for i in np.flatnonzero(wrong):  # the curve tells the joules there; none at all are no reading
+            self._steps[i] = self._curve.energy_j(self._t[i], self._t[i + 1]) or np.nan
+        if wrong.all():
+            self._t = self._t[:0]
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
         self._beyond_s = 1.5 * float(np.median(np.diff(self._t))) if len(self._t) > 1 else 0.0
 
@@ -50,8 +67,13 @@ class Meter:
         """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
         windows = union(windows)
         duration_s = length_s(windows)
+        still_s = length_s(intersection(self._still, windows))
         integral_j = total([self._curve.energy_j(start, end) for start, end in windows])
+        if still_s and not integral_j:
+            integral_j = None  # the power of such a meter is its counter's slope
         counter_j = total([self._counter_j(start, end) for start, end in windows])
+        if still_s > 0.99 * duration_s:
+            counter_j = None
         energy_j = integral_j if counter_j is None else counter_j
         residual_pct = None
         if counter_j is not None and integral_j is not None and counter_j > 0:
@@ -64,7 +86,24 @@ class Meter:
             residual_pct=residual_pct,
             mean_power_w=per(energy_j, duration_s),
             counter_resets=int(np.count_nonzero(inside(self._resets, windows))),
+            counter_still_s=still_s,
         )
+
+    def scopes_in(self, windows: Sequence[Interval]) -> dict[str, PowerScope]:
+        """What the device's figures are of, a GPU, and the joules of the superchip's module and of its memory where it has these meters."""
+        if self.device.kind != "gpu":
+            return {}
+        windows, own = union(windows), self.energy_in(windows)
+        scopes = {"gpu": PowerScope(mean_power_w=own.mean_power_w, energy_j=own.energy_j)}
+        for scope, curve in self._scopes.items():
+            joules = total([curve.energy_j(start, end) for start, end in windows])
+            scopes[scope] = PowerScope(mean_power_w=per(joules, length_s(windows)), energy_j=joules)
+        return scopes
+
+    def is_still(self, windows: Sequence[Interval]) -> bool:
+        """Is there no energy because the counter, which is all there is, does not count?"""
+        energy = self.energy_in(windows)
+        return energy.energy_j is None and energy.counter_still_s > 0
 
     def samples_in(self, windows: Sequence[Interval]) -> list[DeviceSample]:
         here = inside(np.array([sample.t_s for sample in self.device.samples], dtype=float), windows)
@@ -96,6 +135,34 @@ class Meter:
         return float(self._total[i] + self._steps[i] * share)
 
 
+def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array, list[Interval]]:
+    """The steps of a counter that are not to be believed, the instants at which it jumped, and the stretches in which it stood still."""
+    moves = np.flatnonzero(steps)
+    rests = np.append(t[:1], t[moves + 1])  # from these instants on it rested, until the next move or the last reading
+    rested_s = np.append(t[moves], t[-1:]) - rests
+    usual_s = float(np.median(np.diff(rests))) if len(moves) else 0.0
+    still = rested_s > max(STILL_S, 1.1 * usual_s)
+    rest_of = np.searchsorted(moves, np.arange(len(steps)))  # a step belongs to the rest before its move
+    drawn_j = curve.between_j(t)
+    used_j = np.bincount(rest_of, drawn_j, len(rests))[: len(moves)]
+    shares = steps[moves][used_j > 0] / used_j[used_j > 0]
+    usual = max(float(np.median(shares)), 1.0) if len(shares) else 1.0
+    most_j = usual * (JUMP * used_j + 0.5 * curve.w.max(initial=0.0))
+    jumped = (steps[moves] < 0) | (steps[moves] > np.fmin(most_j, MOST_W * (np.diff(rests) + 1.0)))
+    doubtful = still | np.append(jumped, np.zeros(len(rests) - len(moves), dtype=bool))
+    doubtful[:-1] |= still[1:]  # the last move before it stood still may be a part of what was used
+    wrong = doubtful[rest_of]
+    known = ~wrong & np.isfinite(drawn_j)
+    if CREEP * steps[known].sum() < drawn_j[known].sum() and np.diff(t)[known].sum() > STILL_S:
+        return np.ones_like(wrong), t[moves[jumped] + 1], [(float(t[0]), np.inf)]
+    ends = np.append(t[moves + 1], np.inf)
+    return (
+        wrong,
+        t[moves[jumped] + 1],
+        list(zip(rests[still].tolist(), ends[: len(rests)][still].tolist(), strict=True)),
+    )
+
+
 class _Curve:
     """Power over time as straight lines between points; energy is their area."""
 
@@ -115,6 +182,15 @@ class _Curve:
             return None
         return self._until(end) - self._until(start)
 
+    def between_j(self, t: Array) -> Array:
+        """About the joules between each instant and the next, for a check; NaN where points are missing."""
+        if len(self.t) < 2:
+            return np.full(max(len(t) - 1, 0), np.nan)
+        drawn_j = np.diff(np.interp(t, self.t, self.area, left=np.nan, right=np.nan))
+        for start, end in self.holes:
+            drawn_j[(t[:-1] < end) & (t[1:] > start)] = np.nan
+        return drawn_j
+
     def _until(self, t: float) -> float:
         i = max(int(np.searchsorted(self.t, t, side="right")) - 1, 0)
         power = self.w[i]
@@ -123,15 +199,20 @@ class _Curve:
         return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
 
 
+def sampled(device: DeviceRecord, field: str) -> Array:
+    """Rows of (t_s, value) of a field of the samples, where it was measured."""
+    points = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
+    return np.array(sorted(points), dtype=float).reshape(-1, 2)
+
+
 def power_curve(device: DeviceRecord) -> Array:
     """Rows of (t_s, power_w): the driver's own buffer where it reaches, the samples elsewhere; repeated values stay in.
 
     An entry of the buffer is taken as the mean of the time since the entry before, so it stands in the middle of that time.
     A device without instant power gives its average power instead.
     """
-    field = "power_w" if any(sample.power_w is not None for sample in device.samples) else "power_average_w"
-    points = [(sample.t_s, power) for sample in device.samples if (power := getattr(sample, field)) is not None]
-    samples = np.array(sorted(points), dtype=float).reshape(-1, 2)
+    instant = sampled(device, "power_w")
+    samples = instant if len(instant) else sampled(device, "power_average_w")
     if len(device.fine_power) < 2:
         return samples
     fine = np.array(sorted(device.fine_power), dtype=float)

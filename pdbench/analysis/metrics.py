@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pdbench.events import ProxyEvent
 from pdbench.records import Interval, RequestRecord, Run
 
 Array = NDArray[np.float64]
@@ -69,6 +70,8 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     Instants in seconds of the run's clock. A failed request (`ok` is False) has no latencies; it has an error, or no token came.
     `trial` is its Trial's index. `phase_ms` has the durations of `PHASES`. `error` is the error's kind, None without one.
+    `first_token` is the phase whose instance sent it, prefill or decode; None where the proxy did not tell. `first_gap_ms` is from
+    the first token to the second.
     """
 
     id: list[str]
@@ -85,6 +88,8 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     phase_ms: dict[str, Array]
     error: list[str | None]
     finish_reason: list[str | None]
+    first_token: list[str | None]
+    first_gap_ms: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +189,9 @@ def timings_of(run: Run) -> Timings:
     answered = np.array([record.error is None for record in records], dtype=bool)
     ok = answered & (counts > 0)
     begin = np.cumsum(counts) - counts
-    first_s, last_s = np.full(len(records), np.nan), np.full(len(records), np.nan)
+    first_s, second_s, last_s = np.full((3, len(records)), np.nan)
     first_s[counts > 0] = token_s[begin[counts > 0]]
+    second_s[counts > 1] = token_s[begin[counts > 1] + 1]
     last_s[counts > 0] = token_s[(begin + counts - 1)[counts > 0]]
     request = np.repeat(np.arange(len(records)), counts)
     is_gap = (request[1:] == request[:-1]) & ok[request[1:]]
@@ -194,6 +200,8 @@ def timings_of(run: Run) -> Timings:
         name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
         for name in PHASES
     }
+    ways = [event for event in run.events if isinstance(event, ProxyEvent) and event.prefill_sent_s is not None]
+    senders = {way.request_id: "decode" if way.first_token_s is None else "prefill" for way in ways}
     reported = _column(records, "output_tokens")
     requests = Requests(
         id=[record.id for record in records],
@@ -210,6 +218,8 @@ def timings_of(run: Run) -> Timings:
         phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phase_s.items()},
         error=[None if record.error is None else record.error.kind for record in records],
         finish_reason=[record.finish_reason for record in records],
+        first_token=[senders.get(record.id) if is_ok else None for record, is_ok in zip(records, ok, strict=True)],
+        first_gap_ms=np.where(ok, (second_s - first_s) * 1e3, np.nan),
     )
     slo = run.config.get("load") or {}
     limits = ((requests.ttft_ms, slo.get("slo_ttft_ms")), (requests.mean_tbt_ms, slo.get("slo_tbt_ms")))

@@ -13,9 +13,9 @@ import numpy as np
 
 from pdbench import __version__
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
-from pdbench.analysis.energy import Energy, device_name, energy_of, joules, metered
-from pdbench.analysis.flags import flags_of
-from pdbench.analysis.meter import EnergyWindow, Meter
+from pdbench.analysis.energy import ROLE_ORDER, STANDS_STILL, Energy, device_name, energy_of, joules, metered
+from pdbench.analysis.flags import POWER_CAPS, flags_of
+from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope
 from pdbench.analysis.metrics import (
     METRICS,
     Array,
@@ -33,10 +33,10 @@ from pdbench.analysis.prefix_cache import PrefixCache, prefix_cache_of
 from pdbench.errors import UserError
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run, write_whole
 
-SCHEMA = "pdbench-analysis/1"
+SCHEMA = "pdbench-analysis/2"
 FILE = "analysis.json"
 METADATA = ("name", "clock", "config", "host", "versions", "gate")
-READINGS = (*FIELDS, "memory_used_mib")
+READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "power_limit_w")
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +59,14 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
     prompt: int | None
     output: int | None
     merged_pct: float | None
+
+
+class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
+    """Successful requests whose first token came from one of the two phases' instances; `first_gap_ms` is from it to the second."""
+
+    requests: int
+    ttft_ms: Spread | None
+    first_gap_ms: Spread | None
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,14 +93,21 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A device over the measured windows. `readings` maps a sampled field (power_w, sm_clock_mhz, ...) to its range there."""
+    """A device over the measured windows. `readings` maps a sampled field (power_w, sm_clock_mhz, ...) to its range there.
+
+    `scopes` names what a GPU's figures are of ("gpu"), and has the superchip's other meters ("module", "memory") beside them.
+    `power_capped_pct` is the share of samples in which a power limit held the clock down, None where no reasons are given.
+    """
 
     name: str
     kind: str
     role: str | None
     samples: int
     energy: EnergyWindow
+    scopes: dict[str, PowerScope]
     readings: dict[str, Range]
+    default_power_limit_w: float | None
+    power_capped_pct: float | None
     sampling: dict[str, float | None]
     not_measured: dict[str, str]
 
@@ -116,6 +131,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ms: Spread | None
     kv_transfer_ms: Spread | None
     decode_ms: Spread | None
+    first_token: dict[str, FirstToken]
     throughput: Throughput
     goodput: Goodput
     energy: Energy
@@ -231,6 +247,15 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
         **{f"{name}_ms": spread(latency.rising) for name, latency in timings.latencies.items()},
         send_delay_ms=spread(rising(requests.send_delay_ms)),
         **{f"{name}_ms": spread(rising(values)) for name, values in requests.phase_ms.items()},
+        first_token={
+            sender: FirstToken(
+                requests=int(from_it.sum()),
+                ttft_ms=spread(rising(requests.ttft_ms[from_it])),
+                first_gap_ms=spread(rising(requests.first_gap_ms[from_it])),
+            )
+            for sender in ROLE_ORDER
+            if (from_it := np.array(requests.first_token, dtype=object) == sender).any()
+        },
         throughput=Throughput(**{name: totals.ratio(name) for name in Throughput.__struct_fields__}),
         goodput=Goodput(
             slo_ttft_ms=load.get("slo_ttft_ms"),
@@ -249,15 +274,21 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
         values = [value for sample in during if (value := getattr(sample, field)) is not None]
         if values:
             readings[field] = Range(mean=float(np.mean(values)), min=min(values), max=max(values))
+    reasons = [sample.throttle for sample in during if sample.throttle is not None]
+    capped = sum(not POWER_CAPS.isdisjoint(of_sample) for of_sample in reasons)
+    still = {"energy_j": STANDS_STILL} if meter.is_still(windows) else {}
     return DeviceSummary(
         name=device.name,
         kind=device.kind,
         role=device.role,
         samples=len(during),
         energy=meter.energy_in(windows),
+        scopes=meter.scopes_in(windows),
         readings=readings,
+        default_power_limit_w=device.default_power_limit_w,
+        power_capped_pct=per(100.0 * capped, len(reasons)),
         sampling=device.sampling,
-        not_measured=device.not_measured,
+        not_measured=device.not_measured | still,
     )
 
 

@@ -19,6 +19,7 @@ from pdbench.errors import UserError
 
 T = TypeVar("T")
 _REFRESH_S = 1.0
+_STILL_S, _MOST_W = 1.0, 10_000.0
 _MIG = "MIG is on: the board's meter is shared by its slices, and no slice has one"
 
 
@@ -30,6 +31,7 @@ class Reader:
     ) -> None:
         self.id, self.kind, self.name, self.role, self.index = device_id, kind, name, role, index
         self.not_measured: dict[str, str] = {}
+        self.default_power_limit_w: float | None = None
 
     @property
     def lost(self) -> bool:
@@ -62,6 +64,8 @@ class GpuReader(Reader):
     def __init__(self, gpu: nvml.OpenGpu, index: int, role: str | None) -> None:
         super().__init__(f"gpu{index}", "gpu", gpu.name, role=role, index=index)
         self._gpu = gpu
+        self.not_measured |= gpu.not_measured
+        self.default_power_limit_w = gpu.default_power_limit_w
         self._failures: Counter[str] = Counter()
         if gpu.mig:
             self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j", "fine_power"), _MIG)
@@ -195,10 +199,22 @@ class RaplReader(Reader):
         before, self._last = self._last, (value_uj, now_s)
         if before is None:
             return {"energy_j": 0.0}
-        step_uj = value_uj - before[0]
+        step_uj, passed_s = value_uj - before[0], now_s - before[1]
+        if step_uj == 0:
+            # A zone that counts moves within milliseconds: this is no power of 0 W. Its power is told by its next move.
+            self._last = before
+            if passed_s > _STILL_S:
+                self.not_measured |= dict.fromkeys(("power_w", "energy_j"), f"{self._counter} stands still")
+            return {"energy_j": self._total_uj / 1e6}
+        for field in ("power_w", "energy_j"):
+            self.not_measured.pop(field, None)
         step_uj += self._range_uj if step_uj < 0 else 0
+        if step_uj > _MOST_W * 1e6 * (passed_s + _STILL_S):
+            # It was set back (a guest that moved to another host), and did not wrap around: the total starts again, visibly.
+            self._total_uj = 0
+            return {"energy_j": 0.0}
         self._total_uj += step_uj
-        power = {"power_w": step_uj / 1e6 / (now_s - before[1])} if now_s > before[1] else {}
+        power = {"power_w": step_uj / 1e6 / passed_s} if passed_s > 0 else {}
         return power | {"energy_j": self._total_uj / 1e6}
 
 

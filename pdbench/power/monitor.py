@@ -21,6 +21,8 @@ from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, s
 COLUMNS = {
     "power_w": "power W",
     "power_average_w": "1 s mean W",
+    "module_power_w": "module W",
+    "memory_power_w": "memory W",
     "sm_clock_mhz": "SM MHz",
     "memory_clock_mhz": "memory MHz",
     "gpu_utilization_pct": "GPU %",
@@ -98,6 +100,8 @@ def _joules(record: DeviceRecord) -> str:
     if len(readings) < 2:
         return "-"
     (start_s, start_j), *_, (end_s, end_j) = readings
+    if end_j == start_j:
+        return "stands still"
     return f"{end_j - start_j:.0f} in {end_s - start_s:.1f} s"
 
 

@@ -326,6 +326,7 @@ class _Device:
             fine_power=self.fine[fine],
             energy_ticks=self.counter.edges[edges],
             not_measured=dict(reader.not_measured),
+            default_power_limit_w=reader.default_power_limit_w,
         )
         if figures:
             period_s = self.counter.period_s

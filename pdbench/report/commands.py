@@ -168,7 +168,7 @@ def _markdown(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: 
     for compared in comparisons:
         parts.append(tables.markdown(tables.comparison(compared)))
         parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(found))}" for found in compared.mismatches))
-    parts += map(tables.markdown, [side_by_side, *tables.energy(runs)])
+    parts += map(tables.markdown, [side_by_side, *tables.first_tokens(runs), *tables.energy(runs)])
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -39,7 +39,7 @@ MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
     "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
-    "prompt_tokens", "output_tokens", *(f"{name}_ms" for name in PHASES), "error", "finish_reason",
+    "prompt_tokens", "output_tokens", *(f"{name}_ms" for name in PHASES), "error", "finish_reason", "first_token", "first_gap_ms",
 )  # fmt: skip
 SWEEP_COLUMNS = (
     "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
@@ -117,6 +117,8 @@ def times(analysis: RunAnalysis) -> Table:
     for metric in metrics:
         name = _("TBT, every gap") if metric == "tbt_ms" else text.title(metric)
         rows.append([name, *_figures(getattr(analysis.summary, metric), "mean", "p50", "p90", "p99")])
+        if metric == "tbt_ms" and (merged_pct := _merged_pct(analysis)) is not None:
+            rows.append([text.label("merged_pct"), merged_pct, "", "", ""])
     return Table(title=_("Times, ms"), header=["", _("mean"), "p50", "p90", "p99"], rows=rows)
 
 
@@ -129,14 +131,33 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
     requests, known = analysis.summary.requests, times(analysis)
     counts: dict[str, Value] = {_("requests succeeded / sent"): f"{requests.succeeded} / {requests.sent}"}
     counts[text.label("output_tokens_per_s")] = text.value(analysis, "output_tokens_per_s")
-    if (merged_pct := text.value(analysis, "merged_pct") or 0.0) >= MERGED_PCT:
-        counts[text.label("merged_pct")] = merged_pct
     if cached_pct := text.value(analysis, "cached_pct"):
         counts[text.label("cached_pct")] = cached_pct
     rows = [*known.rows, *([name, value, "", "", ""] for name, value in counts.items())]
     title = f"{analysis.name}: {text.loads({analysis.name: analysis})}"
     first = replace(known, title=title, header=[_("milliseconds"), *known.header[1:]], rows=rows)
-    return [first, *energy({analysis.name: analysis}), *([devices(analysis)] if analysis.summary.devices else [])]
+    runs, measured = {analysis.name: analysis}, [devices(analysis)] if analysis.summary.devices else []
+    return [first, *first_tokens(runs), *energy(runs), *measured]
+
+
+def _merged_pct(analysis: RunAnalysis) -> float | None:
+    """The per cent of gaps that are 0 ms, where it is so high that TBT must be read with it."""
+    share = text.value(analysis, "merged_pct")
+    return None if share is None or share < MERGED_PCT else share
+
+
+def first_tokens(runs: text.Runs) -> list[Table]:
+    """TTFT and the first gap by who sent the first token; no table where it was the same instance for all of a run's requests."""
+    rows: list[list[Value]] = []
+    for name, analysis in runs.items():
+        senders = analysis.summary.first_token
+        for sender, of in senders.items() if len(senders) > 1 else ():
+            times = [*_figures(of.ttft_ms, "p50", "p99"), *_figures(of.first_gap_ms, "p50", "p99")]
+            rows.append([sender if len(runs) == 1 else f"{name}, {sender}", of.requests, *times])
+    columns = (_("first token from"), _("requests"), "TTFT p50", "TTFT p99", _("first gap p50"), _("first gap p99"))
+    note = _("Both send first tokens here: the distribution of TTFT is a mix of two.")
+    title = _("Who sent the first token, ms")
+    return [Table(title=title, header=columns, rows=rows, note=note)] if rows else []
 
 
 def windows(analysis: RunAnalysis) -> Table:
@@ -170,6 +191,8 @@ def devices(analysis: RunAnalysis) -> Table:
         means = {field: reading.mean for field, reading in device.readings.items()}
         found = [next((means[field] for field in fields if field in means), None) for fields in columns.values()]
         rows.append([name, device.role or "", *found, device.energy.energy_j])
+        wider = ((scope, used) for scope, used in device.scopes.items() if scope != "gpu")
+        rows += [[f"{name}, {_(s)}", "", used.mean_power_w, None, None, None, used.energy_j] for s, used in wider]
     header = [_("device"), _("role"), *columns, _("energy, J")]
     return Table(title=_("Devices over the measured windows"), header=header, rows=rows, left=(0, 1))
 
@@ -197,7 +220,9 @@ def side_by_side(runs: text.Runs, sort_by: str | None = None) -> Table:
         ordered.sort(key=lambda item: sign * (text.value(item[1], sort_by) or sign * inf))
     rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in ordered]
     header = [_("run"), _("model"), *map(text.label, SIDE_BY_SIDE)]
-    return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1))
+    merged = [f"{name}: {text.number(share)} %" for name, run in ordered if (share := _merged_pct(run)) is not None]
+    note = _("TBT is of tokens that shared chunks; gaps of 0 ms: {0}", "; ".join(merged)) if merged else ""
+    return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1), note=note)
 
 
 def energy(runs: text.Runs) -> list[Table]:
@@ -210,6 +235,11 @@ def energy(runs: text.Runs) -> list[Table]:
     note = _("not measured: {0}", "; ".join(why)) if why else ""
     if all(run.summary.energy.not_measured for run in runs.values()):
         return [Table(title=_("Energy"), note=note)]
+    caps = [
+        line if len(runs) == 1 else f"{name}, {line}"
+        for name, analysis in runs.items()
+        for line in text.power_caps(analysis)
+    ]
     rows: list[list[Value]] = []
     for label, used in energy_roles(runs).items():
         parts = [energy_parts(used).get(part, "") for part in ("active_j", "idle_j", "waiting_j")]
@@ -220,7 +250,7 @@ def energy(runs: text.Runs) -> list[Table]:
     measured = [row for row in figures if any(value is not None for value in row[1:])]
     cost, unknown = _("Energy: what a token and a request cost"), _("not measured")
     return [
-        Table(title=_("Energy by role, J in the measured windows"), header=header, rows=rows),
+        Table(title=_("Energy by role, J in the measured windows"), header=header, rows=rows, note="; ".join(caps)),
         Table(title=cost, header=["", *runs], rows=measured, note=note, missing=unknown),
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
+from pdbench.analysis.flags import THROTTLED_PCT
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.thresholds import ThresholdResult
 
@@ -246,6 +247,21 @@ def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
     if failed:
         kinds = ", ".join(f"{kind} {count}" for kind, count in analysis.summary.errors.items())
         lines.append((_("failed requests"), _("{0} of {1}: {2}", failed, analysis.summary.requests.sent, kinds)))
+    return lines
+
+
+def power_caps(analysis: RunAnalysis) -> list[str]:
+    """Each device that its power limit held down in 1 % of the samples or more, or whose limit is below the board's default."""
+    lines = []
+    for name, device in analysis.summary.devices.items():
+        limit, default_w = device.readings.get("power_limit_w"), device.default_power_limit_w
+        lowered = limit is not None and default_w is not None and limit.min < default_w - 0.5
+        parts = (
+            [_("power limit {0} W, default {1} W", number(limit.min), number(default_w))] if limit and lowered else []
+        )
+        if (share := device.power_capped_pct or 0.0) >= THROTTLED_PCT:
+            parts.append(_("held down by power in {0} % of the samples", number(share)))
+        lines += [f"{name}: {', '.join(parts)}"] if parts else []
     return lines
 
 

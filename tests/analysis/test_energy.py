@@ -241,3 +241,54 @@ def test_small_energy_is_not_rounded_to_nothing() -> None:
     for device in run.devices:
         device.samples = [DeviceSample(t_s=i / 10, power_w=1e-6) for i in range(200)]
     assert energy(run).j_per_output_token == pytest.approx(2e-7)
+
+
+@pytest.mark.parametrize("still_j", [0.0, 123456.0])
+def test_counter_that_never_moves_leaves_the_integral(still_j: float) -> None:
+    device = gpu(until_s=60, energy_ticks=[(i / 2, still_j) for i in range(120)])
+    window = energy_over(device, 5, 55)
+    assert (window.energy_j, window.counter_j, window.residual_pct) == (pytest.approx(20_000), None, None)
+    (flag,) = device_flags(Meter(device), [(5, 55)])
+    assert (flag.name, flag.detail.split(":")[0]) == ("energy-counter-still", "gpu1")
+
+
+def test_counter_that_creeps_is_no_counter() -> None:
+    device = gpu(until_s=60, energy_ticks=[(float(i), 0.001 * i) for i in range(61)])
+    assert energy_over(device, 5, 55).energy_j == pytest.approx(20_000)
+    assert [flag.name for flag in device_flags(Meter(device), [(5, 55)])] == ["energy-counter-still"]
+
+
+def test_counter_that_moves_rarely_is_a_counter() -> None:
+    device = gpu(until_s=60, gain=1.02)
+    for sample in device.samples:
+        sample.energy_j = 1.02 * 400 * (sample.t_s // 2 * 2)
+    window = energy_over(device, 6, 56)
+    assert (window.counter_j, window.counter_still_s) == (pytest.approx(1.02 * 20_000, rel=0.01), 0)
+
+
+def test_counter_in_a_wrong_unit_leaves_the_integral() -> None:
+    window = energy_over(gpu(gain=1000, until_s=60), 5, 55)
+    assert window.energy_j == pytest.approx(20_000) and window.counter_resets > 100
+
+
+@pytest.mark.parametrize("power_w", [None, 0.0])
+def test_meter_that_only_counts_and_stands_still_measures_nothing(power_w: float | None) -> None:
+    run = disaggregated()
+    samples = [DeviceSample(t_s=i / 10, power_w=power_w, energy_j=0.0) for i in range(200)]
+    run.devices = [DeviceRecord(id="cpu-package-0", kind="cpu", name="CPU", samples=samples)]
+    analysis = analyze(run)
+    used, device = analysis.summary.energy, analysis.summary.devices["cpu-package-0"]
+    assert (used.total_j, used.j_per_output_token) == (None, None)
+    assert used.not_measured == device.not_measured["energy_j"] == "the energy counter stands still"
+    assert [flag.name for flag in analysis.flags] == ["energy-counter-still"]
+
+
+def test_device_says_how_far_its_power_limit_held_it_down() -> None:
+    run = disaggregated()
+    for i, sample in enumerate(run.devices[0].samples):
+        sample.power_limit_w, sample.throttle = 500.0, ["sw_power_cap"] if i % 2 else []
+    run.devices[0].default_power_limit_w = 700.0
+    prefill, decode = analyze(run).summary.devices.values()
+    assert prefill.power_capped_pct == pytest.approx(50, abs=1) and prefill.readings["power_limit_w"].max == 500
+    assert (prefill.default_power_limit_w, decode.power_capped_pct) == (700, None)
+    assert prefill.scopes["gpu"].energy_j == prefill.energy.energy_j

@@ -5,6 +5,7 @@ import pytest
 
 from pdbench.analysis.metrics import mean_ttft_parts_ms, rising, spread, timings_of
 from pdbench.analysis.run_analysis import analyze
+from pdbench.events import ProxyEvent
 from pdbench.records import Clock, RequestError, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 
@@ -144,3 +145,21 @@ def test_energy_of_a_run_is_that_of_its_roles():
     assert summary.energy.total_j == pytest.approx(sum(role.total_j for role in summary.energy.roles.values()))
     assert summary.energy.mean_power_w == pytest.approx(summary.energy.total_j / summary.window_s)
     assert summary.energy.output_tokens_per_j * summary.energy.j_per_output_token == pytest.approx(1)
+
+
+def test_ttft_and_first_gap_are_split_by_who_sent_the_first_token():
+    run = tiny_run(request(0), request(1, token_s=[1.1, 1.11, 1.2]), request(2, token_s=[1.3]), request(3))
+    ways = [("r0", None), ("r1", 1.1), ("r2", None)]
+    run.events = [ProxyEvent(request_id=name, prefill_sent_s=1.0, first_token_s=first_s) for name, first_s in ways]
+    analysis = analyze(run)
+    assert analysis.requests.first_token == ["decode", "prefill", "decode", None]
+    prefill, decode = (analysis.summary.first_token[name] for name in ("prefill", "decode"))
+    assert (prefill.requests, prefill.ttft_ms.p50, prefill.first_gap_ms.p50) == (1, *map(pytest.approx, (100, 10)))
+    assert (decode.requests, decode.ttft_ms.p50) == (2, pytest.approx(250))
+    assert (decode.first_gap_ms.count, decode.first_gap_ms.p50) == (1, pytest.approx(50)), "one token has no gap"
+
+
+def test_run_without_prefill_does_not_split_its_first_tokens():
+    run = tiny_run(request(0))
+    run.events = [ProxyEvent(request_id="r0", decode_sent_s=1.0)]
+    assert summarize(run).first_token == {}

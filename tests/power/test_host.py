@@ -109,3 +109,36 @@ def test_process_tree_is_measured_without_gpu() -> None:
     assert "no meter" in decode.not_measured["power_w"]
     assert energy_over(decode, 0, 1).energy_j is None
     assert records["gone"].samples == [] and "no such process" in records["gone"].not_measured["cpu_utilization_pct"]
+
+
+def test_rapl_zone_that_stands_still_has_no_power_and_says_so(tmp_path: Path) -> None:
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    [reader] = open_rapl(tmp_path)
+    for at_s in (10.0, 10.5, 11.5):
+        assert reader.read(at_s) == {"energy_j": 0.0}
+    assert "energy_uj stands still" in reader.not_measured["energy_j"]
+    (folder / "energy_uj").write_text("25000000")
+    assert reader.read(12.0) == {"energy_j": 20.0, "power_w": 10.0}, "all since it last moved"
+    assert reader.not_measured == {}
+
+
+def test_rapl_counter_that_is_set_back_has_not_wrapped_around(tmp_path: Path) -> None:
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 900_000_000, top_uj=262_143_328_850)
+    [reader] = open_rapl(tmp_path)
+    reader.read(10.0)
+    (folder / "energy_uj").write_text("905000000")
+    assert reader.read(10.1) == {"energy_j": 5.0, "power_w": pytest.approx(50)}
+    (folder / "energy_uj").write_text("1000")
+    assert reader.read(10.2) == {"energy_j": 0.0}, "else 2.6 MW"
+    (folder / "energy_uj").write_text("5001000")
+    assert reader.read(10.3) == {"energy_j": 5.0, "power_w": pytest.approx(50)}
+
+
+def test_energy_over_a_rapl_zone_that_stands_still_is_none(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    sampler = Sampler(open_rapl(tmp_path), 0.02)
+    with sampler:
+        sampler.idle("bare", 1.5)
+    [device] = merge_records(sampler.take())
+    window = energy_over(device, device.samples[0].t_s, device.samples[-1].t_s)
+    assert window.energy_j is None and window.counter_still_s > 1.4

@@ -132,8 +132,79 @@ def test_counter_reset_is_flagged_and_bridged_by_the_curve(nvml_library: Path) -
     window = energy_over(device, 2, 18)
     assert window.counter_resets == 1
     assert window.counter_j == pytest.approx(exact_j("square", 2, 18), rel=0.005)
-    names = [flag.name for flag in device_flags(Meter(device), [(2, 18)])]
-    assert names == ["energy-counter-reset", "short-window"]
+    assert flag_names(device, 2, 18) == ["energy-counter-reset", "short-window"]
+
+
+def flag_names(device: DeviceRecord, start_s: float, end_s: float) -> list[str]:
+    return [flag.name for flag in device_flags(Meter(device), [(start_s, end_s)])]
+
+
+@pytest.mark.parametrize("still_s", ["-1000", "0.4", "20.0", "31.0"])
+def test_counter_that_stands_still_is_no_counter(nvml_library: Path, still_s: str) -> None:
+    [device] = sampled(nvml_library, 60.0, {"decode": [0]}, still_s=still_s, power_0=wave_text("square"))
+    window = energy_over(device, 2, 58)
+    assert window.energy_j == pytest.approx(exact_j("square", 2, 58), rel=0.01)
+    assert window.counter_still_s > 20 and flag_names(device, 2, 58) == ["energy-counter-still"]
+    flag = next(device_flags(Meter(device), [(2, 58)]))
+    assert flag.detail.startswith("gpu0: the energy counter stood still for") and "integral" in flag.detail
+    if float(still_s) < 2:
+        assert (window.counter_j, window.residual_pct) == (None, None)
+    else:
+        assert flag_names(device, 2, float(still_s) - 2) == ["short-window"]
+
+
+def test_counter_without_a_power_curve_that_stands_still_is_no_energy(nvml_library: Path) -> None:
+    no_power = "0:DeviceGetFieldValues:3 0:DeviceGetPowerUsage:3 0:DeviceGetSamples:3"
+    [device] = sampled(nvml_library, 40.0, {"decode": [0]}, still_s="0", fail=no_power)
+    assert energy_over(device, 2, 35).energy_j is None
+    assert flag_names(device, 2, 35) == ["energy-counter-still"]
+
+
+@pytest.mark.parametrize("jump", ["15.0:100000000", "15.0:500000", "15.0:30000"])
+def test_counter_that_jumps_ahead_is_flagged_and_bridged_by_the_curve(nvml_library: Path, jump: str) -> None:
+    [device] = sampled(nvml_library, 40.0, {"decode": [0]}, jump=jump, power_0=wave_text("square"))
+    window = energy_over(device, 2, 38)
+    assert window.counter_resets == 1 and flag_names(device, 2, 38) == ["energy-counter-reset"]
+    assert window.energy_j == pytest.approx(exact_j("square", 2, 38), rel=0.01)
+
+
+def test_superchips_module_and_memory_are_read_beside_the_gpu(nvml_library: Path) -> None:
+    settings = {"name": "NVIDIA GH200 480GB", "scopes": "1:1.5 2:0.1", "power_0": wave_text("constant")}
+    [device] = sampled(nvml_library, 6.0, {"decode": [0]}, **settings)
+    sample = device.samples[-1]
+    assert (sample.power_w, sample.module_power_w, sample.memory_power_w) == (400, 600, 40)
+    scopes = Meter(device).scopes_in([(1.0, 5.0)])
+    assert {name: scope.energy_j for name, scope in scopes.items()} == {
+        "gpu": pytest.approx(1600, rel=0.005),
+        "module": pytest.approx(2400, rel=0.005),
+        "memory": pytest.approx(160, rel=0.005),
+    }
+    assert device.not_measured == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"name": "NVIDIA GB200"}, {"module_power_w", "memory_power_w"}),
+        ({"name": "NVIDIA GB300", "scopes": "1:1.5"}, {"memory_power_w"}),
+        ({"name": "NVIDIA GH200 480GB", "scopes": "all"}, {"module_power_w", "memory_power_w"}),
+        ({"name": "NVIDIA H100 80GB HBM3"}, set()),
+        ({"name": "NVIDIA H100 80GB HBM3", "scopes": "all"}, set()),
+    ],
+)
+def test_scope_that_a_superchip_does_not_give_is_named(
+    nvml_library: Path, settings: dict[str, str], missing: set[str]
+) -> None:
+    [device] = sampled(nvml_library, 3.0, {"decode": [0]}, **settings)
+    assert device.not_measured.keys() == missing
+    assert (device.samples[-1].module_power_w is None) == ("scopes" not in settings or settings["scopes"] == "all")
+    assert device.samples[-1].power_w == 100
+
+
+def test_power_limit_and_its_default_are_recorded(nvml_library: Path) -> None:
+    [device] = sampled(nvml_library, 2.0, {"decode": [0]}, reasons="4", limit_w="500")
+    assert (device.samples[-1].power_limit_w, device.default_power_limit_w) == (500, 700)
+    assert device.samples[-1].throttle == ["sw_power_cap"]
 
 
 def test_mig_slice_has_no_power(nvml_library: Path) -> None:

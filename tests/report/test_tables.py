@@ -9,6 +9,7 @@ from rich.console import Console
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
+from pdbench.events import ProxyEvent
 from pdbench.records import Flag
 from pdbench.report import tables, text
 from tests.support.reports import page_of
@@ -114,3 +115,62 @@ def test_parts_of_a_role_add_up_to_its_total():
         parts = tables.energy_parts(role)
         assert list(parts) == ["active_j", "idle_j", "waiting_j"]
         assert sum(parts.values()) == pytest.approx(role.total_j, rel=1e-6)
+
+
+def mixed_run():
+    run = build_run(trials=1, requests=6)
+    run.events = [
+        ProxyEvent(request_id=request.id, prefill_sent_s=0.0, first_token_s=1.0 if number < 2 else None)
+        for number, request in enumerate(run.requests)
+    ]
+    return run
+
+
+def test_who_sent_the_first_token_is_shown_where_both_did():
+    analysis = analyze(mixed_run())
+    (table,) = tables.first_tokens({"disaggregated": analysis})
+    assert [row[:2] for row in table.rows] == [["prefill", 2], ["decode", 4]]
+    assert table.rows[0][2] == analysis.summary.first_token["prefill"].ttft_ms.p50
+    assert table in tables.run_summary(analysis)
+    assert "Who sent the first token" in page_of([analysis])
+    assert tables.first_tokens({"disaggregated": analyze(build_run())}) == []
+
+
+def test_csv_says_who_sent_the_first_token():
+    rows = list(csv.DictReader(io.StringIO(requests_csv(mixed_run()))))
+    assert [row["first_token"] for row in rows] == ["prefill"] * 2 + ["decode"] * 4
+    assert float(rows[0]["first_gap_ms"]) > 0
+
+
+def test_merged_share_stands_below_tbt_and_below_runs_side_by_side():
+    run = build_run(trials=1, requests=4)
+    assert tables.side_by_side({"a": analyze(run)}).note == ""
+    for request in run.requests:
+        request.token_s[1::2] = request.token_s[::2]
+    analysis = analyze(run)
+    names = [row[0] for row in tables.times(analysis).rows]
+    assert names[names.index("TBT, every gap") + 1] == "Gaps of 0 ms, in one chunk, %"
+    assert "a: 50.8 %" in tables.side_by_side({"a": analysis}).note
+
+
+def test_power_caps_stand_with_the_energy():
+    run = build_run()
+    for device in run.devices[:1]:
+        device.default_power_limit_w = 700.0
+        for sample in device.samples:
+            sample.power_limit_w, sample.throttle = 500.0, ["sw_power_cap"]
+    analysis = analyze(run)
+    (roles, *_), words = tables.energy({"a": analysis}), "gpu0: power limit 500 W, default 700 W"
+    assert roles.note == f"{words}, held down by power in 100 % of the samples"
+    assert words in page_of([analysis])
+
+
+def test_module_of_a_superchip_is_a_row_of_its_own():
+    run = build_run("single")
+    for sample in run.devices[0].samples:
+        sample.module_power_w = 2 * sample.power_w
+    name, role, power_w, *_, energy_j = tables.devices(analyze(run)).rows[1]
+    summary = analyze(run).summary.devices["gpu0"]
+    assert (name, role) == ("gpu0, module", "")
+    assert power_w == pytest.approx(2 * summary.energy.integral_j / summary.energy.duration_s)
+    assert energy_j == pytest.approx(2 * summary.energy.integral_j)

@@ -6,7 +6,10 @@
  *   FAKE_NVML_CLOCK=scripted|real  FAKE_NVML_ENERGY_READ_US=2400  FAKE_NVML_RESET_S=T  FAKE_NVML_MIG=1  FAKE_NVML_CLAMP_MHZ=1830
  *   FAKE_NVML_FAIL="GPU:FUNCTION:CODE[:FROM_S] ..."  (FUNCTION without "nvml", * for all, -1 for every GPU)
  *   FAKE_NVML_PROCESSES="GPU:PID ..."  FAKE_NVML_LINKS="switch:COUNT" or "GPU-GPU:COUNT ..."  FAKE_NVML_TOPOLOGY=LEVEL
- *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)
+ *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)  FAKE_NVML_NAME="NVIDIA GH200 480GB"
+ *   FAKE_NVML_SCOPES="1:1.5 2:0.1" (power scope: its power as a multiple of the GPU's; "all": a driver that knows no scopes)
+ *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
+ *   FAKE_NVML_REASONS=4 (clock event reasons)  FAKE_NVML_LIMIT_W=500 (of a default of 700)
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -75,7 +78,7 @@ __attribute__((constructor)) static void load(void) {
         if (file >= 0) close(file);
     }
     if (!state->ready) {
-        for (int i = 0; i < GPUS; i++) state->limit_mw[i] = 700000;
+        for (int i = 0; i < GPUS; i++) state->limit_mw[i] = (unsigned)(1000 * number("FAKE_NVML_LIMIT_W", 700));
         state->zero_us = unix_us();
         state->ready = 1;
     }
@@ -141,22 +144,39 @@ EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
 EXPORT const char *nvmlErrorString(int code) {
     return code == 3 ? "Not Supported" : code == 4 ? "Insufficient Permissions" : code == 15 ? "GPU is lost" : "Some Error";
 }
-EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) { (void)device; snprintf(name, size, "Scripted GPU"); return 0; }
+EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) {
+    (void)device;
+    snprintf(name, size, "%s", getenv("FAKE_NVML_NAME") ? getenv("FAKE_NVML_NAME") : "Scripted GPU");
+    return 0;
+}
 EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%df00", GPU(device)); return 0; }
 EXPORT int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.0"); return 0; }
 EXPORT int nvmlDeviceGetArchitecture(void *device, unsigned *kind) { (void)device; *kind = 9; return 0; }
 
+/* A scope's power as a multiple of the GPU's; 0 where the board has no such meter. */
+static double scope_factor(unsigned scope) {
+    const char *text = getenv("FAKE_NVML_SCOPES") ? getenv("FAKE_NVML_SCOPES") : "";
+    char copy[256];
+    unsigned which;
+    double factor;
+    if (scope == 0 || !strcmp(text, "all")) return 1;
+    snprintf(copy, sizeof copy, "%s", text);
+    for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest))
+        if (sscanf(word, "%u:%lf", &which, &factor) == 2 && which == scope) return factor;
+    return 0;
+}
 EXPORT int nvmlDeviceGetFieldValues(void *device, int count, field_t *fields) {
     TRY("DeviceGetFieldValues");
     for (int i = 0; i < count; i++) {
         char name[32];
         double tick = last_tick(GPU(device), 0.1), length = fields[i].field == 186 ? 0.025 : 1.0;
         snprintf(name, sizeof name, "Field%u", fields[i].field);
-        fields[i].result = fields[i].field == 185 || fields[i].field == 186 ? fails(GPU(device), name) : 3;
+        double factor = scope_factor(fields[i].scope);
+        fields[i].result = (fields[i].field == 185 || fields[i].field == 186) && factor > 0 ? fails(GPU(device), name) : 3;
         fields[i].type = 1;
         fields[i].stamp = unix_us();
         fields[i].value.ull = 0;
-        fields[i].value.u = watts_to_mw(mean_w(GPU(device), tick, length));
+        fields[i].value.u = watts_to_mw(factor * mean_w(GPU(device), tick, length));
     }
     return 0;
 }
@@ -167,8 +187,11 @@ EXPORT int nvmlDeviceGetPowerUsage(void *device, unsigned *mw) {
 }
 EXPORT int nvmlDeviceGetTotalEnergyConsumption(void *device, u64 *mj) {
     TRY("DeviceGetTotalEnergyConsumption");
-    double tick = last_tick(GPU(device), 0.1), from = reset_s >= 0 && tick >= reset_s ? reset_s : -1000;
-    *mj = (u64)(0.5 + 1000 * (joules(GPU(device), tick) - joules(GPU(device), from)));
+    double tick = last_tick(GPU(device), 0.1), still_s = number("FAKE_NVML_STILL_S", 1e9), jump_s = 1e9, jump_j = 0;
+    if (tick > still_s) tick = still_s;
+    if (getenv("FAKE_NVML_JUMP")) sscanf(getenv("FAKE_NVML_JUMP"), "%lf:%lf", &jump_s, &jump_j);
+    double from = reset_s >= 0 && tick >= reset_s ? reset_s : -1000;
+    *mj = (u64)(0.5 + 1000 * (joules(GPU(device), tick) - joules(GPU(device), from) + (tick >= jump_s ? jump_j : 0)));
     spend(energy_read_us);
     return 0;
 }
@@ -223,10 +246,11 @@ EXPORT int nvmlDeviceGetMemoryInfo(void *device, u64 memory[3]) {
 }
 EXPORT int nvmlDeviceGetCurrentClocksEventReasons(void *device, u64 *reasons) {
     TRY("DeviceGetCurrentClocksEventReasons");
-    *reasons = state->locked_mhz[GPU(device)] ? 2 : 0;
+    *reasons = (state->locked_mhz[GPU(device)] ? 2 : 0) | (u64)number("FAKE_NVML_REASONS", 0);
     return 0;
 }
 EXPORT int nvmlDeviceGetEnforcedPowerLimit(void *device, unsigned *mw) { TRY("DeviceGetEnforcedPowerLimit"); *mw = state->limit_mw[GPU(device)]; return 0; }
+EXPORT int nvmlDeviceGetPowerManagementDefaultLimit(void *device, unsigned *mw) { TRY("DeviceGetPowerManagementDefaultLimit"); *mw = 700000; return 0; }
 EXPORT int nvmlDeviceGetPowerManagementLimit(void *device, unsigned *mw) { *mw = state->limit_mw[GPU(device)]; return 0; }
 EXPORT int nvmlDeviceGetPowerManagementLimitConstraints(void *device, unsigned *low, unsigned *high) { (void)device; *low = 200000, *high = 700000; return 0; }
 EXPORT int nvmlDeviceSetPowerManagementLimit(void *device, unsigned mw) {
