@@ -307,7 +307,7 @@ def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
     elif config.steady_s is not None and not steady_window:
         detail = f"the load never held steady for {config.steady_s:g} s: lower it or run longer"
         flags.append(Flag("not-steady", detail))
-    if config.verbatim_prompts and (repeats := len(measured) - len({each.prompt_sha256 for each in measured})):
+    if config.prompt_file and (repeats := len(measured) - len({each.prompt_sha256 for each in measured})):
         detail = f"{len(measured)} requests from {len(measured) - repeats} prompts: {repeats} repeat"
         flags.append(Flag("prompts-repeat", detail))
     flags += request_fields.refusal_flags(config, {name for result in results for name in result.fields_refused})

@@ -108,3 +108,11 @@ def test_prompts_of_a_file_are_numbered_unless_verbatim_where_repeats_are_told(t
         result = run_load(TrialLoad(verbatim, server.url, "m", Clock.start()))
         assert {peer.json["prompt"] for peer in server.requests} == set(path.read_text().splitlines())
     assert [flag.detail for flag in result.flags] == ["36 requests from 12 prompts: 24 repeat"]
+
+
+def test_repeated_prompts_of_token_ids_are_told(tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"prompt": [5, 6, 7]}\n{"prompt": [8, 9]}\n')
+    with ScriptedServer(stream(tokens(2))) as server:
+        config = LoadConfig(prompt_file=str(tmp_path / "ids.jsonl"), requests=3, warmup=0)
+        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
+    assert [flag.name for flag in result.flags] == ["prompts-repeat"]
