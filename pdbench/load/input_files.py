@@ -116,7 +116,7 @@ def csv_rows(option: str, path: Path, text: str) -> tuple[list[str], Iterator[tu
                     raise UserError(
                         f"{option} {path}, row {reader.line_num}: more values than the {len(columns)} columns of the header"
                     )
-                if any(value and value.strip() for value in fields.values()):
+                if "".join(filter(None, fields.values())).strip():
                     yield reader.line_num, fields
         except csv.Error as error:
             raise UserError(f"{option} {path}, row {reader.line_num}: {error}") from None

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdbench.errors import UserError
 
@@ -30,6 +30,38 @@ SESSION = ("session_id", "conversation_id", "chat_id")
 _SUFFIXES = {"s": "s", "sec": "s", "seconds": "s", "ms": "ms", "us": "us", "ns": "ns"}
 _DURATION = re.compile(r"([0-9.]+)(ms|s|m|h|d|)")
 _DURATION_S = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Columns(NamedTuple):
+    """What the keys of a row are, by their plain names; looked up once for all rows that have the same."""
+
+    names: tuple[str, ...]
+    form: str
+    input: str | None
+    output: str | None
+    times: tuple[tuple[str, str], ...]
+    blocks: tuple[str, ...]
+    sessions: tuple[str, ...]
+    is_header: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def columns_of(row: tuple[Any, ...]) -> Columns:
+    """`times` are (key, unit) of arrival times, the one to prefer first: one that names its unit."""
+    names = tuple(map(plain, row))
+    present = set(names)
+    times = [(name, unit) for name in names if (unit := time_unit(name)) is not None]
+    prompt, output = (next((key for key in known if key in present), None) for known in (INPUT, OUTPUT))
+    return Columns(
+        names,
+        format_of(present),
+        prompt,
+        output,
+        tuple(sorted(times, key=lambda time: TIME.index(time[0]) if time[0] in TIME else -1)),
+        tuple(key for key in BLOCKS if key in present),
+        tuple(key for key in SESSION if key in present),
+        prompt is None and output is None and bool(present & {"schema", "block_size"}),
+    )
 
 
 @functools.cache
@@ -73,12 +105,16 @@ def blank(value: Any) -> bool:
 
 def number(value: Any) -> int | float | None:
     """A finite number, also one in quotes or with a decimal comma; None for anything else."""
+    if type(value) is int:
+        return value
     if isinstance(value, str):
         text = value.strip().strip('"')
-        if re.fullmatch(r"-?\d+,\d+", text):
-            text = text.replace(",", ".")
         try:
-            value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+            return int(text)
+        except ValueError:
+            pass
+        try:
+            value = float(re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text))
         except ValueError:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

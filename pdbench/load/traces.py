@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from pdbench.errors import UserError
 from pdbench.load import input_files
 from pdbench.load import trace_fields as keys
-from pdbench.load.trace_fields import FORMATS, UNITS, short, span
+from pdbench.load.trace_fields import FORMATS, UNITS, Columns, short, span
 
 _BLOCK_TOKENS = {"Bailian": 16, "Weka": 64}
 _MOONCAKE_BLOCK_TOKENS = 512
@@ -137,7 +137,8 @@ class _Reader:
         """One row, a header between rows ({"block_size": 64}), or a session with its requests inside (Weka)."""
         if not isinstance(row, dict):
             raise self._error(number, f"not an object with keys, but {short(row)}")
-        fields = {keys.plain(key): value for key, value in row.items()}
+        columns = keys.columns_of(tuple(row))
+        fields = dict(zip(columns.names, row.values(), strict=True))
         requests = fields.get("requests")
         if isinstance(requests, list):
             outer = self._scope
@@ -149,10 +150,10 @@ class _Reader:
             for request in requests:
                 self.take(number, request)
             self._scope = outer
-        elif fields.keys().isdisjoint((*keys.INPUT, *keys.OUTPUT)) and fields.keys() & {"schema", "block_size"}:
+        elif columns.is_header:
             self._take_header(fields)
         else:
-            self._take_request(number, fields)
+            self._take_request(number, fields, columns)
 
     def trace(self) -> Trace:
         form = self._formats.most_common(1)[0][0]
@@ -191,14 +192,14 @@ class _Reader:
         if self.block_tokens is None and type(size) is int and size > 0:
             self.block_tokens = size
 
-    def _take_request(self, number: int, fields: dict[str, Any]) -> None:
-        self._take_header(fields)
-        input_tokens = self._length(number, fields, keys.INPUT, "input_tokens")
-        output_tokens = self._length(number, fields, keys.OUTPUT, "output_tokens")
-        form = keys.format_of({key for key, value in fields.items() if not keys.blank(value)})
-        self._formats[form] += 1
-        at, unit = self._instant(number, fields, form)
-        blocks = next((fields[key] for key in keys.BLOCKS if not keys.blank(fields.get(key))), ())
+    def _take_request(self, number: int, fields: dict[str, Any], columns: Columns) -> None:
+        if self.block_tokens is None:
+            self._take_header(fields)
+        input_tokens = self._length(number, fields, columns.input, keys.INPUT)
+        output_tokens = self._length(number, fields, columns.output, keys.OUTPUT)
+        self._formats[columns.form] += 1
+        at, unit = self._instant(number, fields, columns)
+        blocks = next((fields[key] for key in columns.blocks if not keys.blank(fields[key])), ())
         if isinstance(blocks, str):  # in a CSV
             blocks = [word for word in re.split(r"[\s,;\[\]\"']+", blocks) if word]
         if not isinstance(blocks, list | tuple):
@@ -208,37 +209,36 @@ class _Reader:
         ids = tuple((self._scope, block) for block in blocks) if self._scope else tuple(blocks)
         self.records.append(_Record(number, at, unit, input_tokens, output_tokens, ids))
 
-    def _length(self, number: int, fields: dict[str, Any], known: Sequence[str], what: str) -> int:
-        key = next((key for key in known if key in fields), None)
+    def _length(self, number: int, fields: dict[str, Any], key: str | None, known: Sequence[str]) -> int:
         if key is None:
             names = ", ".join(fields)[:200]
-            raise self._error(number, f"no {what} ({', '.join(known[:3])}, ...) among {names}; {FORMATS}")
+            raise self._error(number, f"no {known[1]} ({', '.join(known[:3])}, ...) among {names}; {FORMATS}")
         value = keys.number(fields[key])
         if value is None or value != int(value) or not 0 <= value <= _MOST_TOKENS:
             raise self._error(number, f"{key} is {short(fields[key])}: give a whole number of tokens, 0 or more")
         return int(value)
 
-    def _instant(self, number: int, fields: dict[str, Any], form: str) -> tuple[float, str | None]:
+    def _instant(self, number: int, fields: dict[str, Any], columns: Columns) -> tuple[float, str | None]:
         """(time, its unit, None for the trace's) of a row; one without a time comes `delay` ms after the session's last one."""
-        session = next((fields[key] for key in keys.SESSION if not keys.blank(fields.get(key))), None)
-        session = session if isinstance(session, str | int | float) else repr(session)
-        units = {
-            key: unit for key in fields if (unit := keys.time_unit(key)) is not None and not keys.blank(fields[key])
-        }
-        if units:
-            key = min(units, key=lambda key: keys.TIME.index(key) if key in keys.TIME else -1)
-            at, unit = self._time(number, key, fields[key], units[key])
+        session = next((repr(fields[key]) for key in columns.sessions if not keys.blank(fields[key])), None)
+        at: float
+        unit: str | None
+        for key, named_unit in columns.times:
+            if not keys.blank(fields[key]):
+                at, unit = self._time(number, key, fields[key], named_unit)
+                break
         else:
             delay = keys.number(fields.get("delay", fields.get("delay_ms")))
-            if session == "None" or session not in self._last_of_session or delay is None or delay < 0:
+            if session is None or session not in self._last_of_session or delay is None or delay < 0:
                 names = ", ".join(fields)[:200]
-                turns = "" if session == "None" else ", nor a `delay` (ms) after an earlier turn of its session"
+                turns = "" if session is None else ", nor a `delay` (ms) after an earlier turn of its session"
                 raise self._error(
                     number, f"no arrival time (timestamp, arrival_s, ...) among {names}{turns}; {FORMATS}"
                 )
             before, unit = self._last_of_session[session]
-            at = before + delay * UNITS["ms"] / UNITS[unit or self.unit or keys.unit_of(form)]
-        self._last_of_session[session] = at, unit
+            at = before + delay * UNITS["ms"] / UNITS[unit or self.unit or keys.unit_of(columns.form)]
+        if session is not None:
+            self._last_of_session[session] = at, unit
         return at, unit
 
     def _time(self, number: int, key: str, value: Any, unit: str) -> tuple[float, str | None]:
