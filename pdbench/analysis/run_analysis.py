@@ -35,6 +35,7 @@ from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run, write_wh
 
 SCHEMA = "pdbench-analysis/2"
 FILE = "analysis.json"
+COUNTED_SHARE = 0.01
 METADATA = ("name", "clock", "config", "host", "versions", "gate")
 READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "power_limit_w")
 
@@ -54,10 +55,14 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of successful requests; `merged_pct` is the share of gaps that are 0 because tokens shared a chunk."""
+    """Tokens of successful requests; `merged_pct` is the share of gaps that are 0 because tokens shared a chunk.
+
+    `counted_by`: in which ways they were counted, each in 1 % of the requests or more.
+    """
 
     prompt: int | None
     output: int | None
+    counted_by: list[str]
     merged_pct: float | None
 
 
@@ -113,16 +118,23 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run as docs/metrics.md defines them; `msgspec.to_builtins` of it is saved in the results."""
+    """The figures of a run as docs/metrics.md defines them; `msgspec.to_builtins` of it is saved in the results.
+
+    `tbt_ms` is over every gap between tokens (None where chunks held several: `inter_chunk_ms`), `ttfo_ms` to the first token
+    that is no reasoning.
+    """
 
     trials: int
     window_s: float
     requests: RequestCounts
     errors: dict[str, int]
+    finish_reasons: dict[str, int]
     tokens: TokenCounts
     prefix_cache: PrefixCache | None
     ttft_ms: Spread | None
+    ttfo_ms: Spread | None
     tbt_ms: Spread | None
+    inter_chunk_ms: Spread | None
     mean_tbt_ms: Spread | None
     e2e_ms: Spread | None
     send_delay_ms: Spread | None
@@ -231,6 +243,8 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
 def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) -> Summary:
     requests, in_slo, load = timings.requests, timings.in_slo, run.config.get("load") or {}
     errors = Counter(error or "no_tokens" for error, ok in zip(requests.error, requests.ok, strict=True) if not ok)
+    finished = Counter(reason or "none" for reason, ok in zip(requests.finish_reason, requests.ok, strict=True) if ok)
+    ways = Counter(way for way, ok in zip(requests.counted_by, requests.ok, strict=True) if ok and way)
     merged = int(np.count_nonzero(timings.tbt_ms == 0.0))
     sent, succeeded = len(requests.ok), int(requests.ok.sum())
     return Summary(
@@ -238,13 +252,16 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
         window_s=totals.window_s,
         requests=RequestCounts(sent=sent, succeeded=succeeded, failed=sent - succeeded),
         errors=dict(errors.most_common()),
+        finish_reasons=dict(finished.most_common()),
         tokens=TokenCounts(
             prompt=_count(requests.prompt_tokens[requests.ok]),
             output=_count(requests.output_tokens[requests.ok]),
+            counted_by=sorted(way for way, count in ways.items() if count >= COUNTED_SHARE * succeeded),
             merged_pct=per(100.0 * merged, len(timings.tbt_ms)),
         ),
         prefix_cache=prefix_cache_of(run),
         **{f"{name}_ms": spread(latency.rising) for name, latency in timings.latencies.items()},
+        inter_chunk_ms=spread(rising(timings.inter_chunk_ms)),
         send_delay_ms=spread(rising(requests.send_delay_ms)),
         **{f"{name}_ms": spread(rising(values)) for name, values in requests.phase_ms.items()},
         first_token={

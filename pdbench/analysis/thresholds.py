@@ -4,7 +4,7 @@ import re
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
+from pdbench.analysis.compare import COUNTED_BY, Comparison, ConfidenceInterval, Difference
 from pdbench.analysis.metrics import METRICS
 from pdbench.errors import UserError
 
@@ -54,7 +54,9 @@ def evaluate(comparison: Comparison, conditions: list[Condition]) -> list[Thresh
     results = []
     for condition in conditions:
         if condition.metric not in lines:
-            raise UserError(f"--fail-if: {condition.metric} is not measured in both runs; there are {', '.join(lines)}")
+            noted = "; ".join(str(mismatch) for mismatch in comparison.mismatches if mismatch.what == COUNTED_BY)
+            why = f"not compared ({noted})" if noted else "not measured in both runs"
+            raise UserError(f"--fail-if: {condition.metric} is {why}; there are {', '.join(lines)}")
         line = lines[condition.metric]
         change = line.ratio if condition.relative else line.difference
         if condition.relative and change:

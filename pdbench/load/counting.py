@@ -98,6 +98,10 @@ class Counter:
             self._add(tokens, part.choice, at_s, reasoning=part.reasoning, filled=part.filled)
         return tokens
 
+    def add_many(self, tokens: int, at_s: float) -> None:
+        """Count the tokens of a chunk of the usual form that has several."""
+        self._add(tokens, 0, at_s, reasoning=False, filled=True)
+
     def take_usage(self, usage: Usage, *, alone: bool) -> None:
         """A usage object; `alone`: in an event without choices."""
         record = self.record
@@ -216,6 +220,8 @@ class Counter:
             self._answer_index = before + tokens
         if reasoning:
             self._reasoning_chunks += tokens
+        if not before:
+            self.record.first_tokens = tokens
         token_s.extend([at_s] * tokens)
         if choice:
             self._choices.extend((place, choice) for place in range(before, before + tokens))

@@ -204,7 +204,7 @@ class Response:
                     if len(token_ids) == 1:
                         self.record.token_s.append(self._now_s)
                     else:
-                        self.record.token_s.extend([self._now_s] * len(token_ids))
+                        self._counter.add_many(len(token_ids), self._now_s)
                     self._counter.by_token_ids = True
                 else:
                     self._take_unusual(payload)

@@ -38,8 +38,8 @@ ENERGY = (
 MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
-    "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
-    "prompt_tokens", "output_tokens", *(f"{name}_ms" for name in PHASES), "error", "finish_reason", "first_token", "first_gap_ms",
+    "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "ttfo_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
+    "prompt_tokens", "output_tokens", "counted_by", *(f"{name}_ms" for name in PHASES), "error", "finish_reason", "first_token", "first_gap_ms",
 )  # fmt: skip
 SWEEP_COLUMNS = (
     "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
@@ -112,7 +112,12 @@ def requests_csv(analysis: RunAnalysis) -> str:
 
 def times(analysis: RunAnalysis) -> Table:
     """Every time of one run with mean, p50, p90 and p99; phases where they were reported."""
-    metrics = [*LATENCIES, *(f"{name}_ms" for name in PHASES if getattr(analysis.summary, f"{name}_ms"))]
+    summary = analysis.summary
+    metrics = [*LATENCIES, *(f"{name}_ms" for name in PHASES if getattr(summary, f"{name}_ms"))]
+    if summary.inter_chunk_ms is not None:
+        metrics.insert(2, "inter_chunk_ms")
+    if summary.ttfo_ms != summary.ttft_ms:  # reasoning came first
+        metrics.insert(1, "ttfo_ms")
     rows: list[list[Value]] = []
     for metric in metrics:
         name = _("TBT, every gap") if metric == "tbt_ms" else text.title(metric)
@@ -133,6 +138,8 @@ def run_summary(analysis: RunAnalysis) -> list[Table]:
     counts[text.label("output_tokens_per_s")] = text.value(analysis, "output_tokens_per_s")
     if cached_pct := text.value(analysis, "cached_pct"):
         counts[text.label("cached_pct")] = cached_pct
+    if len(finished := analysis.summary.finish_reasons) > 1:
+        counts[_("answers ended by")] = ", ".join(f"{reason} {count}" for reason, count in finished.items())
     rows = [*known.rows, *([name, value, "", "", ""] for name, value in counts.items())]
     title = f"{analysis.name}: {text.loads({analysis.name: analysis})}"
     first = replace(known, title=title, header=[_("milliseconds"), *known.header[1:]], rows=rows)

@@ -205,3 +205,16 @@ def test_recommended_trials_find_five_percent():
         changes = random.normal(np.log(1.05), 0.03 * 2**0.5, trials)
         detected += mean_difference(np.zeros(trials), changes, True).low > 0
     assert detected >= 320
+
+
+def test_token_gaps_are_not_compared_between_runs_that_counted_differently():
+    a, b = build_run("single", trials=2), build_run("replicas", trials=2)
+    for run, way in ((a, "token_ids"), (b, "chunks")):
+        for record in run.requests:
+            record.counted_by = way
+    compared = compare(analyze(a), analyze(b))
+    assert not {line.metric.name for line in compared.differences} & {"tbt_p50_ms", "tbt_p90_ms", "tbt_p99_ms"}
+    assert "ttft_p50_ms" in {line.metric.name for line in compared.differences}
+    assert any(str(mismatch) == "tokens counted by: token_ids against chunks" for mismatch in compared.mismatches)
+    with pytest.raises(UserError, match=r"not compared .*chunks"):
+        thresholds.evaluate(compared, [thresholds.parse("tbt_p99_ms > +5%")])

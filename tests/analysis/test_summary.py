@@ -163,3 +163,53 @@ def test_run_without_prefill_does_not_split_its_first_tokens():
     run = tiny_run(request(0))
     run.events = [ProxyEvent(request_id="r0", decode_sent_s=1.0)]
     assert summarize(run).first_token == {}
+
+
+def chunked(number: int = 0, tokens: int | None = 40, **fields) -> RequestRecord:
+    """Ten chunks 40 ms apart of an answer that has `tokens` by the server's usage."""
+    arrivals = [2.0 + 0.04 * index for index in range(10)]
+    defaults = {"token_s": arrivals, "end_s": 2.4, "output_tokens": tokens, "counted_by": "chunks"}
+    return request(number, **(defaults | fields))
+
+
+def test_chunks_of_several_tokens_follow_usage_and_have_no_token_gaps():
+    window = [Trial(index=0, start_s=1.0, end_s=2.5)]
+    summary = summarize(tiny_run(chunked(), trials=window))
+    assert summary.mean_tbt_ms.p50 == pytest.approx(360 / 39)
+    assert summary.throughput.output_tokens_per_s == pytest.approx(40 / 1.5)
+    assert summary.tbt_ms is None and summary.inter_chunk_ms.p50 == pytest.approx(40)
+    assert summary.tokens.counted_by == ["chunks"]
+    assert "tbt_p50_ms" not in analyze(tiny_run(chunked(), trials=window)).figures
+
+
+def test_chunks_that_usage_confirms_have_token_gaps():
+    summary = summarize(tiny_run(chunked(tokens=11)))
+    assert summary.tbt_ms.p50 == pytest.approx(40) and summary.inter_chunk_ms is None
+    few = [chunked(number, tokens=10) for number in range(200)]
+    summary = summarize(tiny_run(*few, chunked(200)))
+    assert summary.tbt_ms.count == 200 * 9 and summary.inter_chunk_ms.count == 9
+
+
+def test_unknown_token_counts_leave_what_depends_on_them_unknown():
+    window = [Trial(index=0, start_s=1.0, end_s=2.5)]
+    slo = {"load": {"slo_tbt_ms": 50.0}}
+    run = tiny_run(chunked(tokens=None), chunked(1), trials=window)
+    run.config = slo
+    summary = summarize(run)
+    assert summary.throughput.output_tokens_per_s is None and summary.tokens.output is None
+    assert summary.throughput.requests_per_s is not None and summary.mean_tbt_ms.count == 1
+    assert summary.goodput.requests_per_s is None
+
+
+def test_first_answer_token_and_choices_are_counted_apart():
+    reasoning = request(token_s=[1.1, 1.2, 1.3], answer_index=2, counted_by="token_ids", output_tokens=3)
+    silent = request(1, token_s=[1.1, 1.2], answer_index=None, counted_by="token_ids", output_tokens=2)
+    two = request(2, token_s=[1.1, 1.1, 1.2, 1.2], token_choice=[0, 1, 0, 1], counted_by="token_ids", output_tokens=4)
+    requests = timings_of(tiny_run(reasoning, silent, two)).requests
+    assert requests.ttft_ms == pytest.approx([100, 100, 100])
+    assert requests.ttfo_ms == pytest.approx([300, np.nan, 100], nan_ok=True)
+    assert requests.mean_tbt_ms == pytest.approx([100, 100, 100])
+    assert timings_of(tiny_run(two)).tbt_ms == pytest.approx([100, 100])
+    speculative = request(token_s=[1.1, 1.1, 1.1, 1.4], first_tokens=3, counted_by="token_ids", output_tokens=4)
+    unsent = request(1, token_s=[1.1, 1.2], unsent_tokens=98, counted_by="chunks", output_tokens=100)
+    assert timings_of(tiny_run(speculative, unsent)).requests.mean_tbt_ms == pytest.approx([300, 100])

@@ -1,13 +1,15 @@
 """Every scripted stream of tests/support/stream_cases.py over a real socket, all at once: its class, counts and instants."""
 
 from concurrent.futures import ThreadPoolExecutor
+from math import isnan
 
 import msgspec
 import pytest
 
+from pdbench.analysis.metrics import timings_of
 from pdbench.config import LoadConfig
 from pdbench.load.client import fetch
-from pdbench.records import RequestRecord
+from pdbench.records import Clock, RequestRecord, Run
 from tests.support.servers import ScriptedServer
 from tests.support.stream_cases import CASES
 from tests.support.streams import Case
@@ -25,6 +27,13 @@ def ask(case: Case) -> tuple[RequestRecord, list[float]]:
         return record, server.requests[0].written_s
 
 
+def mean_tbt_ms(record: RequestRecord) -> float | None:
+    """The request's mean TBT as the analysis has it."""
+    run = Run(name="r", clock=Clock(0.0, 0.0), config={}, host={}, versions={}, requests=[record])
+    value = float(timings_of(run).requests.mean_tbt_ms[0])
+    return None if isnan(value) else value
+
+
 def check_instants(case: Case, record: RequestRecord, read_s: float, written_s: list[float]) -> None:
     """First token, first answer token and last token came when the server wrote them."""
     first, answer, last = case.truth.first, case.truth.answer, case.truth.last
@@ -33,6 +42,12 @@ def check_instants(case: Case, record: RequestRecord, read_s: float, written_s: 
     if last is not None:
         span_s = written_s[last] - written_s[first]
         assert record.token_s[-1] - record.token_s[0] == pytest.approx(span_s, abs=_SLACK_S)
+    if case.truth.mean_tbt_ms is None:
+        assert mean_tbt_ms(record) is None
+    else:
+        span_s = case.truth.choices * (written_s[last] - written_s[first])
+        truth_ms = span_s / (case.truth.tokens - case.truth.in_first) * 1e3
+        assert mean_tbt_ms(record) == pytest.approx(truth_ms, rel=0.2, abs=1.0)
     if answer is not None and answer >= 0:
         wait_s = record.token_s[record.answer_index] - record.token_s[0]
         assert wait_s == pytest.approx(written_s[answer] - written_s[first], abs=_SLACK_S)

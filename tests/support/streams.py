@@ -18,7 +18,7 @@ GAP_S = 0.04
 class Truth:
     """`error` is pdbench's class of failure, None for a good answer. `tokens` None: nobody can know it from the stream.
 
-    `first`, `answer` and `last` are pieces; `in_first` of the tokens are in the first one. `cached` and `reasoning` are counts.
+    `first`, `answer` and `last` are pieces; `in_first` of the tokens are in the first chunk (of each of `choices`). `cached` and `reasoning` are counts.
     """
 
     error: str | None = None
@@ -27,6 +27,7 @@ class Truth:
     answer: int | None = None
     last: int | None = None
     in_first: int = 1
+    choices: int = 1
     prompt: int | None = None
     cached: int | None = None
     reasoning: int | None = None
@@ -47,7 +48,7 @@ class Truth:
         """None where it is not defined: all tokens at once, or their number unknown."""
         if self.error or self.tokens is None or self.first is None or self.last is None or self.last <= self.first:
             return None
-        return (self.last - self.first) * GAP_S * 1e3 / (self.tokens - self.in_first)
+        return self.choices * (self.last - self.first) * GAP_S * 1e3 / (self.tokens - self.in_first)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,117 @@
+"""When tokens arrived, as arrays: first and last ones, gaps, and how many tokens an instant stands for.
+
+Where a server gives no token ids, an instant is a chunk's and usage says how many tokens the answer has: it weighs the instants
+and divides the time from first to last, but it makes no gaps between tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdbench.records import RequestRecord
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+COARSE_SHARE = 0.05
+"""Chunks of an answer are its tokens if there are at most this share more tokens than chunks (a marker, an end token)."""
+COARSE_REQUESTS = 0.01
+"""Above this share of answers in larger chunks, no gap of a run is one between tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """One entry per request: `counts` (of its instants), `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
+    `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `output_tokens`, `weight` (tokens per instant); NaN is unknown.
+
+    One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
+    `coarse_gap` (between chunks of several tokens).
+    """
+
+    counts: IntArray
+    answered: BoolArray
+    ok: BoolArray
+    first_s: Array
+    second_s: Array
+    answer_s: Array
+    mean_tbt_ms: Array
+    output_tokens: Array
+    weight: Array
+    token_s: Array
+    request: IntArray
+    is_gap: BoolArray
+    coarse_gap: BoolArray
+
+
+def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
+    """The arrivals of these requests in their order."""
+    counts = np.array([len(record.token_s) for record in records], dtype=np.int64)
+    token_s = np.fromiter(chain.from_iterable(map(_instants, records)), dtype=float, count=counts.sum())
+    answered = np.array([record.error is None for record in records], dtype=bool)
+    ok = answered & (counts > 0)
+    request = np.repeat(np.arange(len(records)), counts)
+    begin = np.cumsum(counts) - counts
+    # A sequence is one choice of one request: its first token is at `head`, its last at `tail`.
+    starts = np.ones(len(token_s), dtype=bool)
+    starts[1:] = request[1:] != request[:-1]
+    first_s, second_s = np.full((2, len(records)), np.nan)
+    first_s[counts > 0] = token_s[begin[counts > 0]]
+    second_s[counts > 1] = token_s[begin[counts > 1] + 1]
+    answer_s = first_s.copy()
+    for row, record in enumerate(records):
+        if record.token_choice:
+            starts[begin[row] + 1 : begin[row] + counts[row]] = np.diff(sorted(record.token_choice)) != 0
+            first_s[row] = answer_s[row] = record.token_s[0]
+        if record.answer_index != 0:
+            place = record.answer_index
+            answer_s[row] = record.token_s[place] if place is not None and place < counts[row] else np.nan
+    head = np.flatnonzero(starts)
+    tail = np.append(head[1:], len(token_s))[: len(head)] - 1
+    reported = column(records, "output_tokens")
+    counted = np.array([record.counted_by is not None for record in records], dtype=bool)
+    chunks = np.array([record.counted_by in ("chunks", "mixed") for record in records], dtype=bool)
+    output_tokens = np.where(np.isnan(reported) & ~(chunks & answered), counts, reported)
+    # From the first instant to the last there are all tokens but those that came at the first, or were never sent.
+    span_s = np.bincount(request[head], token_s[tail] - token_s[head], minlength=len(records))
+    heads = column(records, "first_tokens")
+    for row in (row for row, record in enumerate(records) if record.token_choice):
+        sequences = np.flatnonzero(request[head] == row)
+        heads[row] = sum(np.count_nonzero(token_s[head[i] : tail[i] + 1] == token_s[head[i]]) for i in sequences)
+    later = np.where(counted, output_tokens - column(records, "unsent_tokens"), counts)
+    later = later - heads
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean_tbt_ms = np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
+        weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
+        coarse = ok & chunks & ~(output_tokens - counts <= np.maximum(1, COARSE_SHARE * output_tokens))
+    # A few answers in larger chunks are left out; where there are more, the run has none.
+    coarse |= coarse.sum() > COARSE_REQUESTS * ok.sum()
+    return Arrivals(
+        counts=counts,
+        answered=answered,
+        ok=ok,
+        first_s=first_s,
+        second_s=np.where(coarse, np.nan, second_s),
+        answer_s=answer_s,
+        mean_tbt_ms=mean_tbt_ms,
+        output_tokens=output_tokens,
+        weight=weight,
+        token_s=token_s,
+        request=request,
+        is_gap=~starts[1:] & ok[request[1:]],
+        coarse_gap=coarse[request[1:]],
+    )
+
+
+def column(records: Sequence[RequestRecord], name: str) -> Array:
+    """One field of the records; None is NaN."""
+    return np.array([getattr(record, name) for record in records], dtype=float)
+
+
+def _instants(record: RequestRecord) -> list[float]:
+    """A record's arrivals; of several choices, each choice's together."""
+    if not record.token_choice:
+        return record.token_s
+    return [at_s for _, at_s in sorted(zip(record.token_choice, record.token_s, strict=True))]
