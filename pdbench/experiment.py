@@ -116,7 +116,7 @@ def bench(
             flags = site.assign_devices(info, options)
         if flags:
             options = replace(options, power=replace(options.power, power=False))
-        if b'pdbench_proxy_instance_ready{role="prefill"' in (get(url, "/metrics") or b""):
+        if b'pdbench_proxy_instance_ready{role="prefill"' in (get(url, "/metrics", timeout_s=3.0) or b""):
             where = "--log-dir names the log folder of its `pdbench serve`"
             flags.append(
                 Flag("event-log-missing", f"the proxy at {url} logs elsewhere: phases are not measured; {where}")
@@ -261,8 +261,9 @@ def _measure(
         for device in run.devices:
             run.roles.setdefault(device.role or "host", []).append(device.id)
         events, requests = measurement.events(), [request for request in run.requests if request.trial in trials]
-        is_split = {"proxy", "prefill"} <= {server.role for server in info.servers}
-        event_logs.join(requests, events, is_split or any(flag.name == "event-log-missing" for flag in run.flags))
+        has_prefill = {"proxy", "prefill"} <= {server.role for server in info.servers}
+        has_prefill |= info.name == "bench" and any(flag.name == "event-log-missing" for flag in run.flags)
+        event_logs.join(requests, events, has_prefill)
         run.events += events
         run.flags += [flag for flag in _event_log_flags(info, requests, events, measurement) if flag not in run.flags]
     site.check()

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, S
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
 from pdbench.site import Measurement, Site, stop_on_signals
+from tests.support.proxy_processes import instance, proxy
 
 OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
 KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
@@ -320,3 +322,22 @@ def test_missing_event_log_is_flagged_and_decodes_queue_is_not_the_requests(
     flags = [flag for flag in measured_run.flags if flag.name == "event-log-missing"]
     assert [flag.detail.split()[0] for flag in flags] == flagged
     assert "queue" not in measured_run.requests[0].phases
+
+
+@pytest.mark.parametrize("has_prefill", [True, False])
+def test_bench_of_a_proxy_that_logs_elsewhere_says_so(tmp_path: Path, has_prefill: bool) -> None:
+    def load(number: int) -> LoadResult:
+        result = measured(number)
+        result.requests[0].phases["queue"] = (0.1, 0.4)
+        return result
+
+    options = replace(OPTIONS, serve=ServeConfig(model="m", log_dir=str(tmp_path / "other")))
+    runs: dict[Path, Run] = {}
+    with instance(tmp_path, "a") as a, instance(tmp_path, "b") as b:
+        instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
+        with proxy(tmp_path, **instances) as server:
+            site = FakeSite(load)
+            experiment.bench(server.url, 1, options, tmp_path / "out", Console(quiet=True), site, runs)
+    (run,) = runs.values()
+    assert [flag.name for flag in run.flags] == ["event-log-missing"] * has_prefill
+    assert list(run.requests[0].phases) == ["decode_queue" if has_prefill else "queue"]

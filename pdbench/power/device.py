@@ -75,6 +75,8 @@ class GpuReader(Reader):
         for field, value in self._gpu.read(self.not_measured).items():
             if isinstance(value, nvml.GpuError):
                 self._note(field, value)
+            elif "power" in field and not 0 <= value <= _MOST_W:
+                continue  # some drivers answer with a type's largest number now and then
             else:
                 self._failures.pop(field, None)
                 values[field] = value
@@ -86,7 +88,8 @@ class GpuReader(Reader):
     def buffer(self) -> list[tuple[float, float]]:
         if not self.not_measured.keys().isdisjoint(("power_w", "fine_power")):
             return []
-        return self._attempt("fine_power", self._gpu.buffer) or []
+        entries = self._attempt("fine_power", self._gpu.buffer) or []
+        return [entry for entry in entries if 0 <= entry[1] <= _MOST_W]
 
     def close(self) -> None:
         self._gpu.close()

@@ -262,3 +262,9 @@ print(msgspec.json.encode(whole).decode())
     settings = {"power_0": wave_text("square")}
     merged = msgspec.json.decode(child(nvml_library, code, clock="scripted", **settings), type=list[DeviceRecord])
     assert merged == sampled(nvml_library, 6.0, {"decode": [0]}, **settings)
+
+
+def test_power_that_no_board_draws_is_no_reading(nvml_library: Path) -> None:
+    [device] = sampled(nvml_library, 3.0, {"decode": [0]}, power_0="1 0:4294967 1:4294967")
+    assert device.samples[-1].power_w is None and device.samples[-1].temperature_c == 40
+    assert device.fine_power == []
