@@ -176,7 +176,9 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
     """Raises UserError when prompt and output are longer together than the model takes; distributions may still be."""
     longest = (load.input_tokens or 0) + load.output_tokens
-    if max_model_len is not None and longest > max_model_len:
+    if load.trace:
+        _rows_too_long(load, max_model_len)
+    elif max_model_len is not None and longest > max_model_len:
         raise UserError(
             f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
             f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
@@ -195,8 +197,13 @@ def _file_words(load: LoadConfig) -> list[str]:
         return []
 
 
+def _rows_too_long(load: LoadConfig, max_model_len: int | None) -> str | None:
+    """See plan.rows_too_long; None where the trace is another node's file."""
+    return plan.rows_too_long(load, max_model_len) if load.trace and Path(load.trace).exists() else None
+
+
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
-    return Run(
+    run = Run(
         name=info.name,
         clock=clock,
         config=options.plain()
@@ -209,6 +216,10 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
         host=machines.host_facts(),
         versions=machines.versions(),
     )
+    too_long = _rows_too_long(options.load, info.config.get("max_model_len"))
+    if too_long:
+        run.flags.append(Flag("rows-too-long", too_long))
+    return run
 
 
 def _record_gate(run: Run, gate: Gate, console: Console) -> None:

@@ -28,6 +28,16 @@ def prompt_file_of(config: LoadConfig) -> PromptFile:
     return file
 
 
+def rows_too_long(config: LoadConfig, limit: int | None, max_model_len: int) -> tuple[int, int, int]:
+    """(rows of the trace that a model of this length cannot take, all rows that are sent, tokens of the longest)."""
+    totals = [
+        min(row.input_tokens, config.max_input_tokens or row.input_tokens)
+        + min(row.output_tokens, config.max_output_tokens or row.output_tokens)
+        for row in trace_of(config).rows[:limit]
+    ]
+    return sum(total > max_model_len for total in totals), len(totals), max(totals)
+
+
 def describe(config: LoadConfig, limit: int | None) -> list[str]:
     """What `limit` requests (None: all) send of the file: which rows, over what time, at what mean rate; what was left out."""
     if config.trace:

@@ -162,6 +162,20 @@ def _ends_by_arrivals(config: LoadConfig) -> bool:
     return bool(config.trace or config.stages or config.ramp_to)
 
 
+def rows_too_long(config: LoadConfig, max_model_len: int | None) -> str | None:
+    """What to say of a trace's rows that the model cannot take; None where it takes all. Raises UserError where it takes none."""
+    if not config.trace or max_model_len is None:
+        return None
+    count, total, longest = files.rows_too_long(config, request_limit(config), max_model_len)
+    words = (
+        f"{count} of {total} rows of the trace have more than the {max_model_len} tokens that the model takes (up to {longest}): cap them "
+        "with --max-input-tokens and --max-output-tokens, or serve with a larger --max-model-len"
+    )
+    if count == total:
+        raise UserError(words)
+    return words if count else None
+
+
 def describe_files(config: LoadConfig) -> list[str]:
     """What is sent of the trace or prompt file: which rows, over what time, at what mean rate. Raises UserError as check_files."""
     return files.describe(config, request_limit(config))

@@ -87,7 +87,9 @@ def _prompt_of(row: Any) -> FilePrompt:
     """Raises ValueError for what is no prompt, _NoQuestionError for what is left out."""
     turns = _turns_of(row)
     if turns is not None:
-        return _first_question(turns)
+        question = _first_question(turns)
+        reply = question.reply or (_reply_of(row) if isinstance(row, dict) else None)
+        return FilePrompt(question.prompt, reply)
     if not isinstance(row, dict):
         return FilePrompt(_content(row, "the prompt"))
     body = row.get("body")
@@ -97,11 +99,14 @@ def _prompt_of(row: Any) -> FilePrompt:
     if key is None:
         raise ValueError(f"no prompt among the keys {', '.join(map(str, row))[:200] or '(none)'}")
     prompt = _content(row[key], key)
-    further = row.get("input") if key == "instruction" else None
+    further = row.get("input", row.get("context")) if key == "instruction" else None
     if isinstance(further, str) and further.strip() and isinstance(prompt, str):
         prompt = f"{prompt}\n\n{further}"
-    reply = next((row[key] for key in _REPLY if isinstance(row.get(key), str)), None)
-    return FilePrompt(prompt, reply)
+    return FilePrompt(prompt, _reply_of(row))
+
+
+def _reply_of(row: dict[str, Any]) -> str | None:
+    return next((row[key] for key in _REPLY if isinstance(row.get(key), str)), None)
 
 
 def _turns_of(row: Any) -> Sequence[Any] | None:
@@ -125,12 +130,12 @@ def _first_question(turns: Sequence[Any]) -> FilePrompt:
     """The first words of a person, system turns before them left out, and the reply to them."""
     spoken: list[tuple[str, Any]] = []
     for turn in turns:
-        if isinstance(turn, str):  # turns without speakers: a person's, the model's, ...
-            spoken.append((_PERSON[0] if len(spoken) % 2 == 0 else _MODEL[0], turn))
+        if isinstance(turn, str):  # turns without speakers are a person's (MT-bench, AIPerf)
+            spoken.append((_PERSON[0], turn))
         elif isinstance(turn, dict):
             key = next((key for key in ("value", "content", "text", "prompt") if key in turn), None)
             who = str(turn.get("from") or turn.get("role") or turn.get("user") or "").lower()
-            spoken.append((who or (_PERSON[0] if len(spoken) % 2 == 0 else _MODEL[0]), turn[key] if key else None))
+            spoken.append((who or _PERSON[0], turn[key] if key else None))
         else:
             raise ValueError(f"{_short(turn)} among the turns is no turn")
     while spoken and spoken[0][0] in _BEFORE:
@@ -160,7 +165,10 @@ def _content(value: Any, name: str) -> Prompt:
             return tuple(value)
         if len(value) == 1 and isinstance(value[0], str | list):
             return _content(value[0], name)
-        texts = [part.get("text", part.get("content")) for part in value if isinstance(part, dict)]
+        texts = [
+            part.get("text", part.get("content", part.get("contents"))) for part in value if isinstance(part, dict)
+        ]
+        texts = [text[0] if isinstance(text, list) and text else text for text in texts]
         if len(texts) == len(value):
             # Pictures and other parts have no text.
             words = "".join(text for text in texts if isinstance(text, str))

@@ -26,6 +26,7 @@ TIME = (
     "created_at", "time", "ts", "t",
 )  # fmt: skip
 BLOCKS = ("hash_ids", "block_ids", "block_hashes", "prefix_block_hashes", "prefix_hashes")
+TEXTS = {"text", "texts", "prompt", "messages", "text_input", "conversations"}
 SESSION = ("session_id", "conversation_id", "chat_id")
 _SUFFIXES = {"s": "s", "sec": "s", "seconds": "s", "ms": "ms", "us": "us", "ns": "ns"}
 _DURATION = re.compile(r"([0-9.]+)(ms|s|m|h|d|)")

@@ -212,7 +212,8 @@ class _Reader:
     def _length(self, number: int, fields: dict[str, Any], key: str | None, known: Sequence[str]) -> int:
         if key is None:
             names = ", ".join(fields)[:200]
-            raise self._error(number, f"no {known[1]} ({', '.join(known[:3])}, ...) among {names}; {FORMATS}")
+            texts = "; texts go to --prompt-file" if fields.keys() & keys.TEXTS else ""
+            raise self._error(number, f"no {known[1]} ({', '.join(known[:3])}, ...) among {names}{texts}; {FORMATS}")
         value = keys.number(fields[key])
         if value is None or value != int(value) or not 0 <= value <= _MOST_TOKENS:
             raise self._error(number, f"{key} is {short(fields[key])}: give a whole number of tokens, 0 or more")

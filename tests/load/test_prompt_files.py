@@ -40,7 +40,8 @@ PARTS = [
         {"text": "Question?", "output": "A long answer."},
         {"question": "Question?", "answer": "A long answer."},
         {"instruction": "Question?", "input": "", "output": "A long answer."},
-        {"turns": ["Question?", "A long answer."]},
+        {"turns": ["Question?", "And then?"], "reply": "A long answer."},
+        {"texts": [{"name": "q", "contents": ["Question?"]}], "response": "A long answer."},
         [USER, ASSISTANT],
     ],
 )

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
+from pdbench.load.tokenizer import Tokenizer
 from pdbench.load.trace_fields import read_duration, span
 from pdbench.load.traces import Trace, read_trace
 from pdbench.records import Clock
@@ -139,6 +141,7 @@ def test_encodings_and_packed_files_are_read(tmp_path, change):
         ("mooncake.jsonl", '{"timestamp": 1, "input_length": 5}\n', r"row 3: no output_tokens \(output_length"),
         ("mooncake.jsonl", '{"input_length": 5, "output_length": 5}\n', r"row 3: no arrival time \(timestamp"),
         ("mooncake.jsonl", lines(mooncake(None)), r"row 3: no arrival time"),
+        ("mooncake.jsonl", '{"timestamp": 1, "text": "x"}\n', r"row 3: no input_tokens .*; texts go to --prompt-file"),
         ("mooncake.jsonl", lines(mooncake(5, hash_ids="7") | {"hash_ids": 7}), "row 3: hash_ids is 7"),
         ("mooncake.jsonl", lines(mooncake(5, None)), "row 3: input_length is null"),
         ("mooncake.jsonl", lines(mooncake(5, True)), "row 3: input_length is True"),
@@ -336,3 +339,33 @@ def test_durations_are_read_and_written_for_people():
     for text in ("", "-5s", "5x", "h", "nan", "1..5s"):
         with pytest.raises(UserError, match="--x"):
             read_duration("--x", text)
+
+
+def test_rows_that_the_model_cannot_take_are_told_and_refused_when_they_are_all(tmp_path):
+    (tmp_path / "t.csv").write_text(AZURE + "0,500,12\n1,500,13\n2,600,1\n")
+    config = LoadConfig(trace=str(tmp_path / "t.csv"))
+    words = plan.rows_too_long(config, 512)
+    assert words is not None and words.startswith(
+        "2 of 3 rows of the trace have more than the 512 tokens that the model takes (up to 601)"
+    )
+    assert plan.rows_too_long(config, 601) is None and plan.rows_too_long(config, None) is None
+    assert plan.rows_too_long(replace(config, max_input_tokens=100), 512) is None
+    with pytest.raises(UserError, match="3 of 3 rows"):
+        plan.rows_too_long(config, 500)
+
+
+def test_blocks_are_sent_as_token_ids_where_their_text_would_be_other_tokens(tmp_path, tokenizer):  # noqa: F811
+    class Lossy(Tokenizer):
+        """Decodes to text of other tokens, as tokenizers that drop blanks or case do."""
+
+        def decode(self, ids: list[int]) -> str:
+            return super().decode(ids).upper()
+
+    lossy = Lossy(tokenizer._encoder)
+    (tmp_path / "t.jsonl").write_text(lines(*[mooncake(0, 700, hash_ids=[1, 2])] * 2))
+    config = LoadConfig(trace=str(tmp_path / "t.jsonl"))
+    first, second = plan.planned_requests(config, lossy, 0)
+    assert isinstance(first.prompt, tuple) and len(first.prompt) == 700 == first.prompt_tokens and first.prompt[0] == 0
+    assert first.prompt == second.prompt
+    (chat, _) = plan.planned_requests(replace(config, endpoint="chat"), lossy.for_chat(9), 0)
+    assert isinstance(chat.prompt, str) and lossy.for_chat(9).count(chat.prompt) == 700
