@@ -1,5 +1,7 @@
 """The files that a load names, read as its options say, and what is sent of them in words."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from pdbench.config import LoadConfig
@@ -7,6 +9,8 @@ from pdbench.errors import UserError
 from pdbench.load.prompt_files import PromptFile, read_prompt_file
 from pdbench.load.trace_fields import read_duration, span
 from pdbench.load.traces import Trace, read_trace
+
+_LONG_PAUSE_S = 60.0
 
 
 def trace_of(config: LoadConfig) -> Trace:
@@ -38,6 +42,12 @@ def rows_too_long(config: LoadConfig, limit: int | None, max_model_len: int) -> 
     return sum(total > max_model_len for total in totals), len(totals), max(totals)
 
 
+def _mean_rate(instants: Sequence[float]) -> float | None:
+    """Requests per second; None for fewer than two instants."""
+    length_s = instants[-1] - instants[0] if instants else 0.0
+    return (len(instants) - 1) / length_s if length_s > 0 else None
+
+
 def describe(config: LoadConfig, limit: int | None) -> list[str]:
     """What `limit` requests (None: all) send of the file: which rows, over what time, at what mean rate; what was left out."""
     if config.trace:
@@ -48,14 +58,21 @@ def describe(config: LoadConfig, limit: int | None) -> list[str]:
         words = f"trace {trace.name} ({trace.format}): {len(instants):,} of {trace.total:,} rows"
         if config.trace_from:
             words += f" from {span(read_duration('--trace-from', config.trace_from))} on"
-        length_s = instants[-1] - instants[0] if instants else 0.0
-        if length_s > 0:
-            words += f" over {span(length_s)}, mean {(len(instants) - 1) / length_s:.3g} requests/s"
+        rate = _mean_rate(instants)
+        if rate is not None:
+            words += f" over {span(instants[-1] - instants[0])}, mean {rate:.3g} requests/s"
         elif len(instants) > 1:
             words += ", all at once"
-        if instants and instants[0] > 10:
-            words += f", the first after {span(instants[0])}"
-        return [words, *trace.notes]
+        whole = read_trace(config.trace, config.trace_unit, config.trace_block_tokens).rows
+        whole_rate = _mean_rate([row.arrival_s * config.time_scale for row in whole])
+        # The head of a trace is seldom its load.
+        notes = (
+            [f"the whole trace has {whole_rate:.3g} requests/s"] if whole_rate and len(instants) < len(whole) else []
+        )
+        pause_s = max((later - earlier for earlier, later in itertools.pairwise([0.0, *instants])), default=0.0)
+        if pause_s > _LONG_PAUSE_S:
+            notes.append(f"longest pause {span(pause_s)}")
+        return [words, *notes, *trace.notes]
     if config.prompt_file:
         file = prompt_file_of(config)
         words = f"prompt file {file.name}: {len(file.prompts):,} of {file.total:,} {file.unit} used"

@@ -62,6 +62,8 @@ class PlannedRequest:
 def check(config: LoadConfig) -> None:
     """Raise UserError for options that contradict each other; each one's range is checked where it is declared."""
     arrival_options = [name for name in ("rate", "stages", "trace") if getattr(config, name)]
+    if config.trace and config.prompt_file:
+        raise UserError("--trace and --prompt-file both set the prompts: give one")
     if len(arrival_options) > 1:
         raise UserError(f"--{arrival_options[0]} and --{arrival_options[1]} both set the arrivals: give one")
     if config.ramp_to is not None and config.rate is None:

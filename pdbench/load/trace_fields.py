@@ -128,7 +128,7 @@ def date(text: Any) -> float | None:
     if not isinstance(text, str):
         return None
     # Azure writes seven decimals of a second; datetime takes six.
-    head, _, tail = text.strip().strip('"').partition(".")
+    head, _, tail = text.strip().strip('"').replace(" UTC", "+00:00").partition(".")
     digits = len(tail) - len(tail.lstrip("0123456789"))
     try:
         instant = datetime.fromisoformat(head + tail[digits:])

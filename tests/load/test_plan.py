@@ -201,6 +201,7 @@ def test_request_bodies():
     [
         {"rate": 1.0, "stages": "1:1"},
         {"ramp_to": 2.0},
+        {"trace": "t.csv", "prompt_file": "p.txt"},
         {"client_processes": 3, "concurrency": 2},
         {"client_processes": 2, "concurrency": 2, "steady_s": 1.0},
         {"stages": "1:0"},

@@ -295,17 +295,19 @@ def test_trace_is_replayed_whole_in_part_or_as_many_rows_as_asked(tmp_path, toke
     def planned(**options) -> tuple[list[float], str]:
         config = LoadConfig(trace=str(path), **options)
         plan.check(config)
-        return [request.arrival_s for request in plan.planned_requests(config, tokenizer, 0)], plan.describe_files(
-            config
-        )[0]
+        words = "; ".join(plan.describe_files(config))
+        return [request.arrival_s for request in plan.planned_requests(config, tokenizer, 0)], words
 
     arrivals, words = planned()
     assert len(arrivals) == 220 and words == "trace t.csv (Azure): 220 of 220 rows over 22 min, mean 0.169 requests/s"
     arrivals, words = planned(requests=10)
-    assert len(arrivals) == 10 and "10 of 220 rows over 9 min" in words
+    assert len(arrivals) == 10
+    assert words == (
+        "trace t.csv (Azure): 10 of 220 rows over 9 min, mean 0.0167 requests/s; the whole trace has 0.169 requests/s"
+    )
     arrivals, words = planned(trace_from="20m", trace_for="30s")
     assert arrivals == pytest.approx([0.5 * at for at in range(60)])
-    assert words == "trace t.csv (Azure): 60 of 220 rows from 20 min on over 29.5 s, mean 2 requests/s"
+    assert words.startswith("trace t.csv (Azure): 60 of 220 rows from 20 min on over 29.5 s, mean 2 requests/s; ")
     assert len(planned(trace_from="20m", duration_s=10.0)[0]) == 20
     assert len(planned(trace_from="20m", duration_s=10.0, time_scale=2.0)[0]) == 10
     with pytest.raises(
