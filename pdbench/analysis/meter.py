@@ -69,8 +69,8 @@ class Meter:
         duration_s = length_s(windows)
         still_s = length_s(intersection(self._still, windows))
         integral_j = total([self._curve.energy_j(start, end) for start, end in windows])
-        if still_s and not integral_j:
-            integral_j = None  # the power of such a meter is its counter's slope
+        if still_s and (self.device.kind != "gpu" or not integral_j):
+            integral_j = None  # RAPL's power is its counter's slope; no GPU draws 0 W
         counter_j = total([self._counter_j(start, end) for start, end in windows])
         if still_s > 0.99 * duration_s:
             counter_j = None

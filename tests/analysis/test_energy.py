@@ -292,3 +292,10 @@ def test_device_says_how_far_its_power_limit_held_it_down() -> None:
     assert prefill.power_capped_pct == pytest.approx(50, abs=1) and prefill.readings["power_limit_w"].max == 500
     assert (prefill.default_power_limit_w, decode.power_capped_pct) == (700, None)
     assert prefill.scopes["gpu"].energy_j == prefill.energy.energy_j
+
+
+def test_rapl_zone_that_stands_still_in_a_part_of_the_window_is_not_measured() -> None:
+    samples = [DeviceSample(t_s=i / 10, power_w=50.0 * (i < 300), energy_j=5.0 * min(i, 300)) for i in range(601)]
+    device = DeviceRecord(id="cpu-package-0", kind="cpu", name="CPU", samples=samples)
+    assert energy_over(device, 5, 25).energy_j == pytest.approx(1000)
+    assert energy_over(device, 5, 55).energy_j is None
