@@ -78,7 +78,7 @@ def documents(payload: bytes) -> list[Any]:
         pass
     # Python's reader takes what servers written in Python send: NaN, lone surrogates, line ends inside strings.
     text, at, found, decoder = payload.decode("utf-8", "replace").strip(), 0, [], json.JSONDecoder(strict=False)
-    if text.lower() in _IDLE_WORDS:
+    if text.strip("[]<>").lower() in _IDLE_WORDS:
         return []
     try:
         while at < len(text):

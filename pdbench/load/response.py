@@ -66,7 +66,7 @@ class Response:
         self._chunks = self._status = 0
         self._finished = self._done = self._streaming = False
         self._aborted: str | None = None
-        self._last_payload = b""
+        self._finals: dict[int, str] = {}
         self._now_s = 0.0
 
     @property
@@ -221,8 +221,6 @@ class Response:
         if is_done(payload):
             self._stop(done=True)
             return
-        if self._finished and payload == self._last_payload:
-            return  # the final chunk once more
         try:
             for document in chunks.documents(payload):
                 for part in document if isinstance(document, list) else [document]:
@@ -235,8 +233,6 @@ class Response:
                 self.record.notes.append("malformed-after-finish")
             elif not self._finished:
                 self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
-        if self._finished and not self._last_payload:
-            self._last_payload = payload
 
     def _take_event(self, event: Event) -> None:
         record, counter = self.record, self._counter
@@ -261,6 +257,8 @@ class Response:
 
     def _take_part(self, part: Part, event: Event) -> None:
         counter, record = self._counter, self.record
+        if part.finish is not None and self._finals.get(part.choice) == part.text and not chunks.failed(part.finish):
+            return  # the final chunk once more
         if part.message and self._texts:
             part = counting.message_rest(part, self._texts, by_messages=counter.by_messages)
         elif part.message:
@@ -272,7 +270,8 @@ class Response:
         if part.finish is not None:
             if chunks.failed(part.finish):
                 self._aborted = record.finish_reason = part.finish
-            elif record.finish_reason is None:
+            self._finals[part.choice] = part.text
+            if self._aborted is None and record.finish_reason is None:
                 record.finish_reason = part.finish
             if counter.finish(part.choice):
                 self._stop()

@@ -16,7 +16,7 @@ from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, RequestRecord
 from tests.support.processes import wait_until
-from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, event, refusal, stream, token, tokens, usage
 
 
 def load(server: ScriptedServer, **options) -> LoadResult:
@@ -245,3 +245,44 @@ def test_request_is_sent_again_without_token_ids_only_once():
         result = load(server, concurrency=1, requests=1, warmup=0, extra_body='{"return_token_ids": true}')
         assert len(server.requests) == 2
     assert [record.error.kind for record in result.requests] == ["http_400"]
+
+
+def test_connection_held_open_after_the_end_is_not_charged_to_the_client():
+    """The server announces more bytes than it sends: the stream is free only when the client gives the connection up."""
+
+    def answer(peer: Peer) -> bool:
+        body = b"".join(event(payload) for payload in tokens(3)) + event(b"[DONE]")
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1000)
+        peer.write(head + body)
+        peer.sock.recv(1)
+        return False
+
+    with ScriptedServer(answer) as server:
+        result = load(server, concurrency=1, requests=4, warmup=0)
+    assert all(record.error is None for record in result.requests)
+    assert all(record.end_s - record.sent_s < 0.2 for record in result.requests)
+    assert result.trial.client["send_delay_ms"]["max"] < 50
+    assert "client-limited" not in {flag.name for flag in result.flags}
+
+
+def test_odd_answers_are_counted_in_flags():
+    payloads = [token("a ", None), token("b ", None, "stop"), usage(-1, 10**14)]
+    whole, calls = stream(payloads), iter(range(100))
+
+    def answer(peer: Peer) -> bool:
+        return stream(payloads[:1])(peer) if next(calls) == 2 else whole(peer)
+
+    with ScriptedServer(answer) as server:
+        result = load(server, requests=4, warmup=0)
+    names = {flag.name for flag in result.flags}
+    assert {"usage-refused", "finish-missing", "tokens-counted-by-chunks"} <= names
+    assert result.trial.client["finish_reasons"] == {"stop": 3, "none": 1}
+    assert [record.output_tokens for record in result.requests] == [2, 2, 1, 2]
+    assert result.trial.client["addresses"] == ["127.0.0.1"]
+
+
+def test_short_answers_of_a_forced_load_are_failures():
+    with ScriptedServer(stream(tokens(3))) as server:
+        result = load(server, requests=3, warmup=0, output_tokens=8, ignore_eos=True)
+        assert result.trial.client["failures"] == {"short": 3}
+        assert load(server, requests=3, warmup=0, output_tokens=8).trial.client["failures"] == {}

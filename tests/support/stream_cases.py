@@ -59,7 +59,7 @@ case("thinking parts in a content list", [sse(delta(content=[{"type": "thinking"
      sse(delta("stop"), usage(3)) + DONE], Truth(tokens=3, answer=1, last=2, text="hmyes no "), chat=True)
 case("reasoning that is counted, not sent", [*words("a ", "b ", "c "), sse(usage(100,
      completion_tokens_details={"reasoning_tokens": 97})) + DONE], Truth(tokens=100, last=2, in_first=98,
-     reasoning=97), chat=True, max_tokens=128)
+     reasoning=97), chat=True)
 case("tool calls", [sse(delta(role="assistant", content=None)), sse(delta(tool_calls=[{"index": 0, "id": "c1",
      "type": "function", "function": {"name": "get", "arguments": ""}}])), *(sse(delta(tool_calls=[{"index": 0,
      "function": {"arguments": part}}])) for part in ('{"a', '": ', "1", "}")), sse(delta("tool_calls"),
@@ -201,16 +201,20 @@ for _reason in ("abort", "error", "cancelled", {"type": "abort", "message": "KVT
 case("finish as an object", [*FIVE, sse(text("", {"type": "length", "length": 5}), usage(5)) + DONE], GOOD)
 case("finish twice", [*FIVE, sse(text("", "stop"), text("", "length"), usage(5)) + DONE], GOOD)
 case("final chunk twice", [*FIVE[:4], sse(text("t4 ", "stop"), text("t4 ", "stop"), usage(5)) + DONE], GOOD)
+case("final chunk twice, another created", [*FIVE[:4], sse(text("t4 ", "stop"), text("t4 ", "stop", created=2),
+     usage(5)) + DONE], GOOD)
+case("finish stop, then abort", [*FIVE, sse(text("", "stop"), text("", "abort")) + DONE], Truth(error="aborted"))
 case("[DONE] without a finish", [*FIVE, sse(usage(5)) + DONE], GOOD)
 case("[DONE] alone", [DONE], Truth(error="empty", first=None))
 case("finish without text", [sse(text("", "stop"), usage(0)) + DONE], Truth(error="empty", first=None))
 case("finish without [DONE]", [*FIVE, sse(text("", "stop"))], Truth(tokens=5, last=4))
 case("forced, but aborted early", [*FIVE[:2], sse(text("", "abort"), usage(2)) + DONE], Truth(error="aborted",
-     tokens=2), max_tokens=128, forced=True)
+     tokens=2), forced=True)
 case("forced, but stopped early", [*FIVE, sse(text("", "stop"), usage(5)) + DONE], Truth(error="short", tokens=5),
-     max_tokens=128, forced=True)
-case("forced, [DONE] early", [*FIVE[:2], DONE], Truth(error="short", tokens=2), max_tokens=128, forced=True)
-case("forced and whole", [*FIVE, END], GOOD, max_tokens=5, forced=True)
+     forced=True)
+case("forced, [DONE] early", [*FIVE[:2], DONE], Truth(error="short", tokens=2), forced=True)
+case("forced and whole", [*(sse(text("t " * 32, token_ids=[1] * 32)) for _ in range(4)), sse(text("", "length",
+     token_ids=[]), usage(128)) + DONE], Truth(tokens=128, last=3, in_first=32), forced=True)
 
 GROUP = "keep-alives"
 for _name, _noise in {"comments": b": ping\n\n", "comment lines": b":\n", "empty data": b"data:\n\n",
@@ -240,6 +244,7 @@ case("[done] in lower case", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [
 case("[DONE] without a blank line", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [DONE]\n"], GOOD)
 case("[DONE] without a line end", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [DONE]"], GOOD)
 case("last event without its blank line", [*FIVE, sse(text("", "stop")), sse(usage(5))[:-2]], GOOD)
+case("data: [PING]", [sse(b"[PING]"), *FIVE, sse(text("", "stop"), usage(5)) + DONE], Truth(tokens=5, first=1, last=5))
 case("garbage after the finish", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: {broken\n\n" + DONE],
      Truth(tokens=5, last=4, note="malformed-after-finish"))
 case("garbage after [DONE]", [*FIVE, sse(text("", "stop"), usage(5)) + DONE + b"garbage\ndata: {\n\n" + FIVE[0]],

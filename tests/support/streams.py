@@ -66,7 +66,7 @@ class Case:
     headers: list[bytes] = field(default_factory=list)
     length: int | None = None
     end: str = "close"
-    max_tokens: int = 64
+    max_tokens: int = 128
     forced: bool = False
 
     def answer(self, peer: Peer) -> bool:

@@ -1,0 +1,227 @@
+"""How stream_conformance.py installs and runs each tool, and where in its files the figures of single requests stand."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 600
+
+
+class Group(NamedTuple):
+    """What one command asks for: the chat or completions endpoint, and how long answers may or must be."""
+
+    chat: bool
+    forced: bool
+    max_tokens: int
+
+
+class Seen(NamedTuple):
+    """A request's figures as a tool reports them; None: it reports none."""
+
+    ok: bool
+    tokens: int | None = None
+    ttft_ms: float | None = None
+    tbt_ms: float | None = None
+
+
+@dataclass
+class Tool:
+    """A tool in its environment; `run` asks for the cases in their order, one at a time, and returns what it saw of each."""
+
+    key: str
+    python: Path
+    tokenizer: Path
+    package: str | None = None
+
+    @property
+    def name(self) -> str:
+        distribution = {"vllm": "vllm", "pdbench": "pdbench"}.get(self.key, self.package)
+        script = f"import importlib.metadata as m; print(next((m.version(n) for n in ('{distribution}', '{distribution}-cpu') if _has(m, n)), '?'))"
+        helper = "def _has(m, n):\n    try:\n        m.version(n); return True\n    except m.PackageNotFoundError: return False\n"
+        done = subprocess.run([self.python, "-c", helper + script], capture_output=True, text=True, cwd="/")
+        return f"{self.key} {done.stdout.strip()}"
+
+    def install(self) -> None:
+        """Make the environment if there is none; raises RuntimeError with pip's last line."""
+        home = self.python.parents[1]
+        if self.package is None or (home / "installed").exists():
+            return
+        if not self.python.exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        done = subprocess.run([self.python, "-m", "pip", "install", "-q", self.package], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        (home / "installed").touch()
+
+    def run(self, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+        """What the tool saw of each case."""
+        prompts = folder / "prompts.jsonl"
+        key = {"aiperf": "text"}.get(self.key, "prompt")
+        prompts.write_text("".join(json.dumps({key: f"case-{number} "}) + "\n" for number in numbers))
+        return globals()[f"run_{self.key.replace('-', '_')}"](self, url, group, numbers, folder)
+
+    def command(self, folder: Path, *arguments: object) -> None:
+        """Run it to its end; raises RuntimeError with its last lines where it fails."""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_COLOR": "1"}
+        if self.key != "pdbench":
+            environment.pop("PYTHONPATH", None)
+        with (folder / "output.txt").open("w") as output:
+            done = subprocess.run(
+                [str(argument) for argument in arguments],
+                stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT_S, cwd=folder, env=environment,
+            )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode}: {(folder / 'output.txt').read_text()[-500:]}")
+
+
+def tools(peers: Path, temporary: Path) -> list[Tool]:
+    """pdbench and vLLM of this environment, then the peers of theirs."""
+    tokenizer = make_tokenizer(temporary / "tokenizer")
+    here = Path(sys.executable)
+    own = [Tool(key, here, tokenizer) for key in ("pdbench", "vllm")]
+    return own + [
+        Tool(key, peers / key / "bin" / "python", tokenizer, key) for key in ("aiperf", "guidellm", "inference-perf")
+    ]
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A tokenizer with one token per word, for the tools that count tokens in the text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(parents=True)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "case": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "[UNK]", "pad_token": "[UNK]",
+                "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}", "model_max_length": 4096}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return folder
+
+
+def run_pdbench(tool: Tool, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+    arguments = [
+        "--url",
+        url,
+        "--model",
+        "scripted",
+        "--prompt-file",
+        folder / "prompts.jsonl",
+        "--requests",
+        len(numbers),
+    ]
+    arguments += ["--warmup", 0, "--output-tokens", group.max_tokens, "--out", folder / "run", "--verbatim-prompts"]
+    arguments += [
+        "--endpoint",
+        "chat" if group.chat else "completions",
+        "--ignore-eos" if group.forced else "--no-ignore-eos",
+    ]
+    tool.command(folder, tool.python, "-m", "pdbench", "bench", *arguments)
+    sys.path.insert(0, str(ROOT))
+    from pdbench.analysis.run_analysis import load_analysis
+
+    requests = load_analysis(next((folder / "run").rglob("*_results.json")).parent).requests
+
+    def known(value: float) -> float | None:
+        return None if value != value else float(value)
+
+    return {
+        number: Seen(
+            bool(requests.ok[row]), known(requests.output_tokens[row]), known(requests.ttft_ms[row]), known(requests.mean_tbt_ms[row])
+        )
+        for row, number in enumerate(numbers)
+    }  # fmt: skip
+
+
+def run_vllm(tool: Tool, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+    script = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); "
+    script += "add_cli_args(p); main(p.parse_args())"
+    end = ["openai-chat", "/v1/chat/completions"] if group.chat else ["openai", "/v1/completions"]
+    arguments = [
+        "--base-url",
+        url,
+        "--model",
+        "scripted",
+        "--backend",
+        end[0],
+        "--endpoint",
+        end[1],
+        "--dataset-name",
+        "custom",
+    ]
+    arguments += [
+        "--dataset-path",
+        folder / "prompts.jsonl",
+        "--custom-output-len",
+        group.max_tokens,
+        "--disable-shuffle",
+    ]
+    arguments += [
+        "--custom-skip-chat-template",
+        "--num-prompts",
+        len(numbers),
+        "--max-concurrency",
+        1,
+        "--disable-tqdm",
+    ]
+    arguments += ["--num-warmups", 0, "--ready-check-timeout-sec", 0, "--save-result", "--save-detailed"]
+    arguments += ["--tokenizer", tool.tokenizer, "--result-filename", folder / "vllm.json"]
+    tool.command(folder, tool.python, "-c", script, *arguments, *(["--ignore-eos"] if group.forced else []))
+    rows = json.loads((folder / "vllm.json").read_text())
+    seen = {}
+    for row, number in enumerate(numbers):
+        tokens, ttft_s, gaps_s = rows["output_lens"][row], rows["ttfts"][row], rows["itls"][row]
+        # Its TPOT: (latency - TTFT) / (tokens - 1).
+        tbt_ms = sum(gaps_s) / (tokens - 1) * 1e3 if tokens > 1 else None
+        seen[number] = Seen(not rows["errors"][row], tokens, ttft_s * 1e3, tbt_ms)
+    return seen
+
+
+def run_aiperf(tool: Tool, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+    arguments = [
+        "profile",
+        "--model",
+        "scripted",
+        "--url",
+        url,
+        "--endpoint-type",
+        "chat" if group.chat else "completions",
+    ]
+    arguments += [
+        "--streaming",
+        "--concurrency",
+        1,
+        "--request-count",
+        len(numbers),
+        "--ui",
+        "none",
+        "--export-level",
+        "records",
+    ]
+    arguments += [
+        "--input-file",
+        folder / "prompts.jsonl",
+        "--custom-dataset-type",
+        "single_turn",
+        "--tokenizer",
+        tool.tokenizer,
+    ]
+    arguments += ["--artifact-dir", folder / "aiperf", "--extra-inputs", f"max_tokens:{group.max_tokens}"]
+    arguments += ["--extra-inputs", "ignore_eos:true"] if group.forced else []
+    tool.command(folder, tool.python.parent / "aiperf", *arguments)
+    lines = next((folder / "aiperf").rglob("profile_export.jsonl")).read_text().splitlines()
+    rows = sorted((json.loads(line) for line in lines), key=lambda row: row["metadata"]["request_start_ns"])
+    asked = [json.loads(line)["case"] for line in (folder / "served.jsonl").read_text().splitlines()]
+    seen = {}
+    for number, row in zip(dict.fromkeys(asked), rows, strict=False):
+        figures = {name: figure["value"] for name, figure in row["metrics"].items()}
+        seen[number] = Seen(
+            not row.get("error"), figures.get("output_sequence_length"), figures.get("time_to_first_token"),
+            figures.get("inter_token_latency"),
+        )  # fmt: skip
+    return seen
