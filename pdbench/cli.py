@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -17,18 +17,16 @@ from rich.markup import escape
 from pdbench import __version__, recipe
 from pdbench.config import (
     ClusterConfig,
-    Count,
-    DeploymentKind,
     LoadConfig,
     Options,
-    Positive,
+    PairConfig,
     PowerConfig,
     ProxyConfig,
-    SampleInterval,
     ServeConfig,
     ServerConfig,
 )
 from pdbench.errors import UserError
+from pdbench.ranges import Count, Interval, Positive
 from pdbench.records import Run
 
 if TYPE_CHECKING:
@@ -85,9 +83,9 @@ def run(
     recipe: Recipe = None,
     /,
     *,
-    against: str = "single,disaggregated",
-    trials: Count[int] = 3,
+    against: str | None = None,
     out: Path = Path(),
+    design: PairConfig | None = None,
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
 ) -> None:
@@ -96,17 +94,23 @@ def run(
     Parameters
     ----------
     against
-        Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated.
-    trials
-        Repetitions of each, in turns (A B B A ...).
+        Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated; default: single, replicas
+        and disaggregated, without replicas where there is one GPU.
     out
         Folder in which the results folders go.
     """
-    from pdbench import experiment
+    from pdbench import experiment, turns
+    from pdbench.analysis import thresholds
+    from pdbench.report import commands
 
-    kinds = _deployment_names(against)
+    design = design or PairConfig()
+    until = thresholds.parse_width(design.until) if design.until else None
+    thresholds.check_metric(options.load.primary, "--primary")
     with _measuring(cluster, out) as (site, runs):
-        experiment.run(kinds, trials, options, out, console, site, runs)
+        kinds = turns.deployments(against) if against else site.kinds(options.serve)
+        experiment.run(
+            kinds, design, options, out, console, site, runs, until and (lambda: commands.narrow_enough(runs, until))
+        )
 
 
 @app.command(group_parameters=_MEASURING)
@@ -165,11 +169,11 @@ def serve(
     """
     import shlex
 
-    from pdbench import experiment
+    from pdbench import turns
     from pdbench.cluster import open_site
     from pdbench.site import Site, stop_on_signals
 
-    kind = _deployment_names(against or ("single" if single else "disaggregated"))[0]
+    kind = turns.deployments(against or ("single" if single else "disaggregated"))[0]
     if show:
         for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
             settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
@@ -179,7 +183,7 @@ def serve(
     with (
         stop_on_signals(),
         open_site(cluster) as site,
-        experiment.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
+        turns.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
     ):
         info = deployment.info()
         console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False)
@@ -207,14 +211,6 @@ def _options(command: str) -> set[str]:
     return {name[2:].replace("-", "_") for name in names if name.startswith("--")}
 
 
-def _deployment_names(text: str) -> list[DeploymentKind]:
-    names = cast(list[DeploymentKind], text.split(","))
-    for name in names:
-        if name not in get_args(DeploymentKind):
-            raise UserError(f"no deployment {name!r}: choose from {', '.join(get_args(DeploymentKind))}")
-    return names
-
-
 @app.command
 def proxy(recipe: Recipe = None, /, *, proxy: ProxyConfig | None = None) -> None:
     """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how."""
@@ -228,6 +224,7 @@ def compare(
     *folders: Path,
     fail_if: tuple[str, ...] = (),
     anyway: bool = False,
+    primary: str | None = None,
     lang: Literal["en", "zh"] = "en",
     picture: Path = Path("performance_comparison.png"),
 ) -> None:
@@ -242,6 +239,8 @@ def compare(
         2 when nothing could be judged.
     anyway
         Compare also what was not measured alike; what differs is then named.
+    primary
+        Metric that is judged by itself, the others as a family (docs/statistics.md); default: the runs' own --primary.
     lang
         Language of the table.
     picture
@@ -251,7 +250,7 @@ def compare(
 
     try:
         with text.language(lang):
-            sys.exit(commands.compare_folders(folders, fail_if, anyway, picture, console))
+            sys.exit(commands.compare_folders(folders, fail_if, anyway, picture, console, primary))
     except UserError as error:
         raise UserError(str(error), exit_code=2) from None  # 1 says that a condition is met
 
@@ -260,7 +259,7 @@ def compare(
 def monitor(
     *,
     gpus: str | None = None,
-    interval: SampleInterval[float] = 0.1,
+    interval: Interval[float] = 0.1,
     duration: Positive[float | None] = None,
     out: Path | None = None,
 ) -> None:
@@ -358,13 +357,13 @@ def sweep(
     out
         Folder of the points, the summary table and the curves.
     """
-    from pdbench import experiment, sweep
+    from pdbench import experiment, sweep, turns
     from pdbench.cluster import open_site
     from pdbench.report import commands
     from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
-    kinds = _deployment_names(against)
+    kinds = turns.deployments(against)
 
     def measure(point: Options, folder: Path) -> list[Path]:
         runs: dict[Path, Run] = {}
@@ -372,7 +371,7 @@ def sweep(
             if url is not None:
                 experiment.bench(url, trials, point, folder, console, site, runs)
             else:
-                experiment.run(kinds, trials, point, folder, console, site, runs)
+                experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, console, site, runs)
         finally:
             for measured, run in runs.items():
                 commands.finish({measured: run}, folder, console)

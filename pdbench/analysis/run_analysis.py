@@ -153,8 +153,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     """One run, analyzed; `source` identifies the files that it was made from, name to gate are the run's own.
 
-    `flags` are the run's and those of its devices. `figures` maps a metric's name (`metrics.METRICS`) to its values, where it was
-    measured. `requests` are columns for requests.csv and scatter panels.
+    `flags` are the run's and those of its devices. `starts` maps a trial to the server start that it was measured on (None: not
+    recorded); `gpus` is how many GPUs the deployment used (None: none). `figures` maps a metric's name (`metrics.METRICS`) to its
+    values, where it was measured. `requests` are columns for requests.csv and scatter panels.
     """
 
     schema: str = SCHEMA
@@ -168,6 +169,8 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str | None]
     gate: Gate | None
     flags: list[Flag]
+    starts: dict[int, int | None]
+    gpus: int | None
     summary: Summary
     figures: dict[str, Figure]
     curves: Curves
@@ -189,6 +192,8 @@ def analyze(run: Run) -> RunAnalysis:
         run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
         flags=flags_of(run, timings, meters),
+        starts={trial.index: trial.start for trial in run.trials},
+        gpus=gpus or None,
         summary=_summary(run, timings, meters, totals),
         figures=_figures(timings, totals, in_trial),
         curves=curves_of(run, timings),

@@ -4,8 +4,9 @@ import re
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from pdbench.analysis.compare import COUNTED_BY, Comparison, ConfidenceInterval, Difference
+from pdbench.analysis.compare import COUNTED_BY, Comparison, Difference
 from pdbench.analysis.metrics import METRICS
+from pdbench.analysis.statistics import ConfidenceInterval
 from pdbench.errors import UserError
 
 Outcome = Literal["fails", "passes", "uncertain"]
@@ -34,6 +35,29 @@ class ThresholdResult:
     difference: Difference
 
 
+def check_metric(name: str | None, option: str) -> None:
+    """Raises UserError for a metric that does not exist."""
+    if name is not None and name not in METRICS:
+        raise UserError(f"{option}: no metric {name}; there are {', '.join(METRICS)}")
+
+
+def parse_width(text: str) -> tuple[str, float]:
+    """(metric, relative half-width) of `METRIC<5%` (--until). Raises UserError when it is none."""
+    match = re.fullmatch(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match is None or float(match[2]) <= 0:
+        raise UserError(f'--until "{text}": write METRIC<PER CENT, as in "tbt_p99_ms<5%"')
+    check_metric(match[1], "--until")
+    return match[1], float(match[2]) / 100
+
+
+def narrow_enough(comparison: Comparison, metric: str, width: float) -> bool:
+    """Is the metric's interval at most `width` to each side? A metric that cannot be judged never is."""
+    return any(
+        line.metric.name == metric and line.effect is not None and line.effect.width <= width
+        for line in comparison.differences
+    )
+
+
 def parse(text: str) -> Condition:
     """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError when it is none of these."""
     match = _SHAPE.fullmatch(text)
@@ -42,8 +66,7 @@ def parse(text: str) -> Condition:
             f'--fail-if "{text}" is not a condition: write METRIC, > or <, a signed change in % or in the metric\'s unit, '
             'as in "tbt_p99_ms > +5%"'
         )
-    if match[1] not in METRICS:
-        raise UserError(f"--fail-if: no metric {match[1]}; there are {', '.join(METRICS)}")
+    check_metric(match[1], "--fail-if")
     limit = float(match[3] + match[4])
     return Condition(text.strip(), match[1], match[2] == ">", limit, bool(match[5]))
 

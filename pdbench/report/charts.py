@@ -9,8 +9,8 @@ import numpy as np
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
+from pdbench.report import answer, tables, text
 from pdbench.report import chart_types as colours
-from pdbench.report import tables, text
 from pdbench.report.chart_types import DASHES, SHADES, SPARE, Axis, Chart, Panel, Series, shades
 from pdbench.report.text import translate as _
 
@@ -224,25 +224,31 @@ def verdicts(compared: Comparison) -> Chart:
         (line.ratio.value, line.ratio.low, line.ratio.high) if line.ratio else (line.change or np.nan,) * 3
         for line in compared.differences
     ]
-    shown = [bound for bound, line in zip(bounds, compared.differences, strict=True) if not text.too_wide(line.ratio)]
+    shown = [bound for bound, line in zip(bounds, compared.differences, strict=True) if not answer.too_wide(line.ratio)]
     reach = float(np.nanmax([1.25, *(max(high, 1 / low) for _value, low, high in shown)])) ** 1.05
     steps = [step for step in (1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if step <= reach]
     steps = [steps[-4], steps[-1]] if len(steps) > 4 and reach > 10 else steps[-2:]
     ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
     labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
     names = [text.title(line.metric.name) for line in compared.differences]
-    colour = [VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences]
+    colour = [
+        colours.MUTED if line.alone else VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences
+    ]
+    each = [(ratio, name) for line, name in zip(compared.differences, names, strict=True) for ratio in line.pairs]
+    pairs = Series(
+        kind="points", name="", x=[x for x, _y in each], y=[y for _x, y in each], shade=colours.MUTED, size=3.5
+    )
     value, low, high = zip(*bounds, strict=True) if bounds else ((), (), ())
     intervals = Series(kind="interval", x=value, y=names, low=low, high=high, shade=colour)
     panel = Panel(
-        title=text.advice(compared) or _("change and 95 % interval"),
-        series=[intervals] if bounds else [],
+        title=answer.advice(compared) or _("change and 95 % interval"),
+        series=[intervals, *([pairs] if each else [])] if bounds else [],
         x=Axis(log=True, low=1 / reach, high=reach, ticks=(ticks, labels)),
         y=Axis(names=names),
-        rows=[(text.values(line), text.verdict(line)) for line in compared.differences],
+        rows=[(answer.values(line), answer.verdict(line)) for line in compared.differences],
         not_measured=_("These runs share no metric."),
     )
-    caption = _("Change and its 95 % interval; {0} is 1.", compared.names[0])
+    caption = _("Change and its 95 % interval, each pair as a dot; {0} is 1.", compared.names[0])
     return Chart(key="verdicts", title=_("Change of each metric"), panels=[panel], caption=caption)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from pdbench.analysis import thresholds
-from pdbench.analysis.compare import Comparison, compare
+from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, save_run, write_whole
-from pdbench.report import tables, text
+from pdbench.report import answer, tables, text
 from pdbench.report.text import translate as _
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
@@ -48,13 +47,26 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         analyses.append(analysis)
     if len(analyses) > 1:
         rows = list(map(tables.requests_csv, analyses))
-        comparisons, files = _write_report(analyses, [*runs], rows, out / "report", None, drawn)
-        for compared in comparisons:
-            console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
+        compared, files = _write_report(analyses, [*runs], rows, out / "report", None, drawn)
+        named = dict(zip(names_of(analyses, [*runs]), analyses, strict=True))
+        for each in compared:
+            _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
         _say(console, f"picture: {out / COMPARISON}")
         _say(console, f"report: {out / 'report' / 'report.html'}")
     return analyses
+
+
+def narrow_enough(runs: Mapping[Path, Run], until: tuple[str, float]) -> bool:
+    """Is the interval of --until's metric narrow in every comparison of these runs?"""
+    named = {run.name: analyze(run) for run in runs.values()}
+    return all(thresholds.narrow_enough(compared, *until) for compared in comparisons(named))
+
+
+def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -> None:
+    """The answer in a sentence, the table, what differs."""
+    console.print(Text(answer.headline(compared, runs), style="bold"), soft_wrap=False)
+    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
 
 
 def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
@@ -66,10 +78,16 @@ def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
 
 
 def compare_folders(
-    folders: Sequence[Path], fail_if: Sequence[str], anyway: bool, picture: Path, console: Console
+    folders: Sequence[Path],
+    fail_if: Sequence[str],
+    anyway: bool,
+    picture: Path,
+    console: Console,
+    primary: str | None = None,
 ) -> int:
     """Compare two saved runs (default: those of the main job); returns the exit code of the conditions."""
     conditions = [thresholds.parse(condition) for condition in fail_if]
+    thresholds.check_metric(primary, "--primary")
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
     paths = list(folders) or list(DEFAULT_FOLDERS)
@@ -81,18 +99,20 @@ def compare_folders(
     names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
     if names[0] == names[1]:
         names = f"{names[0]} A", f"{names[0]} B"
-    compared = compare(a, b, anyway, names)
+    runs = dict(zip(names, (a, b), strict=True))
+    compared = compare(a, b, anyway, names, primary)
     results = thresholds.evaluate(compared, conditions)
     warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
-    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), *warnings, sep="\n")
+    _print_comparison(compared, runs, console)
+    console.print(*warnings, sep="\n", end="\n" if warnings else "")
     from pdbench.report import mpl  # matplotlib is most of the start-up
 
     _say_when_english(console)
-    write_whole(picture, mpl.picture(mpl.comparison, dict(zip(names, (a, b), strict=True)), [compared]))
+    write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
     _say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
-        console.print(Text.assemble((_(result.outcome), style), " ", text.threshold(result)), soft_wrap=True)
+        console.print(Text.assemble((_(result.outcome), style), " ", answer.threshold(result)), soft_wrap=True)
     return thresholds.exit_code(results)
 
 
@@ -131,19 +151,18 @@ def _write_report(
     sort_by: str | None,
     drawn: list[bytes],
 ) -> tuple[list[Comparison], dict[str, bytes]]:
-    """Write all files about these runs into `out`; returns the first run's comparisons with the next eight, and the files.
+    """Write all files about these runs into `out`; returns the comparisons of the first nine, and the files.
 
     `rows` are theirs of requests.csv, `drawn` their pictures where those are there already; more than four runs have none.
     """
     from pdbench.report.page import page
 
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
-    (first, baseline), *others = islice(runs.items(), 9)
-    comparisons = [compare(baseline, run, anyway=True, names=(first, name)) for name, run in others]
+    compared = comparisons(runs)
     side_by_side = tables.side_by_side(runs, sort_by)
     files = {
-        "report.html": page(runs, comparisons, side_by_side).encode(),
-        "report.md": _markdown(runs, comparisons, side_by_side).encode(),
+        "report.html": page(runs, compared, side_by_side).encode(),
+        "report.md": _markdown(runs, compared, side_by_side).encode(),
         "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
     }
     if len(runs) <= PICTURES:
@@ -154,20 +173,20 @@ def _write_report(
         safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in runs]
         files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(safe, drawn, strict=True)}
         if len(runs) > 1:
-            files[COMPARISON] = mpl.picture(mpl.comparison, runs, comparisons)
+            files[COMPARISON] = mpl.picture(mpl.comparison, runs, compared)
     for name, data in files.items():
         write_whole(out / name, data)
-    return comparisons, files
+    return compared, files
 
 
-def _markdown(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: tables.Table) -> str:
+def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables.Table) -> str:
     parts = [f"# {text.against([*runs])}", text.loads(runs), text.machines(runs)]
     parts += [line for _result, line in text.gates(runs)]
     warnings = [(name, *warning) for name, run in runs.items() for warning in text.warnings(run)]
     parts.append("\n".join(f"- **{name}, {flag}**: {detail}" for name, flag, detail in warnings))
-    for compared in comparisons:
-        parts.append(tables.markdown(tables.comparison(compared)))
-        parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(found))}" for found in compared.mismatches))
+    for compared in found:
+        parts += [f"**{answer.headline(compared, runs)}**", tables.markdown(tables.comparison(compared))]
+        parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(each))}" for each in compared.mismatches))
     parts += map(tables.markdown, [side_by_side, *tables.first_tokens(runs), *tables.energy(runs)])
     return "\n\n".join(filter(None, parts)) + "\n"
 

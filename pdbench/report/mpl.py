@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import fill
@@ -185,6 +186,8 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         axis.patch.set_visible(False)
     ends: Counter[str] = Counter()
     for series in panel.series:
+        if panel.rows and series.kind == "points":
+            series = replace(series, y=[panel.y.names.index(name) for name in series.y])
         _draw_series(behind if series.behind else axis, series, ends)
     _set_axis(axis, "x", panel.x)
     _set_axis(axis, "y", panel.y)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import Comparison
-from pdbench.report import charts, tables, text
+from pdbench.report import answer, charts, tables, text
 from pdbench.report.chart_types import MUTED, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
@@ -33,7 +33,7 @@ def page(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: table
     drawn = [chart for chart in drawn if chart.drawable]
     plots = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
     environment = Environment(loader=PackageLoader("pdbench.report", "."), autoescape=True, trim_blocks=True)
-    environment.globals.update(_=_, text=text, tables=tables)
+    environment.globals.update(_=_, answer=answer, text=text, tables=tables)
     return environment.get_template("page.html.j2").render(
         lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
         runs=runs,

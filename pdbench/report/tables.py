@@ -20,7 +20,7 @@ from pdbench.analysis.energy import RoleEnergy
 from pdbench.analysis.metrics import PHASES, Spread
 from pdbench.analysis.run_analysis import Range, RunAnalysis
 from pdbench.errors import UserError
-from pdbench.report import text
+from pdbench.report import answer, text
 from pdbench.report.text import translate as _
 
 Value = str | int | float | None
@@ -205,15 +205,17 @@ def devices(analysis: RunAnalysis) -> Table:
 
 
 def comparison(compared: Comparison) -> Table:
-    """A row per metric: both figures and the verdict in words."""
+    """A row per metric, the primary one first: both figures and the verdict in words."""
     change = _("change seen; one trial, no interval") if compared.one_trial else _("change, 95 % interval")
+    lines = sorted(compared.differences, key=lambda line: line.metric.name != compared.primary)
+    title = text.against(compared.names)
     return Table(
-        title=text.against(compared.names),
+        title=title if compared.equal_hardware else _("Scaling: {0}", title),
         header=[_("metric"), *compared.names, change],
-        rows=[[text.label(line.metric.name), line.a, line.b, text.verdict(line)] for line in compared.differences],
+        rows=[[text.label(line.metric.name), line.a, line.b, answer.verdict(line)] for line in lines],
         left=(0, 3),
-        styles=[line.verdict for line in compared.differences],
-        note=text.advice(compared),
+        styles=["unclear" if line.alone else line.verdict for line in lines],
+        note=answer.next_step(compared),
     )
 
 

@@ -10,10 +10,8 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from pdbench.analysis.compare import Comparison, ConfidenceInterval, Difference
 from pdbench.analysis.flags import THROTTLED_PCT
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.analysis.thresholds import ThresholdResult
 
 Runs = Mapping[str, RunAnalysis]
 """What a run is called in these tables and charts -> the run."""
@@ -64,8 +62,6 @@ METRICS = {
 }
 """Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
 NEEDS_SLO = "needs --slo-ttft-ms or --slo-tbt-ms"
-WIDE = 100.0
-"""Bounds of an interval this far apart say only that there were too few trials."""
 
 
 @contextmanager
@@ -181,26 +177,33 @@ def loads(runs: Runs) -> str:
     return line
 
 
-def _load(analysis: RunAnalysis) -> list[str]:
+def arrivals(analysis: RunAnalysis) -> str:
+    """How requests came: `8 requests/s`, `4 at a time`."""
     options = analysis.config.get("load") or {}
     rate, ramp_to, concurrency = (options.get(name) for name in ("rate", "ramp_to", "concurrency"))
-    inputs = _("; ".join(analysis.config.get("inputs") or ()))
     if options.get("trace"):
-        arrivals, inputs = inputs or _("trace {0}", PurePath(options["trace"]).name), ""
+        words = _inputs(analysis) or _("trace {0}", PurePath(options["trace"]).name)
     elif options.get("stages"):
-        arrivals = _("stages {0} (requests/s:s)", options["stages"])
+        words = _("stages {0} (requests/s:s)", options["stages"])
     elif rate:
-        arrivals = _("{0} requests/s", f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
+        words = _("{0} requests/s", f"{rate:g}" + (f" → {ramp_to:g}" if ramp_to else ""))
     else:
-        arrivals, concurrency = _("{0} at a time", f"{concurrency or 1:g}"), None
-    if concurrency:
-        arrivals += ", " + _("at most {0} at a time", concurrency)
+        return _("{0} at a time", f"{concurrency or 1:g}")
+    return words + (", " + _("at most {0} at a time", concurrency) if concurrency else "")
+
+
+def _inputs(analysis: RunAnalysis) -> str:
+    return _("; ".join(analysis.config.get("inputs") or ()))
+
+
+def _load(analysis: RunAnalysis) -> list[str]:
+    inputs = "" if (analysis.config.get("load") or {}).get("trace") else _inputs(analysis)
     tokens, requests = [], analysis.requests
     for words, column in (("{0} tokens in", requests.prompt_tokens), ("{0} out", requests.output_tokens)):
         known = column[requests.ok & (column > 0)]
         span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
-    return [_("model {0}", model(analysis)), arrivals, inputs, *tokens]
+    return [_("model {0}", model(analysis)), arrivals(analysis), inputs, *tokens]
 
 
 def model(analysis: RunAnalysis) -> str:
@@ -265,118 +268,3 @@ def power_caps(analysis: RunAnalysis) -> list[str]:
             parts.append(_("held down by power in {0} % of the samples", number(share)))
         lines += [f"{name}: {', '.join(parts)}"] if parts else []
     return lines
-
-
-def values(line: Difference) -> str:
-    """Both runs' figures with their unit: `58.6 → 4.44 ms`."""
-    return f"{number(line.a)} → {number(line.b)} {unit(line.metric.name)}".rstrip()
-
-
-def verdict(line: Difference) -> str:
-    """`better: 2.18 x lower (2.10–2.26)`, or the change seen and why no verdict can be given."""
-    words = judgement(line)
-    return f"{_(line.verdict)}: {words}" if line.verdict in ("better", "worse") else words
-
-
-def judgement(line: Difference) -> str:
-    """The change and its interval, `2.18 x lower (2.10–2.26)`, or the change seen and why there is none."""
-    if line.ratio is None:
-        change = "" if line.change is None else percent(line.change)
-        if line.unjudged == "one-trial":  # the table's header and note say it for all rows
-            return change
-        reason = _("not judged: it was zero in a trial")
-        if line.unjudged == "few-values":
-            reason = _("not judged: {0} values, needs {1}", line.values, line.metric.values_needed)
-        return f"{change}, {reason}" if change else reason
-    if line.verdict in ("better", "worse"):
-        return times(line.ratio)
-    bounds = percent(line.ratio.low), percent(line.ratio.high)
-    if line.verdict == "same":
-        return _("the same within 5 % ({0} to {1})", *bounds)
-    if too_wide(line.ratio):
-        words = _("{0} trials cannot show a difference", line.trials)
-    else:
-        words = _("not significant with {0} trials ({1} to {2})", line.trials, *bounds)
-    needed = _("over 1,000") if line.trials_needed is None else max(line.trials_needed, line.trials + 1)
-    return words + _("; detecting 5 % would need {0}", needed)
-
-
-def too_wide(ratio: ConfidenceInterval | None) -> bool:
-    return ratio is not None and ratio.high > WIDE * ratio.low
-
-
-def times(ratio: ConfidenceInterval) -> str:
-    """A ratio and its interval as people say it: from 1.5-fold on `2.4 x higher`, below that in per cent."""
-    lower = ratio.value < 1
-    factor = (1 / ratio.value, 1 / ratio.high, 1 / ratio.low) if lower else (ratio.value, ratio.low, ratio.high)
-    if factor[0] >= 1.5:
-        words = "{0} x lower ({1}–{2})" if lower else "{0} x higher ({1}–{2})"
-        low = number(factor[1])
-        if low == "1.00":  # the bound excludes 1, as the verdict does: as many digits as show it
-            low = f"{1 + float(f'{factor[1] - 1:.1g}'):.12g}"
-        return _(words, number(factor[0]), low, number(factor[2]))
-    change, *bounds = (abs(bound - 1) * 100 for bound in (ratio.value, ratio.low, ratio.high))
-    words = "{0} % lower ({1}–{2} %)" if lower else "{0} % higher ({1}–{2} %)"
-    return _(words, number(change), *map(number, sorted(bounds)))
-
-
-def percent(ratio: float) -> str:
-    """A ratio as a signed change: +4.1 %."""
-    change = (ratio - 1) * 100
-    return f"{change:+,.{0 if abs(change) >= 100 else 1}f} %".replace("-", "−")
-
-
-def advice(comparison: Comparison) -> str:
-    """What to do where a run has one trial; empty where there are more."""
-    if not comparison.one_trial:
-        return ""
-    return _(
-        "One trial shows what was seen, not how sure it is: measure again with --trials 3 for intervals and verdicts."
-    )
-
-
-def answer(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """(verdict, heading, metrics with their changes) for each verdict that occurs; of one trial what it hints at."""
-    one_trial = comparison.one_trial
-    headings = {
-        "better": _("better so far") if one_trial else _("better"),
-        "worse": _("worse so far") if one_trial else _("worse"),
-        "same": _("within 5 % so far") if one_trial else _("same"),
-        "unclear": _("not significant"),
-        "unjudged": _("not judged"),
-    }
-    groups: dict[str, list[str]] = {}
-    for line in comparison.differences:
-        group = line.leaning if one_trial else line.verdict
-        change = ""
-        if group in ("better", "worse"):
-            change = percent(line.change) if one_trial and line.change else judgement(line).split(" (")[0]
-        groups.setdefault(group, []).append(f"{title(line.metric.name)} {change}".rstrip())
-    return [(group, heading, ", ".join(groups[group])) for group, heading in headings.items() if group in groups]
-
-
-def confidence(comparison: Comparison) -> str:
-    """How sure the answer is, or what to do where it is not."""
-    if not comparison.differences:
-        return _("These runs share no metric.")
-    trials = min(line.trials for line in comparison.differences)
-    words = "Better and worse are said with 95 % confidence, from {0} trials of each:"
-    if comparison.paired:
-        words = "Better and worse are said with 95 % confidence, from {0} pairs of trials:"
-    return advice(comparison) or _(words, trials)
-
-
-def threshold(result: ThresholdResult) -> str:
-    """A condition with the reason for its outcome in one line."""
-    if result.change is None:
-        line = result.difference
-        why = ", " + _("one trial: no interval") if line.unjudged == "one-trial" else ""
-        reason = f"{title(line.metric.name)}: {judgement(line)}{why} ({values(line)})"
-    else:
-        value, low, high = (
-            f"{'+' if bound >= 0 else '−'}{number(abs(bound))}"
-            for bound in (result.change.value, result.change.low, result.change.high)
-        )
-        its_unit = "%" if result.condition.relative else unit(result.condition.metric)
-        reason = _("{0} {1}, 95 % interval {2} to {3}", value, its_unit, low, high)
-    return f"{result.condition.text}: {reason}"

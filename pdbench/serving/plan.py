@@ -32,7 +32,8 @@ def servers(kind: DeploymentKind, config: ServeConfig) -> list[ServerSpec]:
         return [*_role("tensor-parallel", 1, max(2, width), config.single_port)]
     proxy = ServerSpec("proxy", 0, config.proxy_port)
     if kind == "replicas":
-        return [*_role("replica", config.replica_instances, width, config.prefill_port), proxy]
+        count = config.replica_instances or config.prefill_instances + config.decode_instances
+        return [*_role("replica", count, width, config.prefill_port), proxy]
     # One KV port per instance, with room for one per rank: vLLM's own connector adds the rank to it.
     prefill = _role("prefill", config.prefill_instances, width, config.prefill_port, config.kv_port)
     after_prefill = config.kv_port + len(prefill) * width

@@ -5,9 +5,10 @@ import pytest
 from scipy import stats
 
 from pdbench.analysis import thresholds
-from pdbench.analysis.compare import compare, judge, mean_difference, trials_to_show
+from pdbench.analysis.compare import compare, judge
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
+from pdbench.analysis.statistics import effect, holm
 from pdbench.errors import UserError
 from pdbench.records import Clock
 from tests.support.runs import build_run
@@ -55,7 +56,7 @@ def test_unclear_difference_names_the_trials_that_would_show_five_percent():
 
 
 def test_values_shown_are_geometric_means_so_that_their_ratio_is_the_ratio_shown():
-    line = judge(ENERGY, figure(1.0, 4.0), figure(2.0, 9.0), True)
+    line = judge(ENERGY, figure(1.0, 4.0), figure(2.0, 9.0), "pairs")
     assert (line.a, line.b) == (pytest.approx(2.0), pytest.approx(18**0.5))
     assert line.ratio.value == line.change == pytest.approx(line.b / line.a)
 
@@ -63,7 +64,7 @@ def test_values_shown_are_geometric_means_so_that_their_ratio_is_the_ratio_shown
 def test_trials_of_one_pdbench_run_pair_by_their_index():
     a, b = figure(100.0, 150.0, 120.0), figure(110.0, 164.0, 131.0)
     b.trials[7] = 1000.0
-    paired, unpaired = judge(ENERGY, a, b, True), judge(ENERGY, a, b, False)
+    paired, unpaired = judge(ENERGY, a, b, "pairs"), judge(ENERGY, a, b, "apart")
     assert (paired.verdict, paired.trials) == ("worse", 3)
     assert unpaired.verdict == "unclear"
     assert compare_runs(build_run("single"), build_run()).paired
@@ -74,21 +75,76 @@ a_and_b = [100.0, 104.0, 98.0, 101.0], [110.0, 109.0, 117.0, 108.0]
 
 
 def test_interval_of_pairs_is_students():
-    ours = mean_difference(*map(np.array, a_and_b), True)
-    theirs = stats.ttest_rel(a_and_b[1], a_and_b[0]).confidence_interval()
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    ours = effect(*map(np.array, a_and_b), "pairs")
+    theirs = stats.ttest_rel(a_and_b[1], a_and_b[0])
+    interval, bounds = ours.interval(), theirs.confidence_interval()
+    assert (interval.low, interval.high) == pytest.approx((bounds.low, bounds.high))
+    assert ours.p == pytest.approx(theirs.pvalue)
+
+
+def test_interval_of_joined_pairs_counts_what_a_shared_start_brought():
+    """Steps of 0.1 and -0.2 between three pairs: variance of the mean (2k - 1) / k^2 x mean squared step (docs/statistics.md)."""
+    ours = effect(np.zeros(3), np.array([0.1, 0.2, 0.0]), "joined")
+    assert ours.variance == pytest.approx(5 / 9 * (0.01 + 0.04) / 2)
+    assert (ours.value, ours.freedom) == (pytest.approx(0.1), 2)
+
+
+def test_holm_adjusts_each_p_by_how_many_are_left():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and holm([]) == []
+
+
+def test_metrics_beside_the_primary_are_judged_as_a_family():
+    """A change of 6 % in every metric with p of about 0.03: sure for the declared one, for each other one only taken alone."""
+    a, b = analyze(build_run("single", seed=1)), analyze(build_run(seed=2))
+    for run, trials in ((a, (1.0, 1.0, 1.0)), (b, (1.04, 1.06, 1.08))):
+        for name in run.figures:
+            run.figures[name] = figure(*trials)
+    comparison = compare(a, b, primary="tbt_p50_ms")
+    lines = {line.metric.name: (line.verdict, line.alone) for line in comparison.differences}
+    assert comparison.primary == "tbt_p50_ms" and lines.pop("tbt_p50_ms") == ("worse", False)
+    assert lines.pop("output_tokens_per_s") == ("better", True)
+    assert lines["e2e_p50_ms"] == ("worse", True)
+
+
+def test_primary_metric_is_goodput_with_an_slo_else_e2e_p50():
+    runs = build_run("single"), build_run()
+    assert compare_runs(*runs).primary == "e2e_p50_ms"
+    for run in runs:
+        run.config["load"]["slo_ttft_ms"] = 1000.0
+    assert compare_runs(*runs).primary == "goodput_requests_per_s"
+    for run in runs:
+        run.config["load"]["primary"] = "ttft_p50_ms"
+    assert compare_runs(*runs).primary == "ttft_p50_ms"
+
+
+def test_starts_decide_how_pairs_are_judged():
+    def design(*starts):
+        runs = [build_run("single"), build_run()]
+        for run, numbers in zip(runs, starts, strict=True):
+            for trial, start in zip(run.trials, numbers, strict=True):
+                trial.start = start
+        comparison = compare_runs(*runs)
+        return comparison.starts, comparison.design
+
+    assert design([0, 3, 4], [1, 2, 5]) == ("each", "pairs")
+    assert design([0, 2, 2], [1, 1, 3]) == ("joined", "joined")
+    assert design([0, 0, 0], [0, 0, 0]) == ("one", "pairs")
+    assert design([None] * 3, [None] * 3) == ("unknown", "joined")
 
 
 def test_interval_of_runs_measured_apart_is_welchs():
     a, b = np.array(a_and_b[0]), np.array(a_and_b[1][:3])
-    ours = mean_difference(a, b, False)
-    theirs = stats.ttest_ind(b, a, equal_var=False).confidence_interval()
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    ours = effect(a, b, "apart")
+    theirs = stats.ttest_ind(b, a, equal_var=False)
+    interval, bounds = ours.interval(), theirs.confidence_interval()
+    assert (interval.low, interval.high) == pytest.approx((bounds.low, bounds.high))
+    assert ours.p == pytest.approx(theirs.pvalue)
 
 
 def test_equal_trials_give_an_interval_of_no_width():
-    for paired in (True, False):
-        line = judge(ENERGY, figure(5.0, 5.0, 5.0), figure(5.0, 5.0, 5.0), paired)
+    for design in ("pairs", "joined", "apart"):
+        line = judge(ENERGY, figure(5.0, 5.0, 5.0), figure(5.0, 5.0, 5.0), design)
         assert (line.ratio.low, line.ratio.high, line.verdict, line.trials_needed) == (1.0, 1.0, "same", 2)
 
 
@@ -106,7 +162,7 @@ def test_quantile_of_few_values_is_not_judged():
 
 
 def test_figure_that_is_zero_in_a_trial_has_a_difference_but_no_ratio():
-    line = judge(METRICS["goodput_requests_per_s"], figure(0.0, 1.0, 0.5), figure(5.0, 6.0, 5.5), True)
+    line = judge(METRICS["goodput_requests_per_s"], figure(0.0, 1.0, 0.5), figure(5.0, 6.0, 5.5), "pairs")
     assert (line.verdict, line.unjudged, line.ratio) == ("unjudged", "zero", None)
     assert line.difference.value == pytest.approx(5.0)
 
@@ -201,9 +257,9 @@ def test_recommended_trials_find_five_percent():
     random, detected = np.random.default_rng(13), 0
     for _ in range(400):
         pilot = random.normal(0, 0.03, (2, 3))
-        trials = trials_to_show(*pilot, True) or 1000
+        trials = effect(*pilot, "pairs").pairs_to_show(1.05) or 1000
         changes = random.normal(np.log(1.05), 0.03 * 2**0.5, trials)
-        detected += mean_difference(np.zeros(trials), changes, True).low > 0
+        detected += effect(np.zeros(trials), changes, "pairs").interval().low > 0
     assert detected >= 320
 
 

@@ -111,8 +111,8 @@ def test_many_requests_are_drawn_as_a_count():
 def test_one_trial_shows_its_change_and_what_to_do():
     runs = [analyze(build_run("single", trials=1, ttft_ms=20)), analyze(build_run(trials=1, ttft_ms=35, seed=2))]
     compared, html = compare(*runs), page_of(runs)
-    assert "--trials 3" in html and "worse so far" in html and "not judged" not in html
-    assert html.index("--trials 3") < html.index("worse so far") < html.index("<table")
+    assert "--pairs 6" in html and "worse so far" in html and "not judged" not in html
+    assert html.index("--pairs 6") < html.index("worse so far") < html.index("<table")
     table = tables.comparison(compared)
     assert re.fullmatch(r"\+\d\d\.\d %", table.rows[0][-1]) and "--trials 3" in table.note
     figure = drawn(mpl.comparison, dict(zip(compared.names, runs, strict=True)), [compared])

@@ -13,7 +13,7 @@ from pdbench.analysis.compare import compare, judge
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.thresholds import evaluate, parse
-from pdbench.report import text
+from pdbench.report import answer, text
 from tests.support.runs import build_run
 
 ENERGY = METRICS["j_per_output_token"]
@@ -30,26 +30,26 @@ def figure(*trials):
 def test_verdict_says_how_much_and_how_sure():
     a, b = build_run("single", ttft_ms=20, tbt_ms=3.3, seed=1), build_run(ttft_ms=35, tbt_ms=1.5, seed=2)
     tbt = line_of(a, b, "tbt_p50_ms")
-    assert re.fullmatch(r"better: 2\.\d\d x lower \(2\.\d\d–2\.\d\d\)", text.verdict(tbt))
-    assert text.values(tbt).endswith(" ms")
+    assert re.fullmatch(r"better: 2\.\d\d x lower \(2\.\d\d–2\.\d\d\)", answer.verdict(tbt))
+    assert answer.values(tbt).endswith(" ms")
     with text.language("zh"):
-        assert re.fullmatch(r"更好: 降至 1/2\.\d\d \(1/2\.\d\d–1/2\.\d\d\)", text.verdict(tbt))
+        assert re.fullmatch(r"更好: 降至 1/2\.\d\d \(1/2\.\d\d–1/2\.\d\d\)", answer.verdict(tbt))
 
 
 def test_unclear_verdict_names_the_trials_that_would_show_a_difference():
     ttft = line_of(build_run(ttft_ms=30, spread=0.4, seed=1), build_run(ttft_ms=30, spread=0.4, seed=2), "ttft_p50_ms")
-    words = text.judgement(ttft)
-    assert words.startswith("not significant with 3 trials (")
-    assert words.endswith(f"; detecting 5 % would need {ttft.trials_needed}")
+    words = answer.judgement(ttft)
+    assert words.startswith("not decided (")
+    assert words.endswith(f": {ttft.trials_for_change} trials for a change as seen, {ttft.trials_needed} for 5 %")
 
 
 def test_interval_that_says_nothing_is_not_printed():
     line = judge(ENERGY, figure(1.0, 30.0), figure(1.5, 1.0), True)
-    assert text.judgement(line) == "2 trials cannot show a difference; detecting 5 % would need over 1,000"
+    assert answer.judgement(line) == "2 trials cannot show a difference"
 
 
 def test_few_values_are_named():
-    assert "not judged: 48 values, needs 400" in text.judgement(
+    assert "not judged: 48 values, needs 400" in answer.judgement(
         line_of(build_run(seed=1), build_run(seed=2), "ttft_p99_ms")
     )
 
@@ -58,7 +58,7 @@ def test_condition_without_interval_says_why():
     compared = compare(*(analyze(build_run(name, trials=1, seed=len(name))) for name in ("single", "disaggregated")))
     (result,) = evaluate(compared, [parse("ttft_p50_ms > +5%")])
     assert re.fullmatch(
-        r"ttft_p50_ms > \+5%: TTFT p50: [+−][\d.]+ %, one trial: no interval \(.* ms\)", text.threshold(result)
+        r"ttft_p50_ms > \+5%: TTFT p50: [+−][\d.]+ %, one trial: no interval \(.* ms\)", answer.threshold(result)
     )
 
 
@@ -82,7 +82,7 @@ def test_words_and_the_interval_beside_them_agree(change, sd, seed, paired, lang
     a, b = (figure(*(factor * np.exp(side))) for factor, side in ((8.8, logs[0]), (8.8 * change, logs[1])))
     line = judge(ENERGY, a, b, paired)
     with text.language(language):
-        words = text.judgement(line)
+        words = answer.judgement(line)
     low, high, none = shown_bounds(words)
     assert (line.verdict in ("better", "worse")) == (not min(low, high) <= none <= max(low, high))
     assert line.verdict != "same" or (low >= -5 and high <= 5)
@@ -91,8 +91,8 @@ def test_words_and_the_interval_beside_them_agree(change, sd, seed, paired, lang
 @pytest.mark.parametrize("paired", [True, False])
 def test_ratio_decides_where_ratio_and_difference_disagree(paired):
     line = judge(ENERGY, figure(8.8, 8.84), figure(16.9, 18.2), paired)
-    assert text.verdict(line).startswith("worse: 1.99 x higher (1.")
-    assert text.values(line) == "8.82 → 17.5 J"
+    assert answer.verdict(line).startswith("worse: 1.99 x higher (1.")
+    assert answer.values(line) == "8.82 → 17.5 J"
 
 
 def test_numbers_have_three_significant_digits():

@@ -1,6 +1,6 @@
 """Pages and correctness checks for the tests of the report."""
 
-from pdbench.analysis.compare import compare
+from pdbench.analysis.compare import comparisons
 from pdbench.records import Gate
 from pdbench.report import tables
 from pdbench.report.page import page
@@ -12,6 +12,5 @@ def gate(passed: bool, detail: str = "4 of 4 < 5") -> Gate:
 
 def page_of(analyses, names=None):
     names = names or [analysis.name for analysis in analyses]
-    comparisons = [compare(analyses[0], other, anyway=True, names=(names[0], "b")) for other in analyses[1:]]
     runs = dict(zip(names, analyses, strict=True))
-    return page(runs, comparisons, tables.side_by_side(runs))
+    return page(runs, comparisons(runs), tables.side_by_side(runs))

@@ -80,7 +80,7 @@ def build_run(
                 record.error = RequestError(kind="timeout", message="synthetic")
             run.requests.append(record)
             free[slot] = record.end_s
-        run.trials.append(Trial(index=trial, start_s=start, end_s=max(free)))
+        run.trials.append(Trial(index=trial, start=trial, start_s=start, end_s=max(free)))
         now = max(free) + pause_s
     run.devices = [_device(random, run, role, index, gpu) for index, role in enumerate(roles)]
     for device in run.devices:

@@ -1,0 +1,185 @@
+"""How deployments take turns: in pairs, each turn on servers of its own, or on servers that stay up."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import cast, get_args
+
+import msgspec
+from rich.console import Console
+
+from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
+from pdbench.errors import UserError
+from pdbench.load import plan
+from pdbench.records import Run, load_run
+from pdbench.serving.deployment import Deployment, States
+from pdbench.site import Site
+
+PAIRS, PAIRS_RESIDENT = 3, 6
+PORTS_APART = 20
+"""Between the first ports of two deployments that run side by side."""
+START_S = {True: 100.0, False: 30.0}
+"""A start on a GPU (DeepSeek-V2-Lite's shape with CUDA graphs on an H100: 95 to 125 s) and on a CPU (the tiny model), for estimates."""
+PROGRESS_EVERY_S = 10.0
+TURN_S = 8.0
+"""Warm-up, idle power and waiting of a turn, for estimates."""
+
+
+def deployments(text: str) -> list[DeploymentKind]:
+    """Names with commas between. Raises UserError for one that does not exist."""
+    names: list[DeploymentKind] = []
+    for part in text.split(","):
+        if part not in get_args(DeploymentKind):
+            raise UserError(f"no deployment {part!r}: choose from {', '.join(get_args(DeploymentKind))}")
+        names.append(cast(DeploymentKind, part))
+    return names
+
+
+def order(kinds: Sequence[DeploymentKind], pair: int) -> Sequence[DeploymentKind]:
+    """A B | B A | A B, so that a steady drift cancels."""
+    return kinds if pair % 2 == 0 else kinds[::-1]
+
+
+@contextmanager
+def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
+    """The deployment up and healthy, one line per server; down at the end."""
+    names = [spec.name for spec in deployment.specs]
+    console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
+    ready: dict[str, int | None] = {}
+    printed_s = time.monotonic()
+    with console.status("starting") as status:
+
+        def on_states(states: States) -> None:
+            nonlocal printed_s
+            starting = []
+            for server in deployment.info().servers:
+                name, state = server.name, states.get(server.name)
+                if state and not state.healthy:
+                    starting.append(
+                        f"{name} starting{f' on {server.host}' if server.host else ''}, {state.age_s:.0f} s"
+                    )
+                elif state and ready.get(name) != state.pid:
+                    word = "ready again" if name in ready else "ready"
+                    ready[name] = state.pid
+                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
+                    printed_s = time.monotonic()
+            line = " · ".join(starting)
+            status.update(line or "ready")
+            if line and not console.is_terminal and time.monotonic() - printed_s >= PROGRESS_EVERY_S:
+                # A file or a pipe shows no status line: without this it would be silent for minutes.
+                console.print(f"  {line}", highlight=False)
+                printed_s = time.monotonic()
+
+        with closing(deployment):
+            deployment.start(on_states)
+            status.stop()
+            yield deployment
+
+
+class Servers:
+    """The servers that are up: those of the deployment whose turn it is or, resident, of all. `starts` is the number of the last start."""
+
+    def __init__(
+        self,
+        site: Site,
+        console: Console,
+        serve: Mapping[DeploymentKind, ServeConfig],
+        design: PairConfig,
+        starts: int = 0,
+    ) -> None:
+        self._site, self._console, self._serve, self._design = site, console, serve, design
+        self._up = ExitStack()
+        self._running: dict[DeploymentKind, Deployment] = {}
+        self._unused: set[DeploymentKind] = set()
+        self.starts = starts - 1
+
+    def take(self, kind: DeploymentKind) -> tuple[Deployment, bool]:
+        """The deployment, healthy, and whether nothing was measured on its servers yet."""
+        stays = self._design.resident or self._design.join_starts
+        if not (stays and kind in self._running):
+            self.close()
+            for each in self._serve if self._design.resident else (kind,):
+                deployment = self._site.deployment(each, self._serve[each])
+                self._running[each] = self._up.enter_context(started(deployment, self._console))
+            self._unused = set(self._running)
+            self.starts += 1
+        fresh = kind in self._unused
+        self._unused.discard(kind)
+        return self._running[kind], fresh
+
+    def close(self) -> None:
+        """End them all."""
+        self._running.clear()
+        self._up.close()
+
+
+def side_by_side(kinds: Sequence[DeploymentKind], serve: ServeConfig) -> dict[DeploymentKind, ServeConfig]:
+    """Deployments that run at the same time: ports and logs of their own, an equal share of the GPUs' memory."""
+    return {
+        kind: replace(
+            serve,
+            log_dir=f"{serve.log_dir}/{kind}",
+            gpu_memory_utilization=serve.gpu_memory_utilization / len(kinds),
+            **{
+                name: getattr(serve, name) + PORTS_APART * place
+                for name in ("single_port", "prefill_port", "decode_port", "proxy_port", "kv_port")
+            },
+        )
+        for place, kind in enumerate(kinds)
+    }
+
+
+def resolve(design: PairConfig, *, on_gpu: bool) -> PairConfig:
+    """With what was left open decided. Raises UserError for options that contradict each other."""
+    if design.resident and design.join_starts:
+        raise UserError("--resident and --join-starts are two ways to save server starts: give one")
+    resident = design.resident if design.resident is not None else not on_gpu and not design.join_starts
+    pairs = design.pairs or (PAIRS_RESIDENT if resident else PAIRS)
+    return replace(design, resident=resident, pairs=pairs, most_pairs=max(pairs, design.most_pairs))
+
+
+def announce(kinds: Sequence[DeploymentKind], design: PairConfig, load: LoadConfig, left: int, *, on_gpu: bool) -> str:
+    """What will be done, and about how long it takes where the load says so (a closed loop's pace is the servers')."""
+    starts = 1 if design.resident else left
+    if design.join_starts:  # A BB AA B
+        starts = left - left // len(kinds) + 1
+    how = "on servers that stay up" if design.resident else f"{starts} server starts"
+    text = f"{left // len(kinds)} pairs of {', '.join(kinds)}, {how}"
+    if design.until:
+        text += f", up to {design.most_pairs} until {design.until}"
+    turn_s = load.duration_s or (load.requests / load.rate if load.rate and load.requests else None)
+    if turn_s is None:
+        return text
+    seconds = (len(kinds) if design.resident else starts) * START_S[on_gpu] + left * (turn_s + TURN_S)
+    return f"{text}: about {max(seconds / 60, 1):.0f} minutes"
+
+
+def saved_load(run: Run) -> LoadConfig:
+    """What was sent, with its nonce."""
+    return msgspec.convert(run.config["load"], LoadConfig)
+
+
+def saved_runs(folders: Mapping[DeploymentKind, Path], options: Options) -> dict[DeploymentKind, Run]:
+    """The runs to go on with. An interrupted last turn is left out, to be measured again. Raises UserError for another command's."""
+    runs: dict[DeploymentKind, Run] = {}
+    for kind, folder in folders.items():
+        if not any(folder.glob("*_results.json")):
+            continue
+        run = load_run(folder)
+        nonce = options.load.nonce or saved_load(run).nonce  # drawn when the run began
+        load = plan.resolved(replace(options.load, nonce=nonce))
+        same = run.config.get("power") == asdict(options.power) and saved_load(run) == load
+        if run.name != kind or not same:
+            raise UserError(
+                f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
+            )
+        if any(flag.name == "interrupted" for flag in run.flags) and run.trials:
+            last = run.trials.pop().index
+            run.requests = [request for request in run.requests if request.trial != last]
+            run.flags = [flag for flag in run.flags if flag.name != "interrupted"]
+        runs[kind] = run
+    if len({run.clock for run in runs.values()}) > 1:
+        raise UserError("--resume: the runs there are of different commands: give another --out")
+    return runs

@@ -1,0 +1,124 @@
+"""Pairs: whose turn it is, on which servers, and how a run goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import experiment
+from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig
+from pdbench.errors import UserError
+from pdbench.load.clients import LoadResult
+from pdbench.records import Flag, Gate, Run, load_run
+from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
+
+__all__ = ["gates_fixture"]
+
+
+def starts(runs: dict[Path, Run]) -> dict[str, list[int | None]]:
+    return {run.name: [trial.start for trial in run.trials] for run in runs.values()}
+
+
+def indexed(out: Path, site_trials: Sequence[int]) -> FakeSite:
+    """A site whose n-th load is of the n-th pair in `site_trials`."""
+    return FakeSite(lambda number: measured(site_trials[number - 1]))
+
+
+PAIRS_IN_ORDER = [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_every_turn_has_its_own_server_start(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    printed = run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs)
+    assert starts(runs) == {"single": [0, 3, 4], "disaggregated": [1, 2, 5]}  # A B B A A B
+    assert "3 pairs of single, disaggregated, 6 server starts" in printed
+    assert printed.count("correctness gate") == 3
+
+
+def test_joined_turns_share_a_start(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    printed = run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, JOINED)
+    assert starts(runs) == {"single": [0, 2, 2], "disaggregated": [1, 1, 3]}  # A BB AA B
+    assert "4 server starts" in printed
+
+
+def test_resident_deployments_start_once_with_ports_logs_and_memory_of_their_own(
+    tmp_path: Path, gates: list[Gate]
+) -> None:
+    runs: dict[Path, Run] = {}
+    site = indexed(tmp_path, PAIRS_IN_ORDER)
+    printed = run_pairs(tmp_path, site, runs, PairConfig(pairs=4, resident=True))
+    assert starts(runs) == {"single": [0] * 4, "disaggregated": [0] * 4}
+    assert printed.count("correctness gate") == 1 and "on servers that stay up" in printed
+    single, disaggregated = (config for _, config in site.planned[-2:])
+    assert single.log_dir != disaggregated.log_dir
+    assert single.gpu_memory_utilization == disaggregated.gpu_memory_utilization == 0.4
+    ports = [
+        {getattr(config, f"{name}_port") for name in ("single", "prefill", "decode", "proxy", "kv")}
+        for config in (single, disaggregated)
+    ]
+    assert not ports[0] & ports[1]
+
+
+def test_run_with_until_adds_pairs_until_they_are_enough(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+
+    def enough() -> bool:
+        return all(len(run.trials) == 2 for run in runs.values())
+
+    design = PairConfig(pairs=1, resident=False, until="tbt_p99_ms<5%")
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, design, enough)
+    assert [len(run.trials) for run in runs.values()] == [2, 2]
+
+
+def test_run_with_until_gives_up_after_most_pairs(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    design = PairConfig(pairs=1, resident=False, until="tbt_p99_ms<5%", most_pairs=3)
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, design, lambda: False)
+    assert [len(run.trials) for run in runs.values()] == [3, 3]
+
+
+def test_resumed_run_adds_the_missing_pairs(tmp_path: Path, gates: list[Gate]) -> None:
+    first: dict[Path, Run] = {}
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), first, ONE)
+    second: dict[Path, Run] = {}
+    printed = run_pairs(
+        tmp_path, indexed(tmp_path, [1, 1, 2, 2]), second, PairConfig(pairs=3, resident=False, resume=True)
+    )
+    assert {run.name: [trial.index for trial in run.trials] for run in second.values()} == {
+        "single": [0, 1, 2],
+        "disaggregated": [0, 1, 2],
+    }
+    assert starts(second) == {"single": [0, 3, 4], "disaggregated": [1, 2, 5]}
+    assert {run.clock.unix_s for run in [*first.values(), *second.values()]} == {
+        next(iter(first.values())).clock.unix_s
+    }
+    assert "2 pairs" in printed
+
+
+def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: list[Gate]) -> None:
+    def interrupted(number: int) -> LoadResult:
+        flags = (Flag("interrupted", "stopped by Ctrl-C"),) if number == 2 else ()
+        return measured(0, None, *flags)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pairs(tmp_path, FakeSite(interrupted), {}, ONE)
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, indexed(tmp_path, [0]), runs, PairConfig(pairs=1, resident=False, resume=True))
+    disaggregated = load_run(tmp_path / "disaggregated_results")
+    assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
+
+
+def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gate]) -> None:
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), {}, ONE)
+    other = Options(load=LoadConfig(requests=7), power=PowerConfig(power=False))
+    with pytest.raises(UserError, match="other options"):
+        experiment.run(
+            KINDS, PairConfig(pairs=2, resume=True), other, tmp_path, Console(quiet=True), FakeSite(measured), {}
+        )
+
+
+def test_resident_and_joined_starts_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--resident and --join-starts"):
+        run_pairs(tmp_path, FakeSite(measured), {}, PairConfig(resident=True, join_starts=True))
