@@ -16,6 +16,7 @@ from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, TransferEvent
+from pdbench.files import check_writable
 from pdbench.http import get, offered_model
 from pdbench.load import plan
 from pdbench.load.generator import OnProgress
@@ -23,7 +24,7 @@ from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown, idle_before_start
 from pdbench.power.sampler import merge_records
-from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, check_writable, save_run
+from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, save_run
 from pdbench.server_metrics import PrefixCacheReader
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines

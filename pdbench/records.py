@@ -1,16 +1,16 @@
-"""What is saved: requests, device samples, trials, runs; versioned JSON, written whole or not at all.
+"""What is saved: requests, device samples, trials, runs; versioned JSON, written and read as one.
 
 All instants are seconds on the run's one monotonic clock, 0 at its start. Unknown is None, never 0.
 """
 
-import os
-import tempfile
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from pdbench import files, validation
 from pdbench.errors import UserError
 from pdbench.events import Event
 
@@ -193,10 +193,14 @@ class Run(msgspec.Struct, kw_only=True):
     """A deployment under one load: all of its trials, requests and devices. `config` is all options as used.
 
     `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids.
-    `events` are the proxy's and connector's own instants, joined to requests by id.
+    `events` are the proxy's and connector's own instants, joined to requests by id. `run_id`, `revision` (which saving of the
+    run it is) and `device_files` say what belongs together in a folder; runs saved before they existed have no id.
     """
 
     schema: str = SCHEMA
+    run_id: str | None = None
+    revision: int = 0
+    device_files: list[str] = []
     name: str
     clock: Clock
     config: dict[str, Any]
@@ -214,73 +218,110 @@ class Run(msgspec.Struct, kw_only=True):
 
 class _DeviceFile(msgspec.Struct, kw_only=True):
     schema: str = SCHEMA
+    run_id: str | None = None
+    revision: int = 0
     role: str
     devices: list[DeviceRecord]
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError when no file can be written into `folder`, which is created if missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {folder.absolute()}: {error.strerror}; give --out a folder that you may write"
-        ) from None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name beside `path`, then move it there, so that no reader sees half a file.
-
-    Raises UserError when the folder cannot be made or written into.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; make room, or name a folder that you may write"
-        ) from None
-
-
 def save_run(run: Run, folder: Path) -> Path:
-    """Write `NAME_results.json` and one `ROLE_gpu_data.json` per role into `folder`; returns the results file's path."""
+    """Write `NAME_results.json` and one `ROLE_gpu_data.json` per role into `folder`, all or nothing; returns the results file.
+
+    Raises UserError when it cannot be written, or when a name is none for a file.
+    """
+    run.run_id = run.run_id or secrets.token_hex(4)
+    run.revision += 1
     roles = sorted({device.role or "host" for device in run.devices})
-    for role in roles:
-        devices = [device for device in run.devices if (device.role or "host") == role]
-        save_devices(folder / f"{role}_gpu_data.json", role, devices)
-    path = folder / f"{run.name}_results.json"
-    write_whole(path, _encode(run))
-    # Device files of an earlier run: `load_run` would take them for this one's.
-    for other in set(folder.glob("*_gpu_data.json")) - {folder / f"{role}_gpu_data.json" for role in roles}:
-        other.unlink()
-    return path
+    by_role = {role: [device for device in run.devices if (device.role or "host") == role] for role in roles}
+    contents = {_device_file(role): _encode_devices(role, of_role, run) for role, of_role in by_role.items()}
+    run.device_files = list(contents)
+    name = f"{files.check_name(run.name, 'the name of the run')}_results.json"
+    files.swap_in(folder, f"{run.run_id}-{run.revision}", (name, _encode(run)), contents)
+    return folder / name
 
 
 def save_devices(path: Path, role: str, devices: list[DeviceRecord]) -> None:
-    """Write the devices of one role, as in a run's folder, so that `load_devices` and `pdbench plot` read them."""
-    write_whole(path, msgspec.json.format(msgspec.json.encode(_DeviceFile(role=role, devices=devices)), indent=1))
+    """Write devices into one file of no run, so that `load_devices` and `pdbench plot` read them."""
+    files.write_whole(path, _encode_devices(role, devices))
 
 
 def load_devices(path: Path) -> list[DeviceRecord]:
     """The devices of one `*_gpu_data.json`. Raises UserError when pdbench did not write it."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_DeviceFile).devices
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: `pdbench monitor --out FILE` and `pdbench run` write such files") from None
-    except msgspec.MsgspecError as error:
+    return _read_devices(path).devices
+
+
+def load_run(folder: Path | str) -> Run:
+    """The run saved in `folder`, its devices included. Raises UserError with the remedy when pdbench did not write it, or when
+    its files are of different runs."""
+    folder = Path(folder)
+    for attempt in range(5):
+        path = _results_file(folder)
+        before = files.identity(path)
+        try:
+            return _load(folder, path)
+        except UserError as error:
+            # Another process may have swapped in a run between our reading of two files.
+            if attempt == 4 or (files.identity(path) == before and not isinstance(error.__cause__, FileNotFoundError)):
+                raise
+    raise AssertionError
+
+
+def _load(folder: Path, path: Path) -> Run:
+    run = _read_run(path)
+    validation.check_run(run, path)
+    in_place = {file.name: file for file in files.device_files(folder)}
+    moving, unfinished = files.swapped_in(folder, f"{run.run_id}-{run.revision}")
+    for name, file in sorted((in_place | moving).items()):
+        part = _read_devices(file)
+        if (part.run_id, part.revision) == (run.run_id, run.revision if run.run_id else part.revision):
+            run.devices.extend(part.devices)
+        elif not (unfinished and name not in run.device_files):  # else it is the earlier run's, not removed yet
+            raise UserError(
+                f"{file} is of {_title(part)} and {path.name} of {_title(run)}: restore the file that belongs to it, or "
+                "give each run a folder of its own"
+            )
+    missing = sorted(set(run.device_files) - in_place.keys() - moving.keys())
+    if missing and len(missing) == len(run.device_files):
+        detail = f"{', '.join(missing)} of this run are not in its folder: power and energy are not known"
+        run.flags.append(Flag("device-files-missing", detail))
+    elif missing:
         raise UserError(
-            f"{path} holds no device samples ({error}): name a *_gpu_data.json or monitor's own file"
-        ) from error
+            f"{folder} lacks {', '.join(missing)} of {_title(run)}: restore what is missing, or measure again"
+        )
+    validation.check_distinct(run.devices, folder)
+    validation.drop_impossible_counters(run)
+    return run
+
+
+def _title(part: "Run | _DeviceFile") -> str:
+    return f"run {part.run_id} (saving {part.revision})" if part.run_id else "a run without an id"
+
+
+def _results_file(folder: Path) -> Path:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: name the results folder that it lies in")
+    paths = files.results_files(folder)
+    if not paths:
+        packed = next(iter(sorted(folder.glob("*_results.json.*"))), None)
+        remedy = f"unpack {packed.name}" if packed else f"run `pdbench run` or `pdbench bench --out {folder}` first"
+        raise UserError(f"no *_results.json in {folder}: {remedy}")
+    if len(paths) > 1:
+        runs = {path: _title(_read_run(path)) for path in paths}
+        if len(set(runs.values())) > 1:
+            both = " and ".join(f"{path.name} of {title}" for path, title in list(runs.items())[:2])
+            raise UserError(f"{folder} holds {both}: give each run a folder of its own, with its device files")
+    return paths[0]
+
+
+def _device_file(role: str) -> str:
+    return f"{files.check_name(role, 'the role of a device')}_gpu_data.json"
+
+
+def _encode_devices(role: str, devices: list[DeviceRecord], run: Run | None = None) -> bytes:
+    content = _DeviceFile(role=role, devices=devices)
+    if run:
+        content.run_id, content.revision = run.run_id, run.revision
+    return msgspec.json.format(msgspec.json.encode(content), indent=1)
 
 
 def _encode(run: Run) -> bytes:
@@ -288,7 +329,7 @@ def _encode(run: Run) -> bytes:
     lines = []
     for key in (name for name in run.__struct_fields__ if name != "devices"):
         value = getattr(run, key)
-        if isinstance(value, list) and value:
+        if isinstance(value, list) and value and key != "device_files":
             encoded = b"[\n  " + b",\n  ".join(msgspec.json.encode(item) for item in value) + b"\n ]"
         else:
             encoded = msgspec.json.encode(value)
@@ -300,34 +341,42 @@ class _Head(msgspec.Struct):
     schema: Any = None
 
 
-def load_run(folder: Path | str) -> Run:
-    """The run saved in `folder`, its devices included. Raises UserError with the remedy when pdbench did not write it."""
-    folder = Path(folder)
-    path = next(iter(sorted(folder.glob("*_results.json"))), None)
-    if path is None:
-        raise UserError(f"no *_results.json in {folder}: run `pdbench run` or `pdbench bench --out {folder}` first")
-    saved = path.read_bytes()
+def _read_run(path: Path) -> Run:
+    """The run of a results file, unchecked. Raises UserError when pdbench did not write it."""
+    saved = files.read_whole(path)
     try:
         run = msgspec.json.decode(saved, type=Run)
         schema: Any = run.schema
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
             schema = msgspec.json.decode(saved, type=_Head).schema
         except msgspec.ValidationError:
             schema = None  # whole JSON, but no object
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             schema = SCHEMA  # half a file
         if schema in READABLE:
             raise UserError(
-                f"{folder} does not hold a whole run ({error}): measure again, or restore the file"
+                f"{path} does not hold a whole run ({error}): measure again, or restore the file"
             ) from error
     if schema not in READABLE:
         raise UserError(f"{path} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version")
+    validation.check_keys(saved, run, path)
     if schema != SCHEMA:
-        run.summary, run.schema = (
-            {},
-            SCHEMA,
-        )  # its keys meant other things; the figures are derived again from the requests
-    for path in sorted(folder.glob("*_gpu_data.json")):
-        run.devices.extend(load_devices(path))
+        # Its keys meant other things; the figures are derived again from the requests.
+        run.summary, run.schema = {}, SCHEMA
     return run
+
+
+def _read_devices(path: Path) -> _DeviceFile:
+    try:
+        content = msgspec.json.decode(files.read_whole(path), type=_DeviceFile)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(
+            f"{path} holds no device samples ({error}): name a *_gpu_data.json or monitor's own file"
+        ) from error
+    if content.schema not in READABLE:
+        raise UserError(
+            f"{path} has schema {content.schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version"
+        )
+    validation.check_devices(content.devices, path)
+    return content

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from pdbench.config import Options
 from pdbench.errors import UserError
-from pdbench.records import check_writable, write_whole
+from pdbench.files import check_writable, write_whole
 
 _DONE, _SWEEP = "point.json", "sweep.json"
 

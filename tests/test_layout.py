@@ -8,15 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pdbench").rglob("*.py"))
 ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "report")
-BASE = ("config", "records", "events", "errors", "http", "nvml", "supervisor")
+BASE = ("config", "records", "files", "events", "errors", "http", "nvml", "supervisor")
 MAY_IMPORT = {
     "kv": ("events",),
     "load": BASE,
     "power": BASE,
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
-    "analysis": ("records", "events", "errors", "config"),
-    "report": ("analysis", "records", "events", "errors", "config"),
+    "analysis": ("records", "files", "events", "errors", "config"),
+    "report": ("analysis", "records", "files", "events", "errors", "config"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

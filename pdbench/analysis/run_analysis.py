@@ -31,12 +31,13 @@ from pdbench.analysis.metrics import (
 )
 from pdbench.analysis.prefix_cache import PrefixCache, prefix_cache_of
 from pdbench.errors import UserError
-from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run, write_whole
+from pdbench.files import check_name, device_files, results_files, write_whole
+from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
 SCHEMA = "pdbench-analysis/2"
 FILE = "analysis.json"
 COUNTED_SHARE = 0.01
-METADATA = ("name", "clock", "config", "host", "versions", "gate")
+METADATA = ("run_id", "name", "clock", "config", "host", "versions", "gate")
 READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "power_limit_w")
 
 
@@ -162,6 +163,7 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     pdbench: str = __version__
     source: str = ""
     run_schema: str
+    run_id: str | None
     name: str
     clock: Clock
     config: dict[str, Any]
@@ -201,27 +203,31 @@ def analyze(run: Run) -> RunAnalysis:
     )
 
 
-def save_analysis(analysis: RunAnalysis, folder: Path | str) -> Path:
-    """Write `analysis.json` beside the results that it was made from. Raises UserError when the folder takes no file."""
+def save_analysis(analysis: RunAnalysis, folder: Path | str, source: str | None = None) -> Path:
+    """Write `analysis.json` beside the results that it was made from (None: those that are there). Raises UserError when the
+    folder takes no file."""
     path = Path(folder) / FILE
-    analysis = msgspec.structs.replace(analysis, source=_source(Path(folder)))
+    analysis = msgspec.structs.replace(analysis, source=source or _source(Path(folder)))
     write_whole(path, msgspec.json.encode(analysis, enc_hook=lambda array: array.tolist()))
     return path
 
 
 def load_analysis(folder: Path | str) -> RunAnalysis:
     """The analysis saved in `folder` when it is this version's and of the results there, else made again and saved where that
-    can be. Raises UserError with the remedy when `folder` holds no results."""
+    can be. Raises UserError with the remedy when `folder` holds no results, or files of several runs."""
     folder = Path(folder)
+    # Of the files before they are read: when others are swapped in meanwhile, what is saved is made again.
+    source = _source(folder)
     try:
         saved = msgspec.json.decode((folder / FILE).read_bytes(), type=RunAnalysis, dec_hook=_array)
-        if (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, _source(folder)):
+        if source and (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source):
+            check_name(saved.name, f"{folder / FILE}: name")
             return saved
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     analysis = analyze(load_run(folder))
     try:
-        save_analysis(analysis, folder)
+        save_analysis(analysis, folder, source)
     except UserError:
         pass  # a folder that may only be read
     return analysis
@@ -319,12 +325,15 @@ def _count(values: Array) -> int | None:
 
 
 def _source(folder: Path) -> str:
-    """A hash of the results and the device files."""
+    """A hash of the results and the device files; empty where they cannot be read."""
     digest = blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*_results.json"), *folder.glob("*_gpu_data.json")]):
-        data = path.read_bytes()
-        digest.update(f"{path.name} {len(data)} ".encode())
-        digest.update(data)
+    try:
+        for path in (*results_files(folder), *device_files(folder)):
+            data = path.read_bytes()
+            digest.update(f"{path.name} {len(data)} ".encode())
+            digest.update(data)
+    except OSError:
+        return ""
     return digest.hexdigest()
 
 

@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
+from pdbench.files import check_writable, write_whole
 from pdbench.power.device import Reader, open_host
 from pdbench.power.sampler import Sampler, merge_records
-from pdbench.records import Clock, DeviceRecord, DeviceSample, check_writable, save_devices, write_whole
+from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices
 
 COLUMNS = {
     "power_w": "power W",

@@ -18,7 +18,8 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError
-from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, save_run, write_whole
+from pdbench.files import device_files, results_files, write_whole
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, tables, text
 from pdbench.report.text import translate as _
 
@@ -91,7 +92,7 @@ def compare_folders(
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
     paths = list(folders) or list(DEFAULT_FOLDERS)
-    missing = [path for path in paths if not any(path.glob("*_results.json"))]
+    missing = [path for path in paths if not results_files(path)]
     if missing:
         where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
@@ -118,7 +119,7 @@ def compare_folders(
 
 def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Console) -> None:
     """Write report.html, report.md, requests.csv and (up to four runs) the pictures of saved runs into `out`."""
-    folders = list(folders) or [path for path in DEFAULT_FOLDERS if any(path.glob("*_results.json"))]
+    folders = list(folders) or [path for path in DEFAULT_FOLDERS if results_files(path)]
     if not folders:
         raise UserError(
             "nothing measured here: run `./run_disaggregated_test.sh` first, or name results folders: `pdbench report DIR...`"
@@ -227,7 +228,7 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     devices = [device for device in read_devices(source) if device.samples]
     if not devices:
         raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")
-    if any(source.glob("*_results.json")):
+    if results_files(source):
         analysis = load_analysis(source)
     else:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
@@ -239,9 +240,11 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
 def read_devices(source: Path) -> list[DeviceRecord]:
     """The devices of monitor's file or of a run's folder. Raises UserError when it holds none."""
     if source.is_dir():
-        files = sorted(source.glob("*_gpu_data.json"))
+        files = device_files(source)
         if not files:
             raise UserError(f"no *_gpu_data.json in {source}: name a results folder of a run that sampled its devices")
+        if results_files(source):
+            return load_run(source).devices  # all of one run
         return [device for file in files for device in load_devices(file)]
     if source.suffix != ".csv":
         return load_devices(source)

@@ -17,8 +17,8 @@ import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
+from pdbench.files import write_whole
 from pdbench.http import host_port
-from pdbench.records import write_whole
 from pdbench.serving import plan, vllm
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState

@@ -52,7 +52,7 @@ def test_folder_is_analyzed_once(folder, monkeypatch):
     "change",
     [
         lambda folder: save_run(build_run(requests=4, seed=1), folder),
-        lambda folder: (folder / "decode_gpu_data.json").unlink(),
+        lambda folder: [path.unlink() for path in folder.glob("*_gpu_data.json")],
         lambda folder: (folder / FILE).write_text((folder / FILE).read_text().replace("analysis/", "analysis/0")),
         lambda folder: (folder / FILE).write_text((folder / FILE).read_text()[:1000]),
         lambda folder: (folder / FILE).unlink(),

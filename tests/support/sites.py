@@ -73,12 +73,16 @@ class FakeSite(Site):
 
     def run_load(self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]) -> LoadResult:
         self.trials += 1
-        return self._load(self.trials)
+        result = self._load(self.trials)
+        result.trial.index = load.trial
+        for request in result.requests:
+            request.trial = load.trial
+        return result
 
 
 def measured(number: int, error: RequestError | None = None, *flags: Flag) -> LoadResult:
     request = RequestRecord(id=f"r{number}", planned_s=0.0, error=error)
-    return LoadResult([request], Trial(index=number, start_s=0.0, end_s=1.0), list(flags))
+    return LoadResult([request], Trial(index=number, start_s=number, end_s=number + 1.0), list(flags))
 
 
 def gate(passed: bool = True) -> Gate:

@@ -1,0 +1,290 @@
+"""Is what a results folder holds possible? Files may be damaged, edited, or somebody else's."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pdbench import files
+from pdbench.errors import UserError
+
+if TYPE_CHECKING:
+    from pdbench.records import DeviceRecord, RequestRecord, Run, Trial
+
+EARLIEST_S, LATEST_S, CLOCK_ERROR_S = -0.1, 1e8, 1e-3
+"""Instants of a run lie between these (seconds of its clock); two of them are in order up to the clocks' error."""
+EARLIEST_DEVICE_S = -3600.0
+"""A driver's buffer of power readings reaches back."""
+MOST_TOKENS = 2**24
+"""No model has a context this long."""
+MOST_W = 1e6
+_POWERS = ("power_w", "power_average_w", "power_limit_w", "module_power_w", "memory_power_w")
+_READINGS = (
+    "read_s", "sm_clock_mhz", "memory_clock_mhz", "gpu_utilization_pct", "memory_utilization_pct", "temperature_c",
+    "memory_used_mib", "cpu_utilization_pct", "cpu_clock_mhz",
+)  # fmt: skip
+_RUN_ID = re.compile(r"[0-9a-f]{4,64}")
+
+
+def check_keys(saved: bytes, run: "Run", path: Path) -> None:
+    """Raises UserError for requests without token_s, which decoding takes for requests that got no token."""
+    # In a string its quotes would be escaped.
+    if saved.count(b'"token_s":') < len(run.requests) > len(re.findall(rb'"token_s"\s*:', saved)):
+        lost = next((request.id for request in run.requests if not request.token_s), "")
+        raise _wrong(path, f"request {_shown(lost)}", "token_s is missing")
+
+
+def check_run(run: "Run", path: Path) -> None:
+    """Raises UserError for what cannot be; what servers may have sent (counts, phases) is dropped, and the run flagged."""
+    from pdbench.records import Flag
+
+    files.check_name(run.name, f"{path}: name")
+    for role in run.roles:
+        files.check_name(role, f"{path}: a role")
+    if run.run_id is not None and not _RUN_ID.fullmatch(run.run_id):
+        raise _wrong(path, "run_id", f"{_shown(run.run_id)} is no id of a run")
+    if not 0 <= run.revision <= 10**9:
+        raise _wrong(path, "revision", f"{_shown(str(run.revision))} is no number of savings")
+    if not (0 <= run.clock.unix_s <= 1e11 and abs(run.clock.monotonic_s) <= 1e11):
+        raise _wrong(path, "clock", f"{run.clock.monotonic_s:g} s, {run.clock.unix_s:g} s are no system's clocks")
+    _check_config(run, path)
+    _check_trials(run.trials, path)
+    _check_requests(run.requests, {trial.index for trial in run.trials}, path)
+    counts = Counter(name for request in run.requests if _is_odd(request) for name in _drop_impossible(request))
+    if counts:
+        detail = ", ".join(f"{name} of {count} requests" for name, count in counts.items())
+        run.flags.append(
+            Flag("impossible-values", f"{detail} in {path.name} cannot be (negative, huge, reversed): not used")
+        )
+
+
+def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
+    """Raises UserError for device records with readings that cannot be, or that do not follow each other in time."""
+    for device in devices:
+        where = f"device {_shown(device.id)}"
+        for name in ("id", "kind", "role", "host"):
+            text = getattr(device, name)
+            if text is not None and not (text.isprintable() and 0 < len(text) <= 200):
+                raise _wrong(path, f"{where}: {name}", f"{_shown(text)} is no name")
+        _check_order(path, f"{where}: samples", [sample.t_s for sample in device.samples])
+        for name in _POWERS:
+            _check_powers(path, f"{where}: {name}", [getattr(sample, name) for sample in device.samples])
+        for name in _READINGS:
+            for sample in device.samples:
+                value = getattr(sample, name)
+                if value is not None and not -1e3 <= value <= 1e9:
+                    raise _wrong(path, f"{where}: {name}", f"{value:g} is no reading")
+        for name in ("fine_power", "energy_ticks"):
+            _check_order(path, f"{where}: {name}", [t_s for t_s, _ in getattr(device, name)])
+        _check_powers(path, f"{where}: fine_power", [power_w for _, power_w in device.fine_power])
+        for energy_j in (
+            *(sample.energy_j for sample in device.samples),
+            *(energy_j for _, energy_j in device.energy_ticks),
+        ):
+            if energy_j is not None and not 0 <= energy_j <= 1e15:
+                raise _wrong(path, f"{where}: energy_j", f"{energy_j:g} J is no counter's reading")
+        _check_powers(path, f"{where}: idle_power_w", device.idle_power_w.values())
+
+
+def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
+    """Raises UserError when two records are of one device, whose energy would count twice."""
+    twice = [key for key, count in Counter((device.host, device.id) for device in devices).items() if count > 1]
+    if twice:
+        raise _wrong(folder, f"device {_shown(twice[0][1])}", "two records are of it")
+
+
+def drop_impossible_counters(run: "Run") -> None:
+    """A counter that was reset begins again; one that falls and leaps back counted nothing: the power curve tells the energy,
+    and the run is flagged."""
+    from pdbench.records import Flag
+
+    for device in run.devices:
+        for readings in (
+            [energy_j for _, energy_j in device.energy_ticks],
+            [sample.energy_j for sample in device.samples if sample.energy_j is not None],
+        ):
+            steps_j = [after - before for before, after in pairwise(readings)]
+            fall_j = -min(steps_j, default=0.0)
+            if fall_j > 0 and max(steps_j[steps_j.index(-fall_j) :]) > fall_j / 2:
+                device.energy_ticks = []
+                for sample in device.samples:
+                    sample.energy_j = None
+                detail = f"{device.id}: the energy counter falls by {fall_j:g} J and leaps back: not used"
+                run.flags.append(Flag("energy-counter-impossible", detail))
+                break
+
+
+def _check_config(run: "Run", path: Path) -> None:
+    """The options and facts that figures and pages read have the types that pdbench gives them."""
+    from pdbench.config import LoadConfig, PowerConfig
+
+    for section, options in (("load", LoadConfig), ("power", PowerConfig), ("serve", None)):
+        values = run.config.get(section)
+        if not isinstance(values, dict | None):
+            raise _wrong(path, f"config.{section}", "it is no table of options")
+        hints = get_type_hints(options) if options else {}
+        for key, value in (values or {}).items():
+            if key in hints and not isinstance(value, tuple(_types(hints[key]))):
+                raise _wrong(path, f"config.{section}.{key}", f"{_shown(str(value))} is no value of this option")
+            if isinstance(value, float) and not abs(value) <= 1e15:
+                raise _wrong(path, f"config.{section}.{key}", f"{value:g} is no value of this option")
+    inputs, gpus = run.config.get("inputs") or [], run.host.get("gpus") or []
+    if not (isinstance(inputs, list) and all(isinstance(line, str) for line in inputs)):
+        raise _wrong(path, "config.inputs", "it is no list of sentences")
+    if not (isinstance(gpus, list) and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)):
+        raise _wrong(path, "host.gpus", "it is no list of GPUs with names")
+
+
+def _types(hint: Any) -> Iterator[type]:
+    """The types that a value of an option has in JSON."""
+    if get_origin(hint) in (Union, UnionType):
+        for part in get_args(hint):
+            yield from _types(part)
+    elif get_origin(hint) is Literal:
+        yield str
+    elif get_origin(hint) is tuple:
+        yield list
+    elif hint in (int, float):
+        yield from (int, float)
+    else:
+        yield hint if isinstance(hint, type) and hint in (bool, str, NoneType) else object
+
+
+def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
+    for trial in trials:
+        if not 0 <= trial.index <= 10**6:
+            raise _wrong(path, f"trial {_shown(str(trial.index))}", "its index is no number of a trial")
+        for counts in trial.prefix_cache.values():
+            if not (0 <= counts.prompt_tokens <= 10**15 and 0 <= counts.cached_tokens <= 10**15):
+                raise _wrong(path, f"trial {trial.index}: prefix_cache", "it holds no counts of tokens")
+        if not (EARLIEST_S <= trial.start_s <= LATEST_S and EARLIEST_S <= trial.end_s <= LATEST_S):
+            raise _wrong(path, f"trial {trial.index}", f"{trial.start_s:g} s to {trial.end_s:g} s is no time of a run")
+        if trial.end_s < trial.start_s:
+            raise _wrong(
+                path, f"trial {trial.index}", f"its end_s {trial.end_s:g} is before its start_s {trial.start_s:g}"
+            )
+    twice = [index for index, count in Counter(trial.index for trial in trials).items() if count > 1]
+    if twice:
+        raise _wrong(path, f"trial {twice[0]}", "it is there twice")
+    for before, after in pairwise(sorted(trials, key=lambda trial: (trial.start_s, trial.end_s))):
+        if after.start_s < before.end_s - CLOCK_ERROR_S:
+            raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
+
+
+def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path: Path) -> None:
+    if trials and not requests:
+        raise _wrong(path, "requests", f"there are none, and {len(trials)} trials")
+    if len({request.id for request in requests}) < len(requests):
+        twice, _ = Counter(request.id for request in requests).most_common(1)[0]
+        raise _wrong(path, f"request {_shown(twice)}", "it is there twice")
+    foreign = {request.trial for request in requests} - trials
+    if foreign:
+        request = next(request for request in requests if request.trial in foreign)
+        raise _wrong(path, f"request {_shown(request.id)}", f"trials has no trial {request.trial}")
+    for request in requests:
+        tokens, sent_s, end_s = request.token_s, request.sent_s, request.end_s
+        # The common case in one expression; what is wrong is found out below.
+        if (
+            tokens
+            and sent_s is not None
+            and end_s is not None
+            and EARLIEST_S <= sent_s <= tokens[0]
+            and tokens[-1] <= end_s <= LATEST_S
+            and EARLIEST_S <= request.planned_s <= LATEST_S
+            and EARLIEST_S <= (request.due_s or 0.0) <= LATEST_S
+            and (request.answer_index or 0) == 0
+            and not request.token_choice
+            and sorted(tokens) == tokens
+        ):
+            continue
+        if wrong := _what_is_wrong(request):
+            raise _wrong(path, f"request {_shown(request.id)}", wrong)
+
+
+def _what_is_wrong(request: "RequestRecord") -> str | None:
+    tokens = request.token_s
+    if any(after < before - CLOCK_ERROR_S for before, after in pairwise(tokens)):
+        return "token_s runs backwards"
+    if tokens and request.sent_s is None:
+        return "it has token_s and no sent_s"
+    if not tokens and request.error is None and (request.output_tokens or 0) > 0:
+        return f"token_s is empty and output_tokens {request.output_tokens}"
+    if request.answer_index is not None and not 0 <= request.answer_index <= len(tokens):
+        return f"answer_index {request.answer_index} is no place in token_s"
+    if request.token_choice and len(request.token_choice) != len(tokens):
+        return "token_choice is not as long as token_s"
+    if request.token_choice and not 0 <= min(request.token_choice) <= max(request.token_choice) <= 10**6:
+        return "token_choice holds no numbers of choices"
+    if request.due_s is not None and not EARLIEST_S <= request.due_s <= LATEST_S:
+        return f"due_s {request.due_s:g} is no time of a run"
+    steps = [("sent_s", request.sent_s), *(("token_s", tokens[i]) for i in (0, -1) if tokens), ("end_s", request.end_s)]
+    known = [(name, at_s) for name, at_s in steps if at_s is not None]
+    for name, at_s in (("planned_s", request.planned_s), *known):
+        if not EARLIEST_S <= at_s <= LATEST_S:
+            return f"{name} {at_s:g} is no time of a run"
+    for (earlier, before_s), (name, at_s) in pairwise(known):
+        if at_s < before_s - CLOCK_ERROR_S:
+            return f"{name} {at_s:g} is before {earlier} {before_s:g}"
+    return None
+
+
+def _is_odd(request: "RequestRecord") -> bool:
+    """Is there something to drop? Asked of every request, so in one expression."""
+    return not (
+        0 <= (request.prompt_tokens or 0) <= MOST_TOKENS
+        and 0 <= (request.output_tokens or 0) <= MOST_TOKENS
+        and 0 <= (request.cached_prompt_tokens or 0) <= MOST_TOKENS
+        and 0 <= (request.reasoning_tokens or 0) <= MOST_TOKENS
+        and 0 <= request.unsent_tokens <= MOST_TOKENS
+        and 0 <= request.shared_prompt_tokens <= MOST_TOKENS
+        and all(
+            [  # noqa: C419 (faster than a generator for so few)
+                span is None or EARLIEST_DEVICE_S <= span[0] <= span[1] <= LATEST_S for span in request.phases.values()
+            ]
+        )
+    )
+
+
+def _drop_impossible(request: "RequestRecord") -> list[str]:
+    """Counts and phases come from servers: what cannot be is as if it had not been sent. Returns the fields' names."""
+    dropped = []
+    for name in ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "reasoning_tokens"):
+        count = getattr(request, name)
+        if count is not None and not 0 <= count <= MOST_TOKENS:
+            setattr(request, name, None)
+            dropped.append(name)
+    for name in ("unsent_tokens", "shared_prompt_tokens"):
+        if not 0 <= getattr(request, name) <= MOST_TOKENS:
+            setattr(request, name, 0)
+            dropped.append(name)
+    for name, span in request.phases.items():
+        if span is not None and not EARLIEST_DEVICE_S <= span[0] <= span[1] <= LATEST_S:
+            request.phases[name] = None
+            dropped.append(f"phase {name}")
+    return dropped
+
+
+def _check_order(path: Path, where: str, instants: list[float]) -> None:
+    if instants and not (min(instants) >= EARLIEST_DEVICE_S and max(instants) <= LATEST_S):
+        wrong = next(t_s for t_s in instants if not EARLIEST_DEVICE_S <= t_s <= LATEST_S)
+        raise _wrong(path, where, f"{wrong:g} s is no time of a run")
+    if sorted(instants) != instants:
+        raise _wrong(path, where, "they are not in the order of time")
+
+
+def _check_powers(path: Path, where: str, powers: Iterable[float | None]) -> None:
+    for power_w in powers:
+        if power_w is not None and not 0 <= power_w <= MOST_W:
+            raise _wrong(path, where, f"{power_w:g} W is no power of a device")
+
+
+def _shown(text: str) -> str:
+    """A name from a file in a line of ours: no control characters, not endless."""
+    return text if text.isprintable() and 0 < len(text) <= 60 else ascii(text[:60])
+
+
+def _wrong(path: Path, where: str, what: str) -> UserError:
+    return UserError(f"{path}: {where}: {what}: restore the file as pdbench wrote it, or measure again")
