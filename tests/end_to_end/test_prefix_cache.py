@@ -12,15 +12,17 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, Ser
 from pdbench.records import Run
 from pdbench.site import Site
 from tests.conftest import serve_config, start
+from tests.support.kv import tiny_qwen2
 
 pytestmark = pytest.mark.vllm
 PROMPT_TOKENS = 400
-"""Longer than a block of the CPU build (128 tokens)."""
 
 
 @pytest.mark.parametrize("kind", ["single", "disaggregated"])
 def test_only_a_repeated_nonce_meets_the_prefix_cache(kind: DeploymentKind, tmp_path: Path) -> None:
-    config = serve_config(tmp_path / "logs", vllm_args="--enable-prefix-caching")
+    # vLLM for CPU has no prefix cache for the tiny DeepSeek-V2's attention.
+    model = str(tiny_qwen2(tmp_path / "tiny-qwen2"))
+    config = serve_config(tmp_path / "logs", model=model, vllm_args="--enable-prefix-caching --block-size 32")
 
     def bench(nonce: str | None = None, **options: object) -> RunAnalysis:
         load = LoadConfig(
