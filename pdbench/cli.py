@@ -26,6 +26,7 @@ from pdbench.config import (
     ServerConfig,
 )
 from pdbench.errors import UserError
+from pdbench.files import hold
 from pdbench.ranges import Count, Interval, Positive
 from pdbench.records import Run
 
@@ -69,7 +70,7 @@ def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site
     from pdbench.site import stop_on_signals
 
     runs: dict[Path, Run] = {}
-    with stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"):
+    with stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"), hold(out):
         try:
             with open_site(cluster) as site:
                 yield site, runs
@@ -379,7 +380,7 @@ def sweep(
 
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
-    with stop_on_signals(lambda: sweep.saved(out)), open_site(cluster) as site:
+    with stop_on_signals(lambda: sweep.saved(out)), hold(out), open_site(cluster) as site:
         commands.present_sweep(sweep.run(points, out, measure, console, context), out, console)
 
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from pdbench.config import Options
 from pdbench.errors import UserError
-from pdbench.files import check_writable, write_whole
+from pdbench.files import check_name, check_writable, results_files, write_whole
 
 _DONE, _SWEEP = "point.json", "sweep.json"
 
@@ -142,6 +142,7 @@ def run(
             if folder.exists():
                 # An unfinished or older measurement: its files must not be taken for this one's.
                 shutil.rmtree(folder)
+            folder.mkdir(parents=True)  # it says that the point's prompts may have been sent, should nothing be saved
             folders = measure(options, folder)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
             write_whole(folder / _DONE, json.dumps(done, indent=1).encode())
@@ -183,8 +184,9 @@ def _results(folder: Path, keys: dict[str, Any]) -> list[Path] | None:
     try:
         done = json.loads((folder / _DONE).read_bytes())
         same = all(done[key] == value for key, value in keys.items())
-        return [folder / name for name in done["results"]] if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+        folders = [folder / check_name(name, "a results folder") for name in done["results"]]
+        return folders if same and all(map(results_files, folders)) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
 
 

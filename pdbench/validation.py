@@ -197,6 +197,7 @@ def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path:
             and EARLIEST_S <= (request.due_s or 0.0) <= LATEST_S
             and (request.answer_index or 0) == 0
             and not request.token_choice
+            and 0 <= request.first_tokens <= MOST_TOKENS
             and sorted(tokens) == tokens
         ):
             continue
@@ -214,6 +215,8 @@ def _what_is_wrong(request: "RequestRecord") -> str | None:
         return f"token_s is empty and output_tokens {request.output_tokens}"
     if request.answer_index is not None and not 0 <= request.answer_index <= len(tokens):
         return f"answer_index {request.answer_index} is no place in token_s"
+    if not 0 <= request.first_tokens <= MOST_TOKENS:
+        return f"first_tokens {_shown(str(request.first_tokens))} is no count of tokens"
     if request.token_choice and len(request.token_choice) != len(tokens):
         return "token_choice is not as long as token_s"
     if request.token_choice and not 0 <= min(request.token_choice) <= max(request.token_choice) <= 10**6:

@@ -57,7 +57,8 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
 
     def measure(options: Options, folder: Path) -> list[Path]:
         calls.append(options.load.concurrency)
-        (folder / "single_results").mkdir(parents=True)
+        (folder / "single_results").mkdir()
+        (folder / "single_results" / "single_results.json").write_text("{}")
         if options.load.concurrency == 2:
             raise UserError("the server died")
         if options.load.concurrency == 3 and calls.count(3) == 1:
@@ -100,7 +101,8 @@ def nonces(out: Path, url: str | None = None, load: LoadConfig | None = None, fa
 
     def measure(options: Options, folder: Path) -> list[Path]:
         used.append(options.load.nonce)
-        (folder / "bench_results").mkdir(parents=True)
+        (folder / "bench_results").mkdir()
+        (folder / "bench_results" / "bench_results.json").write_text("{}")
         if options.load.concurrency == failing:
             raise UserError("the server died")
         return [folder / "bench_results"]

@@ -65,6 +65,7 @@ RESULTS: list[tuple[Change, str]] = [
     (request("token_s", [1, "x"]), "does not hold a whole run"),
     (request("trial", 7), "t0-1: trials has no trial 7"),
     (request("answer_index", 9), "answer_index 9 is no place in token_s"),
+    (request("first_tokens", -2), "first_tokens -2 is no count of tokens"),
     (request("token_choice", [0]), "token_choice is not as long as token_s"),
     (request("token_choice", [0, 0, 0, 10**30]), "token_choice holds no numbers of choices"),
     (trial("index", 10**30), "trial 1000000.*: its index is no number of a trial"),

@@ -17,7 +17,7 @@ import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.files import write_whole
+from pdbench.files import check_name, write_whole
 from pdbench.http import host_port
 from pdbench.serving import plan, vllm
 from pdbench.serving.plan import ServerSpec
@@ -298,6 +298,8 @@ def find(folder: Path, url: str) -> DeploymentInfo | None:
     info = _load(folder)
     if info is None or info.owner_pid is None or not psutil.pid_exists(info.owner_pid):
         return None
+    for name in (info.name, *(server.role for server in info.servers)):
+        check_name(name, f"a deployment or role in {folder / INFO_FILE}")
     if _same_address(info.url, url):
         return info
     for server in info.servers:

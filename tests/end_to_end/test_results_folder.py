@@ -1,0 +1,110 @@
+"""One measurement at a time writes into a folder of results; what is in it afterwards is one whole run."""
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdbench.records import load_run
+from tests.support.processes import ROOT, free_port, run_pdbench, wait_until
+from tests.support.servers import Peer, ScriptedServer, stream, tokens
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """Slow enough that a bench of it can be met while it measures."""
+    answer = stream(tokens(5), pause_s=0.1)
+
+    def respond(peer: Peer) -> bool:
+        if not peer.head.startswith(b"GET"):
+            return answer(peer)
+        peer.respond({"data": [{"id": "their-model"}]})
+        return True
+
+    with ScriptedServer(respond) as scripted:
+        yield scripted
+
+
+def bench(server: ScriptedServer, requests: int, out: str = "out") -> list[str]:
+    load = ["--url", server.url, "--requests", str(requests), "--warmup", "1", "--no-power"]
+    return ["bench", *load, "--out", out]
+
+
+def start(server: ScriptedServer, folder: Path, requests: int = 60, out: str = "out") -> subprocess.Popen[str]:
+    """A bench that measures."""
+    command = [sys.executable, "-m", "pdbench", *bench(server, requests, out)]
+    running = subprocess.Popen(
+        command, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert "load:" in next(line for line in running.stdout if "load:" in line)
+    return running
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_second_measurement_into_a_folder_is_refused_before_it_starts(server: ScriptedServer, tmp_path: Path) -> None:
+    with start(server, tmp_path) as first:
+        begun = len(server.requests)
+        for command in (
+            bench(server, 4),
+            bench(server, 4, "out/../out"),
+            ["sweep", *bench(server, 4)[1:], "--vary", "concurrency=1"],
+        ):
+            refused = run_pdbench(*command, cwd=tmp_path)
+            assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+            assert "another pdbench measures into" in refused.stderr and "give another --out" in refused.stderr
+        other = run_pdbench(*bench(server, 4, "other"), cwd=tmp_path)
+        assert other.returncode == 0, other.stderr
+        first.send_signal(signal.SIGINT)
+        first.communicate()
+    assert begun <= len(server.requests)
+    assert load_run(tmp_path / "out" / "bench_results").requests
+    assert hidden(tmp_path) == []
+
+
+def test_killed_measurement_keeps_the_earlier_run_and_holds_nothing(server: ScriptedServer, tmp_path: Path) -> None:
+    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    run_id = load_run(tmp_path / "out" / "bench_results").run_id
+    with start(server, tmp_path) as killed:
+        killed.kill()
+    assert load_run(tmp_path / "out" / "bench_results").run_id == run_id
+    assert run_pdbench(*bench(server, 5), cwd=tmp_path).returncode == 0
+    run = load_run(tmp_path / "out" / "bench_results")
+    assert run.run_id != run_id and len([request for request in run.requests if not request.warmup]) == 5
+    assert hidden(tmp_path) == []
+
+
+def test_disk_that_is_full_keeps_the_earlier_run(server: ScriptedServer, tmp_path: Path) -> None:
+    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        full = run_pdbench(*bench(server, 9), cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.returncode == 1 and "make room" in full.stderr and "Traceback" not in full.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
+    assert hidden(tmp_path) == []
+
+
+def test_bench_of_no_server_leaves_no_folder(tmp_path: Path) -> None:
+    failed = run_pdbench("bench", "--url", f"http://127.0.0.1:{free_port()}", "--out", "a/b", cwd=tmp_path)
+    assert failed.returncode == 1 and "no OpenAI-compatible server" in failed.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_reading_needs_no_lock(server: ScriptedServer, tmp_path: Path) -> None:
+    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    with start(server, tmp_path) as measuring:
+        read = run_pdbench("report", "out/bench_results", "--out", "out/report", cwd=tmp_path)
+        assert read.returncode == 0, read.stderr
+        wait_until(lambda: measuring.poll() is None)
+        measuring.kill()
