@@ -121,15 +121,20 @@ def bench(
     if info is None:
         model = options.serve.model or offered_model(url, verify_tls=options.load.tls_verify)
         info = DeploymentInfo(name="bench", url=url, model_name=model)
+        proxied = get(url, "/metrics", timeout_s=3.0) or b""
+        where = f"--log-dir {deployments.proxy_log_folder(url) or 'FOLDER'} names the log folder of its `pdbench serve`"
         if options.power.power or clocks.requested_options(options.power):
-            flags = site.assign_devices(info, options)
+            if b"pdbench_proxy_" in proxied and not options.serve.single_gpus:
+                # The process that listens is the proxy: its CPU use is not the server's.
+                detail = f"{url} is a pdbench proxy: the devices of its servers are not measured; {where}"
+                flags = [Flag("devices-unknown", detail)]
+            else:
+                flags = site.assign_devices(info, options)
         if flags:
             options = replace(options, power=replace(options.power, power=False))
-        if b'pdbench_proxy_instance_ready{role="prefill"' in (get(url, "/metrics", timeout_s=3.0) or b""):
-            where = "--log-dir names the log folder of its `pdbench serve`"
-            flags.append(
-                Flag("event-log-missing", f"the proxy at {url} logs elsewhere: phases are not measured; {where}")
-            )
+        if b'pdbench_proxy_instance_ready{role="prefill"' in proxied:
+            detail = f"{url} is a pdbench proxy that logs elsewhere: phases are not measured; {where}"
+            flags.append(Flag("event-log-missing", detail))
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)

@@ -270,3 +270,21 @@ def test_bench_of_a_proxy_that_logs_elsewhere_says_so(tmp_path: Path, has_prefil
     (run,) = runs.values()
     assert [flag.name for flag in run.flags] == ["event-log-missing"] * has_prefill
     assert list(run.requests[0].phases) == ["decode_queue" if has_prefill else "queue"]
+
+
+@pytest.mark.parametrize("has_prefill", [True, False])
+def test_process_of_a_proxy_is_not_measured_as_the_server(tmp_path: Path, has_prefill: bool) -> None:
+    options = replace(
+        OPTIONS, power=PowerConfig(idle_s=0), serve=ServeConfig(model="m", log_dir=str(tmp_path / "other"))
+    )
+    runs: dict[Path, Run] = {}
+    with instance(tmp_path, "a") as a, instance(tmp_path, "b") as b:
+        instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
+        with proxy(tmp_path, **instances) as server:
+            site = FakeSite(measured)
+            experiment.bench(server.url, 1, options, tmp_path / "out", Console(quiet=True), site, runs)
+    (run,) = runs.values()
+    assert run.devices == []
+    details = {flag.name: flag.detail for flag in run.flags}
+    assert ("event-log-missing" in details) == has_prefill
+    assert "is a pdbench proxy" in details["devices-unknown"] and f"--log-dir {tmp_path} " in details["devices-unknown"]

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
@@ -18,8 +18,8 @@ import psutil
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.files import check_name, write_whole
-from pdbench.http import host_port
-from pdbench.serving import plan, vllm
+from pdbench.http import host_port, split_url
+from pdbench.serving import machine, plan, vllm
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState
 from pdbench.serving.vllm import Command, Setup
@@ -307,6 +307,17 @@ def find(folder: Path, url: str) -> DeploymentInfo | None:
             # As any other server that is asked directly: without events, which are of the deployment's requests.
             server.event_log = None
             return msgspec.structs.replace(info, name="bench", url=server.url, servers=[server])
+    return None
+
+
+def proxy_log_folder(url: str) -> Path | None:
+    """Where the pdbench proxy of this host that listens at `url` logs; None where this user cannot see its process."""
+    server = split_url(url)
+    for process in machine.listeners(server.port) if machine.is_this_host(server.host) else ():
+        with suppress(psutil.Error, ValueError, IndexError):
+            arguments = process.cmdline()
+            log = arguments[arguments.index("--event-log") + 1]
+            return Path(process.cwd(), log).parent
     return None
 
 
