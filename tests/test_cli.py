@@ -81,6 +81,7 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--max-model-len 256" in done.stdout
     assert "--port 8111" in done.stdout
+    assert done.stdout.count("(set PDBENCH_KV_SECRET to the same secret for all)") == 2
 
 
 def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_path: Path) -> None:

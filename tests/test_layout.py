@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
     "analysis": ("records", "files", "events", "errors", "config"),
-    "report": ("analysis", "records", "files", "events", "errors", "config"),
+    "report": ("analysis", "records", "files", "validation", "events", "errors", "config"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

@@ -62,9 +62,11 @@ def parse(text: str) -> Condition:
     """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError when it is none of these."""
     match = _SHAPE.fullmatch(text)
     if match is None or not match[3]:
+        word = re.match(r"\s*(\w*)", text)
+        known = "" if word and word[1] in METRICS else f"; METRIC is one of {', '.join(METRICS)}"
         raise UserError(
             f'--fail-if "{text}" is not a condition: write METRIC, > or <, a signed change in % or in the metric\'s unit, '
-            'as in "tbt_p99_ms > +5%"'
+            f'as in "tbt_p99_ms > +5%"{known}'
         )
     check_metric(match[1], "--fail-if")
     limit = float(match[3] + match[4])

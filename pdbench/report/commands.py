@@ -18,10 +18,11 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError
-from pdbench.files import device_files, results_files, write_whole
+from pdbench.files import device_files, read_whole, results_files, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, tables, text
 from pdbench.report.text import translate as _
+from pdbench.validation import check_devices
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
 DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
@@ -170,9 +171,9 @@ def _write_report(
         from pdbench.report import mpl
 
         drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for name, run in runs.items()]
-        # A name comes from a results file, which may be somebody else's.
-        safe = [re.sub(r"[^\w .,=+-]", "_", name) for name in runs]
-        files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(safe, drawn, strict=True)}
+        # Names come from folders and from results files, which may be somebody else's.
+        names = _distinct([re.sub(r"[^\w .,=+-]", "_", name)[:60] for name in runs])
+        files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(names, drawn, strict=True)}
         if len(runs) > 1:
             files[COMPARISON] = mpl.picture(mpl.comparison, runs, compared)
     for name, data in files.items():
@@ -199,7 +200,20 @@ def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[s
     above = os.path.commonpath([path.parent for path in paths])
     runs = zip(plain, paths, strict=True)
     names = [name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts) for name, path in runs]
-    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return _distinct(names)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbers behind those that repeat."""
+    taken = set(names)
+    distinct = []
+    for place, name in enumerate(names):
+        number = names[: place + 1].count(name)
+        while names.count(name) > 1 and f"{name} {number}" in taken:
+            number += 1
+        distinct.append(f"{name} {number}" if names.count(name) > 1 else name)
+        taken.add(distinct[-1])
+    return distinct
 
 
 def present_sweep(
@@ -250,18 +264,17 @@ def read_devices(source: Path) -> list[DeviceRecord]:
         return load_devices(source)
     devices: dict[str, DeviceRecord] = {}
     try:
-        for row in csv.DictReader(source.read_text().splitlines()):
+        for row in csv.DictReader(read_whole(source).decode().splitlines()):
             cells: dict[str, Any] = {k: v for k, v in row.items() if k in DeviceSample.__struct_fields__ and v}
             if "throttle" in cells:
                 cells["throttle"] = cells["throttle"].split()
             device = DeviceRecord(id=row["device"], kind=row["kind"], name=row["name"])
             samples = devices.setdefault(row["device"], device).samples
             samples.append(msgspec.convert(cells, DeviceSample, strict=False))
-    except FileNotFoundError:
-        raise UserError(f"no file {source}: `pdbench monitor --out FILE` writes one") from None
-    except (KeyError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (KeyError, UnicodeDecodeError, msgspec.ValidationError, csv.Error) as error:
         raise UserError(f"{source} is not monitor's CSV ({error}): name a file that `pdbench monitor` wrote") from None
-    return list(devices.values())
+    check_devices([*devices.values()], source)
+    return [*devices.values()]
 
 
 def _say(console: Console, line: str) -> None:

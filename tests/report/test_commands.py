@@ -49,6 +49,33 @@ def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
     assert len(set(commands.names_of(runs, [*folders, folders[0]]))) == 3
 
 
+def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
+    folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250)]
+    for folder in folders:
+        save_run(build_run("single", trials=1, requests=2), folder)
+    commands.report(folders, tmp_path / "one", None, Console(file=io.StringIO()))
+    assert len([*(tmp_path / "one").glob("*_performance_analysis.png")]) == 4
+    commands.report([folders[0], folders[1], folders[0]], tmp_path / "two", None, Console(file=io.StringIO()))
+    assert len([*(tmp_path / "two").glob("*_performance_analysis.png")]) == 3
+    assert ".0," not in (tmp_path / "two" / "requests.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("gpu-0,gpu,H200,nan", "nan s is no time of a run"),
+        ("gpu-0,gpu,H200,2\ngpu-0,gpu,H200,1", "not in the order of time"),
+        ("gpu-0,gpu,H200,x", "is not monitor's CSV"),
+        ("gpu-0,gpu,H200,1,-5", "power_w: -5 W is no power"),
+        ("gpu-0", "is not monitor's CSV"),
+    ],
+)
+def test_samples_of_a_csv_that_cannot_be_are_refused(tmp_path, rows, message):
+    (tmp_path / "m.csv").write_text(f"device,kind,name,t_s,power_w\n{rows}\n")
+    with pytest.raises(UserError, match=message):
+        commands.plot(tmp_path / "m.csv", None, Console(file=io.StringIO()))
+
+
 def test_a_name_from_a_file_does_not_choose_the_folder(tmp_path):
     run = build_run("single", trials=1, requests=2)
     save_run(run, tmp_path / "run")
