@@ -294,7 +294,7 @@ def _load(folder: Path, path: Path) -> Run:
 
 
 def _title(part: "Run | _DeviceFile") -> str:
-    return f"run {part.run_id} (saving {part.revision})" if part.run_id else "a run without an id"
+    return f"run {validation.shown(part.run_id)} (saving {part.revision})" if part.run_id else "a run without an id"
 
 
 def _results_file(folder: Path) -> Path:
@@ -359,7 +359,9 @@ def _read_run(path: Path) -> Run:
                 f"{path} does not hold a whole run ({error}): measure again, or restore the file"
             ) from error
     if schema not in READABLE:
-        raise UserError(f"{path} has schema {schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version")
+        raise UserError(
+            f"{path} has schema {validation.shown(str(schema))}, this pdbench reads {SCHEMA}: measure again with this version"
+        )
     validation.check_keys(saved, run, path)
     if schema != SCHEMA:
         # Its keys meant other things; the figures are derived again from the requests.
@@ -376,7 +378,7 @@ def _read_devices(path: Path) -> _DeviceFile:
         ) from error
     if content.schema not in READABLE:
         raise UserError(
-            f"{path} has schema {content.schema!r}, this pdbench reads {SCHEMA!r}: measure again with this version"
+            f"{path} has schema {validation.shown(content.schema)}, this pdbench reads {SCHEMA}: measure again with this version"
         )
     validation.check_devices(content.devices, path)
     return content

@@ -34,7 +34,7 @@ def check_keys(saved: bytes, run: "Run", path: Path) -> None:
     # In a string its quotes would be escaped.
     if saved.count(b'"token_s":') < len(run.requests) > len(re.findall(rb'"token_s"\s*:', saved)):
         lost = next((request.id for request in run.requests if not request.token_s), "")
-        raise _wrong(path, f"request {_shown(lost)}", "token_s is missing")
+        raise _wrong(path, f"request {shown(lost)}", "token_s is missing")
 
 
 def check_run(run: "Run", path: Path) -> None:
@@ -44,10 +44,12 @@ def check_run(run: "Run", path: Path) -> None:
     files.check_name(run.name, f"{path}: name")
     for role in run.roles:
         files.check_name(role, f"{path}: a role")
+    for name in run.device_files:
+        files.check_name(name, f"{path}: a name in device_files")
     if run.run_id is not None and not _RUN_ID.fullmatch(run.run_id):
-        raise _wrong(path, "run_id", f"{_shown(run.run_id)} is no id of a run")
+        raise _wrong(path, "run_id", f"{shown(run.run_id)} is no id of a run")
     if not 0 <= run.revision <= 10**9:
-        raise _wrong(path, "revision", f"{_shown(str(run.revision))} is no number of savings")
+        raise _wrong(path, "revision", f"{shown(str(run.revision))} is no number of savings")
     if not (0 <= run.clock.unix_s <= 1e11 and abs(run.clock.monotonic_s) <= 1e11):
         raise _wrong(path, "clock", f"{run.clock.monotonic_s:g} s, {run.clock.unix_s:g} s are no system's clocks")
     _check_config(run, path)
@@ -64,11 +66,11 @@ def check_run(run: "Run", path: Path) -> None:
 def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
     """Raises UserError for device records with readings that cannot be, or that do not follow each other in time."""
     for device in devices:
-        where = f"device {_shown(device.id)}"
+        where = f"device {shown(device.id)}"
         for name in ("id", "kind", "role", "host"):
             text = getattr(device, name)
             if text is not None and not (text.isprintable() and 0 < len(text) <= 200):
-                raise _wrong(path, f"{where}: {name}", f"{_shown(text)} is no name")
+                raise _wrong(path, f"{where}: {name}", f"{shown(text)} is no name")
         _check_order(path, f"{where}: samples", [sample.t_s for sample in device.samples])
         for name in _POWERS:
             _check_powers(path, f"{where}: {name}", [getattr(sample, name) for sample in device.samples])
@@ -93,7 +95,7 @@ def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
     """Raises UserError when two records are of one device, whose energy would count twice."""
     twice = [key for key, count in Counter((device.host, device.id) for device in devices).items() if count > 1]
     if twice:
-        raise _wrong(folder, f"device {_shown(twice[0][1])}", "two records are of it")
+        raise _wrong(folder, f"device {shown(twice[0][1])}", "two records are of it")
 
 
 def drop_impossible_counters(run: "Run") -> None:
@@ -128,7 +130,7 @@ def _check_config(run: "Run", path: Path) -> None:
         hints = get_type_hints(options) if options else {}
         for key, value in (values or {}).items():
             if key in hints and not isinstance(value, tuple(_types(hints[key]))):
-                raise _wrong(path, f"config.{section}.{key}", f"{_shown(str(value))} is no value of this option")
+                raise _wrong(path, f"config.{section}.{key}", f"{shown(str(value))} is no value of this option")
             if isinstance(value, float) and not abs(value) <= 1e15:
                 raise _wrong(path, f"config.{section}.{key}", f"{value:g} is no value of this option")
     inputs, gpus = run.config.get("inputs") or [], run.host.get("gpus") or []
@@ -156,7 +158,7 @@ def _types(hint: Any) -> Iterator[type]:
 def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
     for trial in trials:
         if not 0 <= trial.index <= 10**6:
-            raise _wrong(path, f"trial {_shown(str(trial.index))}", "its index is no number of a trial")
+            raise _wrong(path, f"trial {shown(str(trial.index))}", "its index is no number of a trial")
         for counts in trial.prefix_cache.values():
             if not (0 <= counts.prompt_tokens <= 10**15 and 0 <= counts.cached_tokens <= 10**15):
                 raise _wrong(path, f"trial {trial.index}: prefix_cache", "it holds no counts of tokens")
@@ -179,11 +181,11 @@ def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path:
         raise _wrong(path, "requests", f"there are none, and {len(trials)} trials")
     if len({request.id for request in requests}) < len(requests):
         twice, _ = Counter(request.id for request in requests).most_common(1)[0]
-        raise _wrong(path, f"request {_shown(twice)}", "it is there twice")
+        raise _wrong(path, f"request {shown(twice)}", "it is there twice")
     foreign = {request.trial for request in requests} - trials
     if foreign:
         request = next(request for request in requests if request.trial in foreign)
-        raise _wrong(path, f"request {_shown(request.id)}", f"trials has no trial {request.trial}")
+        raise _wrong(path, f"request {shown(request.id)}", f"trials has no trial {request.trial}")
     for request in requests:
         tokens, sent_s, end_s = request.token_s, request.sent_s, request.end_s
         # The common case in one expression; what is wrong is found out below.
@@ -202,7 +204,7 @@ def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path:
         ):
             continue
         if wrong := _what_is_wrong(request):
-            raise _wrong(path, f"request {_shown(request.id)}", wrong)
+            raise _wrong(path, f"request {shown(request.id)}", wrong)
 
 
 def _what_is_wrong(request: "RequestRecord") -> str | None:
@@ -216,7 +218,7 @@ def _what_is_wrong(request: "RequestRecord") -> str | None:
     if request.answer_index is not None and not 0 <= request.answer_index <= len(tokens):
         return f"answer_index {request.answer_index} is no place in token_s"
     if not 0 <= request.first_tokens <= MOST_TOKENS:
-        return f"first_tokens {_shown(str(request.first_tokens))} is no count of tokens"
+        return f"first_tokens {shown(str(request.first_tokens))} is no count of tokens"
     if request.token_choice and len(request.token_choice) != len(tokens):
         return "token_choice is not as long as token_s"
     if request.token_choice and not 0 <= min(request.token_choice) <= max(request.token_choice) <= 10**6:
@@ -284,8 +286,8 @@ def _check_powers(path: Path, where: str, powers: Iterable[float | None]) -> Non
             raise _wrong(path, where, f"{power_w:g} W is no power of a device")
 
 
-def _shown(text: str) -> str:
-    """A name from a file in a line of ours: no control characters, not endless."""
+def shown(text: str) -> str:
+    """Text from a file in a line of ours: no control characters, not endless."""
     return text if text.isprintable() and 0 < len(text) <= 60 else ascii(text[:60])
 
 

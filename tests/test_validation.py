@@ -94,7 +94,7 @@ RESULTS: list[tuple[Change, str]] = [
     (lambda run: run["config"]["load"].update(endpoint=[]), r"config.load.endpoint: \[\] is no value"),
     (lambda run: run["config"].update(inputs=3), "config.inputs"),
     (lambda run: run["host"].update(gpus=["H200"]), "host.gpus"),
-    (lambda run: run.update(schema="pdbench/9"), "has schema 'pdbench/9'"),
+    (lambda run: run.update(schema="pdbench/9"), "has schema pdbench/9"),
     (lambda run: run.update(schema=None), "has schema"),
     (lambda run: run.update(flags=[1]), "does not hold a whole run"),
 ]
@@ -128,7 +128,7 @@ DEVICES: list[tuple[Change, str]] = [
     (lambda file: file["devices"][0].update(id="a\nb"), r"id: 'a\\nb' is no name"),
     (lambda file: file["devices"][0].update(host=""), "host: '' is no name"),
     (lambda file: file["devices"].extend(file["devices"]), "device gpu0: two records are of it"),
-    (lambda file: file.update(schema="pdbench/9"), "has schema 'pdbench/9'"),
+    (lambda file: file.update(schema="pdbench/9"), "has schema pdbench/9"),
     (lambda file: file.pop("devices"), "holds no device samples"),
     (lambda file: file.update(run_id="0123abcd"), r"is of run 0123abcd \(saving 1\) and single_results.json of run"),
     (lambda file: file.update(revision=0), r"\(saving 0\) and single_results.json of run .* \(saving 1\): restore"),
