@@ -35,6 +35,14 @@ def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
         yield now_s
 
 
+def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[float]:
+    """The first `count` arrivals, stretched so that the one after them comes at `span_s`: luck in their number is no part of a
+    trial. Of Poisson arrivals, what is left is as random as before: uniform instants in order."""
+    first = list(itertools.islice(instants, count + 1))
+    factor = span_s / first[-1]
+    return (instant * factor for instant in first[:-1])
+
+
 def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> Iterator[float]:
     """Endless Poisson arrivals whose rate goes linearly from `start_rate` to `end_rate` over `over_s`, then stays."""
     slope = (end_rate - start_rate) / over_s

@@ -282,9 +282,13 @@ def _instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[f
         return arrivals.ramp(config.rate, config.ramp_to, config.ramp_s, seed)
     if config.arrival == "constant":
         return arrivals.constant(config.rate)
+    random = arrivals.poisson(config.rate, seed)
     if config.arrival == "gamma":
-        return arrivals.gamma(config.rate, config.burstiness, seed)
-    return arrivals.poisson(config.rate, seed)
+        random = arrivals.gamma(config.rate, config.burstiness, seed)
+    if config.steady_s is not None:
+        return random
+    span_s = config.duration_s or (config.requests or DEFAULT_REQUESTS) / config.rate
+    return arrivals.scaled(random, round(span_s * config.rate), span_s)
 
 
 def _contents(

@@ -6,13 +6,10 @@ from pdbench.report.text import Runs, against, arrivals, flag_names, number, tit
 from pdbench.report.text import translate as _
 
 HEADLINE = (
-    "tbt_p99_ms",
-    "ttft_p50_ms",
-    "e2e_p50_ms",
-    "output_tokens_per_s",
-    "j_per_output_token",
-    "goodput_requests_per_s",
-)
+    "tbt_p99_ms", "tbt_p50_ms", "ttft_p50_ms", "ttft_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "output_tokens_per_s",
+    "goodput_requests_per_s", "j_per_output_token",
+)  # fmt: skip
+"""Metrics that the answer in one sentence names, where they are better or worse for sure."""
 WIDE = 100.0
 """Bounds of an interval this far apart say only that there were too few trials."""
 
@@ -151,7 +148,7 @@ def groups(comparison: Comparison) -> list[tuple[str, str, str]]:
         "better": _("better so far") if one_trial else _("better"),
         "worse": _("worse so far") if one_trial else _("worse"),
         "same": _("within 5 % so far") if one_trial else _("same"),
-        "alone": _("for that metric alone"),
+        "alone": _("taken alone"),
         "unclear": _("not decided"),
         "unjudged": _("not judged"),
     }

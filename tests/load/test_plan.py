@@ -50,6 +50,24 @@ def gaps(instants, count: int = 4000) -> numpy.ndarray:
     return numpy.diff([0.0, *islice(instants, count)])
 
 
+@pytest.mark.parametrize("arrival", ["poisson", "gamma"])
+def test_arrivals_of_every_trial_come_at_their_rate(arrival):
+    """n requests in n / rate seconds, whatever the trial: only their places differ."""
+    plans = []
+    for trial in range(3):
+        config = LoadConfig(rate=8.0, requests=100, arrival=arrival, burstiness=0.5)
+        plans.append([request.arrival_s for request in plan.planned_requests(config, None, trial)])
+    assert all(len(instants) == 100 and 10 < instants[-1] < 100 / 8 for instants in plans)
+    assert plans[0] != plans[1] != plans[2]
+    config = LoadConfig(rate=8.0, duration_s=30.0, arrival=arrival)
+    assert [sum(1 for _ in plan.planned_requests(config, None, trial)) for trial in range(3)] == [240] * 3
+
+
+def test_scaled_poisson_arrivals_are_uniform_in_their_span():
+    instants = [i for trial in range(20) for i in arrivals.scaled(arrivals.poisson(5.0, trial), 200, 40.0)]
+    assert stats.kstest(instants, stats.uniform(0, 40).cdf).pvalue > 0.01
+
+
 def test_poisson_gaps_are_exponential():
     assert stats.kstest(gaps(arrivals.poisson(5.0, 1)), stats.expon(scale=0.2).cdf).pvalue > 0.01
 
