@@ -1,7 +1,9 @@
 """How stream_conformance.py installs and runs each tool, and where in its files the figures of single requests stand."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 600
+START_LIMIT_S, CASE_LIMIT_S = 60.0, 0.6
 
 
 class Group(NamedTuple):
@@ -67,16 +69,25 @@ class Tool:
 
     def command(self, folder: Path, *arguments: object) -> None:
         """Run it to its end; raises RuntimeError with its last lines where it fails."""
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_COLOR": "1"}
+        environment = {**os.environ, "NO_COLOR": "1"}
         if self.key != "pdbench":
             environment.pop("PYTHONPATH", None)
+        limit_s = START_LIMIT_S + CASE_LIMIT_S * len((folder / "prompts.jsonl").read_text().splitlines())
         with (folder / "output.txt").open("w") as output:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [str(argument) for argument in arguments],
-                stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT_S, cwd=folder, env=environment,
+                stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True,
             )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"exit code {done.returncode}: {(folder / 'output.txt').read_text()[-500:]}")
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"no end after {limit_s:.0f} s") from None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                process.wait()
+        if code:
+            raise RuntimeError(f"exit code {code}: {(folder / 'output.txt').read_text()[-500:]}")
 
 
 def tools(peers: Path, temporary: Path) -> list[Tool]:
@@ -94,7 +105,7 @@ def make_tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True)
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "case": 1}, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0} | {f"w{i}": i for i in range(1, 1000)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "[UNK]", "pad_token": "[UNK]",
@@ -142,35 +153,27 @@ def run_vllm(tool: Tool, url: str, group: Group, numbers: list[int], folder: Pat
     script = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); "
     script += "add_cli_args(p); main(p.parse_args())"
     end = ["openai-chat", "/v1/chat/completions"] if group.chat else ["openai", "/v1/completions"]
-    arguments = [
-        "--base-url",
-        url,
-        "--model",
-        "scripted",
-        "--backend",
-        end[0],
-        "--endpoint",
-        end[1],
-        "--dataset-name",
-        "custom",
-    ]
+    # Its custom datasets need pandas: these prompts name no case, the server gives the next one.
+    arguments = ["--base-url", url, "--model", "scripted", "--backend", end[0], "--endpoint", end[1], "--disable-tqdm"]
+    arguments += ["--dataset-name", "random", "--random-input-len", 8, "--random-output-len", group.max_tokens]
     arguments += [
-        "--dataset-path",
-        folder / "prompts.jsonl",
-        "--custom-output-len",
-        group.max_tokens,
-        "--disable-shuffle",
-    ]
-    arguments += [
-        "--custom-skip-chat-template",
         "--num-prompts",
         len(numbers),
         "--max-concurrency",
         1,
-        "--disable-tqdm",
+        "--num-warmups",
+        0,
+        "--ready-check-timeout-sec",
+        0,
     ]
-    arguments += ["--num-warmups", 0, "--ready-check-timeout-sec", 0, "--save-result", "--save-detailed"]
-    arguments += ["--tokenizer", tool.tokenizer, "--result-filename", folder / "vllm.json"]
+    arguments += [
+        "--save-result",
+        "--save-detailed",
+        "--result-filename",
+        folder / "vllm.json",
+        "--tokenizer",
+        tool.tokenizer,
+    ]
     tool.command(folder, tool.python, "-c", script, *arguments, *(["--ignore-eos"] if group.forced else []))
     rows = json.loads((folder / "vllm.json").read_text())
     seen = {}
@@ -225,3 +228,35 @@ def run_aiperf(tool: Tool, url: str, group: Group, numbers: list[int], folder: P
             figures.get("inter_token_latency"),
         )  # fmt: skip
     return seen
+
+
+def run_guidellm(tool: Tool, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+    path = "/v1/chat/completions" if group.chat else "/v1/completions"
+    extras = {"body": {"max_tokens": group.max_tokens, "ignore_eos": group.forced}}
+    backend = {
+        "kind": "openai_http",
+        "target": url,
+        "model": "scripted",
+        "request_format": path,
+        "validate_backend": False,
+    }
+    arguments = ["--backend", json.dumps(backend | {"extras": extras}), "--profile", "kind=synchronous"]
+    arguments += ["--constraint", f"kind=max_requests,count={len(numbers)}", "--disable-console"]
+    arguments += [
+        "--data",
+        f"kind=json_file,path={folder / 'prompts.jsonl'}",
+        "--tokenizer",
+        f"kind=hf_auto,model={tool.tokenizer}",
+    ]
+    arguments += ["--output", f"kind=json,path={folder / 'guidellm.json'}"]
+    tool.command(folder, tool.python.parent / "guidellm", "run", *arguments)
+    requests = json.loads((folder / "guidellm.json").read_text())["benchmarks"][0]["requests"]
+    rows = [
+        (row, kind == "successful") for kind in ("successful", "errored", "incomplete") for row in requests[kind] or []
+    ]
+    rows.sort(key=lambda entry: entry[0]["request_start_time"] or 0.0)
+    asked = [json.loads(line)["case"] for line in (folder / "served.jsonl").read_text().splitlines()]
+    return {
+        number: Seen(ok, row["output_tokens"], row["time_to_first_token_ms"], row["inter_token_latency_ms"])
+        for number, (row, ok) in zip(dict.fromkeys(asked), rows, strict=False)
+    }

@@ -23,6 +23,7 @@ GOOD = Truth(tokens=5, last=4, prompt=5)
 # fmt: off
 GROUP = "plain"
 case("completions, usage last", [*FIVE, END], GOOD)
+case("finish a gap after the last token", [*FIVE, END], GOOD, late_end=True)
 case("chat, role chunk first", [sse(ROLE), *words("a ", "b ", "c "), sse(usage(3)) + DONE], Truth(tokens=3, first=1,
      last=3, text="a b c "), chat=True)
 case("empty text chunks between", [sse(text("")), FIVE[0], sse(text("")), FIVE[1], sse(text("", "stop"),

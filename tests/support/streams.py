@@ -1,6 +1,6 @@
 """Scripted streams with their truth: what servers and gateways send, byte for byte, on a schedule, and what a client has to see.
 
-Piece i of a stream is written FIRST_S + i * GAP_S after its request. `Truth` names the pieces with the first token, the first
+Piece i of a stream is written FIRST_S + i * GAP_S after its request, what follows the last token right after it. `Truth` names the pieces with the first token, the first
 answer token and the last token; `tokens` is how many there are. The cases are in stream_cases.py.
 """
 
@@ -53,7 +53,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`pieces` are the body's, cut as they are written. `frame`: chunked, length, close, or raw (with the head)."""
+    """`pieces` are the body's, cut as they are written. `frame`: chunked, length, or close. `late_end`: the end waits too."""
 
     name: str
     group: str
@@ -68,6 +68,7 @@ class Case:
     end: str = "close"
     max_tokens: int = 128
     forced: bool = False
+    late_end: bool = False
 
     def answer(self, peer: Peer) -> bool:
         """Write the stream on its schedule; for a ScriptedServer. `peer.written_s` has the instants, the request's first."""
@@ -84,10 +85,12 @@ class Case:
             head += b"Content-Length: %d\r\n" % (self.length if self.length is not None else sum(map(len, self.pieces)))
         else:
             head = head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Connection: close\r\n"
-        if self.frame != "raw":
-            peer.write(head + b"\r\n")
+        peer.write(head + b"\r\n")
         for index, piece in enumerate(self.pieces):
-            time.sleep(max(0.0, begin_s + FIRST_S + index * GAP_S - time.monotonic()))
+            last = self.truth.last if self.truth.last is not None and not self.late_end else index
+            time.sleep(
+                max(0.0, begin_s + FIRST_S + min(index, last) * GAP_S - time.monotonic()) + (index > last) * 1e-3
+            )
             peer.written_s.append(time.monotonic())
             peer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.frame == "chunked" else piece)
         if self.end == "reset":
