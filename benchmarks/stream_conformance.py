@@ -28,7 +28,7 @@ from tests.support.stream_cases import CASES
 from tests.support.streams import GAP_S, Case
 
 TTFT_MS, TBT_MS, TBT_SHARE = 15.0, 1.0, 0.1
-ALONE = ("floats", "strings", "negative", "absurdly big")
+ALONE = ("floats", "strings", "negative", "absurdly big", "escapes and surrogates")
 """Cases that end the whole run of some tool: each is asked for by a command of its own."""
 _NUMBER = re.compile(rb"case-(\d+)")
 
@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; default: a temporary one"
     )
-    parser.add_argument("--only", action="append", help="one tool by its name; may be repeated")
+    parser.add_argument(
+        "--only", action="append", help="one tool by its name; may be repeated; the others' rows in --out stay"
+    )
     parser.add_argument("--out", type=Path, help="folder for table.md and verdicts.json")
     parser.add_argument("--work", type=Path, help="folder for the tools' own files; default: a temporary one")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -184,6 +186,12 @@ def main() -> None:
             except (OSError, RuntimeError, subprocess.SubprocessError, ValueError, KeyError, StopIteration) as error:
                 skipped[tool.key] = f"{type(error).__name__}: {error}"
                 print(f"{tool.key}: skipped, {skipped[tool.key]}", file=sys.stderr)
+        numbers = {case.name: number for number, case in enumerate(CASES)}
+        saved = options.out and options.out / "verdicts.json"
+        if options.only and saved and saved.exists():
+            for name, cells in json.loads(saved.read_text()).items():
+                verdicts.setdefault(name, {numbers[case]: cell for case, cell in cells.items() if case in numbers})
+        verdicts = dict(sorted(verdicts.items(), key=lambda entry: (not entry[0].startswith("pdbench"), entry[0])))
         text = table(verdicts) + "".join(f"\n\n{name} was not measured: {why}" for name, why in skipped.items())
         print(text)
         if options.out:
@@ -192,7 +200,7 @@ def main() -> None:
             document = {
                 name: {CASES[number].name: cell for number, cell in cells.items()} for name, cells in verdicts.items()
             }
-            (options.out / "verdicts.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            saved.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -260,3 +260,36 @@ def run_guidellm(tool: Tool, url: str, group: Group, numbers: list[int], folder:
         number: Seen(ok, row["output_tokens"], row["time_to_first_token_ms"], row["inter_token_latency_ms"])
         for number, (row, ok) in zip(dict.fromkeys(asked), rows, strict=False)
     }
+
+
+def run_inference_perf(tool: Tool, url: str, group: Group, numbers: list[int], folder: Path) -> dict[int, Seen]:
+    # None of its data sets takes prompts from a file: the server gives the next case.
+    length = {"min": 8, "max": 8, "mean": 8, "std_dev": 0, "total_count": len(numbers)}
+    output = dict.fromkeys(("min", "max", "mean"), group.max_tokens) | {"std_dev": 0, "total_count": len(numbers)}
+    prefix = {"num_groups": 1, "num_prompts_per_group": len(numbers), "system_prompt_len": 4, "question_len": 4}
+    data = {"type": "random", "input_distribution": length, "output_distribution": output}
+    if group.chat:
+        data = {"type": "shared_prefix", "shared_prefix": prefix | {"output_len": group.max_tokens}}
+    stages = [{"num_requests": len(numbers), "concurrency_level": 1}]
+    document = {
+        "api": {"type": "chat" if group.chat else "completion", "streaming": True},
+        "data": data,
+        "load": {"type": "concurrent", "stages": stages, "num_workers": 1, "worker_max_concurrency": 1},
+        "server": {"type": "vllm", "model_name": "scripted", "base_url": url, "ignore_eos": group.forced},
+        "tokenizer": {"pretrained_model_name_or_path": str(tool.tokenizer)},
+        "report": {"request_lifecycle": {"per_request": True, "per_request_fields": {"computed_metrics": True}}},
+        "storage": {"local_storage": {"path": str(folder / "report")}},
+    }
+    (folder / "config.yml").write_text(json.dumps(document))
+    tool.command(folder, tool.python.parent / "inference-perf", "--config_file", folder / "config.yml")
+    rows = json.loads(next((folder / "report").rglob("*per_request*.json")).read_text())
+    rows.sort(key=lambda row: row["start_time"])
+    asked = [json.loads(line)["case"] for line in (folder / "served.jsonl").read_text().splitlines()]
+    seen = {}
+    for number, row in zip(dict.fromkeys(asked), rows, strict=False):
+        figures = row.get("computed_metrics") or {}
+        ttft_s, tbt_s = figures.get("time_to_first_token"), figures.get("time_per_output_token")
+        seen[number] = Seen(
+            not row["error"], figures.get("output_tokens"), ttft_s and ttft_s * 1e3, tbt_s and tbt_s * 1e3
+        )
+    return seen
