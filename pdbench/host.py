@@ -106,6 +106,7 @@ class LocalHost:
             log = Path(log_dir) / f"{command.name}.log"
             try:
                 if command.name in self._servers:
+                    self._servers[command.name].close()  # where only its engine is dead
                     log.replace(log.with_suffix(".died.log"))
                 else:
                     Path(vllm.event_log(log_dir, command.name)).unlink(missing_ok=True)

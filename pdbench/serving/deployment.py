@@ -159,16 +159,24 @@ class Deployment:
     def check(self) -> None:
         """Raises UserError when a host is lost or a server has died; dead servers are restarted first, as --restarts allows."""
         self._site.check()
-        dead = {name: state for name, state in self._states().items() if state.exit_code is not None}
+        dead = self._dead()
         for name, state in list(dead.items())[self._restarts_left :]:
             raise UserError(
-                f"{name} died{_on(self._hosts[name])} with exit code {state.exit_code}: "
-                f"{state.cause or 'its log does not say why'}\n{state.log_tail}\n"
-                f"whole log: {self.config.log_dir}/{name}.log"
+                f"{self._death(name, state)}\n{state.log_tail}\nwhole log: {self.config.log_dir}/{name}.log"
             )
         if dead:
             self._restarts_left -= len(dead)
             self._start_servers(list(dead))
+
+    def death(self) -> str | None:
+        """Which server is dead and what killed it, in one line; None while all live."""
+        return next((self._death(name, state) for name, state in self._dead().items()), None)
+
+    def _dead(self) -> States:
+        return {name: state for name, state in self._states().items() if state.end}
+
+    def _death(self, name: str, state: ServerState) -> str:
+        return f"{name} died{_on(self._hosts[name])} {state.end}: {state.cause or 'its log does not say why'}"
 
     def info(self) -> DeploymentInfo:
         assert self._setup

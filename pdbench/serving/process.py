@@ -1,19 +1,18 @@
 """One server process under the supervisor: its log in a file, its state, its end with all it started."""
 
 import time
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from pdbench.http import get
+from pdbench.serving.causes import engine_died, likely_cause
 from pdbench.serving.vllm import Command
 from pdbench.supervisor import GRACE_S, Child, supervised
 
 _TAIL_LINES = 15
-
-_CAUSES: dict[str, str] = tomllib.loads(Path(__file__).with_name("causes.toml").read_text("utf-8"))
+_KILLED = 128 + 9
 
 
 class Secrets(dict[str, str]):
@@ -24,14 +23,53 @@ class Secrets(dict[str, str]):
 
 
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
-    """A started server now. `log_tail` is that of one that is not healthy, `cause` (the likely one) that of a dead one."""
+    """A started server now. `log_tail` is that of one that is not healthy, `cause` (the likely one) that of a dead one, which has
+    an exit code, or whose log says that its engine is dead (its API server may answer for a while)."""
 
     pid: int | None = None
     age_s: float = 0.0
     healthy: bool = False
     exit_code: int | None = None
+    engine_died: bool = False
     cause: str | None = None
     log_tail: str = ""
+
+    @property
+    def end(self) -> str | None:
+        """How it died, in words; None of one that lives."""
+        if self.exit_code is None:
+            return "(its engine; the API server still answers)" if self.engine_died else None
+        return f"with exit code {self.exit_code}"
+
+
+class LogWatch:
+    """Reads what is new in a server's log and remembers whether it said that the engine is dead."""
+
+    def __init__(self, log: Path, *, from_now: bool = False) -> None:
+        self._log, self.engine_died = log, False
+        self._seen = log.stat().st_size if from_now and log.exists() else 0
+
+    def look(self) -> bool:
+        """Is the engine dead, by the log? Cheap: a look at the file's size where nothing is new."""
+        try:
+            if not self.engine_died and self._log.stat().st_size > self._seen:
+                with self._log.open("rb") as file:
+                    file.seek(self._seen)
+                    whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
+                self._seen += len(whole) + len(newline)
+                self.engine_died = engine_died(whole.decode(errors="replace"))
+        except FileNotFoundError:
+            pass
+        return self.engine_died
+
+
+def cause_of_death(log: Path, exit_code: int | None = None) -> str | None:
+    """What a dead server's log gives as the cause; without one, what its exit code does."""
+    # Bytes, because a progress bar's carriage returns are no lines.
+    cause = likely_cause(log.read_bytes().decode(errors="replace")) if log.exists() else None
+    if cause is None and exit_code == _KILLED:
+        return "it was killed (SIGKILL): by somebody, or by the system for want of memory (`dmesg` says so)"
+    return cause
 
 
 class ServerProcess(Child):
@@ -46,20 +84,22 @@ class ServerProcess(Child):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             environment = command.environment | dict(secrets or {})
+            self._watch = LogWatch(log)
             super().__init__(supervised(command.argv, GRACE_S), environment, output.fileno())
 
     def state(self) -> ServerState:
         code = self.exit_code()
         if code is None and not self._healthy:
             self._healthy = get(self._url, "/health", timeout_s=2.0) is not None
-        healthy = self._healthy and code is None
+        dead = self._watch.look() or code is not None
+        healthy = self._healthy and not dead
         log = "" if healthy or not self._log.exists() else self._log.read_text(errors="replace")
-        causes = (cause for sign, cause in _CAUSES.items() if code is not None and sign in log.lower())
         return ServerState(
             pid=self.pid,
             age_s=time.monotonic() - self._started_s,
             healthy=healthy,
             exit_code=code,
-            cause=next(causes, None),
+            engine_died=self._watch.engine_died,
+            cause=cause_of_death(self._log, code) if dead else None,
             log_tail="\n".join(log.splitlines()[-_TAIL_LINES:]),
         )

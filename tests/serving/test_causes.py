@@ -1,0 +1,101 @@
+"""Why a server died: the cause is found wherever it stands in the log, and what is no cause is not taken for one."""
+
+from pathlib import Path
+
+import pytest
+
+from pdbench.serving.causes import engine_died, likely_cause
+from pdbench.serving.process import LogWatch, cause_of_death
+
+LOGS = Path(__file__).parents[1] / "data" / "dead_engines"
+ENGINE = "(EngineCore pid=75) ERROR 11-25 23:38:31 [core.py:1510] "
+API = "(APIServer pid=28) "
+INITIALIZATION = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("compiler-missing", 188, ["no C++ compiler works here: install g++", "InvalidCxxCompiler: No working C++"]),
+        ("libstdcxx-too-old-vllm-0.10.2", 2, ["libstdc++ is too old here", "GLIBCXX_3.4.32' not found"]),
+        ("nixl-missing", 101, ["pip install nixl, or use another --connector", "RuntimeError: NIXL is not available"]),
+    ],
+)
+def test_cause_of_real_engines_is_found_with_its_line(name: str, line: int, words: list[str]) -> None:
+    cause = cause_of_death(LOGS / f"{name}.log") or ""
+    assert f"(line {line} of its log: " in cause and all(word in cause for word in words)
+    assert len(cause.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (
+            f"{ENGINE}Traceback (most recent call last):\n{ENGINE}KeyError: 'rope_scaling'\n{API}{INITIALIZATION}",
+            "KeyError: 'rope_scaling' (line 2 of its log)",
+        ),
+        (
+            "Traceback\n  assert a == b\n         ^^^^^^\nAssertionError",
+            "AssertionError at `assert a == b` (line 4 of its log)",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, bad thing",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, bad thing "
+            "(line 1 of its log)",
+        ),
+        (
+            f"{ENGINE}ValueError: root\nOSError: later\nException ignored in: f\nKeyError: 1",
+            "ValueError: root (line 1 of its log)",
+        ),
+        ("WARNING 11-25 23:38:12 [u.py:2] like `OSError: [Errno 24] Too many open files`", None),
+        ("Uvicorn running\nlast words", None),
+    ],
+    ids=["engine", "assertion", "pydantic", "what follows", "warning", "nothing"],
+)
+def test_unknown_error_is_shown_with_its_line(log: str, cause: str | None) -> None:
+    assert likely_cause(log) == cause
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            f"{ENGINE}torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n{INITIALIZATION}",
+            "use more GPUs",
+        ),
+        (
+            f"{ENGINE}ValueError: To serve at least one request with the models's max seq len (163840), 42 GiB KV cache is needed, "
+            f"which is larger than the available KV cache memory (3 GiB).\n{INITIALIZATION}",
+            "lower --max-model-len",
+        ),
+        (f"{API}OSError: [Errno 98] Address already in use", "its port is taken"),
+        ("ModuleNotFoundError: No module named 'vllm'", "a package is missing"),
+    ],
+    ids=["memory", "does not fit", "port stolen", "package"],
+)
+def test_known_sign_brings_its_remedy(log: str, words: str) -> None:
+    assert words in (likely_cause(log) or "")
+
+
+def test_package_that_was_missed_on_the_way_is_not_the_cause() -> None:
+    optional = "Traceback\nModuleNotFoundError: No module named 'flashinfer'\n"
+    cause = likely_cause(f"{optional}{ENGINE}ValueError: heads do not divide\n{API}{INITIALIZATION}")
+    assert cause == "ValueError: heads do not divide (line 3 of its log)"
+
+
+def test_engine_that_was_killed_is_dead_before_its_server(tmp_path: Path) -> None:
+    (log := tmp_path / "single-0.log").write_text(
+        "(APIServer pid=3) INFO 11-25 23:38:31 [c.py:3] EngineDeadError is a word\n"
+    )
+    watch = LogWatch(log)
+    assert not watch.look()
+    with log.open("a") as file:
+        file.write(
+            "(APIServer pid=3) WARNING 11-25 23:38:31 [c.py:3] [shutdown] MPClient: engine core exited unexpectedly; st"
+        )
+        file.flush()
+        assert not watch.look()
+        file.write("arting cleanup\n")
+    assert watch.look() and not LogWatch(log, from_now=True).look()
+    assert "ended from outside" in (likely_cause(log.read_text()) or "")
+    assert engine_died("vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.")
