@@ -96,7 +96,7 @@ def run(
     ----------
     against
         Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated; default: single, replicas
-        and disaggregated, without replicas where there is one GPU.
+        and disaggregated, without replicas on a host without GPUs.
     out
         Folder in which the results folders go.
     """

@@ -71,7 +71,7 @@ def run(
     options = replace(options, load=plan.resolved(options.load))
     assert design.pairs
     left = design.pairs * len(kinds) - len(done)
-    console.print(turns.announce(kinds, design, options.load, left, on_gpu=any(gpus)), highlight=False)
+    console.print(turns.announce(kinds, design, options, left, on_gpu=any(gpus)), highlight=False)
     idle: dict[str, dict[str, float | None]] = {}  # of all GPUs that the run will use, before anything runs on them
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
     if used and options.power.power and options.power.idle_s:
@@ -82,6 +82,7 @@ def run(
     reference: list[str] | None = None
     starts = max((trial.start or 0 for run in measured.values() for trial in run.trials), default=-1) + 1
     with closing(turns.Servers(site, console, serve, design, starts)) as servers:
+        begin_s, turns_done = time.monotonic(), 0
         for pair in range(design.most_pairs if enough else design.pairs):
             for kind in turns.order(kinds, pair):
                 if (kind, pair) in done:
@@ -103,8 +104,12 @@ def run(
                     for device in run.devices:
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
                     _save(run, folders[kind], runs)
+                turns_done += 1
             if enough and enough():
                 break
+            if 0 < turns_done < left:
+                remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
+                console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
 
 
 def bench(

@@ -18,6 +18,7 @@ from rich.markup import escape
 from pdbench.config import Options
 from pdbench.errors import UserError
 from pdbench.files import check_name, check_writable, results_files, write_whole
+from pdbench.turns import duration
 
 _DONE, _SWEEP = "point.json", "sweep.json"
 
@@ -130,7 +131,7 @@ def run(
             console.print(f"{place}: already measured", highlight=False)
             yield point.varied, folders
             continue
-        remaining = f", about {_duration(statistics.mean(spent_s) * left)} left" if spent_s else ""
+        remaining = f", about {duration(statistics.mean(spent_s) * left)} left" if spent_s else ""
         console.print(f"{place}{remaining}", highlight=False)
         left -= 1
         begin_s = time.monotonic()
@@ -193,9 +194,3 @@ def _results(folder: Path, keys: dict[str, Any]) -> list[Path] | None:
 def _folder_word(value: Any) -> str:
     text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return "".join(letter if letter.isalnum() or letter in "._-+" else "_" for letter in text) or "none"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -17,12 +17,15 @@ from pdbench.records import Run, load_run
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
 
-PAIRS, PAIRS_RESIDENT = 3, 6
+PAIRS, PAIRS_ON_CPU = 3, 4
+"""By default: three fit into a quarter of an hour on two GPUs, four into four minutes without."""
 PORTS_APART = 20
 """Between the first ports of two deployments that run side by side."""
 START_S = {True: 100.0, False: 30.0}
 """A start on a GPU (DeepSeek-V2-Lite's shape with CUDA graphs on an H100: 95 to 125 s) and on a CPU (the tiny model), for estimates."""
 PROGRESS_EVERY_S = 10.0
+TOKEN_S = {"cpu": 0.014, "eager": 0.05, "graphs": 0.006}
+"""Seconds per token of one stream, of those models, for estimates."""
 TURN_S = 8.0
 """Warm-up, idle power and waiting of a turn, for estimates."""
 
@@ -136,24 +139,34 @@ def resolve(design: PairConfig, *, on_gpu: bool) -> PairConfig:
     if design.resident and design.join_starts:
         raise UserError("--resident and --join-starts are two ways to save server starts: give one")
     resident = design.resident if design.resident is not None else not on_gpu and not design.join_starts
-    pairs = design.pairs or (PAIRS_RESIDENT if resident else PAIRS)
+    pairs = design.pairs or (PAIRS if on_gpu else PAIRS_ON_CPU)
     return replace(design, resident=resident, pairs=pairs, most_pairs=max(pairs, design.most_pairs))
 
 
-def announce(kinds: Sequence[DeploymentKind], design: PairConfig, load: LoadConfig, left: int, *, on_gpu: bool) -> str:
-    """What will be done, and about how long it takes where the load says so (a closed loop's pace is the servers')."""
-    starts = 1 if design.resident else left
+def announce(kinds: Sequence[DeploymentKind], design: PairConfig, options: Options, left: int, *, on_gpu: bool) -> str:
+    """What will be done, and about how long it takes."""
+    load, starts = options.load, 1 if design.resident else left
     if design.join_starts:  # A BB AA B
         starts = left - left // len(kinds) + 1
     how = "on servers that stay up" if design.resident else f"{starts} server starts"
     text = f"{left // len(kinds)} pairs of {', '.join(kinds)}, {how}"
     if design.until:
         text += f", up to {design.most_pairs} until {design.until}"
-    turn_s = load.duration_s or (load.requests / load.rate if load.rate and load.requests else None)
+    turn_s = load.duration_s
+    if turn_s is None and load.requests:
+        token_s = TOKEN_S["cpu" if not on_gpu else "eager" if options.serve.enforce_eager else "graphs"]
+        turn_s = load.requests / (load.rate or (load.concurrency or 1) / (load.output_tokens * token_s))
     if turn_s is None:
         return text
     seconds = (len(kinds) if design.resident else starts) * START_S[on_gpu] + left * (turn_s + TURN_S)
-    return f"{text}: about {max(seconds / 60, 1):.0f} minutes"
+    return f"{text}: about {duration(seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def saved_load(run: Run) -> LoadConfig:
