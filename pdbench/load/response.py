@@ -67,7 +67,7 @@ class Response:
         self._finished = self._done = self._streaming = False
         self._aborted: str | None = None
         self._finals: dict[int, str] = {}
-        self._now_s = 0.0
+        self._now_s = record.sent_s or 0.0
 
     @property
     def asked_tokens(self) -> int | None:
@@ -81,7 +81,8 @@ class Response:
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
-        self._now_s = at_s
+        # Kernel stamps are of the wall clock: for a second after it was stepped back they are too early.
+        self._now_s = at_s = max(at_s, self._now_s)
         self.begun = True
         before = self._chunks
         try:

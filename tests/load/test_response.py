@@ -121,3 +121,17 @@ def test_error_messages_of_all_forms():
         response = Response(RequestRecord(id="r", planned_s=0.0))
         response.feed(b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body), 1.0)
         assert response.complete and response.record.error.kind == "http_500" and response.record.error.message == text
+
+
+def test_stamps_that_a_stepped_clock_made_too_early_do_not_run_backwards():
+    record = RequestRecord(id="r", planned_s=0.0, sent_s=1.0)
+    response = Response(record)
+    pieces = [
+        SSE_HEAD,
+        *(chunk(event(token("x", [1]))) for _ in range(3)),
+        chunk(event(token("", [], "stop"))),
+        chunk(b""),
+    ]
+    for piece, at_s in zip(pieces, (0.95, 1.5, 1.45, 1.6, 1.7, 1.8), strict=True):
+        response.feed(piece, at_s)
+    assert record.error is None and record.token_s == [1.5, 1.5, 1.6]
