@@ -146,7 +146,7 @@ def table(verdicts: dict[str, dict[int, str]]) -> str:
         counts.append(sum(cell.startswith(("failure", "success", "no record")) for cell in cells))
         counts += [sum(f"{figure} " in cell for cell in cells) for figure in ("tokens", "TTFT", "TBT")]
         lines.append(
-            f"| {name} | {' | '.join(f'{count} of {len(CASES)}' if not i else str(count) for i, count in enumerate(counts))} |"
+            f"| {name} | {' | '.join(f'{count} of {len(cells)}' if not i else str(count) for i, count in enumerate(counts))} |"
         )
     lines += ["", f"| case | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
     for number, case in enumerate(CASES):

@@ -266,10 +266,9 @@ def run_inference_perf(tool: Tool, url: str, group: Group, numbers: list[int], f
     # None of its data sets takes prompts from a file: the server gives the next case.
     length = {"min": 8, "max": 8, "mean": 8, "std_dev": 0, "total_count": len(numbers)}
     output = dict.fromkeys(("min", "max", "mean"), group.max_tokens) | {"std_dev": 0, "total_count": len(numbers)}
-    prefix = {"num_groups": 1, "num_prompts_per_group": len(numbers), "system_prompt_len": 4, "question_len": 4}
     data = {"type": "random", "input_distribution": length, "output_distribution": output}
     if group.chat:
-        data = {"type": "shared_prefix", "shared_prefix": prefix | {"output_len": group.max_tokens}}
+        data = {"type": "mock"}  # the one of its generated data sets that is chat
     stages = [{"num_requests": len(numbers), "concurrency_level": 1}]
     document = {
         "api": {"type": "chat" if group.chat else "completion", "streaming": True},
