@@ -83,7 +83,8 @@ class Mismatch:
             "none" if v in (None, []) else ", ".join(map(str, v)) if isinstance(v, list) else v
             for v in (self.a, self.b)
         ]
-        return f"{self.what}: {sides[0]} against {sides[1]}"
+        line = f"{self.what}: {sides[0]} against {sides[1]}"
+        return "".join(letter if letter.isprintable() else " " for letter in line)  # values may be another's file's
 
 
 @dataclass(frozen=True)

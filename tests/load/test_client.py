@@ -17,18 +17,7 @@ from pdbench.load import connection
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
 from tests.support.processes import free_port
-from tests.support.servers import (
-    SSE_HEAD,
-    Peer,
-    ScriptedServer,
-    chunk,
-    event,
-    refusal,
-    stream,
-    token,
-    tokens,
-    usage,
-)
+from tests.support.servers import SSE_HEAD, Peer, ScriptedServer, chunk, event, refusal, stream, token, tokens, usage
 
 BODY = {"model": "m", "prompt": "Hello", "max_tokens": 8}
 
