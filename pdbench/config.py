@@ -82,6 +82,10 @@ class ServeConfig(ServerConfig):
     """More vLLM arguments for prefill alone."""
     decode_args: Model[VllmWords] = ""
     """More vLLM arguments for decode alone."""
+    single_args: Model[VllmWords] = ""
+    """More vLLM arguments for the single instance alone."""
+    replica_args: Model[VllmWords] = ""
+    """More vLLM arguments for replicas alone, as --max-num-batched-tokens 512 for smaller chunks of a prompt."""
     prefill_instances: Count[int] = 1
     """Prefill instances (x of xPyD)."""
     decode_instances: Count[int] = 1
@@ -119,7 +123,7 @@ class ServeConfig(ServerConfig):
 
     def plain(self) -> dict[str, Any]:
         """Option -> value for the saved record. Keys among vLLM's arguments are hidden: results are there to be shown."""
-        words = ("vllm_args", "prefill_args", "decode_args")
+        words = ("vllm_args", "prefill_args", "decode_args", "single_args", "replica_args")
         return asdict(self) | {name: _without_keys(getattr(self, name)) for name in words}
 
 

@@ -115,7 +115,7 @@ def server_command(
             # It dies at the first prompt that chunked prefill splits: room for 32 whole prompts in one batch.
             argv += ["--max-num-batched-tokens", str(max(8192, 32 * config.max_model_len))]
     for arguments in ("vllm_args", f"{spec.role}_args"):
-        text = getattr(config, arguments, "")  # only prefill and decode have some of their own
+        text = getattr(config, arguments, "")  # a tensor-parallel instance has none of its own
         try:
             argv += shlex.split(text)
         except ValueError as error:

@@ -133,6 +133,16 @@ def test_role_arguments_go_to_their_role_alone() -> None:
     assert option(prefill, "--seed") == option(decode, "--seed") == "7"
 
 
+def test_baselines_have_arguments_of_their_own() -> None:
+    config = ServeConfig(replica_args="--max-num-batched-tokens 512", single_args="--max-num-seqs 4")
+    replicas = commands("replicas", config, machine("0.26.0", 2))[:-1]
+    assert [option(replica, "--max-num-batched-tokens") for replica in replicas] == ["512", "512"]
+    (single,) = commands("single", config, machine("0.26.0", 2))
+    assert option(single, "--max-num-seqs") == "4"
+    others = [single, *disaggregated(config, machine("0.26.0", 2))]
+    assert not any("--max-num-batched-tokens" in other.argv for other in others)
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
