@@ -23,6 +23,11 @@ class ServerUrl:
     base: str = ""
     tls: ssl.SSLContext | None = None
 
+    def connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        if self.tls:
+            return http.client.HTTPSConnection(self.host, self.port, timeout=timeout_s, context=self.tls)
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+
 
 def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
     """Take `url` apart (IPv6 in brackets, with or without a path before /v1). Raises UserError when it is not http or https."""
@@ -61,9 +66,7 @@ def authorization() -> dict[str, str]:
 def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True) -> tuple[int, bytes]:
     """Status and body of a GET of `path` below the URL's base. Raises OSError when no answer comes, whatever the reason."""
     server = split_url(url, verify_tls=verify_tls)
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
-    if server.tls:
-        connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=server.tls)
+    connection = server.connect(timeout_s)
     try:
         connection.request("GET", server.base + path, headers=authorization())
         response = connection.getresponse()

@@ -3,6 +3,8 @@
 import functools
 import http.client
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,17 @@ _NAMES = (("prompt", "add_special_tokens"), ("content", "add_special"))
 _PROBES = ("Which river is the longest?", "No. 7. Prefill and decode take turns, and one of them waits.")
 
 
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Counts a prompt's tokens as the server does: with those that it adds, special tokens or a chat template's.
 
-    `added` is how many these are; `start` are the ids that stand before a completion's prompt.
+    `encode` gives ids without these, `added` is how many they are; `start` are the ids that stand before a completion's prompt.
     """
 
-    def __init__(self, encoder: Any, added: int | None = None) -> None:
-        self._encoder = encoder
-        self.start: tuple[int, ...] = ()
-        if added is None:
-            specials = encoder.encode("").ids
-            text = encoder.encode("a").ids
-            # What stands after the text is the same for every prompt and cannot be sent within one.
-            self.start = tuple(specials[: next((n for n, id_ in enumerate(text) if id_ not in specials), 0)])
-            added = len(specials)
-        self.added = added
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
-        return list(self._encoder.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._encoder.decode(ids, skip_special_tokens=True))
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    added: int
+    start: tuple[int, ...] = ()
 
     def count(self, text: str) -> int:
         """Number of tokens that the server makes of a prompt, or of a chat's one message."""
@@ -52,95 +42,8 @@ class Tokenizer:
         return self.decode(self.encode(text)[: max(0, tokens - self.added)])
 
     def for_chat(self, added: int) -> "Tokenizer":
-        """The same for the chat endpoint, whose template adds this many tokens."""
-        return _ChatTokenizer(self, added)
-
-
-class _ChatTokenizer(Tokenizer):
-    """Templates strip a message: blanks at its ends are no tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, added: int) -> None:
-        self._tokenizer, self.added, self.start = tokenizer, added, ()
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text.strip())
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-
-class ServerTokenizer(Tokenizer):
-    """The server's /tokenize and /detokenize (vLLM, SGLang, llama.cpp): exact for every kind of tokenizer."""
-
-    def __init__(self, url: str, model: str, *, verify_tls: bool = True) -> None:
-        """Raises OSError or ValueError when the server has no /tokenize."""
-        self._url, self._model, self._server = url, model, split_url(url, verify_tls=verify_tls)
-        self._connection: http.client.HTTPConnection | None = None
-        plain: list[int] = []
-        for self._names in _NAMES:
-            plain = self._ids("Paris", special=False)
-            if plain:
-                break
-        whole = self._ids("Paris", special=True)
-        self.added = len(whole) - len(plain)
-        if not plain or self.added < 0:
-            raise ValueError("no token for a word")
-        self.start = tuple(whole[: self.added]) if whole[self.added :] == plain else ()
-        self._encoded = functools.lru_cache(maxsize=256)(lambda text: tuple(self._ids(text, special=False)))
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._encoded(text)) if text else []
-
-    def decode(self, ids: list[int]) -> str:
-        answer = self._ask("/detokenize", {"model": self._model, "tokens": ids}) if ids else {"text": ""}
-        for key in ("prompt", "text", "content"):
-            if isinstance(answer.get(key), str):
-                return str(answer[key])
-        raise UserError(
-            f"{self._url}/detokenize gives no text: give --tokenizer FOLDER with the model's tokenizer.json"
-        )
-
-    def count_chat(self, body: dict[str, Any]) -> int:
-        """Tokens of a chat with the template. Raises OSError or ValueError when the server cannot tell."""
-        return len(_ids_of(self._ask("/tokenize", {"add_generation_prompt": True, **body})))
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        text_name, special_name = self._names
-        return _ids_of(self._ask("/tokenize", {"model": self._model, text_name: text, special_name: special}))
-
-    def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | authorization()
-        for is_last_try in (False, True):
-            fresh = self._connection is None
-            try:
-                if self._connection is None:
-                    server, timeout_s = self._server, _SERVER_TIMEOUT_S
-                    self._connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
-                    if server.tls:
-                        self._connection = http.client.HTTPSConnection(
-                            server.host, server.port, timeout=timeout_s, context=server.tls
-                        )
-                self._connection.request("POST", self._server.base + path, data, headers)
-                response = self._connection.getresponse()
-                text = response.read()
-                break
-            except (OSError, http.client.HTTPException) as error:
-                self._connection = None  # a connection kept open may have been closed meanwhile
-                if is_last_try or fresh:
-                    raise OSError(f"{self._url}{path}: {error or type(error).__name__}") from None
-        answer = json.loads(text) if response.status == 200 else None
-        if not isinstance(answer, dict):
-            raise ValueError(f"{self._url}{path} answers {response.status}")
-        return answer
-
-
-def _ids_of(answer: dict[str, Any]) -> list[int]:
-    """Raises ValueError where the answer holds no token ids."""
-    ids = answer.get("tokens")
-    if not isinstance(ids, list) or not all(type(id_) is int for id_ in ids):
-        raise ValueError("no token ids in the answer of /tokenize")
-    return ids
+        """The same for the chat endpoint, whose template adds this many tokens and strips a message of blanks at its ends."""
+        return replace(self, encode=lambda text: self.encode(text.strip()), added=added, start=())
 
 
 def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
@@ -170,15 +73,78 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
         return None
     encoder.no_truncation()
     encoder.no_padding()
-    return Tokenizer(encoder)
+    specials, text = encoder.encode("").ids, encoder.encode("a").ids
+    # What stands after the text is the same for every prompt and cannot be sent within one.
+    start = specials[: next((n for n, id_ in enumerate(text) if id_ not in specials), 0)]
+    return Tokenizer(
+        lambda text: list(encoder.encode(text, add_special_tokens=False).ids),
+        lambda ids: str(encoder.decode(ids, skip_special_tokens=True)),
+        len(specials),
+        tuple(start),
+    )
 
 
-def server_tokenizer(url: str, model: str, *, verify_tls: bool = True) -> ServerTokenizer | None:
-    """The tokenizer that the server at `url` offers; None when it offers none."""
+def server_tokenizer(url: str, model: str, *, verify_tls: bool = True) -> Tokenizer | None:
+    """The server's /tokenize and /detokenize (vLLM, SGLang, llama.cpp): exact for every kind; None when it has none."""
+    server = _TokenizeServer(url, verify_tls=verify_tls)
+
+    def ids_of(names: tuple[str, str], text: str, *, special: bool = False) -> list[int]:
+        return server.tokenize({"model": model, names[0]: text, names[1]: special})
+
+    def decode(ids: list[int]) -> str:
+        answer = server.ask("/detokenize", {"model": model, "tokens": ids}) if ids else {"text": ""}
+        texts = [answer[key] for key in ("prompt", "text", "content") if isinstance(answer.get(key), str)]
+        if not texts:
+            raise UserError(f"{url}/detokenize gives no text: give --tokenizer FOLDER with the model's tokenizer.json")
+        return str(texts[0])
+
     try:
-        return ServerTokenizer(url, model, verify_tls=verify_tls)
+        for names in _NAMES:
+            if plain := ids_of(names, "Paris"):
+                break
+        else:
+            return None
+        whole = ids_of(names, "Paris", special=True)
     except (OSError, ValueError):
         return None
+    added = len(whole) - len(plain)
+    encoded = functools.lru_cache(maxsize=256)(lambda text: tuple(ids_of(names, text)) if text else ())
+    start = tuple(whole[:added]) if whole[added:] == plain else ()
+    return Tokenizer(lambda text: list(encoded(text)), decode, added, start) if added >= 0 else None
+
+
+class _TokenizeServer:
+    """Asks a server about tokens over one connection. Raises OSError or ValueError when it does not tell."""
+
+    def __init__(self, url: str, *, verify_tls: bool = True) -> None:
+        self._url, self._server = url, split_url(url, verify_tls=verify_tls)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def tokenize(self, body: dict[str, Any]) -> list[int]:
+        ids = self.ask("/tokenize", body).get("tokens")
+        if not isinstance(ids, list) or not all(type(id_) is int for id_ in ids):
+            raise ValueError("no token ids in the answer of /tokenize")
+        return ids
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | authorization()
+        for is_last_try in (False, True):
+            fresh = self._connection is None
+            try:
+                self._connection = self._connection or self._server.connect(_SERVER_TIMEOUT_S)
+                self._connection.request("POST", self._server.base + path, data, headers)
+                response = self._connection.getresponse()
+                text = response.read()
+                break
+            except (OSError, http.client.HTTPException) as error:
+                self._connection = None  # a connection kept open may have been closed meanwhile
+                if is_last_try or fresh:
+                    raise OSError(f"{self._url}{path}: {error or type(error).__name__}") from None
+        answer = json.loads(text) if response.status == 200 else None
+        if not isinstance(answer, dict):
+            raise ValueError(f"{self._url}{path} answers {response.status}")
+        return answer
 
 
 def template_tokens(
@@ -189,18 +155,13 @@ def template_tokens(
     None when neither tells it, or it is not the same for every message. `extra` are further fields of each request.
     """
     bodies = [{"model": model, "messages": [{"role": "user", "content": probe}], **extra} for probe in _PROBES]
+    counts: list[int | None]
+    try:
+        server = _TokenizeServer(url, verify_tls=config.tls_verify)
+        counts = [len(server.tokenize({"add_generation_prompt": True, **body})) for body in bodies]
+    except (OSError, ValueError):  # SGLang's /tokenize takes no messages
+        counts = [fetch(url, {**body, config.max_tokens_field: 1}, config).prompt_tokens for body in bodies]
     plain = [len(tokenizer.encode(probe)) for probe in _PROBES]
-    asked = server_tokenizer(url, model, verify_tls=config.tls_verify)
-    if asked is not None:
-        try:
-            return _added([asked.count_chat(body) for body in bodies], plain)
-        except (OSError, ValueError):
-            pass  # SGLang's /tokenize takes no messages
-    counts = [fetch(url, {**body, config.max_tokens_field: 1}, config).prompt_tokens for body in bodies]
-    return _added(counts, plain)
-
-
-def _added(counts: list[int | None], plain: list[int]) -> int | None:
     added = {None if count is None else count - length for count, length in zip(counts, plain, strict=True)}
     only = added.pop()
     return only if only is not None and only >= 0 and not added else None
