@@ -1,19 +1,21 @@
-"""Rows of trace and prompt files: JSON Lines, JSON arrays, CSV with any usual delimiter, text; gzip and zstd; errors in words."""
+"""Trace and prompt files: their rows of JSON Lines, JSON or CSV, packed or not, and the values in these; errors in words."""
 
 import csv
 import gzip
 import io
 import json
+import math
+import re
 import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pdbench.errors import UserError
 
-_DELIMITERS = ",;\t|"
 _BINARY = {
     b"PAR1": "a Parquet file: write it as JSON Lines, as in `duckdb -c \"copy 'FILE' to 'rows.jsonl'\"`",
     b"PK\x03\x04": "a ZIP archive: unpack it first",
@@ -21,148 +23,113 @@ _BINARY = {
 }
 # Keys under which an object holds its rows, as in {"data": [...]} and the answers of the Hugging Face datasets server.
 _ROWS = (
-    "data",
-    "rows",
-    "requests",
-    "trace",
-    "prompts",
-    "train",
-    "test",
-    "validation",
-    "examples",
-    "items",
-    "instances",
-)
+    "data", "rows", "requests", "trace", "prompts", "train", "test", "validation", "examples", "items", "instances",
+)  # fmt: skip
+# Keys whose lists are one row's, not a column of a table.
+_LISTS = {
+    "conversations", "conversation", "messages", "turns", "texts", "prompt_token_ids", "input_ids",
+}  # fmt: skip
+_DURATION = re.compile(r"([0-9.]+)(ms|s|m|h|d|)")
+_DURATION_S = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def read_text(option: str, path: Path) -> str:
-    """The text of a file in UTF-8 or UTF-16, with or without a byte-order mark, packed or not; line ends as \\n.
+class InputFile:
+    """The text of a file that `option` names, in UTF-8 or UTF-16, packed or not; line ends as \\n. Raises UserError for what is no text."""
 
-    Raises UserError, naming `option` and `path`, for what is no text.
-    """
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        elif data.startswith(b"\x28\xb5\x2f\xfd"):
-            data = _unpack_zstd(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
-    except ValueError as error:
-        raise UserError(f"{option} {path}: {error}") from None
-    for magic, kind in _BINARY.items():
-        if data.startswith(magic):
-            raise UserError(f"{option} {path} is {kind}")
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{option} {path}, row {row}: no UTF-8 text ({error.reason}): write the file as UTF-8"
-        ) from None
-    if "\0" in text:
-        row = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{option} {path}, row {row}: a NUL byte: the file is damaged or no text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def json_rows(option: str, path: Path, text: str) -> tuple[dict[str, Any], list[tuple[int, Any]]]:
-    """(what an object around the rows says besides, (number, row) of each row): one JSON value or one per line.
-
-    The number is the line's, or in one JSON value the row's place from 1.
-    """
-    try:
-        whole = json.loads(text)
-    except ValueError as error:
-        # After a whole first line, what follows is "Extra data": that is JSON Lines.
-        if getattr(error, "msg", "") != "Extra data":
-            row = getattr(error, "lineno", 1)
-            line = text.split("\n")[row - 1].strip()
-            raise UserError(f"{option} {path}, row {row}: no JSON ({error}) in {line[:120]}") from None
-        return {}, list(_json_lines(option, path, text))
-    around: dict[str, Any] = {}
-    if isinstance(whole, dict):
-        name = next((key for key in _ROWS if isinstance(whole.get(key), list)), None)
-        if name is not None and not {"chat_id", "custom_id", "prompt"} & whole.keys():
-            around = {key: value for key, value in whole.items() if key != name}
-            whole = whole[name]
-        elif whole and all(isinstance(value, list) for value in whole.values()) and _is_table(whole):
-            whole = [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
-        else:
-            whole = [whole]
-    elif not isinstance(whole, list):
-        whole = [whole]
-    # The datasets server puts each row into {"row_idx": 0, "row": {...}}.
-    rows = [row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row for row in whole]
-    return around, list(enumerate(rows, 1))
-
-
-def csv_rows(option: str, path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
-    """(columns, (line, fields) of each row that is not blank); the delimiter is the one that the header has most of."""
-    header = next((line for line in text.split("\n") if line.strip()), "")
-    delimiter = max(_DELIMITERS, key=header.count)
-    reader = csv.DictReader(io.StringIO(text.lstrip("\n")), delimiter=delimiter, skipinitialspace=True)
-    try:
-        columns = [column.strip() for column in reader.fieldnames or ()]
-    except csv.Error as error:
-        raise UserError(f"{option} {path}, row 1: {error}") from None
-    reader.fieldnames = columns
-
-    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+    def __init__(self, option: str, path: Path) -> None:
+        self._option, self._path = option, path
         try:
+            data = path.read_bytes()
+            if data.startswith(b"\x1f\x8b"):
+                data = gzip.decompress(data)
+            elif data.startswith(b"\x28\xb5\x2f\xfd"):
+                data = _unpack_zstd(data)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise UserError(f"{self}: {getattr(error, 'strerror', None) or error}") from None
+        for magic, kind in _BINARY.items():
+            if data.startswith(magic):
+                raise UserError(f"{self} is {kind}")
+        try:
+            text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            row = data.count(b"\n", 0, error.start) + 1
+            raise self.error(row, f"no UTF-8 text ({error.reason}): write the file as UTF-8") from None
+        if "\0" in text:
+            row = text.count("\n", 0, text.index("\0")) + 1
+            raise self.error(row, "a NUL byte: the file is damaged or no text")
+        self.text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.name = re.sub(r"(\.(gz|gzip|zst|zstd))+$", "", path.name.lower())
+        """Without the ending of a packed file: a.csv of a.csv.gz."""
+        self.is_json = bool(self.text.strip()) and (
+            self.name.endswith((".json", ".jsonl", ".ndjson"))
+            or (not self.name.endswith((".csv", ".tsv", ".txt", ".md")) and self.text.lstrip()[0] in "[{")
+        )
+
+    def __str__(self) -> str:
+        return f"{self._option} {self._path}"
+
+    def error(self, row: int, what: str) -> UserError:
+        return UserError(f"{self}, row {row}: {what}")
+
+    def json_rows(self) -> tuple[dict[str, Any], list[tuple[int, Any]]]:
+        """(what an object around the rows says besides, (number, row) of each row): one JSON value or one per line.
+
+        The number is the line's, or in one JSON value the row's place from 1.
+        """
+        number, lines = 0, self.text.split("\n")
+        rows: list[tuple[int, Any]] = []
+        try:
+            try:
+                whole = json.loads(self.text)
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":  # which follows a whole first line: JSON Lines
+                    raise
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        rows.append((number, json.loads(line)))
+                return {}, rows
+        except ValueError as error:
+            row = number or getattr(error, "lineno", 1)
+            raise self.error(row, f"no JSON ({error}) in {lines[row - 1].strip()[:120]}") from None
+        around: dict[str, Any] = {}
+        if isinstance(whole, dict):
+            name = next((key for key in _ROWS if isinstance(whole.get(key), list)), None)
+            if name is not None and not {"chat_id", "custom_id", "prompt"} & whole.keys():
+                around = {key: value for key, value in whole.items() if key != name}
+                whole = whole[name]
+            elif _is_table(whole):
+                whole = [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
+        if not isinstance(whole, list):
+            whole = [whole]
+        # The datasets server puts each row into {"row_idx": 0, "row": {...}}.
+        whole = [row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row for row in whole]
+        return around, list(enumerate(whole, 1))
+
+    def csv_rows(self, check: Callable[[list[str]], None] | None = None) -> Iterator[tuple[int, dict[str, str]]]:
+        """(line, fields) of each row that is not blank, after a check of the columns; the header has most of the delimiter."""
+        text = self.text.lstrip("\n")
+        header = next((line for line in text.split("\n") if line.strip()), "")
+        delimiter = max(",;\t|", key=header.count)
+        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+        try:
+            reader.fieldnames = columns = [column.strip() for column in reader.fieldnames or ()]
+            if check:
+                check(columns)
             for fields in reader:
                 if None in fields:
-                    raise UserError(
-                        f"{option} {path}, row {reader.line_num}: more values than the {len(columns)} columns of the header"
-                    )
+                    raise self.error(reader.line_num, f"more values than the {len(columns)} columns of the header")
                 if "".join(filter(None, fields.values())).strip():
                     yield reader.line_num, fields
         except csv.Error as error:
-            raise UserError(f"{option} {path}, row {reader.line_num}: {error}") from None
-
-    return columns, rows()
+            raise self.error(reader.line_num or 1, str(error)) from None
 
 
-def base_name(path: Path) -> str:
-    """The name without the ending of a packed file: a.csv of a.csv.gz."""
-    name = path.name.lower()
-    for ending in (".gz", ".gzip", ".zst", ".zstd"):
-        name = name.removesuffix(ending)
-    return name
-
-
-def looks_like_json(path: Path, text: str) -> bool:
-    """By its name, else by how it begins."""
-    name = base_name(path)
-    if name.endswith((".json", ".jsonl", ".ndjson")):
-        return True
-    return not name.endswith((".csv", ".tsv", ".txt", ".md")) and text.lstrip()[:1] in ("[", "{")
-
-
-def _json_lines(option: str, path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{option} {path}, row {number}: no JSON ({error}) in {line.strip()[:120]}") from None
-
-
-def _is_table(columns: dict[str, list[Any]]) -> bool:
+def _is_table(columns: dict[str, Any]) -> bool:
     """Are these columns of one table ({"prompt": [...], "answer": [...]}), and not one row whose values are lists?"""
-    if {
-        "conversations",
-        "conversation",
-        "messages",
-        "turns",
-        "texts",
-        "prompt_token_ids",
-        "input_ids",
-    } & columns.keys():
+    if _LISTS & columns.keys() or not all(isinstance(values, list) for values in columns.values()):
         return False
     numbers = all(isinstance(value, int) for values in columns.values() for value in values)
-    return len({len(values) for values in columns.values()}) == 1 and not (len(columns) == 1 and numbers)
+    return len(set(map(len, columns.values()))) == 1 and not (len(columns) == 1 and numbers)
 
 
 def _unpack_zstd(data: bytes) -> bytes:
@@ -181,3 +148,68 @@ def _unpack_zstd(data: bytes) -> bytes:
         return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(data))
     except zstandard.ZstdError as error:
         raise ValueError(f"zstd cannot unpack it: {error}") from None
+
+
+def blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = "null" if value is None else "empty" if blank(value) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def number(value: Any) -> int | float | None:
+    """A finite number, also one in quotes or with a decimal comma; None for anything else."""
+    if isinstance(value, str):
+        text = value.strip().strip('"')
+        try:
+            return int(text)
+        except ValueError:
+            pass
+        try:
+            value = float(re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text))
+        except ValueError:
+            return None
+    return value if type(value) is int or (isinstance(value, float) and math.isfinite(value)) else None
+
+
+def date(text: Any) -> float | None:
+    """Seconds since 2020 of an ISO date and time, without an offset taken as UTC; None for anything else."""
+    if not isinstance(text, str):
+        return None
+    # Azure writes seven decimals of a second; datetime takes six.
+    head, _, tail = text.strip().strip('"').replace(" UTC", "+00:00").partition(".")
+    zone = tail.lstrip("0123456789")
+    try:
+        instant = datetime.fromisoformat(head + zone)
+    except ValueError:
+        return None
+    whole_s = (instant.replace(tzinfo=instant.tzinfo or UTC) - datetime(2020, 1, 1, tzinfo=UTC)).total_seconds()
+    return whole_s + float(f"0.{tail.removesuffix(zone) or 0}")
+
+
+def read_duration(option: str, text: str) -> float:
+    """Seconds of 30s, 10m, 1.5h, 2d, 500ms, 1h30m or a number of seconds. Raises UserError."""
+    parts = _DURATION.findall(text.replace(" ", ""))
+    try:
+        seconds = math.fsum(float(amount) * _DURATION_S[unit] for amount, unit in parts)
+    except ValueError:
+        seconds = math.nan
+    if not parts or "".join(map("".join, parts)) != text.replace(" ", "") or not math.isfinite(seconds):
+        raise UserError(f"{option} {text}: give a time such as 30s, 10m, 1h30m or 12h")
+    return seconds
+
+
+def span(seconds: float) -> str:
+    """A time for people: 0.5 s, 90 s, 12 min, 3 h 5 min, 2 d 4 h."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    days, minutes = divmod(minutes, 24 * 60) if minutes >= 48 * 60 else (0, minutes)
+    hours, minutes = divmod(minutes, 60)
+    units = ((days, "d"), (hours, "h"), (0 if days else minutes, "min"))
+    return " ".join(f"{count} {unit}" for count, unit in units if count)

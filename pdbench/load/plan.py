@@ -7,18 +7,18 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import arrivals, files, prompts, request_fields
-from pdbench.load.prompt_files import FilePrompt, Prompt
+from pdbench.load import arrivals, prompts, request_fields
+from pdbench.load.input_files import read_duration, span
+from pdbench.load.prompts import FilePrompt, Prompt, prompt_file_of
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer, template_tokens
-from pdbench.load.trace_fields import read_duration
-from pdbench.load.traces import Trace
+from pdbench.load.traces import Trace, read_trace, trace_of
 from pdbench.records import Clock, Flag
 
 DEFAULT_REQUESTS = 16
@@ -26,6 +26,7 @@ MOST_WARMUP = 64
 _ANSWER_S = 2.0
 """How long an answer may take, for the number of requests in flight at a rate that nobody has measured yet."""
 _TRACE_WARMUP = 16
+_LONG_PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def check(config: LoadConfig) -> None:
 def check_files(config: LoadConfig) -> None:
     """Raise UserError for a trace, prompt file or tokenizer that cannot be read; on a client's host, before servers start."""
     if config.trace:
-        files.trace_of(config)
+        trace_of(config)
     if config.prompt_file:
-        files.prompt_file_of(config)
+        prompt_file_of(config)
     if config.tokenizer:
         find_tokenizer(config, config.tokenizer)
 
@@ -168,19 +169,59 @@ def rows_too_long(config: LoadConfig, max_model_len: int | None) -> str | None:
     """What to say of a trace's rows that the model cannot take; None where it takes all. Raises UserError where it takes none."""
     if not config.trace or max_model_len is None:
         return None
-    count, total, longest = files.rows_too_long(config, request_limit(config), max_model_len)
+    totals = [
+        min(row.input_tokens, config.max_input_tokens or row.input_tokens)
+        + min(row.output_tokens, config.max_output_tokens or row.output_tokens)
+        for row in trace_of(config).rows[: request_limit(config)]
+    ]
+    count = sum(total > max_model_len for total in totals)
     words = (
-        f"{count} of {total} rows of the trace have more than the {max_model_len} tokens that the model takes (up to {longest}): cap them "
-        "with --max-input-tokens and --max-output-tokens, or serve with a larger --max-model-len"
+        f"{count} of {len(totals)} rows of the trace have more than the {max_model_len} tokens that the model takes (up to {max(totals)}): "
+        "cap them with --max-input-tokens and --max-output-tokens, or serve with a larger --max-model-len"
     )
-    if count == total:
+    if count == len(totals):
         raise UserError(words)
     return words if count else None
 
 
 def describe_files(config: LoadConfig) -> list[str]:
-    """What is sent of the trace or prompt file: which rows, over what time, at what mean rate. Raises UserError as check_files."""
-    return files.describe(config, request_limit(config))
+    """What is sent of the trace or prompt file: which rows, over what time, at what mean rate; what was left out.
+
+    Raises UserError as check_files.
+    """
+    limit = request_limit(config)
+    if config.prompt_file:
+        file = prompt_file_of(config)
+        words = f"prompt file {file.name}: {len(file.prompts):,} of {file.total:,} {file.unit} used"
+        return [words + (f", for {limit:,} requests" if limit and limit > len(file.prompts) else ""), *file.notes]
+    if not config.trace:
+        return []
+
+    def mean_rate(instants: Sequence[float]) -> float | None:
+        length_s = instants[-1] - instants[0] if instants else 0.0
+        return (len(instants) - 1) / length_s if length_s > 0 else None
+
+    trace = trace_of(config)
+    instants = [row.arrival_s * config.time_scale for row in trace.rows[:limit]]
+    if config.duration_s is not None:
+        instants = [at_s for at_s in instants if at_s < config.duration_s]
+    words = f"trace {trace.name} ({trace.format}): {len(instants):,} of {trace.total:,} rows"
+    if config.trace_from:
+        words += f" from {span(read_duration('--trace-from', config.trace_from))} on"
+    rate = mean_rate(instants)
+    if rate is not None:
+        words += f" over {span(instants[-1] - instants[0])}, mean {rate:.3g} requests/s"
+    elif len(instants) > 1:
+        words += ", all at once"
+    notes = []
+    whole = read_trace(config.trace, config.trace_unit, config.trace_block_tokens).rows
+    whole_rate = mean_rate([row.arrival_s * config.time_scale for row in whole])
+    if whole_rate and len(instants) < len(whole):  # the head of a trace is seldom its load
+        notes.append(f"the whole trace has {whole_rate:.3g} requests/s")
+    pause_s = max((later - earlier for earlier, later in itertools.pairwise([0.0, *instants])), default=0.0)
+    if pause_s > _LONG_PAUSE_S:
+        notes.append(f"longest pause {span(pause_s)}")
+    return [words, *notes, *trace.notes]
 
 
 def is_open_loop(config: LoadConfig) -> bool:
@@ -202,7 +243,7 @@ def streams(config: LoadConfig) -> int | None:
 
 def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
     """The measured requests in order. Endless only where a closed loop ends by time."""
-    trace = files.trace_of(config) if config.trace else None
+    trace = trace_of(config) if config.trace else None
     contents = _contents(config, tokenizer, trial, trace=trace)
     planned = zip(planned_instants(config, trace, trial), contents, strict=False)
     for index, (arrival_s, content) in enumerate(itertools.islice(planned, request_limit(config))):
@@ -264,10 +305,8 @@ def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Ite
     end_s = config.duration_s
     if end_s is None and config.requests is None and config.steady_s is None and config.ramp_to:
         end_s = config.ramp_s
-    for arrival_s in _instants(config, trace, trial):
-        if arrival_s is not None and end_s is not None and arrival_s >= end_s:
-            return
-        yield arrival_s
+    instants = _instants(config, trace, trial)
+    return itertools.takewhile(lambda at_s: at_s is None or end_s is None or at_s < end_s, instants)
 
 
 def _instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
@@ -304,7 +343,7 @@ def _contents(
     """
     group = f"{config.seed}/{config.nonce}/{trial}"
     seen: set[Any] = set()
-    texts: list[FilePrompt] = files.prompt_file_of(config).prompts if config.prompt_file and not trace else []
+    texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file and not trace else []
     text: Prompt
     for index in range(len(trace.rows)) if trace else itertools.count():
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
@@ -323,8 +362,7 @@ def _contents(
                 blocks = blocks[: -(-tokens // size)]
                 may_be_ids = config.endpoint == "completions"
                 text = prompts.of_blocks(tokens, blocks, size, group, text_seed, tokenizer, may_be_ids=may_be_ids)
-                known = len(list(itertools.takewhile(seen.__contains__, blocks)))
-                shared = min(tokens, known * size)
+                shared = min(tokens, size * sum(1 for _ in itertools.takewhile(seen.__contains__, blocks)))
                 seen.update(blocks)
             else:
                 text = prompts.of_length(tokens, text_seed, tokenizer)
@@ -337,12 +375,9 @@ def _contents(
                 tokens = len(text)
             elif not config.verbatim_prompts:
                 text = f"{prompts.number(text_seed)}\n{text}"
-            if isinstance(text, str) and config.max_input_tokens and tokenizer:
-                text = (
-                    text
-                    if tokenizer.count(text) <= config.max_input_tokens
-                    else tokenizer.cut(text, config.max_input_tokens)
-                )
+            most = config.max_input_tokens
+            if isinstance(text, str) and most and tokenizer and tokenizer.count(text) > most:
+                text = tokenizer.cut(text, most)
         elif config.input_tokens is not None:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")

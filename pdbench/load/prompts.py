@@ -1,4 +1,4 @@
-"""Prompts: real English and Chinese texts, exact token lengths, shared prefixes and blocks.
+"""Prompts: real English and Chinese texts, exact token lengths, shared prefixes and blocks; those of files.
 
 Same seed, same bytes, on every machine; every prompt begins with its own number, so that no prefix cache answers by chance.
 Seeds of texts hold the measurement's nonce, so that no cache knows them from an earlier one.
@@ -8,17 +8,37 @@ import functools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load.prompt_files import Prompt
+from pdbench.load.input_files import InputFile, blank, short
 from pdbench.load.tokenizer import Tokenizer
 
+Prompt = str | tuple[int, ...]
 _QUESTIONS = 16
 _NUMBER_TOKENS = 16
 _FILLERS = (" a", "a", " 1", "1", ".", "\n", " the", "的", "e", "!")
+_FORMS = (
+    'give text, a list of token ids, {"prompt": ...}, {"text": ...}, {"question": ...}, {"instruction": ..., "input": ...}, '
+    '{"messages": [...]} or ShareGPT {"conversations": [...]}'
+)
+_TURNS = ("conversations", "conversation", "messages", "turns")
+_PROMPT = (
+    "prompt", "text", "text_input", "question", "query", "instruction", "input", "content", "problem", "prompt_token_ids", "input_ids",
+    "token_ids", "texts",
+)  # fmt: skip
+_REPLY = ("reply", "response", "output", "answer", "completion", "chosen", "target")
+_PERSON = ("human", "user", "prompter", "person")
+_BEFORE = ("system", "developer")
+_MODEL = ("gpt", "assistant", "model", "chatgpt", "bot", "bing", "bard")
 
 
 def exact_text(sentences: Iterator[str], tokens: int, tokenizer: Tokenizer, start: str = "") -> str:
@@ -54,11 +74,8 @@ def passages() -> tuple[str, ...]:
 
 @functools.cache
 def _sentences() -> tuple[str, ...]:
-    return tuple(
-        part
-        for text in passages()
-        for part in re.findall(r"[^.?!\u3002\uff1f\uff01]+[.?!\u3002\uff1f\uff01]+[\"\u201d]?", text)
-    )
+    sentence = re.compile(r"[^.?!\u3002\uff1f\uff01]+[.?!\u3002\uff1f\uff01]+[\"\u201d]?")
+    return tuple(part for text in passages() for part in sentence.findall(text))
 
 
 def built_in(index: int, seed: str) -> str:
@@ -75,10 +92,8 @@ def sentences_in_random_order(seed: str) -> Iterator[str]:
 
 def of_length(tokens: int, seed: str, tokenizer: Tokenizer, *, shared: float = 0.0, group: str = "0") -> str:
     """A prompt of exactly `tokens` tokens, whose first `shared` (0 to 1) is the same for all prompts of a group and length."""
-    start = ""
-    if shared > 0:
-        prefix_tokens = round(tokens * shared)
-        start = _shared_prefix(prefix_tokens, group, tokenizer) if prefix_tokens > 1 else ""
+    prefix_tokens = round(tokens * shared)
+    start = _shared_prefix(prefix_tokens, group, tokenizer) if prefix_tokens > 1 else ""
     if shared < 1:
         start += ("\n" if start else "") + number(seed)
     if tokenizer.count(start) > tokens:
@@ -128,11 +143,10 @@ def length(mean: int, distribution: str, spread: float, seed: str) -> int:
 @functools.lru_cache(maxsize=4096)
 def _block(seed: str, tokens: int, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Token ids by `seed`: its number, then sentences; a block too short for a number is of random tokens."""
-    sentences = _sentence_ids(tokenizer)
+    sentences, ids_of_sentences = _sentence_ids(tokenizer)
     draw = random.Random(f"ids/{seed}").random
     if tokens < _NUMBER_TOKENS:
-        known = _known_ids(tokenizer)
-        return tuple(known[int(draw() * len(known))] for _ in range(tokens))
+        return tuple(ids_of_sentences[int(draw() * len(ids_of_sentences))] for _ in range(tokens))
     ids = tokenizer.encode(f" {number(seed)}")
     while len(ids) < tokens:
         ids += sentences[int(draw() * len(sentences))]
@@ -140,14 +154,10 @@ def _block(seed: str, tokens: int, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _sentence_ids(tokenizer: Tokenizer) -> list[list[int]]:
-    """English sentences, whose tokens can be cut anywhere and remain text."""
-    return [tokenizer.encode(f" {sentence.strip()}") for sentence in _sentences() if sentence.isascii()]
-
-
-@functools.lru_cache(maxsize=4)
-def _known_ids(tokenizer: Tokenizer) -> list[int]:
-    return sorted({id_ for ids in _sentence_ids(tokenizer) for id_ in ids})
+def _sentence_ids(tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
+    """English sentences, whose tokens can be cut anywhere and remain text, and these tokens."""
+    sentences = [tokenizer.encode(f" {sentence.strip()}") for sentence in _sentences() if sentence.isascii()]
+    return sentences, sorted({id_ for ids in sentences for id_ in ids})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,3 +171,148 @@ def _shared_prefix(tokens: int, group: str, tokenizer: Tokenizer) -> str:
 def number(seed: str) -> str:
     """What a prompt begins with: decimal digits, of which most tokenizers make the same number of tokens every time."""
     return f"No. {random.Random(f'number/{seed}').randrange(10**12):012d}."
+
+
+class FilePrompt(NamedTuple):
+    """A prompt, text or token ids, and the reply that the file has to it."""
+
+    prompt: Prompt
+    reply: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """`prompts` are those that can be sent, of `total` rows; `notes` say what was left out, and why."""
+
+    name: str
+    prompts: list[FilePrompt]
+    total: int
+    unit: str
+    notes: tuple[str, ...] = ()
+
+
+class _NoQuestionError(Exception):
+    """A conversation that does not begin with a person's words, or an empty prompt: left out, and counted."""
+
+
+def read_prompt_file(path: Path) -> PromptFile:
+    """The prompts of a file, packed or not. A text file holds one per paragraph; without an empty line in it, one per line.
+
+    Raises UserError that names the file, the row and the forms which are read.
+    """
+    file = InputFile("--prompt-file", path)
+    rows: list[tuple[int, Any]]
+    if file.is_json:
+        _, rows = file.json_rows()
+    elif file.name.endswith((".csv", ".tsv")):
+        rows = list(file.csv_rows())
+    else:
+        parts = re.split(r"\n\s*\n", file.text.strip())
+        parts = parts if len(parts) > 1 else file.text.split("\n")
+        rows = [(number, part.strip()) for number, part in enumerate(parts, 1) if part.strip()]
+    prompts: list[FilePrompt] = []
+    reasons: Counter[str] = Counter()
+    conversations = 0
+    for number, row in rows:
+        try:
+            conversations += _turns_of(row) is not None
+            prompts.append(_prompt_of(row))
+        except _NoQuestionError as reason:
+            reasons[str(reason)] += 1
+        except ValueError as error:
+            raise file.error(number, f"{error}; {_FORMS}") from None
+    notes = [f"{count} {reason} left out" for reason, count in reasons.items()]
+    if not prompts:
+        why = f" ({', '.join(notes)})" if notes else ""
+        raise UserError(f"{file} holds no prompt{why}: {_FORMS}")
+    if copies := len(prompts) - len({each.prompt for each in prompts}):
+        notes.append(f"{copies} prompts equal another")
+    unit = "conversations" if conversations * 2 > len(rows) else "prompts"
+    return PromptFile(path.name, prompts, len(rows), unit, tuple(notes))
+
+
+def prompt_file_of(config: LoadConfig) -> PromptFile:
+    """The prompts of --prompt-file. Raises UserError."""
+    file = read_prompt_file(Path(str(config.prompt_file)))
+    if config.endpoint == "chat" and any(not isinstance(each.prompt, str) for each in file.prompts):
+        raise UserError(f"--prompt-file {file.name} holds token ids, which a chat cannot take: --endpoint completions")
+    return file
+
+
+def _prompt_of(row: Any) -> FilePrompt:
+    """Raises ValueError for what is no prompt, _NoQuestionError for what is left out."""
+    turns = _turns_of(row)
+    if not isinstance(row, dict):
+        return FilePrompt(_content(row, "the prompt")) if turns is None else _first_question(turns)
+    reply = next((row[key] for key in _REPLY if isinstance(row.get(key), str)), None)
+    if turns is not None:
+        question = _first_question(turns)
+        return question._replace(reply=question.reply or reply)
+    body = row.get("body")
+    if isinstance(body, dict):  # a line of an OpenAI batch file
+        return _prompt_of(body)
+    key = next((key for key in _PROMPT if key in row), None)
+    if key is None:
+        raise ValueError(f"no prompt among the keys {', '.join(map(str, row))[:200] or '(none)'}")
+    prompt = _content(row[key], key)
+    further = row.get("input", row.get("context")) if key == "instruction" else None
+    if isinstance(further, str) and not blank(further) and isinstance(prompt, str):
+        prompt = f"{prompt}\n\n{further}"
+    return FilePrompt(prompt, reply)
+
+
+def _turns_of(row: Any) -> Sequence[Any] | None:
+    """The turns of a row that is a conversation, else None."""
+    if isinstance(row, dict):
+        turns = next((row[key] for key in _TURNS if isinstance(row.get(key), list)), None)
+        if turns is None and isinstance(row.get("body"), dict):
+            return _turns_of(row["body"])
+        if turns is not None:
+            return turns
+        row = row.get("prompt")
+    return row if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row) else None
+
+
+def _first_question(turns: Sequence[Any]) -> FilePrompt:
+    """The first words of a person, system turns before them left out, and the reply to them."""
+    spoken: list[tuple[str, Any]] = []
+    for turn in turns:
+        if isinstance(turn, str):  # turns without speakers are a person's (MT-bench, AIPerf)
+            spoken.append((_PERSON[0], turn))
+        elif isinstance(turn, dict):
+            who = str(turn.get("from") or turn.get("role") or turn.get("user") or "").lower()
+            words = next((turn[key] for key in ("value", "content", "text", "prompt") if key in turn), None)
+            spoken.append((who or _PERSON[0], words))
+        else:
+            raise ValueError(f"{short(turn)} among the turns is no turn")
+    while spoken and spoken[0][0] in _BEFORE:
+        spoken.pop(0)
+    if not spoken or spoken[0][0] not in _PERSON or spoken[0][1] is None:
+        raise _NoQuestionError("conversations without a person's question first")
+    reply = None
+    if len(spoken) > 1 and spoken[1][0] in _MODEL and spoken[1][1] is not None:
+        with suppress(_NoQuestionError):
+            reply = _content(spoken[1][1], "the reply")
+    return FilePrompt(_content(spoken[0][1], "the question"), reply if isinstance(reply, str) else None)
+
+
+def _content(value: Any, name: str) -> Prompt:
+    """Text, the text parts of a list, or token ids. Raises ValueError or _NoQuestionError."""
+    if value == [] or (isinstance(value, str) and blank(value)):
+        raise _NoQuestionError("empty prompts")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        if all(type(part) is int and part >= 0 for part in value):
+            return tuple(value)
+        if len(value) == 1 and isinstance(value[0], str | list):
+            return _content(value[0], name)
+        if all(isinstance(part, dict) for part in value):
+            texts = [part.get("text", part.get("content", part.get("contents"))) for part in value]
+            texts = [text[0] if isinstance(text, list) and text else text for text in texts]
+            # Pictures and other parts have no text.
+            words = "".join(text for text in texts if isinstance(text, str))
+            if blank(words):
+                raise _NoQuestionError("prompts without text")
+            return words
+    raise ValueError(f"{name} is {short(value)}")

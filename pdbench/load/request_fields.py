@@ -9,7 +9,7 @@ import msgspec
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load.prompt_files import Prompt
+from pdbench.load.prompts import Prompt
 from pdbench.records import Flag
 
 _NEEDED_FIELDS = {"model", "prompt", "messages", "stream"}

@@ -10,7 +10,7 @@ from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
-from pdbench.load.prompt_files import read_prompt_file
+from pdbench.load.prompts import read_prompt_file
 from pdbench.records import Clock
 from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
 from tests.support.servers import ScriptedServer, stream, tokens

@@ -11,9 +11,8 @@ from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.clients import run_load
+from pdbench.load.input_files import read_duration, span
 from pdbench.load.plan import TrialLoad
-from pdbench.load.tokenizer import Tokenizer
-from pdbench.load.trace_fields import read_duration, span
 from pdbench.load.traces import Trace, read_trace
 from pdbench.records import Clock
 from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
@@ -357,13 +356,8 @@ def test_rows_that_the_model_cannot_take_are_told_and_refused_when_they_are_all(
 
 
 def test_blocks_are_sent_as_token_ids_where_their_text_would_be_other_tokens(tmp_path, tokenizer):  # noqa: F811
-    class Lossy(Tokenizer):
-        """Decodes to text of other tokens, as tokenizers that drop blanks or case do."""
-
-        def decode(self, ids: list[int]) -> str:
-            return super().decode(ids).upper()
-
-    lossy = Lossy(tokenizer._encoder)
+    # As tokenizers that drop blanks or case do.
+    lossy = replace(tokenizer, decode=lambda ids: tokenizer.decode(ids).upper())
     (tmp_path / "t.jsonl").write_text(lines(*[mooncake(0, 700, hash_ids=[1, 2])] * 2))
     config = LoadConfig(trace=str(tmp_path / "t.jsonl"))
     first, second = plan.planned_requests(config, lossy, 0)
