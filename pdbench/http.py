@@ -82,10 +82,10 @@ def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = 
         connection.close()
 
 
-def get(url: str, path: str, timeout_s: float = 10.0) -> bytes | None:
+def get(url: str, path: str, timeout_s: float = 10.0, *, verify_tls: bool = True) -> bytes | None:
     """The body of a GET that answers 200, else None."""
     try:
-        status, body = request(url, path, timeout_s=timeout_s)
+        status, body = request(url, path, timeout_s=timeout_s, verify_tls=verify_tls)
     except OSError:
         return None
     return body if status == 200 else None

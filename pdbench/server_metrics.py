@@ -3,7 +3,7 @@
 import functools
 import re
 
-from pdbench.http import request
+from pdbench.http import get
 from pdbench.records import PrefixCacheCounts
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, at_once
 
@@ -17,11 +17,8 @@ _PREFIX_CACHE = (
 
 def scrape(url: str, *, timeout_s: float = _TIMEOUT_S, verify_tls: bool = True) -> str | None:
     """The metrics page of the server at `url`; None where none answers."""
-    try:
-        status, body = request(url, "/metrics", timeout_s=timeout_s, verify_tls=verify_tls)
-    except OSError:
-        return None
-    return body.decode("utf-8", "replace") if status == 200 else None
+    body = get(url, "/metrics", timeout_s, verify_tls=verify_tls)
+    return None if body is None else body.decode("utf-8", "replace")
 
 
 def total(page: str, name: str, label: str = "") -> float | None:
@@ -54,12 +51,12 @@ class PrefixCacheReader:
         return counts
 
     def _read(self) -> list[tuple[float, float] | None]:
-        return at_once([functools.partial(self._counters, server.url) for server in self._instances])
+        def counters(url: str) -> tuple[float, float] | None:
+            page = scrape(url, verify_tls=self._verify_tls) or ""
+            for names in _PREFIX_CACHE:
+                queried, cached = (total(page, name) for name in names)
+                if queried is not None:
+                    return queried, cached or 0.0
+            return None
 
-    def _counters(self, url: str) -> tuple[float, float] | None:
-        page = scrape(url, verify_tls=self._verify_tls) or ""
-        for names in _PREFIX_CACHE:
-            queried, cached = (total(page, name) for name in names)
-            if queried is not None:
-                return queried, cached or 0.0
-        return None
+        return at_once([functools.partial(counters, server.url) for server in self._instances])
