@@ -47,10 +47,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
-    """The tokenizer of a model folder (tokenizer.json) or hub name; None when there is none to be had.
-
-    With `hub` False only a local folder is looked at.
-    """
+    """The tokenizer of a model folder (tokenizer.json) or, with `hub`, of a name on the hub; None when there is none to be had."""
     path = Path(name) / "tokenizer.json"
     try:
         import tokenizers
@@ -118,7 +115,7 @@ class _TokenizeServer:
 
     def __init__(self, url: str, *, verify_tls: bool = True) -> None:
         self._url, self._server = url, split_url(url, verify_tls=verify_tls)
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection = self._server.connect(_SERVER_TIMEOUT_S)
 
     def tokenize(self, body: dict[str, Any]) -> list[int]:
         ids = self.ask("/tokenize", body).get("tokens")
@@ -127,20 +124,17 @@ class _TokenizeServer:
         return ids
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | authorization()
-        for is_last_try in (False, True):
-            fresh = self._connection is None
-            try:
-                self._connection = self._connection or self._server.connect(_SERVER_TIMEOUT_S)
-                self._connection.request("POST", self._server.base + path, data, headers)
-                response = self._connection.getresponse()
-                text = response.read()
-                break
-            except (OSError, http.client.HTTPException) as error:
-                self._connection = None  # a connection kept open may have been closed meanwhile
-                if is_last_try or fresh:
-                    raise OSError(f"{self._url}{path}: {error or type(error).__name__}") from None
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"} | authorization()
+        was_open = self._connection.sock is not None
+        try:
+            self._connection.request("POST", self._server.base + path, data, headers)
+            response = self._connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            if was_open:  # a connection kept open may have been closed meanwhile
+                return self.ask(path, body)
+            raise OSError(f"{self._url}{path}: {error or type(error).__name__}") from None
         answer = json.loads(text) if response.status == 200 else None
         if not isinstance(answer, dict):
             raise ValueError(f"{self._url}{path} answers {response.status}")
@@ -162,6 +156,5 @@ def template_tokens(
     except (OSError, ValueError):  # SGLang's /tokenize takes no messages
         counts = [fetch(url, {**body, config.max_tokens_field: 1}, config).prompt_tokens for body in bodies]
     plain = [len(tokenizer.encode(probe)) for probe in _PROBES]
-    added = {None if count is None else count - length for count, length in zip(counts, plain, strict=True)}
-    only = added.pop()
-    return only if only is not None and only >= 0 and not added else None
+    added = {-1 if count is None else count - length for count, length in zip(counts, plain, strict=True)}
+    return added.pop() if len(added) == 1 and min(added) >= 0 else None
