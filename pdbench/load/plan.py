@@ -94,7 +94,7 @@ def check(config: LoadConfig) -> None:
             raise UserError(f"{option} needs --trace")
         if name in ("trace_from", "trace_for") and value is not None:
             read_duration(option, value)
-    request_fields.check(config)
+    request_fields.extra_body(config)
 
 
 def check_files(config: LoadConfig) -> None:
@@ -110,7 +110,7 @@ def check_files(config: LoadConfig) -> None:
 def resolved(config: LoadConfig) -> LoadConfig:
     """The same load with what is decided at its start: the nonce is drawn, warm-up and requests are counted."""
     nonce = secrets.token_hex(4) if config.nonce is None else config.nonce
-    requests = config.requests or (None if _ends_by_arrivals(config) else DEFAULT_REQUESTS)
+    requests = request_limit(replace(config, duration_s=None, steady_s=None))
     return replace(config, nonce=nonce, warmup=warmup_size(config), requests=requests)
 
 
@@ -158,11 +158,7 @@ def request_limit(config: LoadConfig) -> int | None:
     """How many requests are measured; None where time or the arrivals end the load."""
     if config.duration_s is not None or config.steady_s is not None:
         return None
-    return config.requests or (None if _ends_by_arrivals(config) else DEFAULT_REQUESTS)
-
-
-def _ends_by_arrivals(config: LoadConfig) -> bool:
-    return bool(config.trace or config.stages or config.ramp_to)
+    return config.requests or (None if config.trace or config.stages or config.ramp_to else DEFAULT_REQUESTS)
 
 
 def rows_too_long(config: LoadConfig, max_model_len: int | None) -> str | None:
@@ -231,9 +227,7 @@ def is_open_loop(config: LoadConfig) -> bool:
 
 def is_endless(config: LoadConfig) -> bool:
     """Does sending go on until a time has passed, whatever the number of requests?"""
-    if is_open_loop(config) and config.duration_s is not None:
-        return False
-    return config.duration_s is not None or config.steady_s is not None
+    return config.steady_s is not None if config.duration_s is None else not is_open_loop(config)
 
 
 def streams(config: LoadConfig) -> int | None:
@@ -302,32 +296,27 @@ def find_tokenizer(config: LoadConfig, model: str, url: str | None = None) -> To
 
 def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
     """When each request is due, in seconds of the load; None is when a stream is free. A rate's end at --duration-s, a ramp's at its top."""
-    end_s = config.duration_s
-    if end_s is None and config.requests is None and config.steady_s is None and config.ramp_to:
-        end_s = config.ramp_s
-    instants = _instants(config, trace, trial)
-    return itertools.takewhile(lambda at_s: at_s is None or end_s is None or at_s < end_s, instants)
-
-
-def _instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
-    seed = f"{config.seed}/{trial}"
+    seed, end_s = f"{config.seed}/{trial}", config.duration_s
+    instants: Iterator[float]
     if trace:
-        return (row.arrival_s * config.time_scale for row in trace.rows)
-    if config.stages:
-        return arrivals.staged(arrivals.read_stages(config.stages), seed)
-    if config.rate is None:
+        instants = (row.arrival_s * config.time_scale for row in trace.rows)
+    elif config.stages:
+        instants = arrivals.staged(arrivals.read_stages(config.stages), seed)
+    elif config.rate is None:
         return itertools.repeat(None)
-    if config.ramp_to is not None:
-        return arrivals.ramp(config.rate, config.ramp_to, config.ramp_s, seed)
-    if config.arrival == "constant":
-        return arrivals.constant(config.rate)
-    random = arrivals.poisson(config.rate, seed)
-    if config.arrival == "gamma":
-        random = arrivals.gamma(config.rate, config.burstiness, seed)
-    if config.steady_s is not None:
-        return random
-    span_s = config.duration_s or (config.requests or DEFAULT_REQUESTS) / config.rate
-    return arrivals.scaled(random, round(span_s * config.rate), span_s)
+    elif config.ramp_to is not None:
+        instants = arrivals.ramp(config.rate, config.ramp_to, config.ramp_s, seed)
+        if end_s is None and config.requests is None and config.steady_s is None:
+            end_s = config.ramp_s
+    elif config.arrival == "constant":
+        instants = arrivals.constant(config.rate)
+    else:
+        is_gamma, rate = config.arrival == "gamma", config.rate
+        instants = arrivals.gamma(rate, config.burstiness, seed) if is_gamma else arrivals.poisson(rate, seed)
+        if config.steady_s is None:
+            span_s = config.duration_s or (config.requests or DEFAULT_REQUESTS) / rate
+            instants = arrivals.scaled(instants, round(span_s * rate), span_s)
+    return itertools.takewhile(lambda at_s: end_s is None or at_s < end_s, instants)
 
 
 def _contents(

@@ -23,11 +23,18 @@ _REFUSAL = re.compile(
 )
 
 
-def check(config: LoadConfig) -> None:
-    """Raises UserError for --drop-fields and --extra-body that cannot be used."""
-    if needed := _NEEDED_FIELDS.intersection(_dropped(config)):
+def extra_body(config: LoadConfig) -> dict[str, Any]:
+    """The fields of --extra-body that are sent. Raises UserError where it or --drop-fields cannot be used."""
+    dropped = _dropped(config)
+    if needed := _NEEDED_FIELDS & dropped:
         raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
-    _extra_body(config)
+    try:
+        extra = json.loads(config.extra_body) if config.extra_body else {}
+    except ValueError as error:
+        raise UserError(f"--extra-body is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
+    return {name: value for name, value in extra.items() if name not in dropped}
 
 
 def request_body(
@@ -45,17 +52,15 @@ def request_body(
     }
     if config.token_ids:
         body["return_token_ids"] = True
-    ignore_eos = config.ignore_eos
-    if ignore_eos or (ignore_eos is None and (config.input_tokens or config.trace or config.phase != "both")):
+    sets_lengths = bool(config.input_tokens or config.trace or config.phase != "both")
+    if sets_lengths if config.ignore_eos is None else config.ignore_eos:
         body["ignore_eos"] = True
     for name in refused:
         body.pop(name, None)
         if name in _LENGTH_FIELDS:
             body[_other_length_field(name)] = output_tokens
-    body |= _extra_body(config)
-    for name in _dropped(config):
-        body.pop(name, None)
-    return msgspec.json.encode(body)
+    dropped = _dropped(config)
+    return msgspec.json.encode({name: body[name] for name in body if name not in dropped} | extra_body(config))
 
 
 def refused_fields(config: LoadConfig, message: str, refused: Collection[str]) -> list[str]:
@@ -76,8 +81,7 @@ def refusal_flags(config: LoadConfig, refused: Collection[str]) -> list[Flag]:
     """What a reader must know of requests that were sent again without some fields."""
     flags = []
     if "return_token_ids" in refused:
-        detail = "the server refuses return_token_ids: tokens are counted by chunks"
-        flags.append(Flag("token-ids-refused", detail))
+        flags.append(Flag("token-ids-refused", "the server refuses return_token_ids: tokens are counted by chunks"))
     if others := sorted(set(refused) - {"return_token_ids"}):
         effects = {
             "ignore_eos": "outputs may be shorter than --output-tokens",
@@ -90,27 +94,10 @@ def refusal_flags(config: LoadConfig, refused: Collection[str]) -> list[Flag]:
     return flags
 
 
-def extra_body(config: LoadConfig) -> dict[str, Any]:
-    """The fields of --extra-body that are sent."""
-    return {name: value for name, value in _extra_body(config).items() if name not in _dropped(config)}
-
-
 def _other_length_field(name: str) -> str:
     return _LENGTH_FIELDS[1 - _LENGTH_FIELDS.index(name)]
 
 
-def _dropped(config: LoadConfig) -> list[str]:
+def _dropped(config: LoadConfig) -> set[str]:
     """--drop-fields, with commas or blanks between the names."""
-    return [name for word in config.drop_fields for name in word.split(",") if name]
-
-
-def _extra_body(config: LoadConfig) -> dict[str, Any]:
-    if not config.extra_body:
-        return {}
-    try:
-        extra = json.loads(config.extra_body)
-    except ValueError as error:
-        raise UserError(f"--extra-body is not JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
-    return extra
+    return {name for word in config.drop_fields for name in word.split(",") if name}
