@@ -82,10 +82,9 @@ def check(config: LoadConfig) -> None:
     if config.shared_prefix and config.input_tokens is None:
         raise UserError("--shared-prefix needs --input-tokens, the length that it is a share of")
     for side in ("input", "output"):
-        if getattr(config, f"{side}_distribution") == "uniform" and getattr(config, f"{side}_spread") > 1:
-            raise UserError(
-                f"--{side}-spread {getattr(config, f'{side}_spread'):g}: uniform lengths spread by 1 at most"
-            )
+        spread = getattr(config, f"{side}_spread")
+        if getattr(config, f"{side}_distribution") == "uniform" and spread > 1:
+            raise UserError(f"--{side}-spread {spread:g}: uniform lengths spread by 1 at most")
     if (config.rate or config.stages) and next(planned_instants(config, None, 0), None) is None:
         raise UserError("this load sends no request: give a higher --rate, other --stages or a longer --duration-s")
     for name in ("trace_from", "trace_for", "trace_unit", "trace_block_tokens"):
@@ -269,9 +268,8 @@ def load_tokenizer_for(load: TrialLoad) -> tuple[Tokenizer | None, list[Flag]]:
         )
         return tokenizer.for_chat(0), [Flag("chat-template-unknown", detail)]
     if config.input_tokens is not None and config.input_tokens <= added:
-        raise UserError(
-            f"--input-tokens {config.input_tokens}: the chat template alone has {added} tokens, ask for more"
-        )
+        tokens = config.input_tokens
+        raise UserError(f"--input-tokens {tokens}: the chat template alone has {added} tokens, ask for more")
     return tokenizer.for_chat(added), []
 
 
@@ -320,11 +318,7 @@ def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Ite
 
 
 def _contents(
-    config: LoadConfig,
-    tokenizer: Tokenizer | None,
-    trial: int,
-    part: str = "",
-    trace: Trace | None = None,
+    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, part: str = "", trace: Trace | None = None
 ) -> Iterator[tuple[Prompt, int | None, int, int]]:
     """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up; endless without a trace.
 
@@ -333,19 +327,18 @@ def _contents(
     group = f"{config.seed}/{config.nonce}/{trial}"
     seen: set[Any] = set()
     texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file and not trace else []
+    output = config.output_tokens, config.output_distribution, config.output_spread
     text: Prompt
     for index in range(len(trace.rows)) if trace else itertools.count():
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
-        shared = 0
-        output_tokens = prompts.length(
-            config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
-        )
+        shared, most = 0, config.max_input_tokens
+        output_tokens = prompts.length(*output, f"out/{seed}")
         if trace:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             _, tokens, output_tokens, blocks = trace.rows[index]
             # A row may be shorter than what the server adds to every prompt.
-            tokens = max(min(tokens, config.max_input_tokens or tokens), tokenizer.added + 1)
+            tokens = max(min(tokens, most or tokens), tokenizer.added + 1)
             if blocks:
                 size = trace.block_tokens
                 blocks = blocks[: -(-tokens // size)]
@@ -360,17 +353,16 @@ def _contents(
             if config.reply_lengths and reply and tokenizer:
                 output_tokens = max(1, tokenizer.count(reply))
             if not isinstance(text, str):  # token ids go as they are
-                text = text[: config.max_input_tokens]
+                text = text[:most]
                 tokens = len(text)
             elif not config.verbatim_prompts:
                 text = f"{prompts.number(text_seed)}\n{text}"
-            most = config.max_input_tokens
             if isinstance(text, str) and most and tokenizer and tokenizer.count(text) > most:
                 text = tokenizer.cut(text, most)
         elif config.input_tokens is not None:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
-            tokens = min(tokens, config.max_input_tokens or tokens)
+            tokens = min(tokens, most or tokens)
             if config.input_distribution != "fixed":
                 tokens = max(tokens, tokenizer.added + 1)
             prefix = f"{group}/{index % config.prefix_groups}"

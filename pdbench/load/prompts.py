@@ -162,9 +162,7 @@ def _sentence_ids(tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _shared_prefix(tokens: int, group: str, tokenizer: Tokenizer) -> str:
-    start = number(group)
-    if tokenizer.count(start) > tokens:
-        start = ""
+    start = number(group) if tokenizer.count(number(group)) <= tokens else ""
     return exact_text(sentences_in_random_order(f"shared/{group}"), tokens, tokenizer, start)
 
 

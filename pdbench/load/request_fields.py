@@ -59,8 +59,11 @@ def request_body(
         body.pop(name, None)
         if name in _LENGTH_FIELDS:
             body[_other_length_field(name)] = output_tokens
-    dropped = _dropped(config)
-    return msgspec.json.encode({name: body[name] for name in body if name not in dropped} | extra_body(config))
+    if config.extra_body:
+        body |= extra_body(config)
+    for name in _dropped(config):
+        body.pop(name, None)
+    return msgspec.json.encode(body)
 
 
 def refused_fields(config: LoadConfig, message: str, refused: Collection[str]) -> list[str]:
