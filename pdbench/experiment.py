@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import correctness, turns
+from pdbench import correctness, failures, turns
 from pdbench import events as event_logs
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
@@ -29,7 +29,11 @@ from pdbench.server_metrics import PrefixCacheReader
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import DeploymentInfo
+from pdbench.serving.watch import RunningServers, Servers, Watch
 from pdbench.site import Measurement, Site
+
+DEATH_S = 2.0
+"""After a load with failures: how long a server that is about to end may take for it."""
 
 
 def run(
@@ -92,11 +96,11 @@ def run(
                 run = measured.setdefault(kind, _new_run(info, clock, options))
                 run.config["pairs"] = asdict(design)
                 if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
-                    _record_gate(run, correctness.run(info, gate_nonce, reference)[0], console)
+                    _record_gate(run, _check_outputs(info, gate_nonce, reference, deployment)[0], console)
                 elif kind == "single" and reference is None:
-                    reference = correctness.run(info, gate_nonce, reference)[1]
+                    reference = _check_outputs(info, gate_nonce, reference, deployment)[1]
                 try:
-                    _measure(run, info, options, [pair], console, cooldown, site, deployment.check, idle=fresh)
+                    _measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh)
                 finally:
                     for trial in run.trials:
                         if trial.index == pair:
@@ -148,10 +152,11 @@ def bench(
     clock = Clock.start()
     run = _new_run(info, clock, options)
     run.flags += flags
+    servers = RunningServers(info, Path(options.serve.log_dir), verify_tls=options.load.tls_verify)
     if info.name == "disaggregated":
-        _record_gate(run, correctness.run(info, int(clock.unix_s), None)[0], console)
+        _record_gate(run, _check_outputs(info, int(clock.unix_s), None, servers)[0], console)
     try:
-        _measure(run, info, options, list(range(trials)), console, _cooldown(options), site, lambda: None)
+        _measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers)
     finally:
         _save(run, out / f"{run.name}_results", runs)
 
@@ -205,6 +210,18 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     return run
 
 
+def _check_outputs(
+    info: DeploymentInfo, nonce: int, reference: list[str] | None, servers: Servers
+) -> tuple[Gate, list[str]]:
+    """The correctness check. Raises UserError, which names the server that died, if one did."""
+    try:
+        return correctness.run(info, nonce, reference)
+    except UserError:
+        if Watch(servers.death).problem_within(DEATH_S):
+            servers.check()
+        raise
+
+
 def _record_gate(run: Run, gate: Gate, console: Console) -> None:
     """Print the correctness check of one start; in the run, the first failed one stays."""
     if run.gate is None or run.gate.passed:
@@ -223,7 +240,7 @@ def _measure(
     console: Console,
     cooldown: Cooldown,
     site: Site,
-    check: Callable[[], None],
+    servers: Servers,
     *,
     idle: bool = True,
 ) -> None:
@@ -242,9 +259,9 @@ def _measure(
                 measurement.idle(ENGINE_READY, options.power.idle_s)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
-                _run_trial(run, info, options, trial, console, site)
+                _run_trial(run, info, options, trial, console, site, servers)
                 run.trials[-1].start_temperature_c = start_c
-                check()
+                servers.check()
     finally:
         devices = measurement.devices()
         run.devices = merge_records(run.devices + devices)
@@ -287,19 +304,34 @@ def _event_log_flags(
             yield Flag("event-log-missing", f"{what}: their phases are not measured; start the servers again")
 
 
-def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site) -> None:
+def _run_trial(
+    run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site, servers: Servers
+) -> None:
     begin_s = time.monotonic()
+    watch = Watch(servers.death)
     with _progress(f"trial {trial + 1}", console) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
         load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
         caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
-        result = site.run_load(load, on_progress, caches.start)
-        result.trial.prefix_cache = caches.stop()
-    measured = [request for request in result.requests if not request.warmup]
+
+        def begin() -> None:
+            if not watch.died:  # a server that hangs would take its time to answer
+                caches.start()
+
+        result = site.run_load(load, on_progress, begin, watch.problem)
+        measured = [request for request in result.requests if not request.warmup]
+        failed = failures.describe(measured)
+        died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)
+        result.trial.prefix_cache = {} if died else caches.stop()
     interrupted = any(flag.name == "interrupted" for flag in result.flags)
-    if measured or not interrupted:  # a trial that was interrupted during its warm-up is none
+    if measured or not (interrupted or died):  # a trial that was ended during its warm-up is none
         run.requests += result.requests
         run.trials.append(result.trial)
+    if died:
+        console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
+        result.flags.append(
+            Flag("server-died", f"trial {trial + 1}: {died}; the figures are of what was measured until then")
+        )
     run.flags += [flag for flag in result.flags if flag not in run.flags]
     if interrupted:
         raise KeyboardInterrupt
@@ -307,13 +339,12 @@ def _run_trial(run: Run, info: DeploymentInfo, options: Options, trial: int, con
         if flag.name == "client-lost":
             raise UserError(flag.detail)
     if not measured:
+        servers.check()
         raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")
-    failed = sum(request.error is not None for request in measured)
-    word = f"[red]{failed} failed[/red]" if failed else "none failed"
-    console.print(
-        f"  trial {trial + 1}: {len(measured)} requests, {word}, {time.monotonic() - begin_s:.1f} s", highlight=False
-    )
-    if failed == len(measured):
+    line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
+    console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
+    if all(request.error for request in measured):
+        servers.check()
         error = measured[0].error
         assert error is not None
         raise UserError(

@@ -187,9 +187,15 @@ class Site:
             raise UserError(f"{info.url} is served by several nodes: measure it with --cluster auto")
         return Measurement([(LocalHost(), info.servers)], power, clock)
 
-    def run_load(self, load: TrialLoad, on_progress: OnProgress, on_begin: Callable[[], object]) -> LoadResult:
+    def run_load(
+        self,
+        load: TrialLoad,
+        on_progress: OnProgress,
+        on_begin: Callable[[], object],
+        problem: Callable[[], str | None],
+    ) -> LoadResult:
         """One trial; see pdbench.load.clients.run_load."""
-        return clients.run_load(load, on_progress, on_begin)
+        return clients.run_load(load, on_progress, on_begin, problem)
 
     def findings(self, config: ServeConfig) -> list[Finding]:
         """What `pdbench doctor` reports."""

@@ -142,12 +142,16 @@ def test_load_into_a_file_reports_its_progress(
 
     class SlowSite(FakeSite):
         def run_load(
-            self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]
+            self,
+            load: TrialLoad,
+            on_progress: Callable[..., None],
+            on_begin: Callable[[], object],
+            problem: Callable[[], str | None],
         ) -> LoadResult:
             time.sleep(0.3)
             on_progress(7, 30)
             time.sleep(0.3)
-            return super().run_load(load, on_progress, on_begin)
+            return super().run_load(load, on_progress, on_begin, problem)
 
     printed = run_pairs(tmp_path, SlowSite(measured), {}, ONE)
     assert "  trial 1: warm-up, 0 s\n" in printed and "  trial 1: 7 of 30 requests, 0 s\n" in printed

@@ -15,8 +15,8 @@ MAY_IMPORT = {
     "power": BASE,
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
-    "analysis": ("records", "files", "events", "errors", "config"),
-    "report": ("analysis", "records", "files", "validation", "events", "errors", "config"),
+    "analysis": ("records", "failures", "files", "events", "errors", "config"),
+    "report": ("analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

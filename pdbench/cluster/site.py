@@ -193,7 +193,13 @@ class RaySite(Cluster, Site):
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return RayMeasurement(self, info, self._client_nodes, power, clock)
 
-    def run_load(self, load: TrialLoad, on_progress: OnProgress, on_begin: Callable[[], object]) -> LoadResult:
+    def run_load(
+        self,
+        load: TrialLoad,
+        on_progress: OnProgress,
+        on_begin: Callable[[], object],
+        problem: Callable[[], str | None],
+    ) -> LoadResult:
         """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
         config = self._on_client_nodes(load.config)
         nodes = [self._client_nodes[index % len(self._client_nodes)] for index in range(config.client_processes)]
@@ -215,7 +221,7 @@ class RaySite(Cluster, Site):
             wait=self.wait,
             on_progress=on_progress,
             on_begin=on_begin,
-            problem=self.problem,
+            problem=lambda: self.problem() or problem(),
             start_after_s=_START_AFTER_S,
         )
         self.compare_clocks()

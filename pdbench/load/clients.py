@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
 
 _POLL_S = 0.1
+_PROBLEM_S = 0.25
 _STOP_TIMEOUT_S = 10.0
 _EXIT_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -86,12 +87,16 @@ class LoadResult:
 
 
 def run_load(
-    load: TrialLoad, on_progress: OnProgress | None = None, on_begin: Callable[[], object] = lambda: None
+    load: TrialLoad,
+    on_progress: OnProgress | None = None,
+    on_begin: Callable[[], object] = lambda: None,
+    problem: Callable[[], str | None] = lambda: None,
 ) -> LoadResult:
     """Send one trial from this host and wait for all responses; `plan.check` has passed its options.
 
-    `on_begin` is called between the warm-up and the load. Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
-    "interrupted"; a lost client process ends it with a flag "client-lost".
+    `on_begin` is called between the warm-up and the load; a `problem()`, asked a few times a second, ends the trial with what was
+    measured. Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a
+    flag "interrupted"; a lost client process ends it with a flag "client-lost".
     """
 
     def begin() -> float:
@@ -99,7 +104,10 @@ def run_load(
         return load.clock.now()
 
     if load.config.client_processes == 1:
-        return merge(load, [run_client(load, begin=begin, on_progress=on_progress)])
+        with interruption() as interrupted, _stopped_by(problem, interrupted) as stopped:
+            result = run_client(load, begin=begin, interrupted=interrupted, on_progress=on_progress)
+        result.interrupted = interrupted.is_set() and not stopped.is_set()
+        return merge(load, [result])
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(contextlib.closing(LocalClient(index, load)))
@@ -109,7 +117,30 @@ def run_load(
         def wait(seconds: float) -> None:
             multiprocessing.connection.wait([client.pipe for client in clients if not client.ended], seconds)
 
-        return merge(load, collect(clients, clock=load.clock, wait=wait, on_progress=on_progress, on_begin=on_begin))
+        results = collect(
+            clients, clock=load.clock, wait=wait, on_progress=on_progress, on_begin=on_begin, problem=problem
+        )
+        return merge(load, results)
+
+
+@contextlib.contextmanager
+def _stopped_by(problem: Callable[[], str | None], interrupted: threading.Event) -> Iterator[threading.Event]:
+    """Sets `interrupted` when there is a `problem()` inside the block, and the event that it gives."""
+    stopped, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_PROBLEM_S):
+            if not interrupted.is_set() and problem():
+                stopped.set()
+                interrupted.set()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield stopped
+    finally:
+        ended.set()
+        thread.join()
 
 
 def collect(

@@ -21,6 +21,9 @@ USER_STAMP_LAG_P99_MS = 2.0
 CPU_SHARE = 0.95
 RATE_SHARE = 0.95
 SHARE_OVER_S = 0.5
+REFUSED_SHARE = 0.01
+_OWN = ("timeout", "stall", "interrupted")
+"""Classes of failures that a slow client could have caused, or the user; in all others, a server failed at once."""
 NOTES = {
     "usage-refused": "the server's usage holds a count that cannot be (negative, 0, no number, far beyond what came): not used",
     "usage-contradicts": "the server's usage contradicts what arrived; where there are no token ids, output tokens are unknown",
@@ -47,6 +50,8 @@ def describe(
 ) -> dict[str, Any]:
     """`Trial.client`: delays in ms, rates per second, CPU, how tokens were stamped and counted, failures by class."""
     sent = [(record, record.sent_s) for record in measured if record.sent_s is not None]
+    # Servers that refuse or end their connections make many requests due at once: no lateness of the client's.
+    answered = [(record, at_s) for record, at_s in sent if record.error is None]
     begin_s = min(result.begin_s for result in results)
     read_delays = numpy.concatenate([numpy.frombuffer(result.read_delays_s) for result in results])
     tokens = sum(len(record.token_s) for record in measured)
@@ -55,8 +60,8 @@ def describe(
         "processes": len(results),
         "streams": streams,
         "real_time": all(result.real_time for result in results),
-        "schedule_delay_ms": quantiles_ms([at_s - record.planned_s for record, at_s in sent]),
-        "send_delay_ms": quantiles_ms([at_s - record.due_s for record, at_s in sent if record.due_s is not None]),
+        "schedule_delay_ms": quantiles_ms([at_s - record.planned_s for record, at_s in answered]),
+        "send_delay_ms": quantiles_ms([at_s - record.due_s for record, at_s in answered if record.due_s is not None]),
         "loop_lag_ms": quantiles_ms(numpy.concatenate([numpy.frombuffer(result.busy_s) for result in results])),
         "user_minus_kernel_ms": quantiles_ms(read_delays),
         "reads": len(read_delays),
@@ -70,6 +75,8 @@ def describe(
         "cpu_us_per_token": cpu_s / tokens * 1e6 if tokens else None,
         "stamps": dict(Counter(record.stamp for record in measured if record.stamp)),
         "counted_by": dict(Counter(record.counted_by for record in measured if record.counted_by)),
+        "refused_share": sum(record.error is not None and record.error.kind not in _OWN for record, _ in sent)
+        / max(1, len(sent)),
         "failures": dict(Counter(record.error.kind for record in measured if record.error)),
         "finish_reasons": dict(Counter(record.finish_reason or "none" for record in measured if not record.error)),
         "notes": dict(Counter(note for record in measured for note in record.notes)),
@@ -92,7 +99,8 @@ def flags(client: dict[str, Any]) -> list[Flag]:
         reasons.append(
             f"no kernel stamps and the loop lagged {lag['p99']:.1f} ms at p99 (limit {USER_STAMP_LAG_P99_MS:g})"
         )
-    if client["cpu_share"] is not None and client["cpu_share"] > CPU_SHARE:
+    refused = client["refused_share"] > REFUSED_SHARE  # then streams spin: each failure is followed by the next at once
+    if client["cpu_share"] is not None and client["cpu_share"] > CPU_SHARE and not refused:
         reasons.append(f"the client used {client['cpu_share']:.0%} of its core (limit {CPU_SHARE:.0%})")
     asked, achieved = client["asked_rate_per_s"], client["achieved_rate_per_s"]
     too_slow = asked and achieved and achieved < RATE_SHARE * asked

@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from pdbench import failures
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
@@ -72,11 +73,15 @@ def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -
 
 
 def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
-    """Raises UserError when a run's figures do not count: its outputs were not as they should be."""
+    """Raises UserError when a run's figures do not count: its outputs were not as they should be, or too many requests failed."""
     for analysis in analyses:
+        too_many = failures.too_many(analysis.summary.errors, analysis.summary.requests.sent)
         for flag in analysis.flags:
             if flag.name == "gate-failed":
                 raise UserError(f"{analysis.name}: {flag.name}: {flag.detail}; its figures do not count")
+            if flag.name == "requests-failed" and too_many:
+                limit = f"over {failures.LIMIT_PCT:g} %, its figures do not count"
+                raise UserError(f"{analysis.name}: {flag.name}: {flag.detail} ({limit})")
 
 
 def compare_folders(

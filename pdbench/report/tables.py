@@ -307,7 +307,7 @@ def _flat(name: str, value: object) -> dict[str, str]:
 
 
 def warnings(name: str, analysis: RunAnalysis) -> list[Text]:
-    """One red line per flag of a run, and one for its failed requests."""
+    """One red line per flag of a run."""
     return [Text.assemble((f"{name}, {flag}: ", "bold red"), detail) for flag, detail in text.warnings(analysis)]
 
 

@@ -243,16 +243,11 @@ def flag_names(analysis: RunAnalysis) -> list[str]:
 
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
-    """(flag, its details) wherever a run's figures are, then its failed requests by kind of error."""
+    """(flag, its details) wherever a run's figures are."""
     details: dict[str, list[str]] = {}
     for flag in analysis.flags:
         details.setdefault(flag.name, []).append(_(flag.detail))
-    lines = [(name, "; ".join(texts)) for name, texts in details.items()]
-    failed = analysis.summary.requests.failed
-    if failed:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in analysis.summary.errors.items())
-        lines.append((_("failed requests"), _("{0} of {1}: {2}", failed, analysis.summary.requests.sent, kinds)))
-    return lines
+    return [(name, "; ".join(texts)) for name, texts in details.items()]
 
 
 def power_caps(analysis: RunAnalysis) -> list[str]:

@@ -22,7 +22,7 @@ def test_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
     assert "disaggregated_performance_analysis.png" in names
     assert len((tmp_path / "requests.csv").read_text().splitlines()) == 1 + 96
     markdown = (tmp_path / "report.md").read_text()
-    assert "client-limited" in markdown and "3 of 48: timeout 3" in markdown
+    assert "client-limited" in markdown and "3 of 48 requests failed: timeout 3" in markdown
 
 
 def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):

@@ -71,7 +71,13 @@ class FakeSite(Site):
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return Measurement([], power, clock)
 
-    def run_load(self, load: TrialLoad, on_progress: Callable[..., None], on_begin: Callable[[], object]) -> LoadResult:
+    def run_load(
+        self,
+        load: TrialLoad,
+        on_progress: Callable[..., None],
+        on_begin: Callable[[], object],
+        problem: Callable[[], str | None],
+    ) -> LoadResult:
         self.trials += 1
         result = self._load(self.trials)
         result.trial.index = load.trial

@@ -1,0 +1,39 @@
+"""Requests that failed, in words: by class, with what was said most often."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pdbench.records import RequestRecord
+
+LIMIT_PCT = 1.0
+"""Above this share of a run's measured requests its figures do not count, and the command ends with exit code 1."""
+INTERRUPTED = "interrupted"
+"""The class of what was in flight when the load was stopped: no failure of a server."""
+NO_TOKENS = "no_tokens"
+
+
+def describe(requests: Sequence[RequestRecord]) -> str | None:
+    """What failed of measured requests: "3 of 100 requests failed: refused 2, http_500 1; most often refused: ..."; None for nothing."""
+    said = Counter(
+        (each.error.kind, each.error.message) if each.error else (NO_TOKENS, "") for each in requests if _failed(each)
+    )
+    kinds = Counter[str]()
+    for (kind, _), count in said.items():
+        kinds[kind] += count
+    if not kinds:
+        return None
+    classes = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+    commonest = next(iter(kinds.most_common(1)))[0]
+    message = next(message for (kind, message), _ in said.most_common() if kind == commonest)
+    words = f"; most often {commonest}: {message[:200]}" if message else ""
+    return f"{sum(kinds.values())} of {len(requests)} requests failed: {classes}{words}"
+
+
+def too_many(errors: Mapping[str, int], sent: int) -> bool:
+    """Did more fail than may? `errors`: class -> requests."""
+    failed = sum(count for kind, count in errors.items() if kind != INTERRUPTED)
+    return 100 * failed > LIMIT_PCT * sent
+
+
+def _failed(request: RequestRecord) -> bool:
+    return request.error.kind != INTERRUPTED if request.error else not request.token_s
