@@ -249,7 +249,8 @@ def verdicts(compared: Comparison) -> Chart:
         not_measured=_("These runs share no metric."),
     )
     caption = _("Change and its 95 % interval, each pair as a dot; {0} is 1.", compared.names[0])
-    return Chart(key="verdicts", title=_("Change of each metric"), panels=[panel], caption=caption)
+    title = f"{text.against(compared.names)}: {_('change of each metric')}"
+    return Chart(key="verdicts", title=title, panels=[panel], caption=caption)
 
 
 def side_by_side(runs: text.Runs) -> list[Panel]:

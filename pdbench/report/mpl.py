@@ -112,19 +112,23 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
 
 
 def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
-    """Runs side by side, 1600 wide: verdicts (of two runs), latency distributions, speed, power and energy."""
-    ratios = (1.25, 1.2, 0.95) if len(comparisons) == 1 else (1.25, 1.0)
-    height = 14 if len(comparisons) == 1 else 10.5
+    """Runs side by side, 1600 wide: verdicts (the first comparison's, on equal hardware where there is one), latency
+    distributions, speed, power and energy."""
+    ratios, height = ((1.25, 1.2, 0.95), 14) if comparisons else ((1.25, 1.0), 10.5)
     figure = Figure(figsize=(16, height))
     edges = {"left": LEFT, "right": RIGHT, "top": 1 - 1.38 / height, "bottom": 0.055}
     rows = figure.add_gridspec(len(ratios), 12, hspace=0.32, wspace=1.0, height_ratios=ratios, **edges)
     _heading(figure, text.against([*runs]), runs)
-    if len(comparisons) == 1:
+    if comparisons:
         cells = rows[0, :].subgridspec(1, 3, width_ratios=WIDTHS, wspace=0)
-        draw_panel(figure.add_subplot(cells[1]), charts.verdicts(comparisons[0]).panels[0])
+        panel = charts.verdicts(comparisons[0]).panels[0]
+        if len(comparisons) > 1:
+            panel = replace(panel, title=f"{tables.title(comparisons[0])}: {panel.title}")
+        draw_panel(figure.add_subplot(cells[1]), panel)
     for place, panel in enumerate(charts.latency_distributions(runs).panels):
         cell = rows[len(ratios) - 2, place * 4 : place * 4 + 4]
-        draw_panel(figure.add_subplot(cell), panel, "above" if place == 0 else "")
+        legend = "" if place else "above" if len(runs) < 3 else "inside"
+        draw_panel(figure.add_subplot(cell), panel, legend)
     bars = charts.side_by_side(runs)
     for place, panel in enumerate(bars):
         width = 12 // len(bars)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,7 @@ def page(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: table
     """The page for these runs; `comparisons` are of the first run with the next ones."""
     some = dict(islice(runs.items(), MOST_RUNS))
     drawn = [
-        *(charts.verdicts(compared) for compared in comparisons if len(comparisons) == 1),
+        *(replace(charts.verdicts(compared), key=f"verdicts-{i}") for i, compared in enumerate(comparisons[:3])),
         charts.latency_distributions(runs),
         charts.ttft_parts(runs),
         charts.tbt_over_time(runs),

@@ -204,13 +204,18 @@ def devices(analysis: RunAnalysis) -> Table:
     return Table(title=_("Devices over the measured windows"), header=header, rows=rows, left=(0, 1))
 
 
+def title(compared: Comparison) -> str:
+    """Which run against which; of different numbers of GPUs it is scaling."""
+    words = text.against(compared.names)
+    return words if compared.equal_hardware else _("Scaling: {0}", words)
+
+
 def comparison(compared: Comparison) -> Table:
     """A row per metric, the primary one first: both figures and the verdict in words."""
     change = _("change seen; one trial, no interval") if compared.one_trial else _("change, 95 % interval")
     lines = sorted(compared.differences, key=lambda line: line.metric.name != compared.primary)
-    title = text.against(compared.names)
     return Table(
-        title=title if compared.equal_hardware else _("Scaling: {0}", title),
+        title=title(compared),
         header=[_("metric"), *compared.names, change],
         rows=[[text.label(line.metric.name), line.a, line.b, answer.verdict(line)] for line in lines],
         left=(0, 3),

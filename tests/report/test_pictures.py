@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rich.console import Console
 
-from pdbench.analysis.compare import compare
+from pdbench.analysis.compare import compare, comparisons
 from pdbench.analysis.run_analysis import analyze, load_analysis
 from pdbench.records import Flag, save_run
 from pdbench.report import charts, commands, mpl, tables, text
@@ -56,7 +56,7 @@ def test_every_kind_of_run_is_drawn(name):
 
 def test_three_deployments_share_a_comparison_with_different_colours():
     runs = {name: analyze(build_run(name)) for name in ("single", "replicas", "disaggregated")}
-    figure = drawn(mpl.comparison, runs, [None, None])
+    figure = drawn(mpl.comparison, runs, comparisons(runs))
     heading = min(label.get_position()[1] for label in figure.texts if label.get_text())
     assert max(axis.get_position().y1 for axis in figure.axes) < heading - 0.03
     bars = next(axis for axis in figure.axes if axis.get_title(loc="left") == "Output tokens/s")
@@ -114,7 +114,7 @@ def test_one_trial_shows_its_change_and_what_to_do():
     assert "--pairs 6" in html and "worse so far" in html and "not judged" not in html
     assert html.index("--pairs 6") < html.index("worse so far") < html.index("<table")
     table = tables.comparison(compared)
-    assert re.fullmatch(r"\+\d\d\.\d %", table.rows[0][-1]) and "--trials 3" in table.note
+    assert re.fullmatch(r"\+\d+\.\d %", table.rows[0][-1]) and "--pairs 6" in table.note
     figure = drawn(mpl.comparison, dict(zip(compared.names, runs, strict=True)), [compared])
     points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert len(points) == len(compared.differences)
