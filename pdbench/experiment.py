@@ -67,6 +67,8 @@ def run(
         planned = [site.deployment(kind, serve[kind]) for kind in kinds]
     for deployment in planned:
         deployment.check_ports()
+    if any(spec.role == "proxy" for deployment in planned for spec in deployment.specs):
+        correctness.check_key()
     clocks.check(options.power, gpus)
     measured = turns.saved_runs(folders, options) if design.resume else {}
     clock = next((run.clock.resumed() for run in measured.values()), None) or Clock.start()

@@ -76,6 +76,19 @@ def test_request_that_fails_is_an_error_with_the_reason() -> None:
             correctness.run(single, 1, None)
 
 
+def test_key_that_is_refused_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedServer(refusal(b"401 Unauthorized", "no key")) as server:
+        single = DeploymentInfo(name="single", url=server.url, model_name="m")
+        with pytest.raises(UserError, match=r"\(http_401: no key\): set OPENAI_API_KEY to a key that it takes"):
+            correctness.run(single, 1, None)
+    monkeypatch.setenv("PDBENCH_PROXY_API_KEY", "key")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="set OPENAI_API_KEY to the same"):
+        correctness.check_key()
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    correctness.check_key()
+
+
 def test_decode_without_counters_proves_nothing() -> None:
     with ScriptedServer(refusal(b"404 Not Found", "no metrics")) as server:
         with pytest.raises(UserError, match=f"{server.url}/metrics does not answer"):

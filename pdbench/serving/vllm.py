@@ -68,6 +68,10 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"connector {connector} works with vLLM {RANGE_TEXT}, this is {text}: "
             f"{remedy}install '{package}>={'.'.join(map(str, SUPPORTED[0]))},<{SUPPORTED[1][0]}.{SUPPORTED[1][1] + 1}'"
         )
+    if connector == "nixl" and not machine.nixl:
+        raise UserError(
+            "connector nixl needs the package nixl, which this environment lacks: pip install nixl, or use --connector auto"
+        )
     if connector in ("p2p-nccl", "builtin-p2p-nccl") and not machine.on_gpu:
         raise UserError(
             f"connector {connector} moves KV between GPUs and this machine serves on CPU: use --connector tcp"
