@@ -175,7 +175,8 @@ def saved_load(run: Run) -> LoadConfig:
 
 
 def saved_runs(folders: Mapping[DeploymentKind, Path], options: Options) -> dict[DeploymentKind, Run]:
-    """The runs to go on with. An interrupted last turn is left out, to be measured again. Raises UserError for another command's."""
+    """The runs to go on with. A last turn that Ctrl-C or a death cut short is left out, to be measured again. Raises UserError for
+    another command's."""
     runs: dict[DeploymentKind, Run] = {}
     for kind, folder in folders.items():
         if not any(folder.glob("*_results.json")):
@@ -188,10 +189,12 @@ def saved_runs(folders: Mapping[DeploymentKind, Path], options: Options) -> dict
             raise UserError(
                 f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
             )
-        if any(flag.name == "interrupted" for flag in run.flags) and run.trials:
-            last = run.trials.pop().index
+        cut = [flag for flag in run.flags if flag.name in ("interrupted", "server-died")]
+        last = run.trials[-1].index if run.trials else -1
+        if any(flag.name == "interrupted" or flag.detail.startswith(f"trial {last + 1}: ") for flag in cut):
+            run.trials = run.trials[:-1]
             run.requests = [request for request in run.requests if request.trial != last]
-            run.flags = [flag for flag in run.flags if flag.name != "interrupted"]
+        run.flags = [flag for flag in run.flags if flag not in cut]
         runs[kind] = run
     if len({run.clock for run in runs.values()}) > 1:
         raise UserError("--resume: the runs there are of different commands: give another --out")

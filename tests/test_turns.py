@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pdbench import experiment
+from pdbench import experiment, turns
 from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
-from pdbench.records import Flag, Gate, Run, load_run
+from pdbench.records import Flag, Gate, Run, load_run, save_run
+from tests.support import sites
 from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
 
 __all__ = ["gates_fixture"]
@@ -108,6 +109,20 @@ def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: l
     run_pairs(tmp_path, indexed(tmp_path, [0]), runs, PairConfig(pairs=1, resident=False, resume=True))
     disaggregated = load_run(tmp_path / "disaggregated_results")
     assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
+
+
+@pytest.mark.parametrize(("trial", "left"), [(2, [0]), (3, [0, 1])], ids=["amid it", "before the next was one"])
+def test_turn_in_which_a_server_died_is_measured_again(
+    tmp_path: Path, gates: list[Gate], trial: int, left: list[int]
+) -> None:
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, PairConfig(pairs=2, resident=False))
+    folder = tmp_path / "single_results"
+    runs[folder].flags.append(Flag("server-died", f"trial {trial}: single-0 died"))
+    save_run(runs[folder], folder)
+    kept = turns.saved_runs({"single": folder}, sites.OPTIONS)["single"]
+    assert [each.index for each in kept.trials] == left
+    assert {request.trial for request in kept.requests} == set(left) and kept.flags == []
 
 
 def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gate]) -> None:

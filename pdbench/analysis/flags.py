@@ -32,7 +32,8 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
     found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings)]
     flags += [flag for flag in found if flag.name not in names]
     if failed := failures.describe([request for request in run.requests if not request.warmup]):
-        flags.insert(sum(flag.name == "server-died" for flag in flags), Flag("requests-failed", failed))
+        flags.insert(0, Flag("requests-failed", failed))
+    flags.sort(key=lambda flag: flag.name != "server-died")  # what explains the others comes first
     return flags + [
         flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in present
     ]
