@@ -13,17 +13,8 @@ import msgspec
 DONE = object()
 """Stands for `[DONE]` among an event's documents."""
 _IDLE_WORDS = {
-    "ping",
-    "keepalive",
-    "keep-alive",
-    "keep_alive",
-    "heartbeat",
-    "processing",
-    "pong",
-    "alive",
-    "ok",
-    "queued",
-}
+    "ping", "keepalive", "keep-alive", "keep_alive", "heartbeat", "processing", "pong", "alive", "ok", "queued",
+}  # fmt: skip
 _REASONING = ("reasoning", "reasoning_content", "thinking", "reasoning_text", "reasoning_details")
 _FAILED = {
     "abort", "aborted", "cancel", "cancelled", "canceled", "error", "failed", "failure", "timeout", "disconnect",

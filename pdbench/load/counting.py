@@ -68,7 +68,7 @@ class Counter:
         self._choices: list[tuple[int, int]] = []  # (place in token_s, choice) of those that are not choice 0's
         self._seen: set[int] = set()
         self._steps: list[tuple[int, bool, float]] | None = []  # the chunks counted by usage; None: it does not count
-        self._recounted = self._settled = False
+        self._recounted = self.settled = False
         self._usage_on_chunks = self._usage_at = -1
         self._answer_index = self._reasoning = self._reasoning_chunks = 0
 
@@ -127,9 +127,7 @@ class Counter:
     def settle(self, texts: list[str], asked: Asked) -> None:
         """Decide what the answer's counts are; once, at its end."""
         record = self.record
-        if self._settled:
-            return
-        self._settled = True
+        self.settled = True
         if asked.echo is True and record.token_s and texts and self.by_chunks and not self.by_token_ids:
             prompt = msgspec.json.decode(asked.prompt)
             if isinstance(prompt, str) and texts[0].strip() == prompt.strip():
@@ -165,8 +163,10 @@ class Counter:
 
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
+        if not asked.forced:
+            return None
         record, most = self.record, asked.tokens
-        if most is None or not asked.forced or record.output_tokens is None or record.output_tokens >= most:
+        if most is None or record.output_tokens is None or record.output_tokens >= most:
             return None
         certain = record.counted_by in ("token_ids", "logprobs", "usage") or self.usage is not None
         if (

@@ -13,6 +13,7 @@ import msgspec
 from pdbench.load import chunks, counting
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
+from pdbench.load.plain import plain_end
 from pdbench.load.sse import EventReader, InflatingReader, inflated, is_done
 from pdbench.records import RequestError, RequestRecord
 
@@ -141,14 +142,17 @@ class Response:
         # One whole event is nearly always what comes: its only line ends are the two at its end.
         if (
             self._streaming
-            and not self._events.pending
-            and body.startswith(b"data: {")
+            and (not self._events.pending or (self._finished and self._events.hold and not self._events.partial))
+            and body.startswith((b"data: {", b"data: ["))
             and body.find(b"\n") == len(body) - 2
             and body.endswith(b"\n\n")
             and b"\r" not in body
             and not self.complete
         ):
-            self._take_chunk(body[6:-2])
+            if self._finished:
+                self._take_unusual(body[6:-2])
+            else:
+                self._take_chunk(body[6:-2])
         elif self._streaming:
             try:
                 self._take(self._events.feed(body))
@@ -221,6 +225,10 @@ class Response:
             return
         if is_done(payload):
             self._stop(done=True)
+            return
+        end = plain_end(payload)
+        if end is not None:
+            self._take_event(end)
             return
         try:
             for document in chunks.documents(payload):
@@ -345,7 +353,8 @@ class Response:
 
     def _close(self, at_s: float) -> None:
         record = self.record
-        self._counter.settle(self._texts, counting.asked(self.body))
+        if not self._counter.settled:
+            self._counter.settle(self._texts, counting.asked(self.body))
         record.end_s = at_s
         record.text = counting.joined(self._texts)
         if self.begun and record.stamp is None:

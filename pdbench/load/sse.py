@@ -40,6 +40,11 @@ class EventReader:
         self._skip_newline = self._begun = False
         self.hold = self.pending = False
 
+    @property
+    def partial(self) -> bool:
+        """Have bytes come that make no whole event yet?"""
+        return bool(self._buffer or self._data or self._name or self._json or self._skip_newline)
+
     def feed(self, piece: bytes) -> list[bytes]:
         """The data of the events that `piece` completes, in order. An event named error comes as `{"error": its text}`."""
         if self._skip_newline and piece:
