@@ -22,7 +22,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "server"), [("single", "single-0"), ("disaggregated", "decode-0")], ids=["single", "disaggregated"]
+    ("kind", "server"),
+    [
+        pytest.param("single", "single-0", id="single", marks=pytest.mark.slow),
+        pytest.param("disaggregated", "decode-0", id="disaggregated"),
+    ],
 )
 def test_engine_that_is_killed_ends_the_trial_with_the_reason(
     tmp_path: Path, kind: DeploymentKind, server: str

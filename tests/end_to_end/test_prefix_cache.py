@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 PROMPT_TOKENS = 400
 
 
-@pytest.mark.parametrize("kind", ["single", "disaggregated"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("disaggregated", marks=pytest.mark.slow)])
 def test_only_a_repeated_nonce_meets_the_prefix_cache(kind: DeploymentKind, tmp_path: Path) -> None:
     # vLLM for CPU has no prefix cache for the tiny DeepSeek-V2's attention.
     model = str(tiny_qwen2(tmp_path / "tiny-qwen2"))
