@@ -17,8 +17,8 @@ from pdbench.records import Run, load_run
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
 
-PAIRS, PAIRS_ON_CPU = 3, 4
-"""By default: three fit into a quarter of an hour on two GPUs, four into four minutes without."""
+PAIRS, PAIRS_ON_CPU = 3, 2
+"""By default: three fit into a quarter of an hour on two GPUs, two into five minutes with set-up without."""
 PORTS_APART = 20
 """Between the first ports of two deployments that run side by side."""
 START_S = {True: 100.0, False: 30.0}
