@@ -108,7 +108,7 @@ def run(
     until = thresholds.parse_width(design.until) if design.until else None
     thresholds.check_metric(options.load.primary, "--primary")
     with _measuring(cluster, out) as (site, runs):
-        kinds = turns.deployments(against) if against else site.kinds(options.serve)
+        kinds = turns.deployments(against) if against else site.kinds()
         experiment.run(
             kinds, design, options, out, console, site, runs, until and (lambda: commands.narrow_enough(runs, until))
         )
@@ -241,7 +241,7 @@ def compare(
     anyway
         Compare also what was not measured alike; what differs is then named.
     primary
-        Metric that is judged by itself, the others as a family (docs/statistics.md); default: the runs' own --primary.
+        Metric that is judged at 5 % alone, the others as a family (docs/statistics.md); default: the runs' own --primary.
     lang
         Language of the table.
     picture

@@ -150,12 +150,14 @@ class Site:
         deployment.plan()
         return deployment
 
-    def kinds(self, config: ServeConfig) -> list[DeploymentKind]:
+    @property
+    def on_gpu(self) -> bool:
+        return (self._machine or machines.inspect()).on_gpu
+
+    def kinds(self) -> list[DeploymentKind]:
         """What a run compares by default: with replicas, of which there are as many as prefill and decode instances, so that
-        hardware is equal; without them on a host without GPUs, whose two cores all deployments share."""
-        if not (self._machine or machines.inspect()).on_gpu:
-            return ["single", "disaggregated"]
-        return ["single", "replicas", "disaggregated"]
+        hardware is equal; without them where there is no GPU, and all deployments share the same cores."""
+        return ["single", "replicas", "disaggregated"] if self.on_gpu else ["single", "disaggregated"]
 
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
         """Enter the devices of a server that pdbench did not start: the GPUs that --single-gpus names, else those of its

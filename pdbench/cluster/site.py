@@ -141,14 +141,17 @@ class RaySite(Cluster, Site):
             load_plan.check_files(load)
         refuse_locked_clocks(power)
 
+    @property
+    def on_gpu(self) -> bool:
+        return any(node.gpus for node in self.nodes)
+
     @contextmanager
     def reserve(self, specs: Sequence[ServerSpec]) -> Iterator[dict[str, ServerHost]]:
         """A placement group with a bundle per server and an actor in each; the proxy where pdbench runs, if not placed."""
         from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        on_gpu = any(node.gpus for node in self.nodes)
-        bundles, strategy = placement.group(specs, self.config.place, self._pins, on_gpu)
+        bundles, strategy = placement.group(specs, self.config.place, self._pins, self.on_gpu)
         group = placement_group(list(bundles.values()), strategy=strategy)
         hosts: dict[str, RemoteHost] = {}
         try:

@@ -3,7 +3,7 @@
 import pytest
 
 from pdbench.cluster.placement import Node, group, pins
-from pdbench.cluster.site import refuse_locked_clocks
+from pdbench.cluster.site import RaySite, refuse_locked_clocks
 from pdbench.config import PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving.plan import ServerSpec, servers
@@ -44,3 +44,13 @@ def test_clocks_and_caps_are_refused_before_anything_starts(option: str) -> None
     refuse_locked_clocks(PowerConfig())
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*leave it out with --cluster"):
         refuse_locked_clocks(PowerConfig(**{option: 900}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "kinds"), [(0, ["single", "disaggregated"]), (2, ["single", "replicas", "disaggregated"])]
+)
+def test_default_deployments_are_by_the_clusters_gpus(gpus: int, kinds: list[str]) -> None:
+    """Those of its nodes: the host on which pdbench runs may have none."""
+    cluster = object.__new__(RaySite)  # its constructor wants a cluster
+    cluster.nodes = [Node("a" * 8, "10.0.0.1", "one", 8, 0), Node("b" * 8, "10.0.0.2", "two", 8, gpus)]
+    assert cluster.kinds() == kinds
