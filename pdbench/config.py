@@ -248,7 +248,7 @@ class LoadConfig:
     slo_tbt_ms: Statistics[Positive[float | None]] = None
     """And if its mean time between tokens (mean TBT, also called TPOT) is at most this."""
     primary: Statistics[str | None] = None
-    """Metric judged at 5 % by itself, the others as a family; default: goodput with an SLO, else E2E p50."""
+    """Metric judged at 5 % alone, the others as a family; default: goodput with an SLO, else E2E p50."""
 
 
 @Parameter(name="*", group=_PAIRS)

@@ -37,7 +37,7 @@ class Difference:
     `a` and `b` are the geometric means of the trials' figures, whose ratio is `ratio.value`; where there is no ratio, the figures
     over all trials. `trials` were compared on each side (`pairs` where they pair); `pairs` holds B / A of every pair.
     `trials_needed` would show a change of 5 % with 80 % power, `trials_for_change` one as large as was seen; None for over 1,000.
-    `alone`: better or worse taken by itself, and not sure among all metrics. `values` are behind a quantile, of the run that had fewer.
+    `alone`: better or worse for this metric alone, not sure among all. `values` are behind a quantile, of the run that had fewer.
     """
 
     metric: Metric
@@ -126,7 +126,7 @@ def compare(
     names: tuple[str, str] | None = None,
     primary: str | None = None,
 ) -> Comparison:
-    """B against A. `primary` is the metric that is judged by itself; default: the runs' --primary, else goodput where there is
+    """B against A. `primary` is the metric that is judged at 5 % alone; default: the runs' --primary, else goodput where there is
     an SLO, else E2E p50.
 
     Raises UserError, naming everything that differs, when they were not measured alike (unless `anyway`).
@@ -155,7 +155,7 @@ def compare(
         if not (other_slo and name.startswith("goodput_")) and not (other_count and metric.latency == "tbt")
     ]
     by_name = {line.metric.name: line for line in lines}
-    wanted = (primary, a.config.get("load", {}).get("primary"), "goodput_requests_per_s", "e2e_p50_ms")
+    wanted = (primary, (a.config.get("load") or {}).get("primary"), "goodput_requests_per_s", "e2e_p50_ms")
     first = next((name for name in wanted if name in by_name), "")
     family = [line for line in lines if line.effect and line.metric.name != first]
     for line, p in zip(family, holm([line.effect.p for line in family if line.effect]), strict=True):

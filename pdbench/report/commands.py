@@ -50,8 +50,8 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         analyses.append(analysis)
     if len(analyses) > 1:
         rows = list(map(tables.requests_csv, analyses))
-        compared, files = _write_report(analyses, [*runs], rows, out / "report", None, drawn)
         named = dict(zip(names_of(analyses, [*runs]), analyses, strict=True))
+        compared, files = _write_report(named, rows, out / "report", None, drawn)
         for each in compared:
             _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
@@ -61,9 +61,9 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
 
 
 def narrow_enough(runs: Mapping[Path, Run], until: tuple[str, float]) -> bool:
-    """Is the interval of --until's metric narrow in every comparison of these runs?"""
-    named = {run.name: analyze(run) for run in runs.values()}
-    return all(thresholds.narrow_enough(compared, *until) for compared in comparisons(named))
+    """Is the interval of --until's metric narrow in every comparison of these runs? Not where there is none to compare."""
+    compared = comparisons({run.name: analyze(run) for run in runs.values()})
+    return bool(compared) and all(thresholds.narrow_enough(each, *until) for each in compared)
 
 
 def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -> None:
@@ -140,7 +140,8 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Con
     analyses, rows = zip(*loaded, strict=True)
     if len(folders) <= PICTURES:
         _say_when_english(console)
-    _comparisons, files = _write_report(analyses, folders, rows, out, sort_by, [])
+    runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
+    _comparisons, files = _write_report(runs, rows, out, sort_by, [])
     _say(console, _("report: {0}", out / "report.html"))
     _say(console, _("beside it: {0}", ", ".join([*files][1:])))
 
@@ -151,12 +152,7 @@ def _load(folder: Path) -> tuple[RunAnalysis, str]:
 
 
 def _write_report(
-    analyses: Sequence[RunAnalysis],
-    folders: Sequence[Path],
-    rows: Sequence[str],
-    out: Path,
-    sort_by: str | None,
-    drawn: list[bytes],
+    runs: text.Runs, rows: Sequence[str], out: Path, sort_by: str | None, drawn: list[bytes]
 ) -> tuple[list[Comparison], dict[str, bytes]]:
     """Write all files about these runs into `out`; returns the comparisons of the first nine, and the files.
 
@@ -164,7 +160,6 @@ def _write_report(
     """
     from pdbench.report.page import page
 
-    runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
     compared = comparisons(runs)
     side_by_side = tables.side_by_side(runs, sort_by)
     files = {

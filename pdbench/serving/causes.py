@@ -95,7 +95,7 @@ def _root_error(lines: list[Line]) -> Line | None:
 
 
 def _said(root: Line, lines: list[Line]) -> str:
-    """The error, with what stands beside it where it says nothing by itself."""
+    """The error, with what stands beside it where it alone says nothing."""
     text = root.text
     if text.endswith((":", "validation error", "validation errors")) or "validation error for" in text:
         following = (line.text.strip() for line in lines[root.number : root.number + 3])

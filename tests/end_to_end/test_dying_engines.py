@@ -1,4 +1,4 @@
-"""A real vLLM engine that is killed amid a load: the trial ends at once, although the API server still answers, and says why."""
+"""A real vLLM engine that is killed under load: the trial ends at once, although the API server still answers, and says why."""
 
 import io
 import threading

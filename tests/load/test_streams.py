@@ -57,7 +57,7 @@ def check_instants(case: Case, record: RequestRecord, read_s: float, written_s: 
 
 @pytest.fixture(scope="module")
 def asked() -> dict[str, tuple[RequestRecord, list[float]]]:
-    """Each case's answer; several are asked for at once, for they mostly wait."""
+    """Each case's answer; several are requested at once, because they mostly wait."""
     with ThreadPoolExecutor(8) as pool:
         return dict(zip([case.name for case in CASES], pool.map(ask, CASES), strict=True))
 
