@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Measure the deployments in pairs; `runs` gets each run by its folder, `out`/KIND_results, when it is saved.
 
-    `enough`, called after every pair, ends a run with --until. What was measured is saved after every turn, and when a server dies
+    `enough`, called before every pair but the first, ends a run with --until. What was measured is saved after every turn, and when a server dies
     or the user interrupts; the error then propagates. Raises UserError for what cannot be done here, before anything starts
     where that can be known.
     """
@@ -70,13 +70,14 @@ def run(
     if any(spec.role == "proxy" for deployment in planned for spec in deployment.specs):
         correctness.check_key()
     clocks.check(options.power, gpus)
-    measured = turns.saved_runs(folders, options) if design.resume else {}
+    measured = turns.saved_runs(folders, serve, design, options) if design.resume else {}
+    runs |= {folders[kind]: run for kind, run in measured.items()}
     clock = next((run.clock.resumed() for run in measured.values()), None) or Clock.start()
     done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
     options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
     options = replace(options, load=plan.resolved(options.load))
     assert design.pairs
-    left = design.pairs * len(kinds) - len(done)
+    left = max(0, design.pairs * len(kinds) - len(done))
     console.print(turns.announce(kinds, design, options, left, on_gpu=any(gpus)), highlight=False)
     idle: dict[str, dict[str, float | None]] = {}  # of all GPUs that the run will use, before anything runs on them
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
@@ -90,9 +91,10 @@ def run(
     with closing(turns.Servers(site, console, serve, design, starts)) as servers:
         begin_s, turns_done = time.monotonic(), 0
         for pair in range(design.most_pairs if enough else design.pairs):
-            for kind in turns.order(kinds, pair):
-                if (kind, pair) in done:
-                    continue
+            missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
+            if missing and enough and runs and enough():
+                break
+            for kind in missing:
                 deployment, fresh = servers.take(kind)
                 info = deployment.info()
                 run = measured.setdefault(kind, _new_run(info, clock, options))
@@ -111,8 +113,6 @@ def run(
                         device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
                     _save(run, folders[kind], runs)
                 turns_done += 1
-            if enough and enough():
-                break
             if 0 < turns_done < left:
                 remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
                 console.print(f"about {turns.duration(remaining_s)} left", highlight=False)

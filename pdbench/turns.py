@@ -14,6 +14,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, Serv
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.records import Run, load_run
+from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
 
@@ -174,9 +175,17 @@ def saved_load(run: Run) -> LoadConfig:
     return msgspec.convert(run.config["load"], LoadConfig)
 
 
-def saved_runs(folders: Mapping[DeploymentKind, Path], options: Options) -> dict[DeploymentKind, Run]:
-    """The runs to go on with. A last turn that Ctrl-C or a death cut short is left out, to be measured again. Raises UserError for
-    another command's."""
+def saved_runs(
+    folders: Mapping[DeploymentKind, Path],
+    serve: Mapping[DeploymentKind, ServeConfig],
+    design: PairConfig,
+    options: Options,
+) -> dict[DeploymentKind, Run]:
+    """The runs to go on with. A last turn that Ctrl-C or a death cut short is left out, to be measured again.
+
+    Raises UserError for those of another command, host or version: their trials would be taken for the same.
+    """
+    host, versions = machines.host_facts()["name"], machines.versions()
     runs: dict[DeploymentKind, Run] = {}
     for kind, folder in folders.items():
         if not any(folder.glob("*_results.json")):
@@ -184,11 +193,21 @@ def saved_runs(folders: Mapping[DeploymentKind, Path], options: Options) -> dict
         run = load_run(folder)
         nonce = options.load.nonce or saved_load(run).nonce  # drawn when the run began
         load = plan.resolved(replace(options.load, nonce=nonce))
-        same = run.config.get("power") == asdict(options.power) and saved_load(run) == load
-        if run.name != kind or not same:
+        # As they are read back: tuples are lists.
+        power, served, pairs = (
+            msgspec.json.decode(msgspec.json.encode(value))
+            for value in (asdict(options.power), serve[kind].plain(), asdict(design))
+        )
+        saved = {name: run.config.get(name) or {} for name in ("power", "serve", "pairs")}
+        same = run.name == kind and saved_load(run) == load and saved["power"] == power
+        same = same and all(saved["serve"].get(name) == value for name, value in served.items())
+        same = same and all(saved["pairs"].get(name) == pairs[name] for name in ("resident", "join_starts"))
+        if not same:
             raise UserError(
                 f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
             )
+        if (run.host.get("name"), run.versions) != (host, versions):
+            raise UserError(f"--resume: {folder} holds a run of another host or of other versions: give another --out")
         cut = [flag for flag in run.flags if flag.name in ("interrupted", "server-died")]
         last = run.trials[-1].index if run.trials else -1
         if any(flag.name == "interrupted" or flag.detail.startswith(f"trial {last + 1}: ") for flag in cut):

@@ -1,6 +1,6 @@
 """Pairs: whose turn it is, on which servers, and how a run goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
 from pdbench.records import Flag, Gate, Run, load_run, save_run
+from pdbench.report import commands
 from tests.support import sites
 from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
 
@@ -111,7 +112,7 @@ def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: l
     assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
 
 
-@pytest.mark.parametrize(("trial", "left"), [(2, [0]), (3, [0, 1])], ids=["amid it", "before the next was one"])
+@pytest.mark.parametrize(("trial", "left"), [(2, [0]), (3, [0, 1])], ids=["during it", "before the next was one"])
 def test_turn_in_which_a_server_died_is_measured_again(
     tmp_path: Path, gates: list[Gate], trial: int, left: list[int]
 ) -> None:
@@ -120,7 +121,9 @@ def test_turn_in_which_a_server_died_is_measured_again(
     folder = tmp_path / "single_results"
     runs[folder].flags.append(Flag("server-died", f"trial {trial}: single-0 died"))
     save_run(runs[folder], folder)
-    kept = turns.saved_runs({"single": folder}, sites.OPTIONS)["single"]
+    kept = turns.saved_runs(
+        {"single": folder}, {"single": sites.OPTIONS.serve}, PairConfig(resident=False), sites.OPTIONS
+    )["single"]
     assert [each.index for each in kept.trials] == left
     assert {request.trial for request in kept.requests} == set(left) and kept.flags == []
 
@@ -132,6 +135,46 @@ def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gat
         experiment.run(
             KINDS, PairConfig(pairs=2, resume=True), other, tmp_path, Console(quiet=True), FakeSite(measured), {}
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda run: run.config["serve"].update(vllm_args="--seed 7"), "other options"),
+        (lambda run: run.config["pairs"].update(resident=True), "other options"),
+        (lambda run: run.host.update(name="elsewhere"), "another host or of other versions"),
+        (lambda run: run.versions.update(vllm="0.1"), "another host or of other versions"),
+    ],
+    ids=["servers", "design", "host", "version"],
+)
+def test_resume_refuses_trials_that_are_not_the_same(
+    tmp_path: Path, gates: list[Gate], change: Callable[[Run], None], words: str
+) -> None:
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, ONE)
+    folder = tmp_path / "single_results"
+    change(runs[folder])
+    save_run(runs[folder], folder)
+    with pytest.raises(UserError, match=words):
+        run_pairs(tmp_path, FakeSite(measured), {}, PairConfig(pairs=2, resident=False, resume=True))
+
+
+def test_resumed_run_with_until_counts_the_saved_pairs(tmp_path: Path, gates: list[Gate]) -> None:
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), {}, ONE)
+    runs: dict[Path, Run] = {}
+    seen: list[list[int]] = []
+
+    def enough() -> bool:
+        seen.append([len(run.trials) for run in runs.values()])
+        return seen[-1] == [2, 2]
+
+    design = PairConfig(pairs=1, resident=False, resume=True, until="tbt_p99_ms<5%", most_pairs=3)
+    run_pairs(tmp_path, indexed(tmp_path, [1, 1]), runs, design, enough)
+    assert seen == [[1, 1], [2, 2]]
+
+
+def test_no_comparison_is_never_narrow_enough() -> None:
+    assert not commands.narrow_enough({}, ("tbt_p99_ms", 0.05))
 
 
 def test_resident_and_joined_starts_contradict_each_other(tmp_path: Path) -> None:

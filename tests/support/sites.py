@@ -47,7 +47,7 @@ class FakeDeployment(Deployment):
     def info(self) -> DeploymentInfo:
         url = "http://127.0.0.1:1"
         servers = [ServerInfo(name=spec.name, role=spec.role, url=url) for spec in self.specs]
-        config = {"max_num_seqs": self.limit}
+        config = self.config.plain() | {"max_num_seqs": self.limit}
         return DeploymentInfo(name=self.kind, url=url, model_name="m", servers=servers, config=config)
 
 
