@@ -49,15 +49,14 @@ def split(server: ScriptedServer) -> DeploymentInfo:
 
 def test_the_check_sends_what_the_load_sends_and_reads_decodes_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    counted = [0]
 
     def answer(peer: Peer) -> bool:
         if peer.path == "/metrics":
             counter = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer",engine="0"}'
-            body = f"{counter} {float(counted[0])}\n".encode()
+            posts = sum(each.method == "POST" for each in server.requests)
+            body = f"{counter} {5.0 * posts}\n".encode()  # 5 prompt tokens each, as the scripted usage has them
             peer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
             return True
-        counted[0] += 5  # prompt tokens, as the scripted usage has them
         return completions()(peer)
 
     with ScriptedServer(answer) as server:

@@ -1,5 +1,6 @@
 """Requests that failed: in words, and when there are too many of them."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,12 @@ def test_client_that_spins_on_refusals_is_not_the_limit(kind: str, limited: bool
 
 @pytest.mark.parametrize(("fail_every", "code"), [(10, 1), (150, 0)], ids=["every tenth", "one of 150"])
 def test_bench_ends_with_1_when_more_than_1_percent_fail(tmp_path: Path, fail_every: int, code: int) -> None:
-    count, answered = [0], completions()
+    numbers, answered = count(1), completions()
 
     def answer(peer: Peer) -> bool:
         if peer.method == "POST":
-            count[0] += 1
-            if count[0] > 20 and count[0] % fail_every == 0:
+            number = next(numbers)
+            if number > 20 and number % fail_every == 0:
                 peer.respond({"error": {"message": "[no] room"}}, b"503 Busy")
                 return True
         return answered(peer)

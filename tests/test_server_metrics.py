@@ -1,5 +1,6 @@
 """Servers' own counters over real sockets: what prefix caches answered during a load, and servers that have no such counters."""
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -33,16 +34,18 @@ def page(text: str) -> Callable[[Peer], bool]:
 
 def caching_server() -> tuple[Callable[[Peer], bool], list[int]]:
     """Counts 10 prompt tokens per request, and all of them as cached where the prompt came before."""
-    counts, seen = [0, 0], set[bytes]()
+    counts, seen, lock = [0, 0], set[str](), threading.Lock()
 
     def answer(peer: Peer) -> bool:
         if peer.method == "GET":
             names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
             lines = (f'{name}{{engine="0"}} {float(count)}\n' for name, count in zip(names, counts, strict=True))
             return page("".join(lines))(peer)
-        counts[0] += 10
-        counts[1] += 10 * (peer.json["prompt"] in seen)
-        seen.add(peer.json["prompt"])
+        prompt = peer.json["prompt"]
+        with lock:
+            counts[0] += 10
+            counts[1] += 10 * (prompt in seen)
+            seen.add(prompt)
         return stream(tokens(2))(peer)
 
     return answer, counts

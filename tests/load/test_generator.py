@@ -273,7 +273,7 @@ def test_odd_answers_are_counted_in_flags():
         return stream(payloads[:1])(peer) if next(calls) == 2 else whole(peer)
 
     with ScriptedServer(answer) as server:
-        result = load(server, requests=4, warmup=0)
+        result = load(server, concurrency=1, requests=4, warmup=0)
     names = {flag.name for flag in result.flags}
     assert {"usage-refused", "finish-missing", "tokens-counted-by-chunks"} <= names
     assert result.trial.client["finish_reasons"] == {"stop": 3, "none": 1}
