@@ -1,0 +1,44 @@
+"""Every option, declared once with its range: frozen dataclasses <- TOML recipe <- command-line flags (cyclopts reads the docstrings).
+
+A recipe's keys are the flags' names with underscores, in one section per class ([serve], [load], [power], [cluster], [proxy]) or
+without sections. An option that is None is decided at start, by what the machine has.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cyclopts import Parameter
+
+from pdbench.config.groups import Connector, DeploymentKind, FirstToken
+from pdbench.config.load import LoadConfig
+from pdbench.config.measuring import PairConfig, PowerConfig
+from pdbench.config.proxy import ProxyConfig
+from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
+
+__all__ = [
+    "ClusterConfig",
+    "Connector",
+    "DeploymentKind",
+    "FirstToken",
+    "LoadConfig",
+    "Options",
+    "PairConfig",
+    "PowerConfig",
+    "ProxyConfig",
+    "ServeConfig",
+    "ServerConfig",
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """All options of a measurement together."""
+
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+    power: PowerConfig = field(default_factory=PowerConfig)
+
+    def plain(self) -> dict[str, Any]:
+        """Section -> option -> value for the saved record."""
+        return asdict(self) | {"serve": self.serve.plain()}

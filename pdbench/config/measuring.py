@@ -1,0 +1,59 @@
+"""How often deployments take turns, and what is read from devices and set on them."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from pdbench.config.groups import PAIRS, POWER, Statistics
+from pdbench.ranges import Count, Interval, NotNegative
+
+
+@Parameter(name="*", group=PAIRS)
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """How deployments take turns (A B, B A, ...). One turn of each is a pair: the same arrivals and prompts for all of them."""
+
+    pairs: Annotated[Count[int | None], Parameter(name=("--pairs", "--trials"))] = None
+    """Turns of each deployment; default: 3, without GPUs 2."""
+    resident: bool | None = None
+    """Start all deployments once, side by side (GPU memory is split), and alternate; default: on a host without GPUs."""
+    join_starts: bool = False
+    """Keep servers whose deployment's next turn follows at once: fewer starts, wider intervals."""
+    until: str = ""
+    """Add pairs until a metric's interval is this narrow, as in "tbt_p99_ms<5%" (at least 5 pairs)."""
+    most_pairs: Count[int] = 24
+    """Pairs after which --until gives up."""
+    resume: bool = False
+    """Add to the runs in --out, which the same command measured, up to --pairs or --until."""
+
+
+@Parameter(name="*", group=POWER)
+@dataclass(frozen=True, kw_only=True)
+class PowerConfig:
+    """What is read from the devices, and the clocks that are set on them."""
+
+    power: bool = True
+    """Sample the devices of this host that the servers use."""
+    sample_interval_s: Interval[float] = 0.1
+    """Seconds between samples of every device, 0.01 to 10."""
+    idle_s: NotNegative[float] = 3.0
+    """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
+    cooldown_s: NotNegative[float] = 60.0
+    """Seconds to wait at most, before a trial, until the GPUs are as cool as before the first one."""
+    prefill_clock: Count[int | None] = None
+    """SM clock of prefill's GPUs in MHz, locked for the run and restored after it (needs root)."""
+    decode_clock: Count[int | None] = None
+    """SM clock of decode's GPUs in MHz, likewise."""
+    single_clock: Count[int | None] = None
+    """SM clock of the single instance's and replicas' GPUs in MHz, likewise."""
+    prefill_power_cap: Count[int | None] = None
+    """Power limit of each of prefill's GPUs in watts, restored after the run (needs root)."""
+    decode_power_cap: Count[int | None] = None
+    """Power limit of each of decode's GPUs in watts, likewise."""
+    single_power_cap: Count[int | None] = None
+    """Power limit of each of the single instance's and replicas' GPUs in watts, likewise."""
+    price_kwh: Statistics[NotNegative[float | None]] = None
+    """Price per kWh in your currency: adds the price of a million tokens to the summary."""
+    gco2_kwh: Statistics[NotNegative[float | None]] = None
+    """Grams of CO2 per kWh of your grid: adds the CO2 of a million tokens to the summary."""
