@@ -10,7 +10,7 @@ _TRIED = "PDBENCH_PYTHON_TRIED"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command of pdbench/cli.py; `arguments` are those of the command line if None."""
+    """Run one command of pdbench/cli; `arguments` are those of the command line if None."""
     try:
         _use_environment()
         from pdbench import cli

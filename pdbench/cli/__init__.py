@@ -1,0 +1,53 @@
+"""The commands: each reads its options and calls one function of the rooms below. Nothing is measured or judged here."""
+
+import sys
+from pathlib import Path
+
+import cyclopts
+from cyclopts.config import Dict as Settings
+from rich.console import Console
+from rich.markup import escape
+
+from pdbench import recipe
+from pdbench.cli import measure, read  # noqa: F401  # they register their commands
+from pdbench.cli.app import app
+from pdbench.errors import UserError
+
+_WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")
+"""Commands that take a recipe; each ignores options of the others."""
+
+
+def _recipe_settings(arguments: list[str]) -> list[Settings]:
+    """A recipe (a .toml file) gives every option that no flag sets."""
+    if not arguments or arguments[0] not in _WITH_RECIPE:
+        return []
+    paths = [Path(text) for text in arguments[1:] if text.endswith(".toml") and not text.startswith("-")]
+    if len(paths) > 1:
+        raise UserError(f"several recipes, {' and '.join(map(str, paths))}: name one, and give the rest as flags")
+    if not paths:
+        return []
+    settings = recipe.read(paths[0])
+    foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
+    settings = {key: value for key, value in settings.items() if key not in foreign}
+    return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
+
+
+def _options(command: str) -> set[str]:
+    """The options of a command, as a recipe names them."""
+    names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
+    return {name[2:].replace("-", "_") for name in names if name.startswith("--")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; a UserError becomes one line on stderr and its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app.config = _recipe_settings(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except UserError as error:
+        stderr.print(f"[red]pdbench:[/red] {escape(str(error))}")
+        sys.exit(error.exit_code)
+    except cyclopts.CycloptsError as error:
+        stderr.print(f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.")
+        sys.exit(2)

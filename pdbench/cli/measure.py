@@ -1,0 +1,241 @@
+"""Commands that start, load or check servers."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
+from pdbench.config import (
+    ClusterConfig,
+    LoadConfig,
+    Options,
+    PairConfig,
+    PowerConfig,
+    ProxyConfig,
+    ServeConfig,
+    ServerConfig,
+)
+from pdbench.files import hold
+from pdbench.ranges import Count
+from pdbench.records import Run
+
+if TYPE_CHECKING:
+    from pdbench.site import Site
+
+
+@contextmanager
+def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site, dict[Path, Run]]]":
+    """Where to measure, and the runs by folder to fill; they are shown afterwards, also what was measured before a failure.
+
+    Raises UserError when the figures of a run do not count.
+    """
+    from pdbench.cluster import open_site
+    from pdbench.report import commands
+    from pdbench.site import stop_on_signals
+
+    runs: dict[Path, Run] = {}
+    with stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"), hold(out):
+        try:
+            with open_site(cluster) as site:
+                yield site, runs
+        finally:  # Ctrl-C during a slow picture ends it; the runs are saved already
+            analyses = commands.finish(runs, out, console)
+    commands.exit_on_flags(analyses)
+
+
+@app.command(group_parameters=MEASURING)
+def run(
+    recipe: Recipe = None,
+    /,
+    *,
+    against: str | None = None,
+    out: Path = Path(),
+    design: PairConfig | None = None,
+    options: Options = DEFAULTS,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Start each deployment, send it the same load, measure, compare: the whole job.
+
+    Parameters
+    ----------
+    against
+        Deployments to compare, with commas between: single, replicas, tensor-parallel, disaggregated; default: single, replicas
+        and disaggregated, without replicas on a host without GPUs.
+    out
+        Folder in which the results folders go.
+    """
+    from pdbench import experiment, turns
+    from pdbench.analysis import thresholds
+    from pdbench.report import commands
+
+    design = design or PairConfig()
+    until = thresholds.parse_width(design.until) if design.until else None
+    thresholds.check_metric(options.load.primary, "--primary")
+    with _measuring(cluster, out) as (site, runs):
+        kinds = turns.deployments(against) if against else site.kinds()
+        experiment.run(
+            kinds, design, options, out, console, site, runs, until and (lambda: commands.narrow_enough(runs, until))
+        )
+
+
+@app.command(group_parameters=MEASURING)
+def bench(
+    recipe: Recipe = None,
+    /,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    trials: Count[int] = 1,
+    out: Path = Path(),
+    server: ServerConfig | None = None,
+    load: LoadConfig | None = None,
+    power: PowerConfig | None = None,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
+
+    Parameters
+    ----------
+    url
+        Where the server or the proxy answers.
+    trials
+        Repetitions.
+    out
+        Folder in which the results folder goes.
+    """
+    from pdbench import experiment
+
+    served = ServeConfig(**asdict(server or ServerConfig()))
+    options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
+    with _measuring(cluster, out) as (site, runs):
+        experiment.bench(url, trials, options, out, console, site, runs)
+
+
+@app.command(group_parameters=MEASURING)
+def sweep(
+    recipe: Recipe = None,
+    /,
+    *,
+    vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    against: str = "single,disaggregated",
+    url: str | None = None,
+    trials: Count[int] = 1,
+    slo: str = "",
+    out: Path = Path("sweep"),
+    options: Options = DEFAULTS,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Measure every combination of some options, one folder per point; the same command again resumes it.
+
+    Parameters
+    ----------
+    vary
+        KEY=V1,V2,... of any option, several for all combinations: concurrency=1,2,4,8 prefill_instances=1,2.
+    against
+        Deployments to measure at every point, with commas between.
+    url
+        Measure the server that runs here instead of starting deployments.
+    trials
+        Repetitions of each point.
+    slo
+        Limits of the goodput, as in ttft=200,tbt=50 (milliseconds).
+    out
+        Folder of the points, the summary table and the curves.
+    """
+    from pdbench import experiment, sweep, turns
+    from pdbench.cluster import open_site
+    from pdbench.report import commands
+    from pdbench.site import stop_on_signals
+
+    points = sweep.points(sweep.with_slo(options, slo), vary)
+    kinds = turns.deployments(against)
+
+    def measure(point: Options, folder: Path) -> list[Path]:
+        runs: dict[Path, Run] = {}
+        try:
+            if url is not None:
+                experiment.bench(url, trials, point, folder, console, site, runs)
+            else:
+                experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, console, site, runs)
+        finally:
+            for measured, run in runs.items():
+                commands.finish({measured: run}, folder, console)
+        return list(runs)
+
+    nodes = cluster and asdict(cluster)
+    context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
+    with stop_on_signals(lambda: sweep.saved(out)), hold(out), open_site(cluster) as site:
+        commands.present_sweep(sweep.run(points, out, measure, console, context), out, console)
+
+
+@app.command
+def serve(
+    recipe: Recipe = None,
+    /,
+    *,
+    single: bool = False,
+    against: str | None = None,
+    show: bool = False,
+    serve: ServeConfig | None = None,
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """Start prefill, decode and the proxy (or --single: one instance) and keep them up until Ctrl-C.
+
+    Parameters
+    ----------
+    single
+        One traditional instance.
+    against
+        Another deployment by name: replicas, tensor-parallel.
+    show
+        Print the command lines and start nothing.
+    """
+    import shlex
+
+    from pdbench import turns
+    from pdbench.cluster import open_site
+    from pdbench.site import Site, stop_on_signals
+
+    kind = turns.deployments(against or ("single" if single else "disaggregated"))[0]
+    if show:
+        for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
+            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
+            secrets = "".join(f" (set {name} to the same secret for all)" for name in command.secret_names)
+            print(f"# {command.name}{secrets}\n{settings} {shlex.join(command.argv)}")
+        return
+    with (
+        stop_on_signals(),
+        open_site(cluster) as site,
+        turns.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
+    ):
+        info = deployment.info()
+        console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False)
+        try:
+            while True:
+                deployment.check()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            console.print("stopping")
+
+
+@app.command
+def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None) -> None:
+    """Say whether this machine (or every node of --cluster) can do it, and what to fix."""
+    from pdbench import doctor
+    from pdbench.cluster import open_site
+
+    with open_site(cluster) as site:
+        sys.exit(doctor.report(site.findings(serve or ServeConfig()), console))
+
+
+@app.command
+def proxy(recipe: Recipe = None, /, *, proxy: ProxyConfig | None = None) -> None:
+    """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how."""
+    from pdbench.proxy.server import serve
+
+    serve(proxy or ProxyConfig())

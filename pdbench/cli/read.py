@@ -1,0 +1,116 @@
+"""Commands that read saved runs or devices."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pdbench.cli.app import app, console
+from pdbench.errors import UserError
+from pdbench.ranges import Interval, Positive
+
+
+@app.command
+def compare(
+    *folders: Path,
+    fail_if: tuple[str, ...] = (),
+    anyway: bool = False,
+    primary: str | None = None,
+    lang: Literal["en", "zh"] = "en",
+    picture: Path = Path("performance_comparison.png"),
+) -> None:
+    """Judge one saved run against another: is it better, by how much, how sure; --fail-if makes it a gate for CI.
+
+    Parameters
+    ----------
+    folders
+        Two results folders, A and B; default: single_results and disaggregated_results.
+    fail_if
+        Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told,
+        2 when nothing could be judged.
+    anyway
+        Compare also what was not measured alike; what differs is then named.
+    primary
+        Metric that is judged at 5 % alone, the others as a family (docs/statistics.md); default: the runs' own --primary.
+    lang
+        Language of the table.
+    picture
+        Where the picture goes.
+    """
+    from pdbench.report import commands, text
+
+    try:
+        with text.language(lang):
+            sys.exit(commands.compare_folders(folders, fail_if, anyway, picture, console, primary))
+    except UserError as error:
+        raise UserError(str(error), exit_code=2) from None  # 1 says that a condition is met
+
+
+@app.command
+def monitor(
+    *,
+    gpus: str | None = None,
+    interval: Interval[float] = 0.1,
+    duration: Positive[float | None] = None,
+    out: Path | None = None,
+) -> None:
+    """Watch power, clocks and utilisation of this host's devices: a live table, and a file when it ends.
+
+    Parameters
+    ----------
+    gpus
+        GPU indices with commas between, as 0,1; default: all.
+    interval
+        Seconds between samples, 0.01 to 10.
+    duration
+        Seconds to watch; default: until Ctrl-C.
+    out
+        File for what was read: .json (everything, the fine power curve too) or .csv (the samples).
+    """
+    from pdbench.power import monitor as room
+    from pdbench.site import stop_on_signals
+
+    try:
+        indices = None if gpus is None else [int(index) for index in gpus.split(",")]
+    except ValueError:
+        raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
+    with stop_on_signals():
+        room.monitor(indices, interval, duration, out, console)
+
+
+@app.command
+def plot(source: Path, /, *, picture: Path | None = None) -> None:
+    """Draw the curves of devices: power with utilisation behind it, clocks, temperature, power against utilisation.
+
+    Parameters
+    ----------
+    source
+        A file of `pdbench monitor`, a *_gpu_data.json, or a results folder.
+    picture
+        Where the PNG goes; default: beside the source.
+    """
+    from pdbench.report import commands
+
+    commands.plot(source, picture, console)
+
+
+@app.command
+def report(
+    *folders: Path, out: Path = Path("report"), sort_by: str | None = None, lang: Literal["en", "zh"] = "en"
+) -> None:
+    """Draw saved runs: one HTML page with verdicts and interactive figures, Markdown, CSV of all requests, pictures.
+
+    Parameters
+    ----------
+    folders
+        Results folders; the first is the baseline. Default: single_results and disaggregated_results.
+    out
+        Folder for report.html, report.md, requests.csv and the pictures.
+    sort_by
+        Metric by which the side-by-side table is sorted, best first: tbt_p99_ms, output_tokens_per_s, ...
+    lang
+        Language of page and tables.
+    """
+    from pdbench.report import commands, text
+
+    with text.language(lang):
+        commands.report(folders, out, sort_by, console)
