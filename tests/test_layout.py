@@ -77,5 +77,6 @@ def test_architecture_page_names_every_module() -> None:
     assert not missing, f"docs/architecture.md does not name {missing}"
 
 
-def test_experiment_knows_no_cluster() -> None:
-    assert "cluster" not in (ROOT / "pdbench" / "experiment.py").read_text().lower().replace("clustering", "")
+@pytest.mark.parametrize("name", ["experiment.py", "trial.py"])
+def test_measuring_knows_no_cluster(name: str) -> None:
+    assert "cluster" not in (ROOT / "pdbench" / name).read_text().lower()

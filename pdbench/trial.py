@@ -1,0 +1,198 @@
+"""One deployment's turn: its load with device samples, and what of it goes into the run."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+from rich.console import Console
+from rich.markup import escape
+
+from pdbench import correctness, failures, turns
+from pdbench import events as event_logs
+from pdbench.config import Options
+from pdbench.errors import UserError
+from pdbench.events import Event, ProxyEvent, TransferEvent
+from pdbench.load import plan
+from pdbench.load.generator import OnProgress
+from pdbench.load.plan import TrialLoad
+from pdbench.power import clocks
+from pdbench.power.idle import ENGINE_READY, Cooldown
+from pdbench.power.sampler import merge_records
+from pdbench.records import Flag, Gate, RequestRecord, Run
+from pdbench.server_metrics import PrefixCacheReader
+from pdbench.serving.deployment import DeploymentInfo
+from pdbench.serving.watch import Servers, Watch
+from pdbench.site import Measurement, Site
+
+DEATH_S = 2.0
+"""After a load with failures: how long a server that is about to end may take for it."""
+
+
+def check_outputs(
+    info: DeploymentInfo, nonce: int, reference: list[str] | None, servers: Servers
+) -> tuple[Gate, list[str]]:
+    """The correctness check. Raises UserError, which names the server that died, if one did."""
+    try:
+        return correctness.run(info, nonce, reference)
+    except UserError:
+        if Watch(servers.death).problem_within(DEATH_S):
+            servers.check()
+        raise
+
+
+def record_gate(run: Run, gate: Gate, console: Console) -> None:
+    """Print the correctness check of one start; in the run, the first failed one stays."""
+    if run.gate is None or run.gate.passed:
+        run.gate = gate
+    if not gate.passed:
+        run.flags.append(Flag("gate-failed", gate.detail))
+    style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
+    console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
+
+
+def measure(
+    run: Run,
+    info: DeploymentInfo,
+    options: Options,
+    trials: list[int],
+    console: Console,
+    cooldown: Cooldown,
+    site: Site,
+    servers: Servers,
+    *,
+    idle: bool = True,
+) -> None:
+    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power."""
+    streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
+    line = f"  load: {plan.describe(options.load)}"
+    if streams and taken and streams > taken:
+        line += f"; the servers work on {taken} at once (--max-num-seqs), the others wait in their queue"
+    console.print(line, markup=False, highlight=False)
+    measurement = site.measurement(info, options.power, run.clock)
+    gpus = info.local_gpus()
+    locks: list[clocks.ClockLock] = []
+    try:
+        with clocks.locked_clocks(options.power, gpus) as locks, measurement:
+            if idle and options.power.power and options.power.idle_s and any(server.gpus for server in info.servers):
+                measurement.idle(ENGINE_READY, options.power.idle_s)
+            for trial in trials:
+                start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
+                _run_trial(run, info, options, trial, console, site, servers)
+                run.trials[-1].start_temperature_c = start_c
+                servers.check()
+    finally:
+        devices = measurement.devices()
+        run.devices = merge_records(run.devices + devices)
+        run.config["clocks_held"] = [asdict(lock) for lock in locks]
+        run.host |= measurement.host_facts()
+        flagged = {flag.name for flag in run.flags}
+        run.flags += [flag for flag in measurement.flags() if flag.name not in flagged]
+        run.flags += [flag for flag in clocks.clock_flags(locks, devices) if flag not in run.flags]
+        run.roles = {}
+        for device in run.devices:
+            run.roles.setdefault(device.role or "host", []).append(device.id)
+        events, requests = measurement.events(), [request for request in run.requests if request.trial in trials]
+        has_prefill = {"proxy", "prefill"} <= {server.role for server in info.servers}
+        has_prefill |= info.name == "bench" and any(flag.name == "event-log-missing" for flag in run.flags)
+        event_logs.join(requests, events, has_prefill)
+        run.events += events
+        run.flags += [flag for flag in _event_log_flags(info, requests, events, measurement) if flag not in run.flags]
+    site.check()
+
+
+def _event_log_flags(
+    info: DeploymentInfo, requests: Sequence[RequestRecord], events: Sequence[Event], measurement: Measurement
+) -> Iterator[Flag]:
+    """One for each server whose event log is gone, or which has no event of the requests that it must have seen."""
+    proxied = {event.request_id for event in events if isinstance(event, ProxyEvent)}
+    sides = {event.side for event in events if isinstance(event, TransferEvent)}
+    answered = [request.id for request in requests if request.error is None and request.token_s]
+    gone = measurement.missing_logs()
+    for server in info.servers:
+        if server.event_log is None:
+            continue
+        lost = len(answered) if server.event_log in gone else 0
+        if server.role == "proxy":
+            # The last ones may not be written yet.
+            lost = max(lost, sum(request not in proxied for request in answered))
+        elif sides and ("send" if server.role == "prefill" else "receive") not in sides:
+            lost = len(answered)
+        if lost > 0.1 * len(answered):
+            what = f"{server.name} logged nothing of {lost} of {len(answered)} requests in {server.event_log}"
+            yield Flag("event-log-missing", f"{what}: their phases are not measured; start the servers again")
+
+
+def _run_trial(
+    run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site, servers: Servers
+) -> None:
+    begin_s = time.monotonic()
+    watch = Watch(servers.death)
+    with _progress(f"trial {trial + 1}", console) as on_progress:
+        config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
+        load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
+        caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
+
+        def begin() -> None:
+            if not watch.died:  # a server that hangs would take its time to answer
+                caches.start()
+
+        result = site.run_load(load, on_progress, begin, watch.problem)
+        measured = [request for request in result.requests if not request.warmup]
+        failed = failures.describe(measured)
+        died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)
+        result.trial.prefix_cache = {} if died else caches.stop()
+    interrupted = any(flag.name == "interrupted" for flag in result.flags)
+    if measured or not (interrupted or died):  # a trial that was ended during its warm-up is none
+        run.requests += result.requests
+        run.trials.append(result.trial)
+    if died:
+        console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
+        result.flags.append(
+            Flag("server-died", f"trial {trial + 1}: {died}; the figures are of what was measured until then")
+        )
+    run.flags += [flag for flag in result.flags if flag not in run.flags]
+    if interrupted:
+        raise KeyboardInterrupt
+    for flag in result.flags:
+        if flag.name == "client-lost":
+            raise UserError(flag.detail)
+    if not measured:
+        servers.check()
+        raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")
+    line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
+    console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
+    if all(request.error for request in measured):
+        servers.check()
+        error = measured[0].error
+        assert error is not None
+        raise UserError(
+            f"every request to {info.url} failed, the first with {error.kind}: {error.message}; read the servers' logs"
+        )
+
+
+@contextmanager
+def _progress(title: str, console: Console) -> Iterator[OnProgress]:
+    """A status line about a load; where there is no terminal, a line every ten seconds."""
+    line, ended, begin_s = f"{title}: warm-up", threading.Event(), time.monotonic()
+    with console.status(line) as status:
+
+        def on_progress(done: int, total: int | None) -> None:
+            nonlocal line
+            line = f"{title}: {done} of {total or '?'} requests"
+            status.update(line)
+
+        def print_lines() -> None:
+            while not ended.wait(turns.PROGRESS_EVERY_S):
+                console.print(f"  {line}, {time.monotonic() - begin_s:.0f} s", highlight=False)
+
+        thread = threading.Thread(target=print_lines, daemon=True)
+        if not console.is_terminal:
+            thread.start()
+        try:
+            yield on_progress
+        finally:
+            ended.set()
+            if thread.ident is not None:
+                thread.join()
