@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pdbench").rglob("*.py"))
-ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "report")
+ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "report")
 BASE = ("config", "records", "files", "events", "errors", "http", "nvml", "supervisor")
 MAY_IMPORT = {
     "kv": ("events",),
@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
     "analysis": ("records", "failures", "files", "events", "errors", "config"),
-    "report": ("analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
+    "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
+    "report": ("plan", "analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""
