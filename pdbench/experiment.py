@@ -36,13 +36,30 @@ def run(
     site: Site,
     runs: dict[Path, Run],
     enough: Callable[[], bool] | None = None,
+    servers: turns.Servers | None = None,
 ) -> None:
     """Measure the deployments in pairs; `runs` gets each run by its folder, `out`/KIND_results, when it is saved.
 
-    `enough`, called before every pair but the first, ends a run with --until. What was measured is saved after every turn, and when a server dies
-    or the user interrupts; the error then propagates. Raises UserError for what cannot be done here, before anything starts
-    where that can be known.
+    `enough`, called before every pair but the first, ends a run with --until. `servers` may be up already, and those that stay are left up. What
+    was measured is saved after every turn, and when a server dies or the user interrupts; the error then propagates. Raises
+    UserError for what cannot be done here, before anything starts where that can be known.
     """
+    with ExitStack() as ending:
+        servers = servers or ending.enter_context(closing(turns.Servers(site, console)))
+        _run_turns(kinds, design, options, out, console, site, runs, enough, servers)
+
+
+def _run_turns(
+    kinds: Sequence[DeploymentKind],
+    design: PairConfig,
+    options: Options,
+    out: Path,
+    console: Console,
+    site: Site,
+    runs: dict[Path, Run],
+    enough: Callable[[], bool] | None,
+    servers: turns.Servers,
+) -> None:
     site.check_options(options.load, options.power)
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
@@ -56,57 +73,62 @@ def run(
     serve = turns.side_by_side(kinds, options.serve) if design.resident else dict.fromkeys(kinds, options.serve)
     if design.resident:
         planned = [site.deployment(kind, serve[kind]) for kind in kinds]
-    for deployment in planned:
-        deployment.check_ports()
+    servers.serve(options.serve)
+    if not servers.are_up(serve if design.resident else {kinds[0]: serve[kinds[0]]}):
+        servers.close()
+        for deployment in planned:
+            deployment.check_ports()
     if any(spec.role == "proxy" for deployment in planned for spec in deployment.specs):
         correctness.check_key()
     clocks.check(options.power, gpus)
     measured = turns.saved_runs(folders, serve, design, options) if design.resume else {}
     runs |= {folders[kind]: run for kind, run in measured.items()}
-    clock = next((run.clock.resumed() for run in measured.values()), None) or Clock.start()
+    clock = next((run.clock.resumed() for run in measured.values()), None) or servers.clock
     done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
     options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
     options = replace(options, load=plan.resolved(options.load))
     assert design.pairs
     left = max(0, design.pairs * len(kinds) - len(done))
-    console.print(turns.announce(kinds, design, options, left, on_gpu=any(gpus)), highlight=False)
-    idle: dict[str, dict[str, float | None]] = {}  # of all GPUs that the run will use, before anything runs on them
+    if not servers.stay:
+        console.print(turns.announce(kinds, design, options, left, on_gpu=any(gpus)), highlight=False)
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
-    if used and options.power.power and options.power.idle_s:
+    if used and options.power.power and options.power.idle_s and not servers.up:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
-        idle = idle_before_start(used, options.power.idle_s)
+        servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
     gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
-    reference: list[str] | None = None
-    starts = max((trial.start or 0 for run in measured.values() for trial in run.trials), default=-1) + 1
-    with closing(turns.Servers(site, console, serve, design, starts)) as servers:
-        begin_s, turns_done = time.monotonic(), 0
-        for pair in range(design.most_pairs if enough else design.pairs):
-            missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
-            if missing and enough and runs and enough():
-                break
-            for kind in missing:
-                deployment, fresh = servers.take(kind)
-                info = deployment.info()
-                run = measured.setdefault(kind, _new_run(info, clock, options))
-                run.config["pairs"] = asdict(design)
-                if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
-                    record_gate(run, check_outputs(info, gate_nonce, reference, deployment)[0], console)
-                elif kind == "single" and reference is None:
-                    reference = check_outputs(info, gate_nonce, reference, deployment)[1]
-                try:
-                    measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh)
-                finally:
-                    for trial in run.trials:
-                        if trial.index == pair:
-                            trial.start = servers.starts
-                    for device in run.devices:
-                        device.idle_power_w = idle.get(device.id, {}) | device.idle_power_w
-                    _save(run, folders[kind], runs)
-                turns_done += 1
-            if 0 < turns_done < left:
-                remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
-                console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
+    servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
+    begin_s, turns_done = time.monotonic(), 0
+    for pair in range(design.most_pairs if enough else design.pairs):
+        missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
+        if missing and enough and runs and enough():
+            break
+        for kind in missing:
+            deployment, fresh = servers.take(kind, serve, design)
+            info = deployment.info()
+            run = measured.setdefault(kind, _new_run(info, clock, options))
+            run.config["pairs"] = asdict(design)
+            if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
+                servers.gates[kind] = check_outputs(info, gate_nonce, servers.reference, deployment)[0]
+                record_gate(run, servers.gates[kind], console)
+            elif kind in servers.gates and run.gate is None:
+                record_gate(run, servers.gates[kind])
+            elif kind == "single" and servers.reference is None:
+                servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
+            try:
+                measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh)
+            finally:
+                for trial in run.trials:
+                    if trial.index == pair:
+                        trial.start = servers.starts
+                for device in run.devices:
+                    device.idle_power_w = servers.idle.get(device.id, {}) | device.idle_power_w
+                    servers.idle[device.id] = dict(device.idle_power_w)
+                _save(run, folders[kind], runs)
+            turns_done += 1
+        if 0 < turns_done < left:
+            remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
+            console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
 
 
 def bench(

@@ -20,7 +20,7 @@ from pdbench.errors import UserError
 from pdbench.files import check_name, check_writable, results_files, write_whole
 from pdbench.turns import duration
 
-_DONE, _SWEEP = "point.json", "sweep.json"
+_SWEEP = "sweep.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,31 +102,37 @@ def _options(*, options: Options = _DEFAULTS) -> Options:
 def run(
     points: Sequence[Point],
     out: Path,
-    measure: Callable[[Options, Path], list[Path]],
+    measure: Callable[[Options, Path, str], list[Path]],
     console: Console,
     context: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = ("",),
 ) -> Iterator[tuple[dict[str, Any], list[Path]]]:
-    """Measure the points that are not yet in `out`; yields every point's varied options and its results folders.
+    """Measure the points that are not yet in `out`; yields every point's varied options and results folders, as they are measured.
 
-    `measure(options, folder)` measures one point and returns its results folders; `context` (what is measured beside the
-    options, as the deployments) must be the same for a point to count as measured. A point that fails is reported and left
-    out; the others go on. Raises UserError when none succeeded.
+    `measure(options, folder, part)` measures one of `parts` of a point (a deployment, or "" for the point as a whole) and returns its
+    results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
+    starts. `context` (what is measured beside the options, as the deployments) must be the same for a point to count as
+    measured. What fails is reported and left out; the others go on. Raises UserError when nothing succeeded.
 
-    All points have one nonce, also when the sweep is resumed. With a "url" in `context` they share a server, whose cache knows
-    what was sent: a point's nonce is then this one with the point's name, and another draw for a point that is measured again.
+    All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
+    `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
+    measured again.
     """
     check_writable(out)
-    nonce = _nonce(points, out)
+    nonce, context = _nonce(points, out), context or {}
     points = [Point(point.varied, _set_nonce(point.options, point.options.load.nonce or nonce)) for point in points]
-    spent_s: list[float] = []
-    failed = 0
+    groups: dict[Any, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.options.serve, []).append(point)
+    steps = [(point, part) for group in groups.values() for part in parts for point in group]
     # What a point.json must say for its point to count, as it is read back: tuples are lists.
-    wanted = [json.loads(json.dumps({"context": context or {}, "options": point.options.plain()})) for point in points]
-    left = sum(_results(out / point.name, keys) is None for point, keys in zip(points, wanted, strict=True))
-    for number, (point, keys) in enumerate(zip(points, wanted, strict=True), 1):
+    wanted = [json.loads(json.dumps({"context": context, "options": point.options.plain()})) for point, _ in steps]
+    results = [_results(out / point.name, keys, part) for (point, part), keys in zip(steps, wanted, strict=True)]
+    spent_s: list[float] = []
+    failed, left = 0, results.count(None)
+    for number, ((point, part), keys, folders) in enumerate(zip(steps, wanted, results, strict=True), 1):
         folder = out / point.name
-        folders = _results(folder, keys)
-        place = f"[bold]point {number} of {len(points)}[/bold] {point.name}"
+        place = f"[bold]point {number} of {len(steps)}[/bold] {f'{part}, ' if part else ''}{point.name}"
         if folders is not None:
             console.print(f"{place}: already measured", highlight=False)
             yield point.varied, folders
@@ -136,30 +142,35 @@ def run(
         left -= 1
         begin_s = time.monotonic()
         options = point.options
-        if context and context.get("url"):
-            again = f"/{secrets.token_hex(4)}" if folder.exists() else ""
+        if part or context.get("url"):
+            again = f"/{secrets.token_hex(4)}" if folder.exists() and not part else ""
             options = _set_nonce(options, f"{options.load.nonce}/{point.name}{again}")
         try:
-            if folder.exists():
+            older = folder / f"{part}_results" if part else folder
+            if older.exists():
                 # An unfinished or older measurement: its files must not be taken for this one's.
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)  # it says that the point's prompts may have been sent, should nothing be saved
-            folders = measure(options, folder)
+                shutil.rmtree(older)
+            folder.mkdir(parents=True, exist_ok=True)  # it says that the point's prompts may have been sent
+            folders = measure(options, folder, part)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
-            write_whole(folder / _DONE, json.dumps(done, indent=1).encode())
+            write_whole(folder / _done(part), json.dumps(done, indent=1).encode())
         except UserError as error:
             failed += 1
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
             continue
         spent_s.append(time.monotonic() - begin_s)
         yield point.varied, folders
-    if failed == len(points):
+    if failed == len(steps):
         raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
+
+
+def _done(part: str) -> str:
+    return f"point-{part}.json" if part else "point.json"
 
 
 def saved(out: Path) -> str:
     """What a sweep that was interrupted leaves in `out`, for its last line; empty when that is nothing."""
-    done = len([*out.glob(f"*/{_DONE}")])
+    done = len([*out.glob("*/point*.json")])
     return f"{done} points are saved in {out}, the same command resumes the sweep" if done else ""
 
 
@@ -180,10 +191,10 @@ def _set_nonce(options: Options, nonce: str) -> Options:
     return dataclasses.replace(options, load=dataclasses.replace(options.load, nonce=nonce))
 
 
-def _results(folder: Path, keys: dict[str, Any]) -> list[Path] | None:
+def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None:
     """The results of a point that was measured whole, the same with the same options, else None."""
     try:
-        done = json.loads((folder / _DONE).read_bytes())
+        done = json.loads((folder / _done(part)).read_bytes())
         same = all(done[key] == value for key, value in keys.items())
         folders = [folder / check_name(name, "a results folder") for name in done["results"]]
         return folders if same and all(map(results_files, folders)) else None

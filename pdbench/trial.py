@@ -42,14 +42,15 @@ def check_outputs(
         raise
 
 
-def record_gate(run: Run, gate: Gate, console: Console) -> None:
-    """Print the correctness check of one start; in the run, the first failed one stays."""
+def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
+    """Print the correctness check of one start (without `console`: it was printed then); in the run, the first failed one stays."""
     if run.gate is None or run.gate.passed:
         run.gate = gate
     if not gate.passed:
         run.flags.append(Flag("gate-failed", gate.detail))
     style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
-    console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
+    if console:
+        console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
 
 
 def measure(

@@ -13,7 +13,8 @@ from rich.console import Console
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
-from pdbench.records import Run, load_run
+from pdbench.power.idle import ENGINE_READY
+from pdbench.records import Clock, Gate, Run, load_run
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
@@ -83,39 +84,62 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
 
 
 class Servers:
-    """The servers that are up: those of the deployment whose turn it is or, resident, of all. `starts` is the number of the last start."""
+    """The servers that are up: those of the deployment whose turn it is or, resident, of all.
 
-    def __init__(
-        self,
-        site: Site,
-        console: Console,
-        serve: Mapping[DeploymentKind, ServeConfig],
-        design: PairConfig,
-        starts: int = 0,
-    ) -> None:
-        self._site, self._console, self._serve, self._design = site, console, serve, design
+    With `stay` they stay up from one `experiment.run` to the next, for as long as the next needs the same. `starts` is the number of
+    the last start, `idle` what the GPUs drew without load (device id -> kind -> watts), `gates` the last start's check by deployment,
+    `reference` the outputs that it is judged by; all runs on these servers have one `clock`.
+    """
+
+    def __init__(self, site: Site, console: Console, *, stay: bool = False) -> None:
+        self._site, self._console = site, console
         self._up = ExitStack()
-        self._running: dict[DeploymentKind, Deployment] = {}
+        self._running: dict[DeploymentKind, tuple[ServeConfig, Deployment]] = {}
         self._unused: set[DeploymentKind] = set()
-        self.starts = starts - 1
+        self.stay, self.starts, self.clock = stay, -1, Clock.start()
+        self.idle: dict[str, dict[str, float | None]] = {}
+        self.gates: dict[DeploymentKind, Gate] = {}
+        self.reference: list[str] | None = None
+        self._served: ServeConfig | None = None
 
-    def take(self, kind: DeploymentKind) -> tuple[Deployment, bool]:
+    @property
+    def up(self) -> bool:
+        return bool(self._running)
+
+    def serve(self, config: ServeConfig) -> None:
+        """What all deployments are made of from now on; outputs of another model are no reference."""
+        if config != self._served:
+            self._served, self.reference = config, None
+
+    def are_up(self, serve: Mapping[DeploymentKind, ServeConfig]) -> bool:
+        """Do these deployments run, as they are to be served, with every server alive?"""
+        running = (self._running.get(kind) for kind in serve)
+        return all(
+            up and up[0] == config and not up[1].death() for up, config in zip(running, serve.values(), strict=True)
+        )
+
+    def take(
+        self, kind: DeploymentKind, serve: Mapping[DeploymentKind, ServeConfig], design: PairConfig
+    ) -> tuple[Deployment, bool]:
         """The deployment, healthy, and whether nothing was measured on its servers yet."""
-        stays = self._design.resident or self._design.join_starts
-        if not (stays and kind in self._running):
+        wanted = serve if design.resident else {kind: serve[kind]}
+        if not ((self.stay or design.resident or design.join_starts) and self.are_up(wanted)):
             self.close()
-            for each in self._serve if self._design.resident else (kind,):
-                deployment = self._site.deployment(each, self._serve[each])
-                self._running[each] = self._up.enter_context(started(deployment, self._console))
+            for each, config in wanted.items():
+                deployment = self._up.enter_context(started(self._site.deployment(each, config), self._console))
+                self._running[each] = config, deployment
             self._unused = set(self._running)
             self.starts += 1
         fresh = kind in self._unused
         self._unused.discard(kind)
-        return self._running[kind], fresh
+        return self._running[kind][1], fresh
 
     def close(self) -> None:
         """End them all."""
         self._running.clear()
+        self.gates.clear()
+        for watts in self.idle.values():
+            watts.pop(ENGINE_READY, None)
         self._up.close()
 
 

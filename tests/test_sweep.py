@@ -55,7 +55,7 @@ def test_slo():
 def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
     calls: list[int | None] = []
 
-    def measure(options: Options, folder: Path) -> list[Path]:
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
         calls.append(options.load.concurrency)
         (folder / "single_results").mkdir()
         (folder / "single_results" / "single_results.json").write_text("{}")
@@ -86,7 +86,7 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
 def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
     told = Console(file=io.StringIO(), width=200)
 
-    def measure(options: Options, folder: Path) -> list[Path]:
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
         if options.load.concurrency == 1:
             raise UserError("the log ends [/INST] with [rank0]")
         return [folder]
@@ -99,7 +99,7 @@ def nonces(out: Path, url: str | None = None, load: LoadConfig | None = None, fa
     """The nonces with which a sweep over concurrency=1,2,3 measures the points that it has left; one point may fail."""
     used = []
 
-    def measure(options: Options, folder: Path) -> list[Path]:
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
         used.append(options.load.nonce)
         (folder / "bench_results").mkdir()
         (folder / "bench_results" / "bench_results.json").write_text("{}")
@@ -127,6 +127,30 @@ def test_points_that_share_a_server_have_a_nonce_each_and_a_new_one_when_measure
     assert first == [f"{nonce}/concurrency={count}" for count in (1, 2, 3)]
     (again,) = nonces(tmp_path, "http://a")
     assert again.startswith(first[1] + "/")
+
+
+def test_parts_go_through_the_points_of_one_serving_before_the_next(tmp_path):
+    order = []
+
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
+        order.append((part, options.serve.prefill_instances, options.load.concurrency))
+        nonces.add(options.load.nonce)
+        (folder / f"{part}_results").mkdir()
+        (folder / f"{part}_results" / f"{part}_results.json").write_text("{}")
+        if len(order) == 6:
+            raise KeyboardInterrupt
+        return [folder / f"{part}_results"]
+
+    nonces: set[str | None] = set()
+    made = sweep.points(OPTIONS, ["concurrency=1,2", "prefill_instances=1,2"])
+    parts = ("single", "replicas")
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep.run(made, tmp_path, measure, CONSOLE, parts=parts))
+    assert order == [(part, count, at) for count in (1, 2) for part in parts for at in (1, 2)][:6]
+    assert "6 points" not in sweep.saved(tmp_path) and "5 points" in sweep.saved(tmp_path)
+    found = list(sweep.run(made, tmp_path, measure, CONSOLE, parts=parts))
+    assert len(order) == 9 and order[6] == order[5] and len(found) == 8
+    assert len(nonces) == 4  # deployments get the same prompts, points others
 
 
 def test_the_knee():

@@ -1,13 +1,15 @@
 """Pairs: whose turn it is, on which servers, and how a run goes on."""
 
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pdbench import experiment, turns
-from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig
+from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
 from pdbench.records import Flag, Gate, Run, load_run, save_run
@@ -61,6 +63,24 @@ def test_resident_deployments_start_once_with_ports_logs_and_memory_of_their_own
         for config in (single, disaggregated)
     ]
     assert not ports[0] & ports[1]
+
+
+def test_servers_that_stay_serve_the_next_run_until_other_ones_are_needed(tmp_path: Path, gates: list[Gate]) -> None:
+    site, printed = FakeSite(measured), io.StringIO()
+    console = Console(file=printed, width=200)
+    servers = turns.Servers(site, console, stay=True)
+    runs: dict[Path, Run] = {}
+    larger = replace(sites.OPTIONS, serve=ServeConfig(prefill_instances=2))
+    for number, (kind, options) in enumerate(
+        [(KINDS[0], sites.OPTIONS)] * 2 + [(KINDS[1], sites.OPTIONS)] * 2 + [(KINDS[1], larger)]
+    ):
+        experiment.run((kind,), ONE, options, tmp_path / str(number), console, site, runs, servers=servers)
+    assert [trial.start for run in runs.values() for trial in run.trials] == [0, 0, 1, 1, 2]
+    assert printed.getvalue().count("starting; logs") == 3 and printed.getvalue().count("correctness gate") == 2
+    assert [run.gate is not None for run in runs.values()] == [False, False, True, True, True]
+    assert len({run.clock for run in runs.values()}) == 1 and servers.up
+    servers.close()
+    assert not servers.up
 
 
 def test_run_with_until_adds_pairs_until_they_are_enough(tmp_path: Path, gates: list[Gate]) -> None:

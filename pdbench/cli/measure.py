@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -126,6 +126,7 @@ def sweep(
     url: str | None = None,
     trials: Count[int] = 1,
     slo: str = "",
+    fresh_servers: bool = False,
     out: Path = Path("sweep"),
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
@@ -144,6 +145,9 @@ def sweep(
         Repetitions of each point.
     slo
         Limits of the goodput, as in ttft=200,tbt=50 (milliseconds).
+    fresh_servers
+        Start the servers at every point, and let the deployments take turns there; default: they stay up while only other
+        options change, one deployment after the other.
     out
         Folder of the points, the summary table and the curves.
     """
@@ -155,11 +159,16 @@ def sweep(
     points = sweep.points(sweep.with_slo(options, slo), vary)
     kinds = turns.deployments(against)
 
-    def measure(point: Options, folder: Path) -> list[Path]:
+    parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
+
+    def measure(point: Options, folder: Path, part: str) -> list[Path]:
         runs: dict[Path, Run] = {}
         try:
             if url is not None:
                 experiment.bench(url, trials, point, folder, console, site, runs)
+            elif part:
+                design = PairConfig(pairs=trials, resident=False)
+                experiment.run(turns.deployments(part), design, point, folder, console, site, runs, servers=servers)
             else:
                 experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, console, site, runs)
         finally:
@@ -169,8 +178,13 @@ def sweep(
 
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
-    with stop_on_signals(lambda: sweep.saved(out)), hold(out), open_site(cluster) as site:
-        commands.present_sweep(sweep.run(points, out, measure, console, context), out, console)
+    with (
+        stop_on_signals(lambda: sweep.saved(out)),
+        hold(out),
+        open_site(cluster) as site,
+        closing(turns.Servers(site, console, stay=True)) as servers,
+    ):
+        commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
 
 
 @app.command
