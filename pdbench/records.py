@@ -58,12 +58,11 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     `output_tokens` the tokens (None: nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not
     measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted:
     "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed".
-    `first_tokens` came with the first chunk. `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the
-    first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are reasoning that was not sent.
-    `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; other
-    prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was
-    odd about the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8
-    bytes.
+    `first_tokens` came with the first chunk. `token_choice` is the choice of every token where there were several. `answer_index` is
+    the place in `token_s` of the first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are
+    reasoning that was not sent. `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; other
+    prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was odd about the counts or the stream. `prompt`
+    is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
     id: str
@@ -154,12 +153,26 @@ class PrefixCacheCounts(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class EngineFacts(msgspec.Struct, kw_only=True):
+    """An engine's limits as vLLM resolved them: from its log and /metrics; None where neither says."""
+
+    role: str
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    async_scheduling: bool | None = None
+    prefix_caching: bool | None = None
+    chunked_prefill: bool | None = None
+    graph_sizes: list[int] | None = None
+    kv_cache_tokens: int | None = None
+    block_size: int | None = None
+
+
 class Trial(msgspec.Struct, kw_only=True):
     """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
 
     `start` counts the server starts of its run: trials with the same number were measured on the same servers; None where it
     was not recorded. `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its
-    own counts.
+    own counts. `cpu_steal_pct` is the share of this host's cores that its hypervisor took during the load.
     """
 
     index: int
@@ -169,6 +182,7 @@ class Trial(msgspec.Struct, kw_only=True):
     client: dict[str, Any] = {}
     start_temperature_c: dict[str, float] = {}
     prefix_cache: dict[str, PrefixCacheCounts] = {}
+    cpu_steal_pct: float | None = None
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -192,7 +206,7 @@ class Gate(msgspec.Struct, kw_only=True):
 class Run(msgspec.Struct, kw_only=True):
     """A deployment under one load: all of its trials, requests and devices. `config` is all options as used.
 
-    `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids.
+    `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids, `engines` a server to its limits.
     `events` are the proxy's and connector's own instants, joined to requests by id. `run_id`, `revision` (which saving of the
     run it is) and `device_files` say what belongs together in a folder; runs saved before they existed have no id.
     """
@@ -207,6 +221,7 @@ class Run(msgspec.Struct, kw_only=True):
     host: dict[str, Any]
     versions: dict[str, str | None]
     roles: dict[str, list[str]] = {}
+    engines: dict[str, EngineFacts] = {}
     trials: list[Trial] = []
     requests: list[RequestRecord] = []
     summary: dict[str, Any] = {}

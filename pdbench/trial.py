@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 
 from pdbench import correctness, failures, turns
 from pdbench import events as event_logs
 from pdbench.config import Options
+from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, TransferEvent
 from pdbench.load import plan
@@ -78,6 +80,7 @@ def measure(
         with clocks.locked_clocks(options.power, gpus) as locks, measurement:
             if idle and options.power.power and options.power.idle_s and any(server.gpus for server in info.servers):
                 measurement.idle(ENGINE_READY, options.power.idle_s)
+            run.engines |= engine_facts(info, verify_tls=options.load.tls_verify)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
                 _run_trial(run, info, options, trial, console, site, servers)
@@ -135,11 +138,19 @@ def _run_trial(
         load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
         caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
 
+        cores = psutil.cpu_times()
+
         def begin() -> None:
+            nonlocal cores
+            cores = psutil.cpu_times()
             if not watch.died:  # a server that hangs would take its time to answer
                 caches.start()
 
         result = site.run_load(load, on_progress, begin, watch.problem)
+        spent = [after - before for before, after in zip(cores, psutil.cpu_times(), strict=True)]
+        steal = getattr(psutil.cpu_times(), "steal", None)  # on Linux
+        if steal is not None and sum(spent) > 0:
+            result.trial.cpu_steal_pct = 100 * (steal - cores.steal) / sum(spent)
         measured = [request for request in result.requests if not request.warmup]
         failed = failures.describe(measured)
         died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)

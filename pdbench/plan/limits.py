@@ -1,0 +1,59 @@
+"""How a run's engines schedule: as they logged it, else as their flags and vLLM's defaults have it."""
+
+import itertools
+import re
+import shlex
+
+from pdbench.plan.engine import Limits, Role
+from pdbench.records import EngineFacts, Run
+
+ASYNC_SINCE = (0, 14)
+"""vLLM from which asynchronous scheduling is the default."""
+
+
+def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]:
+    """The limits of a run's engines of this role, their CUDA graph sizes, and what of it is assumed because it was not recorded."""
+    logged = next((engine for engine in run.engines.values() if engine.role == role), EngineFacts(role=role))
+    serve = run.config.get("serve") or {}
+    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", f"{role}_args"))
+    on_gpu = bool(run.host.get("gpus"))
+    assumed = []
+
+    def known(name: str, recorded: int | None, default: int) -> int:
+        value = recorded or flag_value(words, f"--{name}") or serve.get(name.replace("-", "_"))
+        if value is None:
+            assumed.append(f"--{name} {default} (vLLM's default)")
+        return int(value or default)
+
+    max_num_seqs = known("max-num-seqs", logged.max_num_seqs, 1024 if on_gpu else 8)
+    whole = 8192 if on_gpu else serve.get("max_model_len") or 2048
+    budget = known("max-num-batched-tokens", logged.max_num_batched_tokens, whole)
+    version = tuple(int(part) for part in re.findall(r"\d+", run.versions.get("vllm") or "0")[:2])
+    is_async = on_gpu and version >= ASYNC_SINCE and "--no-async-scheduling" not in words
+    if serve.get("enforce_eager") or not on_gpu:
+        sizes: tuple[int, ...] = ()
+    elif logged.graph_sizes:
+        sizes = tuple(logged.graph_sizes)
+    else:
+        largest = known("max-cudagraph-capture-size", None, min(512, 2 * max_num_seqs))
+        steps = (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16))
+        sizes = tuple(size for size in steps if size <= largest)
+    limits = Limits(
+        max_num_batched_tokens=budget,
+        max_num_seqs=max_num_seqs,
+        async_scheduling=is_async,
+        captured=max(sizes, default=0),
+        kv_cache_tokens=logged.kv_cache_tokens,
+        block_size=logged.block_size or 16,
+    )
+    return limits, sizes, assumed
+
+
+def flag_value(words: str, flag: str) -> str | None:
+    """The last value that a command line gives a flag."""
+    found = None
+    parts = [part for word in shlex.split(words) for part in word.split("=", 1)]
+    for name, value in itertools.pairwise(parts):
+        if name == flag:
+            found = value
+    return found

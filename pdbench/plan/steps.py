@@ -1,0 +1,140 @@
+"""An engine's steps, rebuilt from the instants at which its streams' tokens arrived.
+
+Every running stream gets one token per step, so a stream's tokens are consecutive steps and only its first step is unknown: the one at
+which its arrivals fit those of the streams before it. No log of the scheduler is needed.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.events import ProxyEvent
+from pdbench.plan.engine import Role
+from pdbench.records import RequestRecord, Run
+
+_WINDOW = 4
+"""Steps around a stream's first arrival among which its first step is sought."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Consecutive steps of one instance. One entry per step: `handed_s` (its first token's arrival), `sequences` (tokens),
+    `context` (their prompts and earlier tokens, summed), `firsts` (streams that begin), `prompt` (those streams' computed prompt tokens).
+
+    `first_step` maps a request's id to the step of its first token here. Between segments (`begins` lists their first steps) the engine may have rested.
+    """
+
+    handed_s: Array
+    sequences: IntArray
+    context: IntArray
+    firsts: IntArray
+    prompt: IntArray
+    begins: IntArray
+    first_step: dict[str, int]
+
+    def since_begin(self) -> IntArray:
+        """Steps since the segment's begin, per step."""
+        index = np.arange(len(self.handed_s))
+        return index - self.begins[np.searchsorted(self.begins, index, side="right") - 1]
+
+    def until_end(self) -> IntArray:
+        """Steps that follow in the segment, per step."""
+        index = np.arange(len(self.handed_s))
+        ends = np.append(self.begins[1:], len(index))
+        return ends[np.searchsorted(self.begins, index, side="right") - 1] - 1 - index
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One request at one instance: its tokens' arrivals, and the prompt tokens that it brings (`computed` of them in its first step)."""
+
+    id: str
+    token_s: Sequence[float]
+    prompt_tokens: int
+    computed: int
+
+
+def usable(run: Run, trial: int) -> list[RequestRecord]:
+    """A trial's requests that were answered token by token, warm-up included, in order of sending."""
+    requests = [
+        request
+        for request in run.requests
+        if request.trial == trial
+        and request.error is None
+        and request.sent_s is not None
+        and request.prompt_tokens
+        and request.counted_by == "token_ids"
+        and not request.token_choice
+        and request.token_s
+    ]
+    return sorted(requests, key=lambda request: request.sent_s or 0.0)
+
+
+def streams_of(run: Run, trial: int) -> dict[tuple[Role, str], list[Stream]]:
+    """(role, instance's address) -> its streams. With prefill's first token, decode's streams begin at the second."""
+    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    streams = defaultdict(list)
+    for request in usable(run, trial):
+        way = ways.get(request.id)
+        cached = request.cached_prompt_tokens or 0
+        assert request.prompt_tokens is not None
+        tokens = request.prompt_tokens
+        if way is None or way.prefill_sent_s is None:
+            role: Role = "single" if run.name == "single" else "replica"
+            where = way.decode if way and way.decode else ""
+            streams[role, where].append(Stream(request.id, request.token_s, tokens, tokens - cached))
+            continue
+        shift = 1 if way.first_token_s is not None else 0
+        # What decode's usage calls cached came over the wire: prefill computed the whole prompt.
+        streams["prefill", way.prefill or ""].append(Stream(request.id, request.token_s[:1], tokens, tokens))
+        if len(request.token_s) > shift:
+            streams["decode", way.decode or ""].append(Stream(request.id, request.token_s[shift:], tokens + shift, 0))
+    return dict(streams)
+
+
+def rebuild(streams: Sequence[Stream]) -> Steps:
+    """The steps that gave these streams their tokens; all streams of the instance must be among them."""
+    times = np.empty(sum(len(stream.token_s) for stream in streams))
+    count, begins = 0, []
+    places = []
+    for stream in sorted(streams, key=lambda stream: stream.token_s[0]):
+        tokens = np.asarray(stream.token_s)
+        if not count or tokens[0] > times[count - 1] + 1e-3:
+            begins.append(count)
+            place = count
+        else:
+            near = int(np.searchsorted(times[:count], tokens[0]))
+            candidates = range(max(begins[-1], near - _WINDOW), min(count, near + _WINDOW + 1))
+
+            place = min(candidates, key=lambda first: _misfit(tokens, times[first:count]))
+        longer = place + len(tokens) - count
+        if longer > 0:
+            times[count : count + longer] = tokens[len(tokens) - longer :]
+            count += longer
+        places.append((place, stream))
+    handed_s, sequences, context = np.full(count, np.inf), np.zeros(count, int), np.zeros(count, int)
+    firsts, prompt = np.zeros(count, int), np.zeros(count, int)
+    for place, stream in places:
+        here = slice(place, place + len(stream.token_s))
+        handed_s[here] = np.minimum(handed_s[here], stream.token_s)
+        sequences[here] += 1
+        context[here] += stream.prompt_tokens + np.arange(len(stream.token_s))
+        firsts[place] += 1
+        prompt[place] += stream.computed
+    return Steps(
+        handed_s=handed_s,
+        sequences=sequences,
+        context=context,
+        firsts=firsts,
+        prompt=prompt,
+        begins=np.array(begins, dtype=int),
+        first_step={stream.id: place for place, stream in places},
+    )
+
+
+def _misfit(tokens: Array, steps: Array) -> float:
+    overlap = min(len(tokens), len(steps))
+    return float(np.median(np.abs(tokens[:overlap] - steps[:overlap]))) if overlap else np.inf

@@ -1,0 +1,104 @@
+"""Steps rebuilt from arrivals, and costs found again that were put in."""
+
+import numpy as np
+import pytest
+
+from pdbench.plan import fit
+from pdbench.plan.engine import Limits
+from pdbench.plan.limits import flag_value
+from pdbench.plan.steps import Steps, Stream, rebuild
+
+HOST, HOST_TOKEN, GPU, GPU_TOKEN, HOST_DECODE = 0.012, 2e-6, 0.001, 8e-6, 0.002
+SIZES = (1, 2, 4, 8, 16)
+TABLE = {1: 0.0034, 2: 0.0039, 4: 0.0038, 8: 0.0040, 16: 0.0046}
+CONTEXT = 2e-8
+LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16)
+
+
+def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[list[Stream], dict[str, int]]:
+    """Streams of an engine that runs by the module's recursion, a prompt at a time; and each request's true first step."""
+    random = np.random.default_rng(seed)
+    arrivals = np.cumsum(random.exponential(0.1, requests))
+    prompts = random.integers(200, 3500, requests)
+    outputs = random.integers(40, 120, requests)
+    now, done, step, waiting = 0.0, 0.0, 0, 0
+    running: dict[int, int] = {}
+    owed: list[tuple[int, list[int]]] = []
+    token_s: dict[int, list[float]] = {index: [] for index in range(requests)}
+    first_step: dict[str, int] = {}
+
+    def hand_out(at_s: float) -> None:
+        for _, members in owed:
+            for member in members:
+                token_s[member].append(at_s + random.uniform(0, 1e-4))
+        owed.clear()
+
+    while waiting < requests or running:
+        if not running and arrivals[waiting] > now:
+            hand_out(done)
+            now = max(arrivals[waiting], done)
+        new = waiting if waiting < requests and arrivals[waiting] <= now else None
+        waiting += new is not None
+        n, context = len(running), sum(prompts[i] + made for i, made in running.items())
+        p = 0 if new is None else int(prompts[new])
+        decode = (TABLE[next(size for size in SIZES if size >= n)] + CONTEXT * context) if n else 0.0
+        factor = np.exp(random.normal(0, noise))
+        host = factor * (HOST + HOST_TOKEN * p) if p else HOST_DECODE
+        finished = max(done, now) + decode + (GPU + GPU_TOKEN * p if p else 0.0)
+        next_s = max(now + host, done)
+        hand_out(next_s)
+        done = max(finished, now + host)
+        members = [*running, *([new] if new is not None else [])]
+        for member in members:
+            running[member] = running.get(member, 0) + 1
+            first_step.setdefault(str(member), step)
+            if running[member] == outputs[member]:
+                del running[member]
+        owed.append((step, members))
+        now, step = next_s, step + 1
+    hand_out(done)
+    streams = [Stream(str(i), token_s[i], int(prompts[i]), int(prompts[i])) for i in range(requests)]
+    return streams, first_step
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Steps]:
+    return [rebuild(engine_run(seed)[0]) for seed in (1, 2)]
+
+
+def test_steps_are_those_of_the_engine() -> None:
+    streams, first_step = engine_run(3)
+    rebuilt = rebuild(streams)
+    order = sorted(first_step, key=first_step.__getitem__)
+    assert rebuilt.first_step == {name: first_step[name] for name in order}
+
+
+def test_decode_costs_are_found_again(steps: list[Steps]) -> None:
+    decode = fit.decode_costs(steps, SIZES)
+    for size in (2, 4, 8):
+        assert decode.gpu_s[size] == pytest.approx(TABLE[size], rel=0.05)
+    assert decode.per_context_token_s == pytest.approx(CONTEXT, rel=0.3)
+
+
+def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
+    decode = fit.decode_costs(steps, SIZES)
+    prefill = fit.prefill_costs(fit.chains(steps, [0, 1], LIMITS, decode), LIMITS)
+    for tokens in (500, 2000, 3000):
+        host, host_token, gpu, gpu_token, _ = prefill.values
+        assert host + host_token * tokens == pytest.approx(HOST + HOST_TOKEN * tokens, rel=0.06)
+        assert gpu + gpu_token * tokens == pytest.approx(GPU + GPU_TOKEN * tokens, rel=0.10)
+    assert prefill.errors[fit.COSTS.index("gpu_per_prompt_token_s")] < 0.1
+    assert prefill.speeds == pytest.approx([1, 1], abs=0.03)
+
+
+def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
+    took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
+    prompt = np.tile([0, 2048, 0, 0], (40, 1))
+    observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
+    errors = fit.prefill_costs(observed, LIMITS).errors
+    assert errors[fit.COSTS.index("gpu_per_prompt_token_s")] > 0.3
+
+
+def test_last_value_of_a_flag_counts() -> None:
+    assert flag_value("--max-num-seqs 4 --max-num-seqs=8", "--max-num-seqs") == "8"
+    assert flag_value("--max-num-seqs 4", "--max-model-len") is None
