@@ -105,7 +105,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     One proxy balances: least-work counts prompt tokens in flight for prefill, requests in flight for everything else, as
     `proxy.instances.choose` (equal ones in turn). A prefill request is in flight until its answer, a decode request until its end.
     `first_token` "prefill": the client gets prefill's token, and the request goes to decode as that token passes the proxy; its second
-    token is decode's first. "decode": both are asked at once and every token is decode's.
+    token is decode's first. A random share of `1 - prefill_opens` of the requests is opened by decode all the same (prefill's token
+    was no whole text). "decode": both are asked at once and every token is decode's.
     The handoff, from prefill's token to the instant at which decode may schedule the sequence, takes
     `handoff_s + handoff_per_token_s * prompt_tokens`; the sequence joins without prompt tokens to compute.
     `proxy_s` is added to a request's way in wherever there is a proxy.
@@ -117,6 +118,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     prefill_policy: Policy = "least-work"
     decode_policy: Policy = "least-work"
     first_token: Literal["prefill", "decode"] = "prefill"
+    prefill_opens: float = 1.0
     handoff_s: float = 0.0
     handoff_per_token_s: float = 0.0
     proxy_s: float = 0.0

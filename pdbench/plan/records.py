@@ -62,6 +62,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     handoff_per_token_s: float = 0.0
     proxy_s: float = 0.0
     first_token: Literal["prefill", "decode"] = "prefill"
+    prefill_opens: float = 1.0
     drift: float = 1.0
     missing: list[str] = []
 
