@@ -1,0 +1,109 @@
+"""The simulator beside a step-by-step one: the same tokens at the same instants."""
+
+import numpy as np
+import pytest
+
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
+from pdbench.plan.simulate import simulate
+from tests.plan.step_by_step import step_by_step
+
+GRAPHS = {1: 0.0034, 2: 0.004, 4: 0.0038, 8: 0.0039, 16: 0.0041, 24: 0.0046, 32: 0.0048}
+
+
+def engine(*, host_bound: bool = True, **limits: object) -> Engine:
+    fields: dict[str, object] = {"max_num_batched_tokens": 2048, "max_num_seqs": 64, "captured": 32}
+    costs = Costs(
+        host_decode_s=0.0036 if host_bound else 0.0005, host_prefill_s=0.05 if host_bound else 0.004, host_per_prompt_token_s=1e-7,
+        gpu_decode_s=GRAPHS, gpu_per_sequence_s=0.00005, gpu_per_context_token_s=3e-8, gpu_prefill_s=0.002,
+        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, egress_s=0.0004, noise=(1.0, 1.2, 0.9, 1.1),
+    )  # fmt: skip
+    return Engine(costs=costs, limits=Limits(**(fields | limits)))  # type: ignore[arg-type]
+
+
+def demand(count: int, rate: float, seed: int = 0, prompt: int = 1000, output: int = 60) -> Demand:
+    generator = np.random.default_rng(seed)
+
+    def lengths(mean: float) -> np.ndarray:
+        return np.maximum(1, generator.lognormal(np.log(mean), 0.8, count)).astype(np.int64)
+
+    prompts = lengths(prompt)
+    return Demand(
+        t_s=np.cumsum(generator.exponential(1 / rate, count)), prompt_tokens=prompts, output_tokens=lengths(output),
+        cached_tokens=(prompts * generator.choice([0.0, 0.5, 1.0], count)).astype(np.int64),
+    )  # fmt: skip
+
+
+def of_kind(kind: str, own: Engine, **fields: object) -> Deployment:
+    if kind == "3p2d":
+        return Deployment(
+            kind="disaggregated", engines={"prefill": own, "decode": own}, instances={"prefill": 3, "decode": 2},
+            **({"handoff_s": 0.02, "handoff_per_token_s": 1e-6, "proxy_s": 0.001} | fields),
+        )  # type: ignore[arg-type]  # fmt: skip
+    if kind == "single":
+        return Deployment(kind="single", engines={"single": own}, instances={"single": 1})
+    return Deployment(kind="replicas", engines={"replica": own}, instances={"replica": 3}, proxy_s=0.001)
+
+
+def assert_equal(deployment: Deployment, load: Demand, monkeypatch: pytest.MonkeyPatch) -> int:
+    tokens, engines = step_by_step(deployment, load, 5, monkeypatch)
+    simulated = simulate(deployment, load, 5)
+    first, last = (np.array([token_s[place] for token_s in tokens]) for place in (0, -1))
+    np.testing.assert_allclose(simulated.ttft_s, first - load.t_s, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(simulated.e2e_s, last - load.t_s, rtol=0, atol=1e-7)
+    assert [len(token_s) for token_s in tokens] == load.output_tokens.tolist()
+    gaps = np.sort(np.concatenate([np.diff(token_s) for token_s in tokens]))
+    order = np.argsort(simulated.gap_s)
+    np.testing.assert_allclose(
+        np.repeat(simulated.gap_s[order], simulated.gap_count[order]), gaps, rtol=0.05, atol=2e-4
+    )
+    preemptions = sum(slow.preemptions for slow in engines)
+    assert sum(use.preemptions for use in simulated.instances) == preemptions
+    assert sum(use.output_tokens for use in simulated.instances) == load.output_tokens.sum() + (
+        load.output_tokens == 1
+    ).sum() * (deployment.kind == "disaggregated") + (
+        len(load) * (deployment.kind == "disaggregated" and deployment.first_token == "decode")
+    )
+    return preemptions
+
+
+@pytest.mark.parametrize("host_bound", [True, False], ids=["host", "gpu"])
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("kind", ["single", "replicas", "3p2d"])
+def test_every_token_is_that_of_every_step(
+    kind: str, async_scheduling: bool, host_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = engine(host_bound=host_bound, async_scheduling=async_scheduling)
+    for rate in (3.0, 14.0):
+        assert_equal(of_kind(kind, own), demand(120, rate), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["single", "3p2d"])
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+def test_full_kv_cache_preempts_the_same_sequences(
+    kind: str, async_scheduling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = demand(150, 12.0, prompt=300, output=120)
+    most = int((load.prompt_tokens + load.output_tokens).max())
+    own = engine(async_scheduling=async_scheduling, kv_cache_tokens=(most // 16 + 2) * 16)
+    assert assert_equal(of_kind(kind, own), load, monkeypatch) > 10
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 3}, {"max_num_batched_tokens": 64}, {"captured": 0}], ids=str)
+def test_limits_of_a_step_hold(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equal(of_kind("single", engine(**limits)), demand(100, 6.0, prompt=300), monkeypatch)
+
+
+@pytest.mark.parametrize("policy", ["least-work", "round-robin"])
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_proxy_chooses_as_the_proxy_does(policy: str, first_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = of_kind("3p2d", engine(), first_token=first_token, prefill_policy=policy, decode_policy=policy)
+    assert_equal(deployment, demand(150, 20.0), monkeypatch)
+
+
+def test_request_that_no_cache_can_hold_has_no_times() -> None:
+    load = demand(20, 5.0, prompt=300)
+    own = engine(kv_cache_tokens=480)
+    simulated = simulate(of_kind("single", own), load)
+    never = load.prompt_tokens + load.output_tokens - 1 > 480
+    assert 0 < never.sum() < 20
+    assert (np.isnan(simulated.e2e_s) == never).all()
