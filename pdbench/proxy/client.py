@@ -18,7 +18,7 @@ from typing import Any
 import httptools
 
 from pdbench.config import ProxyConfig
-from pdbench.proxy import messages
+from pdbench.proxy import first_token, messages
 from pdbench.proxy.messages import ClientRequest, Headers, RequestError
 from pdbench.proxy.upstream import UpstreamRequest
 
@@ -255,10 +255,11 @@ class EventStream:
         self, client: ClientConnection, headers: Headers, edit: Callable[[bytes], bytes] | None = None
     ) -> None:
         assert client.request is not None
-        self._held = b""
-        self._last = b""
+        self.held = b""
+        self.last = b""
         self._client = client
         self._edit = edit
+        self.transport = client.transport
         self._chunked = not client.request.http_1_0
         keep_alive = client.keep_alive and self._chunked
         self._head = messages.response_head(200, headers, length=None, chunked=self._chunked, keep_alive=keep_alive)
@@ -276,19 +277,21 @@ class EventStream:
         decode.chunks = []
         if first and self._edit is not None:
             first = self._edit(first)
-        self._last = first
+        self.last = first
         self.begin(first)
         decode.consume = self.pass_on
+        if self._chunked:
+            decode.relay_to(self, None if self._edit is None else first_token.EDITED)
 
     def pass_on(self, body: bytes) -> None:
         # Nearly every piece is whole events: then this is one write and nothing else.
-        if self._held or not body.endswith(_EVENT_ENDS):
+        if self.held or not body.endswith(_EVENT_ENDS):
             body = self._whole_events(body)
             if not body:
                 return
         if self._edit is not None:
             body = self._edit(body)
-        self._last = body
+        self.last = body
         self._write(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
 
     def close(self) -> str | None:
@@ -296,10 +299,10 @@ class EventStream:
         decode = self._client.decode
         assert decode is not None
         error = decode.error
-        if error is None and not self._last.rstrip().endswith(b"[DONE]"):
+        if error is None and not self.last.rstrip().endswith(b"[DONE]"):
             error = "decode ended the stream without [DONE]"
         if error is None:
-            self._end(self._held)
+            self._end(self.held)
         else:
             status = 504 if decode.timed_out else 502
             self.fail(RequestError(status, f"decode failed mid-stream: {error}", stage="decode"))
@@ -322,10 +325,10 @@ class EventStream:
         return b"%x\r\n%b\r\n" % (len(body), body) if self._chunked and body else body
 
     def _whole_events(self, body: bytes) -> bytes:
-        body = self._held + body
+        body = self.held + body
         cut = max(body.rfind(end) + len(end) if end in body else 0 for end in _EVENT_ENDS)
-        self._held = body[cut:]
-        if len(self._held) > MAX_HELD_BYTES:
+        self.held = body[cut:]
+        if len(self.held) > MAX_HELD_BYTES:
             assert self._client.decode is not None
             self._client.decode.end(f"one event is larger than {MAX_HELD_BYTES} bytes")
         return body[:cut]

@@ -33,6 +33,10 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+EDITED = b'"usage":{'
+"""What an event contains that `event_editor` may change, all but the first."""
+
+
 class _Choice(msgspec.Struct):
     text: str
     finish_reason: str | None = None
@@ -106,7 +110,7 @@ def event_editor(request: ClientRequest) -> Callable[[bytes], bytes]:
 
     def edit(events: bytes) -> bytes:
         nonlocal has_prompt_ids
-        if not has_prompt_ids and b'"usage":{' not in events:
+        if not has_prompt_ids and EDITED not in events:
             return events
         has_prompt_ids = False
         return b"\n\n".join(_edit_event(event) for event in events.split(b"\n\n"))

@@ -158,6 +158,7 @@ async def _work(context: ProxyContext, listener: socket.socket) -> None:
             for client in list(clients):
                 client.tick(tick_s)
 
+    context.pool.relay.start()
     background = [asyncio.create_task(tick())]
     if context.table.worker == 0:
         background.append(asyncio.create_task(watch_health(context.pool)))

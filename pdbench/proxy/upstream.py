@@ -12,6 +12,7 @@ import httptools
 from pdbench.config import ProxyConfig
 from pdbench.proxy.instances import Address, Instance, InstanceTable, State
 from pdbench.proxy.messages import Headers, header
+from pdbench.proxy.relay import Relay, RelayedStream, Sink
 
 # Below uvicorn's 5 s keep-alive, so that a request seldom meets a connection that is being closed.
 MAX_IDLE_S = 4.0
@@ -28,6 +29,7 @@ class ConnectionPool:
         self.table = table
         self.config = config
         self.active: set[UpstreamRequest] = set()
+        self.relay = Relay()
         self._idle: defaultdict[Address, deque[InstanceConnection]] = defaultdict(deque)
 
     def acquire(self, instance: Instance) -> "InstanceConnection | None":
@@ -83,6 +85,7 @@ class UpstreamRequest:
     first_byte_s: float | None = None
     end_s: float | None = None
     connection: "InstanceConnection | None" = None
+    relayed: RelayedStream | None = None
     _body_bytes: int = 0
     _task: asyncio.Task[None] | None = None
 
@@ -111,6 +114,7 @@ class UpstreamRequest:
         self.data = b""
         if connection is not None:
             connection.request = None
+            self.leave_relay()
             connection.transport.abort()
         if task is not None and task is not asyncio.current_task():
             task.cancel()
@@ -119,6 +123,19 @@ class UpstreamRequest:
         self.finished.set_result(None)
         if not self.started.done():
             self.started.set_result(None)
+
+    def relay_to(self, sink: Sink, stop_at: bytes | None) -> None:
+        """Pass what comes on to the client without parsing it, as long as it is whole events without `stop_at`."""
+        if self.connection is None:  # all has come
+            return
+        source_fd, sink_fd = (
+            transport.get_extra_info("socket").fileno() for transport in (self.connection.transport, sink.transport)
+        )
+        self.relayed = RelayedStream(sink, self, stop_at, self.connection, source_fd, sink_fd)
+
+    def leave_relay(self) -> None:
+        if self.relayed is not None:
+            self.pool.relay.leave(self.relayed)
 
     def pause(self, paused: bool) -> None:
         """Stop reading while the client cannot take more; the instance then waits too, and that is not a stall."""
@@ -195,6 +212,7 @@ class InstanceConnection(asyncio.Protocol):
     idle_since_s: float = 0.0
     _headers: Headers = field(default_factory=list)
     _bodies: list[bytes] = field(default_factory=list)
+    _between_chunks: bool = False
     _complete: bool = False
     _until_close: bool = False
     _keep_alive: bool = False
@@ -224,6 +242,14 @@ class InstanceConnection(asyncio.Protocol):
             bodies.clear()
         if self._complete and self.request is request:
             self._finish(request)
+        elif self._between_chunks and request.relayed is not None and self.request is request and not request.paused:
+            sink = request.relayed.sink
+            if not (sink.held or sink.transport.is_closing() or sink.transport.get_write_buffer_size()):
+                self.transport.pause_reading()
+                self.pool.relay.enter(request.relayed)
+
+    def resume(self) -> None:
+        self.transport.resume_reading()
 
     def eof_received(self) -> None:
         if self.request is not None and self._until_close:
@@ -245,7 +271,14 @@ class InstanceConnection(asyncio.Protocol):
             self._until_close = not (header(headers, b"content-length") or header(headers, b"transfer-encoding"))
             self.request.status, self.request.headers = status, headers
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_message_complete(self) -> None:
+        self._between_chunks = False
         self._headers.clear()  # trailers are not passed on
         self._complete = self._parser.get_status_code() >= 200  # an interim 1xx answer is not the end
         self._keep_alive = self._parser.should_keep_alive() and not self._until_close

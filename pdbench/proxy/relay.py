@@ -1,0 +1,114 @@
+"""Passes on the chunks of streams that are under way: one poller for all of them, one read and one write per chunk.
+
+Once a stream's first events have passed, only its end and its faults need to be recognised. A piece that is anything but
+whole chunks of whole events goes back to the stream's own connection, whose parser then is where it was left.
+"""
+
+import asyncio
+import os
+import select
+from dataclasses import dataclass
+from typing import Protocol
+
+_READ_BYTES = 16384
+_EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
+
+
+class Source(Protocol):
+    """A connection to an instance, between two chunks of its answer."""
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def resume(self) -> None:
+        """Read again: the relay has left it."""
+
+
+class Silence(Protocol):
+    quiet_s: float
+
+
+class Sink(Protocol):
+    """The client's stream; `held` is the part of an event that waits for its rest, `last` what was passed on last."""
+
+    transport: asyncio.Transport
+    held: bytes
+    last: bytes
+
+
+@dataclass(slots=True, eq=False)
+class RelayedStream:
+    """`stop_at`: a piece that contains it is not passed on as it is."""
+
+    sink: Sink
+    request: Silence
+    stop_at: bytes | None
+    source: Source
+    source_fd: int
+    sink_fd: int
+
+
+class Relay:
+    """The relayed streams of one worker."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, RelayedStream] = {}
+        self._poller = select.epoll()
+
+    def start(self) -> None:
+        """A poller can be polled: the loop calls back once per turn for all streams that have something to read."""
+        asyncio.get_running_loop().add_reader(self._poller.fileno(), self._pass_on)
+
+    def enter(self, stream: RelayedStream) -> None:
+        self._streams[stream.source_fd] = stream
+        self._poller.register(stream.source_fd, select.EPOLLIN)
+
+    def leave(self, stream: RelayedStream) -> None:
+        if self._streams.pop(stream.source_fd, None) is not None:
+            self._poller.unregister(stream.source_fd)
+
+    def _pass_on(self) -> None:
+        streams, read, write = self._streams, os.read, os.write
+        for source_fd, _ in self._poller.poll(0):
+            stream = streams.get(source_fd)
+            if stream is None:  # ended by another one's piece in this turn
+                continue
+            try:
+                data = read(source_fd, _READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if not is_whole_events(data) or (stream.stop_at is not None and stream.stop_at in data):
+                self._return(stream, data)
+                continue
+            stream.sink.last, stream.request.quiet_s = data, 0.0
+            try:
+                written = write(stream.sink_fd, data)
+            except BlockingIOError:
+                written = 0
+            except OSError:  # the client has left: its own connection says so
+                written = len(data)
+            if written < len(data):
+                self._return(stream, b"")
+                stream.sink.transport.write(data[written:])
+
+    def _return(self, stream: RelayedStream, data: bytes) -> None:
+        self.leave(stream)
+        stream.source.resume()
+        if data:
+            stream.source.data_received(data)
+
+
+def is_whole_events(data: bytes) -> bool:
+    """Is it whole chunks of HTTP/1.1, each of which ends where an event ends, and not the last one?"""
+    at, length = 0, len(data)
+    while at < length:
+        line_end = data.find(b"\r\n", at, at + 10)
+        try:
+            end = line_end + 4 + int(data[at:line_end], 16)
+        except ValueError:
+            return False
+        if end > length or end <= line_end + 4 or not data.endswith(_EVENT_ENDS, at, end):
+            return False
+        at = end
+    return length > 0

@@ -1,0 +1,154 @@
+"""The relay of streams that are under way: what reaches the client is what the instance sent, however it was cut."""
+
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pdbench.proxy.relay import is_whole_events
+from tests.support.proxy_processes import Answer, Server, proxy
+from tests.support.servers import SSE_HEAD, Peer, ScriptedServer, chunk, event, token
+
+EVENT = event(token())
+DONE = event(b"[DONE]")
+
+
+@pytest.mark.parametrize(
+    ("data", "whole"),
+    [
+        (chunk(EVENT), True),
+        (chunk(EVENT) * 3, True),
+        (chunk(EVENT + EVENT), True),
+        (chunk(b"data: {}\r\n\r\n"), True),
+        (b"", False),
+        (chunk(b""), False),
+        (chunk(EVENT) + chunk(b""), False),
+        (chunk(EVENT)[:-1], False),
+        (chunk(EVENT) + chunk(EVENT)[:7], False),
+        (chunk(EVENT[:-1]), False),
+        (chunk(EVENT[:9]) + chunk(EVENT[9:]), False),
+        (EVENT, False),
+        (b"-5\r\nx\n\n\r\n", False),
+        (b"\r\n\n\n\r\n", False),
+        (b"3\r\nx\n\nyy", False),
+    ],
+)
+def test_only_whole_chunks_of_whole_events_are_passed_on(data: bytes, whole: bool) -> None:
+    assert is_whole_events(data) is whole
+
+
+class Script:
+    """A decode instance that writes `pieces` after the head of a stream, with pauses, then ends or resets."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.pause_s = 0.0
+        self.reset = False
+
+    def answer(self, peer: Peer) -> bool:
+        if peer.method == "GET":
+            peer.respond({})
+            return True
+        peer.write(SSE_HEAD)
+        peer.write(*self.pieces, pause_s=self.pause_s)
+        if self.reset:
+            peer.reset()
+        return True
+
+
+@pytest.fixture(scope="module")
+def decode() -> Iterator[tuple[Script, ScriptedServer]]:
+    script = Script()
+    with ScriptedServer(script.answer) as server:
+        yield script, server
+
+
+@pytest.fixture(scope="module")
+def relaying(decode: tuple[Script, ScriptedServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with proxy(tmp_path_factory.mktemp("relay"), decode=[decode[1]]) as server:  # type: ignore[list-item]
+        yield server
+
+
+def answer(
+    script: Script, relaying: Server, pieces: list[bytes], *, pause_s: float = 0.002, reset: bool = False
+) -> Answer:
+    script.pieces, script.pause_s, script.reset = pieces, pause_s, reset
+    return relaying.complete(stream=True)
+
+
+def request(*, close: bool = False) -> bytes:
+    body = b'{"model": "m", "prompt": "H", "stream": true}'
+    fields = b"Host: x\r\nContent-Length: %d\r\n%b" % (len(body), b"Connection: close\r\n" if close else b"")
+    return b"POST /v1/completions HTTP/1.1\r\n%b\r\n%b" % (fields, body)
+
+
+def cut(data: bytes, generator: random.Random) -> list[bytes]:
+    places = sorted(generator.sample(range(1, len(data)), 12))
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_streams_cut_anywhere_arrive_whole(decode: tuple[Script, ScriptedServer], relaying: Server, seed: int) -> None:
+    generator = random.Random(seed)
+    texts = ["x", "1f\r\nnot a chunk\n\n\r\n", "0\r\n\r\n", "y" * 40_000, "ü" * 50, ""]
+    events = [event(token(generator.choice(texts))) for _ in range(20)]
+    if seed % 2:
+        events = [piece for each in events for piece in (each[:5], each[5:])]
+    body = b"".join(events) + DONE
+    raw = b"".join(map(chunk, [*events, DONE, b""]))
+    whole = [chunk(each) for each in [*events, DONE]]
+    for pieces in (cut(raw, generator), [*whole, chunk(b"")], [*whole[:-1], whole[-1] + chunk(b"")]):
+        got = answer(decode[0], relaying, pieces)
+        assert got.complete and got.body == body
+    relaying.wait_idle()
+
+
+def test_reset_instance_ends_the_stream_with_an_error_event(
+    decode: tuple[Script, ScriptedServer], relaying: Server
+) -> None:
+    got = answer(decode[0], relaying, [chunk(EVENT)] * 5, pause_s=0.02, reset=True)
+    assert got.events[:5] == [token()] * 5 and got.events[5]["error"]["code"] == 502
+
+
+def test_stream_without_done_ends_with_an_error_event(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
+    got = answer(decode[0], relaying, [*[chunk(EVENT)] * 5, chunk(b"")], pause_s=0.02)
+    assert "without [DONE]" in got.events[-1]["error"]["message"]
+
+
+def test_slow_client_gets_everything(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
+    script, _ = decode
+    event_64k = event(token("z" * 65_000))
+    script.pieces, script.pause_s = [*[chunk(EVENT)] * 3, *[chunk(event_64k)] * 400, chunk(DONE) + chunk(b"")], 0.0
+    with relaying.connect() as connection:
+        connection.sendall(request(close=True))
+        time.sleep(0.5)
+        data = b""
+        while piece := connection.recv(1 << 20):
+            data += piece
+    assert data.count(b"data: ") == 404 and data.endswith(DONE + b"\r\n" + chunk(b""))
+
+
+def test_client_that_leaves_ends_the_request_at_the_instance(
+    decode: tuple[Script, ScriptedServer], relaying: Server
+) -> None:
+    script, _ = decode
+    script.pieces, script.pause_s = [chunk(EVENT)] * 500, 0.01
+    with relaying.connect() as connection:
+        connection.sendall(request())
+        while b"data: " not in connection.recv(65536):
+            pass
+        time.sleep(0.1)
+        assert relaying.in_flight() == 1
+    relaying.wait_idle()
+
+
+def test_connection_serves_again_after_a_relayed_stream(
+    decode: tuple[Script, ScriptedServer], relaying: Server
+) -> None:
+    script, server = decode
+    before = server.connections
+    for _ in range(5):
+        got = answer(script, relaying, [*[chunk(EVENT)] * 5, chunk(DONE), chunk(b"")])
+        assert got.complete and len(got.events) == 6
+    assert server.connections <= before + 1
