@@ -69,7 +69,9 @@ def _run_turns(
     _check_lengths(options.load, options.serve.max_model_len)
     planned = [site.deployment(kind, options.serve) for kind in kinds]
     gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
-    design = turns.resolve(design, on_gpu=any(gpus) or not gpus)
+    on_gpu = any(gpus) or not gpus
+    design = turns.resolve(design, on_gpu=on_gpu)
+    options = replace(options, load=turns.shortened(options.load, on_gpu=on_gpu))
     serve = turns.side_by_side(kinds, options.serve) if design.resident else dict.fromkeys(kinds, options.serve)
     if design.resident:
         planned = [site.deployment(kind, serve[kind]) for kind in kinds]
@@ -90,7 +92,7 @@ def _run_turns(
     assert design.pairs
     left = max(0, design.pairs * len(kinds) - len(done))
     if not servers.stay:
-        console.print(turns.announce(kinds, design, options, left, on_gpu=any(gpus)), highlight=False)
+        console.print(turns.announce(kinds, design, options, left, on_gpu=on_gpu), highlight=False)
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
     if used and options.power.power and options.power.idle_s and not servers.up:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")

@@ -200,3 +200,18 @@ def test_no_comparison_is_never_narrow_enough() -> None:
 def test_resident_and_joined_starts_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resident and --join-starts"):
         run_pairs(tmp_path, FakeSite(measured), {}, PairConfig(resident=True, join_starts=True))
+
+
+@pytest.mark.parametrize(
+    ("load", "requests"),
+    [
+        (LoadConfig(), turns.REQUESTS_ON_CPU),
+        (LoadConfig(requests=16), 16),
+        (LoadConfig(concurrency=4), None),
+        (LoadConfig(rate=2.0), None),
+        (LoadConfig(duration_s=30.0), None),
+    ],
+)
+def test_turns_without_gpus_have_fewer_requests_by_default(load: LoadConfig, requests: int | None) -> None:
+    assert turns.shortened(load, on_gpu=False).requests == requests
+    assert turns.shortened(load, on_gpu=True) == load

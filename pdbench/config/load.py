@@ -19,7 +19,7 @@ class LoadConfig:
     rate: Positive[float | None] = None
     """Requests per second that arrive (Poisson)."""
     requests: Count[int | None] = None
-    """Measured requests per trial; default: 16, and all of a --trace, of --stages and of a --ramp-to."""
+    """Measured requests per trial; default: 16 (`run` without GPUs: 8, one at a time), and all of a --trace, of --stages and of a --ramp-to."""
     input_tokens: Count[int | None] = None
     """Exact prompt length in tokens; default: built-in mixed texts at their own lengths."""
     output_tokens: Count[int] = 64

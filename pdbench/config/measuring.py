@@ -15,7 +15,7 @@ class PairConfig:
     """How deployments take turns (A B, B A, ...). One turn of each is a pair: the same arrivals and prompts for all of them."""
 
     pairs: Annotated[Count[int | None], Parameter(name=("--pairs", "--trials"))] = None
-    """Turns of each deployment; default: 3, without GPUs 2."""
+    """Turns of each deployment; default: 3."""
     resident: bool | None = None
     """Start all deployments once, side by side (GPU memory is split), and alternate; default: on a host without GPUs."""
     join_starts: bool = False
