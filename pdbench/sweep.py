@@ -15,7 +15,7 @@ import cyclopts
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench.config import Options
+from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.files import check_name, check_writable, results_files, write_whole
 from pdbench.turns import duration
@@ -55,14 +55,19 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
 
 
 def with_slo(options: Options, slo: str) -> Options:
-    """Options with the limits of "ttft=200,tbt=50" (milliseconds), for the goodput. Raises UserError for anything else."""
-    names = {"ttft": "slo_ttft_ms", "tbt": "slo_tbt_ms"}
+    """Options with the limits of "ttft=200,tbt=50" (milliseconds), for the goodput. Raises UserError for anything else.
+
+    Names are those of the options --slo-NAME-ms; tpot is another word for tbt, the mean of a request's gaps.
+    """
+    fields = [field.name for field in dataclasses.fields(LoadConfig) if field.name.startswith("slo_")]
+    names = {field.removeprefix("slo_").removesuffix("_ms"): field for field in fields}
     limits = {}
     for part in slo.split(",") if slo else ():
         name, _, number = part.partition("=")
-        if name.strip() not in names:
-            raise UserError(f"--slo: {part!r} is not ttft=MS or tbt=MS, as in --slo ttft=200,tbt=50")
-        limits[names[name.strip()]] = number.strip()
+        name = name.strip().replace("tpot", "tbt")
+        if name not in names:
+            raise UserError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
+        limits[names[name]] = number.strip()
     return _point(options, limits, "--slo").options
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pdbench.analysis.metrics import METRICS, Metric
+from pdbench.analysis.metrics import METRICS, SLO, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
 from pdbench.analysis.statistics import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.config import LoadConfig
@@ -23,7 +23,7 @@ Starts = Literal["each", "joined", "one", "unknown"]
 """Whether every trial had its own server start, some shared one, or all did."""
 LEVEL = 0.05
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
-SLO_OPTIONS = ("slo_ttft_ms", "slo_tbt_ms", "primary")
+SLO_OPTIONS = (*SLO, "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 COUNTED_BY = "tokens counted by"
 """Gaps between tokens are not compared with gaps between chunks."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
 from pdbench.events import ProxyEvent
+from pdbench.failures import INTERRUPTED
 from pdbench.records import Interval, Run
 
 PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
@@ -47,6 +48,16 @@ METRICS = {
         Metric("mean_power_w", True),
     )
 }
+
+
+SLO = {
+    "slo_ttft_ms": "TTFT",
+    "slo_tbt_ms": "mean TBT",
+    "slo_tbt_p90_ms": "TBT p90 of a request",
+    "slo_tbt_p99_ms": "TBT p99 of a request",
+    "slo_e2e_ms": "E2E",
+}
+"""Option -> what it limits, for each request on its own."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +128,8 @@ RATIOS = {
     "j_per_output_token": ("energy_j", "output_tokens"),
     "j_per_request": ("energy_j", "requests"),
     "output_tokens_per_j": ("output_tokens", "energy_j"),
+    "goodput_requests_per_s_per_device": ("good_requests", "device_s"),
+    "j_per_good_request": ("energy_j", "good_requests"),
     "goodput_per_w": ("good_requests", "energy_j"),  # good requests per second over mean watts
 }
 """Every figure that a window has once: what is divided by what."""
@@ -134,7 +147,9 @@ class Latency:
 class Timings:
     """All of a run's measured instants and durations; `windows` are its trials'.
 
-    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `phase_s` (phase -> rows of start, end).
+    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `slo_ratios` (option -> figure over limit,
+    above 1 missed; of a request that was cut off, what it had reached), `slo_known` (cut off before it missed: unknown),
+    `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
     Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`. `token_s` holds every arrival, of
     failed requests too; `token_weight` is how many tokens each stands for (1 unless counted by chunks; NaN: unknown).
@@ -144,6 +159,8 @@ class Timings:
     requests: Requests
     first_s: Array
     in_slo: BoolArray | None
+    slo_ratios: dict[str, Array]
+    slo_known: BoolArray
     phase_s: dict[str, Array]
     tbt_ms: Array
     tbt_request: IntArray
@@ -220,24 +237,49 @@ def timings_of(run: Run) -> Timings:
         first_gap_ms=np.where(ok, (arrivals.second_s - arrivals.first_s) * 1e3, np.nan),
         counted_by=[record.counted_by for record in records],
     )
-    slo = run.config.get("load") or {}
-    limits = ((requests.ttft_ms, slo.get("slo_ttft_ms")), (requests.mean_tbt_ms, slo.get("slo_tbt_ms")))
+    tbt_ms, tbt_request = (np.diff(token_s) * 1e3)[is_gap], request[1:][is_gap]
+    # A request that was cut off when the load was stopped took at least this long.
+    cut = np.array([kind == INTERRUPTED for kind in requests.error], dtype=bool)
+    until_ms = (np.where(cut & np.isfinite(arrivals.first_s), arrivals.first_s, end_s) - sent_s) * 1e3
+    reached = {
+        "slo_ttft_ms": np.where(cut, until_ms, requests.ttft_ms),
+        "slo_tbt_ms": requests.mean_tbt_ms,
+        "slo_tbt_p90_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.9),
+        "slo_tbt_p99_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.99),
+        "slo_e2e_ms": np.where(cut, (end_s - sent_s) * 1e3, requests.e2e_ms),
+    }
+    slo = {name: limit for name in SLO if (limit := (run.config.get("load") or {}).get(name)) is not None}
     # NaN is above no limit: a request of one token has no TBT to miss. Where tokens could not be counted, nobody knows.
     uncounted = slo.get("slo_tbt_ms") is not None and bool(np.isnan(arrivals.output_tokens[ok]).any())
-    missed = [values > limit for values, limit in limits if limit is not None]
+    uncounted |= bool({"slo_tbt_p90_ms", "slo_tbt_p99_ms"} & slo.keys()) and bool(arrivals.coarse_gap.any())
+    ratios = {name: reached[name] / limit for name, limit in slo.items()}
+    missed = np.any([ratio > 1 for ratio in ratios.values()], axis=0) if ratios else np.zeros(len(records), dtype=bool)
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         requests=requests,
         first_s=arrivals.first_s,
-        in_slo=ok & ~np.any(missed, axis=0) if missed and not uncounted else None,
+        in_slo=ok & ~missed if slo and not uncounted else None,
+        slo_ratios=ratios,
+        slo_known=~cut | missed,
         phase_s=phase_s,
-        tbt_ms=(np.diff(token_s) * 1e3)[is_gap],
-        tbt_request=request[1:][is_gap],
+        tbt_ms=tbt_ms,
+        tbt_request=tbt_request,
         tbt_s=token_s[1:][is_gap],
         token_s=token_s,
         token_weight=arrivals.weight[request],
         inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
     )
+
+
+def _quantile_of_each(values: Array, group: IntArray, groups: int, share: float) -> Array:
+    """The quantile of each group's values, by linear interpolation; NaN for a group without any."""
+    ordered, counts = values[np.lexsort((values, group))], np.bincount(group, minlength=groups)
+    found, some = np.full(groups, np.nan), counts > 0
+    place = share * (counts[some] - 1)
+    begin, below = (np.cumsum(counts) - counts)[some], place.astype(np.int64)
+    low, high = ordered[begin + below], ordered[begin + np.minimum(below + 1, counts[some] - 1)]
+    found[some] = low + (place - below) * (high - low)
+    return found
 
 
 def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:

@@ -18,6 +18,7 @@ from pdbench.analysis.flags import POWER_CAPS, flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope
 from pdbench.analysis.metrics import (
     METRICS,
+    SLO,
     Array,
     Requests,
     Spread,
@@ -34,7 +35,7 @@ from pdbench.errors import UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
-SCHEMA = "pdbench-analysis/2"
+SCHEMA = "pdbench-analysis/3"
 FILE = "analysis.json"
 COUNTED_SHARE = 0.01
 METADATA = ("run_id", "name", "clock", "config", "host", "versions", "gate")
@@ -88,7 +89,12 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 
     slo_ttft_ms: float | None
     slo_tbt_ms: float | None
+    slo_tbt_p90_ms: float | None
+    slo_tbt_p99_ms: float | None
+    slo_e2e_ms: float | None
     requests_per_s: float | None
+    requests_per_s_per_device: float | None
+    j_per_good_request: float | None
     met_pct: float | None
 
 
@@ -286,10 +292,11 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
         },
         throughput=Throughput(**{name: totals.ratio(name) for name in Throughput.__struct_fields__}),
         goodput=Goodput(
-            slo_ttft_ms=load.get("slo_ttft_ms"),
-            slo_tbt_ms=load.get("slo_tbt_ms"),
+            **{name: load.get(name) for name in SLO},
             requests_per_s=totals.ratio("goodput_requests_per_s"),
-            met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), len(in_slo)),
+            requests_per_s_per_device=totals.ratio("goodput_requests_per_s_per_device"),
+            j_per_good_request=totals.ratio("j_per_good_request"),
+            met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), int(timings.slo_known.sum())),
         ),
         energy=energy_of(run, timings, meters, totals),
         devices={device_name(meter.device): _device(meter, timings.windows) for meter in meters},

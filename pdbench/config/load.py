@@ -111,5 +111,11 @@ class LoadConfig:
     """A request meets the SLO if its TTFT is at most this; the goodput counts those that do."""
     slo_tbt_ms: Statistics[Positive[float | None]] = None
     """And if its mean time between tokens (mean TBT, also called TPOT) is at most this."""
+    slo_tbt_p90_ms: Statistics[Positive[float | None]] = None
+    """And if 90 % of its own gaps between tokens are at most this."""
+    slo_tbt_p99_ms: Statistics[Positive[float | None]] = None
+    """And if 99 % of them are at most this."""
+    slo_e2e_ms: Statistics[Positive[float | None]] = None
+    """And if it took at most this from sending to its end."""
     primary: Statistics[str | None] = None
     """Metric judged at 5 % alone, the others as a family; default: goodput with an SLO, else E2E p50."""

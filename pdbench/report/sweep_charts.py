@@ -14,9 +14,8 @@ def curves(rows: Sequence[SweepRow]) -> Chart:
     """Latencies against throughput with their knees; goodput and tokens per device against the first option."""
     per_device = any(text.value(run, "output_tokens_per_s_per_device") is not None for _varied, run in rows)
     speed = "output_tokens_per_s_per_device" if per_device else "output_tokens_per_s"
-    slo = rows[0][1].summary.goodput
-    limits = {"TTFT": slo.slo_ttft_ms, "mean TBT": slo.slo_tbt_ms}
-    within = " and ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items() if limit is not None)
+    limits = text.slo(rows[0][1].config.get("load") or {})
+    within = " and ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items())
     panels = [
         _panel(rows, "ttft_p99_ms", "TTFT p99 against throughput"),
         _panel(rows, "tbt_p99_ms", "TBT p99 (every gap) against throughput"),

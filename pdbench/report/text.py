@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from pdbench.analysis.flags import THROTTLED_PCT
+from pdbench.analysis.metrics import SLO
 from pdbench.analysis.run_analysis import RunAnalysis
 
 Runs = Mapping[str, RunAnalysis]
@@ -34,6 +35,8 @@ METRICS = {
     "output_tokens_per_s_per_device": ("Output tokens/s per GPU", "", "throughput.output_tokens_per_s_per_device"),
     "requests_per_s": ("Requests/s", "", "throughput.requests_per_s"),
     "goodput_requests_per_s": ("Goodput", "requests/s", "goodput.requests_per_s"),
+    "goodput_requests_per_s_per_device": ("Goodput per GPU", "requests/s", "goodput.requests_per_s_per_device"),
+    "j_per_good_request": ("Energy per request within the SLO", "J", "goodput.j_per_good_request"),
     "slo_met_pct": ("Requests within the SLO", "%", "goodput.met_pct"),
     "merged_pct": ("Gaps of 0 ms, in one chunk", "%", "tokens.merged_pct"),
     "cached_pct": ("Prompt tokens from a prefix cache", "%", "prefix_cache.cached_pct"),
@@ -61,7 +64,12 @@ METRICS = {
     "temperature_c": ("Temperature", "°C", ""),
 }
 """Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
-NEEDS_SLO = "needs --slo-ttft-ms or --slo-tbt-ms"
+NEEDS_SLO = "needs --slo-ttft-ms, --slo-tbt-ms or another limit"
+
+
+def slo(load: Mapping[str, Any]) -> dict[str, float]:
+    """What a load's options limit, in words, with the milliseconds."""
+    return {words: limit for name, words in SLO.items() if (limit := load.get(name)) is not None}
 
 
 @contextmanager
