@@ -159,6 +159,10 @@ def step_by_step(
     """Every request's instants of tokens at the client, from the load's start."""
     generator = random.Random(seed)
     split = deployment.kind == "disaggregated"
+    after_prefill = [
+        split and deployment.first_token == "prefill" and int(tokens) > 1 for tokens in demand.output_tokens
+    ]
+    opens_early = [after and generator.random() < deployment.prefill_opens for after in after_prefill]
     roles: list[Role] = ["prefill", "decode"] if split else ["single" if deployment.kind == "single" else "replica"]
     engines: dict[Role, list[SlowEngine]] = {}
     for role in roles:
@@ -190,7 +194,7 @@ def step_by_step(
     every = [(role, number, engine) for role in roles for number, engine in enumerate(engines[role])]
 
     def sequence_at_decode(request: Request) -> Sequence:
-        early = deployment.first_token == "prefill" and request.output > 1
+        early = opens_early[request.number]
         return Sequence(request, request.prompt + early, request.output - early)
 
     while True:
@@ -220,7 +224,7 @@ def step_by_step(
                 decode = proxy.choose(deployment.decode_policy, "decode", table, b"", set())
                 assert decode is not None
                 chosen[request.number] = slots["decode"].index(decode)
-                if sequence_at_decode(request).output == request.output:
+                if not after_prefill[request.number]:
                     table.count(decode, 1, request.prompt)
             continue
         assert soonest is not None
@@ -230,8 +234,9 @@ def step_by_step(
             request, out_s = sequence.request, now_s + engine.costs.egress_s
             if role == "prefill":
                 table.count(counted[request.number], -1, -request.prompt)
-                if sequence_at_decode(request).output < request.output:
+                if opens_early[request.number]:
                     request.token_s.append(out_s)
+                if after_prefill[request.number]:
                     table.count(slots["decode"][chosen[request.number]], 1, request.prompt)
                 handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * request.prompt
                 joins.append((now_s + handoff_s, 1, request))

@@ -1,0 +1,155 @@
+"""Who is in an engine: sequences that decode, prompts under way and waiting, KV blocks, and who loses them when they run out."""
+
+from dataclasses import dataclass, field
+from heapq import heapify, heappop
+
+import numpy as np
+
+from pdbench.plan.engine import Engine, Role
+
+Sequence = tuple[int, int, int, int]
+"""(order of admission, request, base, end): its context in step k is base + k tokens, its last token is computed in step end - 1."""
+
+LAST, ONLY, PAUSES = range(3)
+"""A token that is handed out: a request's last one, its first and last one here, its last one before a preemption."""
+
+
+@dataclass
+class Tokens:
+    """What the client got, of all requests and instances: instants of first and latest tokens (NaN: none yet), gaps by microseconds."""
+
+    first_s: list[float]
+    last_s: list[float]
+    gaps: dict[int, int] = field(default_factory=dict)
+
+    def opens(self, request: int, at_s: float) -> None:
+        """An instance's first token of a request: the client's first, or one after a handoff or a preemption."""
+        if self.first_s[request] != self.first_s[request]:
+            self.first_s[request] = at_s
+        else:
+            self.gap(at_s - self.last_s[request], 1)
+
+    def gap(self, seconds: float, count: int) -> None:
+        key = int(seconds * 1e6 + 0.5)
+        self.gaps[key] = self.gaps.get(key, 0) + count
+
+
+class Costed:
+    """An engine with its decode steps' costs by number of sequences, and the requests as it gets them: tokens of each prompt, how many
+    need no computing, tokens to generate. A decode instance gets all but the last token of a prompt computed."""
+
+    def __init__(self, engine: Engine, role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> None:
+        costs, limits = engine.costs, engine.limits
+        self.engine, self.role, self.sizes, self.cached, self.outputs = engine, role, sizes, cached, outputs
+        self.most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self.host_s = [
+            costs.host_decode_s if n <= limits.captured else costs.host_prefill_s for n in range(self.most + 1)
+        ]
+        self.gpu_s = [engine.gpu_decode_s(n) for n in range(self.most + 1)]
+        self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
+        self.blocks: int | None = None
+        self.most_blocks: list[int] = []  # of each request at its end
+        if limits.kv_cache_tokens is not None:
+            self.blocks = limits.kv_cache_tokens // limits.block_size
+            self.most_blocks = (-(-(np.array(sizes) + np.array(outputs) - 1) // limits.block_size)).tolist()
+
+    def never_fits(self, request: int) -> bool:
+        return self.blocks is not None and self.most_blocks[request] > self.blocks
+
+
+class Batch:
+    """An engine's sequences before step `k`. Its subclass has their time."""
+
+    __slots__ = (
+        "base", "blocked", "costed", "ending", "ends", "handouts", "k", "lag", "n", "order", "partial", "preemptions", "reserved",
+        "resumed", "rising", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, costed: Costed) -> None:
+        self.costed = costed
+        self.lag = 2 if costed.engine.limits.async_scheduling else 1  # boundaries until a step's tokens are handed out
+        self.k = self.order = 0
+        self.n = self.base = 0  # decoding sequences, and the sum of their bases
+        self.ends: dict[int, list[Sequence]] = {}  # these sequences by `end`
+        self.rising: list[int] = []  # a heap of the ends
+        self.ending: dict[int, Sequence] = {}  # by request: all is computed, the last token not yet handed out
+        # A prompt that is computed in part: request, tokens computed, of how many.
+        self.partial: tuple[int, int, int] | None = None
+        self.waiting: list[int] = []
+        self.blocked = False  # the first that waits needs a slot or KV blocks of one that ends
+        self.resumed: dict[int, int] = {}  # preempted request -> tokens generated before
+        self.reserved = 0  # KV blocks of all that is here, if nothing is preempted
+        self.preemptions = 0
+        # Tokens to hand out, first tokens aside that others follow: boundary, request, what the token is.
+        self.handouts: list[tuple[int, int, int]] = []
+
+    def _leave(self) -> list[Sequence]:
+        """The decoding sequences that end next are none any more."""
+        leaving = self.ends.pop(heappop(self.rising))
+        self.n -= len(leaving)
+        self.base -= sum([sequence[2] for sequence in leaving])
+        return leaving
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.costed.engine.limits.block_size)
+
+    def _free(self, steps: int) -> int:
+        """KV blocks that are free once every decoding sequence has computed `steps` tokens more."""
+        assert self.costed.blocks is not None
+        before = self.k - 1 + steps
+        held = [sequence[2] + before for sequences in self.ends.values() for sequence in sequences]
+        held += [base + end - 1 for _, _, base, end in self.ending.values()]
+        if self.partial:
+            held.append(self.partial[1])
+        return self.costed.blocks - sum(map(self._blocks, held))
+
+    def _steps_that_fit(self, limit: int) -> int:
+        """How many of `limit` decode steps the KV cache has blocks for."""
+        if self._free(limit) >= 0:
+            return limit
+        fits, too_many = 0, limit
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if self._free(middle) >= 0 else (fits, middle)
+        return fits
+
+    def _put_back(self, request: int) -> None:
+        """A sequence that lost its blocks is the first that waits, and computes all its tokens again."""
+        self.partial = None
+        self.waiting.insert(0, request)
+        self.reserved -= self.costed.most_blocks[request]
+        self.preemptions += 1
+
+    def _preempt(self) -> None:
+        """The next step needs more blocks than there are: the sequences that came last lose theirs, as long as an earlier one needs one."""
+        k = self.k
+        queue = sorted(
+            [*self.ending.values(), *(sequence for sequences in self.ends.values() for sequence in sequences)]
+        )
+        free = self._free(0)
+        while queue:
+            _, request, base, _ = queue[0]
+            needed = request not in self.ending and self._blocks(base + k) > self._blocks(base + k - 1)
+            while needed and free <= 0 and queue:
+                if self.partial:
+                    free += self._blocks(self.partial[1])
+                    self._put_back(self.partial[0])
+                    continue
+                victim = queue.pop()
+                _, request, base, end = victim
+                free += self._blocks(base + min(k, end) - 1)
+                if self.ending.pop(request, None):
+                    continue
+                self.ends[end].remove(victim)
+                if not self.ends[end]:
+                    del self.ends[end]
+                    self.rising.remove(end)
+                    heapify(self.rising)
+                self.n -= 1
+                self.base -= base
+                self.resumed[request] = base + k - self.costed.sizes[request]
+                self.handouts.append((k - 1 + self.lag, request, PAUSES))
+                self._put_back(request)
+            if queue:
+                queue.pop(0)
+                free -= needed
