@@ -1,4 +1,4 @@
-"""Instants that the proxy and the KV connectors report: one JSON line per event, written and read by the same structs.
+"""What servers tell of themselves. Proxy and KV connectors: one JSON line per event, written and read by the same structs.
 
 The client names its request in X-Request-Id, the proxy logs that name beside its transfer id, the connectors log the latter.
 `pdbench.kv`, which runs inside vLLM, imports this module and nothing else of pdbench: it needs msgspec alone.
@@ -79,6 +79,27 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
         self.blocks += blocks
         self.pieces += 1
         self.wire_s = (self.wire_s or 0.0) + seconds
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of a server's log that a reader must know: when it was read, the `flag` that it is a reason for, and what it means."""
+
+    t_s: float
+    flag: str
+    text: str
+    meaning: str
+
+
+class ServerSeries(msgspec.Struct, kw_only=True):
+    """What one server counted while loads ran. `values` maps a name of `server_metrics.NAMES` to its value at each of `t_s`, the
+    middles of the readings (None: not told); `missed` readings had no answer. `lines` are those of its log during the loads."""
+
+    server: str
+    role: str
+    t_s: list[float] = []
+    values: dict[str, list[float | None]] = {}
+    missed: int = 0
+    lines: list[LogLine] = []
 
 
 Event = ProxyEvent | TransferEvent

@@ -14,7 +14,7 @@ import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.events import Event, parse
+from pdbench.events import Event, LogLine, parse
 from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
@@ -119,6 +119,11 @@ class LocalHost:
     def state(self, name: str) -> ServerState:
         server = self._servers.get(name)
         return server.state() if server else ServerState()
+
+    def log_lines(self, name: str) -> list[LogLine]:
+        """What a server's log has said until now that is worth a flag, on this host's monotonic clock."""
+        server = self._servers.get(name)
+        return server.lines() if server else []
 
     # Devices and event logs
 

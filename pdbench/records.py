@@ -12,7 +12,7 @@ import msgspec
 
 from pdbench import files, validation
 from pdbench.errors import UserError
-from pdbench.events import Event
+from pdbench.events import Event, ServerSeries
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)
@@ -207,7 +207,7 @@ class Run(msgspec.Struct, kw_only=True):
     """A deployment under one load: all of its trials, requests and devices. `config` is all options as used.
 
     `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids, `engines` a server to its limits.
-    `events` are the proxy's and connector's own instants, joined to requests by id. `run_id`, `revision` (which saving of the
+    `events` are the proxy's and connector's own instants, joined to requests by id, `servers` what each counted. `run_id`, `revision` (which saving of the
     run it is) and `device_files` say what belongs together in a folder; runs saved before they existed have no id.
     """
 
@@ -228,6 +228,7 @@ class Run(msgspec.Struct, kw_only=True):
     gate: Gate | None = None
     flags: list[Flag] = []
     events: list[Event] = []
+    servers: list[ServerSeries] = []
     devices: list[DeviceRecord] = []
 
 

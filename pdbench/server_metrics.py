@@ -1,23 +1,56 @@
-"""What servers count themselves: their /metrics (Prometheus text), and what their prefix caches answered during a load."""
+"""What servers count: their /metrics (Prometheus text), read beside a load, and what their prefix caches answered."""
 
-import functools
 import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+from urllib.parse import urlencode
 
+import msgspec
+
+from pdbench.events import ServerSeries
 from pdbench.http import get
-from pdbench.records import PrefixCacheCounts
+from pdbench.records import Clock, PrefixCacheCounts
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, at_once
 
-_TIMEOUT_S = 3.0
-_PREFIX_CACHE = (
-    ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
-    ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
-)
-"""Counters of prompt tokens, and of those among them that were in the cache."""
+TIMEOUT_S = 3.0
+NAMES: dict[str, tuple[str, ...]] = {
+    "running": ("vllm:num_requests_running", "sglang:num_running_reqs"),
+    "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
+    "kv_used": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"),
+    "accept_rate": ("sglang:spec_accept_rate",),
+    "preemptions": ("vllm:num_preemptions_total", "sglang:num_retracted_requests_total"),
+    "cache_queries": ("vllm:prefix_cache_queries_total", "sglang:prompt_tokens_total"),
+    "cache_hits": ("vllm:prefix_cache_hits_total", "sglang:cached_tokens_total"),
+    "prompt_tokens": ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total"),
+    "external_tokens": ("vllm:prompt_tokens_by_source_total",),
+    "output_tokens": ("vllm:generation_tokens_total", "sglang:generation_tokens_total"),
+    "drafted_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
+    "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
+    "queued": ("vllm:request_queue_time_seconds_count", "sglang:queue_time_seconds_count"),
+    "queued_s": ("vllm:request_queue_time_seconds_sum", "sglang:queue_time_seconds_sum"),
+    "kv_transfers": ("vllm:pdbench_kv_transfers_total", "vllm:nixl_xfer_time_seconds_count"),
+    "kv_bytes": ("vllm:pdbench_kv_bytes_total", "vllm:nixl_bytes_transferred_sum"),
+    "kv_failures": (
+        "vllm:pdbench_kv_failures_total",
+        "vllm:nixl_num_failed_transfers_total",
+        "sglang:num_transfer_failed_reqs_total",
+    ),
+}
+"""What is kept of a page, and the servers' names for it: of several that a page has, the first. Those to accept_rate are as
+of the reading (shares of 1 where they are no requests), the others count up from the server's start."""
+_LABEL = {"vllm:prompt_tokens_by_source_total": 'source="external_kv_transfer"'}
+_LARGEST = ("kv_used", "accept_rate")
+"""Of several engines behind one page the largest is kept; of everything else the sum."""
+_ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
+_NAMED = "/metrics/?"
+"""vLLM and SGLang answer this path with the named series alone, which costs them a tenth of the whole page."""
 
 
-def scrape(url: str, *, timeout_s: float = _TIMEOUT_S, verify_tls: bool = True) -> str | None:
+def scrape(url: str, *, timeout_s: float = TIMEOUT_S, verify_tls: bool = True, path: str = "/metrics") -> str | None:
     """The metrics page of the server at `url`; None where none answers."""
-    body = get(url, "/metrics", timeout_s, verify_tls=verify_tls)
+    body = get(url, path, timeout_s, verify_tls=verify_tls)
     return None if body is None else body.decode("utf-8", "replace")
 
 
@@ -29,34 +62,159 @@ def total(page: str, name: str, label: str = "") -> float | None:
     return sum(values) if values else None
 
 
-class PrefixCacheReader:
-    """The prefix caches of a deployment's instances over one load: `start` before it, `stop` after it."""
+def figures(page: str) -> dict[str, float]:
+    """What a page says of `NAMES`; what it does not have is left out."""
+    series: dict[str, list[float]] = {}
+    for line in page.splitlines():
+        if line.startswith(("vllm:", "sglang:", "sglang_")):
+            labelled, _, text = line.rpartition(" ")
+            name, _, labels = labelled.partition("{")
+            name = name.replace("sglang_", "sglang:", 1)  # as some of its versions write it
+            if name in _ALL_NAMES and _LABEL.get(name, "") in labels:
+                try:
+                    value = float(text)
+                except ValueError:
+                    continue
+                if 0 <= value < float("inf"):
+                    series.setdefault(name, []).append(value)
+    found = {}
+    for key, names in NAMES.items():
+        values = next((series[name] for name in names if name in series), None)
+        if values:
+            found[key] = max(values) if key in _LARGEST else sum(values)
+    return found
 
-    def __init__(self, info: DeploymentInfo, *, verify_tls: bool = True) -> None:
+
+class ServerMetrics:
+    """Reads the counters of a deployment's instances (not its proxy's) while the `with` block runs.
+
+    Each server is read by a thread of its own: one that hangs loses its own readings and delays nobody. `begin` and `end` read
+    all of them once more, just before and just after the load.
+    """
+
+    def __init__(
+        self,
+        info: DeploymentInfo,
+        clock: Clock,
+        interval_s: float,
+        *,
+        verify_tls: bool = True,
+        on_reading: Callable[[str, float, dict[str, float]], object] = lambda server, t_s, figures: None,
+    ) -> None:
+        """`interval_s` 0: `begin` and `end` alone. `on_reading` gets every reading as it arrives, on its server's thread: the
+        server's name, the instant on `clock`, and its figures."""
         instances = [server for server in info.servers if server.role != "proxy"]
-        self._instances = instances or [ServerInfo(name="server", role="server", url=info.url)]
-        self._verify_tls = verify_tls
-        self._before: list[tuple[float, float] | None] = [None] * len(self._instances)
+        instances = instances or [ServerInfo(name="server", role="server", url=info.url)]
+        self._readers = [_Reader(server, clock, verify_tls, on_reading) for server in instances]
+        self._interval_s = interval_s
+        self._stop = threading.Event()
 
-    def start(self) -> None:
-        self._before = self._read()
+    def __enter__(self) -> Self:
+        if self._interval_s:
+            for reader in self._readers:
+                threading.Thread(target=reader.run, args=(self._interval_s, self._stop), daemon=True).start()
+        return self
 
-    def stop(self) -> dict[str, PrefixCacheCounts]:
-        """Instance -> its counts since `start`; those without such counters, or restarted meanwhile, are left out."""
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def begin(self) -> None:
+        """The warm-up is over and the load about to begin: what was counted until now is not the load's."""
+        for reader, before in zip(self._readers, self._read(), strict=True):
+            reader.before = before
+
+    def end(self) -> dict[str, PrefixCacheCounts]:
+        """The load is over. Server -> what its prefix cache answered since `begin`; those that do not tell, or were started again
+        meanwhile, are left out."""
         counts = {}
-        for server, before, after in zip(self._instances, self._before, self._read(), strict=True):
-            if before and after and after >= before:
-                prompt_tokens, cached_tokens = (round(b - a) for a, b in zip(before, after, strict=True))
-                counts[server.name] = PrefixCacheCounts(server.role, prompt_tokens, cached_tokens)
+        for reader, after in zip(self._readers, self._read(), strict=True):
+            before, names = reader.before or {}, ("cache_queries", "cache_hits")
+            if after and "cache_queries" in before and "cache_queries" in after:
+                prompt_tokens, cached_tokens = (round(after.get(name, 0.0) - before.get(name, 0.0)) for name in names)
+                if prompt_tokens >= 0 and cached_tokens >= 0:
+                    counts[reader.server.name] = PrefixCacheCounts(reader.server.role, prompt_tokens, cached_tokens)
         return counts
 
-    def _read(self) -> list[tuple[float, float] | None]:
-        def counters(url: str) -> tuple[float, float] | None:
-            page = scrape(url, verify_tls=self._verify_tls) or ""
-            for names in _PREFIX_CACHE:
-                queried, cached = (total(page, name) for name in names)
-                if queried is not None:
-                    return queried, cached or 0.0
-            return None
+    def series(self) -> list[ServerSeries]:
+        """Everything that was read; those that never answered are left out."""
+        return [reader.series() for reader in self._readers if reader.readings]
 
-        return at_once([functools.partial(counters, server.url) for server in self._instances])
+    def _read(self) -> list[dict[str, float] | None]:
+        return at_once([reader.read for reader in self._readers])
+
+
+class _Reader:
+    def __init__(
+        self,
+        server: ServerInfo,
+        clock: Clock,
+        verify_tls: bool,
+        on_reading: Callable[[str, float, dict[str, float]], object],
+    ) -> None:
+        self.server, self.readings = server, list[tuple[float, dict[str, float]]]()
+        self.before: dict[str, float] | None = None
+        self._clock, self._verify_tls, self._on_reading = clock, verify_tls, on_reading
+        self._path, self._missed = "/metrics", 0
+        self._reading = threading.Lock()
+
+    def run(self, interval_s: float, stop: threading.Event) -> None:
+        due_s = time.monotonic()
+        while not stop.is_set():
+            self.read()
+            due_s = max(due_s + interval_s, time.monotonic())
+            stop.wait(due_s - time.monotonic())
+
+    def read(self) -> dict[str, float] | None:
+        """The figures of now; None where none come in time, or none that are known."""
+        with self._reading:
+            begin_s = self._clock.now()
+            page = self._scrape()
+            read = figures(page) if page else {}
+            if not read and self._path != "/metrics" and self._clock.now() - begin_s < TIMEOUT_S:
+                self._path = "/metrics"  # whole pages are all that it has
+                page = self._scrape()
+                read = figures(page) if page else {}
+            elif page and read and not self.readings:
+                family = "vllm:" if "vllm:" in page else "sglang:"
+                names = sorted(name for name in _ALL_NAMES if name.startswith(family))
+                self._path = _NAMED + urlencode({"name[]": names}, doseq=True)
+            if not read:
+                self._missed += 1
+                return None
+            t_s = (begin_s + self._clock.now()) / 2
+            self.readings.append((t_s, read))
+        self._on_reading(self.server.name, t_s, read)
+        return read
+
+    def _scrape(self) -> str | None:
+        return scrape(self.server.url, timeout_s=TIMEOUT_S, verify_tls=self._verify_tls, path=self._path)
+
+    def series(self) -> ServerSeries:
+        with self._reading:
+            keys = [key for key in NAMES if any(key in read for _, read in self.readings)]
+            return ServerSeries(
+                server=self.server.name,
+                role=self.server.role,
+                t_s=[t_s for t_s, _ in self.readings],
+                values={key: [read.get(key) for _, read in self.readings] for key in keys},
+                missed=self._missed,
+            )
+
+
+def join_series(pieces: Sequence[ServerSeries]) -> list[ServerSeries]:
+    """One series per server of those of several trials, in the order of time."""
+    joined: dict[str, ServerSeries] = {}
+    for piece in pieces:
+        before = joined.get(piece.server, ServerSeries(server=piece.server, role=piece.role))
+        unknown: list[list[None]] = [[None] * len(part.t_s) for part in (before, piece)]
+        joined[piece.server] = msgspec.structs.replace(
+            piece,
+            t_s=before.t_s + piece.t_s,
+            values={
+                key: before.values.get(key, unknown[0]) + piece.values.get(key, unknown[1])
+                for key in before.values | piece.values
+            },
+            missed=before.missed + piece.missed,
+            lines=before.lines + piece.lines,
+        )
+    return list(joined.values())

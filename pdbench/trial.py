@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from math import inf
 
 import psutil
 from rich.console import Console
@@ -15,7 +16,7 @@ from pdbench import events as event_logs
 from pdbench.config import Options
 from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
-from pdbench.events import Event, ProxyEvent, TransferEvent
+from pdbench.events import Event, ProxyEvent, ServerSeries, TransferEvent
 from pdbench.load import plan
 from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
@@ -23,7 +24,7 @@ from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown
 from pdbench.power.sampler import merge_records
 from pdbench.records import Flag, Gate, RequestRecord, Run
-from pdbench.server_metrics import PrefixCacheReader
+from pdbench.server_metrics import ServerMetrics, join_series
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import Servers, Watch
 from pdbench.site import Measurement, Site
@@ -136,29 +137,39 @@ def _run_trial(
     with _progress(f"trial {trial + 1}", console) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
         load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
-        caches = PrefixCacheReader(info, verify_tls=config.tls_verify)
-
+        load_s = inf
+        metrics = ServerMetrics(info, run.clock, options.power.metrics_interval_s, verify_tls=config.tls_verify)
         cores = psutil.cpu_times()
 
         def begin() -> None:
-            nonlocal cores
+            nonlocal cores, load_s
             cores = psutil.cpu_times()
             if not watch.died:  # a server that hangs would take its time to answer
-                caches.start()
+                metrics.begin()
+                servers.log_lines(run.clock)  # what is new until now is the warm-up's
+            load_s = run.clock.now()
 
-        result = site.run_load(load, on_progress, begin, watch.problem)
-        spent = [after - before for before, after in zip(cores, psutil.cpu_times(), strict=True)]
-        steal = getattr(psutil.cpu_times(), "steal", None)  # on Linux
-        if steal is not None and sum(spent) > 0:
-            result.trial.cpu_steal_pct = 100 * (steal - cores.steal) / sum(spent)
-        measured = [request for request in result.requests if not request.warmup]
-        failed = failures.describe(measured)
-        died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)
-        result.trial.prefix_cache = {} if died else caches.stop()
+        with metrics:
+            result = site.run_load(load, on_progress, begin, watch.problem)
+            spent = [after - before for before, after in zip(cores, psutil.cpu_times(), strict=True)]
+            steal = getattr(psutil.cpu_times(), "steal", None)  # on Linux
+            if steal is not None and sum(spent) > 0:
+                result.trial.cpu_steal_pct = 100 * (steal - cores.steal) / sum(spent)
+            measured = [request for request in result.requests if not request.warmup]
+            failed = failures.describe(measured)
+            died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)
+            result.trial.prefix_cache = {} if died else metrics.end()
+        lines = servers.log_lines(run.clock)
     interrupted = any(flag.name == "interrupted" for flag in result.flags)
     if measured or not (interrupted or died):  # a trial that was ended during its warm-up is none
         run.requests += result.requests
         run.trials.append(result.trial)
+        series = {each.server: each for each in metrics.series()}
+        for server in info.servers:
+            new = [line for line in lines.get(server.name, ()) if line.t_s >= load_s]
+            if new:
+                series.setdefault(server.name, ServerSeries(server=server.name, role=server.role)).lines = new
+        run.servers = join_series([*run.servers, *series.values()])
     if died:
         console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
         result.flags.append(

@@ -12,6 +12,7 @@ from pdbench import files
 from pdbench.errors import UserError
 
 if TYPE_CHECKING:
+    from pdbench.events import ServerSeries
     from pdbench.records import DeviceRecord, RequestRecord, Run, Trial
 
 EARLIEST_S, LATEST_S, CLOCK_ERROR_S = -0.1, 1e8, 1e-3
@@ -55,6 +56,7 @@ def check_run(run: "Run", path: Path) -> None:
     _check_config(run, path)
     _check_trials(run.trials, path)
     _check_requests(run.requests, {trial.index for trial in run.trials}, path)
+    _check_servers(run.servers, path)
     counts = Counter(name for request in run.requests if _is_odd(request) for name in _drop_impossible(request))
     if counts:
         detail = ", ".join(f"{name} of {count} requests" for name, count in counts.items())
@@ -174,6 +176,27 @@ def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
     for before, after in pairwise(sorted(trials, key=lambda trial: (trial.start_s, trial.end_s))):
         if after.start_s < before.end_s - CLOCK_ERROR_S:
             raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
+
+
+def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
+    twice = [name for name, count in Counter(series.server for series in servers).items() if count > 1]
+    if twice:
+        raise _wrong(path, f"server {shown(twice[0])}", "it is there twice")
+    for series in servers:
+        where = f"server {shown(series.server)}"
+        for name in (series.server, series.role):
+            if not (name.isprintable() and 0 < len(name) <= 200):
+                raise _wrong(path, where, f"{shown(name)} is no name")
+        _check_order(path, f"{where}: t_s", series.t_s)
+        _check_order(path, f"{where}: lines", [line.t_s for line in series.lines])
+        for key, values in series.values.items():
+            if len(values) != len(series.t_s):
+                raise _wrong(path, f"{where}: {shown(key)}", "it is not as long as t_s")
+            if not all(value is None or 0 <= value <= 1e18 for value in values):
+                raise _wrong(path, f"{where}: {shown(key)}", "it holds what no server counts")
+        for line in series.lines:
+            if not all(text.isprintable() and len(text) <= 1000 for text in (line.flag, line.text, line.meaning)):
+                raise _wrong(path, f"{where}: lines", f"{shown(line.text)} is no line of a log")
 
 
 def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path: Path) -> None:

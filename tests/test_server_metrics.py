@@ -1,16 +1,18 @@
-"""Servers' own counters over real sockets: what prefix caches answered during a load, and servers that have no such counters."""
+"""Servers' own counters over real sockets: read beside a load, what prefix caches answered, servers that hang or have none."""
 
 import threading
 import time
 from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from pdbench.config import LoadConfig
+from pdbench.events import ServerSeries
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, PrefixCacheCounts
-from pdbench.server_metrics import PrefixCacheReader, scrape, total
+from pdbench.server_metrics import ServerMetrics, figures, join_series, scrape, total
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
@@ -23,6 +25,19 @@ plain 3
 """
 
 
+SGLANG = """sglang:num_running_reqs{tp_rank="0"} 3.0
+sglang:num_queue_reqs{tp_rank="0"} 2.0
+sglang:token_usage{tp_rank="0"} 0.25
+sglang:spec_accept_rate{tp_rank="0"} 0.5
+sglang:prompt_tokens_total{model="m"} 100.0
+sglang:cached_tokens_total{cache_source="device"} 30.0
+sglang:cached_tokens_total{cache_source="host"} 10.0
+sglang_num_retracted_requests_total{tp_rank="0"} 4.0
+sglang:queue_time_seconds_sum{tp_rank="0"} 1.5
+sglang:queue_time_seconds_count{tp_rank="0"} 10.0
+"""
+
+
 def page(text: str) -> Callable[[Peer], bool]:
     def answer(peer: Peer) -> bool:
         body = text.encode()
@@ -30,6 +45,29 @@ def page(text: str) -> Callable[[Peer], bool]:
         return True
 
     return answer
+
+
+CLOCK = Clock.start()
+
+
+def vllm_server(values: dict[str, float], *, names_asked: bool = True) -> Callable[[Peer], bool]:
+    """A page of `values` as they are; `names_asked`: of a path with name[], those series alone, as prometheus_client answers."""
+
+    def answer(peer: Peer) -> bool:
+        names = parse_qs(urlsplit(peer.path).query).get("name[]")
+        if peer.path != "/metrics" and not names_asked:
+            return refusal(b"404 Not Found", "none")(peer)
+        lines = [f'{name}{{engine="0"}} {value}' for name, value in values.items() if names is None or name in names]
+        return page("\n".join([*lines, ""]))(peer)
+
+    return answer
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
 
 
 def caching_server() -> tuple[Callable[[Peer], bool], list[int]]:
@@ -75,9 +113,9 @@ def test_load_is_counted_without_its_warm_up(processes: int) -> None:
         config = LoadConfig(requests=6, warmup=3, concurrency=2, client_processes=processes, nonce="a")
 
         def measure() -> dict[str, PrefixCacheCounts]:
-            caches = PrefixCacheReader(info(server.url))
-            run_load(TrialLoad(config, server.url, "m", Clock.start()), on_begin=caches.start)
-            return caches.stop()
+            metrics = ServerMetrics(info(server.url), CLOCK, 0)
+            run_load(TrialLoad(config, server.url, "m", Clock.start()), on_begin=metrics.begin)
+            return metrics.end()
 
         assert measure() == {"server": PrefixCacheCounts("server", 60, 0)}
         assert measure() == {"server": PrefixCacheCounts("server", 60, 60)}
@@ -88,9 +126,10 @@ def test_proxy_is_not_asked_and_instances_without_counters_are_left_out() -> Non
     answer, _ = caching_server()
     with ScriptedServer(answer) as server, ScriptedServer(refusal(b"404 Not Found", "none")) as other:
         servers = (("prefill", server.url), ("decode", other.url), ("replica", "http://127.0.0.1:9"))
-        caches = PrefixCacheReader(info(other.url, *servers, ("proxy", other.url)))
-        caches.start()
-        assert caches.stop() == {"prefill-0": PrefixCacheCounts("prefill", 0, 0)}
+        metrics = ServerMetrics(info(other.url, *servers, ("proxy", other.url)), CLOCK, 0)
+        metrics.begin()
+        assert metrics.end() == {"prefill-0": PrefixCacheCounts("prefill", 0, 0)}
+        assert [series.server for series in metrics.series()] == ["prefill-0"]
         assert len(other.requests) == 2
 
 
@@ -98,10 +137,10 @@ def test_server_that_was_restarted_meanwhile_has_no_counts() -> None:
     answer, counts = caching_server()
     counts[:] = [100, 50]
     with ScriptedServer(answer) as server:
-        caches = PrefixCacheReader(info(server.url))
-        caches.start()
+        metrics = ServerMetrics(info(server.url), CLOCK, 0)
+        metrics.begin()
         counts[:] = [10, 0]
-        assert caches.stop() == {}
+        assert metrics.end() == {}
 
 
 def test_page_without_end_is_given_up() -> None:
@@ -115,3 +154,80 @@ def test_page_without_end_is_given_up() -> None:
         began_s = time.monotonic()
         assert scrape(server.url, timeout_s=0.5) is None
         assert time.monotonic() - began_s < 3
+
+
+def test_pages_of_vllm_and_sglang_say_the_same_things() -> None:
+    vllm = """vllm:num_requests_running{engine="0"} 3.0
+vllm:num_requests_running{engine="1"} 4.0
+vllm:kv_cache_usage_perc{engine="0"} 0.5
+vllm:kv_cache_usage_perc{engine="1"} 0.75
+vllm:gpu_cache_usage_perc{engine="0"} 0.9
+vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"} 70.0
+vllm:prompt_tokens_by_source_total{engine="0",source="external_kv_transfer"} 30.0
+vllm:request_queue_time_seconds_bucket{le="+Inf"} 5.0
+vllm:request_queue_time_seconds_sum{engine="0"} NaN
+vllm:request_queue_time_seconds_count{engine="0"} 5.0
+"""
+    assert figures(vllm) == {"running": 7, "kv_used": 0.75, "external_tokens": 30, "queued": 5}
+    assert figures(SGLANG) == {
+        "running": 3, "waiting": 2, "kv_used": 0.25, "accept_rate": 0.5, "preemptions": 4, "cache_queries": 100, "cache_hits": 40,
+        "prompt_tokens": 100, "queued": 10, "queued_s": 1.5,
+    }  # fmt: skip
+    assert figures("plain 3\nvllm:num_requests_running{}\n<html>") == {}
+
+
+@pytest.mark.parametrize("names_asked", [True, False])
+def test_counters_are_read_all_the_time_and_by_name_where_the_server_can(names_asked: bool) -> None:
+    values = {"vllm:num_requests_waiting": 0.0, "vllm:num_preemptions_total": 5.0, "vllm:other": 1.0}
+    readings: list[tuple[str, float, dict[str, float]]] = []
+    with ScriptedServer(vllm_server(values, names_asked=names_asked)) as server:
+        clock = Clock.start()
+        metrics = ServerMetrics(
+            info(server.url, ("decode", server.url)), clock, 0.02, on_reading=lambda *reading: readings.append(reading)
+        )
+        with metrics:
+            wait_for(lambda: len(readings) > 2)
+            metrics.begin()
+            values["vllm:num_preemptions_total"] = 8.0
+            wait_for(lambda: readings[-1][2]["preemptions"] == 8)
+            metrics.end()
+        series = metrics.series()[0]
+        paths = {peer.path for peer in list(server.requests)[4:]}
+    assert all(("name%5B%5D=vllm%3Anum_preemptions_total" in path) == names_asked for path in paths)
+    assert (series.server, series.role, series.missed) == ("decode-0", "decode", 0)
+    assert series.t_s == sorted(series.t_s) and 0 <= series.t_s[0] <= series.t_s[-1] <= clock.now()
+    assert set(series.values) == {"waiting", "preemptions"} and set(series.values["preemptions"]) == {5.0, 8.0}
+    assert [reading[1] for reading in readings[: len(series.t_s)]] == series.t_s[: len(readings)]
+
+
+def test_server_that_hangs_loses_its_own_readings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdbench.server_metrics.TIMEOUT_S", 0.3)
+    hangs, ended = threading.Event(), threading.Event()
+
+    def hanging(peer: Peer) -> bool:
+        if hangs.is_set():
+            ended.wait(20)
+            return False
+        return vllm_server({"vllm:num_requests_waiting": 1.0})(peer)
+
+    with ScriptedServer(hanging) as one, ScriptedServer(vllm_server({"vllm:num_requests_waiting": 2.0})) as other:
+        metrics = ServerMetrics(info(other.url, ("prefill", one.url), ("decode", other.url)), Clock.start(), 0.02)
+        with metrics:
+            wait_for(lambda: len(metrics.series()) == 2)
+            hangs.set()
+            before = len(metrics.series()[1].t_s)
+            wait_for(lambda: metrics.series()[0].missed and len(metrics.series()[1].t_s) > before + 3)
+            metrics.begin()
+            assert metrics.end() == {}
+        ended.set()
+        prefill, decode = metrics.series()
+    assert prefill.missed > 0 and decode.missed == 0 and len(decode.t_s) > len(prefill.t_s)
+
+
+def test_series_of_several_trials_become_one() -> None:
+    first = ServerSeries(server="a", role="single", t_s=[1.0], values={"waiting": [2.0]}, missed=1)
+    second = ServerSeries(server="a", role="single", t_s=[3.0, 4.0], values={"running": [1.0, None]}, missed=2)
+    joined = join_series([first, second, ServerSeries(server="b", role="single")])
+    assert [each.server for each in joined] == ["a", "b"]
+    assert (joined[0].t_s, joined[0].missed) == ([1.0, 3.0, 4.0], 3)
+    assert joined[0].values == {"waiting": [2.0, None, None], "running": [None, 1.0, None]}

@@ -45,6 +45,12 @@ def trial(name: str, value: object, index: int = 1) -> Change:
     return lambda run: run["trials"][index].update({name: value})
 
 
+def servers(**change: object) -> Change:
+    return lambda run: run.update(
+        servers=[{"server": "a", "role": "single", "t_s": [1.0, 2.0], "values": {"waiting": [0.0, None]}} | change]
+    )
+
+
 RESULTS: list[tuple[Change, str]] = [
     (lambda run: run["requests"][1].pop("token_s"), "t0-1: token_s is missing"),
     (request("token_s", []), "t0-1: token_s is empty and output_tokens 4"),
@@ -73,6 +79,16 @@ RESULTS: list[tuple[Change, str]] = [
         trial("prefix_cache", {"a": {"role": "single", "prompt_tokens": -1, "cached_tokens": 5}}),
         "trial 1: prefix_cache",
     ),
+    (servers(t_s=[3.0, 2.0]), "server a: t_s: they are not in the order of time"),
+    (servers(t_s=[1e308, 1e308]), "server a: t_s: 1e\\+308 s is no time"),
+    (servers(values={"waiting": [1.0]}), "server a: waiting: it is not as long as t_s"),
+    (servers(values={"waiting": [1.0, -1.0]}), "server a: waiting: it holds what no server counts"),
+    (servers(role="\x1b[2J"), "server a: .*is no name"),
+    (
+        servers(lines=[{"t_s": 1.0, "flag": "x", "text": "a\nb", "meaning": ""}]),
+        "server a: lines: .* is no line of a log",
+    ),
+    (lambda run: run["servers"].extend(2 * [{"server": "b", "role": "single"}]), "server b: it is there twice"),
     (lambda run: run.pop("trials"), "trials has no trial 0"),
     (lambda run: run["trials"].pop(), "trials has no trial 1"),
     (lambda run: run.pop("requests"), "requests: there are none, and 2 trials"),

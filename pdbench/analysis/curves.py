@@ -20,6 +20,8 @@ FIELDS = (
     "cpu_clock_mhz",
     "temperature_c",
 )
+SERVER_FIELDS = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
+"""What is drawn of servers, and by what it is multiplied: requests, requests, per cent."""
 SHARES = np.concatenate([np.linspace(0, 0.98, 120), np.linspace(0.981, 1, 60)])
 CURVE_POINTS, BINS, SPANS, GAPS = 1000, 160, 3000, 10_000
 MARGIN_S, APART_S, GAP_SHARE = 1.0, 5.0, 0.02
@@ -77,7 +79,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
 
     `quantiles`: ttft, tbt (every gap), mean_tbt, e2e -> x in ms, y the per cent of values at or below. `tbt_over_time`: p50, p99 -> x
     drawn seconds, y ms. `devices`: a field of `FIELDS` -> a line per device, named as in `Summary.devices`, prefill first;
-    `not_measured`: a field that no device has -> why. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
+    `not_measured`: a field that no device has -> why. `servers`: a field of `SERVER_FIELDS` -> a line per server. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
     seconds, y requests, warm-up included) is always there.
     `ttft_parts_ms`: mean TTFT split into queue, prefill, kv_transfer, decode and other, None where no phase was reported.
     """
@@ -88,6 +90,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     tbt_over_time: dict[str, Curve]
     ttft_parts_ms: dict[str, float] | None
     devices: dict[str, dict[str, Curve]]
+    servers: dict[str, dict[str, Curve]]
     not_measured: dict[str, str]
     spans: Spans | None
     in_flight: Curve
@@ -99,6 +102,15 @@ def curves_of(run: Run, timings: Timings) -> Curves:
     lines = {
         field: {device_name(device): line for device in devices if (line := _device_curve(device, field, axis))}
         for field in FIELDS
+    }
+    counted = {
+        field: {
+            series.server: line
+            for series in run.servers
+            if field in series.values
+            and (line := _line(np.array([series.t_s, series.values[field]], dtype=float).T * (1.0, factor), axis))
+        }
+        for field, factor in SERVER_FIELDS.items()
     }
     chosen = np.linspace(0, len(timings.tbt_ms) - 1, min(len(timings.tbt_ms), GAPS)).astype(np.int64)
     requests = [request for request in run.requests if request.sent_s is not None and request.end_s is not None]
@@ -114,6 +126,7 @@ def curves_of(run: Run, timings: Timings) -> Curves:
         tbt_over_time=_tbt_over_time(timings, axis),
         ttft_parts_ms=mean_ttft_parts_ms(timings),
         devices={field: of_field for field, of_field in lines.items() if of_field},
+        servers={field: of_field for field, of_field in counted.items() if of_field},
         not_measured={field: why_not_measured(devices, (field,)) for field, of_field in lines.items() if not of_field},
         spans=_spans(requests, axis) if len(requests) <= SPANS else None,
         in_flight=Curve(grid, in_flight.astype(float)),
@@ -173,9 +186,13 @@ def _tbt_over_time(timings: Timings, axis: TimeAxis) -> dict[str, Curve]:
 
 
 def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> Curve | None:
-    """A field over the drawn axis, broken at each pause; None where it was not measured. Power is the driver's fine buffer where
-    there is one. At most 1,000 points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
-    points = power_curve(device) if field == "power_w" else sampled(device, field)
+    """A field over the drawn axis; None where it was not measured. Power is the driver's fine buffer where there is one."""
+    return _line(power_curve(device) if field == "power_w" else sampled(device, field), axis)
+
+
+def _line(points: Array, axis: TimeAxis) -> Curve | None:
+    """Rows of instant and value over the drawn axis, broken at each pause; None without any. At most 1,000 points: of each part its
+    lowest and its highest, so that no peak is lost; breaks stay breaks."""
     if not len(points):
         return None
     x = axis.place(points[:, 0])

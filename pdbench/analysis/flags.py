@@ -9,6 +9,7 @@ from pdbench import failures
 from pdbench.analysis.meter import Meter
 from pdbench.analysis.metrics import Timings
 from pdbench.analysis.prefix_cache import prefix_cache_flags, prefix_cache_of
+from pdbench.analysis.servers import server_flags
 from pdbench.records import Flag, Interval, Run
 
 COLD_FACTOR = 2.0
@@ -23,13 +24,13 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 
 
 def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
-    """The run's flags, each once, then those of its requests and of its devices over the measured windows that it lacks yet."""
+    """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
     flags = [flag for flag in dict.fromkeys(run.flags) if flag.name != "requests-failed"]  # a run that went on has more
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
     present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
     names = {flag.name for flag in flags}
-    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings)]
+    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings), *server_flags(run)]
     flags += [flag for flag in found if flag.name not in names]
     if failed := failures.describe([request for request in run.requests if not request.warmup]):
         flags.insert(0, Flag("requests-failed", failed))

@@ -31,6 +31,7 @@ from pdbench.analysis.metrics import (
     timings_of,
 )
 from pdbench.analysis.prefix_cache import PrefixCache, prefix_cache_of
+from pdbench.analysis.servers import ServerSummary, servers_of
 from pdbench.errors import UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
@@ -154,6 +155,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     throughput: Throughput
     goodput: Goodput
     energy: Energy
+    servers: dict[str, ServerSummary]
     devices: dict[str, DeviceSummary]
 
 
@@ -299,6 +301,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
             met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), int(timings.slo_known.sum())),
         ),
         energy=energy_of(run, timings, meters, totals),
+        servers=servers_of(run),
         devices={device_name(meter.device): _device(meter, timings.windows) for meter in meters},
     )
 

@@ -14,6 +14,7 @@ from pdbench.cluster.placement import Node, find_node
 from pdbench.cluster.ray_host import THREADS, Outgoing, RayHost
 from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
+from pdbench.events import LogLine
 from pdbench.host import Batch, HostLostError
 from pdbench.records import Clock
 from pdbench.serving.deployment import ServerInfo, at_once
@@ -130,6 +131,12 @@ class RemoteHost:
         if not state.healthy:
             self._due_s = 0.0
         return state
+
+    def log_lines(self, name: str) -> list[LogLine]:
+        try:
+            return self.call("log_lines", name)
+        except HostLostError:
+            return []
 
     def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
         self.take_messages()  # of an earlier measurement

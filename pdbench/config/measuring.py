@@ -31,12 +31,14 @@ class PairConfig:
 @Parameter(name="*", group=POWER)
 @dataclass(frozen=True, kw_only=True)
 class PowerConfig:
-    """What is read from the devices, and the clocks that are set on them."""
+    """What is read from devices and servers, and the clocks that are set on devices."""
 
     power: bool = True
     """Sample the devices of this host that the servers use."""
     sample_interval_s: Interval[float] = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
+    metrics_interval_s: NotNegative[float] = 0.5
+    """Seconds between readings of every server's /metrics during a load; 0: only before and after it."""
     idle_s: NotNegative[float] = 3.0
     """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
     cooldown_s: NotNegative[float] = 60.0

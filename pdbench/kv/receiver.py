@@ -145,7 +145,7 @@ class Receiver:
             del self._receives[transfer_id]
         receive.record.end_s, receive.record.error = time.monotonic(), error
         if error is not None:
-            logger.warning("KV transfer %s failed: %s", transfer_id, error)
+            logger.warning("KV transfer failed: %s: %s", transfer_id, error)
         self._ended.append(receive)
         self._changed.notify_all()
 

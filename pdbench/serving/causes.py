@@ -1,12 +1,16 @@
-"""Why a server died, by its log: a known sign with its remedy, or else the error that stands at the root of all others."""
+"""What servers' logs say: why one died (a known sign with its remedy, or else the error at the root of all others), and what happened
+during a load."""
 
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_KNOWN: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("causes.toml").read_text("utf-8"))
+from pdbench.events import LogLine
+
+_KNOWN: dict[str, Any] = tomllib.loads(Path(__file__).with_name("causes.toml").read_text("utf-8"))
+_IN_LOADS = [(sign, flag, meaning) for flag, signs in _KNOWN.pop("load").items() for sign, meaning in signs.items()]
 _COLOUR = re.compile(r"\x1b?\[[0-9;]*m")
 _PROCESS = re.compile(r"\((?P<process>[A-Za-z]\w*)(?: pid=\d+)?\) ?")
 _LOGGED = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?)?")
@@ -39,6 +43,24 @@ def engine_died(log: str) -> bool:
     """Does this log, or a part of it, say that vLLM's engine is dead? Its API server may still answer."""
     suspicious = "EngineDead" in log or " unexpectedly" in log or "fatal error" in log
     return suspicious and any(line.level not in ("DEBUG", "INFO") and _DEAD.match(line.text) for line in _lines(log))
+
+
+def lines_of_load(log: str, t_s: float) -> list[LogLine]:
+    """The lines in a new part of a living server's log, read at `t_s`, that a reader of its figures must know: the signs of
+    causes.toml, and errors of any kind without their tracebacks."""
+    lowered = log.lower()
+    if not ("error" in lowered or "critical" in lowered or any(sign in lowered for sign, _, _ in _IN_LOADS)):
+        return []
+    found = []
+    for line in _lines(log):
+        text = line.text.lower()
+        known = next(((flag, meaning) for sign, flag, meaning in _IN_LOADS if sign in text), None)
+        if known is None and line.level in ("ERROR", "CRITICAL") and not text.startswith((" ", "traceback")):
+            known = ("server-error", "its log says more around this line")
+        if known and text and line.level != "DEBUG":
+            shown = "".join(letter if letter.isprintable() else " " for letter in _short(line.text))
+            found.append(LogLine(t_s=t_s, flag=known[0], text=shown, meaning=known[1]))
+    return found
 
 
 def likely_cause(log: str) -> str | None:

@@ -17,8 +17,10 @@ import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
+from pdbench.events import LogLine
 from pdbench.files import check_name, write_whole
 from pdbench.http import host_port, split_url
+from pdbench.records import Clock
 from pdbench.serving import machine, plan, vllm
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState
@@ -43,6 +45,8 @@ class ServerHost(Protocol):
     def port_owner(self, address: str, port: int) -> str | None: ...
     def start(self, commands: Sequence[Command], log_dir: str, secrets: Secrets) -> dict[str, int]: ...
     def state(self, name: str) -> ServerState: ...
+    def log_lines(self, name: str) -> list[LogLine]: ...
+    def to_run_clock(self, clock: Clock) -> Callable[[float], float]: ...
 
 
 class ServerSite(Protocol):
@@ -177,6 +181,14 @@ class Deployment:
 
     def _death(self, name: str, state: ServerState) -> str:
         return f"{name} died{_on(self._hosts[name])} {state.end}: {state.cause or 'its log does not say why'}"
+
+    def log_lines(self, clock: Clock) -> dict[str, list[LogLine]]:
+        """Server -> what its log has said until now that is worth a flag."""
+        moves = {name: host.to_run_clock(clock) for name, host in self._hosts.items()}
+        return {
+            name: [msgspec.structs.replace(line, t_s=moves[name](line.t_s)) for line in host.log_lines(name)]
+            for name, host in self._hosts.items()
+        }
 
     def info(self) -> DeploymentInfo:
         assert self._setup

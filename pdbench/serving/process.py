@@ -1,18 +1,21 @@
 """One server process under the supervisor: its log in a file, its state, its end with all it started."""
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from pdbench.events import LogLine
 from pdbench.http import get
-from pdbench.serving.causes import engine_died, likely_cause
+from pdbench.serving.causes import engine_died, likely_cause, lines_of_load
 from pdbench.serving.vllm import Command
 from pdbench.supervisor import GRACE_S, Child, supervised
 
 _TAIL_LINES = 15
 _KILLED = 128 + 9
+_MOST_LINES = 1000
 
 
 class Secrets(dict[str, str]):
@@ -43,24 +46,35 @@ class ServerState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogWatch:
-    """Reads what is new in a server's log and remembers whether it said that the engine is dead."""
+    """Reads what is new in a server's log, and remembers whether it said that the engine is dead, and its lines for `lines_of_load`
+    with the monotonic instants at which they were read."""
 
     def __init__(self, log: Path, *, from_now: bool = False) -> None:
         self._log, self.engine_died = log, False
         self._seen = log.stat().st_size if from_now and log.exists() else 0
+        self._lines: list[LogLine] = []
+        self._looking = threading.Lock()
 
     def look(self) -> bool:
         """Is the engine dead, by the log? Cheap: a look at the file's size where nothing is new."""
-        try:
-            if not self.engine_died and self._log.stat().st_size > self._seen:
-                with self._log.open("rb") as file:
-                    file.seek(self._seen)
-                    whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
-                self._seen += len(whole) + len(newline)
-                self.engine_died = engine_died(whole.decode(errors="replace"))
-        except FileNotFoundError:
-            pass
-        return self.engine_died
+        with self._looking:
+            try:
+                if not self.engine_died and self._log.stat().st_size > self._seen:
+                    with self._log.open("rb") as file:
+                        file.seek(self._seen)
+                        whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
+                    self._seen += len(whole) + len(newline)
+                    text = whole.decode(errors="replace")
+                    self.engine_died = engine_died(text)
+                    self._lines += lines_of_load(text, time.monotonic())[: _MOST_LINES - len(self._lines)]
+            except FileNotFoundError:
+                pass
+            return self.engine_died
+
+    def lines(self) -> list[LogLine]:
+        """Until this moment."""
+        self.look()
+        return self._lines[:]
 
 
 def cause_of_death(log: Path, exit_code: int | None = None) -> str | None:
@@ -86,6 +100,10 @@ class ServerProcess(Child):
             environment = command.environment | dict(secrets or {})
             self._watch = LogWatch(log)
             super().__init__(supervised(command.argv, GRACE_S), environment, output.fileno())
+
+    def lines(self) -> list[LogLine]:
+        """See LogWatch."""
+        return self._watch.lines()
 
     def state(self) -> ServerState:
         code = self.exit_code()

@@ -6,10 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import psutil
 
 from pdbench.errors import UserError
+from pdbench.events import LogLine
 from pdbench.http import request
+from pdbench.records import Clock
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from pdbench.serving.process import LogWatch, cause_of_death
 
@@ -27,6 +30,9 @@ class Servers(Protocol):
 
     def check(self) -> None:
         """Raises UserError, the end of the log with it, when a server is dead and is not started again."""
+
+    def log_lines(self, clock: Clock) -> dict[str, list[LogLine]]:
+        """Server -> what its log has said until now that is worth a flag, on the run's clock; of servers whose logs are ours."""
 
 
 class Watch:
@@ -91,6 +97,12 @@ class RunningServers:
     def check(self) -> None:
         if died := self.death():
             raise UserError(died)
+
+    def log_lines(self, clock: Clock) -> dict[str, list[LogLine]]:
+        return {
+            server.name: [msgspec.structs.replace(line, t_s=clock.of_monotonic(line.t_s)) for line in log.lines()]
+            for server, log in self._logs
+        }
 
     def _log(self, server: ServerInfo) -> Path:
         return self._log_dir / f"{server.name}.log"

@@ -1,10 +1,11 @@
-"""Why a server died: the cause is found wherever it stands in the log, and what is no cause is not taken for one."""
+"""What logs say: the cause of a death wherever it stands, what is no cause, and what a living server says during a load."""
 
+import time
 from pathlib import Path
 
 import pytest
 
-from pdbench.serving.causes import engine_died, likely_cause
+from pdbench.serving.causes import engine_died, likely_cause, lines_of_load
 from pdbench.serving.process import LogWatch, cause_of_death
 
 LOGS = Path(__file__).parents[1] / "data" / "dead_engines"
@@ -99,3 +100,65 @@ def test_engine_that_was_killed_is_dead_before_its_server(tmp_path: Path) -> Non
     assert watch.look() and not LogWatch(log, from_now=True).look()
     assert "ended from outside" in (likely_cause(log.read_text()) or "")
     assert engine_died("vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.")
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        (
+            "(EngineCore pid=9) WARNING 11-26 05:59:27 [jit_monitor.py:140] Triton kernel JIT compilation during inference: _fwd_kernel. "
+            "This causes a latency spike; consider extending warmup to cover this shape/config.",
+            "compiled-under-load",
+        ),
+        (
+            "(EngineCore pid=9) INFO 11-26 05:59:27 [backends.py:398] Compiling a graph for compile range (1, 512) takes 3.21 s",
+            "compiled-under-load",
+        ),
+        ("Triton autotuning for function matmul finished after 3.02s; best config selected: x;", "compiled-under-load"),
+        (
+            "(EngineCore pid=9) WARNING 11-26 05:59:27 [scheduler.py:3427] Recovered from KV load failure: 1 request(s) rescheduled (9 tokens "
+            "affected).",
+            "kv-load-failed",
+        ),
+        (
+            "(EngineCore pid=9) WARNING 11-26 05:59:27 [receiver.py:148] KV transfer failed: abc: peer is gone",
+            "kv-load-failed",
+        ),
+        (
+            "WARNING 11-26 05:59:27 [x.py:5] FlyDSL decode is unavailable (x). Falling back to Triton.",
+            "fallback-under-load",
+        ),
+        (f"{ENGINE}Unexpected error pre-processing request 7", "server-error"),
+        ("\x1b[31mERROR\x1b[0m:    Exception in ASGI application", "server-error"),
+    ],
+)
+def test_line_of_a_living_server_is_known(line: str, flag: str) -> None:
+    (found,) = lines_of_load(f"INFO 11-26 05:59:27 [x.py:1] before\n{line}\nafter", 3.5)
+    assert (found.t_s, found.flag) == (3.5, flag) and found.meaning and found.text.isprintable()
+    assert "pid=" not in found.text and "05:59" not in found.text
+
+
+def test_usual_lines_of_a_load_are_no_reason_for_a_flag() -> None:
+    usual = """(APIServer pid=3) INFO 11-26 05:57:16 [loggers.py:335] Engine 000: Avg prompt throughput: 0.5 tokens/s, Running: 1 reqs
+(APIServer pid=3) INFO 11-26 05:57:16 [metrics.py:103] KV Transfer metrics: receive transfers=9, receive failures=0, receive MB=9.142
+(EngineCore pid=9) INFO 11-26 05:57:10 [receiver.py:187] prefill worker 127.0.0.1:14599 is connected
+(APIServer pid=3) WARNING 11-26 05:57:10 [x.py:1] an error rate of 0 is assumed
+INFO:     127.0.0.1:5000 - "POST /v1/completions HTTP/1.1" 200 OK
+"""
+    assert lines_of_load(usual, 1.0) == []
+    traceback = f"{ENGINE}Invocation failed\n{ENGINE}Traceback (most recent call last):\n{ENGINE}  File 'a'\n{ENGINE}KeyError: 'x'\n"
+    assert [line.text for line in lines_of_load(traceback, 1.0)] == ["Invocation failed", "KeyError: 'x'"]
+
+
+def test_lines_are_kept_with_the_instants_at_which_they_were_read(tmp_path: Path) -> None:
+    (log := tmp_path / "single-0.log").write_text(f"{ENGINE}first\n")
+    watch, later = LogWatch(log), LogWatch(log, from_now=True)
+    begin_s = time.monotonic()
+    assert [line.text for line in watch.lines()] == ["first"] and later.lines() == []
+    middle_s = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"{ENGINE}second\n{ENGINE}half")
+    watch.look()
+    first, second = watch.lines()
+    assert begin_s <= first.t_s <= middle_s <= second.t_s <= time.monotonic()
+    assert [line.text for line in later.lines()] == [second.text] == ["second"]

@@ -1,0 +1,252 @@
+"""What each server counted while the loads ran: queues, KV cache, preemptions; what of it a reader must know; and lines of logs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+
+import msgspec
+import numpy as np
+
+from pdbench.analysis.metrics import per
+from pdbench.events import LogLine, ServerSeries
+from pdbench.records import Flag, Run
+
+KV_FULL = 0.95
+"""Of the KV cache: a prompt of a few hundred tokens may not find its blocks beyond this."""
+QUEUE_SIGMAS = 3.0
+QUEUE_READINGS = 12
+CLOCK_ERROR_S = 0.01
+
+
+class ServerFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One server during loads, their warm-ups left out; None: it does not tell.
+
+    `queue_ms` is the mean wait of the requests that ended. `cached_pct`: of its prompt tokens, by its own prefix cache;
+    `accepted_pct`: of drafted tokens (speculative decoding); `external_tokens`: prompt tokens whose KV cache came from elsewhere.
+    """
+
+    readings: int
+    running_mean: float | None
+    running_max: float | None
+    waiting_mean: float | None
+    waiting_max: float | None
+    kv_used_max_pct: float | None
+    preemptions: int | None
+    queue_ms: float | None
+    cached_pct: float | None
+    accepted_pct: float | None
+    prompt_tokens: int | None
+    external_tokens: int | None
+    output_tokens: int | None
+    kv_transfers: int | None
+    kv_failures: int | None
+    kv_bytes: int | None
+
+
+class ServerSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One server over all loads and in each (trial index -> figures); `missed` readings had no answer, warm-ups included."""
+
+    role: str
+    missed: int
+    loads: ServerFigures
+    trials: dict[int, ServerFigures]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One trial's requests: from the first one sent to the last end. `before_s`: from then on nothing else was sent, `until_s`:
+    something else is; `arrivals_s` is when the last one was sent."""
+
+    trial: int
+    before_s: float
+    start_s: float
+    arrivals_s: float
+    end_s: float
+    until_s: float
+    requests: int
+
+
+def loads_of(run: Run) -> list[Load]:
+    """In the order of time; of trials that sent something."""
+    spans: list[tuple[float, float, bool, int]] = sorted(
+        (request.sent_s, request.end_s or request.sent_s, request.warmup, request.trial)
+        for request in run.requests
+        if request.sent_s is not None
+    )
+    loads = []
+    for trial in sorted({trial for _, _, warmup, trial in spans if not warmup}):
+        measured = [span for span in spans if span[3] == trial and not span[2]]
+        start_s, end_s = measured[0][0], max(end for _, end, _, _ in measured)
+        loads.append(
+            Load(
+                trial=trial,
+                before_s=max((end for begin, end, _, _ in spans if begin < start_s), default=-inf) - CLOCK_ERROR_S,
+                start_s=start_s,
+                arrivals_s=measured[-1][0],
+                end_s=end_s,
+                until_s=min((begin for begin, _, _, _ in spans if begin > end_s), default=inf),
+                requests=len(measured),
+            )
+        )
+    return sorted(loads, key=lambda load: load.start_s)
+
+
+def servers_of(run: Run) -> dict[str, ServerSummary]:
+    """Server -> its figures; of those that answered."""
+    loads = loads_of(run)
+    return {
+        series.server: ServerSummary(
+            role=series.role,
+            missed=series.missed,
+            loads=_figures(series, loads),
+            trials={load.trial: _figures(series, [load]) for load in loads},
+        )
+        for series in run.servers
+        if series.t_s
+    }
+
+
+def _figures(series: ServerSeries, loads: Sequence[Load]) -> ServerFigures:
+    t_s = np.array(series.t_s)
+    during = np.zeros(len(t_s), dtype=bool)
+    for load in loads:
+        during |= (t_s >= load.start_s) & (t_s <= load.end_s)
+
+    def gauge(key: str) -> tuple[float | None, float | None]:
+        """Mean and largest."""
+        values = _column(series, key)[during]
+        values = values[np.isfinite(values)]
+        return (float(values.mean()), float(values.max())) if len(values) else (None, None)
+
+    def count(key: str) -> float | None:
+        counts = [_counted(series, key, load) for load in loads]
+        return None if None in counts or not counts else sum(filter(None, counts))
+
+    def whole(key: str) -> int | None:
+        return None if (counted := count(key)) is None else round(counted)
+
+    def percent(top: float | None, bottom: float | None) -> float | None:
+        return None if top is None else per(100 * top, bottom)
+
+    (running_mean, running_max), (waiting_mean, waiting_max) = gauge("running"), gauge("waiting")
+    kv_used, accept_rate, queued_s = gauge("kv_used")[1], gauge("accept_rate")[0], count("queued_s")
+    accepted_pct = percent(count("accepted_tokens"), count("drafted_tokens"))
+    return ServerFigures(
+        readings=int(during.sum()),
+        running_mean=running_mean,
+        running_max=running_max,
+        waiting_mean=waiting_mean,
+        waiting_max=waiting_max,
+        kv_used_max_pct=None if kv_used is None else 100 * kv_used,
+        preemptions=whole("preemptions"),
+        queue_ms=None if queued_s is None else per(1e3 * queued_s, count("queued")),
+        cached_pct=percent(count("cache_hits"), count("cache_queries")),
+        accepted_pct=100 * accept_rate if accepted_pct is None and accept_rate is not None else accepted_pct,
+        prompt_tokens=whole("prompt_tokens"),
+        external_tokens=whole("external_tokens"),
+        output_tokens=whole("output_tokens"),
+        kv_transfers=whole("kv_transfers"),
+        kv_failures=whole("kv_failures"),
+        kv_bytes=whole("kv_bytes"),
+    )
+
+
+def _column(series: ServerSeries, key: str) -> np.ndarray:
+    """Its value at each reading, NaN where it was not told."""
+    values = series.values.get(key)
+    return np.full(len(series.t_s), np.nan) if values is None else np.array(values, dtype=float)
+
+
+def _rise(series: ServerSeries, key: str, load: Load) -> tuple[np.ndarray, np.ndarray] | None:
+    """Instants from the last reading before the load to the first after it, and how far a counter had risen by each; None where no
+    reading came between the warm-up and the load, or the server was started again."""
+    t_s = np.array(series.t_s)
+    before = np.flatnonzero((t_s >= load.before_s) & (t_s <= load.start_s))
+    after = np.flatnonzero((t_s > load.start_s) & (t_s < load.until_s))
+    if key not in series.values or not len(before) or not len(after):
+        return None
+    last = next((place for place in after if t_s[place] >= load.end_s), after[-1])
+    values = _column(series, key)[before[-1] : last + 1]
+    # A series with labels is there from its first count on.
+    values = values if np.isfinite(values[0]) else np.nan_to_num(values)
+    known = np.isfinite(values)
+    rise = values[known] - values[0]
+    return None if (np.diff(rise) < 0).any() else (t_s[before[-1] : last + 1][known], rise)
+
+
+def _counted(series: ServerSeries, key: str, load: Load) -> float | None:
+    rise = _rise(series, key, load)
+    return None if rise is None else float(rise[1][-1])
+
+
+def server_flags(run: Run) -> Iterator[Flag]:
+    """Preemptions, a full KV cache, a queue that grows, and lines of logs, each with its server and the instant of the first."""
+    loads = loads_of(run)
+    for series in run.servers:
+        peers = sum(other.role == series.role for other in run.servers)
+        for load in loads:
+            yield from _load_flags(run, series, load, peers)
+        lines: dict[str, list[tuple[Load, LogLine]]] = {}
+        for line in series.lines:
+            for load in loads:
+                if load.before_s <= line.t_s < load.until_s:
+                    lines.setdefault(line.flag, []).append((load, line))
+        for flag, of_flag in lines.items():
+            load, line = of_flag[0]
+            more = f" and {len(of_flag) - 1} more" if len(of_flag) > 1 else ""
+            text = line.text.replace(";", ",")  # a flag's parts have semicolons between them
+            where = f'{series.server}: "{text}"{more} in its log, {_instant(load, line.t_s)}'
+            yield Flag(flag, f"{where}: {line.meaning}")
+
+
+def _load_flags(run: Run, series: ServerSeries, load: Load, peers: int) -> Iterator[Flag]:
+    rise = _rise(series, "preemptions", load)
+    if rise is not None and rise[1][-1] > 0:
+        first_s, count = float(rise[0][np.flatnonzero(rise[1])[0]]), round(float(rise[1][-1]))
+        yield Flag(
+            "preempted",
+            f"{series.server}: {count} preemptions, {_instant(load, first_s)}: their requests were computed again; lower the load, or "
+            "give more memory to KV",
+        )
+    t_s, used = np.array(series.t_s), _column(series, "kv_used")
+    during = (t_s >= load.start_s) & (t_s <= load.end_s)
+    full = during & (np.nan_to_num(used) >= KV_FULL)
+    if full.any():
+        share_pct, most_pct = 100 * full.sum() / during.sum(), 100 * float(used[full].max())
+        yield Flag(
+            "kv-full",
+            f"{series.server}: KV cache up to {most_pct:.0f} % full, in {share_pct:.0f} % of the readings over {100 * KV_FULL:.0f} %, "
+            f"{_instant(load, float(t_s[full][0]))}: prompts wait for room; lower the load, or give more memory to KV",
+        )
+    options = run.config.get("load") or {}
+    if options.get("rate") and not any(options.get(name) for name in ("trace", "stages", "ramp_to")):
+        yield from _queue_flag(series, load, load.requests / peers)
+
+
+def _queue_flag(series: ServerSeries, load: Load, requests: float) -> Iterator[Flag]:
+    """A queue grows when it is longer in each quarter of the arrivals than in the one before, and by more than chance explains.
+
+    A server that keeps up exactly has a queue like a random walk: after n Poisson arrivals at a steady rate it has moved by
+    sqrt(n) (one standard deviation). Between the middles of the first and the last quarter three quarters of the requests arrive.
+    """
+    t_s, waiting = np.array(series.t_s), _column(series, "waiting")
+    during = (t_s >= load.start_s) & (t_s <= load.arrivals_s) & np.isfinite(waiting)
+    if during.sum() < QUEUE_READINGS:
+        return
+    length_s = load.arrivals_s - load.start_s
+    quarter = np.minimum((4 * (t_s[during] - load.start_s) / length_s).astype(int), 3)
+    means = [float(waiting[during][quarter == number].mean()) for number in range(4) if (quarter == number).any()]
+    growth = means[-1] - means[0]
+    if len(means) == 4 and (np.diff(means) > 0).all() and growth > QUEUE_SIGMAS * sqrt(0.75 * requests):
+        per_s, offered = growth / (0.75 * length_s), requests / length_s
+        half = waiting[during] > (means[0] + means[-1]) / 2
+        yield Flag(
+            "queue-grows",
+            f"{series.server}: its queue grew from {means[0]:.0f} to {means[-1]:.0f} requests, past half of that "
+            f"{_instant(load, float(t_s[during][half][0]), '')}: of {offered:.3g} requests/s that came, {per_s:.2g} were left over; "
+            "the rate is not sustained, and TTFT depends on how long it lasts",
+        )
+
+
+def _instant(load: Load, t_s: float, word: str = "first seen") -> str:
+    return f"{word} {max(0.0, t_s - load.start_s):.1f} s into trial {load.trial + 1}".strip()
