@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from pdbench.cli.app import app, console
+from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.ranges import Interval, Positive
 
@@ -114,3 +117,36 @@ def report(
 
     with text.language(lang):
         commands.report(folders, out, sort_by, console)
+
+
+@app.command
+def plan(
+    *runs: Path,
+    check: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
+    deployment: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    out: Path = Path("plan"),
+    lang: Literal["en", "zh"] = "en",
+    load: LoadConfig | None = None,
+) -> None:
+    """Predict deployments that were not measured, from runs that were: latencies, throughput and joules with intervals, or a refusal.
+
+    Without --check and --deployment: what the runs calibrate, and what they do not (docs/plan.md).
+
+    Parameters
+    ----------
+    runs
+        Results folders of single, replicas or disaggregated on one kind of GPU; or the --out folder of an earlier plan.
+    check
+        Other runs: predict them from their arrivals alone, beside what was measured.
+    deployment
+        What to predict: single, replicas:N, or NpMd (as in 3p5d); several are compared. The load is given as for bench.
+    out
+        Folder for the calibration, the tables and the pictures.
+    lang
+        Language of the tables.
+    """
+    from pdbench import planning
+    from pdbench.report import text
+
+    with text.language(lang):
+        planning.plan(runs, check, deployment, load or LoadConfig(), out, console)

@@ -28,7 +28,12 @@ import numpy as np
 from pdbench.analysis.arrivals import Array, IntArray
 
 Policy = Literal["least-work", "round-robin", "prefix-affinity"]
+Kind = Literal["single", "replicas", "disaggregated"]
 Role = Literal["single", "replica", "prefill", "decode"]
+
+
+COSTS = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "host_decode_s")
+"""Those of `Costs` that steps with prompts tell."""
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +117,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     `proxy_s` is added to a request's way in wherever there is a proxy.
     """
 
-    kind: Literal["single", "replicas", "disaggregated"]
+    kind: Kind
     engines: dict[Role, Engine]
     instances: dict[Role, int]
     prefill_policy: Policy = "least-work"

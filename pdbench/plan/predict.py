@@ -1,0 +1,238 @@
+"""A prediction: many simulations of what may be, their figures with intervals, or the reason why nothing can be said."""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import msgspec
+import numpy as np
+
+from pdbench.errors import UserError
+from pdbench.plan import power
+from pdbench.plan.calibration import drawn, role_of
+from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
+from pdbench.plan.records import Calibration, Figure, Prediction
+from pdbench.plan.simulate import simulate
+
+DRAWS, LEAST_DRAWS, BUDGET_S = 60, 12, 30.0
+"""Simulations per prediction; fewer where they would take more seconds than this."""
+OUTSIDE = 0.05
+"""Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
+DRIFT = 1.5
+"""Above this ratio of two trials' speeds a machine is too restless to predict."""
+UNSURE = 0.3
+"""A cost whose logarithm has a larger standard deviation is not known."""
+POWER_ERROR = 0.05
+"""Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
+TOO_WIDE = 6.0
+"""An interval whose ends differ by more than this factor says nothing."""
+_SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_LARGER = {
+    "prompt_tokens": ("prompt tokens in one step", "a higher --rate, or longer prompts"),
+    "sequences": ("sequences in one step", "a higher --rate, or longer answers"),
+    "context_tokens": ("tokens of context in one step", "a higher --rate, or longer prompts and answers"),
+}
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A deployment asked for: `instances` per role."""
+
+    kind: Kind
+    instances: dict[Role, int]
+
+
+def parse_deployment(text: str) -> Wanted:
+    """single, replicas:N, or NpMd. Raises UserError for anything else."""
+    if text == "single":
+        return Wanted("single", {"single": 1})
+    if match := re.fullmatch(r"replicas:(\d+)", text):
+        return Wanted("replicas", {"replica": int(match[1])})
+    if match := re.fullmatch(r"(\d+)p(\d+)d", text.lower()):
+        return Wanted("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
+    raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
+
+
+def deployment_of(calibration: Calibration, wanted: Wanted, random: np.random.Generator | None = None) -> Deployment:
+    """The deployment with engines as calibrated, or with `random` as they may be. Raises UserError with what was not measured."""
+    if not all(wanted.instances.values()):
+        raise UserError("every role needs an instance")
+    if wanted.kind == "disaggregated" and calibration.handoff_s is None:
+        raise UserError(
+            "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
+        )
+    roles = {role: role_of(calibration, role) for role in wanted.instances}
+    engines = {role: drawn(each, random) if random is not None else each.engine for role, each in roles.items()}
+    return Deployment(
+        kind=wanted.kind,
+        engines=engines,
+        instances=wanted.instances,
+        first_token=calibration.first_token,
+        prefill_opens=calibration.prefill_opens,
+        handoff_s=calibration.handoff_s or 0.0,
+        handoff_per_token_s=calibration.handoff_per_token_s,
+        proxy_s=calibration.proxy_s,
+    )
+
+
+def predict(
+    calibration: Calibration,
+    wanted: Wanted,
+    demands: Callable[[int], Sequence[Demand]],
+    load: str,
+    *,
+    slo: tuple[float | None, float | None] = (None, None),
+    speeds: Callable[[Deployment, int], Deployment] | None = None,
+    draws: int = DRAWS,
+    anyway: bool = False,
+) -> Prediction:
+    """Figures with 90 % intervals of a deployment under a load.
+
+    `demands` gives the trials' requests of draw number n, whose figures are pooled as a run's are. `slo` are the limits of TTFT and
+    mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
+    """
+    begin_s = time.monotonic()
+    try:
+        deployment = deployment_of(calibration, wanted)
+    except UserError as error:
+        return Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load, refusal=str(error))
+    prediction = Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load)
+    refusal = _unfit(calibration, wanted, demands(0)) if speeds is None else None
+    rows: list[dict[str, float]] = []
+    outside: list[dict[str, float]] = []
+    simulated_s = 0.0
+    preemptions = 0
+    random = np.random.default_rng(0)
+    while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.monotonic() - begin_s < BUDGET_S):
+        results = []
+        for trial, demand in enumerate(demands(len(rows))):
+            deployment = deployment_of(calibration, wanted, random)
+            if speeds is not None:
+                deployment = speeds(deployment, trial)
+            results.append(simulate(deployment, demand, seed=len(rows)))
+        gain = float(np.exp(random.normal(0, POWER_ERROR)))
+        figures_here = figures_of(results, calibration, slo)
+        rows.append(
+            {
+                name: value * (gain if name.startswith("j_") or name.endswith("_w") else 1)
+                for name, value in figures_here.items()
+            }
+        )
+        uses = [use for result in results for use in result.instances]
+        busy_s = sum(use.prefill_s + use.decode_s for use in uses)
+        outside.append({name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER})
+        preemptions += sum(use.preemptions for use in uses)
+        simulated_s += sum(result.span_s for result in results)
+        if any(np.isnan(result.e2e_s).any() for result in results):
+            refusal = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
+            break
+    shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
+    names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
+    figures = {name: _figure(values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
+    refusal = refusal or _beyond(shares, preemptions, figures)
+    saturated = bool(np.median([row["growth"] for row in rows]) > 2)
+    figures.pop("growth")
+    return msgspec.structs.replace(
+        prediction,
+        figures={} if refusal and not anyway else figures,
+        outside=shares,
+        refusal=refusal,
+        saturated=saturated,
+        draws=len(rows),
+        simulated_s=simulated_s,
+    )
+
+
+def figures_of(
+    results: Sequence[Simulated], calibration: Calibration, slo: tuple[float | None, float | None] = (None, None)
+) -> dict[str, float]:
+    """Several trials' figures together, named as a run's; power and energy where they were calibrated.
+
+    `growth` is the mean TTFT of the last third of the requests over the first third's: above 2 the queue grows.
+    """
+    ttft_s, e2e_s, tbt_s = (
+        np.concatenate([getattr(result, name) for result in results]) for name in ("ttft_s", "e2e_s", "mean_tbt_s")
+    )
+    figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
+    streaming = role_of(calibration, next(use.role for use in reversed(results[0].instances)))
+    jitter_s = np.array(streaming.jitter_s or [0.0])
+    gap_s = np.add.outer(np.concatenate([result.gap_s for result in results]), jitter_s).ravel()
+    counts = np.repeat(np.concatenate([result.gap_count for result in results]), len(jitter_s))
+    figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in weighted_quantiles(gap_s, counts, _SHARES).items()}
+    figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
+    span_s = sum(result.span_s for result in results)
+    tokens = sum(int(result.gap_count.sum()) + len(result.ttft_s) for result in results)
+    figures["output_tokens_per_s"] = tokens / span_s
+    if any(limit is not None for limit in slo):
+        good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))
+        figures["goodput_requests_per_s"] = float(good.sum()) / span_s
+        figures["slo_met_pct"] = 100 * float(good.mean())
+    by_role: dict[Role, float | None] = {}
+    for result in results:
+        for use in result.instances:
+            costs = role_of(calibration, use.role).power
+            total = by_role.get(use.role, 0.0)
+            by_role[use.role] = (
+                None if costs is None or total is None else total + power.joules(use, costs, result.span_s)
+            )
+    known = {role: joules for role, joules in by_role.items() if joules is not None}
+    if len(known) == len(by_role):
+        energy_j = sum(known.values())
+        figures |= {"j_per_output_token": energy_j / tokens, "mean_power_w": energy_j / span_s}
+        if len(known) > 1:
+            figures |= {f"{role}_power_w": joules / span_s for role, joules in known.items()}
+        if "slo_met_pct" in figures and good.any():
+            figures["j_per_good_request"] = energy_j / float(good.sum())
+    third = max(1, len(results[0].ttft_s) // 3)
+    figures["growth"] = float(
+        np.mean([result.ttft_s[-third:].mean() / result.ttft_s[:third].mean() for result in results])
+    )
+    return figures
+
+
+def _figure(values: Sequence[float]) -> Figure:
+    low, value, high = np.quantile(values, (0.05, 0.5, 0.95))
+    return Figure(float(value), float(low), float(high))
+
+
+def _unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -> str | None:
+    """Why the calibration itself does not carry this load."""
+    if calibration.drift > DRIFT:
+        return (
+            f"this machine drifts: the same step was {calibration.drift:.2f} times slower in one trial than in another; "
+            "measure more trials on a quiet machine (`pdbench run --pairs 5`)"
+        )
+    for role in wanted.instances:
+        if role == "decode":
+            continue
+        calibrated = role_of(calibration, role)
+        shortest, longest = calibrated.prompt_lengths
+        lengths = np.concatenate([demand.prompt_tokens for demand in demands])
+        low, high = np.quantile(lengths, (0.05, 0.95))
+        unsure = max(calibrated.error_of(name) for name in ("host_per_prompt_token_s", "gpu_per_prompt_token_s"))
+        if (low < 0.8 * shortest or high > 1.25 * longest) and (unsure > UNSURE or longest < 1.5 * shortest):
+            return (
+                f"prompts of {low:.0f} to {high:.0f} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is "
+                "not known; measure spread lengths (`--input-distribution lognormal --output-distribution lognormal`)"
+            )
+    return None
+
+
+def _beyond(shares: Mapping[str, float], preemptions: int, figures: Mapping[str, Figure]) -> str | None:
+    """Why the simulated steps are a guess."""
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is not None and shares[worst] > OUTSIDE:
+        what, how = _LARGER[worst]
+        return (
+            f"{100 * shares[worst]:.0f} % of the busy time has more {what} than any run: measure {how}, "
+            "for example `--rate R --ramp-to 2R`"
+        )
+    if preemptions:
+        return "the KV cache would be full and requests preempted: no run shows what that costs"
+    ttft = figures.get("ttft_p50_ms")
+    if ttft and ttft.low and ttft.high and ttft.high > TOO_WIDE * ttft.low:
+        return (
+            f"TTFT p50 anywhere from {ttft.low:.0f} to {ttft.high:.0f} ms: the runs do not show what decides it; measure spread "
+            "lengths and more trials"
+        )
+    return None

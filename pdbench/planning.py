@@ -1,0 +1,78 @@
+"""`pdbench plan`: runs in, a calibration, checks and predictions out; printed, and saved with their pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.files import write_whole
+from pdbench.load import plan as loads
+from pdbench.plan import records
+from pdbench.plan.calibration import calibrate
+from pdbench.plan.check import check
+from pdbench.plan.demand import demand_of_load, with_requests
+from pdbench.plan.predict import parse_deployment, predict
+from pdbench.plan.records import Calibration
+from pdbench.records import load_run
+from pdbench.report import plan_tables, tables
+from pdbench.report.text import translate as _
+
+CALIBRATION = "calibration.json"
+
+
+def plan(
+    sources: Sequence[Path],
+    checked: Sequence[Path],
+    deployments: Sequence[str],
+    load: LoadConfig,
+    out: Path,
+    console: Console,
+) -> None:
+    """Calibrate by `sources`, check against other runs, predict deployments; tables go to `out`/plan.md too.
+
+    Raises UserError for runs that calibrate nothing, and options that contradict each other.
+    """
+    wanted = [parse_deployment(words) for words in deployments]
+    if wanted:
+        load = with_requests(load)
+        demand_of_load(load, 0)
+    found = read_calibration(sources)
+    write_whole(out / CALIBRATION, msgspec.json.format(msgspec.json.encode(found), indent=1))
+    shown = [plan_tables.calibration(found)]
+    console.print(tables.terminal(shown[0]))
+    for path in checked:
+        shown.append(plan_tables.check(check(found, path, load_run(path))))
+        console.print(tables.terminal(shown[-1]))
+    if wanted:
+        words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
+        limits = load.slo_ttft_ms, load.slo_tbt_ms
+        predicted = [
+            predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=limits) for each in wanted
+        ]
+        write_whole(out / "predictions.json", msgspec.json.format(msgspec.json.encode(predicted), indent=1))
+        shown.append(plan_tables.predictions(predicted))
+        console.print(tables.terminal(shown[-1]))
+    write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
+    console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
+
+
+def read_calibration(sources: Sequence[Path]) -> Calibration:
+    """Of runs' folders, or the one saved in a folder of `pdbench plan`. Raises UserError for what is neither."""
+    if len(sources) == 1 and (saved := sources[0] / CALIBRATION).is_file():
+        try:
+            found = msgspec.json.decode(saved.read_bytes(), type=Calibration)
+        except msgspec.MsgspecError as error:
+            raise UserError(f"{saved} is no calibration ({error}): calibrate by its runs again") from None
+        if found.schema != records.SCHEMA:
+            raise UserError(
+                f"{saved} has schema {found.schema}, this pdbench reads {records.SCHEMA}: calibrate by its runs again"
+            )
+        return found
+    if not sources:
+        raise UserError(
+            "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
+        )
+    return calibrate({path: load_run(path) for path in sources})
