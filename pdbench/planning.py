@@ -17,7 +17,7 @@ from pdbench.plan.demand import demand_of_load, with_requests
 from pdbench.plan.predict import parse_deployment, predict
 from pdbench.plan.records import Calibration
 from pdbench.records import load_run
-from pdbench.report import plan_tables, tables
+from pdbench.report import mpl, plan_charts, plan_tables, tables
 from pdbench.report.text import translate as _
 
 CALIBRATION = "calibration.json"
@@ -41,11 +41,16 @@ def plan(
         demand_of_load(load, 0)
     found = read_calibration(sources)
     write_whole(out / CALIBRATION, msgspec.json.format(msgspec.json.encode(found), indent=1))
-    shown = [plan_tables.calibration(found)]
+    shown, drawn = [plan_tables.calibration(found)], [plan_charts.steps(found)]
     console.print(tables.terminal(shown[0]))
+    checks = []
     for path in checked:
-        shown.append(plan_tables.check(check(found, path, load_run(path))))
+        checks.append(check(found, path, load_run(path)))
+        shown.append(plan_tables.check(checks[-1]))
         console.print(tables.terminal(shown[-1]))
+    if checks:
+        write_whole(out / "checks.json", msgspec.json.format(msgspec.json.encode(checks), indent=1))
+        drawn.append(plan_charts.checks(checks))
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
         limits = load.slo_ttft_ms, load.slo_tbt_ms
@@ -54,8 +59,13 @@ def plan(
         ]
         write_whole(out / "predictions.json", msgspec.json.format(msgspec.json.encode(predicted), indent=1))
         shown.append(plan_tables.predictions(predicted))
+        drawn.append(plan_charts.deployments(predicted))
         console.print(tables.terminal(shown[-1]))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
+    for chart in drawn:
+        if chart.drawable:
+            rows = -(-len(chart.panels) // 2)
+            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, 14, 1.6 + 5 * rows))
     console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
 
 

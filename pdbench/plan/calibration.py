@@ -17,6 +17,8 @@ from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Sourc
 from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
+ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
+"""Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
 LEAST_REQUESTS = 30
 """A trial with fewer answered requests calibrates nothing."""
 USUAL_INGRESS_S = 0.007
@@ -49,7 +51,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
         of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
         parts += of_run
-    for name in ("model", "gpu", "vllm", "tensor_parallel", "clocks"):
+    for name in ALIKE:
         values = sorted({str(getattr(source, name)) for source in sources})
         if len(values) > 1:
             raise UserError(f"the runs differ in {name}, {' and '.join(values)}: calibrate with runs of one")

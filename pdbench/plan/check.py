@@ -10,7 +10,7 @@ import numpy as np
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.plan import fit
-from pdbench.plan.calibration import Part, parts_of, role_of, visits_of
+from pdbench.plan.calibration import ALIKE, Part, parts_of, role_of, source_of, visits_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
 from pdbench.plan.predict import DRAWS, Wanted, predict
 from pdbench.plan.records import Calibration, Check
@@ -60,8 +60,13 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         for name, figure in analysis.figures.items()
         if figure.trials
     }
+    source, others = source_of(path, run, parts), calibration.sources
+    ids = {other.run_id or other.path for other in others}
+    differs = [name for name in ALIKE if getattr(source, name) not in {getattr(other, name) for other in others}]
     return Check(
         path=str(path),
+        held_out=(source.run_id or source.path) not in ids,
+        differs=differs,
         measured=measured,
         trials=of_trials,
         predicted=blind,

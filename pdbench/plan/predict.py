@@ -44,19 +44,19 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def parse_deployment(text: str) -> Wanted:
     """single, replicas:N, or NpMd. Raises UserError for anything else."""
-    if text == "single":
-        return Wanted("single", {"single": 1})
-    if match := re.fullmatch(r"replicas:(\d+)", text):
-        return Wanted("replicas", {"replica": int(match[1])})
     if match := re.fullmatch(r"(\d+)p(\d+)d", text.lower()):
-        return Wanted("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
+        wanted = Wanted("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
+    elif match := re.fullmatch(r"replicas:(\d+)", text):
+        wanted = Wanted("replicas", {"replica": int(match[1])})
+    else:
+        wanted = Wanted("single", {"single": int(text == "single")})
+    if all(wanted.instances.values()):
+        return wanted
     raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
 
 
 def deployment_of(calibration: Calibration, wanted: Wanted, random: np.random.Generator | None = None) -> Deployment:
     """The deployment with engines as calibrated, or with `random` as they may be. Raises UserError with what was not measured."""
-    if not all(wanted.instances.values()):
-        raise UserError("every role needs an instance")
     if wanted.kind == "disaggregated" and calibration.handoff_s is None:
         raise UserError(
             "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
@@ -101,7 +101,7 @@ def predict(
     rows: list[dict[str, float]] = []
     outside: list[dict[str, float]] = []
     simulated_s = 0.0
-    preemptions = 0
+    preempted = 0
     random = np.random.default_rng(0)
     while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.monotonic() - begin_s < BUDGET_S):
         results = []
@@ -110,6 +110,9 @@ def predict(
             if speeds is not None:
                 deployment = speeds(deployment, trial)
             results.append(simulate(deployment, demand, seed=len(rows)))
+        if any(np.isnan(result.e2e_s).any() for result in results):
+            words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
+            return msgspec.structs.replace(prediction, refusal=words)
         gain = float(np.exp(random.normal(0, POWER_ERROR)))
         figures_here = figures_of(results, calibration, slo)
         rows.append(
@@ -121,15 +124,12 @@ def predict(
         uses = [use for result in results for use in result.instances]
         busy_s = sum(use.prefill_s + use.decode_s for use in uses)
         outside.append({name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER})
-        preemptions += sum(use.preemptions for use in uses)
+        preempted += any(use.preemptions for use in uses)
         simulated_s += sum(result.span_s for result in results)
-        if any(np.isnan(result.e2e_s).any() for result in results):
-            refusal = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
-            break
     shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
     figures = {name: _figure(values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
-    refusal = refusal or _beyond(shares, preemptions, figures)
+    refusal = refusal or _beyond(shares, preempted > len(rows) / 2, figures)
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
     return msgspec.structs.replace(
@@ -218,7 +218,7 @@ def _unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) 
     return None
 
 
-def _beyond(shares: Mapping[str, float], preemptions: int, figures: Mapping[str, Figure]) -> str | None:
+def _beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:
     """Why the simulated steps are a guess."""
     worst = max(shares, key=lambda name: shares[name], default=None)
     if worst is not None and shares[worst] > OUTSIDE:
@@ -227,7 +227,7 @@ def _beyond(shares: Mapping[str, float], preemptions: int, figures: Mapping[str,
             f"{100 * shares[worst]:.0f} % of the busy time has more {what} than any run: measure {how}, "
             "for example `--rate R --ramp-to 2R`"
         )
-    if preemptions:
+    if preempted:
         return "the KV cache would be full and requests preempted: no run shows what that costs"
     ttft = figures.get("ttft_p50_ms")
     if ttft and ttft.low and ttft.high and ttft.high > TOO_WIDE * ttft.low:

@@ -107,9 +107,11 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """A run beside its predictions: from its arrivals alone, and with its own prefill speed (None after a refusal). `trials` are the
-    least and largest value of its trials."""
+    least and largest value of its trials. `held_out`: it did not calibrate. `differs`: in what it is not like the runs that did."""
 
     path: str
+    held_out: bool
+    differs: list[str]
     measured: dict[str, float]
     trials: dict[str, list[float]]
     predicted: Prediction

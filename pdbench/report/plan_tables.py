@@ -16,7 +16,6 @@ FIGURES = (
 TITLES = {
     "prefill_power_w": "Power of prefill, W",
     "decode_power_w": "Power of decode, W",
-    "j_per_good_request": "Energy per request within the SLO, J",
 }
 
 
@@ -165,6 +164,10 @@ def check(of: Check) -> Table:
         if rows
         else []
     )
+    if not of.held_out:
+        lines.append(_("This run calibrated the costs: its errors are smaller than another run's."))
+    if of.differs:
+        lines.append(_("It differs from the runs that calibrated in: {0}", ", ".join(of.differs)))
     if of.predicted.refusal:
         lines.append(_("As a prediction it would be refused: {0}", of.predicted.refusal))
     header = ["", _("measured"), _("predicted"), _("in the interval"), _("error"), _("error at its own speed")]

@@ -1,0 +1,126 @@
+"""Charts of `pdbench plan`: predicted against measured, what steps cost, what deployments would do."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdbench.plan.engine import Engine
+from pdbench.plan.records import Calibration, Check, Figure, Prediction
+from pdbench.report import text
+from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, Axis, Chart, Panel, Series, shades
+from pdbench.report.plan_tables import deployment_name
+from pdbench.report.text import translate as _
+
+LATENCIES = tuple(f"{name}_{part}_ms" for name in ("ttft", "tbt", "e2e") for part in ("p50", "p90", "p99"))
+
+
+def checks(of: Sequence[Check]) -> Chart:
+    """Every latency of every check with its interval, and at the run's own speed, against the measured one: exact on the diagonal."""
+    names = [f"{deployment_name(each.predicted.kind, each.predicted.instances)}: {each.path}" for each in of]
+    drawn: tuple[list[Series], list[Series]] = ([], [])
+    values: tuple[list[float], list[float]] = ([], [])
+    for each, name, shade in zip(of, names, shades(names), strict=True):
+        for place, prediction in enumerate((each.predicted, each.at_own_speed)):
+            if prediction is None or not prediction.figures:
+                continue
+            known = [
+                (each.measured[metric], prediction.figures[metric]) for metric in LATENCIES if metric in each.measured
+            ]
+            measured, figures = zip(*known, strict=True)
+            drawn[place].append(_bars(measured, figures, shade))
+            predicted = [figure.value for figure in figures]
+            drawn[place].append(Series(kind="points", name=name, x=measured, y=predicted, shade=shade, size=6))
+            values[place].extend([*measured, *predicted])
+    panels = []
+    for title, series, seen in zip((_("From its arrivals alone"), _("At its own speed")), drawn, values, strict=True):
+        low, high = (0.8 * min(seen), 1.25 * max(seen)) if seen else (1.0, 10.0)
+        exact = Series(x=[low, high], y=[low, high], shade=MUTED, width=1, dash="dot")
+        label = _("measured, ms"), _("predicted, ms")
+        panels.append(
+            Panel(
+                title=title,
+                series=[exact, *series] if series else [],
+                x=Axis(label=label[0], log=True, low=low, high=high),
+                y=Axis(label=label[1], log=True, low=low, high=high),
+                not_measured=_("refused"),
+            )
+        )
+    caption = _("p50, p90 and p99 of TTFT, TBT and E2E; exact on the dotted line; bars are 90 % intervals.")
+    return Chart(key="checks", title=_("Predicted against measured"), panels=panels, caption=caption)
+
+
+def steps(found: Calibration) -> Chart:
+    """GPU time of decode steps against their sequences, and a prompt's step against its tokens, with what the runs reached shaded."""
+    panels = []
+    for name, role in found.roles.items():
+        engine, box = role.engine, role.engine.box
+        assert box is not None
+        if name != "prefill":
+            context = box.context_tokens / max(box.sequences, 1)
+            n = list(range(1, 2 * box.sequences + 1))
+            took = [1e3 * (engine.gpu_decode_s(k) + engine.costs.gpu_per_context_token_s * context * k) for k in n]
+            sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
+            panels.append(_reached(_("{0}: a decode step", _(name)), n, took, box.sequences, sizes))
+        if role.noise:
+            p = np.linspace(1, 2 * box.prompt_tokens, 60).tolist()
+            took = [1e3 * _prompt_step_s(engine, count) for count in p]
+            tokens = Axis(label=_("prompt tokens in the step"), low=0)
+            panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took, box.prompt_tokens, tokens))
+    caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
+    return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
+
+
+def deployments(of: Sequence[Prediction]) -> Chart:
+    """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
+    panels = []
+    limited = any("slo_met_pct" in each.figures for each in of)
+    for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
+        drawn = []
+        for each in of:
+            if metric not in each.figures:
+                continue
+            met = each.figures.get("slo_met_pct")
+            shade = GREY if not limited else GOOD if met and met.value >= 99 else BAD
+            gpus = float(sum(each.instances.values()))
+            drawn.append(_bars([gpus], [each.figures[metric]], shade))
+            label = deployment_name(each.kind, each.instances)
+            drawn.append(Series(x=[gpus], y=[each.figures[metric].value], labels=[label], shade=shade, marker="o"))
+        if drawn:
+            panels.append(
+                Panel(
+                    title="",
+                    series=drawn,
+                    x=Axis(label=_("GPUs"), low=0, integer=True),
+                    y=Axis(label=text.label(metric), low=0),
+                )
+            )
+    refused = [deployment_name(each.kind, each.instances) for each in of if each.refusal]
+    caption = _("Bars are 90 % intervals.") + (
+        " " + _("Green: 99 % of the requests within the SLO.") if limited else ""
+    )
+    caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
+    return Chart(key="deployments", title=_("Predicted: {0}", of[0].load), panels=panels, caption=caption)
+
+
+def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
+    """Upright intervals."""
+    at = [place for value in x for place in (value, value, np.nan)]
+    ends = [
+        end
+        for f in figures
+        for end in (f.value if f.low is None else f.low, f.value if f.high is None else f.high, np.nan)
+    ]
+    return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)
+
+
+def _reached(title: str, x: Sequence[float], took_ms: Sequence[float], reached: float, axis: Axis) -> Panel:
+    high = 1.1 * max(took_ms)
+    shaded = Series(kind="area", x=[0, reached], y=[high, high], shade=FAINT, opacity=0.6)
+    line = Series(x=x, y=took_ms, shade=shades(["decode"])[0], width=2)
+    return Panel(title=title, series=[shaded, line], x=axis, y=Axis(label="ms", low=0, high=high))
+
+
+def _prompt_step_s(engine: Engine, tokens: float) -> float:
+    costs = engine.costs
+    host = costs.host_prefill_s + costs.host_per_prompt_token_s * tokens
+    return max(host, costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * tokens)

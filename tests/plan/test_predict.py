@@ -1,0 +1,149 @@
+"""Predictions: intervals, and what is refused with the measurement that is missing."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.plan.calibration import role_of
+from pdbench.plan.demand import demand_of_load
+from pdbench.plan.engine import Box, Costs, Engine, Limits
+from pdbench.plan.predict import parse_deployment, predict
+from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
+from pdbench.planning import CALIBRATION, read_calibration
+
+COSTS = Costs(
+    host_decode_s=0.002,
+    host_prefill_s=0.03,
+    host_per_prompt_token_s=1e-6,
+    gpu_decode_s={1: 0.004, 8: 0.004, 16: 0.005},
+    gpu_per_sequence_s=1e-4,
+    gpu_per_context_token_s=0.0,
+    gpu_prefill_s=0.001,
+    gpu_per_prompt_token_s=1e-5,
+    ingress_s=0.005,
+)
+WATTS = PowerCosts(idle_w=120, decode_w=320, sequence_w=2, prefill_w=70, prompt_token_j=0.006, windows=60, residual_w=9)
+
+
+def role(sure: float = 0.05, **costs: float) -> RoleCalibration:
+    """An engine whose price of a prompt token is known to `sure`."""
+    engine = Engine(
+        costs=msgspec.structs.replace(COSTS, **costs),
+        limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16),
+        box=Box(prompt_tokens=4096, sequences=16, context_tokens=40_000),
+    )
+    samples = [[0.03, 1e-6, 0.001, 1e-5 * float(np.exp(sure * step)), 0.002] for step in np.linspace(-1.7, 1.7, 21)]
+    noise = [(1.0, 1.1, 0.9, 1.0)]
+    return RoleCalibration(
+        engine=engine, samples=samples, speeds=[0.98, 1.0, 1.02], noise=noise, power=WATTS, prompt_lengths=(900, 2100)
+    )
+
+
+def calibration(**changes: object) -> Calibration:
+    made = Calibration(sources=[], roles={"prefill": role(), "decode": role(), "single": role()}, handoff_s=0.015)
+    return msgspec.structs.replace(made, **changes)
+
+
+def predicted(
+    found: Calibration, wanted: str = "single", rate: float = 2.0, input_tokens: int = 1500, **load: int
+) -> Prediction:
+    config = LoadConfig(rate=rate, requests=80, input_tokens=input_tokens, output_tokens=load.pop("output_tokens", 32))
+    return predict(
+        found, parse_deployment(wanted), lambda draw: [demand_of_load(config, draw)], "", slo=(400.0, None), draws=12
+    )
+
+
+def test_figures_lie_in_their_intervals() -> None:
+    answer = predicted(calibration())
+    assert answer.refusal is None
+    assert not answer.saturated
+    for figure in answer.figures.values():
+        assert figure.low is not None and figure.high is not None
+        assert figure.low <= figure.value <= figure.high
+    # 5 ms on the way in, 31.5 ms of launch: what a lone request waits at least.
+    assert 36 < answer.figures["ttft_p50_ms"].value < 50
+    assert answer.figures["slo_met_pct"].value > 95
+
+
+def test_disaggregation_sums_the_power_of_all_its_instances() -> None:
+    figures = predicted(calibration(), "2p1d").figures
+    assert 3 * 120 < figures["mean_power_w"].value < 3 * 420
+    assert figures["mean_power_w"].value == pytest.approx(
+        figures["prefill_power_w"].value + figures["decode_power_w"].value, rel=0.02
+    )
+
+
+def test_arrivals_are_those_of_bench() -> None:
+    config = LoadConfig(rate=5.0, requests=50, input_tokens=1000, input_distribution="lognormal", output_tokens=8)
+    first, again, other = (demand_of_load(config, trial) for trial in (0, 0, 1))
+    assert np.array_equal(first.t_s, again.t_s) and np.array_equal(first.prompt_tokens, again.prompt_tokens)
+    assert not np.array_equal(first.prompt_tokens, other.prompt_tokens)
+
+
+def test_larger_batches_than_measured_are_refused() -> None:
+    refusal = predicted(calibration(), rate=16.0, output_tokens=400).refusal
+    assert refusal and "sequences" in refusal and "--rate" in refusal
+
+
+def test_longer_prompts_are_refused_where_a_token_has_no_price() -> None:
+    found = calibration(roles={"single": role(sure=1.0)})
+    refusal = predicted(found, input_tokens=4000).refusal
+    assert refusal and "lognormal" in refusal
+    assert predicted(calibration(), input_tokens=2400).refusal is None
+
+
+def test_restless_machine_is_refused() -> None:
+    refusal = predicted(calibration(drift=1.7)).refusal
+    assert refusal and "drifts" in refusal
+
+
+def test_unmeasured_handoff_is_refused() -> None:
+    answer = predicted(calibration(handoff_s=None), "1p1d")
+    assert answer.refusal and "handoff" in answer.refusal
+    assert not answer.figures
+
+
+def test_request_larger_than_the_kv_cache_is_refused() -> None:
+    small = role()
+    limits = msgspec.structs.replace(small.engine.limits, kv_cache_tokens=1024)
+    small = msgspec.structs.replace(small, engine=msgspec.structs.replace(small.engine, limits=limits))
+    refusal = predicted(calibration(roles={"single": small})).refusal
+    assert refusal and "KV cache" in refusal
+
+
+def test_role_that_no_run_shows_names_the_run() -> None:
+    with pytest.raises(UserError, match="--against single"):
+        role_of(calibration(roles={"decode": role()}), "single")
+
+
+def test_single_engine_is_put_together_from_prefill_and_decode() -> None:
+    roles = {"prefill": role(host_prefill_s=0.05), "decode": role(gpu_per_sequence_s=3e-4)}
+    costs = role_of(calibration(roles=roles), "single").engine.costs
+    assert (costs.host_prefill_s, costs.gpu_per_sequence_s) == (0.05, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "instances"),
+    [("single", {"single": 1}), ("replicas:4", {"replica": 4}), ("3p5d", {"prefill": 3, "decode": 5})],
+)
+def test_deployment_is_read(words: str, instances: dict[str, int]) -> None:
+    assert parse_deployment(words).instances == instances
+
+
+@pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d"])
+def test_other_deployments_are_refused(words: str) -> None:
+    with pytest.raises(UserError):
+        predict(calibration(), parse_deployment(words), lambda draw: [], "")
+
+
+def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
+    made = calibration()
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(made))
+    assert read_calibration([tmp_path]) == made
+    (tmp_path / CALIBRATION).write_bytes(b'{"schema": "pdbench-plan/0", "sources": [], "roles": {}}')
+    with pytest.raises(UserError, match="calibrate by its runs again"):
+        read_calibration([tmp_path])
