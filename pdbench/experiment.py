@@ -24,7 +24,7 @@ from pdbench.serving import machine as machines
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import RunningServers
 from pdbench.site import Site
-from pdbench.trial import check_outputs, measure, record_gate
+from pdbench.trial import Judge, check_outputs, measure, record_gate
 
 
 def run(
@@ -37,16 +37,17 @@ def run(
     runs: dict[Path, Run],
     enough: Callable[[], bool] | None = None,
     servers: turns.Servers | None = None,
+    judge: Judge | None = None,
 ) -> None:
     """Measure the deployments in pairs; `runs` gets each run by its folder, `out`/KIND_results, when it is saved.
 
-    `enough`, called before every pair but the first, ends a run with --until. `servers` may be up already, and those that stay are left up. What
-    was measured is saved after every turn, and when a server dies or the user interrupts; the error then propagates. Raises
+    `enough`, called before every pair but the first, ends a run with --until. `servers` may be up already, and those that stay are left up; `judge` may
+    end a load early. What was measured is saved after every turn, and when a server dies or the user interrupts; the error then propagates. Raises
     UserError for what cannot be done here, before anything starts where that can be known.
     """
     with ExitStack() as ending:
         servers = servers or ending.enter_context(closing(turns.Servers(site, console)))
-        _run_turns(kinds, design, options, out, console, site, runs, enough, servers)
+        _run_turns(kinds, design, options, out, console, site, runs, enough, servers, judge)
 
 
 def _run_turns(
@@ -59,6 +60,7 @@ def _run_turns(
     runs: dict[Path, Run],
     enough: Callable[[], bool] | None,
     servers: turns.Servers,
+    judge: Judge | None,
 ) -> None:
     site.check_options(options.load, options.power)
     if len(set(kinds)) < len(kinds):
@@ -118,7 +120,7 @@ def _run_turns(
             elif kind == "single" and servers.reference is None:
                 servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
             try:
-                measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh)
+                measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh, judge=judge)
             finally:
                 for trial in run.trials:
                     if trial.index == pair:
@@ -134,7 +136,14 @@ def _run_turns(
 
 
 def bench(
-    url: str, trials: int, options: Options, out: Path, console: Console, site: Site, runs: dict[Path, Run]
+    url: str,
+    trials: int,
+    options: Options,
+    out: Path,
+    console: Console,
+    site: Site,
+    runs: dict[Path, Run],
+    judge: Judge | None = None,
 ) -> None:
     """Measure the server at `url`, started by pdbench or not; `runs` gets the run by its folder when it is saved.
 
@@ -173,7 +182,7 @@ def bench(
     if info.name == "disaggregated":
         record_gate(run, check_outputs(info, int(clock.unix_s), None, servers)[0], console)
     try:
-        measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers)
+        measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers, judge=judge)
     finally:
         _save(run, out / f"{run.name}_results", runs)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from math import inf
+from typing import Protocol
 
 import psutil
 from rich.console import Console
@@ -18,7 +19,7 @@ from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, ServerSeries, TransferEvent
 from pdbench.load import plan
-from pdbench.load.generator import OnProgress
+from pdbench.load.generator import OnProgress, Progress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown
@@ -31,6 +32,15 @@ from pdbench.site import Measurement, Site
 
 DEATH_S = 2.0
 """After a load with failures: how long a server that is about to end may take for it."""
+
+
+class Judge(Protocol):
+    """Looks on while a load runs, and may end it before its last request."""
+
+    def on_progress(self, progress: Progress, now_s: float) -> None: ...
+
+    def decided(self) -> str | None:
+        """Why the load may end; None while it may not."""
 
 
 def check_outputs(
@@ -67,6 +77,7 @@ def measure(
     servers: Servers,
     *,
     idle: bool = True,
+    judge: Judge | None = None,
 ) -> None:
     """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power."""
     streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
@@ -84,7 +95,7 @@ def measure(
             run.engines |= engine_facts(info, verify_tls=options.load.tls_verify)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
-                _run_trial(run, info, options, trial, console, site, servers)
+                _run_trial(run, info, options, trial, console, site, servers, judge)
                 run.trials[-1].start_temperature_c = start_c
                 servers.check()
     finally:
@@ -130,7 +141,14 @@ def _event_log_flags(
 
 
 def _run_trial(
-    run: Run, info: DeploymentInfo, options: Options, trial: int, console: Console, site: Site, servers: Servers
+    run: Run,
+    info: DeploymentInfo,
+    options: Options,
+    trial: int,
+    console: Console,
+    site: Site,
+    servers: Servers,
+    judge: Judge | None,
 ) -> None:
     begin_s = time.monotonic()
     watch = Watch(servers.death)
@@ -149,15 +167,23 @@ def _run_trial(
                 servers.log_lines(run.clock)  # what is new until now is the warm-up's
             load_s = run.clock.now()
 
+        def progressed(progress: Progress) -> None:
+            on_progress(progress)
+            if judge:
+                judge.on_progress(progress, run.clock.now())
+
+        def problem() -> str | None:
+            return watch.problem() or (judge.decided() if judge else None)
+
         with metrics:
-            result = site.run_load(load, on_progress, begin, watch.problem)
+            result = site.run_load(load, progressed, begin, problem)
             spent = [after - before for before, after in zip(cores, psutil.cpu_times(), strict=True)]
             steal = getattr(psutil.cpu_times(), "steal", None)  # on Linux
             if steal is not None and sum(spent) > 0:
                 result.trial.cpu_steal_pct = 100 * (steal - cores.steal) / sum(spent)
             measured = [request for request in result.requests if not request.warmup]
             failed = failures.describe(measured)
-            died = watch.problem_within(DEATH_S if any(request.error for request in measured) else 0.0)
+            died = watch.problem_within(DEATH_S if failed else 0.0)
             result.trial.prefix_cache = {} if died else metrics.end()
         lines = servers.log_lines(run.clock)
     interrupted = any(flag.name == "interrupted" for flag in result.flags)
@@ -186,7 +212,7 @@ def _run_trial(
         raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")
     line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
     console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
-    if all(request.error for request in measured):
+    if failed and all(request.error for request in measured):
         servers.check()
         error = measured[0].error
         assert error is not None
@@ -201,9 +227,9 @@ def _progress(title: str, console: Console) -> Iterator[OnProgress]:
     line, ended, begin_s = f"{title}: warm-up", threading.Event(), time.monotonic()
     with console.status(line) as status:
 
-        def on_progress(done: int, total: int | None) -> None:
+        def on_progress(progress: Progress) -> None:
             nonlocal line
-            line = f"{title}: {done} of {total or '?'} requests"
+            line = f"{title}: {progress.done} of {progress.total or '?'} requests"
             status.update(line)
 
         def print_lines() -> None:

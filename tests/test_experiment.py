@@ -16,6 +16,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, Ser
 from pdbench.errors import UserError
 from pdbench.host import LocalHost
 from pdbench.load.clients import LoadResult
+from pdbench.load.generator import Progress
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, Gate, RequestError, Run, Trial, load_run, save_run
 from pdbench.serving.deployment import Deployment, DeploymentInfo, States
@@ -149,7 +150,7 @@ def test_load_into_a_file_reports_its_progress(
             problem: Callable[[], str | None],
         ) -> LoadResult:
             time.sleep(0.3)
-            on_progress(7, 30)
+            on_progress(Progress(7, 30))
             time.sleep(0.3)
             return super().run_load(load, on_progress, on_begin, problem)
 

@@ -21,7 +21,7 @@ import msgspec
 
 from pdbench.errors import UserError
 from pdbench.load import plan, request_fields, self_check
-from pdbench.load.generator import ClientResult, OnProgress, interruption, run_client
+from pdbench.load.generator import ClientResult, OnProgress, Progress, interruption, run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
 
@@ -34,11 +34,6 @@ _PR_SET_PDEATHSIG = 1
 
 class Ready(msgspec.Struct, tag=True):
     """The client has warmed up and waits for `begin`."""
-
-
-class Progress(msgspec.Struct, tag=True):
-    done: int
-    total: int | None
 
 
 class Partial(msgspec.Struct, tag=True):
@@ -179,16 +174,16 @@ def collect(
                         ready += 1
                     elif isinstance(message, Progress):
                         progress[index] = message
-                        totals = [each.total for each in progress.values() if each.total is not None]
                         if on_progress:
-                            done = sum(each.done for each in progress.values())
-                            on_progress(done, sum(totals) if len(totals) == len(clients) else None)
+                            on_progress(_together(list(progress.values()), len(clients)))
                     elif isinstance(message, Failure):
                         gone = f"{client.name}: {message.message}"
                         if begin_s is None and not interrupted.is_set():
                             raise UserError(gone)
                     else:
                         parts[index].append(message.result)
+                        if on_progress and (ended := [each for each in message.result.requests if not each.warmup]):
+                            on_progress(_together(list(progress.values()), len(clients), ended))
                         if isinstance(message, Final):
                             pending.discard(index)
                 if gone and index in pending:
@@ -224,6 +219,13 @@ def collect(
     elif lost and all(request.warmup for request in requests):
         raise UserError(f"{problem() or lost[min(lost)]}: no request was measured")
     return results
+
+
+def _together(progress: Sequence[Progress], clients: int, ended: list[RequestRecord] | None = None) -> Progress:
+    """The progress of all clients; a total only where each has told its own."""
+    totals = [each.total for each in progress if each.total is not None]
+    done, in_flight, tokens = (sum(getattr(p, name) for p in progress) for name in ("done", "in_flight", "tokens"))
+    return Progress(done, sum(totals) if len(totals) == clients else None, in_flight, tokens, ended or [])
 
 
 class LocalClient:
@@ -300,7 +302,7 @@ def _client_process(pipe: Connection, load: TrialLoad, index: int) -> None:
             index,
             begin=begin,
             interrupted=interrupted,
-            on_progress=lambda done, total: put(Progress(done, total)),
+            on_progress=put,
             on_partial=lambda partial: put(Partial(partial)),
         )
         put(Final(result))

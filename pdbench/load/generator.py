@@ -20,15 +20,27 @@ from pdbench.load.client import Client
 from pdbench.load.plan import PlannedRequest, TrialLoad
 from pdbench.records import Flag, RequestRecord
 
-# Takes (requests ended, total) about ten times a second; total is None where time ends the trial.
-OnProgress = Callable[[int, int | None], None]
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHORT_PROMPT = 200
 _LOOKAHEAD = 64
-_PROGRESS_S = 0.1
+_PROGRESS_S = 0.25
 _PARTIAL_S = 1.0
 _STEADY_SAMPLE_S = 0.25
 _STEADY_TIMEOUT_S = 600.0
+
+
+class Progress(msgspec.Struct, tag=True):
+    """How far the load is, a few times a second: requests ended of `total` (None where time ends the trial), those in flight,
+    tokens so far, and the requests that ended since the last progress."""
+
+    done: int
+    total: int | None
+    in_flight: int = 0
+    tokens: int = 0
+    ended: list[RequestRecord] = []
+
+
+OnProgress = Callable[[Progress], None]
 
 
 class ClientResult(msgspec.Struct, kw_only=True):
@@ -113,7 +125,6 @@ class _Loop:
         self.on_partial: Callable[[ClientResult], None] | None = None
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
         self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, tuple[str, ...]]] = {}
-        self._tokens_ended = 0
         self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
 
@@ -123,7 +134,8 @@ class _Loop:
         """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all responses."""
         client = self.client
         client.take_counters()
-        self._done, self._began_s, self._began_cpu_s = 0, time.monotonic(), time.thread_time()
+        self._done, self._tokens_ended, self._told = 0, 0, len(self.result.requests)
+        self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
         free_s = deque([begin_s] * (streams or 0))
         ahead = deque(itertools.islice(planned, 1))
         while ahead or self._in_flight:
@@ -153,8 +165,18 @@ class _Loop:
                     free_s.append(end_s if end_s is not None else now_s)
             if 0 < len(ahead) <= _LOOKAHEAD:
                 ahead.extend(itertools.islice(planned, 1))
+            if self.on_progress and now_s >= self._progress_at_s:
+                self._progress_at_s = now_s + _PROGRESS_S
+                self.on_progress(self._progress())
         if self.on_progress:
-            self.on_progress(self._done, self.total)
+            self.on_progress(self._progress())
+
+    def _progress(self) -> Progress:
+        tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
+        # With partial results, those carry the requests.
+        ended = [] if self.on_partial else self.result.requests[self._told :]
+        self._told += len(ended)
+        return Progress(self._done, self.total, len(self._in_flight), tokens, ended)
 
     def take_result(self) -> ClientResult:
         """What was measured since the last call."""
@@ -202,9 +224,6 @@ class _Loop:
         self._tokens_ended += len(record.token_s)
         self._done += 1
         now_s = self.client.clock.now()
-        if self.on_progress and now_s >= self._progress_at_s:
-            self._progress_at_s = now_s + _PROGRESS_S
-            self.on_progress(self._done, self.total)
         if self.on_partial and now_s >= self._partial_at_s:
             self._partial_at_s = now_s + _PARTIAL_S
             self.on_partial(self.take_result())

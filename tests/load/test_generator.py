@@ -36,10 +36,11 @@ def test_closed_loop_keeps_its_streams_in_flight():
     done = []
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         config = LoadConfig(concurrency=4, requests=24, warmup=3)
-        progress = lambda finished, total: done.append((finished, total))  # noqa: E731
-        result = run_load(TrialLoad(config, server.url, "m", Clock.start(), trial=2), progress)
+        result = run_load(TrialLoad(config, server.url, "m", Clock.start(), trial=2), done.append)
     records = measured(result)
-    assert len(records) == 24 and len(result.requests) == 27 and done[-1] == (24, 24)
+    assert len(records) == 24 and len(result.requests) == 27
+    assert (done[-1].done, done[-1].total, done[-1].in_flight, done[-1].tokens) == (24, 24, 0, 120)
+    assert sorted(each.id for progress in done for each in progress.ended) == sorted(each.id for each in records)
     assert all(record.error is None and record.trial == 2 for record in result.requests)
     assert len({record.id for record in result.requests}) == 27
     # A slot's next request is planned at the end of its last: one may go out while another's end is still unread.
