@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from pdbench.config.groups import Connector, DeploymentKind, FirstToken
 from pdbench.config.load import LoadConfig
-from pdbench.config.measuring import PairConfig, PowerConfig
+from pdbench.config.measuring import LiveConfig, PairConfig, PowerConfig
 from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "Connector",
     "DeploymentKind",
     "FirstToken",
+    "LiveConfig",
     "LoadConfig",
     "Options",
     "PairConfig",

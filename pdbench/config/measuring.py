@@ -1,12 +1,12 @@
-"""How often deployments take turns, and what is read from devices and set on them."""
+"""How often deployments take turns, what is read from devices and set on them, and what is shown meanwhile."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import PAIRS, POWER, Statistics
-from pdbench.ranges import Count, Interval, NotNegative
+from pdbench.config.groups import LIVE, PAIRS, POWER, Statistics
+from pdbench.ranges import Count, Interval, NotNegative, Port
 
 
 @Parameter(name="*", group=PAIRS)
@@ -59,3 +59,20 @@ class PowerConfig:
     """Price per kWh in your currency: adds the price of a million tokens to the summary."""
     gco2_kwh: Statistics[NotNegative[float | None]] = None
     """Grams of CO2 per kWh of your grid: adds the CO2 of a million tokens to the summary."""
+
+
+@Parameter(name="*", group=LIVE)
+@dataclass(frozen=True, kw_only=True)
+class LiveConfig:
+    """What is shown while the command runs; nothing of it changes what is measured."""
+
+    live: bool = False
+    """Follow it in a browser: prints the address of a page, which becomes the report at the end."""
+    live_host: str = "127.0.0.1"
+    """Address on which the page and the metrics listen."""
+    live_port: Port[int] = 0
+    """Port of the page; 0: any free one."""
+    prometheus_port: Port[int | None] = None
+    """Serve what is measured as metrics for Prometheus on this port, without a token."""
+    quiet: bool = False
+    """Print results, warnings and errors, no progress."""

@@ -135,12 +135,16 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
 
 
 def _device_lines(analysis: RunAnalysis, field: str) -> list[Series]:
-    """A line per device; the id is in its name where devices share a role. Memory clocks are dashed."""
     curves, devices = analysis.curves.devices.get(field, {}), analysis.summary.devices
-    roles = [devices[name].role or devices[name].kind for name in curves]
+    return device_lines(field, [(name, devices[name].role, devices[name].kind, curves[name]) for name in curves])
+
+
+def device_lines(field: str, devices: Sequence[tuple[str, str | None, str, Any]]) -> list[Series]:
+    """A line per device (id, role, kind, curve); the id is in its name where devices share a role. Memory clocks are dashed."""
+    roles = [role or kind for _, role, kind, _ in devices]
     lines = []
-    for number, ((device, curve), role) in enumerate(zip(curves.items(), roles, strict=True)):
-        name = role if devices[device].role and roles.count(role) == 1 else f"{role} ({device})"
+    for number, ((device, known_role, _kind, curve), role) in enumerate(zip(devices, roles, strict=True)):
+        name = role if known_role and roles.count(role) == 1 else f"{role} ({device})"
         style, width = DASHES[roles[:number].count(role) % len(DASHES)], 1.5
         if field == "memory_clock_mhz":
             name, style, width = _("{0}, memory", name), "dash", 1.0

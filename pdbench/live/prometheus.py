@@ -1,0 +1,97 @@
+"""A measurement's figures as metrics for Prometheus, named by its conventions; docs/live.md lists them."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from pdbench.analysis.metrics import Array
+from pdbench.live.state import State
+
+BOUNDS_S = {
+    "time_to_first_token": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
+    "time_between_tokens": (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5),
+    "request_duration": (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0),
+}
+_HELP = {
+    "time_to_first_token": "From sending a request to its first token.",
+    "time_between_tokens": "Gaps between the tokens of a stream.",
+    "request_duration": "From sending a request to its end.",
+}
+_FAILURES = "Measured requests that failed, by class."
+
+
+class Metrics:
+    """Counts since the viewer's start; `update` adds what is new."""
+
+    def __init__(self) -> None:
+        self._requests = Counter[str]()
+        self._tokens: dict[tuple[str, int], int] = {}
+        self._good = Counter[str]()
+        self._histograms: dict[tuple[str, str], tuple[Array, float]] = {}
+        self._state: State | None = None
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def update(self, state: State) -> None:
+        self._state = state
+        new, state.new_requests = state.new_requests, {}
+        for name, requests in new.items():
+            timings = state.timings(requests)
+            self._requests[name] += len(requests)
+            if timings.in_slo is not None:
+                self._good[name] += int(timings.in_slo.sum())
+            values = (timings.requests.ttft_ms, timings.tbt_ms, timings.requests.e2e_ms)
+            for figure, ms in zip(BOUNDS_S, values, strict=True):
+                seconds = ms[np.isfinite(ms)] / 1e3
+                counts = np.histogram(seconds, [-np.inf, *np.nextafter(BOUNDS_S[figure], np.inf), np.inf])[0]
+                before, total_s = self._histograms.get((figure, name), (np.zeros(len(counts)), 0.0))
+                self._histograms[figure, name] = before + counts, total_s + float(seconds.sum())
+        if state.turn and state.progress:
+            self._tokens[state.deployment, state.turn.trial] = state.progress.tokens
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state
+        if state is None:
+            return
+        requests = CounterMetricFamily("pdbench_requests", "Measured requests that ended.", labels=["deployment"])
+        failures = CounterMetricFamily("pdbench_request_failures", _FAILURES, labels=["deployment", "kind"])
+        good = CounterMetricFamily("pdbench_requests_within_slo", "Requests within the SLO.", labels=["deployment"])
+        tokens = CounterMetricFamily("pdbench_output_tokens", "Tokens that arrived.", labels=["deployment"])
+        for name, count in self._requests.items():
+            requests.add_metric([name], count)
+        for name, kinds in state.failed.items():
+            for kind, count in kinds.items():
+                failures.add_metric([name, kind], count)
+        for name, count in self._good.items():
+            good.add_metric([name], count)
+        for name in dict.fromkeys(name for name, _trial in self._tokens):
+            tokens.add_metric([name], sum(count for (of, _), count in self._tokens.items() if of == name))
+        yield from (requests, failures, good, tokens)
+        for figure, bounds in BOUNDS_S.items():
+            family = HistogramMetricFamily(f"pdbench_{figure}_seconds", _HELP[figure], labels=["deployment"])
+            for (of, name), (counts, total_s) in self._histograms.items():
+                if of == figure:
+                    upper = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+                    family.add_metric([name], list(zip(upper, np.cumsum(counts).tolist(), strict=True)), total_s)
+            yield family
+        in_flight = GaugeMetricFamily("pdbench_requests_in_flight", "Requests in flight now.", labels=["deployment"])
+        power = GaugeMetricFamily("pdbench_device_power_watts", "Power of a device now.", labels=["device", "role"])
+        energy = CounterMetricFamily(
+            "pdbench_device_energy_joules", "Energy of a device since the start.", labels=["device", "role"]
+        )
+        for (figure, name), value in state.latest.items():
+            if figure == "in_flight":
+                in_flight.add_metric([name], value)
+            if figure == "power_w":
+                device = state.devices[name]
+                power.add_metric([device.id, device.role or ""], value)
+        for name, joules in state.energy_j.items():
+            energy.add_metric([state.devices[name].id, state.devices[name].role or ""], joules)
+        yield from (in_flight, power, energy)
+
+    def page(self) -> tuple[bytes, str]:
+        """The metrics, and their content type."""
+        return generate_latest(self._registry), "text/plain; version=0.0.4; charset=utf-8"

@@ -1,0 +1,175 @@
+"""What a viewer knows: messages go in, every second adds a point to each curve. Figures are those of analysis.metrics, over the
+last ten seconds."""
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdbench.analysis.metrics import Timings, per, spread, timings_of
+from pdbench.live.instances import Instance
+from pdbench.live.publisher import Devices, End, Flags, Message, ServerPage, Stage, TimeLeft, Turn
+from pdbench.load.generator import Progress
+from pdbench.records import Clock, DeviceRecord, Flag, RequestRecord, Run
+
+WINDOW_S = 10.0
+MOST_POINTS = 1200
+"""Of a curve: beyond it every second one goes."""
+STALE_S = 3.0
+"""What was not heard of for so long is not drawn."""
+DEVICE_FIELDS = ("power_w", "sm_clock_mhz", "cpu_clock_mhz", "gpu_utilization_pct", "cpu_utilization_pct", "temperature_c")
+LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
+INSTANCE_FIGURES = ("running", "waiting", "kv_pct")
+
+
+@dataclass
+class Line:
+    """A curve that grows; `x` is seconds since the viewer's start."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+
+
+class State:
+    """`lines` are by (figure, of what); `version` grows when a line is added or thinned."""
+
+    def __init__(self, now_s: float | None = None) -> None:
+        self.began_s = time.monotonic() if now_s is None else now_s
+        self.now_s = self.began_s
+        self.lines: dict[tuple[str, str], Line] = {}
+        self.version = 0
+        self.log: list[tuple[float, Stage]] = []
+        self.flags: dict[tuple[str, Flag], None] = {}
+        self.turn: Turn | None = None
+        self.progress: Progress | None = None
+        self.left: tuple[float, float] | None = None
+        self.failed: dict[str, Counter[str]] = {}
+        self.devices: dict[str, DeviceRecord] = {}
+        self.instances: dict[str, Instance] = {}
+        self.end: End | None = None
+        self.lost = False
+        self.latest: dict[tuple[str, str], float] = {}
+        self.new_requests: dict[str, list[RequestRecord]] = {}
+        self._recent: deque[tuple[float, RequestRecord]] = deque()
+        self._tokens: deque[tuple[float, int]] = deque()
+        self._power: deque[tuple[float, float | None]] = deque()
+        self._seen_s: dict[str, float] = {}
+        self.energy_j: dict[str, float] = {}
+
+    @property
+    def deployment(self) -> str:
+        return self.turn.deployment if self.turn else ""
+
+    def take(self, message: Message, now_s: float) -> None:
+        self.now_s = now_s
+        if isinstance(message, Stage):
+            self.log.append((now_s, message))
+        elif isinstance(message, Turn):
+            self.turn, self.progress = message, None
+            self._recent.clear()
+            self._tokens.clear()
+        elif isinstance(message, TimeLeft):
+            self.left = now_s, message.seconds
+        elif isinstance(message, Progress):
+            self.progress = message
+            self._tokens.append((now_s, message.tokens))
+            self._recent += [(now_s, request) for request in message.ended]
+            self.new_requests.setdefault(self.deployment, []).extend(message.ended)
+            for request in message.ended:
+                if request.error:
+                    self.failed.setdefault(self.deployment, Counter())[request.error.kind] += 1
+        elif isinstance(message, Flags):
+            self.flags |= dict.fromkeys((message.deployment, flag) for flag in message.flags)
+        elif isinstance(message, Devices):
+            for device in message.devices:
+                key = " ".join(filter(None, (device.role, device.host, device.id)))  # a GPU has a role in each deployment
+                self._add_joules(key, device)
+                self.devices[key], self._seen_s[key] = device, now_s
+            self._power.append((now_s, self._power_w()))
+        elif isinstance(message, ServerPage):
+            instance = self.instances.setdefault(message.name, Instance(message.name, message.role))
+            instance.take(message.page, now_s)
+        else:
+            self.end = message
+
+    def timings(self, requests: list[RequestRecord]) -> Timings:
+        """Their figures, as a saved run's are derived."""
+        assert self.turn
+        run = Run(name=self.deployment, clock=Clock.start(), config={"load": self.turn.load}, host={}, versions={})
+        run.requests = requests
+        return timings_of(run)
+
+    def tick(self, now_s: float) -> list[tuple[str, str]]:
+        """One more point for whatever is known now; returns the lines that grew."""
+        self.now_s, self.latest = now_s, {}
+        for instance in self.instances.values():
+            values = instance.values(now_s, WINDOW_S, STALE_S)
+            # A measurement's own figures are better than those of histograms.
+            self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in INSTANCE_FIGURES}
+        if self.turn and self._tokens and now_s - self._tokens[-1][0] <= STALE_S:
+            self._add_load(self.deployment)
+        self._add_energy()
+        for key, device in self.devices.items():
+            if now_s - self._seen_s[key] <= STALE_S:
+                for name in DEVICE_FIELDS:
+                    if (value := getattr(device.samples[-1], name)) is not None:
+                        self.latest[name, key] = value
+        for key, value in self.latest.items():
+            if key not in self.lines:
+                self.lines[key] = Line()
+                self.version += 1
+            line = self.lines[key]
+            line.x.append(round(now_s - self.began_s, 2))
+            line.y.append(value)
+            if len(line.x) > MOST_POINTS:
+                line.x, line.y = line.x[::2], line.y[::2]
+                self.version += 1
+        return [*self.latest]
+
+    def _add_load(self, name: str) -> None:
+        """The figures of the load in its last seconds, of requests that ended in them."""
+        for recent in (self._recent, self._tokens):
+            _forget(recent, self.now_s)
+        assert self.progress
+        self.latest["in_flight", name] = self.progress.in_flight
+        for key, latency in self.timings([request for _, request in self._recent]).latencies.items():
+            if f"{key}_ms" in LATENCIES and (known := spread(latency.rising)):
+                self.latest[f"{key}_ms", f"{name} p50"] = known.p50
+                self.latest[f"{key}_ms", f"{name} p99"] = known.p99
+        if len(self._tokens) > 1:
+            (first_s, first), (last_s, last) = self._tokens[0], self._tokens[-1]
+            self.latest["output_tokens_per_s", name] = (last - first) / (last_s - first_s)
+
+    def _add_energy(self) -> None:
+        """Power over tokens of the last seconds: of the load or, where others send it, of all servers together."""
+        _forget(self._power, self.now_s)
+        powers = [power_w for _, power_w in self._power if power_w is not None]
+        rates = [value for (figure, _), value in self.latest.items() if figure == "output_tokens_per_s"]
+        joules = per(sum(powers) / len(powers), sum(rates)) if powers and rates else None
+        if joules is not None:
+            self.latest["j_per_output_token", self.deployment or "all servers"] = joules
+
+    def _add_joules(self, key: str, device: DeviceRecord) -> None:
+        """Of a device: power over the time between two samples, where they follow each other."""
+        before = self.devices.get(key)
+        if before is None:
+            return
+        first, last = before.samples[-1], device.samples[-1]
+        if first.power_w is not None and last.power_w is not None and 0 < last.t_s - first.t_s <= STALE_S:
+            joules = (last.t_s - first.t_s) * (first.power_w + last.power_w) / 2
+            self.energy_j[key] = self.energy_j.get(key, 0.0) + joules
+
+    def _power_w(self) -> float | None:
+        """What the GPUs draw together or, without any, CPU packages and DRAM; as a run's energy counts them."""
+        by_kind: dict[str, list[float | None]] = {}
+        for key, device in self.devices.items():
+            if self.now_s - self._seen_s[key] <= STALE_S:
+                by_kind.setdefault(device.kind, []).append(device.samples[-1].power_w)
+        powers = by_kind.get("gpu") or [*by_kind.get("cpu", []), *by_kind.get("dram", [])]
+        return sum(powers) if powers and None not in powers else None  # type: ignore[arg-type]
+
+
+def _forget(recent: deque[Any], now_s: float) -> None:
+    """Keep what is of the last seconds."""
+    while recent and recent[0][0] < now_s - WINDOW_S:
+        recent.popleft()
