@@ -7,6 +7,7 @@ Try: python benchmarks/client_fidelity.py --streams 200 --rounds 5 --clients pdb
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import select
@@ -142,7 +143,13 @@ def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> 
     """Ours: run_load in a process of its own (this file with --as-client)."""
     out = folder / "records.json"
     watch = run_client(
-        [sys.executable, __file__, "--as-client", json.dumps([url, vars(load), str(out), options.processes])], folder
+        [
+            sys.executable,
+            __file__,
+            "--as-client",
+            json.dumps([url, vars(load), str(out), options.processes, options.viewers]),
+        ],
+        folder,
     )
     written = json.loads(out.read_text())
     itl = numpy.concatenate([numpy.diff(record["token_s"]) for record in written["requests"]])
@@ -152,9 +159,10 @@ def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> 
     return watch, Figures(ttft, itl, f"{note}; {'marked client-limited' if written['limited'] else 'not marked'}")
 
 
-def as_client(url: str, load: dict, out: str, processes: int) -> None:
-    """The process that is measured: one trial, its records written once it has ended."""
-    from pdbench.config import LoadConfig
+def as_client(url: str, load: dict, out: str, processes: int, viewers: int) -> None:
+    """The process that is measured: one trial, its records written once it has ended; with `viewers`, live pages that follow it."""
+    from pdbench.config import LiveConfig, LoadConfig
+    from pdbench.live import publisher
     from pdbench.load.clients import run_load
     from pdbench.load.plan import TrialLoad
     from pdbench.records import Clock
@@ -164,7 +172,16 @@ def as_client(url: str, load: dict, out: str, processes: int) -> None:
         concurrency=streams, requests=streams * rounds, output_tokens=tokens, warmup=streams, client_processes=processes
     )
     before = psutil.Process().memory_info().rss
-    result = run_load(TrialLoad(config, url, "scripted", Clock.start()))
+    with contextlib.ExitStack() as watching:
+        if viewers:
+            printed = io.StringIO()
+            watching.enter_context(publisher.opened(LiveConfig(live=True), Console(file=printed, width=300)))
+            page = printed.getvalue().split()[-1].replace("/?", "/events?")
+            publisher.put(publisher.Turn("bench", 0, vars(config)))
+            for _ in range(viewers):
+                follower = subprocess.Popen(["curl", "--silent", "--retry", "9", page], stdout=subprocess.DEVNULL)
+                watching.callback(follower.kill)
+        result = run_load(TrialLoad(config, url, "scripted", Clock.start()), publisher.put)
     measured = [record for record in result.requests if not record.warmup]
     kept = sum(len(record.token_s) for record in result.requests)
     written = {
@@ -272,6 +289,7 @@ def main() -> None:
     parser.add_argument("--itl-ms", type=float, default=10.0)
     parser.add_argument("--clients", default="bare,pdbench,vllm,aiperf")
     parser.add_argument("--processes", type=int, default=1, help="--client-processes of ours")
+    parser.add_argument("--viewers", type=int, default=0, help="live pages (--live) that follow ours")
     parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; default: the tiny model's")
     parser.add_argument("--aiperf", default="aiperf", help="its executable, in an environment of its own")
     parser.add_argument("--as-client", help=argparse.SUPPRESS)

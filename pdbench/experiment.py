@@ -15,6 +15,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.files import check_writable
 from pdbench.http import get, offered_model
+from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.power import clocks
 from pdbench.power.idle import Cooldown, idle_before_start
@@ -133,6 +134,7 @@ def _run_turns(
         if 0 < turns_done < left:
             remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
             console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
+            publisher.put(publisher.TimeLeft(remaining_s))
 
 
 def bench(
@@ -173,6 +175,7 @@ def bench(
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
+    publisher.put(publisher.Flags("bench", flags))
     clocks.check(options.power, [info.local_gpus()])
     options = replace(options, load=plan.resolved(options.load))
     clock = Clock.start()

@@ -146,6 +146,10 @@ class LocalHost:
             pids.setdefault(server.role, []).extend(server.pids)
         return [*(gpus or [ProcessReader(role, roots) for role, roots in pids.items() if roots]), *open_rapl()]
 
+    def latest(self) -> list[DeviceRecord]:
+        """Each device's last sample."""
+        return self._sampler.latest() if self._sampler else []
+
     def idle(self, kind: str, seconds: float) -> None:
         """Keep the mean power of the next `seconds` as the devices' idle power of this kind."""
         if self._sampler:

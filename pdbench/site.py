@@ -33,6 +33,7 @@ class Host(ServerHost, Protocol):
 
     def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None: ...
     def idle(self, kind: str, seconds: float) -> None: ...
+    def latest(self) -> list[DeviceRecord]: ...
     def stop_measuring(self) -> None: ...
     def take(self) -> list[Batch]: ...
     def to_run_clock(self, clock: Clock) -> Callable[[float], float]: ...
@@ -62,6 +63,15 @@ class Measurement:
     def idle(self, kind: str, seconds: float) -> None:
         """Idle power of all devices, measured at the same time."""
         self._on_all(lambda host, _: host.idle(kind, seconds))
+
+    def latest(self) -> list[DeviceRecord]:
+        """The last sample of every device, for what is shown meanwhile."""
+        return [
+            msgspec.structs.replace(device, host=host.address)
+            for host, _ in self._hosts
+            for device in host.latest()
+            if device.samples
+        ]
 
     def devices(self) -> list[DeviceRecord]:
         """Everything read, on the run's clock; call it after the `with` block."""

@@ -18,6 +18,7 @@ from rich.markup import escape
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.files import check_name, check_writable, results_files, write_whole
+from pdbench.live import publisher
 from pdbench.turns import duration
 
 _SWEEP = "sweep.json"
@@ -144,6 +145,9 @@ def run(
             continue
         remaining = f", about {duration(statistics.mean(spent_s) * left)} left" if spent_s else ""
         console.print(f"{place}{remaining}", highlight=False)
+        publisher.stage("point {0} of {1}: {2}", number, len(steps), ", ".join(filter(None, (part, point.name))))
+        if spent_s:
+            publisher.put(publisher.TimeLeft(statistics.mean(spent_s) * left))
         left -= 1
         begin_s = time.monotonic()
         options = point.options
@@ -162,6 +166,7 @@ def run(
         except UserError as error:
             failed += 1
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
+            publisher.stage(str(error), is_problem=True)
             continue
         spent_s.append(time.monotonic() - begin_s)
         yield point.varied, folders

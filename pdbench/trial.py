@@ -1,9 +1,7 @@
 """One deployment's turn: its load with device samples, and what of it goes into the run."""
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from math import inf
 from typing import Protocol
@@ -12,19 +10,20 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import correctness, failures, turns
+from pdbench import correctness, failures
 from pdbench import events as event_logs
 from pdbench.config import Options
 from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, ServerSeries, TransferEvent
+from pdbench.live import publisher, terminal
 from pdbench.load import plan
-from pdbench.load.generator import OnProgress, Progress
+from pdbench.load.generator import Progress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown
 from pdbench.power.sampler import merge_records
-from pdbench.records import Flag, Gate, RequestRecord, Run
+from pdbench.records import DeviceRecord, Flag, Gate, RequestRecord, Run
 from pdbench.server_metrics import ServerMetrics, join_series
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import Servers, Watch
@@ -61,6 +60,8 @@ def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
         run.gate = gate
     if not gate.passed:
         run.flags.append(Flag("gate-failed", gate.detail))
+    words = "Correctness check passed: {0}" if gate.passed else "CORRECTNESS CHECK FAILED: {0}"
+    publisher.stage(words, gate.detail, is_problem=not gate.passed)
     style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
     if console:
         console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
@@ -95,7 +96,8 @@ def measure(
             run.engines |= engine_facts(info, verify_tls=options.load.tls_verify)
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
-                _run_trial(run, info, options, trial, console, site, servers, judge)
+                with publisher.source(lambda: [publisher.Devices(measurement.latest())]):
+                    _run_trial(run, info, options, trial, console, site, servers, measurement.latest, judge)
                 run.trials[-1].start_temperature_c = start_c
                 servers.check()
     finally:
@@ -115,6 +117,7 @@ def measure(
         event_logs.join(requests, events, has_prefill)
         run.events += events
         run.flags += [flag for flag in _event_log_flags(info, requests, events, measurement) if flag not in run.flags]
+        publisher.put(publisher.Flags(run.name, run.flags[:]))
     site.check()
 
 
@@ -148,15 +151,24 @@ def _run_trial(
     console: Console,
     site: Site,
     servers: Servers,
+    devices: Callable[[], list[DeviceRecord]],
     judge: Judge | None,
 ) -> None:
     begin_s = time.monotonic()
     watch = Watch(servers.death)
-    with _progress(f"trial {trial + 1}", console) as on_progress:
+    publisher.put(publisher.Turn(run.name, trial, asdict(options.load)))
+    publisher.stage("{0}: trial {1}", run.name, trial + 1)
+    with terminal.progress(f"trial {trial + 1}", console, devices) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
         load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
         load_s = inf
-        metrics = ServerMetrics(info, run.clock, options.power.metrics_interval_s, verify_tls=config.tls_verify)
+        metrics = ServerMetrics(
+            info,
+            run.clock,
+            options.power.metrics_interval_s,
+            verify_tls=config.tls_verify,
+            on_reading=lambda server, _t_s, figures: publisher.put(publisher.ServerReading(server, figures)),
+        )
         cores = psutil.cpu_times()
 
         def begin() -> None:
@@ -198,10 +210,12 @@ def _run_trial(
         run.servers = join_series([*run.servers, *series.values()])
     if died:
         console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
+        publisher.stage(died, is_problem=True)
         result.flags.append(
             Flag("server-died", f"trial {trial + 1}: {died}; the figures are of what was measured until then")
         )
     run.flags += [flag for flag in result.flags if flag not in run.flags]
+    publisher.put(publisher.Flags(run.name, result.flags))
     if interrupted:
         raise KeyboardInterrupt
     for flag in result.flags:
@@ -210,6 +224,9 @@ def _run_trial(
     if not measured:
         servers.check()
         raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")
+    publisher.stage("{0}: trial {1} is measured", run.name, trial + 1)
+    if failed:
+        publisher.stage(failed, is_problem=True)
     line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
     console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
     if failed and all(request.error for request in measured):
@@ -219,29 +236,3 @@ def _run_trial(
         raise UserError(
             f"every request to {info.url} failed, the first with {error.kind}: {error.message}; read the servers' logs"
         )
-
-
-@contextmanager
-def _progress(title: str, console: Console) -> Iterator[OnProgress]:
-    """A status line about a load; where there is no terminal, a line every ten seconds."""
-    line, ended, begin_s = f"{title}: warm-up", threading.Event(), time.monotonic()
-    with console.status(line) as status:
-
-        def on_progress(progress: Progress) -> None:
-            nonlocal line
-            line = f"{title}: {progress.done} of {progress.total or '?'} requests"
-            status.update(line)
-
-        def print_lines() -> None:
-            while not ended.wait(turns.PROGRESS_EVERY_S):
-                console.print(f"  {line}, {time.monotonic() - begin_s:.0f} s", highlight=False)
-
-        thread = threading.Thread(target=print_lines, daemon=True)
-        if not console.is_terminal:
-            thread.start()
-        try:
-            yield on_progress
-        finally:
-            ended.set()
-            if thread.ident is not None:
-                thread.join()

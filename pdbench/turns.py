@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
+from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.power.idle import ENGINE_READY
 from pdbench.records import Clock, Gate, Run, load_run
@@ -25,7 +26,6 @@ PORTS_APART = 20
 """Between the first ports of two deployments that run side by side."""
 START_S = {True: 100.0, False: 30.0}
 """A start on a GPU (DeepSeek-V2-Lite's shape with CUDA graphs on an H100: 95 to 125 s) and on a CPU (the tiny model), for estimates."""
-PROGRESS_EVERY_S = 10.0
 TOKEN_S = {"cpu": 0.014, "eager": 0.05, "graphs": 0.006}
 """Seconds per token of one stream, of those models, for estimates."""
 TURN_S = 8.0
@@ -52,6 +52,7 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
     """The deployment up and healthy, one line per server; down at the end."""
     names = [spec.name for spec in deployment.specs]
     console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
+    publisher.stage("{0}: {1} starting", deployment.kind, ", ".join(names))
     ready: dict[str, int | None] = {}
     printed_s = time.monotonic()
     with console.status("starting") as status:
@@ -69,10 +70,11 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
                     word = "ready again" if name in ready else "ready"
                     ready[name] = state.pid
                     console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
+                    publisher.stage("{0}: ready after {1} s", name, f"{state.age_s:.0f}")
                     printed_s = time.monotonic()
             line = " · ".join(starting)
             status.update(line or "ready")
-            if line and not console.is_terminal and time.monotonic() - printed_s >= PROGRESS_EVERY_S:
+            if line and not console.is_terminal and time.monotonic() - printed_s >= terminal.LINE_EVERY_S:
                 # A file or a pipe shows no status line: without this it would be silent for minutes.
                 console.print(f"  {line}", highlight=False)
                 printed_s = time.monotonic()

@@ -15,6 +15,7 @@ from pdbench import experiment, turns
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import LocalHost
+from pdbench.live import terminal
 from pdbench.load.clients import LoadResult
 from pdbench.load.generator import Progress
 from pdbench.load.plan import TrialLoad
@@ -128,7 +129,7 @@ def started(*states: States, terminal: bool = False) -> str:
 
 
 def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
     ready = ServerState(pid=1, healthy=True, age_s=5.0)
     waits = [ServerState(pid=2, age_s=age_s) for age_s in (0.0, 10.0, 20.0)]
     printed = started(*({"replica-0": ready, "replica-1": state} for state in waits))
@@ -139,7 +140,7 @@ def test_start_into_a_file_reports_its_progress(monkeypatch: pytest.MonkeyPatch)
 def test_load_into_a_file_reports_its_progress(
     tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "PROGRESS_EVERY_S", 0.1)
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.1)
 
     class SlowSite(FakeSite):
         def run_load(

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pdbench").rglob("*.py"))
-ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "report")
+ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "report", "live")
 BASE = ("config", "records", "files", "events", "errors", "http", "nvml", "supervisor")
 MAY_IMPORT = {
     "kv": ("events",),
@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "analysis": ("records", "failures", "files", "events", "errors", "config"),
     "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
     "report": ("plan", "analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
+    # What is told of a load and of devices while they are measured, drawn as the report draws it.
+    "live": (*BASE, "analysis", "report", "load", "power", "server_metrics"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

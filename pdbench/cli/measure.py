@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
 from pdbench.config import (
     ClusterConfig,
+    LiveConfig,
     LoadConfig,
     Options,
     PairConfig,
@@ -22,6 +24,7 @@ from pdbench.config import (
     ServerConfig,
 )
 from pdbench.files import hold
+from pdbench.live import publisher
 from pdbench.ranges import Count
 from pdbench.records import Run
 
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site, dict[Path, Run]]]":
+def _measuring(
+    cluster: ClusterConfig | None, out: Path, live: LiveConfig | None
+) -> "Iterator[tuple[Site, dict[Path, Run]]]":
     """Where to measure, and the runs by folder to fill; they are shown afterwards, also what was measured before a failure.
 
     Raises UserError when the figures of a run do not count.
@@ -40,13 +45,23 @@ def _measuring(cluster: ClusterConfig | None, out: Path) -> "Iterator[tuple[Site
     from pdbench.site import stop_on_signals
 
     runs: dict[Path, Run] = {}
-    with stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"), hold(out):
+    with (
+        stop_on_signals(lambda: runs and f"what was measured is saved in {', '.join(map(str, runs))}"),
+        hold(out),
+        publisher.opened(live, console),
+    ):
         try:
             with open_site(cluster) as site:
                 yield site, runs
         finally:  # Ctrl-C during a slow picture ends it; the runs are saved already
             analyses = commands.finish(runs, out, console)
-    commands.exit_on_flags(analyses)
+            publisher.leave(runs)
+        commands.exit_on_flags(analyses)
+
+
+def _progress(live: LiveConfig | None) -> Console:
+    """Where progress is printed: nowhere with --quiet."""
+    return Console(quiet=True) if live and live.quiet else console
 
 
 @app.command(group_parameters=MEASURING)
@@ -59,6 +74,7 @@ def run(
     design: PairConfig | None = None,
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
+    live: LiveConfig | None = None,
 ) -> None:
     """Start each deployment, send it the same load, measure, compare: the whole job.
 
@@ -77,10 +93,17 @@ def run(
     design = design or PairConfig()
     until = thresholds.parse_width(design.until) if design.until else None
     thresholds.check_metric(options.load.primary, "--primary")
-    with _measuring(cluster, out) as (site, runs):
+    with _measuring(cluster, out, live) as (site, runs):
         kinds = turns.deployments(against) if against else site.kinds()
         experiment.run(
-            kinds, design, options, out, console, site, runs, until and (lambda: commands.narrow_enough(runs, until))
+            kinds,
+            design,
+            options,
+            out,
+            _progress(live),
+            site,
+            runs,
+            until and (lambda: commands.narrow_enough(runs, until)),
         )
 
 
@@ -96,6 +119,7 @@ def bench(
     load: LoadConfig | None = None,
     power: PowerConfig | None = None,
     cluster: ClusterConfig | None = None,
+    live: LiveConfig | None = None,
 ) -> None:
     """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
 
@@ -112,8 +136,8 @@ def bench(
 
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
-    with _measuring(cluster, out) as (site, runs):
-        experiment.bench(url, trials, options, out, console, site, runs)
+    with _measuring(cluster, out, live) as (site, runs):
+        experiment.bench(url, trials, options, out, _progress(live), site, runs)
 
 
 @app.command(group_parameters=MEASURING)
@@ -130,6 +154,7 @@ def sweep(
     out: Path = Path("sweep"),
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
+    live: LiveConfig | None = None,
 ) -> None:
     """Measure every combination of some options, one folder per point; the same command again resumes it.
 
@@ -158,22 +183,23 @@ def sweep(
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
     kinds = turns.deployments(against)
-
+    progress = _progress(live)
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
 
     def measure(point: Options, folder: Path, part: str) -> list[Path]:
         runs: dict[Path, Run] = {}
         try:
             if url is not None:
-                experiment.bench(url, trials, point, folder, console, site, runs)
+                experiment.bench(url, trials, point, folder, progress, site, runs)
             elif part:
                 design = PairConfig(pairs=trials, resident=False)
-                experiment.run(turns.deployments(part), design, point, folder, console, site, runs, servers=servers)
+                experiment.run(turns.deployments(part), design, point, folder, progress, site, runs, servers=servers)
             else:
-                experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, console, site, runs)
+                experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, progress, site, runs)
         finally:
             for measured, run in runs.items():
-                commands.finish({measured: run}, folder, console)
+                commands.finish({measured: run}, folder, progress)
+            publisher.leave(runs)
         return list(runs)
 
     nodes = cluster and asdict(cluster)
@@ -181,8 +207,9 @@ def sweep(
     with (
         stop_on_signals(lambda: sweep.saved(out)),
         hold(out),
+        publisher.opened(live, console),
         open_site(cluster) as site,
-        closing(turns.Servers(site, console, stay=True)) as servers,
+        closing(turns.Servers(site, progress, stay=True)) as servers,
     ):
         commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
 

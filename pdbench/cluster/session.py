@@ -16,7 +16,7 @@ from pdbench.config import ClusterConfig, DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import LogLine
 from pdbench.host import Batch, HostLostError
-from pdbench.records import Clock
+from pdbench.records import Clock, DeviceRecord
 from pdbench.serving.deployment import ServerInfo, at_once
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState
@@ -141,6 +141,13 @@ class RemoteHost:
     def start_measuring(self, servers: Sequence[ServerInfo], interval_s: float | None) -> None:
         self.take_messages()  # of an earlier measurement
         self.call("start_measuring", servers, interval_s)
+
+    def latest(self) -> list[DeviceRecord]:
+        """As of the last heartbeat that brought some."""
+        for message in self._messages[::-1]:
+            if isinstance(message, bytes) and (devices := _decode_batch(message).devices):
+                return [msgspec.structs.replace(device, samples=device.samples[-1:]) for device in devices]
+        return []
 
     def idle(self, kind: str, seconds: float) -> None:
         self.call("idle", kind, seconds)

@@ -11,13 +11,24 @@ from pdbench.report.text import translate as _
 
 def charts(state: State) -> list[tuple[Chart, list[tuple[str, str]]]]:
     """Each chart that has something to draw, with the keys of its lines in the order of its series."""
-    names = list(dict.fromkeys(of.removesuffix(" p50").removesuffix(" p99") for figure, of in state.lines if figure in _COLOURED))
+    names = list(
+        dict.fromkeys(of.removesuffix(" p50").removesuffix(" p99") for figure, of in state.lines if figure in _COLOURED)
+    )
     colour = dict(zip(names, shades(names), strict=True))
-    window = _("over the last {0} s, of requests that ended in them", 10) if state.turn else _("over the last {0} s", 10)
+    window = (
+        _("over the last {0} s, of requests that ended in them", 10) if state.turn else _("over the last {0} s", 10)
+    )
     latencies = _("p99 (solid) and p50 (dotted), {0}.", window)
     drawn = [
         _chart("latency", _("Latency"), latencies, [(name, text.title(name)) for name in LATENCIES], state, colour),
-        _chart("speed", _("Throughput and energy"), _("Each {0}.", _("over the last {0} s", 10)), _SPEED, state, colour),
+        _chart(
+            "speed",
+            _("Throughput and energy"),
+            _("Tokens and energy per token over the last {0} s.", 10),
+            _SPEED,
+            state,
+            colour,
+        ),
         _chart("instances", _("Servers"), _("What the servers' own metrics say."), _INSTANCES, state, colour),
         _devices(state),
     ]
@@ -29,7 +40,7 @@ _SPEED = (
     ("in_flight", "Requests in flight"),
     ("j_per_output_token", "Energy per output token"),
 )
-_INSTANCES = (("running", "Requests running"), ("waiting", "Requests waiting"), ("kv_pct", "KV cache in use"))
+_INSTANCES = (("running", "Requests running"), ("waiting", "Requests waiting"), ("kv_used", "KV cache in use"))
 _COLOURED = (*LATENCIES, *(figure for figure, _title in (*_SPEED, *_INSTANCES)))
 _DEVICES = (
     ("power_w", "Power of each device"),
@@ -52,9 +63,11 @@ def _chart(
             if known == figure:
                 name = of.removesuffix(" p50").removesuffix(" p99")
                 style = "dot" if of.endswith(" p50") else "solid"
-                series.append(Series(name=_(name) + of[len(name) :], x=line.x, y=line.y, shade=colour[name], dash=style))
+                series.append(
+                    Series(name=_(name) + of[len(name) :], x=line.x, y=line.y, shade=colour[name], dash=style)
+                )
                 keys.append((figure, of))
-        label = text.label(figure) if figure in text.METRICS else _(words) + (", %" if figure == "kv_pct" else "")
+        label = text.label(figure) if figure in text.METRICS else _(words) + (", %" if figure == "kv_used" else "")
         across = Axis(label=_("seconds"), low=0)
         panels.append(Panel(title=_(words), series=series, x=across, y=Axis(label=label, low=0)))
     return Chart(key=key, title=title, panels=panels, caption=caption), keys
@@ -68,6 +81,8 @@ def _devices(state: State) -> tuple[Chart, list[tuple[str, str]]]:
         series = device_lines(figure, [(device.id, device.role, device.kind, line) for device, _of, line in lines])
         y = Axis(label=text.label(figure), low=0)
         x = Axis(label=_("seconds"), low=0)
-        panels.append(Panel(title=_(words), series=series, x=x, y=y, height=2.0 if figure == "power_w" else 1.5))
+        panels.append(Panel(title=_(words), series=series, x=x, y=y, height=3.0 if figure == "power_w" else 2.0))
     title = _("Devices")
-    return Chart(key="devices", title=title, panels=panels, shared_x=True, caption=_("What each device reported last.")), keys
+    return Chart(
+        key="devices", title=title, panels=panels, shared_x=True, caption=_("What each device reported last.")
+    ), keys

@@ -1,16 +1,11 @@
-"""What the /metrics of a vLLM or SGLang server say: requests running and waiting, KV use, token rate, latencies of the last seconds."""
+"""What a server's own metrics say of its last seconds: requests running and waiting, KV use, token rate, latencies."""
 
 import math
 import re
 from collections import deque
-from dataclasses import dataclass, field
 
-_NUMBERS = {
-    "running": ("vllm:num_requests_running", "sglang:num_running_reqs"),
-    "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
-    "kv_pct": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"),
-    "tokens": ("vllm:generation_tokens_total", "sglang:generation_tokens_total"),
-}
+from pdbench.live.publisher import Buckets, ServerReading
+
 _HISTOGRAMS = {
     "ttft_ms": ("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
     "tbt_ms": (
@@ -20,43 +15,19 @@ _HISTOGRAMS = {
     ),
     "e2e_ms": ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds"),
 }
-_LINE = re.compile(r"^([a-z:_0-9]+)(?:\{(.*)\})? ([^ ]+)", re.MULTILINE)
-_UPPER = re.compile(r'le="([^"]+)"')
-Buckets = dict[float, float]
-"""Upper bound in seconds -> how many values were at or below it."""
+_BUCKET = re.compile(r'^([a-z:_0-9]+)_bucket\{(?:.*,)?le="([^"]+)".*\} ([0-9.eE+]+)$', re.MULTILINE)
+NOW = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
+"""Figures as of a reading -> the factor with which they are shown."""
 
 
-@dataclass
-class Reading:
-    """One page: sums over the engines of a server (the mean of their KV use), counts of its histograms."""
-
-    numbers: dict[str, float] = field(default_factory=dict)
-    buckets: dict[str, Buckets] = field(default_factory=dict)
-
-
-def read(page: str) -> Reading:
-    """Metrics that the page lacks are left out."""
-    series: dict[str, list[float]] = {}
-    buckets: dict[str, Buckets] = {}
-    for name, labels, text in _LINE.findall(page):
-        if name.startswith(("vllm:", "sglang:")):
-            try:
-                value = float(text)
-            except ValueError:
-                continue
-            if not name.endswith("_bucket"):
-                series.setdefault(name, []).append(value)
-            elif upper := _UPPER.search(labels):
-                counts = buckets.setdefault(name.removesuffix("_bucket"), {})
-                counts[float(upper[1])] = counts.get(float(upper[1]), 0.0) + value
-    reading = Reading()
-    for key, names in _NUMBERS.items():
-        if values := next((series[name] for name in names if name in series), None):
-            reading.numbers[key] = 100 * sum(values) / len(values) if key == "kv_pct" else sum(values)
-    for key, names in _HISTOGRAMS.items():
-        if counts := next((buckets[name] for name in names if name in buckets), None):
-            reading.buckets[key] = counts
-    return reading
+def histograms(page: str) -> dict[str, Buckets]:
+    """Latency -> its counts, summed over the engines behind a page; those that the page lacks are left out."""
+    series: dict[str, Buckets] = {}
+    for name, upper, count in _BUCKET.findall(page):
+        counts = series.setdefault(name, {})
+        counts[float(upper)] = counts.get(float(upper), 0.0) + float(count)
+    present = {key: next((name for name in names if name in series), None) for key, names in _HISTOGRAMS.items()}
+    return {key: series[name] for key, name in present.items() if name}
 
 
 def quantile(counts: Buckets, share: float) -> float | None:
@@ -74,31 +45,28 @@ def quantile(counts: Buckets, share: float) -> float | None:
 
 
 class Instance:
-    """A server's pages of the last seconds."""
+    """A server's readings of the last seconds."""
 
-    def __init__(self, name: str, role: str) -> None:
-        self.name, self.role = name, role
-        self.answers = True
-        self._readings: deque[tuple[float, Reading]] = deque()
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._readings: deque[tuple[float, ServerReading]] = deque()
 
-    def take(self, page: bytes | None, now_s: float) -> None:
-        self.answers = page is not None
-        if page is not None:
-            self._readings.append((now_s, read(page.decode("utf-8", "replace"))))
+    def take(self, reading: ServerReading, now_s: float) -> None:
+        self._readings.append((now_s, reading))
 
     def values(self, now_s: float, window_s: float, stale_s: float) -> dict[tuple[str, str], float]:
-        """(figure, of what) -> value: now, or over the last `window_s`; nothing once no page came for `stale_s`."""
+        """(figure, of what) -> value: now, or over the last `window_s`; nothing once no reading came for `stale_s`."""
         while len(self._readings) > 2 and self._readings[0][0] < now_s - window_s:
             self._readings.popleft()
         if not self._readings or now_s - self._readings[-1][0] > stale_s:
             return {}
         (first_s, first), (last_s, last) = self._readings[0], self._readings[-1]
-        values = {(key, self.name): last.numbers[key] for key in ("running", "waiting", "kv_pct") if key in last.numbers}
-        tokens = [reading.numbers.get("tokens") for reading in (first, last)]
-        if last_s > first_s and None not in tokens and tokens[1] >= tokens[0]:  # type: ignore[operator]
-            values["output_tokens_per_s", self.name] = (tokens[1] - tokens[0]) / (last_s - first_s)  # type: ignore[operator]
-        for key, counts in last.buckets.items():
-            before = first.buckets.get(key, {})
+        values = {(key, self.name): last.figures[key] * factor for key, factor in NOW.items() if key in last.figures}
+        new_tokens = last.figures.get("output_tokens", -1.0) - first.figures.get("output_tokens", 0.0)
+        if last_s > first_s and new_tokens >= 0:
+            values["output_tokens_per_s", self.name] = new_tokens / (last_s - first_s)
+        for key, counts in last.histograms.items():
+            before = first.histograms.get(key, {})
             recent = {upper: count - before.get(upper, 0.0) for upper, count in counts.items()}
             if before and min(recent.values()) >= 0:  # else it was started again
                 for name, share in (("p50", 0.5), ("p99", 0.99)):

@@ -87,14 +87,14 @@ def tiles(state: State) -> list[tuple[str, str, str]]:
         value = text.number(state.latest[figure, of])
         if figure in LATENCIES and of.endswith(" p50"):
             name = of.removesuffix(" p50")
-            rest = f"p50 · p99 {text.number(state.latest.get((figure, f'{name} p99')))}"
-            shown.append((_of(text.label(figure), name, state), value, rest))
+            rest = f"p99 {text.number(state.latest.get((figure, f'{name} p99')))}"
+            shown.append((_of(text.label(figure).replace(", ", " p50, "), name, state), value, rest))
         elif figure == "in_flight":
             shown.append((_("Requests in flight"), f"{state.latest[figure, of]:.0f}", ""))
         elif figure in ("output_tokens_per_s", "j_per_output_token"):
             shown.append((_of(text.label(figure), of, state), value, ""))
         elif figure == "running":
-            waiting, kv = (state.latest.get((name, of)) for name in ("waiting", "kv_pct"))
+            waiting, kv = (state.latest.get((name, of)) for name in ("waiting", "kv_used"))
             rest = _("running, {0} waiting, KV {1} %", text.number(waiting), text.number(kv))
             shown.append((of, f"{state.latest[figure, of]:.0f}", rest))
         elif figure == "power_w":

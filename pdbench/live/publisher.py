@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from pdbench.config import LiveConfig
 from pdbench.errors import UserError
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, DeviceRecord, Flag
+from pdbench.records import DeviceRecord, Flag
 
 _EVERY_S = 0.25
 _MOST_MESSAGES = 10_000
@@ -40,7 +41,6 @@ class Turn(msgspec.Struct, tag=True):
 
     deployment: str
     trial: int
-    clock: Clock
     load: dict[str, Any]
 
 
@@ -59,12 +59,16 @@ class Devices(msgspec.Struct, tag=True):
     devices: list[DeviceRecord]
 
 
-class ServerPage(msgspec.Struct, tag=True):
-    """A server's /metrics; None where it gave none."""
+Buckets = dict[float, float]
+"""Upper bound in seconds -> how many values were at or below it."""
 
-    name: str
-    role: str
-    page: bytes | None
+
+class ServerReading(msgspec.Struct, tag=True):
+    """What a server's own metrics say (`figures` as server_metrics names them) and, of a server that others load, its latencies."""
+
+    server: str
+    figures: dict[str, float]
+    histograms: dict[str, Buckets] = {}
 
 
 class End(msgspec.Struct, tag=True):
@@ -74,9 +78,18 @@ class End(msgspec.Struct, tag=True):
     problem: str | None
 
 
-Message = Stage | Turn | TimeLeft | Progress | Flags | Devices | ServerPage | End
+Message = Stage | Turn | TimeLeft | Progress | Flags | Devices | ServerReading | End
+
+
+class Batch(msgspec.Struct):
+    """What was told until `at_s` of this host's monotonic clock."""
+
+    at_s: float
+    messages: list[Message]
+
+
 _encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(list[Message]).decode
+decode = msgspec.msgpack.Decoder(Batch).decode
 
 
 class Publisher:
@@ -135,7 +148,7 @@ class Publisher:
                 while self._queue:
                     messages.append(_without_texts(self._queue.popleft()))
                 if messages:
-                    self._pipe.send_bytes(_encode(messages))
+                    self._pipe.send_bytes(_encode(Batch(time.monotonic(), messages)))
                 if ended and not self._queue:
                     break
             self._pipe.close()
@@ -194,10 +207,10 @@ def stage(words: str, *values: object, is_problem: bool = False) -> None:
     put(Stage(words, list(map(str, values)), is_problem))
 
 
-def leave(folder: Path) -> None:
-    """This folder of results is saved and analysed: the report at the end shows it."""
+def leave(folders: Iterable[Path]) -> None:
+    """These folders of results are saved and analysed: the report at the end shows them."""
     if _publisher:
-        _publisher.folders[str(folder.absolute())] = None
+        _publisher.folders |= dict.fromkeys(str(folder.absolute()) for folder in folders)
 
 
 @contextmanager

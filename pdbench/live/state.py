@@ -4,11 +4,12 @@ last ten seconds."""
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 from pdbench.analysis.metrics import Timings, per, spread, timings_of
-from pdbench.live.instances import Instance
-from pdbench.live.publisher import Devices, End, Flags, Message, ServerPage, Stage, TimeLeft, Turn
+from pdbench.live.instances import NOW, Instance
+from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import Clock, DeviceRecord, Flag, RequestRecord, Run
 
@@ -17,17 +18,38 @@ MOST_POINTS = 1200
 """Of a curve: beyond it every second one goes."""
 STALE_S = 3.0
 """What was not heard of for so long is not drawn."""
-DEVICE_FIELDS = ("power_w", "sm_clock_mhz", "cpu_clock_mhz", "gpu_utilization_pct", "cpu_utilization_pct", "temperature_c")
+DEVICE_FIELDS = (
+    "power_w",
+    "sm_clock_mhz",
+    "cpu_clock_mhz",
+    "gpu_utilization_pct",
+    "cpu_utilization_pct",
+    "temperature_c",
+)
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
-INSTANCE_FIGURES = ("running", "waiting", "kv_pct")
+_NO_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
 
 
 @dataclass
 class Line:
-    """A curve that grows; `x` is seconds since the viewer's start."""
+    """A curve that grows; `x` is seconds since the start, NaN in `y` breaks it."""
 
     x: list[float] = field(default_factory=list)
     y: list[float] = field(default_factory=list)
+
+    def add(self, x: float, y: float) -> bool:
+        """One more point; True when what was there before has changed too."""
+        broken = bool(self.x) and x - self.x[-1] > STALE_S
+        if broken:
+            self.x.append(x)
+            self.y.append(nan)
+        self.x.append(x)
+        self.y.append(y)
+        thinned = len(self.x) > MOST_POINTS
+        if thinned:
+            kept = [place for place, value in enumerate(self.y) if place % 2 == 0 or value != value]
+            self.x, self.y = [self.x[place] for place in kept], [self.y[place] for place in kept]
+        return broken or thinned
 
 
 class State:
@@ -61,7 +83,7 @@ class State:
         return self.turn.deployment if self.turn else ""
 
     def take(self, message: Message, now_s: float) -> None:
-        self.now_s = now_s
+        self.now_s, self.began_s = now_s, min(self.began_s, now_s)  # the viewer starts later than its measurement
         if isinstance(message, Stage):
             self.log.append((now_s, message))
         elif isinstance(message, Turn):
@@ -82,20 +104,21 @@ class State:
             self.flags |= dict.fromkeys((message.deployment, flag) for flag in message.flags)
         elif isinstance(message, Devices):
             for device in message.devices:
-                key = " ".join(filter(None, (device.role, device.host, device.id)))  # a GPU has a role in each deployment
+                key = " ".join(
+                    filter(None, (device.role, device.host, device.id))
+                )  # a GPU has a role in each deployment
                 self._add_joules(key, device)
                 self.devices[key], self._seen_s[key] = device, now_s
             self._power.append((now_s, self._power_w()))
-        elif isinstance(message, ServerPage):
-            instance = self.instances.setdefault(message.name, Instance(message.name, message.role))
-            instance.take(message.page, now_s)
+        elif isinstance(message, ServerReading):
+            self.instances.setdefault(message.server, Instance(message.server)).take(message, now_s)
         else:
             self.end = message
 
     def timings(self, requests: list[RequestRecord]) -> Timings:
         """Their figures, as a saved run's are derived."""
         assert self.turn
-        run = Run(name=self.deployment, clock=Clock.start(), config={"load": self.turn.load}, host={}, versions={})
+        run = Run(name=self.deployment, clock=_NO_CLOCK, config={"load": self.turn.load}, host={}, versions={})
         run.requests = requests
         return timings_of(run)
 
@@ -105,24 +128,20 @@ class State:
         for instance in self.instances.values():
             values = instance.values(now_s, WINDOW_S, STALE_S)
             # A measurement's own figures are better than those of histograms.
-            self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in INSTANCE_FIGURES}
+            self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in NOW}
         if self.turn and self._tokens and now_s - self._tokens[-1][0] <= STALE_S:
             self._add_load(self.deployment)
         self._add_energy()
-        for key, device in self.devices.items():
-            if now_s - self._seen_s[key] <= STALE_S:
+        for of, device in self.devices.items():
+            if now_s - self._seen_s[of] <= STALE_S:
                 for name in DEVICE_FIELDS:
                     if (value := getattr(device.samples[-1], name)) is not None:
-                        self.latest[name, key] = value
+                        self.latest[name, of] = value
         for key, value in self.latest.items():
             if key not in self.lines:
                 self.lines[key] = Line()
                 self.version += 1
-            line = self.lines[key]
-            line.x.append(round(now_s - self.began_s, 2))
-            line.y.append(value)
-            if len(line.x) > MOST_POINTS:
-                line.x, line.y = line.x[::2], line.y[::2]
+            if self.lines[key].add(round(now_s - self.began_s, 2), value):
                 self.version += 1
         return [*self.latest]
 
@@ -136,8 +155,8 @@ class State:
             if f"{key}_ms" in LATENCIES and (known := spread(latency.rising)):
                 self.latest[f"{key}_ms", f"{name} p50"] = known.p50
                 self.latest[f"{key}_ms", f"{name} p99"] = known.p99
-        if len(self._tokens) > 1:
-            (first_s, first), (last_s, last) = self._tokens[0], self._tokens[-1]
+        (first_s, first), (last_s, last) = self._tokens[0], self._tokens[-1]
+        if last_s > first_s:
             self.latest["output_tokens_per_s", name] = (last - first) / (last_s - first_s)
 
     def _add_energy(self) -> None:

@@ -12,8 +12,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -49,18 +50,17 @@ class Viewer:
 
     def __init__(self, state: State, metrics: Metrics) -> None:
         self.state, self.metrics = state, metrics
-        self.inbox: list[bytes] = []
+        self.inbox: deque[bytes] = deque()
         self._pages: dict[asyncio.Queue[str | None], str] = {}
         self._version = -1
-        self.over = asyncio.Event()
 
     def look(self, closed: bool) -> None:
         """Take what came, add a point, tell the pages."""
         now_s = time.monotonic()
-        inbox, self.inbox = self.inbox, []
-        for data in inbox:
-            for message in decode(data):
-                self.state.take(message, now_s)
+        while self.inbox:
+            batch = decode(self.inbox.popleft())
+            for message in batch.messages:
+                self.state.take(message, batch.at_s)
         self.state.lost = closed and self.state.end is None
         grown = self.state.tick(now_s)
         self.metrics.update(self.state)
@@ -89,6 +89,12 @@ class Viewer:
                 yield event
         finally:
             self._pages.pop(page, None)
+
+    def close(self) -> None:
+        """End all streams."""
+        for page in self._pages:
+            with suppress(asyncio.QueueFull):
+                page.put_nowait(None)
 
     @property
     def watched(self) -> bool:
@@ -177,7 +183,7 @@ async def serve(pipe: Connection, sockets: dict[str, socket.socket], token: str)
     apps = {"page": page_app(viewer, token), "metrics": metrics_app(viewer)}
     servers = []
     for name, sock in sockets.items():
-        config = uvicorn.Config(apps[name], log_level="error", access_log=False, lifespan="off", loop="asyncio")
+        config = uvicorn.Config(apps[name], log_level="critical", access_log=False, lifespan="off", loop="asyncio")
         servers.append(_Server(config))
         servers[-1].task = asyncio.create_task(servers[-1].serve(sockets=[sock]))
     gone_s = None
@@ -191,6 +197,7 @@ async def serve(pipe: Connection, sockets: dict[str, socket.socket], token: str)
         patience_s = LINGER_S["lost" if state.lost and "page" in sockets else "ended"][viewer.watched]
         if time.monotonic() - gone_s > patience_s:
             break
+    viewer.close()
     for server in servers:
         server.should_exit = server.force_exit = True
     await asyncio.wait([server.task for server in servers], timeout=2)
@@ -201,8 +208,9 @@ class _Server(uvicorn.Server):
 
     task: "asyncio.Task[None]"
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pdbench.errors import UserError
 from pdbench.files import check_writable, write_whole
-from pdbench.power.device import Reader, open_host
+from pdbench.power.device import open_host
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices
 
@@ -53,7 +53,7 @@ def monitor(
         console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
         end = math.inf if duration_s is None else time.monotonic() + duration_s
         while time.monotonic() < end:
-            live.update(_live_table(sampler.latest()))
+            live.update(live_table(sampler.latest()))
             time.sleep(max(0.0, min(0.25, end - time.monotonic())))
     records = merge_records(sampler.take(), clock.of_monotonic)
     console.print(summary_table(records))
@@ -106,14 +106,16 @@ def _joules(record: DeviceRecord) -> str:
     return f"{end_j - start_j:.0f} in {end_s - start_s:.1f} s"
 
 
-def _live_table(latest: Sequence[tuple[Reader, DeviceSample | None]]) -> Table:
-    table = _columns([reader.id for reader, _ in latest], None)
+def live_table(latest: Sequence[DeviceRecord]) -> Table:
+    """A column per device, of its last sample."""
+    table = _columns([" ".join(filter(None, (record.role, record.id))) for record in latest], None)
+    samples = [record.samples[-1] if record.samples else None for record in latest]
     for field, label in COLUMNS.items():
-        values = [getattr(sample, field) if sample else None for _, sample in latest]
+        values = [getattr(sample, field) if sample else None for sample in samples]
         if any(value is not None for value in values):
             table.add_row(label, *("-" if value is None else f"{value:.0f}" for value in values))
-    if any(sample and sample.throttle for _, sample in latest):
-        table.add_row("throttle", *(" ".join(sample.throttle or []) if sample else "" for _, sample in latest))
+    if any(sample and sample.throttle for sample in samples):
+        table.add_row("throttle", *(" ".join(sample.throttle or []) if sample else "" for sample in samples))
     return table
 
 

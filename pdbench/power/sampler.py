@@ -181,9 +181,9 @@ class Sampler:
                 device.counter.finish(now)
         return now >= self._end_s or not any(device.counter.finishing for device in self._devices)
 
-    def latest(self) -> list[tuple[Reader, DeviceSample | None]]:
-        """Each device's last sample, for a live table; safe while the thread runs."""
-        return [(device.reader, device.samples[-1] if device.samples else None) for device in self._devices]
+    def latest(self) -> list[DeviceRecord]:
+        """Each device's last sample, for what is shown live; safe while the thread runs."""
+        return [device.record(device.samples[-1:]) for device in self._devices]
 
     def idle(self, name: str, seconds: float) -> None:
         """Wait for `seconds` of idleness and keep its mean power as the devices' `idle_power_w[name]` (see power/idle.py)."""
@@ -311,23 +311,20 @@ class _Device:
             self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
 
+    def record(self, samples: list[DeviceSample]) -> DeviceRecord:
+        reader = self.reader
+        return DeviceRecord(
+            id=reader.id, kind=reader.kind, name=reader.name, role=reader.role, index=reader.index, samples=samples
+        )
+
     def take(self, figures: dict[str, float | None]) -> DeviceRecord:
         """What is new since the last call; with `figures`, the sampling has ended."""
-        reader = self.reader
         taken, self._taken = self._taken, (len(self.samples), len(self.fine), len(self.counter.edges))
         samples, fine, edges = map(slice, taken, self._taken)
-        record = DeviceRecord(
-            id=reader.id,
-            kind=reader.kind,
-            name=reader.name,
-            role=reader.role,
-            index=reader.index,
-            samples=self.samples[samples],
-            fine_power=self.fine[fine],
-            energy_ticks=self.counter.edges[edges],
-            not_measured=dict(reader.not_measured),
-            default_power_limit_w=reader.default_power_limit_w,
-        )
+        record = self.record(self.samples[samples])
+        record.fine_power, record.energy_ticks = self.fine[fine], self.counter.edges[edges]
+        record.not_measured = dict(self.reader.not_measured)
+        record.default_power_limit_w = self.reader.default_power_limit_w
         if figures:
             period_s = self.counter.period_s
             refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}

@@ -96,7 +96,7 @@ def test_process_tree_is_measured_without_gpu() -> None:
     try:
         sampler = Sampler([ProcessReader("decode", [tree.pid]), ProcessReader("gone", [2**22 + 1])], 0.05)
         with sampler:
-            while not any(sample and sample.cpu_utilization_pct for _, sample in sampler.latest()):
+            while not any(sample.cpu_utilization_pct for device in sampler.latest() for sample in device.samples):
                 sampler.idle("bare", 0.2)
         records = {record.role: record for record in merge_records(sampler.take())}
     finally:

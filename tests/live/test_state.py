@@ -1,0 +1,123 @@
+"""What the viewer derives of messages: moving figures, breaks, energy; a server's own metrics."""
+
+import json
+import math
+
+import pytest
+
+from pdbench.live import charts, pages
+from pdbench.live.instances import Instance, histograms, quantile
+from pdbench.live.publisher import Devices, End, ServerReading, Stage, TimeLeft, Turn
+from pdbench.live.state import MOST_POINTS, Line, State
+from pdbench.load.generator import Progress
+from pdbench.records import DeviceRecord, DeviceSample, RequestError, RequestRecord
+from pdbench.report import text
+from pdbench.report.page import plotly_figure
+
+
+def request(sent_s: float, *token_s: float, error: RequestError | None = None) -> RequestRecord:
+    return RequestRecord(
+        id=f"{sent_s}", planned_s=sent_s, sent_s=sent_s, token_s=list(token_s), end_s=sent_s + 1, error=error,
+        counted_by="token_ids", output_tokens=len(token_s),
+    )  # fmt: skip
+
+
+def gpu(t_s: float, power_w: float, role: str = "single") -> DeviceRecord:
+    return DeviceRecord(id="gpu0", kind="gpu", name="H", role=role, samples=[DeviceSample(t_s=t_s, power_w=power_w)])
+
+
+def test_figures_are_of_the_last_ten_seconds():
+    state = State(100.0)
+    state.take(Turn("single", 0, {}), 100.0)
+    state.take(Progress(1, 9, 2, 0, [request(0.0, 0.5, 0.6)]), 100.0)
+    state.take(Devices([gpu(0.0, 100.0)]), 100.0)
+    state.take(Devices([gpu(1.0, 300.0)]), 101.0)
+    state.take(Progress(2, 9, 3, 50, [request(1.0, 1.1, 1.3)]), 101.0)
+    state.tick(101.0)
+    latest = {figure: value for (figure, _), value in state.latest.items()}
+    assert latest["output_tokens_per_s"] == 50 and latest["in_flight"] == 3
+    assert latest["j_per_output_token"] == pytest.approx(200 / 50)
+    assert state.latest["ttft_ms", "single p50"] == pytest.approx(300)
+    assert state.energy_j["single gpu0"] == pytest.approx(200)
+    state.take(Progress(3, 9, 3, 60, [request(9.0, 9.2, 9.3)]), 112.0)
+    state.tick(112.0)
+    assert state.latest["ttft_ms", "single p50"] == pytest.approx(200)
+    assert ("power_w", "single gpu0") not in state.latest  # not heard of for eleven seconds
+
+
+def test_failed_requests_have_no_latency_and_are_counted():
+    state = State(0.0)
+    state.take(Turn("single", 0, {}), 0.0)
+    state.take(Progress(1, 9, 0, 0, [request(0.0, error=RequestError("http_500", "x"))]), 1.0)
+    state.tick(1.0)
+    assert state.failed == {"single": {"http_500": 1}} and not any(key[0] == "ttft_ms" for key in state.latest)
+
+
+def test_line_breaks_where_nothing_was_measured_and_is_thinned():
+    line = Line()
+    assert not line.add(1.0, 5.0) and not line.add(2.0, 5.0) and line.add(60.0, 7.0)
+    assert line.x == [1.0, 2.0, 60.0, 60.0] and math.isnan(line.y[2])
+    assert sum(line.add(60.0 + second, 7.0) for second in range(1, MOST_POINTS)) == 1
+    assert len(line.x) < MOST_POINTS and any(math.isnan(value) for value in line.y) and line.x[-1] > 1200
+
+
+def test_a_gpu_has_a_line_for_each_role():
+    state = State(0.0)
+    for second, role in enumerate(("single", "prefill")):
+        state.take(Devices([gpu(second, 100.0, role)]), float(second))
+        state.tick(float(second))
+    ((chart, keys),) = charts.charts(state)
+    assert [line["name"] for line in plotly_figure(chart)["data"]] == ["single", "prefill"]
+    assert keys == [("power_w", "single gpu0"), ("power_w", "prefill gpu0")]
+
+
+def test_every_word_has_a_translation():
+    state = State(0.0)
+    state.take(Stage("{0}: trial {1}", ["single", "1"]), 0.0)
+    state.take(Turn("single", 0, {}), 0.0)
+    state.take(Progress(1, 9, 2, 10, [request(0.0, 0.5, 0.6)]), 1.0)
+    state.take(Devices([gpu(1.0, 300.0)]), 1.0)
+    state.take(ServerReading("single", {"running": 1.0, "waiting": 0.0, "kv_used": 0.1}), 1.0)
+    state.take(TimeLeft(60.0), 1.0)
+    state.take(End([], "x"), 1.0)
+    state.tick(1.0)
+    with text.language("zh"):
+        words = [words for chart, _ in charts.charts(state) for words in (chart.title, chart.caption)]
+        words += [name for name, _value, _rest in pages.tiles(state)]
+        words += json.loads(pages.live_page().rpartition("var words = ")[2].partition(";\n")[0]).values()
+        plain = {
+            word for each in words for word in each.split() if word.isascii() and word.isalpha() and word.islower()
+        }
+        assert plain == {"single", "token", "ms"}
+        assert "已结束" in pages.status(state)["end"]["words"]
+        assert "第 1 次试验" in pages.status(state)["html"]
+
+
+PAGE = """# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.1",model_name="m"} %d
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.2",model_name="m"} %d
+vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf",model_name="m"} %d
+"""
+
+
+def test_latencies_of_a_foreign_server_are_those_of_the_last_seconds():
+    instance = Instance("decode")
+    for now_s, tokens, counts in ((0.0, 100.0, (10, 10, 10)), (5.0, 600.0, (10, 20, 20))):
+        figures = {"running": 2.0, "kv_used": 0.5, "output_tokens": tokens}
+        instance.take(ServerReading("decode", figures, histograms(PAGE % counts)), now_s)
+    values = instance.values(5.0, 10.0, 3.0)
+    assert values["kv_used", "decode"] == 50 and values["output_tokens_per_s", "decode"] == 100
+    assert values["ttft_ms", "decode p50"] == pytest.approx(150)
+    assert instance.values(9.0, 10.0, 3.0) == {}
+
+
+def test_a_server_that_was_started_again_has_no_latency_of_the_time_before():
+    instance = Instance("decode")
+    for now_s, counts in ((0.0, (10, 10, 10)), (1.0, (1, 2, 2))):
+        instance.take(ServerReading("decode", {"output_tokens": 10.0 - now_s}, histograms(PAGE % counts)), now_s)
+    assert instance.values(1.0, 10.0, 3.0) == {}
+
+
+def test_quantile_without_values_is_unknown():
+    assert quantile({0.1: 0.0, math.inf: 0.0}, 0.5) is None
+    assert quantile({0.1: 0.0, math.inf: 4.0}, 0.5) == 0.1  # beyond the last bound: at least that
