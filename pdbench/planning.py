@@ -65,7 +65,7 @@ def plan(
     for chart in drawn:
         if chart.drawable:
             rows = -(-len(chart.panels) // 2)
-            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, 14, 1.6 + 5 * rows))
+            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, 14, 2.4 + 5 * rows))
     console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -27,6 +27,7 @@ POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
+_NORMAL_95 = 1.645
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _LARGER = {
     "prompt_tokens": ("prompt tokens in one step", "a higher --rate, or longer prompts"),
@@ -113,14 +114,7 @@ def predict(
         if any(np.isnan(result.e2e_s).any() for result in results):
             words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
             return msgspec.structs.replace(prediction, refusal=words)
-        gain = float(np.exp(random.normal(0, POWER_ERROR)))
-        figures_here = figures_of(results, calibration, slo)
-        rows.append(
-            {
-                name: value * (gain if name.startswith("j_") or name.endswith("_w") else 1)
-                for name, value in figures_here.items()
-            }
-        )
+        rows.append(figures_of(results, calibration, slo))
         uses = [use for result in results for use in result.instances]
         busy_s = sum(use.prefill_s + use.decode_s for use in uses)
         outside.append({name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER})
@@ -128,7 +122,7 @@ def predict(
         simulated_s += sum(result.span_s for result in results)
     shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
-    figures = {name: _figure(values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
+    figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
     refusal = refusal or _beyond(shares, preempted > len(rows) / 2, figures)
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
@@ -190,8 +184,12 @@ def figures_of(
     return figures
 
 
-def _figure(values: Sequence[float]) -> Figure:
+def _figure(name: str, values: Sequence[float]) -> Figure:
+    """Median and 5 and 95 % of the draws; of power and energy, with the power model's own error."""
     low, value, high = np.quantile(values, (0.05, 0.5, 0.95))
+    if name.startswith("j_") or name.endswith("_w"):
+        reach = [float(np.hypot(np.log(end / value), _NORMAL_95 * POWER_ERROR)) for end in (low, high)]
+        low, high = value * np.exp(-reach[0]), value * np.exp(reach[1])
     return Figure(float(value), float(low), float(high))
 
 

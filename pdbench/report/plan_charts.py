@@ -91,7 +91,7 @@ def deployments(of: Sequence[Prediction]) -> Chart:
                     title="",
                     series=drawn,
                     x=Axis(label=_("GPUs"), low=0, integer=True),
-                    y=Axis(label=text.label(metric), low=0),
+                    y=Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None),
                 )
             )
     refused = [deployment_name(each.kind, each.instances) for each in of if each.refusal]

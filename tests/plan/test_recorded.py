@@ -1,0 +1,95 @@
+"""Runs recorded on two H200: what is calibrated by them predicts them again, and each other."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pdbench.plan.calibration import calibrate
+from pdbench.plan.check import check
+from pdbench.plan.records import Calibration, Check
+from pdbench.records import Run, load_run
+
+ARCHIVE = Path(__file__).parents[2] / "docs" / "results" / "h200x2-p2p-nccl" / "runs.tar.xz"
+DRAWS = 12
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("recorded")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    loaded = {kind: load_run(folder / f"{kind}_results") for kind in ("single", "disaggregated")}
+    loaded["disaggregated"].trials = loaded["disaggregated"].trials[:2]  # the third was interrupted
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def single(runs: dict[str, Run]) -> Calibration:
+    return calibrate({Path("single"): runs["single"]})
+
+
+@pytest.fixture(scope="module")
+def disaggregated(runs: dict[str, Run]) -> Calibration:
+    return calibrate({Path("disaggregated"): runs["disaggregated"]})
+
+
+def errors(answer: Check) -> dict[str, float]:
+    """Predicted over measured, at the run's own speed."""
+    assert answer.at_own_speed is not None
+    return {
+        name: answer.at_own_speed.figures[name].value / value
+        for name, value in answer.measured.items()
+        if name in answer.at_own_speed.figures
+    }
+
+
+def test_costs_of_the_h200(single: Calibration) -> None:
+    role = single.roles["single"]
+    costs = role.engine.costs
+    assert role.engine.limits.async_scheduling
+    assert 0.003 < costs.gpu_decode_s[1] < 0.0036
+    assert 0.004 < costs.gpu_decode_s[24] < 0.005
+    # Launching one prompt of 2,048 tokens takes 50 to 70 ms, the GPU 20 to 25.
+    assert 0.05 < costs.host_prefill_s + 2048 * costs.host_per_prompt_token_s < 0.07
+    assert 0.018 < costs.gpu_prefill_s + 2048 * costs.gpu_per_prompt_token_s < 0.027
+    assert 0.005 < costs.ingress_s < 0.008
+    assert role.error_of("host_per_prompt_token_s") > 0.3, "every prompt had the same length"
+    assert single.drift == pytest.approx(1.38, abs=0.05)
+
+
+def test_single_instance_predicts_itself(single: Calibration, runs: dict[str, Run]) -> None:
+    answer = check(single, Path("single"), runs["single"], draws=DRAWS)
+    error = errors(answer)
+    for name in (
+        "ttft_p50_ms",
+        "ttft_p90_ms",
+        "tbt_p50_ms",
+        "tbt_p90_ms",
+        "tbt_p99_ms",
+        "e2e_p50_ms",
+        "j_per_output_token",
+    ):
+        assert error[name] == pytest.approx(1, abs=0.05), name
+    inside = [
+        figure.low <= answer.measured[name] <= figure.high
+        for name, figure in answer.predicted.figures.items()
+        if name.endswith("_ms") and figure.low is not None and figure.high is not None
+    ]
+    assert sum(inside) >= 8
+
+
+def test_disaggregation_predicts_the_single_instance(disaggregated: Calibration, runs: dict[str, Run]) -> None:
+    answer = check(disaggregated, Path("single"), runs["single"], draws=DRAWS)
+    assert answer.held_out
+    error = errors(answer)
+    for name in ("ttft_p50_ms", "tbt_p50_ms", "e2e_p50_ms"):
+        assert error[name] == pytest.approx(1, abs=0.05), name
+    assert error["ttft_p99_ms"] == pytest.approx(1, abs=0.15)
+    assert error["j_per_output_token"] == pytest.approx(1, abs=0.15)
+
+
+def test_disaggregation_is_refused_without_a_handoff(single: Calibration, runs: dict[str, Run]) -> None:
+    answer = check(single, Path("disaggregated"), runs["disaggregated"], draws=DRAWS)
+    assert answer.predicted.refusal and "handoff" in answer.predicted.refusal
+    assert answer.at_own_speed is None
