@@ -4,7 +4,8 @@ The client names its request in X-Request-Id, the proxy logs that name beside it
 `pdbench.kv`, which runs inside vLLM, imports this module and nothing else of pdbench: it needs msgspec alone.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import msgspec
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 
 
 Instant = Annotated[float | None, "an instant on the clock of its writer's host until `move` puts it on another"]
+Instants = Annotated[list[float], "several of them"]
 
 
 class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event"):
     """One request's way through the proxy. Instants are None where a stage was not reached.
 
     `received_s`: the request was read whole; `first_token_s`: prefill's token was passed on as the client's first;
-    `first_byte_s`: first byte of decode's body; `error`: what failed.
+    `first_byte_s`: first byte of decode's body; `error`: what failed. `prompt_tokens` is the proxy's estimate; `decode_alone`: why decode
+    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "prefill-failed").
     """
 
     request_id: str = ""
@@ -35,6 +38,8 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
     last_byte_s: Instant = None
     prefill: str | None = None
     decode: str | None = None
+    prompt_tokens: int = 0
+    decode_alone: str | None = None
     retries: int = 0
     status: int = 0
     stage: str | None = None
@@ -102,10 +107,31 @@ class ServerSeries(msgspec.Struct, kw_only=True):
     lines: list[LogLine] = []
 
 
-Event = ProxyEvent | TransferEvent
+class PromptEvent(msgspec.Struct, kw_only=True, tag="prompt", tag_field="event"):
+    """One prompt on one vLLM server ("prefill-0"), until its first token or its end (`error`) without one.
+
+    `request_id` is vLLM's. `arrived_s`: the API server had its tokens; `taken_s`: the engine took it from its input. One entry per step that
+    computed a part of the prompt, the part's tokens in `tokens`: `begin_s` when it was scheduled and the step before was over, `end_s` when its
+    output was there. On decode the parts are what did not come from prefill, as a rule the last token.
+    """
+
+    server: str
+    request_id: str
+    transfer_id: str | None = None
+    prompt_tokens: int = 0
+    arrived_s: Instant = None
+    taken_s: Instant = None
+    begin_s: Instants = []
+    end_s: Instants = []
+    tokens: list[int] = []
+    first_token_s: Instant = None
+    error: str | None = None
+
+
+Event = ProxyEvent | TransferEvent | PromptEvent
 _INSTANTS = {
-    kind: [name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Instant]
-    for kind in (ProxyEvent, TransferEvent)
+    kind: [name for name, hint in get_type_hints(kind, include_extras=True).items() if hint in (Instant, Instants)]
+    for kind in (ProxyEvent, TransferEvent, PromptEvent)
 }
 _decode = msgspec.json.Decoder(Event).decode
 
@@ -124,44 +150,110 @@ def parse(lines: Iterable[bytes | str]) -> list[Event]:
 def move(event: Event, to_clock: Callable[[float], float]) -> Event:
     """Put every instant of `event` on another clock, in place."""
     for name in _INSTANTS[type(event)]:
-        instant_s = getattr(event, name)
-        if instant_s is not None:
-            setattr(event, name, to_clock(instant_s))
+        at_s = getattr(event, name)
+        if at_s is not None:
+            setattr(event, name, [to_clock(each_s) for each_s in at_s] if isinstance(at_s, list) else to_clock(at_s))
     return event
 
 
 def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefill: bool = False) -> None:
-    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None.
+    """Fill each request's `phases` from the events that name it; a phase that nobody reported is None (docs/metrics.md).
 
     `has_prefill`: the deployment has prefill instances, whether or not an event says that the request went through one.
     """
     events = list(events)
     proxied = {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
     received: dict[str, list[TransferEvent]] = {}
+    # Of a request that was tried at several instances, the last one that computed its prompt; decode's part of it apart.
+    prompts: dict[tuple[str, bool], PromptEvent] = {}
+    transfers = {way.transfer_id: name for name, way in proxied.items() if way.transfer_id}
     for event in events:
         if isinstance(event, TransferEvent) and event.side == "receive":
             received.setdefault(event.transfer_id, []).append(event)
+    computed = [event for event in events if isinstance(event, PromptEvent) and event.first_token_s and event.begin_s]
+    for event in sorted(computed, key=lambda event: event.first_token_s or 0.0):
+        for name in _client_names(event, transfers):
+            prompts[name, event.server.startswith("decode")] = event
     for request in requests:
-        way = proxied.get(request.id)
-        if "queue" in request.phases and (has_prefill or (way is not None and way.prefill_sent_s is not None)):
-            # The answer came from decode, whose queue is where a request waits for its KV: not the wait of the single instance.
-            request.phases["decode_queue"] = request.phases.pop("queue")
-        if way is None:
-            continue
-        # From the first byte to the end over all ranks of decode; no end where one of them failed.
-        ranks = received.get(way.transfer_id or "", [])
-        kv_begin_s = min((rank.first_byte_s for rank in ranks if rank.first_byte_s is not None), default=None)
-        ends = [rank.end_s for rank in ranks if rank.end_s is not None and not rank.error]
-        kv_end_s = max(ends) if ends and len(ends) == len(ranks) else None
-        last_token_s = request.token_s[-1] if request.token_s else None
-        # Without a prefill instance (replicas) the same instance computes the prompt too: no instant tells where decode begins.
-        decode_begin_s = way.decode_sent_s if kv_end_s is None else kv_end_s
-        decode = None if way.prefill_sent_s is None else _interval(decode_begin_s, last_token_s)
-        request.phases |= {
-            "prefill": _interval(way.prefill_sent_s, way.prefill_done_s),
-            "kv_transfer": _interval(kv_begin_s, kv_end_s),
-            "decode": decode,
-        }
+        way, phases = proxied.get(request.id), request.phases
+        through_prefill = has_prefill if way is None else way.prefill_sent_s is not None and way.decode_alone is None
+        first_s, last_s = (request.token_s[0], request.token_s[-1]) if request.token_s else (None, None)
+        if through_prefill:
+            # What the server itself said (pdbench.load.response) is of decode, measured back from its first token. There a request
+            # also queues for its KV.
+            for name, of_decode in (("queue", "decode_queue"), ("compute", "decode_step")):
+                span = phases.pop(name, None)
+                if span is not None and (way is None or way.first_token_s is None):
+                    phases[of_decode] = span
+        ready_s = None
+        if way is not None:
+            # From the first byte to the end over all ranks of decode; no end where one of them failed.
+            ranks = received.get(way.transfer_id or "", [])
+            kv_begin_s = min((rank.first_byte_s for rank in ranks if rank.first_byte_s is not None), default=None)
+            kv_end_s, ready_s = _last(ranks, "end_s"), _last(ranks, "reported_s")
+            # Without a prefill instance (replicas) the same instance computes the prompt too: no instant tells where decode begins.
+            decode_begin_s = way.decode_sent_s if kv_end_s is None else kv_end_s
+            phases |= {
+                "send": _interval(request.sent_s, way.received_s),
+                "proxy": _interval(way.received_s, way.prefill_sent_s if through_prefill else way.decode_sent_s),
+                "prefill": _interval(way.prefill_sent_s, way.prefill_done_s),
+                "kv_transfer": _interval(kv_begin_s, kv_end_s),
+                "decode": _interval(decode_begin_s, last_s) if through_prefill else None,
+            }
+            if way.decode_alone is not None:
+                phases["decode_alone"] = _interval(way.decode_sent_s, last_s)
+        prompt, decode = prompts.get((request.id, False)), prompts.get((request.id, True))
+        if not through_prefill:
+            prompt, decode = prompt or decode, None
+        if prompt is not None:
+            sent_s = request.sent_s
+            if way is not None:
+                sent_s = way.prefill_sent_s if through_prefill else way.decode_sent_s
+            elif through_prefill:
+                sent_s = None  # what the proxy did is not known
+            phases |= {
+                "api_server": _interval(sent_s, prompt.arrived_s),
+                "queue": _interval(prompt.arrived_s, prompt.begin_s[0]),
+                "compute": _interval(prompt.begin_s[0], prompt.first_token_s),
+            }
+            steps = zip(prompt.begin_s, prompt.end_s, strict=False)
+            phases |= {f"compute_{number}": _interval(*step) for number, step in enumerate(steps, 1)}
+        if decode is not None:
+            # Other connectors do not say when decode has the KV: then the handoff lasts until decode's first step.
+            handed_s = decode.begin_s[0] if ready_s is None else ready_s
+            computed_s = None if prompt is None else prompt.first_token_s
+            phases |= {
+                # KV can arrive before prefill's scheduler has seen that the step is over.
+                "handoff": None if computed_s is None else _interval(min(computed_s, handed_s), handed_s),
+                "decode_wait": _interval(ready_s, decode.begin_s[0]),
+                "decode_step": _interval(decode.begin_s[0], decode.first_token_s),
+            }
+        opener = prompt
+        if through_prefill and (way is None or way.first_token_s is None):
+            opener = None if way is None else decode
+        if opener is not None:
+            phases["reply"] = _interval(opener.first_token_s, first_s)
+
+
+def _client_names(event: PromptEvent, transfers: dict[str, str]) -> Iterator[str]:
+    """What the client may have called the request: vLLM puts "cmpl-" or "chatcmpl-" before it, numbers or random digits after it."""
+    if event.transfer_id in transfers:
+        yield transfers[event.transfer_id]
+        return
+    name = event.request_id.partition("-")[2]
+    if name.startswith("___"):  # vLLM's own P2P connector: addresses and the transfer id
+        yield from (transfers[part] for part in re.split("[_-]", name) if part in transfers)
+        return
+    yield name
+    for _ in range(2):
+        name = name.rpartition("-")[0]
+        yield name
+
+
+def _last(ranks: "list[TransferEvent]", instant: str) -> float | None:
+    """The last rank's instant, None where a rank failed or has none."""
+    instants = [getattr(rank, instant) for rank in ranks if not rank.error]
+    return max(instants) if instants and len(instants) == len(ranks) and None not in instants else None
 
 
 def _interval(start_s: float | None, end_s: float | None) -> "Interval | None":

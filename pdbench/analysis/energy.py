@@ -123,8 +123,9 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     # The instants in which at least one request, failed ones and warm-ups among them, is in the phase.
     phases = {
         name: union([window for request in run.requests if (window := request.phases.get(name)) is not None])
-        for name in ("prefill", "decode", "kv_transfer")
+        for name in ("prefill", "decode", "decode_alone", "kv_transfer")
     }
+    phases["decode"] = union([*phases["decode"], *phases.pop("decode_alone")])
     roles = {
         role: _role_energy(of_role, windows, intersection(phases[role], windows) if role in ROLE_ORDER else [], totals)
         for role, of_role in by_role.items()
@@ -133,7 +134,11 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     prefilled_s = timings.phase_s["prefill"][:, 1]
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
-    prompt_tokens = timings.requests.prompt_tokens[inside(computed_s, windows)].sum() * computed_share(run)
+    # Not those that decode computed alone.
+    by_prefill = inside(computed_s, windows) & np.array(
+        [s != "decode_alone" for s in timings.requests.first_token], dtype=bool
+    )
+    prompt_tokens = timings.requests.prompt_tokens[by_prefill].sum() * computed_share(run)
     e2e_ms = timings.latencies["e2e"].rising
     kwh_per_million = per(totals.ratio("j_per_output_token"), J_PER_KWH / 1e6)
     power = run.config.get("power") or {}

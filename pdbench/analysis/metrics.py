@@ -15,7 +15,14 @@ from pdbench.events import ProxyEvent
 from pdbench.failures import INTERRUPTED
 from pdbench.records import Interval, Run
 
-PHASES = ("client", "queue", "prefill", "kv_transfer", "decode")
+PHASES = (
+    "client", "send", "proxy", "api_server", "prefill", "queue", "compute", "handoff", "kv_transfer", "decode_wait", "decode_step",
+    "decode", "reply",
+)  # fmt: skip
+"""A request's phases in the order in which they begin."""
+FINER = {"prefill": "compute", "kv_transfer": "handoff", "decode": "decode_step"}
+"""Phases whose part of TTFT is known in more detail where the other phase is."""
+AFTER_PREFILL = ("handoff", "decode_wait", "decode_step")
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,10 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The measured requests (no warm-up) in the order of sending, one array entry per request; NaN is not measured.
 
     Instants in seconds of the run's clock. A failed request (`ok` is False) has no latencies; it has an error, or no token came.
-    `trial` is its Trial's index. `phase_ms` has the durations of `PHASES`. `error` is the error's kind, None without one.
-    `first_token` is the phase whose instance sent it, prefill or decode; None where the proxy did not tell. `first_gap_ms` is from
-    the first token to the second.
+    `trial` is its Trial's index. `phase_ms` has the durations of `PHASES`, `compute_steps` the number of engine steps that computed the
+    prompt. `error` is the error's kind, None without one.
+    `first_token` is who sent it: prefill, decode, or decode_alone, which computed the prompt, too; None where the proxy did not tell.
+    `first_gap_ms` is from the first token to the second.
     `ttfo_ms` is to the first token that is no reasoning; `counted_by` is how a request's tokens were counted.
     """
 
@@ -95,6 +103,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     prompt_tokens: Array
     output_tokens: Array
     phase_ms: dict[str, Array]
+    compute_steps: Array
     error: list[str | None]
     finish_reason: list[str | None]
     first_token: list[str | None]
@@ -213,8 +222,7 @@ def timings_of(run: Run) -> Timings:
         name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
         for name in PHASES
     }
-    ways = [event for event in run.events if isinstance(event, ProxyEvent) and event.prefill_sent_s is not None]
-    senders = {way.request_id: "decode" if way.first_token_s is None else "prefill" for way in ways}
+    senders = {event.request_id: _sender(event) for event in run.events if isinstance(event, ProxyEvent)}
     requests = Requests(
         id=[record.id for record in records],
         trial=np.array([record.trial for record in records], dtype=np.int64),
@@ -231,6 +239,9 @@ def timings_of(run: Run) -> Timings:
         phase_ms={
             name: np.where(arrivals.answered, span[:, 1] - span[:, 0], np.nan) * 1e3 for name, span in phase_s.items()
         },
+        compute_steps=np.array(
+            [sum(name.startswith("compute_") for name in record.phases) or np.nan for record in records], dtype=float
+        ),
         error=[None if record.error is None else record.error.kind for record in records],
         finish_reason=[record.finish_reason for record in records],
         first_token=[senders.get(record.id) if is_ok else None for record, is_ok in zip(records, ok, strict=True)],
@@ -282,14 +293,31 @@ def _quantile_of_each(values: Array, group: IntArray, groups: int, share: float)
     return found
 
 
+def _sender(way: ProxyEvent) -> str | None:
+    if way.decode_alone is not None:
+        return "decode_alone"
+    if way.prefill_sent_s is None:
+        return None
+    return "decode" if way.first_token_s is None else "prefill"
+
+
 def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:
     """The mean TTFT split into what the phases cover, in order and without overlap; `other` is what nobody measured.
 
     A part ends where a later phase begins (prefill's reply comes after its KV cache has left), decode's at the first token.
-    A phase that began after every first token (the handoff, where prefill's token opens the stream) is no part.
+    A phase that began after every first token, or of a stream that prefill's token opened, after prefill, is no part.
     Over the requests that succeeded and have a phase; None where there are none.
     """
-    spans = {name: timings.phase_s[name] for name in PHASES[1:] if np.isfinite(timings.phase_s[name]).any()}
+    phase_s = timings.phase_s
+    by_prefill = np.array([sender == "prefill" for sender in timings.requests.first_token], dtype=bool)
+    spans = {}
+    for name in PHASES[1:]:
+        hidden = by_prefill & (name in AFTER_PREFILL)
+        if name in FINER:
+            hidden = np.isfinite(phase_s[FINER[name]][:, 0])
+        span = np.where(hidden[:, np.newaxis], np.nan, phase_s[name])
+        if np.isfinite(span).any():
+            spans[name] = span
     ttft_ms = timings.requests.ttft_ms
     begins = np.array([span[:, 0] for span in spans.values()])
     split = np.isfinite(ttft_ms) & np.isfinite(begins).any(axis=0)

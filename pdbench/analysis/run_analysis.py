@@ -147,10 +147,18 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     e2e_ms: Spread | None
     send_delay_ms: Spread | None
     client_ms: Spread | None
+    send_ms: Spread | None
+    proxy_ms: Spread | None
+    api_server_ms: Spread | None
     queue_ms: Spread | None
+    compute_ms: Spread | None
     prefill_ms: Spread | None
+    handoff_ms: Spread | None
     kv_transfer_ms: Spread | None
+    decode_wait_ms: Spread | None
+    decode_step_ms: Spread | None
     decode_ms: Spread | None
+    reply_ms: Spread | None
     first_token: dict[str, FirstToken]
     throughput: Throughput
     goodput: Goodput
@@ -289,7 +297,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
                 ttft_ms=spread(rising(requests.ttft_ms[from_it])),
                 first_gap_ms=spread(rising(requests.first_gap_ms[from_it])),
             )
-            for sender in ROLE_ORDER
+            for sender in (*ROLE_ORDER, "decode_alone")
             if (from_it := np.array(requests.first_token, dtype=object) == sender).any()
         },
         throughput=Throughput(**{name: totals.ratio(name) for name in Throughput.__struct_fields__}),

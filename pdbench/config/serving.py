@@ -61,6 +61,8 @@ class ServeConfig(ServerConfig):
     """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
     """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D."""
+    prompt_log: bool = True
+    """Log when each prompt waited and was computed, through a vLLM scheduler class that only records; without it TTFT is in fewer parts."""
     start_timeout_s: Positive[float] = 600.0
     """How long the servers may take until all are healthy."""
     host: Network[str] = "127.0.0.1"
@@ -81,6 +83,8 @@ class ServeConfig(ServerConfig):
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM version and GPUs."""
     first_token: Network[FirstToken] = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
+    disaggregate_above: Network[CountOrZero[int]] = 0
+    """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
 

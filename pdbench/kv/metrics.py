@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from pdbench.events import TransferEvent
-
-logger = logging.getLogger(f"vllm.{__name__}")
+from pdbench.kv.event_log import EventLog
 
 _SIDES = ("send", "receive")
 _SECONDS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
@@ -31,18 +26,14 @@ _METRICS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class TransferRecorder:
-    """Collects one rank's finished transfers for vLLM's statistics, and writes them to the event log from a thread of its own."""
+    """Collects one rank's finished transfers for vLLM's statistics, and writes them to the event log."""
 
     def __init__(self, path: str | None, rank: int) -> None:
         self._rank = rank
         self._stats = PdKvStats()
         self._lock = threading.Lock()
-        self._lines: queue.SimpleQueue[TransferEvent | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._thread = threading.Thread(target=self._write, args=(Path(path),), name="kv-event-log", daemon=True)
-            self._thread.start()
+        self._log = EventLog(path)
+        self.close = self._log.close
 
     def add(self, record: TransferEvent) -> None:
         record.rank = self._rank
@@ -51,8 +42,7 @@ class TransferRecorder:
         with self._lock:
             ended = (record.side, record.error is None, record.bytes, record.wait_s, record.wire_s)
             self._stats.data["transfers"].append(ended)
-        if self._thread is not None:
-            self._lines.put(record)
+        self._log.add(record)
 
     def take_stats(self) -> PdKvStats | None:
         """Transfers that ended since the last call; None if there are none."""
@@ -61,21 +51,6 @@ class TransferRecorder:
                 return None
             taken, self._stats = self._stats, PdKvStats()
             return taken
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._lines.put(None)
-            self._thread.join(timeout=2.0)
-
-    def _write(self, path: Path) -> None:
-        try:
-            with path.open("ab", buffering=0) as file:
-                while (record := self._lines.get()) is not None:
-                    file.write(msgspec.json.encode(record) + b"\n")
-        except OSError as error:
-            logger.error("the KV event log %s cannot be written (%s): no more lines there", path, error)
-            while self._lines.get() is not None:
-                pass
 
 
 @dataclass

@@ -263,6 +263,7 @@ class Response:
             if isinstance(queue_ms, int | float) and isinstance(first_token_ms, int | float):
                 scheduled_s = record.token_s[0] - first_token_ms / 1e3
                 record.phases["queue"] = (scheduled_s - queue_ms / 1e3, scheduled_s)
+                record.phases["compute"] = (scheduled_s, record.token_s[0])
 
     def _take_part(self, part: Part, event: Event) -> None:
         counter, record = self._counter, self.record

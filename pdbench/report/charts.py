@@ -21,10 +21,18 @@ ENERGY_PARTS = {
     "waiting_j": ("waiting", colours.FAINT, "/"),
 }
 TTFT_PARTS = {
-    "queue": "queue",
+    "send": "sending",
+    "proxy": "proxy",
+    "api_server": "API server",
     "prefill": "prefill",
+    "queue": "queue",
+    "compute": "compute",
+    "handoff": "handoff",
     "kv_transfer": "KV transfer",
-    "decode": "decode's first step",
+    "decode_wait": "decode's wait",
+    "decode_step": "decode's first step",
+    "decode": "decode to the first token",
+    "reply": "reply",
     "other": "unattributed",
 }
 FEW_GAPS = 2000
@@ -67,11 +75,11 @@ def ttft_parts(runs: text.Runs) -> Chart:
             y, labels = (list(known), []) if len(runs) > 1 else ([_(part)], [f"{text.number(values[0])} ms"])
             drawn.append(Series(kind="hbar", name=_(part), x=values, y=y, labels=labels, shade=SHADES[key]))
     title, rows = _("Where TTFT goes"), list(dict.fromkeys(row for bars in drawn for row in bars.y))
-    missing = _("no proxy and no connector reported this deployment's phases")
+    missing = _("no proxy and no server reported this deployment's phases")
     x = _bar_axis(_("mean TTFT, ms"), drawn)
     panel = Panel(title=title, series=drawn, x=x, y=Axis(names=rows), not_measured=missing)
     caption = _(
-        "Mean TTFT, split by what client, proxy and connector reported; a deployment that reported nothing is absent."
+        "Mean TTFT, split by what client, proxy and servers reported; a deployment that reported nothing is absent."
     )
     return Chart(key="ttft", title=title, panels=[panel], caption=caption)
 

@@ -39,7 +39,8 @@ MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
     "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "ttfo_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
-    "prompt_tokens", "output_tokens", "counted_by", *(f"{name}_ms" for name in PHASES), "error", "finish_reason", "first_token", "first_gap_ms",
+    "prompt_tokens", "output_tokens", "counted_by", *(f"{name}_ms" for name in PHASES), "compute_steps", "error", "finish_reason",
+    "first_token", "first_gap_ms",
 )  # fmt: skip
 SWEEP_COLUMNS = (
     "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
@@ -106,7 +107,7 @@ def requests_csv(analysis: RunAnalysis) -> str:
         if isinstance(values, np.ndarray) and len(values):
             # msgspec writes decimals several times faster than `repr`; NaN is its null.
             values = msgspec.json.encode(np.round(values, 6).tolist()).decode()[1:-1].replace("null", "").split(",")
-        columns.append([cell.removesuffix(".0") for cell in values] if name.endswith("_tokens") else values)
+        columns.append([cell.removesuffix(".0") for cell in values] if name.endswith(("_tokens", "_steps")) else values)
     return csv_text(zip(*columns, strict=True))
 
 
@@ -160,9 +161,10 @@ def first_tokens(runs: text.Runs) -> list[Table]:
         senders = analysis.summary.first_token
         for sender, of in senders.items() if len(senders) > 1 else ():
             times = [*_figures(of.ttft_ms, "p50", "p99"), *_figures(of.first_gap_ms, "p50", "p99")]
-            rows.append([sender if len(runs) == 1 else f"{name}, {sender}", of.requests, *times])
+            words = _("decode alone") if sender == "decode_alone" else sender
+            rows.append([words if len(runs) == 1 else f"{name}, {words}", of.requests, *times])
     columns = (_("first token from"), _("requests"), "TTFT p50", "TTFT p99", _("first gap p50"), _("first gap p99"))
-    note = _("Both send first tokens here: the distribution of TTFT is a mix of two.")
+    note = _("The distribution of TTFT is a mix of these.")
     title = _("Who sent the first token, ms")
     return [Table(title=title, header=columns, rows=rows, note=note)] if rows else []
 

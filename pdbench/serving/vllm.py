@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pdbench.config import Connector, ServeConfig
 from pdbench.errors import UserError
 from pdbench.kv.compat import RANGE_TEXT, SUPPORTED
+from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec
 
@@ -19,6 +20,7 @@ BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
 PROMPT_TOKENS_DETAILS_SINCE = (0, 7)
 REQUEST_METRICS_SINCE = (0, 26)
+PROMPT_LOG_SINCE = (0, 10, 2)
 REQUEST_ID_RANDOMIZED_SINCE = (0, 14)
 
 
@@ -67,6 +69,10 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
         raise UserError(
             f"connector {connector} works with vLLM {RANGE_TEXT}, this is {text}: "
             f"{remedy}install '{package}>={'.'.join(map(str, SUPPORTED[0]))},<{SUPPORTED[1][0]}.{SUPPORTED[1][1] + 1}'"
+        )
+    if connector == "builtin-p2p-nccl" and config.disaggregate_above:
+        raise UserError(
+            "connector builtin-p2p-nccl cannot let decode compute a prompt: leave --disaggregate-above out, or use another connector"
         )
     if connector == "nixl" and not machine.nixl:
         raise UserError(
@@ -127,6 +133,10 @@ def server_command(
                 f"--{arguments.replace('_', '-')} {text!r}: {str(error).lower()}: "
                 "write it as in a shell, inside one pair of quotes"
             ) from None
+    own_scheduler = any(word.partition("=")[0].replace("_", "-") == "--scheduler-cls" for word in argv)
+    if config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE:
+        argv += ["--scheduler-cls", "pdbench.kv.prompt_log.scheduler"]
+        environment[LOG_VARIABLE] = event_log(config.log_dir, spec.name)
     return Command(
         name=spec.name,
         role=spec.role,
@@ -160,6 +170,8 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
     """The proxy in front of `servers`; without a connector it balances over all of them."""
     argv = [sys.executable, "-m", "pdbench", "proxy", "--host", config.host, "--port", str(config.proxy_port)]
     argv += ["--connector", connector or "none", "--first-token", config.first_token]
+    if config.disaggregate_above and connector:
+        argv += ["--disaggregate-above", str(config.disaggregate_above)]
     argv += ["--event-log", event_log(config.log_dir, "proxy")]
     for server in servers:
         kv_address = f"@{server.kv_address}" if server.kv_address else ""

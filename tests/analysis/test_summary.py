@@ -140,6 +140,34 @@ def test_ttft_parts_neither_overlap_nor_leave_a_rest_unnamed():
     assert parts == pytest.approx({"prefill": 170, "other": 30}, abs=1e-6), "prefill's token was the first"
 
 
+def test_ttft_parts_are_as_fine_as_each_requests_phases():
+    coarse = {
+        "send": (1.0, 1.01),
+        "proxy": (1.01, 1.02),
+        "prefill": (1.02, 1.16),
+        "kv_transfer": (1.15, 1.16),
+        "decode": (1.16, 1.4),
+    }
+    fine = coarse | {"api_server": (1.02, 1.04), "queue": (1.04, 1.1), "compute": (1.1, 1.15), "handoff": (1.15, 1.17)}
+    fine |= {"decode_wait": (1.17, 1.175), "decode_step": (1.175, 1.19), "reply": (1.19, 1.2)}
+    parts = mean_ttft_parts_ms(timings_of(tiny_run(request(phases=fine))))
+    assert parts == pytest.approx(
+        {"send": 10, "proxy": 10, "api_server": 20, "queue": 60, "compute": 50, "handoff": 20, "decode_wait": 5,
+         "decode_step": 15, "reply": 10, "other": 0}, abs=1e-6
+    )  # fmt: skip
+    parts = mean_ttft_parts_ms(timings_of(tiny_run(request(phases=fine), request(1, phases=coarse))))
+    halves = {"prefill": 65, "kv_transfer": 5, "decode": 20, "queue": 30, "compute": 25, "send": 10}
+    assert {name: parts[name] for name in halves} == pytest.approx(halves, abs=1e-6)
+    assert sum(parts.values()) == pytest.approx(200)
+
+
+def test_nothing_after_prefill_is_part_of_ttft_where_prefills_token_was_the_first():
+    phases = {"compute": (1.0, 1.15), "handoff": (1.15, 1.16), "decode_wait": (1.16, 1.17), "decode_step": (1.17, 1.3)}
+    run = tiny_run(request(phases=phases | {"reply": (1.15, 1.2)}))
+    run.events = [ProxyEvent(request_id=run.requests[0].id, prefill_sent_s=1.0, first_token_s=1.18)]
+    assert mean_ttft_parts_ms(timings_of(run)) == pytest.approx({"compute": 150, "reply": 50, "other": 0}, abs=1e-6)
+
+
 def test_energy_of_a_run_is_that_of_its_roles():
     summary = summarize(build_run(trials=2))
     assert summary.energy.total_j == pytest.approx(sum(role.total_j for role in summary.energy.roles.values()))

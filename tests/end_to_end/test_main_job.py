@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
-from pdbench.events import TransferEvent
+from pdbench.analysis.run_analysis import load_analysis
+from pdbench.events import PromptEvent, TransferEvent
 from pdbench.records import SCHEMA, load_run
 from tests.conftest import serve_config
 from tests.support.processes import ROOT, wait_until
@@ -100,6 +102,26 @@ def test_results_hold_every_request_and_the_proof_of_the_transfer(
     sent = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "send"]
     assert len(sent) >= len(measured)
     assert all(event.bytes > 0 for event in sent)
+
+
+@pytest.mark.parametrize("name", ["single", "replicas", "disaggregated"])
+def test_ttft_is_in_parts_with_queue_and_compute_apart(
+    job: tuple[Path, subprocess.CompletedProcess[str]], name: str
+) -> None:
+    folder, _ = job
+    analysis = load_analysis(folder / f"{name}_results")
+    assert analysis.curves.ttft_parts_ms is not None and analysis.summary.ttft_ms is not None
+    parts, ttft_ms = analysis.curves.ttft_parts_ms, analysis.summary.ttft_ms.mean
+    assert sum(parts.values()) == pytest.approx(ttft_ms)
+    assert min(parts["queue"], parts["compute"]) > 0 and parts["other"] < 0.05 * ttft_ms
+    for phase in ("api_server", "queue", "compute", "reply"):
+        assert np.isfinite(analysis.requests.phase_ms[phase]).all(), phase
+    assert (analysis.requests.compute_steps >= 1).all()
+    prompts = [event for event in load_run(folder / f"{name}_results").events if isinstance(event, PromptEvent)]
+    for event in prompts:
+        assert event.error is None
+        # Decode computes what prefill's KV does not say: the first token.
+        assert (sum(event.tokens) == event.prompt_tokens) == (not event.server.startswith("decode"))
 
 
 def test_deployments_generate_the_same_greedy_text(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

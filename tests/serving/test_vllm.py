@@ -7,6 +7,7 @@ import pytest
 
 from pdbench.config import DeploymentKind, Options, ServeConfig
 from pdbench.errors import UserError
+from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.nvml import Gpu
 from pdbench.serving import vllm
 from pdbench.serving.machine import Machine
@@ -180,3 +181,31 @@ def test_servers_say_how_many_requests_they_work_on_at_once() -> None:
 def test_cached_prompt_tokens_are_requested_where_vllm_knows_them(version: str, given: bool) -> None:
     (single,) = commands("single", ServeConfig(), machine(version, 1))
     assert ("--enable-prompt-tokens-details" in single.argv) == given
+
+
+@pytest.mark.parametrize("kind", ["single", "replicas", "disaggregated"])
+@pytest.mark.parametrize(
+    ("version", "config", "logs"),
+    [
+        ("0.33.0", ServeConfig(connector="nixl"), True),
+        ("0.10.2", ServeConfig(connector="nixl"), True),
+        ("0.10.1", ServeConfig(connector="nixl"), False),
+        ("0.33.0", ServeConfig(connector="nixl", prompt_log=False), False),
+        ("0.33.0", ServeConfig(connector="nixl", vllm_args="--scheduler_cls=mine.Scheduler"), False),
+    ],
+)
+def test_servers_log_their_prompts_with_every_connector(
+    kind: DeploymentKind, version: str, config: ServeConfig, logs: bool
+) -> None:
+    for server in commands(kind, config, machine(version, 2)):
+        argv = "pdbench.kv.prompt_log.scheduler" in server.argv
+        assert argv == (LOG_VARIABLE in server.environment) == (logs and server.role != "proxy")
+        assert not argv or server.environment[LOG_VARIABLE] == vllm.event_log("logs", server.name)
+
+
+def test_threshold_of_disaggregation_is_the_proxys() -> None:
+    config = ServeConfig(disaggregate_above=512)
+    assert option(commands("disaggregated", config, machine("0.33.0", 2))[-1], "--disaggregate-above") == "512"
+    assert "--disaggregate-above" not in commands("replicas", config, machine("0.33.0", 2))[-1].argv
+    with pytest.raises(UserError, match="leave --disaggregate-above out"):
+        vllm.choose_connector(config, machine("0.23.0", 2))

@@ -1,0 +1,142 @@
+"""vLLM's own scheduler, which also logs when each prompt arrived, waited and was computed: `--scheduler-cls pdbench.kv.prompt_log.scheduler`.
+
+It decides nothing: every method calls vLLM's and looks at what went in and came out. vLLM 0.10.2 and newer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdbench.events import PromptEvent
+from pdbench.kv.event_log import EventLog
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+LOG_VARIABLE = "PDBENCH_PROMPT_LOG"
+"""The file that gets the events; without it vLLM's scheduler stays as it is. The file's name up to its first dot names the server."""
+
+
+class PromptLog:
+    """The prompts of one scheduler that have no first token yet; each is one event when it has, or when it ends without."""
+
+    def __init__(self, path: str) -> None:
+        self._log = EventLog(path)
+        self._server = Path(path).name.split(".")[0]
+        self._open: dict[str, tuple[Request, PromptEvent]] = {}
+        self._computed: dict[str, None] = {}  # those of which a step was scheduled
+        self._step_end_s = 0.0
+
+    def added(self, request: Request) -> None:
+        """The engine took the request from its input, which it looks into between two steps."""
+        now_s, arrival = time.monotonic(), getattr(request, "arrival_time", None)
+        # The API server's wall clock, when it had the request's tokens.
+        waited_s = max(time.time() - arrival, 0.0) if arrival else 0.0
+        parameters = getattr(request, "kv_transfer_params", None) or {}
+        event = PromptEvent(
+            server=self._server,
+            request_id=request.request_id,
+            transfer_id=parameters.get("transfer_id"),
+            prompt_tokens=int(request.num_prompt_tokens),
+            arrived_s=now_s - waited_s,
+            taken_s=now_s,
+        )
+        self._open.setdefault(request.request_id, (request, event))
+
+    def scheduled(self, output: SchedulerOutput) -> None:
+        """A step was scheduled; with asynchronous scheduling the one before may still run."""
+        if not self._open:
+            return
+        now_s, prompts = time.monotonic(), self._open
+        for name, tokens in output.num_scheduled_tokens.items():
+            if name in prompts:
+                event = prompts[name][1]
+                event.begin_s.append(now_s)
+                event.tokens.append(tokens)
+                self._computed[name] = None
+
+    def computed(self, output: SchedulerOutput, at_s: float) -> None:
+        """The output of a step arrived at `at_s`, and vLLM has added its tokens to the requests."""
+        for name in [name for name in self._computed if name in output.num_scheduled_tokens]:
+            request, event = self._open[name]
+            step = len(event.end_s)
+            if step < len(event.begin_s):
+                # Steps run one after the other: this one began when the one before was over.
+                event.begin_s[step] = max(event.begin_s[step], self._step_end_s)
+                event.end_s.append(at_s)
+            if request.num_output_tokens > 0:
+                event.first_token_s = at_s
+                self._close(name, event)
+        self._step_end_s = at_s
+
+    def freed(self, request: Request) -> None:
+        """The request is over; one that got its first token in this step is logged by `computed`."""
+        entry = self._open.get(request.request_id)
+        if entry is not None and request.num_output_tokens == 0:
+            entry[1].error = request.status.name.removeprefix("FINISHED_").lower()
+            self._close(request.request_id, entry[1])
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _close(self, name: str, event: PromptEvent) -> None:
+        del self._open[name]
+        self._computed.pop(name, None)
+        steps = len(event.end_s)
+        del event.begin_s[steps:], event.tokens[steps:]  # scheduled ahead: no part of the prompt
+        self._log.add(event)
+
+
+def scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What vLLM constructs: its scheduler for this configuration, with a log if `LOG_VARIABLE` names one."""
+    # Imported here: vLLM resolves the name before its platform is known.
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    base: type = Scheduler
+    asynchronous = getattr(vllm_config.scheduler_config, "async_scheduling", False)
+    if getattr(vllm_config, "diffusion_config", None) is not None:
+        from vllm.v1.core.sched import diffusion_scheduler
+
+        base = getattr(diffusion_scheduler, "DiffusionAsyncScheduler" if asynchronous else "DiffusionScheduler")
+    elif asynchronous:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        base = AsyncScheduler
+    path = os.environ.get(LOG_VARIABLE)
+    if path:
+        base = type(f"Logged{base.__name__}", (_Logged, base), {"prompt_log": PromptLog(path)})
+    return base(vllm_config, *args, **kwargs)
+
+
+class _Logged:
+    """In front of vLLM's scheduler class. Signatures are left open because they differ between versions."""
+
+    prompt_log: PromptLog
+
+    def add_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.prompt_log.added(request)
+        return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.prompt_log.scheduled(output)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        at_s = time.monotonic()
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        self.prompt_log.computed(scheduler_output, at_s)
+        return outputs
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.prompt_log.freed(request)
+        return freed
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        self.prompt_log.close()
+        return super().shutdown(*args, **kwargs)  # type: ignore[misc]
