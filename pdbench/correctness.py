@@ -21,6 +21,8 @@ _TEXTS = (
     "编号 {nonce}。请用两句话说明为什么要把预填充和解码分开，并给出一个例子。",
     "At {nonce} seconds, list three uses of a clock, then compare them: which is the oldest, which is the strangest, and why?",
 )
+# Also where --disaggregate-above lets decode compute prompts as short as these: the transfer is what is checked.
+_THROUGH_PREFILL = {"X-Pdbench-Disaggregate": "always"}
 _EXTERNAL_KV = ("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"')
 
 
@@ -86,7 +88,7 @@ def check(
 def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
     """The greedy outputs to the prompts, one request at a time."""
     options = {"model": model, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "seed": 0}
-    records = [fetch(url, {"prompt": text.format(nonce=nonce), **options}) for text in _TEXTS]
+    records = [fetch(url, {"prompt": text.format(nonce=nonce), **options}, header=_THROUGH_PREFILL) for text in _TEXTS]
     for record in records:
         if record.error or record.prompt_tokens is None:
             reason = f"{record.error.kind}: {record.error.message}" if record.error else "no prompt_tokens in its usage"

@@ -32,6 +32,8 @@ class ProxyConfig:
     """Which decode instance a request takes; least-work counts requests in flight."""
     first_token: FirstToken = "prefill"
     """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
+    disaggregate_above: CountOrZero[int] = 0
+    """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
     event_log: str | None = None
     """File that gets one JSON line per request: instants, instances, retries, status. Never content."""
     timing_header: bool = False

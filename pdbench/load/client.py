@@ -40,7 +40,14 @@ class Client:
     The API key is read from OPENAI_API_KEY. Raises UserError for a URL that cannot be used.
     """
 
-    def __init__(self, url: str, config: LoadConfig | None = None, *, zero_s: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        config: LoadConfig | None = None,
+        *,
+        zero_s: float | None = None,
+        header: dict[str, str] | None = None,
+    ) -> None:
         self._config = config = config or LoadConfig()
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
@@ -53,7 +60,7 @@ class Client:
         self._addresses = itertools.cycle(addresses)
         path = f"{server.base}/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}"
         headers = {"Host": server.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        headers |= authorization()
+        headers |= authorization() | (header or {})
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
         self._epoll = select.epoll()
@@ -191,10 +198,12 @@ class Client:
         return ready
 
 
-def fetch(url: str, body: dict[str, Any], config: LoadConfig | None = None) -> RequestRecord:
+def fetch(
+    url: str, body: dict[str, Any], config: LoadConfig | None = None, header: dict[str, str] | None = None
+) -> RequestRecord:
     """Send one request, wait, return its record; the body's `stream` and `return_token_ids` are set here."""
     whole = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, **body}
-    with Client(url, config) as client:
+    with Client(url, config, header=header) as client:
         record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now())
         client.start(record, msgspec.json.encode(whole))
         while not client.poll(client.clock.now() + 1.0):

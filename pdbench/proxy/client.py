@@ -259,6 +259,7 @@ class EventStream:
         self.last = b""
         self._client = client
         self._edit = edit
+        self._dialect = client.request.dialect
         self.transport = client.transport
         self._chunked = not client.request.http_1_0
         keep_alive = client.keep_alive and self._chunked
@@ -299,8 +300,8 @@ class EventStream:
         decode = self._client.decode
         assert decode is not None
         error = decode.error
-        if error is None and not self.last.rstrip().endswith(b"[DONE]"):
-            error = "decode ended the stream without [DONE]"
+        if error is None and not self._dialect.is_end(self.last):
+            error = f"decode ended the stream without {(self._dialect.ends or (b'[DONE]',))[0].decode()}"
         if error is None:
             self._end(self.held)
         else:
@@ -311,7 +312,7 @@ class EventStream:
     def fail(self, error: RequestError) -> None:
         """End the client's stream with an error event, and the connection."""
         self._client.last_request = True
-        self._end(b"data: %b\n\n" % error.body)
+        self._end(b"%bdata: %b\n\n" % (self._dialect.error_event, error.body))
 
     def _end(self, last: bytes) -> None:
         client = self._client

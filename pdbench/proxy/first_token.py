@@ -10,8 +10,6 @@ from pdbench.proxy.messages import ClientRequest, Fields
 
 # vLLM's default for a completion that names no number of output tokens.
 DEFAULT_MAX_TOKENS = 16
-# What prefill is sent as well, so that its answer has the tokens' ids.
-PREFILL_FIELDS: Fields = {"return_token_ids": msgspec.Raw(b"true")}
 # Fields that mean the same for the prompt as for the prompt and one token; greedy sampling ignores the sampling fields.
 _ANY_VALUE = frozenset(
     ("model", "prompt", "max_tokens", "seed", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias",

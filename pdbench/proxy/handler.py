@@ -115,12 +115,18 @@ class RequestHandler:
         context, request, protocol = self.context, self.request, self.context.protocol
         self.event.request_id, self.event.received_s = request.request_id.decode("latin-1"), request.received_s
         try:
+            if protocol.addresses_in_id and not request.dialect.names_request:
+                path = request.path.decode("latin-1")
+                raise RequestError(
+                    404, f"{path} carries no KV transfer of vLLM's own connector: use /v1/chat/completions"
+                )
             request.fields = messages.parse_fields(request.body)
-            prompt = bytes(request.fields.get("prompt") or request.fields.get("messages") or b"")
+            prompt = bytes(request.fields.get(request.dialect.prompt, b""))
             self.prefix = prompt[:_PREFIX_BYTES]
-            request.tokens = messages.prompt_tokens(prompt)
-            transferable = messages.is_single_sequence(request.fields) or not protocol.decode_can_prefill
-            self.decode_only = not protocol.has_prefill or not transferable
+            self.event.prompt_tokens = request.tokens = messages.prompt_tokens(prompt)
+            if protocol.has_prefill and protocol.decode_can_prefill:
+                self.event.decode_alone = self._why_decode_alone()
+            self.decode_only = not protocol.has_prefill or self.event.decode_alone is not None
             may_open = protocol.first_token and context.config.first_token == "prefill" and not self.decode_only
             self.wants_first_token = may_open and first_token.is_exact(request)
             async with context.place():
@@ -138,6 +144,16 @@ class RequestHandler:
         finally:
             self._end()
 
+    def _why_decode_alone(self) -> str | None:
+        request = self.request
+        if not messages.is_single_sequence(request.fields):
+            return "several-sequences"
+        if messages.is_stateful(request.fields):
+            return "stateful"
+        if request.tokens <= self.context.config.disaggregate_above:
+            return None if messages.header(request.headers, b"x-pdbench-disaggregate") == b"always" else "short"
+        return None
+
     async def _try_instances(self) -> None:
         """A stage that fails before a byte was passed on is tried again at another instance."""
         config, table = self.context.config, self.context.table
@@ -150,6 +166,8 @@ class RequestHandler:
                 prefill = choose(config.prefill_policy, "prefill", table, self.prefix, tried)
                 if prefill is None and not may_recompute:
                     raise failure or RequestError(503, "no prefill instance is ready", stage="prefill")
+                if prefill is None:
+                    self.event.decode_alone = "prefill-failed"
             decode = choose(config.decode_policy, "decode", table, self.prefix, tried)
             if decode is None:
                 raise failure or RequestError(503, "no decode instance is ready", stage="decode")
@@ -169,7 +187,7 @@ class RequestHandler:
             if self.event.retries >= config.retries:
                 if not (failure.stage == "prefill" and may_recompute):
                     raise failure
-                self.decode_only = True
+                self.decode_only, self.event.decode_alone = True, "prefill-failed"
 
     async def _attempt(self, prefill: Instance | None, decode: Instance) -> UpstreamRequest:
         """Send the request to one pair of instances; returns the upstream request whose answer the client gets."""
@@ -183,8 +201,12 @@ class RequestHandler:
         self.event.transfer_id = handoff.transfer_id
         if protocol.addresses_in_id:
             request = replace(request, request_id=handoff.builtin_request_id)
-        fields = request.fields | first_token.PREFILL_FIELDS if self.wants_first_token else request.fields
-        body = prefill_body(fields, protocol.prefill_params(handoff))
+        body = prefill_body(
+            request,
+            protocol.prefill_params(handoff),
+            wants_token=self.wants_first_token,
+            compares_prompts=protocol.compares_prompts,
+        )
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         if protocol.concurrent_dispatch and not self.wants_first_token:
             body = decode_body(request, protocol.decode_params(handoff, b""))

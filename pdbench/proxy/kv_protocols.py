@@ -6,10 +6,16 @@ from typing import NamedTuple
 import msgspec
 
 from pdbench.proxy.instances import Address
-from pdbench.proxy.messages import ClientRequest, Fields
+from pdbench.proxy.messages import ClientRequest, value_of
 
 # Fields that contradict one token without streaming, and the field that only the proxy may write.
-_NOT_FOR_PREFILL = ("stream_options", "min_tokens", "kv_transfer_params")
+_NOT_FOR_PREFILL = frozenset(("stream_options", "min_tokens", "kv_transfer_params"))
+# Fields of a token that nobody sees: what ends an answer, what is told of its tokens, what its text has to be.
+_OF_THE_ANSWER = frozenset(
+    ("stop", "stop_token_ids", "stop_sequences", "include_stop_str_in_output", "logprobs", "top_logprobs", "return_token_ids",
+     "return_tokens_as_token_ids", "store", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+     "guided_decoding_backend", "guided_whitespace_pattern")
+)  # fmt: skip
 _NIXL_PREFILL = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
@@ -36,7 +42,7 @@ class KvProtocol(NamedTuple):
     `decode_params` also gets prefill's answer, empty with `concurrent_dispatch`: decode may be sent its request before
     prefill has answered. `addresses_in_id`: the request id names both instances. `decode_can_prefill`: decode computes
     the prompt of a request without handoff. `first_token`: decode accepts a prompt whose last token, which prefill
-    sampled, has no KV.
+    sampled, has no KV. `compares_prompts`: decode takes no KV of another prompt than its own.
     """
 
     prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
@@ -46,14 +52,37 @@ class KvProtocol(NamedTuple):
     concurrent_dispatch: bool = False
     decode_can_prefill: bool = True
     first_token: bool = False
+    compares_prompts: bool = False
 
 
-def prefill_body(fields: Fields, kv_transfer_params: bytes | None) -> bytes:
-    """The client's body with one token and no stream; every other field unchanged."""
-    fields = {name: value for name, value in fields.items() if name not in _NOT_FOR_PREFILL}
-    fields |= {"stream": msgspec.Raw(b"false"), "max_tokens": msgspec.Raw(b"1")}
+def prefill_body(
+    request: ClientRequest,
+    kv_transfer_params: bytes | None,
+    *,
+    wants_token: bool = False,
+    compares_prompts: bool = False,
+) -> bytes:
+    """The client's body with one token and no stream, without what only concerns the answer.
+
+    `wants_token`: the token is the client's first one, so what concerns it stays. `compares_prompts`: fields of which a chat template may
+    tell the model can go, because KV of a prompt that differs is not used.
+    """
+    dropped = _NOT_FOR_PREFILL if wants_token else _NOT_FOR_PREFILL | _OF_THE_ANSWER
+    fields = {name: value for name, value in request.fields.items() if name not in dropped}
+    fields |= {"stream": msgspec.Raw(b"false"), request.dialect.limit: msgspec.Raw(b"1")}
     if "max_completion_tokens" in fields:
         fields["max_completion_tokens"] = msgspec.Raw(b"1")
+    if wants_token:
+        fields["return_token_ids"] = msgspec.Raw(b"true")
+    else:
+        # An end of the text as the one token would be no handoff for NIXL, which hands over what reached its limit.
+        fields["ignore_eos"] = msgspec.Raw(b"true")
+        if compares_prompts:
+            fields.pop("response_format", None)
+            # vLLM may answer 500 when a tool call must fit into one token; the tools themselves are part of the prompt.
+            choice = value_of(fields, "tool_choice")
+            if choice not in (b"null", b'"auto"', b'"none"') and request.path == b"/v1/chat/completions":
+                fields["tool_choice"] = msgspec.Raw(b'"none"')
     if kv_transfer_params is not None:
         fields["kv_transfer_params"] = msgspec.Raw(kv_transfer_params)
     return msgspec.json.encode(fields)
@@ -95,7 +124,9 @@ def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
 
 
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
-_PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, concurrent_dispatch=True, first_token=True)
+_PDBENCH = KvProtocol(
+    _pdbench_prefill, _pdbench_decode, concurrent_dispatch=True, first_token=True, compares_prompts=True
+)
 PROTOCOLS = {
     "p2p-nccl": _PDBENCH,
     "tcp": _PDBENCH,

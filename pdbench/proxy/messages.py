@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +20,30 @@ _REQUEST_HEADERS_NOT_FORWARDED = _RESPONSE_HEADERS_NOT_FORWARDED.union(
 )
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
+
+
+class Dialect(NamedTuple):
+    """How a path's requests and streams look: the fields of the prompt and of the limit on output tokens, whether vLLM calls the
+    request what X-Request-Id says, what ends a stream (one of these, else [DONE]), and what stands before an error event's data."""
+
+    prompt: str
+    limit: str
+    names_request: bool = True
+    ends: tuple[bytes, ...] = ()
+    error_event: bytes = b""
+
+    def is_end(self, events: bytes) -> bool:
+        """Is the last of these a stream's last event?"""
+        return any(end in events for end in self.ends) if self.ends else events.rstrip().endswith(b"[DONE]")
+
+
+_ANSWER_ENDS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+DIALECTS = {
+    b"/v1/completions": Dialect("prompt", "max_tokens"),
+    b"/v1/chat/completions": Dialect("messages", "max_tokens"),
+    b"/v1/responses": Dialect("input", "max_output_tokens", False, _ANSWER_ENDS, b"event: error\n"),
+    b"/v1/messages": Dialect("messages", "max_tokens", True, (b"event: message_stop",), b"event: error\n"),
+}
 _decode_fields = msgspec.json.Decoder(Fields).decode
 
 
@@ -41,6 +66,10 @@ class ClientRequest:
     def path(self) -> bytes:
         """The target without its query."""
         return self.target.split(b"?", 1)[0]
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.path]
 
 
 class RequestError(Exception):
@@ -86,6 +115,11 @@ def prompt_tokens(prompt: bytes) -> int:
     return len(prompt) // 4 + 1
 
 
+def value_of(fields: Fields, name: str) -> bytes:
+    """A field's JSON; null where there is none. (A Raw never equals bytes.)"""
+    return bytes(fields.get(name, b"null"))
+
+
 def is_single_sequence(fields: Fields) -> bool:
     """Whether one KV transfer carries the request: one prompt, one continuation, no use of the prompt's logits."""
 
@@ -99,8 +133,13 @@ def is_single_sequence(fields: Fields) -> bool:
             return 0
 
     several = _LIST_OF_PROMPTS.match(fields.get("prompt", b"")) is not None or number("n") > 1 or number("best_of") > 1
-    needs_prompt_logits = number("echo") or fields.get("prompt_logprobs", b"null") != b"null"
+    needs_prompt_logits = number("echo") or value_of(fields, "prompt_logprobs") != b"null"
     return not (several or needs_prompt_logits or number("use_beam_search"))
+
+
+def is_stateful(fields: Fields) -> bool:
+    """Whether the request is of a conversation that one instance keeps (/v1/responses)."""
+    return value_of(fields, "previous_response_id") != b"null" or value_of(fields, "background") == b"true"
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:

@@ -167,6 +167,8 @@ Route = tuple[Literal["client", "administrator", "open"], dict[bytes, Handler]]
 ROUTES: dict[bytes, Route] = {
     b"/v1/completions": ("client", {b"POST": _complete}),
     b"/v1/chat/completions": ("client", {b"POST": _complete}),
+    b"/v1/responses": ("client", {b"POST": _complete}),
+    b"/v1/messages": ("client", {b"POST": _complete}),
     b"/v1/models": ("client", {b"GET": _pass_through}),
     b"/version": ("client", {b"GET": _pass_through}),
     b"/tokenize": ("client", {b"POST": _pass_through}),

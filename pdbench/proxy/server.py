@@ -22,6 +22,7 @@ from pdbench.proxy import routes
 from pdbench.proxy.client import ClientConnection
 from pdbench.proxy.handler import ProxyContext
 from pdbench.proxy.instances import InstanceTable, netloc, parse_address
+from pdbench.proxy.kv_protocols import PROTOCOLS
 from pdbench.proxy.upstream import watch_health
 
 log = logging.getLogger("pdbench.proxy")
@@ -37,6 +38,10 @@ def serve(config: ProxyConfig) -> None:
         raise UserError("--connector none has no prefill: name every instance with --decode")
     if not config.decode:
         raise UserError("no decode instance: add --decode URL")
+    if config.disaggregate_above and not PROTOCOLS[config.connector].decode_can_prefill:
+        raise UserError(
+            f"--connector {config.connector} cannot let decode compute a prompt: leave --disaggregate-above out"
+        )
     if config.workers > 256:
         raise UserError(f"--workers {config.workers} is more than 256: name fewer")
     table = InstanceTable(config.workers)

@@ -8,6 +8,16 @@ import pytest
 from tests.support.proxy_processes import proxy, read_answer
 
 PROMPT = {"model": "m", "prompt": "Hi", "max_tokens": 4, "temperature": 0.50, "tools": [{"x": 1}], "logprobs": 2}
+# What prefill gets of it.
+PREFILL = {
+    "model": "m",
+    "prompt": "Hi",
+    "max_tokens": 1,
+    "temperature": 0.50,
+    "tools": [{"x": 1}],
+    "stream": False,
+    "ignore_eos": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +35,7 @@ def test_pdbench_protocol_names_one_transfer_to_both_sides(server, pair):
     assert answer.json["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
     prefill, decode = (instance.received("load-7")[1] for instance in pair)
     transfer = prefill.pop("kv_transfer_params")
-    assert prefill == {**PROMPT, "max_tokens": 1, "stream": False}
+    assert prefill == PREFILL
     remote = decode.pop("kv_transfer_params")
     assert decode == PROMPT
     assert transfer == {"transfer_id": remote["transfer_id"], "do_remote_decode": True}
@@ -83,7 +93,9 @@ def test_request_that_no_transfer_carries_goes_to_decode_only(server, pair, fiel
     assert answer.request_id not in pair[0].log.read_text()
 
 
-@pytest.mark.parametrize("fields", [{"n": 1}, {"prompt": [1, 2]}, {"prompt": "["}, {"echo": False}])
+@pytest.mark.parametrize(
+    "fields", [{"n": 1}, {"prompt": [1, 2]}, {"prompt": "["}, {"echo": False}, {"prompt_logprobs": None}]
+)
 def test_request_that_one_transfer_carries_is_prefilled(server, pair, fields):
     answer = server.request("POST", "/v1/completions", {**PROMPT, **fields})
     assert answer.status == 200
@@ -108,6 +120,124 @@ def test_prefill_request_drops_fields_that_contradict_one_token(server, pair):
     assert "stream_options" not in prefill
     assert "min_tokens" not in prefill
     assert (prefill["max_tokens"], prefill["max_completion_tokens"]) == (1, 1)
+
+
+ANSWER_FIELDS = {
+    "stop": ["\n\n"],
+    "stop_token_ids": [7],
+    "include_stop_str_in_output": True,
+    "logprobs": True,
+    "top_logprobs": 5,
+    "return_token_ids": True,
+    "structured_outputs": {"json": {}},
+    "guided_regex": "a+",
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+SHOWN_FIELDS = {"response_format": {"type": "json_object"}, "tool_choice": "required"}
+
+
+def test_prefill_request_drops_what_concerns_the_answer_alone(server, pair):
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "tools": [TOOL], "n": 1}
+    body = {**chat, **ANSWER_FIELDS, **SHOWN_FIELDS, "seed": 3, "chat_template_kwargs": {"thinking": False}}
+    answer = server.request("POST", "/v1/chat/completions", body)
+    assert answer.status == 200
+    prefill, decode = (instance.received(answer.request_id)[1] for instance in pair)
+    assert prefill.pop("kv_transfer_params") and decode.pop("kv_transfer_params")
+    kept = {**chat, "seed": 3, "chat_template_kwargs": {"thinking": False}}
+    assert prefill == {**kept, "max_tokens": 1, "stream": False, "ignore_eos": True, "tool_choice": "none"}
+    assert decode == body
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", None])
+def test_tool_choice_that_asks_for_no_call_stays(server, pair, choice):
+    body = {"model": "m", "messages": [], "max_tokens": 2, "tools": [TOOL], "tool_choice": choice}
+    answer = server.request("POST", "/v1/chat/completions", body)
+    assert pair[0].received(answer.request_id)[1]["tool_choice"] == choice
+
+
+def test_fields_that_a_template_may_show_stay_where_prompts_are_not_compared(pair, tmp_path: Path):
+    body = {"model": "m", "messages": [], "max_tokens": 2, "tools": [TOOL], **ANSWER_FIELDS, **SHOWN_FIELDS}
+    with proxy(tmp_path, "--connector", "nixl", prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.request("POST", "/v1/chat/completions", body)
+        prefill = pair[0].received(answer.request_id)[1]
+    assert {name: prefill.get(name) for name in SHOWN_FIELDS} == SHOWN_FIELDS
+    assert not ANSWER_FIELDS.keys() & prefill.keys()
+
+
+OTHER_APIS = {
+    "/v1/responses": {"model": "m", "input": "Hi", "max_output_tokens": 4, "stream": True},
+    "/v1/messages": {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "stream": True},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_APIS)
+def test_other_apis_are_prefilled_with_one_token_and_decoded_to_their_own_end(server, pair, path):
+    answer = server.request("POST", path, OTHER_APIS[path])
+    assert answer.complete and [event["type"] for event in answer.events[:4]] == ["delta"] * 4
+    assert answer.events[-1]["type"] in ("response.completed", "message_stop")
+    assert server.event(answer.request_id)["error"] is None
+    prefill, decode = (instance.received(answer.request_id)[1] for instance in pair)
+    assert prefill.pop("kv_transfer_params")["transfer_id"] == decode.pop("kv_transfer_params")["transfer_id"]
+    limit = "max_output_tokens" if "input" in decode else "max_tokens"
+    assert prefill == {**OTHER_APIS[path], "stream": False, limit: 1, "ignore_eos": True}
+    assert decode == OTHER_APIS[path]
+
+
+@pytest.mark.parametrize("path", OTHER_APIS)
+def test_other_api_without_its_last_event_ends_in_an_error_event(server, path):
+    answer = server.request("POST", path, {**OTHER_APIS[path], "decode": {"end": "none"}})
+    last = answer.body.rstrip().split(b"\n")[-2:]
+    assert last[0] == b"event: error" and b"decode ended the stream without event: " in last[1]
+
+
+@pytest.mark.parametrize("fields", [{"previous_response_id": "resp_1"}, {"background": True}])
+def test_conversation_that_an_instance_keeps_is_decodes(server, fields):
+    answer = server.request("POST", "/v1/responses", {**OTHER_APIS["/v1/responses"], **fields})
+    event = server.event(answer.request_id)
+    assert (event["status"], event["prefill"], event["decode_alone"]) == (200, None, "stateful")
+
+
+def test_responses_are_refused_where_the_request_id_carries_the_transfer(pair, tmp_path: Path):
+    options = ("--connector", "builtin-p2p-nccl")
+    with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.request("POST", "/v1/responses", OTHER_APIS["/v1/responses"])
+        assert (answer.status, "use /v1/chat/completions" in answer.json["error"]["message"]) == (404, True)
+        assert server.request("POST", "/v1/messages", OTHER_APIS["/v1/messages"]).status == 200
+
+
+@pytest.mark.parametrize(
+    ("prompt", "alone", "tokens"),
+    [
+        (list(range(1, 65)), "short", 64),
+        (list(range(1, 66)), None, 65),
+        ("x" * 200, "short", 51),
+        ("x" * 300, None, 76),
+        (["a", "b"], "several-sequences", 3),
+    ],
+)
+def test_short_prompts_are_decodes_alone(pair, tmp_path: Path, prompt, alone, tokens):
+    with proxy(tmp_path, "--disaggregate-above", "64", prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.complete(stream=True, prompt=prompt, max_tokens=3, temperature=0)
+        assert answer.complete
+        event = server.event(answer.request_id)
+        assert (event["decode_alone"], event["prompt_tokens"]) == (alone, tokens)
+        assert (event["prefill"] is None) == (event["prefill_sent_s"] is None) == (alone is not None)
+        assert ("kv_transfer_params" in pair[1].received(answer.request_id)[1]) == (alone is None)
+
+
+def test_correctness_check_goes_through_prefill_however_short_it_is(pair, tmp_path: Path):
+    with proxy(tmp_path, "--disaggregate-above", "64", prefill=[pair[0]], decode=[pair[1]]) as server:
+        body = {"model": "m", "prompt": "Hi", "max_tokens": 3}
+        answer = server.request("POST", "/v1/completions", body, X_Pdbench_Disaggregate="always")
+        assert server.event(answer.request_id)["decode_alone"] is None
+
+
+def test_prompt_that_decode_computes_because_prefill_failed_says_so(pair, tmp_path: Path):
+    options = ("--fallback", "recompute", "--retries", "0")
+    with proxy(tmp_path, *options, prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.complete(max_tokens=4, prefill={"status": 500}, decode={"first": 1})
+        event = server.event(answer.request_id)
+        assert (answer.status, event["decode_alone"]) == (200, "prefill-failed")
 
 
 def test_refusal_of_an_instance_reaches_the_client(server):
@@ -181,7 +311,7 @@ def test_builtin_protocol_puts_both_addresses_into_the_request_id(pair, tmp_path
         pattern = r"___prefill_addr_127\.0\.0\.1:7000___decode_addr_127\.0\.0\.1:7001_[0-9a-f]{32}"
         assert re.fullmatch(pattern, request_id)
         prefill, decode = (instance.received(request_id)[1] for instance in pair)
-        assert prefill == {**PROMPT, "n": 2, "max_tokens": 1, "stream": False}
+        assert prefill == {**PREFILL, "n": 2}
         assert decode == {**PROMPT, "n": 2}
 
         before = len(pair[1].requests())

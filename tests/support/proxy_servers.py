@@ -16,6 +16,8 @@ from tests.support.servers import SSE_HEAD, chunk, event, token
 
 # The i-th token of every answer has this id plus i.
 FIRST_ID = 100
+# What ends a stream that is not of completions.
+LAST_EVENTS = {"/v1/responses": b"response.completed", "/v1/messages": b"message_stop"}
 MODEL = {"created": 1, "model": "m"}
 
 
@@ -90,8 +92,9 @@ class Connection(asyncio.Protocol):
         if path == "/v1/models":
             return self.respond(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
         body = json.loads(request["body"])
+        limit = body.get("max_output_tokens", body.get("max_tokens", 3))
         script = {
-            "tokens": body.get("max_tokens", 3),
+            "tokens": limit,
             "delay": 0.0,
             "first": 0.0,
             "status": 200,
@@ -100,7 +103,7 @@ class Connection(asyncio.Protocol):
         }
         # `user` can carry the script past a proxy that looks at every field.
         scripts = json.loads(body.get("user") or "{}") | body
-        script |= scripts.get("prefill" if body.get("max_tokens") == 1 else "decode", {})
+        script |= scripts.get("prefill" if limit == 1 else "decode", {})
         self.health["status"] = script.get("health", self.health["status"])
         await asyncio.sleep(script["first"])
         if script["die"] == 0:
@@ -150,6 +153,8 @@ class Connection(asyncio.Protocol):
                 choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
                 payload |= {"object": "chat.completion.chunk", "choices": [choice]}
             data = event(payload)
+            if path in LAST_EVENTS:
+                data = b"event: delta\n" + event({"type": "delta", "delta": text})
             half = len(data) // 2
             if i + 1 == script["die"]:
                 self.write(b"%x\r\n" % len(data), data[:half])
@@ -163,7 +168,9 @@ class Connection(asyncio.Protocol):
         if (body.get("stream_options") or {}).get("include_usage"):
             totals = usage(len(prompt_ids(body)), count)
             self.write(chunk(event({"id": "cmpl", "object": "text_completion", "choices": [], "usage": totals})))
-        if script["end"] == "done":
+        if script["end"] == "done" and path in LAST_EVENTS:
+            self.write(chunk(b"event: %b\n" % LAST_EVENTS[path] + event({"type": LAST_EVENTS[path].decode()})))
+        elif script["end"] == "done":
             self.write(chunk(event(b"[DONE]")))
         return self.write(b"0\r\n", script.get("trailer", "").encode(), b"\r\n")
 
