@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +18,8 @@ from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Sourc
 from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
+UNSURE = 0.3
+"""A cost whose logarithm has a larger standard deviation is not known."""
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
 LEAST_REQUESTS = 30
@@ -72,8 +75,9 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
             missing.append(f"{role}: {error}")
     if not roles:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
-    calibration = Calibration(sources=sources, roles=roles, missing=missing)
-    return msgspec.structs.replace(calibration, **_between(by_role), drift=_drift(roles))
+    between = _between(by_role)
+    missing += _missing(roles, between)
+    return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
 
 
 def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
@@ -99,10 +103,8 @@ def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
 def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
     serve = run.config.get("serve") or {}
     gpus = sorted({str(gpu["name"]) for gpu in run.host.get("gpus") or []})
-    clocks = ", ".join(
-        f"{lock['role']} {lock['mhz']} MHz" if "mhz" in lock else str(lock)
-        for lock in run.config.get("clocks_held") or []
-    )
+    held = {(lock.get("clock_mhz"), lock.get("power_cap_w")) for lock in run.config.get("clocks_held") or []}
+    clocks = "; ".join(f"{clock or 'free'} MHz, {cap or 'default'} W" for clock, cap in sorted(held, key=str))
     return Source(
         run_id=run.run_id,
         path=str(path),
@@ -218,10 +220,10 @@ def _proxy_s(parts: list[Part]) -> float:
     return float(np.nanmedian(took)) if took else 0.0
 
 
-def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, float | str | None]:
+def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, Any]:
     """What lies between client, prefill and decode: proxy, handoff, whose token opens a stream."""
     proxied = by_role.get("prefill") or by_role.get("replica") or []
-    facts: dict[str, float | str | None] = {"proxy_s": _proxy_s(proxied)}
+    facts: dict[str, Any] = {"proxy_s": _proxy_s(proxied)}
     intervals, moved, lengths, opened = [], [], [], []
     for part in by_role.get("decode", []):
         assert part.steps is not None
@@ -249,6 +251,29 @@ def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, float | str | None
 
 def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
     return max((max(role.speeds) / min(role.speeds) for role in roles.values() if role.speeds), default=1.0)
+
+
+def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any]) -> list[str]:
+    """What would make predictions possible, or surer, and the command that measures it."""
+    wanted = []
+    computing = {name: role for name, role in roles.items() if role.noise}
+    unsure = [name for name, role in computing.items() if max(map(role.error_of, COSTS[1:4:2])) > UNSURE]
+    if unsure:
+        wanted.append(
+            f"{' and '.join(unsure)}: what a prompt token costs; measure lengths that differ (--input-distribution lognormal "
+            "--output-distribution lognormal)"
+        )
+    if not computing:
+        wanted.append("what a prompt costs; measure a run with --rate in which streams decode meanwhile")
+    if "handoff_s" not in between:
+        wanted.append("the handoff from prefill to decode; measure with `pdbench run --against disaggregated --rate R`")
+    if any(len(role.speeds) < 3 for role in computing.values()):
+        wanted.append("how the machine's speed differs from trial to trial; measure with --pairs 5")
+    if any(role.power is None for role in roles.values()):
+        wanted.append("power; measure on GPUs whose power is read, 20 s or longer (docs/power.md)")
+    if any(role.engine.limits.kv_cache_tokens is None for role in roles.values()):
+        wanted.append("the size of the KV cache; runs of this pdbench save it")
+    return wanted
 
 
 def role_of(calibration: Calibration, role: Role) -> RoleCalibration:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pdbench.errors import UserError
 from pdbench.plan import power
-from pdbench.plan.calibration import drawn, role_of
+from pdbench.plan.calibration import UNSURE, drawn, role_of
 from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import simulate
@@ -21,8 +21,6 @@ OUTSIDE = 0.05
 """Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
 DRIFT = 1.5
 """Above this ratio of two trials' speeds a machine is too restless to predict."""
-UNSURE = 0.3
-"""A cost whose logarithm has a larger standard deviation is not known."""
 POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
 TOO_WIDE = 6.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pdbench.plan.calibration import UNSURE
 from pdbench.plan.engine import Role
 from pdbench.plan.records import Calibration, Check, Figure, Prediction
 from pdbench.report import text
@@ -86,13 +87,13 @@ def calibration(found: Calibration) -> Table:
                 text.number(per_1000 * found.handoff_per_token_s),
             )
         )
-    lines += [_("Not calibrated: {0}", reason) for reason in found.missing]
+    lines += [_("Missing: {0}", reason) for reason in found.missing]
     return Table(title=_("Calibrated"), header=["", *map(_, names)], rows=rows, note="\n\n".join(lines))
 
 
 def _sure(value: float, error: float) -> Value:
     """A cost that the runs do not show is no number."""
-    return _("not known") if error > 0.3 else value
+    return _("not known") if error > UNSURE else value
 
 
 def predictions(of: Sequence[Prediction]) -> Table:
@@ -142,7 +143,9 @@ def check(of: Check) -> Table:
     styles = []
     for name in FIGURES:
         figure = of.predicted.figures.get(name)
-        if name not in of.measured or figure is None:
+        if (
+            name not in of.measured or figure is None or name == "output_tokens_per_s"
+        ):  # at a given rate that is the load's
             continue
         measured = of.measured[name]
         own = of.at_own_speed.figures[name] if of.at_own_speed else None
