@@ -45,7 +45,7 @@ _LARGEST = ("kv_used", "accept_rate")
 """Of several engines behind one page the largest is kept; of everything else the sum."""
 _ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 _NAMED = "/metrics/?"
-"""vLLM and SGLang answer this path with the named series alone, which costs them a tenth of the whole page."""
+"""vLLM and SGLang answer this path with the named series alone, which costs them a fifth of the whole page."""
 
 
 def scrape(url: str, *, timeout_s: float = TIMEOUT_S, verify_tls: bool = True, path: str = "/metrics") -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
 from pdbench.analysis.meter import power_curve, sampled, union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
+from pdbench.analysis.servers import marks_of
 from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
 
 FIELDS = (
@@ -79,7 +80,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
 
     `quantiles`: ttft, tbt (every gap), mean_tbt, e2e -> x in ms, y the per cent of values at or below. `tbt_over_time`: p50, p99 -> x
     drawn seconds, y ms. `devices`: a field of `FIELDS` -> a line per device, named as in `Summary.devices`, prefill first;
-    `not_measured`: a field that no device has -> why. `servers`: a field of `SERVER_FIELDS` -> a line per server. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
+    `not_measured`: a field that no device has -> why. `servers`: a field of `SERVER_FIELDS` -> a line per server; `server_marks`: a flag (preempted, those of log lines) -> drawn instants. `spans` is None for more than 3,000 requests; `in_flight` (x drawn
     seconds, y requests, warm-up included) is always there.
     `ttft_parts_ms`: mean TTFT split into queue, prefill, kv_transfer, decode and other, None where no phase was reported.
     """
@@ -91,6 +92,7 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     ttft_parts_ms: dict[str, float] | None
     devices: dict[str, dict[str, Curve]]
     servers: dict[str, dict[str, Curve]]
+    server_marks: dict[str, Array]
     not_measured: dict[str, str]
     spans: Spans | None
     in_flight: Curve
@@ -127,6 +129,7 @@ def curves_of(run: Run, timings: Timings) -> Curves:
         ttft_parts_ms=mean_ttft_parts_ms(timings),
         devices={field: of_field for field, of_field in lines.items() if of_field},
         servers={field: of_field for field, of_field in counted.items() if of_field},
+        server_marks={flag: axis.place(instants) for flag, instants in marks_of(run).items()},
         not_measured={field: why_not_measured(devices, (field,)) for field, of_field in lines.items() if not of_field},
         spans=_spans(requests, axis) if len(requests) <= SPANS else None,
         in_flight=Curve(grid, in_flight.astype(float)),

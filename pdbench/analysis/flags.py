@@ -26,11 +26,13 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
     """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
-    flags = [flag for flag in dict.fromkeys(run.flags) if flag.name != "requests-failed"]  # a run that went on has more
+    servers = list(server_flags(run))
+    again = {"requests-failed", *(flag.name for flag in servers)}  # a run that went on has more
+    flags = [flag for flag in dict.fromkeys(run.flags) if flag.name not in again]
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
     present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
     names = {flag.name for flag in flags}
-    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings), *server_flags(run)]
+    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings), *servers]
     flags += [flag for flag in found if flag.name not in names]
     if failed := failures.describe([request for request in run.requests if not request.warmup]):
         flags.insert(0, Flag("requests-failed", failed))

@@ -21,7 +21,7 @@ from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, s
 from pdbench.errors import UserError
 from pdbench.files import device_files, read_whole, results_files, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
-from pdbench.report import answer, tables, text
+from pdbench.report import answer, servers, tables, text
 from pdbench.report.text import translate as _
 from pdbench.validation import check_devices
 
@@ -44,8 +44,8 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         save_analysis(analysis, folder)
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
         write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
-        shown = [*map(tables.terminal, tables.run_summary(analysis)), *tables.warnings(run.name, analysis)]
-        console.print(*shown, sep="\n")
+        shown = [*tables.run_summary(analysis), *servers.table({run.name: analysis})]
+        console.print(*map(tables.terminal, shown), *tables.warnings(run.name, analysis), sep="\n")
         _say(console, f"results: {folder}/")
         analyses.append(analysis)
     if len(analyses) > 1:
@@ -189,7 +189,9 @@ def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables
     for compared in found:
         parts += [f"**{answer.headline(compared, runs)}**", tables.markdown(tables.comparison(compared))]
         parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(each))}" for each in compared.mismatches))
-    parts += map(tables.markdown, [side_by_side, *tables.first_tokens(runs), *tables.energy(runs)])
+    parts += map(
+        tables.markdown, [side_by_side, *tables.first_tokens(runs), *servers.table(runs), *tables.energy(runs)]
+    )
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.report import charts, tables, text
+from pdbench.report import charts, servers, tables, text
 from pdbench.report.chart_types import BAD, FAINT, GOOD, INK, MUTED, PAPER, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
@@ -91,9 +91,10 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     ratios = {"height_ratios": (4.7, 2.7, 2.8), "hspace": 0.24}
     rows = figure.add_gridspec(3, 1, left=LEFT, right=RIGHT, top=0.905, bottom=0.04, **ratios)
     _heading(figure, _("{0}: performance and power", name), {name: analysis})
-    cells = rows[0].subgridspec(2, 1, height_ratios=(1.8, 1), hspace=0.22)
-    for place, panel in enumerate(charts.device_curves(analysis, name).panels[:2]):
-        draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == 1)
+    panels = [*charts.device_curves(analysis, name).panels[:2], *servers.curves(analysis, name).panels[1:2]]
+    cells = rows[0].subgridspec(len(panels), 1, height_ratios=(1.8, 1, 1)[: len(panels)], hspace=0.22)
+    for place, panel in enumerate(panels):
+        draw_panel(figure.add_subplot(cells[place]), panel, "above", x_labels=place == len(panels) - 1)
     cells = rows[1].subgridspec(1, 3, wspace=0.16)
     for place, panel in enumerate(charts.every_request(analysis)):
         beside = cells[place].subgridspec(1, 3, width_ratios=(4, 0.9, 0.6), wspace=0.03)

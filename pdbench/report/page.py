@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import Comparison
-from pdbench.report import answer, charts, tables, text
+from pdbench.report import answer, charts, servers, tables, text
 from pdbench.report.chart_types import MUTED, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 
@@ -28,13 +28,14 @@ def page(runs: text.Runs, comparisons: Sequence[Comparison], side_by_side: table
         charts.ttft_parts(runs),
         charts.tbt_over_time(runs),
         *(charts.device_curves(run, name, f"devices-{i}", MOST_BOXES) for i, (name, run) in enumerate(some.items())),
+        *(servers.curves(run, name, f"servers-{i}") for i, (name, run) in enumerate(some.items())),
         charts.trade_off(runs),
         charts.energy_parts(some),
     ]
     drawn = [chart for chart in drawn if chart.drawable]
     plots = json.dumps({chart.key: plotly_figure(chart) for chart in drawn}, separators=(",", ":"))
     environment = Environment(loader=PackageLoader("pdbench.report", "."), autoescape=True, trim_blocks=True)
-    environment.globals.update(_=_, answer=answer, text=text, tables=tables)
+    environment.globals.update(_=_, answer=answer, servers=servers, text=text, tables=tables)
     return environment.get_template("page.html.j2").render(
         lang="zh-Hans" if text.LANGUAGE.get() == "zh" else "en",
         runs=runs,
@@ -95,6 +96,7 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
     shade = series.shade if isinstance(series.shade, str) else list(series.shade)
     x, y = series.x, series.y
     marker: dict[str, Any] = {"color": shade, "size": series.size, "opacity": series.opacity}
+    marker |= {"symbol": series.marker} if series.marker else {}
     hover = f"%{{x:.4g}} ({panel.x.label}), %{{y:.4g}} ({panel.y.label})<extra>{series.name}</extra>"
     look: dict[str, Any]
     if series.kind == "line":

@@ -66,7 +66,7 @@ def test_counts_are_those_of_the_loads_without_warm_ups_and_pauses() -> None:
     assert server.loads.cached_pct == pytest.approx(25)
     assert (server.loads.waiting_mean, server.loads.waiting_max, server.loads.kv_used_max_pct) == (2, 3, 50)
     assert server.loads.accepted_pct is None and server.loads.kv_transfers is None
-    assert flags(run)["preempted"].startswith(f"single-0: 3 preemptions, first seen {(b - a) / 2:.1f} s into trial 1: ")
+    assert flags(run)["preempted"].startswith(f"single-0: 4 preemptions, first seen {(b - a) / 2:.1f} s into trial 1: ")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,17 @@ def plots_of(html):
 
 def test_every_chart_of_the_page_is_valid_plotly(analyses):
     plots = plots_of(page_of(analyses))
-    assert {"verdicts-0", "distributions", "ttft", "tbt", "devices-0", "devices-1", "energy", "trade-off"} == set(plots)
+    assert {
+        "verdicts-0",
+        "distributions",
+        "ttft",
+        "tbt",
+        "devices-0",
+        "devices-1",
+        "servers-1",
+        "energy",
+        "trade-off",
+    } == set(plots)
     for plot in plots.values():
         for layout in ("wide", "narrow"):
             figure = plotly.graph_objects.Figure({"data": plot["data"], "layout": plot[layout]})

@@ -79,7 +79,8 @@ def test_no_text_of_the_comparison_is_cut_off(gpu):
 
 def test_pictures_name_the_flags(analyses):
     figure = drawn(mpl.performance_analysis, analyses[1], "disaggregated")
-    assert "warnings: requests-failed, client-limited, short-window" in [label.get_text() for label in figure.texts]
+    names = "requests-failed, client-limited, preempted, kv-full, server-error, short-window"
+    assert f"warnings: {names}" in [label.get_text() for label in figure.texts]
 
 
 def test_every_panel_has_titles_and_labels_that_do_not_collide():

@@ -1,0 +1,102 @@
+"""What the servers of a run counted: a chart of queues and KV caches below each request's TTFT, and a table."""
+
+import numpy as np
+
+from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.report import text
+from pdbench.report.chart_types import (
+    GREY,
+    ORANGE,
+    PURPLE,
+    SHADES,
+    SPARE,
+    VERMILLION,
+    YELLOW,
+    Axis,
+    Chart,
+    Panel,
+    Series,
+)
+from pdbench.report.tables import Table, Value
+from pdbench.report.text import translate as _
+
+POINTS = 2000
+MARKS = (VERMILLION, PURPLE, ORANGE, YELLOW)
+COLUMNS = {
+    "running_mean": "running, mean",
+    "waiting_mean": "waiting, mean",
+    "waiting_max": "waiting, most",
+    "queue_ms": "queue, ms",
+    "kv_used_max_pct": "KV cache, most %",
+    "preemptions": "preemptions",
+    "cached_pct": "cached prompts, %",
+    "accepted_pct": "accepted drafts, %",
+    "external_tokens": "KV from elsewhere, tokens",
+}
+
+
+def curves(analysis: RunAnalysis, name: str, key: str = "servers") -> Chart:
+    """TTFT of each request when it was sent, marks where servers said something, requests running and waiting, KV caches."""
+    counted, axis, requests = analysis.curves.servers, analysis.curves.axis, analysis.requests
+    chosen = np.linspace(0, len(requests.id) - 1, min(len(requests.id), POINTS)).astype(int)
+    ttft = Series(kind="points", x=axis.place(requests.sent_s)[chosen], y=requests.ttft_ms[chosen], size=4, shade=GREY)
+    marks = [
+        Series(kind="points", name=flag, x=x, y=np.zeros(len(x)), marker="x", size=8, shade=MARKS[place % len(MARKS)])
+        for place, (flag, x) in enumerate(analysis.curves.server_marks.items())
+    ]
+    waiting = _lines(analysis, "running", _("{0} running"), "dot") + _lines(
+        analysis, "waiting", _("{0} waiting"), "solid"
+    )
+    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
+    x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
+    panels = [
+        Panel(
+            title=_("TTFT by the instant of sending"),
+            series=[ttft, *marks],
+            y=Axis(label=text.label("ttft_ms"), low=0),
+            x=x,
+        ),
+        Panel(
+            title=_("Requests running (dotted) and waiting"), series=waiting, y=Axis(label=_("requests"), low=0), x=x
+        ),
+        Panel(
+            title=_("KV cache in use"),
+            series=_lines(analysis, "kv_used", "{0}", "solid"),
+            y=Axis(label="%", low=0, high=105),
+            x=x,
+        ),
+    ]
+    panels = [Panel(**{**vars(panel), "pauses": axis.pauses, "height": 2.0}) for panel in panels]
+    caption = _(
+        "What each server counted, warm-up included, below the TTFT of each request: a queue, a full KV cache or a mark under a slow one is its reason."
+    )
+    return Chart(
+        key=key, title=_("Servers: {0}", name), panels=panels if counted else [], caption=caption, shared_x=True
+    )
+
+
+def _lines(analysis: RunAnalysis, field: str, name: str, dash: str) -> list[Series]:
+    """A line per server in its role's colour; further ones of a role in others."""
+    lines, servers, taken = [], analysis.summary.servers, list[str]()
+    for place, (server, curve) in enumerate(analysis.curves.servers.get(field, {}).items()):
+        shade = SHADES.get(servers[server].role, SPARE[place % len(SPARE)])
+        shade = next((spare for spare in SPARE if spare not in taken), shade) if shade in taken else shade
+        taken.append(shade)
+        lines.append(Series(name=name.format(server), x=curve.x, y=curve.y, shade=shade, dash=dash))
+    return lines
+
+
+def table(runs: text.Runs) -> list[Table]:
+    """A row per server over all loads; only columns that a server tells."""
+    rows = {
+        (name, server): summary.loads
+        for name, analysis in runs.items()
+        for server, summary in analysis.summary.servers.items()
+    }
+    shown = [column for column in COLUMNS if any(getattr(figures, column) is not None for figures in rows.values())]
+    cells: list[list[Value]] = [
+        [server if len(runs) == 1 else f"{name}, {server}", *(getattr(figures, column) for column in shown)]
+        for (name, server), figures in rows.items()
+    ]
+    header = [_("server"), *(_(COLUMNS[column]) for column in shown)]
+    return [Table(title=_("Servers, by their own counters"), header=header, rows=cells)] if shown else []
