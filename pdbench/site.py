@@ -67,10 +67,7 @@ class Measurement:
     def latest(self) -> list[DeviceRecord]:
         """The last sample of every device, for what is shown meanwhile."""
         return [
-            msgspec.structs.replace(device, host=host.address)
-            for host, _ in self._hosts
-            for device in host.latest()
-            if device.samples
+            msgspec.structs.replace(device, host=host.address) for host, _ in self._hosts for device in host.latest()
         ]
 
     def devices(self) -> list[DeviceRecord]:

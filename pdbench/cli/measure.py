@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -224,6 +224,7 @@ def serve(
     show: bool = False,
     serve: ServeConfig | None = None,
     cluster: ClusterConfig | None = None,
+    live: LiveConfig | None = None,
 ) -> None:
     """Start prefill, decode and the proxy (or --single: one instance) and keep them up until Ctrl-C.
 
@@ -240,6 +241,8 @@ def serve(
 
     from pdbench import turns
     from pdbench.cluster import open_site
+    from pdbench.host import LocalHost
+    from pdbench.live import servers
     from pdbench.site import Site, stop_on_signals
 
     kind = turns.deployments(against or ("single" if single else "disaggregated"))[0]
@@ -251,11 +254,17 @@ def serve(
         return
     with (
         stop_on_signals(),
+        publisher.opened(live, console),
         open_site(cluster) as site,
-        turns.started(site.deployment(kind, serve or ServeConfig()), console) as deployment,
+        turns.started(site.deployment(kind, serve or ServeConfig()), _progress(live)) as deployment,
+        ExitStack() as following,
     ):
         info = deployment.info()
         console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False)
+        if publisher.is_open():
+            urls = {server.name: server.url for server in info.servers if server.role != "proxy"}
+            here = [server for server in info.servers if server.host is None]
+            following.enter_context(servers.followed(urls, LocalHost().open_readers(here)))
         try:
             while True:
                 deployment.check()

@@ -1,13 +1,16 @@
 """Commands that read saved runs or devices."""
 
 import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from pdbench.cli.app import app, console
-from pdbench.config import LoadConfig
+from pdbench.config import LiveConfig, LoadConfig
 from pdbench.errors import UserError
 from pdbench.ranges import Interval, Positive
 
@@ -72,12 +75,46 @@ def monitor(
     from pdbench.power import monitor as room
     from pdbench.site import stop_on_signals
 
+    with stop_on_signals():
+        room.monitor(_indices(gpus), interval, duration, out, console)
+
+
+@app.command
+def watch(*urls: str, gpus: str | None = None, live: LiveConfig | None = None) -> None:
+    """Follow servers that somebody else runs and loads in a live page: their /metrics, and this host's devices. Sends no load.
+
+    Parameters
+    ----------
+    urls
+        Addresses of vLLM or SGLang servers, as http://HOST:PORT (of prefill and decode, not of a proxy).
+    gpus
+        GPU indices with commas between, as 0,1; default: all.
+    """
+    from pdbench.http import split_url
+    from pdbench.live import publisher, servers
+    from pdbench.power.device import open_host
+    from pdbench.site import stop_on_signals
+
+    if not urls:
+        raise UserError("watch needs the address of a server: `pdbench watch http://HOST:PORT ...`")
+    names = {split_url(url).authority: url for url in urls}
+    readers = open_host(_indices(gpus))
+    with (
+        stop_on_signals(),
+        publisher.opened(replace(live or LiveConfig(), live=True), console),
+        servers.followed(names, readers),
+    ):
+        console.print(f"watching {', '.join(names)}; Ctrl-C ends it", highlight=False)
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1.0)
+
+
+def _indices(gpus: str | None) -> list[int] | None:
     try:
-        indices = None if gpus is None else [int(index) for index in gpus.split(",")]
+        return None if gpus is None else [int(index) for index in gpus.split(",")]
     except ValueError:
         raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
-    with stop_on_signals():
-        room.monitor(indices, interval, duration, out, console)
 
 
 @app.command

@@ -146,7 +146,7 @@ class RemoteHost:
         """As of the last heartbeat that brought some."""
         for message in self._messages[::-1]:
             if isinstance(message, bytes) and (devices := _decode_batch(message).devices):
-                return [msgspec.structs.replace(device, samples=device.samples[-1:]) for device in devices]
+                return [msgspec.structs.replace(each, samples=each.samples[-1:]) for each in devices if each.samples]
         return []
 
     def idle(self, kind: str, seconds: float) -> None:

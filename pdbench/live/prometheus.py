@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from pdbench.analysis.metrics import Array
 from pdbench.live.state import State
+from pdbench.records import DeviceRecord
 
 BOUNDS_S = {
     "time_to_first_token": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
@@ -78,20 +79,25 @@ class Metrics:
                     family.add_metric([name], list(zip(upper, np.cumsum(counts).tolist(), strict=True)), total_s)
             yield family
         in_flight = GaugeMetricFamily("pdbench_requests_in_flight", "Requests in flight now.", labels=["deployment"])
-        power = GaugeMetricFamily("pdbench_device_power_watts", "Power of a device now.", labels=["device", "role"])
+        power = GaugeMetricFamily(
+            "pdbench_device_power_watts", "Power of a device now.", labels=["device", "kind", "role"]
+        )
         energy = CounterMetricFamily(
-            "pdbench_device_energy_joules", "Energy of a device since the start.", labels=["device", "role"]
+            "pdbench_device_energy_joules", "Energy of a device since the start.", labels=["device", "kind", "role"]
         )
         for (figure, name), value in state.latest.items():
             if figure == "in_flight":
                 in_flight.add_metric([name], value)
             if figure == "power_w":
-                device = state.devices[name]
-                power.add_metric([device.id, device.role or ""], value)
+                power.add_metric(_labels(state.devices[name]), value)
         for name, joules in state.energy_j.items():
-            energy.add_metric([state.devices[name].id, state.devices[name].role or ""], joules)
+            energy.add_metric(_labels(state.devices[name]), joules)
         yield from (in_flight, power, energy)
 
     def page(self) -> tuple[bytes, str]:
         """The metrics, and their content type."""
         return generate_latest(self._registry), "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _labels(device: DeviceRecord) -> list[str]:
+    return [f"{device.host}:{device.id}" if device.host else device.id, device.kind, device.role or ""]

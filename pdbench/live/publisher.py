@@ -198,6 +198,10 @@ def opened(config: LiveConfig | None, console: Console) -> Iterator[None]:
         publisher.close(problem or None)
 
 
+def is_open() -> bool:
+    return _publisher is not None
+
+
 def put(message: Message) -> None:
     if _publisher:
         _publisher.put(message)

@@ -109,13 +109,13 @@ def _joules(record: DeviceRecord) -> str:
 def live_table(latest: Sequence[DeviceRecord]) -> Table:
     """A column per device, of its last sample."""
     table = _columns([" ".join(filter(None, (record.role, record.id))) for record in latest], None)
-    samples = [record.samples[-1] if record.samples else None for record in latest]
+    samples = [record.samples[-1] for record in latest]
     for field, label in COLUMNS.items():
-        values = [getattr(sample, field) if sample else None for sample in samples]
+        values = [getattr(sample, field) for sample in samples]
         if any(value is not None for value in values):
             table.add_row(label, *("-" if value is None else f"{value:.0f}" for value in values))
-    if any(sample and sample.throttle for sample in samples):
-        table.add_row("throttle", *(" ".join(sample.throttle or []) if sample else "" for sample in samples))
+    if any(sample.throttle for sample in samples):
+        table.add_row("throttle", *(" ".join(sample.throttle or []) for sample in samples))
     return table
 
 

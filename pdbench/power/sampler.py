@@ -182,8 +182,8 @@ class Sampler:
         return now >= self._end_s or not any(device.counter.finishing for device in self._devices)
 
     def latest(self) -> list[DeviceRecord]:
-        """Each device's last sample, for what is shown live; safe while the thread runs."""
-        return [device.record(device.samples[-1:]) for device in self._devices]
+        """The last sample of each device that has one, for what is shown live; safe while the thread runs."""
+        return [device.record(device.samples[-1:]) for device in self._devices if device.samples]
 
     def idle(self, name: str, seconds: float) -> None:
         """Wait for `seconds` of idleness and keep its mean power as the devices' `idle_power_w[name]` (see power/idle.py)."""

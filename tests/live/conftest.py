@@ -17,14 +17,13 @@ from tests.support.servers import ScriptedServer, completions
 
 
 class Measured:
-    """`pdbench bench --live`, running; `page` and `metrics` are the addresses that it printed."""
+    """A command with --live, running; `page` and `metrics` are the addresses that it printed."""
 
-    def __init__(self, url: str, folder: Path, requests: int) -> None:
+    def __init__(self, arguments: str, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
-        arguments = f"bench --url {url} --model m --concurrency 4 --requests {requests} --output-tokens 20 --no-power"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pdbench", *arguments.split(), "--live", "--prometheus-port", "0"],
+                [sys.executable, "-m", "pdbench", *arguments.split(), "--prometheus-port", "0"],
                 cwd=folder,
                 env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "200"},
                 stdout=log,
@@ -45,7 +44,8 @@ def measured(tmp_path: Path) -> Iterator:
         server = ending.enter_context(ScriptedServer(completions(0.02)))
 
         def start(requests: int) -> Measured:
-            bench = Measured(server.url, tmp_path, requests)
+            arguments = f"bench --url {server.url} --model m --concurrency 4 --requests {requests} --output-tokens 20"
+            bench = Measured(f"{arguments} --no-power --live", tmp_path)
             ending.callback(end, bench)
             return bench
 

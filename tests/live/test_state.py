@@ -2,17 +2,21 @@
 
 import json
 import math
+import re
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pdbench.live import charts, pages
 from pdbench.live.instances import Instance, histograms, quantile
+from pdbench.live.prometheus import Metrics
 from pdbench.live.publisher import Devices, End, ServerReading, Stage, TimeLeft, Turn
 from pdbench.live.state import MOST_POINTS, Line, State
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, DeviceSample, RequestError, RequestRecord
 from pdbench.report import text
 from pdbench.report.page import plotly_figure
+from tests.support.processes import ROOT
 
 
 def request(sent_s: float, *token_s: float, error: RequestError | None = None) -> RequestRecord:
@@ -91,6 +95,31 @@ def test_every_word_has_a_translation():
         assert plain == {"single", "token", "ms"}
         assert "已结束" in pages.status(state)["end"]["words"]
         assert "第 1 次试验" in pages.status(state)["html"]
+
+
+def test_dashboard_and_docs_name_the_metrics_that_there_are():
+    state, metrics = State(0.0), Metrics()
+    state.take(Turn("single", 0, {"slo_ttft_ms": 9000.0}), 0.0)
+    failed = request(0.5, error=RequestError("timeout", "x"))
+    state.take(Progress(2, 9, 2, 10, [request(0.0, 0.5, 0.6), failed]), 1.0)
+    for second in (1.0, 2.0):
+        state.take(Devices([gpu(second, 300.0)]), second)
+    state.tick(2.0)
+    metrics.update(state)
+    values = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(metrics.page()[0].decode())
+        for sample in family.samples
+    }
+    assert values["pdbench_requests_total", None] == 2 and values["pdbench_requests_within_slo_total", None] == 1
+    assert values["pdbench_time_to_first_token_seconds_bucket", "0.5"] == 1  # a bucket holds its upper bound
+    assert values["pdbench_device_energy_joules_total", None] == 300
+    there = {re.sub("_(bucket|sum|count)$", "", name) for name, _ in values}
+    docs, dashboard = (
+        {name.removesuffix("_bucket") for name in re.findall(r"pdbench_[a-z_]+", (ROOT / "docs" / file).read_text())}
+        for file in ("live.md", "grafana.json")
+    )
+    assert docs == there and dashboard < there
 
 
 PAGE = """# TYPE vllm:time_to_first_token_seconds histogram

@@ -1,12 +1,15 @@
 """The viewer process: who may look, what a late viewer sees, what is said when the measurement is killed, metrics."""
 
+import itertools
 import json
+import signal
 import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live.conftest import events, status_of
+from tests.live.conftest import Measured, end, events, status_of
 from tests.support.processes import wait_until
+from tests.support.servers import Peer, ScriptedServer
 
 
 def first(stream, name: str):
@@ -71,3 +74,33 @@ def test_metrics_count_every_request_and_are_gone_after_the_end(measured):
     assert families["pdbench_time_between_tokens_seconds"]["pdbench_time_between_tokens_seconds_count"] == 40 * 19
     assert bench.process.wait(60) == 0, bench.log.read_text()
     wait_until(lambda: not bench.viewer.is_running(), 60)
+
+
+def test_servers_that_others_load_are_watched(tmp_path):
+    tokens = itertools.count(0, 100)  # only the thread of the one connection that asks
+
+    def answer(peer: Peer) -> None:
+        assert peer.method == "GET" and peer.path == "/metrics"
+        page = (
+            f"vllm:num_requests_running 3\nvllm:kv_cache_usage_perc 0.25\nvllm:generation_tokens_total {next(tokens)}\n"
+        )
+        peer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page.encode()))
+
+    with ScriptedServer(answer) as server:
+        watch = Measured(f"watch {server.url} http://127.0.0.1:1", tmp_path)
+        try:
+
+            def seen() -> set[str]:
+                with events(watch.page) as stream:
+                    return {figure["key"] for figure in first(stream, "figures")}
+
+            wait_until(lambda: {"speed", "instances", "devices"} <= seen(), 60)
+            with events(watch.page) as stream:
+                html = first(stream, "status")["html"]
+                assert "127.0.0.1:1 does not answer" in html and "running, – waiting, KV 25.0 %" in html
+                watch.process.send_signal(signal.SIGINT)
+                ends = (json.loads(data)["end"] for name, data in stream if name == "status")
+                assert next(filter(None, ends)) == {"words": "It has ended.", "problem": False, "report": False}
+            assert watch.process.wait(60) == 0
+        finally:
+            end(watch)
