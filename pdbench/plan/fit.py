@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import least_squares, minimize, nnls
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
@@ -17,6 +17,8 @@ ROBUST = 0.15
 PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
 JITTER_SHARES = tuple((np.arange(20) + 0.5) / 20)
+REPLAYED = 4
+"""Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
 SAMPLES = 40
 SAME_STEP_S = 0.0015
 """Prompts that are answered within this time of each other were in one step."""
@@ -195,7 +197,7 @@ def prefill_costs(observed: Chains, limits: Limits) -> Prefill:
 
 
 def fit_logs(
-    misfit: Callable[[Array], Array], starts: Sequence[Array], prior: Array, *, count: int, step: float | None = None
+    misfit: Callable[[Array], Array], starts: Sequence[Array], prior: Array, *, count: int, rough: bool = False
 ) -> tuple[Array, Array]:
     """The parameters of the best of several fits, and `SAMPLES` draws (rows) of the first `count` from what the data leave possible.
 
@@ -210,21 +212,31 @@ def fit_logs(
     def cost(logs: Array) -> float:
         return float(np.sum(np.sqrt(1 + both(logs) ** 2) - 1))
 
-    fits = [
-        least_squares(both, start, loss="soft_l1", x_scale="jac", max_nfev=40, ftol=1e-4, xtol=1e-4, diff_step=step)
-        for start in starts
-    ]
-    best = min(fits, key=lambda fit: fit.cost)
-    spread = max(1.0, float(np.median(np.abs(misfit(best.x)))) * 1.4826 / ROBUST) ** 2
-    values, axes = np.linalg.eigh(best.jac.T @ best.jac)
+    if rough:  # slopes mislead where a small change of a cost moves a prompt into another step
+        simplex = starts[0] + np.vstack([np.zeros(len(prior)), 0.2 * np.eye(len(prior))])
+        options = {"initial_simplex": simplex, "maxfev": 200, "xatol": 0.005, "fatol": 0.01}
+        best = minimize(cost, starts[0], method="Nelder-Mead", options=options).x
+        slopes = np.stack(
+            [(both(best + shift) - both(best - shift)) / 0.1 for shift in 0.05 * np.eye(len(best))], axis=1
+        )
+        slopes /= np.sqrt(1 + both(best)[:, None] ** 2)
+    else:
+        fits = [
+            least_squares(both, start, loss="soft_l1", x_scale="jac", max_nfev=40, ftol=1e-4, xtol=1e-4)
+            for start in starts
+        ]
+        solution = min(fits, key=lambda fit: fit.cost)
+        best, slopes = solution.x, solution.jac
+    spread = max(1.0, float(np.median(np.abs(misfit(best)))) * 1.4826 / ROBUST) ** 2
+    values, axes = np.linalg.eigh(slopes.T @ slopes)
     deviations = np.minimum(np.sqrt(spread / np.maximum(values, 1e-9)), PRIOR_SD)
     random = np.random.default_rng(0)
-    normal = random.normal(size=(4 * SAMPLES, len(best.x)))
-    drawn = best.x + (normal * deviations) @ axes.T
+    normal = random.normal(size=(2 * SAMPLES, len(best)))
+    drawn = best + (normal * deviations) @ axes.T
     logs_of_weight = np.array([-cost(row) / spread for row in drawn]) + (normal**2).sum(axis=1) / 2
     weight = np.exp(logs_of_weight - logs_of_weight.max())
     picked = random.choice(len(drawn), SAMPLES, p=weight / weight.sum())
-    return best.x, drawn[picked, :count]
+    return best, drawn[picked, :count]
 
 
 def schedulable(steps: Steps, came_s: dict[str, float], limits: Limits) -> Array:
@@ -297,9 +309,11 @@ def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> P
     logs = np.array(
         [np.median(ratio[which == place]) if (which == place).any() else 0.0 for place in range(len(trials))]
     )
-    speeds = np.exp(logs - logs.mean())
+    logs_of_speed = logs - logs.mean()
+    speeds = np.exp(logs_of_speed)
     noise = [tuple(np.exp(ratio[which == place] - logs[place]).tolist()) for place in range(len(trials))]
     typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(slope, tokens))), float(np.median(tokens))
+    replayed = visits[:REPLAYED]
     demands = [
         Demand(
             t_s=v.sent_s - v.sent_s[0],
@@ -307,13 +321,13 @@ def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> P
             output_tokens=np.ones_like(v.prompt),
             cached_tokens=np.zeros_like(v.prompt),
         )
-        for v in visits
+        for v in replayed
     ]
-    measured = np.concatenate([visit.done_s - visit.sent_s for visit in visits])
+    measured = np.concatenate([visit.done_s - visit.sent_s for visit in replayed])
 
     def misfit(logs: Array) -> Array:
         answers = []
-        for visit, demand in zip(visits, demands, strict=True):
+        for visit, demand in zip(replayed, demands, strict=True):
             costs = costs_of(np.exp(np.append(logs, np.log(1e-3))), ingress)
             engine = Engine(costs=at_speed(costs, float(speeds[trials.index(visit.trial)])), limits=limits)
             single = Deployment(kind="single", engines={"single": engine}, instances={"single": 1})
@@ -321,8 +335,16 @@ def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> P
         return np.log(measured / np.concatenate(answers))
 
     prior = np.log([0.9 * typical, 0.02 * typical / middle, 1e-3, 0.5 * typical / middle])
-    starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.8), (1.0, 1.9), (10.0, 0.4))]
-    best, samples = fit_logs(misfit, starts, prior, count=4, step=0.03)
+
+    def alone(logs: Array) -> Array:
+        """Prompts that were alone tell the longer of the two parts."""
+        host, host_token, gpu, gpu_token = np.exp(logs)
+        return ratio_s - np.log(np.maximum(host + host_token * tokens, gpu + gpu_token * tokens))
+
+    ratio_s = np.log(took_s) - logs_of_speed[which]
+    starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.9), (10.0, 0.4), (1.0, 1.9))]
+    first, _ = fit_logs(alone, starts, prior, count=4)
+    best, samples = fit_logs(misfit, [first], prior, count=4, rough=True)
     no_host_decode = np.zeros((SAMPLES, 1))
     return Prefill(
         np.exp(np.append(best, -np.inf)), np.hstack([np.exp(samples), no_host_decode]), speeds.tolist(), noise

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pdbench.plan import fit
-from pdbench.plan.engine import COSTS, Limits
+from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Limits
 from pdbench.plan.limits import flag_value
+from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Steps, Stream, rebuild
 
 HOST, HOST_TOKEN, GPU, GPU_TOKEN, HOST_DECODE = 0.012, 2e-6, 0.001, 8e-6, 0.002
@@ -100,6 +101,24 @@ def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
     observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
     assert spread_of(fit.prefill_costs(observed, LIMITS)) > 0.3
+
+
+def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
+    random = np.random.default_rng(5)
+    prompt = np.clip(random.lognormal(7.3, 0.6, 150).astype(int), 100, 6000)
+    one = np.ones_like(prompt)
+    demand = Demand(
+        t_s=np.cumsum(random.exponential(0.03, 150)), prompt_tokens=prompt, output_tokens=one, cached_tokens=0 * one
+    )
+    costs = fit.costs_of(np.array([HOST, HOST_TOKEN, GPU, GPU_TOKEN, 1e-3]), ingress=0.005)
+    engine = Engine(costs=costs, limits=LIMITS)
+    answered = simulate(Deployment(kind="single", engines={"single": engine}, instances={"single": 1}), demand)
+    done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
+    prefill = fit.prefill_alone([fit.Visits(answered.sent_s, done_s, prompt, 0)], LIMITS, ingress=0.005)
+    host, host_token, gpu, gpu_token, _ = prefill.values
+    for tokens in (300, 1500, 6000):
+        took = max(HOST + HOST_TOKEN * tokens, GPU + GPU_TOKEN * tokens)
+        assert max(host + host_token * tokens, gpu + gpu_token * tokens) == pytest.approx(took, rel=0.05)
 
 
 def test_last_value_of_a_flag_counts() -> None:
