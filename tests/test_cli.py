@@ -1,22 +1,37 @@
 """Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pdbench import cli
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
-from tests.support.processes import ROOT, run_pdbench, wait_until
+from tests.support.processes import ROOT, free_port, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 
 def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run_pdbench(*arguments, cwd=cwd, timeout_s=120)
+    """The command line in this process: a new one would spend a second on imports."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        try:
+            cli.main(list(arguments))
+        except SystemExit as ended:
+            code = ended.code or 0
+    if isinstance(code, str):
+        err.write(f"{code}\n")
+    returned = code if isinstance(code, int) else 1
+    return subprocess.CompletedProcess(arguments, returned, out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +64,10 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["bench", "--rate", "0.001", "--duration-s", "1"], "this load sends no request"),
         (["bench", "--stages", "0:5"], "this load sends no request"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
-        (["run", "--against", "single", "--prefill-clock", "1200"], "--prefill-clock 1200: no prefill server"),
+        (
+            ["run", "--against", "single", "--prefill-clock", "1200", "--single-port", str(free_port())],
+            "--prefill-clock 1200: no prefill server",
+        ),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
         (["serve", "--vllm-args", "'"], "no closing quotation"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
@@ -182,17 +200,17 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
         assert starting.wait(30) == 130
 
 
-BENCH = ("--concurrency", "1", "--requests", "1000", "--no-power", "--warmup", "3")
+BENCH = ("--concurrency", "1", "--requests", "1000", "--no-power")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after", [2, 8], ids=["in the warm-up", "in the load"])
 def test_interruption_is_one_line_that_says_what_is_saved(after: int, number: int, tmp_path: Path) -> None:
-    answer = stream(tokens(4), pause_s=0.05)
+    answer, warmup = stream(tokens(4), pause_s=0.05), "3" if after == 8 else "1000"
     with (
         ScriptedServer(lambda peer: models(peer) if peer.method == "GET" else answer(peer)) as server,
         subprocess.Popen(
-            [sys.executable, "-m", "pdbench", "bench", "--url", server.url, *BENCH],
+            [sys.executable, "-m", "pdbench", "bench", "--url", server.url, *BENCH, "--warmup", warmup],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -63,7 +63,7 @@ def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
     def answer(peer: Peer) -> bool:
         written.append(time.monotonic())
         peer.write(SSE_HEAD + chunk(event(token("a", [1]))))
-        time.sleep(0.3)
+        time.sleep(1.0)
         peer.write(chunk(event(token("b", [2], "stop"))) + chunk(b""))
         return True
 
@@ -71,7 +71,7 @@ def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
         time.sleep(0.05)  # the kernel begins to stamp some milliseconds after it was asked to
         record = RequestRecord(id="r", planned_s=client.clock.now())
         client.start(record, b"{}")
-        time.sleep(0.2)  # a client that does not look
+        time.sleep(0.5)  # a client that does not look
         read_s = client.clock.now()
         while not client.poll(client.clock.now() + 0.1):
             pass
@@ -304,7 +304,7 @@ def test_stepped_wall_clock_does_not_move_arrivals():
     seconds, nanoseconds = divmod(time.time_ns() + 5_000_000_000, 1_000_000_000)
     ahead = [(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))]
     at_s, kernel = clock.arrival(ahead)
-    assert not kernel and at_s < 1.0 and len(clock.read_delays_s) == 0
+    assert not kernel and at_s < 4.0 and len(clock.read_delays_s) == 0
 
 
 def finish(client: Client, record: RequestRecord, body: bytes = b"{}") -> RequestRecord:
@@ -377,16 +377,16 @@ def test_all_reachable_addresses_are_used_in_turn(monkeypatch):
 
 @pytest.mark.parametrize("asked", [8, 100_000])
 def test_time_limit_of_a_whole_answer_follows_the_tokens_asked_for(asked):
-    answer = stream(tokens(12), pause_s=0.05)
+    answer = stream(tokens(12), pause_s=0.1)
     with ScriptedServer(answer) as server:
-        record = fetch(server.url, BODY | {"max_tokens": asked}, LoadConfig(request_timeout_s=0.2))
+        record = fetch(server.url, BODY | {"max_tokens": asked}, LoadConfig(request_timeout_s=0.6))
     assert (record.error and record.error.kind) == ("timeout" if asked == 8 else None)
 
 
 def test_answer_that_never_begins_ends_after_the_time_limit_whatever_was_asked_for():
-    record = ask(lambda peer: time.sleep(1.0), request_timeout_s=0.2)
-    assert record.error.kind == "timeout" and record.end_s < 0.8
+    record = ask(lambda peer: time.sleep(10.0), request_timeout_s=0.2)
+    assert record.error.kind == "timeout" and record.end_s < 8
     body = BODY | {"max_tokens": 100_000}
-    with ScriptedServer(lambda peer: time.sleep(1.0)) as server:
+    with ScriptedServer(lambda peer: time.sleep(10.0)) as server:
         record = fetch(server.url, body, LoadConfig(request_timeout_s=0.2))
-    assert record.error.kind == "timeout" and record.end_s - record.sent_s < 0.8
+    assert record.error.kind == "timeout" and record.end_s - record.sent_s < 8

@@ -55,7 +55,7 @@ def bench(out: Path, **options: object) -> Run:
 def test_default_warm_up_meets_every_batch_size_before_the_load(tmp_path: Path) -> None:
     run = bench(tmp_path)
     assert run.config["load"]["warmup"] == 8 == sum(request.warmup for request in run.requests)
-    assert max(request.end_s - request.sent_s for request in run.requests if not request.warmup) < 0.9
+    assert max(request.end_s - request.sent_s for request in run.requests if not request.warmup) < 1.0
     assert "cold-start" not in [flag.name for flag in analyze(run).flags]
 
 
@@ -65,13 +65,13 @@ def test_too_small_a_warm_up_is_flagged(tmp_path: Path) -> None:
 
 
 def test_batches_grow_during_the_warm_up() -> None:
-    with ScriptedServer(stream(tokens(3), pause_s=0.1)) as server:
+    with ScriptedServer(stream(tokens(3), pause_s=0.2)) as server:
         load = TrialLoad(LoadConfig(concurrency=4, requests=4, warmup=6), server.url, "m", Clock.start())
         result = run_load(load)
-    sent_s = sorted(request.sent_s for request in result.requests if request.warmup)
-    gaps_s = [after - before for before, after in pairwise(sent_s)]
-    assert all(0.005 < gap_s < 0.1 for gap_s in gaps_s[:3]) and len(sent_s) == 6
-    assert sent_s[4] - sent_s[0] > 0.25  # a fifth waits for a free stream
+    warmup = sorted((request for request in result.requests if request.warmup), key=lambda request: request.sent_s)
+    sent_s = [request.sent_s for request in warmup]
+    assert all(after - before > 0.005 for before, after in pairwise(sent_s[:4])) and len(sent_s) == 6
+    assert sent_s[3] < warmup[0].end_s < sent_s[4]  # four at once; a fifth waits for a free stream
 
 
 @pytest.mark.parametrize(
