@@ -10,7 +10,7 @@ import numpy as np
 
 from pdbench.errors import UserError
 from pdbench.plan import power
-from pdbench.plan.calibration import UNSURE, drawn, role_of
+from pdbench.plan.calibration import drawn, role_of
 from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import simulate
@@ -210,8 +210,7 @@ def unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -
         shortest, longest = calibrated.prompt_lengths
         lengths = np.concatenate([demand.prompt_tokens for demand in demands])
         low, high = np.quantile(lengths, (0.05, 0.95))
-        unsure = max(calibrated.error_of(name) for name in ("host_per_prompt_token_s", "gpu_per_prompt_token_s"))
-        if (low < 0.8 * shortest or high > 1.25 * longest) and (unsure > UNSURE or longest < 1.5 * shortest):
+        if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
             return (
                 f"prompts of {low:.0f} to {high:.0f} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is "
                 "not known; measure spread lengths (`--input-distribution lognormal --output-distribution lognormal`)"

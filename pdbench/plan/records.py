@@ -8,6 +8,8 @@ import numpy as np
 from pdbench.plan.engine import COSTS, Engine, Kind, Role
 
 SCHEMA = "pdbench-plan/1"
+UNSURE = 0.3
+"""A cost whose logarithm has a larger standard deviation is not known."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +58,15 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     power: PowerCosts | None = None
     jitter_s: list[float] = []
 
+    @property
+    def knows_lengths(self) -> bool:
+        """Do the runs tell what a prompt's tokens cost from what a prompt costs?"""
+        shortest, longest = self.prompt_lengths
+        per_token = ("host_per_prompt_token_s", "gpu_per_prompt_token_s")
+        return longest >= 1.5 * shortest and max(map(self.error_of, per_token)) <= UNSURE
+
     def error_of(self, cost: str) -> float:
-        """Standard deviation of a cost's logarithm; above 0.3 the runs do not show it."""
+        """Standard deviation of a cost's logarithm."""
         values = np.array([row[COSTS.index(cost)] for row in self.samples])
         return float(np.std(np.log(values))) if (values > 0).all() else 0.0
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from pdbench.plan.calibration import UNSURE
 from pdbench.plan.engine import Role
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, Search
 from pdbench.report import text
@@ -49,7 +48,7 @@ def calibration(found: Calibration) -> Table:
         (_("per 1,000 prompt tokens, GPU, ms"), "gpu_per_prompt_token_s"),
     ):
         values = [
-            _sure(per_1000 * getattr(c, cost), role.error_of(cost)) if p else None
+            (per_1000 * getattr(c, cost) if role.knows_lengths else _("not known")) if p else None
             for c, p, role in zip(costs, computes, roles, strict=True)
         ]
         row(title, values)
@@ -89,11 +88,6 @@ def calibration(found: Calibration) -> Table:
         )
     lines += [_("Missing: {0}", reason) for reason in found.missing]
     return Table(title=_("Calibrated"), header=["", *map(_, names)], rows=rows, note="\n\n".join(lines))
-
-
-def _sure(value: float, error: float) -> Value:
-    """A cost that the runs do not show is no number."""
-    return _("not known") if error > UNSURE else value
 
 
 def predictions(of: Sequence[Prediction]) -> Table:
