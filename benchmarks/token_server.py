@@ -111,7 +111,7 @@ class TokenServer:
             stream.left = stream.total = asked.get("max_tokens") or asked.get("max_completion_tokens") or 16
             stream.sends_s = []
             stream.sock.send(HEAD)
-            heapq.heappush(self.due, (stream.arrival_s + self.ttft_s, stream.sock.fileno()))
+            heapq.heappush(self.due, (self.first_s(stream), stream.sock.fileno()))
             return
         plain: object = {"object": "list", "data": [{"id": "scripted", "object": "model", "root": "scripted"}]}
         if head.startswith(b"GET /log"):
@@ -120,6 +120,14 @@ class TokenServer:
         stream.sock.setblocking(True)
         fields = b"Content-Type: application/json\r\nContent-Length: %d" % len(data)
         stream.sock.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (fields, data))
+
+    def first_s(self, stream: Stream) -> float:
+        """When a request's first token is due."""
+        return stream.arrival_s + self.ttft_s
+
+    def next_s(self, stream: Stream, due_s: float) -> float:
+        """When the token after the one that was due at `due_s` is due."""
+        return due_s + self.itl_s
 
     def send_due(self) -> None:
         due, streams, monotonic = self.due, self.streams, time.monotonic
@@ -134,11 +142,15 @@ class TokenServer:
                 continue
             stream.left -= 1
             stream.sends_s.append(monotonic())
-            if stream.left:
-                stream.sock.send(self.token)
-                heapq.heapreplace(due, (due_s + self.itl_s, descriptor))
-            else:
-                self.finish(stream)
+            try:
+                if stream.left:
+                    stream.sock.send(self.token)
+                    heapq.heapreplace(due, (self.next_s(stream, due_s), descriptor))
+                else:
+                    self.finish(stream)
+                    heapq.heappop(due)
+            except OSError:  # the client has gone; its connection is closed when that is read
+                stream.left = 0
                 heapq.heappop(due)
 
     def finish(self, stream: Stream) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pdbench").rglob("*.py"))
-ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "report", "live")
+ROOMS = ("serving", "cluster", "load", "power", "kv", "proxy", "analysis", "plan", "search", "report", "live")
 BASE = ("config", "records", "files", "events", "errors", "http", "nvml", "supervisor")
 MAY_IMPORT = {
     "kv": ("events",),
@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "serving": (*BASE, "kv"),  # the range of vLLM versions that the connector supports
     "proxy": BASE,
     "analysis": ("records", "failures", "files", "events", "errors", "config"),
+    "search": (),  # what loads say, whoever sends them
     "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
     "report": ("plan", "analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
     # What is told of a load and of devices while they are measured, drawn as the report draws it.
-    "live": (*BASE, "failures", "analysis", "report", "load", "power", "server_metrics"),
+    "live": (*BASE, "analysis", "report", "load", "power", "server_metrics"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

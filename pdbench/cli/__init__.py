@@ -13,7 +13,7 @@ from pdbench.cli import measure, read  # noqa: F401  # they register their comma
 from pdbench.cli.app import app
 from pdbench.errors import UserError
 
-_WITH_RECIPE = ("run", "bench", "sweep", "serve", "doctor", "proxy")
+_WITH_RECIPE = ("run", "bench", "sweep", "search", "serve", "doctor", "proxy")
 """Commands that take a recipe; each ignores options of the others."""
 
 

@@ -38,10 +38,7 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
 
     analyses, drawn = [], []
     for folder, run in runs.items():
-        analysis = analyze(run)
-        run.summary, run.flags = msgspec.to_builtins(analysis.summary), analysis.flags
-        save_run(run, folder)
-        save_analysis(analysis, folder)
+        analysis = keep(run, folder)
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
         write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
         shown = [*tables.run_summary(analysis), *servers.table({run.name: analysis})]
@@ -58,6 +55,15 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
         _say(console, f"picture: {out / COMPARISON}")
         _say(console, f"report: {out / 'report' / 'report.html'}")
     return analyses
+
+
+def keep(run: Run, folder: Path) -> RunAnalysis:
+    """Analyze a run that was just measured; summary and flags go into its results, the analysis beside them."""
+    analysis = analyze(run)
+    run.summary, run.flags = msgspec.to_builtins(analysis.summary), analysis.flags
+    save_run(run, folder)
+    save_analysis(analysis, folder)
+    return analysis
 
 
 def narrow_enough(runs: Mapping[Path, Run], until: tuple[str, float]) -> bool:

@@ -1,0 +1,147 @@
+"""One load's outcome as evidence on the share of requests that miss the SLO: luck in the arrivals taken out, correlation counted.
+
+Requests under load come in good and bad spells, so n of them say as much as n / inflation independent ones. Much of a spell is the
+arrivals' doing, and those are known: a control variate (Lavenberg and Welch 1981) compares what a virtual queue does with the arrivals
+that were sent to what it does with very many like them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+USUAL_INFLATION, USUAL_REQUESTS = 4.0, 60.0
+"""Before anything is known: the inflation, and how many missed requests it counts as much as."""
+MOST_GAIN = 12.0
+"""Requests without a control variate that one with it can be worth at most: which queue follows the scores best is uncertain too."""
+SETTLE = 0.05
+"""So much of very many arrivals comes before the queue is as it stays."""
+LEAST_MISSED = 8
+WITHIN_TAU = 4.0
+"""Autocorrelations count up to so many correlation times (Sokal 1997, who takes 4 to 6)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one load at a rate came to: requests in the order of arrival, `score` their worst figure over its limit (over 1:
+    missed; inf: failed or overdue).
+
+    `held` is what stopped it: the rate was surely held (True) or not (False); None where it came to its end.
+    """
+
+    rate: float
+    arrival_s: Array
+    work: Array
+    score: Array
+    held: bool | None = None
+
+    @property
+    def missed(self) -> NDArray[np.bool_]:
+        return ~(self.score <= 1.0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The share missed at a rate, as if seen on so many independent requests; `held` as in `Outcome`."""
+
+    rate: float
+    missed: float
+    requests: float
+    held: bool | None = None
+
+
+def inflation(residuals: Sequence[Array], usual: float = USUAL_INFLATION, weight: float = USUAL_REQUESTS) -> float:
+    """How much larger the variance of a mean is than that of independent values: the sum of autocorrelations, of all series together.
+
+    `usual` counts as much as `weight` values that are not near zero.
+    """
+    series = [each - each.mean() for each in residuals if len(each) > 1]
+    power = sum(float(each @ each) for each in series)
+    if not power:
+        return usual
+    tau, lag, longest = 1.0, 1, max(map(len, series)) // 3
+    while lag <= min(longest, WITHIN_TAU * tau):
+        tau += 2 * sum(float(each[lag:] @ each[:-lag]) for each in series if len(each) > lag) / power
+        lag += 1
+    # The series' own means were taken out, which hides part of the correlation.
+    tau = max(1.0, tau) / max(0.5, 1 - tau * len(series) / sum(map(len, series)))
+    return (tau * power + usual * weight) / (power + weight)
+
+
+def waits(arrival_s: Array, service_s: Array) -> Array:
+    """Waiting times of a queue with one server (Lindley 1952)."""
+    before = np.concatenate([[0.0], np.cumsum(service_s)[:-1]])
+    return np.maximum.accumulate(arrival_s - before) + before - arrival_s
+
+
+class VirtualQueue:
+    """The one-server queue whose waiting times follow the scores best: `seconds` of service for a request of mean work."""
+
+    def __init__(self, outcomes: Sequence[Outcome], unit_s: Array) -> None:
+        """`unit_s` are very many arrivals of the same kind, 1 per second."""
+        self.outcomes, self._unit = outcomes, unit_s
+        seen = np.concatenate([each.work for each in outcomes])
+        self._work = np.random.default_rng(0).choice(seen, len(unit_s))
+        fastest, slowest = max(each.rate for each in outcomes), min(each.rate for each in outcomes)
+        scores = [np.minimum(each.score, 3.0) for each in outcomes]
+        centred = [score - score.mean() for score in scores]
+        power = sum(float(score @ score) for score in centred)
+        best, self.seconds = 0.0, 0.0
+        for seconds in np.geomspace(0.1 / fastest, 0.985 / slowest, 70) if power else ():
+            if seconds * fastest >= 0.99:
+                break
+            virtual = [waits(each.arrival_s, seconds * each.work) for each in outcomes]
+            flat = [wait - wait.mean() for wait in virtual]
+            spread = sum(float(wait @ wait) for wait in flat)
+            shared = sum(float(wait @ score) for wait, score in zip(flat, centred, strict=True))
+            correlation = shared / np.sqrt(spread * power) if spread else 0.0
+            if correlation > best:
+                best, self.seconds, self._virtual = correlation, seconds, virtual
+
+    def evidence(self) -> list[Evidence] | None:
+        """Of each outcome; None where no queue follows the scores."""
+        missed = [each.missed.astype(float) for each in self.outcomes]
+        total = int(sum(each.sum() for each in missed))
+        if not self.seconds or total < LEAST_MISSED:
+            return None
+        rising = np.sort(np.concatenate(self._virtual))
+        limit_s = (rising[-total] + rising[-total - 1]) / 2
+        late = [(wait > limit_s).astype(float) for wait in self._virtual]
+        flat = [each - each.mean() for each in late]
+        centred = [each - each.mean() for each in missed]
+        power = sum(float(each @ each) for each in flat)
+        if not limit_s > 0 or not power:
+            return None
+        factor = sum(float(a @ b) for a, b in zip(flat, centred, strict=True)) / power
+        residuals = [b - factor * a for a, b in zip(flat, centred, strict=True)]
+        grown = inflation(residuals)
+        most = MOST_GAIN / inflation(missed)
+        found = []
+        for outcome, misses, lates, residual in zip(self.outcomes, missed, late, residuals, strict=True):
+            often = self._often(outcome.rate, float(limit_s))
+            n = len(misses)
+            share = float(np.clip(misses.mean() - factor * (lates.mean() - often), 0.2 / n, 1 - 0.2 / n))
+            # At least what the pooled residuals say: a load without a residual has not shown that it has none.
+            noise = max(
+                float(residual @ residual) / n, 0.5 * sum(float(r @ r) for r in residuals) / sum(map(len, residuals))
+            )
+            worth = min(share * (1 - share) / (noise * grown) if noise else most, most)
+            found.append(Evidence(outcome.rate, share, n * worth, outcome.held))
+        return found
+
+    def _often(self, rate: float, limit_s: float) -> float:
+        """The share of waits over a limit among very many arrivals at a rate."""
+        virtual = waits(self._unit / rate, self.seconds * self._work)[int(SETTLE * len(self._unit)) :]
+        return float((virtual > limit_s).mean())
+
+
+def plain(outcomes: Sequence[Outcome]) -> list[Evidence]:
+    """The shares as they were seen, with what correlation leaves of the requests."""
+    grown = inflation([each.missed.astype(float) for each in outcomes if each.held is None])
+    return [
+        Evidence(each.rate, float(each.missed.mean()), len(each.score) / grown, each.held)
+        for each in outcomes
+        if len(each.score)
+    ]

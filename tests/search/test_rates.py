@@ -1,0 +1,120 @@
+"""The statistics of a search, on virtual servers whose highest rate is known."""
+
+import numpy as np
+import pytest
+
+from pdbench.search.evidence import Array, Evidence, Outcome, VirtualQueue, inflation, plain, waits
+from pdbench.search.rates import Search
+
+UNIT_S = np.cumsum(np.random.default_rng(7).exponential(size=60_000))
+SERVICE_S, LIMIT_S, TRUTH = 0.1, 0.3, 4.937
+"""Of an M/D/1 queue 95 % of the requests wait at most 0.2 s at this rate (Crommelin 1932)."""
+
+
+def load(rate: float, seed: int, count: int = 500, held: bool | None = None) -> Outcome:
+    unit = np.cumsum(np.random.default_rng(seed).exponential(size=count + 1))
+    arrival_s = unit[:-1] * count / unit[-1] / rate
+    ttft_s = waits(arrival_s, np.full(count, SERVICE_S)) + SERVICE_S
+    return Outcome(rate, arrival_s, np.ones(count), ttft_s / LIMIT_S, held)
+
+
+def search_through(seed: int, first_rate: float, unit_s: Array | None = UNIT_S, loads: int = 12) -> Search:
+    search = Search(0.05, first_rate, unit_s)
+    for number in range(loads):
+        if search.answer().width <= 0.03:
+            break
+        whole = load(search.next_rate(), 1000 * seed + number)
+        end, held = len(whole.score), None
+        for known in range(20, end, 10):
+            held = search.decided(whole.rate, int(whole.missed[:known].sum()), known)
+            if held is not None:
+                end = known
+                break
+        search.add(Outcome(whole.rate, whole.arrival_s[:end], whole.work[:end], whole.score[:end], held))
+    return search
+
+
+def test_waits_are_those_of_a_queue_served_one_by_one() -> None:
+    generator = np.random.default_rng(1)
+    arrival_s, service_s = np.cumsum(generator.exponential(size=300)), generator.uniform(0.2, 1.4, 300)
+    free_s, expected = 0.0, []
+    for at_s, takes_s in zip(arrival_s, service_s, strict=True):
+        expected.append(max(0.0, free_s - at_s))
+        free_s = max(free_s, at_s) + takes_s
+    assert waits(arrival_s, service_s) == pytest.approx(expected, abs=1e-9)
+
+
+def test_inflation_is_that_of_correlated_values() -> None:
+    generator = np.random.default_rng(2)
+    series = []
+    for _ in range(8):
+        values = [0.0]
+        for noise in generator.normal(size=4000):
+            values.append(0.8 * values[-1] + noise)
+        series.append(np.array(values))
+    assert inflation(series) == pytest.approx(9.0, rel=0.25)  # (1 + 0.8) / (1 - 0.8)
+    assert inflation([generator.normal(size=4000)]) < 1.5
+    assert inflation([np.zeros(10)]) == 4.0
+
+
+def test_found_rate_is_the_true_one_and_its_interval_covers_it() -> None:
+    answers = [search_through(seed, first).answer() for seed, first in enumerate((0.5, 2.0, 7.0, 20.0, 4.0))]
+    assert sum(abs(answer.rate / TRUTH - 1) < 0.06 for answer in answers) >= 4
+    assert sum(answer.low <= TRUTH <= answer.high for answer in answers) >= 4
+    assert all(answer.width < 0.1 for answer in answers)
+
+
+def test_virtual_queue_takes_out_the_luck_in_the_arrivals() -> None:
+    loads = [load(TRUTH, seed) for seed in range(24)]
+    seen = [each.missed.mean() for each in loads]
+    adjusted = []
+    for first in range(0, 24, 4):
+        evidence = VirtualQueue(loads[first : first + 4], UNIT_S).evidence()
+        assert evidence is not None
+        adjusted += [each.missed for each in evidence]
+    assert np.std(adjusted) < 0.4 * np.std(seen)
+    assert np.mean(adjusted) == pytest.approx(0.05, abs=0.006)
+    assert evidence[0].requests > 4 * plain(loads)[0].requests
+
+
+def test_overload_is_decided_by_few_requests_and_an_idle_server_is_held() -> None:
+    search = Search(0.05, 5.0, UNIT_S)
+    assert search.decided(5.0, 0, 10) is None
+    assert search.decided(5.0, 20, 24) is False
+    assert search.decided(5.0, 0, 300) is True
+
+
+def test_without_a_rate_that_is_held_there_is_no_lower_bound() -> None:
+    search = Search(0.05, 8.0, UNIT_S)
+    assert search.next_rate() == 8.0
+    for number in range(3):
+        search.add(Outcome(search.next_rate(), np.arange(30.0), np.ones(30), np.full(30, 2.0), held=False))
+        assert search.answer().low == 0.0 and search.next_rate() < 8.0 / 1.9 ** (number + 1)
+
+
+def test_without_a_rate_that_is_missed_there_is_no_upper_bound() -> None:
+    search = Search(0.05, 8.0, UNIT_S)
+    search.add(Outcome(8.0, np.arange(90.0), np.ones(90), np.full(90, 0.5), held=True))
+    assert search.answer().high == np.inf and search.answer().low > 0 and search.next_rate() == 16.0
+
+
+def test_contradicting_loads_widen_the_interval() -> None:
+    steady, moody = Search(0.05, 5.0), Search(0.05, 5.0)
+    for number in range(6):
+        for search, missed in ((steady, 25), (moody, (5, 45)[number % 2])):
+            score = np.full(500, 0.5)
+            score[np.linspace(0, 499, missed).astype(int)] = 2.0
+            search.add(Outcome(5.0, np.arange(500.0), np.ones(500), score))
+    assert moody.answer().width > 1.5 * steady.answer().width
+
+
+def test_larger_slo_is_held_at_a_higher_rate() -> None:
+    search = search_through(3, 4.0)
+    rates = [search.at_scale(scale).rate for scale in (0.7, 1.0, 1.5)]
+    assert rates == sorted(rates) and rates[2] > 1.1 * rates[0]
+    assert rates[1] == pytest.approx(search.answer().rate, rel=0.08)
+
+
+def test_share_of_a_load_counts_as_fewer_requests_than_it_has() -> None:
+    (evidence,) = plain([load(TRUTH, 5)])
+    assert isinstance(evidence, Evidence) and evidence.requests < 250

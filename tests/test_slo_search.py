@@ -1,0 +1,253 @@
+"""A search over deployments: which loads it sends, what it keeps, how it goes on and ends; on a virtual server, then through the command."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pdbench import cli, slo_search
+from pdbench.config import LoadConfig, Options
+from pdbench.load import plan
+from pdbench.load.generator import Progress
+from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
+from pdbench.report import commands, mpl
+from pdbench.report import search as found
+from pdbench.report.search import chart, present, sentence
+from pdbench.slo_search import Deployment, Goal, LoadJudge
+from tests.support.servers import ScriptedServer, stream, tokens
+
+CONSOLE = Console(quiet=True)
+LOAD = LoadConfig(slo_ttft_ms=300.0, slo_tbt_ms=50.0, output_tokens=4, requests=300, nonce="n")
+TRUTH = 4.937
+"""Of a prefill of 100 ms, one at a time, at 95 %."""
+
+
+class Law:
+    """A virtual server with one prefill at a time and a pace of 20 ms; `measure` is what a deployment measures with."""
+
+    def __init__(
+        self, prefill_s: float = 0.1, itl_s: float = 0.02, flags: Callable[[float], list[Flag]] | None = None
+    ) -> None:
+        self.prefill_s, self.itl_s = prefill_s, itl_s
+        self.flags = flags or (lambda rate: [])
+        self.loads: list[LoadConfig] = []
+        self.interrupt_at: int | None = None
+
+    def measure(self, options: Options, folder: Path, judge: LoadJudge | None) -> Run:
+        load = options.load
+        self.loads.append(load)
+        if len(self.loads) == self.interrupt_at:
+            raise KeyboardInterrupt
+        records, free_s = [], 0.0
+        for each in plan.planned_requests(dataclasses.replace(load, input_tokens=None), None, 0):
+            due_s = free_s if each.arrival_s is None else each.arrival_s
+            first_s = max(due_s, free_s) + self.prefill_s
+            free_s = first_s if load.rate else first_s + 3 * self.itl_s
+            token_s = [first_s + self.itl_s * place for place in range(4)]
+            name = f"x-0-{each.index:06d}"
+            records.append(
+                RequestRecord(id=name, planned_s=due_s, due_s=due_s, sent_s=due_s, token_s=token_s, end_s=token_s[-1])
+            )
+        end_s = self.send(records, judge)
+        for record in records:
+            assert record.end_s
+            if record.end_s > end_s:  # cut off, as the client leaves it
+                record.token_s = [at_s for at_s in record.token_s if at_s <= end_s]
+                record.end_s, record.error = end_s, RequestError("interrupted", "the load was stopped")
+        run = Run(name="single", clock=Clock(0, 0), config={"load": dataclasses.asdict(load)}, host={}, versions={})
+        run.requests = [record for record in records if record.planned_s <= end_s]
+        run.trials, run.flags = [Trial(index=0, start_s=0.0, end_s=end_s)], self.flags(load.rate or 0.0)
+        commands.keep(run, folder / "single_results")
+        return run
+
+    def send(self, records: list[RequestRecord], judge: LoadJudge | None) -> float:
+        """When the load ended."""
+        last_s, now_s = max(record.end_s or 0.0 for record in records), 0.0
+        left = sorted(records, key=lambda record: record.end_s or 0.0)
+        while now_s < last_s:
+            now_s += 0.25
+            ended = [record for record in left if (record.end_s or 0.0) <= now_s]
+            left = left[len(ended) :]
+            flying = sum(record.planned_s <= now_s for record in left)
+            if judge:
+                judge.on_progress(Progress(0, None, flying, 0, ended), now_s)
+                if judge.decided():
+                    return now_s
+        return last_s
+
+
+def search(out: Path, *laws: Law, load: LoadConfig = LOAD, goal: Goal | None = None) -> dict[str, Any]:
+    deployments = [Deployment(f"d{place}", Options(load=load), law.measure) for place, law in enumerate(laws)]
+    goal = goal or Goal(0.95, 0.06)
+    document = slo_search.start(out, {"names": [each.name for each in deployments]}, goal, load)
+    slo_search.find(deployments, goal, out, CONSOLE, document)
+    return document
+
+
+def test_search_finds_the_rates_and_their_order(tmp_path: Path) -> None:
+    slow, fast = Law(), Law(prefill_s=0.05)
+    document = search(tmp_path, slow, fast)
+    one, two = document["deployments"]
+    assert one["rate_per_s"] == pytest.approx(TRUTH, rel=0.1) and one["low"] < TRUTH < one["high"] * 1.05
+    assert two["low"] > one["high"]
+    # The n-th load of both has the same arrivals, scaled to its rate, and the same prompts.
+    pairs = list(zip(slow.loads, fast.loads, strict=False))[: min(len(slow.loads), len(fast.loads)) - 1]
+    assert all((a.seed, a.nonce) == (b.seed, b.nonce) for a, b in pairs) and len({a.nonce for a in slow.loads}) == len(
+        slow.loads
+    )
+    instants = [list(plan.planned_instants(load, None, 0)) for load in (pairs[1][0], pairs[1][1])]
+    scale = pairs[1][0].rate / pairs[1][1].rate  # type: ignore[operator]
+    assert [at_s * scale for at_s in instants[0]] == pytest.approx(instants[1])  # type: ignore[operator]
+    analyses = present(document, tmp_path, CONSOLE)
+    assert len(analyses) == 2 and "d1 carries" in document["sentence"] and "times d0" in document["sentence"]
+    saved = json.loads((tmp_path / found.FILE).read_text())
+    assert {"name", "rate_per_s", "low", "high", "attained_pct", "rate_per_s_per_gpu", "j_per_good_request"} <= saved[
+        "deployments"
+    ][0].keys()
+    assert saved["slo"] == {"slo_ttft_ms": 300.0, "slo_tbt_ms": 50.0} and saved["deployments"][0]["attained_pct"] > 85
+    assert (tmp_path / found.PICTURE).read_bytes().startswith(b"\x89PNG")
+    for point in saved["points"]:
+        assert commands.load_analysis(tmp_path / point["run"]).summary.requests.sent
+
+
+def test_overload_ends_within_seconds_and_its_cut_requests_count_only_once_they_are_late(tmp_path: Path) -> None:
+    document = search(tmp_path, Law(), load=dataclasses.replace(LOAD, rate=40.0), goal=Goal(0.95, 0.2))
+    overloaded = document["points"][1]
+    assert overloaded["rate_per_s"] == 40.0 and overloaded["held"] is False
+    assert overloaded["requests"] < 120 and overloaded["limited_by"] == "slo_ttft_ms"
+    run = commands.load_run(tmp_path / overloaded["run"])
+    outcome = slo_search.outcome_of(run, 40.0, held=False)
+    assert len(outcome.score) < len(run.requests) and outcome.missed.mean() > 0.5
+
+
+def test_queue_that_grows_is_an_overload_without_a_limit_on_time_between_tokens(tmp_path: Path) -> None:
+    load = dataclasses.replace(LOAD, rate=40.0, slo_tbt_ms=None, slo_ttft_ms=5000.0)
+    document = search(tmp_path, Law(), load=load, goal=Goal(0.95, 0.5))
+    overloaded = document["points"][1]
+    assert overloaded["held"] is False and overloaded["attained_pct"] == 100.0 and overloaded["requests"] < 250
+
+
+def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
+    law = Law()
+    law.interrupt_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, law)
+    known = json.loads((tmp_path / found.FILE).read_text())
+    assert len(known["points"]) == 3 and "search.json" in slo_search.saved(tmp_path)
+    document = search(tmp_path, law)
+    assert document["deployments"][0]["rate_per_s"] == pytest.approx(TRUTH, rel=0.1)
+    assert document["points"][:3] == known["points"]
+    sent = len(law.loads)
+    assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
+    search(tmp_path, law, load=dataclasses.replace(LOAD, slo_ttft_ms=400.0))
+    assert len(law.loads) > sent  # another question
+
+
+def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:
+    document = search(tmp_path, Law(itl_s=0.09))
+    (entry,) = document["deployments"]
+    assert entry["rate_per_s"] is None and entry["low"] == 0 and entry["limited_by"] == "slo_tbt_ms"
+    assert "No rate keeps" in sentence(document) and "mean TBT breaks it" in sentence(document)
+    present(document, tmp_path, CONSOLE)
+
+
+def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> None:
+    law = Law(prefill_s=0.001, flags=lambda rate: [Flag("client-limited", "late")] if rate > 900 else [])
+    document = search(tmp_path, law)
+    (entry,) = document["deployments"]
+    assert entry["client_limited"] and entry["high"] is None and entry["low"] > 100
+    assert "the client was the limit of d0" in sentence(document)
+
+
+def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    law, now_s = Law(), 0.0
+    monkeypatch.setattr(slo_search.time, "monotonic", lambda: now_s)
+    whole, measure = search(tmp_path / "whole", law), law.measure
+
+    def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
+        nonlocal now_s
+        run = measure(options, folder, judge)
+        now_s += run.trials[0].end_s
+        return run
+
+    law.measure = measure_slowly  # type: ignore[method-assign]
+    cut = search(tmp_path / "cut", law, goal=Goal(0.95, 0.06, until_s=30.0))
+    (wide,), (narrow,) = cut["deployments"], whole["deployments"]
+    assert wide["loads"] < narrow["loads"] and "run" in wide and now_s < 100
+    assert (
+        wide["high"] is None and wide["rate_per_s"] == wide["low"] == 5.0 and "5.00 requests/s or more" in sentence(cut)
+    )
+
+
+def test_judge_counts_requests_in_the_order_of_arrival() -> None:
+    load = dataclasses.replace(LOAD, rate=2.0)
+    judge = LoadJudge(slo_search.Search(0.05, 2.0), 2.0, load, float("inf"))
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
+
+    def record(index: int, ttft_s: float) -> RequestRecord:
+        at_s = arrivals[index]
+        token_s = [at_s + ttft_s]
+        return RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[0])
+
+    judge.on_progress(Progress(1, None, 1, 0, [record(1, 0.1)]), arrivals[1] + 0.1)
+    assert judge._known == 0  # the first one is still in flight, and may miss
+    judge.on_progress(Progress(2, None, 0, 0, [record(0, 0.4)]), arrivals[1] + 0.2)
+    assert (judge._known, judge._missed) == (2, 1)
+    judge.on_progress(Progress(2, None, 1, 0, []), arrivals[2] + 0.5)
+    late = sum(arrivals[2] + 0.5 - at_s > 0.45 for at_s in arrivals[2:])  # older than 300 ms and three gaps of 50 ms
+    assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--slo", ""], "--slo ttft=300"),
+        (["--slo", "ttft=1", "--attain", "100%"], "--attain"),
+        (["--slo", "ttft=1", "--attain", "most"], "--attain"),
+        (["--slo", "ttft=1", "--stages", "1:2"], "--stages"),
+        (["--slo", "speed=1"], "--slo"),
+    ],
+)
+def test_wrong_options_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["search", "--url", "http://127.0.0.1:1", "--out", str(tmp_path), *arguments])
+    assert ended.value.code and words in capsys.readouterr().err
+
+
+def test_search_through_the_command_on_a_server(tmp_path: Path) -> None:
+    with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
+        command = ["search", "--url", server.url, "--model", "m", "--no-power", "--requests", "40", "--warmup", "1"]
+        command += ["--slo", "ttft=2000,e2e=5000", "--rate", "30", "--max-minutes", "0.1", "--out", str(tmp_path)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        assert not ended.value.code
+    saved = json.loads((tmp_path / found.FILE).read_text())
+    (entry,) = saved["deployments"]
+    assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
+    assert (tmp_path / entry["run"] / "analysis.json").exists()
+
+
+def test_picture_of_two_deployments_on_gpus() -> None:
+    document = {
+        "slo": {"slo_ttft_ms": 300.0}, "attain_pct": 95.0,
+        "deployments": [
+            {"name": name, "rate_per_s": rate, "low": 0.95 * rate, "high": 1.05 * rate, "gpus": 2, "rate_per_s_per_gpu": rate / 2,
+             "j_per_good_request": joules, "slo_scale": [{"scale": s, "rate_per_s": rate * s} for s in (0.8, 1.0, 1.3)]}
+            for name, rate, joules in (("disaggregated", 20.0, 30.0), ("replicas", 10.0, 40.0))
+        ],
+        "points": [
+            {"deployment": name, "rate_per_s": rate, "attained_pct": 100 - rate, "j_per_good_request": 40 - rate}
+            for name in ("disaggregated", "replicas") for rate in (5.0, 10.0, 20.0)
+        ],
+    }  # fmt: skip
+    assert sentence(document) == (
+        "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
+        "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
+    )
+    assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
