@@ -109,10 +109,11 @@ def test_chat_deltas_and_reasoning_are_text_and_the_role_chunk_is_no_token():
     assert record.text == "hm yes" and len(record.token_s) == 2 and record.counted_by == "token_ids"
 
 
-def test_vllm_request_metrics_become_the_queue_phase():
+def test_vllm_request_metrics_become_the_queue_and_the_compute_phase():
     record = ask(stream(tokens(2, metrics={"queue_time_ms": 4.0, "time_to_first_token_ms": 10.0})))
     start_s, end_s = record.phases["queue"]
     assert end_s - start_s == pytest.approx(0.004) and record.token_s[0] - end_s == pytest.approx(0.010)
+    assert record.phases["compute"] == (end_s, record.token_s[0])
 
 
 def test_refused_connection_is_a_failure_class():
