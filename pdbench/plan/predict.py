@@ -104,11 +104,10 @@ def predict(
     random = np.random.default_rng(0)
     while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.monotonic() - begin_s < BUDGET_S):
         results = []
+        deployment = deployment_of(calibration, wanted, random)  # one day for all trials
         for trial, demand in enumerate(demands(len(rows))):
-            deployment = deployment_of(calibration, wanted, random)
-            if speeds is not None:
-                deployment = speeds(deployment, trial)
-            results.append(simulate(deployment, demand, seed=len(rows)))
+            of_trial = deployment if speeds is None else speeds(deployment, trial)
+            results.append(simulate(of_trial, demand, seed=len(rows)))
         if any(np.isnan(result.e2e_s).any() for result in results):
             words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
             return msgspec.structs.replace(prediction, refusal=words)
