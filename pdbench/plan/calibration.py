@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from pdbench.errors import UserError
-from pdbench.events import ProxyEvent
+from pdbench.events import PromptEvent, ProxyEvent
 from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Limits, Role
 from pdbench.plan.limits import limits_of
@@ -127,8 +127,13 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     lengths = int(min(prompts)), int(max(prompts))
     colocated = known.get("single") or known.get("replica")
     if role == "prefill":
-        ingress = colocated.engine.costs.ingress_s if colocated else USUAL_INGRESS_S
-        if not colocated:
+        taken = [wait_s for part in parts for wait_s in _taken_s(part)]
+        if taken:
+            ingress = float(np.median(taken))
+        elif colocated:
+            ingress = colocated.engine.costs.ingress_s
+        else:
+            ingress = USUAL_INGRESS_S
             assumed.append(f"{1e3 * ingress:.0f} ms from sending to scheduling (a single instance's run would show it)")
         visits = [visits_of(part) for part in parts]
         prefill = fit.prefill_alone(visits, limits, ingress)
@@ -207,6 +212,21 @@ def visits_of(part: Part) -> fit.Visits:
     )
     sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
     return fit.Visits(sent_s, done_s, prompt, part.trial)
+
+
+def _taken_s(part: Part) -> list[float]:
+    """From the proxy's sending until prefill's engine took the prompt, of the prompts whose server said so."""
+    taken = {
+        event.transfer_id: event.taken_s
+        for event in part.run.events
+        if isinstance(event, PromptEvent) and event.server.startswith("prefill")
+    }
+    ways = (part.ways.get(stream.id) for stream in part.streams)
+    return [
+        at_s - way.prefill_sent_s
+        for way in ways
+        if way is not None and way.prefill_sent_s is not None and (at_s := taken.get(way.transfer_id)) is not None
+    ]
 
 
 def _proxy_s(parts: list[Part]) -> float:

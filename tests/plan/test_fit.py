@@ -16,8 +16,8 @@ CONTEXT = 2e-8
 LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16)
 
 
-def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[list[Stream], dict[str, int]]:
-    """Streams of an engine that runs by the module's recursion, a prompt at a time; and each request's true first step."""
+def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[list[Stream], dict[str, int], list[float]]:
+    """Streams of an engine that runs by the module's recursion, a prompt at a time; each request's true first step, and when it could be scheduled."""
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(0.1, requests))
     prompts = random.integers(200, 3500, requests)
@@ -59,7 +59,7 @@ def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[lis
         now, step = next_s, step + 1
     hand_out(done)
     streams = [Stream(str(i), token_s[i], int(prompts[i]), int(prompts[i])) for i in range(requests)]
-    return streams, first_step
+    return streams, first_step, arrivals.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def spread_of(prefill: fit.Prefill) -> float:
 
 
 def test_steps_are_those_of_the_engine() -> None:
-    streams, first_step = engine_run(3)
+    streams, first_step, _ = engine_run(3)
     rebuilt = rebuild(streams)
     order = sorted(first_step, key=first_step.__getitem__)
     assert rebuilt.first_step == {name: first_step[name] for name in order}

@@ -1,0 +1,82 @@
+"""A calibration from a run: the engine that was put in is found again, and what is missing is named."""
+
+from pathlib import Path
+
+import pytest
+
+from pdbench.errors import UserError
+from pdbench.events import PromptEvent, ProxyEvent
+from pdbench.plan.calibration import Part, _taken_s, calibrate
+from pdbench.plan.steps import Stream
+from pdbench.records import Clock, EngineFacts, RequestRecord, Run, Trial
+from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
+
+INGRESS = 0.006
+
+
+def recorded_run(counted_by: str = "token_ids", model: str = "m") -> Run:
+    """Two trials of the engine of test_fit, as a run would have recorded them."""
+    requests = []
+    for trial in (0, 1):
+        streams, _, arrived = engine_run(trial + 11)
+        requests += [
+            RequestRecord(
+                id=f"{trial}-{stream.id}",
+                planned_s=0.0,
+                sent_s=arrived[int(stream.id)] - INGRESS + 1000 * trial,
+                token_s=[at_s + 1000 * trial for at_s in stream.token_s],
+                prompt_tokens=stream.prompt_tokens,
+                output_tokens=len(stream.token_s),
+                trial=trial,
+                counted_by=counted_by,
+            )
+            for stream in streams
+        ]
+    facts = EngineFacts(
+        role="single", max_num_batched_tokens=8192, max_num_seqs=64, graph_sizes=[*SIZES], kv_cache_tokens=100_000
+    )
+    return Run(
+        name="single",
+        clock=Clock(0.0, 0.0),
+        config={"model": model, "serve": {}},
+        host={"gpus": [{"name": "G"}]},
+        versions={"vllm": "0.33.0"},
+        engines={"single": facts},
+        trials=[Trial(index=trial, start_s=1000.0 * trial, end_s=1000.0 * trial + 20) for trial in (0, 1)],
+        requests=requests,
+    )
+
+
+def test_engine_of_a_run_is_found_again() -> None:
+    found = calibrate({Path("a"): recorded_run()})
+    role = found.roles["single"]
+    costs, limits = role.engine.costs, role.engine.limits
+    assert costs.ingress_s == pytest.approx(INGRESS, abs=0.0005)
+    assert costs.gpu_decode_s[4] == pytest.approx(TABLE[4], rel=0.05)
+    assert costs.host_prefill_s + 2000 * costs.host_per_prompt_token_s == pytest.approx(
+        HOST + 2000 * HOST_TOKEN, rel=0.06
+    )
+    assert (limits.max_num_seqs, limits.captured, limits.kv_cache_tokens) == (64, 16, 100_000)
+    assert not role.assumed
+    assert found.drift < 1.1
+    missing = " ".join(found.missing)
+    assert "handoff" in missing and "power" in missing and "--pairs 5" in missing
+
+
+def test_run_without_token_instants_calibrates_nothing() -> None:
+    with pytest.raises(UserError, match="token by token"):
+        calibrate({Path("a"): recorded_run(counted_by="chunks")})
+
+
+def test_runs_of_two_models_are_refused() -> None:
+    with pytest.raises(UserError, match="differ in model"):
+        calibrate({Path("a"): recorded_run(), Path("b"): recorded_run(model="n")})
+
+
+def test_prefill_itself_says_when_it_took_a_prompt() -> None:
+    way = ProxyEvent(request_id="r", transfer_id="t", received_s=0.9, prefill_sent_s=1.0, prefill_done_s=1.1)
+    run = Run(name="disaggregated", clock=Clock(0.0, 0.0), config={}, host={}, versions={})
+    part = Part(run, 0, "prefill", 0, [Stream("r", [1.2], 9, 9)], {}, {"r": way})
+    assert not _taken_s(part)
+    run.events = [PromptEvent(server="prefill-0", request_id="v", transfer_id="t", taken_s=1.004)]
+    assert _taken_s(part) == [pytest.approx(0.004)]
