@@ -14,9 +14,7 @@ NO_TOKENS = "no_tokens"
 
 def describe(requests: Sequence[RequestRecord]) -> str | None:
     """What failed of measured requests: "3 of 100 requests failed: refused 2, http_500 1; most often refused: ..."; None for nothing."""
-    said = Counter(
-        (each.error.kind, each.error.message) if each.error else (NO_TOKENS, "") for each in requests if _failed(each)
-    )
+    said = Counter((kind, each.error.message if each.error else "") for each in requests if (kind := kind_of(each)))
     kinds = Counter[str]()
     for (kind, _), count in said.items():
         kinds[kind] += count
@@ -35,5 +33,8 @@ def too_many(errors: Mapping[str, int], sent: int) -> bool:
     return 100 * failed > LIMIT_PCT * sent
 
 
-def _failed(request: RequestRecord) -> bool:
-    return request.error.kind != INTERRUPTED if request.error else not request.token_s
+def kind_of(request: RequestRecord) -> str | None:
+    """The class of its failure; None where it succeeded, or was stopped with the load."""
+    if request.error:
+        return None if request.error.kind == INTERRUPTED else request.error.kind
+    return None if request.token_s else NO_TOKENS

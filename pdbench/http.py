@@ -63,9 +63,9 @@ def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True) -> tuple[int, bytes]:
+def request(url: str | ServerUrl, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True) -> tuple[int, bytes]:
     """Status and body of a GET of `path` below the URL's base. Raises OSError when no answer comes, whatever the reason."""
-    server = split_url(url, verify_tls=verify_tls)
+    server = split_url(url, verify_tls=verify_tls) if isinstance(url, str) else url
     connection = server.connect(timeout_s)
     try:
         connection.request("GET", server.base + path, headers=authorization())
@@ -76,13 +76,13 @@ def request(url: str, path: str, *, timeout_s: float = 10.0, verify_tls: bool = 
             if len(body) > _LARGEST_BYTES or time.monotonic() > until_s:
                 raise OSError("an answer without end")
         return response.status, body
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:  # ValueError: a chunk whose size is no number
         raise OSError(f"{type(error).__name__}: {error}") from None
     finally:
         connection.close()
 
 
-def get(url: str, path: str, timeout_s: float = 10.0, *, verify_tls: bool = True) -> bytes | None:
+def get(url: str | ServerUrl, path: str, timeout_s: float = 10.0, *, verify_tls: bool = True) -> bytes | None:
     """The body of a GET that answers 200, else None."""
     try:
         status, body = request(url, path, timeout_s=timeout_s, verify_tls=verify_tls)

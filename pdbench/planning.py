@@ -13,9 +13,10 @@ from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
-from pdbench.plan.demand import demand_of_load, with_requests
-from pdbench.plan.predict import parse_deployment, predict
+from pdbench.plan.demand import demand_of_load, for_search, with_requests
+from pdbench.plan.predict import Wanted, parse_deployment, predict
 from pdbench.plan.records import Calibration
+from pdbench.plan.search import search
 from pdbench.records import load_run
 from pdbench.report import mpl, plan_charts, plan_tables, tables
 from pdbench.report.text import translate as _
@@ -30,13 +31,23 @@ def plan(
     load: LoadConfig,
     out: Path,
     console: Console,
+    *,
+    most_gpus: int | None = None,
+    by_joules: bool = False,
 ) -> None:
-    """Calibrate by `sources`, check against other runs, predict deployments; tables go to `out`/plan.md too.
+    """Calibrate by `sources`, check against other runs, predict deployments; tables go to `out`/plan.md too. With `most_gpus`, search the
+    cheapest of so many GPUs that keeps the load's SLO, and predict the best of each kind.
 
     Raises UserError for runs that calibrate nothing, and options that contradict each other.
     """
     wanted = [parse_deployment(words) for words in deployments]
-    if wanted:
+    if most_gpus is not None:
+        if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
+            raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
+        if not loads.is_open_loop(load):
+            raise UserError("--search needs a load that comes by a clock: give --rate, --stages or --trace")
+        load = for_search(load)
+    if wanted or most_gpus is not None:
         load = with_requests(load)
         demand_of_load(load, 0)
     found = read_calibration(sources)
@@ -51,6 +62,17 @@ def plan(
     if checks:
         write_whole(out / "checks.json", msgspec.json.format(msgspec.json.encode(checks), indent=1))
         drawn.append(plan_charts.checks(checks))
+    if most_gpus is not None:
+        slo = load.slo_ttft_ms, load.slo_tbt_ms
+        result = search(
+            found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
+        )
+        write_whole(out / "search.json", msgspec.json.format(msgspec.json.encode(result), indent=1))
+        shown.append(plan_tables.search(result))
+        drawn.append(plan_charts.search(result))
+        console.print(tables.terminal(shown[-1]))
+        best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
+        wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
         limits = load.slo_ttft_ms, load.slo_tbt_ms

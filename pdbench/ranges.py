@@ -44,3 +44,6 @@ Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda va
 NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
 Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
 Interval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
+IntervalOrZero = Annotated[
+    T, Parameter(validator=_range("0, or seconds from 0.05 to 60", lambda value: value == 0 or 0.05 <= value <= 60))
+]

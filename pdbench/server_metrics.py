@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from pdbench.events import ServerSeries
-from pdbench.http import get
+from pdbench.http import ServerUrl, get, split_url
 from pdbench.records import Clock, PrefixCacheCounts
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, at_once
 
@@ -48,7 +48,9 @@ _NAMED = "/metrics/?"
 """vLLM and SGLang answer this path with the named series alone, which costs them a fifth of the whole page."""
 
 
-def scrape(url: str, *, timeout_s: float = TIMEOUT_S, verify_tls: bool = True, path: str = "/metrics") -> str | None:
+def scrape(
+    url: str | ServerUrl, *, timeout_s: float = TIMEOUT_S, verify_tls: bool = True, path: str = "/metrics"
+) -> str | None:
     """The metrics page of the server at `url`; None where none answers."""
     body = get(url, path, timeout_s, verify_tls=verify_tls)
     return None if body is None else body.decode("utf-8", "replace")
@@ -153,7 +155,8 @@ class _Reader:
     ) -> None:
         self.server, self.readings = server, list[tuple[float, dict[str, float]]]()
         self.before: dict[str, float] | None = None
-        self._clock, self._verify_tls, self._on_reading = clock, verify_tls, on_reading
+        self._clock, self._on_reading = clock, on_reading
+        self._url = split_url(server.url, verify_tls=verify_tls)  # once: an https context takes long to make
         self._path, self._missed = "/metrics", 0
         self._reading = threading.Lock()
 
@@ -187,7 +190,7 @@ class _Reader:
         return read
 
     def _scrape(self) -> str | None:
-        return scrape(self.server.url, timeout_s=TIMEOUT_S, verify_tls=self._verify_tls, path=self._path)
+        return scrape(self._url, timeout_s=TIMEOUT_S, path=self._path)
 
     def series(self) -> ServerSeries:
         with self._reading:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
     "report": ("plan", "analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
     # What is told of a load and of devices while they are measured, drawn as the report draws it.
-    "live": (*BASE, "analysis", "report", "load", "power", "server_metrics"),
+    "live": (*BASE, "failures", "analysis", "report", "load", "power", "server_metrics"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),
 }
 """Room -> what it may import beside itself. Modules at the root (cli, experiment, ...) are not limited here."""

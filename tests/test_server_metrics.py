@@ -231,3 +231,12 @@ def test_series_of_several_trials_become_one() -> None:
     assert [each.server for each in joined] == ["a", "b"]
     assert (joined[0].t_s, joined[0].missed) == ([1.0, 3.0, 4.0], 3)
     assert joined[0].values == {"waiting": [2.0, None, None], "running": [None, 1.0, None]}
+
+
+def test_page_that_breaks_off_is_no_page() -> None:
+    def broken(peer: Peer) -> bool:
+        peer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n")
+        return False
+
+    with ScriptedServer(broken) as server:
+        assert scrape(server.url) is None

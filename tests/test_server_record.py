@@ -1,7 +1,7 @@
 """Servers in the record: what a scripted server counts and logs while it is measured stands in the saved run, that of the warm-up not."""
 
 import io
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -11,42 +11,14 @@ from pdbench import experiment
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
 from pdbench.records import Run, load_run
-from pdbench.serving.plan import ServerSpec
-from pdbench.serving.vllm import Command, Setup
 from pdbench.site import Site
 from tests.conftest import serve_config
-from tests.support.scripted_vllm import Scripted
+from tests.support.scripted_vllm import COUNTING_SERVER, Scripted
 from tests.support.servers import ScriptedServer
-
-SERVER = """import sys, threading
-from tests.support.servers import ScriptedServer, completions
-
-requests, counting = 0, threading.Lock()
-complete = completions(0.01)
-LOGGED = "(EngineCore pid=9) WARNING 11-26 05:59:27 [jit_monitor.py:140] Triton kernel JIT compilation during inference: kernel_{}."
-
-def answer(peer):
-    global requests
-    if peer.path.startswith("/metrics"):
-        figures = {"vllm:num_preemptions_total": requests, "vllm:num_requests_waiting": 3, "vllm:kv_cache_usage_perc": 0.97}
-        body = "".join(f'{name}{{engine="0"}} {value}\\n' for name, value in figures.items()).encode()
-        peer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%b" % (len(body), body))
-        return True
-    if peer.method == "POST":
-        with counting:
-            requests += 1
-            if requests in (2, 9):
-                print(LOGGED.format(requests), flush=True)
-    return complete(peer)
-
-ScriptedServer(answer, host=sys.argv[1], port=int(sys.argv[2])).serve_forever()
-"""
 
 
 class Host(Scripted):
-    def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
-        argv = (sys.executable, "-c", SERVER, config.host, str(spec.port))
-        return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
+    server = COUNTING_SERVER
 
 
 def options(interval_s: float) -> Options:
@@ -79,16 +51,16 @@ def test_flags_name_server_instant_and_number(measured: tuple[Run, RunAnalysis, 
     flags = {flag.name: flag.detail for flag in analysis.flags}
     assert flags["preempted"].startswith("single-0: 12 preemptions, first seen ")
     assert ("kv-full" in flags) == (interval_s > 0)
-    assert (
-        '"Triton kernel JIT compilation during inference: kernel_9." in its log, first seen '
-        in flags["compiled-under-load"]
+    assert re.match(
+        r'single-0: "Triton kernel JIT compilation during inference: kernel_(9|18|27)\."( and 1 more)? in its log, first seen \d',
+        flags["compiled-under-load"],
     )
-    assert "kernel_2" not in flags["compiled-under-load"]
+    assert "kernel_2." not in flags["compiled-under-load"]
 
 
 def test_foreign_server_with_metrics_is_recorded_too(tmp_path: Path) -> None:
     scope: dict = {}
-    exec(SERVER.rsplit("\n\n", 1)[0], scope)  # its functions, without the server
+    exec(COUNTING_SERVER.rsplit("\n\n", 1)[0], scope)  # its functions, without the server
     with ScriptedServer(scope["answer"]) as server:
         measuring = Options(
             load=options(0.05).load, power=options(0.05).power, serve=ServeConfig(log_dir=str(tmp_path))

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from pdbench.cli.app import app, console
 from pdbench.config import LiveConfig, LoadConfig
 from pdbench.errors import UserError
-from pdbench.ranges import Interval, Positive
+from pdbench.ranges import Count, Interval, Positive
 
 
 @app.command
@@ -167,6 +167,9 @@ def plan(
     *runs: Path,
     check: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     deployment: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    search: Annotated[bool, Parameter(negative="")] = False,
+    max_gpus: Count[int] = 8,
+    cheapest: Literal["gpus", "joules"] = "gpus",
     out: Path = Path("plan"),
     lang: Literal["en", "zh"] = "en",
     load: LoadConfig | None = None,
@@ -183,6 +186,12 @@ def plan(
         Other runs: predict them from their arrivals alone, beside what was measured.
     deployment
         What to predict: single, replicas:N, or NpMd (as in 3p5d); several are compared. The load is given as for bench.
+    search
+        Find the cheapest deployment that keeps the load's SLO (--slo-ttft-ms, --slo-tbt-ms) for 99 % of the requests.
+    max_gpus
+        How many GPUs it may have.
+    cheapest
+        By number of GPUs, or by joules per token.
     out
         Folder for the calibration, the tables and the pictures.
     lang
@@ -192,4 +201,13 @@ def plan(
     from pdbench.report import text
 
     with text.language(lang):
-        planning.plan(runs, check, deployment, load or LoadConfig(), out, console)
+        planning.plan(
+            runs,
+            check,
+            deployment,
+            load or LoadConfig(),
+            out,
+            console,
+            most_gpus=max_gpus if search else None,
+            by_joules=cheapest == "joules",
+        )

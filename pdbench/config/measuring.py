@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pdbench.config.groups import LIVE, PAIRS, POWER, Statistics
-from pdbench.ranges import Count, Interval, NotNegative, Port
+from pdbench.ranges import Count, Interval, IntervalOrZero, NotNegative, Port
 
 
 @Parameter(name="*", group=PAIRS)
@@ -37,8 +37,8 @@ class PowerConfig:
     """Sample the devices of this host that the servers use."""
     sample_interval_s: Interval[float] = 0.1
     """Seconds between samples of every device, 0.01 to 10."""
-    metrics_interval_s: NotNegative[float] = 0.5
-    """Seconds between readings of every server's /metrics during a load; 0: only before and after it."""
+    metrics_interval_s: IntervalOrZero[float] = 0.5
+    """Seconds between readings of every server's /metrics during a load, 0.05 to 60; 0: only before and after it."""
     idle_s: NotNegative[float] = 3.0
     """Seconds for which each kind of idle power is measured (bare, CUDA context, engine ready); 0 leaves it out."""
     cooldown_s: NotNegative[float] = 60.0

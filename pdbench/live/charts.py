@@ -1,8 +1,10 @@
 """The live page's charts, described as the report's are; every series is a growing line of the state."""
 
+import re
 from collections.abc import Sequence
 
-from pdbench.live.state import LATENCIES, State
+from pdbench.live.instances import NOW
+from pdbench.live.state import LATENCIES, State, device_id
 from pdbench.report import text
 from pdbench.report.chart_types import Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import device_lines
@@ -11,15 +13,16 @@ from pdbench.report.text import translate as _
 
 def charts(state: State) -> list[tuple[Chart, list[tuple[str, str]]]]:
     """Each chart that has something to draw, with the keys of its lines in the order of its series."""
-    names = list(
-        dict.fromkeys(of.removesuffix(" p50").removesuffix(" p99") for figure, of in state.lines if figure in _COLOURED)
-    )
-    colour = dict(zip(names, shades(names), strict=True))
+    drawn = [(figure in NOW, name_of(of)) for figure, of in state.lines if figure in _COLOURED]
+    colour: dict[str, str] = {}
+    for servers in (False, True):  # each group by its own: a server has the colour of its role
+        names = [name for is_server, name in dict.fromkeys(drawn) if is_server == servers and name not in colour]
+        colour |= zip(names, shades([re.sub(r"-\d+$", "", name) for name in names]), strict=True)
     window = (
         _("over the last {0} s, of requests that ended in them", 10) if state.turn else _("over the last {0} s", 10)
     )
     latencies = _("p99 (solid) and p50 (dotted), {0}.", window)
-    drawn = [
+    described = [
         _chart("latency", _("Latency"), latencies, [(name, text.title(name)) for name in LATENCIES], state, colour),
         _chart(
             "speed",
@@ -32,7 +35,7 @@ def charts(state: State) -> list[tuple[Chart, list[tuple[str, str]]]]:
         _chart("instances", _("Servers"), _("What the servers' own metrics say."), _INSTANCES, state, colour),
         _devices(state),
     ]
-    return [(chart, keys) for chart, keys in drawn if chart.drawable]
+    return [(chart, keys) for chart, keys in described if chart.drawable]
 
 
 _SPEED = (
@@ -61,7 +64,7 @@ def _chart(
         series = []
         for (known, of), line in state.lines.items():
             if known == figure:
-                name = of.removesuffix(" p50").removesuffix(" p99")
+                name = name_of(of)
                 style = "dot" if of.endswith(" p50") else "solid"
                 series.append(
                     Series(name=_(name) + of[len(name) :], x=line.x, y=line.y, shade=colour[name], dash=style)
@@ -73,12 +76,19 @@ def _chart(
     return Chart(key=key, title=title, panels=panels, caption=caption), keys
 
 
+def name_of(of: str) -> str:
+    """Whose quantile it is."""
+    return of.removesuffix(" p50").removesuffix(" p99")
+
+
 def _devices(state: State) -> tuple[Chart, list[tuple[str, str]]]:
     panels, keys = [], []
     for figure, words in _DEVICES:
         lines = [(state.devices[of], of, line) for (known, of), line in state.lines.items() if known == figure]
         keys += [(figure, of) for _device, of, _line in lines]
-        series = device_lines(figure, [(device.id, device.role, device.kind, line) for device, _of, line in lines])
+        series = device_lines(
+            figure, [(device_id(device), device.role, device.kind, line) for device, _of, line in lines]
+        )
         y = Axis(label=text.label(figure), low=0)
         x = Axis(label=_("seconds"), low=0)
         panels.append(Panel(title=_(words), series=series, x=x, y=y, height=3.0 if figure == "power_w" else 2.0))

@@ -48,8 +48,13 @@ def figure(chart: Chart) -> dict[str, Any]:
     return {"key": chart.key, "title": chart.title, "caption": chart.caption, "plot": page.plotly_figure(chart)}
 
 
-def report(folders: Sequence[Path]) -> str:
+def report(folders: Sequence[str]) -> str:
     """The report's page of what was saved."""
+    return _report(tuple(map(Path, folders)), text.LANGUAGE.get())
+
+
+@cache
+def _report(folders: tuple[Path, ...], language: str) -> str:
     analyses = [load_analysis(folder) for folder in folders]
     runs = dict(zip(commands.names_of(analyses, folders), analyses, strict=True))
     return page.page(runs, comparisons(runs), tables.side_by_side(runs, None))
@@ -59,6 +64,8 @@ def status(state: State) -> dict[str, Any]:
     """The status as HTML and, when it is over, how it ended."""
     log = [(clock(at_s), _(line.words, *map(_, line.values)), line.is_problem) for at_s, line in state.log[-LOG_LINES:]]
     flags = [(f"{run}, {flag.name}" if run else flag.name, _(flag.detail)) for run, flag in state.flags]
+    for run, kinds in state.failed.items():
+        flags.append((f"{run}, {_('failed requests')}", ", ".join(f"{kind} {count}" for kind, count in kinds.items())))
     times = [_("{0} since the start", _duration(state.now_s - state.began_s))]
     if state.left:
         told_s, seconds = state.left
@@ -78,11 +85,10 @@ def tiles(state: State) -> list[tuple[str, str, str]]:
     """(name, value, what belongs to it) of what is known now."""
     shown = []
     if state.turn:
-        failed = sum(state.failed.get(state.deployment, {}).values())
         done = state.progress
         shown.append((_("Deployment"), state.deployment, _("trial {0}", state.turn.trial + 1)))
         count = _("{0} of {1}", done.done, done.total or "?") if done else _("warm-up")
-        shown.append((_("Requests"), count, _("{0} failed", failed) if failed else ""))
+        shown.append((_("Requests"), count, _("{0} failed", state.failed_now) if state.failed_now else ""))
     for figure, of in state.latest:
         value = text.number(state.latest[figure, of])
         if figure in LATENCIES and of.endswith(" p50"):
@@ -95,7 +101,7 @@ def tiles(state: State) -> list[tuple[str, str, str]]:
             shown.append((_of(text.label(figure), of, state), value, ""))
         elif figure == "running":
             waiting, kv = (state.latest.get((name, of)) for name in ("waiting", "kv_used"))
-            rest = _("running, {0} waiting, KV {1} %", text.number(waiting), text.number(kv))
+            rest = _("running, {0} waiting, KV {1} %", "–" if waiting is None else f"{waiting:.0f}", text.number(kv))
             shown.append((of, f"{state.latest[figure, of]:.0f}", rest))
         elif figure == "power_w":
             shown.append((_of(text.title(figure), of, None), f"{value} W", ""))

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from pdbench.analysis.metrics import Array
-from pdbench.live.state import State
+from pdbench.live.state import State, device_id
 from pdbench.records import DeviceRecord
 
 BOUNDS_S = {
@@ -29,7 +29,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self._requests = Counter[str]()
-        self._tokens: dict[tuple[str, int], int] = {}
         self._good = Counter[str]()
         self._histograms: dict[tuple[str, str], tuple[Array, float]] = {}
         self._state: State | None = None
@@ -50,8 +49,6 @@ class Metrics:
                 counts = np.histogram(seconds, [-np.inf, *np.nextafter(BOUNDS_S[figure], np.inf), np.inf])[0]
                 before, total_s = self._histograms.get((figure, name), (np.zeros(len(counts)), 0.0))
                 self._histograms[figure, name] = before + counts, total_s + float(seconds.sum())
-        if state.turn and state.progress:
-            self._tokens[state.deployment, state.turn.trial] = state.progress.tokens
 
     def collect(self) -> Iterator[Metric]:
         state = self._state
@@ -68,8 +65,8 @@ class Metrics:
                 failures.add_metric([name, kind], count)
         for name, count in self._good.items():
             good.add_metric([name], count)
-        for name in dict.fromkeys(name for name, _trial in self._tokens):
-            tokens.add_metric([name], sum(count for (of, _), count in self._tokens.items() if of == name))
+        for name, count in state.tokens.items():
+            tokens.add_metric([name], count)
         yield from (requests, failures, good, tokens)
         for figure, bounds in BOUNDS_S.items():
             family = HistogramMetricFamily(f"pdbench_{figure}_seconds", _HELP[figure], labels=["deployment"])
@@ -100,4 +97,4 @@ class Metrics:
 
 
 def _labels(device: DeviceRecord) -> list[str]:
-    return [f"{device.host}:{device.id}" if device.host else device.id, device.kind, device.role or ""]
+    return [device_id(device), device.kind, device.role or ""]

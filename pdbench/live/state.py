@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
+from pdbench import failures
 from pdbench.analysis.metrics import Timings, per, spread, timings_of
 from pdbench.live.instances import NOW, Instance
 from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
@@ -53,7 +54,10 @@ class Line:
 
 
 class State:
-    """`lines` are by (figure, of what); `version` grows when a line is added or thinned."""
+    """`lines` and the `latest` figures are by (figure, of what); `version` grows when more than new points has changed in `lines`.
+
+    `failed` and `tokens` are by deployment, since the start; `failed_now` is of the trial.
+    """
 
     def __init__(self, now_s: float | None = None) -> None:
         self.began_s = time.monotonic() if now_s is None else now_s
@@ -66,6 +70,8 @@ class State:
         self.progress: Progress | None = None
         self.left: tuple[float, float] | None = None
         self.failed: dict[str, Counter[str]] = {}
+        self.failed_now = 0
+        self.tokens = Counter[str]()
         self.devices: dict[str, DeviceRecord] = {}
         self.instances: dict[str, Instance] = {}
         self.end: End | None = None
@@ -87,26 +93,26 @@ class State:
         if isinstance(message, Stage):
             self.log.append((now_s, message))
         elif isinstance(message, Turn):
-            self.turn, self.progress = message, None
+            self.turn, self.progress, self.failed_now = message, None, 0
             self._recent.clear()
             self._tokens.clear()
         elif isinstance(message, TimeLeft):
             self.left = now_s, message.seconds
         elif isinstance(message, Progress):
+            self.tokens[self.deployment] += max(0, message.tokens - (self.progress.tokens if self.progress else 0))
             self.progress = message
             self._tokens.append((now_s, message.tokens))
             self._recent += [(now_s, request) for request in message.ended]
             self.new_requests.setdefault(self.deployment, []).extend(message.ended)
             for request in message.ended:
-                if request.error:
-                    self.failed.setdefault(self.deployment, Counter())[request.error.kind] += 1
+                if kind := failures.kind_of(request):
+                    self.failed_now += 1
+                    self.failed.setdefault(self.deployment, Counter())[kind] += 1
         elif isinstance(message, Flags):
             self.flags |= dict.fromkeys((message.deployment, flag) for flag in message.flags)
         elif isinstance(message, Devices):
             for device in message.devices:
-                key = " ".join(
-                    filter(None, (device.role, device.host, device.id))
-                )  # a GPU has a role in each deployment
+                key = f"{device.role or ''} {device_id(device)}".strip()  # a GPU has a role in each deployment
                 self._add_joules(key, device)
                 self.devices[key], self._seen_s[key] = device, now_s
             self._power.append((now_s, self._power_w()))
@@ -125,12 +131,12 @@ class State:
     def tick(self, now_s: float) -> list[tuple[str, str]]:
         """One more point for whatever is known now; returns the lines that grew."""
         self.now_s, self.latest = now_s, {}
+        if self.turn and self._tokens and now_s - self._tokens[-1][0] <= STALE_S:
+            self._add_load(self.deployment)
         for instance in self.instances.values():
             values = instance.values(now_s, WINDOW_S, STALE_S)
             # A measurement's own figures are better than those of histograms.
             self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in NOW}
-        if self.turn and self._tokens and now_s - self._tokens[-1][0] <= STALE_S:
-            self._add_load(self.deployment)
         self._add_energy()
         for of, device in self.devices.items():
             if now_s - self._seen_s[of] <= STALE_S:
@@ -186,6 +192,10 @@ class State:
                 by_kind.setdefault(device.kind, []).append(device.samples[-1].power_w)
         powers = by_kind.get("gpu") or [*by_kind.get("cpu", []), *by_kind.get("dram", [])]
         return sum(powers) if powers and None not in powers else None  # type: ignore[arg-type]
+
+
+def device_id(device: DeviceRecord) -> str:
+    return f"{device.host}:{device.id}" if device.host else device.id
 
 
 def _forget(recent: deque[Any], now_s: float) -> None:

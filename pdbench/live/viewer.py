@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -138,6 +137,8 @@ class TokenRequired:
 
 
 def page_app(viewer: Viewer, token: str) -> Starlette:
+    one_at_a_time = asyncio.Lock()
+
     def language(request: Request) -> str:
         return "zh" if request.query_params.get("lang") == "zh" else "en"
 
@@ -153,7 +154,8 @@ def page_app(viewer: Viewer, token: str) -> Starlette:
         if end is None or not end.folders:
             return PlainTextResponse("404: there is no report yet\n", 404, _HEADERS)
         with text.language(language(request)):
-            body = await asyncio.to_thread(pages.report, [Path(folder) for folder in end.folders])
+            async with one_at_a_time:  # all pages ask at the same moment; the second finds it made
+                body = await asyncio.to_thread(pages.report, end.folders)
         return HTMLResponse(body, headers=_HEADERS)
 
     routes = [Route("/", page), Route("/events", events), Route("/report", report)]

@@ -18,8 +18,6 @@ from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Sourc
 from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
-UNSURE = 0.3
-"""A cost whose logarithm has a larger standard deviation is not known."""
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
 LEAST_REQUESTS = 30
@@ -28,8 +26,9 @@ USUAL_INGRESS_S = 0.007
 """From sending to the engine's scheduler, where no instance was measured that shows it."""
 DECODE_ERROR = 0.02
 """Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
-SPEED_FLOOR = 0.03
-"""Two trials' speeds that agree by chance still differ by this (a standard deviation of logarithms)."""
+SPEED_FLOOR = 0.12
+"""Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and
+62 ms in three runs recorded on two H200 (docs/results/plan)."""
 
 
 class Part(msgspec.Struct):
@@ -277,7 +276,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any]) 
     """What would make predictions possible, or surer, and the command that measures it."""
     wanted = []
     computing = {name: role for name, role in roles.items() if role.noise}
-    unsure = [name for name, role in computing.items() if max(map(role.error_of, COSTS[1:4:2])) > UNSURE]
+    unsure = [name for name, role in computing.items() if not role.knows_lengths]
     if unsure:
         wanted.append(
             f"{' and '.join(unsure)}: what a prompt token costs; measure lengths that differ (--input-distribution lognormal "

@@ -43,6 +43,14 @@ def with_requests(config: LoadConfig) -> LoadConfig:
     return replace(config, requests=REQUESTS) if is_default else config
 
 
+def for_search(config: LoadConfig) -> LoadConfig:
+    """A load without a length gets 10 s of its rate, so that queues can grow."""
+    longer = with_requests(config)
+    if longer is config or config.rate is None:
+        return longer
+    return replace(config, requests=min(max(REQUESTS, round(10 * config.rate)), 10 * REQUESTS))
+
+
 def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int]]:
     """(prompt tokens, output tokens, prompt tokens that a prefix cache has), by the seeds of `load.plan`.
 

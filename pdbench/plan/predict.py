@@ -10,7 +10,7 @@ import numpy as np
 
 from pdbench.errors import UserError
 from pdbench.plan import power
-from pdbench.plan.calibration import UNSURE, drawn, role_of
+from pdbench.plan.calibration import drawn, role_of
 from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import simulate
@@ -96,7 +96,7 @@ def predict(
     except UserError as error:
         return Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load, refusal=str(error))
     prediction = Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load)
-    refusal = _unfit(calibration, wanted, demands(0)) if speeds is None else None
+    refusal = unfit(calibration, wanted, demands(0)) if speeds is None else None
     rows: list[dict[str, float]] = []
     outside: list[dict[str, float]] = []
     simulated_s = 0.0
@@ -112,15 +112,13 @@ def predict(
             words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
             return msgspec.structs.replace(prediction, refusal=words)
         rows.append(figures_of(results, calibration, slo))
-        uses = [use for result in results for use in result.instances]
-        busy_s = sum(use.prefill_s + use.decode_s for use in uses)
-        outside.append({name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER})
-        preempted += any(use.preemptions for use in uses)
+        outside.append(outside_of(results))
+        preempted += any(use.preemptions for result in results for use in result.instances)
         simulated_s += sum(result.span_s for result in results)
     shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
     figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
-    refusal = refusal or _beyond(shares, preempted > len(rows) / 2, figures)
+    refusal = refusal or beyond(shares, preempted > len(rows) / 2, figures)
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
     return msgspec.structs.replace(
@@ -132,6 +130,13 @@ def predict(
         draws=len(rows),
         simulated_s=simulated_s,
     )
+
+
+def outside_of(results: Sequence[Simulated]) -> dict[str, float]:
+    """The share of the busy time in steps beyond the calibrated box, by what is beyond."""
+    uses = [use for result in results for use in result.instances]
+    busy_s = sum(use.prefill_s + use.decode_s for use in uses)
+    return {name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER}
 
 
 def figures_of(
@@ -190,7 +195,7 @@ def _figure(name: str, values: Sequence[float]) -> Figure:
     return Figure(float(value), float(low), float(high))
 
 
-def _unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -> str | None:
+def unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -> str | None:
     """Why the calibration itself does not carry this load."""
     if calibration.drift > DRIFT:
         return (
@@ -204,8 +209,7 @@ def _unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) 
         shortest, longest = calibrated.prompt_lengths
         lengths = np.concatenate([demand.prompt_tokens for demand in demands])
         low, high = np.quantile(lengths, (0.05, 0.95))
-        unsure = max(calibrated.error_of(name) for name in ("host_per_prompt_token_s", "gpu_per_prompt_token_s"))
-        if (low < 0.8 * shortest or high > 1.25 * longest) and (unsure > UNSURE or longest < 1.5 * shortest):
+        if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
             return (
                 f"prompts of {low:.0f} to {high:.0f} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is "
                 "not known; measure spread lengths (`--input-distribution lognormal --output-distribution lognormal`)"
@@ -213,7 +217,7 @@ def _unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) 
     return None
 
 
-def _beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:
+def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:
     """Why the simulated steps are a guess."""
     worst = max(shares, key=lambda name: shares[name], default=None)
     if worst is not None and shares[worst] > OUTSIDE:

@@ -5,9 +5,11 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from pdbench.plan.engine import COSTS, Engine, Role
+from pdbench.plan.engine import COSTS, Engine, Kind, Role
 
 SCHEMA = "pdbench-plan/1"
+UNSURE = 0.3
+"""A cost whose logarithm has a larger standard deviation is not known."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +58,15 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     power: PowerCosts | None = None
     jitter_s: list[float] = []
 
+    @property
+    def knows_lengths(self) -> bool:
+        """Do the runs tell what a prompt's tokens cost from what a prompt costs?"""
+        shortest, longest = self.prompt_lengths
+        per_token = ("host_per_prompt_token_s", "gpu_per_prompt_token_s")
+        return longest >= 1.5 * shortest and max(map(self.error_of, per_token)) <= UNSURE
+
     def error_of(self, cost: str) -> float:
-        """Standard deviation of a cost's logarithm; above 0.3 the runs do not show it."""
+        """Standard deviation of a cost's logarithm."""
         values = np.array([row[COSTS.index(cost)] for row in self.samples])
         return float(np.std(np.log(values))) if (values > 0).all() else 0.0
 
@@ -103,6 +112,43 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     saturated: bool = False
     draws: int = 0
     simulated_s: float = 0.0
+
+
+class Candidate(msgspec.Struct, kw_only=True):
+    """A deployment that a search tried: figures of each simulated load, at the costs' best estimate. `refusal`: why they are a guess.
+    `tie`: no dearer than the cheapest, as far as these loads tell."""
+
+    kind: Kind
+    instances: dict[Role, int]
+    met_pct: list[float] = []
+    j_per_output_token: list[float] = []
+    ttft_p99_ms: list[float] = []
+    tbt_p99_ms: list[float] = []
+    refusal: str | None = None
+    tie: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return sum(self.instances.values())
+
+    @property
+    def met(self) -> bool:
+        """Do 99 % of the requests keep the SLO, in steps that the calibration knows?"""
+        return self.refusal is None and bool(self.met_pct) and sum(self.met_pct) >= 99 * len(self.met_pct)
+
+
+class Search(msgspec.Struct, frozen=True, kw_only=True):
+    """What was tried to find the cheapest deployment: that one first if it is `met`, then others that keep the SLO, then those that
+    do not, then refused ones. `simulations` of `requests` each."""
+
+    schema: str = SCHEMA
+    slo_ttft_ms: float | None
+    slo_tbt_ms: float | None
+    most_gpus: int
+    by_joules: bool
+    requests: int
+    simulations: int
+    candidates: list[Candidate]
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ from pdbench.proxy.messages import ClientRequest, value_of
 
 # Fields that contradict one token without streaming, and the field that only the proxy may write.
 _NOT_FOR_PREFILL = frozenset(("stream_options", "min_tokens", "kv_transfer_params"))
-# Fields of a token that nobody sees: what ends an answer, what is told of its tokens, what its text has to be.
-_OF_THE_ANSWER = frozenset(
+# And those of a token that nobody sees: what ends an answer, what is told of its tokens, what its text has to be.
+_NOT_FOR_UNSEEN_TOKEN = _NOT_FOR_PREFILL.union(
     ("stop", "stop_token_ids", "stop_sequences", "include_stop_str_in_output", "logprobs", "top_logprobs", "return_token_ids",
      "return_tokens_as_token_ids", "store", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
      "guided_decoding_backend", "guided_whitespace_pattern")
@@ -67,7 +67,7 @@ def prefill_body(
     `wants_token`: the token is the client's first one, so what concerns it stays. `compares_prompts`: fields of which a chat template may
     tell the model can go, because KV of a prompt that differs is not used.
     """
-    dropped = _NOT_FOR_PREFILL if wants_token else _NOT_FOR_PREFILL | _OF_THE_ANSWER
+    dropped = _NOT_FOR_PREFILL if wants_token else _NOT_FOR_UNSEEN_TOKEN
     fields = {name: value for name, value in request.fields.items() if name not in dropped}
     fields |= {"stream": msgspec.Raw(b"false"), request.dialect.limit: msgspec.Raw(b"1")}
     if "max_completion_tokens" in fields:

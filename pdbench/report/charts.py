@@ -70,7 +70,7 @@ def ttft_parts(runs: text.Runs) -> Chart:
     known = {name: parts for name, run in runs.items() if (parts := run.curves.ttft_parts_ms)}
     drawn = []
     for key, part in TTFT_PARTS.items():
-        if any(key in parts for parts in known.values()):
+        if any(parts.get(key) for parts in known.values()):
             values = [parts.get(key, 0.0) for parts in known.values()]
             y, labels = (list(known), []) if len(runs) > 1 else ([_(part)], [f"{text.number(values[0])} ms"])
             drawn.append(Series(kind="hbar", name=_(part), x=values, y=y, labels=labels, shade=SHADES[key]))

@@ -104,7 +104,8 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
             _histogram(figure.add_subplot(beside[1], sharey=axis), panel)
     cells = rows[2].subgridspec(1, 5, width_ratios=(0.27, 0.85, 0.13, 1.0, 1.25), wspace=0.14)
     panels = [*charts.ttft_parts({name: analysis}).panels, *charts.energy_parts({name: analysis}).panels[:1]]
-    halves = cells[1].subgridspec(len(panels), 1, hspace=0.62, height_ratios=(1.5, 1)[: len(panels)])
+    rows_of_ttft = max(1.5, 0.27 * len(panels[0].y.names))
+    halves = cells[1].subgridspec(len(panels), 1, hspace=0.62, height_ratios=(rows_of_ttft, 1)[: len(panels)])
     for place, panel in enumerate(panels):
         draw_panel(figure.add_subplot(halves[place]), panel, "above" if place else "", title_x=-0.33)
     _draw_table(figure.add_subplot(cells[3]), tables.times(analysis), (2.4, 1, 1, 1, 1))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdbench.plan.engine import Engine
-from pdbench.plan.records import Calibration, Check, Figure, Prediction
+from pdbench.plan.records import Calibration, Check, Figure, Prediction, Search
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, Axis, Chart, Panel, Series, shades
 from pdbench.report.plan_tables import deployment_name
@@ -100,6 +100,49 @@ def deployments(of: Sequence[Prediction]) -> Chart:
     )
     caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
     return Chart(key="deployments", title=_("Predicted: {0}", of[0].load), panels=panels, caption=caption)
+
+
+def search(of: Search) -> Chart:
+    """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
+    groups = (
+        (_("keeps the SLO"), GOOD, "o", False, [each for each in of.candidates if each.met]),
+        (_("does not"), BAD, "x", False, [each for each in of.candidates if not each.met and not each.refusal]),
+        (_("refused"), GREY, "o", True, [each for each in of.candidates if each.refusal]),
+    )
+    drawn = []
+    points: list[tuple[float, float, str]] = []
+    for name, shade, marker, hollow, candidates in groups:
+        known = [each for each in candidates if each.j_per_output_token]
+        if not known:
+            continue
+        gpus = [float(each.gpus) for each in known]
+        figures = [
+            Figure(float(np.mean(joules)), min(joules), max(joules))
+            for joules in (each.j_per_output_token for each in known)
+        ]
+        drawn.append(_bars(gpus, figures, shade))
+        values = [figure.value for figure in figures]
+        drawn.append(
+            Series(kind="points", name=name, x=gpus, y=values, shade=shade, marker=marker, hollow=hollow, size=9)
+        )
+        points += zip(gpus, values, (deployment_name(each.kind, each.instances) for each in known), strict=True)
+    named: list[tuple[float, float, str]] = []
+    for gpus_here, value, name in sorted(points):  # one label for points that nearly coincide
+        if named and gpus_here == named[-1][0] and value - named[-1][1] < 0.05 * max(point[1] for point in points):
+            named[-1] = gpus_here, named[-1][1], f"{named[-1][2]}, {name}"
+        else:
+            named.append((gpus_here, value, f" {name}"))
+    if named:
+        x, y, labels = zip(*named, strict=True)
+        drawn.append(Series(x=x, y=y, labels=labels, shade=MUTED, width=0))
+    panel = Panel(
+        title="",
+        series=drawn,
+        x=Axis(label=_("GPUs"), low=0, high=1.15 * max([point[0] for point in points], default=1.0), integer=True),
+        y=Axis(label=text.label("j_per_output_token"), low=0),
+    )
+    caption = _("Bars: from the least to the most of several loads.")
+    return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)
 
 
 def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from pdbench.plan.calibration import UNSURE
 from pdbench.plan.engine import Role
-from pdbench.plan.records import Calibration, Check, Figure, Prediction
+from pdbench.plan.records import Calibration, Check, Figure, Prediction, Search
 from pdbench.report import text
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
@@ -49,7 +48,7 @@ def calibration(found: Calibration) -> Table:
         (_("per 1,000 prompt tokens, GPU, ms"), "gpu_per_prompt_token_s"),
     ):
         values = [
-            _sure(per_1000 * getattr(c, cost), role.error_of(cost)) if p else None
+            (per_1000 * getattr(c, cost) if role.knows_lengths else _("not known")) if p else None
             for c, p, role in zip(costs, computes, roles, strict=True)
         ]
         row(title, values)
@@ -91,11 +90,6 @@ def calibration(found: Calibration) -> Table:
     return Table(title=_("Calibrated"), header=["", *map(_, names)], rows=rows, note="\n\n".join(lines))
 
 
-def _sure(value: float, error: float) -> Value:
-    """A cost that the runs do not show is no number."""
-    return _("not known") if error > UNSURE else value
-
-
 def predictions(of: Sequence[Prediction]) -> Table:
     """Figures with their intervals, a column per deployment; a refused one has its reason below."""
     rows: list[list[Value]] = [
@@ -123,6 +117,63 @@ def predictions(of: Sequence[Prediction]) -> Table:
     if not rows:
         return Table(title=title, note="\n".join(lines[:-1]))
     return Table(title=title, header=header, rows=rows, note="\n\n".join(lines))
+
+
+def search(of: Search) -> Table:
+    """Every deployment that was tried near the best, the cheapest first; a reason for each that is refused."""
+    rows: list[list[Value]] = []
+    styles, lines = [], []
+    for place, each in enumerate(of.candidates):
+        name = deployment_name(each.kind, each.instances)
+        if each.refusal:
+            verdict = _("refused")
+            lines.append(_("{0}: refused: {1}", name, each.refusal))
+        elif each.met:
+            verdict = _("cheapest") if not place else _("tie") if each.tie else _("met")
+        else:
+            verdict = _("not met")
+        figures = (each.met_pct, each.ttft_p99_ms, each.tbt_p99_ms, each.j_per_output_token)
+        rows.append([name, each.gpus, verdict, *map(_over_loads, figures)])
+        styles.append("better" if each.met and not place else "" if each.met else "worse")
+    limits = [
+        f"{title} {limit:g} ms"
+        for title, limit in ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
+        if limit
+    ]
+    if not of.candidates or not of.candidates[0].met:
+        lines.insert(
+            0,
+            _(
+                "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached.",
+                f"{of.most_gpus:,}",
+            ),
+        )
+    lines.append(
+        _(
+            "{0} simulations of {1} requests; with several loads: mean (least-most).",
+            f"{of.simulations:,}",
+            f"{of.requests:,}",
+        )
+    )
+    return Table(
+        title=_("Search: 99 % of requests within {0}", ", ".join(limits)),
+        header=[
+            "",
+            _("GPUs"),
+            "",
+            *(text.label(name) for name in ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")),
+        ],
+        rows=rows,
+        styles=styles,
+        note="\n\n".join(lines),
+    )
+
+
+def _over_loads(values: Sequence[float]) -> Value:
+    if len(values) < 2:
+        return values[0] if values else None
+    mean = sum(values) / len(values)
+    return f"{text.number(mean)} ({text.number(min(values))}-{text.number(max(values))})"
 
 
 def figure_title(name: str) -> str:

@@ -44,6 +44,9 @@ def test_only_a_repeated_nonce_meets_the_prefix_cache(kind: DeploymentKind, tmp_
             assert analysis.summary.prefix_cache.source == "counters"
             assert analysis.summary.prefix_cache.prompt_tokens == 6 * PROMPT_TOKENS
             assert analysis.summary.prefix_cache.cached_tokens == 0 and flags(analysis) == []
+            counted = [server.loads for server in analysis.summary.servers.values() if server.role != "decode"]
+            assert sum(server.prompt_tokens or 0 for server in counted) == 6 * PROMPT_TOKENS
+            assert all(server.preemptions == 0 and (server.queue_ms or 0) > 0 for server in counted)
         again = bench(first.config["load"]["nonce"])
         assert again.summary.prefix_cache.cached_pct > 90 and flags(again) == ["prefix-cache-hit"]
         shared = bench(shared_prefix=0.7)

@@ -52,9 +52,12 @@ def test_figures_are_of_the_last_ten_seconds():
 def test_failed_requests_have_no_latency_and_are_counted():
     state = State(0.0)
     state.take(Turn("single", 0, {}), 0.0)
-    state.take(Progress(1, 9, 0, 0, [request(0.0, error=RequestError("http_500", "x"))]), 1.0)
+    state.take(Progress(1, 9, 0, 5, [request(0.0, error=RequestError("http_500", "x"))]), 1.0)
     state.tick(1.0)
-    assert state.failed == {"single": {"http_500": 1}} and not any(key[0] == "ttft_ms" for key in state.latest)
+    state.take(Turn("single", 0, {}), 1.0)  # the next point of a sweep
+    state.take(Progress(1, 9, 0, 7, [request(0.0)]), 1.0)
+    assert state.failed == {"single": {"http_500": 1, "no_tokens": 1}} and state.failed_now == 1
+    assert state.tokens == {"single": 12} and not any(key[0] == "ttft_ms" for key in state.latest)
 
 
 def test_line_breaks_where_nothing_was_measured_and_is_thinned():

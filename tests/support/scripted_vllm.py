@@ -20,21 +20,47 @@ from tests.support.servers import ScriptedServer, completions
 ScriptedServer(completions(0.02), host=sys.argv[1], port=int(sys.argv[2])).serve_forever()
 """
 
+COUNTING_SERVER = """import sys, threading
+from tests.support.servers import ScriptedServer, completions
+
+requests, counting = 0, threading.Lock()
+complete = completions(0.01)
+LOGGED = "(EngineCore pid=9) WARNING 11-26 05:59:27 [jit_monitor.py:140] Triton kernel JIT compilation during inference: kernel_{}."
+
+def answer(peer):
+    global requests
+    if peer.path.startswith("/metrics"):
+        figures = {"vllm:num_preemptions_total": requests, "vllm:num_requests_waiting": 3, "vllm:kv_cache_usage_perc": 0.97}
+        body = "".join(f'{name}{{engine="0"}} {value}\\n' for name, value in figures.items()).encode()
+        peer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%b" % (len(body), body))
+        return True
+    if peer.method == "POST":
+        with counting:
+            requests += 1
+            if requests == 2 or requests % 9 == 0:
+                print(LOGGED.format(requests), flush=True)
+    return complete(peer)
+
+ScriptedServer(answer, host=sys.argv[1], port=int(sys.argv[2])).serve_forever()
+"""
+"""It has vLLM's /metrics, with a preemption per request, and logs that it compiled a kernel: in its second request, and in every ninth."""
+
 
 class Scripted(LocalHost):
-    """`scripts`: server name -> a shell script in the place of its server."""
+    """`scripts`: server name -> a shell script in the place of its server; `server`: the Python program of the others."""
 
+    server: ClassVar[str] = SERVER
     scripts: ClassVar[dict[str, str]] = {}
 
     def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
-        argv: tuple[str, ...] = (sys.executable, "-c", SERVER, config.host, str(spec.port))
+        argv: tuple[str, ...] = (sys.executable, "-c", self.server, config.host, str(spec.port))
         if spec.name in self.scripts:
             argv = ("bash", "-c", self.scripts[spec.name])
         return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
 
 
 class ScriptedRayHost(Scripted, RayHost):
-    pass
+    server = COUNTING_SERVER
 
 
 if __name__ == "__main__":
