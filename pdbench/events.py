@@ -204,7 +204,7 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefi
                 phases["decode_alone"] = _interval(way.decode_sent_s, last_s)
         prompt, decode = prompts.get((request.id, False)), prompts.get((request.id, True))
         if not through_prefill:
-            prompt, decode = prompt or decode, None
+            prompt, decode = decode or prompt, None  # of decode: what prefill computed was of no use
         if prompt is not None:
             sent_s = request.sent_s
             if way is not None:

@@ -126,6 +126,9 @@ def prompt(server: str, request_id: str, *instants: float, **fields: object) -> 
     )
 
 
+OVERLAPPING = ("prefill", "kv_transfer", "decode", "decode_alone", "compute_1")
+
+
 def parts(request: RequestRecord, *of_events: events.Event) -> list[str]:
     """The phases that follow each other without a gap from the sending of the request to its first token."""
     events.join([request], of_events)
@@ -134,9 +137,7 @@ def parts(request: RequestRecord, *of_events: events.Event) -> list[str]:
         (name,) = [
             name
             for name, span in request.phases.items()
-            if span
-            and span[0] == at_s < span[1] <= request.token_s[0]
-            and name not in ("prefill", "kv_transfer", "decode", "compute_1")
+            if span and span[0] == at_s < span[1] <= request.token_s[0] and name not in OVERLAPPING
         ]
         names.append(name)
         at_s = request.phases[name][1]
@@ -195,9 +196,10 @@ def test_ttft_that_prefill_ends_is_prefills() -> None:
 def test_prompt_that_decode_computes_alone_has_a_queue_and_compute_of_its_own() -> None:
     request = request_at(0.9)
     alone = prompt("decode-0", "cmpl-run-000007-0", 0.25, 0.3, 0.8)
-    way = ProxyEvent(request_id="run-000007", received_s=0.15, decode_sent_s=0.2)
-    assert parts(request, alone, way) == ["send", "proxy", "api_server", "queue", "compute", "reply"]
-    assert request.phases["decode"] is None
+    way = ProxyEvent(request_id="run-000007", received_s=0.15, decode_sent_s=0.2, decode_alone="prefill-failed")
+    lost = prompt("prefill-0", "cmpl-run-000007-0", 0.16, 0.17, 0.18)
+    assert parts(request, alone, lost, way) == ["send", "proxy", "api_server", "queue", "compute", "reply"]
+    assert request.phases["decode"] is None and request.phases["decode_alone"] == (0.2, 0.9)
 
 
 def test_prompts_of_vllms_own_p2p_connector_are_found_by_the_transfer_in_their_names() -> None:

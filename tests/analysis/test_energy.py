@@ -8,7 +8,7 @@ from pdbench.analysis.energy import Energy, joules
 from pdbench.analysis.flags import device_flags
 from pdbench.analysis.meter import Meter, difference, intersection, length_s, union
 from pdbench.analysis.run_analysis import analyze
-from pdbench.events import TransferEvent
+from pdbench.events import ProxyEvent, TransferEvent
 from pdbench.records import (
     Clock,
     DeviceRecord,
@@ -167,6 +167,17 @@ def test_roles_phases_and_tokens_get_their_joules() -> None:
     assert used.j_per_computed_prompt_token == pytest.approx(10), "the failed request's prompt was computed too"
     assert used.j_per_request == pytest.approx(3500), "its energy stays in the total, it is no delivered request"
     assert (used.mean_power_w, used.output_tokens_per_j) == (pytest.approx(700), pytest.approx(1 / 70))
+
+
+def test_prompt_that_decode_computes_alone_is_decodes_work() -> None:
+    before, run = analyze(disaggregated()).summary.energy, disaggregated()
+    run.requests[2] = RequestRecord(
+        id="c", planned_s=9, token_s=[12.0], end_s=12.0, prompt_tokens=100, phases={"decode_alone": (9.5, 14.5)}
+    )
+    run.events = [ProxyEvent(request_id="c", decode_sent_s=9.5, decode_alone="short")]
+    after = analyze(run).summary.energy
+    assert (before.j_per_computed_prompt_token, after.j_per_computed_prompt_token) == pytest.approx((10, 15))
+    assert (before.roles["decode"].phase_s, after.roles["decode"].phase_s) == pytest.approx((6, 8))
 
 
 def test_parts_of_a_role_add_up_to_its_total() -> None:
