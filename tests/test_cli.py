@@ -1,37 +1,22 @@
 """Bad input is one line with the remedy and a non-zero exit code; earlier results stay."""
 
-import io
 import os
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from pdbench import cli
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
-from tests.support.processes import ROOT, free_port, wait_until
+from tests.support.processes import ROOT, call_pdbench, free_port, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 
 def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The command line in this process: a new one would spend a second on imports."""
-    out, err = io.StringIO(), io.StringIO()
-    code: object = 0
-    with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "200")
-        try:
-            cli.main(list(arguments))
-        except SystemExit as ended:
-            code = ended.code or 0
-    if isinstance(code, str):
-        err.write(f"{code}\n")
-    returned = code if isinstance(code, int) else 1
-    return subprocess.CompletedProcess(arguments, returned, out.getvalue(), err.getvalue())
+    return call_pdbench(*arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize(

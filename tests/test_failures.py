@@ -9,7 +9,7 @@ from pdbench import failures
 from pdbench.load import self_check
 from pdbench.load.generator import ClientResult
 from pdbench.records import RequestError, RequestRecord, load_run
-from tests.support.processes import run_pdbench
+from tests.support.processes import call_pdbench
 from tests.support.servers import Peer, ScriptedServer, completions
 
 
@@ -59,7 +59,7 @@ def test_bench_ends_with_1_when_more_than_1_percent_fail(tmp_path: Path, fail_ev
 
     with ScriptedServer(answer) as server:
         load = ("--requests", "150", "--output-tokens", "2", "--warmup", "2", "--no-power")
-        done = run_pdbench("bench", "--url", server.url, *load, cwd=tmp_path)
+        done = call_pdbench("bench", "--url", server.url, *load, cwd=tmp_path)
     assert done.returncode == code, done.stdout + done.stderr
     assert "requests failed: http_503" in done.stdout and "most often http_503: [no] room" in done.stdout
     assert "bench, requests-failed: " in done.stdout

@@ -135,7 +135,7 @@ def test_secrets_are_in_no_command_line_and_no_log(hosts: Hosts, serving: subpro
 
 def test_cut_of_five_seconds_loses_nothing(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     second = hosts.all[1]
-    process, folder = bench(hosts, "healed", "--duration-s", "20", "--output-tokens", "48")
+    process, folder = bench(hosts, "healed", "--duration-s", "14", "--output-tokens", "48")
     flowing(hosts, process)
     second.cut()
     time.sleep(CUT_S)
@@ -150,6 +150,7 @@ def test_cut_of_five_seconds_loses_nothing(hosts: Hosts, serving: subprocess.Pop
     assert max(b.t_s - a.t_s for a, b in zip(decode.samples, decode.samples[1:], strict=False)) < CUT_S
 
 
+@pytest.mark.slow  # tests/kv/test_vllm.py restarts prefill, tests/serving/test_deployment.py a deployment's server
 def test_restarted_prefill_sends_its_kv(hosts: Hosts, serving: subprocess.Popen[str]) -> None:
     for process in hosts.all[0].processes():
         if "api_server" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):

@@ -19,7 +19,8 @@ LENGTHS = [2, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 300, 400]
     [
         pytest.param("bfloat16", "--kv-cache-dtype fp8", id="fp8"),
         pytest.param("bfloat16", "", id="bfloat16"),
-        pytest.param("float16", "", id="float16"),
+        # As wide as bfloat16, so laid out alike.
+        pytest.param("float16", "", id="float16", marks=pytest.mark.slow),
     ],
 )
 def test_decode_continues_as_prefill_would(tmp_path, dtype, arguments):

@@ -26,7 +26,8 @@ def browser(tmp_path_factory):
         yield opened
 
 
-@pytest.fixture(params=["en", "zh"], scope="module")
+# That no English is left in the Chinese page, test_page.py checks.
+@pytest.fixture(params=["en", pytest.param("zh", marks=pytest.mark.slow)], scope="module")
 def page(request, browser, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("report")
     folders = [tmp_path / "single", tmp_path / "disaggregated"]

@@ -30,7 +30,10 @@ def marked() -> list[int]:
     ]
 
 
-def test_close_ends_children_that_changed_their_session_and_ignore_sigterm(tmp_path: Path) -> None:
+def test_close_ends_children_that_changed_their_session_and_ignore_sigterm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdbench.serving.process.GRACE_S", 2.0)
     process = start(tmp_path, "bash", "-c", STUBBORN)
     wait_until(lambda: len(marked()) >= 3, WAIT_S)
     process.close()
@@ -46,10 +49,11 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path) -> None:
             textwrap.dedent(f"""
                 import time
                 from pathlib import Path
-                from pdbench.serving.process import ServerProcess
+                from pdbench.serving import process
                 from pdbench.serving.vllm import Command
                 command = Command("server-0", "server", ("bash", "-c", {STUBBORN!r}), {{}}, "http://127.0.0.1:9")
-                ServerProcess(command, Path({str(tmp_path / "server-0.log")!r}))
+                process.GRACE_S = 2.0
+                process.ServerProcess(command, Path({str(tmp_path / "server-0.log")!r}))
                 time.sleep(600)
             """),
         ]

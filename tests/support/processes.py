@@ -1,6 +1,7 @@
 """What tests do with processes and ports: wait for a condition, find a free port, run pdbench's command."""
 
 import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -8,6 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +55,36 @@ def run_pdbench(
         timeout=timeout_s,
         check=False,
     )
+
+
+def call_pdbench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process: a new one spends a second or two on imports."""
+    from pdbench import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    columns = mock.patch.dict(os.environ, COLUMNS="200")
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), columns:
+        try:
+            cli.main(list(map(str, arguments)))
+        except SystemExit as ended:
+            code = ended.code or 0
+    if isinstance(code, str):
+        err.write(f"{code}\n")
+    returned = code if isinstance(code, int) else 1
+    return subprocess.CompletedProcess(arguments, returned, out.getvalue(), err.getvalue())
+
+
+def marked(folder: Path) -> dict[str, str]:
+    """What every process of one test inherits: this Python, and a mark by which `left` finds them."""
+    return os.environ | {"PDBENCH_PYTHON": sys.executable, "COLUMNS": "160", "PDBENCH_TEST_MARK": str(folder)}
+
+
+def left(folder: Path) -> list[str]:
+    """Living processes that started as `marked`, whatever they call themselves and wherever they moved."""
+    lines = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PDBENCH_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                lines.append(" ".join(process.cmdline()))
+    return lines
