@@ -20,6 +20,14 @@ from pdbench.records import DeviceRecord, RequestRecord, Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
+NOT_MODELLED = (
+    "--speculative",
+    "--enable-lora",
+    "--data-parallel-size",
+    "--pipeline-parallel-size",
+    "--no-enable-chunked-prefill",
+)
+"""Beginnings of vLLM's flags that change what a step is."""
 LEAST_REQUESTS = 30
 """A trial with fewer answered requests calibrates nothing."""
 USUAL_INGRESS_S = 0.007
@@ -50,6 +58,8 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     sources: list[Source] = []
     parts: list[Part] = []
     for path, run in runs.items():
+        _check_modelled(path, run)
+    for path, run in runs.items():
         of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
         parts += of_run
@@ -77,6 +87,19 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     between = _between(by_role)
     missing += _missing(roles, between)
     return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
+
+
+def _check_modelled(path: Path, run: Run) -> None:
+    """Raises UserError for engines that the simulator does not know."""
+    serve = run.config.get("serve") or {}
+    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
+    named = [flag for flag in NOT_MODELLED if flag in words]
+    if (serve.get("tensor_parallel") or 1) > 1:
+        named.append("--tensor-parallel above 1")
+    if named:
+        raise UserError(
+            f"{path} was served with {' and '.join(named)}, which plan does not model: calibrate with runs without it"
+        )
 
 
 def parts_of(run: Run, first_trial: int = 0) -> list[Part]:

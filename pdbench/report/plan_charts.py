@@ -36,12 +36,15 @@ def checks(of: Sequence[Check]) -> Chart:
         low, high = (0.8 * min(seen), 1.25 * max(seen)) if seen else (1.0, 10.0)
         exact = Series(x=[low, high], y=[low, high], shade=MUTED, width=1, dash="dot")
         label = _("measured, ms"), _("predicted, ms")
+        places = [step * 10.0**power for power in range(-1, 6) for step in (1, 2, 5)]
+        places = [place for place in places if low <= place <= high]
+        ticks = places, [f"{place:g}" for place in places]
         panels.append(
             Panel(
                 title=title,
                 series=[exact, *series] if series else [],
-                x=Axis(label=label[0], log=True, low=low, high=high),
-                y=Axis(label=label[1], log=True, low=low, high=high),
+                x=Axis(label=label[0], log=True, low=low, high=high, ticks=ticks),
+                y=Axis(label=label[1], log=True, low=low, high=high, ticks=ticks),
                 not_measured=_("refused"),
             )
         )

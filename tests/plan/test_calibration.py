@@ -73,6 +73,14 @@ def test_runs_of_two_models_are_refused() -> None:
         calibrate({Path("a"): recorded_run(), Path("b"): recorded_run(model="n")})
 
 
+@pytest.mark.parametrize("serve", [{"tensor_parallel": 2}, {"vllm_args": "--speculative-config {}"}])
+def test_engine_that_is_not_modelled_is_refused(serve: dict[str, object]) -> None:
+    run = recorded_run()
+    run.config["serve"] = serve
+    with pytest.raises(UserError, match="does not model"):
+        calibrate({Path("a"): run})
+
+
 def test_prefill_itself_says_when_it_took_a_prompt() -> None:
     way = ProxyEvent(request_id="r", transfer_id="t", received_s=0.9, prefill_sent_s=1.0, prefill_done_s=1.1)
     run = Run(name="disaggregated", clock=Clock(0.0, 0.0), config={}, host={}, versions={})
