@@ -14,7 +14,8 @@ from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, 
 from pdbench.load.generator import Progress
 from pdbench.records import Clock, DeviceRecord, Flag, RequestRecord, Run
 
-WINDOW_S = 10.0
+WINDOW_S, MOST_REQUESTS = 10.0, 1000
+"""Figures are of so many seconds, latencies of so many requests at most: more would cost the servers CPU time and add little."""
 MOST_POINTS = 1200
 """Of a curve: beyond it every second one goes."""
 STALE_S = 3.0
@@ -78,7 +79,7 @@ class State:
         self.lost = False
         self.latest: dict[tuple[str, str], float] = {}
         self.new_requests: dict[str, list[RequestRecord]] = {}
-        self._recent: deque[tuple[float, RequestRecord]] = deque()
+        self._recent: deque[tuple[float, RequestRecord]] = deque(maxlen=MOST_REQUESTS)
         self._tokens: deque[tuple[float, int]] = deque()
         self._power: deque[tuple[float, float | None]] = deque()
         self._seen_s: dict[str, float] = {}

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from multiprocessing.connection import Connection
 
 import uvicorn
@@ -34,7 +35,7 @@ from pdbench.report import text
 TICK_S = 1.0
 LINGER_S = {"ended": (1.0, 30.0), "lost": (60.0, 600.0)}
 """How long the viewer stays after the end, or when the measurement was killed: without an open page, with one at most."""
-_QUEUED = 30
+_LOADING_S, _QUEUED = 10.0, 30
 _HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -52,6 +53,7 @@ class Viewer:
         self.inbox: deque[bytes] = deque()
         self._pages: dict[asyncio.Queue[str | None], str] = {}
         self._version = -1
+        self.page_sent_s = -inf
 
     def look(self, closed: bool) -> None:
         """Take what came, add a point, tell the pages."""
@@ -97,7 +99,8 @@ class Viewer:
 
     @property
     def watched(self) -> bool:
-        return bool(self._pages)
+        """Is a page open, or about to ask for its events?"""
+        return bool(self._pages) or time.monotonic() - self.page_sent_s < _LOADING_S
 
     def _figures(self) -> str:
         drawn = [pages.figure(chart) for chart, _keys in charts.charts(self.state)]
@@ -143,6 +146,7 @@ def page_app(viewer: Viewer, token: str) -> Starlette:
         return "zh" if request.query_params.get("lang") == "zh" else "en"
 
     async def page(request: Request) -> Response:
+        viewer.page_sent_s = time.monotonic()
         with text.language(language(request)):
             return HTMLResponse(pages.live_page(), headers=_HEADERS)
 

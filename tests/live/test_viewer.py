@@ -21,17 +21,13 @@ def points(figures: list[dict], chart: str) -> int:
     return next((len(figure["plot"]["data"][0]["x"]) for figure in figures if figure["key"] == chart), 0)
 
 
-def test_without_the_token_nothing_is_shown(measured):
-    address = measured(400).page
-    root = address.partition("?")[0]
+def test_token_is_needed_late_viewers_see_the_past_and_all_are_told_of_a_kill(measured):
+    bench = measured(3000)
+    address, root = bench.page, bench.page.partition("?")[0]
     wait_until(lambda: status_of(address) == 200)
     for path in ("", "events", "report", "nothing"):
         assert status_of(f"{root}{path}") == status_of(f"{root}{path}?token=wrong") == 403
     assert status_of(address.replace("/?", "/report?")) == 404
-
-
-def test_late_viewer_sees_the_past_and_then_what_comes(measured):
-    address = measured(600).page
 
     def seen() -> int:
         with events(address) as stream:
@@ -42,19 +38,14 @@ def test_late_viewer_sees_the_past_and_then_what_comes(measured):
         both = [first(stream, "figures") for stream in (early, late)]
         assert points(both[1], "speed") >= points(both[0], "speed") >= 3
         assert first(early, "points")["speed"][0][0] > both[0][0]["plot"]["data"][0]["x"][-1]
-
-
-def test_page_says_that_the_measurement_was_killed(measured):
-    bench = measured(600)
-    with events(bench.page) as stream:
-        assert first(stream, "status")["lost"] is False
         bench.process.kill()
-        assert any(json.loads(data)["lost"] for name, data in stream if name == "status")
-    assert status_of(bench.page) == 200  # somebody who opens it now is told as well
+        for stream in (early, late):
+            assert any(json.loads(data)["lost"] for name, data in stream if name == "status")
+    assert status_of(address) == 200  # somebody who opens it now is told as well
 
 
 def test_metrics_count_every_request_and_are_gone_after_the_end(measured):
-    bench = measured(40)
+    bench = measured(120)
     families: dict[str, dict] = {}
 
     def scrape() -> bool:
@@ -65,13 +56,13 @@ def test_metrics_count_every_request_and_are_gone_after_the_end(measured):
             return True
         for family in text_string_to_metric_families(text):
             families[family.name] = {sample.name: sample.value for sample in family.samples}
-        return families.get("pdbench_requests", {}).get("pdbench_requests_total") == 40
+        return families.get("pdbench_requests", {}).get("pdbench_requests_total") == 120
 
     wait_until(scrape, 60)
-    assert families["pdbench_requests"]["pdbench_requests_total"] == 40
-    assert families["pdbench_output_tokens"]["pdbench_output_tokens_total"] == 40 * 20
-    assert families["pdbench_time_to_first_token_seconds"]["pdbench_time_to_first_token_seconds_count"] == 40
-    assert families["pdbench_time_between_tokens_seconds"]["pdbench_time_between_tokens_seconds_count"] == 40 * 19
+    assert families["pdbench_requests"]["pdbench_requests_total"] == 120
+    assert families["pdbench_output_tokens"]["pdbench_output_tokens_total"] == 120 * 20
+    assert families["pdbench_time_to_first_token_seconds"]["pdbench_time_to_first_token_seconds_count"] == 120
+    assert families["pdbench_time_between_tokens_seconds"]["pdbench_time_between_tokens_seconds_count"] == 120 * 19
     assert bench.process.wait(60) == 0, bench.log.read_text()
     wait_until(lambda: not bench.viewer.is_running(), 60)
 
