@@ -23,15 +23,15 @@ from pdbench.report.text import translate as _
 POINTS = 2000
 MARKS = (VERMILLION, PURPLE, ORANGE, YELLOW)
 COLUMNS = {
-    "running_mean": "running, mean",
-    "waiting_mean": "waiting, mean",
-    "waiting_max": "waiting, most",
+    "running_mean": "running",
+    "waiting_mean": "waiting",
+    "waiting_max": "most waiting",
     "queue_ms": "queue, ms",
-    "kv_used_max_pct": "KV cache, most %",
-    "preemptions": "preemptions",
-    "cached_pct": "cached prompts, %",
-    "accepted_pct": "accepted drafts, %",
-    "external_tokens": "KV from elsewhere, tokens",
+    "kv_used_max_pct": "KV used, most %",
+    "preemptions": "preempted",
+    "cached_pct": "cached, %",
+    "accepted_pct": "accepted, %",
+    "external_tokens": "external KV",
 }
 
 
@@ -99,4 +99,6 @@ def table(runs: text.Runs) -> list[Table]:
         for (name, server), figures in rows.items()
     ]
     header = [_("server"), *(_(COLUMNS[column]) for column in shown)]
-    return [Table(title=_("Servers, by their own counters"), header=header, rows=cells)] if shown else []
+    return (
+        [Table(title=_("Servers during the loads, by their own counters"), header=header, rows=cells)] if shown else []
+    )

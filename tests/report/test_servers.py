@@ -20,7 +20,7 @@ def test_chart_has_ttft_queues_and_kv_caches_on_one_axis(analyses):
 def test_table_has_a_row_per_server_and_only_what_they_tell(analyses):
     (table,) = servers.table({"a": analyses[0], "b": analyses[1]})
     assert table.header == [
-        "server", "running, mean", "waiting, mean", "waiting, most", "queue, ms", "KV cache, most %", "preemptions"
+        "server", "running", "waiting", "most waiting", "queue, ms", "KV used, most %", "preempted"
     ]  # fmt: skip
     assert [row[0] for row in table.rows] == ["b, decode-0", "b, decode-1"] and table.rows[0][-1] == 4
 
