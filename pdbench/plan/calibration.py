@@ -1,7 +1,7 @@
 """A calibration: the costs of every role's engine and of what lies between them, from saved runs; engines drawn from what is sure."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         values = np.array([0.0, 0.0, 0.0, 0.0, host])
         costs = msgspec.structs.replace(fit.costs_of(values, 0.0, decode), join_s=fit.join_cost(steps, decode))
         nothing = fit.Prefill(values, values[None], [1.0], [])
-        return _role(Engine(costs=costs, limits=limits, box=box), nothing, assumed, lengths, watts, decode.jitter_s)
+        return _role(Engine(costs=costs, limits=limits, box=box), nothing, assumed, lengths, watts, decode)
     chains = fit.chains(steps, trials, limits, decode)
     prefill = fit.prefill_costs(chains, limits)
     sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
@@ -186,7 +186,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     if role == "replica":
         ingress -= _proxy_s(parts)
     engine = Engine(costs=fit.costs_of(prefill.values, ingress, decode), limits=limits, box=box)
-    return _role(engine, prefill, assumed, lengths, watts, decode.jitter_s)
+    return _role(engine, prefill, assumed, lengths, watts, decode)
 
 
 def _role(
@@ -195,7 +195,7 @@ def _role(
     assumed: list[str],
     lengths: tuple[int, int],
     watts: PowerCosts | None,
-    jitter_s: Sequence[float] = (),
+    decode: fit.Decode | None = None,
 ) -> RoleCalibration:
     return RoleCalibration(
         engine=engine,
@@ -205,7 +205,8 @@ def _role(
         assumed=assumed,
         prompt_lengths=lengths,
         power=watts,
-        jitter_s=list(jitter_s),
+        jitter_s=list(decode.jitter_s) if decode else [],
+        decode_speeds=list(decode.speeds) if decode else [],
     )
 
 
@@ -292,7 +293,9 @@ def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, Any]:
 
 
 def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
-    return max((max(role.speeds) / min(role.speeds) for role in roles.values() if role.speeds), default=1.0)
+    """The largest ratio of two trials' speeds, of steps with prompts or without."""
+    series = [each for role in roles.values() for each in (role.speeds, role.decode_speeds) if each]
+    return max((max(each) / min(each) for each in series), default=1.0)
 
 
 def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any]) -> list[str]:
@@ -341,7 +344,14 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
             prompts = prefill.power.prefill_w, prefill.power.prompt_token_j
             watts = msgspec.structs.replace(watts, prefill_w=prompts[0], prompt_token_j=prompts[1])
         assumed = [*prefill.assumed, "put together from prefill and decode"]
-        return msgspec.structs.replace(prefill, engine=engine, power=watts, jitter_s=decode.jitter_s, assumed=assumed)
+        return msgspec.structs.replace(
+            prefill,
+            engine=engine,
+            power=watts,
+            jitter_s=decode.jitter_s,
+            decode_speeds=decode.decode_speeds,
+            assumed=assumed,
+        )
     raise UserError(
         f"no run shows a {role} engine: measure one with `pdbench run --against "
         f"{'disaggregated' if role in ('prefill', 'decode') else 'single'} --rate R`"
@@ -356,7 +366,8 @@ def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
     costs = role.engine.costs
     values = role.samples[int(random.integers(len(role.samples)))]
     costs = msgspec.structs.replace(costs, **dict(zip(COSTS, values, strict=True)))
-    factor = float(np.exp(random.normal(0, DECODE_ERROR)))
+    spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
+    factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
     costs = msgspec.structs.replace(
         costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
     )

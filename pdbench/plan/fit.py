@@ -29,12 +29,13 @@ LEAST_STEPS = 5
 @dataclass(frozen=True)
 class Decode:
     """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context; `jitter_s` are quantiles of
-    what steps took beyond that."""
+    what steps took beyond that, `speeds` the instances' trials' medians of what they took over it."""
 
     gpu_s: dict[int, float]
     per_sequence_s: float
     per_context_token_s: float
     jitter_s: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
 
     Outliers beyond 3 median deviations of their size are left out. Raises ValueError where nothing was calm.
     """
-    size, context, took_s = (
-        np.concatenate(parts) for parts in zip(*(_calm(part, sizes) for part in steps), strict=True)
-    )
+    calm = [_calm(part, sizes) for part in steps]
+    size, context, took_s = (np.concatenate(parts) for parts in zip(*calm, strict=True))
+    place = np.repeat(np.arange(len(calm)), [len(part[0]) for part in calm])
     keep = np.zeros(len(size), dtype=bool)
     for each in np.unique(size):
         here = size == each
@@ -75,13 +76,16 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     scale = np.maximum(matrix.max(axis=0), 1e-12)
     solution = nnls(matrix[keep] / scale, took_s[keep])[0] / scale
     of_seen = np.isin(size, seen)  # outliers too
-    jitter_s = tuple(np.quantile((took_s - matrix @ solution)[of_seen], JITTER_SHARES).tolist())
+    usual_s = matrix @ solution
+    jitter_s = tuple(np.quantile((took_s - usual_s)[of_seen], JITTER_SHARES).tolist())
+    here = [of_seen & (place == each) for each in range(len(calm))]
+    speeds = tuple(float(np.median(took_s[each] / usual_s[each])) for each in here if each.sum() >= LEAST_STEPS)
     if not sizes:
         first = float(solution[0] + solution[1])
-        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter_s)
+        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter_s, speeds)
     table = dict(zip(map(int, seen), solution[:-1].tolist(), strict=True))
     slope = (table[int(seen[-1])] - table[int(seen[0])]) / max(int(seen[-1] - seen[0]), 1)
-    return Decode(table, float(slope), float(solution[-1]), jitter_s)
+    return Decode(table, float(slope), float(solution[-1]), jitter_s, speeds)
 
 
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:

@@ -38,6 +38,8 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
         largest = known("max-cudagraph-capture-size", None, min(512, 2 * max_num_seqs))
         steps = (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16))
         sizes = tuple(size for size in steps if size <= largest)
+    if logged.chunked_prefill is False:
+        assumed.append("prompts are split at the token budget, although chunked prefill is off")
     limits = Limits(
         max_num_batched_tokens=budget,
         max_num_seqs=max_num_seqs,

@@ -46,7 +46,7 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     """One role's engine as fitted. `samples` are rows of `fit.COSTS` that the data leave possible. `speeds` are the trials' factors on
     prefill's launches, `noise` the trials' series of residual factors of prefill steps. `assumed` says what was not recorded and what was taken for it,
     `prompt_lengths` are the shortest and the longest prompt. `jitter_s` are quantiles of what calm steps took beyond their cost, as the
-    client saw them: a gap between tokens has it on top.
+    client saw them: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
     """
 
     engine: Engine
@@ -57,6 +57,7 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     prompt_lengths: tuple[int, int] = (0, 0)
     power: PowerCosts | None = None
     jitter_s: list[float] = []
+    decode_speeds: list[float] = []
 
     @property
     def knows_lengths(self) -> bool:
