@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import correctness, turns
+from pdbench.canaries import References
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.files import check_writable
@@ -25,7 +26,7 @@ from pdbench.serving import machine as machines
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import RunningServers
 from pdbench.site import Site
-from pdbench.trial import Judge, check_outputs, measure, record_gate
+from pdbench.trial import Judge, check_again, check_outputs, measure, record_gate
 
 
 def run(
@@ -103,6 +104,7 @@ def _run_turns(
     gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
     servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
+    references: References = {}
     begin_s, turns_done = time.monotonic(), 0
     for pair in range(design.most_pairs if enough else design.pairs):
         missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
@@ -121,7 +123,10 @@ def _run_turns(
             elif kind == "single" and servers.reference is None:
                 servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
             try:
-                measure(run, info, options, [pair], console, cooldown, site, deployment, idle=fresh, judge=judge)
+                measure(
+                    run, info, options, [pair], console, cooldown, site, deployment, references, idle=fresh, judge=judge
+                )
+                check_again(run, info, console, deployment)
             finally:
                 for trial in run.trials:
                     if trial.index == pair:
@@ -185,7 +190,8 @@ def bench(
     if info.name == "disaggregated":
         record_gate(run, check_outputs(info, int(clock.unix_s), None, servers)[0], console)
     try:
-        measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers, judge=judge)
+        measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers, {}, judge=judge)
+        check_again(run, info, console, servers)
     finally:
         _save(run, out / f"{run.name}_results", runs)
 

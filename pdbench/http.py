@@ -63,19 +63,23 @@ def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def request(url: str | ServerUrl, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True) -> tuple[int, bytes]:
-    """Status and body of a GET of `path` below the URL's base. Raises OSError when no answer comes, whatever the reason."""
+def request(
+    url: str | ServerUrl, path: str, *, timeout_s: float = 10.0, verify_tls: bool = True, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """Status and body of a GET of `path` below the URL's base, or of a POST of JSON. Raises OSError when no answer comes, whatever
+    the reason."""
     server = split_url(url, verify_tls=verify_tls) if isinstance(url, str) else url
     connection = server.connect(timeout_s)
     try:
-        connection.request("GET", server.base + path, headers=authorization())
+        headers = authorization() | ({} if body is None else {"Content-Type": "application/json"})
+        connection.request("GET" if body is None else "POST", server.base + path, body, headers)
         response = connection.getresponse()
-        until_s, body = time.monotonic() + timeout_s, b""
+        until_s, answer = time.monotonic() + timeout_s, b""
         while piece := response.read1():
-            body += piece
-            if len(body) > _LARGEST_BYTES or time.monotonic() > until_s:
+            answer += piece
+            if len(answer) > _LARGEST_BYTES or time.monotonic() > until_s:
                 raise OSError("an answer without end")
-        return response.status, body
+        return response.status, answer
     except (http.client.HTTPException, ValueError) as error:  # ValueError: a chunk whose size is no number
         raise OSError(f"{type(error).__name__}: {error}") from None
     finally:

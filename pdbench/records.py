@@ -13,6 +13,8 @@ import msgspec
 from pdbench import files, validation
 from pdbench.errors import UserError
 from pdbench.events import Event, ServerSeries
+from pdbench.verdicts import Canary as Canary
+from pdbench.verdicts import Gate as Gate
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)
@@ -91,6 +93,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     first_tokens: int = 1
     token_choice: list[int] = []
     notes: list[str] = []
+    canary: Canary | None = None
 
 
 class DeviceSample(msgspec.Struct, kw_only=True):
@@ -189,17 +192,6 @@ class Flag(msgspec.Struct, frozen=True):
     """Something a reader must know wherever the run's figures appear: `name` (client-limited, gate-failed, ...), `detail`."""
 
     name: str
-    detail: str
-
-
-class Gate(msgspec.Struct, kw_only=True):
-    """The correctness gate: were outputs equal to the reference's, and did decode get all its KV from prefill?"""
-
-    passed: bool
-    prompts: int
-    equal_outputs: int | None
-    prompt_tokens: int | None
-    external_kv_tokens: int | None
     detail: str
 
 

@@ -7,11 +7,13 @@ from math import inf
 from typing import Protocol
 
 import psutil
+from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 
 from pdbench import correctness, failures
 from pdbench import events as event_logs
+from pdbench.canaries import Canaries, References
 from pdbench.config import Options
 from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
@@ -57,7 +59,7 @@ def check_outputs(
 def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
     """Print the correctness check of one start (without `console`: it was printed then); in the run, the first failed one stays."""
     if run.gate is None or run.gate.passed:
-        run.gate = gate
+        run.gate = structs.replace(gate, canaries=run.gate.canaries if run.gate else {})
     if not gate.passed:
         run.flags.append(Flag("gate-failed", gate.detail))
     words = "Correctness check passed: {0}" if gate.passed else "CORRECTNESS CHECK FAILED: {0}"
@@ -65,6 +67,16 @@ def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
     style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
     if console:
         console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
+
+
+def check_again(run: Run, info: DeploymentInfo, console: Console, servers: Servers) -> None:
+    """The correctness check of prefill and decode once more, after a load. Its prompts are new to their caches: prefill is the reference."""
+    if info.name == "disaggregated":
+        gate = check_outputs(info, time.time_ns(), None, servers)[0]
+        if gate.passed:
+            console.print("  correctness after the load: [green]passed[/green]", highlight=False)
+        else:
+            record_gate(run, structs.replace(gate, detail=f"after the load: {gate.detail}"), console)
 
 
 def measure(
@@ -76,18 +88,22 @@ def measure(
     cooldown: Cooldown,
     site: Site,
     servers: Servers,
+    references: References,
     *,
     idle: bool = True,
     judge: Judge | None = None,
 ) -> None:
-    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power."""
+    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power.
+
+    `references` holds the answers that canaries are compared with, of all deployments that have the same trials.
+    """
     streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
     line = f"  load: {plan.describe(options.load)}"
     if streams and taken and streams > taken:
         line += f"; the servers work on {taken} at once (--max-num-seqs), the others wait in their queue"
     console.print(line, markup=False, highlight=False)
     measurement = site.measurement(info, options.power, run.clock)
-    gpus = info.local_gpus()
+    gpus, canaries = info.local_gpus(), Canaries(info, references)
     locks: list[clocks.ClockLock] = []
     try:
         with clocks.locked_clocks(options.power, gpus) as locks, measurement:
@@ -97,7 +113,7 @@ def measure(
             for trial in trials:
                 start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
                 with publisher.source(lambda: [publisher.Devices(measurement.latest())]):
-                    _run_trial(run, info, options, trial, console, site, servers, measurement.latest, judge)
+                    _run_trial(run, info, options, trial, console, site, servers, measurement.latest, judge, canaries)
                 run.trials[-1].start_temperature_c = start_c
                 servers.check()
     finally:
@@ -115,6 +131,7 @@ def measure(
         has_prefill = {"proxy", "prefill"} <= {server.role for server in info.servers}
         has_prefill |= info.name == "bench" and any(flag.name == "event-log-missing" for flag in run.flags)
         event_logs.join(requests, events, has_prefill)
+        canaries.report(run, requests, events)
         run.events += events
         run.flags += [flag for flag in _event_log_flags(info, requests, events, measurement) if flag not in run.flags]
         publisher.put(publisher.Flags(run.name, run.flags[:]))
@@ -153,6 +170,7 @@ def _run_trial(
     servers: Servers,
     devices: Callable[[], list[DeviceRecord]],
     judge: Judge | None,
+    canaries: Canaries,
 ) -> None:
     begin_s = time.monotonic()
     watch = Watch(servers.death)
@@ -160,7 +178,7 @@ def _run_trial(
     publisher.stage("{0}: trial {1}", run.name, trial + 1)
     with terminal.progress(f"trial {trial + 1}", console, devices) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
-        load = TrialLoad(config, info.url, info.model_name, run.clock, trial)
+        load = canaries.choose(TrialLoad(config, info.url, info.model_name, run.clock, trial))
         load_s = inf
         metrics = ServerMetrics(
             info,
@@ -208,6 +226,8 @@ def _run_trial(
             if new:
                 series.setdefault(server.name, ServerSeries(server=server.name, role=server.role)).lines = new
         run.servers = join_series([*run.servers, *series.values()])
+        if not info.config.get("disaggregate_above"):  # else decode computes short prompts on purpose
+            result.flags.extend(correctness.kv_flags(metrics.series(), load_s, trial, len(measured)))
     if died:
         console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
         publisher.stage(died, is_problem=True)
@@ -218,6 +238,7 @@ def _run_trial(
     publisher.put(publisher.Flags(run.name, result.flags))
     if interrupted:
         raise KeyboardInterrupt
+    checked = canaries.judge(load, measured, servers_live=not died)
     for flag in result.flags:
         if flag.name == "client-lost":
             raise UserError(flag.detail)
@@ -229,6 +250,9 @@ def _run_trial(
         publisher.stage(failed, is_problem=True)
     line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
     console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
+    if checked:
+        style = "bold red" if "WRONG" in checked else "default"
+        console.print(f"  [{style}]{checked}[/{style}]", highlight=False, soft_wrap=True)
     if failed and all(request.error for request in measured):
         servers.check()
         error = measured[0].error

@@ -53,7 +53,7 @@ def hang(log: Path, supervisor: int) -> None:
 
 
 def options(**load: object) -> Options:
-    settings = {"requests": 4000, "concurrency": 4, "output_tokens": 8, "warmup": 2} | load
+    settings = {"requests": 4000, "concurrency": 4, "output_tokens": 8, "warmup": 2, "canaries": 0.0} | load
     return Options(load=LoadConfig(**settings), power=PowerConfig(power=False))  # type: ignore[arg-type]
 
 

@@ -44,7 +44,8 @@ def test_every_start_of_prefill_and_decode_passes_the_gate(tmp_path: Path, gates
     gates += [gate(), gate(passed=False)]
     runs: dict[Path, Run] = {}
     printed = run_pairs(tmp_path, FakeSite(measured), runs, JOINED)
-    assert printed.count("correctness gate") == 2  # A BB AA B
+    assert printed.count("correctness gate") == 2 + 1  # A BB AA B; the second one is after the first load
+    assert printed.count("correctness after the load: passed") == 2
     disaggregated = runs[tmp_path / "disaggregated_results"]
     assert disaggregated.gate is not None and not disaggregated.gate.passed
     assert [flag.name for flag in disaggregated.flags] == ["gate-failed"]

@@ -164,7 +164,20 @@ def test_the_knee():
 
 def test_a_whole_sweep_against_a_server(tmp_path):
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
-        command = ["sweep", "--url", server.url, "--model", "m", "--no-power", "--requests", "6", "--warmup", "0"]
+        command = [
+            "sweep",
+            "--url",
+            server.url,
+            "--model",
+            "m",
+            "--no-power",
+            "--requests",
+            "6",
+            "--warmup",
+            "0",
+            "--canaries",
+            "0",
+        ]
         command += ["--vary", "concurrency=1,2,3", "--slo", "ttft=1000,tbt=1000", "--out", str(tmp_path)]
         for _ in range(2):
             with pytest.raises(SystemExit) as ended:

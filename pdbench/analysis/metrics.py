@@ -217,6 +217,8 @@ def timings_of(run: Run) -> Timings:
     arrivals = arrivals_of(records)
     token_s, request, ok = arrivals.token_s, arrivals.request, arrivals.ok
     is_gap = arrivals.is_gap & ~arrivals.coarse_gap
+    # A canary's prompt that a cache may know says nothing of prefill.
+    fresh = ok & np.array([record.canary is None or not record.canary.repeated for record in records], dtype=bool)
     unknown = (np.nan, np.nan)
     phase_s = {
         name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
@@ -229,10 +231,10 @@ def timings_of(run: Run) -> Timings:
         ok=ok,
         sent_s=sent_s,
         end_s=end_s,
-        ttft_ms=np.where(ok, (arrivals.first_s - sent_s) * 1e3, np.nan),
-        ttfo_ms=np.where(ok, (arrivals.answer_s - sent_s) * 1e3, np.nan),
+        ttft_ms=np.where(fresh, (arrivals.first_s - sent_s) * 1e3, np.nan),
+        ttfo_ms=np.where(fresh, (arrivals.answer_s - sent_s) * 1e3, np.nan),
         mean_tbt_ms=arrivals.mean_tbt_ms,
-        e2e_ms=np.where(ok, (end_s - sent_s) * 1e3, np.nan),
+        e2e_ms=np.where(fresh, (end_s - sent_s) * 1e3, np.nan),
         send_delay_ms=(sent_s - planned_s) * 1e3,
         prompt_tokens=column(records, "prompt_tokens"),
         output_tokens=arrivals.output_tokens,

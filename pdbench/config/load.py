@@ -26,6 +26,9 @@ class LoadConfig:
     """Tokens generated per request at most."""
     warmup: WarmUp[int | None] = None
     """Requests before the measured ones, left out of every figure; default: as many as the load will have in flight."""
+    canaries: Requests[Share[float]] = 0.01
+    """Share of the measured requests, 0 to 1, whose answers are compared with a reference's; 4 and one per (prefill, decode) pair at
+    least, 0 for none (docs/correctness.md)."""
     seed: CountOrZero[int] = 0
     """Seed of arrivals, lengths and prompts."""
     nonce: Prompts[str | None] = None

@@ -23,7 +23,8 @@ _FAILED = {
 
 
 class Part(msgspec.Struct, gc=False):
-    """One choice of an event. `tokens` is None where neither ids nor logprobs say how many; `way` is which of them did.
+    """One choice of an event. `tokens` is None where neither ids nor logprobs say how many; `way` is which of them did;
+    `token_ids` are the ids, where they are.
 
     `filled` says that it carries something generated, `reasoning` that none of it is answer; `message` that it is not an
     increment but the answer so far.
@@ -37,6 +38,7 @@ class Part(msgspec.Struct, gc=False):
     tokens: int | None = None
     way: str | None = None
     finish: str | None = None
+    token_ids: list[int] = []
 
 
 class Usage(msgspec.Struct, gc=False):
@@ -243,6 +245,7 @@ def _part(choice: dict, position: int) -> Part:
         ids = delta.get("token_ids")
     if isinstance(ids, list):
         part.tokens, part.way = len(ids), "token_ids"
+        part.token_ids = [token for token in ids if isinstance(token, int)]
     elif isinstance(logprobs, dict):
         for names in (("content", "refusal"), ("tokens",), ("token_logprobs",)):
             lists = [logprobs[name] for name in names if isinstance(logprobs.get(name), list)]

@@ -85,7 +85,11 @@ class Client:
     def start(self, record: RequestRecord, body: bytes) -> None:
         """Send `body` (JSON) now; the record comes out of a later `poll`, complete. Sets `sent_s` before anything else."""
         record.sent_s = self.clock.now()
-        data = b"%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, record.id.encode(), len(body), body)
+        # pdbench's proxy sends the trial's canaries over all pairs of instances in turn.
+        pair = b"X-Pdbench-Pair: %d\r\n" % record.canary.number if record.canary else b""
+        data = b"%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+            self._head, pair, record.id.encode(), len(body), body,
+        )  # fmt: skip
         response = Response(record, body)
         # The connection that is idle longest, so that all addresses have their share, unless it is too old or the server has
         # closed it. No request is ever sent twice: resets are data.

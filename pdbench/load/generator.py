@@ -18,7 +18,7 @@ from pdbench.errors import UserError
 from pdbench.load import plan, request_fields
 from pdbench.load.client import Client
 from pdbench.load.plan import PlannedRequest, TrialLoad
-from pdbench.records import Flag, RequestRecord
+from pdbench.records import Canary, Flag, RequestRecord
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHORT_PROMPT = 200
@@ -124,6 +124,7 @@ class _Loop:
         self.on_progress: OnProgress | None = None
         self.on_partial: Callable[[ClientResult], None] | None = None
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
+        self._canaries = {place: number for number, place in enumerate(load.canaries)}
         self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, tuple[str, ...]]] = {}
         self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
@@ -198,9 +199,13 @@ class _Loop:
             trial=load.trial,
             warmup=warmup,
         )
-        refused = self.result.fields_refused
+        if not warmup and planned.index in self._canaries:
+            record.canary = Canary(number=self._canaries[planned.index])
+        refused, greedy = self.result.fields_refused, record.canary is not None
         self._in_flight[record.id] = record, planned, tuple(refused)
-        body = request_fields.request_body(config, load.model, planned.prompt, planned.output_tokens, refused)
+        body = request_fields.request_body(
+            config, load.model, planned.prompt, planned.output_tokens, refused, greedy=greedy
+        )
         self.client.start(record, body)
         # After the sending, which a long prompt's hash would delay.
         text = planned.text

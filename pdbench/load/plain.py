@@ -71,6 +71,6 @@ def plain_end(payload: bytes) -> Event | None:
         text = choice.text or (choice.delta.content if choice.delta else None) or ""
         part = Part(choice=choice.index, text=text, filled=bool(text), finish=choice.finish_reason)
         if choice.token_ids is not None:
-            part.tokens, part.way = len(choice.token_ids), "token_ids"
+            part.tokens, part.way, part.token_ids = len(choice.token_ids), "token_ids", choice.token_ids
         event.parts.append(part)
     return event if sent is not None or chunk.choices else None

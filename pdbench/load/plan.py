@@ -38,6 +38,7 @@ class TrialLoad:
     model: str
     clock: Clock
     trial: int = 0
+    canaries: tuple[int, ...] = ()  # their places among the measured requests
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,12 @@ def describe_files(config: LoadConfig) -> list[str]:
     return [words, *notes, *trace.notes]
 
 
+def request_count(config: LoadConfig, trial: int) -> int:
+    """How many requests a trial that is not endless will measure."""
+    trace = trace_of(config) if config.trace else None
+    return sum(1 for _ in itertools.islice(planned_instants(config, trace, trial), request_limit(config)))
+
+
 def is_open_loop(config: LoadConfig) -> bool:
     """Do requests arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
     return bool(config.rate or config.stages or config.trace)
@@ -241,6 +248,15 @@ def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int
     planned = zip(planned_instants(config, trace, trial), contents, strict=False)
     for index, (arrival_s, content) in enumerate(itertools.islice(planned, request_limit(config))):
         yield PlannedRequest(index, arrival_s, *content)
+
+
+def requests_at(
+    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, places: Sequence[int]
+) -> list[PlannedRequest]:
+    """The measured requests at these places, without their arrivals."""
+    trace = trace_of(config) if config.trace else None
+    contents = _contents(config, tokenizer, trial, trace=trace, places=places)
+    return [PlannedRequest(place, None, *content) for place, content in zip(places, contents, strict=True)]
 
 
 def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[PlannedRequest]:
@@ -318,9 +334,15 @@ def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Ite
 
 
 def _contents(
-    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, part: str = "", trace: Trace | None = None
+    config: LoadConfig,
+    tokenizer: Tokenizer | None,
+    trial: int,
+    part: str = "",
+    trace: Trace | None = None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[tuple[Prompt, int | None, int, int]]:
-    """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up; endless without a trace.
+    """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up, or of these `places` of it;
+    endless without a trace.
 
     Lengths depend on the seed alone, texts on the nonce too. What prompts share, they share within their trial and its warm-up.
     """
@@ -329,7 +351,7 @@ def _contents(
     texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file and not trace else []
     output = config.output_tokens, config.output_distribution, config.output_spread
     text: Prompt
-    for index in range(len(trace.rows)) if trace else itertools.count():
+    for index in (range(len(trace.rows)) if trace else itertools.count()) if places is None else places:
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
         shared, most = 0, config.max_input_tokens

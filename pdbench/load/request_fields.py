@@ -38,9 +38,15 @@ def extra_body(config: LoadConfig) -> dict[str, Any]:
 
 
 def request_body(
-    config: LoadConfig, model: str, prompt: Prompt, output_tokens: int, refused: Collection[str] = ()
+    config: LoadConfig,
+    model: str,
+    prompt: Prompt,
+    output_tokens: int,
+    refused: Collection[str] = (),
+    *,
+    greedy: bool = False,
 ) -> bytes:
-    """The JSON body of one request, without the fields that the server refuses."""
+    """The JSON body of one request, without the fields that the server refuses; `greedy` whatever the load's temperature is."""
     chat = config.endpoint == "chat"
     body: dict[str, Any] = {
         "model": model,
@@ -61,6 +67,8 @@ def request_body(
             body[_other_length_field(name)] = output_tokens
     if config.extra_body:
         body |= extra_body(config)
+    if greedy and "temperature" in body:
+        body["temperature"] = 0.0
     for name in _dropped(config):
         body.pop(name, None)
     return msgspec.json.encode(body)

@@ -69,6 +69,7 @@ class Response:
         self._aborted: str | None = None
         self._finals: dict[int, str] = {}
         self._now_s = record.sent_s or 0.0
+        self._token_ids = record.canary.token_ids if record.canary else None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -211,6 +212,8 @@ class Response:
                     else:
                         self._counter.add_many(len(token_ids), self._now_s)
                     self._counter.by_token_ids = True
+                    if self._token_ids is not None:
+                        self._token_ids += token_ids
                 else:
                     self._take_unusual(payload)
                     return
@@ -275,6 +278,8 @@ class Response:
             counter.by_messages = True
         if part.text:
             self._texts.append(part.text)
+        if self._token_ids is not None:
+            self._token_ids += part.token_ids
         if counter.take_part(part, event.usage, self._now_s):
             self._chunks += 1
         if part.finish is not None:

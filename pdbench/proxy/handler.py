@@ -160,15 +160,17 @@ class RequestHandler:
         may_recompute = config.fallback == "recompute" and self.context.protocol.decode_can_prefill
         tried: set[int] = set()
         failure: StageError | None = None
+        pair_header = messages.header(self.request.headers, b"x-pdbench-pair") or b""
+        pair = int(pair_header) if pair_header.isdigit() and len(pair_header) < 10 else None
         while True:
             prefill = None
             if not self.decode_only:
-                prefill = choose(config.prefill_policy, "prefill", table, self.prefix, tried)
+                prefill = choose(config.prefill_policy, "prefill", table, self.prefix, tried, pair)
                 if prefill is None and not may_recompute:
                     raise failure or RequestError(503, "no prefill instance is ready", stage="prefill")
                 if prefill is None:
                     self.event.decode_alone = "prefill-failed"
-            decode = choose(config.decode_policy, "decode", table, self.prefix, tried)
+            decode = choose(config.decode_policy, "decode", table, self.prefix, tried, pair)
             if decode is None:
                 raise failure or RequestError(503, "no decode instance is ready", stage="decode")
             self.event.prefill = prefill.address.url if prefill else None

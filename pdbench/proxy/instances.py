@@ -217,11 +217,18 @@ class InstanceTable:
         return instances
 
 
-def choose(policy: str, role: str, table: InstanceTable, prefix: bytes, tried: set[int]) -> Instance | None:
-    """A ready instance of `role` outside the slots `tried`, or None. `prefix` is the prompt's beginning."""
+def choose(
+    policy: str, role: str, table: InstanceTable, prefix: bytes, tried: set[int], pair: int | None = None
+) -> Instance | None:
+    """A ready instance of `role` outside the slots `tried`, or None. `prefix` is the prompt's beginning.
+
+    `pair` numbers the pairs of prefill and decode instances: whoever counts up visits all of them, whatever the policy.
+    """
     ready = [instance for instance in table.ready(role) if instance.slot not in tried]
     if len(ready) < 2:
         return ready[0] if ready else None
+    if pair is not None:
+        return ready[(pair if role == "prefill" else pair // max(1, len(table.ready("prefill")))) % len(ready)]
 
     def work(instance: Instance) -> tuple[int, int]:
         requests, tokens = table.load(instance)

@@ -16,7 +16,7 @@ _RESPONSE_HEADERS_NOT_FORWARDED = frozenset(
     b"content-length".split()
 )
 _REQUEST_HEADERS_NOT_FORWARDED = _RESPONSE_HEADERS_NOT_FORWARDED.union(
-    b"proxy-authorization host expect accept-encoding x-request-id authorization".split()
+    b"proxy-authorization host expect accept-encoding x-request-id x-pdbench-pair authorization".split()
 )
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')

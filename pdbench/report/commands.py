@@ -84,7 +84,7 @@ def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
     for analysis in analyses:
         too_many = failures.too_many(analysis.summary.errors, analysis.summary.requests.sent)
         for flag in analysis.flags:
-            if flag.name == "gate-failed":
+            if flag.name in ("gate-failed", "canary-failed", "reference-wrong"):
                 raise UserError(f"{analysis.name}: {flag.name}: {flag.detail}; its figures do not count")
             if flag.name == "requests-failed" and too_many:
                 limit = f"over {failures.LIMIT_PCT:g} %, its figures do not count"

@@ -249,7 +249,15 @@ def gates(runs: Runs) -> list[tuple[str, str]]:
     for name, analysis in runs.items():
         if analysis.gate is not None:
             words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
-            line = (f"{name}: " if len(runs) > 1 else "") + _(words, _(analysis.gate.detail))
+            gate = analysis.gate
+            details = [_(gate.detail)] if gate.detail else []
+            if gate.canaries:
+                equal, ties, undecided = (
+                    gate.canaries.get(verdict, 0) for verdict in ("equal", "near-tie", "undecided")
+                )
+                under_load = "{0} of {1} answers under load equal the reference's, {2} but for near ties, {3} undecided"
+                details.append(_(under_load, equal, sum(gate.canaries.values()), ties, undecided))
+            line = (f"{name}: " if len(runs) > 1 else "") + _(words, "; ".join(details))
             lines.append(("better" if analysis.gate.passed else "worse", line))
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 

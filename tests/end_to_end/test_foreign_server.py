@@ -105,7 +105,7 @@ def test_every_bench_has_new_prompts_and_the_saved_nonce_repeats_them(server: Sc
 
     def measure(nonce: str | None = None) -> str:
         server.requests.clear()
-        load = LoadConfig(requests=3, warmup=1, prompt_file=str(tmp_path / "prompts.txt"), nonce=nonce)
+        load = LoadConfig(requests=3, warmup=1, prompt_file=str(tmp_path / "prompts.txt"), nonce=nonce, canaries=0.0)
         runs: dict[Path, Run] = {}
         options = Options(load=load, power=PowerConfig(power=False))
         experiment.bench(server.url, 2, options, tmp_path, Console(quiet=True), Site(), runs)

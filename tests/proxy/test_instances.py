@@ -120,6 +120,18 @@ def test_roles_take_independent_turns(table):
             assert len({instance.slot for instance in chosen if instance and instance.role == counted}) == 3
 
 
+def test_counted_pairs_visit_every_prefill_with_every_decode(table):
+    for port in (4, 5):
+        table.passed(table.add("decode", parse_address(f"http://127.0.0.1:{port}", 0)))
+
+    def chosen(pair):
+        return tuple(choose("least-work", role, table, b"", set(), pair).address.port for role in ("prefill", "decode"))
+
+    assert sorted(chosen(pair) for pair in range(6)) == [(p, d) for p in (1, 2, 3) for d in (4, 5)]
+    table.set_state(table.all()[0], State.DRAINING)
+    assert len({chosen(pair) for pair in range(6)}) == 4  # of those that are ready
+
+
 def test_prefix_affinity_holds_until_the_instance_is_overloaded(table):
     chosen = {
         prefix: choose("prefix-affinity", "prefill", table, prefix, set()) for prefix in (b"a", b"b", b"c", b"d", b"e")

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
@@ -169,11 +169,12 @@ def proxy(
     prefill: list[Server] | None = None,
     decode: list[Server],
     ready: bool = True,
+    program: Sequence[str] = ("pdbench", "proxy"),
     **environment: str,
 ) -> Iterator[Server]:
     """A proxy over these instances; fails if it has written a traceback."""
     log, errors = folder / "proxy.jsonl", folder / "proxy.stderr"
-    argv = ["-m", "pdbench", "proxy", "--port", "0", "--event-log", str(log), *options]
+    argv = ["-m", *program, "--port", "0", "--event-log", str(log), *options]
     for server in prefill or []:
         argv += ["--prefill", server.url]
     for server in decode:

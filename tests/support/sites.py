@@ -17,7 +17,7 @@ from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, S
 from pdbench.serving.plan import ServerSpec
 from pdbench.site import Measurement, Site
 
-OPTIONS = Options(load=LoadConfig(requests=1), power=PowerConfig(power=False))
+OPTIONS = Options(load=LoadConfig(requests=1, canaries=0.0), power=PowerConfig(power=False))
 KINDS: tuple[DeploymentKind, ...] = ("single", "disaggregated")
 ONE, THREE = (PairConfig(pairs=pairs, resident=False) for pairs in (1, 3))
 JOINED = PairConfig(pairs=3, join_starts=True)

@@ -1,0 +1,355 @@
+"""Canaries: measured requests whose right answers are known, so that what goes wrong only under load is found.
+
+Before a trial the prompts of a few of its requests are sent to an instance that answers alone. It names the likeliest tokens at every
+place, and gets another cache salt than the load, so that no prefix cache knows these prompts when the load sends them.
+Batches change sums in the last bits, and with them choices between tokens that nearly tie: a canary may part from the reference there, and
+the reference then goes on from the canary's own tokens. Any other difference is wrong (docs/correctness.md has the error rates).
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from pdbench.config import LoadConfig
+from pdbench.errors import UserError
+from pdbench.events import Event, ProxyEvent
+from pdbench.http import request
+from pdbench.load import plan, request_fields
+from pdbench.load.plan import PlannedRequest, TrialLoad
+from pdbench.records import Canary, Flag, Gate, RequestRecord, Run
+from pdbench.serving.deployment import DeploymentInfo
+
+LEAST = 4
+"""Canaries of a trial, however few a share of its requests would be."""
+TOKENS = 16
+"""Tokens of an answer that are compared, as many as the gate compares."""
+NEAR_TIE_NATS = 0.5
+"""Up to this difference of log probabilities another batch may choose the other token: docs/correctness.md has what was measured."""
+MOST_UNDECIDED, FEWEST_UNDECIDED = 0.5, 3
+"""More than this share of a trial's canaries, and so many at least, part at near ties too often for chance."""
+_LIKELIEST = 5
+_TEMPLATE_TOKENS = 32
+"""Tokens at a prompt's front that a cache may hold for every prompt of a chat endpoint."""
+_GROWTH, _ENDLESS = 1.5, 24
+"""Nobody knows how many requests an endless load will have: its canaries lie ever further apart, the last at request 11,223."""
+# Fields that a server may not know: it is asked without the first ones, then without both.
+_OWN_FIELDS = ("cache_salt", "return_tokens_as_token_ids", "return_token_ids")
+_LOGPROBS = ("logprobs", "top_logprobs")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reference's answer: its text and tokens, and at each place the log probabilities of the likeliest tokens.
+
+    Tokens are "token_id:N" where the server says so, else texts; there are none where it gives no logprobs.
+    """
+
+    text: str
+    tokens: list[str] = field(default_factory=list)
+    likeliest: list[dict[str, float]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    salted: bool = True
+
+
+References = dict[int, tuple[str, list[Answer]]]
+"""By trial: who answered first, and what."""
+
+
+@dataclass
+class _Asked:
+    """One canary's prompt and what the reference said."""
+
+    planned: PlannedRequest
+    answer: Answer
+
+
+class Canaries:
+    """The canaries of one deployment's trials.
+
+    `firsts` are the answers of the first deployment that had a trial's prompts, by trial; others' references must agree with them.
+    """
+
+    def __init__(self, info: DeploymentInfo, firsts: References) -> None:
+        self.info, self._firsts = info, firsts
+        self._pairs = max(1, len(info.urls("prefill"))) * max(1, len(info.urls("decode") or info.urls("replica")))
+        # One instance of the deployment, asked directly; vLLM's own P2P connector wants both addresses in every request id.
+        direct = [server for role in ("prefill", "replica") for server in info.servers if server.role == role]
+        if info.config.get("connector_used") == "builtin-p2p-nccl":
+            direct = []
+        self.source, self._url = (direct[0].name, direct[0].url) if direct else (info.name, info.url)
+        self._asked: dict[int, list[_Asked]] = {}
+        self._flags: list[Flag] = []
+        self._left_out: tuple[str, ...] = ()
+
+    def choose(self, load: TrialLoad) -> TrialLoad:
+        """The load with its canaries, whose reference has answered; without, and flagged, where that cannot be."""
+        try:
+            places = _places(load.config, load.trial, max(LEAST, self._pairs))
+            if not places:
+                return load
+            _check_greedy(load.config)
+            tokenizer, _ = plan.load_tokenizer_for(load)
+            planned = plan.requests_at(load.config, tokenizer, load.trial, places)
+            asked = [_Asked(each, self._ask(load, each, "before")) for each in planned]
+        except (UserError, OSError) as error:
+            self._flags.append(Flag("canaries-off", f"no answer was checked under load: {error}"))
+            return load
+        self._asked[load.trial] = asked
+        self._compare_references(load.trial, [each.answer for each in asked])
+        return replace(load, canaries=tuple(places))
+
+    def judge(self, load: TrialLoad, requests: Sequence[RequestRecord], *, servers_live: bool = True) -> str | None:
+        """Fill in the trial's canaries; what to say of them, None where none was judged. The servers must be idle again."""
+        asked = self._asked.get(load.trial, [])
+        canaries = [(each, each.canary) for each in requests if each.canary and not each.error and each.text]
+        for record, canary in canaries:
+            known = asked[canary.number]
+            canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known.answer, canary.token_ids, record.text)
+            cached = (record.cached_prompt_tokens or 0) - record.shared_prompt_tokens
+            canary.repeated = not known.answer.salted or (self._url == self.info.url and cached > _TEMPLATE_TOKENS)
+            if canary.verdict == "undecided" and servers_live:
+                self._follow(load, known, canary)
+            if canary.verdict == "wrong" and servers_live:
+                self._ask_again(load, known, record, canary)
+            canary.token_ids = canary.token_ids[:TOKENS]
+        verdicts = [canary.verdict for _, canary in canaries]
+        if not verdicts:
+            return None
+        wrong, ties, undecided = (verdicts.count(verdict) for verdict in ("wrong", "near-tie", "undecided"))
+        words = (
+            f"canaries: {verdicts.count('equal')} of {len(verdicts)} answers under load equal those of {self.source}"
+        )
+        words += f", {ties} but for near ties" if ties else ""
+        return words + (f", {undecided} undecided" if undecided else "") + (f", {wrong} WRONG" if wrong else "")
+
+    def report(self, run: Run, requests: Iterable[RequestRecord], events: Iterable[Event]) -> None:
+        """Enter what was found in `run`: its gate and its flags."""
+        names = {server.url: server.name for server in self.info.servers}
+        pairs = {
+            event.request_id: " -> ".join(names.get(url, url) for url in (event.prefill, event.decode) if url)
+            for event in events
+            if isinstance(event, ProxyEvent)
+        }
+        judged = [(each, each.canary) for each in requests if each.canary and each.canary.verdict]
+        flags = [*self._flags, *self._failed(judged, pairs), *self._unvisited(judged, pairs)]
+        run.flags += [flag for flag in flags if flag not in run.flags]
+        if judged:
+            failed = [flag for flag in run.flags if flag.name in ("canary-failed", "reference-wrong")]
+            run.gate = _with_canaries(run.gate, [canary for _, canary in judged], failed)
+
+    def _ask(self, load: TrialLoad, planned: PlannedRequest, salt: str, tokens: int = TOKENS) -> Answer:
+        """Raises OSError when the reference does not answer."""
+        config, tokens = load.config, min(tokens, planned.output_tokens)
+        body: dict[str, Any] = json.loads(
+            request_fields.request_body(config, load.model, planned.prompt, tokens, greedy=True)
+        )
+        chat = config.endpoint == "chat"
+        body |= {"stream": False, "cache_salt": f"pdbench {salt} {config.nonce}", "return_tokens_as_token_ids": True}
+        body |= {"logprobs": True, "top_logprobs": _LIKELIEST} if chat else {"logprobs": _LIKELIEST}
+        body.pop("stream_options", None)
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        for left_out in ((), _OWN_FIELDS, _OWN_FIELDS + _LOGPROBS):
+            if len(left_out) < len(self._left_out):
+                continue
+            sent = json.dumps({name: value for name, value in body.items() if name not in left_out}).encode()
+            status, answer = request(
+                self._url, path, timeout_s=config.request_timeout_s, verify_tls=config.tls_verify, body=sent
+            )
+            if status not in (400, 422):
+                break
+        self._left_out = left_out
+        if status != 200:
+            raise OSError(f"{self._url} answers {status}: {answer[:200].decode('utf-8', 'replace')}")
+        return read(answer, salted=not left_out)
+
+    def _follow(self, load: TrialLoad, known: _Asked, canary: Canary) -> None:
+        """Judge what came after a near tie: the reference is asked to go on from the canary's own tokens, as often as they part."""
+        answer, ids = known.answer, canary.token_ids[: len(known.answer.token_ids)]
+        load = replace(load, config=replace(load.config, endpoint="completions"))
+        place = canary.equal_tokens
+        while answer.prompt_ids and canary.gap_nats is not None and place is not None:
+            begun, rest = ids[: place + 1], ids[place + 1 :]
+            if not rest:
+                canary.verdict = "near-tie"
+                return
+            planned = replace(known.planned, prompt=(*answer.prompt_ids, *begun))
+            try:
+                second = self._ask(load, planned, "before", len(rest))
+            except OSError:
+                return
+            verdict, equal, gap = compare(second, rest, "")
+            if not second.token_ids or (verdict == "undecided" and gap is None):
+                return
+            if verdict != "undecided":
+                canary.verdict = "near-tie" if verdict == "equal" else verdict
+                if verdict == "wrong":
+                    canary.equal_tokens, canary.gap_nats = len(begun) + (equal or 0), gap
+                return
+            place = len(begun) + (equal or 0)
+
+    def _ask_again(self, load: TrialLoad, known: _Asked, record: RequestRecord, canary: Canary) -> None:
+        """Is it the reference that was wrong? Only an instance that is not the way of the load can tell."""
+        try:
+            second = self._ask(load, known.planned, f"again {record.id}")
+        except OSError:
+            return
+        changed = compare(known.answer, second.token_ids, second.text)[0] == "wrong"
+        again = compare(second, canary.token_ids, record.text)
+        if changed and again[0] != "wrong" and self._url != self.info.url:
+            canary.verdict, canary.equal_tokens, canary.gap_nats = again
+            self._flags.append(
+                Flag("reference-wrong", f"trial {load.trial + 1}: {self.source} answered the prompt of request {record.id} in two ways "
+                     "before and after the load; under load the answer was its second")
+            )  # fmt: skip
+
+    def _compare_references(self, trial: int, answers: list[Answer]) -> None:
+        source, firsts = self._firsts.setdefault(trial, (f"{self.source} of {self.info.name}", answers))
+        verdicts = [compare(a, b.token_ids, b.text)[0] for a, b in zip(firsts, answers, strict=False)]
+        if wrong := verdicts.count("wrong"):
+            what = f"trial {trial + 1}: {source} and {self.source} of {self.info.name} answer {wrong} of {len(verdicts)} prompts differently"
+            self._flags.append(Flag("reference-wrong", f"{what} without any load: one of them computes something else"))
+
+    def _failed(self, judged: Sequence[tuple[RequestRecord, Canary]], pairs: dict[str, str]) -> Iterator[Flag]:
+        """Wrong answers, by the pair that they came from; then trials with too many undecided ones."""
+        by_place: dict[tuple[int, str], list[tuple[RequestRecord, Canary]]] = {}
+        for record, canary in judged:
+            by_place.setdefault((record.trial, pairs.get(record.id, "")), []).append((record, canary))
+        for (trial, pair), here in by_place.items():
+            wrong = [(record, canary) for record, canary in here if canary.verdict == "wrong"]
+            if not wrong:
+                continue
+            record, canary = min(wrong, key=lambda each: each[0].sent_s or 0.0)
+            gap = (
+                "its token is none of the likeliest" if canary.gap_nats is None else f"{canary.gap_nats:.1f} nats apart"
+            )
+            yield Flag(
+                "canary-failed",
+                f"trial {trial + 1}, {pair or self.info.url}: {len(wrong)} of {len(here)} answers under load are wrong, first that of "
+                f"request {record.id}, sent at {record.sent_s or 0.0:.2f} s: token {(canary.equal_tokens or 0) + 1} is not that of "
+                f"{self.source} ({gap})",
+            )
+        for trial, group in itertools.groupby(
+            sorted(judged, key=lambda each: each[0].trial), lambda each: each[0].trial
+        ):
+            verdicts = [canary.verdict for _, canary in group]
+            undecided = verdicts.count("undecided") + verdicts.count("near-tie")
+            if undecided >= FEWEST_UNDECIDED and undecided > MOST_UNDECIDED * len(verdicts):
+                yield Flag(
+                    "canary-failed",
+                    f"trial {trial + 1}: {undecided} of {len(verdicts)} answers under load part from those of {self.source}: each alone may "
+                    "be a near tie, so many are not",
+                )
+
+    def _unvisited(self, judged: Sequence[tuple[RequestRecord, Canary]], pairs: dict[str, str]) -> Iterator[Flag]:
+        names = {
+            role: [server.name for server in self.info.servers if server.role == role] for role in ("prefill", "decode")
+        }
+        visited = {pairs[record.id] for record, _ in judged if record.id in pairs}
+        missing = {f"{p} -> {d}" for p, d in itertools.product(names["prefill"], names["decode"])} - visited
+        if judged and missing and not self.info.config.get("disaggregate_above"):
+            yield Flag("pair-unchecked", f"no answer under load was checked of {', '.join(sorted(missing))}")
+
+
+def read(body: bytes, *, salted: bool = True) -> Answer:
+    """The answer in a whole (not streamed) response of either endpoint. Raises OSError for anything else."""
+    try:
+        document = json.loads(body)
+        choice = document["choices"][0]
+        logprobs = choice.get("logprobs") or {}
+        if "message" in choice:
+            text, places = choice["message"].get("content") or "", logprobs.get("content") or []
+            tokens = [str(each["token"]) for each in places]
+            likeliest = [
+                {str(each["token"]): float(each["logprob"]) for each in place["top_logprobs"]} for place in places
+            ]
+        else:
+            text, tokens = choice.get("text") or "", [str(token) for token in logprobs.get("tokens") or []]
+            likeliest = [dict(place or {}) for place in logprobs.get("top_logprobs") or []]
+        prompt_ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids") or []
+        return Answer(text, tokens, likeliest, list(choice.get("token_ids") or []), list(prompt_ids), salted)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"an answer that cannot be read ({type(error).__name__})") from None
+
+
+def compare(answer: Answer, token_ids: Sequence[int], text: str) -> tuple[str, int | None, float | None]:
+    """(verdict, equal tokens before the first difference, gap there in nats) of another answer to the same prompt; see Canary.
+
+    By token ids where both have them, else by text.
+    """
+    if answer.token_ids and token_ids:
+        for place, (theirs, other) in enumerate(zip(answer.token_ids, token_ids, strict=False)):
+            if theirs != other:
+                return _parted(answer, place, f"token_id:{other}".__eq__)
+        return "equal", min(len(answer.token_ids), len(token_ids)), None
+    whole = answer.text.rstrip("\ufffd")  # half a character, which the next token would complete
+    if text.startswith(whole) or whole.startswith(text):
+        return "equal", None, None
+    at = 0
+    if "".join(answer.tokens) == answer.text:
+        for place, token in enumerate(answer.tokens):
+            if not text.startswith(token, at):
+                return _parted(answer, place, functools.partial(_begins, text[at:]))
+            at += len(token)
+    return "undecided", None, None
+
+
+def _begins(text: str, token: str) -> bool:
+    """Can this token be the text's first? Of one without a text of its own nobody can say."""
+    return not token.strip("\ufffd") or text.startswith(token)
+
+
+def _parted(answer: Answer, place: int, chosen: Callable[[str], bool]) -> tuple[str, int, float | None]:
+    """The verdict on an answer whose token at `place`, which `chosen` recognises, is not the reference's."""
+    likeliest = answer.likeliest[place] if place < len(answer.likeliest) else {}
+    own = likeliest.get(answer.tokens[place]) if place < len(answer.tokens) else None
+    if own is None:
+        return "undecided", place, None
+    gaps = [own - logprob for token, logprob in likeliest.items() if token != answer.tokens[place] and chosen(token)]
+    gap = min(gaps, default=None)
+    # A token that is not among the likeliest is less likely than all of them: with five near ties that says nothing.
+    least = own - min(likeliest.values()) if gap is None else gap
+    return "undecided" if least <= NEAR_TIE_NATS else "wrong", place, gap
+
+
+def _places(config: LoadConfig, trial: int, least: int) -> list[int]:
+    """Which of a trial's requests are canaries: evenly over it; ever further apart where nobody knows how many there will be."""
+    if not config.canaries:
+        return []
+    if plan.is_endless(config):
+        return sorted({round(_GROWTH**place) for place in range(_ENDLESS)})
+    total = plan.request_count(config, trial)
+    count = min(total, max(least, math.ceil(config.canaries * total)))
+    return [int((place + 0.5) * total / count) for place in range(count)]
+
+
+def _check_greedy(config: LoadConfig) -> None:
+    """Raises UserError for a load whose requests have no one right answer."""
+    extra = request_fields.extra_body(config)
+    if "temperature" in config.drop_fields:
+        raise UserError("without the field temperature, outputs are not greedy")
+    for name in ("n", "best_of", "echo", "use_beam_search"):
+        if extra.get(name) not in (None, False, 1):
+            raise UserError(f"{name} in --extra-body asks for more than one greedy continuation")
+
+
+def _with_canaries(gate: Gate | None, canaries: Sequence[Canary], failed: Sequence[Flag]) -> Gate:
+    """The gate with what was found under load."""
+    if gate is None:
+        gate = Gate(
+            passed=True, prompts=0, equal_outputs=None, prompt_tokens=None, external_kv_tokens=None, detail=""
+        )  # fmt: skip
+    found = Counter(canary.verdict for canary in canaries if canary.verdict)
+    return msgspec.structs.replace(
+        gate,
+        passed=gate.passed and not failed,
+        detail=failed[0].detail if failed and gate.passed else gate.detail,
+        canaries=dict(Counter(gate.canaries) + found),
+    )
