@@ -1,14 +1,23 @@
-"""What a scheduler logs of its prompts, with vLLM's own request and step objects and a scripted clock."""
+"""What a scheduler logs of its prompts: with a scripted clock, and vLLM's own scheduler classes without an engine."""
 
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import RequestStatus
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
 from pdbench.events import PromptEvent, parse
 from pdbench.kv import prompt_log
+from pdbench.serving.models import tiny_model
 from tests.kv.test_scheduler import prefill_of, request_of, step_of
 
 
@@ -104,3 +113,66 @@ def test_prompt_that_ends_without_a_token_is_logged_with_its_end(engine: Engine)
     aborted, ended = engine.events()
     assert (aborted.request_id, aborted.error, aborted.first_token_s) == ("a", "aborted", None)
     assert (ended.request_id, ended.error, ended.first_token_s) == ("b", None, 100.0)
+
+
+def scheduler_of(monkeypatch: pytest.MonkeyPatch, path: Path, *, ahead: bool):
+    """What vLLM constructs for --scheduler-cls, with 128 tokens per step, of a model that is never loaded."""
+    length = 4096
+    limits = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "max_model_len": length, "is_encoder_decoder": False}
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(tiny_model()), max_model_len=length, skip_tokenizer_init=True),
+        cache_config=CacheConfig(block_size=16, enable_prefix_caching=False),
+        scheduler_config=SchedulerConfig(**limits, enable_chunked_prefill=True),
+        device_config=DeviceConfig("cpu"),
+    )
+    # vLLM for CPU would compute whole prompts of this model, one step at a time.
+    config.scheduler_config.enable_chunked_prefill, config.scheduler_config.async_scheduling = True, ahead
+    config.scheduler_config.max_num_batched_tokens = config.scheduler_config.max_num_scheduled_tokens = 128
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    config.cache_config.num_gpu_blocks = 100
+    monkeypatch.setenv(prompt_log.LOG_VARIABLE, str(path))
+    return prompt_log.scheduler(
+        vllm_config=config,
+        kv_cache_config=cache,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=16,
+    )
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step at a time", "a step ahead"])
+def test_vllms_own_scheduler_logs_its_prompts(ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = scheduler_of(monkeypatch, tmp_path / "single-0.events.jsonl", ahead=ahead)
+    assert isinstance(scheduler, Scheduler) and isinstance(scheduler, AsyncScheduler) == ahead
+    for name, tokens in (("long", 300), ("short", 20), ("left", 10)):
+        request = Request(name, [1] * tokens, SamplingParams(max_tokens=3, ignore_eos=True), None)
+        scheduler.add_request(request)
+    scheduler.finish_requests("left", RequestStatus.FINISHED_ABORTED)
+    steps, computed = [], dict.fromkeys(("long", "short"), 0)
+    while scheduler.has_requests() or steps:
+        while len(steps) < (2 if ahead else 1):
+            steps.append(scheduler.schedule())
+        step = steps.pop(0)
+        names = list(step.num_scheduled_tokens)
+        for name, tokens in step.num_scheduled_tokens.items():
+            computed[name] += tokens
+        # A prompt's last step, and each after it, gives a token.
+        sampled = [[1] if computed[name] >= {"long": 300, "short": 20}[name] else [] for name in names]
+        places = {name: place for place, name in enumerate(names)}
+        scheduler.update_from_output(step, ModelRunnerOutput(names, places, sampled))
+        if not scheduler.has_requests():
+            break
+    scheduler.shutdown()
+    events = {
+        event.request_id: event for event in parse((tmp_path / "single-0.events.jsonl").read_bytes().splitlines())
+    }
+    assert {name: (event.tokens, event.error) for name, event in events.items()} == {
+        "left": ([], "aborted"),
+        "long": ([128, 128, 44], None),
+        "short": ([20], None),
+    }
+    for name in ("long", "short"):
+        event = events[name]
+        ends = [at_s for step in zip(event.begin_s, event.end_s, strict=True) for at_s in step]
+        assert ends == sorted(ends) and event.first_token_s == event.end_s[-1]
+        assert event.arrived_s <= event.taken_s <= event.begin_s[0]
