@@ -15,7 +15,7 @@ from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Limits, Role
 from pdbench.plan.limits import limits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
-from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
+from pdbench.plan.steps import Steps, Stream, merged_share, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
@@ -28,8 +28,10 @@ NOT_MODELLED = (
     "--no-enable-chunked-prefill",
 )
 """Beginnings of vLLM's flags that change what a step is."""
-LEAST_REQUESTS = 30
-"""A trial with fewer answered requests calibrates nothing."""
+LEAST_REQUESTS, MOST_FAILED = 30, 0.1
+"""A trial with fewer answered requests, or a larger share of failed ones, calibrates nothing."""
+MOST_CACHED, MOST_MERGED = 0.02, 0.05
+"""Shares of prefill's prompt tokens from its cache, and of tokens that came with the one before, above which steps are not known."""
 USUAL_INGRESS_S = 0.007
 """From sending to the engine's scheduler, where no instance was measured that shows it."""
 DECODE_ERROR = 0.02
@@ -58,7 +60,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     sources: list[Source] = []
     parts: list[Part] = []
     for path, run in runs.items():
-        _check_modelled(path, run)
+        _check_suitable(path, run)
     for path, run in runs.items():
         of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
@@ -89,8 +91,8 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
 
 
-def _check_modelled(path: Path, run: Run) -> None:
-    """Raises UserError for engines that the simulator does not know."""
+def _check_suitable(path: Path, run: Run) -> None:
+    """Raises UserError for engines that the simulator does not know, and for records that do not show their steps."""
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
     named = [flag for flag in NOT_MODELLED if flag in words]
@@ -100,6 +102,21 @@ def _check_modelled(path: Path, run: Run) -> None:
         raise UserError(
             f"{path} was served with {' and '.join(named)}, which plan does not model: calibrate with runs without it"
         )
+    counts = [count for trial in run.trials for count in trial.prefix_cache.values() if count.role == "prefill"]
+    prompt_tokens, cached_tokens = (
+        sum(getattr(count, name) for count in counts) for name in ("prompt_tokens", "cached_tokens")
+    )
+    if cached_tokens > MOST_CACHED * prompt_tokens:
+        raise UserError(
+            f"{path}: prefill's prefix cache had {100 * cached_tokens / prompt_tokens:.0f} % of the prompt tokens, and which prompts' is not "
+            "recorded: calibrate with prompts that are new to every cache"
+        )
+    merged = merged_share([request for trial in run.trials for request in usable(run, trial.index)])
+    if merged > MOST_MERGED:
+        raise UserError(
+            f"{path}: {100 * merged:.0f} % of the tokens came together with the one before, and steps cannot be told apart: measure "
+            "without --stream-interval, with a client and a proxy that keep up"
+        )
 
 
 def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
@@ -108,7 +125,8 @@ def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
     parts = []
     for number, trial in enumerate(run.trials):
         requests = {request.id: request for request in usable(run, trial.index)}
-        if len(requests) < LEAST_REQUESTS:
+        failed = sum(request.error is not None for request in run.requests if request.trial == trial.index)
+        if len(requests) < LEAST_REQUESTS or failed > MOST_FAILED * len(requests):
             continue
         instances = sorted(streams_of(run, trial.index).items())
         for (role, address), streams in instances:

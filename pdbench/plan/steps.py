@@ -57,6 +57,12 @@ class Stream:
     computed: int
 
 
+def merged_share(requests: Sequence[RequestRecord]) -> float:
+    """The share of tokens that came together with the one before: their steps cannot be told apart."""
+    gaps = [np.diff(request.token_s) for request in requests]
+    return float(np.mean(np.concatenate(gaps) <= 0)) if sum(map(len, gaps)) else 0.0
+
+
 def usable(run: Run, trial: int) -> list[RequestRecord]:
     """A trial's requests that were answered token by token, warm-up included, in order of sending."""
     requests = [
@@ -83,7 +89,7 @@ def streams_of(run: Run, trial: int) -> dict[tuple[Role, str], list[Stream]]:
         assert request.prompt_tokens is not None
         tokens = request.prompt_tokens
         if way is None or way.prefill_sent_s is None:
-            role: Role = "single" if run.name == "single" else "replica"
+            role: Role = "single" if way is None else "replica"
             where = way.decode if way and way.decode else ""
             streams[role, where].append(Stream(request.id, request.token_s, tokens, tokens - cached))
             continue

@@ -8,7 +8,7 @@ from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
 from pdbench.plan.calibration import Part, _taken_s, calibrate
 from pdbench.plan.steps import Stream
-from pdbench.records import Clock, EngineFacts, RequestRecord, Run, Trial
+from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
 INGRESS = 0.006
@@ -78,6 +78,21 @@ def test_engine_that_is_not_modelled_is_refused(serve: dict[str, object]) -> Non
     run = recorded_run()
     run.config["serve"] = serve
     with pytest.raises(UserError, match="does not model"):
+        calibrate({Path("a"): run})
+
+
+def test_tokens_that_came_together_are_refused() -> None:
+    run = recorded_run()
+    for request in run.requests:
+        request.token_s = [at_s for at_s in request.token_s[::2] for _ in (0, 1)]
+    with pytest.raises(UserError, match="came together"):
+        calibrate({Path("a"): run})
+
+
+def test_prompts_from_prefills_cache_are_refused() -> None:
+    run = recorded_run()
+    run.trials[0].prefix_cache = {"prefill-0": PrefixCacheCounts("prefill", 1000, 300)}
+    with pytest.raises(UserError, match="30 % of the prompt tokens"):
         calibrate({Path("a"): run})
 
 
