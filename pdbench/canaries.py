@@ -59,8 +59,8 @@ class Answer:
     salted: bool = True
 
 
-References = dict[int, tuple[str, list[Answer]]]
-"""By trial: who answered first, and what."""
+References = dict[tuple[int, int], tuple[str, Answer]]
+"""By trial and place of the request: who answered first, and what."""
 
 
 @dataclass
@@ -84,7 +84,8 @@ class Canaries:
         direct = [server for role in ("prefill", "replica") for server in info.servers if server.role == role]
         if info.config.get("connector_used") == "builtin-p2p-nccl":
             direct = []
-        self.source, self._url = (direct[0].name, direct[0].url) if direct else (info.name, info.url)
+        idle = f"the idle {'server' if info.name == 'bench' else info.name}"
+        self.source, self._url = (direct[0].name, direct[0].url) if direct else (idle, info.url)
         self._asked: dict[int, list[_Asked]] = {}
         self._flags: list[Flag] = []
         self._left_out: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ class Canaries:
             self._flags.append(Flag("canaries-off", f"no answer was checked under load: {error}"))
             return load
         self._asked[load.trial] = asked
-        self._compare_references(load.trial, [each.answer for each in asked])
+        self._compare_references(load.trial, asked)
         return replace(load, canaries=tuple(places))
 
     def judge(self, load: TrialLoad, requests: Sequence[RequestRecord], *, servers_live: bool = True) -> str | None:
@@ -210,11 +211,16 @@ class Canaries:
                      "before and after the load; under load the answer was its second")
             )  # fmt: skip
 
-    def _compare_references(self, trial: int, answers: list[Answer]) -> None:
-        source, firsts = self._firsts.setdefault(trial, (f"{self.source} of {self.info.name}", answers))
-        verdicts = [compare(a, b.token_ids, b.text)[0] for a, b in zip(firsts, answers, strict=False)]
-        if wrong := verdicts.count("wrong"):
-            what = f"trial {trial + 1}: {source} and {self.source} of {self.info.name} answer {wrong} of {len(verdicts)} prompts differently"
+    def _compare_references(self, trial: int, asked: Sequence[_Asked]) -> None:
+        """With the first deployment that was asked the same prompts; one with more instances has other canaries."""
+        own = self.info.name if self._url == self.info.url else f"{self.source} of {self.info.name}"
+        verdicts, others = Counter[str](), set[str]()
+        for each in asked:
+            source, first = self._firsts.setdefault((trial, each.planned.index), (own, each.answer))
+            verdicts[compare(first, each.answer.token_ids, each.answer.text)[0]] += 1
+            others.add(source)
+        if wrong := verdicts["wrong"]:
+            what = f"trial {trial + 1}: {' and '.join(sorted(others))} and {own} answer {wrong} of {len(asked)} prompts differently"
             self._flags.append(Flag("reference-wrong", f"{what} without any load: one of them computes something else"))
 
     def _failed(self, judged: Sequence[tuple[RequestRecord, Canary]], pairs: dict[str, str]) -> Iterator[Flag]:
