@@ -183,19 +183,15 @@ def opened(config: LiveConfig | None, console: Console) -> Iterator[None]:
         yield
         return
     _publisher = publisher = Publisher(config, console)
-    problem = "it was ended from outside"
+    problem: str | None = None
     try:
         yield
-        problem = ""
-    except UserError as error:
-        problem = str(error)
-        raise
-    except KeyboardInterrupt:
-        problem = "interrupted"
+    except BaseException as error:
+        problem = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         raise
     finally:
         _publisher = None
-        publisher.close(problem or None)
+        publisher.close(problem)
 
 
 def is_open() -> bool:
