@@ -16,6 +16,7 @@ import pytest
 from pdbench.serving.deployment import Deployment, DeploymentInfo
 from pdbench.serving.models import tiny_model
 from tests.conftest import serve_config, start
+from tests.support.processes import wait_until
 from tests.support.proxy_processes import instance, proxy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
@@ -97,6 +98,47 @@ def test_stream_opened_by_prefill_equals_that_of_one_instance(single: Deployment
     early = [event["first_token_s"] is not None for event in events(disaggregated)[-16:]]
     assert sum(early) >= 3, "some first tokens are pieces of text by themselves"
     wait_for_no_kv(disaggregated)
+
+
+OTHER_APIS = {
+    "/v1/responses": {"input": "Answer in one word: which instance computes this prompt?", "max_output_tokens": 12},
+    "/v1/messages": {"messages": [{"role": "user", "content": "And this one, in two words?"}], "max_tokens": 12},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_APIS)
+def test_prompts_of_other_apis_come_from_prefill(single: DeploymentInfo, disaggregated: DeploymentInfo, path: str):
+    body = {"model": single.model_name, "temperature": 0.0, **OTHER_APIS[path]}
+
+    def answer(running: DeploymentInfo, **fields: object) -> bytes:
+        data, headers = msgspec.json.encode(body | fields), {"content-type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(running.url + path, data, headers), timeout=120) as reply:
+            return reply.read()
+
+    def text(document: dict) -> object:
+        return [part.get("text", part.get("content")) for part in document.get("output") or document["content"]]
+
+    def strip(parts: object) -> object:
+        """Without the ids that vLLM gives the parts of an answer."""
+        return [[piece["text"] for piece in part] if isinstance(part, list) else part for part in parts]
+
+    def event_after(count: int) -> dict:
+        """What the proxy logged of the request after `count` others; it does so when the answer has been sent."""
+        wait_until(lambda: len(events(disaggregated)) > count)
+        return events(disaggregated)[-1]
+
+    count = len(events(disaggregated))
+    got, expected = (strip(text(msgspec.json.decode(answer(running)))) for running in (disaggregated, single))
+    assert got == expected
+    event = event_after(count)
+    assert (event["status"], event["error"], event["decode_alone"]) == (200, None, None)
+    assert event["transfer_id"] and event["prefill_done_s"]
+    log = next(server.event_log for server in disaggregated.servers if server.role == "decode")
+    prompts = [line for line in Path(log).read_bytes().splitlines() if b'"event":"prompt"' in line]
+    prompt = msgspec.json.decode(prompts[-1])
+    assert prompt["transfer_id"] == event["transfer_id"] and sum(prompt["tokens"]) < prompt["prompt_tokens"]
+    streamed = answer(disaggregated, stream=True)
+    assert b"event: error" not in streamed and event_after(count + 1)["error"] is None
 
 
 def test_leaving_clients_leave_no_kv(disaggregated: DeploymentInfo):
