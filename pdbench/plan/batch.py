@@ -1,5 +1,6 @@
 """Who is in an engine: sequences that decode, prompts under way and waiting, KV blocks, and who loses them when they run out."""
 
+import math
 from dataclasses import dataclass, field
 from heapq import heapify, heappop
 
@@ -16,22 +17,30 @@ LAST, ONLY, PAUSES = range(3)
 
 @dataclass
 class Tokens:
-    """What the client got, of all requests and instances: instants of first and latest tokens (NaN: none yet), gaps by microseconds."""
+    """What the client got, of all requests and instances: instants of first and latest tokens (NaN: none yet), and `gaps`, an interval and
+    how many gaps had it by turns."""
 
     first_s: list[float]
     last_s: list[float]
-    gaps: dict[int, int] = field(default_factory=dict)
+    gaps: list[float] = field(default_factory=list)
+    counted: dict[int, int] = field(default_factory=dict)
 
     def opens(self, request: int, at_s: float) -> None:
         """An instance's first token of a request: the client's first, or one after a handoff or a preemption."""
         if self.first_s[request] != self.first_s[request]:
             self.first_s[request] = at_s
         else:
-            self.gap(at_s - self.last_s[request], 1)
+            self.gaps += (at_s - self.last_s[request], 1)
 
-    def gap(self, seconds: float, count: int) -> None:
-        key = int(seconds * 1e6 + 0.5)
-        self.gaps[key] = self.gaps.get(key, 0) + count
+    def count(self) -> dict[int, int]:
+        """All gaps so far by microseconds; the list is emptied."""
+        pairs = np.array(self.gaps).reshape(-1, 2)
+        values, places = np.unique(np.rint(1e6 * pairs[:, 0]).astype(np.int64), return_inverse=True)
+        for value, count in zip(values.tolist(), np.bincount(places, pairs[:, 1]).tolist(), strict=True):
+            if count:
+                self.counted[value] = self.counted.get(value, 0) + round(count)
+        self.gaps.clear()
+        return self.counted
 
 
 class Costed:
@@ -46,6 +55,12 @@ class Costed:
             costs.host_decode_s if n <= limits.captured else costs.host_prefill_s for n in range(self.most + 1)
         ]
         self.gpu_s = [engine.gpu_decode_s(n) for n in range(self.most + 1)]
+        self.budget, self.block, self.captured = limits.max_num_batched_tokens, limits.block_size, limits.captured
+        self.joins = role == "decode"
+        box = engine.box
+        self.most_prompt: float = box.prompt_tokens if box else math.inf
+        self.most_sequences: float = box.sequences if box else math.inf
+        self.most_context: float = box.context_tokens if box else math.inf
         self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
         self.blocks: int | None = None
         self.most_blocks: list[int] = []  # of each request at its end

@@ -34,7 +34,7 @@ class Instance(Batch):
         # that end are missing begins at `before_s`.
         self.steps, self.extended = 0, False
         self.next_s = self.next_d = self.first_s = self.before_s = self.before_d = 0.0
-        self.gaps: list[tuple[float, int]] = []
+        self.gaps: list[float] = []
 
     @property
     def use(self) -> InstanceUse:
@@ -100,8 +100,8 @@ class Instance(Batch):
         elif self.n or handouts or self.opening:
             limit = 1 if waits else 1 << 60
             extend = False
-            if handouts:
-                limit = min(limit, handouts[0][0] - self.k)
+            if handouts and handouts[0][0] - self.k < limit:
+                limit = handouts[0][0] - self.k
             if self.n and self.rising[0] - self.k <= limit:
                 limit = self.rising[0] - self.k
                 extend = lag == 2 and not tight and not waits and not handouts
@@ -130,8 +130,9 @@ class Instance(Batch):
             launched = s + host
             self.before_s, self.before_d = s, d
             self.next_s = launched if launched > d else d
-            self.next_d = max(d + gpu if d > s else s + gpu, launched)
-            self.gaps.append((self.next_s - s, self.n if limit else self.weight))
+            done = d + gpu if d > s else s + gpu
+            self.next_d = done if done > launched else launched
+            self.gaps += (self.next_s - s, self.n if limit else self.weight)
             if not limit:
                 self.first_s = self.next_s
             self.steps += 1
@@ -143,7 +144,17 @@ class Instance(Batch):
         host, gpu, growth = self.costed.host_s[n], self.costed.gpu_s[n], self.costs.gpu_per_context_token_s * n
         if n:
             gpu += self.costs.gpu_per_context_token_s * (self.base + n * self.k)
-        steps, gaps, weight = 0, [], self.weight
+        steps, weight = 0, self.weight
+        gaps: list[float] = []
+        if not n and not weight:  # nothing but last tokens to wait for
+            self.steps, self.next_s, self.next_d, self.first_s, self.gaps = (
+                limit,
+                (d if d > s else s),
+                d,
+                (d if d > s else s),
+                gaps,
+            )
+            return
         while steps < limit and s < until_s:
             count = limit - steps
             if self.lag == 1:
@@ -155,29 +166,29 @@ class Instance(Batch):
                         count = min(count, int((host - gpu) / growth) + 1)
                     count = _rows(count, host, 0.0, until_s - s)
                     took = count * host
-                gaps.append((took / count, count * n))
+                gaps += (took / count, count * n)
                 s += took
                 d = s
             elif n and d <= s and gpu <= host and steps:  # the host sets the pace
                 if growth:
                     count = min(count, int((host - gpu) / growth) + 1)
                 count = _rows(count, host, 0.0, until_s - s)
-                gaps.append((host, weight + (count - 1) * n))
+                gaps += (host, weight + (count - 1) * n)
                 s += count * host
                 d = s
             elif n and d >= s + host and gpu >= host and steps:  # the GPU does
                 count = 1 + _rows(count - 1, gpu, growth, until_s - d)
                 took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2
-                gaps.append((d - s, weight))
+                gaps += (d - s, weight)
                 if count > 1:
-                    gaps.append((took / (count - 1), (count - 1) * n))
+                    gaps += (took / (count - 1), (count - 1) * n)
                 s = d + took
                 d = s + gpu + growth * (count - 1)
             else:
                 count = 1
                 launched = s + host
                 after = launched if launched > d else d
-                gaps.append((after - s, weight))
+                gaps += (after - s, weight)
                 done = d + gpu if d > s else s + gpu
                 s, d = after, done if done > launched else launched
                 if not steps:
@@ -189,11 +200,8 @@ class Instance(Batch):
 
     def _advance(self) -> list[int]:
         """Do the planned steps; the requests that end with them."""
-        counts, n, steps = self.tokens.gaps, self.n, self.steps
-        for gap_s, count in self.gaps:
-            if count:
-                key = int(gap_s * 1e6 + 0.5)
-                counts[key] = counts.get(key, 0) + count
+        n, steps = self.n, self.steps
+        self.tokens.gaps += self.gaps
         if self.opening and self.lag == 2:
             self._open(self.first_s)
         took = self.next_d - (self.d if self.d > self.s else self.s)
@@ -201,8 +209,9 @@ class Instance(Batch):
             self.decode_s += took
             self.sequence_s += n * took
             self.output_tokens += n * steps
-            if self.costed.engine.box is not None:
-                self._note_box(took, n, 0, self.base + n * self.k, n * steps)
+            costed, context = self.costed, self.base + n * self.k
+            if n > costed.most_sequences or context + n * steps > costed.most_context:
+                self._note_box(took, n, 0, context, n * steps)
         ended = []
         self.weight = n
         if self.extended:
@@ -221,14 +230,15 @@ class Instance(Batch):
         return ended
 
     def _open(self, at_s: float) -> None:
+        at_s += self.costs.egress_s
         for request in self.opening:
-            self.tokens.opens(request, at_s + self.costs.egress_s)
+            self.tokens.opens(request, at_s)
         self.opening = []
 
     def _schedule(self) -> None:
         """One step with as many prompt tokens and joining sequences as there is room for; no step if there is room for none."""
         k, n, costed, costs, waiting = self.k, self.n, self.costed, self.costs, self.waiting
-        room, block = costed.engine.limits.max_num_batched_tokens - n, costed.engine.limits.block_size
+        room, block = costed.budget - n, costed.block
         prompt_tokens = prompts = joining = taken = 0
         context = self.base + n * k
         complete: list[tuple[int, int]] = []
@@ -242,10 +252,9 @@ class Instance(Batch):
                 self.partial = None
             else:
                 request = waiting[0]
-                again = request in self.resumed
-                size, computed = costed.sizes[request], costed.cached[request]
-                if again:
-                    size, computed = size + self.resumed[request], 0
+                size, computed, again = costed.sizes[request], costed.cached[request], False
+                if self.resumed and request in self.resumed:
+                    size, computed, again = size + self.resumed[request], 0, True
                 if n + len(self.ending) + len(complete) >= costed.most:
                     self.blocked = True
                     break
@@ -256,7 +265,7 @@ class Instance(Batch):
                         break
                     self.reserved = reserved
                 waiting.pop(0)
-                if costed.role == "decode" and not again:
+                if costed.joins and not again:
                     joining += 1
                     context += size
                     complete.append((request, size))
@@ -276,7 +285,7 @@ class Instance(Batch):
         if not prompt_tokens and not joining:
             return
         host, gpu = costs.host_decode_s, costed.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
-        if n + joining + prompt_tokens > costed.engine.limits.captured:
+        if n + joining + prompt_tokens > costed.captured:
             host = costs.host_prefill_s
             if prompt_tokens:
                 if costs.noise:
@@ -292,22 +301,25 @@ class Instance(Batch):
         done = begins + gpu if begins + gpu > launched else launched
         after, weight = (done, n) if self.lag == 1 else (launched if launched > d else d, self.weight)
         if weight:
-            self.tokens.gap(after - s, weight)
+            self.tokens.gaps += (after - s, weight)
         if self.opening:
             self._open(after)
         self.s, self.d, self.weight, self.k = after, done, n, k + 1
-        self.sequence_s += (n + joining + prompts) * (done - begins)
         self.output_tokens += n + len(complete)
         if prompt_tokens:
             self.prompt_tokens += prompt_tokens
             self.prefill_s += done - begins
         else:
             self.decode_s += done - begins
-        if costed.engine.box is not None:
-            self._note_box(done - begins, n + joining + prompts, prompt_tokens, context, 0)
+        sequences = n + joining + prompts
+        if prompt_tokens > costed.most_prompt or sequences > costed.most_sequences or context > costed.most_context:
+            self._note_box(done - begins, sequences, prompt_tokens, context, 0)
+        self.sequence_s += sequences * (done - begins)
         for request, size in complete:
             self.order += 1
-            end = k + costed.outputs[request] - self.resumed.get(request, 0)
+            end = k + costed.outputs[request]
+            if self.resumed:
+                end -= self.resumed.get(request, 0)
             sequence = (self.order, request, size - k, end)
             if end == k + 1:
                 self.ending[request] = sequence

@@ -15,6 +15,9 @@ from pdbench.plan.engine import Demand, Deployment, Policy, Role, Simulated
 from pdbench.plan.instance import Instance
 
 _ARRIVES, _JOINS, _WAKES = range(3)
+_BITS = 40
+_LOWER = (1 << _BITS) - 1
+_GAPS = 1 << 20
 
 
 class Balance:
@@ -25,26 +28,26 @@ class Balance:
 
     def __init__(self, policy: Policy, count: int, generator: random.Random, *, by_tokens: bool) -> None:
         self.policy, self.generator, self.by_tokens = policy, generator, by_tokens
-        self.turn, self.requests = generator.randrange(count), 0
-        self.loads = [(0, 0)] * count
-        self.holders = {(0, 0): (1 << count) - 1}  # load -> the instances that have it, as bits
-        self.rising = [
-            (0, 0)
-        ]  # a heap of these loads, and of some that no instance has; tidied when longer than `room`
+        self.instances, self.turn, self.requests = count, generator.randrange(count), 0
+        self.loads = [0] * count  # what counts first in the upper bits, so that loads compare as numbers
+        self.holders = {0: (1 << count) - 1}  # load -> the instances that have it, as bits
+        self.rising = [0]  # a heap of these loads, and of some that no instance has; tidied when longer than `room`
         self.room = 4 * count + 1000
 
     def choose(self) -> int:
-        if len(self.loads) == 1:
+        count = self.instances
+        if count == 1:
             return 0
-        turn = self.turn % len(self.loads)
+        turn = self.turn % count
         self.turn += 1
         if self.policy == "round-robin":
             return turn
         if self.policy == "prefix-affinity":
-            limit = 2 * self.requests / len(self.loads) + 1
+            limit = 2 * self.requests / count + 1
             while True:
-                index = self.generator.randrange(len(self.loads))
-                if self.loads[index][self.by_tokens] <= limit:
+                index = self.generator.randrange(count)
+                load = self.loads[index]
+                if (load & _LOWER if self.by_tokens else load >> _BITS) <= limit:
                     return index
         while self.rising[0] not in self.holders:
             heappop(self.rising)
@@ -55,11 +58,10 @@ class Balance:
     def count(self, index: int, requests: int, tokens: int) -> None:
         """Add to an instance's requests and prompt tokens in flight."""
         self.requests += requests
-        first, second = self.loads[index]
-        holders, bit = self.holders, 1 << index
-        if left := holders.pop((first, second)) ^ bit:
-            holders[first, second] = left
-        load = (first + tokens, second + requests) if self.by_tokens else (first + requests, second + tokens)
+        before, holders, bit = self.loads[index], self.holders, 1 << index
+        if left := holders.pop(before) ^ bit:
+            holders[before] = left
+        load = before + ((tokens << _BITS) + requests if self.by_tokens else (requests << _BITS) + tokens)
         self.loads[index] = load
         if load in holders:
             holders[load] |= bit
@@ -115,10 +117,14 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     way_in_s = instances[0].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
-    queue: list[
-        tuple[float, int, int, int]
-    ] = []  # instant, what happens, request or instance, version of the instance's wake
+    # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those
+    # that wait for a stream.
+    queue: list[tuple[float, int, int, int]] = []
     place = events = 0
+    decoders_begin = len(front)
+    if streams is None:
+        sent = due
+        due_in = [at_s + way_in_s for at_s in due]
 
     def send(free_s: float) -> None:
         """The next request, when it is due and a stream is free."""
@@ -130,10 +136,18 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                 heappush(queue, (sent[request] + way_in_s, _ARRIVES, request, 0))
                 return
 
-    for _ in range(1 if streams is None else streams):
+    for _ in range(streams or 0):
         send(0.0)
-    while queue:
-        now_s, what, number, version = heappop(queue)
+    while True:
+        if streams is None and place < total and (not queue or due_in[place] <= queue[0][0]):
+            now_s, what, number = due_in[place], _ARRIVES, place
+            place += 1
+            if not can_run[number]:
+                continue
+        elif queue:
+            now_s, what, number, version = heappop(queue)
+        else:
+            break
         if what == _WAKES:
             instance = instances[number]
             if version != instance.version:
@@ -142,7 +156,11 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             gone = instance.wake()
             if instance.wake_s < math.inf:
                 heappush(queue, (instance.wake_s, _WAKES, number, version))
-            if split and number < len(front):
+            if not gone:
+                continue
+            if len(tokens.gaps) > _GAPS:
+                tokens.count()
+            if split and number < decoders_begin:
                 for request in gone:
                     fronts.count(number, -1, -prompts[request])
                     if opens_early[request]:
@@ -154,14 +172,12 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                 continue
             for request in gone:
                 ended[request] = True
-                backs.count(number - len(front) if split else number, -1, -prompts[request])
+                backs.count(number - decoders_begin if split else number, -1, -prompts[request])
                 if streams is not None:
                     send(tokens.last_s[request])
             continue
+        request = number
         if what == _ARRIVES:
-            request = number
-            if streams is None:
-                send(0.0)
             number = fronts.choose()
             fronts.count(number, 1, prompts[request])
             if split:
@@ -170,12 +186,13 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                 if not after_prefill[request]:
                     backs.count(decoder[request], 1, prompts[request])
         else:
-            request, number = number, len(front) + decoder[number]
+            number = decoders_begin + decoder[request]
         instance = instances[number]
         if instance.add(request, now_s):
             instance.version += 1
             heappush(queue, (instance.wake_s, _WAKES, number, instance.version))
 
+    gaps = tokens.count()
     done = np.array(ended, bool)
     sent_s, first_s, last_s = np.array(sent), np.array(tokens.first_s), np.array(tokens.last_s)
     first_s[~done] = last_s[~done] = np.nan
@@ -186,8 +203,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         ttft_s=first_s - sent_s,
         e2e_s=last_s - sent_s,
         mean_tbt_s=mean_tbt_s,
-        gap_s=np.array(list(tokens.gaps), float) / 1e6,
-        gap_count=np.array(list(tokens.gaps.values()), np.int64),
+        gap_s=np.array(list(gaps), float) / 1e6,
+        gap_count=np.array(list(gaps.values()), np.int64),
         instances=[instance.use for instance in instances],
         span_s=float(last_s[done].max()) if done.any() else 0.0,
         events=events,

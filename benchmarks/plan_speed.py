@@ -1,0 +1,79 @@
+"""How fast `pdbench plan` simulates: CPU seconds of one core for a load on many GPUs, as replicas and as prefill + decode.
+
+The costs are those of DeepSeek-V2-Lite's shape on an H200 (docs/results/plan), every instance at 6 requests/s.
+Try: python benchmarks/plan_speed.py --requests 1000000 --gpus 1000
+"""
+
+import argparse
+import time
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits, weighted_quantiles
+from pdbench.plan.simulate import simulate
+
+COSTS = Costs(
+    host_decode_s=0.0025,
+    host_prefill_s=0.05,
+    host_per_prompt_token_s=0.0,
+    gpu_decode_s={1: 0.0034, 2: 0.00395, 4: 0.0038, 8: 0.0039, 16: 0.00407, 24: 0.0046, 32: 0.0048},
+    gpu_per_sequence_s=2.5e-5,
+    gpu_per_context_token_s=1e-9,
+    gpu_prefill_s=0.001,
+    gpu_per_prompt_token_s=1e-5,
+    join_s=0.001,
+    ingress_s=0.007,
+    noise=(1.0, 1.1, 0.9),
+)
+LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=256, captured=128, kv_cache_tokens=1_000_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--gpus", type=int, default=1000)
+    options = parser.parse_args()
+    random, count = np.random.default_rng(0), options.requests
+    demand = Demand(
+        t_s=np.cumsum(random.exponential(1 / (6 * options.gpus), count)),
+        prompt_tokens=random.integers(1500, 2500, count),
+        output_tokens=random.integers(64, 192, count),
+        cached_tokens=np.zeros(count, np.int64),
+    )
+    engine, half = Engine(costs=COSTS, limits=LIMITS), options.gpus // 2
+    deployments = {
+        f"replicas:{options.gpus}": Deployment(
+            kind="replicas", engines={"replica": engine}, instances={"replica": options.gpus}
+        ),
+        f"{half}p{half}d": Deployment(
+            kind="disaggregated",
+            engines={"prefill": engine, "decode": engine},
+            instances={"prefill": half, "decode": half},
+            handoff_s=0.02,
+        ),
+    }
+    table = Table(
+        "", "requests", "tokens", "CPU s", "µs per request", "events", "TTFT p99, ms", "TBT p99, ms", title="Simulated"
+    )
+    for name, deployment in deployments.items():
+        begin_s = time.process_time()
+        result = simulate(deployment, demand)
+        cpu_s = time.process_time() - begin_s
+        tbt_s = weighted_quantiles(result.gap_s, result.gap_count, {"p99": 0.99})["p99"]
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{int(demand.output_tokens.sum()):,}",
+            f"{cpu_s:.1f}",
+            f"{1e6 * cpu_s / count:.0f}",
+            f"{result.events:,}",
+            f"{1e3 * np.quantile(result.ttft_s, 0.99):.0f}",
+            f"{1e3 * tbt_s:.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
