@@ -180,7 +180,7 @@ def test_event_log_that_cannot_be_written_is_logged_once_and_holds_nothing(caplo
     recorder = TransferRecorder("/dev/full", rank=0)
     for _ in range(3):
         recorder.add(TransferEvent(side="send", transfer_id="t"))
-    wait_until(recorder._lines.empty, PATIENCE_S)
+    wait_until(recorder._log._lines.empty, PATIENCE_S)
     recorder.close()
     assert caplog.text.count("cannot be written") == 1
     assert recorder.take_stats().reduce()["send transfers"] == 3

@@ -1,8 +1,10 @@
 """What tests do with processes and ports: wait for a condition, find a free port, run pdbench's command."""
 
 import contextlib
+import errno
 import io
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from unittest import mock
 import psutil
 
 ROOT = Path(__file__).parents[2]
+_random = random.SystemRandom()  # hypothesis seeds the other one
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "condition") -> None:
@@ -27,18 +30,19 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: s
 
 
 def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
-    """A TCP port that nothing listens on now, the first of `count` such ports in a row."""
+    """A TCP port that nothing listens on now, the first of `count` such ports in a row.
+
+    Below the range from which the kernel takes ports of clients, which would take one before its server listens.
+    """
     while True:
-        first = 0
+        first = _random.randrange(11000, 30000)
         with contextlib.ExitStack() as probes:
             try:
                 for offset in range(count):
-                    probe = probes.enter_context(socket.socket())
-                    probe.bind((host, first + offset))
-                    first = first or int(probe.getsockname()[1])
+                    probes.enter_context(socket.socket()).bind((host, first + offset))
                 return first
-            except (OSError, OverflowError):
-                if not first:
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
                     raise
 
 
