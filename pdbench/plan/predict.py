@@ -16,7 +16,7 @@ from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import simulate
 
 DRAWS, LEAST_DRAWS, BUDGET_S = 60, 12, 30.0
-"""Simulations per prediction; fewer where they would take more seconds than this."""
+"""Simulations per prediction; fewer where they would take more seconds of CPU than this."""
 OUTSIDE = 0.05
 """Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
 DRIFT = 1.5
@@ -90,7 +90,7 @@ def predict(
     `demands` gives the trials' requests of draw number n, whose figures are pooled as a run's are. `slo` are the limits of TTFT and
     mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
     """
-    begin_s = time.monotonic()
+    begin_s = time.process_time()
     try:
         deployment = deployment_of(calibration, wanted)
     except UserError as error:
@@ -102,7 +102,7 @@ def predict(
     simulated_s = 0.0
     preempted = 0
     random = np.random.default_rng(0)
-    while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.monotonic() - begin_s < BUDGET_S):
+    while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.process_time() - begin_s < BUDGET_S):
         results = []
         deployment = deployment_of(calibration, wanted, random)  # one day for all trials
         for trial, demand in enumerate(demands(len(rows))):
