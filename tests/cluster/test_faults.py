@@ -57,11 +57,6 @@ def marked(process: subprocess.Popen[str], folder: Path, hosts: Hosts) -> Run:
     assert len({request.id for request in run.requests}) == len(run.requests)
     assert all(request.sent_s is not None and request.sent_s < request.token_s[0] for request in done)
     assert {device.host for device in run.devices if device.samples} >= {hosts.all[0].address, hosts.all[1].address}
-    assert {series.server for series in run.servers if series.values["preemptions"][-1]} == {"replica-0", "replica-1"}
-    begin_s, end_s = min(request.sent_s or 0.0 for request in done), run.trials[0].end_s
-    for series in run.servers:
-        assert all(line.flag == "compiled-under-load" and begin_s - 1 < line.t_s < end_s + 10 for line in series.lines)
-    assert any(series.lines for series in run.servers)
     return run
 
 

@@ -60,7 +60,7 @@ class Scripted(LocalHost):
 
 
 class ScriptedRayHost(Scripted, RayHost):
-    server = COUNTING_SERVER
+    pass
 
 
 if __name__ == "__main__":
