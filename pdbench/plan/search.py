@@ -91,7 +91,8 @@ class Trials:
             )
         if tokens:
             slo_s = np.inf if self.slo[1] is None else self.slo[1] / 1e3
-            steps = [(max(engine.gpu_decode_s(n), costs.host_decode_s), n) for n in range(1, limits.max_num_seqs + 1)]
+            largest = min(limits.max_num_seqs, engine.box.sequences if engine.box else limits.max_num_seqs)
+            steps = [(max(engine.gpu_decode_s(n), costs.host_decode_s), n) for n in range(1, largest + 1)]
             work_s += float(demand.output_tokens.mean()) * min(
                 (took / n for took, n in steps if took <= slo_s), default=steps[0][0]
             )
@@ -107,12 +108,12 @@ class Trials:
         """Of each number of prefill instances, from the fewest on, the fewest decode instances, as long as these get fewer."""
         x_floor = self.floor(self.work_s("prefill", prompts=True, tokens=False))
         y_floor = self.floor(self.work_s("decode", prompts=False, tokens=True))
-        ample = 2 * y_floor + 4
-        x = least_that(lambda n: self.met(_split(n, min(ample, self.most - n))), x_floor, self.most - 1)
+        # With more decode instances than there may be: what is missing then is prefill.
+        x = least_that(lambda n: self.met(_split(n, self.most)), x_floor, self.most - 1)
         found: list[Candidate] = []
         if x is None:
             return found
-        highest = min(ample, self.most - x)
+        highest = self.most
         for prefill in range(x, self.most):
             y = self.least_decode(prefill, y_floor, min(highest, self.most - prefill))
             if y is None:

@@ -73,6 +73,13 @@ def test_deployments_beyond_the_calibration_are_refused_and_not_chosen() -> None
     assert any("more sequences in one step than any run" in reason for reason in reasons)
 
 
+def test_many_small_decode_instances_are_found() -> None:
+    result = found(100.0, sequences=4, most=80)[0]
+    best = {each.kind: each for each in reversed(result.candidates) if each.met}
+    assert set(best) == {"replicas", "disaggregated"}
+    assert best["disaggregated"].gpus < 80
+
+
 def test_no_deployment_within_the_limit_is_said() -> None:
     result = found(50.0, most=2)[0]
     assert not any(each.met for each in result.candidates)

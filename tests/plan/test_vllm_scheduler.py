@@ -134,7 +134,7 @@ def both(own: Engine, load: Demand, monkeypatch: pytest.MonkeyPatch) -> tuple[Vl
 
 def loaded(**lengths: int) -> Demand:
     """Nothing is cached: the class would need texts."""
-    load = demand(120, 12.0, **lengths)
+    load = demand(60, 12.0, **lengths)
     return Demand(**(vars(load) | {"cached_tokens": np.zeros(len(load), np.int64)}))
 
 
