@@ -110,7 +110,11 @@ class Canaries:
     def judge(self, load: TrialLoad, requests: Sequence[RequestRecord], *, servers_live: bool = True) -> str | None:
         """Fill in the trial's canaries; what to say of them, None where none was judged. The servers must be idle again."""
         asked = self._asked.get(load.trial, [])
-        canaries = [(each, each.canary) for each in requests if each.canary and not each.error and each.text]
+        canaries = [
+            (each, each.canary)
+            for each in requests
+            if each.canary and not each.error and (each.text or each.canary.token_ids)
+        ]
         for record, canary in canaries:
             known = asked[canary.number]
             canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known.answer, canary.token_ids, record.text)
@@ -176,7 +180,7 @@ class Canaries:
         answer, ids = known.answer, canary.token_ids[: len(known.answer.token_ids)]
         load = replace(load, config=replace(load.config, endpoint="completions"))
         place = canary.equal_tokens
-        while answer.prompt_ids and canary.gap_nats is not None and place is not None:
+        while answer.prompt_ids and ids and answer.likeliest and place is not None:
             begun, rest = ids[: place + 1], ids[place + 1 :]
             if not rest:
                 canary.verdict = "near-tie"
@@ -187,7 +191,7 @@ class Canaries:
             except OSError:
                 return
             verdict, equal, gap = compare(second, rest, "")
-            if not second.token_ids or (verdict == "undecided" and gap is None):
+            if not second.token_ids or not second.likeliest:
                 return
             if verdict != "undecided":
                 canary.verdict = "near-tie" if verdict == "equal" else verdict
