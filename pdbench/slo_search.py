@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ class LoadJudge:
     A request in flight that is older than the SLO allows has missed it: an overload shows as its queue grows, not when answers come.
     """
 
-    def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float) -> None:
+    def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:
+        """`settle_s` into the load a rate may be called held: servers that were idle meet every SLO at first."""
         self._search, self._rate, self._load, self._until_s = search, rate, load, until_s
+        self._settle_s, self._longest_s = settle_s, _longest_s(load)
         self._arrivals = list(plan.planned_instants(load, None, 0))
         self._good: dict[int, bool] = {}
         self._known = self._missed = 0
@@ -94,32 +96,24 @@ class LoadJudge:
             self._decide(now_s - self._begin_s, progress.in_flight)
 
     def _decide(self, now_s: float, in_flight: int) -> None:
-        limit_s = self._longest_s()
         while self._known < len(
             self._arrivals
         ):  # in the order of arrival: long answers, which may have missed, come late
             good = self._good.get(self._known)
             if good is None:
-                if now_s - (self._arrivals[self._known] or 0.0) <= limit_s:
+                if now_s - (self._arrivals[self._known] or 0.0) <= self._longest_s:
                     break
                 good = False
             self._missed += not good
             self._known += 1
         self._flight.append((now_s, in_flight))
         self.held = self._search.decided(self._rate, self._missed, self._known)
-        if self.held is None and self._grows(now_s, in_flight):
+        if self.held is not False and self._grows(now_s, in_flight):
             self.held = False
+        if self.held and now_s < self._settle_s:
+            self.held = None
         if self.held is not None:
             self.reason = f"{'held' if self.held else 'not held'}, by {self._known} requests"
-
-    def _longest_s(self) -> float:
-        """A request that meets the SLO takes at most this long."""
-        load, limits = self._load, [inf]
-        if load.slo_e2e_ms:
-            limits.append(load.slo_e2e_ms)
-        if load.slo_ttft_ms and load.slo_tbt_ms and load.output_distribution == "fixed" and not load.reply_lengths:
-            limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (load.output_tokens - 1))
-        return min(limits) / 1e3
 
     def _grows(self, now_s: float, in_flight: int) -> bool:
         """Did the second half of the load add more to the requests in flight than chance and its own answers explain?"""
@@ -189,10 +183,11 @@ def find(deployments: Sequence[Deployment], goal: Goal, out: Path, console: Cons
         share_s = (goal.until_s - time.monotonic()) / (len(deployments) - number)
         entry: dict[str, Any] = {"name": deployment.name}
         document["deployments"].append(entry)
-        later = [point for point in earlier if point["deployment"] in {each.name for each in deployments[number + 1 :]}]
 
-        def keep(later: list[dict[str, Any]] = later) -> None:
-            write_whole(out / FILE, json.dumps(document | {"points": document["points"] + later}, indent=1).encode())
+        def keep() -> None:
+            walked = {point["run"] for point in document["points"]}
+            points = document["points"] + [point for point in earlier if point["run"] not in walked]
+            write_whole(out / FILE, json.dumps(document | {"points": points}, indent=1).encode())
 
         console.print(f"[bold]{deployment.name}[/bold]: search", highlight=False)
         load = deployment.options.load
@@ -225,7 +220,6 @@ def _search_one(
             return load_run(out / point["run"]), point
         if folder.exists():
             shutil.rmtree(folder)
-        begin_s = time.monotonic()
         # Other deployments get the same prompts; other loads on the same servers do not.
         parts = (changed.nonce, deployment.name.partition(",")[2], name)
         changed = replace(changed, nonce="/".join(filter(None, parts)))
@@ -249,7 +243,7 @@ def _search_one(
             "held": judge.held if judge else None,
             "limited_by": _limit(timings),
             "client_limited": any(flag.name == "client-limited" for flag in run.flags),
-            "load_s": time.monotonic() - begin_s,
+            "load_s": max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
         }
         return run, point
 
@@ -258,7 +252,7 @@ def _search_one(
     alone_s, first_rate = _pace(run)
     points.append(point)
     search = Search(1 - goal.attain, load.rate or first_rate, _unit_arrivals(load))
-    number, limited = 0, False
+    number, limited, settle_s = 0, False, _settle_s(load, alone_s)
     try:
         while number < MOST_LOADS and time.monotonic() < goal.until_s - (search_s := _confirming_s(search, load)):
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
@@ -267,8 +261,9 @@ def _search_one(
                 break
             name = f"load-{number + 1:02d}"
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
-            changed = replace(load, rate=rate, concurrency=load.concurrency, seed=load.seed + number)
-            judge = LoadJudge(search, rate, changed, goal.until_s - search_s)
+            requests = max(load.requests or REQUESTS, ceil(2 * settle_s * rate))
+            changed = replace(load, rate=rate, requests=requests, seed=load.seed + number)
+            judge = LoadJudge(search, rate, changed, goal.until_s - search_s, settle_s)
             run, point = send(name, changed, judge)
             number += 1
             points.append(point)
@@ -311,6 +306,22 @@ def _pace(run: Run) -> tuple[float, float]:
         raise UserError("no request of the first load succeeded: read the servers' logs")
     e2e_s, ttft_s = (float(np.nanmedian(values)) / 1e3 for values in (requests.e2e_ms, requests.ttft_ms))
     return e2e_s, float(f"{0.5 / ttft_s:.4g}")
+
+
+def _longest_s(load: LoadConfig) -> float:
+    """A request that meets the SLO takes at most this long; infinite where its limits do not say."""
+    limits = [inf]
+    if load.slo_e2e_ms:
+        limits.append(load.slo_e2e_ms)
+    if load.slo_ttft_ms and load.slo_tbt_ms and load.output_distribution == "fixed" and not load.reply_lengths:
+        limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (load.output_tokens - 1))
+    return min(limits) / 1e3
+
+
+def _settle_s(load: LoadConfig, alone_s: float) -> float:
+    """How long a load must last for a small overload to show: ten TTFT limits, four of the longest requests that meet the SLO."""
+    longest_s = _longest_s(load)
+    return max(10 * (load.slo_ttft_ms or 0.0) / 1e3, 4 * (longest_s if isfinite(longest_s) else 2 * alone_s))
 
 
 def _unit_arrivals(load: LoadConfig) -> Array | None:
