@@ -31,6 +31,8 @@ class Trials:
         self.make_demand, self.demands = demands, dict[int, Demand]()
         self.tried: dict[tuple[int, ...], Candidate] = {}
         self.refused: list[Candidate] = []
+        self.outside: dict[tuple[int, ...], list[dict[str, float]]] = {}
+        self.preempted: dict[tuple[int, ...], int] = {}
         self.simulations = 0
 
     def demand(self, seed: int) -> Demand:
@@ -51,9 +53,11 @@ class Trials:
             found.tbt_p99_ms.append(figures["tbt_p99_ms"])
             if "j_per_output_token" in figures:
                 found.j_per_output_token.append(figures["j_per_output_token"])
-            if found.refusal is None:
-                preemptions = sum(use.preemptions for use in result.instances)
-                found.refusal = beyond(outside_of([result]), preemptions > 0, {})
+            shares = self.outside.setdefault(key, [])
+            shares.append(outside_of([result]))
+            self.preempted[key] = self.preempted.get(key, 0) + any(use.preemptions for use in result.instances)
+            mean = {name: float(np.mean([share[name] for share in shares])) for name in shares[0]}
+            found.refusal = beyond(mean, self.preempted[key] > len(shares) / 2, {})
         return found
 
     def typical(self, wanted: Wanted) -> Deployment:
@@ -163,8 +167,22 @@ def search(
     near: list[Candidate] = []
     for kind in ("single", "replicas", "disaggregated"):
         best = min((each for each in starts if each.kind == kind and each.met), key=cost, default=None)
-        for wanted in _around(best, most_gpus) if best else ():
-            near.append(trial.candidate(wanted, SEEDS))
+        while best is not None:
+            tried = [trial.candidate(wanted, SEEDS) for wanted in _around(best, most_gpus)]
+            near += [each for each in tried if each not in near]
+            if any(each.met for each in tried) or best.gpus >= most_gpus:
+                break
+            # One load was luck: with one GPU more the others may agree.
+            more = (
+                _split(best.instances["prefill"], best.instances["decode"] + 1)
+                if kind == "disaggregated"
+                else _replicas(best.gpus + 1)
+            )
+            best = trial.candidate(more) if more.kind == kind else None
+    # What one load finds cheaper must show it in the others too.
+    limit = min((cost(each) for each in near if each.met), default=(np.inf,))
+    for each in [each for each in starts if each not in near and each.met and cost(each) < limit]:
+        near.append(trial.candidate(Wanted(each.kind, each.instances), SEEDS))
     ranked = sorted((each for each in near if each.met), key=cost)
     if ranked:
         for other in ranked[1:]:
@@ -173,6 +191,7 @@ def search(
     rest = sorted(
         (each for each in shown.values() if not each.met), key=lambda each: (each.refusal is not None, *cost(each))
     )
+    # Of one load only, and dearer or less sure than what was compared.
     others = [each for each in shown.values() if each.met and each not in ranked]
     return Search(
         slo_ttft_ms=slo[0],

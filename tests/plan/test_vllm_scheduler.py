@@ -12,7 +12,7 @@ from pdbench.serving.models import tiny_model
 from tests.plan.step_by_step import Sequence, SlowEngine, step_by_step
 from tests.plan.test_simulate import demand, engine, of_kind
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # importing vLLM takes minutes on a busy machine
 
 
 @functools.cache
