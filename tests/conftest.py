@@ -5,17 +5,22 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.serving.deployment import Deployment, DeploymentInfo
-from pdbench.serving.machine import Machine
+from pdbench.serving.machine import Machine, inspect
 from pdbench.serving.vllm import Command
 from pdbench.site import Site
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
 from tests.support.proxy_processes import Server, instance
+
+if TYPE_CHECKING:
+    from tests.support.kv import Server as VllmServer
 
 
 def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
@@ -96,6 +101,28 @@ def disaggregated(deployments: dict[str, Deployment]) -> DeploymentInfo:
     """Prefill, decode and proxy that run."""
     deployments["disaggregated"].check()
     return deployments["disaggregated"].info()
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list["VllmServer"]]:
+    """Real vLLM with the connector, in processes that a test may stop, kill and start again: prefill-0, prefill-1, decode-0
+    (recomputes what fails) and decode-1 (fails it). A tiny Qwen2: without chunked prefill and prefix caching, as vLLM on CPU
+    runs MLA, there would be less to show."""
+    from tests.support.kv import Server, tiny_qwen2  # torch takes seconds
+
+    folder = tmp_path_factory.mktemp("fleet")
+    config = serve_config(folder, 2, 2, connector="tcp", model=str(tiny_qwen2(folder / "tiny-qwen2")))
+    planned = commands("disaggregated", config)[:4]
+    failing = replace(config, kv_load_failure_policy="fail")
+    planned[3] = commands("disaggregated", failing, inspect())[3]
+    servers = [Server(command, folder) for command in planned]
+    try:
+        for server in servers:
+            server.wait_healthy()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
 
 
 @pytest.fixture(scope="session")

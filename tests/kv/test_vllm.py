@@ -1,11 +1,9 @@
 """The connector inside real vLLM on CPU: the same tokens as a single instance, and no hang, leak or wrong token in any fault.
 
-A tiny Qwen2, because vLLM on CPU runs MLA without chunked prefill and prefix caching (MLA itself: the last test). Two prefill and
-two decode instances; a decode instance without transfer parameters is the single instance to compare with. Processes are really
-stopped, killed and restarted.
+Two prefill and two decode instances of a tiny Qwen2 (MLA: the last test); a decode instance without transfer parameters is the
+single instance to compare with. Processes are really stopped, killed and restarted.
 """
 
-import dataclasses
 import json
 import signal
 import time
@@ -17,28 +15,9 @@ import pytest
 
 from pdbench.kv import compat
 from pdbench.serving.machine import inspect
-from tests.conftest import commands, serve_config
-from tests.support.kv import OUTPUT_TOKENS, PATIENCE_S, Server, new_id, prompt_of, tiny_qwen2, wait_free
+from tests.support.kv import OUTPUT_TOKENS, PATIENCE_S, new_id, prompt_of, wait_free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    """prefill-0, prefill-1, decode-0 (recomputes what fails) and decode-1 (fails it)."""
-    folder = tmp_path_factory.mktemp("fleet")
-    config = serve_config(folder, 2, 2, connector="tcp", model=str(tiny_qwen2(folder / "tiny-qwen2")))
-    planned = commands("disaggregated", config)[:4]
-    failing = dataclasses.replace(config, kv_load_failure_policy="fail")
-    planned[3] = commands("disaggregated", failing, inspect())[3]
-    servers = [Server(command, folder) for command in planned]
-    try:
-        for server in servers:
-            server.wait_healthy()
-        yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pdbench.load.clients import LoadResult, run_load
 from pdbench.records import Clock
 from pdbench.serving.deployment import DeploymentInfo
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 
 def run(single: DeploymentInfo, config: LoadConfig) -> LoadResult:

@@ -1,21 +1,20 @@
-"""The proxy in front of real vLLM (CPU): 1P1D, 2P1D and 1P2D, the OpenAI client and `vllm bench serve` unchanged, KV back to
+"""The proxy in front of real vLLM (CPU): 1P1D, 2P1D, 1P2D and replicas, the OpenAI client and `vllm bench serve` unchanged, KV back to
 zero."""
 
 import re
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import openai
 import pytest
 
-from pdbench.serving.deployment import Deployment, DeploymentInfo
+from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from pdbench.serving.models import tiny_model
-from tests.conftest import serve_config, start
+from tests.support.kv import Server as VllmServer
 from tests.support.processes import wait_until
 from tests.support.proxy_processes import instance, proxy
 
@@ -48,10 +47,7 @@ def events(running: DeploymentInfo) -> list[dict]:
 def wait_for_no_kv(running: DeploymentInfo) -> None:
     """Every instance frees the KV of requests that have ended or were left."""
     urls = [server.url for server in running.servers if server.role in ("prefill", "decode")]
-    deadline = time.monotonic() + 60
-    while any(kv_use(url) > 0 for url in urls):
-        assert time.monotonic() < deadline, "an instance keeps KV"
-        time.sleep(0.5)
+    wait_until(lambda: not any(kv_use(url) > 0 for url in urls), 60, "no instance keeps KV")
 
 
 def test_answers_equal_those_of_one_instance(single: DeploymentInfo, disaggregated: DeploymentInfo):
@@ -155,35 +151,47 @@ def test_leaving_clients_leave_no_kv(disaggregated: DeploymentInfo):
     assert text_of(disaggregated, "still serving")
 
 
-@pytest.fixture
-def two_and_two(tmp_path: Path) -> Iterator[Deployment]:
-    """Two prefill and two decode instances."""
-    deployment = start("disaggregated", serve_config(tmp_path, prefill=2, decode=2))
-    yield deployment
-    deployment.close()
+class Address(NamedTuple):
+    url: str
 
 
-def test_several_prefill_and_decode_instances(two_and_two: Deployment, single: DeploymentInfo):
-    running = two_and_two.info()
+@pytest.mark.parametrize("connector", ["tcp", "none"])
+def test_several_instances_of_a_role(connector: str, fleet: list[VllmServer], tmp_path: Path):
+    """Two prefill and two decode instances, and replicas: each answer is that of one instance."""
+    split = connector != "none"
+    roles = {"prefill": fleet[:2], "decode": fleet[2:]} if split else {"decode": fleet[2:]}
+    addresses = {
+        role: [Address(f"{server.url}@{server.kv_address}" if split else server.url) for server in servers]
+        for role, servers in roles.items()
+    }
+    alone = DeploymentInfo(name="single", url=fleet[3].url, model_name="tiny-qwen2")
     prompts = [f"{number} prompts go to all the instances there are, " * 3 for number in range(6)]
-    expected = [text_of(single, prompt) for prompt in prompts]
+    expected = [text_of(alone, prompt) for prompt in prompts]
+    with proxy(tmp_path, *(["--connector", connector] if split else []), **addresses) as server:
+        instances_of = [
+            ServerInfo(name=each.name, role=role, url=each.url) for role, servers in roles.items() for each in servers
+        ]
+        logged = ServerInfo(name="proxy", role="proxy", url=server.url, event_log=str(server.log))
+        running = DeploymentInfo(
+            name="several", url=server.url, model_name="tiny-qwen2", servers=[*instances_of, logged]
+        )
 
-    def instances() -> list[dict]:
-        return msgspec.json.decode(urllib.request.urlopen(f"{running.url}/instances").read())["instances"]
+        def instances() -> list[dict]:
+            return msgspec.json.decode(urllib.request.urlopen(f"{running.url}/instances").read())["instances"]
 
-    def post(instance: str, verb: str) -> None:
-        urllib.request.urlopen(urllib.request.Request(f"{running.url}/instances/{instance}/{verb}", method="POST"))
+        def post(instance: str, verb: str) -> None:
+            urllib.request.urlopen(urllib.request.Request(f"{running.url}/instances/{instance}/{verb}", method="POST"))
 
-    for role in ("prefill", "decode"):
-        drained = [instance["id"] for instance in instances() if instance["role"] == role][-1]
-        post(drained, "drain")
-        before = len(events(running))
-        assert [text_of(running, prompt) for prompt in prompts] == expected
-        time.sleep(0.5)
-        pairs = {(event["prefill"], event["decode"]) for event in events(running)[before:]}
-        assert len(pairs) == 2, f"two pairs of instances serve while {drained} is drained"
-        post(drained, "resume")
-    wait_for_no_kv(running)
+        for role in roles:
+            drained = [instance["id"] for instance in instances() if instance["role"] == role][-1]
+            post(drained, "drain")
+            before = len(events(running))
+            assert [text_of(running, prompt) for prompt in prompts] == expected
+            wait_until(lambda before=before: len(events(running)) == before + len(prompts), what="all requests logged")
+            pairs = {(event["prefill"], event["decode"]) for event in events(running)[before:]}
+            assert len(pairs) == (2 if split else 1), f"serve while {drained} is drained"
+            post(drained, "resume")
+        wait_for_no_kv(running)
 
 
 def test_vllm_bench_serve_works_unchanged(tmp_path: Path):
