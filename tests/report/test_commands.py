@@ -53,9 +53,11 @@ def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
     folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250)]
     for folder in folders:
         save_run(build_run("single", trials=1, requests=2), folder)
-    commands.report([*folders, folders[0]], tmp_path / "report", None, Console(file=io.StringIO()))
-    assert len([*(tmp_path / "report").glob("*_performance_analysis.png")]) == 5
-    assert ".0," not in (tmp_path / "report" / "requests.csv").read_text()
+    commands.report(folders, tmp_path / "one", None, Console(file=io.StringIO()))
+    assert len([*(tmp_path / "one").glob("*_performance_analysis.png")]) == 4
+    commands.report([folders[0], folders[1], folders[0]], tmp_path / "two", None, Console(file=io.StringIO()))
+    assert len([*(tmp_path / "two").glob("*_performance_analysis.png")]) == 3
+    assert ".0," not in (tmp_path / "two" / "requests.csv").read_text()
 
 
 @pytest.mark.parametrize(
