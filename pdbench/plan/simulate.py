@@ -165,8 +165,6 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                     fronts.count(number, -1, -prompts[request])
                     if opens_early[request]:
                         tokens.first_s[request] = tokens.last_s[request]
-                    if after_prefill[request]:
-                        backs.count(decoder[request], 1, prompts[request])
                     handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * prompts[request]
                     heappush(queue, (now_s + handoff_s, _JOINS, request, 0))
                 continue
@@ -181,10 +179,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             number = fronts.choose()
             fronts.count(number, 1, prompts[request])
             if split:
-                # Chosen when the request comes, counted when it is sent there (proxy/handler.py).
                 decoder[request] = backs.choose()
-                if not after_prefill[request]:
-                    backs.count(decoder[request], 1, prompts[request])
+                backs.count(decoder[request], 1, prompts[request])
         else:
             number = decoders_begin + decoder[request]
         instance = instances[number]

@@ -108,6 +108,7 @@ class RequestHandler:
     decode_only: bool = False
     wants_first_token: bool = False
     decode_after_prefill: bool = False
+    reserved: Instance | None = None
     prefix: bytes = b""
 
     async def run(self) -> None:
@@ -177,9 +178,12 @@ class RequestHandler:
             self.event.decode = decode.address.url
             self.event.retries += failure is not None
             try:
+                self._reserve(decode)
                 return await self._answer(await self._attempt(prefill, decode))
             except StageError as error:
                 failure = error
+            finally:
+                self._reserve(None)
             for upstream in (self.prefill, self.decode):
                 if upstream is not None:
                     upstream.end(str(failure))
@@ -191,14 +195,27 @@ class RequestHandler:
                     raise failure
                 self.decode_only, self.event.decode_alone = True, "prefill-failed"
 
+    def _reserve(self, decode: Instance | None) -> None:
+        """Count the request at the decode instance from its choice on: those that come while prefill works choose by it. None: no longer."""
+        table, tokens = self.context.table, self.request.tokens
+        if self.reserved is not None:
+            table.count(self.reserved, -1, -tokens)
+        if decode is not None:
+            table.count(decode, 1, tokens)
+        self.reserved = decode
+
+    def _send_to_decode(self, request: ClientRequest, decode: Instance, body: bytes) -> UpstreamRequest:
+        self._reserve(None)  # it counts as sent from here on
+        self.decode = self.context.send(request, decode, "decode", body, self.context.config.decode_timeout_s)
+        return self.decode
+
     async def _attempt(self, prefill: Instance | None, decode: Instance) -> UpstreamRequest:
         """Send the request to one pair of instances; returns the upstream request whose answer the client gets."""
         context, request, config = self.context, self.request, self.context.config
         protocol = context.protocol
         if prefill is None:
             self.event.transfer_id = None
-            self.decode = context.send(request, decode, "decode", decode_body(request), config.decode_timeout_s)
-            return self.decode
+            return self._send_to_decode(request, decode, decode_body(request))
         handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address)
         self.event.transfer_id = handoff.transfer_id
         if protocol.addresses_in_id:
@@ -212,10 +229,10 @@ class RequestHandler:
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         if protocol.concurrent_dispatch and not self.wants_first_token:
             body = decode_body(request, protocol.decode_params(handoff, b""))
-            self.decode = context.send(request, decode, "decode", body, config.decode_timeout_s)
-            await asyncio.wait((self.prefill.finished, self.decode.started), return_when=asyncio.FIRST_COMPLETED)
+            sent = self._send_to_decode(request, decode, body)
+            await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)
             if not self.prefill.finished.done():
-                return self.decode
+                return sent
         await asyncio.shield(self.prefill.finished)
         if self.decode is not None and self.decode.first_byte_s is not None and self.decode.status == 200:
             return self.decode
@@ -241,8 +258,7 @@ class RequestHandler:
         except ValueError:
             raise StageError("prefill", prefill.slot, "prefill's answer is not JSON") from None
         self.decode_after_prefill = True
-        self.decode = context.send(request, decode, "decode", body, config.decode_timeout_s)
-        return self.decode
+        return self._send_to_decode(request, decode, body)
 
     async def _answer(self, upstream: UpstreamRequest) -> None:
         """Pass an answer on: events as they come, anything else whole, so that it can still become an error."""

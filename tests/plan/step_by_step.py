@@ -224,8 +224,7 @@ def step_by_step(
                 decode = proxy.choose(deployment.decode_policy, "decode", table, b"", set())
                 assert decode is not None
                 chosen[request.number] = slots["decode"].index(decode)
-                if not after_prefill[request.number]:
-                    table.count(decode, 1, request.prompt)
+                table.count(decode, 1, request.prompt)
             continue
         assert soonest is not None
         role, number, engine = soonest
@@ -236,8 +235,6 @@ def step_by_step(
                 table.count(counted[request.number], -1, -request.prompt)
                 if opens_early[request.number]:
                     request.token_s.append(out_s)
-                if after_prefill[request.number]:
-                    table.count(slots["decode"][chosen[request.number]], 1, request.prompt)
                 handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * request.prompt
                 joins.append((now_s + handoff_s, 1, request))
                 continue

@@ -1,6 +1,7 @@
 """The instances: choosing among them, changing them at run time, and sharing them among workers."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -203,6 +204,25 @@ def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
             assert [len(first.requests()), len(second.requests())] == [1, 1]
             assert server.request("DELETE", "/instances/decode-0?now=true").status == 202
             assert server.request("GET", "/health").status == 503
+
+
+def test_requests_at_prefill_count_at_the_decode_that_was_chosen_for_them(tmp_path):
+    with (
+        instance(tmp_path, "p") as prefill,
+        instance(tmp_path, "d0") as first,
+        instance(tmp_path, "d1") as second,
+        ThreadPoolExecutor() as threads,
+        proxy(tmp_path, prefill=[prefill], decode=[first, second]) as server,
+    ):
+        fields = {"stream": True, "max_tokens": 4, "temperature": 0}
+        slow = json.dumps({"decode": {"first": 4}})
+        running = [threads.submit(server.complete, user=slow, **fields)]
+        wait_until(lambda: sorted(each["in_flight"] for each in server.instances()) == [0, 0, 1])
+        slow = json.dumps({"prefill": {"first": 2}})
+        running += [threads.submit(server.complete, user=slow, **fields) for _ in range(3)]
+        wait_until(lambda: [each["in_flight"] for each in server.instances()] == [3, 2, 2])
+        assert all(future.result().events[-1] == b"[DONE]" for future in running)
+        server.wait_idle()
 
 
 @pytest.mark.parametrize(
