@@ -102,6 +102,10 @@ def sentence(document: Mapping[str, Any]) -> str:
             at = f"{text.number(near['rate_per_s'])} requests/s" if near["rate_per_s"] else "one request at a time"
             limit = text.SLO.get(entry.get("limited_by") or "", "no limit")
             words += f"; {entry['name']} holds no rate: closest is {text.number(near['attained_pct'])} % at {at}, {limit} breaks it"
+        if entry.get("rate_per_s") and (entry.get("attained_pct") or 100.0) < document["attain_pct"]:
+            words += (
+                f"; {entry['name']}'s confirming run kept it for {text.number(entry['attained_pct'])} % of its requests"
+            )
         if entry.get("client_limited"):
             words += f"; the client was the limit of {entry['name']}, which may carry more"
     return words + "."
@@ -170,7 +174,7 @@ def chart(document: Mapping[str, Any]) -> Chart:
     if attained:
         rates = [point["rate_per_s"] for point in document["points"] if point["rate_per_s"]]
         goal = document["attain_pct"]
-        attained.append(Series(name="asked for", x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
+        attained.append(Series(name="goal", x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
     panels = [
         Panel(
             title="Requests within the SLO",
