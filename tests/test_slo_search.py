@@ -258,6 +258,7 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
         "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
     )
-    document["deployments"][0]["attained_pct"] = 89.2
-    assert sentence(document).endswith("; disaggregated's confirming run kept it for 89.2 % of its requests.")
+    for attained, words in ((89.2, "89.2"), (0.0, "0")):
+        document["deployments"][0]["attained_pct"] = attained
+        assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")

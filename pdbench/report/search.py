@@ -102,7 +102,7 @@ def sentence(document: Mapping[str, Any]) -> str:
             at = f"{text.number(near['rate_per_s'])} requests/s" if near["rate_per_s"] else "one request at a time"
             limit = text.SLO.get(entry.get("limited_by") or "", "no limit")
             words += f"; {entry['name']} holds no rate: closest is {text.number(near['attained_pct'])} % at {at}, {limit} breaks it"
-        if entry.get("rate_per_s") and (entry.get("attained_pct") or 100.0) < document["attain_pct"]:
+        if entry.get("rate_per_s") and entry.get("attained_pct", 100.0) < document["attain_pct"]:
             words += (
                 f"; {entry['name']}'s confirming run kept it for {text.number(entry['attained_pct'])} % of its requests"
             )
