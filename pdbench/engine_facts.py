@@ -14,10 +14,7 @@ _LOG_HEAD = 4_000_000
 
 def engine_facts(info: DeploymentInfo, *, verify_tls: bool = True) -> dict[str, EngineFacts]:
     """Server -> its limits. What runs on other hosts, or logs elsewhere, tells only its /metrics."""
-    servers = [server for server in info.servers if server.role != "proxy"] or [
-        ServerInfo(name="server", role=info.name, url=info.url)
-    ]
-    folder = info.config.get("log_dir")
+    servers, folder = info.instances(info.name), info.config.get("log_dir")
 
     def facts(server: ServerInfo) -> EngineFacts:
         log = Path(folder) / f"{server.name}.log" if folder and server.host is None and info.servers else None

@@ -105,9 +105,7 @@ class ServerMetrics:
     ) -> None:
         """`interval_s` 0: `begin` and `end` alone. `on_reading` gets every reading as it arrives, on its server's thread: the
         server's name, the instant on `clock`, and its figures."""
-        instances = [server for server in info.servers if server.role != "proxy"]
-        instances = instances or [ServerInfo(name="server", role="server", url=info.url)]
-        self._readers = [_Reader(server, clock, verify_tls, on_reading) for server in instances]
+        self._readers = [_Reader(server, clock, verify_tls, on_reading) for server in info.instances()]
         self._interval_s = interval_s
         self._stop = threading.Event()
 

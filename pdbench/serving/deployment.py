@@ -83,6 +83,11 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
     servers: list[ServerInfo] = []
     config: dict[str, Any] = {}
 
+    def instances(self, role: str = "server") -> list[ServerInfo]:
+        """The servers without the proxy; of servers that pdbench did not start, the one at `url`, as `role`."""
+        servers = [server for server in self.servers if server.role != "proxy"]
+        return servers or [ServerInfo(name="server", role=role, url=self.url)]
+
     def urls(self, role: str) -> list[str]:
         return [server.url for server in self.servers if server.role == role]
 
