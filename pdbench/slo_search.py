@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pdbench.analysis.metrics import SLO, Timings, timings_of
+from pdbench.analysis.metrics import SLO, Timings, timings_of, timings_of_requests
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.failures import INTERRUPTED
 from pdbench.files import check_writable, write_whole
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, RequestRecord, Run, load_run
+from pdbench.records import Run, load_run
 from pdbench.search.evidence import Array, Outcome
 from pdbench.search.rates import Answer, Search
 from pdbench.turns import duration
@@ -85,7 +85,7 @@ class LoadJudge:
     def on_progress(self, progress: Progress, now_s: float) -> None:
         ended = [each for each in progress.ended if not each.warmup]
         if ended and self.reason is None:
-            timings = timings_of(_run_of(ended, self._load))
+            timings = timings_of_requests(ended, dataclasses.asdict(self._load))
             good = timings.in_slo if timings.in_slo is not None else np.zeros(len(ended), dtype=bool)
             self._good |= {_index(name): bool(met) for name, met in zip(timings.requests.id, good, strict=True)}
             first = ended[0]
@@ -381,12 +381,6 @@ def _say(console: Console, point: Mapping[str, Any], answer: Answer, goal: Goal)
         f"  {point['rate_per_s']:.3g} requests/s: {point['attained_pct']:.1f} % of {point['requests']} within the SLO, {held}; "
         f"highest rate {answer.low:.3g} to {high}{left}",
         highlight=False,
-    )
-
-
-def _run_of(requests: list[RequestRecord], load: LoadConfig) -> Run:
-    return Run(
-        name="", clock=Clock(0, 0), config={"load": dataclasses.asdict(load)}, host={}, versions={}, requests=requests
     )
 
 

@@ -6,6 +6,7 @@ NaN in an array is None in the records: not measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
 from pdbench.events import ProxyEvent
 from pdbench.failures import INTERRUPTED
-from pdbench.records import Interval, Run
+from pdbench.records import Clock, Interval, RequestRecord, Run
 
 PHASES = (
     "client", "send", "proxy", "api_server", "prefill", "queue", "compute", "handoff", "kv_transfer", "decode_wait", "decode_step",
@@ -207,6 +208,12 @@ class Timings:
             good_requests=None if self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
             energy_j=energy_j,
         )
+
+
+def timings_of_requests(requests: list[RequestRecord], load: dict[str, Any]) -> Timings:
+    """Those of requests of which no run is saved (yet); `load` is their LoadConfig's, as a run saves it."""
+    run = Run(name="", clock=Clock(0, 0), config={"load": load}, host={}, versions={}, requests=requests)
+    return timings_of(run)
 
 
 def timings_of(run: Run) -> Timings:

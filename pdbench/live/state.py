@@ -8,11 +8,11 @@ from math import nan
 from typing import Any
 
 from pdbench import failures
-from pdbench.analysis.metrics import Timings, per, spread, timings_of
+from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
 from pdbench.live.instances import NOW, Instance
 from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, DeviceRecord, Flag, RequestRecord, Run
+from pdbench.records import DeviceRecord, Flag, RequestRecord
 
 WINDOW_S, MOST_REQUESTS = 10.0, 1000
 """Figures are of so many seconds, latencies of so many requests at most: more would cost the servers CPU time and add little."""
@@ -29,7 +29,6 @@ DEVICE_FIELDS = (
     "temperature_c",
 )
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
-_NO_CLOCK = Clock(monotonic_s=0.0, unix_s=0.0)
 
 
 @dataclass
@@ -125,9 +124,7 @@ class State:
     def timings(self, requests: list[RequestRecord]) -> Timings:
         """Their figures, as a saved run's are derived."""
         assert self.turn
-        run = Run(name=self.deployment, clock=_NO_CLOCK, config={"load": self.turn.load}, host={}, versions={})
-        run.requests = requests
-        return timings_of(run)
+        return timings_of_requests(requests, self.turn.load)
 
     def tick(self, now_s: float) -> list[tuple[str, str]]:
         """One more point for whatever is known now; returns the lines that grew."""
