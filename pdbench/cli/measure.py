@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from math import inf
@@ -30,6 +30,7 @@ from pdbench.ranges import Count, Positive
 from pdbench.records import Run
 
 if TYPE_CHECKING:
+    from pdbench import turns
     from pdbench.site import Site
 
 
@@ -58,6 +59,25 @@ def _measuring(
             analyses = commands.finish(runs, out, console)
             publisher.leave(runs)
         commands.exit_on_flags(analyses)
+
+
+@contextmanager
+def _servers_stay(
+    cluster: ClusterConfig | None, out: Path, live: LiveConfig | None, saved: Callable[[], str]
+) -> "Iterator[tuple[Site, turns.Servers]]":
+    """Where to measure many runs, and servers that stay up between them; `saved` says on Ctrl-C what is left."""
+    from pdbench import turns
+    from pdbench.cluster import open_site
+    from pdbench.site import stop_on_signals
+
+    with (
+        stop_on_signals(saved),
+        hold(out),
+        publisher.opened(live, console),
+        open_site(cluster) as site,
+        closing(turns.Servers(site, _progress(live), stay=True)) as servers,
+    ):
+        yield site, servers
 
 
 def _progress(live: LiveConfig | None) -> Console:
@@ -178,9 +198,7 @@ def sweep(
         Folder of the points, the summary table and the curves.
     """
     from pdbench import experiment, sweep, turns
-    from pdbench.cluster import open_site
     from pdbench.report import commands
-    from pdbench.site import stop_on_signals
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
     kinds = turns.deployments(against)
@@ -205,13 +223,7 @@ def sweep(
 
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
-    with (
-        stop_on_signals(lambda: sweep.saved(out)),
-        hold(out),
-        publisher.opened(live, console),
-        open_site(cluster) as site,
-        closing(turns.Servers(site, progress, stay=True)) as servers,
-    ):
+    with _servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
 
 
@@ -254,10 +266,8 @@ def search(
         Folder of the loads, search.json and the picture. --requests (default 500) limits each load.
     """
     from pdbench import experiment, slo_search, sweep, turns
-    from pdbench.cluster import open_site
     from pdbench.report import commands
     from pdbench.report import search as found
-    from pdbench.site import stop_on_signals
 
     begin_s, progress = time.monotonic(), _progress(live)
     options = sweep.with_slo(options, slo)
@@ -265,13 +275,7 @@ def search(
     goal = slo_search.goal(attain, precision, inf if max_minutes is None else begin_s + 60 * max_minutes)
     for point in points:
         slo_search.check(point.options.load)
-    with (
-        stop_on_signals(lambda: slo_search.saved(out)),
-        hold(out),
-        publisher.opened(live, console),
-        open_site(cluster) as site,
-        closing(turns.Servers(site, progress, stay=True)) as servers,
-    ):
+    with _servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
 
         def deployment(kind: str, point: sweep.Point) -> slo_search.Deployment:
             def measure(options: Options, folder: Path, judge: slo_search.LoadJudge | None) -> Run:
