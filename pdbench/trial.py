@@ -207,10 +207,10 @@ def _run_trial(
 
         with metrics:
             result = site.run_load(load, progressed, begin, problem)
-            spent = [after - before for before, after in zip(cores, psutil.cpu_times(), strict=True)]
-            steal = getattr(psutil.cpu_times(), "steal", None)  # on Linux
-            if steal is not None and sum(spent) > 0:
-                result.trial.cpu_steal_pct = 100 * (steal - cores.steal) / sum(spent)
+            after = psutil.cpu_times()
+            spent_s = sum(after) - sum(cores)
+            if hasattr(after, "steal") and spent_s > 0:  # on Linux
+                result.trial.cpu_steal_pct = 100 * (after.steal - cores.steal) / spent_s
             measured = [request for request in result.requests if not request.warmup]
             failed = failures.describe(measured)
             died = watch.problem_within(DEATH_S if failed else 0.0)

@@ -98,8 +98,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         return [Instance(costed, tokens, generator.randrange(starts)) for _ in range(deployment.instances[role])]
 
     # Prefill's token is the client's first where the proxy passes it on, and where it is not the last one too.
-    after_prefill = [split and deployment.first_token == "prefill" and tokens > 1 for tokens in outputs]
-    opens_early = [after and generator.random() < deployment.prefill_opens for after in after_prefill]
+    may_open = split and deployment.first_token == "prefill"
+    opens_early = [may_open and count > 1 and generator.random() < deployment.prefill_opens for count in outputs]
     early = np.array(opens_early, np.int64)
     if split:
         front = pool("prefill", prompts, cached, [1] * total)
