@@ -1,16 +1,13 @@
 """The whole job on real vLLM (CPU), through the entry points that a user calls."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -18,7 +15,7 @@ from pdbench.analysis.run_analysis import load_analysis
 from pdbench.events import PromptEvent, TransferEvent
 from pdbench.records import SCHEMA, load_run
 from tests.conftest import serve_config
-from tests.support.processes import ROOT, wait_until
+from tests.support.processes import ROOT, left, marked, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -31,21 +28,6 @@ def flags(config: object) -> list[str]:
         if value != field.default:
             given += [f"--{field.name.replace('_', '-')}", str(value)]
     return given
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """What every process of one test inherits: this Python, and a mark by which `left` finds them."""
-    return os.environ | {"PDBENCH_PYTHON": sys.executable, "COLUMNS": "160", "PDBENCH_TEST_MARK": str(folder)}
-
-
-def left(folder: Path) -> list[str]:
-    """Living processes that a test's pdbench started, whatever they call themselves and wherever they moved."""
-    lines = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("PDBENCH_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                lines.append(" ".join(process.cmdline()))
-    return lines
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +44,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
         ],
         capture_output=True,
         text=True,
-        env=environment(folder),
+        env=marked(folder),
         timeout=400,
         check=False,
     )
@@ -170,7 +152,7 @@ def test_three_steps_by_hand(tmp_path: Path) -> None:
         [str(ROOT / "start_disaggregated_servers.sh"), *flags(config)],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(tmp_path),
+        env=marked(tmp_path),
         cwd=tmp_path,
     )
     load = ["--url", f"http://127.0.0.1:{config.proxy_port}", "--log-dir", config.log_dir]
@@ -182,7 +164,7 @@ def test_three_steps_by_hand(tmp_path: Path) -> None:
             [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *load, "--out", str(tmp_path)],
             capture_output=True,
             text=True,
-            env=environment(tmp_path),
+            env=marked(tmp_path),
             timeout=200,
             check=False,
         )
@@ -200,7 +182,7 @@ def test_three_steps_by_hand(tmp_path: Path) -> None:
 def test_sigkill_of_pdbench_leaves_no_server(tmp_path: Path) -> None:
     config = serve_config(tmp_path / "logs")
     command = [sys.executable, "-m", "pdbench", "serve", *flags(config)]
-    serving = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment(tmp_path))
+    serving = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=marked(tmp_path))
     wait_until(lambda: len(left(tmp_path)) >= 6, 60)  # itself, three supervisors, three servers
     serving.kill()
     serving.wait()
@@ -214,7 +196,7 @@ def test_server_that_dies_is_reported_with_its_cause(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment(tmp_path),
+        env=marked(tmp_path),
         timeout=200,
         check=False,
     )
