@@ -1,5 +1,5 @@
 """What a measurement tells of itself while it runs. Telling costs an append to a queue; a thread hands the queue to the viewer
-process four times a second. A viewer that does not read loses messages, the measurement waits for nothing."""
+process four times a second. A viewer that does not read loses messages; the measurement never waits for it."""
 
 import os
 import secrets
@@ -95,7 +95,7 @@ decode = msgspec.msgpack.Decoder(Batch).decode
 class Publisher:
     """Hands messages to a viewer process, which is started with it and outlives it for a few seconds.
 
-    `sources` are asked for messages four times a second, on the publisher's thread.
+    `sources` are called for their messages four times a second, on the publisher's thread.
     """
 
     def __init__(self, config: LiveConfig, console: Console) -> None:
@@ -215,7 +215,7 @@ def leave(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def source(messages: Callable[[], Sequence[Message]]) -> Iterator[None]:
-    """`messages()` is asked four times a second while the block runs."""
+    """`messages()` is called four times a second while the block runs."""
     publisher = _publisher
     if publisher:
         publisher.sources.append(messages)

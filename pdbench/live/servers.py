@@ -16,7 +16,7 @@ _SAMPLE_S = 0.25
 
 @contextmanager
 def followed(servers: Mapping[str, str], readers: Sequence[Reader]) -> Iterator[None]:
-    """While the block runs: `servers` (name -> URL) are asked for their metrics once a second, `readers` are sampled."""
+    """While the block runs: `servers` (name -> URL) have their metrics read once a second, `readers` are sampled."""
     ended = threading.Event()
 
     def follow(name: str, url: str) -> None:
