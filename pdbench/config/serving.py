@@ -77,8 +77,8 @@ class ServeConfig(ServerConfig):
     """Port of the proxy."""
     kv_ip: Network[str] = "127.0.0.1"
     """Address over which prefill and decode exchange the KV cache."""
-    kv_port: Network[Port[int]] = 14579
-    """KV port of the first prefill instance; each further instance takes the next one."""
+    kv_port: Network[Port[int]] = 21001
+    """KV port of the first prefill instance; each further instance takes the next one. Ray gives its workers 10002 to 19999."""
     connector: Network[Connector] = "auto"
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM version and GPUs."""
     first_token: Network[FirstToken] = "prefill"

@@ -11,7 +11,7 @@ def test_every_server_has_its_own_ports_and_the_proxy_comes_last() -> None:
     specs = servers("disaggregated", ServeConfig(prefill_instances=2, decode_instances=3, tensor_parallel=2))
     assert [spec.name for spec in specs] == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "proxy"]
     assert len({spec.port for spec in specs}) == len(specs)
-    assert [spec.kv_port for spec in specs[:5]] == [14579, 14581, 14583, 14585, 14587]
+    assert [spec.kv_port for spec in specs[:5]] == [21001, 21003, 21005, 21007, 21009]
     assert [spec.width for spec in specs] == [2] * 5 + [0]
     assert [spec.role for spec in servers("replicas", ServeConfig())] == ["replica", "replica", "proxy"]
 
