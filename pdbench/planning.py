@@ -15,7 +15,7 @@ from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
 from pdbench.plan.demand import demand_of_load, for_search, with_requests
 from pdbench.plan.predict import Wanted, parse_deployment, predict
-from pdbench.plan.records import Calibration
+from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
 from pdbench.records import load_run
 from pdbench.report import mpl, plan_charts, plan_tables, tables
@@ -40,6 +40,7 @@ def plan(
 
     Raises UserError for runs that calibrate nothing, and options that contradict each other.
     """
+    predicted: list[Prediction] = []
     wanted = [parse_deployment(words) for words in deployments]
     if most_gpus is not None:
         if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
@@ -58,6 +59,9 @@ def plan(
     for path in checked:
         checks.append(check(found, path, load_run(path)))
         shown.append(plan_tables.check(checks[-1]))
+        console.print(tables.terminal(shown[-1]))
+    if len(checks) > 1:
+        shown.append(plan_tables.overview(checks))
         console.print(tables.terminal(shown[-1]))
     if checks:
         write_whole(out / "checks.json", msgspec.json.format(msgspec.json.encode(checks), indent=1))
@@ -83,11 +87,13 @@ def plan(
         shown.append(plan_tables.predictions(predicted))
         drawn.append(plan_charts.deployments(predicted))
         console.print(tables.terminal(shown[-1]))
+    drawn.append(plan_charts.seconds(checks, predicted))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
     for chart in drawn:
         if chart.drawable:
-            rows = -(-len(chart.panels) // 2)
-            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, 14, 2.4 + 5 * rows))
+            rows = -(-len(chart.drawable) // 2)
+            width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
+            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, width, 2.4 + 5 * rows))
     console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -57,6 +57,7 @@ class Costed:
         self.gpu_s = [engine.gpu_decode_s(n) for n in range(self.most + 1)]
         self.budget, self.block, self.captured = limits.max_num_batched_tokens, limits.block_size, limits.captured
         self.joins = role == "decode"
+        self.scheduled_s = [math.nan] * len(sizes)  # when each request's first step here was scheduled
         box = engine.box
         self.most_prompt: float = box.prompt_tokens if box else math.inf
         self.most_sequences: float = box.sequences if box else math.inf

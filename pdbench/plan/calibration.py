@@ -293,7 +293,8 @@ def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, Any]:
             for name, way in part.ways.items()
             if name in part.requests
         }
-        opened += [part.ways[stream.id].first_token_s is not None for stream in part.streams]
+        followed = [stream.id for stream in part.streams if len(part.requests[stream.id].token_s) > 1]
+        opened += [part.ways[name].first_token_s is not None for name in followed]
         intervals.append(fit.schedulable(part.steps, came_s, limits_of(part.run, "decode")[0]))
         for request in part.requests.values():
             span = request.phases.get("kv_transfer")
@@ -306,7 +307,7 @@ def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, Any]:
     total = fit.most_common(np.concatenate(intervals))
     constant = max(0.0, total - per_token * float(np.median(lengths or [0])))
     facts |= {"handoff_s": constant, "handoff_per_token_s": per_token}
-    facts |= {"prefill_opens": float(np.mean(opened)), "first_token": "prefill" if any(opened) else "decode"}
+    facts |= {"prefill_opens": float(np.mean(opened or [True])), "first_token": "prefill" if any(opened) else "decode"}
     return facts
 
 

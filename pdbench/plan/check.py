@@ -9,7 +9,7 @@ import numpy as np
 
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
-from pdbench.plan import fit
+from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, Part, parts_of, role_of, source_of, visits_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
 from pdbench.plan.predict import DRAWS, Wanted, predict
@@ -69,6 +69,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         differs=differs,
         measured=measured,
         trials=of_trials,
+        seconds_ms=seconds.of_run(run, {name for part in parts for name in part.requests}),
         predicted=blind,
         at_own_speed=known if blind.figures else None,
     )

@@ -6,11 +6,11 @@ An engine runs one step after the other. Step k is scheduled at s_k; then the ho
               host_prefill_s * noise + host_per_prompt_token_s * p   more tokens: a prefill step, launched piece by piece
     gpu(k)  = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
               + gpu_prefill_s + gpu_per_prompt_token_s * p            p > 0 prompt tokens in the step
-              + join_s                                                a sequence whose KV cache came from prefill joins
     done(k) = max(max(done(k-1), s_k) + gpu(k), s_k + host(k))
 
 With asynchronous scheduling, s_(k+1) = max(s_k + host(k), done(k-1)), where the tokens of step k-1 are handed out: those of step k one
-step later (at done(k) when nothing follows). Without it, s_(k+1) = done(k) and the tokens of step k go out there.
+step later (at done(k) when nothing follows). Without it, s_(k+1) = done(k) and the tokens of step k go out there. Either is join_s later for each sequence of step k whose KV cache came from
+prefill: the host takes it in while the GPU works on, so that with asynchronous scheduling the next tokens come as much sooner.
 
 A step takes every running sequence (one token each), then waiting prompts first come first served, while `max_num_batched_tokens`
 and `max_num_seqs` last; a prompt that does not fit goes on in the next step (chunked prefill). A prompt's last chunk gives its first
@@ -176,7 +176,8 @@ class Simulated:
     """What `simulate(deployment, demand, seed) -> Simulated` gives: one entry per request in the order of `Demand`, seconds.
 
     `sent_s` is when it was sent; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
-    `gap_s` and `gap_count` are all gaps between tokens as a weighted histogram (values in any order, equal ones may repeat).
+    `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there and `joined_s` when decode's
+    first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a weighted histogram (values in any order, equal ones may repeat).
     `span_s` ends with the last token. NaN: a request that can never run (its prompt and output exceed the KV cache).
     `seed` decides where in `Costs.noise` each instance begins, and the first turn of equal choices.
     """
@@ -185,6 +186,9 @@ class Simulated:
     ttft_s: Array
     e2e_s: Array
     mean_tbt_s: Array
+    scheduled_s: Array
+    computed_s: Array
+    joined_s: Array
     gap_s: Array
     gap_count: IntArray
     instances: list[InstanceUse]

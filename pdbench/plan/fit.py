@@ -310,12 +310,13 @@ def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> P
         np.polyfit(tokens, took_s, 1) if np.ptp(tokens) > 0.2 * tokens.mean() else np.array([0.0, np.median(took_s)])
     )
     ratio = np.log(took_s / np.maximum(np.polyval(slope, tokens), 0.1 * took_s.min()))
-    logs = np.array(
-        [np.median(ratio[which == place]) if (which == place).any() else 0.0 for place in range(len(trials))]
-    )
-    logs_of_speed = logs - logs.mean()
+    alone = np.bincount(which, minlength=len(trials))
+    told = np.flatnonzero(alone >= min(LEAST_STEPS, alone.max()))  # a burst's prompts are hardly ever alone
+    logs = np.array([np.median(ratio[which == place]) for place in told])
+    logs_of_speed = np.zeros(len(trials))
+    logs_of_speed[told] = logs - logs.mean()
     speeds = np.exp(logs_of_speed)
-    noise = [tuple(np.exp(ratio[which == place] - logs[place]).tolist()) for place in range(len(trials))]
+    noise = [tuple(np.exp(ratio[which == place] - log).tolist()) for place, log in zip(told, logs, strict=True)]
     typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(slope, tokens))), float(np.median(tokens))
     replayed = visits[:REPLAYED]
     demands = [
@@ -340,18 +341,18 @@ def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> P
 
     prior = np.log([0.9 * typical, 0.02 * typical / middle, 1e-3, 0.5 * typical / middle])
 
-    def alone(logs: Array) -> Array:
+    def misfit_alone(logs: Array) -> Array:
         """Prompts that were alone tell the longer of the two parts."""
         host, host_token, gpu, gpu_token = np.exp(logs)
         return ratio_s - np.log(np.maximum(host + host_token * tokens, gpu + gpu_token * tokens))
 
     ratio_s = np.log(took_s) - logs_of_speed[which]
     starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.9), (10.0, 0.4), (1.0, 1.9))]
-    first, _ = fit_logs(alone, starts, prior, count=4)
+    first, _ = fit_logs(misfit_alone, starts, prior, count=4)
     best, samples = fit_logs(misfit, [first], prior, count=4, rough=True)
     no_host_decode = np.zeros((SAMPLES, 1))
     return Prefill(
-        np.exp(np.append(best, -np.inf)), np.hstack([np.exp(samples), no_host_decode]), speeds.tolist(), noise
+        np.exp(np.append(best, -np.inf)), np.hstack([np.exp(samples), no_host_decode]), speeds[told].tolist(), noise
     )
 
 
@@ -382,13 +383,13 @@ def at_speed(costs: Costs, factor: float) -> Costs:
 
 
 def join_cost(steps: Sequence[Steps], decode: Decode) -> float:
-    """How much longer a step takes in which a sequence joins that prefill computed; 0 without enough of them."""
+    """How much later a step's tokens come for each sequence that joins from prefill; 0 without enough such steps."""
     sizes, extra = np.array(sorted(decode.gpu_s)), []
     for part in steps:
         since, until, handed = part.since_begin(), part.until_end(), part.handed_s
-        for k in np.flatnonzero((part.firsts == 1) & (since > 3) & (until > 1)):
+        for k in np.flatnonzero((part.firsts > 0) & (since > 3) & (until > 1)):
             if not part.firsts[[k - 2, k - 1, k + 1]].any():
                 size = sizes[min(int(np.searchsorted(sizes, part.sequences[k])), len(sizes) - 1)]
                 usual = decode.gpu_s[int(size)] + decode.per_context_token_s * float(part.context[k])
-                extra.append(handed[k] - handed[k - 1] - usual)
+                extra.append((handed[k] - handed[k - 1] - usual) / part.firsts[k])
     return max(0.0, float(np.median(extra))) if len(extra) >= LEAST_STEPS else 0.0

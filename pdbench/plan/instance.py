@@ -265,6 +265,8 @@ class Instance(Batch):
                         break
                     self.reserved = reserved
                 waiting.pop(0)
+                if not again:
+                    costed.scheduled_s[request] = self.s
                 if costed.joins and not again:
                     joining += 1
                     context += size
@@ -294,12 +296,11 @@ class Instance(Batch):
                 host += costs.host_per_prompt_token_s * prompt_tokens
         if prompt_tokens:
             gpu += costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens
-        if joining:
-            gpu += costs.join_s
         s, d = self.s, self.d
         begins, launched = (d if d > s else s), s + host
         done = begins + gpu if begins + gpu > launched else launched
         after, weight = (done, n) if self.lag == 1 else (launched if launched > d else d, self.weight)
+        after += costs.join_s * joining
         if weight:
             self.tokens.gaps += (after - s, weight)
         if self.opening:

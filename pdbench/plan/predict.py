@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.plan import power
+from pdbench.plan import power, seconds
 from pdbench.plan.calibration import drawn, role_of
 from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
 from pdbench.plan.records import Calibration, Figure, Prediction
@@ -119,6 +119,11 @@ def predict(
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
     figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
     refusal = refusal or beyond(shares, preempted > len(rows) / 2, figures)
+    usual, given = deployment_of(calibration, wanted), demands(0)
+    engines = [usual if speeds is None else speeds(usual, trial) for trial in range(len(given))]
+    parts = seconds.of_simulated(
+        usual, given, [simulate(engine, demand) for engine, demand in zip(engines, given, strict=True)]
+    )
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
     return msgspec.structs.replace(
@@ -127,6 +132,7 @@ def predict(
         outside=shares,
         refusal=refusal,
         saturated=saturated,
+        seconds_ms={} if refusal and not anyway else parts,
         draws=len(rows),
         simulated_s=simulated_s,
     )

@@ -101,6 +101,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
     given, and the measurement that is missing. `saturated`: the queue grows, and the figures with the load's length.
+    `seconds_ms`: the mean request's parts (plan/seconds.py), at the costs' best estimate.
     """
 
     schema: str = SCHEMA
@@ -111,6 +112,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     outside: dict[str, float] = {}
     refusal: str | None = None
     saturated: bool = False
+    seconds_ms: dict[str, float] = {}
     draws: int = 0
     simulated_s: float = 0.0
 
@@ -154,12 +156,14 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """A run beside its predictions: from its arrivals alone, and with its own prefill speed (None after a refusal). `trials` are the
-    least and largest value of its trials. `held_out`: it did not calibrate. `differs`: in what it is not like the runs that did."""
+    least and largest value of its trials. `held_out`: it did not calibrate. `seconds_ms`: the mean request's parts as
+    measured; empty where the run does not tell. `differs`: in what it is not like the runs that did."""
 
     path: str
     held_out: bool
     differs: list[str]
     measured: dict[str, float]
     trials: dict[str, list[float]]
+    seconds_ms: dict[str, float]
     predicted: Prediction
     at_own_speed: Prediction | None

@@ -117,6 +117,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     way_in_s = instances[0].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
+    computed = [math.nan] * total
     # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those
     # that wait for a stream.
     queue: list[tuple[float, int, int, int]] = []
@@ -165,6 +166,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                     fronts.count(number, -1, -prompts[request])
                     if opens_early[request]:
                         tokens.first_s[request] = tokens.last_s[request]
+                    computed[request] = now_s
                     handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * prompts[request]
                     heappush(queue, (now_s + handoff_s, _JOINS, request, 0))
                 continue
@@ -201,6 +203,9 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         mean_tbt_s=mean_tbt_s,
         gap_s=np.array(list(gaps), float) / 1e6,
         gap_count=np.array(list(gaps.values()), np.int64),
+        scheduled_s=np.array(front[0].costed.scheduled_s),
+        computed_s=np.array(computed),
+        joined_s=np.array(back[0].costed.scheduled_s) if split else np.full(total, math.nan),
         instances=[instance.use for instance in instances],
         span_s=float(last_s[done].max()) if done.any() else 0.0,
         events=events,

@@ -1,17 +1,26 @@
 """Charts of `pdbench plan`: predicted against measured, what steps cost, what deployments would do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pdbench.plan.engine import Engine
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, Search
 from pdbench.report import text
-from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, SHADES, Axis, Chart, Panel, Series, shades
 from pdbench.report.plan_tables import deployment_name
 from pdbench.report.text import translate as _
 
 LATENCIES = tuple(f"{name}_{part}_ms" for name in ("ttft", "tbt", "e2e") for part in ("p50", "p90", "p99"))
+
+SECONDS = {
+    "way_in": "way in",
+    "queue": "queue",
+    "compute": "compute",
+    "handoff": "handoff",
+    "decode_wait": "decode's wait",
+    "decode": "decode's steps",
+}
 
 
 def checks(of: Sequence[Check]) -> Chart:
@@ -50,6 +59,33 @@ def checks(of: Sequence[Check]) -> Chart:
         )
     caption = _("p50, p90 and p99 of TTFT, TBT and E2E; exact on the dotted line; bars are 90 % intervals.")
     return Chart(key="checks", title=_("Predicted against measured"), panels=panels, caption=caption)
+
+
+def seconds(checks: Sequence[Check], predictions: Sequence[Prediction]) -> Chart:
+    """The mean request's seconds, stacked: a panel per check, with what was measured where its servers told, and one of all predictions."""
+    panels = [_parts("", {deployment_name(each.kind, each.instances): each.seconds_ms for each in predictions})]
+    for check in checks:
+        own = check.at_own_speed.seconds_ms if check.at_own_speed else {}
+        bars = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
+        name = deployment_name(check.predicted.kind, check.predicted.instances)
+        panels.append(_parts(f"{name}: {check.path}", bars))
+    caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    return Chart(key="seconds", title=_("One request's seconds"), panels=panels, caption=caption)
+
+
+def _parts(title: str, bars: Mapping[str, Mapping[str, float]]) -> Panel:
+    known = {name: parts for name, parts in bars.items() if parts}
+    drawn = []
+    for part, words in SECONDS.items():
+        if any(part in parts for parts in known.values()):
+            values = [parts.get(part, 0.0) for parts in known.values()]
+            shade = SHADES[{"decode": "decode_step", "way_in": "send"}.get(part, part)]
+            drawn.append(Series(kind="hbar", name=_(words), x=values, y=[*known], shade=shade))
+    longest = max((sum(parts.values()) for parts in known.values()), default=1.0)
+    x = Axis(
+        label=_("mean of the requests, ms"), low=0, high=1.4 * longest
+    )  # the names of the parts stand at the right
+    return Panel(title=title, series=drawn, x=x, y=Axis(names=[*known]))
 
 
 def steps(found: Calibration) -> Chart:

@@ -13,6 +13,7 @@ FIGURES = (
     "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w", "decode_power_w",
     "j_per_output_token", "j_per_good_request",
 )  # fmt: skip
+OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 TITLES = {
     "prefill_power_w": "Power of prefill, W",
     "decode_power_w": "Power of decode, W",
@@ -228,6 +229,40 @@ def check(of: Check) -> Table:
     return Table(
         title=_("Check: {0}, {1}", of.path, name), header=header, rows=rows, styles=styles, note="\n\n".join(lines)
     )
+
+
+def overview(of: Sequence[Check]) -> Table:
+    """Several checks, a row each: how far off from arrivals alone, and at the run's own speed."""
+    rows: list[list[Value]] = []
+    for each in of:
+        known = {
+            name: figure for name, figure in each.predicted.figures.items() if name in each.measured and name in FIGURES
+        }
+        known.pop("output_tokens_per_s", None)  # at a given rate that is the load's
+        inside = sum(
+            figure.low is not None and figure.high is not None and figure.low <= each.measured[name] <= figure.high
+            for name, figure in known.items()
+        )
+        errors: list[Value] = []
+        for name in OVERVIEW:
+            if name in known:
+                own = each.at_own_speed.figures.get(name) if each.at_own_speed else None
+                blind, own_words = error(known[name], each.measured[name]), error(own, each.measured[name])
+                errors.append(f"{blind} ({own_words or '–'})")
+            else:
+                errors.append(None)
+        name = deployment_name(each.predicted.kind, each.predicted.instances)
+        verdict = _("refused") if each.predicted.refusal else ""
+        rows.append([
+            f"{each.path}, {name}",
+            _("yes") if each.held_out else _("no"),
+            verdict,
+            _("{0} of {1}", inside, len(known)),
+            *errors,
+        ])  # fmt: skip
+    header = ["", _("held out"), "", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
+    note = _("Error of the prediction from arrivals alone, and in brackets at the run's own speed.")
+    return Table(title=_("Checks"), header=header, rows=rows, note=note)
 
 
 def error(figure: Figure | None, measured: float) -> Value:

@@ -126,7 +126,7 @@ class SlowEngine:
             if sequence.computed > whole or sequence.joined:
                 decoding += 1
                 context += sequence.computed
-                joins |= sequence.joined
+                joins += sequence.joined
                 sequence.joined = False
             else:
                 prompt_tokens += count
@@ -145,10 +145,10 @@ class SlowEngine:
             gpu = self.engine.gpu_decode_s(decoding) + self.costs.gpu_per_context_token_s * context
             if prompt_tokens:
                 gpu += self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens
-            gpu += self.costs.join_s if joins else 0.0
             self.steps.append((self.s, scheduled))
         done = max(max(self.d, self.s) + gpu, self.s + host)
         self.s = max(self.s + host, self.d) if self.limits.async_scheduling else done
+        self.s += self.costs.join_s * joins
         self.d = done
         self.in_flight.append(getting)
 

@@ -11,8 +11,10 @@ from pdbench.errors import UserError
 from pdbench.plan.calibration import role_of
 from pdbench.plan.demand import demand_of_load
 from pdbench.plan.engine import Box, Costs, Engine, Limits
-from pdbench.plan.predict import parse_deployment, predict
+from pdbench.plan.predict import deployment_of, parse_deployment, predict
 from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
+from pdbench.plan.seconds import PARTS, of_simulated
+from pdbench.plan.simulate import simulate
 from pdbench.planning import CALIBRATION, read_calibration
 
 COSTS = Costs(
@@ -147,3 +149,16 @@ def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
     (tmp_path / CALIBRATION).write_bytes(b'{"schema": "pdbench-plan/0", "sources": [], "roles": {}}')
     with pytest.raises(UserError, match="calibrate by its runs again"):
         read_calibration([tmp_path])
+
+
+@pytest.mark.parametrize(("wanted", "first_token"), [("single", "prefill"), ("2p1d", "prefill"), ("1p2d", "decode")])
+def test_parts_of_the_mean_request_add_up(wanted: str, first_token: str) -> None:
+    found = calibration(first_token=first_token, proxy_s=0.002)
+    config = LoadConfig(rate=6.0, requests=80, input_tokens=1500, output_tokens=32)
+    demand, deployment = demand_of_load(config, 0), deployment_of(found, parse_deployment(wanted))
+    result = simulate(deployment, demand)
+    parts = of_simulated(deployment, [demand], [result])
+    assert sum(parts.values()) == pytest.approx(1e3 * result.e2e_s.mean(), rel=1e-6)
+    assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
+    assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0
+    assert parts["compute"] > 30, "a prompt's step is launched for 30 ms at least"
