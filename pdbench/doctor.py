@@ -121,6 +121,15 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
 
 def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     """All findings about this machine, in the order in which a run would meet them."""
+    if machine.on_gpu and len(machine.gpus) == 1 and not (config.prefill_gpus or config.decode_gpus):
+        only = machine.gpus[0].index
+        yield Finding(
+            "One GPU",
+            NOTE,
+            "single runs on it as it is; prefill, decode and replicas when they share it, with half of its memory each and one power meter",
+            f"`pdbench run --prefill-gpus {only} --decode-gpus {only}` compares them; two GPUs measure each role's power, and KV between GPUs",
+        )
+        config = dataclasses.replace(config, prefill_gpus=(only,), decode_gpus=(only,))
     yield from _start(config, machine)
     finding = partial(Finding, "KV transfer")
     try:
@@ -131,9 +140,6 @@ def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
     owner = port_owner(config.kv_ip, config.kv_port)
     text = f"KV port {config.kv_ip}:{config.kv_port}: {owner or 'free'}"
     yield finding(*_passed(not owner, text, "choose another --kv-port"))
-    if len(machine.gpus) == 1:
-        remedy = "run --against single here, or take a host with two GPUs"
-        yield finding(WRONG, "one GPU: prefill and decode need one each", remedy)
     for (first, second), link in sorted(nvml.links().items()):
         if first < second:
             fast = link.startswith("NV")

@@ -237,6 +237,8 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     too_long = _rows_too_long(options.load, info.config.get("max_model_len"))
     if too_long:
         run.flags.append(Flag("rows-too-long", too_long))
+    if sharing := info.config.get("sharing"):
+        run.flags.append(Flag("gpu-shared", sharing))
     return run
 
 

@@ -19,8 +19,8 @@ from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines
-from pdbench.serving import plan, vllm
-from pdbench.serving.deployment import ServerInfo, cannot_write
+from pdbench.serving import plan, sharing, vllm
+from pdbench.serving.deployment import ServerInfo, cannot_write, gpu_roles
 from pdbench.serving.machine import Machine
 from pdbench.serving.models import tiny_model
 from pdbench.serving.plan import ServerSpec
@@ -82,7 +82,9 @@ class LocalHost:
             commands = [vllm.proxy_command(config, servers, setup.connector)]
         else:
             self._check_vllm()
-            gpus = self.assign_gpus(specs, config, setup)
+            gpus = self.assign_gpus(specs, config)
+            share = config.gpu_memory_utilization / sharing.most_on_one_gpu(gpus.values())
+            config = dataclasses.replace(config, gpu_memory_utilization=share)
             commands = [self.command(spec, config, gpus[spec.name], setup) for spec in specs]
         if self.address is None or config.host not in _ALL_ADDRESSES:
             return commands
@@ -94,8 +96,8 @@ class LocalHost:
         setup = setup._replace(model=self._model(config)[0])  # another host's may be elsewhere
         return vllm.server_command(spec, config, self.machine, gpus, setup)
 
-    def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> dict[str, tuple[int, ...]]:
-        return plan.assign_gpus(specs, config, self.machine, setup.connector)
+    def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig) -> dict[str, tuple[int, ...]]:
+        return plan.assign_gpus(specs, config, self.machine)
 
     def port_owner(self, address: str, port: int) -> str | None:
         return machines.port_owner(address, port)
@@ -140,7 +142,7 @@ class LocalHost:
 
     def open_readers(self, servers: Sequence[ServerInfo]) -> list[Reader]:
         """The meters of these servers: their GPUs or, without any, the CPU use of each role's processes; and the host's own."""
-        gpus = [open_gpu(index, server.role) for server in servers for index in server.gpus]
+        gpus = [open_gpu(index, role) for index, role in gpu_roles(servers).items()]
         pids: dict[str, list[int]] = {}
         for server in servers:
             pids.setdefault(server.role, []).extend(server.pids)

@@ -52,6 +52,8 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
     """The deployment up and healthy, one line per server; down at the end."""
     names = [spec.name for spec in deployment.specs]
     console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
+    if shared := deployment.sharing():
+        console.print(f"  {shared}", highlight=False, soft_wrap=True)
     publisher.stage("{0}: {1} starting", deployment.kind, ", ".join(names))
     ready: dict[str, int | None] = {}
     printed_s = time.monotonic()

@@ -28,6 +28,16 @@ def test_gpus_that_a_run_would_take_must_be_free(monkeypatch: pytest.MonkeyPatch
     assert [states[f"GPU {index}"] for index in range(3)] == [doctor.FINE, doctor.WRONG, doctor.NOTE]
 
 
+def test_one_gpu_is_enough_for_what_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "installed_version", lambda name: None)
+    here = machine.Machine("0.33.0", (nvml.Gpu(3, "L4", "580", 1000.0, 0.0),))
+    findings = [*doctor.examine(ServeConfig(), here)]
+    assert [finding.text for finding in findings if finding.state == doctor.WRONG] == []
+    assert "`pdbench run --prefill-gpus 3 --decode-gpus 3` compares them" in (findings[0].remedy or "")
+    assert any(finding.text.startswith("connector tcp") for finding in findings)
+
+
 def test_missing_nixl_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     here, config = machine.Machine("0.32.0", (), nixl=False), ServeConfig(connector="nixl")
     monkeypatch.setattr(machine, "installed_version", lambda name: "0.32.0")

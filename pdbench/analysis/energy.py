@@ -25,6 +25,8 @@ ONE_INSTANCE = (
     "`pdbench bench --phase prefill` and `--phase decode` measure each alone"
 )
 
+SHARED_GPU = "prefill and decode share their GPUs and no meter splits them; a GPU for each role measures each alone"
+
 
 class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
     """The metered devices of one role over the trials' windows (`window_s` together). total_j = active_j + idle_j + waiting_j.
@@ -157,7 +159,13 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         else STANDS_STILL
         if any(meter.is_still(windows) for meter in metered(meters))
         else why_not_measured(run.devices, ("power_w", "energy_j")),
-        not_split=None if split else ONE_INSTANCE if any(d.kind == "gpu" for d in run.devices) else NO_GPU,
+        not_split=None
+        if split
+        else SHARED_GPU
+        if "prefill+decode" in roles
+        else ONE_INSTANCE
+        if any(d.kind == "gpu" for d in run.devices)
+        else NO_GPU,
     )
 
 

@@ -24,7 +24,6 @@ from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import ServerState
-from pdbench.serving.vllm import Setup
 
 THREADS = 4
 """Calls that may run at once: some take long, and heartbeats are still answered."""
@@ -69,7 +68,7 @@ class RayHost(LocalHost):
     def clock(self) -> float:
         return time.monotonic()
 
-    def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig, setup: Setup) -> dict[str, tuple[int, ...]]:
+    def assign_gpus(self, specs: Sequence[ServerSpec], config: ServeConfig) -> dict[str, tuple[int, ...]]:
         """The GPUs that the placement group gave to this actor."""
         import ray
 

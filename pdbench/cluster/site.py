@@ -183,6 +183,10 @@ class RaySite(Cluster, Site):
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
         """Planned when it starts: until then its nodes are not known."""
+        if plan.shared_gpus(config):
+            raise UserError(
+                "--prefill-gpus and --decode-gpus name the same GPUs, and with --cluster Ray gives every instance its own: leave them out"
+            )
         model = config.model
         if model and vllm.is_local(model):
             model = str(Path(model).expanduser().absolute())

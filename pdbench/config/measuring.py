@@ -48,13 +48,13 @@ class PowerConfig:
     decode_clock: Count[int | None] = None
     """SM clock of decode's GPUs in MHz, likewise."""
     single_clock: Count[int | None] = None
-    """SM clock of the single instance's and replicas' GPUs in MHz, likewise."""
+    """SM clock of the single instance's and replicas' GPUs in MHz, likewise; and of those that prefill and decode share."""
     prefill_power_cap: Count[int | None] = None
     """Power limit of each of prefill's GPUs in watts, restored after the run (needs root)."""
     decode_power_cap: Count[int | None] = None
     """Power limit of each of decode's GPUs in watts, likewise."""
     single_power_cap: Count[int | None] = None
-    """Power limit of each of the single instance's and replicas' GPUs in watts, likewise."""
+    """Power limit of each of these GPUs in watts, likewise."""
     price_kwh: Statistics[NotNegative[float | None]] = None
     """Price per kWh in your currency: adds the price of a million tokens to the summary."""
     gco2_kwh: Statistics[NotNegative[float | None]] = None

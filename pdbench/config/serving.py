@@ -19,7 +19,7 @@ class ServerConfig:
     """Model folder or hub name; default: with bench what the server offers, else deepseek-ai/DeepSeek-V2-Lite on GPUs and a tiny
     model made on the spot without."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; default: the first GPUs. With bench: the GPUs of a server that pdbench did not start."""
+    """GPU indices of the single instance; default: the first GPUs, or those that prefill and decode share. With bench: the GPUs of a server that pdbench did not start."""
     log_dir: str = "logs"
     """Folder of the servers' logs."""
 
@@ -32,7 +32,7 @@ class ServeConfig(ServerConfig):
     max_model_len: Model[Count[int]] = 512
     """Longest prompt and output together, in tokens."""
     gpu_memory_utilization: Model[Share[float]] = 0.8
-    """Share of a GPU's memory that one vLLM instance takes, 0 to 1."""
+    """Share of a GPU's memory that vLLM takes, 0 to 1; instances on the same GPU divide it."""
     enforce_eager: Model[bool] = True
     """Run vLLM without CUDA graphs: it starts sooner and decodes far slower; --no-enforce-eager gives its real speed."""
     dtype: Model[str | None] = None
@@ -60,11 +60,11 @@ class ServeConfig(ServerConfig):
     prefill_gpus: Indices = ()
     """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
-    """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D."""
+    """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D. Prefill's own: both roles share them (docs/one-gpu.md)."""
     prompt_log: bool = True
     """Log when each prompt waited and was computed, through a vLLM scheduler class that only records; without it TTFT is in fewer parts."""
     start_timeout_s: Positive[float] = 600.0
-    """How long the servers may take until all are healthy."""
+    """How long servers that start together may take until all are healthy."""
     host: Network[str] = "127.0.0.1"
     """Address on which servers and proxy listen."""
     single_port: Network[Port[int]] = 8000

@@ -22,7 +22,7 @@ from pdbench.files import check_name, write_whole
 from pdbench.http import host_port, split_url
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.records import Clock
-from pdbench.serving import machine, plan, vllm
+from pdbench.serving import machine, plan, sharing, vllm
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerState
 from pdbench.serving.vllm import Command, Setup
@@ -92,12 +92,20 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
         return [server.url for server in self.servers if server.role == role]
 
     def local_gpus(self) -> dict[str, list[int]]:
-        """Role -> GPU indices of this host; a role without GPUs is left out."""
+        """Role (see `gpu_roles`) -> GPU indices of this host; a role without GPUs is left out."""
         gpus: dict[str, list[int]] = {}
-        for server in self.servers:
-            if server.gpus and server.host is None:
-                gpus.setdefault(server.role, []).extend(server.gpus)
+        for gpu, role in gpu_roles(server for server in self.servers if server.host is None).items():
+            gpus.setdefault(role, []).append(gpu)
         return gpus
+
+
+def gpu_roles(servers: Iterable[ServerInfo]) -> dict[int, str]:
+    """Each GPU of one host with its role, both roles ("prefill+decode") where they share it: a meter cannot separate them."""
+    roles: dict[int, dict[str, None]] = {}
+    for server in servers:
+        for gpu in server.gpus:
+            roles.setdefault(gpu, {})[server.role] = None
+    return {gpu: "+".join(of_gpu) for gpu, of_gpu in roles.items()}
 
 
 class Deployment:
@@ -132,7 +140,7 @@ class Deployment:
         self._setup, self.commands = setup, {command.name: command for command in servers}
 
     def start(self, on_states: Callable[[States], None] | None = None) -> Self:
-        """Start all servers at once and wait until all are healthy; `on_states` is called as they change.
+        """Start all servers at once (those on one GPU in turn) and wait until all are healthy; `on_states` is called as they change.
 
         Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
@@ -141,11 +149,18 @@ class Deployment:
             self.plan()
             self.check_ports()
             self._claim = claim(Path(self.config.log_dir))
-            self._start_servers(list(self.commands))
+            for names in sharing.starts(self.commands.values()) if self.sharing() else [list(self.commands)]:
+                self._start_servers(names)
         except BaseException:
             self.close()
             raise
         return self
+
+    def sharing(self) -> str | None:
+        """What a user must know of servers on one GPU; None where there are none (on a cluster, Ray gives each its own)."""
+        if self._setup is None or any(host.address for host in self._hosts.values()):
+            return None
+        return sharing.words(self.commands.values(), self._setup.connector)
 
     def check_ports(self) -> None:
         """Raises UserError when a port that a planned server needs is taken, and by whom."""
@@ -223,6 +238,7 @@ class Deployment:
             | {
                 "connector_used": self._setup.connector,
                 "max_num_seqs": vllm.sequences_at_once(self.commands.values()),
+                "sharing": self.sharing(),
             },
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdbench.config import Connector, DeploymentKind, ServeConfig
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving.machine import Machine
 
@@ -48,13 +48,25 @@ def _role(role: str, count: int, width: int, port: int, kv_port: int | None = No
     ]
 
 
-def assign_gpus(
-    specs: Sequence[ServerSpec], config: ServeConfig, machine: Machine, connector: Connector | None
-) -> dict[str, tuple[int, ...]]:
+def shared_gpus(config: ServeConfig) -> tuple[int, ...]:
+    """The GPUs of which each runs a prefill and a decode instance, since the options name them for both roles; of other kinds of
+    deployment each runs as many instances. Raises UserError where the roles share only some of their GPUs."""
+    prefill, decode = config.prefill_gpus, config.decode_gpus
+    if set(prefill).isdisjoint(decode):
+        return ()
+    if set(prefill) != set(decode):
+        raise UserError(
+            f"prefill and decode share some of their GPUs ({list(prefill)} and {list(decode)}): name the same for both, or different ones"
+        )
+    return prefill
+
+
+def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machine) -> dict[str, tuple[int, ...]]:
     """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough."""
     if not machine.on_gpu:
         return {spec.name: () for spec in specs}
     present = [gpu.index for gpu in machine.gpus]
+    shared = shared_gpus(config)
     assigned: dict[str, tuple[int, ...]] = {}
     first = 0
     for role in dict.fromkeys(spec.role for spec in specs if spec.width):
@@ -66,11 +78,15 @@ def assign_gpus(
                 f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {named}: "
                 f"name {count} different ones"
             )
-        gpus = named or present[first : first + count]
+        # What is compared with roles that share GPUs runs on the same ones, as many instances on each.
+        default = 2 * shared if shared and role in ("single", "replica") else present[first:]
+        gpus = named or list(default[:count])
         missing = [gpu for gpu in gpus if gpu not in present]
         if missing or len(gpus) < count:
             what = f"GPU {missing[0]}" if missing else f"{count} GPU(s){f' beside the first {first}' if first else ''}"
             remedy = f"name others with --{role}-gpus, or " if hasattr(config, f"{role}_gpus") else ""
+            if len(present) == 1 and not shared and members[0].width == 1:
+                remedy = f"give --prefill-gpus {present[0]} --decode-gpus {present[0]} so that all share it, or "
             raise UserError(
                 f"{role} wants {what} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
                 f"{remedy}run --against single alone"
@@ -81,9 +97,9 @@ def assign_gpus(
     prefill, decode = (
         {gpu for spec in specs if spec.role == role for gpu in assigned[spec.name]} for role in ("prefill", "decode")
     )
-    if (shared := prefill & decode) and connector != "tcp":
+    if (both := prefill & decode) and not shared:
         raise UserError(
-            f"GPU {min(shared)} is given to prefill and to decode, and {connector} moves KV between different GPUs: "
-            "name others"
+            f"GPU {min(both)} is given to prefill and to decode: name others, or name it for both "
+            "(--prefill-gpus, --decode-gpus) so that they share it"
         )
     return assigned

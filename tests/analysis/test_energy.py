@@ -210,6 +210,16 @@ def test_single_instance_is_not_split() -> None:
     assert "--phase prefill" in (used.not_split or "")
 
 
+def test_gpu_that_both_roles_share_is_counted_once() -> None:
+    run = disaggregated()
+    run.devices = [gpu("prefill+decode")]
+    used = energy(run)
+    assert (used.total_j, list(used.roles)) == (pytest.approx(4000), ["prefill+decode"])
+    assert used.j_per_output_token == pytest.approx(40)
+    assert (used.j_per_computed_prompt_token, used.decode_j_per_output_token, used.kv_transfer) == (None, None, None)
+    assert "share their GPUs" in (used.not_split or "")
+
+
 def test_a_missing_piece_makes_no_total() -> None:
     run = disaggregated()
     run.devices[0].samples = []

@@ -9,7 +9,7 @@ from pdbench.config import DeploymentKind, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.nvml import Gpu
-from pdbench.serving import vllm
+from pdbench.serving import sharing, vllm
 from pdbench.serving.machine import Machine
 from tests.conftest import commands
 
@@ -109,8 +109,19 @@ def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkey
 @pytest.mark.parametrize(
     ("config", "gpus", "message"),
     [
-        (ServeConfig(), 1, "beside the first 1 and there is 1 here"),
-        (ServeConfig(prefill_gpus=(0,), decode_gpus=(0,)), 2, "given to prefill and to decode"),
+        (
+            ServeConfig(),
+            1,
+            "beside the first 1 and there is 1 here .*give --prefill-gpus 0 --decode-gpus 0 so that all share",
+        ),
+        (ServeConfig(prefill_gpus=(1,)), 2, "given to prefill and to decode"),
+        (ServeConfig(prefill_instances=2, prefill_gpus=(0, 1), decode_gpus=(1,)), 2, "share some of their GPUs"),
+        (
+            ServeConfig(prefill_gpus=(0,), decode_gpus=(0,), connector="p2p-nccl"),
+            2,
+            "--connector auto, which goes through",
+        ),
+        (ServeConfig(prefill_gpus=(3,), decode_gpus=(3,)), 1, "prefill wants GPU 3"),
         (ServeConfig(decode_gpus=(7,)), 2, r"decode wants GPU 7 and there are 2 here \(\[0, 1\]\)"),
         (ServeConfig(decode_gpus=(0, 1)), 2, "name 1 different ones"),
         (ServeConfig(prefill_instances=0), 2, "at least one instance"),
@@ -119,6 +130,28 @@ def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkey
 def test_gpus_that_cannot_be_assigned_are_one_line(config: ServeConfig, gpus: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         disaggregated(config, machine("0.26.0", gpus))
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("single", 1), ("replicas", 2), ("disaggregated", 2)])
+def test_deployments_on_one_gpu_divide_its_memory(kind: DeploymentKind, shares: int) -> None:
+    config = ServeConfig(prefill_gpus=(1,), decode_gpus=(1,), decode_args="--gpu_memory_utilization=0.5")
+    servers = [command for command in commands(kind, config, machine("0.33.0", 2)) if command.role != "proxy"]
+    assert [command.gpus for command in servers] == [(1,)] * shares
+    given = {command.name: vllm.last_value(command, "--gpu-memory-utilization") for command in servers}
+    assert given.pop("decode-0", "0.5") == "0.5"
+    assert set(given.values()) == {str(0.8 / shares)}
+    transports = [vllm.last_value(command, "--kv-transfer-config") or "" for command in servers]
+    assert all('"transport": "tcp"' in text for text in transports) == (kind == "disaggregated")
+
+
+def test_instances_over_the_same_two_gpus() -> None:
+    shared = {"prefill_gpus": (0, 1), "decode_gpus": (0, 1)}
+    wide = ServeConfig(tensor_parallel=2, **shared)  # type: ignore[arg-type]
+    assert [command.gpus for command in disaggregated(wide, machine("0.33.0", 2))] == [(0, 1), (0, 1)]
+    many = ServeConfig(prefill_instances=2, decode_instances=2, **shared)  # type: ignore[arg-type]
+    instances = commands("replicas", many, machine("0.33.0", 2))
+    assert [command.gpus for command in instances] == [(0,), (1,), (0,), (1,), ()]
+    assert sharing.starts(instances) == [["replica-0", "replica-1"], ["replica-2", "replica-3", "proxy"]]
 
 
 def test_gpus_come_from_the_allotted_ones() -> None:

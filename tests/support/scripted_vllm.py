@@ -56,7 +56,8 @@ class Scripted(LocalHost):
         argv: tuple[str, ...] = (sys.executable, "-c", self.server, config.host, str(spec.port))
         if spec.name in self.scripts:
             argv = ("bash", "-c", self.scripts[spec.name])
-        return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}")
+        argv += ("--gpu-memory-utilization", str(config.gpu_memory_utilization)) if gpus else ()
+        return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}", gpus)
 
 
 class ScriptedRayHost(Scripted, RayHost):

@@ -1,0 +1,46 @@
+"""Several servers on one GPU: how its memory is divided, in which order they start, what is said of it. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pdbench.config import Connector
+from pdbench.serving import vllm
+from pdbench.serving.vllm import Command
+
+
+def most_on_one_gpu(gpus: Iterable[Sequence[int]]) -> int:
+    """Instances on the GPU that runs most of them; `gpus` are those of each instance."""
+    return max(Counter(gpu for own in gpus for gpu in own).values(), default=1)
+
+
+def starts(commands: Iterable[Command]) -> list[list[str]]:
+    """Servers by their start: those of a GPU one after the other, each once the one before it is healthy.
+
+    While vLLM starts it measures how much of its share is left for the KV cache; a neighbour that starts meanwhile is measured, too.
+    """
+    earlier: Counter[int] = Counter()
+    waves: dict[int, list[str]] = {}
+    for command in commands:
+        wave = max([0, *waves] if command.role == "proxy" else [0, *(earlier[gpu] for gpu in command.gpus)])
+        earlier.update(command.gpus)
+        waves.setdefault(wave, []).append(command.name)
+    return list(waves.values())
+
+
+def words(commands: Iterable[Command], connector: Connector | None) -> str | None:
+    """What a user must know where servers share a GPU, in one line; None where none do."""
+    on_gpu: dict[int, list[Command]] = {}
+    for command in commands:
+        for gpu in command.gpus:
+            on_gpu.setdefault(gpu, []).append(command)
+    parts = []
+    for gpu, servers in sorted(on_gpu.items()):
+        if len(servers) > 1:
+            shares = (f"{vllm.last_value(each, '--gpu-memory-utilization')} ({each.name})" for each in servers)
+            parts.append(f"GPU {gpu} is shared, its memory as {' and '.join(shares)}")
+    if not parts:
+        return None
+    parts.append("they start one after the other")
+    if connector == "tcp":
+        parts.append("KV goes through host memory (tcp), since NCCL joins no two ranks on one GPU")
+    return "; ".join([*parts, "power is the GPU's: no meter separates its servers"])
