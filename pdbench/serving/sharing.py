@@ -18,11 +18,11 @@ def starts(commands: Iterable[Command]) -> list[list[str]]:
 
     While vLLM starts it measures how much of its share is left for the KV cache; a neighbour that starts meanwhile is measured, too.
     """
-    earlier: Counter[int] = Counter()
+    free: dict[int, int] = {}  # from which start on each GPU has nobody else who starts
     waves: dict[int, list[str]] = {}
     for command in commands:
-        wave = max([0, *waves] if command.role == "proxy" else [0, *(earlier[gpu] for gpu in command.gpus)])
-        earlier.update(command.gpus)
+        wave = max([0, *waves] if command.role == "proxy" else [0, *(free.get(gpu, 0) for gpu in command.gpus)])
+        free |= dict.fromkeys(command.gpus, wave + 1)
         waves.setdefault(wave, []).append(command.name)
     return list(waves.values())
 
