@@ -98,8 +98,7 @@ def _check_suitable(path: Path, run: Run) -> None:
     named = [flag for flag in NOT_MODELLED if flag in words]
     if (serve.get("tensor_parallel") or 1) > 1:
         named.append("--tensor-parallel above 1")
-    if serve.get("sharing"):
-        named.append("several instances on one GPU")
+    named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
         raise UserError(
             f"{path} was served with {' and '.join(named)}, which plan does not model: calibrate with runs without it"
