@@ -102,6 +102,16 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             )
 
 
+def new_blocks_are_idle(vllm_config: VllmConfig) -> bool:
+    """Does vLLM reserve blocks only once no forward pass that was launched before uses them?
+
+    Where several steps are under way, vLLM 0.32 and newer free a request's blocks when its last step's output has been read. With
+    speculative decoding the draft model may still run then.
+    """
+    scheduler = import_module("vllm.v1.core.sched.scheduler").Scheduler
+    return hasattr(scheduler, "_request_blocks_can_be_freed") and vllm_config.speculative_config is None
+
+
 def cache_hit_source() -> Any:
     """How vLLM 0.32 and newer label prompt tokens that came from another instance; None before."""
     try:

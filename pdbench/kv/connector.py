@@ -82,10 +82,11 @@ class PdKvConnector(KVConnectorBase_V1):
         rank, model = get_tensor_model_parallel_rank(), model_fingerprint(self._vllm_config)
         identity = Identity(self._options.transport, self._ranks, rank, self._block_size, layout="", model=model)
         blocks, produces = int(self._kv_cache_config.num_blocks), bool(self._kv_transfer_config.is_kv_producer)
-        self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces)
+        idle = compat.new_blocks_are_idle(self._vllm_config)
+        self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces, idle)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Before the forward pass."""
+        """Before the forward pass, in every step."""
         self._working.before_forward(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

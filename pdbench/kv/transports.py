@@ -30,7 +30,7 @@ class Link(ABC):
     """What moves a pair's blocks: prefill packs and sends, decode receives and unpacks, one piece at a time, in order.
 
     One thread uses it at a time, `close` may come from any. The buffer is reused by the next piece. `after` is a CUDA event of the
-    forward pass that must be over first, None on CPU. Every method may raise ChannelClosedError.
+    forward pass that must be over first, None where there is none to wait for. Every method may raise ChannelClosedError.
     """
 
     _host: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class Link(ABC):
     def _on_stream(self, after: Any) -> Iterator[None]:
         """Do what follows on the link's stream and behind `after`, with `_passed` at its end; on CPU now."""
         with torch.cuda.stream(self._stream):
-            if self._stream is not None:
+            if after is not None:
                 self._stream.wait_event(after)
             yield
             if self._passed is not None:

@@ -76,16 +76,24 @@ class Threads:
 class KvWorker:
     """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces`.
 
-    `identity` is complete but for the cache's layout; rank i listens on the instance's kv_port + i. Raises UnsupportedError, OSError.
+    `identity` is complete but for the cache's layout; rank i listens on the instance's kv_port + i. `new_blocks_idle`: no forward pass
+    uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). Raises UnsupportedError, OSError.
     """
 
     def __init__(
-        self, options: Options, identity: Identity, kv_caches: dict[str, torch.Tensor], blocks: int, produces: bool
+        self,
+        options: Options,
+        identity: Identity,
+        kv_caches: dict[str, torch.Tensor],
+        blocks: int,
+        produces: bool,
+        new_blocks_idle: bool = False,
     ) -> None:
         packer = make_packer(kv_caches, blocks)
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
+        self._new_blocks_idle, self._passes_before = new_blocks_idle, None
         if options.transport == "nccl" and not self._on_gpu:
             raise UnsupportedError(
                 f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp"
@@ -116,11 +124,13 @@ class KvWorker:
         """Before the step's forward pass, which may overwrite the blocks of preempted requests."""
         if self._sender is not None and plan.preempted:
             self._sender.preempted(plan.preempted)
+        # Marked here: `load` may come after the step's own launch, and that forward pass does not use blocks that are to be filled.
+        self._passes_before = self._mark() if plan.fetches and not self._new_blocks_idle else None
 
     def load(self, plan: StepPlan) -> None:
         """Start and cancel fetches, which threads carry out."""
         if plan.fetches or plan.cancelled:
-            self._receiver.step(plan, self._mark())
+            self._receiver.step(plan, self._passes_before)
 
     def after_forward(self, plan: StepPlan) -> Reports:
         """The step's forward pass is launched (on CPU: done): what it computes may travel once it is over.
