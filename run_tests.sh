@@ -4,7 +4,7 @@
 # Without options, tests that start no vLLM and no cluster run two files at a time, where pytest-xdist is installed.
 set -euo pipefail
 cd "$(dirname "$0")"
-python=$(requirements/setup.sh dev ray)
+python=$(requirements/setup.sh dev ray otlp)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

@@ -139,6 +139,7 @@ def report(
     out: Path = Path("report"),
     sort_by: str | None = None,
     llm_d: bool = False,
+    otlp: str | None = None,
     lang: Literal["en", "zh"] = "en",
 ) -> None:
     """Draw saved runs: one HTML page with verdicts and interactive figures, Markdown, CSV of all requests, pictures.
@@ -153,13 +154,15 @@ def report(
         Metric by which the side-by-side table is sorted, best first: tbt_p99_ms, output_tokens_per_s, ...
     llm_d
         Write each run as a benchmark report of llm-d (schema 0.2.1) too, with the power of each device.
+    otlp
+        Send each run to this OpenTelemetry receiver (OTLP/HTTP, as http://127.0.0.1:4318): a trace per request, its phases as spans.
     lang
         Language of page and tables.
     """
     from pdbench.report import commands, text
 
     with text.language(lang):
-        commands.report(folders, out, sort_by, console, llm_d=llm_d)
+        commands.report(folders, out, sort_by, console, llm_d=llm_d, otlp=otlp)
 
 
 @app.command

@@ -10,11 +10,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
 
-from pdbench.analysis.metrics import spread, timings_of
+from pdbench.analysis.metrics import spread, timings_of_requests
 from pdbench.live import publisher
 from pdbench.load.generator import OnProgress, Progress
 from pdbench.power.monitor import live_table
-from pdbench.records import Clock, DeviceRecord, RequestRecord, Run
+from pdbench.records import DeviceRecord, RequestRecord
 
 LINE_EVERY_S = 10.0
 _TABLE_EVERY_S = 1.0
@@ -69,8 +69,7 @@ def _figures(seen: Sequence[tuple[float, Progress]], requests: list[RequestRecor
         yield f", {last.in_flight} in flight"
     if last_s > first_s and last.tokens > first.tokens:
         yield f", {(last.tokens - first.tokens) / (last_s - first_s):,.0f} tokens/s"
-    run = Run(name="", clock=Clock(monotonic_s=0.0, unix_s=0.0), config={}, host={}, versions={}, requests=requests)
-    latencies = timings_of(run).latencies if requests else {}
+    latencies = timings_of_requests(requests, {}).latencies if requests else {}
     for name, words in (("ttft", "TTFT"), ("mean_tbt", "mean TBT"), ("e2e", "E2E")):
         if name in latencies and (known := spread(latencies[name].rising)):
             yield f", {words} p50 {known.p50:.3g} ms"

@@ -130,14 +130,26 @@ def compare_folders(
     return thresholds.exit_code(results)
 
 
-def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Console, *, llm_d: bool = False) -> None:
+def report(
+    folders: Sequence[Path],
+    out: Path,
+    sort_by: str | None,
+    console: Console,
+    *,
+    llm_d: bool = False,
+    otlp: str | None = None,
+) -> None:
     """Write report.html, report.md, requests.csv and (up to four runs) the pictures of saved runs into `out`; with `llm_d`, each run as
-    a benchmark report of llm-d too."""
+    a benchmark report of llm-d too; with `otlp`, send each as traces to that address."""
     folders = list(folders) or [path for path in DEFAULT_FOLDERS if results_files(path)]
     if not folders:
         raise UserError(
             "nothing measured here: run `./run_disaggregated_test.sh` first, or name results folders: `pdbench report DIR...`"
         )
+    if otlp:
+        from pdbench.report import otlp as traces  # of an extra, which not everybody has
+
+        collector = traces.Collector(otlp)
     workers = min(os.cpu_count() or 1, len(folders))
     if workers < 2 or len(folders) < 8:
         loaded = [_load(folder) for folder in folders]
@@ -155,6 +167,9 @@ def report(folders: Sequence[Path], out: Path, sort_by: str | None, console: Con
         write_whole(out / f"{name}_llm-d.json", files[f"{name}_llm-d.json"])
     _say(console, _("report: {0}", out / "report.html"))
     _say(console, _("beside it: {0}", ", ".join([*files][1:])))
+    for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
+        sent = collector.send(traces.spans(load_run(folder), analysis))
+        _say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:
