@@ -96,8 +96,7 @@ def _check_suitable(path: Path, run: Run) -> None:
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
     named = [flag for flag in NOT_MODELLED if flag in words]
-    if (serve.get("tensor_parallel") or 1) > 1:
-        named.append("--tensor-parallel above 1")
+    named += ["--tensor-parallel above 1"] if (serve.get("tensor_parallel") or 1) > 1 else []
     named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
         raise UserError(
