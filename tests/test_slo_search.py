@@ -191,6 +191,13 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
     )
 
 
+def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
+    load = dataclasses.replace(LOAD, arrival="constant", rate=20.0, requests=300)
+    judge = LoadJudge(slo_search.Search(0.05, 20.0), 20.0, load, float("inf"))
+    run = Law().measure(Options(load=load), tmp_path, judge)
+    assert judge.held is False and len(run.requests) <= 300
+
+
 def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     load = dataclasses.replace(LOAD, rate=2.0)
     judge = LoadJudge(slo_search.Search(0.05, 2.0), 2.0, load, float("inf"))
