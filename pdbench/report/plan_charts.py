@@ -63,14 +63,20 @@ def checks(of: Sequence[Check]) -> Chart:
 
 def seconds(checks: Sequence[Check], predictions: Sequence[Prediction]) -> Chart:
     """The mean request's seconds, stacked: a panel per check, with what was measured where its servers told, and one of all predictions."""
-    panels = [_parts("", {deployment_name(each.kind, each.instances): each.seconds_ms for each in predictions})]
+    bars = {deployment_name(each.kind, each.instances): each.seconds_ms for each in predictions}
+    panels = [_parts("", bars)] if bars else []
     for check in checks:
         own = check.at_own_speed.seconds_ms if check.at_own_speed else {}
-        bars = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
+        of_check = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
         name = deployment_name(check.predicted.kind, check.predicted.instances)
-        panels.append(_parts(f"{name}: {check.path}", bars))
+        panels.append(_parts(f"{name}: {check.path}", of_check))
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
-    return Chart(key="seconds", title=_("One request's seconds"), panels=panels, caption=caption)
+    return Chart(
+        key="seconds",
+        title=_("One request's seconds"),
+        panels=[panel for panel in panels if panel.series],
+        caption=caption,
+    )
 
 
 def _parts(title: str, bars: Mapping[str, Mapping[str, float]]) -> Panel:
