@@ -56,7 +56,7 @@ class Costed:
         ]
         self.gpu_s = [engine.gpu_decode_s(n) for n in range(self.most + 1)]
         self.budget, self.block, self.captured = limits.max_num_batched_tokens, limits.block_size, limits.captured
-        self.joins = role == "decode"
+        self.joins, self.per_context_s = role == "decode", costs.gpu_per_context_token_s
         self.scheduled_s = [math.nan] * len(sizes)  # when each request's first step here was scheduled
         box = engine.box
         self.most_prompt: float = box.prompt_tokens if box else math.inf
@@ -103,7 +103,8 @@ class Batch:
         """The decoding sequences that end next are none any more."""
         leaving = self.ends.pop(heappop(self.rising))
         self.n -= len(leaving)
-        self.base -= sum([sequence[2] for sequence in leaving])
+        for sequence in leaving:
+            self.base -= sequence[2]
         return leaving
 
     def _blocks(self, tokens: int) -> int:

@@ -68,27 +68,26 @@ class Instance(Batch):
         if lag == 1 and self.opening:
             self._open(self.s)
         ended = self._advance() if self.steps else []
-        k, handouts = self.k, self.handouts
-        while self.rising and self.rising[0] == k:
+        k, handouts, rising, costed = self.k, self.handouts, self.rising, self.costed
+        while rising and rising[0] == k:
             for sequence in self._leave():
                 self.ending[sequence[1]] = sequence
                 handouts.append((k - 1 + lag, sequence[1], LAST))
         while handouts and handouts[0][0] <= k:
             _, request, token = handouts.pop(0)
-            if token == ONLY and self.costed.role != "prefill":
+            if token == ONLY and costed.role != "prefill":
                 self.tokens.opens(request, self.s + self.costs.egress_s)
             self.tokens.last_s[request] = self.s + self.costs.egress_s
             if token != PAUSES:
                 ended.append(request)
                 self.ending.pop(request, None)
-        costed = self.costed
+        blocks, tight = costed.blocks, False
         if ended:
             self.blocked = False
-            if costed.blocks is not None:
-                for request in ended:
-                    self.reserved -= costed.most_blocks[request]
-        blocks = costed.blocks
-        tight = blocks is not None and self.reserved > blocks
+        if blocks is not None:
+            for request in ended:
+                self.reserved -= costed.most_blocks[request]
+            tight = self.reserved > blocks
         if tight and self._free(1) < 0:
             self._preempt()
         elif self.partial or (self.waiting and not self.blocked):
@@ -102,13 +101,14 @@ class Instance(Batch):
             extend = False
             if handouts and handouts[0][0] - self.k < limit:
                 limit = handouts[0][0] - self.k
-            if self.n and self.rising[0] - self.k <= limit:
-                limit = self.rising[0] - self.k
-                extend = lag == 2 and not tight and not waits and not handouts
-            elif not self.n and not handouts:
+            if self.n:
+                if rising[0] - self.k <= limit:
+                    limit = rising[0] - self.k
+                    extend = lag == 2 and not (tight or waits or handouts)
+                if tight:
+                    limit = self._steps_that_fit(limit)
+            elif not handouts:
                 limit = 1
-            if tight and self.n:
-                limit = self._steps_that_fit(limit)
             self._plan(limit, math.inf, extend=extend)
         else:
             self.steps, self.wake_s = 0, math.inf
@@ -121,43 +121,40 @@ class Instance(Batch):
         if extend:
             leaving = self.ends[self.k + limit]
             n = self.n - len(leaving)
+            s, d = self.next_s, self.next_d
             gpu = host = 0.0
             if n:
-                base = self.base - sum([sequence[2] for sequence in leaving])
-                gpu = self.costed.gpu_s[n] + self.costs.gpu_per_context_token_s * (base + n * (self.k + limit))
-                host = self.costed.host_s[n]
-            s, d = self.next_s, self.next_d
+                costed, base = self.costed, self.base
+                for sequence in leaving:
+                    base -= sequence[2]
+                gpu = costed.gpu_s[n] + costed.per_context_s * (base + n * (self.k + limit))
+                host = costed.host_s[n]
             launched = s + host
             self.before_s, self.before_d = s, d
-            self.next_s = launched if launched > d else d
+            after = launched if launched > d else d
             done = d + gpu if d > s else s + gpu
-            self.next_d = done if done > launched else launched
-            self.gaps += (self.next_s - s, self.n if limit else self.weight)
+            self.next_s, self.next_d = after, (done if done > launched else launched)
+            self.gaps += (after - s, self.n if limit else self.weight)
             if not limit:
-                self.first_s = self.next_s
+                self.first_s = after
             self.steps += 1
         self.wake_s = self.next_s
 
     def _walk(self, limit: int, until_s: float) -> None:
         """Plan decode steps from here until `until_s`, at most `limit`. The context's growth is in the gaps' mean only."""
-        s, d, n = self.s, self.d, self.n
-        host, gpu, growth = self.costed.host_s[n], self.costed.gpu_s[n], self.costs.gpu_per_context_token_s * n
-        if n:
-            gpu += self.costs.gpu_per_context_token_s * (self.base + n * self.k)
-        steps, weight = 0, self.weight
+        s, d, n, weight, costed = self.s, self.d, self.n, self.weight, self.costed
         gaps: list[float] = []
         if not n and not weight:  # nothing but last tokens to wait for
-            self.steps, self.next_s, self.next_d, self.first_s, self.gaps = (
-                limit,
-                (d if d > s else s),
-                d,
-                (d if d > s else s),
-                gaps,
-            )
+            self.steps, self.next_s, self.next_d, self.gaps = limit, (d if d > s else s), d, gaps
+            self.first_s = self.next_s
             return
-        while steps < limit and s < until_s:
-            count = limit - steps
-            if self.lag == 1:
+        host, gpu, growth = costed.host_s[n], costed.gpu_s[n], costed.per_context_s * n
+        if n:
+            gpu += costed.per_context_s * (self.base + n * self.k)
+        steps = 0
+        if self.lag == 1:
+            while steps < limit and s < until_s:
+                count = limit - steps
                 if gpu >= host:
                     count = _rows(count, gpu, growth, until_s - s)
                     took = count * gpu + growth * count * (count - 1) / 2
@@ -169,17 +166,23 @@ class Instance(Batch):
                 gaps += (took / count, count * n)
                 s += took
                 d = s
-            elif n and d <= s and gpu <= host and steps:  # the host sets the pace
+                gpu += growth * count
+                steps += count
+            self.steps, self.next_s, self.next_d, self.gaps = steps, s, d, gaps
+            return
+        while steps < limit and s < until_s:
+            count = limit - steps
+            if steps and n and gpu <= host and d <= s:  # the host sets the pace
                 if growth:
                     count = min(count, int((host - gpu) / growth) + 1)
                 count = _rows(count, host, 0.0, until_s - s)
                 gaps += (host, weight + (count - 1) * n)
                 s += count * host
                 d = s
-            elif n and d >= s + host and gpu >= host and steps:  # the GPU does
+            elif steps and n and gpu >= host and d >= s + host:  # the GPU does
                 count = 1 + _rows(count - 1, gpu, growth, until_s - d)
-                took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2
                 gaps += (d - s, weight)
+                took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2
                 if count > 1:
                     gaps += (took / (count - 1), (count - 1) * n)
                 s = d + took
@@ -190,7 +193,7 @@ class Instance(Batch):
                 after = launched if launched > d else d
                 gaps += (after - s, weight)
                 done = d + gpu if d > s else s + gpu
-                s, d = after, done if done > launched else launched
+                s, d = after, (done if done > launched else launched)
                 if not steps:
                     self.first_s = after
             gpu += growth * count
@@ -200,33 +203,32 @@ class Instance(Batch):
 
     def _advance(self) -> list[int]:
         """Do the planned steps; the requests that end with them."""
-        n, steps = self.n, self.steps
-        self.tokens.gaps += self.gaps
+        n, steps, tokens, next_s, next_d = self.n, self.steps, self.tokens, self.next_s, self.next_d
+        tokens.gaps += self.gaps
         if self.opening and self.lag == 2:
             self._open(self.first_s)
-        took = self.next_d - (self.d if self.d > self.s else self.s)
         if n:
+            took = next_d - (self.d if self.d > self.s else self.s)
             self.decode_s += took
             self.sequence_s += n * took
             self.output_tokens += n * steps
             costed, context = self.costed, self.base + n * self.k
             if n > costed.most_sequences or context + n * steps > costed.most_context:
                 self._note_box(took, n, 0, context, n * steps)
-        ended = []
         self.weight = n
-        if self.extended:
-            self.k += steps - 1
-            last_s = self.next_s + self.costs.egress_s
-            for _, request, _, _ in self._leave():
-                ended.append(request)
-                self.tokens.last_s[request] = last_s
-            self.weight = self.n
-            self.k += 1
-            self.output_tokens -= len(ended)  # none in the last step
-            self.sequence_s -= len(ended) * (self.next_d - self.before_d)
-        else:
-            self.k += steps
-        self.s, self.d, self.steps, self.extended = self.next_s, self.next_d, 0, False
+        self.k += steps
+        self.s, self.d, self.steps = next_s, next_d, 0
+        if not self.extended:
+            return []
+        self.extended = False
+        last_s = next_s + self.costs.egress_s
+        ended = []
+        for _, request, _, _ in self._leave():
+            ended.append(request)
+            tokens.last_s[request] = last_s
+        self.weight = self.n
+        self.output_tokens -= len(ended)  # none in the last step
+        self.sequence_s -= len(ended) * (next_d - self.before_d)
         return ended
 
     def _open(self, at_s: float) -> None:

@@ -1,10 +1,12 @@
 """The simulator beside a step-by-step one: the same tokens at the same instants."""
 
+import random
+
 import numpy as np
 import pytest
 
 from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
-from pdbench.plan.simulate import simulate
+from pdbench.plan.simulate import Balance, simulate
 from tests.plan.step_by_step import step_by_step
 
 GRAPHS = {1: 0.0034, 2: 0.004, 4: 0.0038, 8: 0.0039, 16: 0.0041, 24: 0.0046, 32: 0.0048}
@@ -148,3 +150,21 @@ def test_prefix_affinity_keeps_within_twice_the_mean_load() -> None:
     simulated = simulate(deployment, demand(400, 12.0))
     first, second = (use.output_tokens for use in simulated.instances if use.role == "decode")
     assert 0.5 < first / second < 2
+
+
+@pytest.mark.parametrize("by_tokens", [True, False], ids=["tokens", "requests"])
+def test_least_loaded_of_many_is_the_next_in_turn(by_tokens: bool) -> None:
+    generator = random.Random(1)
+    balance = Balance("least-work", 100, generator, by_tokens=by_tokens)
+    loads, turn = [(0, 0)] * 100, balance.turn
+    for _ in range(2000):
+        least = min(range(100), key=lambda index: (loads[index], (index - turn) % 100))
+        assert balance.choose() == least
+        turn = (turn + 1) % 100
+        index, sign = (least, 1) if generator.random() < 0.8 else (generator.randrange(100), -1)
+        if sign < 0 and not loads[index][1]:
+            continue
+        tokens = 100
+        balance.count(index, sign, sign * tokens)
+        change = (tokens, 1) if by_tokens else (1, tokens)
+        loads[index] = loads[index][0] + sign * change[0], loads[index][1] + sign * change[1]
