@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -156,7 +156,7 @@ def bench(
     info = deployments.find(Path(options.serve.log_dir), url)
     flags: list[Flag] = []
     if info is None:
-        model = options.serve.model or offered_model(url, verify_tls=options.load.tls_verify)
+        model = offered_model(url, options.serve.model, verify_tls=options.load.tls_verify)
         info = DeploymentInfo(name="bench", url=url, model_name=model)
         proxied = get(url, "/metrics", timeout_s=3.0) or b""
         where = f"--log-dir {deployments.proxy_log_folder(url) or 'FOLDER'} names the log folder of its `pdbench serve`"
@@ -189,6 +189,12 @@ def bench(
         check_again(run, info, console, servers)
     finally:
         _save(run, out / f"{run.name}_results", runs)
+
+
+def check_answers(url: str, points: Iterable[Options]) -> None:
+    """Raises UserError when nothing answers at `url`, before many loads are sent there."""
+    for model, verify_tls in {(options.serve.model, options.load.tls_verify) for options in points}:
+        offered_model(url, model, verify_tls=verify_tls)
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:

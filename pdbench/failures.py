@@ -3,13 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pdbench.records import RequestRecord
+from pdbench.records import Flag, RequestRecord
 
 LIMIT_PCT = 1.0
 """Above this share of a run's measured requests its figures do not count, and the command ends with exit code 1."""
 INTERRUPTED = "interrupted"
 """The class of what was in flight when the load was stopped: no failure of a server."""
 NO_TOKENS = "no_tokens"
+CUT_SHORT = ("server-died", "client-lost", "node-lost")
+VOID = ("gate-failed", "canary-failed", "reference-wrong", *CUT_SHORT)
+"""Flags of runs whose figures do not count: answers were wrong, or a trial was cut short."""
 
 
 def describe(requests: Sequence[RequestRecord]) -> str | None:
@@ -31,6 +34,19 @@ def too_many(errors: Mapping[str, int], sent: int) -> bool:
     """Did more fail than may? `errors`: class -> requests."""
     failed = sum(count for kind, count in errors.items() if kind != INTERRUPTED)
     return 100 * failed > LIMIT_PCT * sent
+
+
+def void(flags: Sequence[Flag], errors: Mapping[str, int] | None, sent: int) -> str | None:
+    """Why the figures of a run do not count, so that its command ends with exit code 1: the flag with its detail. None: they count.
+
+    `errors` are its failed requests by class; None of a load that is meant to be too much, as a search's are.
+    """
+    for flag in flags:
+        if flag.name in VOID:
+            return f"{flag.name}: {flag.detail}; its figures do not count"
+        if flag.name == "requests-failed" and errors is not None and too_many(errors, sent):
+            return f"{flag.name}: {flag.detail} (over {LIMIT_PCT:g} %, its figures do not count)"
+    return None
 
 
 def kind_of(request: RequestRecord) -> str | None:

@@ -115,13 +115,14 @@ def tidy(folder: Path) -> None:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """The folder for this process's measurements while the block runs; a process may hold it several times.
+def hold(folder: Path, file: str = "") -> Iterator[None]:
+    """The folder, or one file of it, for this process's measurements while the block runs; a process may hold it several times.
 
     A folder that is missing is made, and removed at the end when nothing was put into it. Raises UserError while another
     process has it, or when it cannot be written.
     """
-    key = os.path.realpath(folder)
+    path = folder / (f".{file}.lock" if file else _LOCK)
+    key = os.path.realpath(path)
     if key in _held:
         _held[key] += 1
         try:
@@ -132,8 +133,8 @@ def hold(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(_made(folder))
-            lock = stack.enter_context(_open_lock(folder))
-            for inner in (folder, folder / "report", *folder.glob("*_results")):
+            lock = stack.enter_context(_open_lock(path, (folder / file).absolute()))
+            for inner in () if file else (folder, folder / "report", *folder.glob("*_results")):
                 if inner.is_dir():
                     tidy(inner)
         except OSError as error:
@@ -144,22 +145,21 @@ def hold(folder: Path) -> Iterator[None]:
         finally:
             del _held[key]
             with suppress(OSError):
-                if _is_at(lock, folder / _LOCK):
-                    (folder / _LOCK).unlink()  # before it is unlocked: nobody else has it yet
+                if _is_at(lock, path):
+                    path.unlink()  # before it is unlocked: nobody else has it yet
 
 
-def _open_lock(folder: Path) -> IO[bytes]:
+def _open_lock(path: Path, held: Path) -> IO[bytes]:
     while True:
-        lock = (folder / _LOCK).open("ab")
+        lock = path.open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            where = folder.absolute()
-            raise UserError(f"another pdbench measures into {where}: wait for its end, or give another --out") from None
+            raise UserError(f"another pdbench measures into {held}: wait for its end, or give another --out") from None
         except OSError:
             return lock  # a file system without locks
-        if _is_at(lock, folder / _LOCK):
+        if _is_at(lock, path):
             return lock
         lock.close()  # its owner removed it after we had opened it
 

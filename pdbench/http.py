@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import socket
 import ssl
 import time
 from dataclasses import dataclass
@@ -95,16 +96,20 @@ def get(url: str | ServerUrl, path: str, timeout_s: float = 10.0, *, verify_tls:
     return body if status == 200 else None
 
 
-def offered_model(url: str, *, verify_tls: bool = True) -> str:
-    """The first model that the server offers. Raises UserError when nothing answers or it names none."""
+def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True) -> str:
+    """`model`, by default the first that the server offers. Raises UserError when nothing answers or it names none."""
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
     try:
         status, body = request(url, "/v1/models", verify_tls=verify_tls)
     except OSError as error:
+        if model and not isinstance(error, ConnectionRefusedError | socket.gaierror):
+            return model  # it may know no such path
         raise UserError(
             f"no OpenAI-compatible server answers at {address} ({error or type(error).__name__}): start one with "
             "`pdbench serve`, or give --url http://HOST:PORT"
         ) from None
+    if model:
+        return model
     if status in (401, 403):
         raise UserError(f"{address} answers {status}: set OPENAI_API_KEY to a key that the server takes")
     try:

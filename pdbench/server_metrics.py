@@ -3,7 +3,8 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Self
 from urllib.parse import urlencode
 
@@ -41,6 +42,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 """What is kept of a page, and the servers' names for it: of several that a page has, the first. Those to accept_rate are as
 of the reading (shares of 1 where they are no requests), the others count up from the server's start."""
 _LABEL = {"vllm:prompt_tokens_by_source_total": 'source="external_kv_transfer"'}
+_SAMPLE = re.compile(
+    r'(?P<name>[a-zA-Z_:][\w:]*)\s*(?:\{(?P<labels>(?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?\s+(?P<value>\S+)(?:\s+-?[\d.]+)?\s*(?:#.*)?$',
+    re.ASCII,
+)
 _LARGEST = ("kv_used", "accept_rate")
 """Of several engines behind one page the largest is kept; of everything else the sum."""
 _ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
@@ -56,29 +61,32 @@ def scrape(
     return None if body is None else body.decode("utf-8", "replace")
 
 
+def samples(page: str, prefixes: str | tuple[str, ...]) -> Iterator[tuple[str, str, float]]:
+    """(name, labels, value) of the lines that begin with one of `prefixes`; what is no finite count is left out."""
+    for line in page.splitlines():
+        # Labels may hold any character; after the value may stand a timestamp, and an exemplar after #.
+        if line.startswith(prefixes) and (match := _SAMPLE.match(line)):
+            try:
+                value = float(match["value"])
+            except ValueError:
+                continue
+            if 0 <= value < inf:
+                yield match["name"], match["labels"] or "", value
+
+
 def total(page: str, name: str, label: str = "") -> float | None:
     """The sum over a metric's series (one per engine) whose labels contain `label`; None where the page has none."""
-    labels = rf"\{{.*{re.escape(label)}.*\}}"
-    pattern = rf"^{re.escape(name)}{labels if label else f'(?:{labels})?'} ([0-9.eE+-]+)$"
-    values = [float(value) for value in re.findall(pattern, page, flags=re.MULTILINE)]
+    values = [value for found, labels, value in samples(page, name) if found == name and label in labels]
     return sum(values) if values else None
 
 
 def figures(page: str) -> dict[str, float]:
     """What a page says of `NAMES`; what it does not have is left out."""
     series: dict[str, list[float]] = {}
-    for line in page.splitlines():
-        if line.startswith(("vllm:", "sglang:", "sglang_")):
-            labelled, _, text = line.rpartition(" ")
-            name, _, labels = labelled.partition("{")
-            name = name.replace("sglang_", "sglang:", 1)  # as some of its versions write it
-            if name in _ALL_NAMES and _LABEL.get(name, "") in labels:
-                try:
-                    value = float(text)
-                except ValueError:
-                    continue
-                if 0 <= value < float("inf"):
-                    series.setdefault(name, []).append(value)
+    for name, labels, value in samples(page, ("vllm:", "sglang:", "sglang_")):
+        name = name.replace("sglang_", "sglang:", 1)  # as some of its versions write it
+        if name in _ALL_NAMES and _LABEL.get(name, "") in labels:
+            series.setdefault(name, []).append(value)
     found = {}
     for key, names in NAMES.items():
         values = next((series[name] for name in names if name in series), None)

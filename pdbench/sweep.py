@@ -1,6 +1,7 @@
 """Many runs in one command: every combination of the varied options, one folder per point, resumed where it stopped."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import secrets
@@ -8,6 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,23 @@ from pdbench.live import publisher
 from pdbench.turns import duration
 
 _SWEEP = "sweep.json"
+_LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One combination: the varied options with their values, in the order given, and all options together."""
 
-    varied: dict[str, Any]
+    varied: Mapping[str, Any]
     options: Options
 
     @property
     def name(self) -> str:
-        """Its folder's name, as in concurrency=4,output_tokens=128."""
-        return ",".join(f"{key}={_folder_word(value)}" for key, value in self.varied.items())
+        """Its folder's name, as in concurrency=4,output_tokens=128; the end of a long one is its hash."""
+        name = ",".join(f"{key}={_folder_word(value)}" for key, value in self.varied.items())
+        if len(name) <= _LONGEST_NAME:
+            return name
+        return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(repr(self.varied).encode()).hexdigest()[:8]}"
 
 
 def points(options: Options, vary: Sequence[str]) -> list[Point]:
@@ -52,7 +58,13 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
             raise UserError(f"--vary {text}: give each KEY=V1,V2,... once")
         axes[key] = [value.strip() for value in values.split(",")]
     combinations = itertools.product(*axes.values())
-    return [_point(options, dict(zip(axes, combination, strict=True))) for combination in combinations]
+    made = [_point(options, dict(zip(axes, combination, strict=True))) for combination in combinations]
+    names = [point.name for point in made]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"--vary: two points are {twice}: give each value once, values whose folders have different names"
+        )
+    return made
 
 
 def with_slo(options: Options, slo: str) -> Options:
@@ -68,6 +80,8 @@ def with_slo(options: Options, slo: str) -> Options:
         name = name.strip().replace("tpot", "tbt")
         if name not in names:
             raise UserError(f"--slo: {part!r} is no limit ({', '.join(names)}) in ms, as in --slo ttft=200,tbt=50")
+        if names[name] in limits:
+            raise UserError(f"--slo {slo}: it limits {name} twice")
         limits[names[name]] = number.strip()
     return _point(options, limits, "--slo").options
 
@@ -112,13 +126,13 @@ def run(
     console: Console,
     context: Mapping[str, Any] | None = None,
     parts: Sequence[str] = ("",),
-) -> Iterator[tuple[dict[str, Any], list[Path]]]:
+) -> Iterator[tuple[Mapping[str, Any], list[Path]]]:
     """Measure the points that are not yet in `out`; yields every point's varied options and results folders, as they are measured.
 
     `measure(options, folder, part)` measures one of `parts` of a point (a deployment, or "" for the point as a whole) and returns its
     results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
     starts. `context` (what is measured beside the options, as the deployments) must be the same for a point to count as
-    measured. What fails is reported and left out; the others go on. Raises UserError when nothing succeeded.
+    measured. What fails is reported and left out; the others go on. Raises UserError at the end when something failed.
 
     All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
     `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
@@ -165,13 +179,19 @@ def run(
             write_whole(folder / _done(part), json.dumps(done, indent=1).encode())
         except UserError as error:
             failed += 1
+            if not context.get("url"):  # nothing was sent to a server that stays
+                with suppress(OSError):
+                    folder.rmdir()
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
             publisher.stage(str(error), is_problem=True)
             continue
         spent_s.append(time.monotonic() - begin_s)
         yield point.varied, folders
-    if failed == len(steps):
-        raise UserError(f"every point of the sweep failed: read the lines above; what was saved lies in {out}")
+    if failed:
+        count = "every point" if failed == len(steps) else f"{failed} of {len(steps)} points"
+        raise UserError(
+            f"{count} of the sweep failed: read the lines above; what was saved lies in {out}, the same command tries again"
+        )
 
 
 def _done(part: str) -> str:

@@ -206,7 +206,12 @@ def _run_trial(
             return watch.problem() or (judge.decided() if judge else None)
 
         with metrics:
-            result = site.run_load(load, progressed, begin, problem)
+            try:
+                result = site.run_load(load, progressed, begin, problem)
+            except UserError:  # a client's, which may be because a server dies
+                if watch.problem_within(DEATH_S):
+                    raise UserError(f"{watch.died}: no request was measured") from None
+                raise
             after = psutil.cpu_times()
             spent_s = sum(after) - sum(cores)
             if hasattr(after, "steal") and spent_s > 0:  # on Linux
@@ -241,7 +246,7 @@ def _run_trial(
     checked = canaries.judge(load, measured, servers_live=not died)
     for flag in result.flags:
         if flag.name == "client-lost":
-            raise UserError(flag.detail)
+            raise UserError(f"{died}; {flag.detail}" if died else flag.detail)
     if not measured:
         servers.check()
         raise UserError(f"trial {trial + 1} sent no request: give a higher --rate or a longer --duration-s")

@@ -10,6 +10,7 @@ from typing import cast, get_args
 import msgspec
 from rich.console import Console
 
+from pdbench import failures
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
@@ -216,7 +217,7 @@ def saved_runs(
     design: PairConfig,
     options: Options,
 ) -> dict[DeploymentKind, Run]:
-    """The runs to go on with. A last turn that Ctrl-C or a death cut short is left out, to be measured again.
+    """The runs to go on with. Turns that Ctrl-C or a death cut short are left out, to be measured again.
 
     Raises UserError for those of another command, host or version: their trials would be taken for the same.
     """
@@ -243,11 +244,13 @@ def saved_runs(
             )
         if (run.host.get("name"), run.versions) != (host, versions):
             raise UserError(f"--resume: {folder} holds a run of another host or of other versions: give another --out")
-        cut = [flag for flag in run.flags if flag.name in ("interrupted", "server-died")]
-        last = run.trials[-1].index if run.trials else -1
-        if any(flag.name == "interrupted" or flag.detail.startswith(f"trial {last + 1}: ") for flag in cut):
-            run.trials = run.trials[:-1]
-            run.requests = [request for request in run.requests if request.trial != last]
+        cut = [flag for flag in run.flags if flag.name in ("interrupted", *failures.CUT_SHORT)]
+        left_out = {trial.index for trial in run.trials[-1:] if any(flag.name != "server-died" for flag in cut)}
+        # With --restarts, others may have followed.
+        died = {flag.detail.partition(":")[0] for flag in cut if flag.name == "server-died"}
+        left_out |= {trial.index for trial in run.trials if f"trial {trial.index + 1}" in died}
+        run.trials = [trial for trial in run.trials if trial.index not in left_out]
+        run.requests = [request for request in run.requests if request.trial not in left_out]
         run.flags = [flag for flag in run.flags if flag not in cut]
         runs[kind] = run
     if len({run.clock for run in runs.values()}) > 1:

@@ -33,9 +33,9 @@ def serve_config(
 ) -> ServeConfig:
     """Options of a deployment whose ports are all free."""
     # Instances of a role count up from their first port: take consecutive free ones.
-    # Below the range from which the kernel takes ports for clients, which would take one of ours before its server starts.
+    # As free_port does, beside the ranges of clients and of Ray's workers.
     while True:
-        first = random.randrange(11000, 30000)
+        first = random.randrange(20000, 32000)
         if all(_is_free(first + i) for i in range(2 + (prefill + decode) * (1 + tensor_parallel))):
             break
     kv = first + 2 + prefill + decode

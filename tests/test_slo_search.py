@@ -13,7 +13,7 @@ from pdbench import cli, slo_search
 from pdbench.config import LoadConfig, Options
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
+from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
 from pdbench.report import commands, mpl
 from pdbench.report import search as found
 from pdbench.report.search import chart, present, sentence
@@ -235,17 +235,26 @@ def test_wrong_options_are_refused(
     assert ended.value.code and words in capsys.readouterr().err
 
 
-def test_search_through_the_command_on_a_server(tmp_path: Path) -> None:
+def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         command = ["search", "--url", server.url, "--model", "m", "--no-power", "--requests", "40", "--warmup", "1"]
         command += ["--slo", "ttft=1000,e2e=2000", "--rate", "30", "--max-minutes", "0.1", "--out", str(tmp_path)]
         with pytest.raises(SystemExit) as ended:
             cli.main(command)
         assert not ended.value.code
-    saved = json.loads((tmp_path / found.FILE).read_text())
-    (entry,) = saved["deployments"]
-    assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
-    assert (tmp_path / entry["run"] / "analysis.json").exists()
+        saved = json.loads((tmp_path / found.FILE).read_text())
+        (entry,) = saved["deployments"]
+        assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
+        assert (tmp_path / entry["run"] / "analysis.json").exists()
+        # Wrong answers in any of its loads: what was found does not count.
+        wrong = saved["points"][1]["run"]
+        run = load_run(tmp_path / wrong)
+        run.flags.append(Flag("canary-failed", "a wrong answer"))
+        save_run(run, tmp_path / wrong)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+    assert ended.value.code == 1 and f"{wrong}: bench: canary-failed" in "".join(capsys.readouterr().err.split("\n"))
 
 
 def test_picture_of_two_deployments_on_gpus() -> None:

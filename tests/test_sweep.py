@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import io
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -14,10 +17,11 @@ from pdbench import cli, sweep
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.records import Flag
+from pdbench.records import Flag, load_run, save_run
 from pdbench.report import mpl, sweep_charts, tables
+from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
-from tests.support.servers import ScriptedServer, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, completions, stream, tokens
 
 OPTIONS = Options()
 CONSOLE = Console(quiet=True)
@@ -43,13 +47,22 @@ def test_a_wrong_vary_is_the_users_error(vary):
         sweep.points(OPTIONS, vary)
 
 
+def test_points_that_would_share_a_folder_are_refused_and_long_names_cut():
+    for vary in ("rate=1,1.0", "model=org/a,org_a"):
+        with pytest.raises(UserError, match="two points are"):
+            sweep.points(OPTIONS, [vary])
+    names = [point.name for point in sweep.points(OPTIONS, [f"vllm-args=--a={400 * 'x'}1,--a={400 * 'x'}2"])]
+    assert len(set(names)) == 2 and all(len(name) < 120 for name in names)
+
+
 def test_slo():
     assert sweep.with_slo(OPTIONS, "ttft=200, tbt=50").load == dataclasses.replace(
         OPTIONS.load, slo_ttft_ms=200.0, slo_tbt_ms=50.0
     )
     assert sweep.with_slo(OPTIONS, "") == OPTIONS
-    with pytest.raises(UserError, match="--slo"):
-        sweep.with_slo(OPTIONS, "latency=3")
+    for wrong in ("latency=3", "tbt=3,tpot=4", "ttft", "ttft=", "ttft=-1", "ttft=3ms", ","):
+        with pytest.raises(UserError, match="--slo"):
+            sweep.with_slo(OPTIONS, wrong)
 
 
 def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
@@ -69,7 +82,9 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         list(sweep.run(made, tmp_path, measure, CONSOLE))
     assert calls == [1, 2, 3]
-    found = list(sweep.run(made, tmp_path, measure, CONSOLE))
+    found: list[tuple[Mapping[str, Any], list[Path]]] = []
+    with pytest.raises(UserError, match="1 of 4 points of the sweep failed"):
+        found.extend(sweep.run(made, tmp_path, measure, CONSOLE))
     assert calls == [1, 2, 3, 2, 3, 4]
     assert [varied["concurrency"] for varied, _ in found] == [1, 3, 4]
     other = sweep.points(dataclasses.replace(OPTIONS, load=LoadConfig(seed=7)), ["concurrency=1"])
@@ -91,7 +106,9 @@ def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
             raise UserError("the log ends [/INST] with [rank0]")
         return [folder]
 
-    list(sweep.run(sweep.points(OPTIONS, ["concurrency=1,2"]), tmp_path, measure, told))
+    with pytest.raises(UserError, match="1 of 2 points"):
+        list(sweep.run(sweep.points(OPTIONS, ["concurrency=1,2"]), tmp_path, measure, told))
+    assert not (tmp_path / "concurrency=1").exists()
     assert "[/INST] with [rank0]" in told.file.getvalue()
 
 
@@ -108,7 +125,8 @@ def nonces(out: Path, url: str | None = None, load: LoadConfig | None = None, fa
         return [folder / "bench_results"]
 
     made = sweep.points(dataclasses.replace(OPTIONS, load=load or LoadConfig()), ["concurrency=1,2,3"])
-    list(sweep.run(made, out, measure, CONSOLE, {"url": url}))
+    with suppress(UserError) if failing else nullcontext():
+        list(sweep.run(made, out, measure, CONSOLE, {"url": url}))
     return used
 
 
@@ -193,6 +211,37 @@ def test_a_whole_sweep_against_a_server(tmp_path):
     assert all(float(row["output_tokens_per_s"]) > 0 and row["j_per_output_token"] == "" for row in rows)
     assert (tmp_path / "sweep_curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "concurrency=2" / "bench_results" / "bench_results.json").exists()
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "m"]], ids=["unnamed", "named"])
+@pytest.mark.parametrize("command", [["sweep", "--vary", "concurrency=1,2"], ["search", "--slo", "ttft=300"]])
+def test_no_server_at_the_url_ends_it_and_leaves_nothing(tmp_path: Path, command: list[str], model: list[str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    done = call_pdbench(*command, *model, "--url", url, "--out", "a/b", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no OpenAI-compatible server" in done.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_sweep_with_a_point_whose_figures_do_not_count_ends_with_1_also_when_resumed(tmp_path: Path) -> None:
+    def answer(peer: Peer) -> bool:
+        if peer.method == "POST" and peer.json["max_tokens"] == 3:
+            peer.respond({"error": {"message": "busy"}}, b"503 Busy")
+            return True
+        return completions()(peer)
+
+    with ScriptedServer(answer) as server:
+        load = ["--url", server.url, "--no-power", "--requests", "6", "--warmup", "0", "--canaries", "0", "--out", "."]
+        mixed = ["--vary", "output_tokens=2,3"]
+        done = call_pdbench("sweep", *load, *mixed, cwd=tmp_path)
+        assert done.returncode == 1 and "1 of 2 points of the sweep failed" in done.stderr
+    assert (tmp_path / "sweep_summary.csv").exists()
+    folder = tmp_path / "output_tokens=2" / "bench_results"
+    run = load_run(folder)
+    run.flags.append(Flag("canary-failed", "a wrong answer"))
+    save_run(run, folder)
+    with ScriptedServer(completions(), port=server.port):
+        done = call_pdbench("sweep", *load, "--vary", "output_tokens=2,4", cwd=tmp_path)
+    assert done.returncode == 1 and "output_tokens=2: bench: canary-failed: a wrong answer" in done.stderr
 
 
 def test_curves_have_integer_ticks_and_name_the_slo():

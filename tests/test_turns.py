@@ -132,7 +132,11 @@ def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: l
     assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
 
 
-@pytest.mark.parametrize(("trial", "left"), [(2, [0]), (3, [0, 1])], ids=["during it", "before the next was one"])
+@pytest.mark.parametrize(
+    ("trial", "left"),
+    [(2, [0]), (3, [0, 1]), (1, [1])],
+    ids=["during it", "before the next was one", "before another, on servers that were started again"],
+)
 def test_turn_in_which_a_server_died_is_measured_again(
     tmp_path: Path, gates: list[Gate], trial: int, left: list[int]
 ) -> None:
@@ -146,6 +150,17 @@ def test_turn_in_which_a_server_died_is_measured_again(
     )["single"]
     assert [each.index for each in kept.trials] == left
     assert {request.trial for request in kept.requests} == set(left) and kept.flags == []
+
+
+def test_turn_that_lost_a_client_is_measured_again(tmp_path: Path, gates: list[Gate]) -> None:
+    def lost(number: int) -> LoadResult:
+        return measured(0, None, *[Flag("client-lost", "client 1 died")] * (number == 2))
+
+    with pytest.raises(UserError, match="client 1 died"):
+        run_pairs(tmp_path, FakeSite(lost), {}, ONE)
+    run_pairs(tmp_path, indexed(tmp_path, [0]), {}, PairConfig(pairs=1, resident=False, resume=True))
+    disaggregated = load_run(tmp_path / "disaggregated_results")
+    assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
 
 
 def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gate]) -> None:

@@ -23,6 +23,7 @@ Starts = Literal["each", "joined", "one", "unknown"]
 """Whether every trial had its own server start, some shared one, or all did."""
 LEVEL = 0.05
 NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_memory_utilization", "vllm_args")
+NOTED_POWER = tuple(f"{role}_{what}" for role in ("single", "prefill", "decode") for what in ("clock", "power_cap"))
 SLO_OPTIONS = (*SLO, "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 COUNTED_BY = "tokens counted by"
@@ -194,8 +195,8 @@ def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO and versions (noted)."""
-    sides = []
+    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO, versions and lengths (noted)."""
+    sides, lengths = [], []
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
         load = asdict(LoadConfig()) | (run.config.get("load") or {})
@@ -206,9 +207,18 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         serve = run.config.get("serve") or {}
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted[COUNTED_BY] = run.summary.tokens.counted_by
+        noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in NOTED_POWER}
         noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
+        noted["input files"] = run.config.get("inputs") or None
         sides.append((refused, noted))
-    return [
+        tokens, count = run.summary.tokens, run.summary.requests.succeeded
+        lengths.append([total / count if total and count else None for total in (tokens.prompt, tokens.output)])
+    other_lengths = [
+        Mismatch(f"{what} tokens per request", f"{left:.0f}", f"{right:.0f}", refused=False)
+        for what, left, right in zip(("prompt", "output"), *lengths, strict=True)
+        if left and right and max(left, right) > (1 + NOTABLE) * min(left, right)
+    ]
+    return other_lengths + [
         Mismatch(what, left.get(what), right.get(what), refused)
         for refused, left, right in zip((True, False), *sides, strict=True)
         for what in left | right

@@ -223,8 +223,12 @@ def sweep(
 
     nodes = cluster and asdict(cluster)
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
+    if url is not None:
+        experiment.check_answers(url, [point.options for point in points])
     with _servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
-        commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
+        rows = commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
+    for varied, analysis in rows:
+        commands.exit_on_flags([analysis], sweep.Point(varied, options).name)
 
 
 @app.command(group_parameters=MEASURING)
@@ -266,6 +270,7 @@ def search(
         Folder of the loads, search.json and the picture. --requests (default 500) limits each load.
     """
     from pdbench import experiment, slo_search, sweep, turns
+    from pdbench.analysis.run_analysis import load_analysis
     from pdbench.report import commands
     from pdbench.report import search as found
 
@@ -275,6 +280,8 @@ def search(
     goal = slo_search.goal(attain, precision, inf if max_minutes is None else begin_s + 60 * max_minutes)
     for point in points:
         slo_search.check(point.options.load)
+    if url is not None:
+        experiment.check_answers(url, [point.options for point in points])
     with _servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
 
         def deployment(kind: str, point: sweep.Point) -> slo_search.Deployment:
@@ -305,6 +312,8 @@ def search(
             slo_search.find(deployments, goal, out, progress, document)
         finally:
             analyses = found.present(document, out, console) if document["points"] else []
+    for point in document["points"]:
+        commands.exit_on_flags([load_analysis(out / point["run"])], point["run"], overload=True)
     commands.exit_on_flags(analyses)
 
 

@@ -5,6 +5,7 @@ import re
 from collections import deque
 
 from pdbench.live.publisher import Buckets, ServerReading
+from pdbench.server_metrics import samples
 
 _HISTOGRAMS = {
     "ttft_ms": ("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
@@ -15,7 +16,8 @@ _HISTOGRAMS = {
     ),
     "e2e_ms": ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds"),
 }
-_BUCKET = re.compile(r'^([a-z:_0-9]+)_bucket\{(?:.*,)?le="([^"]+)".*\} ([0-9.eE+]+)$', re.MULTILINE)
+_ALL_HISTOGRAMS = tuple(name for names in _HISTOGRAMS.values() for name in names)
+_UPPER = re.compile(r'(?:^|,)\s*le="([^"]+)"')
 NOW = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
 """Figures as of a reading -> the factor with which they are shown."""
 
@@ -23,9 +25,10 @@ NOW = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
 def histograms(page: str) -> dict[str, Buckets]:
     """Latency -> its counts, summed over the engines behind a page; those that the page lacks are left out."""
     series: dict[str, Buckets] = {}
-    for name, upper, count in _BUCKET.findall(page):
-        counts = series.setdefault(name, {})
-        counts[float(upper)] = counts.get(float(upper), 0.0) + float(count)
+    for name, labels, count in samples(page, _ALL_HISTOGRAMS):
+        if name.endswith("_bucket") and (upper := _UPPER.search(labels)):
+            counts = series.setdefault(name.removesuffix("_bucket"), {})
+            counts[float(upper[1])] = counts.get(float(upper[1]), 0.0) + count
     present = {key: next((name for name in names if name in series), None) for key, names in _HISTOGRAMS.items()}
     return {key: series[name] for key, name in present.items() if name}
 

@@ -14,11 +14,14 @@ from pdbench.load.chunks import Part, Usage, count
 from pdbench.records import RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
+LONGER, OTHER_PROMPT = "answers-too-long", "prompt-tokens-differ"
 _MOST_PROMPT_TOKENS = 10_000_000
 _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
 _UNSEEN_TOKENS = 16
 """Markers and special tokens that a server may count beside the text that it sends."""
+_OTHER_SHARE = 0.02
+"""By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
 _TOKEN_BYTES = 16
 _TWO_WORDS = re.compile(r"\w\s+\w")
 
@@ -107,6 +110,12 @@ class Counter:
         record = self.record
         if usage.prompt is not None:
             if 0 <= usage.prompt <= _MOST_PROMPT_TOKENS:
+                planned = record.prompt_tokens
+                # Some servers leave cached tokens out.
+                counts = usage.prompt, usage.prompt + max(0, usage.cached or 0)
+                slack = _UNSEEN_TOKENS + _OTHER_SHARE * (planned or 0)
+                if planned is not None and all(abs(counted - planned) > slack for counted in counts):
+                    self._note(OTHER_PROMPT)
                 record.prompt_tokens = usage.prompt
             else:
                 self._note(REFUSED)
@@ -144,6 +153,8 @@ class Counter:
             record.output_tokens = usage
         else:
             record.output_tokens = self._output_tokens(instants, usage, texts, asked)
+        if asked.tokens and (record.output_tokens or 0) > asked.tokens + 1:  # some count the end of text
+            self._note(LONGER)
         if self._choices:
             record.token_choice = [0] * instants
             for place, choice in self._choices:

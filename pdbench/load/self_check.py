@@ -28,6 +28,9 @@ NOTES = {
     "usage-refused": "the server's usage holds a count that cannot be (negative, 0, no number, far beyond what came): not used",
     "usage-contradicts": "the server's usage contradicts what arrived; where there are no token ids, output tokens are unknown",
     "tokens-unknown": "several tokens per chunk and neither token ids nor usage: output tokens are unknown",
+    "answers-too-long": "more tokens than were asked for: the server ignores the limit, figures are of longer answers",
+    "prompt-tokens-differ": "the server counts over 2 % more or fewer prompt tokens than the tokenizer: it cuts prompts, or is of "
+    "another model (--tokenizer); lengths are the server's",
     "malformed-after-finish": "an event after the finish_reason could not be read",
 }
 """What is said of each of `RequestRecord.notes`."""

@@ -5,7 +5,7 @@ import io
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
-from pdbench.files import check_writable, write_whole
+from pdbench.files import check_writable, hold, write_whole
 from pdbench.power.device import open_host
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices
@@ -47,6 +47,13 @@ def monitor(
         if out.suffix not in (".json", ".csv"):
             raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
         check_writable(out.parent)
+    with hold(out.parent, out.name) if out else nullcontext():
+        return _watch(gpus, interval_s, duration_s, out, console)
+
+
+def _watch(
+    gpus: Sequence[int] | None, interval_s: float, duration_s: float | None, out: Path | None, console: Console
+) -> list[DeviceRecord]:
     readers = open_host(gpus)
     sampler, clock = Sampler(readers, interval_s), Clock.start()
     with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:

@@ -79,16 +79,15 @@ def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -
     console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
 
 
-def exit_on_flags(analyses: Sequence[RunAnalysis]) -> None:
-    """Raises UserError when a run's figures do not count: its outputs were not as they should be, or too many requests failed."""
+def exit_on_flags(analyses: Sequence[RunAnalysis], where: str = "", *, overload: bool = False) -> None:
+    """Raises UserError when a run's figures do not count; `where` it was measured, as a point of a sweep.
+
+    In an `overload`, as a search's loads may be, any number of requests may fail.
+    """
     for analysis in analyses:
-        too_many = failures.too_many(analysis.summary.errors, analysis.summary.requests.sent)
-        for flag in analysis.flags:
-            if flag.name in ("gate-failed", "canary-failed", "reference-wrong"):
-                raise UserError(f"{analysis.name}: {flag.name}: {flag.detail}; its figures do not count")
-            if flag.name == "requests-failed" and too_many:
-                limit = f"over {failures.LIMIT_PCT:g} %, its figures do not count"
-                raise UserError(f"{analysis.name}: {flag.name}: {flag.detail} ({limit})")
+        errors = None if overload else analysis.summary.errors
+        if why := failures.void(analysis.flags, errors, analysis.summary.requests.sent):
+            raise UserError(f"{': '.join(filter(None, (where, analysis.name)))}: {why}")
 
 
 def compare_folders(
@@ -114,6 +113,9 @@ def compare_folders(
     if names[0] == names[1]:
         names = f"{names[0]} A", f"{names[0]} B"
     runs = dict(zip(names, (a, b), strict=True))
+    for name, run in runs.items() if conditions and not anyway else ():
+        if why := failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
+            raise UserError(f"--fail-if: {name}: {why}: measure again, or judge it with --anyway")
     compared = compare(a, b, anyway, names, primary)
     results = thresholds.evaluate(compared, conditions)
     warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]

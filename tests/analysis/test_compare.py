@@ -211,6 +211,17 @@ def test_other_settings_are_noted_but_compared():
     assert [str(mismatch) for mismatch in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
 
 
+def test_other_lengths_caps_and_files_are_noted():
+    a, b = build_run("single"), build_run(tokens=32, load={"concurrency": 1, "requests": 16, "output_tokens": 64})
+    a.config["inputs"], b.config["inputs"] = ["trace t: 16 of 16 rows"], ["trace t: 16 of 99 rows"]
+    b.config["power"]["decode_power_cap"] = 400
+    assert {str(mismatch) for mismatch in compare_runs(a, b, anyway=True).mismatches if not mismatch.refused} == {
+        "output tokens per request: 64 against 32",
+        "power, decode_power_cap: none against 400",
+        "input files: trace t: 16 of 16 rows against trace t: 16 of 99 rows",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "outcome"),
     [

@@ -175,7 +175,7 @@ def test_close_wakes_a_thread_that_receives(ends):
     thread = threading.Thread(target=receive)
     thread.start()
     ends[0].close()
-    thread.join(5)
+    thread.join(60)
     assert raised and not thread.is_alive()
 
 

@@ -56,14 +56,14 @@ def test_prefill_that_never_comes_fails_the_fetch():
 
 def test_prefill_that_queues_longer_than_the_timeout_is_waited_for():
     port = free_port()
-    with instances(lambda: Instance("prefill", port, timeout_s=1.0), lambda: Instance("decode", timeout_s=1.0)) as (
+    with instances(lambda: Instance("prefill", port, timeout_s=2.0), lambda: Instance("decode", timeout_s=2.0)) as (
         p,
         d,
     ):
         transfer = new_transfer(8)
         fetch(d, transfer, [5, 6], port)
         p.step(expected=[transfer])
-        until_s = time.monotonic() + 2.5
+        until_s = time.monotonic() + 4.0
         while time.monotonic() < until_s:  # both engines go on with other requests
             p.step()
             d.step()
@@ -164,7 +164,8 @@ def test_transfer_id_serves_once(kv_pair):
 def test_repeated_prefill_keeps_nothing_and_the_first_is_served(order):
     """A proxy that sends a prefill twice: the second keeps nothing, and the first is still served."""
     port = free_port()
-    with instances(lambda: Instance("prefill", port, timeout_s=1.0), lambda: Instance("decode")) as (p, d):
+    timeout_s = 1.0 if order == "never requested" else 5.0
+    with instances(lambda: Instance("prefill", port, timeout_s=timeout_s), lambda: Instance("decode")) as (p, d):
         first = new_transfer(30)
         again = new_transfer(30, transfer_id=first.transfer_id)
         if order == "requested before":

@@ -13,7 +13,7 @@ from pdbench.kv.compat import SECRET_VARIABLE
 from tests.support.kv import SECRET
 
 ADDRESSES = {"prefill": "10.211.55.1", "decode": "10.211.55.2"}
-PORT = 14579
+PORT = 24579  # beside those that Ray gives its workers, 10002 to 19999, and those of clients, from 32768
 
 BEGIN = """
 import sys, torch

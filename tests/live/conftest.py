@@ -56,7 +56,7 @@ def end(bench: Measured) -> None:
     for process in (bench.process, bench.viewer):
         if process.is_running() if isinstance(process, psutil.Process) else process.poll() is None:
             process.kill()
-    bench.process.wait(20)
+    bench.process.wait(60)
 
 
 def status_of(address: str) -> int:

@@ -150,6 +150,15 @@ def test_a_server_that_was_started_again_has_no_latency_of_the_time_before():
     assert instance.values(1.0, 10.0, 3.0) == {}
 
 
+def test_buckets_with_timestamps_are_counts():
+    page = "".join(
+        f'vllm:e2e_request_latency_seconds_bucket{{engine="{engine}",le="{upper}",x="y"}} {count} 1764158000123\n'
+        for engine in (0, 1)
+        for upper, count in (("0.1", 2), ("+Inf", 3))
+    )
+    assert histograms(page) == {"e2e_ms": {0.1: 4.0, math.inf: 6.0}}
+
+
 def test_quantile_without_values_is_unknown():
     assert quantile({0.1: 0.0, math.inf: 0.0}, 0.5) is None
     assert quantile({0.1: 0.0, math.inf: 4.0}, 0.5) == 0.1  # beyond the last bound: at least that

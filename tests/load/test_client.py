@@ -16,7 +16,7 @@ from pdbench.load import client as client_module
 from pdbench.load import connection
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
-from tests.support.processes import free_port
+from tests.support.processes import free_port, wait_until
 from tests.support.servers import SSE_HEAD, Peer, ScriptedServer, chunk, event, refusal, stream, token, tokens, usage
 
 BODY = {"model": "m", "prompt": "Hello", "max_tokens": 8}
@@ -58,26 +58,31 @@ def test_whole_response_becomes_a_record():
 
 
 def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
-    written = []
+    written, looked = [], threading.Event()
 
     def answer(peer: Peer) -> bool:
-        written.append(time.monotonic())
+        before_s = time.monotonic()
         peer.write(SSE_HEAD + chunk(event(token("a", [1]))))
-        time.sleep(1.0)
+        written.append((before_s, time.monotonic()))
+        if peer.fields["x-request-id"] == "late":
+            looked.wait(60)
         peer.write(chunk(event(token("b", [2], "stop"))) + chunk(b""))
         return True
 
     with ScriptedServer(answer) as server, Client(server.url) as client:
-        time.sleep(0.05)  # the kernel begins to stamp some milliseconds after it was asked to
-        record = RequestRecord(id="r", planned_s=client.clock.now())
+        # The kernel begins to stamp some milliseconds after it was asked to.
+        wait_until(lambda: finish(client, RequestRecord(id="early", planned_s=0.0)).stamp == "kernel")
+        written.clear()
+        record = RequestRecord(id="late", planned_s=client.clock.now())
         client.start(record, b"{}")
+        wait_until(lambda: written)
         time.sleep(0.5)  # a client that does not look
-        read_s = client.clock.now()
+        looked.set()
         while not client.poll(client.clock.now() + 0.1):
             pass
         assert record.stamp == "kernel"
-        assert record.token_s[0] < read_s - 0.05
-        assert abs(record.token_s[0] + client.clock.zero_s - written[0]) < 0.1
+        (before_s, after_s), arrived_s = written[0], record.token_s[0] + client.clock.zero_s
+        assert before_s - 0.01 <= arrived_s <= after_s + 0.1
 
 
 def test_tokens_of_one_chunk_share_their_instant():
@@ -128,7 +133,7 @@ def _head_then(*pieces: bytes, then: str = "close"):
             time.sleep(0.05)
             peer.reset()
         if then == "hang":
-            time.sleep(1.0)
+            time.sleep(30.0)
         return False
 
     return answer
@@ -281,7 +286,7 @@ def test_abandoned_request_keeps_what_has_arrived():
 
     def answer(peer: Peer) -> bool:
         peer.write(SSE_HEAD, PART)
-        release.wait(5.0)
+        release.wait(60.0)
         return False
 
     with ScriptedServer(answer) as server, Client(server.url) as client:
@@ -336,10 +341,9 @@ def test_reset_of_a_reused_connection_has_its_own_class():
 
 
 def test_idle_connection_is_retired_before_the_server_closes_it(monkeypatch):
-    monkeypatch.setattr(client_module, "_IDLE_S", 0.2)
     with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
-        for pause_s in (0.0, 0.0, 0.3):
-            time.sleep(pause_s)
+        for idle_s in (60.0, 60.0, 0.0):
+            monkeypatch.setattr(client_module, "_IDLE_S", idle_s)
             assert finish(client, RequestRecord(id="r", planned_s=0.0)).error is None
         assert server.connections == 2
 
@@ -378,16 +382,16 @@ def test_all_reachable_addresses_are_used_in_turn(monkeypatch):
 
 @pytest.mark.parametrize("asked", [8, 100_000])
 def test_time_limit_of_a_whole_answer_follows_the_tokens_asked_for(asked):
-    answer = stream(tokens(12), pause_s=0.1)
+    answer = stream(tokens(12), pause_s=0.2)
     with ScriptedServer(answer) as server:
-        record = fetch(server.url, BODY | {"max_tokens": asked}, LoadConfig(request_timeout_s=0.6))
+        record = fetch(server.url, BODY | {"max_tokens": asked}, LoadConfig(request_timeout_s=1.5))
     assert (record.error and record.error.kind) == ("timeout" if asked == 8 else None)
 
 
 def test_answer_that_never_begins_ends_after_the_time_limit_whatever_was_asked_for():
-    record = ask(lambda peer: time.sleep(10.0), request_timeout_s=0.2)
-    assert record.error.kind == "timeout" and record.end_s < 8
+    record = ask(lambda peer: time.sleep(60.0), request_timeout_s=0.2)
+    assert record.error.kind == "timeout" and record.end_s < 30
     body = BODY | {"max_tokens": 100_000}
-    with ScriptedServer(lambda peer: time.sleep(10.0)) as server:
+    with ScriptedServer(lambda peer: time.sleep(60.0)) as server:
         record = fetch(server.url, body, LoadConfig(request_timeout_s=0.2))
-    assert record.error.kind == "timeout" and record.end_s - record.sent_s < 8
+    assert record.error.kind == "timeout" and record.end_s - record.sent_s < 30

@@ -53,6 +53,21 @@ def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> No
     assert (tmp_path / "other.png").stat().st_size > 10_000
 
 
+def test_second_monitor_into_a_file_is_refused_and_another_file_beside_it_is_not(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdbench", "monitor", "--out", "a.csv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as first:
+        assert first.stdout and first.stdout.readline().startswith("watching")
+        refused = pdbench("monitor", "--duration", 1, "--out", tmp_path / "a.csv")
+        assert (
+            refused.returncode == 1 and "another pdbench measures into" in refused.stderr and "a.csv" in refused.stderr
+        )
+        other = pdbench("monitor", "--duration", 0.2, "--out", tmp_path / "b.csv")
+        assert other.returncode == 0, other.stderr
+        first.send_signal(signal.SIGINT)
+        assert first.stdout.read() and first.wait(60) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
 def test_csv_comes_back_as_it_went(nvml_library: Path, tmp_path: Path) -> None:
     records: list[DeviceRecord] = sampled(nvml_library, 2.0, {"decode": [0]}, fail="0:DeviceGetTemperature:3")
     path = tmp_path / "power.csv"

@@ -69,7 +69,7 @@ def test_starting_workers_obey_sigterm(tmp_path, after_s):
         with proxy(tmp_path, "--workers", "3", decode=[decode], ready=False) as server:
             time.sleep(after_s)
             server.signal(signal.SIGTERM)
-            assert server.process.wait(10) == 0
+            assert server.process.wait(60) == 0
 
 
 def test_address_with_and_without_kv():
@@ -279,4 +279,4 @@ def test_workers_share_port_and_instances(tmp_path):
             wait_until(lambda: len(psutil.Process(server.process.pid).children()) == 3)
             assert {server.complete().status for _ in range(9)} == {200}
             server.signal(signal.SIGTERM)
-            assert server.process.wait(15) == 0
+            assert server.process.wait(60) == 0

@@ -126,6 +126,17 @@ def test_flags_with_which_figures_do_not_count_are_errors():
         commands.exit_on_flags([analyze(build_run(trials=1, requests=2, gate=gate(False, "none equal")))])
 
 
+def test_condition_on_a_run_whose_figures_do_not_count_is_refused(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, passed in zip(paths, (True, False), strict=True):
+        save_run(build_run("single", requests=4, gate=gate(passed, "as it was")), path)
+    console, picture = Console(file=io.StringIO(), width=200), tmp_path / "picture.png"
+    with pytest.raises(UserError, match="--fail-if: single B: gate-failed: as it was"):
+        commands.compare_folders(paths, ["ttft_p50_ms > +500%"], False, picture, console)
+    assert commands.compare_folders(paths, ["ttft_p50_ms > +500%"], True, picture, console) == 0
+    assert commands.compare_folders(paths, [], False, picture, console) == 0
+
+
 def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match=r"no metric tbt_p98_ms; there are ttft_p50_ms, .*mean_power_w"):
         commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, tmp_path / "picture.png", Console())

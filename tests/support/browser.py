@@ -119,7 +119,7 @@ class Browser:
     ) -> None:
         self.open_socket.__exit__(kind, error, trace)
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 def main(page: str, picture: str, *options: str) -> None:

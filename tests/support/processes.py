@@ -32,10 +32,11 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: s
 def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
     """A TCP port that nothing listens on now, the first of `count` such ports in a row.
 
-    Below the range from which the kernel takes ports of clients, which would take one before its server listens.
+    Beside the ranges from which Ray takes ports of workers (10002 to 19999) and the kernel those of clients (from 32768), which
+    would take one before its server listens.
     """
     while True:
-        first = _random.randrange(11000, 30000)
+        first = _random.randrange(20000, 32000)
         with contextlib.ExitStack() as probes:
             try:
                 for offset in range(count):

@@ -147,7 +147,7 @@ def _running(log: Path, argv: list[str], errors: Path, **environment: str) -> It
         process.send_signal(signal.SIGCONT)
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
