@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from pdbench import failures
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.files import write_whole
@@ -17,7 +18,7 @@ from pdbench.plan.demand import demand_of_load, for_search, with_requests
 from pdbench.plan.predict import Wanted, parse_deployment, predict
 from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
-from pdbench.records import load_run
+from pdbench.records import Run, load_run
 from pdbench.report import mpl, plan_charts, plan_tables, tables
 from pdbench.report.text import translate as _
 
@@ -57,7 +58,7 @@ def plan(
     console.print(tables.terminal(shown[0]))
     checks = []
     for path in checked:
-        checks.append(check(found, path, load_run(path)))
+        checks.append(check(found, path, _counting_run(path)))
         shown.append(plan_tables.check(checks[-1]))
         console.print(tables.terminal(shown[-1]))
     if len(checks) > 1:
@@ -113,4 +114,17 @@ def read_calibration(sources: Sequence[Path]) -> Calibration:
         raise UserError(
             "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
         )
-    return calibrate({path: load_run(path) for path in sources})
+    runs = {path: _counting_run(path) for path in sources}
+    places: dict[str | None, Path] = {}
+    for path, run in runs.items():
+        if run.run_id is not None and (other := places.setdefault(run.run_id, path)) != path:
+            raise UserError(f"{other} and {path} hold the same run, which would count twice: name it once")
+    return calibrate(runs)
+
+
+def _counting_run(path: Path) -> Run:
+    """Raises UserError for a run whose figures do not count."""
+    run = load_run(path)
+    if why := failures.void(run.flags, None, 0):
+        raise UserError(f"{path}: {why}: leave it out, or measure it again")
+    return run

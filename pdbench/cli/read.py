@@ -112,7 +112,7 @@ def watch(*urls: str, gpus: str | None = None, live: LiveConfig | None = None) -
 
 def _indices(gpus: str | None) -> list[int] | None:
     try:
-        return None if gpus is None else [int(index) for index in gpus.split(",")]
+        return None if gpus is None else [*dict.fromkeys(int(index) for index in gpus.split(","))]
     except ValueError:
         raise UserError(f"--gpus {gpus} is no list of GPU indices: write for example --gpus 0,1") from None
 

@@ -16,6 +16,8 @@ from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibr
 from pdbench.plan.seconds import PARTS, of_simulated
 from pdbench.plan.simulate import simulate
 from pdbench.planning import CALIBRATION, read_calibration
+from pdbench.records import Flag, save_run
+from tests.support.runs import build_run
 
 COSTS = Costs(
     host_decode_s=0.002,
@@ -162,3 +164,15 @@ def test_parts_of_the_mean_request_add_up(wanted: str, first_token: str) -> None
     assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
     assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0
     assert parts["compute"] > 30, "a prompt's step is launched for 30 ms at least"
+
+
+def test_runs_that_do_not_count_or_count_twice_are_refused(tmp_path: Path) -> None:
+    run = build_run("single", trials=1, requests=4)
+    for name in ("a", "b"):
+        save_run(run, tmp_path / name)
+    with pytest.raises(UserError, match="a and .*b hold the same run"):
+        read_calibration([tmp_path / "a", tmp_path / "b"])
+    run.flags.append(Flag("canary-failed", "a wrong answer"))
+    save_run(run, tmp_path / "a")
+    with pytest.raises(UserError, match="a: canary-failed: a wrong answer; its figures do not count: leave it out"):
+        read_calibration([tmp_path / "a"])
