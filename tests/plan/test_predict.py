@@ -170,7 +170,7 @@ def test_runs_that_do_not_count_or_count_twice_are_refused(tmp_path: Path) -> No
     run = build_run("single", trials=1, requests=4)
     for name in ("a", "b"):
         save_run(run, tmp_path / name)
-    with pytest.raises(UserError, match="a and .*b hold the same run"):
+    with pytest.raises(UserError, match="hold the same run"):
         read_calibration([tmp_path / "a", tmp_path / "b"])
     run.flags.append(Flag("canary-failed", "a wrong answer"))
     save_run(run, tmp_path / "a")
