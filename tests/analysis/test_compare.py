@@ -215,6 +215,8 @@ def test_other_lengths_caps_and_files_are_noted():
     a, b = build_run("single"), build_run(tokens=32, load={"concurrency": 1, "requests": 16, "output_tokens": 64})
     a.config["inputs"], b.config["inputs"] = ["trace t: 16 of 16 rows"], ["trace t: 16 of 99 rows"]
     b.config["power"]["decode_power_cap"] = 400
+    for request in (*a.requests, *b.requests):
+        request.prompt_tokens = 100
     assert {str(mismatch) for mismatch in compare_runs(a, b, anyway=True).mismatches if not mismatch.refused} == {
         "output tokens per request: 64 against 32",
         "power, decode_power_cap: none against 400",

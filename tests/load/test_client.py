@@ -77,6 +77,8 @@ def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
         client.start(record, b"{}")
         wait_until(lambda: written)
         time.sleep(0.5)  # a client that does not look
+        while not record.token_s:
+            client.poll(client.clock.now() + 0.1)
         looked.set()
         while not client.poll(client.clock.now() + 0.1):
             pass

@@ -35,7 +35,7 @@ def compiling_server(sleep_s: float, slept: list[str]) -> Callable[[Peer], bool]
             new = in_flight[0] not in met and in_flight[0] <= 8
             met.add(in_flight[0])
         if new:
-            slept.append(peer.fields["x-request-id"])
+            slept.append(peer.fields.get("x-request-id", ""))
             time.sleep(sleep_s)
         answered = answer(peer)
         with lock:
@@ -59,7 +59,7 @@ def test_default_warm_up_meets_every_batch_size_before_the_load(tmp_path: Path) 
     slept: list[str] = []
     run = bench(tmp_path, slept)
     assert run.config["load"]["warmup"] == 8 == sum(request.warmup for request in run.requests)
-    assert set(slept) <= {request.id for request in run.requests if request.warmup}
+    assert set(slept) - {""} <= {request.id for request in run.requests if request.warmup}
     assert "cold-start" not in [flag.name for flag in analyze(run).flags]
 
 
@@ -75,7 +75,9 @@ def test_batches_grow_during_the_warm_up() -> None:
     warmup = sorted((request for request in result.requests if request.warmup), key=lambda request: request.sent_s)
     planned_s, sent_s = ([getattr(request, name) for request in warmup] for name in ("planned_s", "sent_s"))
     assert all(after - before > 0.005 for before, after in pairwise(planned_s[:4])) and len(sent_s) == 6
-    assert sent_s[3] < warmup[0].end_s < sent_s[4]  # four at once; a fifth waits for a free stream
+    assert (
+        sent_s[3] < min(request.end_s for request in warmup[:4]) < sent_s[4]
+    )  # four at once; a fifth waits for a free stream
 
 
 @pytest.mark.parametrize(
