@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from pdbench import cli, slo_search
+from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.config import LoadConfig, Options
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
+from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
 from pdbench.report import commands, mpl
 from pdbench.report import search as found
 from pdbench.report.search import chart, present, sentence
@@ -235,26 +236,31 @@ def test_wrong_options_are_refused(
     assert ended.value.code and words in capsys.readouterr().err
 
 
-def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("wrong", [None, "load-01"])
+def test_search_through_the_command_on_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: str | None
+) -> None:
+    keep = commands.keep
+
+    def keep_flagged(run: Run, folder: Path) -> RunAnalysis:
+        run.flags += [Flag("canary-failed", "a wrong answer")] * (folder.parent.name == wrong)
+        return keep(run, folder)
+
+    monkeypatch.setattr(commands, "keep", keep_flagged)
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         command = ["search", "--url", server.url, "--model", "m", "--no-power", "--requests", "40", "--warmup", "1"]
         command += ["--slo", "ttft=1000,e2e=2000", "--rate", "30", "--max-minutes", "0.1", "--out", str(tmp_path)]
         with pytest.raises(SystemExit) as ended:
             cli.main(command)
-        assert not ended.value.code
-        saved = json.loads((tmp_path / found.FILE).read_text())
-        (entry,) = saved["deployments"]
-        assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
-        assert (tmp_path / entry["run"] / "analysis.json").exists()
-        # Wrong answers in any of its loads: what was found does not count.
-        wrong = saved["points"][1]["run"]
-        run = load_run(tmp_path / wrong)
-        run.flags.append(Flag("canary-failed", "a wrong answer"))
-        save_run(run, tmp_path / wrong)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main(command)
-    assert ended.value.code == 1 and f"{wrong}: bench: canary-failed" in "".join(capsys.readouterr().err.split("\n"))
+    if wrong:
+        printed = "".join(capsys.readouterr().err.split("\n"))
+        assert ended.value.code == 1 and "load-01/bench_results: bench: canary-failed: a wrong answer" in printed
+        return
+    assert not ended.value.code
+    saved = json.loads((tmp_path / found.FILE).read_text())
+    (entry,) = saved["deployments"]
+    assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
+    assert (tmp_path / entry["run"] / "analysis.json").exists()
 
 
 def test_picture_of_two_deployments_on_gpus() -> None:
