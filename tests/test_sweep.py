@@ -234,12 +234,11 @@ def test_sweep_with_a_point_whose_figures_do_not_count_ends_with_1_also_when_res
         mixed = ["--vary", "output_tokens=2,3"]
         done = call_pdbench("sweep", *load, *mixed, cwd=tmp_path)
         assert done.returncode == 1 and "1 of 2 points of the sweep failed" in done.stderr
-    assert (tmp_path / "sweep_summary.csv").exists()
-    folder = tmp_path / "output_tokens=2" / "bench_results"
-    run = load_run(folder)
-    run.flags.append(Flag("canary-failed", "a wrong answer"))
-    save_run(run, folder)
-    with ScriptedServer(completions(), port=server.port):
+        assert (tmp_path / "sweep_summary.csv").exists()
+        folder = tmp_path / "output_tokens=2" / "bench_results"
+        run = load_run(folder)
+        run.flags.append(Flag("canary-failed", "a wrong answer"))
+        save_run(run, folder)
         done = call_pdbench("sweep", *load, "--vary", "output_tokens=2,4", cwd=tmp_path)
     assert done.returncode == 1 and "output_tokens=2: bench: canary-failed: a wrong answer" in done.stderr
 
