@@ -17,11 +17,11 @@ from pdbench import cli, sweep
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.records import Flag, load_run, save_run
+from pdbench.records import Flag
 from pdbench.report import mpl, sweep_charts, tables
 from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
-from tests.support.servers import Peer, ScriptedServer, completions, stream, tokens
+from tests.support.servers import ScriptedServer, stream, tokens
 
 OPTIONS = Options()
 CONSOLE = Console(quiet=True)
@@ -220,27 +220,6 @@ def test_no_server_at_the_url_ends_it_and_leaves_nothing(tmp_path: Path, command
     done = call_pdbench(*command, *model, "--url", url, "--out", "a/b", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no OpenAI-compatible server" in done.stderr
     assert [*tmp_path.iterdir()] == []
-
-
-def test_sweep_with_a_point_whose_figures_do_not_count_ends_with_1_also_when_resumed(tmp_path: Path) -> None:
-    def answer(peer: Peer) -> bool:
-        if peer.method == "POST" and peer.json["max_tokens"] == 3:
-            peer.respond({"error": {"message": "busy"}}, b"503 Busy")
-            return True
-        return completions()(peer)
-
-    with ScriptedServer(answer) as server:
-        load = ["--url", server.url, "--no-power", "--requests", "6", "--warmup", "0", "--canaries", "0", "--out", "."]
-        mixed = ["--vary", "output_tokens=2,3"]
-        done = call_pdbench("sweep", *load, *mixed, cwd=tmp_path)
-        assert done.returncode == 1 and "1 of 2 points of the sweep failed" in done.stderr
-        assert (tmp_path / "sweep_summary.csv").exists()
-        folder = tmp_path / "output_tokens=2" / "bench_results"
-        run = load_run(folder)
-        run.flags.append(Flag("canary-failed", "a wrong answer"))
-        save_run(run, folder)
-        done = call_pdbench("sweep", *load, "--vary", "output_tokens=2,4", cwd=tmp_path)
-    assert done.returncode == 1 and "output_tokens=2: bench: canary-failed: a wrong answer" in done.stderr
 
 
 def test_curves_have_integer_ticks_and_name_the_slo():
