@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from pdbench.load.generator import Progress
 from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
 from pdbench.report import commands, mpl
 from pdbench.report import search as found
-from pdbench.report.search import chart, present, sentence
-from pdbench.slo_search import Deployment, Goal, LoadJudge
+from pdbench.report.search import present, sentence
+from pdbench.report.search_charts import chart
+from pdbench.search.rates import Search
+from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s
+from pdbench.slo_search import Goal
 from tests.support.servers import ScriptedServer, stream, tokens
 
 CONSOLE = Console(quiet=True)
@@ -121,13 +125,13 @@ def test_overload_ends_within_seconds_and_its_cut_requests_count_only_once_they_
     assert overloaded["rate_per_s"] == 40.0 and overloaded["held"] is False
     assert overloaded["requests"] < 120 and overloaded["limited_by"] == "slo_ttft_ms"
     run = commands.load_run(tmp_path / overloaded["run"])
-    outcome = slo_search.outcome_of(run, 40.0, held=False)
+    outcome = outcome_of(run, 40.0, held=False)
     assert len(outcome.score) < len(run.requests) and outcome.missed.mean() > 0.5
 
 
 def test_queue_that_grows_is_an_overload_without_a_limit_on_time_between_tokens(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, rate=40.0, requests=600, slo_tbt_ms=None, slo_ttft_ms=5000.0)
-    judge = LoadJudge(slo_search.Search(0.05, 40.0), 40.0, load, float("inf"), slo_search._settle_s(load, 0.2))
+    judge = LoadJudge(Search(0.05, 40.0), 40.0, load, float("inf"), settle_s(load, 0.2))
     run = Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False and run.trials[0].end_s < 5.0  # before anything was missed
 
@@ -135,7 +139,7 @@ def test_queue_that_grows_is_an_overload_without_a_limit_on_time_between_tokens(
 def test_idle_beginning_of_an_overload_is_not_called_held(tmp_path: Path) -> None:
     # A backlog of 3 s takes 15 s to build up: until then nothing is missed.
     load = dataclasses.replace(LOAD, rate=12.0, requests=600, slo_ttft_ms=3000.0, slo_tbt_ms=None)
-    judge = LoadJudge(slo_search.Search(0.05, 12.0), 12.0, load, float("inf"), slo_search._settle_s(load, 0.2))
+    judge = LoadJudge(Search(0.05, 12.0), 12.0, load, float("inf"), settle_s(load, 0.2))
     Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False
 
@@ -174,7 +178,7 @@ def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> N
 
 def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law, now_s = Law(), 0.0
-    monkeypatch.setattr(slo_search.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     whole, measure = search(tmp_path / "whole", law), law.measure
 
     def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
@@ -194,14 +198,14 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
 
 def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, arrival="constant", rate=20.0, requests=300)
-    judge = LoadJudge(slo_search.Search(0.05, 20.0), 20.0, load, float("inf"))
+    judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
     run = Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False and len(run.requests) <= 300
 
 
 def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     load = dataclasses.replace(LOAD, rate=2.0)
-    judge = LoadJudge(slo_search.Search(0.05, 2.0), 2.0, load, float("inf"))
+    judge = LoadJudge(Search(0.05, 2.0), 2.0, load, float("inf"))
     arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
 
     def record(index: int, ttft_s: float) -> RequestRecord:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import recipe
-from pdbench.cli import measure, read  # noqa: F401  # they register their commands
+from pdbench.cli import measure, read, search  # noqa: F401  # they register their commands
 from pdbench.cli.app import app
 from pdbench.errors import UserError
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +25,7 @@ from pdbench.config import (
 )
 from pdbench.files import hold
 from pdbench.live import publisher
-from pdbench.ranges import Count, Positive
+from pdbench.ranges import Count
 from pdbench.records import Run
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def _measuring(
 
 
 @contextmanager
-def _servers_stay(
+def servers_stay(
     cluster: ClusterConfig | None, out: Path, live: LiveConfig | None, saved: Callable[[], str]
 ) -> "Iterator[tuple[Site, turns.Servers]]":
     """Where to measure many runs, and servers that stay up between them; `saved` says on Ctrl-C what is left."""
@@ -75,12 +74,12 @@ def _servers_stay(
         hold(out),
         publisher.opened(live, console),
         open_site(cluster) as site,
-        closing(turns.Servers(site, _progress(live), stay=True)) as servers,
+        closing(turns.Servers(site, progress_to(live), stay=True)) as servers,
     ):
         yield site, servers
 
 
-def _progress(live: LiveConfig | None) -> Console:
+def progress_to(live: LiveConfig | None) -> Console:
     """Where progress is printed: nowhere with --quiet."""
     return Console(quiet=True) if live and live.quiet else console
 
@@ -121,7 +120,7 @@ def run(
             design,
             options,
             out,
-            _progress(live),
+            progress_to(live),
             site,
             runs,
             until and (lambda: commands.narrow_enough(runs, until)),
@@ -158,7 +157,7 @@ def bench(
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
     with _measuring(cluster, out, live) as (site, runs):
-        experiment.bench(url, trials, options, out, _progress(live), site, runs)
+        experiment.bench(url, trials, options, out, progress_to(live), site, runs)
 
 
 @app.command(group_parameters=MEASURING)
@@ -202,7 +201,7 @@ def sweep(
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
     kinds = turns.deployments(against)
-    progress = _progress(live)
+    progress = progress_to(live)
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
 
     def measure(point: Options, folder: Path, part: str) -> list[Path]:
@@ -225,96 +224,10 @@ def sweep(
     context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
-    with _servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
+    with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         rows = commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
     for varied, analysis in rows:
         commands.exit_on_flags([analysis], sweep.Point(varied, options).name)
-
-
-@app.command(group_parameters=MEASURING)
-def search(
-    recipe: Recipe = None,
-    /,
-    *,
-    slo: str = "",
-    attain: str = "95%",
-    vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
-    against: str | None = None,
-    url: str | None = None,
-    precision: str = "3%",
-    max_minutes: Positive[float | None] = None,
-    out: Path = Path("search"),
-    options: Options = DEFAULTS,
-    cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
-) -> None:
-    """Find the highest rate that each deployment holds within an SLO, and what it costs there; the same command again resumes it.
-
-    Parameters
-    ----------
-    slo
-        Limits for each request in ms: ttft, tbt (mean TBT, TPOT), tbt_p90, tbt_p99 (of its own gaps), e2e; as in ttft=300,tbt=15.
-    attain
-        Share of requests that must meet them, as in 95%.
-    vary
-        KEY=V1,V2,... of any option; every combination is searched: prefill_instances=1,2.
-    against
-        Deployments to search, with commas between; default: as `pdbench run`.
-    url
-        Search the server that runs here instead of starting deployments.
-    precision
-        Half-width of the interval at which a search ends, as in 3%.
-    max_minutes
-        Time for the whole command; what is known then is the answer, with a wider interval.
-    out
-        Folder of the loads, search.json and the picture. --requests (default 500) limits each load.
-    """
-    from pdbench import experiment, slo_search, sweep, turns
-    from pdbench.analysis.run_analysis import load_analysis
-    from pdbench.report import commands
-    from pdbench.report import search as found
-
-    begin_s, progress = time.monotonic(), _progress(live)
-    options = sweep.with_slo(options, slo)
-    points = sweep.points(options, vary) if vary else [sweep.Point({}, options)]
-    goal = slo_search.goal(attain, precision, inf if max_minutes is None else begin_s + 60 * max_minutes)
-    for point in points:
-        slo_search.check(point.options.load)
-    if url is not None:
-        experiment.check_answers(url, [point.options for point in points])
-    with _servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
-
-        def deployment(kind: str, point: sweep.Point) -> slo_search.Deployment:
-            def measure(options: Options, folder: Path, judge: slo_search.LoadJudge | None) -> Run:
-                runs: dict[Path, Run] = {}
-                try:
-                    if url is not None:
-                        experiment.bench(url, 1, options, folder, progress, site, runs, judge)
-                    else:
-                        design, kinds = PairConfig(pairs=1, resident=False), turns.deployments(kind)
-                        experiment.run(
-                            kinds, design, options, folder, progress, site, runs, servers=servers, judge=judge
-                        )
-                finally:
-                    for path, run in runs.items():
-                        commands.keep(run, path)
-                    publisher.leave(runs)
-                return next(iter(runs.values()))
-
-            return slo_search.Deployment(",".join(filter(None, (kind, point.name))), point.options, measure)
-
-        kinds = ["bench"] if url is not None else turns.deployments(against) if against else site.kinds()
-        deployments = [deployment(kind, point) for point in points for kind in dict.fromkeys(kinds)]
-        nodes = cluster and asdict(cluster)
-        command = {"url": url, "cluster": nodes, "options": [each.options.plain() for each in deployments]}
-        document = slo_search.start(out, command, goal, points[0].options.load)
-        try:
-            slo_search.find(deployments, goal, out, progress, document)
-        finally:
-            analyses = found.present(document, out, console) if document["points"] else []
-    for point in document["points"]:
-        commands.exit_on_flags([load_analysis(out / point["run"])], point["run"], overload=True)
-    commands.exit_on_flags(analyses)
 
 
 @app.command
@@ -359,7 +272,7 @@ def serve(
         stop_on_signals(),
         publisher.opened(live, console),
         open_site(cluster) as site,
-        turns.started(site.deployment(kind, serve or ServeConfig()), _progress(live)) as deployment,
+        turns.started(site.deployment(kind, serve or ServeConfig()), progress_to(live)) as deployment,
         ExitStack() as following,
     ):
         info = deployment.info()

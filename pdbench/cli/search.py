@@ -1,0 +1,110 @@
+"""`pdbench search`: the highest rate within an SLO."""
+
+import time
+from dataclasses import asdict
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
+from pdbench.cli.measure import progress_to, servers_stay
+from pdbench.config import ClusterConfig, LiveConfig, Options, PairConfig
+from pdbench.live import publisher
+from pdbench.ranges import Positive
+from pdbench.records import Run
+
+
+@app.command(group_parameters=MEASURING)
+def search(
+    recipe: Recipe = None,
+    /,
+    *,
+    slo: str = "",
+    attain: str = "95%",
+    vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    against: str | None = None,
+    url: str | None = None,
+    precision: str = "3%",
+    max_minutes: Positive[float | None] = None,
+    lang: Literal["en", "zh"] = "en",
+    out: Path = Path("search"),
+    options: Options = DEFAULTS,
+    cluster: ClusterConfig | None = None,
+    live: LiveConfig | None = None,
+) -> None:
+    """Find the highest rate that each deployment holds within an SLO, and what it costs there; the same command again resumes it.
+
+    Parameters
+    ----------
+    slo
+        Limits for each request in ms: ttft, tbt (mean TBT, TPOT), tbt_p90, tbt_p99 (of its own gaps), e2e; as in ttft=300,tbt=15.
+    attain
+        Share of requests that must meet them, as in 95%.
+    vary
+        KEY=V1,V2,... of any option; every combination is searched: prefill_instances=1,2.
+    against
+        Deployments to search, with commas between; default: as `pdbench run`.
+    url
+        Search the server that runs here instead of starting deployments.
+    precision
+        Half-width of the interval at which a search ends, as in 3%.
+    max_minutes
+        Time for the whole command; what is known then is the answer, with a wider interval.
+    lang
+        Language of sentence, tables and pictures.
+    out
+        Folder of the loads, search.json and the picture. --requests (default 500) limits each load.
+    """
+    from pdbench import experiment, slo_loads, slo_search, sweep, turns
+    from pdbench.analysis.run_analysis import load_analysis
+    from pdbench.report import commands, text
+    from pdbench.report import search as found
+
+    begin_s, progress = time.monotonic(), progress_to(live)
+    options = sweep.with_slo(options, slo)
+    points = sweep.points(options, vary) if vary else [sweep.Point({}, options)]
+    goal = slo_search.goal(attain, precision, inf if max_minutes is None else begin_s + 60 * max_minutes)
+    for point in points:
+        slo_search.check(point.options.load)
+    if url is not None:
+        experiment.check_answers(url, [point.options for point in points])
+    with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
+
+        def deployment(kind: str, point: sweep.Point) -> slo_loads.Deployment:
+            def measure(options: Options, folder: Path, judge: slo_loads.LoadJudge | None) -> Run:
+                runs: dict[Path, Run] = {}
+                try:
+                    if url is not None:
+                        experiment.bench(url, 1, options, folder, progress, site, runs, judge)
+                    else:
+                        design, one = PairConfig(pairs=1, resident=False), turns.deployments(kind)
+                        experiment.run(one, design, options, folder, progress, site, runs, servers=servers, judge=judge)
+                finally:
+                    for path, run in runs.items():
+                        commands.keep(run, path)
+                    publisher.leave(runs)
+                return next(iter(runs.values()))
+
+            return slo_loads.Deployment(",".join(filter(None, (kind, point.name))), point.options, measure)
+
+        kinds: list[str] = ["bench"]
+        if url is None:
+            kinds = [*dict.fromkeys(turns.deployments(against) if against else site.kinds())]
+        # In an order in which servers start once for all points that differ in other options.
+        serves = [point.options.serve for point in points]
+        ordered = sorted(product(kinds, points), key=lambda each: serves.index(each[1].options.serve))
+        deployments = [deployment(kind, point) for kind, point in ordered]
+        nodes = cluster and asdict(cluster)
+        command = {"url": url, "cluster": nodes, "options": [each.options.plain() for each in deployments]}
+        document = slo_search.start(out, command, goal, points[0].options.load)
+        try:
+            slo_search.find(deployments, goal, out, progress, document)
+        finally:
+            with text.language(lang):
+                analyses = found.present(document, out, console) if document["points"] else []
+    for load in document["points"]:
+        commands.exit_on_flags([load_analysis(out / load["run"])], load["run"], overload=True)
+    commands.exit_on_flags(analyses)

@@ -1,0 +1,104 @@
+"""The pictures of a search: shares, goodput and energy against rates and the SLO's scale."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pdbench.report import text
+from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
+from pdbench.report.text import translate as _
+
+
+def searched(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The deployments whose highest rate was searched."""
+    return [entry for entry in document["deployments"] if "low" in entry]
+
+
+def loads(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The loads of a deployment at rates."""
+    return [point for point in document["points"] if point["deployment"] == name and point["rate_per_s"]]
+
+
+def slo(document: Mapping[str, Any]) -> str:
+    limits = [f"{_(name)} {limit:g} ms" for name, limit in text.slo(document["slo"]).items()]
+    return _("{0} for {1} % of requests", _(" and ").join(limits), f"{document['attain_pct']:g}")
+
+
+def _colours(document: Mapping[str, Any]) -> dict[str, str]:
+    names = [entry["name"] for entry in document["deployments"]]
+    return dict(zip(names, shades([name.partition(",")[0] for name in names]), strict=True))
+
+
+def chart(document: Mapping[str, Any]) -> Chart:
+    """Attainment and energy against rate with what was found; goodput and energy against the SLO's scale."""
+    entries, colours = searched(document), _colours(document)
+    per_gpu = all(entry.get("gpus") for entry in entries) and bool(entries)
+    attained: list[Series] = []
+    joules: list[Series] = []
+    scaled: list[Series] = []
+    scaled_joules: list[Series] = []
+    goal = document["attain_pct"]
+    for entry in entries:
+        name, shade, gpus = entry["name"], colours[entry["name"]], entry["gpus"] if per_gpu else 1
+        points = sorted(loads(document, name), key=lambda point: point["rate_per_s"])
+        if points:
+            at, shares = [point["rate_per_s"] for point in points], [point["attained_pct"] for point in points]
+            attained.append(Series(kind="points", name=name, x=at, y=shares, shade=shade, opacity=0.6, size=6))
+        if entry.get("rate_per_s"):
+            high = entry["high"] or max(point["rate_per_s"] for point in points)
+            attained.append(Series(x=[entry["low"], high], y=[goal, goal], shade=shade, width=5, opacity=0.5))
+            found = f"{text.number(entry['rate_per_s'])}/s"
+            attained.append(
+                Series(kind="points", x=[entry["rate_per_s"]], y=[goal], labels=[found], shade=shade, size=11)
+            )
+        for panel, figure in (
+            (scaled, "goodput_per_s_per_gpu" if per_gpu else "goodput_per_s"),
+            (scaled_joules, "j_per_good_request"),
+        ):
+            if scales := [each for each in entry.get("slo_scale", ()) if each.get(figure)]:
+                x, y = ([each[key] for each in scales] for key in ("scale", figure))
+                panel.append(Series(name=name, x=x, y=y, shade=shade, marker="o"))
+        energy = [point for point in points if point.get("j_per_good_request")]
+        if energy:
+            at, used = [e["rate_per_s"] / gpus for e in energy], [e["j_per_good_request"] for e in energy]
+            joules.append(Series(name=name, x=at, y=used, shade=shade, marker="o"))
+            if entry.get("j_per_good_request"):
+                at = [entry["rate_per_s"] / gpus]
+                joules.append(
+                    Series(kind="points", x=at, y=[entry["j_per_good_request"]], shade=BAD, size=15, hollow=True)
+                )
+    rates = [point["rate_per_s"] for entry in entries for point in loads(document, entry["name"])]
+    if attained:
+        attained.append(Series(name=_("goal"), x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
+    rate, no_meter = _("requests/s per GPU" if per_gpu else "requests/s"), _("no device has an energy counter here")
+    panels = [
+        Panel(
+            title=_("Requests within the SLO"),
+            series=attained,
+            x=Axis(label=_("requests/s"), low=0),
+            y=Axis(label=_("% of requests"), low=0, high=104),
+            not_measured=_("no load was measured"),
+        ),
+        Panel(
+            title=_("Energy per request within the SLO"),
+            series=joules,
+            x=Axis(label=rate, low=0),
+            y=Axis(label="J", low=0),
+            not_measured=no_meter,
+        ),
+        Panel(
+            title=_("Goodput per GPU against the SLO's scale" if per_gpu else "Goodput against the SLO's scale"),
+            series=scaled,
+            x=Axis(label=_("all limits times")),
+            y=Axis(label=rate, low=0),
+            not_measured=_("no scale is known well enough"),
+        ),
+        Panel(
+            title=_("Energy per request within the SLO against its scale"),
+            series=scaled_joules,
+            x=Axis(label=_("all limits times")),
+            y=Axis(label="J", low=0),
+            not_measured=_("no scale is known well enough") if joules else no_meter,
+        ),
+    ]
+    title = _("The highest rate within {0}", slo(document))
+    return Chart(key="search", title=title, panels=panels, caption=_("bars: 95 % intervals"))

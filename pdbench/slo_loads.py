@@ -1,0 +1,197 @@
+"""One load of a search: sent and saved in a folder of its own, ended once it is decided, and what it came to."""
+
+import dataclasses
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pdbench.analysis.metrics import Timings, timings_of, timings_of_requests
+from pdbench.config import LoadConfig, Options
+from pdbench.errors import UserError
+from pdbench.failures import INTERRUPTED
+from pdbench.load import plan
+from pdbench.load.generator import Progress
+from pdbench.records import Run, load_run
+from pdbench.search.evidence import Outcome
+from pdbench.search.rates import Search
+
+PROBE = 8
+"""Requests of the first load, one at a time, which says where to begin."""
+GROWN_SHARE = 0.25
+"""Overload: this share of what arrived in the second half of a load was added to the requests in flight."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is searched: `measure(options, folder, judge)` sends one load and returns the run that it saved."""
+
+    name: str
+    options: Options
+    measure: Callable[[Options, Path, "LoadJudge | None"], Run]
+
+
+class LoadJudge:
+    """Ends a load once its rate is surely held or surely not, or the time is up.
+
+    A request in flight that is older than the SLO allows has missed it: an overload shows as its queue grows, not when answers come.
+    """
+
+    def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:
+        """`settle_s` into the load a rate may be called held: servers that were idle meet every SLO at first."""
+        self._search, self._rate, self._load, self._until_s = search, rate, load, until_s
+        self._settle_s, self._longest_s = settle_s, _longest_s(load)
+        self._arrivals = [*islice(plan.planned_instants(load, None, 0), load.requests)]  # constant ones never end
+        self._good: dict[int, bool] = {}
+        self._known = self._missed = 0
+        self._begin_s: float | None = None
+        self._flight: list[tuple[float, int]] = []
+        self._answers_s: list[float] = []
+        self.held: bool | None = None
+        self.reason: str | None = None
+
+    def on_progress(self, progress: Progress, now_s: float) -> None:
+        ended = [each for each in progress.ended if not each.warmup]
+        if ended and self.reason is None:
+            timings = timings_of_requests(ended, dataclasses.asdict(self._load))
+            good = timings.in_slo if timings.in_slo is not None else np.zeros(len(ended), dtype=bool)
+            self._good |= {_index(name): bool(met) for name, met in zip(timings.requests.id, good, strict=True)}
+            first = ended[0]
+            self._begin_s = first.planned_s - (self._arrivals[_index(first.id)] or 0.0)
+            if len(self._answers_s) < 2 * PROBE:
+                self._answers_s += [e.end_s - e.sent_s for e in ended if e.end_s and e.sent_s and not e.error]
+        if self._begin_s is not None and self.reason is None:
+            self._decide(now_s - self._begin_s, progress.in_flight)
+
+    def _decide(self, now_s: float, in_flight: int) -> None:
+        while self._known < len(
+            self._arrivals
+        ):  # in the order of arrival: long answers, which may have missed, come late
+            good = self._good.get(self._known)
+            if good is None:
+                if now_s - (self._arrivals[self._known] or 0.0) <= self._longest_s:
+                    break
+                good = False
+            self._missed += not good
+            self._known += 1
+        self._flight.append((now_s, in_flight))
+        self.held = self._search.decided(self._rate, self._missed, self._known)
+        if self.held is not False and self._grows(now_s, in_flight):
+            self.held = False
+        if self.held and now_s < self._settle_s:
+            self.held = None
+        if self.held is not None:
+            self.reason = f"{'held' if self.held else 'not held'}, by {self._known} requests"
+
+    def _grows(self, now_s: float, in_flight: int) -> bool:
+        """Did the second half of the load add more to the requests in flight than chance and its own answers explain?"""
+        if len(self._answers_s) < PROBE or now_s < 4 * statistics.median(self._answers_s[:PROBE]):
+            return False
+        arrived = self._rate * now_s / 2
+        before = next(count for at_s, count in self._flight if at_s >= now_s / 2)
+        return in_flight - before > max(GROWN_SHARE * arrived, 4 * arrived**0.5, 10)
+
+    def decided(self) -> str | None:
+        if self.reason is None and time.monotonic() > self._until_s:
+            self.reason = "the time is up"
+        return self.reason
+
+
+@dataclass
+class Loads:
+    """Sends the loads of a deployment; those in `saved` (run -> point) are not sent again. Each is entered in `points`."""
+
+    deployment: Deployment
+    out: Path
+    console: Console
+    points: list[dict[str, Any]]
+    saved: Mapping[str, dict[str, Any]]
+
+    def send(self, name: str, load: LoadConfig, judge: LoadJudge | None = None) -> tuple[Run, dict[str, Any]]:
+        """The run and its point. Raises UserError for a load that cannot be judged."""
+        deployment, options = self.deployment, self.deployment.options
+        folder = self.out / deployment.name / name
+        point = next(
+            (each for run, each in self.saved.items() if Path(run).parent == Path(deployment.name) / name), None
+        )
+        if point is not None and point["rate_per_s"] == load.rate:
+            self.console.print(f"  {name}: already measured", highlight=False)
+            self.points.append(point)
+            return load_run(self.out / point["run"]), point
+        if folder.exists():
+            shutil.rmtree(folder)
+        # Other deployments get the same prompts; other loads on the same servers do not.
+        parts = (load.nonce, deployment.name.partition(",")[2], name)
+        options = replace(options, load=replace(load, nonce="/".join(filter(None, parts))))
+        run = deployment.measure(options, folder, judge)
+        timings = timings_of(run)
+        if timings.in_slo is None:
+            raise UserError(
+                f"{deployment.name}: tokens could not be counted, so nobody knows what meets the SLO (docs/load.md)"
+            )
+        if "refused" in timings.requests.error:
+            raise UserError(
+                f"connections were refused during {folder}, which is not counted: do the servers still run?"
+            )
+        known, held = timings.slo_known, judge.held if judge else None
+        point = {
+            "deployment": deployment.name,
+            "run": str((folder / f"{run.name}_results").relative_to(self.out)),
+            "rate_per_s": load.rate,
+            "requests": int(known.sum()),
+            "attained_pct": 100 * float(timings.in_slo.sum() / max(1, known.sum())),
+            "held": held,
+            "limited_by": _limit(timings),
+            "client_limited": any(flag.name == "client-limited" for flag in run.flags),
+            "load_s": max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
+        }
+        self.points.append(point)
+        return run, point
+
+
+def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
+    """What a load came to, up to the first request that was cut off before it had missed."""
+    timings = timings_of(run)
+    unknown = np.flatnonzero(~timings.slo_known)
+    end = int(unknown[0]) if len(unknown) else len(timings.slo_known)
+    cut = np.array([kind == INTERRUPTED for kind in timings.requests.error], dtype=bool)
+    worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in timings.slo_ratios.values()], axis=0)
+    score = np.where(timings.requests.ok | cut, worst, inf)[:end]
+    work = np.nan_to_num(timings.requests.prompt_tokens, nan=1.0)
+    sent_s = timings.requests.sent_s
+    return Outcome(rate, np.nan_to_num(sent_s - np.nanmin(sent_s))[:end], (work / work.mean())[:end], score, held)
+
+
+def _longest_s(load: LoadConfig) -> float:
+    """A request that meets the SLO takes at most this long; infinite where its limits do not say."""
+    limits = [inf]
+    if load.slo_e2e_ms:
+        limits.append(load.slo_e2e_ms)
+    if load.slo_ttft_ms and load.slo_tbt_ms and load.output_distribution == "fixed" and not load.reply_lengths:
+        limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (load.output_tokens - 1))
+    return min(limits) / 1e3
+
+
+def settle_s(load: LoadConfig, alone_s: float) -> float:
+    """How long a load must last for a small overload to show: ten TTFT limits, four of the longest requests that meet the SLO."""
+    longest_s = _longest_s(load)
+    return max(10 * (load.slo_ttft_ms or 0.0) / 1e3, 4 * (longest_s if isfinite(longest_s) else 2 * alone_s))
+
+
+def _limit(timings: Timings) -> str | None:
+    """The option that most requests missed; None where none was missed."""
+    misses = {name: int(np.count_nonzero(ratio > 1)) for name, ratio in timings.slo_ratios.items()}
+    name = max(misses, key=lambda name: misses[name], default=None)
+    return name if name and misses[name] else None
+
+
+def _index(name: str) -> int:
+    return int(name.rpartition("-")[2])
