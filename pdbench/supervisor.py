@@ -99,9 +99,14 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    )
+    supervisor = os.getpid()
+
+    def end_with_supervisor() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:  # it was killed between the fork and here
+            os._exit(1)
+
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_supervisor)
     while process.returncode is None and not stops and held_by_parent(parent, wake_read):
         with contextlib.suppress(BlockingIOError):
             os.read(wake_read, 4096)
