@@ -54,9 +54,13 @@ class ServeConfig(ServerConfig):
     decode_instances: Count[int] = 1
     """Decode instances (y of xPyD)."""
     replica_instances: Count[int | None] = None
-    """Instances of the replicas deployment; default: as many as prefill and decode have together."""
+    """Instances of the replicas deployment; default: as many as the GPUs of prefill and decode can hold."""
     tensor_parallel: Count[int] = 1
     """GPUs per prefill, decode, single or replica instance."""
+    prefill_tensor_parallel: Count[int | None] = None
+    """GPUs per prefill instance; default: --tensor-parallel."""
+    decode_tensor_parallel: Count[int | None] = None
+    """GPUs per decode instance; default: --tensor-parallel."""
     prefill_gpus: Indices = ()
     """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
@@ -87,6 +91,10 @@ class ServeConfig(ServerConfig):
     """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
+
+    def width(self, role: str) -> int:
+        """GPUs (without any: processes) per instance of a role."""
+        return getattr(self, f"{role}_tensor_parallel", None) or self.tensor_parallel
 
     def plain(self) -> dict[str, Any]:
         """Option -> value for the saved record. Keys among vLLM's arguments are hidden: results are there to be shown."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from importlib.util import find_spec
 from math import prod
 
 import torch
 
 from pdbench.kv.compat import UnsupportedError
+from pdbench.kv.ranks import Share
 
 # Copies move whole words of this many bytes where a block's size allows: single bytes per thread would waste a GPU.
 _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
@@ -20,11 +21,16 @@ _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1)
 
 @dataclass(frozen=True)
 class BlockPacker:
-    """Views of a worker's KV cache as `parts`, each of shape [blocks, words per block]; K and V may be parts of their own."""
+    """Views of a worker's KV cache as `parts`, each of shape [blocks, ...] in words; K and V may be parts of their own.
+
+    A block of part i has `heads` runs of `head_words[i]` words in turn, one per KV head; `heads` is 0 where they cannot be told apart.
+    """
 
     parts: tuple[torch.Tensor, ...]
     block_bytes: int
     layout: str
+    heads: int = 0
+    head_words: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +45,19 @@ class BlockPacker:
     def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
         _scatter(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+
+    def share(self, share: Share, first_head: int) -> BlockPacker:
+        """The packer of a share of the heads and layers; `first_head` is the first of the model's heads in this cache."""
+        first, last = (len(self.parts) * part // share.parts for part in (share.part, share.part + 1))
+        parts = self.parts[first:last]
+        if 0 < len(share.heads) < self.heads:
+            start = share.heads.start - first_head
+            runs = zip(parts, self.head_words[first:last], strict=True)
+            views = (part.view(part.shape[0], -1, self.heads, words) for part, words in runs)
+            parts = tuple(view.narrow(2, start, len(share.heads)) for view in views)
+        elif len(parts) == len(self.parts):
+            return self
+        return BlockPacker(parts, sum(part[0].numel() * part.element_size() for part in parts), self.layout)
 
     def warm_up(self) -> None:
         """Run both copies, block 0 onto itself, so that no transfer waits for kernels to be loaded."""
@@ -59,8 +78,10 @@ class BlockPacker:
 def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
     start = 0
     for part in parts:
-        size = index.numel() * part.size(1)
-        torch.index_select(part, 0, index, out=packed.narrow(0, start, size).view(index.numel(), part.size(1)))
+        shape = part.size()
+        shape[0] = index.numel()
+        size = index.numel() * part[0].numel()
+        torch.index_select(part, 0, index, out=packed.narrow(0, start, size).view(shape))
         start += size
 
 
@@ -68,33 +89,73 @@ def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor
 def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
     start = 0
     for part in parts:
-        size = index.numel() * part.size(1)
-        part.index_copy_(0, index, packed.narrow(0, start, size).view(index.numel(), part.size(1)))
+        shape = part.size()
+        shape[0] = index.numel()
+        size = index.numel() * part[0].numel()
+        part.index_copy_(0, index, packed.narrow(0, start, size).view(shape))
         start += size
 
 
-def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int) -> BlockPacker:
-    """The packer of a worker's layers; `blocks` is how many KV blocks vLLM allocated. Raises UnsupportedError for odd layouts."""
-    layers: dict[int, list[torch.Tensor]] = {}  # by address: layers may share one cache
+def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int, heads: int = 0) -> BlockPacker:
+    """The packer of a worker's layers; `blocks` is how many KV blocks vLLM allocated, `heads` how many KV heads are in each (0: unknown).
+
+    Raises UnsupportedError for odd layouts.
+    """
+    layers: dict[int, torch.Tensor] = {}  # by address: layers may share one cache
+    parts: list[torch.Tensor] = []
+    head_bytes: list[int] = []
     for name, cache in kv_caches.items():
         if not isinstance(cache, torch.Tensor):
             raise UnsupportedError(f"layer {name} has a KV cache that is no single tensor: this model is not supported")
         if cache.data_ptr() not in layers:
-            layers[cache.data_ptr()] = _layer_parts(name, cache, blocks)
-    parts = list(chain.from_iterable(layers.values()))
+            layers[cache.data_ptr()] = cache
+            layer_parts = _layer_parts(name, cache, blocks)
+            parts += layer_parts
+            head_bytes += len(layer_parts) * [_head_bytes(cache, heads)]
     if not parts:
         raise UnsupportedError("this model has no KV cache to move")
+    heads = heads if all(head_bytes) else 0
     sizes = [part.shape[1] * part.element_size() for part in parts]
-    word, width = next((word, width) for word, width in _WORDS if all(size % width == 0 for size in sizes))
+    runs = head_bytes if heads else sizes
+    word, width = next((word, width) for word, width in _WORDS if all(size % width == 0 for size in runs))
     if all(part.data_ptr() % width == 0 for part in parts):
         parts = [part.view(word) for part in parts]
-    first = next(iter(kv_caches.values()))
+    else:
+        width = 1
     # Equal on both sides, or they do not talk to each other: the shape behind the number of blocks, and the order in memory.
+    first = next(iter(kv_caches.values()))
+    shape: list[int | str] = list(first.shape[1:])[-3:]
+    per_block = "per block"
+    if heads:  # how many a rank has depends on tensor parallelism
+        sizes_text, per_block = sorted({size // heads for size in sizes}), "per block and head"
+        shape[_head_axis(first, heads) - first.dim()] = "heads"
+    else:
+        sizes_text = sorted(set(sizes))
     layout = (
-        f"{len(parts)} parts of {sorted(set(sizes))} bytes per block, {first.dtype}, "
-        f"shape {tuple(first.shape[1:])[-3:]}, memory order {_memory_order(first)}"
+        f"{len(parts)} parts of {sizes_text} bytes {per_block}, {first.dtype}, "
+        f"shape ({', '.join(map(str, shape))}), memory order {_memory_order(first)}"
     )
-    return BlockPacker(parts=tuple(parts), block_bytes=sum(sizes), layout=layout)
+    return BlockPacker(tuple(parts), sum(sizes), layout, heads, tuple(size // width for size in runs) if heads else ())
+
+
+def _head_axis(cache: torch.Tensor, heads: int) -> int:
+    """Which dimension of a cache counts the KV heads: of its last three, (heads, tokens, size) or (tokens, heads, size); 0 if unclear."""
+    if cache.dim() < 4 or heads < 1:
+        return 0
+    axes = [axis for axis in (cache.dim() - 3, cache.dim() - 2) if cache.shape[axis] == heads]
+    # From the version on that has this module, vLLM's caches are (blocks, heads, tokens, size) whatever their memory's order.
+    if cache.dim() == 4 and find_spec("vllm.v1.kv_cache_layout") is not None:
+        axes = [axis for axis in axes if axis == 1]
+    return axes[0] if len(axes) == 1 else 0
+
+
+def _head_bytes(cache: torch.Tensor, heads: int) -> int:
+    """How many bytes of one head stand together in a block; 0 if the heads cannot be told apart."""
+    axis = _head_axis(cache, heads)
+    if not axis:
+        return 0
+    order = _memory_order(cache)
+    return prod(cache.shape[dim] for dim in order[order.index(axis) + 1 :]) * cache.element_size()
 
 
 def _memory_order(cache: torch.Tensor) -> list[int]:

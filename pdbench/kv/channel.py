@@ -26,10 +26,11 @@ import msgspec
 
 from pdbench.events import TransferEvent
 from pdbench.kv.blocks import BlockPacker
+from pdbench.kv.ranks import Identity, Share, matching_shares
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-PROTOCOL = "pdbench-kv/2"
+PROTOCOL = "pdbench-kv/3"
 MESSAGE_LIMIT_BYTES = 1 << 20
 HANDSHAKE_LIMIT_BYTES = 1 << 16
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -40,17 +41,6 @@ _LENGTH = struct.Struct("!I")
 
 class ChannelClosedError(ConnectionError):
     """The other side is gone, stalled, does not speak the protocol or was refused; the message says which."""
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What prefill and decode must have in common; `layout` describes every layer's block, `model` its configuration."""
-
-    transport: str
-    tensor_parallel: int
-    rank: int
-    block_size: int
-    layout: str
-    model: str
 
 
 @dataclass(frozen=True)
@@ -247,8 +237,9 @@ def _proved(secret: bytes, side: str, our_nonce: str, their_nonce: str, message:
     return identity
 
 
-def accept_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
-    """Prefill's side of the handshake. Raises ChannelClosedError, with the channel closed."""
+def accept_handshake(channel: Channel, secret: bytes, identity: Identity, parts: int) -> tuple[Identity, list[Share]]:
+    """Prefill's side of the handshake: who decode is, and what travels to its rank from this one; nothing where it only asks how many
+    ranks there are. Raises ChannelClosedError, with the channel closed."""
     nonce = secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
     channel.send({"protocol": PROTOCOL, "nonce": nonce})
@@ -256,18 +247,19 @@ def accept_handshake(channel: Channel, secret: bytes, identity: Identity) -> Non
     their_nonce = str(answer.get("nonce", ""))
     try:
         theirs = _proved(secret, "decode", nonce, their_nonce, answer)
-        for name in Identity.__struct_fields__:
-            if getattr(identity, name) != getattr(theirs, name):
-                values = f"{getattr(theirs, name)} on the decode side and {getattr(identity, name)} on the prefill side"
-                raise ValueError(f"{name} is {values}; they must be equal")
+        found = matching_shares(identity, theirs, parts)
     except ValueError as refusal:
         channel.send({"refused": str(refusal)})
         raise channel.failed(str(refusal)) from None
     channel.send({"identity": identity, "proof": _proof(secret, "prefill", their_nonce, nonce, identity)})
+    return theirs, [share for share in found if share.rank == identity.rank]
 
 
-def offer_handshake(channel: Channel, secret: bytes, identity: Identity) -> None:
-    """Decode's side of the handshake. Raises ChannelClosedError, with the channel closed."""
+def offer_handshake(channel: Channel, secret: bytes, identity: Identity, parts: int, rank: int) -> list[Share]:
+    """Decode's side of the handshake, with prefill's `rank`: what travels to this rank from all of prefill's.
+
+    Raises ChannelClosedError, with the channel closed.
+    """
     nonce = secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
     hello = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
@@ -280,13 +272,21 @@ def offer_handshake(channel: Channel, secret: bytes, identity: Identity) -> None
     if "refused" in answer:
         raise channel.failed(f"prefill refused the handshake: {answer['refused']}")
     try:
-        _proved(secret, "prefill", nonce, their_nonce, answer)
+        theirs = _proved(secret, "prefill", nonce, their_nonce, answer)
+        if theirs.rank != rank:
+            raise ValueError(f"it is rank {theirs.rank} of a prefill instance, not {rank}: their KV ports overlap")
+        found = matching_shares(theirs, identity, parts)
     except ValueError as refusal:
         raise channel.failed(str(refusal)) from None
+    return [share for share in found if share.reader == identity.rank]
 
 
-def connect(host: str, port: int, secret: bytes, identity: Identity, timeout_s: float) -> Channel:
-    """Decode's connection to a prefill worker, ready after the handshake. Raises ChannelClosedError."""
+def connect(address: tuple[str, int], rank: int, context: WorkerContext) -> tuple[Channel, list[Share]]:
+    """Decode's connection to prefill's `rank`, ready after the handshake, and what this worker gets from all ranks of that instance.
+
+    Raises ChannelClosedError.
+    """
+    (host, port), timeout_s = address, context.timeout_s
     begun_s = time.monotonic()
     try:
         connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_TIMEOUT_S))
@@ -294,9 +294,9 @@ def connect(host: str, port: int, secret: bytes, identity: Identity, timeout_s: 
         waited_s = time.monotonic() - begun_s
         raise ChannelClosedError(f"prefill {host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
     channel = Channel(connection, timeout_s)
-    offer_handshake(channel, secret, identity)
+    found = offer_handshake(channel, context.secret, context.identity, len(context.packer.parts), rank)
     channel.set_timeout(timeout_s)
-    return channel
+    return channel, found
 
 
 class Listener:
@@ -305,7 +305,9 @@ class Listener:
     Raises OSError when the address is taken or not this host's.
     """
 
-    def __init__(self, address: tuple[str, int], context: WorkerContext, serve: Callable[[Channel], None]) -> None:
+    def __init__(
+        self, address: tuple[str, int], context: WorkerContext, serve: Callable[[Channel, Identity, list[Share]], None]
+    ) -> None:
         self._context, self._serve = context, serve
         self._unauthenticated = threading.BoundedSemaphore(UNAUTHENTICATED_LIMIT)
         self._closing = False
@@ -347,7 +349,8 @@ class Listener:
             deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
             deadline.start()
             try:
-                accept_handshake(channel, self._context.secret, self._context.identity)
+                context = self._context
+                decode, found = accept_handshake(channel, context.secret, context.identity, len(context.packer.parts))
             finally:
                 deadline.cancel()
             channel.set_timeout(self._context.timeout_s)
@@ -357,4 +360,4 @@ class Listener:
             return
         finally:
             self._unauthenticated.release()
-        self._serve(channel)
+        self._serve(channel, decode, found)

@@ -91,10 +91,7 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             f"PdKvConnector moves one group of full-attention blocks and this model's KV cache has {len(groups)} "
             "(a hybrid model): serve it without disaggregation, or with another connector"
         )
-    spec = groups[0].kv_cache_spec
-    # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
-    wrapped = getattr(spec, "kv_cache_specs", None)
-    for layer_spec in wrapped.values() if wrapped else [spec]:
+    for layer_spec in _layer_specs(kv_cache_config):
         if type(layer_spec).__name__ not in _MOVABLE_SPECS:
             raise UnsupportedError(
                 f"PdKvConnector moves full-attention KV blocks (MLA included) and this model has a {type(layer_spec).__name__}: "
@@ -110,6 +107,26 @@ def new_blocks_are_idle(vllm_config: VllmConfig) -> bool:
     """
     scheduler = import_module("vllm.v1.core.sched.scheduler").Scheduler
     return hasattr(scheduler, "_request_blocks_can_be_freed") and vllm_config.speculative_config is None
+
+
+def kv_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """How many KV heads the whole model has in each layer: 1 for MLA, 0 unless all layers have as many as vLLM says of the model."""
+    specs = _layer_specs(kv_cache_config)
+    if all(type(spec).__name__ == "MLAAttentionSpec" for spec in specs):
+        return 1
+    heads, ranks = (
+        int(vllm_config.model_config.get_total_num_kv_heads()),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+    evenly = heads % ranks == 0 or ranks % heads == 0
+    return heads if evenly and all(spec.num_kv_heads == max(1, heads // ranks) for spec in specs) else 0
+
+
+def _layer_specs(kv_cache_config: KVCacheConfig) -> list[Any]:
+    """What each layer keeps; or once what all of them do."""
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
+    return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
 
 
 def cache_hit_source() -> Any:

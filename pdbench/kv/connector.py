@@ -80,7 +80,8 @@ class PdKvConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         rank, model = get_tensor_model_parallel_rank(), model_fingerprint(self._vllm_config)
-        identity = Identity(self._options.transport, self._ranks, rank, self._block_size, layout="", model=model)
+        heads = compat.kv_heads(self._vllm_config, self._kv_cache_config)
+        identity = Identity(self._options.transport, self._ranks, rank, self._block_size, "", model, heads)
         blocks, produces = int(self._kv_cache_config.num_blocks), bool(self._kv_transfer_config.is_kv_producer)
         idle = compat.new_blocks_are_idle(self._vllm_config)
         self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces, idle)

@@ -21,10 +21,12 @@ from pdbench.kv.channel import (
     Channel,
     ChannelClosedError,
     FetchRequest,
+    Identity,
     Listener,
     Waiting,
     WorkerContext,
 )
+from pdbench.kv.ranks import Share
 from pdbench.kv.scheduler import PrefillEnd, StepPlan, Transfer
 from pdbench.kv.transports import Link, open_link
 
@@ -35,9 +37,15 @@ REMEMBERED_TRANSFERS = 10_000
 
 @dataclass(eq=False)
 class _Peer:
-    """A decode worker that is connected, and the queue of the thread that writes to it."""
+    """A decode worker that is connected, and the queue of the thread that writes to it.
+
+    It is `rank` of `ranks`, of which `readers` get something from this worker.
+    """
 
     link: Link
+    rank: int
+    ranks: int
+    readers: int
     work: queue.SimpleQueue[Callable[[], None] | None] = field(default_factory=queue.SimpleQueue)
 
     def post(self, message: msgspec.Struct) -> None:
@@ -45,24 +53,41 @@ class _Peer:
 
 
 @dataclass(eq=False)
-class _Send:
-    """One transfer: prefill's `transfer` and decode's `request` from `peer`, either of which may come first.
+class _Reader:
+    """A decode worker that asked for a transfer; `sent` counts blocks from the prompt's start, `done` when the last one is."""
 
-    `ready` and `sent` count blocks from the prompt's start; `event` is the CUDA event of the last forward pass.
+    peer: _Peer
+    request: FetchRequest
+    record: TransferEvent
+    sent: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
+class _Send:
+    """One transfer: prefill's `transfer` and decode's `readers` by rank, either of which may come first.
+
+    `ready` counts blocks from the prompt's start; `event` is the CUDA event of the last forward pass; `gathering` how many copies of
+    its blocks are under way.
     """
 
-    record: TransferEvent
+    transfer_id: str
     transfer: Transfer | None = None
-    request: FetchRequest | None = None
-    peer: _Peer | None = None
+    readers: dict[int, _Reader] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
     ready: int = 0
-    sent: int = 0
     event: Any = None
-    gathering: bool = False
+    gathering: int = 0
     prefill_end: PrefillEnd | None = None
     prefill_end_s: float = 0.0
     ended: bool = False
+
+    def reads(self, peer: _Peer) -> bool:
+        return any(reader.peer is peer and not reader.done for reader in self.readers.values())
+
+    def missing(self) -> bool:
+        """Is there a decode worker that has not asked for it yet?"""
+        return not self.readers or len(self.readers) < next(iter(self.readers.values())).peer.readers
 
 
 class Sender:
@@ -96,12 +121,13 @@ class Sender:
                 # The scheduler forgets a prefill that is over, while its blocks still wait here for decode.
                 used = transfer.transfer_id in self._past or (send is not None and send.transfer is not None)
                 if send is None or used:
-                    send = _Send(TransferEvent(side="send", transfer_id=transfer.transfer_id))
+                    send = _Send(transfer.transfer_id)
                 send.transfer, send.ended = transfer, used
                 self._by_request[transfer.request_id] = send
                 if not used:
                     self._by_transfer[transfer.transfer_id] = send
-                    self._match(send)
+                    for reader in list(send.readers.values()):
+                        self._match(send, reader)
             for progress in plan.prefilled:
                 send = self._by_request.get(progress.request_id)
                 if send is None or send.transfer is None or send.ended:
@@ -111,7 +137,8 @@ class Sender:
                 if progress.computed_tokens >= send.transfer.tokens:
                     send.ready = send.transfer.blocks(self._block_size)  # the last one may be filled in part
                 send.event = event
-                self._wake(send)
+                for reader in send.readers.values():
+                    self._wake(send, reader)
             for end in plan.ended:
                 send = self._by_request.get(end.request_id)
                 if send is None or send.transfer is None:
@@ -145,15 +172,17 @@ class Sender:
         now_s = time.monotonic()
         with self._changed:
             for send in list(self._by_transfer.values()):
-                if send.transfer is None and now_s - (send.record.asked_s or 0.0) > self._timeout_s:
+                asked_s = min((reader.record.asked_s or 0.0 for reader in send.readers.values()), default=0.0)
+                if send.transfer is None and now_s - asked_s > self._timeout_s:
                     self._end(send, f"no such prefill came in {self._timeout_s:g} s")
-                elif send.request is None and send.prefill_end and now_s - send.prefill_end_s > self._timeout_s:
+                elif send.missing() and send.prefill_end and now_s - send.prefill_end_s > self._timeout_s:
                     self._end(send, f"decode never asked for it in {self._timeout_s:g} s after prefill")
             # An engine that hangs makes no steps: then decode gets no sign of life and gives up in time.
             if self._stepped_s is not None and now_s - self._stepped_s < self._timeout_s:
                 for send in self._by_transfer.values():
-                    if send.transfer is not None and send.peer is not None:
-                        send.peer.post(Waiting(send.record.transfer_id))
+                    for reader in send.readers.values():
+                        if send.transfer is not None and not reader.done:
+                            reader.peer.post(Waiting(send.transfer_id))
 
     def close(self) -> None:
         """Stop listening and disconnect all peers."""
@@ -174,18 +203,18 @@ class Sender:
             peer.post(Cancel(request.transfer_id, f"this transfer id was used before ({reason})"))
             return
         if send is None:
-            send = _Send(TransferEvent(side="send", transfer_id=request.transfer_id))
-            self._by_transfer[request.transfer_id] = send
-        elif send.request is not None:
+            send = self._by_transfer[request.transfer_id] = _Send(request.transfer_id)
+        if peer.rank in send.readers or any(reader.peer.ranks != peer.ranks for reader in send.readers.values()):
             peer.post(Cancel(request.transfer_id, "another request asked for this transfer id before"))
             return
-        send.request, send.peer, send.record.asked_s = request, peer, time.monotonic()
-        self._match(send)
+        record = TransferEvent(side="send", transfer_id=request.transfer_id, asked_s=time.monotonic())
+        send.readers[peer.rank] = _Reader(peer, request, record)
+        self._match(send, send.readers[peer.rank])
 
-    def _match(self, send: _Send) -> None:
+    def _match(self, send: _Send, reader: _Reader) -> None:
         """Once both sides are here: start if they mean the same prompt; else refuse the request, so that another one may come."""
-        transfer, request, peer = send.transfer, send.request, send.peer
-        if transfer is None or request is None or peer is None:
+        transfer, request = send.transfer, reader.request
+        if transfer is None:
             return
         blocks = transfer.blocks(self._block_size)
         if (request.tokens, request.fingerprint) != (transfer.tokens, transfer.fingerprint):
@@ -193,30 +222,35 @@ class Sender:
         elif not 0 <= request.start_block < blocks:
             reason = f"decode asked for block {request.start_block} of a prompt of {blocks} blocks"
         else:
-            send.sent, send.record.peer = request.start_block, peer.link.channel.peer
-            send.record.tokens = transfer.tokens - request.start_block * self._block_size
-            self._wake(send)
+            reader.sent, reader.record.peer = request.start_block, reader.peer.link.channel.peer
+            reader.record.tokens = transfer.tokens - request.start_block * self._block_size
+            self._wake(send, reader)
             return
-        peer.post(Cancel(transfer.transfer_id, reason))
-        send.request = send.peer = send.record.asked_s = None
+        reader.peer.post(Cancel(transfer.transfer_id, reason))
+        del send.readers[reader.peer.rank]
 
-    def _wake(self, send: _Send) -> None:
-        if send.peer is not None and send.ready > send.sent:
-            send.peer.work.put(lambda: self._push(send))
+    def _wake(self, send: _Send, reader: _Reader) -> None:
+        if send.ready > reader.sent:
+            reader.peer.work.put(lambda: self._push(send, reader))
 
-    def _end(self, send: _Send, error: str | None) -> None:
-        """The transfer is over; `error` is None when all is sent, else decode is told."""
+    def _end(self, send: _Send, error: str | None, by: _Peer | None = None) -> None:
+        """The transfer is over; `error` is None when all is sent, else all of decode's workers are told but the one that ended it."""
         if send.ended:
             return
         send.ended = True
-        transfer_id = send.record.transfer_id
-        self._by_transfer.pop(transfer_id, None)
-        self._remember(transfer_id, error or "it was sent")
-        if error is not None and send.peer is not None:
-            send.peer.post(Cancel(transfer_id, error))
+        self._by_transfer.pop(send.transfer_id, None)
+        self._remember(send.transfer_id, error or "it was sent")
+        unfinished = [reader for reader in send.readers.values() if not reader.done]
+        for reader in unfinished:
+            if reader.peer is not by:
+                reader.peer.post(Cancel(send.transfer_id, error or ""))
         if send.transfer is not None:
-            send.record.error = error
-            self._context.finish(send.record)
+            records = [reader.record for reader in unfinished]
+            if not send.readers:
+                records = [TransferEvent(side="send", transfer_id=send.transfer_id)]
+            for record in records:
+                record.error = error
+                self._context.finish(record)
             self._settle(send)
 
     def _settle(self, send: _Send) -> None:
@@ -234,8 +268,12 @@ class Sender:
 
     # A peer's two threads
 
-    def _serve(self, channel: Channel) -> None:
-        """One decode worker, from handshake to its end."""
+    def _serve(self, channel: Channel, decode: Identity, shares: list[Share]) -> None:
+        """One decode worker, from handshake to its end; `shares` is what this worker sends to all of its instance's."""
+        share = next((share for share in shares if share.reader == decode.rank), None)
+        if share is None:  # it only asked how many ranks there are
+            channel.close()
+            return
         with self._changed:
             # While vLLM captures CUDA graphs, which is over at its first step, no kernel may run and nothing be allocated on a GPU.
             self._changed.wait_for(lambda: self._stepped_s is not None or self._closed, self._timeout_s)
@@ -243,11 +281,12 @@ class Sender:
                 channel.close()
                 return
         try:
-            peer = _Peer(open_link(self._context, channel, sends=True))
+            link = open_link(self._context, channel, share, sends=True)
         except Exception as error:
             logger.warning("no link to decode worker %s: %s", channel.peer, error)
             channel.close()
             return
+        peer = _Peer(link, decode.rank, decode.tensor_parallel, len(shares))
         with self._changed:
             self._peers.add(peer)
             if self._closed:
@@ -271,8 +310,8 @@ class Sender:
                 self._peers.discard(peer)
                 peer.work.put(None)
             # Its next request comes over a connection of its own.
-            for send in [send for send in self._by_transfer.values() if send.peer is peer]:
-                self._end(send, reason)
+            for send in [send for send in self._by_transfer.values() if send.reads(peer)]:
+                self._end(send, reason, by=peer)
 
     def _read(self, peer: _Peer) -> None:
         while True:
@@ -282,31 +321,31 @@ class Sender:
                     self._request(message, peer)
                 elif (send := self._by_transfer.get(message.transfer_id)) is None:
                     self._remember(message.transfer_id, message.reason)
-                elif send.peer is None or send.peer is peer:  # what another worker asked for is not its to give up
-                    send.request = send.peer = None  # it need not be told
-                    self._end(send, message.reason)
+                elif not send.readers or send.reads(peer):  # what another worker asked for is not its to give up
+                    self._end(send, message.reason, by=peer)
 
     def _write(self, peer: _Peer) -> None:
         while (task := peer.work.get()) is not None:
             task()
 
-    def _push(self, send: _Send) -> None:
+    def _push(self, send: _Send, reader: _Reader) -> None:
         """Send all blocks that are ready, piece by piece."""
+        link, request = reader.peer.link, reader.request
         while True:
             with self._changed:
-                if send.ended or send.request is None or send.peer is None or send.ready <= send.sent:
+                if send.ended or reader.done or send.ready <= reader.sent:
                     return
                 assert send.transfer is not None
-                piece_blocks = min(self._context.piece_blocks, max(1, send.request.piece_blocks))
-                start, stop = send.sent, min(send.ready, send.sent + piece_blocks)
-                link, event, block_ids = send.peer.link, send.event, send.blocks[start:stop]
+                piece_blocks = min(self._context.piece_blocks, max(1, request.piece_blocks))
+                start, stop = reader.sent, min(send.ready, reader.sent + piece_blocks)
+                event, block_ids = send.event, send.blocks[start:stop]
                 last = stop == send.transfer.blocks(self._block_size)
-                send.gathering = True
+                send.gathering += 1
             try:
                 count, ready_s = link.pack(block_ids, event)
             finally:
                 with self._changed:
-                    send.gathering = False
+                    send.gathering -= 1
                     if send.ended:
                         self._settle(send)
                     self._changed.notify_all()
@@ -314,10 +353,13 @@ class Sender:
             with self._changed:
                 if send.ended:
                     return
-            seconds = link.send(Blocks(send.record.transfer_id, start, stop - start, count), count)
+            seconds = link.send(Blocks(send.transfer_id, start, stop - start, count), count)
             with self._changed:
-                send.sent = stop
-                send.record.ready_s = ready_s
-                send.record.moved(count, stop - start, packed_s, seconds)
-                if last:
-                    self._end(send, None)
+                reader.sent = stop
+                reader.record.ready_s = ready_s
+                reader.record.moved(count, stop - start, packed_s, seconds)
+                if last and not send.ended:
+                    reader.done = True
+                    self._context.finish(reader.record)
+                    if not send.missing() and all(other.done for other in send.readers.values()):
+                        self._end(send, None)

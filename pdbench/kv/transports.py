@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from vllm.distributed.device_communicators import pynccl_wrapper as pynccl
 
+from pdbench.kv.blocks import BlockPacker
 from pdbench.kv.channel import Blocks, Channel, WorkerContext
+from pdbench.kv.ranks import Share, held
 
 # A communicator takes a second or two to make; a peer that dies meanwhile would block NCCL for good.
 NCCL_OPEN_TIMEOUT_S = 60.0
@@ -36,8 +38,8 @@ class Link(ABC):
     _host: torch.Tensor | None = None
     """The buffer's twin in pinned memory, for a transport that sends from there."""
 
-    def __init__(self, context: WorkerContext, channel: Channel, on_gpu: bool, staging_bytes: int) -> None:
-        self.channel, self._packer = channel, context.packer
+    def __init__(self, packer: BlockPacker, channel: Channel, on_gpu: bool, staging_bytes: int) -> None:
+        self.channel, self._packer, self.block_bytes = channel, packer, packer.block_bytes
         # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
         self._stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
         # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
@@ -75,6 +77,11 @@ class Link(ABC):
         if self._passed is not None:
             self._passed.synchronize()
 
+    def warm_up(self) -> None:
+        """Run both copies before the first transfer: block 0, which vLLM gives to no request, onto itself."""
+        with torch.cuda.stream(self._stream):
+            self._packer.warm_up()
+
     def close(self) -> None:
         """End it; a method that waits raises ChannelClosedError."""
         self.channel.close()
@@ -94,19 +101,29 @@ class Link(ABC):
             return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
 
 
-def open_link(context: WorkerContext, channel: Channel, sends: bool) -> Link:
-    """Make the link of a channel after its handshake. Raises ChannelClosedError, or whatever a GPU without room raises."""
-    if context.identity.transport == "tcp":
-        return TcpLink(context, channel)
-    return NcclLink(context, channel, sends)
+def open_link(context: WorkerContext, channel: Channel, share: Share, sends: bool) -> Link:
+    """Make the link for a share of the cache, after the channel's handshake.
+
+    Raises ChannelClosedError, or whatever a GPU without room raises.
+    """
+    identity = context.identity
+    first_head = held(identity.kv_heads, identity.tensor_parallel, identity.rank).start if identity.kv_heads else 0
+    packer = context.packer.share(share, first_head)
+    if identity.transport == "tcp":
+        link: Link = TcpLink(context, packer, channel)
+    else:
+        link = NcclLink(context, packer, channel, sends)
+    if packer is not context.packer:
+        link.warm_up()
+    return link
 
 
 class TcpLink(Link):
     """Link over the control connection."""
 
-    def __init__(self, context: WorkerContext, channel: Channel) -> None:
-        on_gpu = context.packer.device.type != "cpu"
-        super().__init__(context, channel, on_gpu, context.staging_bytes)
+    def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel) -> None:
+        on_gpu = packer.device.type != "cpu"
+        super().__init__(packer, channel, on_gpu, context.staging_bytes)
         # The socket reads and writes host memory directly.
         if on_gpu:
             self._host = torch.empty(context.staging_bytes, dtype=torch.uint8, pin_memory=True)
@@ -126,8 +143,8 @@ class TcpLink(Link):
 class NcclLink(Link):
     """Link over an NCCL communicator of two."""
 
-    def __init__(self, context: WorkerContext, channel: Channel, sends: bool) -> None:
-        super().__init__(context, channel, True, 1)
+    def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel, sends: bool) -> None:
+        super().__init__(packer, channel, True, 1)
         self._sends, self._start_thread = sends, context.start_thread
         self._library = pynccl.NCCLLibrary()
         self._using = threading.Lock()

@@ -18,6 +18,7 @@ from pdbench.kv.blocks import make_packer
 from pdbench.kv.channel import Identity, WorkerContext
 from pdbench.kv.compat import Options, UnsupportedError, shared_secret
 from pdbench.kv.metrics import TransferRecorder
+from pdbench.kv.ranks import held
 from pdbench.kv.receiver import Receiver
 from pdbench.kv.scheduler import StepPlan
 from pdbench.kv.sender import Sender
@@ -89,7 +90,8 @@ class KvWorker:
         produces: bool,
         new_blocks_idle: bool = False,
     ) -> None:
-        packer = make_packer(kv_caches, blocks)
+        heads = identity.kv_heads and len(held(identity.kv_heads, identity.tensor_parallel, identity.rank))
+        packer = make_packer(kv_caches, blocks, heads)
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"

@@ -89,7 +89,9 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
                     "accelerator": {
                         "model": ", ".join(sorted(set(gpus))) or str(analysis.host.get("cpu") or "CPU"),
                         "count": len(gpus),
-                        "parallelism": {"tp": serve.get("tensor_parallel") or 1},
+                        "parallelism": {
+                            "tp": serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
+                        },
                     },
                 },
                 "native": {"config": serve},

@@ -32,12 +32,26 @@ def servers(kind: DeploymentKind, config: ServeConfig) -> list[ServerSpec]:
         return [*_role("tensor-parallel", 1, max(2, width), config.single_port)]
     proxy = ServerSpec("proxy", 0, config.proxy_port)
     if kind == "replicas":
-        count = config.replica_instances or config.prefill_instances + config.decode_instances
-        return [*_role("replica", count, width, config.prefill_port), proxy]
+        return [*_role("replica", _replicas(config), width, config.prefill_port), proxy]
     # One KV port per instance, with room for one per rank: vLLM's own connector adds the rank to it.
-    prefill = _role("prefill", config.prefill_instances, width, config.prefill_port, config.kv_port)
-    after_prefill = config.kv_port + len(prefill) * width
-    return [*prefill, *_role("decode", config.decode_instances, width, config.decode_port, after_prefill), proxy]
+    prefill = _role("prefill", config.prefill_instances, config.width("prefill"), config.prefill_port, config.kv_port)
+    after_prefill = config.kv_port + sum(spec.width for spec in prefill)
+    decode = _role("decode", config.decode_instances, config.width("decode"), config.decode_port, after_prefill)
+    return [*prefill, *decode, proxy]
+
+
+def _replicas(config: ServeConfig) -> int:
+    """How many replicas: by default those that have as many GPUs as prefill and decode together."""
+    if config.replica_instances:
+        return config.replica_instances
+    roles = ((config.prefill_instances, config.width("prefill")), (config.decode_instances, config.width("decode")))
+    gpus, width = sum(count * width for count, width in roles), config.tensor_parallel
+    if gpus % max(width, 1):
+        raise UserError(
+            f"prefill and decode have {gpus} GPUs together, which replicas of {width} cannot use all of: "
+            "give --replica-instances, or another --tensor-parallel"
+        )
+    return gpus // max(width, 1)
 
 
 def _role(role: str, count: int, width: int, port: int, kv_port: int | None = None) -> list[ServerSpec]:

@@ -74,6 +74,12 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
         raise UserError(
             "connector builtin-p2p-nccl cannot let decode compute a prompt: leave --disaggregate-above out, or use another connector"
         )
+    widths = config.width("prefill"), config.width("decode")
+    if connector == "builtin-p2p-nccl" and widths[0] != widths[1]:
+        raise UserError(
+            f"connector builtin-p2p-nccl needs equal tensor parallelism, not {widths[0]} for prefill and {widths[1]} for decode: "
+            "use --tensor-parallel for both, or --connector p2p-nccl with a newer vLLM"
+        )
     if connector == "nixl" and not machine.nixl:
         raise UserError(
             "connector nixl needs the package nixl, which this environment lacks: pip install nixl, or use --connector auto"

@@ -193,6 +193,15 @@ def test_tensor_parallel_two_on_both_sides(tmp_path):
         assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
+@pytest.mark.skipif(GPUS < 3, reason="needs three GPUs")
+@pytest.mark.parametrize("widths", [(1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("make_model", [tiny_model, tiny_qwen2])
+def test_unequal_tensor_parallelism(tmp_path, make_model, widths):
+    model = make_model() if make_model is tiny_model else make_model(tmp_path / "model")
+    with started(tmp_path, tensor_parallel=widths, model=model) as running:
+        assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
+
+
 @pytest.mark.parametrize(
     ("make_model", "arguments"),
     [

@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -11,15 +12,17 @@ from pdbench.kv import channel
 from pdbench.kv.channel import (
     Channel,
     ChannelClosedError,
-    Identity,
     accept_handshake,
     connect,
     offer_handshake,
 )
+from pdbench.kv.ranks import Identity, matching_shares
 from tests.support.processes import free_port
 
 SECRET = b"sixteen letters or more"
-IDENTITY = Identity(transport="tcp", tensor_parallel=2, rank=1, block_size=16, layout="4 parts", model="abc")
+IDENTITY = Identity(
+    transport="tcp", tensor_parallel=2, rank=1, block_size=16, layout="4 parts", model="abc", kv_heads=4
+)
 
 
 @pytest.fixture
@@ -36,15 +39,15 @@ def shake(ends, *, decode_secret=SECRET, decode_identity=IDENTITY):
     """Run both sides of the handshake; returns what each side raised."""
     raised = {}
 
-    def side(name, handshake, end, secret, identity):
+    def side(name, handshake, end, secret, identity, *more):
         try:
-            handshake(end, secret, identity)
+            handshake(end, secret, identity, 2, *more)
         except ChannelClosedError as error:
             raised[name] = error
 
     prefill = threading.Thread(target=side, args=("prefill", accept_handshake, ends[1], SECRET, IDENTITY))
     prefill.start()
-    side("decode", offer_handshake, ends[0], decode_secret, decode_identity)
+    side("decode", offer_handshake, ends[0], decode_secret, decode_identity, 1)
     prefill.join()
     return raised
 
@@ -67,8 +70,7 @@ def test_handshake_with_another_secret_is_refused_on_both_sides(ends):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tensor_parallel", 4),
-        ("rank", 0),
+        ("kv_heads", 8),
         ("block_size", 32),
         ("layout", "8 parts"),
         ("transport", "nccl"),
@@ -81,6 +83,36 @@ def test_handshake_of_unequal_sides_names_the_difference(ends, field, value):
     assert f"{field} is {value} on the decode side" in str(raised["prefill"])
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "reason"),
+    [
+        ({"tensor_parallel": 2}, {"tensor_parallel": 3}, "one of 2 prefill and 3 decode ranks must be a multiple"),
+        ({"tensor_parallel": 2}, {"tensor_parallel": 6}, "4 KV heads cannot be divided among 6 ranks"),
+        ({"tensor_parallel": 2, "kv_heads": 0}, {"tensor_parallel": 4, "kv_heads": 0}, "differ from layer to layer"),
+        ({"tensor_parallel": 16}, {"tensor_parallel": 1}, "4 copies cannot share 2 layers"),
+    ],
+)
+def test_widths_that_cannot_be_exact_are_refused_in_one_line(prefill, decode, reason):
+    ours, theirs = (msgspec.structs.replace(IDENTITY, **{"rank": 0} | fields) for fields in (prefill, decode))
+    with pytest.raises(ValueError, match=reason) as refusal:
+        matching_shares(ours, theirs, 2)
+    assert f"tensor_parallel is {theirs.tensor_parallel} on the decode side" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_equal_widths_need_no_heads():
+    identity = msgspec.structs.replace(IDENTITY, tensor_parallel=3, kv_heads=0)
+    assert [(share.rank, share.reader) for share in matching_shares(identity, identity, 1)] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_prefills_rank_that_is_not_the_one_meant_is_refused(ends):
+    thread = threading.Thread(target=accept_handshake, args=(ends[1], SECRET, IDENTITY, 2))
+    thread.start()
+    with pytest.raises(ChannelClosedError, match="it is rank 1 of a prefill instance, not 0"):
+        offer_handshake(ends[0], SECRET, IDENTITY, 2, 0)
+    thread.join()
+
+
 def test_prefill_that_reflects_the_proof_is_refused(ends):
     def impostor():
         ends[1].send({"protocol": channel.PROTOCOL, "nonce": "00"})
@@ -91,7 +123,7 @@ def test_prefill_that_reflects_the_proof_is_refused(ends):
     thread = threading.Thread(target=impostor)
     thread.start()
     with pytest.raises(ChannelClosedError, match="did not prove"):
-        offer_handshake(ends[0], SECRET, IDENTITY)
+        offer_handshake(ends[0], SECRET, IDENTITY, 2, 1)
     thread.join()
 
 
@@ -113,13 +145,13 @@ def test_unauthenticated_peer_is_refused_whatever_it_sends(ends, sent):
     ends[0]._socket.sendall(sent)
     ends[0]._socket.shutdown(socket.SHUT_WR)
     with pytest.raises(ChannelClosedError):
-        accept_handshake(ends[1], SECRET, IDENTITY)
+        accept_handshake(ends[1], SECRET, IDENTITY, 2)
 
 
 def test_silent_unauthenticated_peer_is_refused_after_the_handshake_timeout(ends, monkeypatch):
     monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT_S", 0.2)
     with pytest.raises(ChannelClosedError, match="in time"):
-        accept_handshake(ends[1], SECRET, IDENTITY)
+        accept_handshake(ends[1], SECRET, IDENTITY, 2)
 
 
 def test_peer_that_stops_reading_is_disconnected(ends):
@@ -181,5 +213,6 @@ def test_close_wakes_a_thread_that_receives(ends):
 
 @pytest.mark.parametrize("port", [None, 99_999])
 def test_connect_without_a_listener_fails(port):
+    context = SimpleNamespace(timeout_s=1.0)
     with pytest.raises(ChannelClosedError, match="not reachable"):
-        connect("127.0.0.1", port or free_port(), SECRET, IDENTITY, 1.0)
+        connect(("127.0.0.1", port or free_port()), 0, context)

@@ -58,7 +58,8 @@ def test_connection_that_just_closed_fails_its_fetches_once(tmp_path, noticed_by
             elif noticed_by == "a cancellation":
                 cancel(d, waiting, p.port)
             else:
-                receiver._receives[waiting.transfer_id].alive_s -= 100
+                (part,) = receiver._receives[waiting.transfer_id].parts.values()
+                part.alive_s -= 100
                 receiver.tick()
         d.until(lambda: waiting.request_id in d.failed)
         if noticed_by == "a step":
@@ -156,7 +157,7 @@ def test_reader_error_disconnects_the_peer(monkeypatch, caplog):
 
 def connected(p):
     """A channel to a prefill instance, after the handshake."""
-    return connect("127.0.0.1", p.port, SECRET.encode(), p.worker._sender._context.identity, 5.0)
+    return connect(("127.0.0.1", p.port), 0, p.worker._sender._context)[0]
 
 
 @contextmanager
@@ -167,7 +168,7 @@ def false_prefill(behave):
         def serve():
             connection, _ = listener.accept()
             channel = Channel(connection, 5.0)
-            accept_handshake(channel, SECRET.encode(), identity)
+            accept_handshake(channel, SECRET.encode(), identity, LAYERS)
             behave(channel)
 
         template = Instance("decode")

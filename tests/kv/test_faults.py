@@ -8,6 +8,7 @@ import torch
 
 from tests.support.kv import (
     BLOCK,
+    BLOCKS,
     Instance,
     cancel,
     fetch,
@@ -21,13 +22,25 @@ from tests.support.processes import free_port
 pytestmark = pytest.mark.usefixtures("kv_secret")
 
 
-def test_unequal_tensor_parallel_sizes_are_refused(caplog):
-    port = free_port()
-    with instances(lambda: Instance("prefill", port), lambda: Instance("decode", ranks=2)) as (p, d):
+@pytest.mark.parametrize(
+    ("decode", "line"),
+    [
+        ({"ranks": 2, "kv_heads": 0}, "tensor_parallel is 2 on the decode side and 1 on the prefill side"),
+        ({"ranks": 2, "kv_heads": 2, "layout": (BLOCKS, 1, 8, 4)}, "layout is "),
+        ({"kv_heads": 4}, "kv_heads is 4 on the decode side and 2 on the prefill side"),
+    ],
+)
+def test_layouts_that_do_not_match_are_refused_in_one_line(caplog, decode, line):
+    port, heads = free_port(), decode["kv_heads"] and 2
+    decode = {"layout": (BLOCKS, 2, BLOCK, 8)} | decode
+    with instances(
+        lambda: Instance("prefill", port, kv_heads=heads, layout=(BLOCKS, 2, BLOCK, 8)),
+        lambda: Instance("decode", **decode),
+    ) as (p, d):
         transfer = new_transfer(8)
         fetch(d, transfer, [1, 2], port)
         d.until(lambda: d.failed)
-        assert "tensor_parallel is 2 on the decode side and 1 on the prefill side" in caplog.text
+        assert line in caplog.text
         assert p.sent == []
 
 

@@ -76,9 +76,9 @@ def channel():
 
 
 def opened(channel, threads):
-    packer = SimpleNamespace(device=torch.device("cpu"))
+    packer = SimpleNamespace(device=torch.device("cpu"), block_bytes=100)
     context = SimpleNamespace(packer=packer, staging_bytes=1000, start_thread=threads.start)
-    return NcclLink(context, channel, sends=True)
+    return NcclLink(context, context.packer, channel, sends=True)
 
 
 def test_close_aborts_the_communicator_once(library, channel):

@@ -13,6 +13,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from pdbench.events import TransferEvent
 from pdbench.kv.connector import PdKvConnector
 from pdbench.kv.metrics import TransferRecorder
+from pdbench.kv.ranks import held
 from pdbench.kv.scheduler import Fetch, StepPlan
 from tests.support.kv import (
     BLOCK,
@@ -111,6 +112,78 @@ def test_many_transfers_at_once_between_many_workers(kv_pair):
         for p, d, transfer, here, there in jobs:
             settled(p, d, transfer)
             assert torch.equal(p.blocks(here), d.blocks(there))
+
+
+def ranks_of(role, heads, count, port=0, **more):
+    """Workers of one instance: each has its share of `heads` KV heads (1: a copy of the same)."""
+    layout = (BLOCKS, max(1, heads // count), BLOCK, 8)
+    return [
+        lambda rank=rank: Instance(role, port, rank=rank, ranks=count, kv_heads=heads, layout=layout, **more)
+        for rank in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "prefill_ranks", "decode_ranks"),
+    [(1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 1), (4, 2, 4), (4, 4, 1), (2, 1, 4), (2, 4, 1), (2, 4, 2), (1, 2, 2)],
+)
+def test_unequal_tensor_parallelism_moves_every_head_to_its_place(heads, prefill_ranks, decode_ranks):
+    port = free_port(count=prefill_ranks)
+    makers = [*ranks_of("prefill", heads, prefill_ranks, port), *ranks_of("decode", heads, decode_ranks)]
+    with instances(*makers) as workers:
+        ps, ds = workers[:prefill_ranks], workers[prefill_ranks:]
+        model = [torch.randn(BLOCKS, heads, BLOCK, 8) for _ in range(LAYERS)]
+        for p in ps:
+            for cache, layer in zip(p.cache.values(), model, strict=True):
+                own = held(heads, prefill_ranks, p.rank)
+                cache.copy_(layer[:, own.start : own.stop])
+        for first_asks, start in ((False, 0), (True, 3)):
+            transfer, here, there = new_transfer(30), list(range(8)), list(range(40, 48))
+            for p in ps:
+                if not first_asks:
+                    prefill(p, transfer, here, [17, 30])
+            for d in ds:
+                fetch(d, transfer, there[start:], port, start=start)
+            for p in ps:
+                if first_asks:
+                    prefill(p, transfer, here, [17, 30])
+            for d in ds:
+                d.until(lambda d=d, name=transfer.request_id: name in d.received)
+                assert not d.failed
+                for cache, layer in zip(d.cache.values(), model, strict=True):
+                    own = held(heads, decode_ranks, d.rank)
+                    assert torch.equal(cache[there[start:]], layer[start:8, own.start : own.stop])
+            for p in ps:
+                p.until(lambda p=p, name=transfer.request_id: p.sent.count(name) == 1)
+
+
+def test_fetch_fails_whole_when_one_of_prefills_ranks_is_lost():
+    port = free_port(count=2)
+    makers = [*ranks_of("prefill", 2, 2, port, timeout_s=1.0), *ranks_of("decode", 2, 1)]
+    with instances(*makers) as (p0, p1, d):
+        first, second = new_transfer(8), new_transfer(8)
+        for p in (p0, p1):
+            prefill(p, first, [1, 2])
+        fetch(d, first, [5, 6], port)
+        for p in (p0, p1):
+            settled(p, d, first)
+        fetch(d, second, [7, 8], port)
+        prefill(p0, second, [3, 4])
+        p1.worker.close()
+        d.until(lambda: d.failed == [second.request_id])
+        p0.until(lambda: second.request_id in p0.sent)
+        assert d.received.count(second.request_id) == 1
+
+
+def test_prefill_is_freed_when_one_of_decodes_ranks_never_asks():
+    port = free_port()
+    makers = [*ranks_of("prefill", 2, 1, port, timeout_s=0.5), *ranks_of("decode", 2, 2)]
+    with instances(*makers) as (p, d0, _):
+        transfer = new_transfer(8)
+        prefill(p, transfer, [1, 2])
+        fetch(d0, transfer, [5, 6], port)
+        p.until(lambda: p.sent == [transfer.request_id])
+        d0.until(lambda: d0.received == [transfer.request_id])
 
 
 def test_ranks_transfer_to_the_same_rank():

@@ -73,7 +73,9 @@ def test_runs_of_two_models_are_refused() -> None:
         calibrate({Path("a"): recorded_run(), Path("b"): recorded_run(model="n")})
 
 
-@pytest.mark.parametrize("serve", [{"tensor_parallel": 2}, {"vllm_args": "--speculative-config {}"}])
+@pytest.mark.parametrize(
+    "serve", [{"tensor_parallel": 2}, {"decode_tensor_parallel": 2}, {"vllm_args": "--speculative-config {}"}]
+)
 def test_engine_that_is_not_modelled_is_refused(serve: dict[str, object]) -> None:
     run = recorded_run()
     run.config["serve"] = serve

@@ -16,6 +16,19 @@ def test_every_server_has_its_own_ports_and_the_proxy_comes_last() -> None:
     assert [spec.role for spec in servers("replicas", ServeConfig())] == ["replica", "replica", "proxy"]
 
 
+def test_each_role_has_its_own_width_and_kv_ports() -> None:
+    config = ServeConfig(
+        prefill_instances=2, decode_instances=2, prefill_tensor_parallel=1, decode_tensor_parallel=4, tensor_parallel=2
+    )
+    specs = servers("disaggregated", config)
+    assert [(spec.width, spec.kv_port) for spec in specs[:4]] == [(1, 21001), (1, 21002), (4, 21003), (4, 21007)]
+    replicas = servers("replicas", config)[:-1]
+    assert [spec.width for spec in replicas] == [2] * 5  # ten GPUs, as above
+    odd = ServeConfig(prefill_tensor_parallel=1, tensor_parallel=2)
+    with pytest.raises(UserError, match="have 3 GPUs together, which replicas of 2 cannot use all of"):
+        servers("replicas", odd)
+
+
 def test_tensor_parallel_spans_two_gpus_at_least() -> None:
     widths = [servers("tensor-parallel", ServeConfig(tensor_parallel=width))[0].width for width in (1, 2, 4)]
     assert widths == [2, 2, 4]

@@ -98,6 +98,14 @@ def test_instances_take_consecutive_gpus_and_ports() -> None:
     assert len({command.kv_address for command in instances} | {command.url for command in instances}) == 6
 
 
+def test_roles_of_unequal_width_take_the_gpus_that_they_need() -> None:
+    prefill, decode = disaggregated(ServeConfig(decode_tensor_parallel=2), machine("0.26.0", 3))
+    assert (prefill.gpus, decode.gpus) == ((0,), (1, 2))
+    assert [option(command, "--tensor-parallel-size") for command in (prefill, decode)] == ["1", "2"]
+    with pytest.raises(UserError, match="needs equal tensor parallelism, not 1 for prefill and 2 for decode"):
+        disaggregated(ServeConfig(decode_tensor_parallel=2), machine("0.23.0", 3))
+
+
 @pytest.mark.parametrize(("width", "executor"), [(1, "uni"), (2, "mp")])
 def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: "0.32.0")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pdbench.kv.channel import Identity
 from pdbench.kv.compat import SECRET_VARIABLE, Options
+from pdbench.kv.ranks import Identity
 from pdbench.kv.scheduler import Fetch, PrefillEnd, PrefillProgress, StepPlan, Transfer
 from pdbench.kv.worker import KvWorker
 from pdbench.serving.models import tiny_model
@@ -42,6 +42,7 @@ class Instance:
     staging_mib: int = 128
     event_log: str | None = None
     layout: tuple = (BLOCKS, BLOCK, 8)
+    kv_heads: int = 1
     transport: str = "tcp"
     device: str = "cpu"
     host: str = "127.0.0.1"
@@ -60,7 +61,9 @@ class Instance:
             event_log=self.event_log,
             staging_mib=self.staging_mib,
         )
-        identity = Identity(self.transport, self.ranks, self.rank, BLOCK, layout="", model="model")
+        identity = Identity(
+            self.transport, self.ranks, self.rank, BLOCK, layout="", model="model", kv_heads=self.kv_heads
+        )
         self.worker = KvWorker(options, identity, self.cache, self.layout[0], self.role == "prefill")
 
     def step(self, **plan):
@@ -154,6 +157,8 @@ def settled(p, d, transfer, failed=False):
 
 TRANSFER_TIMEOUT_S = 6.0
 OUTPUT_TOKENS = 12
+# Chunks of 128 tokens, so that long prompts are prefilled in several; blocks of 32, where vLLM on CPU has 128.
+SMALL_CHUNKS = ("--max-num-batched-tokens", "128", "--block-size", "32")
 _random = random.Random(3)
 
 
@@ -189,13 +194,12 @@ def tiny_qwen2(folder):
 class Server:
     """One vLLM process group that serves the tiny Qwen2 with the connector; `command` is of pdbench.serving.vllm."""
 
-    def __init__(self, command, log_dir):
+    def __init__(self, command, log_dir, arguments=SMALL_CHUNKS, **transfer_options):
         index = command.argv.index("--kv-transfer-config") + 1
-        transfer = json.loads(command.argv[index])
+        transfer = json.loads(command.argv[index]) | transfer_options
         transfer["kv_connector_extra_config"]["transfer_timeout_s"] = TRANSFER_TIMEOUT_S
         self.argv = [*command.argv[:index], json.dumps(transfer), *command.argv[index + 1 :]]
-        # Chunks of 128 tokens, so that long prompts are prefilled in several; blocks of 32, where vLLM on CPU has 128.
-        self.argv += ["--max-num-batched-tokens", "128", "--block-size", "32"]
+        self.argv += arguments
         self.environment = os.environ | command.environment | {SECRET_VARIABLE: SECRET}
         self.name, self.url, self.kv_address = command.name, command.url, command.kv_address
         self.log = log_dir / f"{command.name}.log"
@@ -254,7 +258,13 @@ class Server:
             time.sleep(after_s)
 
     def _body(self, prompt, max_tokens, parameters):
-        body = {"model": "tiny-qwen2", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body = {
+            "model": self.argv[self.argv.index("--served-model-name") + 1],
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         return json.dumps(body | ({"kv_transfer_params": parameters} if parameters else {})).encode()
 
     def metric(self, name, label=""):
