@@ -125,7 +125,7 @@ def ranks_of(role, heads, count, port=0, **more):
 
 @pytest.mark.parametrize(
     ("heads", "prefill_ranks", "decode_ranks"),
-    [(1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 1), (4, 2, 4), (4, 4, 1), (2, 1, 4), (2, 4, 1), (2, 4, 2), (1, 2, 2)],
+    [(1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 1), (6, 2, 6), (6, 3, 1), (2, 1, 4), (2, 4, 1), (2, 4, 2), (1, 2, 2)],
 )
 def test_unequal_tensor_parallelism_moves_every_head_to_its_place(heads, prefill_ranks, decode_ranks):
     port = free_port(count=prefill_ranks)
