@@ -137,13 +137,19 @@ def server_command(
             argv += ["--max-num-batched-tokens", str(max(8192, 32 * config.max_model_len))]
     for arguments in ("vllm_args", f"{spec.role}_args"):
         text = getattr(config, arguments, "")  # a tensor-parallel instance has none of its own
+        option = f"--{arguments.replace('_', '-')} {text!r}"
         try:
-            argv += shlex.split(text)
+            words = shlex.split(text)
         except ValueError as error:
             raise UserError(
-                f"--{arguments.replace('_', '-')} {text!r}: {str(error).lower()}: "
-                "write it as in a shell, inside one pair of quotes"
+                f"{option}: {str(error).lower()}: write it as in a shell, inside one pair of quotes"
             ) from None
+        if any(word.partition("=")[0].replace("_", "-") in ("--tensor-parallel-size", "-tp") for word in words):
+            raise UserError(
+                f"{option}: use --tensor-parallel, or --prefill-tensor-parallel and --decode-tensor-parallel, "
+                "which give each instance its GPUs and KV ports"
+            )
+        argv += words
     own_scheduler = any(word.partition("=")[0].replace("_", "-") == "--scheduler-cls" for word in argv)
     if config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE:
         argv += ["--scheduler-cls", "pdbench.kv.prompt_log.scheduler"]

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.usefixtures("kv_secret")
     [
         ({"ranks": 2, "kv_heads": 0}, "tensor_parallel is 2 on the decode side and 1 on the prefill side"),
         ({"ranks": 2, "kv_heads": 2, "layout": (BLOCKS, 1, 8, 4)}, "layout is "),
-        ({"kv_heads": 8, "layout": (BLOCKS, 8, BLOCK, 8)}, "kv_heads is 8 on the decode side and 2 on the prefill side"),
+        (
+            {"kv_heads": 8, "layout": (BLOCKS, 8, BLOCK, 8)},
+            "kv_heads is 8 on the decode side and 2 on the prefill side",
+        ),
     ],
 )
 def test_layouts_that_do_not_match_are_refused_in_one_line(caplog, decode, line):

@@ -106,6 +106,12 @@ def test_roles_of_unequal_width_take_the_gpus_that_they_need() -> None:
         disaggregated(ServeConfig(decode_tensor_parallel=2), machine("0.23.0", 3))
 
 
+@pytest.mark.parametrize("words", ["--tensor-parallel-size 2", "--tensor_parallel_size=2", "-tp 2"])
+def test_width_among_vllms_arguments_is_refused(words: str) -> None:
+    with pytest.raises(UserError, match="use --tensor-parallel, or --prefill-tensor-parallel"):
+        disaggregated(ServeConfig(decode_args=words), machine("0.26.0", 4))
+
+
 @pytest.mark.parametrize(("width", "executor"), [(1, "uni"), (2, "mp")])
 def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdbench.serving.machine.installed_version", lambda name: "0.32.0")
