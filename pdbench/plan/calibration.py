@@ -96,8 +96,8 @@ def _check_suitable(path: Path, run: Run) -> None:
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
     named = [flag for flag in NOT_MODELLED if flag in words]
-    widths = ("tensor_parallel", "prefill_tensor_parallel", "decode_tensor_parallel")
-    named += [f"--{name.replace('_', '-')} above 1" for name in widths if (serve.get(name) or 1) > 1]
+    wide = any((serve.get(f"{role}tensor_parallel") or 1) > 1 for role in ("", "prefill_", "decode_"))
+    named += ["tensor parallelism above 1"] if wide else []
     named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
         raise UserError(
