@@ -96,8 +96,7 @@ def _check_suitable(path: Path, run: Run) -> None:
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
     named = [flag for flag in NOT_MODELLED if flag in words]
-    wide = any((serve.get(f"{role}tensor_parallel") or 1) > 1 for role in ("", "prefill_", "decode_"))
-    named += ["tensor parallelism above 1"] if wide else []
+    named += [f"{name} above 1" for name in serve if name.endswith("tensor_parallel") and (serve[name] or 1) > 1]
     named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
         raise UserError(
