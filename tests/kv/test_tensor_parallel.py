@@ -1,7 +1,7 @@
 """Tensor parallelism in real vLLM on CPU: of one and of two on either side, grouped heads and MLA.
 
 A pair hands over in both directions (both are kv_both), so that one start of each proves both. Without prefix caching: each answer is
-from what was handed over. The slow ones take minutes: python -m pytest -m slow tests/kv/test_tensor_parallel.py
+from what was handed over. They take minutes: python -m pytest -m slow tests/kv/test_tensor_parallel.py
 """
 
 import json
@@ -15,7 +15,7 @@ from pdbench.serving.models import tiny_model
 from tests.conftest import commands, serve_config, start
 from tests.support.kv import SMALL_CHUNKS, Server, new_id, prompt_of, tiny_qwen2, wait_free
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(580)]
 
 LENGTHS = [2, 31, 32, 33, 64, 65, 127, 128, 129, 200, 300, 400]
 
@@ -24,8 +24,8 @@ LENGTHS = [2, 31, 32, 33, 64, 65, 127, 128, 129, 200, 300, 400]
     ("grouped", "widths"),
     [
         pytest.param(True, (1, 2), id="grouped-heads"),
-        pytest.param(False, (1, 2), id="mla", marks=pytest.mark.slow),
-        pytest.param(True, (2, 2), id="grouped-heads-equal", marks=pytest.mark.slow),
+        pytest.param(False, (1, 2), id="mla"),
+        pytest.param(True, (2, 2), id="grouped-heads-equal"),
     ],
 )
 def test_instances_hand_over_to_each_other(tmp_path: Path, grouped: bool, widths: tuple[int, int]):
@@ -62,7 +62,6 @@ def test_instances_hand_over_to_each_other(tmp_path: Path, grouped: bool, widths
             server.kill()
 
 
-@pytest.mark.slow
 def test_both_ranks_transfer_and_the_correctness_check_passes(tmp_path: Path):
     deployment = start("disaggregated", serve_config(tmp_path, tensor_parallel=2))
     try:
