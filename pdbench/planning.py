@@ -58,7 +58,7 @@ def plan(
     console.print(tables.terminal(shown[0]))
     checks = []
     for path in checked:
-        checks.append(check(found, path, _counting_run(path)))
+        checks.append(check(found, path, counting_run(path)))
         shown.append(plan_tables.check(checks[-1]))
         console.print(tables.terminal(shown[-1]))
     if len(checks) > 1:
@@ -114,7 +114,7 @@ def read_calibration(sources: Sequence[Path]) -> Calibration:
         raise UserError(
             "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
         )
-    runs = {path: _counting_run(path) for path in sources}
+    runs = {path: counting_run(path) for path in sources}
     places: dict[str | None, Path] = {}
     for path, run in runs.items():
         if run.run_id is not None and (other := places.setdefault(run.run_id, path)) != path:
@@ -122,7 +122,7 @@ def read_calibration(sources: Sequence[Path]) -> Calibration:
     return calibrate(runs)
 
 
-def _counting_run(path: Path) -> Run:
+def counting_run(path: Path) -> Run:
     """Raises UserError for a run whose figures do not count."""
     run = load_run(path)
     if why := failures.void(run.flags, None, 0):

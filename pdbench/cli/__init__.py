@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import recipe
-from pdbench.cli import measure, read, search  # noqa: F401  # they register their commands
+from pdbench.cli import calibrate, measure, read, search  # noqa: F401  # they register their commands
 from pdbench.cli.app import app
 from pdbench.errors import UserError
 
-_WITH_RECIPE = ("run", "bench", "sweep", "search", "serve", "doctor", "proxy")
+_WITH_RECIPE = ("run", "bench", "sweep", "search", "calibrate", "serve", "doctor", "proxy")
 """Commands that take a recipe; each ignores options of the others."""
 
 

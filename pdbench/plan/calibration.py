@@ -60,7 +60,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     sources: list[Source] = []
     parts: list[Part] = []
     for path, run in runs.items():
-        _check_suitable(path, run)
+        check_suitable(path, run)
     for path, run in runs.items():
         of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
@@ -91,7 +91,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
 
 
-def _check_suitable(path: Path, run: Run) -> None:
+def check_suitable(path: Path, run: Run) -> None:
     """Raises UserError for engines that the simulator does not know, and for records that do not show their steps."""
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))

@@ -1,0 +1,199 @@
+"""`pdbench calibrate`: the loads that identify the planner's costs, one deployment after the other, on the servers of one start each.
+
+A load at full speed says where the ramps end and shows the largest steps, a burst of prompts shows prefill's steps with several of them, the
+ramps pass through every load below. Sent and resumed as the points of a sweep.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from pdbench import sweep
+from pdbench.analysis.run_analysis import load_analysis
+from pdbench.config import DeploymentKind, LoadConfig, Options
+from pdbench.errors import UserError
+from pdbench.load.generator import Progress
+from pdbench.plan.calibration import check_suitable
+from pdbench.planning import counting_run
+from pdbench.turns import START_S, TURN_S, deployments, duration
+
+FULL_STREAMS, FULL_REQUESTS = 32, 96
+BURST_STREAMS, BURST_REQUESTS = 8, 48
+OTHERS_S = 60.0
+"""What the full load and the burst take together, for estimates."""
+LEAST_RAMPS, LEAST_RAMP_S = 2, 20.0
+LEAST_REQUESTS = 40
+"""Of a ramp; with fewer than 30 answers a trial calibrates nothing."""
+FROM = 0.1
+"""A ramp begins at this share of the rate at which it ends."""
+SPREAD = 0.8
+GIVEN = ("trace", "stages", "duration_s", "steady_s", "concurrency", "requests", "prompt_file", "shared_prefix")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """So many ramps of so many seconds for each deployment; `expected_s` for all of it."""
+
+    ramps: int
+    ramp_s: float
+    expected_s: float
+
+
+class Deadline:
+    """Ends a load when the time is up (`trial.Judge`)."""
+
+    def __init__(self, until_s: float) -> None:
+        self._until_s = until_s
+
+    def on_progress(self, progress: Progress, now_s: float) -> None: ...
+
+    def decided(self) -> str | None:
+        return "the time is up" if time.monotonic() > self._until_s else None
+
+
+Measure = Callable[[DeploymentKind, Options, Path, Deadline], Path]
+
+
+def spread(load: LoadConfig, max_model_len: int) -> LoadConfig:
+    """The load with lengths that differ, as long as the model takes where none are given.
+
+    Raises UserError for options that the calibration sets.
+    """
+    given = [name for name in GIVEN if getattr(load, name)] + (["phase"] if load.phase != "both" else [])
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')}: a calibration decides it; leave it out (docs/plan.md)")
+    if load.rate and not load.ramp_to:
+        raise UserError("--rate without --ramp-to: give both for the ramps, or neither: then they are measured")
+    longest_output = load.max_output_tokens or min(max_model_len // 3, 8 * load.output_tokens)
+    longest_input = load.max_input_tokens or max(1, max_model_len - longest_output - 16)
+    load = replace(load, input_tokens=load.input_tokens or max(1, longest_input // 4))
+    if load.input_distribution == "fixed":
+        load = replace(load, input_distribution="lognormal", input_spread=SPREAD)
+    if load.output_distribution == "fixed":
+        load = replace(load, output_distribution="lognormal", output_spread=SPREAD)
+    return replace(load, max_input_tokens=longest_input, max_output_tokens=longest_output)
+
+
+def schedule(kinds: Sequence[DeploymentKind], ramps: int, ramp_s: float, limit_s: float, *, on_gpu: bool) -> Schedule:
+    """What fits into the time: shorter ramps first, then fewer. Raises UserError where too little does, and for what plan does not model."""
+    if "tensor-parallel" in kinds or len(set(kinds)) < len(kinds):
+        raise UserError(f"--against {','.join(kinds)}: give single, replicas and disaggregated, each once at most")
+    fixed_s = START_S[on_gpu] + OTHERS_S
+    each_s = limit_s / len(kinds) - fixed_s
+
+    def expected_s(ramps: int, ramp_s: float) -> float:
+        return len(kinds) * (fixed_s + ramps * (ramp_s + TURN_S))
+
+    least_ramps, least_s = min(ramps, LEAST_RAMPS), min(ramp_s, LEAST_RAMP_S)
+    ramps = max(least_ramps, min(ramps, int(each_s / (least_s + TURN_S))))
+    ramp_s = max(least_s, min(ramp_s, float(int(each_s / ramps - TURN_S))))
+    if expected_s(ramps, ramp_s) > limit_s:
+        needed = duration(expected_s(least_ramps, least_s))
+        raise UserError(
+            f"--max-minutes {limit_s / 60:g}: {' and '.join(kinds)} with {least_ramps} ramps of {least_s:g} s each take about {needed}: "
+            "give more time, or one deployment (--against)"
+        )
+    return Schedule(ramps, ramp_s, expected_s(ramps, ramp_s))
+
+
+def points(kind: DeploymentKind, options: Options, plan: Schedule) -> list[sweep.Point]:
+    """The loads of one deployment. A ramp without a rate gets it from the full load, once that is measured."""
+    load = replace(options.load, rate=None, ramp_to=None)
+    full = replace(load, concurrency=FULL_STREAMS, requests=FULL_REQUESTS)
+    loads = {"full": full}
+    if kind == "disaggregated":
+        loads["burst"] = replace(load, phase="prefill", concurrency=BURST_STREAMS, requests=BURST_REQUESTS)
+    for number in range(plan.ramps):
+        seed = options.load.seed + 1 + number  # other arrivals and lengths in each
+        loads[f"ramp-{number + 1}"] = replace(options.load, ramp_s=plan.ramp_s, seed=seed)
+    return [sweep.Point({"load": name}, replace(options, load=each)) for name, each in loads.items()]
+
+
+def ramp(load: LoadConfig, out: Path, kind: DeploymentKind) -> LoadConfig:
+    """A ramp up to the throughput of the full load. Raises UserError where that was not measured, or is too low for this time."""
+    if load.rate is None:
+        folder = out / "load=full" / f"{kind}_results"
+        reached = load_analysis(folder).summary.throughput.requests_per_s
+        if not reached:
+            raise UserError(
+                f"{folder}: no request ended, so nobody knows where the ramps end: give --rate and --ramp-to"
+            )
+        load = replace(load, rate=float(f"{FROM * reached:.3g}"), ramp_to=float(f"{reached:.3g}"))
+    assert load.rate is not None and load.ramp_to is not None
+    requests = (load.rate + load.ramp_to) / 2 * load.ramp_s
+    if requests < LEAST_REQUESTS:
+        raise UserError(
+            f"{kind}: a ramp of {load.ramp_s:g} s from {load.rate:g} to {load.ramp_to:g} requests/s has {requests:.0f} requests, and a trial needs "
+            f"{LEAST_REQUESTS}: give --ramp-s {2 * LEAST_REQUESTS / (load.rate + load.ramp_to):.0f} with more --max-minutes, or shorter lengths"
+        )
+    return load
+
+
+def run(
+    kinds: Sequence[DeploymentKind],
+    options: Options,
+    plan: Schedule,
+    limit_s: float,
+    out: Path,
+    measure: Measure,
+    console: Console,
+) -> list[Path]:
+    """Measure what is missing in `out` until the time is up, the same time for each deployment that is left; returns the results folders."""
+    until_s = time.monotonic() + limit_s
+    loads = {kind: points(kind, options, plan) for kind in kinds}
+    left = [kind for kind in kinds for point in loads[kind] if not (out / point.name / f"point-{kind}.json").exists()]
+    expected_s = plan.expected_s * len(left) / sum(map(len, loads.values()))
+    console.print(
+        f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {duration(expected_s)}, "
+        f"at most {duration(limit_s)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found: list[Path] = []
+    for place, kind in enumerate(kinds):
+        now_s = time.monotonic()
+        kind_until_s = now_s + (until_s - now_s) / (len(kinds) - place)
+        send = partial(_send, measure, Deadline(kind_until_s), out)
+        context = {"calibration of": kind}
+        for _, folders in sweep.run(loads[kind], out, send, console, context, [kind]):
+            found += folders
+            if time.monotonic() + plan.ramp_s / 2 > kind_until_s:
+                console.print(f"{kind}: the time is up", highlight=False)
+                break
+    return found
+
+
+def _send(measure: Measure, deadline: Deadline, out: Path, options: Options, folder: Path, kind: str) -> list[Path]:
+    name = deployments(kind)[0]
+    if options.load.concurrency is None:
+        options = replace(options, load=ramp(options.load, out, name))
+    return [measure(name, options, folder, deadline)]
+
+
+def usable(folders: Sequence[Path], console: Console) -> list[Path]:
+    """Without the runs that plan refuses: one load at which a client did not keep up is no reason to lose the others.
+
+    Raises UserError where none is left.
+    """
+    kept = []
+    for folder in folders:
+        try:
+            check_suitable(folder, counting_run(folder))
+            kept.append(folder)
+        except UserError as error:
+            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+    if not kept:
+        raise UserError("no load was measured that calibrates: read the lines above, or give more --max-minutes")
+    return kept
+
+
+def saved(out: Path) -> str:
+    """What is left of a calibration that was interrupted, for its last line."""
+    done = len([*out.glob("*/point-*.json")])
+    return (
+        f"{done} loads are saved: `pdbench plan {out}/*/*_results` reads them, the same command goes on" if done else ""
+    )

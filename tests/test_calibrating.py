@@ -1,0 +1,89 @@
+"""The loads of a calibration: what is sent, in which time, what is left after an interruption."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pdbench import calibrating
+from pdbench.config import DeploymentKind, LoadConfig, Options
+from pdbench.errors import UserError
+
+KINDS: list[DeploymentKind] = ["single", "disaggregated"]
+LOAD = LoadConfig(rate=1.0, ramp_to=10.0, input_tokens=64)
+PLAN = calibrating.Schedule(2, 20.0, 100.0)
+
+
+def test_lengths_are_spread_within_what_the_model_takes() -> None:
+    load = calibrating.spread(LoadConfig(), 512)
+    assert load.input_distribution == load.output_distribution == "lognormal"
+    assert load.max_input_tokens and load.max_output_tokens and load.input_tokens
+    assert load.max_input_tokens + load.max_output_tokens < 512
+    given = LoadConfig(input_tokens=100, input_distribution="uniform", input_spread=0.3, max_output_tokens=50)
+    load = calibrating.spread(given, 8192)
+    assert (load.input_tokens, load.input_distribution, load.input_spread, load.max_output_tokens) == (
+        100,
+        "uniform",
+        0.3,
+        50,
+    )
+
+
+@pytest.mark.parametrize("load", [LoadConfig(concurrency=4), LoadConfig(rate=2.0), LoadConfig(phase="prefill")])
+def test_options_that_the_calibration_decides_are_refused(load: LoadConfig) -> None:
+    with pytest.raises(UserError, match=r"--(concurrency|rate|phase)"):
+        calibrating.spread(load, 512)
+
+
+def test_schedule_fits_the_time_or_is_refused() -> None:
+    whole = calibrating.schedule(KINDS, 5, 60.0, 3600, on_gpu=True)
+    assert (whole.ramps, whole.ramp_s) == (5, 60.0)
+    short = calibrating.schedule(KINDS, 5, 60.0, 720, on_gpu=True)
+    assert short.ramps == 5 and 20 <= short.ramp_s < 60 and short.expected_s <= 720
+    fewer = calibrating.schedule(KINDS, 5, 60.0, 480, on_gpu=True)
+    assert 2 <= fewer.ramps < 5 and fewer.ramp_s >= 20 and fewer.expected_s <= 480
+    with pytest.raises(UserError, match="--max-minutes 5"):
+        calibrating.schedule(KINDS, 5, 60.0, 300, on_gpu=True)
+
+
+def test_a_ramp_with_too_few_requests_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--ramp-s 400"):
+        calibrating.ramp(replace(LOAD, rate=0.1, ramp_to=0.1), tmp_path, "single")
+
+
+def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
+    sent: list[tuple[str, str]] = []
+    stop = 6
+
+    def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
+        sent.append((kind, folder.name))
+        if len(sent) == stop:
+            raise KeyboardInterrupt
+        results = folder / f"{kind}_results"
+        results.mkdir()
+        (results / f"{kind}_results.json").write_text("{}")
+        load = options.load
+        assert (load.concurrency is None) == folder.name.startswith("load=ramp")
+        assert (load.phase == "prefill") == (folder.name == "load=burst")
+        return results
+
+    def run(limit_s: float) -> list[Path]:
+        return calibrating.run(KINDS, Options(load=LOAD), PLAN, limit_s, tmp_path, measure, Console(quiet=True))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(3600)
+    loads = ["load=full", "load=ramp-1", "load=ramp-2", "load=full", "load=burst", "load=ramp-1", "load=ramp-2"]
+    assert [name for _, name in sent] == loads[:6]
+    assert "5 loads are saved" in calibrating.saved(tmp_path)
+    found = run(3600)
+    assert [path.parent.name for path in found] == loads
+    assert [name for _, name in sent[6:]] == loads[5:]
+    assert [path.parent.name for path in run(0.0)] == ["load=full", "load=full"]
+    assert calibrating.Deadline(0.0).decided() and not calibrating.Deadline(1e12).decided()
+
+
+def test_loads_that_plan_refuses_are_left_out(tmp_path: Path) -> None:
+    console = Console(quiet=True)
+    with pytest.raises(UserError, match="no load was measured that calibrates"):
+        calibrating.usable([tmp_path / "nothing_results"], console)
