@@ -145,11 +145,9 @@ def run(
     """Measure what is missing in `out` until the time is up, the same time for each deployment that is left; returns the results folders."""
     until_s = time.monotonic() + limit_s
     loads = {kind: points(kind, options, plan) for kind in kinds}
-    left = [kind for kind in kinds for point in loads[kind] if not (out / point.name / f"point-{kind}.json").exists()]
-    expected_s = plan.expected_s * len(left) / sum(map(len, loads.values()))
     console.print(
-        f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {duration(expected_s)}, "
-        f"at most {duration(limit_s)}",
+        f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {duration(plan.expected_s)} "
+        f"in all, at most {duration(limit_s)}",
         highlight=False,
         soft_wrap=True,
     )
