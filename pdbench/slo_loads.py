@@ -5,7 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
@@ -21,6 +21,7 @@ from pdbench.failures import INTERRUPTED
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Run, load_run
+from pdbench.search.clocks import Setting
 from pdbench.search.evidence import Outcome
 from pdbench.search.rates import Search
 
@@ -32,11 +33,13 @@ GROWN_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is searched: `measure(options, folder, judge)` sends one load and returns the run that it saved."""
+    """What is searched: `measure(options, folder, judge)` sends one load and returns the run that it saved. `tune`: the clocks and power
+    caps whose cheapest are sought, each from slowest to fastest."""
 
     name: str
     options: Options
     measure: Callable[[Options, Path, "LoadJudge | None"], Run]
+    tune: Mapping[str, list[int | None]] = field(default_factory=dict)
 
 
 class LoadJudge:
@@ -110,12 +113,15 @@ class Loads:
     """Sends the loads of a deployment; those in `saved` (run -> point) are not sent again. Each is entered in `points`."""
 
     deployment: Deployment
+    attain: float
     out: Path
     console: Console
     points: list[dict[str, Any]]
     saved: Mapping[str, dict[str, Any]]
 
-    def send(self, name: str, load: LoadConfig, judge: LoadJudge | None = None) -> tuple[Run, dict[str, Any]]:
+    def send(
+        self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Setting | None = None
+    ) -> tuple[Run, dict[str, Any]]:
         """The run and its point. Raises UserError for a load that cannot be judged."""
         deployment, options = self.deployment, self.deployment.options
         folder = self.out / deployment.name / name
@@ -130,7 +136,9 @@ class Loads:
             shutil.rmtree(folder)
         # Other deployments get the same prompts; other loads on the same servers do not.
         parts = (load.nonce, deployment.name.partition(",")[2], name)
-        options = replace(options, load=replace(load, nonce="/".join(filter(None, parts))))
+        changed: dict[str, Any] = dict(setting or {})
+        power = replace(options.power, **changed)
+        options = replace(options, load=replace(load, nonce="/".join(filter(None, parts))), power=power)
         run = deployment.measure(options, folder, judge)
         timings = timings_of(run)
         if timings.in_slo is None:
@@ -142,12 +150,16 @@ class Loads:
                 f"connections were refused during {folder}, which is not counted: do the servers still run?"
             )
         known, held = timings.slo_known, judge.held if judge else None
+        scores = outcome_of(run, load.rate or 0.0, held).score
+        used = float(np.quantile(scores, self.attain, method="inverted_cdf")) if len(scores) else inf
         point = {
             "deployment": deployment.name,
             "run": str((folder / f"{run.name}_results").relative_to(self.out)),
             "rate_per_s": load.rate,
+            "setting": setting,
             "requests": int(known.sum()),
             "attained_pct": 100 * float(timings.in_slo.sum() / max(1, known.sum())),
+            "slo_used": used if isfinite(used) else None,
             "held": held,
             "limited_by": _limit(timings),
             "client_limited": any(flag.name == "client-limited" for flag in run.flags),

@@ -1,6 +1,7 @@
 """`pdbench search`: the highest rate that each deployment holds within an SLO: loads, one folder each, then a run at the rate found.
 
-What is known is in search.json after every load, always a valid answer; the same command goes on from there.
+With --tune also the clocks and power caps of its GPUs that keep the SLO with the least energy. What is known is in search.json after every
+load, always a valid answer; the same command goes on from there.
 """
 
 import json
@@ -8,19 +9,24 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, isfinite
+from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from pdbench import sweep
 from pdbench.analysis.metrics import SLO, timings_of
-from pdbench.config import LoadConfig
+from pdbench.analysis.run_analysis import load_analysis
+from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.files import check_writable, write_whole
 from pdbench.load import plan
+from pdbench.power import clocks
 from pdbench.records import Run
+from pdbench.report import text
+from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.evidence import Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_loads import PROBE, Deployment, LoadJudge, Loads, outcome_of, settle_s
@@ -30,6 +36,8 @@ FILE = "search.json"
 REQUESTS = 500
 """Per load."""
 MOST_LOADS = 30
+MOST_CONFIRMED = 3
+"""Settings, from the cheapest on, that a run with other arrivals may refuse."""
 LONG = 200_000
 QUIET = 0.02
 """At this share of the rate of one request at a time, a request has the servers for itself: where that misses, every rate does."""
@@ -41,14 +49,15 @@ SCALE_WIDTH = 0.25
 @dataclass(frozen=True)
 class Goal:
     """`attain`: the share of requests that must meet the SLO. `precision`: the interval's half-width to reach. `until_s`: when
-    to stop (time.monotonic)."""
+    to stop (time.monotonic). `tune_rate`: where clocks are compared; None: at the rate that each deployment surely holds."""
 
     attain: float
     precision: float
     until_s: float = inf
+    tune_rate: float | None = None
 
 
-def goal(attain: str, precision: str, until_s: float) -> Goal:
+def goal(attain: str, precision: str, until_s: float, tune_rate: float | None = None) -> Goal:
     """Of the options' texts. Raises UserError naming the one that is wrong."""
     shares = {}
     for name, given, low, high in (("--attain", attain, 50, 99.9), ("--precision", precision, 0.5, 50)):
@@ -59,7 +68,32 @@ def goal(attain: str, precision: str, until_s: float) -> Goal:
         if not low <= percent <= high:
             raise UserError(f"{name} {given}: give {low:g}% to {high:g}%")
         shares[name] = percent / 100
-    return Goal(shares["--attain"], shares["--precision"], until_s)
+    return Goal(shares["--attain"], shares["--precision"], until_s, tune_rate)
+
+
+def tuning(options: Options, tune: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, list[int | None]]]:
+    """Of --tune KEY=V1,V2,...: for each deployment the options of its roles, from slowest to fastest. Raises UserError for what fits nowhere,
+    and for a deployment that would stay as it is beside tuned ones."""
+    values: dict[str, list[int | None]] = {}
+    for given in tune:
+        for point in sweep.points(options, [given]):
+            for key, value in point.varied.items():
+                if key not in clocks.OPTIONS:
+                    raise UserError(
+                        f"--tune {given}: only clocks and power caps can be tuned, {', '.join(clocks.OPTIONS)}"
+                    )
+                values.setdefault(key, []).append(value)
+    found = {}
+    for kind in kinds:
+        roles: tuple[str, ...] = ("prefill", "decode") if kind == "disaggregated" else ("single",)
+        roles = ("single", "prefill", "decode") if kind == "bench" else roles
+        own = {key: each for key, each in values.items() if key.startswith(roles)}
+        if tune and not own:
+            raise UserError(f"--tune: nothing of it is for {kind}: add {roles[0]}_clock=V1,V2,...")
+        found[kind] = axes(own, {key: getattr(options.power, key) for key in own})
+    if unused := values.keys() - {key for own in found.values() for key in own}:
+        raise UserError(f"--tune {min(unused)}: no deployment here has such GPUs ({', '.join(kinds)})")
+    return found
 
 
 def check(load: LoadConfig) -> None:
@@ -127,13 +161,27 @@ def _search_one(
     saved: Sequence[dict[str, Any]],
     keep: Callable[[], None],
 ) -> None:
-    """One deployment: a load with one request at a time, loads at rates, a run at the rate found."""
+    """One deployment: a load with one request at a time, the highest rate, the cheapest clocks."""
     load = deployment.options.load
-    loads = Loads(deployment, out, console, points, {point["run"]: point for point in saved})
+    loads = Loads(deployment, goal.attain, out, console, points, {point["run"]: point for point in saved})
     probe = replace(load, rate=None, concurrency=1, requests=PROBE, warmup=2)
     alone_s, first_rate = _pace(loads.send("one-at-a-time", probe)[0])
-    search = Search(1 - goal.attain, load.rate or first_rate, _unit_arrivals(load))
-    _search_rate(loads, search, goal, load, alone_s, entry, keep)
+    if deployment.tune:  # whether clocks can be set is known before anything takes long
+        slowest = {key: values[0] for key, values in deployment.tune.items()}
+        _, point = loads.send("one-at-a-time-slowest", probe, setting=slowest)
+        if reason := load_analysis(out / point["run"]).summary.energy.not_measured:
+            raise UserError(f"--tune compares energy, which is not measured for {deployment.name}: {reason}")
+    if goal.tune_rate is None or not deployment.tune:
+        half_s = (goal.until_s - time.monotonic()) / 2
+        own = replace(goal, until_s=time.monotonic() + half_s) if deployment.tune else goal
+        search = Search(1 - goal.attain, load.rate or first_rate, _unit_arrivals(load))
+        _search_rate(loads, search, own, load, alone_s, entry, keep)
+    rate = goal.tune_rate or entry.get("low")
+    if deployment.tune and rate:
+        rate = float(f"{rate:.4g}")
+        requests = max(load.requests or REQUESTS, ceil(2 * settle_s(load, alone_s) * rate))
+        _tune(loads, goal, replace(load, rate=rate, requests=requests), entry, keep)
+        keep()
 
 
 def _search_rate(
@@ -180,6 +228,71 @@ def _search_rate(
         keep()
 
 
+def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: dict[str, Any], keep: Callable[[], None]) -> None:
+    """The clocks and power caps with the least energy per request within the SLO at the load's rate, each with the same arrivals; then
+    runs with other arrivals, there and at the usual setting, which say what it saves."""
+    assert load.rate and load.requests
+    first, load_s = len(loads.points), load.requests / load.rate
+    load = replace(load, seed=load.seed + MOST_LOADS + 1)
+    usual = {key: getattr(loads.deployment.options.power, key) for key in loads.deployment.tune}
+    tuned: dict[str, Any] = {"rate_per_s": load.rate, "setting": None, "requests": load.requests}
+
+    def send(prefix: str, load: LoadConfig, setting: Setting, judge: LoadJudge | None = None) -> dict[str, Any]:
+        """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
+        words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
+        run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
+        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited"}
+        kept = point["held"] is not False and point["attained_pct"] >= 100 * goal.attain and not refused
+        point |= {
+            "kept": kept,
+            "refused": sorted(refused),
+            "j_per_good_request": load_analysis(loads.out / point["run"]).summary.goodput.j_per_good_request,
+        }
+        joules = f", {text.number(point['j_per_good_request'])} J per request within the SLO" if kept else ""
+        missed = "".join(f", {name}" for name in sorted(refused)) or ", not kept"
+        loads.console.print(
+            f"  {text.setting(setting)}: {point['attained_pct']:.1f} % within the SLO{joules or missed}",
+            highlight=False,
+        )
+        return point
+
+    def answer(point: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("setting", "kept", "attained_pct", "j_per_good_request", "run", "limited_by")
+        return {name: point[name] for name in names}
+
+    def cost(setting: Setting) -> float | None:
+        if time.monotonic() > goal.until_s - 3 * load_s:  # two runs with other arrivals follow
+            return None
+        judge = LoadJudge(Search(1 - goal.attain, load.rate or 0.0), load.rate or 0.0, load, goal.until_s, settle_s=inf)
+        point = send("clocks", load, setting, judge)
+        if judge.reason and judge.held is None:  # cut off by the time: it had other arrivals than the others
+            loads.points.pop()
+            return None
+        joules: float | None = point["j_per_good_request"] if point["kept"] else None
+        if joules and joules < tuned.get("j_per_good_request", inf):
+            tuned.update(answer(point))
+        entry["tuned"] = tuned
+        keep()
+        return joules or (nan if point["kept"] or point["refused"] else inf)
+
+    found = cheapest(loads.deployment.tune, cost)
+    if found:
+        again = replace(load, seed=load.seed + 1)
+        before = send("tuned", again, usual)
+        for setting in found[:MOST_CONFIRMED]:
+            point = before if setting == usual else send("tuned", again, setting)
+            if point["kept"]:
+                break
+        tuned |= answer(point) | {"before": answer(before)}
+    mine = loads.points[first:]
+    if not mine:  # the time was up
+        return
+    tuned |= {"loads": len(mine), "load_s": sum(point["load_s"] for point in mine)}
+    if not found:
+        tuned |= {"attained_pct": mine[0]["attained_pct"], "limited_by": mine[0]["limited_by"]}
+    entry["tuned"] = tuned
+
+
 def _pace(run: Run) -> tuple[float, float]:
     """(seconds of one request that is alone, the rate to begin with): half of what one prefill at a time could do."""
     requests = timings_of(run).requests
@@ -203,7 +316,7 @@ def _confirming_s(search: Search, load: LoadConfig) -> float:
 
 def _known(answer: Answer, points: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """The part of an answer that loads alone give. Without a rate that is held: the closest load."""
-    mine = [point for point in points if point["deployment"] == name]
+    mine = [point for point in points if point["deployment"] == name and not point.get("setting")]
     above = [point for point in mine if point["limited_by"] and (point["rate_per_s"] or 0) >= answer.rate]
     breaking = min(above, key=lambda point: point["rate_per_s"] or 0, default=None)
     closest = max(mine, key=lambda point: point["attained_pct"], default=None)

@@ -13,6 +13,7 @@ from rich.console import Console
 from pdbench import cli, slo_search
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.config import LoadConfig, Options
+from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
@@ -288,3 +289,20 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         document["deployments"][0]["attained_pct"] = attained
         assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
+
+
+def test_each_deployment_is_tuned_by_the_options_of_its_roles() -> None:
+    power = dataclasses.replace(Options().power, decode_clock=1410)
+    options = Options(load=LOAD, power=power)
+    tune = ["prefill_clock=1200,990", "decode_clock=990", "single_power_cap=400"]
+    assert slo_search.tuning(options, tune, ["disaggregated", "replicas"]) == {
+        "disaggregated": {"prefill_clock": [990, 1200, None], "decode_clock": [990, 1410]},
+        "replicas": {"single_power_cap": [400, None]},
+    }
+    assert slo_search.tuning(options, [], ["replicas"]) == {"replicas": {}}
+    with pytest.raises(UserError, match="only clocks and power caps can be tuned"):
+        slo_search.tuning(options, ["concurrency=1,2"], ["bench"])
+    with pytest.raises(UserError, match="nothing of it is for replicas: add single_clock"):
+        slo_search.tuning(options, tune[:2], ["disaggregated", "replicas"])
+    with pytest.raises(UserError, match="no deployment here has such GPUs"):
+        slo_search.tuning(options, tune, ["replicas"])

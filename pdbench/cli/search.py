@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
 from pdbench.cli.measure import progress_to, servers_stay
 from pdbench.config import ClusterConfig, LiveConfig, Options, PairConfig
+from pdbench.errors import UserError
 from pdbench.live import publisher
 from pdbench.ranges import Positive
 from pdbench.records import Run
@@ -28,6 +29,8 @@ def search(
     against: str | None = None,
     url: str | None = None,
     precision: str = "3%",
+    tune: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    tune_at: Positive[float | None] = None,
     max_minutes: Positive[float | None] = None,
     lang: Literal["en", "zh"] = "en",
     out: Path = Path("search"),
@@ -51,6 +54,11 @@ def search(
         Search the server that runs here instead of starting deployments.
     precision
         Half-width of the interval at which a search ends, as in 3%.
+    tune
+        KEY=V1,V2,... of clocks and power caps, prefill_clock=990,1200 single_clock=990,1200: finds for each deployment those of its roles
+        with the least energy per request within the SLO.
+    tune_at
+        Requests/s at which --tune compares, instead of a search for the highest rate; default: what each deployment surely holds.
     max_minutes
         Time for the whole command; what is known then is the answer, with a wider interval.
     lang
@@ -66,7 +74,10 @@ def search(
     begin_s, progress = time.monotonic(), progress_to(live)
     options = sweep.with_slo(options, slo)
     points = sweep.points(options, vary) if vary else [sweep.Point({}, options)]
-    goal = slo_search.goal(attain, precision, inf if max_minutes is None else begin_s + 60 * max_minutes)
+    until_s = inf if max_minutes is None else begin_s + 60 * max_minutes
+    goal = slo_search.goal(attain, precision, until_s, tune_at)
+    if tune_at and not tune:
+        raise UserError("--tune-at says where --tune compares: give --tune KEY=V1,V2,... too")
     for point in points:
         slo_search.check(point.options.load)
     if url is not None:
@@ -88,7 +99,8 @@ def search(
                     publisher.leave(runs)
                 return next(iter(runs.values()))
 
-            return slo_loads.Deployment(",".join(filter(None, (kind, point.name))), point.options, measure)
+            name, axes = ",".join(filter(None, (kind, point.name))), slo_search.tuning(point.options, tune, kinds)[kind]
+            return slo_loads.Deployment(name, point.options, measure, axes)
 
         kinds: list[str] = ["bench"]
         if url is None:

@@ -19,6 +19,7 @@ from pdbench.config import PowerConfig
 from pdbench.errors import UserError
 from pdbench.records import DeviceRecord, Flag
 
+OPTIONS = tuple(field.name for field in fields(PowerConfig) if field.name.endswith(("_clock", "_power_cap")))
 _READ_BACK_S = 1.0
 _CLAMP_MHZ = 15
 
@@ -37,8 +38,7 @@ class ClockLock:
 
 def requested_options(config: PowerConfig) -> list[str]:
     """The options that set a clock or power cap."""
-    names = [field.name for field in fields(config) if field.name.endswith(("_clock", "_power_cap"))]
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None]
+    return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(config, name) is not None]
 
 
 def check(config: PowerConfig, gpus: Iterable[Mapping[str, Sequence[int]]]) -> None:

@@ -1,4 +1,4 @@
-"""What `pdbench search` found: a sentence, a table and a picture out of search.json."""
+"""What `pdbench search` found: sentences, tables and pictures out of search.json."""
 
 import json
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from rich.text import Text
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.files import write_whole
 from pdbench.report import tables, text
-from pdbench.report.search_charts import chart, loads, searched, slo
+from pdbench.report.search_charts import chart, clocks_chart, loads, searched, slo, tuned
 from pdbench.report.text import translate as _
 
-FILE, PICTURE = "search.json", "search.png"
+FILE, PICTURE, CLOCKS_PICTURE = "search.json", "search.png", "search-clocks.png"
 COLUMNS = {
     "rate_per_s": "rate\n/s",
     "low": "low",
@@ -31,9 +31,9 @@ COLUMNS = {
 
 
 def present(document: dict[str, Any], out: Path, console: Console) -> list[RunAnalysis]:
-    """Add what the saved runs say to the document, write it and its picture into `out`, print sentence and table.
+    """Add what the saved runs say to the document, write it and its pictures into `out`, print sentence and tables.
 
-    Returns the analyses of the runs at the rates found.
+    Returns the analyses of the runs at the rates and clocks found.
     """
     from pdbench.report import mpl
 
@@ -48,13 +48,24 @@ def present(document: dict[str, Any], out: Path, console: Console) -> list[RunAn
             analyses.append(analysis)
             _enter(entry, analysis)
         _enter_scales(entry, document)
+        if entry.get("tuned", {}).get("run"):
+            analyses.append(load_analysis(out / entry["tuned"]["run"]))
     document["sentence"] = sentence(document)
     write_whole(out / FILE, json.dumps(document, indent=1).encode())
-    if searched(document):
-        write_whole(out / PICTURE, mpl.picture(mpl.chart, chart(document), 16, 9))
+    pictures = [out / PICTURE] if searched(document) else []
+    for path in pictures:
+        write_whole(path, mpl.picture(mpl.chart, chart(document), 16, 9))
+    if tuned(document):
+        pictures.append(out / CLOCKS_PICTURE)
+        write_whole(out / CLOCKS_PICTURE, mpl.picture(mpl.chart, clocks_chart(document), 16, 8))
+    if document["sentence"]:
         console.print(Text(document["sentence"], style="bold"))
-        console.print(tables.terminal(table(document)))
-        console.print(f"answer: {out / FILE}  picture: {out / PICTURE}", markup=False, highlight=False, soft_wrap=True)
+    for shown in (table(document) if searched(document) else None, clocks_table(document)):
+        if shown:
+            console.print(tables.terminal(shown))
+    if pictures:
+        names = " ".join(map(str, pictures))
+        console.print(f"answer: {out / FILE}  picture: {names}", markup=False, highlight=False, soft_wrap=True)
     return analyses
 
 
@@ -89,7 +100,7 @@ def _enter_scales(entry: dict[str, Any], document: Mapping[str, Any]) -> None:
 
 
 def sentence(document: Mapping[str, Any]) -> str:
-    """The answer: each deployment's rate with its interval, best first, and what the best gains on the next."""
+    """The answer: each deployment's rate with its interval, best first, and what the best gains on the next; then the cheapest clocks."""
     entries = searched(document)
     per_gpu = all(entry.get("rate_per_s_per_gpu") for entry in entries)
     key = "rate_per_s_per_gpu" if per_gpu else "rate_per_s"
@@ -120,11 +131,7 @@ def sentence(document: Mapping[str, Any]) -> str:
     for entry in ordered:
         if not entry.get("rate_per_s") and entry.get("closest"):
             near = entry["closest"]
-            at = (
-                _("{0} requests/s", text.number(near["rate_per_s"]))
-                if near["rate_per_s"]
-                else _("one request at a time")
-            )
+            at = _("{0} requests/s", text.number(near["rate_per_s"])) if near["rate_per_s"] else _("one at a time")
             share, limit = text.number(near["attained_pct"]), _limit(entry)
             words += _("; {0} holds no rate: closest is {1} % at {2}, {3} breaks it", entry["name"], share, at, limit)
         if entry.get("rate_per_s") and entry.get("attained_pct", 100.0) < document["attain_pct"]:
@@ -132,7 +139,7 @@ def sentence(document: Mapping[str, Any]) -> str:
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry["name"], share)
         if entry.get("client_limited"):
             words += _("; the client was the limit of {0}, which may carry more", entry["name"])
-    return words and words + _(".")
+    return _(" ").join(filter(None, (words and words + _("."), _clocks_sentence(document))))
 
 
 def _limit(entry: Mapping[str, Any]) -> str:
@@ -142,6 +149,40 @@ def _limit(entry: Mapping[str, Any]) -> str:
 def _change(value: float, base: float) -> str:
     change = value / base - 1
     return _("{0}% less" if change < 0 else "{0}% more", f"{100 * abs(change):.0f}")
+
+
+def _clocks_sentence(document: Mapping[str, Any]) -> str:
+    """What the cheapest clocks cost and save; where all deployments had the same rate, also the best beside the next."""
+    entries = sorted(tuned(document), key=lambda entry: entry["tuned"].get("j_per_good_request") or float("inf"))
+    parts = []
+    for entry in entries:
+        found, before = entry["tuned"], entry["tuned"].get("before", {})
+        at = _("{0} requests/s", text.number(found["rate_per_s"]))
+        if found["setting"] is None:
+            parts.append(
+                _("{0} keeps {1} at {2} with no clock: {3} breaks it", entry["name"], slo(document), at, _limit(found))
+            )
+            continue
+        joules, clocks = text.number(found["j_per_good_request"]), text.setting(found["setting"])
+        words = _("{0} needs least energy at {1}: {2} J per good request at {3}", entry["name"], clocks, joules, at)
+        if not before:
+            words += _(" by what is measured so far")
+        elif before["setting"] != found["setting"] and before["j_per_good_request"]:
+            change = _change(found["j_per_good_request"], before["j_per_good_request"])
+            words += _(", {0} than at {1}", change, text.setting(before["setting"]))
+        if found["attained_pct"] < document["attain_pct"]:
+            words += _(
+                ", but the confirming run kept the SLO for {0} % of its requests", text.number(found["attained_pct"])
+            )
+        elif not found["kept"]:
+            words += _(", but the confirming run did not hold these clocks, or its client was the limit")
+        parts.append(words)
+    known = [entry for entry in entries if entry["tuned"].get("j_per_good_request")]
+    if len(known) > 1 and len({entry["tuned"]["rate_per_s"] for entry in known}) == 1:
+        first, second = known[:2]
+        change = _change(first["tuned"]["j_per_good_request"], second["tuned"]["j_per_good_request"])
+        parts.append(_("each at its own cheapest, {0} needs {1} than {2}", first["name"], change, second["name"]))
+    return _("; ").join(parts) + _(".") if parts else ""
 
 
 def table(document: Mapping[str, Any]) -> tables.Table:
@@ -156,3 +197,35 @@ def table(document: Mapping[str, Any]) -> tables.Table:
         ],
         left=(0, len(known) + 1),
     )
+
+
+def clocks_table(document: Mapping[str, Any]) -> tables.Table | None:
+    """A row per deployment: the cheapest clocks and caps, and what they save."""
+    rows = []
+    for entry in tuned(document):
+        found, before = entry["tuned"], entry["tuned"].get("before", {})
+        joules, usual = found.get("j_per_good_request"), before.get("j_per_good_request")
+        rows.append(
+            [
+                entry["name"],
+                found["rate_per_s"],
+                _("none keeps the SLO") if found["setting"] is None else text.setting(found["setting"]),
+                found.get("attained_pct"),
+                joules,
+                usual,
+                100 * (joules / usual - 1) if joules and usual else None,
+                found.get("loads"),
+            ]
+        )
+    header = [
+        "deployment",
+        "rate\n/s",
+        "cheapest clocks",
+        "within\nSLO %",
+        "J per good\nrequest",
+        "as it was",
+        "change %",
+        "loads",
+    ]
+    title = _("The least energy within {0}", slo(document))
+    return tables.Table(title=title, header=[*map(_, header)], rows=rows, left=(0, 2)) if rows else None

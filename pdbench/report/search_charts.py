@@ -1,4 +1,4 @@
-"""The pictures of a search: shares, goodput and energy against rates and the SLO's scale."""
+"""The pictures of a search: shares, goodput and energy against rates and the SLO's scale; energy of clocks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,26 @@ from pdbench.report import text
 from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
 from pdbench.report.text import translate as _
 
+MOST_USED = 1.5
+"""Settings are drawn up to so many times the SLO."""
+
 
 def searched(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The deployments whose highest rate was searched."""
     return [entry for entry in document["deployments"] if "low" in entry]
 
 
-def loads(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The loads of a deployment at rates."""
-    return [point for point in document["points"] if point["deployment"] == name and point["rate_per_s"]]
+def tuned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in document["deployments"] if "tuned" in entry]
+
+
+def loads(document: Mapping[str, Any], name: str, *, clocks: bool = False) -> list[dict[str, Any]]:
+    """The loads of a deployment at rates, or at one rate with other clocks."""
+    return [
+        point
+        for point in document["points"]
+        if point["deployment"] == name and point["rate_per_s"] and bool(point.get("setting")) == clocks
+    ]
 
 
 def slo(document: Mapping[str, Any]) -> str:
@@ -102,3 +113,71 @@ def chart(document: Mapping[str, Any]) -> Chart:
     ]
     title = _("The highest rate within {0}", slo(document))
     return Chart(key="search", title=title, panels=panels, caption=_("bars: 95 % intervals"))
+
+
+def clocks_chart(document: Mapping[str, Any]) -> Chart:
+    """Every setting's energy against how much of the SLO it used, with those that nothing beats in both; what the cheapest saves."""
+    entries, colours = tuned(document), _colours(document)
+    settings: list[Series] = []
+    for entry in entries:
+        name, shade, best = entry["name"], colours[entry["name"]], entry["tuned"]
+        points = sorted(
+            (point["slo_used"], point["j_per_good_request"])
+            for point in loads(document, name, clocks=True)
+            if "/clocks-" in point["run"]  # those with the same arrivals
+            and point.get("j_per_good_request")
+            and point["held"] is not False
+            and (point["slo_used"] or MOST_USED) < MOST_USED
+        )
+        if not points:
+            continue
+        front = [point for place, point in enumerate(points) if all(point[1] < other[1] for other in points[:place])]
+        (x, y), (along, lowest) = zip(*points, strict=True), zip(*front, strict=True)
+        settings.append(Series(kind="points", name=name, x=x, y=y, shade=shade, size=6, opacity=0.6))
+        settings.append(Series(x=along, y=lowest, shade=shade))
+        chosen = [point for point in document["points"] if point["run"] == best.get("run")]
+        for point in chosen:
+            used, joules = [point["slo_used"]], [point["j_per_good_request"]]
+            words = f"{name}: {text.setting(best['setting'])}"
+            settings.append(Series(kind="points", name=words, x=used, y=joules, shade=BAD, size=12, hollow=True))
+    known = [entry for entry in entries if entry["tuned"].get("before", {}).get("j_per_good_request")]
+    bars = []
+    for words, hatch, entry_of in (
+        ("as it was", "/", lambda entry: entry["tuned"]["before"]),
+        ("cheapest clocks", "", lambda entry: entry["tuned"]),
+    ):
+        for entry in known:
+            name, spent = f"{entry['name']}, {_(words)}", entry_of(entry)["j_per_good_request"]
+            bars.append((name, spent, colours[entry["name"]], hatch))
+    order = sorted(bars, key=lambda bar: [entry["name"] for entry in known].index(bar[0].rpartition(", ")[0]))
+    saved = [
+        Series(
+            kind="bar", x=[place], y=[spent], labels=[text.number(spent)], shade=shade, opacity=0.5 if hatch else 1.0
+        )
+        for place, (_name, spent, shade, hatch) in enumerate(order)
+    ]
+    rates = dict.fromkeys(entry["tuned"]["rate_per_s"] for entry in entries)
+    panels = [
+        Panel(
+            title=_("Energy and speed of every setting, same arrivals"),
+            series=settings,
+            x=Axis(label=_("share of the SLO used (1: just kept)"), low=0, high=1.5),
+            y=Axis(label=_("J per good request"), low=0),
+            lines=[1.0],
+            not_measured=_("no setting kept the SLO"),
+        ),
+        Panel(
+            title=_("What the cheapest clocks save"),
+            series=saved,
+            x=Axis(names=[name for name, *_rest in order]),
+            y=Axis(label=_("J per good request"), low=0),
+            not_measured=_("no setting is confirmed yet"),
+        ),
+    ]
+    at = _(", ").join(_("{0} requests/s", text.number(rate)) for rate in rates)
+    return Chart(
+        key="clocks",
+        title=_("The least energy within {0}", slo(document)),
+        panels=panels,
+        caption=_("{0}; lines: what no other setting beats in both; ringed: the cheapest, with other arrivals", at),
+    )

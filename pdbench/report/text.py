@@ -80,6 +80,16 @@ def slo(load: Mapping[str, Any]) -> dict[str, float]:
     return {words: limit for name, words in SLO.items() if (limit := load.get(name)) is not None}
 
 
+def setting(values: Mapping[str, int | None]) -> str:
+    """Clocks and power caps in words: `prefill 1410 MHz, decode cap 400 W`."""
+    words = []
+    for key, value in values.items():
+        role, kind = key.split("_", 1)
+        if value is not None:
+            words.append(f"{role} {value} MHz" if kind == "clock" else _("{0} cap {1} W", role, value))
+    return _(", ").join(words) or _("the clocks as they are")
+
+
 @contextmanager
 def language(name: str) -> Iterator[None]:
     """Everything rendered inside is in `name` (en or zh)."""

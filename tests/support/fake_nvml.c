@@ -9,6 +9,7 @@
  *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)  FAKE_NVML_NAME="NVIDIA GH200 480GB"
  *   FAKE_NVML_SCOPES="1:1.5 2:0.1" (power scope: its power as a multiple of the GPU's; "all": a driver that knows no scopes)
  *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
+ *   FAKE_NVML_CLOCK_POWER="A B C" (instead of a script: A + B x^2 + C / x watts at x times the highest clock)
  *   FAKE_NVML_REASONS=4 (clock event reasons)  FAKE_NVML_LIMIT_W=500 (of a default of 700)
  */
 #define _GNU_SOURCE
@@ -30,7 +31,7 @@ typedef struct { u64 stamp; value_t value; } sample_t;
 typedef struct { unsigned pid; u64 memory; unsigned instances[2]; } process_t;
 typedef struct { char legacy[16]; unsigned domain, bus, device, pci, subsystem; char id[32]; } pci_t;
 typedef struct { double period; int count; double t[POINTS], w[POINTS]; } wave_t;
-typedef struct { u64 zero_us, now_us; unsigned ready, locked_mhz[GPUS], limit_mw[GPUS]; } state_t;
+typedef struct { u64 zero_us, now_us; unsigned ready, locked_mhz[GPUS], limit_mw[GPUS]; double moved_s[GPUS], moved_j[GPUS]; } state_t;
 
 static state_t private_state, *state = &private_state;
 static wave_t waves[GPUS];
@@ -105,10 +106,24 @@ static double area(const wave_t *wave, double t) {
     }
     return sum;
 }
+/* Watts at a GPU's clock; 0 where power follows a script. The energy until the clock last moved is in the state. */
+static double clock_w(int gpu) {
+    double a, b, c, x = (state->locked_mhz[gpu] ? state->locked_mhz[gpu] : 1980) / 1980.0;
+    const char *text = getenv("FAKE_NVML_CLOCK_POWER");
+    return text && sscanf(text, "%lf %lf %lf", &a, &b, &c) == 3 ? a + b * x * x + c / x : 0;
+}
 static double joules(int gpu, double t) {
+    double watts = clock_w(gpu);
+    if (watts > 0) return state->moved_j[gpu] + watts * (t - state->moved_s[gpu]);
     const wave_t *wave = &waves[gpu];
     long rounds = (long)(t / wave->period) - (t < 0);
     return rounds * area(wave, wave->period) + area(wave, t - rounds * wave->period);
+}
+static void move_clock(int gpu, unsigned mhz) {
+    double now = now_s();
+    state->moved_j[gpu] = joules(gpu, now);
+    state->moved_s[gpu] = now;
+    state->locked_mhz[gpu] = mhz;
 }
 static double mean_w(int gpu, double end, double length) { return (joules(gpu, end) - joules(gpu, end - length)) / length; }
 static unsigned watts_to_mw(double watts) { return (unsigned)(1000 * watts + 0.5); }
@@ -261,12 +276,12 @@ EXPORT int nvmlDeviceSetPowerManagementLimit(void *device, unsigned mw) {
 EXPORT int nvmlDeviceSetGpuLockedClocks(void *device, unsigned low, unsigned high) {
     (void)low;
     TRY("DeviceSetGpuLockedClocks");
-    state->locked_mhz[GPU(device)] = high < clamp_mhz ? high : clamp_mhz;
+    move_clock(GPU(device), high < clamp_mhz ? high : clamp_mhz);
     return 0;
 }
 EXPORT int nvmlDeviceResetGpuLockedClocks(void *device) {
     TRY("DeviceResetGpuLockedClocks");
-    state->locked_mhz[GPU(device)] = 0;
+    move_clock(GPU(device), 0);
     return 0;
 }
 EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, process_t *processes) {
