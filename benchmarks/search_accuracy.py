@@ -1,15 +1,19 @@
 """How well, and with how much load, tools find the highest rate within an SLO: pdbench search, AIPerf's search, `vllm bench serve` at rates.
 
 Scripted servers (law_server.py, real sockets) have a highest rate that is known: of an M/D/1 prefill by Crommelin's formula, of decode in
-a limited number of slots by a long simulation of the same law. Every tool searches each server --runs times by its own command. Printed are, per tool
+a limited number of slots by a long simulation of the same law. Every tool searches each server up to --runs times by its own command. Printed are, per tool
 and server, the error of the rate found, how many runs came within 3 %, and the seconds and requests of load. vLLM's
 sweep explores rates without looking for one: its ten rates, evenly spaced, are judged by its own goodput and interpolated.
-Try: python benchmarks/search_accuracy.py --runs 10 --peers ~/peers                        (about three hours)
+All get the same time, in turns; after --minutes what was found is the table, after every search it is saved in --out.
+Try: python benchmarks/search_accuracy.py --minutes 20 --peers ~/peers --out accuracy.json
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,8 +79,8 @@ class Server:
 
 
 SERVERS = (
-    Server("prefill, M/D/1", 20.0, 3.0, 64, 60.0, 30.0),
-    Server("decode, 4 slots", 5.0, 25.0, 4, 60.0, 40.0),
+    Server("prefill, M/D/1", 10.0, 2.0, 64, 30.0, 20.0),
+    Server("decode, 4 slots", 2.5, 12.5, 4, 30.0, 20.0),
 )
 
 
@@ -109,21 +113,32 @@ def served(server: Server) -> Iterator[str]:
         process.wait()
 
 
-def run(arguments: list[object], folder: Path, limit_s: float) -> None:
-    """A command to its end. Raises RuntimeError with its last line where it fails."""
-    done = subprocess.run(
-        [str(argument) for argument in arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=limit_s,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr + done.stdout).strip()[-300:]}")
+def run(arguments: list[object], folder: Path, until_s: float) -> None:
+    """A command to its end, with all that it started. Raises RuntimeError with its last line where it fails or takes too long."""
+    with (folder / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            [str(argument) for argument in arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "NO_COLOR": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(1.0, until_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise RuntimeError("the time was up") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        last = (folder / "output.txt").read_text(errors="replace").strip()[-300:]
+        raise RuntimeError(f"exit code {code}: {last}")
 
 
-def search_pdbench(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool) -> Found:
+def search_pdbench(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool, until_s: float) -> Found:
     slo = f"ttft={server.ttft_ms},tbt={server.tbt_ms}"
     arguments = ["--url", url, "--model", "scripted", "--slo", slo, "--output-tokens", TOKENS, "--requests", REQUESTS]
     run(
@@ -139,21 +154,21 @@ def search_pdbench(server: Server, url: str, seed: int, folder: Path, tool: stre
             "--out",
             folder / "search",
         ],
-        HERE.parent,
-        3600,
+        folder,
+        until_s,
     )
     (entry,) = json.loads((folder / "search" / "search.json").read_text())["deployments"]
     return Found(entry["rate_per_s"], entry["load_s"], entry["requests"])
 
 
-def search_aiperf(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool) -> Found:
+def search_aiperf(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool, until_s: float) -> Found:
     """Doubling and bisection on whole rates (its monotonic planner), good requests by its own goodput."""
     arguments = ["--model", "scripted", "--url", url, "--endpoint-type", "completions", "--streaming", "--ui", "none"]
     arguments += ["--tokenizer", tool.tokenizer, "--synthetic-input-tokens-mean", 16, "--output-tokens-mean", TOKENS]
     arguments += ["--extra-inputs", f"max_tokens:{TOKENS}", "--extra-inputs", "ignore_eos:true", "--random-seed", seed]
-    arguments += ["--request-rate", 8, "--arrival-pattern", "poisson", "--request-count", REQUESTS]
+    arguments += ["--request-rate", 16, "--arrival-pattern", "poisson", "--request-count", REQUESTS]
     arguments += ["--goodput", f"time_to_first_token:{server.ttft_ms} inter_token_latency:{server.tbt_ms}"]
-    arguments += ["--search-space", "phases.profiling.rate:8,200:int", "--search-planner", "monotonic-sla"]
+    arguments += ["--search-space", "phases.profiling.rate:4,400:int", "--search-planner", "monotonic-sla"]
     arguments += [
         "--search-metric",
         "good_request_fraction",
@@ -163,7 +178,7 @@ def search_aiperf(server: Server, url: str, seed: int, folder: Path, tool: strea
         20,
     ]
     arguments += ["--search-sla", f"good_request_fraction:avg:ge:{ATTAIN}", "--artifact-dir", folder / "aiperf"]
-    run([tool.python.parent / "aiperf", "profile", *arguments], folder, 3600)
+    run([tool.python.parent / "aiperf", "profile", *arguments], folder, until_s)
     history = json.loads(next((folder / "aiperf").rglob("search_history.json")).read_text())
     sent = [next(iter(each["variation_values"].values())) for each in history["iterations"]]
     return Found(
@@ -173,7 +188,7 @@ def search_aiperf(server: Server, url: str, seed: int, folder: Path, tool: strea
     )
 
 
-def search_vllm(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool) -> Found:
+def search_vllm(server: Server, url: str, seed: int, folder: Path, tool: stream_tools.Tool, until_s: float) -> Found:
     """Ten rates, evenly spaced up to what one request at a time and all at once would give, as its sweep has them."""
     script = "import argparse; from vllm.benchmarks.serve import add_cli_args, main; p = argparse.ArgumentParser(); "
     script += "add_cli_args(p); main(p.parse_args())"
@@ -203,7 +218,7 @@ def search_vllm(server: Server, url: str, seed: int, folder: Path, tool: stream_
 
     def level(name: str, *more: object) -> tuple[float, float, float]:
         """(rate reached, share of good requests, seconds)."""
-        run([tool.python, "-c", script, *common, "--result-filename", folder / name, *more], folder, 3600)
+        run([tool.python, "-c", script, *common, "--result-filename", folder / name, *more], folder, until_s)
         row = json.loads((folder / name).read_text())
         return row["request_throughput"], row["request_goodput"] / row["request_throughput"], row["duration"]
 
@@ -222,64 +237,85 @@ def search_vllm(server: Server, url: str, seed: int, folder: Path, tool: stream_
     return Found(float(rate), spent_s, REQUESTS * (len(levels) + 2))
 
 
+SEARCHES: dict[str, Callable[..., Found]] = {
+    "pdbench": search_pdbench,
+    "aiperf": search_aiperf,
+    "vllm": search_vllm,
+}
+
+
+Key = tuple[str, str]
+"""A tool and a server, by name."""
+
+
+def table(found: dict[Key, list[Found | None]], truths: dict[str, float]) -> str:
+    """A row per tool and server; None is a search that failed."""
+    lines = ["| tool | server | true rate /s | median error | largest | within 3 % | load s | requests |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    for (tool, server), searches in found.items():
+        whole, truth = [each for each in searches if each], truths[server]
+        failed = len(searches) - len(whole)
+        row = f"| {tool} | {server} | {truth:.2f} |"
+        if whole:
+            errors = abs(np.array([each.rate / truth - 1 for each in whole])) * 100
+            row += f" {np.median(errors):.1f} % | {errors.max():.1f} % | {(errors <= 3).sum()} of {len(whole)}"
+            row += f"{f', {failed} failed' if failed else ''} | {np.median([each.load_s for each in whole]):.0f}"
+            row += f" | {np.median([each.requests for each in whole]):.0f} |"
+        else:
+            row += f" | | {failed} failed | | |"
+        lines.append(row)
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Options, then the table."""
+    """Options, then searches, always by the tool and on the server that had the least time, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--only", action="append", help="one tool by its name; may be repeated")
+    parser.add_argument("--minutes", type=float, default=180.0, help="no search begins that may take longer")
+    parser.add_argument("--only", action="append", choices=SEARCHES, help="one tool by its name; may be repeated")
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; default: a temporary one"
     )
     parser.add_argument("--out", type=Path, help="file for what every run found, as JSON")
     options = parser.parse_args()
-    searches: dict[str, Callable[..., Found]] = {
-        "pdbench": search_pdbench,
-        "aiperf": search_aiperf,
-        "vllm": search_vllm,
-    }
-    rows, everything = [], {}
+    until_s = time.monotonic() + 60 * options.minutes
+    truths = {server.name: server.truth() for server in SERVERS}
+    found: dict[Key, list[Found | None]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         tools = stream_tools.tools(options.peers or Path(temporary) / "peers", Path(temporary))
-        for tool in (tool for tool in tools if tool.key in (options.only or searches)):
-            if tool.key not in searches:
-                continue
+        tools = [tool for tool in tools if tool.key in (options.only or SEARCHES)]
+        for tool in tools:
             tool.install()
-            for server in SERVERS:
-                truth, found = server.truth(), []
-                for seed in range(1, options.runs + 1):
-                    folder = Path(temporary) / tool.key / f"{server.name}-{seed}"
-                    folder.mkdir(parents=True)
-                    begin_s = time.monotonic()
-                    with served(server) as url:
-                        try:
-                            found.append(searches[tool.key](server, url, seed, folder, tool))
-                        except (
-                            RuntimeError,
-                            OSError,
-                            KeyError,
-                            TypeError,
-                            StopIteration,
-                            subprocess.TimeoutExpired,
-                        ) as error:
-                            print(f"{tool.key}, {server.name}: {type(error).__name__}: {error}", file=sys.stderr)
-                            continue
-                    print(
-                        f"{tool.key}, {server.name}: {found[-1]} of {truth:.2f}, {time.monotonic() - begin_s:.0f} s",
-                        file=sys.stderr,
-                    )
-                errors = np.array([each.rate / truth - 1 for each in found]) * 100
-                everything[f"{tool.name}, {server.name}"] = [vars(each) | {"truth": truth} for each in found]
-                if found:
-                    rows.append(
-                        f"| {tool.name} | {server.name} | {truth:.2f} | {np.median(abs(errors)):.1f} % | {abs(errors).max():.1f} % "
-                        f"| {(abs(errors) <= 3).sum()} of {len(found)} | {np.median([each.load_s for each in found]):.0f} "
-                        f"| {np.median([each.requests for each in found]):.0f} |"
-                    )
-    print("| tool | server | true rate /s | median error | largest | within 3 % | load s | requests |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
-    print("\n".join(rows))
-    if options.out:
-        options.out.write_text(json.dumps(everything, indent=1) + "\n")
+        names = {tool.key: tool.name for tool in tools}
+        turns = {(names[tool.key], server.name): (tool, server) for server in SERVERS for tool in tools}
+        tried, spent_s, longest_s = dict.fromkeys(turns, 0), dict.fromkeys(turns, 0.0), dict.fromkeys(turns, 0.0)
+        while True:
+            begin_s = time.monotonic()
+            left = [key for key in turns if tried[key] < options.runs and begin_s + longest_s[key] < until_s]
+            if not left:
+                break
+            key = min(left, key=lambda key: spent_s[key])
+            (tool, server), seed = turns[key], tried[key] + 1
+            tried[key] += 1
+            folder = Path(temporary) / tool.key / f"{server.slots}-slots-{seed}"
+            folder.mkdir(parents=True)
+            result = None
+            with served(server) as url:
+                try:
+                    result = SEARCHES[tool.key](server, url, seed, folder, tool, until_s)
+                    words = f"{result.rate:.2f} of {truths[server.name]:.2f}, {result.load_s:.0f} s of load"
+                except (RuntimeError, OSError, LookupError, TypeError, ValueError, StopIteration) as error:
+                    result, words = None, f"{type(error).__name__}: {error}"
+            took_s = time.monotonic() - begin_s
+            spent_s[key] += took_s
+            longest_s[key] = max(took_s, longest_s[key])
+            if result or time.monotonic() < until_s:  # what the time cut off is no failure of the tool
+                found.setdefault(key, []).append(result)
+            print(f"{seed}: {key[0]}, {server.name}: {words}, {took_s:.0f} s in all", file=sys.stderr, flush=True)
+            if options.out:
+                rows = {", ".join(key): [each and vars(each) for each in rows] for key, rows in found.items()}
+                options.out.write_text(json.dumps({"truth": truths, "found": rows}, indent=1) + "\n")
+    print(table(found, truths))
 
 
 if __name__ == "__main__":
