@@ -72,7 +72,7 @@ def _layout(chart: Chart, below: bool) -> dict[str, Any]:
     panels, layout, shapes, reached = chart.drawable, {}, [], 0.0
     heights = [panel.height if below else 1.0 for panel in panels]
     bars = max(len(panel.y.names) for panel in panels)
-    gap = 0.06 if chart.shared_x else 0.18 if below or bars else 0.05
+    gap = 0.06 if chart.shared_x else 0.18 if below or bars else 0.09
     for place, (panel, height) in enumerate(zip(panels, heights, strict=True), 1):
         size = (1 - gap * (len(panels) - 1)) * height / sum(heights)
         domain = [1 - reached - size, 1 - reached] if below else [reached, reached + size]
