@@ -78,7 +78,7 @@ def _layout(chart: Chart, below: bool) -> dict[str, Any]:
         domain = [1 - reached - size, 1 - reached] if below else [reached, reached + size]
         x_place = 1 if chart.shared_x else place
         x, y = _axis(panel.x), _axis(panel.y) | {"anchor": _ref("x", x_place)}
-        (y if below else x)["domain"] = [max(domain[0], 0.0), domain[1]]
+        (y if below else x)["domain"] = [max(domain[0], 0.0), min(domain[1], 1.0)]
         layout[_ref("xaxis", x_place)] = x | {"anchor": _ref("y", len(panels) if chart.shared_x else place)}
         layout[_ref("yaxis", place)] = y
         layout[f"yaxis{place + 10}"] = {"overlaying": _ref("y", place), "visible": False, "fixedrange": True}
