@@ -34,6 +34,9 @@ METRICS = ("ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_outpu
 KINDS = {"replicas": PURPLE, "1P1D pairs": GREEN, "xPyD": BLUE}
 SECONDS = 4.0
 """Length of a load: several times a request's time, and more where 1,000 requests take longer."""
+GROWTH = 2.0
+"""TTFT of the last third of a load over the first's, above which a deployment does not carry it: its figures would be the load's length."""
+OVERLOADED = "its queue grows"
 
 
 @dataclass
@@ -91,6 +94,8 @@ class Study:
                 outside_of([result]), preempted, {}
             )
         option.figures.append(figures_of([result], self.calibration))
+        if draw is None and option.figures[-1]["growth"] > GROWTH:
+            option.refusal = OVERLOADED
 
     def point(self, gpus: int, rate: float) -> list[Option]:
         """The deployments of each kind that are best in some figure, with `draws` rows of figures; refused ones with none."""
@@ -99,7 +104,7 @@ class Study:
             self.simulate(option, rate, None)
             self.tried[option.kind] += 1
             if option.refusal:
-                words = option.refusal.partition(" % of the busy time has more ")[2] or option.refusal
+                words = option.refusal.partition(" % of the busy time has ")[2] or option.refusal
                 self.refused[option.kind, words.partition(":")[0]] += 1
         best: list[Option] = []
         for kind in KINDS:
@@ -200,9 +205,11 @@ def refusals_of(study: Study) -> tables.Table:
     rows: list[list[tables.Value]] = []
     for kind in KINDS:
         reasons = {why: count for (of_kind, why), count in study.refused.items() if of_kind == kind}
-        words = "; ".join(f"more {why} ({count})" for why, count in reasons.items())
+        words = "; ".join(f"{why} ({count})" for why, count in reasons.items())
         rows.append([kind, f"{sum(reasons.values())} of {study.tried[kind]}", words])
-    return tables.Table(title="Refused", header=["", "refused", "more than 5 % of the busy time has"], rows=rows)
+    return tables.Table(
+        title="Refused", header=["", "refused", "its queue grows, or more than 5 % of the busy time has ..."], rows=rows
+    )
 
 
 def chart_of(points: Points, title: str) -> Chart:
@@ -225,7 +232,7 @@ def chart_of(points: Points, title: str) -> Chart:
             series.append(
                 Series(kind="points", name=name, x=x, y=y, shade=shade, hollow=not sure, marker=marker, size=11)
             )
-        y_axis = Axis(label="GPUs", log=True, low=0.6 * sizes[0], high=2.5 * sizes[-1], ticks=ticks)
+        y_axis = Axis(label="GPUs", log=True, low=0.6 * sizes[0], high=40 * sizes[-1], ticks=ticks)
         panels.append(
             Panel(title=text.label(metric), series=series, x=Axis(label="requests/s per GPU", low=0), y=y_axis)
         )
