@@ -163,6 +163,7 @@ class Hosts:
         self.ray = Path(tempfile.mkdtemp(prefix="pdr"))  # short: sockets' paths end at 107 characters
 
         self.environment = os.environ | {
+            "RAY_AUTH_MODE": "disabled",  # whatever token this user's home has
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "120",
