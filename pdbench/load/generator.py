@@ -288,24 +288,23 @@ def interruption() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _undelayed() -> Iterator[bool]:
-    """No garbage collection in this process, and real-time priority for its threads where the system permits it (True)."""
+    """No garbage collection in this process, and real-time priority for this thread where the system permits it (True)."""
     collecting = gc.isenabled()
+    scheduler, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     # A full collection walks every record kept and stops the loop for milliseconds; nothing here makes cycles.
     gc.disable()
-    # So that servers on the same cores do not delay the client: its loop sleeps whenever it has nothing to do, and what it
-    # starts does not inherit the priority. Samplers beside it too: one that is preempted while it holds the interpreter stops the loop.
-    before = {}
-    for thread in threading.enumerate():
-        if number := thread.native_id:
-            with contextlib.suppress(OSError):
-                scheduler, parameter = os.sched_getscheduler(number), os.sched_getparam(number)
-                os.sched_setscheduler(number, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-                before[number] = scheduler, parameter
     try:
-        yield threading.get_native_id() in before
+        # So that servers on the same cores do not delay the client: its loop sleeps whenever it has nothing to do, and what it
+        # starts does not inherit the priority.
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        real_time = True
+    except OSError:
+        real_time = False
+    try:
+        yield real_time
     finally:
         if collecting:
             gc.enable()
-        for number, (scheduler, parameter) in before.items():
+        if real_time:
             with contextlib.suppress(OSError):
-                os.sched_setscheduler(number, scheduler, parameter)
+                os.sched_setscheduler(0, scheduler, parameter)
