@@ -5,11 +5,9 @@ from pathlib import Path
 
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
-from pdbench.cli.measure import progress_to, servers_stay
+from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
-from pdbench.live import publisher
 from pdbench.ranges import Count, Positive
-from pdbench.records import Run
 
 
 @app.command(group_parameters=MEASURING)
@@ -49,13 +47,9 @@ def calibrate(
     with servers_stay(cluster, out, live, lambda: calibrating.saved(out)) as (site, servers):
 
         def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
-            runs: dict[Path, Run] = {}
-            try:
+            with kept(lambda run, path: analyses.append(commands.keep(run, path))) as runs:
                 design = PairConfig(pairs=1, resident=False)
                 experiment.run([kind], design, options, folder, progress, site, runs, servers=servers, judge=deadline)
-            finally:
-                analyses.extend(commands.keep(run, path) for path, run in runs.items())
-                publisher.leave(runs)
             return next(iter(runs))
 
         plan = calibrating.schedule(kinds, trials, options.load.ramp_s, limit_s, on_gpu=site.on_gpu)

@@ -79,6 +79,18 @@ def servers_stay(
         yield site, servers
 
 
+@contextmanager
+def kept(keep: Callable[[Run, Path], object]) -> Iterator[dict[Path, Run]]:
+    """One load's runs by folder, to fill; what was measured, also before a failure, is given to `keep` and left to the live page."""
+    runs: dict[Path, Run] = {}
+    try:
+        yield runs
+    finally:
+        for folder, run in runs.items():
+            keep(run, folder)
+        publisher.leave(runs)
+
+
 def progress_to(live: LiveConfig | None) -> Console:
     """Where progress is printed: nowhere with --quiet."""
     return Console(quiet=True) if live and live.quiet else console
@@ -205,8 +217,7 @@ def sweep(
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
 
     def measure(point: Options, folder: Path, part: str) -> list[Path]:
-        runs: dict[Path, Run] = {}
-        try:
+        with kept(lambda run, measured: commands.finish({measured: run}, folder, progress)) as runs:
             if url is not None:
                 experiment.bench(url, trials, point, folder, progress, site, runs)
             elif part:
@@ -214,10 +225,6 @@ def sweep(
                 experiment.run(turns.deployments(part), design, point, folder, progress, site, runs, servers=servers)
             else:
                 experiment.run(kinds, PairConfig(pairs=trials, join_starts=True), point, folder, progress, site, runs)
-        finally:
-            for measured, run in runs.items():
-                commands.finish({measured: run}, folder, progress)
-            publisher.leave(runs)
         return list(runs)
 
     nodes = cluster and asdict(cluster)

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
-from pdbench.cli.measure import progress_to, servers_stay
+from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, LiveConfig, Options, PairConfig
 from pdbench.errors import UserError
-from pdbench.live import publisher
 from pdbench.ranges import Positive
 from pdbench.records import Run
 
@@ -86,17 +85,12 @@ def search(
 
         def deployment(kind: str, point: sweep.Point) -> slo_loads.Deployment:
             def measure(options: Options, folder: Path, judge: slo_loads.LoadJudge | None) -> Run:
-                runs: dict[Path, Run] = {}
-                try:
+                with kept(commands.keep) as runs:
                     if url is not None:
                         experiment.bench(url, 1, options, folder, progress, site, runs, judge)
                     else:
                         design, one = PairConfig(pairs=1, resident=False), turns.deployments(kind)
                         experiment.run(one, design, options, folder, progress, site, runs, servers=servers, judge=judge)
-                finally:
-                    for path, run in runs.items():
-                        commands.keep(run, path)
-                    publisher.leave(runs)
                 return next(iter(runs.values()))
 
             name, axes = ",".join(filter(None, (kind, point.name))), slo_search.tuning(point.options, tune, kinds)[kind]
