@@ -47,94 +47,96 @@ def run(
     end a load early. What was measured is saved after every turn, and when a server dies or the user interrupts; the error then propagates. Raises
     UserError for what cannot be done here, before anything starts where that can be known.
     """
-    with ExitStack() as ending:
-        servers = servers or ending.enter_context(closing(turns.Servers(site, console)))
-        site.check_options(options.load, options.power)
-        if len(set(kinds)) < len(kinds):
-            raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
-        folders = {kind: out / f"{kind}_results" for kind in kinds}
-        for folder in (out, *(folder for folder in folders.values() if folder.exists())):
-            check_writable(folder)
-        _check_lengths(options.load, options.serve.max_model_len)
-        planned = [site.deployment(kind, options.serve) for kind in kinds]
-        gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
-        on_gpu = any(gpus) or not gpus
-        design = turns.resolve(design, on_gpu=on_gpu)
-        options = replace(options, load=turns.shortened(options.load, on_gpu=on_gpu))
-        serve = turns.side_by_side(kinds, options.serve) if design.resident else dict.fromkeys(kinds, options.serve)
-        if design.resident:
-            planned = [site.deployment(kind, serve[kind]) for kind in kinds]
-        servers.serve(options.serve)
-        if not servers.are_up(serve if design.resident else {kinds[0]: serve[kinds[0]]}):
-            servers.close()
-            for deployment in planned:
-                deployment.check_ports()
-        if any(spec.role == "proxy" for deployment in planned for spec in deployment.specs):
-            correctness.check_key()
-        clocks.check(options.power, gpus)
-        measured = turns.saved_runs(folders, serve, design, options) if design.resume else {}
-        runs |= {folders[kind]: run for kind, run in measured.items()}
-        clock = next((run.clock.resumed() for run in measured.values()), None) or servers.clock
-        done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
-        options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
-        options = replace(options, load=plan.resolved(options.load))
-        assert design.pairs
-        left = max(0, design.pairs * len(kinds) - len(done))
-        if not servers.stay:
-            console.print(turns.announce(kinds, design, options, left, on_gpu=on_gpu), highlight=False)
-        used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
-        if used and options.power.power and options.power.idle_s and not servers.up:
-            console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
-            servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
-        gate_nonce = int(clock.unix_s)
-        cooldown = _cooldown(options)
-        servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
-        references: References = {}
-        begin_s, turns_done = time.monotonic(), 0
-        for pair in range(design.most_pairs if enough else design.pairs):
-            missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
-            if missing and enough and runs and enough():
-                break
-            for kind in missing:
-                deployment, fresh = servers.take(kind, serve, design)
-                info = deployment.info()
-                run = measured.setdefault(kind, _new_run(info, clock, options))
-                run.config["pairs"] = asdict(design)
-                if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
-                    servers.gates[kind] = check_outputs(info, gate_nonce, servers.reference, deployment)[0]
-                    record_gate(run, servers.gates[kind], console)
-                elif kind in servers.gates and run.gate is None:
-                    record_gate(run, servers.gates[kind])
-                elif kind == "single" and servers.reference is None:
-                    servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
-                try:
-                    measure(
-                        run,
-                        info,
-                        options,
-                        [pair],
-                        console,
-                        cooldown,
-                        site,
-                        deployment,
-                        references,
-                        idle=fresh,
-                        judge=judge,
-                    )
-                    check_again(run, info, console, deployment)
-                finally:
-                    for trial in run.trials:
-                        if trial.index == pair:
-                            trial.start = servers.starts
-                    for device in run.devices:
-                        device.idle_power_w = servers.idle.get(device.id, {}) | device.idle_power_w
-                        servers.idle[device.id] = dict(device.idle_power_w)
-                    _save(run, folders[kind], runs)
-                turns_done += 1
-            if 0 < turns_done < left:
-                remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
-                console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
-                publisher.put(publisher.TimeLeft(remaining_s))
+    if servers is None:
+        with closing(turns.Servers(site, console)) as servers:
+            run(kinds, design, options, out, console, site, runs, enough, servers, judge)
+        return
+    site.check_options(options.load, options.power)
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
+    folders = {kind: out / f"{kind}_results" for kind in kinds}
+    for folder in (out, *(folder for folder in folders.values() if folder.exists())):
+        check_writable(folder)
+    _check_lengths(options.load, options.serve.max_model_len)
+    planned = [site.deployment(kind, options.serve) for kind in kinds]
+    gpus = [deployment.info().local_gpus() for deployment in planned if deployment.commands]
+    on_gpu = any(gpus) or not gpus
+    design = turns.resolve(design, on_gpu=on_gpu)
+    options = replace(options, load=turns.shortened(options.load, on_gpu=on_gpu))
+    serve = turns.side_by_side(kinds, options.serve) if design.resident else dict.fromkeys(kinds, options.serve)
+    if design.resident:
+        planned = [site.deployment(kind, serve[kind]) for kind in kinds]
+    servers.serve(options.serve)
+    if not servers.are_up(serve if design.resident else {kinds[0]: serve[kinds[0]]}):
+        servers.close()
+        for deployment in planned:
+            deployment.check_ports()
+    if any(spec.role == "proxy" for deployment in planned for spec in deployment.specs):
+        correctness.check_key()
+    clocks.check(options.power, gpus)
+    measured = turns.saved_runs(folders, serve, design, options) if design.resume else {}
+    runs |= {folders[kind]: run for kind, run in measured.items()}
+    clock = next((run.clock.resumed() for run in measured.values()), None) or servers.clock
+    done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
+    options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
+    options = replace(options, load=plan.resolved(options.load))
+    assert design.pairs
+    left = max(0, design.pairs * len(kinds) - len(done))
+    if not servers.stay:
+        console.print(turns.announce(kinds, design, options, left, on_gpu=on_gpu), highlight=False)
+    used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
+    if used and options.power.power and options.power.idle_s and not servers.up:
+        console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
+        servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
+    gate_nonce = int(clock.unix_s)
+    cooldown = _cooldown(options)
+    servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
+    references: References = {}
+    begin_s, turns_done = time.monotonic(), 0
+    for pair in range(design.most_pairs if enough else design.pairs):
+        missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
+        if missing and enough and runs and enough():
+            break
+        for kind in missing:
+            deployment, fresh = servers.take(kind, serve, design)
+            info = deployment.info()
+            result = measured.setdefault(kind, _new_run(info, clock, options))
+            result.config["pairs"] = asdict(design)
+            if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
+                servers.gates[kind] = check_outputs(info, gate_nonce, servers.reference, deployment)[0]
+                record_gate(result, servers.gates[kind], console)
+            elif kind in servers.gates and result.gate is None:
+                record_gate(result, servers.gates[kind])
+            elif kind == "single" and servers.reference is None:
+                servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
+            try:
+                measure(
+                    result,
+                    info,
+                    options,
+                    [pair],
+                    console,
+                    cooldown,
+                    site,
+                    deployment,
+                    references,
+                    idle=fresh,
+                    judge=judge,
+                )
+                check_again(result, info, console, deployment)
+            finally:
+                for trial in result.trials:
+                    if trial.index == pair:
+                        trial.start = servers.starts
+                for device in result.devices:
+                    device.idle_power_w = servers.idle.get(device.id, {}) | device.idle_power_w
+                    servers.idle[device.id] = dict(device.idle_power_w)
+                _save(result, folders[kind], runs)
+            turns_done += 1
+        if 0 < turns_done < left:
+            remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
+            console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
+            publisher.put(publisher.TimeLeft(remaining_s))
 
 
 def bench(
