@@ -134,10 +134,8 @@ class Receiver:
         now_s = time.monotonic()
         with self._changed:
             for receive in list(self._receives.values()):
-                alive_s = {
-                    "{}:{}".format(*at): part.alive_s for at, part in receive.parts.items() if part.record.end_s is None
-                }
-                alive_s = alive_s or {_first(receive): receive.asked_s}
+                alive_s = {_name(at): part.alive_s for at, part in receive.parts.items() if part.record.end_s is None}
+                alive_s = alive_s or {_name(_first(receive)): receive.asked_s}
                 peer = min(alive_s, key=alive_s.__getitem__)
                 if now_s - alive_s[peer] > self._timeout_s:
                     self._give_up(receive, f"no sign of the transfer from prefill {peer} in {self._timeout_s:g} s")
@@ -178,7 +176,7 @@ class Receiver:
             record = TransferEvent(
                 side="receive",
                 transfer_id=item.transfer_id,
-                peer="{}:{}".format(*address),
+                peer=_name(address),
                 tokens=tokens,
                 asked_s=item.asked_s,
             )
@@ -196,13 +194,12 @@ class Receiver:
         logger.warning("KV transfer failed: %s: %s", receive.transfer_id, reason)
         cancel = Cancel(receive.transfer_id, reason)
         if not receive.parts:
-            transfer = receive.fetch.transfer
             record = TransferEvent(
-                side="receive", transfer_id=receive.transfer_id, peer=_first(receive), asked_s=receive.asked_s
+                side="receive", transfer_id=receive.transfer_id, peer=_name(_first(receive)), asked_s=receive.asked_s
             )
             record.end_s, record.error = time.monotonic(), reason
             receive.records.append(record)
-            if tell and (instance := self._instances.get((transfer.host, transfer.port))) is not None:
+            if tell and (instance := self._instances.get(_first(receive))) is not None:
                 self._place(instance, cancel)
             self._end_if_over(receive)
         for address, part in receive.parts.items():
@@ -376,5 +373,11 @@ class Receiver:
                 self._end(receive, part)
 
 
-def _first(receive: _Receive) -> str:
-    return f"{receive.fetch.transfer.host}:{receive.fetch.transfer.port}"
+def _first(receive: _Receive) -> Address:
+    """Where the first rank of its prefill instance listens."""
+    return receive.fetch.transfer.host, receive.fetch.transfer.port
+
+
+def _name(address: Address) -> str:
+    host, port = address
+    return f"{host}:{port}"
