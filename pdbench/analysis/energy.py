@@ -1,6 +1,6 @@
 """The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -159,14 +159,14 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         else STANDS_STILL
         if any(meter.is_still(windows) for meter in metered(meters))
         else why_not_measured(run.devices, ("power_w", "energy_j")),
-        not_split=None
-        if split
-        else SHARED_GPU
-        if "prefill+decode" in roles
-        else ONE_INSTANCE
-        if any(d.kind == "gpu" for d in run.devices)
-        else NO_GPU,
+        not_split=None if split else _why_not_split(run, roles),
     )
+
+
+def _why_not_split(run: Run, roles: Mapping[str, RoleEnergy]) -> str:
+    if "prefill+decode" in roles:
+        return SHARED_GPU
+    return ONE_INSTANCE if any(device.kind == "gpu" for device in run.devices) else NO_GPU
 
 
 def why_not_measured(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
