@@ -26,13 +26,13 @@ from pdbench.load import plan
 from pdbench.power import clocks
 from pdbench.records import Run
 from pdbench.report import text
+from pdbench.report.search import FILE
 from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.evidence import Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_loads import PROBE, Deployment, LoadJudge, Loads, outcome_of, settle_s
 from pdbench.turns import duration
 
-FILE = "search.json"
 REQUESTS = 500
 """Per load."""
 MOST_LOADS = 30
