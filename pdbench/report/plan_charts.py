@@ -71,6 +71,8 @@ def seconds(checks: Sequence[Check], predictions: Sequence[Prediction]) -> Chart
         name = deployment_name(check.predicted.kind, check.predicted.instances)
         panels.append(_parts(f"{name}: {check.path}", of_check))
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    if not all(check.seconds_ms for check in checks):
+        caption += " " + _("Without a measured bar: not measured, the run's servers did not log its prompts.")
     return Chart(
         key="seconds",
         title=_("One request's seconds"),
