@@ -26,6 +26,8 @@ SERVER_FIELDS = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
 SHARES = np.concatenate([np.linspace(0, 0.98, 120), np.linspace(0.981, 1, 60)])
 CURVE_POINTS, BINS, SPANS, GAPS = 1000, 160, 3000, 10_000
 MARGIN_S, APART_S, GAP_SHARE = 1.0, 5.0, 0.02
+UNSAMPLED_S, UNSAMPLED_STEPS = 1.0, 5.0
+"""Nothing was read, so a line is broken, where neighbouring points are further apart than this and than so many usual steps."""
 
 
 class Curve(msgspec.Struct, frozen=True, eq=False):
@@ -194,13 +196,17 @@ def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> Curve | N
 
 
 def _line(points: Array, axis: TimeAxis) -> Curve | None:
-    """Rows of instant and value over the drawn axis, broken at each pause; None without any. At most 1,000 points: of each part its
-    lowest and its highest, so that no peak is lost; breaks stay breaks."""
+    """Rows of instant and value over the drawn axis, broken at each pause and where nothing was read; None without any. At most 1,000
+    points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
     if not len(points):
         return None
     x = axis.place(points[:, 0])
     points, x = points[np.isfinite(x)], x[np.isfinite(x)]
-    breaks = np.searchsorted(points[:, 0], [end for _, end in axis.stretches], side="right")
+    steps = np.diff(points[:, 0])
+    usual_s = float(np.median(steps)) if len(steps) else 0.0
+    unsampled = np.flatnonzero(steps > max(UNSAMPLED_S, UNSAMPLED_STEPS * usual_s)) + 1
+    ends = np.searchsorted(points[:, 0], [end for _, end in axis.stretches], side="right")
+    breaks = np.union1d(ends, unsampled)
     x, y = np.insert(x, breaks, np.nan), np.insert(points[:, 1], breaks, np.nan)
     if len(x) <= CURVE_POINTS:
         return Curve(x, y)

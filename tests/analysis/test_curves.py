@@ -28,6 +28,16 @@ def test_trials_close_together_share_a_stretch():
     assert len(curves(build_run(trials=3, pause_s=2.0)).axis.stretches) == 1
 
 
+@pytest.mark.parametrize("step_s", [0.1, 1.0])
+def test_line_is_broken_where_nothing_was_sampled(step_s):
+    run = build_run(trials=2, pause_s=3.0 if step_s < 1 else 100.0, requests=40)
+    instants = [t for trial in run.trials for t in np.arange(trial.start_s, trial.end_s, step_s)]
+    samples = [DeviceSample(t_s=at, cpu_utilization_pct=50.0) for at in instants]
+    run.devices = [DeviceRecord(id="p", kind="process", name="P", role="single", samples=samples)]
+    line = curves(run).devices["cpu_utilization_pct"]["p"]
+    assert np.isnan(line.y[:-1]).sum() == 1
+
+
 def test_boxes_of_one_row_do_not_overlap():
     spans = curves(build_run(trials=1, requests=60, concurrency=7)).spans
     assert set(spans.row) == set(range(7))
