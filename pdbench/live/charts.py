@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from pdbench.analysis.energy import why_not_measured
 from pdbench.live.instances import NOW
 from pdbench.live.state import LATENCIES, State, device_id
 from pdbench.report import text
@@ -24,14 +25,7 @@ def charts(state: State) -> list[tuple[Chart, list[tuple[str, str]]]]:
     latencies = _("p99 (solid) and p50 (dotted), {0}.", window)
     described = [
         _chart("latency", _("Latency"), latencies, [(name, text.title(name)) for name in LATENCIES], state, colour),
-        _chart(
-            "speed",
-            _("Throughput and energy"),
-            _("Tokens and energy per token over the last {0} s.", 10),
-            _SPEED,
-            state,
-            colour,
-        ),
+        _chart("speed", _("Throughput and energy"), _of_speed(state), _SPEED, state, colour),
         _chart("instances", _("Servers"), _("What the servers' own metrics say."), _INSTANCES, state, colour),
         _devices(state),
     ]
@@ -74,6 +68,13 @@ def _chart(
         across = Axis(label=_("seconds"), low=0)
         panels.append(Panel(title=_(words), series=series, x=across, y=Axis(label=label, low=0)))
     return Chart(key=key, title=title, panels=panels, caption=caption), keys
+
+
+def _of_speed(state: State) -> str:
+    if not state.devices or any(figure == "power_w" for figure, _of in state.lines):
+        return _("Tokens and energy per token over the last {0} s.", 10)
+    reason = why_not_measured([*state.devices.values()], ("power_w",))
+    return _("Tokens over the last {0} s; energy not measured: {1}.", 10, _(reason))
 
 
 def name_of(of: str) -> str:

@@ -68,6 +68,22 @@ def test_line_breaks_where_nothing_was_measured_and_is_thinned():
     assert len(line.x) < MOST_POINTS and any(math.isnan(value) for value in line.y) and line.x[-1] > 1200
 
 
+def test_page_says_why_energy_is_not_measured():
+    state, process = State(0.0), DeviceRecord(id="p", kind="process", name="P", role="single")
+    process.samples, process.not_measured = [DeviceSample(t_s=0.0)], {"power_w": "no RAPL on this machine"}
+    state.take(Turn("single", 0, {}), 0.0)
+    captions = []
+    for second, device in enumerate((process, gpu(1.0, 300.0))):
+        state.take(Devices([device]), float(second))
+        state.take(Progress(0, 9, 3, 50 * second), float(second))
+        state.tick(float(second))
+        captions += [chart.caption for chart, _ in charts.charts(state) if chart.key == "speed"]
+    assert captions == [
+        "Tokens over the last 10 s; energy not measured: no RAPL on this machine.",
+        "Tokens and energy per token over the last 10 s.",
+    ]
+
+
 def test_a_gpu_has_a_line_for_each_role():
     state = State(0.0)
     for second, role in enumerate(("single", "prefill")):
