@@ -1,8 +1,6 @@
 """Real vLLM on CPU for the tests marked `vllm`: a single instance and prefill + decode + proxy, started once a session; and a
 pair of scripted instances for the proxy's tests."""
 
-import random
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,10 +15,26 @@ from pdbench.serving.machine import Machine, inspect
 from pdbench.serving.vllm import Command
 from pdbench.site import Site
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
+from tests.support.processes import free_port
 from tests.support.proxy_processes import Server, instance
 
 if TYPE_CHECKING:
     from tests.support.kv import Server as VllmServer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For ./run_tests.sh's two processes: what starts vLLM or a cluster goes to one of them, one test after the other; the other one takes
+    the other files meanwhile."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+
+    def starts_servers(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("vllm", "cluster"))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("servers" if starts_servers(item) else item.nodeid.partition("::")[0]))
+    items.sort(key=starts_servers, reverse=True)
 
 
 def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
@@ -32,12 +46,8 @@ def serve_config(
     log_dir: Path, prefill: int = 1, decode: int = 1, tensor_parallel: int = 1, **options: object
 ) -> ServeConfig:
     """Options of a deployment whose ports are all free."""
-    # Instances of a role count up from their first port: take consecutive free ones.
-    # As free_port does, beside the ranges of clients and of Ray's workers.
-    while True:
-        first = random.randrange(20000, 32000)
-        if all(_is_free(first + i) for i in range(2 + (prefill + decode) * (1 + tensor_parallel))):
-            break
+    # Instances of a role count up from their first port.
+    first = free_port(count=2 + (prefill + decode) * (1 + tensor_parallel))
     kv = first + 2 + prefill + decode
     return ServeConfig(
         single_port=first,
@@ -52,12 +62,6 @@ def serve_config(
         start_timeout_s=280.0,
         **options,  # type: ignore[arg-type]
     )
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def start(kind: DeploymentKind, config: ServeConfig) -> Deployment:
