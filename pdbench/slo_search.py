@@ -107,7 +107,10 @@ def check(load: LoadConfig) -> None:
 
 
 def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> dict[str, Any]:
-    """The document of a search that begins, or goes on: with the saved loads of the same command."""
+    """The document of a search that begins, or goes on: with the saved loads of the same command.
+
+    Raises UserError where `out` has those of another.
+    """
     slo = {name: limit for name in SLO if (limit := getattr(load, name)) is not None}
     document = {"command": json.loads(json.dumps(command)), "slo": slo, "attain_pct": 100 * goal.attain}
     saved: dict[str, Any] = {}
@@ -115,8 +118,13 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
         saved = json.loads((out / FILE).read_bytes())
     except (OSError, ValueError):
         pass
-    same = isinstance(saved, dict) and all(saved.get(key) == value for key, value in document.items())
-    return document | {"deployments": [], "points": [], "saved": saved["points"] if same else []}
+    if not isinstance(saved, dict) or not saved.get("points"):
+        saved = document | {"points": []}
+    if differs := sweep.differences({key: saved.get(key) for key in document}, document):
+        raise UserError(
+            f"{out} holds a search with other options ({differs}): repeat its command, or give another --out"
+        )
+    return document | {"deployments": [], "points": [], "saved": saved["points"]}
 
 
 def saved(out: Path) -> str:

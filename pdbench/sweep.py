@@ -131,8 +131,9 @@ def run(
 
     `measure(options, folder, part)` measures one of `parts` of a point (a deployment, or "" for the point as a whole) and returns its
     results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
-    starts. `context` (what is measured beside the options, as the deployments) must be the same for a point to count as
-    measured. What fails is reported and left out; the others go on. Raises UserError at the end when something failed.
+    starts. `context` is what is measured beside the options, as the deployments. What fails is reported and left out; the others go on.
+    Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context or of
+    other options.
 
     All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
     `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
@@ -148,6 +149,7 @@ def run(
     # What a point.json must say for its point to count, as it is read back: tuples are lists.
     wanted = [json.loads(json.dumps({"context": context, "options": point.options.plain()})) for point, _ in steps]
     results = [_results(out / point.name, keys, part) for (point, part), keys in zip(steps, wanted, strict=True)]
+    write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
     spent_s: list[float] = []
     failed, left = 0, results.count(None)
     for number, ((point, part), keys, folders) in enumerate(zip(steps, wanted, results, strict=True), 1):
@@ -171,7 +173,7 @@ def run(
         try:
             older = folder / f"{part}_results" if part else folder
             if older.exists():
-                # An unfinished or older measurement: its files must not be taken for this one's.
+                # An unfinished measurement: its files must not be taken for this one's.
                 shutil.rmtree(older)
             folder.mkdir(parents=True, exist_ok=True)  # it says that the point's prompts may have been sent
             folders = measure(options, folder, part)
@@ -205,16 +207,13 @@ def saved(out: Path) -> str:
 
 
 def _nonce(points: Sequence[Point], out: Path) -> str:
-    """The nonce of the sweep in `out`: the given one, else that with which it began; kept there."""
+    """The nonce of the sweep in `out`: the given one, else that with which it began."""
     saved = None
     try:
         saved = str(json.loads((out / _SWEEP).read_bytes())["nonce"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    nonce = str(next((n for point in points if (n := point.options.load.nonce)), saved) or secrets.token_hex(4))
-    if nonce != saved:
-        write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
-    return nonce
+    return str(next((n for point in points if (n := point.options.load.nonce)), saved) or secrets.token_hex(4))
 
 
 def _set_nonce(options: Options, nonce: str) -> Options:
@@ -222,14 +221,36 @@ def _set_nonce(options: Options, nonce: str) -> Options:
 
 
 def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None:
-    """The results of a point that was measured whole, the same with the same options, else None."""
+    """The results of a point that was measured whole, None where it was not. Raises UserError for one that was measured otherwise."""
     try:
         done = json.loads((folder / _done(part)).read_bytes())
-        same = all(done[key] == value for key, value in keys.items())
         folders = [folder / check_name(name, "a results folder") for name in done["results"]]
-        return folders if same and all(map(results_files, folders)) else None
+        before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
+        if not all(map(results_files, folders)):
+            return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
+    if differs := differences(before, now):
+        raise UserError(
+            f"{folder} was measured with other options ({differs}): repeat its command, give another --out, or delete {folder}"
+        )
+    return folders
+
+
+def differences(before: Any, now: Any) -> str:
+    """The options that are not the same, each with both values, of two nested documents as JSON has them; empty where all are."""
+    before, now = _flat(before), _flat(now)
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    named = [f"{key.rpartition('.')[2]} {before.get(key)} instead of {now.get(key)}" for key in keys[:3]]
+    return ", ".join(named) + (f" and {len(keys) - 3} more" if keys[3:] else "")
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    """Every value by its path, as in .options.load.rate."""
+    if not isinstance(values, (dict, list)):
+        return {path: values}
+    members = values.items() if isinstance(values, dict) else enumerate(values)
+    return {key: value for name, member in members for key, value in _flat(member, f"{path}.{name}").items()}
 
 
 def _folder_word(value: Any) -> str:

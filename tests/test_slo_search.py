@@ -157,8 +157,11 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
     assert document["points"][:3] == known["points"]
     sent = len(law.loads)
     assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
-    search(tmp_path, law, load=dataclasses.replace(LOAD, slo_ttft_ms=400.0))
-    assert len(law.loads) > sent  # another question
+    with pytest.raises(
+        UserError, match=r"other options \(slo_ttft_ms 300.0 instead of 400.0\).*--out"
+    ):  # another question
+        search(tmp_path, law, load=dataclasses.replace(LOAD, slo_ttft_ms=400.0))
+    assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
 
 
 def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:

@@ -87,15 +87,36 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
         found.extend(sweep.run(made, tmp_path, measure, CONSOLE))
     assert calls == [1, 2, 3, 2, 3, 4]
     assert [varied["concurrency"] for varied, _ in found] == [1, 3, 4]
-    other = sweep.points(dataclasses.replace(OPTIONS, load=LoadConfig(seed=7)), ["concurrency=1"])
-    list(sweep.run(other, tmp_path, measure, CONSOLE))
-    assert calls[-1] == 1
-    before = len(calls)
-    for url, measured in (("http://a", 1), ("http://a", 1), ("http://b", 2)):
-        list(sweep.run(other, tmp_path, measure, CONSOLE, {"url": url}))
-        assert len(calls) == before + measured
     with pytest.raises(UserError, match="every point"):
         list(sweep.run(sweep.points(OPTIONS, ["concurrency=2"]), tmp_path, measure, CONSOLE))
+
+
+def test_points_of_other_options_are_refused_and_kept_before_anything_is_measured(tmp_path):
+    calls: list[int | None] = []
+
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
+        calls.append(options.load.concurrency)
+        results = folder / "bench_results"
+        results.mkdir()
+        (results / "bench_results.json").write_text(f"{len(calls)}")
+        return [results]
+
+    context = {"url": "http://a", "trials": 1}
+    list(sweep.run(sweep.points(OPTIONS, ["concurrency=1"]), tmp_path, measure, CONSOLE, context))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    more = sweep.points(OPTIONS, ["concurrency=2,1"])
+    other = sweep.points(dataclasses.replace(OPTIONS, load=LoadConfig(seed=7)), ["concurrency=2,1"])
+    for points, where, differs in (
+        (other, context, "seed 0 instead of 7"),
+        (more, context | {"trials": 3}, "trials 1 instead of 3"),
+        (more, context | {"url": "http://b"}, "url http://a instead of http://b"),
+        (more, {"trials": 1}, "url http://a instead of None"),
+    ):
+        with pytest.raises(UserError, match=rf"concurrency=1 was measured with other options \({differs}\): .*--out"):
+            list(sweep.run(points, tmp_path, measure, CONSOLE, where))
+    assert calls == [1] and {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == kept
+    list(sweep.run(more, tmp_path, measure, CONSOLE, context))
+    assert calls == [1, 2]
 
 
 def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
@@ -136,7 +157,9 @@ def test_points_with_servers_of_their_own_have_one_nonce_also_when_resumed(tmp_p
     assert nonce not in nonces(tmp_path / "b")
     assert nonces(tmp_path / "c", load=LoadConfig(nonce="x")) == ["x"] * 3
     assert nonces(tmp_path / "c") == []
-    assert nonces(tmp_path / "c", load=LoadConfig(nonce="y")) == ["y"] * 3
+    with pytest.raises(UserError, match="nonce x instead of y"):
+        nonces(tmp_path / "c", load=LoadConfig(nonce="y"))
+    assert nonces(tmp_path / "c") == []
 
 
 def test_points_that_share_a_server_have_a_nonce_each_and_a_new_one_when_measured_again(tmp_path):

@@ -228,7 +228,8 @@ def sweep(
         return list(runs)
 
     nodes = cluster and asdict(cluster)
-    context = {"against": None if url else against, "url": url, "trials": trials, "cluster": nodes}
+    together = against if url is None and fresh_servers else None  # else each deployment of a point is kept apart
+    context = {"against": together, "url": url, "trials": trials, "cluster": nodes}
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
