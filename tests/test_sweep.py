@@ -21,7 +21,7 @@ from pdbench.records import Flag
 from pdbench.report import mpl, sweep_charts, tables
 from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
-from tests.support.servers import ScriptedServer, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 OPTIONS = Options()
 CONSOLE = Console(quiet=True)
@@ -234,6 +234,35 @@ def test_a_whole_sweep_against_a_server(tmp_path):
     assert all(float(row["output_tokens_per_s"]) > 0 and row["j_per_output_token"] == "" for row in rows)
     assert (tmp_path / "sweep_curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "concurrency=2" / "bench_results" / "bench_results.json").exists()
+
+
+def test_ctrl_c_while_a_point_is_drawn_costs_no_measurement(tmp_path, monkeypatch):
+    drawn, draw, failed = [], mpl.picture, []
+
+    def picture(*arguments: object) -> bytes:
+        drawn.append(arguments)
+        if len(drawn) == 1:
+            raise KeyboardInterrupt
+        return draw(*arguments)  # type: ignore[arg-type]
+
+    def answer(peer: Peer) -> object:
+        if peer.method == "POST" and peer.json["stream"] and not failed:
+            failed.append(peer)
+            peer.respond({"error": {"message": "boom"}}, b"500 Oops")
+            return True
+        return stream(tokens(5), pause_s=0.002)(peer)
+
+    monkeypatch.setattr(mpl, "picture", picture)
+    with ScriptedServer(answer) as server:
+        options = ["--model", "m", "--no-power", "--requests", "4", "--warmup", "0", "--canaries", "0"]
+        command = ["sweep", "--url", server.url, *options, "--vary", "concurrency=1,2", "--out", "s"]
+        first = call_pdbench(*command, cwd=tmp_path)
+        assert first.returncode == 130 and "1 points are saved in s" in first.stderr, first
+        second = call_pdbench(*command, cwd=tmp_path)
+        assert sum(peer.method == "POST" for peer in server.requests) == 8
+    # The flag of a point that was measured before is in the exit code, too.
+    assert second.returncode == 1 and "concurrency=1: bench: requests-failed" in second.stderr
+    assert len([*tmp_path.glob("s/*/bench_results/*.png")]) == 2
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "m"]], ids=["unnamed", "named"])

@@ -217,7 +217,8 @@ def sweep(
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
 
     def measure(point: Options, folder: Path, part: str) -> list[Path]:
-        with kept(lambda run, measured: commands.finish({measured: run}, folder, progress)) as runs:
+        # They are drawn once the sweep has noted that they are measured: Ctrl-C during a slow picture costs no measurement.
+        with kept(commands.keep) as runs:
             if url is not None:
                 experiment.bench(url, trials, point, folder, progress, site, runs)
             elif part:
@@ -233,7 +234,8 @@ def sweep(
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
-        rows = commands.present_sweep(sweep.run(points, out, measure, console, context, parts), out, console)
+        measured = sweep.run(points, out, measure, console, context, parts)
+        rows = commands.present_sweep(measured, out, console, progress)
     for varied, analysis in rows:
         commands.exit_on_flags([analysis], sweep.Point(varied, options).name)
 

@@ -35,27 +35,36 @@ def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAna
 
     Summary and flags go into each run's results; its analysis and its picture lie beside them.
     """
+    analyses = {folder: keep(run, folder) for folder, run in runs.items()}
+    present(analyses, out, console)
+    return [*analyses.values()]
+
+
+def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -> None:
+    """Show and draw runs by their folders; compare them in `out`."""
     from pdbench.report import mpl
 
-    analyses, drawn = [], []
-    for folder, run in runs.items():
-        analysis = keep(run, folder)
-        drawn.append(mpl.picture(mpl.performance_analysis, analysis, run.name))
-        write_whole(folder / f"{run.name}_performance_analysis.png", drawn[-1])
-        shown = [*tables.run_summary(analysis), *servers.table({run.name: analysis})]
-        console.print(*map(tables.terminal, shown), *tables.warnings(run.name, analysis), sep="\n")
+    drawn = []
+    for folder, analysis in analyses.items():
+        name = analysis.name
+        drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
+        write_whole(_picture(folder, name), drawn[-1])
+        shown = [*tables.run_summary(analysis), *servers.table({name: analysis})]
+        console.print(*map(tables.terminal, shown), *tables.warnings(name, analysis), sep="\n")
         _say(console, f"results: {folder}/")
-        analyses.append(analysis)
     if len(analyses) > 1:
-        rows = list(map(tables.requests_csv, analyses))
-        named = dict(zip(names_of(analyses, [*runs]), analyses, strict=True))
+        rows = list(map(tables.requests_csv, analyses.values()))
+        named = dict(zip(names_of([*analyses.values()], [*analyses]), analyses.values(), strict=True))
         compared, files = _write_report(named, rows, out / "report", None, drawn)
         for each in compared:
             _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
         _say(console, f"picture: {out / COMPARISON}")
         _say(console, f"report: {out / 'report' / 'report.html'}")
-    return analyses
+
+
+def _picture(folder: Path, name: str) -> Path:
+    return folder / f"{name}_performance_analysis.png"
 
 
 def keep(run: Run, folder: Path) -> RunAnalysis:
@@ -251,15 +260,20 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def present_sweep(
-    measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console
+    measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console, progress: Console
 ) -> list[tables.SweepRow]:
-    """Take (varied options, results folders) as they come; keep table and curves in `out` up to date; show them at the end."""
+    """Take (varied options, results folders) as they come; show and draw each once, keep table and curves in `out` up to date, show
+    these at the end."""
     from pdbench.report import mpl, sweep_charts
 
     rows: list[tables.SweepRow] = []
     try:
         for varied, folders in measured:
-            rows += [(varied, load_analysis(folder)) for folder in folders]
+            analyses = {folder: load_analysis(folder) for folder in folders}
+            rows += [(varied, analysis) for analysis in analyses.values()]
+            for folder, analysis in analyses.items():
+                if not _picture(folder, analysis.name).exists():
+                    present({folder: analysis}, folder.parent, progress)
             write_whole(out / "sweep_summary.csv", tables.sweep_csv(rows).encode())
             write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, sweep_charts.curves(rows), 16, 10))
     finally:
