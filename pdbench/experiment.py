@@ -83,7 +83,10 @@ def run(
     assert design.pairs
     left = max(0, design.pairs * len(kinds) - len(done))
     if not servers.stay:
-        console.print(turns.announce(kinds, design, options, left, on_gpu=on_gpu), highlight=False)
+        waves = {deployment.kind: len(deployment.waves()) for deployment in planned if deployment.commands}
+        console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu), highlight=False)
+        if not on_gpu:
+            console.print("no GPU here: this shows that everything works, not whether disaggregation pays")
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
     if used and options.power.power and options.power.idle_s and not servers.up:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
@@ -92,13 +95,15 @@ def run(
     cooldown = _cooldown(options)
     servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
     references: References = {}
-    begin_s, turns_done = time.monotonic(), 0
+    begin_s, turns_done, starting_s = time.monotonic(), 0, 0.0
     for pair in range(design.most_pairs if enough else design.pairs):
         missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
         if missing and enough and runs and enough():
             break
         for kind in missing:
+            take_s = time.monotonic()
             deployment, fresh = servers.take(kind, serve, design)
+            starting_s += time.monotonic() - take_s
             info = deployment.info()
             result = measured.setdefault(kind, _new_run(info, clock, options))
             result.config["pairs"] = asdict(design)
@@ -134,7 +139,8 @@ def run(
                 _save(result, folders[kind], runs)
             turns_done += 1
         if 0 < turns_done < left:
-            remaining_s = (time.monotonic() - begin_s) / turns_done * (left - turns_done)
+            spent_s = time.monotonic() - begin_s - (starting_s if design.resident else 0.0)  # those start once
+            remaining_s = spent_s / turns_done * (left - turns_done)
             console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
             publisher.put(publisher.TimeLeft(remaining_s))
 

@@ -22,7 +22,7 @@ from pdbench.serving import machine as machines
 from pdbench.serving import plan, sharing, vllm
 from pdbench.serving.deployment import ServerInfo, cannot_write, gpu_roles
 from pdbench.serving.machine import Machine
-from pdbench.serving.models import tiny_model
+from pdbench.serving.models import tiny_model, weights_mib
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.process import Secrets, ServerProcess, ServerState
 from pdbench.serving.vllm import Command, Setup
@@ -86,6 +86,7 @@ class LocalHost:
             share = config.gpu_memory_utilization / sharing.most_on_one_gpu(gpus.values())
             config = dataclasses.replace(config, gpu_memory_utilization=share)
             commands = [self.command(spec, config, gpus[spec.name], setup) for spec in specs]
+            self._check_memory(commands, config)
         if self.address is None or config.host not in _ALL_ADDRESSES:
             return commands
         urls = [command.url.replace(config.host, self.address) for command in commands]
@@ -196,6 +197,15 @@ class LocalHost:
                 lines += whole.splitlines()
         events = parse(lines)
         return [Batch(devices, events)] if devices or events else []
+
+    def _check_memory(self, commands: Sequence[Command], config: ServeConfig) -> None:
+        """Raises UserError for what can be known not to fit on the GPUs."""
+        needed, other_sizes = None, ("--quantization", "-q", "--cpu-offload-gb", "--hf-overrides")
+        words = {word.partition("=")[0].replace("_", "-") for command in commands for word in command.argv}
+        if words.isdisjoint(other_sizes):
+            model = self._model(config)[0]
+            needed = weights_mib(model, halve_float32=config.dtype not in ("float32", "float"))
+        sharing.check_memory(commands, {gpu.index: gpu.memory_total_mib for gpu in self.machine.gpus}, needed)
 
     def _check_vllm(self) -> None:
         if self.machine.vllm is None:

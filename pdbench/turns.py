@@ -180,8 +180,16 @@ def shortened(load: LoadConfig, *, on_gpu: bool) -> LoadConfig:
     return replace(load, requests=REQUESTS_ON_CPU)
 
 
-def announce(kinds: Sequence[DeploymentKind], design: PairConfig, options: Options, left: int, *, on_gpu: bool) -> str:
-    """What will be done, and about how long it takes."""
+def announce(
+    kinds: Sequence[DeploymentKind],
+    design: PairConfig,
+    options: Options,
+    left: int,
+    waves: Mapping[DeploymentKind, int],
+    *,
+    on_gpu: bool,
+) -> str:
+    """What will be done, and about how long it takes; a deployment starts in so many `waves` (1 unless named), one after the other."""
     load, starts = options.load, 1 if design.resident else left
     if design.join_starts:  # A BB AA B
         starts = left - left // len(kinds) + 1
@@ -195,7 +203,8 @@ def announce(kinds: Sequence[DeploymentKind], design: PairConfig, options: Optio
         turn_s = load.requests / (load.rate or (load.concurrency or 1) / (load.output_tokens * token_s))
     if turn_s is None:
         return text
-    seconds = (len(kinds) if design.resident else starts) * START_S[on_gpu] + left * (turn_s + TURN_S)
+    start_s = START_S[on_gpu] * sum(waves.get(kind, 1) for kind in kinds) / len(kinds)
+    seconds = (len(kinds) if design.resident else starts) * start_s + left * (turn_s + TURN_S)
     return f"{text}: about {duration(seconds)}"
 
 

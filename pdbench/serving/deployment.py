@@ -149,12 +149,16 @@ class Deployment:
             self.plan()
             self.check_ports()
             self._claim = claim(Path(self.config.log_dir))
-            for names in sharing.starts(self.commands.values()) if self.sharing() else [list(self.commands)]:
+            for names in self.waves():
                 self._start_servers(names)
         except BaseException:
             self.close()
             raise
         return self
+
+    def waves(self) -> list[list[str]]:
+        """Servers by their start: all at once, or those on one GPU in turn."""
+        return sharing.starts(self.commands.values()) if self.sharing() else [list(self.commands)]
 
     def sharing(self) -> str | None:
         """What a user must know of servers on one GPU; None where there are none (on a cluster, Ray gives each its own)."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
+_WEIGHTS_BYTES, _SHAPE_BYTES = "pdbench_weights_bytes", 31_412_968_448
+"""What dummy weights take, in the config of a model without weights; of DeepSeek-V2-Lite (15,706,484,224 parameters of 16 bits)."""
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -75,6 +77,30 @@ def _write_tiny(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def weights_mib(model: str, *, halve_float32: bool) -> float | None:
+    """What the weights of a folder, or of a hub's model in the cache, take on a GPU; None where they are not here.
+
+    vLLM loads 32-bit weights as 16-bit ones unless a --dtype keeps them (`halve_float32`).
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+        snapshots = (cache / f"models--{model.replace('/', '--')}" / "snapshots").glob("*")
+        folder = max(snapshots, key=lambda each: each.stat().st_mtime, default=folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        size = config.get(_WEIGHTS_BYTES)
+        if index.exists():
+            size = json.loads(index.read_text())["metadata"]["total_size"]
+        elif whole.exists():
+            size = whole.stat().st_size
+        is_float32 = "float32" in (config.get("torch_dtype"), config.get("dtype"))
+        return None if size is None else float(size) / 2**20 / (2 if is_float32 and halve_float32 else 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def shape_model(folder: Path) -> Path:
     """Write DeepSeek-V2-Lite without its weights into `folder` (a few MB), for `--load-format dummy`; returns it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -82,7 +108,8 @@ def shape_model(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # The published config.json without the entries that name remote code; its special tokens are the last two written here.
     shutil.copy(Path(__file__).with_name("deepseek-v2-lite.json"), folder / "config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text()) | {_WEIGHTS_BYTES: _SHAPE_BYTES}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     special = ["<|begin_of_sentence|>", "<|end_of_sentence|>"]
     # Every byte, every pair of printable ASCII, triples of them: nearly every token is text, as in a trained vocabulary.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

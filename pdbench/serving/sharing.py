@@ -1,9 +1,11 @@
 """Several servers on one GPU: how its memory is divided, in which order they start, what is said of it. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 
 from pdbench.config import Connector
+from pdbench.errors import UserError
 from pdbench.serving import vllm
 from pdbench.serving.vllm import Command
 
@@ -25,6 +27,29 @@ def starts(commands: Iterable[Command]) -> list[list[str]]:
         free |= dict.fromkeys(command.gpus, wave + 1)
         waves.setdefault(wave, []).append(command.name)
     return list(waves.values())
+
+
+def check_memory(commands: Sequence[Command], total_mib: Mapping[int, float | None], weights_mib: float | None) -> None:
+    """Raises UserError where vLLM would find out after a minute or more that a server's share of its GPU does not hold its part of
+    the weights, or that a GPU is given away more than once. `total_mib`: each GPU's memory."""
+    shares = Counter[int]()
+    for command in commands:
+        share = float(vllm.last_value(command, "--gpu-memory-utilization") or 0.0)
+        shares.update(dict.fromkeys(command.gpus, share))
+        room_mib = share * min((total_mib.get(gpu) or inf for gpu in command.gpus), default=inf)
+        needed_mib = (weights_mib or 0.0) / max(1, len(command.gpus))
+        if needed_mib >= room_mib:
+            of = "the model's weights" if len(command.gpus) == 1 else "its part of the model's weights"
+            raise UserError(
+                f"{command.name} gets {share:.2g} of the memory of GPU {', '.join(map(str, command.gpus))}, {room_mib:,.0f} MiB, and {of} take "
+                f"{needed_mib:,.0f} MiB: let fewer servers share it (no --resident, other GPUs for each role), raise "
+                "--gpu-memory-utilization or --tensor-parallel, or take a smaller model"
+            )
+    for gpu, share in shares.items():
+        if share > 1.001:
+            raise UserError(
+                f"the servers on GPU {gpu} are given {share:.2g} of its memory together: lower --gpu-memory-utilization in their arguments"
+            )
 
 
 def words(commands: Iterable[Command], connector: Connector | None) -> str | None:

@@ -1,12 +1,22 @@
 """A pretended host with one GPU (NVML replaced) and scripted servers: every deployment runs on it, and its energy is counted once."""
 
+import dataclasses
+import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pdbench import turns
+from pdbench import nvml, turns
 from pdbench.analysis.run_analysis import analyze
+from pdbench.config import DeploymentKind, Options, PairConfig, ServeConfig
+from pdbench.errors import UserError
 from pdbench.records import load_run
+from pdbench.serving import machine
+from pdbench.serving.machine import Machine
+from pdbench.serving.models import shape_model, weights_mib
+from pdbench.site import Site
 from tests.conftest import serve_config
 from tests.support.fake_nvml import child
 
@@ -79,3 +89,82 @@ def test_deployments_on_one_gpu(tmp_path: Path, nvml_library: Path, resident: bo
         assert all(detail in printed for detail in shared)
         if kind == "disaggregated":
             assert "KV goes through host memory (tcp)" in shared[0] and "share their GPUs" in (energy.not_split or "")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This environment's vLLM is for GPUs."""
+    monkeypatch.setattr(machine, "installed_version", lambda name: None)
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(shape_model(tmp_path_factory.mktemp("model") / "deepseek-v2-lite"))
+
+
+@pytest.mark.parametrize(
+    ("gib", "kind", "resident", "options", "refused"),
+    [
+        (80, "single", False, {}, None),
+        (80, "disaggregated", False, {}, None),
+        (80, "single", True, {}, "single-0 gets 0.27 of the memory of GPU 0, 21,845 MiB, and the model's weights take 29,958 MiB: .*--resident"),
+        (141, "single", True, {}, None),
+        (24, "single", False, {"tensor_parallel": 2}, None),
+        (16, "single", False, {"tensor_parallel": 2}, "GPU 0, 1, 13,107 MiB, and its part of the model's weights take 14,979"),
+        (24, "single", False, {}, "single-0 gets 0.8 "),
+        (24, "single", False, {"vllm_args": "--quantization fp8"}, None),
+        (24, "single", False, {"dtype": "float32"}, "single-0 gets"),
+        (80, "single", False, {"vllm_args": "--gpu_memory_utilization=.3"}, "single-0 gets 0.3 "),
+        (80, "replicas", False, {"prefill_gpus": (0,), "decode_gpus": (0,)}, None),
+        (70, "disaggregated", False, {"prefill_gpus": (0,), "decode_gpus": (0,)}, "prefill-0 gets 0.4 of the memory of GPU 0, 28,672 MiB"),
+        (
+            141,
+            "disaggregated",
+            False,
+            {"prefill_gpus": (0,), "decode_gpus": (0,), "decode_args": "--gpu-memory-utilization 0.7"},
+            "the servers on GPU 0 are given 1.1 of its memory together",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("cuda")
+def test_weights_that_do_not_fit_are_refused_before_a_start(
+    shape: str, gib: int, kind: DeploymentKind, resident: bool, options: dict[str, Any], refused: str | None
+) -> None:
+    gpus = tuple(nvml.Gpu(index, "H100", "580", 1024.0 * gib, 0.0) for index in (0, 1))
+    config = ServeConfig(model=shape, load_format="dummy", **options)
+    if resident:
+        config = turns.side_by_side(("single", "replicas", "disaggregated"), config)[kind]
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        Site(Machine("0.33.0", gpus)).deployment(kind, config)
+
+
+def test_weights_of_a_folder_are_those_that_its_index_names_and_16_bit_ones(tmp_path: Path) -> None:
+    model, config = tmp_path / "model", {"torch_dtype": "float32"}
+    model.mkdir()
+    assert (
+        weights_mib(str(model), halve_float32=True) is None and weights_mib("org/unknown", halve_float32=True) is None
+    )
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(bytes(2**20))
+    assert [weights_mib(str(model), halve_float32=halve) for halve in (True, False)] == [0.5, 1.0]
+    (model / "consolidated.safetensors").write_bytes(bytes(2**20))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 4 * 2**20}}))
+    assert weights_mib(str(model), halve_float32=False) == 4.0
+    (model / "model.safetensors.index.json").write_text("[]")
+    assert weights_mib(str(model), halve_float32=False) is None
+
+
+@pytest.mark.usefixtures("cuda")
+def test_servers_that_share_a_gpu_start_in_turn_and_the_estimate_says_so() -> None:
+    gpus = (nvml.Gpu(0, "H100", "580", None, None),)
+    config = ServeConfig(prefill_gpus=(0,), decode_gpus=(0,))
+    deployment = Site(Machine("0.33.0", gpus)).deployment("disaggregated", config)
+    assert deployment.waves() == [["prefill-0"], ["decode-0", "proxy"]]
+    load = dataclasses.replace(Options().load, duration_s=52.0)
+    design, options = PairConfig(pairs=3, resident=False), dataclasses.replace(Options(), load=load)
+    words = turns.announce(
+        ("single", "disaggregated"), design, options, 6, {"single": 1, "disaggregated": 2}, on_gpu=True
+    )
+    assert words.endswith(": about 21 min")  # 6 starts of 100 and 200 s, 6 turns of 60 s
+    alone = turns.announce(("single", "disaggregated"), design, options, 6, {}, on_gpu=True)
+    assert alone.endswith(": about 16 min")
