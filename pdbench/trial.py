@@ -101,7 +101,8 @@ def measure(
     line = f"  load: {plan.describe(options.load)}"
     if streams and taken and streams > taken:
         line += f"; the servers work on {taken} at once (--max-num-seqs), the others wait in their queue"
-    console.print(line, markup=False, highlight=False)
+    if not run.requests:  # all turns of a run have the same
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     measurement = site.measurement(info, options.power, run.clock)
     gpus, canaries = info.local_gpus(), Canaries(info, references)
     locks: list[clocks.ClockLock] = []
@@ -176,7 +177,7 @@ def _run_trial(
     watch = Watch(servers.death)
     publisher.put(publisher.Turn(run.name, trial, asdict(options.load)))
     publisher.stage("{0}: trial {1}", run.name, trial + 1)
-    with terminal.progress(f"trial {trial + 1}", console, devices) as on_progress:
+    with terminal.progress(f"{run.name}, trial {trial + 1}", console, devices) as on_progress:
         config = replace(options.load, tokenizer=options.load.tokenizer or info.model_path)
         load = canaries.choose(TrialLoad(config, info.url, info.model_name, run.clock, trial))
         load_s = inf
@@ -253,7 +254,7 @@ def _run_trial(
     publisher.stage("{0}: trial {1} is measured", run.name, trial + 1)
     if failed:
         publisher.stage(failed, is_problem=True)
-    line = f"  trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
+    line = f"  {run.name}, trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
     console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
     if checked:
         style = "bold red" if "WRONG" in checked else "default"

@@ -104,7 +104,7 @@ def test_death_ends_the_trial_and_its_cause_is_shown_first(
     first = error.splitlines()[0]
     assert first.startswith(f"{server} died ") and words in first
     assert f"whole log: {config.log_dir}/{server}.log" in error
-    assert printed.splitlines()[-2] == first and "  trial 1: " in printed.splitlines()[-1], printed
+    assert printed.splitlines()[-2] == first and ", trial 1: " in printed.splitlines()[-1], printed
     assert run is not None
     (flag,) = [flag for flag in run.flags if flag.name == "server-died"]
     assert flag.detail == f"trial 1: {first}; the figures are of what was measured until then"

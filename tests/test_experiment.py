@@ -173,7 +173,7 @@ def test_load_into_a_file_reports_its_progress(
             return super().run_load(load, on_progress, on_begin, problem)
 
     printed = run_pairs(tmp_path, SlowSite(measured), {}, ONE)
-    assert "  trial 1: warm-up, 0 s\n" in printed and "  trial 1: 7 of 30 requests, 0 s\n" in printed
+    assert "  single, trial 1: warm-up, 0 s\n" in printed and "  single, trial 1: 7 of 30 requests, 0 s\n" in printed
 
 
 def test_trial_that_sends_nothing_is_an_error(tmp_path: Path, gates: list[Gate]) -> None:

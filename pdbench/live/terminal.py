@@ -47,7 +47,7 @@ def progress(title: str, console: Console, devices: Callable[[], Sequence[Device
                 spinner.update(text=line())
                 live.update(Group(spinner, live_table(devices())) if devices() else spinner)
             else:
-                console.print(f"  {line()}, {time.monotonic() - begin_s:.0f} s", highlight=False)
+                console.print(f"  {line()}, {time.monotonic() - begin_s:.0f} s", highlight=False, soft_wrap=True)
 
     spinner = Spinner("dots", text=f"{title}: warm-up")
     live = Live(spinner, console=console, refresh_per_second=2, transient=True)
@@ -72,4 +72,4 @@ def _figures(seen: Sequence[tuple[float, Progress]], requests: list[RequestRecor
     latencies = timings_of_requests(requests, {}).latencies if requests else {}
     for name, words in (("ttft", "TTFT"), ("mean_tbt", "mean TBT"), ("e2e", "E2E")):
         if name in latencies and (known := spread(latencies[name].rising)):
-            yield f", {words} p50 {known.p50:.3g} ms"
+            yield f", {words} p50 {known.p50:{',.0f' if known.p50 >= 100 else '.3g'}} ms"

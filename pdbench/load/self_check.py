@@ -38,6 +38,8 @@ REMEDY = (
     "send fewer streams (--concurrency, --rate), raise --client-processes where cores are free, "
     "or run `pdbench bench --url` on another host"
 )
+REMEDY_OF_ONE = "end what else uses this host's cores, or run `pdbench bench --url` on another host"
+"""For a single stream, of which there cannot be fewer."""
 
 
 def quantiles_ms(delays_s: Sequence[float] | numpy.ndarray) -> dict[str, float] | None:
@@ -109,7 +111,8 @@ def flags(client: dict[str, Any]) -> list[Flag]:
     too_slow = asked and achieved and achieved < RATE_SHARE * asked
     if too_slow and not client["streams"]:
         reasons.append(f"{achieved:.2f} of {asked:.2f} requests/s were sent (limit {RATE_SHARE:.0%})")
-    result = [Flag("client-limited", f"{'; '.join(reasons)}: {REMEDY}")] if reasons else []
+    remedy = REMEDY_OF_ONE if client["streams"] == 1 else REMEDY
+    result = [Flag("client-limited", f"{'; '.join(reasons)}: {remedy}")] if reasons else []
     if chunks := client["counted_by"].get("chunks", 0) + client["counted_by"].get("mixed", 0):
         detail = (
             f"{chunks} responses without token ids: instants are those of chunks. Tokens, throughput, J per token and mean "

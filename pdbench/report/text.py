@@ -277,11 +277,12 @@ def flag_names(analysis: RunAnalysis) -> list[str]:
 
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
-    """(flag, its details) wherever a run's figures are."""
-    details: dict[str, list[str]] = {}
+    """(flag, its details) wherever a run's figures are; a remedy that several trials share is said once."""
+    details: dict[str, dict[str, list[str]]] = {}
     for flag in analysis.flags:
-        details.setdefault(flag.name, []).append(_(flag.detail))
-    return [(name, "; ".join(texts)) for name, texts in details.items()]
+        what, colon, remedy = _(flag.detail).rpartition(": ")
+        details.setdefault(flag.name, {}).setdefault(colon + remedy, []).append(what)
+    return [(name, "; ".join("; ".join(of) + end for end, of in ends.items())) for name, ends in details.items()]
 
 
 def power_caps(analysis: RunAnalysis) -> list[str]:
