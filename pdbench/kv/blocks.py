@@ -5,7 +5,7 @@ A packed buffer holds, layer after layer, the given blocks in order, so that any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -23,7 +23,9 @@ _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1)
 class BlockPacker:
     """Views of a worker's KV cache as `parts`, each of shape [blocks, ...] in words; K and V may be parts of their own.
 
-    A block of part i has `heads` runs of `head_words[i]` words in turn, one per KV head; `heads` is 0 where they cannot be told apart.
+    A block of part i has `heads` runs of `head_words[i]` words in turn, one per KV head; `heads` is 0 where they cannot be told apart, and
+    `head_words[i]` where only those of a draft model cannot. The first `target_parts` are the model's own, which `layout` describes;
+    `drafts` describes the rest, a draft model's ("" without one).
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -31,6 +33,8 @@ class BlockPacker:
     layout: str
     heads: int = 0
     head_words: tuple[int, ...] = ()
+    target_parts: int = 0
+    drafts: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -48,13 +52,15 @@ class BlockPacker:
 
     def share(self, share: Share, first_head: int) -> BlockPacker:
         """The packer of a share of the heads and layers; `first_head` is the first of the model's heads in this cache."""
-        first, last = (len(self.parts) * part // share.parts for part in (share.part, share.part + 1))
+        count = len(self.parts) if share.drafts else self.target_parts
+        first, last = (count * part // share.parts for part in (share.part, share.part + 1))
         parts = self.parts[first:last]
         if 0 < len(share.heads) < self.heads:
             start = share.heads.start - first_head
-            runs = zip(parts, self.head_words[first:last], strict=True)
-            views = (part.view(part.shape[0], -1, self.heads, words) for part, words in runs)
-            parts = tuple(view.narrow(2, start, len(share.heads)) for view in views)
+            parts = tuple(
+                part.view(part.shape[0], -1, self.heads, words).narrow(2, start, len(share.heads)) if words else part
+                for part, words in zip(parts, self.head_words[first:last], strict=True)
+            )
         elif len(parts) == len(self.parts):
             return self
         return BlockPacker(parts, sum(part[0].numel() * part.element_size() for part in parts), self.layout)
@@ -96,46 +102,64 @@ def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tenso
         start += size
 
 
-def make_packer(kv_caches: dict[str, torch.Tensor], blocks: int, heads: int = 0) -> BlockPacker:
+def make_packer(
+    kv_caches: dict[str, torch.Tensor], blocks: int, heads: int = 0, drafts: Collection[str] = ()
+) -> BlockPacker:
     """The packer of a worker's layers; `blocks` is how many KV blocks vLLM allocated, `heads` how many KV heads are in each (0: unknown).
 
-    Raises UnsupportedError for odd layouts.
+    `drafts` are a draft model's layers. Raises UnsupportedError for odd layouts.
     """
-    layers: dict[int, torch.Tensor] = {}  # by address: layers may share one cache
+    seen: set[int] = set()  # addresses: layers may share one cache
     parts: list[torch.Tensor] = []
     head_bytes: list[int] = []
-    for name, cache in kv_caches.items():
+    firsts: list[torch.Tensor] = []
+    target_parts = 0
+    for name in sorted(kv_caches, key=lambda name: name in drafts):
+        cache = kv_caches[name]
         if not isinstance(cache, torch.Tensor):
             raise UnsupportedError(f"layer {name} has a KV cache that is no single tensor: this model is not supported")
-        if cache.data_ptr() not in layers:
-            layers[cache.data_ptr()] = cache
-            layer_parts = _layer_parts(name, cache, blocks)
-            parts += layer_parts
-            head_bytes += len(layer_parts) * [_head_bytes(cache, heads)]
-    if not parts:
+        if cache.data_ptr() in seen:
+            continue
+        seen.add(cache.data_ptr())
+        layer_parts = _layer_parts(name, cache, blocks)
+        if not parts or (name in drafts and len(parts) == target_parts):
+            firsts.append(cache)
+        parts += layer_parts
+        head_bytes += len(layer_parts) * [_head_bytes(cache, heads)]
+        target_parts = target_parts if name in drafts else len(parts)
+    if not target_parts:
         raise UnsupportedError("this model has no KV cache to move")
-    heads = heads if all(head_bytes) else 0
+    heads = heads if all(head_bytes[:target_parts]) else 0
     sizes = [part.shape[1] * part.element_size() for part in parts]
-    runs = head_bytes if heads else sizes
+    runs = [run if heads and run else size for run, size in zip(head_bytes, sizes, strict=True)]
     word, width = next((word, width) for word, width in _WORDS if all(size % width == 0 for size in runs))
     if all(part.data_ptr() % width == 0 for part in parts):
         parts = [part.view(word) for part in parts]
     else:
         width = 1
-    # Equal on both sides, or they do not talk to each other: the shape behind the number of blocks, and the order in memory.
-    first = next(iter(kv_caches.values()))
+    split = heads if all(head_bytes[target_parts:]) else 0
+    return BlockPacker(
+        parts=tuple(parts),
+        block_bytes=sum(sizes),
+        layout=_layout(firsts[0], sizes[:target_parts], heads),
+        heads=heads,
+        head_words=tuple(run // width if run else 0 for run in head_bytes) if heads else (),
+        target_parts=target_parts,
+        drafts=_layout(firsts[1], sizes[target_parts:], split) if len(firsts) > 1 else "",
+    )
+
+
+def _layout(first: torch.Tensor, sizes: Sequence[int], heads: int) -> str:
+    """What must be equal on both sides of layers whose first cache is `first`: the shape behind the number of blocks, the order in memory."""
     shape: list[int | str] = list(first.shape[1:])[-3:]
     per_block = "per block"
     if heads:  # how many a rank has depends on tensor parallelism
-        sizes_text, per_block = sorted({size // heads for size in sizes}), "per block and head"
+        sizes, per_block = [size // heads for size in sizes], "per block and head"
         shape[_head_axis(first, heads) - first.dim()] = "heads"
-    else:
-        sizes_text = sorted(set(sizes))
-    layout = (
-        f"{len(parts)} parts of {sizes_text} bytes {per_block}, {first.dtype}, "
+    return (
+        f"{len(sizes)} parts of {sorted(set(sizes))} bytes {per_block}, {first.dtype}, "
         f"shape ({', '.join(map(str, shape))}), memory order {_memory_order(first)}"
     )
-    return BlockPacker(tuple(parts), sum(sizes), layout, heads, tuple(size // width for size in runs) if heads else ())
 
 
 def _head_axis(cache: torch.Tensor, heads: int) -> int:

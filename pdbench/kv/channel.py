@@ -30,7 +30,7 @@ from pdbench.kv.ranks import Identity, Share, matching_shares
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-PROTOCOL = "pdbench-kv/3"
+PROTOCOL = "pdbench-kv/4"
 MESSAGE_LIMIT_BYTES = 1 << 20
 HANDSHAKE_LIMIT_BYTES = 1 << 16
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -294,7 +294,7 @@ def connect(address: tuple[str, int], rank: int, context: WorkerContext) -> tupl
         waited_s = time.monotonic() - begun_s
         raise ChannelClosedError(f"prefill {host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
     channel = Channel(connection, timeout_s)
-    found = offer_handshake(channel, context.secret, context.identity, len(context.packer.parts), rank)
+    found = offer_handshake(channel, context.secret, context.identity, context.packer.target_parts, rank)
     channel.set_timeout(timeout_s)
     return channel, found
 
@@ -350,7 +350,8 @@ class Listener:
             deadline.start()
             try:
                 context = self._context
-                decode, found = accept_handshake(channel, context.secret, context.identity, len(context.packer.parts))
+                parts = context.packer.target_parts
+                decode, found = accept_handshake(channel, context.secret, context.identity, parts)
             finally:
                 deadline.cancel()
             channel.set_timeout(self._context.timeout_s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -109,9 +110,23 @@ def new_blocks_are_idle(vllm_config: VllmConfig) -> bool:
     return hasattr(scheduler, "_request_blocks_can_be_freed") and vllm_config.speculative_config is None
 
 
+def draft_layers(vllm_config: VllmConfig, names: Iterable[str]) -> set[str]:
+    """Which attention layers are a draft model's (speculative decoding): vLLM numbers those of MTP modules and EAGLE heads on behind the
+    model's own, and has the others under `mtp` and `draft_model`."""
+    if vllm_config.speculative_config is None:
+        return set()
+    own = int(vllm_config.model_config.get_total_num_hidden_layers())
+    return {
+        name
+        for name in names
+        if not {"draft_model", "mtp"}.isdisjoint(name.split("."))
+        or any(int(number) >= own for number in re.findall(r"layers\.(\d+)", name))
+    }
+
+
 def kv_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """How many KV heads the whole model has in each layer: 1 for MLA, 0 unless all layers have as many as vLLM says of the model."""
-    specs = _layer_specs(kv_cache_config)
+    specs = _layer_specs(kv_cache_config, vllm_config)
     if all(type(spec).__name__ == "MLAAttentionSpec" for spec in specs):
         return 1
     heads, ranks = (
@@ -122,11 +137,13 @@ def kv_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     return heads if evenly and all(spec.num_kv_heads == max(1, heads // ranks) for spec in specs) else 0
 
 
-def _layer_specs(kv_cache_config: KVCacheConfig) -> list[Any]:
-    """What each layer keeps; or once what all of them do."""
+def _layer_specs(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig | None = None) -> list[Any]:
+    """What each layer keeps, those of a draft model left out if `vllm_config` is given; or once what all of them do."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
-    return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
+    specs = getattr(spec, "kv_cache_specs", {})
+    drafts = draft_layers(vllm_config, specs) if vllm_config is not None else set()
+    return [spec for name, spec in specs.items() if name not in drafts] or [spec]
 
 
 def cache_hit_source() -> Any:

@@ -83,8 +83,8 @@ class PdKvConnector(KVConnectorBase_V1):
         heads = compat.kv_heads(self._vllm_config, self._kv_cache_config)
         identity = Identity(self._options.transport, self._ranks, rank, self._block_size, "", model, heads)
         blocks, produces = int(self._kv_cache_config.num_blocks), bool(self._kv_transfer_config.is_kv_producer)
-        idle = compat.new_blocks_are_idle(self._vllm_config)
-        self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces, idle)
+        idle, drafts = compat.new_blocks_are_idle(self._vllm_config), compat.draft_layers(self._vllm_config, kv_caches)
+        self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces, idle, drafts)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Before the forward pass, in every step."""
@@ -101,7 +101,8 @@ class PdKvConnector(KVConnectorBase_V1):
         """Nothing: all layers travel together after the forward pass."""
 
     def wait_for_save(self) -> None:
-        """Nothing: blocks are kept until they are sent."""
+        """Blocks are kept until they are sent. vLLM calls it after get_transfer_results only where a draft model has run in between."""
+        self._working.after_drafting()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose transfers ended; after the forward pass of every step, and in steps without one.

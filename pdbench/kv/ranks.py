@@ -4,16 +4,17 @@ vLLM gives each rank an equal share of the KV heads, in order; with more ranks t
 cache is one head in this sense: every rank has a copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What a worker is; all but `rank` and `tensor_parallel` must be equal on both sides.
+    """What a worker is; all but `rank`, `tensor_parallel` and `drafts` must be equal on both sides.
 
     `layout` describes every layer's block, `model` its configuration; `kv_heads` are the whole model's (MLA: 1), 0 where ranks do not
-    share them out evenly: then tensor parallelism must be equal, too.
+    share them out evenly: then tensor parallelism must be equal, too. `drafts` describes the layers of a draft model: these travel
+    only where both sides have the same.
     """
 
     transport: str
@@ -23,18 +24,20 @@ class Identity(msgspec.Struct, frozen=True):
     layout: str
     model: str
     kv_heads: int
+    drafts: str = ""
 
 
 @dataclass(frozen=True)
 class Share:
     """What prefill's rank `rank` sends to decode's rank `reader`: `heads` of the model (none named: all that it has), in the `part`-th of
-    `parts` shares of the layers."""
+    `parts` shares of the layers, those of a draft model only with `drafts`."""
 
     rank: int
     reader: int
     heads: range
     part: int
     parts: int
+    drafts: bool = True
 
 
 def held(heads: int, ranks: int, rank: int) -> range:
@@ -70,13 +73,15 @@ def matching_shares(prefill: Identity, decode: Identity, parts: int) -> list[Sha
     """What these two instances' ranks, with caches of `parts` parts, send to each other. Raises ValueError where that is not exact."""
     for name in Identity.__struct_fields__:
         ours, theirs = getattr(prefill, name), getattr(decode, name)
-        if ours != theirs and name not in ("rank", "tensor_parallel"):
+        if ours != theirs and name not in ("rank", "tensor_parallel", "drafts"):
             raise ValueError(
                 f"{name} is {theirs} on the decode side and {ours} on the prefill side; they must be equal"
             )
+    drafts = prefill.drafts == decode.drafts
     widths = (prefill.tensor_parallel, decode.tensor_parallel)
     if widths[0] == widths[1]:
-        return [Share(rank, rank, range(0), 0, 1) for rank in range(widths[0])]  # whole caches, whatever they hold
+        # Whole caches, whatever they hold.
+        return [Share(rank, rank, range(0), 0, 1, drafts) for rank in range(widths[0])]
     text = f"tensor_parallel is {widths[1]} on the decode side and {widths[0]} on the prefill side"
     if not prefill.kv_heads:
         raise ValueError(f"{text}; they must be equal for this model, whose KV heads differ from layer to layer")
@@ -86,4 +91,4 @@ def matching_shares(prefill: Identity, decode: Identity, parts: int) -> list[Sha
         raise ValueError(f"{text}: {error}") from None
     if found[0].parts > parts:
         raise ValueError(f"{text}: {found[0].parts} copies cannot share {parts} layers")
-    return found
+    return [replace(share, drafts=drafts) for share in found]

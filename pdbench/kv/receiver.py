@@ -300,6 +300,12 @@ class Receiver:
                 channel, shares = connect(peer.address, peer.share.rank, self._context)
                 if peer.share not in shares:
                     raise channel.failed("prefill's tensor parallelism is not what it was")
+            if not peer.share.drafts and self._context.identity.drafts:
+                logger.warning(
+                    "prefill worker %s does not run this instance's draft model, whose KV cache of prompts stays empty: fewer drafts are "
+                    "accepted; give both the same --speculative-config",
+                    channel.peer,
+                )
             link = open_link(self._context, channel, peer.share, sends=False)
             self._send_unsent(peer, link)
             logger.info("prefill worker %s is connected", channel.peer)

@@ -8,7 +8,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -20,7 +21,7 @@ from pdbench.kv.compat import Options, UnsupportedError, shared_secret
 from pdbench.kv.metrics import TransferRecorder
 from pdbench.kv.ranks import held
 from pdbench.kv.receiver import Receiver
-from pdbench.kv.scheduler import StepPlan
+from pdbench.kv.scheduler import PrefillProgress, StepPlan
 from pdbench.kv.sender import Sender
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class KvWorker:
     """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces`.
 
     `identity` is complete but for the cache's layout; rank i listens on the instance's kv_port + i. `new_blocks_idle`: no forward pass
-    uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). Raises UnsupportedError, OSError.
+    uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). `drafts`: the layers of a draft model. Raises UnsupportedError,
+    OSError.
     """
 
     def __init__(
@@ -89,13 +91,15 @@ class KvWorker:
         blocks: int,
         produces: bool,
         new_blocks_idle: bool = False,
+        drafts: Collection[str] = (),
     ) -> None:
         heads = identity.kv_heads and len(held(identity.kv_heads, identity.tensor_parallel, identity.rank))
-        packer = make_packer(kv_caches, blocks, heads)
+        packer = make_packer(kv_caches, blocks, heads, drafts)
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
         self._new_blocks_idle, self._passes_before = new_blocks_idle, None
+        self._drafting: list[PrefillProgress] | None = [] if packer.drafts else None
         if options.transport == "nccl" and not self._on_gpu:
             raise UnsupportedError(
                 f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp"
@@ -106,7 +110,7 @@ class KvWorker:
         self.recorder = TransferRecorder(options.event_log, identity.rank)
         context = WorkerContext(
             secret=shared_secret(),
-            identity=msgspec.structs.replace(identity, layout=packer.layout),
+            identity=msgspec.structs.replace(identity, layout=packer.layout, drafts=packer.drafts),
             packer=packer,
             staging_bytes=max(options.staging_mib << 20, packer.block_bytes),
             timeout_s=options.transfer_timeout_s,
@@ -124,6 +128,7 @@ class KvWorker:
 
     def before_forward(self, plan: StepPlan) -> None:
         """Before the step's forward pass, which may overwrite the blocks of preempted requests."""
+        self.after_drafting()
         if self._sender is not None and plan.preempted:
             self._sender.preempted(plan.preempted)
         # Marked here: `load` may come after the step's own launch, and that forward pass does not use blocks that are to be filled.
@@ -140,12 +145,22 @@ class KvWorker:
         Returns what ended since the last step; a step without a forward pass waits a moment for something to end.
         """
         if self._sender is not None:
+            if self._drafting is not None:
+                # vLLM may call this before it launches the draft model, which has yet to write its layers.
+                self._drafting += plan.prefilled
+                plan = replace(plan, prefilled=[])
             self._sender.step(plan, self._mark() if plan.prefilled else None)
         with self._changed:
             reports = self._take_reports()
             if plan.idle and not (reports.sent or reports.received) and self._changed.wait(IDLE_WAIT_S):
                 reports = self._take_reports()
         return reports
+
+    def after_drafting(self) -> None:
+        """The draft model's pass of the last step is launched: what that step computed may travel once it is over."""
+        if self._sender is not None and self._drafting:
+            self._sender.step(StepPlan(prefilled=self._drafting), self._mark())
+            self._drafting = []
 
     def take_received(self) -> set[str]:
         """Requests whose KV came since the last report; failures wait for `after_forward`."""

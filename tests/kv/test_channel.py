@@ -100,6 +100,16 @@ def test_widths_that_cannot_be_exact_are_refused_in_one_line(prefill, decode, re
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("widths", [(1, 1), (1, 2)])
+@pytest.mark.parametrize(("theirs", "travel"), [("1 parts", True), ("2 parts", False), ("", False)])
+def test_draft_models_layers_travel_where_both_have_the_same(widths, theirs, travel):
+    prefill, decode = (
+        msgspec.structs.replace(IDENTITY, rank=0, tensor_parallel=width, drafts=drafts)
+        for width, drafts in zip(widths, ("1 parts", theirs), strict=True)
+    )
+    assert {share.drafts for share in matching_shares(prefill, decode, 2)} == {travel}
+
+
 def test_equal_widths_need_no_heads():
     identity = msgspec.structs.replace(IDENTITY, tensor_parallel=3, kv_heads=0)
     assert [(share.rank, share.reader) for share in matching_shares(identity, identity, 1)] == [(0, 0), (1, 1), (2, 2)]

@@ -61,6 +61,18 @@ def test_unsupported_deployment_is_refused_by_name(specs, more, message):
         compat.check_deployment(*deployment_of(specs, **more))
 
 
+@pytest.mark.parametrize(
+    "draft", ["model.layers.4.self_attn.attn", "model.layers.4.mtp_block.self_attn.attn", "mtp.layers.0.self_attn.attn",
+              "draft_model.model.layers.0.self_attn.attn"],
+)  # fmt: skip
+def test_draft_models_layers_are_recognised(draft):
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: 4)
+    drafting = SimpleNamespace(speculative_config=object(), model_config=model)
+    assert compat.draft_layers(drafting, [*names, draft]) == {draft}
+    assert not compat.draft_layers(SimpleNamespace(speculative_config=None), [*names, draft])
+
+
 def test_range_is_readable_without_vllm():
     """pdbench.serving chooses a connector by it, on hosts that may have no vLLM."""
     code = "import sys, pdbench.kv.compat; assert not {'vllm', 'torch'} & sys.modules.keys()"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,43 @@ def test_blocks_arrive_in_either_order(kv_pair, order, tokens):
         p.end(transfer)
     settled(p, d, transfer)
     assert torch.equal(p.blocks(here), d.blocks(there))
+
+
+DRAFT, TARGET = "layer.0", ("layer.1", "layer.2")
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["wait_for_save", "next step"])
+def test_draft_models_layers_travel_when_it_has_run(kv_secret, told):
+    with instances(*(partial(Instance, role, free_port(), drafts=(DRAFT,)) for role in ("prefill", "decode"))) as pair:
+        p, d = pair
+        transfer, blocks = new_transfer(8), [3, 4]
+        fetch(d, transfer, blocks, p.port)
+        p.step(expected=[transfer])
+        p.compute(transfer, blocks, 8, replace=True)
+        time.sleep(0.2)  # enough for a transfer that does not wait
+        p.cache[DRAFT][blocks] = 7.0  # the draft model's pass is launched only now
+        if told:
+            p.worker.after_drafting()
+        p.end(transfer)
+        settled(p, d, transfer)
+        assert torch.equal(p.blocks(blocks), d.blocks(blocks))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_side_without_the_draft_model_exchanges_the_others(kv_secret, role):
+    makers = []
+    for name in ("prefill", "decode"):
+        layers = {"drafts": (DRAFT,)} if name == role else {"layers": TARGET}
+        makers.append(partial(Instance, name, free_port(), **layers))
+    with instances(*makers) as (p, d):
+        before = {name: cache.clone() for name, cache in d.cache.items()}
+        transfer, here, there = new_transfer(11), [3, 4, 5], [7, 9, 8]
+        fetch(d, transfer, there, p.port)
+        prefill(p, transfer, here)
+        settled(p, d, transfer)
+        for name in TARGET:
+            assert torch.equal(p.cache[name][here], d.cache[name][there])
+        assert role == "prefill" or torch.equal(d.cache[DRAFT], before[DRAFT])
 
 
 def test_only_missing_blocks_travel(kv_pair, tmp_path):

@@ -46,13 +46,15 @@ class Instance:
     transport: str = "tcp"
     device: str = "cpu"
     host: str = "127.0.0.1"
+    layers: tuple = tuple(f"layer.{i}" for i in range(LAYERS))
+    drafts: tuple = ()
     cache: dict = field(init=False)
     sent: list = field(default_factory=list)
     received: list = field(default_factory=list)
     failed: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.cache = {f"layer.{i}": torch.randn(self.layout, device=self.device) for i in range(LAYERS)}
+        self.cache = {name: torch.randn(self.layout, device=self.device) for name in self.layers}
         options = Options(
             kv_ip=self.host,
             port=self.port,
@@ -64,7 +66,8 @@ class Instance:
         identity = Identity(
             self.transport, self.ranks, self.rank, BLOCK, layout="", model="model", kv_heads=self.kv_heads
         )
-        self.worker = KvWorker(options, identity, self.cache, self.layout[0], self.role == "prefill")
+        produces = self.role == "prefill"
+        self.worker = KvWorker(options, identity, self.cache, self.layout[0], produces, drafts=self.drafts)
 
     def step(self, **plan):
         """One engine step on the instance's device; keeps what the worker reported."""
@@ -170,8 +173,8 @@ def new_id():
     return uuid.uuid4().hex
 
 
-def tiny_qwen2(folder):
-    """A random Qwen2 of 4 layers with grouped heads of 64, in float32; the tokenizer is the tiny DeepSeek-V2's."""
+def tiny_qwen2(folder, layers=4):
+    """A random Qwen2 with grouped heads of 64, in float32; the tokenizer is the tiny DeepSeek-V2's."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shutil.copytree(tiny_model(), folder, ignore=shutil.ignore_patterns("model*", "config.json", "generation*"))
@@ -181,7 +184,7 @@ def tiny_qwen2(folder):
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -264,6 +267,7 @@ class Server:
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
+            "return_token_ids": True,
         }
         return json.dumps(body | ({"kv_transfer_params": parameters} if parameters else {})).encode()
 
