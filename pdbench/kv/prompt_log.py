@@ -56,7 +56,8 @@ class PromptLog:
             if name in prompts:
                 event = prompts[name][1]
                 event.begin_s.append(now_s)
-                event.tokens.append(tokens)
+                # vLLM may fill a prompt's last step up with drafts, to the size of steps that generate.
+                event.tokens.append(tokens - len(output.scheduled_spec_decode_tokens.get(name, ())))
                 self._computed[name] = None
 
     def computed(self, output: SchedulerOutput, at_s: float) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from pdbench.events import PromptEvent, parse
 from pdbench.kv import prompt_log
 from pdbench.serving.models import tiny_model
-from tests.kv.test_scheduler import prefill_of, request_of, step_of
+from tests.kv.test_scheduler import decode_of, prefill_of, request_of, step_of
 
 
 class Engine:
@@ -97,6 +97,18 @@ def test_step_scheduled_ahead_begins_when_the_one_before_is_over(engine: Engine)
     first, second = engine.events()
     assert (first.begin_s, first.end_s, first.tokens) == ([100.0], [103.0], [10])
     assert (second.begin_s, second.end_s, second.tokens) == ([103.0], [104.0], [20]), "not the token scheduled ahead"
+
+
+def test_drafts_that_fill_a_step_up_are_no_part_of_the_prompt(engine: Engine) -> None:
+    """vLLM does so with the last token of a prompt whose KV came from prefill."""
+    request = decode_of(300, "a")
+    engine.add(request)
+    step = step_of({"a": 4})
+    step.scheduled_spec_decode_tokens["a"] = [-1, -1, -1]
+    engine.log.scheduled(step)
+    engine.compute(step, samples=[request])
+    (event,) = engine.events()
+    assert event.tokens == [1]
 
 
 def test_prompt_that_ends_without_a_token_is_logged_with_its_end(engine: Engine) -> None:
