@@ -7,6 +7,7 @@ the reference then goes on from the canary's own tokens. Any other difference is
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -157,7 +158,10 @@ class Canaries:
             request_fields.request_body(config, load.model, planned.prompt, tokens, greedy=True)
         )
         chat = config.endpoint == "chat"
-        body |= {"stream": False, "cache_salt": f"pdbench {salt} {config.nonce}", "return_tokens_as_token_ids": True}
+        # Hashed: vLLM 0.33 refuses salts with a slash, or of more than 128 characters.
+        digest = hashlib.sha256(f"{salt} {config.nonce}".encode()).hexdigest()[:32]
+        salt = f"pdbench {salt.split()[0]} {digest}"
+        body |= {"stream": False, "cache_salt": salt, "return_tokens_as_token_ids": True}
         body |= {"logprobs": True, "top_logprobs": _LIKELIEST} if chat else {"logprobs": _LIKELIEST}
         body.pop("stream_options", None)
         path = "/v1/chat/completions" if chat else "/v1/completions"

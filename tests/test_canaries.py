@@ -292,6 +292,22 @@ def test_server_that_refuses_fields_is_asked_without(tmp_path: Path) -> None:
     assert figures.ttft_ms is not None and figures.ttft_ms.count == 36 and figures.requests.succeeded == 40
 
 
+def test_reference_gets_its_salt_whatever_the_nonce(tmp_path: Path) -> None:
+    model = Model()
+
+    def strict(peer: Peer) -> bool:
+        salt = peer.json.get("cache_salt", "") if peer.method == "POST" else ""
+        if len(salt) > 128 or set(salt) & set("@/\\\0"):  # as vLLM 0.33
+            peer.respond({"error": {"message": "cache_salt must not contain '/'"}}, b"400 Bad Request")
+            return True
+        return model(peer)
+
+    with ScriptedServer(strict) as server:
+        run = bench(server.url, tmp_path, nonce="9f/rate=4.0@" + "x" * 200)
+    assert verdicts(run) == ["equal"] * 4
+    assert not any(request.canary.repeated for request in run.requests if request.canary)
+
+
 def test_load_without_one_right_answer_has_no_canaries(tmp_path: Path) -> None:
     with ScriptedServer(Model()) as server:
         run = bench(server.url, tmp_path, extra_body='{"n": 2}')
