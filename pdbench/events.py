@@ -111,8 +111,8 @@ class PromptEvent(msgspec.Struct, kw_only=True, tag="prompt", tag_field="event")
     """One prompt on one vLLM server ("prefill-0"), until its first token or its end (`error`) without one.
 
     `request_id` is vLLM's. `arrived_s`: the API server had its tokens; `taken_s`: the engine took it from its input. One entry per step that
-    computed a part of the prompt, the part's tokens in `tokens`: `begin_s` when it was scheduled and the step before was over, `end_s` when its
-    output was there. On decode the parts are what did not come from prefill, as a rule the last token.
+    computed a part of the prompt, the part's tokens in `tokens`: `begin_s` when it was scheduled, later by what the engine then waited for the
+    step before; `end_s` when its output was there. On decode the parts are what did not come from prefill, as a rule the last token.
     """
 
     server: str

@@ -30,6 +30,7 @@ class PromptLog:
         self._open: dict[str, tuple[Request, PromptEvent]] = {}
         self._computed: dict[str, None] = {}  # those of which a step was scheduled
         self._step_end_s = 0.0
+        self._launched_s: dict[int, float] = {}  # by the step's output, of steps with a prompt
 
     def added(self, request: Request) -> None:
         """The engine took the request from its input, which it looks into between two steps."""
@@ -60,14 +61,22 @@ class PromptLog:
                 event.tokens.append(tokens - len(output.scheduled_spec_decode_tokens.get(name, ())))
                 self._computed[name] = None
 
+    def launched(self, output: SchedulerOutput) -> None:
+        """The host has handed the step to the GPU, or to the processes that drive it."""
+        if self._computed:
+            self._launched_s[id(output)] = time.monotonic()
+
     def computed(self, output: SchedulerOutput, at_s: float) -> None:
         """The output of a step arrived at `at_s`, and vLLM has added its tokens to the requests."""
+        launched_s = self._launched_s.pop(id(output), None)
         for name in [name for name in self._computed if name in output.num_scheduled_tokens]:
             request, event = self._open[name]
             step = len(event.end_s)
             if step < len(event.begin_s):
-                # Steps run one after the other: this one began when the one before was over.
-                event.begin_s[step] = max(event.begin_s[step], self._step_end_s)
+                # With asynchronous scheduling the one before may still have run, and its output is read only once this one is
+                # launched, which takes the host as long as the GPU for a prompt of eager kernels: waiting is what came after.
+                waited_s = max(self._step_end_s - (launched_s or event.begin_s[step]), 0.0)
+                event.begin_s[step] = max([event.begin_s[step] + waited_s, *event.end_s[-1:]])
                 event.end_s.append(at_s)
             if request.num_output_tokens > 0:
                 event.first_token_s = at_s
@@ -126,6 +135,11 @@ class _Logged:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.prompt_log.scheduled(output)
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        # The engine's call between a step's launch and its sampling, with and without a grammar.
+        self.prompt_log.launched(scheduler_output)
+        return super().get_grammar_bitmask(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         at_s = time.monotonic()

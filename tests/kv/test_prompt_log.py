@@ -99,6 +99,31 @@ def test_step_scheduled_ahead_begins_when_the_one_before_is_over(engine: Engine)
     assert (second.begin_s, second.end_s, second.tokens) == ([103.0], [104.0], [20]), "not the token scheduled ahead"
 
 
+@pytest.mark.parametrize(
+    ("before_ends_s", "begin_s"),
+    [(102.6, 101.1), (104.5, 103.0)],
+    ids=["over before this one was launched", "still running then"],
+)
+def test_launch_is_no_wait_for_the_step_before(engine: Engine, before_ends_s: float, begin_s: float) -> None:
+    """On a GPU with asynchronous scheduling: launched from 101.1 to 102.6, and only then the output before is read."""
+    running, request = request_of(10, "a"), request_of(20, "b")
+    engine.add(running)
+    before = engine.schedule(a=10)
+    engine.log.launched(before)
+    engine.now_s = 101.0
+    engine.add(request)
+    engine.now_s = 101.1
+    step = engine.schedule(a=1, b=20)
+    engine.now_s = 102.6
+    engine.log.launched(step)
+    engine.now_s = before_ends_s
+    engine.compute(before, samples=[running])
+    engine.now_s = 105.0
+    engine.compute(step, samples=[running, request])
+    event = engine.events()[1]
+    assert event.begin_s == [pytest.approx(begin_s)] and event.end_s == [105.0]
+
+
 def test_drafts_that_fill_a_step_up_are_no_part_of_the_prompt(engine: Engine) -> None:
     """vLLM does so with the last token of a prompt whose KV came from prefill."""
     request = decode_of(300, "a")
