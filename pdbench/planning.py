@@ -52,42 +52,44 @@ def plan(
     if wanted or most_gpus is not None:
         load = with_requests(load)
         demand_of_load(load, 0)
+    shown: list[tables.Table] = []
+
+    def save(name: str, content: object) -> None:
+        write_whole(out / name, msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+    def show(table: tables.Table) -> None:
+        shown.append(table)
+        console.print(tables.terminal(table))
+
     found = read_calibration(sources)
-    write_whole(out / CALIBRATION, msgspec.json.format(msgspec.json.encode(found), indent=1))
-    shown, drawn = [plan_tables.calibration(found)], [plan_charts.steps(found)]
-    console.print(tables.terminal(shown[0]))
+    save(CALIBRATION, found)
+    show(plan_tables.calibration(found))
+    drawn = [plan_charts.steps(found)]
     checks = []
     for path in checked:
         checks.append(check(found, path, counting_run(path)))
-        shown.append(plan_tables.check(checks[-1]))
-        console.print(tables.terminal(shown[-1]))
+        show(plan_tables.check(checks[-1]))
     if len(checks) > 1:
-        shown.append(plan_tables.overview(checks))
-        console.print(tables.terminal(shown[-1]))
+        show(plan_tables.overview(checks))
     if checks:
-        write_whole(out / "checks.json", msgspec.json.format(msgspec.json.encode(checks), indent=1))
+        save("checks.json", checks)
         drawn.append(plan_charts.checks(checks))
+    slo = load.slo_ttft_ms, load.slo_tbt_ms
     if most_gpus is not None:
-        slo = load.slo_ttft_ms, load.slo_tbt_ms
         result = search(
             found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
-        write_whole(out / "search.json", msgspec.json.format(msgspec.json.encode(result), indent=1))
-        shown.append(plan_tables.search(result))
+        save("search.json", result)
+        show(plan_tables.search(result))
         drawn.append(plan_charts.search(result))
-        console.print(tables.terminal(shown[-1]))
         best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
         wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
-        limits = load.slo_ttft_ms, load.slo_tbt_ms
-        predicted = [
-            predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=limits) for each in wanted
-        ]
-        write_whole(out / "predictions.json", msgspec.json.format(msgspec.json.encode(predicted), indent=1))
-        shown.append(plan_tables.predictions(predicted))
+        predicted = [predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for each in wanted]
+        save("predictions.json", predicted)
+        show(plan_tables.predictions(predicted))
         drawn.append(plan_charts.deployments(predicted))
-        console.print(tables.terminal(shown[-1]))
     drawn.append(plan_charts.seconds(checks, predicted))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
     for chart in drawn:

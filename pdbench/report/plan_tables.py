@@ -1,9 +1,9 @@
 """Calibrations, predictions and checks as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdbench.plan.engine import Role
-from pdbench.plan.records import Calibration, Check, Figure, Prediction, Search
+from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.report import text
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
@@ -29,66 +29,54 @@ def deployment_name(kind: str, instances: dict[Role, int]) -> str:
 
 def calibration(found: Calibration) -> Table:
     """What a step costs in each role, what the runs reached, how the machine drifted."""
-    rows: list[list[Value]] = []
-    names = list(found.roles)
 
-    def row(title: str, values: Sequence[Value]) -> None:
-        rows.append([title, *values])
+    def per_token(cost: str) -> Callable[[RoleCalibration], Value]:
+        return lambda role: 1e6 * getattr(role.engine.costs, cost) if role.knows_lengths else _("not known")
 
-    roles = list(found.roles.values())
-    costs = [role.engine.costs for role in roles]
-    computes = [bool(role.noise) for role in roles]  # decode computes no prompts
-    decodes = [name != "prefill" for name in names]
-    per_1000 = 1e6
-    row(
-        _("a prompt's step, host, ms"),
-        [1e3 * c.host_prefill_s if p else None for c, p in zip(costs, computes, strict=True)],
-    )
-    for title, cost in (
-        (_("and per 1,000 prompt tokens, host, ms"), "host_per_prompt_token_s"),
-        (_("per 1,000 prompt tokens, GPU, ms"), "gpu_per_prompt_token_s"),
-    ):
-        values = [
-            (per_1000 * getattr(c, cost) if role.knows_lengths else _("not known")) if p else None
-            for c, p, role in zip(costs, computes, roles, strict=True)
-        ]
-        row(title, values)
-    for title, pick in ((_("a decode step of 1 sequence, ms"), min), (_("and of the most sequences, ms"), max)):
-        row(title, [1e3 * pick(c.gpu_decode_s.values()) if d else None for c, d in zip(costs, decodes, strict=True)])
-    row(_("on the way in, ms"), [1e3 * c.ingress_s if p else None for c, p in zip(costs, computes, strict=True)])
-    boxes = [role.engine.box for role in roles]
-    row(
-        _("most prompt tokens in a step"),
-        [b.prompt_tokens if b and p else None for b, p in zip(boxes, computes, strict=True)],
-    )
-    row(_("most sequences in a step"), [b.sequences if b and d else None for b, d in zip(boxes, decodes, strict=True)])
-    row(_("prompt lengths"), [f"{role.prompt_lengths[0]:,}-{role.prompt_lengths[1]:,}" for role in roles])
-    row(_("trials"), [len(role.speeds) if p else None for role, p in zip(roles, computes, strict=True)])
-    row(
-        _("slowest trial over fastest"),
-        [max(role.speeds) / min(role.speeds) if p else None for role, p in zip(roles, computes, strict=True)],
-    )
-    row(_("power at idle, W"), [role.power.idle_w if role.power else None for role in roles])
-    row(
-        _("decoding, W"),
-        [role.power.decode_w if role.power and d else None for role, d in zip(roles, decodes, strict=True)],
-    )
-    row(
-        _("per prompt token, J"),
-        [role.power.prompt_token_j if role.power and p else None for role, p in zip(roles, computes, strict=True)],
-    )
-    notes = sorted({note for role in roles for note in role.assumed})
+    def everywhere(name: str, role: RoleCalibration) -> bool:
+        return True
+
+    def computes(name: str, role: RoleCalibration) -> bool:
+        return bool(role.noise)  # decode computes no prompts
+
+    def decodes(name: str, role: RoleCalibration) -> bool:
+        return name != "prefill"
+
+    described: list[tuple[str, Callable[[str, RoleCalibration], bool], Callable[[RoleCalibration], Value]]] = [
+        (_("a prompt's step, host, ms"), computes, lambda role: 1e3 * role.engine.costs.host_prefill_s),
+        (_("and per 1,000 prompt tokens, host, ms"), computes, per_token("host_per_prompt_token_s")),
+        (_("per 1,000 prompt tokens, GPU, ms"), computes, per_token("gpu_per_prompt_token_s")),
+        (
+            _("a decode step of 1 sequence, ms"),
+            decodes,
+            lambda role: 1e3 * min(role.engine.costs.gpu_decode_s.values()),
+        ),
+        (_("and of the most sequences, ms"), decodes, lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values())),
+        (_("on the way in, ms"), computes, lambda role: 1e3 * role.engine.costs.ingress_s),
+        (
+            _("most prompt tokens in a step"),
+            computes,
+            lambda role: role.engine.box.prompt_tokens if role.engine.box else None,
+        ),
+        (_("most sequences in a step"), decodes, lambda role: role.engine.box.sequences if role.engine.box else None),
+        (_("prompt lengths"), everywhere, lambda role: "{:,}-{:,}".format(*role.prompt_lengths)),
+        (_("trials"), computes, lambda role: len(role.speeds)),
+        (_("slowest trial over fastest"), computes, lambda role: max(role.speeds) / min(role.speeds)),
+        (_("power at idle, W"), everywhere, lambda role: role.power.idle_w if role.power else None),
+        (_("decoding, W"), decodes, lambda role: role.power.decode_w if role.power else None),
+        (_("per prompt token, J"), computes, lambda role: role.power.prompt_token_j if role.power else None),
+    ]
+    rows = [
+        [title, *(value(role) if of(name, role) else None for name, role in found.roles.items())]
+        for title, of, value in described
+    ]
+    notes = sorted({note for role in found.roles.values() for note in role.assumed})
     lines = [_("Assumed: {0}", "; ".join(notes))] if notes else []
     if found.handoff_s is not None:
-        lines.append(
-            _(
-                "Handoff from prefill to decode: {0} ms + {1} ms per 1,000 prompt tokens",
-                text.number(1e3 * found.handoff_s),
-                text.number(per_1000 * found.handoff_per_token_s),
-            )
-        )
+        words = "Handoff from prefill to decode: {0} ms + {1} ms per 1,000 prompt tokens"
+        lines.append(_(words, text.number(1e3 * found.handoff_s), text.number(1e6 * found.handoff_per_token_s)))
     lines += [_("Missing: {0}", reason) for reason in found.missing]
-    return Table(title=_("Calibrated"), header=["", *map(_, names)], rows=rows, note="\n\n".join(lines))
+    return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 
 
 def predictions(of: Sequence[Prediction]) -> Table:
@@ -104,17 +92,13 @@ def predictions(of: Sequence[Prediction]) -> Table:
         if each.refusal:
             lines.append(_("{0}: refused: {1}", name, each.refusal))
         if each.saturated:
-            lines.append(
-                _("{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts", name)
-            )
+            words = "{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts"
+            lines.append(_(words, name))
     lines.append(
         _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
     )
-    header = [
-        "",
-        *(f"{deployment_name(each.kind, each.instances)} ({sum(each.instances.values())} GPU)" for each in of),
-    ]
-    title = _("Predicted: {0}", of[0].load)
+    names = (f"{deployment_name(each.kind, each.instances)} ({sum(each.instances.values())} GPU)" for each in of)
+    title, header = _("Predicted: {0}", of[0].load), ["", *names]
     if not rows:
         return Table(title=title, note="\n".join(lines[:-1]))
     return Table(title=title, header=header, rows=rows, note="\n\n".join(lines))
@@ -136,45 +120,26 @@ def search(of: Search) -> Table:
         figures = (each.met_pct, each.ttft_p99_ms, each.tbt_p99_ms, each.j_per_output_token)
         rows.append([name, each.gpus, verdict, *map(_over_loads, figures)])
         styles.append("better" if each.met and not place else "" if each.met else "worse")
-    limits = [
-        f"{title} {limit:g} ms"
-        for title, limit in ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
-        if limit
-    ]
+    slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
+    limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
     if not of.candidates or not of.candidates[0].met:
-        lines.insert(
-            0,
-            _(
-                "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached.",
-                f"{of.most_gpus:,}",
-            ),
-        )
-    lines.append(
-        _(
-            "{0} simulations of {1} requests; with several loads: mean (least-most).",
-            f"{of.simulations:,}",
-            f"{of.requests:,}",
-        )
-    )
-    return Table(
-        title=_("Search: 99 % of requests within {0}", ", ".join(limits)),
-        header=[
-            "",
-            _("GPUs"),
-            "",
-            *(text.label(name) for name in ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")),
-        ],
-        rows=rows,
-        styles=styles,
-        note="\n\n".join(lines),
-    )
+        words = "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached."
+        lines.insert(0, _(words, f"{of.most_gpus:,}"))
+    words = "{0} simulations of {1} requests; with several loads: mean (least-most)."
+    lines.append(_(words, f"{of.simulations:,}", f"{of.requests:,}"))
+    labels = map(text.label, ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token"))
+    header, title = ["", _("GPUs"), "", *labels], _("Search: 99 % of requests within {0}", limits)
+    return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
+
+
+def _bounded(value: float, low: float, high: float) -> str:
+    return f"{text.number(value)} ({text.number(low)}-{text.number(high)})"
 
 
 def _over_loads(values: Sequence[float]) -> Value:
     if len(values) < 2:
         return values[0] if values else None
-    mean = sum(values) / len(values)
-    return f"{text.number(mean)} ({text.number(min(values))}-{text.number(max(values))})"
+    return _bounded(sum(values) / len(values), min(values), max(values))
 
 
 def figure_title(name: str) -> str:
@@ -186,39 +151,40 @@ def _with_interval(figure: Figure | None) -> Value:
         return None
     if figure.low is None or figure.high is None:
         return figure.value
-    return f"{text.number(figure.value)} ({text.number(figure.low)}-{text.number(figure.high)})"
+    return _bounded(figure.value, figure.low, figure.high)
+
+
+def _is_inside(figure: Figure, measured: float) -> bool:
+    return figure.low is not None and figure.high is not None and figure.low <= measured <= figure.high
+
+
+def _compared(of: Check) -> dict[str, tuple[Figure, float, Figure | None]]:
+    """Figure -> as predicted, as measured, as predicted at the run's own speed; without the throughput, which is the load's."""
+    own = of.at_own_speed.figures if of.at_own_speed else {}
+    return {
+        name: (of.predicted.figures[name], of.measured[name], own.get(name))
+        for name in FIGURES
+        if name in of.measured and name in of.predicted.figures and name != "output_tokens_per_s"
+    }
 
 
 def check(of: Check) -> Table:
     """Predicted beside measured. The error is predicted over measured - 1; a value outside its interval is marked."""
     rows: list[list[Value]] = []
     styles = []
-    for name in FIGURES:
-        figure = of.predicted.figures.get(name)
-        if (
-            name not in of.measured or figure is None or name == "output_tokens_per_s"
-        ):  # at a given rate that is the load's
-            continue
-        measured = of.measured[name]
-        own = of.at_own_speed.figures[name] if of.at_own_speed else None
-        inside = figure.low is not None and figure.high is not None and figure.low <= measured <= figure.high
-        low, high = of.trials.get(name, (measured, measured))
-        rows.append([
-            text.label(name),
-            f"{text.number(measured)} ({text.number(low)}-{text.number(high)})",
-            _with_interval(figure),
-            _("yes") if inside else _("no"),
-            error(figure, measured),
-            error(own, measured),
-        ])  # fmt: skip
+    for name, (figure, measured, own) in _compared(of).items():
+        inside = _is_inside(figure, measured)
+        words = _bounded(measured, *of.trials.get(name, (measured, measured)))
+        errors = error(figure, measured), error(own, measured)
+        rows.append([text.label(name), words, _with_interval(figure), _("yes") if inside else _("no"), *errors])
         styles.append("" if inside else "worse")
     name = deployment_name(of.predicted.kind, of.predicted.instances)
-    lines = [_("Measured: all trials together, and the trials' least and most.")] if rows else []
-    lines += (
-        [_("At its own speed: with the speed of its own prefill steps known; what is left is the model's error.")]
-        if rows
-        else []
-    )
+    lines = []
+    if rows:
+        lines.append(_("Measured: all trials together, and the trials' least and most."))
+        lines.append(
+            _("At its own speed: with the speed of its own prefill steps known; what is left is the model's error.")
+        )
     if not of.held_out:
         lines.append(_("This run calibrated the costs: its errors are smaller than another run's."))
     if of.differs:
@@ -226,40 +192,24 @@ def check(of: Check) -> Table:
     if of.predicted.refusal:
         lines.append(_("As a prediction it would be refused: {0}", of.predicted.refusal))
     header = ["", _("measured"), _("predicted"), _("in the interval"), _("error"), _("error at its own speed")]
-    return Table(
-        title=_("Check: {0}, {1}", of.path, name), header=header, rows=rows, styles=styles, note="\n\n".join(lines)
-    )
+    title = _("Check: {0}, {1}", of.path, name)
+    return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
 
 
 def overview(of: Sequence[Check]) -> Table:
     """Several checks, a row each: how far off from arrivals alone, and at the run's own speed."""
     rows: list[list[Value]] = []
     for each in of:
-        known = {
-            name: figure for name, figure in each.predicted.figures.items() if name in each.measured and name in FIGURES
-        }
-        known.pop("output_tokens_per_s", None)  # at a given rate that is the load's
-        inside = sum(
-            figure.low is not None and figure.high is not None and figure.low <= each.measured[name] <= figure.high
-            for name, figure in known.items()
-        )
+        compared = _compared(each)
+        inside = sum(_is_inside(figure, measured) for figure, measured, _own in compared.values())
         errors: list[Value] = []
         for name in OVERVIEW:
-            if name in known:
-                own = each.at_own_speed.figures.get(name) if each.at_own_speed else None
-                blind, own_words = error(known[name], each.measured[name]), error(own, each.measured[name])
-                errors.append(f"{blind} ({own_words or '–'})")
-            else:
-                errors.append(None)
-        name = deployment_name(each.predicted.kind, each.predicted.instances)
+            figure, measured, own = compared.get(name, (None, 0.0, None))
+            errors.append(f"{error(figure, measured)} ({error(own, measured) or '–'})" if figure else None)
+        name = f"{each.path}, {deployment_name(each.predicted.kind, each.predicted.instances)}"
         verdict = _("refused") if each.predicted.refusal else ""
-        rows.append([
-            f"{each.path}, {name}",
-            _("yes") if each.held_out else _("no"),
-            verdict,
-            _("{0} of {1}", inside, len(known)),
-            *errors,
-        ])  # fmt: skip
+        held_out = _("yes") if each.held_out else _("no")
+        rows.append([name, held_out, verdict, _("{0} of {1}", inside, len(compared)), *errors])
     header = ["", _("held out"), "", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
     note = _("Error of the prediction from arrivals alone, and in brackets at the run's own speed.")
     return Table(title=_("Checks"), header=header, rows=rows, note=note)
