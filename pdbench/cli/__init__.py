@@ -1,5 +1,6 @@
 """The commands: each reads its options and calls one function of the rooms below. Nothing is measured or judged here."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
     return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
 
 
+@functools.cache
 def _options(command: str) -> set[str]:
     """The options of a command, as a recipe names them."""
     names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
