@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdbench.records import load_run
-from tests.support.processes import ROOT, free_port, run_pdbench, wait_until
+from tests.support.processes import ROOT, call_pdbench, free_port, run_pdbench, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 
@@ -57,10 +57,10 @@ def test_second_measurement_into_a_folder_is_refused_before_it_starts(server: Sc
             bench(server, 4, "out/../out"),
             ["sweep", *bench(server, 4)[1:], "--vary", "concurrency=1"],
         ):
-            refused = run_pdbench(*command, cwd=tmp_path)
+            refused = call_pdbench(*command, cwd=tmp_path)
             assert refused.returncode == 1 and refused.stderr.count("\n") == 1
             assert "another pdbench measures into" in refused.stderr and "give another --out" in refused.stderr
-        other = run_pdbench(*bench(server, 4, "other"), cwd=tmp_path)
+        other = call_pdbench(*bench(server, 4, "other"), cwd=tmp_path)
         assert other.returncode == 0, other.stderr
         first.send_signal(signal.SIGINT)
         first.communicate()
@@ -70,19 +70,19 @@ def test_second_measurement_into_a_folder_is_refused_before_it_starts(server: Sc
 
 
 def test_killed_measurement_keeps_the_earlier_run_and_holds_nothing(server: ScriptedServer, tmp_path: Path) -> None:
-    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    assert call_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
     run_id = load_run(tmp_path / "out" / "bench_results").run_id
     with start(server, tmp_path) as killed:
         killed.kill()
     assert load_run(tmp_path / "out" / "bench_results").run_id == run_id
-    assert run_pdbench(*bench(server, 5), cwd=tmp_path).returncode == 0
+    assert call_pdbench(*bench(server, 5), cwd=tmp_path).returncode == 0
     run = load_run(tmp_path / "out" / "bench_results")
     assert run.run_id != run_id and len([request for request in run.requests if not request.warmup]) == 5
     assert hidden(tmp_path) == []
 
 
 def test_disk_that_is_full_keeps_the_earlier_run(server: ScriptedServer, tmp_path: Path) -> None:
-    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    assert call_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
@@ -96,15 +96,15 @@ def test_disk_that_is_full_keeps_the_earlier_run(server: ScriptedServer, tmp_pat
 
 
 def test_bench_of_no_server_leaves_no_folder(tmp_path: Path) -> None:
-    failed = run_pdbench("bench", "--url", f"http://127.0.0.1:{free_port()}", "--out", "a/b", cwd=tmp_path)
+    failed = call_pdbench("bench", "--url", f"http://127.0.0.1:{free_port()}", "--out", "a/b", cwd=tmp_path)
     assert failed.returncode == 1 and "no OpenAI-compatible server" in failed.stderr
     assert [*tmp_path.iterdir()] == []
 
 
 def test_reading_needs_no_lock(server: ScriptedServer, tmp_path: Path) -> None:
-    assert run_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
+    assert call_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
     with start(server, tmp_path) as measuring:
-        read = run_pdbench("report", "out/bench_results", "--out", "out/report", cwd=tmp_path)
+        read = call_pdbench("report", "out/bench_results", "--out", "out/report", cwd=tmp_path)
         assert read.returncode == 0, read.stderr
         wait_until(lambda: measuring.poll() is None)
         measuring.kill()
