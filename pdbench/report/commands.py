@@ -118,12 +118,16 @@ def compare_folders(
         where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
+    if a.run_id is not None and a.run_id == b.run_id:
+        raise UserError(
+            f"{paths[0]} and {paths[1]} hold the same run, which differs from itself in nothing: name two runs"
+        )
     names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
     if names[0] == names[1]:
         names = f"{names[0]} A", f"{names[0]} B"
     runs = dict(zip(names, (a, b), strict=True))
     for name, run in runs.items() if conditions and not anyway else ():
-        if why := failures.void(run.flags, None, 0):
+        if why := failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
             raise UserError(f"--fail-if: {name}: {why}: measure again, or judge it with --anyway")
     compared = compare(a, b, anyway, names, primary)
     results = thresholds.evaluate(compared, conditions)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 
 import pytest
 from rich.console import Console
@@ -137,6 +138,24 @@ def test_condition_on_a_run_whose_figures_do_not_count_is_refused(tmp_path):
     assert commands.compare_folders(paths, [], False, picture, console) == 0
 
 
+def test_condition_on_a_run_of_which_many_requests_failed_is_refused(tmp_path):
+    """What failed at once makes the others fast: no success for CI."""
+    for name, failed in (("a", 0), ("b", 4)):
+        save_run(build_run("single", requests=8, failed=failed), tmp_path / name)
+    given = ["e2e_p50_ms > +500%"], False, tmp_path / "picture.png", Console(file=io.StringIO())
+    with pytest.raises(UserError, match=r"--fail-if: .*b: requests-failed: 12 of 24 requests failed"):
+        commands.compare_folders([tmp_path / "a", tmp_path / "b"], *given)
+
+
+def test_comparison_of_a_run_with_itself_is_refused(tmp_path):
+    save_run(build_run("single", requests=4), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for other in ("a", "copy"):
+        with pytest.raises(UserError, match=r"hold the same run, .*name two runs"):
+            given = ["e2e_p50_ms > +5%"], False, tmp_path / "picture.png", Console(file=io.StringIO())
+            commands.compare_folders([tmp_path / "a", tmp_path / other], *given)
+
+
 def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match=r"no metric tbt_p98_ms; there are ttft_p50_ms, .*mean_power_w"):
         commands.compare_folders([tmp_path, tmp_path], ["tbt_p98_ms > +5%"], False, tmp_path / "picture.png", Console())
@@ -155,8 +174,8 @@ def test_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatc
 
 def test_compare_returns_the_exit_code_of_the_conditions(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], False, tmp_path / "picture.png", console) == 1
+    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], True, tmp_path / "picture.png", console) == 1
     assert re.search(r"fails ttft_p50_ms > \+5%: \+\d+\.\d %, 95 % interval \+", console.file.getvalue())
     with text.language("zh"):
-        assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], False, tmp_path / "picture.png", console) == 0
+        assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], True, tmp_path / "picture.png", console) == 0
     assert "合格 tbt_p50_ms" in console.file.getvalue()
