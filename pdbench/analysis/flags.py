@@ -10,11 +10,14 @@ from pdbench.analysis.meter import Meter
 from pdbench.analysis.metrics import Timings
 from pdbench.analysis.prefix_cache import prefix_cache_flags, prefix_cache_of
 from pdbench.analysis.servers import server_flags
+from pdbench.events import ServerSeries
 from pdbench.records import Flag, Interval, Run
 
 COLD_FACTOR = 2.0
 COLD_FIRST, COLD_OTHERS = 4, 8
 SHORT_S = 30.0
+WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
+"""Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 """Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
 RESIDUAL_LIMIT_PCT = 3.0
@@ -32,7 +35,12 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
     present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
     names = {flag.name for flag in flags}
-    found = [*prefix_cache_flags(run, prefix_cache_of(run)), *cold_start(run, timings), *servers]
+    found = [
+        *prefix_cache_flags(run, prefix_cache_of(run)),
+        *cold_start(run, timings),
+        *together(run, timings),
+        *servers,
+    ]
     flags += [flag for flag in found if flag.name not in names]
     if failed := failures.describe([request for request in run.requests if not request.warmup]):
         flags.insert(0, Flag("requests-failed", failed))
@@ -69,6 +77,33 @@ def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
                     f"half at most {usual_ms:.0f} ms: measure again with --warmup {max(first, 2 * (load.get('warmup') or 0))}",
                 )
                 return
+
+
+def together(run: Run, timings: Timings) -> Iterator[Flag]:
+    """Answers whose tokens all came at once, so that TTFT is the whole answer's time; else most tokens with the one before, so that
+    TBT p50 is 0 (accepted drafts of speculative decoding are meant to come so)."""
+    requests = timings.requests
+    long = requests.ok & (requests.output_tokens >= WHOLE_TOKENS)
+    whole = int(np.count_nonzero(long & np.isnan(requests.mean_tbt_ms)))
+    if 100 * whole > WHOLE_PCT * np.count_nonzero(long):
+        held = f"{whole} of {np.count_nonzero(long)} answers came at one instant: something before the client holds streams back"
+        yield Flag(
+            "answers-at-once",
+            f"{held}, their TTFT is the time of the whole answer and their TBT unknown: switch buffering off in the gateway or server "
+            "(nginx: proxy_buffering off), or measure the server itself",
+        )
+    elif len(timings.tbt_ms) and not np.median(timings.tbt_ms) and not any(map(_speculates, run.servers)):
+        share_pct = 100 * np.count_nonzero(timings.tbt_ms == 0) / len(timings.tbt_ms)
+        yield Flag(
+            "tokens-together",
+            f"{share_pct:.0f} % of the tokens came with the one before: the server or a gateway sends several at a time, or drafts were accepted; "
+            "TBT p50 and p90 say nothing: read the mean TBT",
+        )
+
+
+def _speculates(server: ServerSeries) -> bool:
+    accepted = [count for count in server.values.get("accepted_tokens", ()) if count is not None]
+    return bool(accepted) and accepted[-1] > 0
 
 
 def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:

@@ -1,6 +1,7 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
 from pdbench.analysis.run_analysis import analyze
+from pdbench.events import ServerSeries
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, Run, Trial
 from tests.support.runs import build_run
 
@@ -92,3 +93,33 @@ def test_failed_gate_is_flagged_once() -> None:
         passed=False, prompts=4, equal_outputs=3, prompt_tokens=1, external_kv_tokens=0, detail="3 of 4 equal"
     )
     assert names(build_run(gate=failed, gpu=False)) == ["gate-failed"]
+
+
+def arriving(tokens_at_a_time: int, share: float = 1.0, drafts: float | None = None) -> Run:
+    """A run in which this share of the answers comes in pieces of so many tokens, each when its last one would have come."""
+    run = build_run("single", trials=1, requests=40, gpu=False)
+    for request in run.requests[: round(share * len(run.requests))]:
+        at_s = request.token_s
+        request.token_s = [
+            at_s[min(i // tokens_at_a_time * tokens_at_a_time + tokens_at_a_time, 64) - 1] for i in range(64)
+        ]
+        request.first_tokens = tokens_at_a_time
+    if drafts is not None:
+        run.servers = [
+            ServerSeries(server="s", role="single", t_s=[0.0, 1.0], values={"accepted_tokens": [0.0, drafts]})
+        ]
+    return run
+
+
+def test_streams_that_something_holds_back_are_flagged() -> None:
+    (flag,) = analyze(arriving(64)).flags
+    assert flag.name == "answers-at-once" and flag.detail.startswith("40 of 40 answers came at one instant")
+    assert names(arriving(64, share=0.2)) == ["answers-at-once"]
+    assert names(arriving(64, share=0.05)) == []
+
+
+def test_tokens_that_come_together_are_flagged_unless_drafts_were_accepted() -> None:
+    (flag,) = analyze(arriving(4)).flags
+    assert flag.name == "tokens-together" and "76 % of the tokens" in flag.detail
+    assert names(arriving(2)) == ["tokens-together"] and names(arriving(2, drafts=0.0)) == ["tokens-together"]
+    assert names(arriving(2, drafts=70.0)) == [] and names(arriving(1)) == [] and names(arriving(4, share=0.3)) == []
