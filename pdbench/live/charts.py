@@ -65,8 +65,7 @@ def _chart(
                 )
                 keys.append((figure, of))
         label = text.label(figure) if figure in text.METRICS else _(words) + (", %" if figure == "kv_used" else "")
-        across = Axis(label=_("seconds"), low=0)
-        panels.append(Panel(title=_(words), series=series, x=across, y=Axis(label=label, low=0)))
+        panels.append(Panel(title=_(words), series=series, x=_seconds(), y=Axis(label=label, low=0)))
     return Chart(key=key, title=title, panels=panels, caption=caption), keys
 
 
@@ -75,6 +74,11 @@ def _of_speed(state: State) -> str:
         return _("Tokens and energy per token over the last {0} s.", 10)
     reason = why_not_measured([*state.devices.values()], ("power_w",))
     return _("Tokens over the last {0} s; energy not measured: {1}.", 10, _(reason))
+
+
+def _seconds() -> Axis:
+    """From the first point on: servers start before it, for minutes."""
+    return Axis(label=_("seconds since the start"))
 
 
 def name_of(of: str) -> str:
@@ -91,8 +95,9 @@ def _devices(state: State) -> tuple[Chart, list[tuple[str, str]]]:
             figure, [(device_id(device), device.role, device.kind, line) for device, _of, line in lines]
         )
         y = Axis(label=text.label(figure), low=0)
-        x = Axis(label=_("seconds"), low=0)
-        panels.append(Panel(title=_(words), series=series, x=x, y=y, height=3.0 if figure == "power_w" else 2.0))
+        panels.append(
+            Panel(title=_(words), series=series, x=_seconds(), y=y, height=3.0 if figure == "power_w" else 2.0)
+        )
     title = _("Devices")
     return Chart(
         key="devices", title=title, panels=panels, shared_x=True, caption=_("What each device reported last.")
