@@ -288,23 +288,27 @@ def interruption() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _undelayed() -> Iterator[bool]:
-    """No garbage collection in this process, and real-time priority for this thread where the system permits it (True)."""
+    """No garbage collection in this process, and real-time priority for its threads where the system permits it (True)."""
     collecting = gc.isenabled()
-    scheduler, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     # A full collection walks every record kept and stops the loop for milliseconds; nothing here makes cycles.
     gc.disable()
+    # So that servers on the same cores do not delay the client: its loop sleeps whenever it has nothing to do, and what it
+    # starts does not inherit the priority. Threads beside it too, one below: while one that holds the interpreter waits for a core
+    # that other processes use, the loop stands still.
+    own, before = threading.get_native_id(), {}
+    for thread in threading.enumerate():
+        if number := thread.native_id:
+            with contextlib.suppress(OSError):
+                was = os.sched_getscheduler(number), os.sched_getparam(number)
+                priority = os.sched_param(2 if number == own else 1)
+                os.sched_setscheduler(number, os.SCHED_RR | os.SCHED_RESET_ON_FORK, priority)
+                before[thread] = was
     try:
-        # So that servers on the same cores do not delay the client: its loop sleeps whenever it has nothing to do, and what it
-        # starts does not inherit the priority.
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-        real_time = True
-    except OSError:
-        real_time = False
-    try:
-        yield real_time
+        yield threading.current_thread() in before
     finally:
         if collecting:
             gc.enable()
-        if real_time:
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, scheduler, parameter)
+        for thread, (scheduler, parameter) in before.items():
+            if thread.is_alive() and thread.native_id:
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(thread.native_id, scheduler, parameter)

@@ -294,6 +294,28 @@ def test_short_answers_of_a_forced_load_are_failures():
         assert load(server, requests=3, warmup=0, output_tokens=8).trial.client["failures"] == {}
 
 
+def test_threads_beside_the_client_have_real_time_priority_while_it_runs():
+    threads = [threading.main_thread(), threading.Thread(target=(ended := threading.Event()).wait, args=(60,))]
+    threads[1].start()
+    seen = []
+
+    def schedulers() -> list[tuple[int, int]]:
+        numbers = [thread.native_id for thread in threads]
+        return [
+            (os.sched_getscheduler(n) & ~os.SCHED_RESET_ON_FORK, os.sched_getparam(n).sched_priority) for n in numbers
+        ]
+
+    before = schedulers()
+    with ScriptedServer(stream(tokens(3))) as server:
+        trial = TrialLoad(LoadConfig(concurrency=1, requests=3, warmup=0), server.url, "m", Clock.start())
+        result = run_load(trial, lambda _: seen.append(schedulers()))
+    after = schedulers()
+    ended.set()
+    expected = [(os.SCHED_RR, 2), (os.SCHED_RR, 1)] if result.trial.client["real_time"] else before
+    assert seen and all(each == expected for each in seen)
+    assert after == before
+
+
 def test_server_that_ignores_the_limit_is_flagged():
     for count, flagged in ((8, False), (9, False), (40, True)):
         with ScriptedServer(stream(tokens(count))) as server:
