@@ -155,7 +155,8 @@ def pdbench(load: Load, url: str, folder: Path, options: argparse.Namespace) -> 
     itl = numpy.concatenate([numpy.diff(record["token_s"]) for record in written["requests"]])
     ttft = numpy.array([record["token_s"][0] - record["sent_s"] for record in written["requests"]])
     client = written["client"]
-    note = f"{client['cpu_us_per_token']:.1f} us/token in the loop; {written['bytes_per_token']:.0f} B/token kept"
+    note = f"{options.viewers} viewers; " if options.viewers else ""
+    note += f"{client['cpu_us_per_token']:.1f} us/token in the loop; {written['bytes_per_token']:.0f} B/token kept"
     return watch, Figures(ttft, itl, f"{note}; {'marked client-limited' if written['limited'] else 'not marked'}")
 
 
@@ -171,6 +172,8 @@ def as_client(url: str, load: dict, out: str, processes: int, viewers: int) -> N
     config = LoadConfig(
         concurrency=streams, requests=streams * rounds, output_tokens=tokens, warmup=streams, client_processes=processes
     )
+    # As a command is started: a viewer would inherit what `pinned` gave; the client takes its own priority.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     before = psutil.Process().memory_info().rss
     with contextlib.ExitStack() as watching:
         if viewers:
@@ -289,7 +292,10 @@ def main() -> None:
     parser.add_argument("--itl-ms", type=float, default=10.0)
     parser.add_argument("--clients", default="bare,pdbench,vllm,aiperf")
     parser.add_argument("--processes", type=int, default=1, help="--client-processes of ours")
-    parser.add_argument("--viewers", type=int, default=0, help="live pages (--live) that follow ours")
+    parser.add_argument(
+        "--viewers", default="0", help="live pages (--live) that follow ours; 0,20: without and with, in turns"
+    )
+    parser.add_argument("--turns", type=int, default=1, help="how often every client is measured")
     parser.add_argument("--tokenizer", default="", help="folder that vllm and aiperf need; default: the tiny model's")
     parser.add_argument("--aiperf", default="aiperf", help="its executable, in an environment of its own")
     parser.add_argument("--as-client", help=argparse.SUPPRESS)
@@ -322,8 +328,11 @@ def main() -> None:
         "note",
     ):
         table.add_column(column, justify="left" if column in ("client", "note") else "right")
-    for name in options.clients.split(","):
-        add_rows(table, name, load, options)
+    pages = [int(count) for count in options.viewers.split(",")]
+    for name in options.clients.split(",") * options.turns:
+        for viewers in pages if name == "pdbench" else [0]:
+            options.viewers = viewers
+            add_rows(table, name, load, options)
     Console(width=200).print(table)
     return None
 
