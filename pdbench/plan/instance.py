@@ -94,7 +94,7 @@ class Instance(Batch):
             self._schedule()
             tight = blocks is not None and self.reserved > blocks
         waits = self.partial or (self.waiting and not self.blocked)
-        if waits and self.k > k:
+        if (waits and self.k > k) or (handouts and handouts[0][0] == self.k):
             self.steps, self.wake_s = 0, self.s
         elif self.n or handouts or self.opening:
             limit = 1 if waits else 1 << 60

@@ -74,6 +74,12 @@ def test_every_token_is_that_of_every_step(
         assert_equal(of_kind(kind, own), demand(120, rate), monkeypatch)
 
 
+@pytest.mark.parametrize("kind", ["replicas", "3p2d"])
+def test_answers_of_a_queue_of_prompts_come_in_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is several steps behind the host, so a step's tokens are handed out when the next one is launched."""
+    assert_equal(of_kind(kind, engine(host_bound=False)), demand(150, 100.0, output=3), monkeypatch)
+
+
 @pytest.mark.parametrize("kind", ["single", "3p2d"])
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
 def test_full_kv_cache_preempts_the_same_sequences(
