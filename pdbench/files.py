@@ -76,7 +76,7 @@ def swap_in(folder: Path, token: str, main: tuple[str, bytes], others: Mapping[s
             try:
                 for path, data in {commit: main[1], **parts}.items():
                     file = opened.enter_context(path.open("wb"))
-                    _mark_in_use(file)
+                    lock_for_us(file)
                     _write(file, data)
                     os.fsync(file.fileno())
                 _flush(folder)
@@ -152,16 +152,23 @@ def hold(folder: Path, file: str = "") -> Iterator[None]:
 def _open_lock(path: Path, held: Path) -> IO[bytes]:
     while True:
         lock = path.open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_for_us(lock):
             lock.close()
-            raise UserError(f"another pdbench measures into {held}: wait for its end, or give another --out") from None
-        except OSError:
-            return lock  # a file system without locks
+            raise UserError(f"another pdbench measures into {held}: wait for its end, or give another --out")
         if _is_at(lock, path):
             return lock
         lock.close()  # its owner removed it after we had opened it
+
+
+def lock_for_us(file: IO[bytes]) -> bool:
+    """Until `file` is closed or this process ends, in whatever way; False while another has it. True on a file system without locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
@@ -251,7 +258,7 @@ def _temporary(path: Path) -> tuple[IO[bytes], Path]:
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
         file, temporary = os.fdopen(handle, "wb"), Path(name)
-        _mark_in_use(file)
+        lock_for_us(file)
         if _is_at(file, temporary):
             return file, temporary
         file.close()  # another process took it for a dead writer's before it was locked
@@ -260,11 +267,6 @@ def _temporary(path: Path) -> tuple[IO[bytes], Path]:
 def _write(file: IO[bytes], data: bytes) -> None:
     file.write(data)
     file.flush()
-
-
-def _mark_in_use(file: IO[bytes]) -> None:
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _in_use(path: Path) -> bool:

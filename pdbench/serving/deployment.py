@@ -1,6 +1,5 @@
 """A deployment: all servers of one way to serve, on one host or on several; up together, watched, and down together."""
 
-import fcntl
 import functools
 import os
 import secrets
@@ -18,7 +17,7 @@ import psutil
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import LogLine
-from pdbench.files import check_name, write_whole
+from pdbench.files import check_name, lock_for_us, write_whole
 from pdbench.http import host_port, split_url
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.records import Clock
@@ -314,13 +313,9 @@ def claim(folder: Path) -> IO[bytes]:
         lock = (folder / ".lock").open("ab")
     except OSError as error:
         raise cannot_write(folder, error) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_for_us(lock):
         lock.close()
-        raise UserError(f"servers that run log into {folder}: end them, or give another --log-dir") from None
-    except OSError:
-        pass  # a file system without locks
+        raise UserError(f"servers that run log into {folder}: end them, or give another --log-dir")
     return lock
 
 
