@@ -286,12 +286,14 @@ def serve(
         ExitStack() as following,
     ):
         info = deployment.info()
-        console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False)
-        if publisher.is_open():
-            urls = {server.name: server.url for server in info.servers if server.role != "proxy"}
-            here = [server for server in info.servers if server.host is None]
-            following.enter_context(servers.followed(urls, LocalHost().open_readers(here)))
         try:
+            console.print(
+                f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False
+            )
+            if publisher.is_open():
+                urls = {server.name: server.url for server in info.servers if server.role != "proxy"}
+                here = [server for server in info.servers if server.host is None]
+                following.enter_context(servers.followed(urls, LocalHost().open_readers(here)))
             while True:
                 deployment.check()
                 time.sleep(0.5)

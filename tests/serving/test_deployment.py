@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerInfo, States
 from pdbench.site import Site
 from tests.conftest import serve_config
-from tests.support.processes import wait_until
+from tests.support.processes import ROOT, left, marked, wait_until
 from tests.support.scripted_vllm import Scripted
 
 
@@ -43,6 +45,29 @@ def test_servers_are_healthy_after_start_and_gone_after_close(config: ServeConfi
         deployment.check()
     assert not any(map(psutil.pid_exists, pids))
     assert deployments.find(Path(config.log_dir), info.url) is None
+
+
+def test_ctrl_c_ends_served_servers(config: ServeConfig, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pdbench import cli, site; from tests.support.scripted_vllm import Scripted\n"
+        "site.Site.__init__.__defaults__ = (None, Scripted); cli.main(sys.argv[1:])"
+    )
+    ports = ("--single-port", str(config.single_port), "--log-dir", config.log_dir)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "serve", "--single", *ports],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=marked(tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as serving:
+        assert serving.stdout is not None
+        assert any("ready:" in line for line in serving.stdout)
+        assert len(left(tmp_path)) == 3  # itself, a supervisor, a server
+        serving.send_signal(signal.SIGINT)
+        assert serving.stdout.read() == "stopping\n"
+        assert serving.wait(30) == 0
+    assert left(tmp_path) == []
 
 
 def test_server_that_dies_at_start_is_reported_with_cause_and_log(config: ServeConfig) -> None:
