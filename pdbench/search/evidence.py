@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 USUAL_INFLATION, USUAL_REQUESTS = 4.0, 60.0
 """Before anything is known: the inflation, and how many missed requests it counts as much as."""
-MOST_GAIN = 12.0
-"""Requests without a control variate that one with it can be worth at most: which queue follows the scores best is uncertain too."""
+MOST_WORTH = 8.0
+"""Independent requests that one whose luck is known can be worth at most: which queue follows the scores best is uncertain too."""
+HIGHEST = 3.0
+"""Scores count up to this when a queue is sought: failed requests have none, and overloads would outweigh the rest."""
+ROUGH, FINE = 60, 40
+"""Services tried: one pass over all that are possible, a second around the best of it."""
+FULL = 0.99
+"""A queue busier than that is overloaded: its waits grow without end."""
 SETTLE = 0.05
 """So much of very many arrivals comes before the queue is as it stays."""
 LEAST_MISSED = 8
@@ -84,21 +90,24 @@ class VirtualQueue:
         self.outcomes, self._unit = outcomes, unit_s
         seen = np.concatenate([each.work for each in outcomes])
         self._work = np.random.default_rng(0).choice(seen, len(unit_s))
-        fastest, slowest = max(each.rate for each in outcomes), min(each.rate for each in outcomes)
-        scores = [np.minimum(each.score, 3.0) for each in outcomes]
-        centred = [score - score.mean() for score in scores]
-        power = sum(float(score @ score) for score in centred)
-        best, self.seconds = 0.0, 0.0
-        for seconds in np.geomspace(0.1 / fastest, 0.985 / slowest, 70) if power else ():
-            if seconds * fastest >= 0.99:
-                break
-            virtual = [waits(each.arrival_s, seconds * each.work) for each in outcomes]
-            flat = [wait - wait.mean() for wait in virtual]
-            spread = sum(float(wait @ wait) for wait in flat)
-            shared = sum(float(wait @ score) for wait, score in zip(flat, centred, strict=True))
-            correlation = shared / np.sqrt(spread * power) if spread else 0.0
-            if correlation > best:
-                best, self.seconds, self._virtual = correlation, seconds, virtual
+        self._scores = [np.minimum(each.score, HIGHEST) for each in outcomes]
+        self._capped = sum(int((each.score > HIGHEST).sum()) for each in outcomes)
+        slowest, fastest = min(each.rate for each in outcomes), max(each.rate for each in outcomes)
+        rough = np.geomspace(0.1 / fastest, 1.2 / slowest, ROUGH)
+        best, step = max(rough, key=self._follows), rough[1] / rough[0]
+        best = max(np.geomspace(best / step, best * step, FINE), key=self._follows)
+        self.seconds = float(best) if self._follows(best) > 0 else 0.0
+
+    def _follows(self, seconds: float) -> float:
+        """The correlation, within the loads, of a queue's waits with the scores."""
+        virtual = [waits(each.arrival_s, seconds * each.work) for each in self.outcomes]
+        if self._capped:  # scores have a cap: so have the waits
+            longest = np.partition(np.concatenate(virtual), -self._capped)[-self._capped]
+            virtual = [np.minimum(each, longest) for each in virtual]
+        flat = np.concatenate([each - each.mean() for each in virtual])
+        centred = np.concatenate([each - each.mean() for each in self._scores])
+        power = float(flat @ flat) * float(centred @ centred)
+        return float(flat @ centred) / power**0.5 if power else 0.0
 
     def evidence(self) -> list[Evidence] | None:
         """Of each outcome; None where no queue follows the scores."""
@@ -106,9 +115,10 @@ class VirtualQueue:
         total = int(sum(each.sum() for each in missed))
         if not self.seconds or total < LEAST_MISSED:
             return None
-        rising = np.sort(np.concatenate(self._virtual))
+        virtual = [waits(each.arrival_s, self.seconds * each.work) for each in self.outcomes]
+        rising = np.sort(np.concatenate(virtual))
         limit_s = (rising[-total] + rising[-total - 1]) / 2
-        late = [(wait > limit_s).astype(float) for wait in self._virtual]
+        late = [(wait > limit_s).astype(float) for wait in virtual]
         flat = [each - each.mean() for each in late]
         centred = [each - each.mean() for each in missed]
         power = sum(float(each @ each) for each in flat)
@@ -117,22 +127,27 @@ class VirtualQueue:
         factor = sum(float(a @ b) for a, b in zip(flat, centred, strict=True)) / power
         residuals = [b - factor * a for a, b in zip(flat, centred, strict=True)]
         grown = inflation(residuals)
-        most = MOST_GAIN / inflation(missed)
+        alone = 1 / inflation(missed)
         found = []
         for outcome, misses, lates, residual in zip(self.outcomes, missed, late, residuals, strict=True):
             often = self._often(outcome.rate, float(limit_s))
             n = len(misses)
-            share = float(np.clip(misses.mean() - factor * (lates.mean() - often), 0.2 / n, 1 - 0.2 / n))
+            share = float(np.clip(misses.mean() - factor * (lates.mean() - often), 0.0, 1.0))
             # At least what the pooled residuals say: a load without a residual has not shown that it has none.
             noise = max(
                 float(residual @ residual) / n, 0.5 * sum(float(r @ r) for r in residuals) / sum(map(len, residuals))
             )
-            worth = min(share * (1 - share) / (noise * grown) if noise else most, most)
+            spread = max(share * (1 - share), 0.2 / n)  # none was missed: a few more might have been
+            worth = min(spread / (noise * grown) if noise else MOST_WORTH, MOST_WORTH)
+            if self.seconds * outcome.rate > FULL:
+                worth = min(worth, alone)
             found.append(Evidence(outcome.rate, share, n * worth, outcome.held))
         return found
 
     def _often(self, rate: float, limit_s: float) -> float:
         """The share of waits over a limit among very many arrivals at a rate."""
+        if self.seconds * rate > FULL:
+            return 1.0
         virtual = waits(self._unit / rate, self.seconds * self._work)[int(SETTLE * len(self._unit)) :]
         return float((virtual > limit_s).mean())
 

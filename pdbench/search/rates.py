@@ -20,6 +20,8 @@ INTERVAL = 0.97
 """Of what is possible lies in an interval that covers 95 %: it is looked at after every load, which stops when it is narrow."""
 FACTOR = 2.0
 """From rate to rate, until one was held and one was not."""
+SIDES = (0.15, 0.85)
+"""Loads run at these quantiles of what is possible in turns: two rates tell the slope, one never does."""
 CELLS, DECADES = 500, 9.0
 SLOPES = np.geomspace(1.0, 250.0, 24)
 USUAL_SLOPE, SLOPE_SPREAD = 10.0, 1.2
@@ -78,13 +80,13 @@ class Search:
             self._update([replace(each, requests=each.requests / ratio) for each in evidence])
 
     def next_rate(self) -> float:
-        """The rate that tells most: the median of what is possible, once one rate was held and one was not."""
+        """The rate that tells most: a little below and above what is most likely, once one rate was held and one was not."""
         held = [each.rate for each in self.outcomes if each.held]
         lost = [each.rate for each in self.outcomes if each.held is False]
         if not self.outcomes:
             return self.first_rate
         if any(each.held is None for each in self.outcomes) or (held and lost):
-            return self._quantile(0.5)
+            return self._quantile(SIDES[len(self.outcomes) % len(SIDES)])
         return max(held) * FACTOR if held else min(lost) / FACTOR
 
     def decided(self, rate: float, missed: int, known: int) -> bool | None:
@@ -144,11 +146,10 @@ class Search:
         """Log likelihood of one load; of one that was overloaded, of at least so many misses: it never became steady."""
         odds = special.logit(self.may_miss) + SLOPES * (log(each.rate) - self._logs[:, None])
         odds = np.clip(odds, -14, 14)
-        if each.held is False and each.missed >= NEAR_SHARE:
-            missed = each.missed * each.requests
-            return np.log(
-                np.maximum(special.betainc(max(missed, 0.5), each.requests - missed + 1, special.expit(odds)), 1e-12)
-            )
+        if each.missed >= NEAR_SHARE:
+            missed = NEAR_SHARE * each.requests
+            chance = special.betainc(max(missed, 0.5), each.requests - missed + 1, special.expit(odds))
+            return np.log(np.maximum(chance, 1e-12))
         return each.requests * (each.missed * special.log_expit(odds) + (1 - each.missed) * special.log_expit(-odds))
 
     def _held(self, weights: Array, rate: float) -> float:
