@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pdbench.analysis.compare import Comparison
@@ -52,6 +53,7 @@ LEFT, RIGHT = 0.055, 0.985
 WIDTHS = (2.45, 2.15, 3.4)
 """Of an interval panel's names and values, its intervals, its judgements."""
 LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+HALO = [withStroke(linewidth=3, foreground=PAPER)]
 CHINESE = re.compile(
     r"cjk|han ?sans|noto ?sans ?[st]c|wen ?quan ?yi|wqy|droid ?sans ?fallback|ya ?hei|msyh|sim ?hei|pingfang|heiti"
     r"|hiragino ?sans ?gb|arial ?unicode|uming|ukai",
@@ -219,8 +221,6 @@ def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
     style: dict[str, Any] = {"color": series.shade, "alpha": series.opacity, "label": series.name or None}
     if series.kind == "line":
         axis.plot(x, y, lw=series.width, ls=LINES[series.dash], marker=series.marker, ms=5, **style)
-        for label, at, value in zip(series.labels, x, y, strict=False):
-            axis.annotate(label, (at, value), (5, 5), textcoords="offset points", fontsize=8.5, color=MUTED)
     elif series.kind == "points":
         style |= {"facecolors": "none", "edgecolors": style.pop("color")} if series.hollow else {}
         style |= {"s": series.size**2, "linewidths": 1.5 if series.hollow or series.marker else 0}
@@ -245,6 +245,14 @@ def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(visible=False)
         ends.update(dict(zip(y, x, strict=True)))
+    if series.kind in ("line", "points"):  # bars have their labels at their ends
+        for label, at, value in zip(series.labels, x, y, strict=False):
+            place: dict[str, Any] = {"xytext": (5, 5), "color": MUTED}
+            if series.kind == "points":  # each a line lower than the one before, which may be near
+                below = series.size / 2 + 2 + 11 * len(axis.texts)
+                place = {"xytext": (0, -below), "color": series.shade, "fontweight": "bold"}
+                place |= {"ha": "center", "va": "top", "zorder": 4}
+            axis.annotate(label, (at, value), textcoords="offset points", fontsize=8.5, path_effects=HALO, **place)
 
 
 def _set_axis(axis: Axes, which: str, described: Axis) -> None:

@@ -48,7 +48,7 @@ def chart(document: Mapping[str, Any]) -> Chart:
     scaled: list[Series] = []
     scaled_joules: list[Series] = []
     goal = document["attain_pct"]
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.get("rate_per_s") or 0.0):  # for their labels
         name, shade, gpus = entry["name"], colours[entry["name"]], entry["gpus"] if per_gpu else 1
         points = sorted(loads(document, name), key=lambda point: point["rate_per_s"])
         if points:
