@@ -27,6 +27,7 @@ from pdbench.search.rates import Search
 
 PROBE = 8
 """Requests of the first load, one at a time, which says where to begin."""
+TIME_UP = "the time is up"
 GROWN_SHARE = 0.25
 """Overload: this share of what arrived in the second half of a load was added to the requests in flight."""
 
@@ -103,8 +104,9 @@ class LoadJudge:
         return in_flight - before > max(GROWN_SHARE * arrived, 4 * arrived**0.5, 10)
 
     def decided(self) -> str | None:
-        if self.reason is None and time.monotonic() > self._until_s:
-            self.reason = "the time is up"
+        # A load that ended before its first answer would have measured nothing.
+        if self.reason is None and self._begin_s is not None and time.monotonic() > self._until_s:
+            self.reason = TIME_UP
         return self.reason
 
 

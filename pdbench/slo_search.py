@@ -30,7 +30,7 @@ from pdbench.report.search import FILE
 from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.evidence import Array
 from pdbench.search.rates import Answer, Search
-from pdbench.slo_loads import PROBE, Deployment, LoadJudge, Loads, outcome_of, settle_s
+from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
 from pdbench.turns import duration
 
 REQUESTS = 500
@@ -140,23 +140,30 @@ def find(deployments: Sequence[Deployment], goal: Goal, out: Path, console: Cons
     check_writable(out)
     earlier: list[dict[str, Any]] = document.pop("saved")
     nonce = secrets.token_hex(4)
-    for number, deployment in enumerate(deployments):
-        share_s = (goal.until_s - time.monotonic()) / (len(deployments) - number)
-        entry: dict[str, Any] = {"name": deployment.name}
-        document["deployments"].append(entry)
+    try:
+        for number, deployment in enumerate(deployments):
+            share_s = (goal.until_s - time.monotonic()) / (len(deployments) - number)
+            if number and share_s <= 0:
+                console.print(f"[bold]{deployment.name}[/bold]: not searched, {TIME_UP}", highlight=False)
+                continue
+            entry: dict[str, Any] = {"name": deployment.name}
+            document["deployments"].append(entry)
 
-        def keep() -> None:
-            walked = {point["run"] for point in document["points"]}
-            points = document["points"] + [point for point in earlier if point["run"] not in walked]
-            write_whole(out / FILE, json.dumps(document | {"points": points}, indent=1).encode())
+            def keep() -> None:
+                walked = {point["run"] for point in document["points"]}
+                points = document["points"] + [point for point in earlier if point["run"] not in walked]
+                write_whole(out / FILE, json.dumps(document | {"points": points}, indent=1).encode())
 
-        console.print(f"[bold]{deployment.name}[/bold]: search", highlight=False)
-        load = deployment.options.load
-        load = replace(load, requests=load.requests or REQUESTS, nonce=load.nonce or nonce)
-        deployment = replace(deployment, options=replace(deployment.options, load=load))
-        mine = [point for point in earlier if point["deployment"] == deployment.name]
-        own = replace(goal, until_s=time.monotonic() + share_s)
-        _search_one(deployment, own, out, console, entry, document["points"], mine, keep)
+            console.print(f"[bold]{deployment.name}[/bold]: search", highlight=False)
+            load = deployment.options.load
+            load = replace(load, requests=load.requests or REQUESTS, nonce=load.nonce or nonce)
+            deployment = replace(deployment, options=replace(deployment.options, load=load))
+            mine = [point for point in earlier if point["deployment"] == deployment.name]
+            own = replace(goal, until_s=time.monotonic() + share_s)
+            _search_one(deployment, own, out, console, entry, document["points"], mine, keep)
+    finally:  # what an earlier command measured of those that this one did not come to
+        begun = {entry["name"] for entry in document["deployments"]}
+        document["points"] += [point for point in earlier if point["deployment"] not in begun]
 
 
 def _search_one(
@@ -205,17 +212,24 @@ def _search_rate(
     points, name = loads.points, loads.deployment.name
     number, limited, least_s = 0, False, settle_s(load, alone_s)
     try:
-        while number < MOST_LOADS and time.monotonic() < goal.until_s - (search_s := _confirming_s(search, load)):
+        while number < MOST_LOADS:
+            until_s = goal.until_s - _confirming_s(search, load)
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
             if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
+            if time.monotonic() >= until_s:
+                loads.console.print(f"  {TIME_UP}; the same command goes on from here", highlight=False)
+                break
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
             requests = max(load.requests or REQUESTS, ceil(2 * least_s * rate))
             changed = replace(load, rate=rate, requests=requests, seed=load.seed + number)
-            judge = LoadJudge(search, rate, changed, goal.until_s - search_s, least_s)
+            judge = LoadJudge(search, rate, changed, until_s, least_s)
             run, point = loads.send(f"load-{number + 1:02d}", changed, judge)
             number += 1
+            if judge.reason == TIME_UP and point["load_s"] < least_s:  # servers that were idle meet every SLO at first
+                loads.points.pop()
+                continue
             if point["client_limited"] and point["held"] is not False:
                 limited = True
                 loads.console.print(

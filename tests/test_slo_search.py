@@ -200,6 +200,39 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
     )
 
 
+def test_time_that_is_up_before_a_load_tells_anything_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law, now_s = Law(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    measure = law.measure
+
+    def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
+        nonlocal now_s
+        now_s += 20.0 if judge else 1.0  # requests warm up
+        return measure(options, folder, judge)
+
+    law.measure = measure_slowly  # type: ignore[method-assign]
+    monkeypatch.setattr("tests.test_slo_search.CONSOLE", Console(width=200))
+    document = search(tmp_path, law, law, goal=Goal(0.95, 0.06, until_s=19.0))
+    (entry,) = document["deployments"]  # for the second, no time is left
+    assert entry["rate_per_s"] is None and entry["low"] == 0 and entry["loads"] == len(document["points"]) == 1
+    printed = capsys.readouterr().out
+    assert "the time is up; the same command goes on from here" in printed
+    assert "d1: not searched, the time is up" in printed
+    assert sentence(document) == (
+        "No rate is known yet within TTFT 300 ms and mean TBT 50 ms for 95 % of requests; d0 was not loaded for long enough."
+    )
+
+
+def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
+    judge = LoadJudge(Search(0.05, 5.0), 5.0, LOAD, until_s=0.0)
+    assert judge.decided() is None
+    record = RequestRecord(id="x-0-000000", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
+    judge.on_progress(Progress(1, None, 0, 0, [record]), 0.2)
+    assert judge.decided() == "the time is up"
+
+
 def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, arrival="constant", rate=20.0, requests=300)
     judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
@@ -257,7 +290,7 @@ def test_search_through_the_command_on_a_server(
     monkeypatch.setattr(commands, "keep", keep_flagged)
     with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
         command = ["search", "--url", server.url, "--model", "m", "--no-power", "--requests", "40", "--warmup", "1"]
-        command += ["--slo", "ttft=1000,e2e=2000", "--rate", "30", "--max-minutes", "0.1", "--out", str(tmp_path)]
+        command += ["--slo", "ttft=300,e2e=500", "--rate", "30", "--max-minutes", "0.12", "--out", str(tmp_path)]
         with pytest.raises(SystemExit) as ended:
             cli.main(command)
     if wrong:
@@ -267,7 +300,10 @@ def test_search_through_the_command_on_a_server(
     assert not ended.value.code
     saved = json.loads((tmp_path / found.FILE).read_text())
     (entry,) = saved["deployments"]
-    assert entry["name"] == "bench" and entry["low"] > 0 and "bench carries" in saved["sentence"]
+    assert entry["name"] == "bench" and "bench" in saved["sentence"]
+    if entry["client_limited"]:  # by a busy machine
+        return
+    assert entry["low"] > 0 and "bench carries" in saved["sentence"]
     assert (tmp_path / entry["run"] / "analysis.json").exists()
 
 
@@ -292,6 +328,9 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         document["deployments"][0]["attained_pct"] = attained
         assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
+    labels = mpl.chart(chart(document), 16, 9).axes[0].texts
+    assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
+    assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
 
 
 def test_each_deployment_is_tuned_by_the_options_of_its_roles() -> None:

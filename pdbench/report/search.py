@@ -114,8 +114,16 @@ def sentence(document: Mapping[str, Any]) -> str:
         bounds = _("({0} to {1})", low, high) if entry["high"] is not None else _("or more")
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))
     words = _("Within {0}, {1}", slo(document), _(", ").join(parts)) if parts else ""
-    if not parts and entries:
+    # Every load kept the SLO, and none says which rate does.
+    unknown = [
+        entry
+        for entry in entries
+        if not entry.get("rate_per_s") and entry.get("closest", {}).get("attained_pct", 0.0) >= document["attain_pct"]
+    ]
+    if not parts and len(unknown) < len(entries):
         words = _("No rate keeps {0}", slo(document))
+    elif not parts and unknown:
+        words = _("No rate is known yet within {0}", slo(document))
     if len(found) > 1:
         best, second = found[:2]
         gain = f"{best[key] / second[key]:.2g}"
@@ -129,7 +137,9 @@ def sentence(document: Mapping[str, Any]) -> str:
             change = _change(best["j_per_good_request"], second["j_per_good_request"])
             words += _(", for {0} energy per good request", change)
     for entry in ordered:
-        if not entry.get("rate_per_s") and entry.get("closest"):
+        if entry in unknown:
+            words += "" if entry.get("client_limited") else _("; {0} was not loaded for long enough", entry["name"])
+        elif not entry.get("rate_per_s") and entry.get("closest"):
             near = entry["closest"]
             at = _("{0} requests/s", text.number(near["rate_per_s"])) if near["rate_per_s"] else _("one at a time")
             share, limit = text.number(near["attained_pct"]), _limit(entry)
