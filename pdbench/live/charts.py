@@ -70,7 +70,7 @@ def _chart(
 
 
 def _of_speed(state: State) -> str:
-    if not state.devices or any(figure == "power_w" for figure, _of in state.lines):
+    if any(figure == "power_w" for figure, _of in state.lines):
         return _("Tokens and energy per token over the last {0} s.", 10)
     reason = why_not_measured([*state.devices.values()], ("power_w",))
     return _("Tokens over the last {0} s; energy not measured: {1}.", 10, _(reason))

@@ -73,12 +73,13 @@ def test_page_says_why_energy_is_not_measured():
     process.samples, process.not_measured = [DeviceSample(t_s=0.0)], {"power_w": "no RAPL on this machine"}
     state.take(Turn("single", 0, {}), 0.0)
     captions = []
-    for second, device in enumerate((process, gpu(1.0, 300.0))):
-        state.take(Devices([device]), float(second))
+    for second, devices in enumerate(([], [process], [gpu(1.0, 300.0)])):
+        state.take(Devices(devices), float(second))
         state.take(Progress(0, 9, 3, 50 * second), float(second))
         state.tick(float(second))
         captions += [chart.caption for chart, _ in charts.charts(state) if chart.key == "speed"]
     assert captions == [
+        "Tokens over the last 10 s; energy not measured: no device was sampled.",
         "Tokens over the last 10 s; energy not measured: no RAPL on this machine.",
         "Tokens and energy per token over the last 10 s.",
     ]
