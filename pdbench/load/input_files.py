@@ -90,7 +90,7 @@ class InputFile:
                 return {}, rows
         except ValueError as error:
             row = number or getattr(error, "lineno", 1)
-            raise self.error(row, f"no JSON ({error}) in {lines[row - 1].strip()[:120]}") from None
+            raise self.error(row, f"no JSON ({error}) in {in_line(lines[row - 1].strip())}") from None
         around: dict[str, Any] = {}
         if isinstance(whole, dict):
             name = next((key for key in _ROWS if isinstance(whole.get(key), list)), None)
@@ -158,6 +158,11 @@ def short(value: Any) -> str:
     """A value for an error message."""
     text = "null" if value is None else "empty" if blank(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def in_line(*texts: object) -> str:
+    """Keys or text of a file for an error message: in one line, not endless, no control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in ", ".join(map(str, texts))[:200])
 
 
 def number(value: Any) -> int | float | None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load.input_files import InputFile, blank, short
+from pdbench.load.input_files import InputFile, blank, in_line, short
 from pdbench.load.tokenizer import Tokenizer
 
 Prompt = str | tuple[int, ...]
@@ -251,7 +251,7 @@ def _prompt_of(row: Any) -> FilePrompt:
         return _prompt_of(body)
     key = next((key for key in _PROMPT if key in row), None)
     if key is None:
-        raise ValueError(f"no prompt among the keys {', '.join(map(str, row))[:200] or '(none)'}")
+        raise ValueError(f"no prompt among the keys {in_line(*row) or '(none)'}")
     prompt = _content(row[key], key)
     further = row.get("input", row.get("context")) if key == "instruction" else None
     if isinstance(further, str) and not blank(further) and isinstance(prompt, str):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import input_files
-from pdbench.load.input_files import InputFile, blank, read_duration, short, span
+from pdbench.load.input_files import InputFile, blank, in_line, read_duration, short, span
 
 _FORMATS = (
     "known are Azure LLM inference, BurstGPT, Mooncake (also of AIPerf, Dynamo, LiteLLM), Qwen Bailian and Weka traces, and lines of "
@@ -139,7 +139,7 @@ def _read_trace(path: Path, unit: str | None, block_tokens: int | None, *_versio
             "output length (output_tokens)": known.output,
         }
         if missing := [words for words, keys in needed.items() if not keys]:
-            names = ", ".join(columns)[:200] or "nothing"
+            names = in_line(*columns) or "nothing"
             raise UserError(f"{file}: no column with the {', none with the '.join(missing)} in {names}; {_FORMATS}")
 
     around: dict[str, Any] = {}
@@ -247,7 +247,7 @@ class _Reader:
 
     def _length(self, number: int, fields: dict[str, Any], key: str | None, known: Sequence[str]) -> int:
         if key is None:
-            names, texts = ", ".join(fields)[:200], "; texts go to --prompt-file" if fields.keys() & _TEXTS else ""
+            names, texts = in_line(*fields), "; texts go to --prompt-file" if fields.keys() & _TEXTS else ""
             what = f"no {known[1]} ({', '.join(known[:3])}, ...) among {names}{texts}; {_FORMATS}"
             raise self.file.error(number, what)
         value = input_files.number(fields[key])

@@ -165,6 +165,7 @@ def test_malformed_trace_row_is_named(tmp_path, name, bad, message):
     [
         ("x,y\n1,2\n", "no column with the arrival time .*, none with the prompt length .* in x, y; known are"),
         ("timestamp,input_length\n1,2\n", "no column with the output length"),
+        ('"time\n\x1b[31mstamp",b\n1,2\n', r"no column with the arrival time [^\n\x1b]* in time  \[31mstamp, b;"),
         ("", "holds no request: known are"),
         (AZURE, "holds no request"),
         (AZURE + "0,5,0\n", "none of its 1 rows has input and output tokens"),
