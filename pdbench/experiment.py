@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 
@@ -77,6 +78,8 @@ def run(
     measured = turns.saved_runs(folders, serve, design, options) if design.resume else {}
     runs |= {folders[kind]: run for kind, run in measured.items()}
     clock = next((run.clock.resumed() for run in measured.values()), None) or servers.clock
+    for saved in measured.values():
+        saved.clock = clock  # all runs of a command have one
     done = {(kind, trial.index) for kind, run in measured.items() for trial in run.trials}
     options = next((replace(options, load=turns.saved_load(run)) for run in measured.values()), options)
     options = replace(options, load=plan.resolved(options.load))
@@ -235,16 +238,12 @@ def _rows_too_long(load: LoadConfig, max_model_len: int | None) -> str | None:
 
 
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
+    config = options.plain() | {"serve": info.config or None, "url": info.url, "model": info.model_name}
+    config["inputs"] = _file_words(options.load)
     run = Run(
         name=info.name,
         clock=clock,
-        config=options.plain()
-        | {
-            "serve": info.config or None,
-            "url": info.url,
-            "model": info.model_name,
-            "inputs": _file_words(options.load),
-        },
+        config=msgspec.json.decode(msgspec.json.encode(config)),  # as it is read back: tuples are lists
         host=machines.host_facts(),
         versions=machines.versions(),
     )

@@ -21,6 +21,10 @@ READABLE = ("pdbench/1", SCHEMA)
 Interval = tuple[float, float]
 
 
+SAME_BOOT_S = 1.0
+"""The wall clock drifts against the monotonic one by less than this while a host is up."""
+
+
 class Clock(msgspec.Struct, frozen=True):
     """A run's clock: `monotonic_s` and `unix_s` are the two system clocks' readings at the run's zero."""
 
@@ -33,8 +37,9 @@ class Clock(msgspec.Struct, frozen=True):
         return cls(monotonic_s=time.monotonic(), unix_s=time.time())
 
     def resumed(self) -> "Clock":
-        """The same zero, read by this boot's monotonic clock."""
-        return Clock(monotonic_s=time.monotonic() - (time.time() - self.unix_s), unix_s=self.unix_s)
+        """The same clock; after another boot, or a suspended host, its zero as this monotonic clock reads it."""
+        zero_s = time.monotonic() - (time.time() - self.unix_s)
+        return self if abs(zero_s - self.monotonic_s) < SAME_BOOT_S else Clock(zero_s, self.unix_s)
 
     def now(self) -> float:
         """Seconds since the run's zero."""

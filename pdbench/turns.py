@@ -215,6 +215,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _last_s(run: Run) -> float:
+    return max((trial.end_s for trial in run.trials), default=0.0)
+
+
 def saved_load(run: Run) -> LoadConfig:
     """What was sent, with its nonce."""
     return msgspec.convert(run.config["load"], LoadConfig)
@@ -264,4 +268,8 @@ def saved_runs(
         runs[kind] = run
     if len({run.clock for run in runs.values()}) > 1:
         raise UserError("--resume: the runs there are of different commands: give another --out")
+    if any((now := run.clock.resumed()) != run.clock and _last_s(run) > now.now() for run in runs.values()):
+        raise UserError(
+            "--resume: this host's clock was set back since, and new turns would lie among those that are saved: set it, or give another --out"
+        )
     return runs

@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from pdbench import experiment, turns
+from pdbench.analysis.compare import compare
+from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.clients import LoadResult
-from pdbench.records import Flag, Gate, Run, load_run, save_run
+from pdbench.records import Clock, Flag, Gate, Run, load_run, save_run
 from pdbench.report import commands
 from tests.support import sites
 from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
@@ -117,6 +119,47 @@ def test_resumed_run_adds_the_missing_pairs(tmp_path: Path, gates: list[Gate]) -
         next(iter(first.values())).clock.unix_s
     }
     assert "2 pairs" in printed
+
+
+def test_runs_of_a_command_that_was_ended_in_its_first_turn_are_pairs_when_it_is_resumed(
+    tmp_path: Path, gates: list[Gate]
+) -> None:
+    def killed(number: int) -> LoadResult:
+        if number == 2:
+            raise UserError("killed")
+        return measured(0)
+
+    with pytest.raises(UserError, match="killed"):
+        run_pairs(tmp_path, FakeSite(killed), {}, ONE)
+    assert not (tmp_path / "disaggregated_results").exists()
+    runs: dict[Path, Run] = {}
+    resumed = PairConfig(pairs=2, resident=False, resume=True)
+    run_pairs(tmp_path, indexed(tmp_path, [0, 1, 1]), runs, resumed)
+    single, disaggregated = (load_run(tmp_path / f"{kind}_results") for kind in KINDS)
+    assert single.clock == disaggregated.clock and single.config == disaggregated.config | {
+        "serve": single.config["serve"]
+    }
+    compared = compare(*map(analyze, (single, disaggregated)))
+    assert compared.design == "pairs" and compared.mismatches == []
+    run_pairs(tmp_path, indexed(tmp_path, [2, 2]), {}, replace(resumed, pairs=3))
+
+
+@pytest.mark.parametrize("ago_s", [3600.0, -3600.0], ids=["another boot", "clock set back"])
+def test_turns_after_another_boot_come_after_those_before_it(tmp_path: Path, gates: list[Gate], ago_s: float) -> None:
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), {}, ONE)
+    for kind in KINDS:
+        run = load_run(tmp_path / f"{kind}_results")
+        run.clock = Clock(monotonic_s=run.clock.monotonic_s + 1e6, unix_s=run.clock.unix_s - ago_s)
+        save_run(run, tmp_path / f"{kind}_results")
+    runs: dict[Path, Run] = {}
+    resumed = PairConfig(pairs=2, resident=False, resume=True)
+    if ago_s < 0:
+        with pytest.raises(UserError, match="this host's clock was set back"):
+            run_pairs(tmp_path, FakeSite(measured), runs, resumed)
+        return
+    run_pairs(tmp_path, indexed(tmp_path, [1, 1]), runs, resumed)
+    (clock,) = {run.clock for run in runs.values()}
+    assert 3600 <= clock.now() < 3900
 
 
 def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: list[Gate]) -> None:
