@@ -20,7 +20,7 @@ from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.power import clocks
-from pdbench.power.idle import Cooldown, idle_before_start
+from pdbench.power.idle import Cooldown, idle_before_start, in_use
 from pdbench.records import Clock, Flag, Run, save_run
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines
@@ -91,6 +91,10 @@ def run(
         if not on_gpu:
             console.print("no GPU here: this shows that everything works, not whether disaggregation pays")
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
+    if used and servers.starts < 0:
+        servers.flags = list(in_use(used))
+        for flag in servers.flags:
+            console.print(f"[yellow]{flag.name}[/yellow]: {flag.detail}", highlight=False, soft_wrap=True)
     if used and options.power.power and options.power.idle_s and not servers.up:
         console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
         servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
@@ -110,6 +114,7 @@ def run(
             info = deployment.info()
             result = measured.setdefault(kind, _new_run(info, clock, options))
             result.config["pairs"] = asdict(design)
+            result.flags += [flag for flag in servers.flags if flag not in result.flags]
             if fresh and kind == "disaggregated":  # each start has connections and KV caches of its own
                 servers.gates[kind] = check_outputs(info, gate_nonce, servers.reference, deployment)[0]
                 record_gate(result, servers.gates[kind], console)

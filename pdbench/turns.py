@@ -16,7 +16,7 @@ from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.power.idle import ENGINE_READY
-from pdbench.records import Clock, Gate, Run, load_run
+from pdbench.records import Clock, Flag, Gate, Run, load_run
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
@@ -92,7 +92,7 @@ class Servers:
     """The servers that are up: those of the deployment whose turn it is or, resident, of all.
 
     With `stay` they stay up from one `experiment.run` to the next, for as long as the next needs the same. `starts` is the number of
-    the last start, `idle` what the GPUs drew without load (device id -> kind -> watts), `gates` the last start's check by deployment,
+    the last start, `flags` what was found before the first, `idle` what the GPUs drew without load (device id -> kind -> watts), `gates` the last start's check by deployment,
     `reference` the outputs that it is judged by; all runs on these servers have one `clock`.
     """
 
@@ -102,6 +102,7 @@ class Servers:
         self._running: dict[DeploymentKind, tuple[ServeConfig, Deployment]] = {}
         self._unused: set[DeploymentKind] = set()
         self.stay, self.starts, self.clock = stay, -1, Clock.start()
+        self.flags: list[Flag] = []
         self.idle: dict[str, dict[str, float | None]] = {}
         self.gates: dict[DeploymentKind, Gate] = {}
         self.reference: list[str] | None = None

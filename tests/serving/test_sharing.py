@@ -65,7 +65,7 @@ def test_deployments_on_one_gpu(tmp_path: Path, nvml_library: Path, resident: bo
     names = [name for name in config.plain() if name.endswith(("_port", "_gpus", "log_dir"))]
     serve = {name: getattr(config, name) for name in names}
     code = RUN.format(starts=str(starts), serve=serve, out=str(tmp_path), resident=resident)
-    printed = child(nvml_library, code, gpus="1")
+    printed = child(nvml_library, code, gpus="1", processes="" if resident else "0:4242 1:4243")
     # Each instance begins when the one before it listens; proxies may start beside the last one.
     proxies = {str(config.proxy_port + turns.PORTS_APART * place) for place in range(3)}
     steps = [(port, step) for port, step in map(str.split, starts.read_text().splitlines()) if port not in proxies]
@@ -87,6 +87,9 @@ def test_deployments_on_one_gpu(tmp_path: Path, nvml_library: Path, resident: bo
         shared = [flag.detail for flag in run.flags if flag.name == "gpu-shared"]
         assert len(shared) == (kind != "single") and all(f" {share} (" in detail for detail in shared)
         assert all(detail in printed for detail in shared)
+        (in_use,) = [flag.detail for flag in run.flags if flag.name == "gpu-in-use"]
+        whose = "others hold" if resident else "other processes (1) hold"
+        assert in_use.startswith(f"gpu0: {whose} 65,536 of 144,384 MiB before any server starts") and in_use in printed
         if kind == "disaggregated":
             assert "KV goes through host memory (tcp)" in shared[0] and "share their GPUs" in (energy.not_split or "")
 
