@@ -4,7 +4,8 @@ Scripted servers (law_server.py, real sockets) have a highest rate that is known
 a limited number of slots by a long simulation of the same law. Every tool searches each server up to --runs times by its own command. Printed are, per tool
 and server, the error of the rate found, how many runs came within 3 %, and the seconds and requests of load. vLLM's
 sweep explores rates without looking for one: its ten rates, evenly spaced, are judged by its own goodput and interpolated.
-All get the same time, in turns; after --minutes what was found is the table, after every search it is saved in --out.
+All get the same time, in turns; after --minutes what was found is the table, after every search it is saved in --out. A search that found
+nothing stands below the table with its reason.
 Try: python benchmarks/search_accuracy.py --minutes 20 --peers ~/peers --out accuracy.json
 """
 
@@ -248,12 +249,12 @@ Key = tuple[str, str]
 """A tool and a server, by name."""
 
 
-def table(found: dict[Key, list[Found | None]], truths: dict[str, float]) -> str:
-    """A row per tool and server; None is a search that failed."""
+def table(found: dict[Key, list[Found | str]], truths: dict[str, float]) -> str:
+    """A row per tool and server, then why searches found nothing; a text is such a reason."""
     lines = ["| tool | server | true rate /s | median error | largest | within 3 % | load s | requests |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for (tool, server), searches in found.items():
-        whole, truth = [each for each in searches if each], truths[server]
+        whole, truth = [each for each in searches if isinstance(each, Found)], truths[server]
         failed = len(searches) - len(whole)
         row = f"| {tool} | {server} | {truth:.2f} |"
         if whole:
@@ -264,14 +265,19 @@ def table(found: dict[Key, list[Found | None]], truths: dict[str, float]) -> str
         else:
             row += f" | | {failed} failed | | |"
         lines.append(row)
-    return "\n".join(lines)
+    reasons = {(*key, each): None for key, searches in found.items() for each in searches if isinstance(each, str)}
+    return "\n".join(
+        [*lines, "", *(f"{tool}, {server}, found nothing: {reason}" for tool, server, reason in reasons)]
+    ).rstrip()
 
 
 def main() -> None:
     """Options, then searches, always by the tool and on the server that had the least time, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=180.0, help="no search begins that may take longer")
+    parser.add_argument(
+        "--minutes", type=float, default=180.0, help="no search begins that may take longer; one takes 1 to 5"
+    )
     parser.add_argument("--only", action="append", choices=SEARCHES, help="one tool by its name; may be repeated")
     parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; default: a temporary one"
@@ -280,7 +286,7 @@ def main() -> None:
     options = parser.parse_args()
     until_s = time.monotonic() + 60 * options.minutes
     truths = {server.name: server.truth() for server in SERVERS}
-    found: dict[Key, list[Found | None]] = {}
+    found: dict[Key, list[Found | str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         tools = stream_tools.tools(options.peers or Path(temporary) / "peers", Path(temporary))
         tools = [tool for tool in tools if tool.key in (options.only or SEARCHES)]
@@ -299,21 +305,25 @@ def main() -> None:
             tried[key] += 1
             folder = Path(temporary) / tool.key / f"{server.slots}-slots-{seed}"
             folder.mkdir(parents=True)
-            result = None
+            result: Found | str
             with served(server) as url:
                 try:
                     result = SEARCHES[tool.key](server, url, seed, folder, tool, until_s)
                     words = f"{result.rate:.2f} of {truths[server.name]:.2f}, {result.load_s:.0f} s of load"
                 except (RuntimeError, OSError, LookupError, TypeError, ValueError, StopIteration) as error:
-                    result, words = None, f"{type(error).__name__}: {error}"
+                    result = words = f"{type(error).__name__}: {' '.join(str(error).split())}"
             took_s = time.monotonic() - begin_s
             spent_s[key] += took_s
             longest_s[key] = max(took_s, longest_s[key])
-            if result or time.monotonic() < until_s:  # what the time cut off is no failure of the tool
-                found.setdefault(key, []).append(result)
+            earlier = found.setdefault(key, [])
+            if isinstance(result, Found) or time.monotonic() < until_s or not earlier:
+                earlier.append(result)  # one that the time cut off is no failure, where others ended
             print(f"{seed}: {key[0]}, {server.name}: {words}, {took_s:.0f} s in all", file=sys.stderr, flush=True)
             if options.out:
-                rows = {", ".join(key): [each and vars(each) for each in rows] for key, rows in found.items()}
+                rows = {
+                    ", ".join(key): [each if isinstance(each, str) else vars(each) for each in rows]
+                    for key, rows in found.items()
+                }
                 options.out.write_text(json.dumps({"truth": truths, "found": rows}, indent=1) + "\n")
     print(table(found, truths))
 

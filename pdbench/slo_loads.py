@@ -179,9 +179,10 @@ def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
     cut = np.array([kind == INTERRUPTED for kind in timings.requests.error], dtype=bool)
     worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in timings.slo_ratios.values()], axis=0)
     score = np.where(timings.requests.ok | cut, worst, inf)[:end]
-    work = np.nan_to_num(timings.requests.prompt_tokens, nan=1.0)
+    tokens = timings.requests.prompt_tokens
+    work = np.where(np.isnan(tokens), np.nanmean(tokens) if np.isfinite(tokens).any() else 1.0, tokens)
     sent_s = timings.requests.sent_s
-    return Outcome(rate, np.nan_to_num(sent_s - np.nanmin(sent_s))[:end], (work / work.mean())[:end], score, held)
+    return Outcome(rate, np.nan_to_num(sent_s - np.nanmin(sent_s))[:end], work[:end], score, held)
 
 
 def _longest_s(load: LoadConfig) -> float:

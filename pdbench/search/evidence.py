@@ -6,7 +6,7 @@ that were sent to what it does with very many like them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ ROUGH, FINE = 60, 40
 """Services tried: one pass over all that are possible, a second around the best of it."""
 FULL = 0.99
 """A queue busier than that is overloaded: its waits grow without end."""
+PARTS = 8
 SETTLE = 0.05
 """So much of very many arrivals comes before the queue is as it stays."""
 LEAST_MISSED = 8
@@ -87,9 +88,17 @@ class VirtualQueue:
 
     def __init__(self, outcomes: Sequence[Outcome], unit_s: Array) -> None:
         """`unit_s` are very many arrivals of the same kind, 1 per second."""
-        self.outcomes, self._unit = outcomes, unit_s
         seen = np.concatenate([each.work for each in outcomes])
-        self._work = np.random.default_rng(0).choice(seen, len(unit_s))
+        self.outcomes = [replace(each, work=each.work / seen.mean()) for each in outcomes]
+        # Arrivals in parts, and works of other requests in each: how much the parts differ says how well all of them tell.
+        random, size = np.random.default_rng(0), len(unit_s) // PARTS
+        self._parts = [
+            (
+                unit_s[part * size : (part + 1) * size] - unit_s[part * size],
+                random.choice(seen[part::PARTS], size) / seen.mean(),
+            )
+            for part in range(PARTS)
+        ]
         self._scores = [np.minimum(each.score, HIGHEST) for each in outcomes]
         self._capped = sum(int((each.score > HIGHEST).sum()) for each in outcomes)
         slowest, fastest = min(each.rate for each in outcomes), max(each.rate for each in outcomes)
@@ -128,9 +137,9 @@ class VirtualQueue:
         residuals = [b - factor * a for a, b in zip(flat, centred, strict=True)]
         grown = inflation(residuals)
         alone = 1 / inflation(missed)
-        found = []
+        found, requests = [], sum(map(len, missed))
         for outcome, misses, lates, residual in zip(self.outcomes, missed, late, residuals, strict=True):
-            often = self._often(outcome.rate, float(limit_s))
+            often, blur = self._often(outcome.rate, float(limit_s))
             n = len(misses)
             share = float(np.clip(misses.mean() - factor * (lates.mean() - often), 0.0, 1.0))
             # At least what the pooled residuals say: a load without a residual has not shown that it has none.
@@ -138,18 +147,20 @@ class VirtualQueue:
                 float(residual @ residual) / n, 0.5 * sum(float(r @ r) for r in residuals) / sum(map(len, residuals))
             )
             spread = max(share * (1 - share), 0.2 / n)  # none was missed: a few more might have been
-            worth = min(spread / (noise * grown) if noise else MOST_WORTH, MOST_WORTH)
-            if self.seconds * outcome.rate > FULL:
-                worth = min(worth, alone)
+            noise = max(noise * grown + factor**2 * blur * requests, spread / MOST_WORTH)
+            worth = spread / noise if self.seconds * outcome.rate <= FULL else min(spread / noise, alone)
             found.append(Evidence(outcome.rate, share, n * worth, outcome.held))
         return found
 
-    def _often(self, rate: float, limit_s: float) -> float:
-        """The share of waits over a limit among very many arrivals at a rate."""
+    def _often(self, rate: float, limit_s: float) -> tuple[float, float]:
+        """The share of waits over a limit among very many arrivals at a rate, and the variance of its error."""
         if self.seconds * rate > FULL:
-            return 1.0
-        virtual = waits(self._unit / rate, self.seconds * self._work)[int(SETTLE * len(self._unit)) :]
-        return float((virtual > limit_s).mean())
+            return 1.0, 0.0
+        shares = []
+        for unit_s, work in self._parts:
+            virtual = waits(unit_s / rate, self.seconds * work)[int(SETTLE * len(unit_s)) :]
+            shares.append((virtual > limit_s).mean())
+        return float(np.mean(shares)), float(np.var(shares, ddof=1)) / PARTS
 
 
 def plain(outcomes: Sequence[Outcome]) -> list[Evidence]:

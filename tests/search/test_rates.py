@@ -100,6 +100,22 @@ def test_virtual_queue_takes_out_the_luck_in_the_arrivals() -> None:
     assert evidence[0].requests > 4 * plain(loads)[0].requests
 
 
+def test_prompts_of_many_lengths_tell_less_as_few_of_them_were_seen() -> None:
+    worth = []
+    for spread in (0.0, 0.7):
+        loads = []
+        for seed in range(3):
+            equal = load(6.0, seed)
+            work = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, 500) if spread else equal.work
+            service_s = SERVICE_S * work
+            score = (waits(equal.arrival_s, service_s) + service_s) / 0.4
+            loads.append(Outcome(6.0, equal.arrival_s, 1000 * work, score))
+        evidence = VirtualQueue(loads, UNIT_S).evidence()
+        assert evidence is not None
+        worth.append(sum(each.requests for each in evidence))
+    assert worth[1] < 0.5 * worth[0]
+
+
 def test_overload_is_decided_by_few_requests_and_an_idle_server_is_held() -> None:
     search = Search(0.05, 5.0, UNIT_S)
     assert search.decided(5.0, 0, 10) is None
