@@ -10,13 +10,13 @@ import numpy as np
 from scipy import special
 
 from pdbench.errors import UserError
-from pdbench.events import PromptEvent, ProxyEvent
 from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Limits, Role
 from pdbench.plan.limits import limits_of
+from pdbench.plan.parts import Part, parts_of, taken_s, visits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
-from pdbench.plan.steps import Steps, Stream, merged_share, rebuild, streams_of, usable
-from pdbench.records import DeviceRecord, RequestRecord, Run
+from pdbench.plan.steps import merged_share, usable
+from pdbench.records import Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
@@ -28,8 +28,6 @@ NOT_MODELLED = (
     "--no-enable-chunked-prefill",
 )
 """Beginnings of vLLM's flags that change what a step is."""
-LEAST_REQUESTS, MOST_FAILED = 30, 0.1
-"""A trial with fewer answered requests, or a larger share of failed ones, calibrates nothing."""
 MOST_CACHED, MOST_MERGED = 0.02, 0.05
 """Shares of prefill's prompt tokens from its cache, and of tokens that came with the one before, above which steps are not known."""
 USUAL_INGRESS_S = 0.007
@@ -39,20 +37,6 @@ DECODE_ERROR = 0.02
 SPEED_FLOOR = 0.12
 """Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and
 62 ms in three runs recorded on two H200 (docs/results/plan)."""
-
-
-class Part(msgspec.Struct):
-    """One instance during one trial. `index` is the trial's place in its run, `trial` counts over all runs."""
-
-    run: Run
-    index: int
-    role: Role
-    trial: int
-    streams: list[Stream]
-    requests: dict[str, RequestRecord]
-    ways: dict[str, ProxyEvent]
-    steps: Steps | None = None
-    device: DeviceRecord | None = None
 
 
 def calibrate(runs: Mapping[Path, Run]) -> Calibration:
@@ -119,27 +103,6 @@ def check_suitable(path: Path, run: Run) -> None:
         )
 
 
-def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
-    """The instances of a run's trials, their steps rebuilt."""
-    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
-    parts = []
-    for number, trial in enumerate(run.trials):
-        requests = {request.id: request for request in usable(run, trial.index)}
-        failed = sum(request.error is not None for request in run.requests if request.trial == trial.index)
-        if len(requests) < LEAST_REQUESTS or failed > MOST_FAILED * len(requests):
-            continue
-        instances = sorted(streams_of(run, trial.index).items())
-        for (role, address), streams in instances:
-            part = Part(run, number, role, first_trial + number, streams, requests, ways)
-            part.steps = rebuild(streams) if role != "prefill" else None
-            addresses = [other for (its_role, other), _ in instances if its_role == role]
-            devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]
-            if len(devices) == len(addresses):  # instances take the GPUs in the order of their ports
-                part.device = sorted(devices, key=lambda device: device.index or 0)[addresses.index(address)]
-            parts.append(part)
-    return parts
-
-
 def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
     serve = run.config.get("serve") or {}
     gpus = sorted({str(gpu["name"]) for gpu in run.host.get("gpus") or []})
@@ -167,7 +130,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     lengths = int(min(prompts)), int(max(prompts))
     colocated = known.get("single") or known.get("replica")
     if role == "prefill":
-        taken = [wait_s for part in parts for wait_s in _taken_s(part)]
+        taken = [wait_s for part in parts for wait_s in taken_s(part)]
         if taken:
             ingress = float(np.median(taken))
         elif colocated:
@@ -242,32 +205,6 @@ def _power(parts: list[Part], limits: Limits, ingress_s: float = 0.0) -> PowerCo
             use = power.use_of_visits(visits_of(part), ingress_s, edges)
         measured.append((part.device, edges, use))
     return power.fit_power(measured)
-
-
-def visits_of(part: Part) -> fit.Visits:
-    """A prefill instance's prompts, as the proxy saw them come and go."""
-    rows = sorted(
-        (way.prefill_sent_s, way.prefill_done_s, stream.computed)
-        for stream in part.streams
-        if (way := part.ways.get(stream.id)) and way.prefill_sent_s is not None and way.prefill_done_s is not None
-    )
-    sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
-    return fit.Visits(sent_s, done_s, prompt, part.trial)
-
-
-def _taken_s(part: Part) -> list[float]:
-    """From the proxy's sending until prefill's engine took the prompt, of the prompts whose server said so."""
-    taken = {
-        event.transfer_id: event.taken_s
-        for event in part.run.events
-        if isinstance(event, PromptEvent) and event.server.startswith("prefill")
-    }
-    ways = (part.ways.get(stream.id) for stream in part.streams)
-    return [
-        at_s - way.prefill_sent_s
-        for way in ways
-        if way is not None and way.prefill_sent_s is not None and (at_s := taken.get(way.transfer_id)) is not None
-    ]
 
 
 def _proxy_s(parts: list[Part]) -> float:

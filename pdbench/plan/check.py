@@ -10,8 +10,9 @@ import numpy as np
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
-from pdbench.plan.calibration import ALIKE, Part, parts_of, role_of, source_of, visits_of
+from pdbench.plan.calibration import ALIKE, role_of, source_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
+from pdbench.plan.parts import Part, parts_of, visits_of
 from pdbench.plan.predict import DRAWS, Wanted, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run

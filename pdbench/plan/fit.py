@@ -278,11 +278,13 @@ class Visits:
     prompt: IntArray
     trial: int
 
+    def idle(self) -> BoolArray:
+        """Was nobody else there when it was sent?"""
+        return np.append(-np.inf, np.maximum.accumulate(self.done_s)[:-1]) < self.sent_s
+
     def alone(self) -> BoolArray:
         """Was no other prompt there meanwhile?"""
-        before = np.append(-np.inf, np.maximum.accumulate(self.done_s)[:-1])
-        after = np.append(self.sent_s[1:], np.inf)
-        return (before < self.sent_s) & (self.done_s < after)
+        return self.idle() & (self.done_s < np.append(self.sent_s[1:], np.inf))
 
     def largest_step(self) -> int:
         """Most prompt tokens that were answered at one time."""

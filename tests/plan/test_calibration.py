@@ -6,7 +6,8 @@ import pytest
 
 from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
-from pdbench.plan.calibration import Part, _taken_s, calibrate
+from pdbench.plan.calibration import calibrate
+from pdbench.plan.parts import Part, taken_s
 from pdbench.plan.steps import Stream
 from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
@@ -98,10 +99,17 @@ def test_prompts_from_prefills_cache_are_refused() -> None:
         calibrate({Path("a"): run})
 
 
-def test_prefill_itself_says_when_it_took_a_prompt() -> None:
-    way = ProxyEvent(request_id="r", transfer_id="t", received_s=0.9, prefill_sent_s=1.0, prefill_done_s=1.1)
+def test_prefill_itself_says_when_it_took_a_prompt_that_met_it_idle() -> None:
+    ways = {
+        name: ProxyEvent(request_id=name, transfer_id=name, received_s=0.9, prefill_sent_s=sent_s, prefill_done_s=1.1)
+        for name, sent_s in (("first", 1.0), ("second", 1.01))
+    }
     run = Run(name="disaggregated", clock=Clock(0.0, 0.0), config={}, host={}, versions={})
-    part = Part(run, 0, "prefill", 0, [Stream("r", [1.2], 9, 9)], {}, {"r": way})
-    assert not _taken_s(part)
-    run.events = [PromptEvent(server="prefill-0", request_id="v", transfer_id="t", taken_s=1.004)]
-    assert _taken_s(part) == [pytest.approx(0.004)]
+    streams = [Stream(name, [1.2], 9, 9) for name in ways]
+    part = Part(run, 0, "prefill", 0, streams, {}, ways)
+    assert not taken_s(part)
+    run.events = [
+        PromptEvent(server="prefill-0", request_id=name, transfer_id=name, taken_s=at_s)
+        for name, at_s in (("first", 1.004), ("second", 1.05))  # the second waits for the first one's step
+    ]
+    assert taken_s(part) == [pytest.approx(0.004)]

@@ -1,0 +1,79 @@
+"""The instances of a run's trials: what each was sent, when it answered, which steps it did."""
+
+import msgspec
+import numpy as np
+
+from pdbench.events import PromptEvent, ProxyEvent
+from pdbench.plan import fit
+from pdbench.plan.engine import Role
+from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
+from pdbench.records import DeviceRecord, RequestRecord, Run
+
+LEAST_REQUESTS, MOST_FAILED = 30, 0.1
+"""A trial with fewer answered requests, or a larger share of failed ones, calibrates nothing."""
+
+
+class Part(msgspec.Struct):
+    """One instance during one trial. `index` is the trial's place in its run, `trial` counts over all runs."""
+
+    run: Run
+    index: int
+    role: Role
+    trial: int
+    streams: list[Stream]
+    requests: dict[str, RequestRecord]
+    ways: dict[str, ProxyEvent]
+    steps: Steps | None = None
+    device: DeviceRecord | None = None
+
+
+def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
+    """The instances of a run's trials, their steps rebuilt."""
+    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    parts = []
+    for number, trial in enumerate(run.trials):
+        requests = {request.id: request for request in usable(run, trial.index)}
+        failed = sum(request.error is not None for request in run.requests if request.trial == trial.index)
+        if len(requests) < LEAST_REQUESTS or failed > MOST_FAILED * len(requests):
+            continue
+        instances = sorted(streams_of(run, trial.index).items())
+        for (role, address), streams in instances:
+            part = Part(run, number, role, first_trial + number, streams, requests, ways)
+            part.steps = rebuild(streams) if role != "prefill" else None
+            addresses = [other for (its_role, other), _ in instances if its_role == role]
+            devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]
+            if len(devices) == len(addresses):  # instances take the GPUs in the order of their ports
+                part.device = sorted(devices, key=lambda device: device.index or 0)[addresses.index(address)]
+            parts.append(part)
+    return parts
+
+
+def visits_of(part: Part) -> fit.Visits:
+    """A prefill instance's prompts, as the proxy saw them come and go."""
+    rows = [(way.prefill_sent_s, way.prefill_done_s, stream.computed) for way, stream in _visitors(part)]
+    sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
+    return fit.Visits(sent_s, done_s, prompt, part.trial)
+
+
+def _visitors(part: Part) -> list[tuple[ProxyEvent, Stream]]:
+    pairs = [
+        (way, stream)
+        for stream in part.streams
+        if (way := part.ways.get(stream.id)) and way.prefill_sent_s is not None and way.prefill_done_s is not None
+    ]
+    return sorted(pairs, key=lambda pair: (pair[0].prefill_sent_s, pair[0].prefill_done_s))
+
+
+def taken_s(part: Part) -> list[float]:
+    """From the proxy's sending until prefill's engine took the prompt, of the prompts whose server said so. An engine that is busy takes none
+    before its step ends, so only those that met an idle one tell."""
+    taken = {
+        event.transfer_id: event.taken_s
+        for event in part.run.events
+        if isinstance(event, PromptEvent) and event.server.startswith("prefill")
+    }
+    return [
+        at_s - way.prefill_sent_s
+        for (way, _), idle in zip(_visitors(part), visits_of(part).idle(), strict=True)
+        if idle and way.prefill_sent_s is not None and (at_s := taken.get(way.transfer_id)) is not None
+    ]
