@@ -18,7 +18,7 @@ token.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -196,11 +196,20 @@ class Simulated:
     events: int = 0
 
 
-def weighted_quantiles(values: Array, counts: IntArray, shares: Mapping[str, float]) -> dict[str, float]:
-    """Quantiles of values that stand for `counts` equal ones each; NaN without any."""
+def weighted_quantiles(
+    values: Array, counts: IntArray, shares: Mapping[str, float], jitter: Sequence[float] = (0.0,)
+) -> dict[str, float]:
+    """Quantiles of values that stand for `counts` equal ones each, to any of which any of `jitter` is added; NaN without any."""
     order = np.argsort(values)
-    values, total = values[order], np.cumsum(counts[order])
+    values, below = values[order], np.append(0, np.cumsum(counts[order]))
     if not len(values):
         return dict.fromkeys(shares, float("nan"))
-    places = {name: np.searchsorted(total, share * total[-1], side="left") for name, share in shares.items()}
-    return {name: float(values[min(place, len(values) - 1)]) for name, place in places.items()}
+    added, found = np.sort(jitter), {}
+    for name, share in shares.items():
+        low, high = float(values[0] + added[0]) - 1e-9, float(values[-1] + added[-1])
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            reached = below[np.searchsorted(values, middle - added, side="right")].mean() >= share * below[-1]
+            low, high = (low, middle) if reached else (middle, high)
+        found[name] = high
+    return found

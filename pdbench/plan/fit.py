@@ -16,7 +16,8 @@ ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
 PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
-JITTER_SHARES = tuple((np.arange(20) + 0.5) / 20)
+JITTER_SHARES = tuple((np.arange(200) + 0.5) / 200)
+"""Fine enough for the pauses of a machine in one step of a hundred, which p99 shows."""
 REPLAYED = 4
 """Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
 SAMPLES = 40
@@ -77,6 +78,9 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     solution = nnls(matrix[keep] / scale, took_s[keep])[0] / scale
     of_seen = np.isin(size, seen)  # outliers too
     usual_s = matrix @ solution
+    pause_s = float((took_s - usual_s)[of_seen].mean())  # what rare pauses add to the mean step
+    usual_s += pause_s
+    solution[: len(seen) if sizes else 1] += pause_s
     jitter_s = tuple(np.quantile((took_s - usual_s)[of_seen], JITTER_SHARES).tolist())
     here = [of_seen & (place == each) for each in range(len(calm))]
     speeds = tuple(float(np.median(took_s[each] / usual_s[each])) for each in here if each.sum() >= LEAST_STEPS)

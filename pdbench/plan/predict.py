@@ -157,10 +157,9 @@ def figures_of(
     )
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
     streaming = role_of(calibration, next(use.role for use in reversed(results[0].instances)))
-    jitter_s = np.array(streaming.jitter_s or [0.0])
-    gap_s = np.add.outer(np.concatenate([result.gap_s for result in results]), jitter_s).ravel()
-    counts = np.repeat(np.concatenate([result.gap_count for result in results]), len(jitter_s))
-    figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in weighted_quantiles(gap_s, counts, _SHARES).items()}
+    gap_s, counts = (np.concatenate([getattr(result, name) for result in results]) for name in ("gap_s", "gap_count"))
+    quantiles_s = weighted_quantiles(gap_s, counts, _SHARES, streaming.jitter_s or (0.0,))
+    figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
     span_s = sum(result.span_s for result in results)
     tokens = sum(int(result.gap_count.sum()) + len(result.ttft_s) for result in results)

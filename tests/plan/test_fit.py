@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pdbench.plan import fit
-from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Limits
+from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Limits, weighted_quantiles
 from pdbench.plan.limits import flag_value
 from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Steps, Stream, rebuild
@@ -83,6 +83,18 @@ def test_decode_costs_are_found_again(steps: list[Steps]) -> None:
     for size in (2, 4, 8):
         assert decode.gpu_s[size] == pytest.approx(TABLE[size], rel=0.05)
     assert decode.per_context_token_s == pytest.approx(CONTEXT, rel=0.3)
+
+
+def test_rare_pauses_count_in_the_mean_step_and_in_the_tail() -> None:
+    handed_s = np.cumsum(np.where(np.arange(4000) % 67 == 50, 0.034, 0.004))  # 1.5 % of the steps
+    stream = Stream("one", handed_s.tolist(), 1, 1)
+    plain, paused = (
+        fit.decode_costs([rebuild([each])], SIZES) for each in (Stream("one", np.arange(1, 4001) * 0.004, 1, 1), stream)
+    )
+    assert paused.gpu_s[1] - plain.gpu_s[1] == pytest.approx(0.03 / 67, rel=0.1)
+    shares = {"p50": 0.5, "p98": 0.98, "p99": 0.99}
+    quantiles_s = weighted_quantiles(np.array([paused.gpu_s[1]]), np.array([1000]), shares, paused.jitter_s)
+    assert quantiles_s == pytest.approx({"p50": 0.004, "p98": 0.004, "p99": 0.034}, rel=0.02)
 
 
 def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
