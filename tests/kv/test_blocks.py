@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pdbench.kv.blocks import make_packer
 from pdbench.kv.compat import UnsupportedError
+from pdbench.kv.ranks import Share
 
 BLOCKS = 10
 
@@ -102,3 +103,14 @@ def test_any_blocks_move_into_any_others(blocks, random):
     staging = torch.empty(BLOCKS * source.block_bytes, dtype=torch.uint8)
     target.scatter(source.gather(blocks, staging), targets)
     assert torch.equal(there[targets].view(torch.uint8), here[blocks].view(torch.uint8))
+
+
+def test_draft_model_of_other_heads_travels_whole_or_not_at_all():
+    caches = {"draft": filled((BLOCKS, 1, 16, 32)), "layer": filled((BLOCKS, 4, 16, 64))}
+    packer = make_packer(caches, BLOCKS, heads=4, drafts={"draft"})
+    draft_bytes, layer_bytes = (caches[name][0].numel() * 4 for name in ("draft", "layer"))
+    assert packer.heads == 4 and packer.parts[0].data_ptr() == caches["layer"].data_ptr()
+    assert packer.layout == make_packer({"layer": caches["layer"]}, BLOCKS, heads=4).layout
+    for drafts, travels in ((True, draft_bytes), (False, 0)):
+        assert packer.share(Share(0, 0, range(0), 0, 1, drafts), 0).block_bytes == layer_bytes + travels
+        assert packer.share(Share(0, 0, range(1, 2), 0, 1, drafts), 0).block_bytes == layer_bytes / 4 + travels
