@@ -69,6 +69,12 @@ def start(kind: DeploymentKind, config: ServeConfig) -> Deployment:
     return Site().deployment(kind, config).start()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing one takes a second or two, and tests/report/test_pictures.py looks at them."""
+    monkeypatch.setattr("pdbench.report.mpl.picture", lambda draw, *arguments: b"")
+
+
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a scripted libnvidia-ml.so.1, for tests.support.fake_nvml's children."""

@@ -64,6 +64,7 @@ def test_client_that_spins_on_refusals_is_not_the_limit(kind: str, limited: bool
 
 
 @pytest.mark.parametrize(("fail_every", "code"), [(10, 1), (150, 0)], ids=["every tenth", "one of 150"])
+@pytest.mark.usefixtures("undrawn")
 def test_bench_ends_with_1_when_more_than_1_percent_fail(tmp_path: Path, fail_every: int, code: int) -> None:
     numbers, answered = count(1), completions()
 

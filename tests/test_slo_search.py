@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,11 @@ import pytest
 from rich.console import Console
 
 from pdbench import cli, slo_search
-from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial
+from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
 from pdbench.report import commands, mpl
 from pdbench.report import search as found
 from pdbench.report.search import present, sentence
@@ -24,7 +24,7 @@ from pdbench.report.search_charts import chart
 from pdbench.search.rates import Search
 from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s
 from pdbench.slo_search import Goal
-from tests.support.servers import ScriptedServer, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 CONSOLE = Console(quiet=True)
 LOAD = LoadConfig(slo_ttft_ms=300.0, slo_tbt_ms=50.0, output_tokens=4, requests=300, nonce="n")
@@ -164,6 +164,7 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
     assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:
     document = search(tmp_path, Law(itl_s=0.09))
     (entry,) = document["deployments"]
@@ -277,34 +278,40 @@ def test_wrong_options_are_refused(
     assert ended.value.code and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [None, "load-01"])
-def test_search_through_the_command_on_a_server(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: str | None
-) -> None:
-    keep = commands.keep
+@pytest.mark.usefixtures("undrawn")
+def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answered, turn = stream(tokens(5), pause_s=0.002), threading.Lock()
 
-    def keep_flagged(run: Run, folder: Path) -> RunAnalysis:
-        run.flags += [Flag("canary-failed", "a wrong answer")] * (folder.parent.name == wrong)
-        return keep(run, folder)
+    def answer(peer: Peer) -> bool:
+        with turn:  # at most 33 a second
+            time.sleep(0.03)
+        return answered(peer)
 
-    monkeypatch.setattr(commands, "keep", keep_flagged)
-    with ScriptedServer(stream(tokens(5), pause_s=0.002)) as server:
+    with ScriptedServer(answer) as server:
         command = ["search", "--url", server.url, "--model", "m", "--no-power", "--requests", "40", "--warmup", "1"]
-        command += ["--slo", "ttft=300,e2e=500", "--rate", "30", "--max-minutes", "0.12", "--out", str(tmp_path)]
-        with pytest.raises(SystemExit) as ended:
-            cli.main(command)
-    if wrong:
+        command += ["--slo", "e2e=300", "--rate", "20", "--precision", "50%", "--max-minutes", "2"]
+
+        def exit_code() -> object:
+            with pytest.raises(SystemExit) as ended:
+                cli.main([*command, "--out", str(tmp_path)])
+            return ended.value.code
+
+        assert not exit_code()
+        saved = json.loads((tmp_path / found.FILE).read_text())
+        (entry,) = saved["deployments"]
+        assert entry["name"] == "bench" and "bench" in saved["sentence"]
+        if not entry["client_limited"]:  # by a busy machine
+            assert entry["low"] > 0 and "bench carries" in saved["sentence"]
+            assert (tmp_path / entry["run"] / "analysis.json").exists()
+        # Figures of a load whose answers were wrong do not count, also where nothing is sent again.
+        folder = tmp_path / "bench" / "load-01" / "bench_results"
+        run, sent = load_run(folder), len(server.requests)
+        run.flags.append(Flag("canary-failed", "a wrong answer"))
+        save_run(run, folder)
+        assert exit_code() == 1
         printed = "".join(capsys.readouterr().err.split("\n"))
-        assert ended.value.code == 1 and "load-01/bench_results: bench: canary-failed: a wrong answer" in printed
-        return
-    assert not ended.value.code
-    saved = json.loads((tmp_path / found.FILE).read_text())
-    (entry,) = saved["deployments"]
-    assert entry["name"] == "bench" and "bench" in saved["sentence"]
-    if entry["client_limited"]:  # by a busy machine
-        return
-    assert entry["low"] > 0 and "bench carries" in saved["sentence"]
-    assert (tmp_path / entry["run"] / "analysis.json").exists()
+        assert "load-01/bench_results: bench: canary-failed: a wrong answer" in printed
+        assert not any(peer.method == "POST" for peer in server.requests[sent:])
 
 
 def test_picture_of_two_deployments_on_gpus() -> None:

@@ -13,6 +13,8 @@ from pdbench.records import load_run
 from tests.support.processes import ROOT, call_pdbench, free_port, run_pdbench, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:

@@ -26,6 +26,7 @@ def test_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
     assert "client-limited" in markdown and "3 of 48 requests failed: timeout 3" in markdown
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):
     for name, load in (("single", {"concurrency": 1}), ("disaggregated", {"concurrency": 4})):
         save_run(build_run(name, load=load, trials=2), tmp_path / name)
@@ -35,6 +36,7 @@ def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):
     assert differs in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_brackets_in_a_path_are_no_markup(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     commands.report(folders[:1], tmp_path / "r [bold]", None, console)
@@ -50,6 +52,7 @@ def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
     assert len(set(commands.names_of(runs, [*folders, folders[0]]))) == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
     folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250)]
     for folder in folders:
@@ -127,6 +130,7 @@ def test_flags_with_which_figures_do_not_count_are_errors():
         commands.exit_on_flags([analyze(build_run(trials=1, requests=2, gate=gate(False, "none equal")))])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_condition_on_a_run_whose_figures_do_not_count_is_refused(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
     for path, passed in zip(paths, (True, False), strict=True):
@@ -172,6 +176,7 @@ def test_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatc
         commands.compare_folders([tmp_path], [], False, tmp_path / "picture.png", console)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_returns_the_exit_code_of_the_conditions(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], True, tmp_path / "picture.png", console) == 1

@@ -31,6 +31,7 @@ def test_figures_are_those_of_the_run(gpu):
     assert labels == {"prefill", "decode"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_is_written_beside_the_page(folders, tmp_path):
     commands.report(folders, tmp_path, None, Console(file=io.StringIO()), llm_d=True)
     assert json.loads((tmp_path / "single_llm-d.json").read_bytes())["version"] == llmd.VERSION

@@ -177,6 +177,7 @@ def test_same_run_has_the_same_ids_whenever_it_is_sent():
     assert len({context.span_id for context in first}) == len(first)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_sends_each_request_once(receiver, tmp_path):
     run = build_run(trials=1, requests=300, tokens=4)
     save_run(run, tmp_path / "run")
@@ -193,6 +194,7 @@ def test_report_sends_each_request_once(receiver, tmp_path):
     assert values["service.name"] == "pdbench" and values["pdbench.deployment"] == "disaggregated"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rejected_spans_are_an_error(receiver, folders, tmp_path):
     receiver.answer = (
         200,
@@ -202,6 +204,7 @@ def test_rejected_spans_are_an_error(receiver, folders, tmp_path):
         commands.report(folders[:1], tmp_path, None, Console(file=io.StringIO()), otlp=receiver.url)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_refusing_receiver_is_one_line(receiver, folders, tmp_path):
     receiver.answer = (404, ExportTraceServiceResponse())
     with pytest.raises(UserError, match=r"did not take the spans .*404") as error:
@@ -209,6 +212,7 @@ def test_refusing_receiver_is_one_line(receiver, folders, tmp_path):
     assert "\n" not in str(error.value) and (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unreachable_receiver_is_one_line_and_the_report_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")  # for how long it tries again
     save_run(build_run(trials=1), tmp_path / "run")
