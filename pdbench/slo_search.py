@@ -219,7 +219,8 @@ def _search_rate(
             if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
             if time.monotonic() >= until_s:
-                loads.console.print(f"  {TIME_UP}; the same command goes on from here", highlight=False)
+                but = " but for the run at the rate found" if answer.low > 0 else ""
+                loads.console.print(f"  {TIME_UP}{but}; the same command goes on from here", highlight=False)
                 break
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
             requests = max(load.requests or REQUESTS, ceil(2 * least_s * rate))

@@ -335,9 +335,16 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         document["deployments"][0]["attained_pct"] = attained
         assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
+    assert len(chart(document).panels) == 4
     labels = mpl.chart(chart(document), 16, 9).axes[0].texts
     assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
     assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
+    for each in document["points"] + document["deployments"]:
+        each["j_per_good_request"] = None
+    assert [panel.title for panel in chart(document).panels] == [
+        "Requests within the SLO",
+        "Goodput per GPU against the SLO's scale",
+    ]
 
 
 def test_each_deployment_is_tuned_by_the_options_of_its_roles() -> None:

@@ -54,7 +54,8 @@ def present(document: dict[str, Any], out: Path, console: Console) -> list[RunAn
     write_whole(out / FILE, json.dumps(document, indent=1).encode())
     pictures = [out / PICTURE] if searched(document) else []
     for path in pictures:
-        write_whole(path, mpl.picture(mpl.chart, chart(document), 16, 9))
+        drawn = chart(document)
+        write_whole(path, mpl.picture(mpl.chart, drawn, 16, 9 if len(drawn.panels) > 2 else 5.5))
     if tuned(document):
         pictures.append(out / CLOCKS_PICTURE)
         write_whole(out / CLOCKS_PICTURE, mpl.picture(mpl.chart, clocks_chart(document), 16, 8))

@@ -57,7 +57,7 @@ def chart(document: Mapping[str, Any]) -> Chart:
         if entry.get("rate_per_s"):
             high = entry["high"] or max(point["rate_per_s"] for point in points)
             attained.append(Series(x=[entry["low"], high], y=[goal, goal], shade=shade, width=5, opacity=0.5))
-            found = f"{text.number(entry['rate_per_s'])}/s"
+            found = f"{'' if entry['high'] else '≥ '}{text.number(entry['rate_per_s'])}/s"
             attained.append(
                 Series(kind="points", x=[entry["rate_per_s"]], y=[goal], labels=[found], shade=shade, size=11)
             )
@@ -80,7 +80,7 @@ def chart(document: Mapping[str, Any]) -> Chart:
     rates = [point["rate_per_s"] for entry in entries for point in loads(document, entry["name"])]
     if attained:
         attained.append(Series(name=_("goal"), x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
-    rate, no_meter = _("requests/s per GPU" if per_gpu else "requests/s"), _("no device has an energy counter here")
+    rate = _("requests/s per GPU" if per_gpu else "requests/s")
     panels = [
         Panel(
             title=_("Requests within the SLO"),
@@ -94,7 +94,6 @@ def chart(document: Mapping[str, Any]) -> Chart:
             series=joules,
             x=Axis(label=rate, low=0),
             y=Axis(label="J", low=0),
-            not_measured=no_meter,
         ),
         Panel(
             title=_("Goodput per GPU against the SLO's scale" if per_gpu else "Goodput against the SLO's scale"),
@@ -108,11 +107,13 @@ def chart(document: Mapping[str, Any]) -> Chart:
             series=scaled_joules,
             x=Axis(label=_("all limits times")),
             y=Axis(label="J", low=0),
-            not_measured=_("no scale is known well enough") if joules else no_meter,
+            not_measured=_("no scale is known well enough"),
         ),
     ]
-    title = _("The highest rate within {0}", slo(document))
-    return Chart(key="search", title=title, panels=panels, caption=_("bars: 95 % intervals"))
+    title, caption = _("The highest rate within {0}", slo(document)), _("bars: 95 % intervals")
+    if not joules:
+        panels, caption = panels[::2], caption + _("; energy is not measured")
+    return Chart(key="search", title=title, panels=panels, caption=caption)
 
 
 def clocks_chart(document: Mapping[str, Any]) -> Chart:
