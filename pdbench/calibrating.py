@@ -4,10 +4,10 @@ A load at full speed says where the ramps end and shows the largest steps, a bur
 ramps pass through every load below. Sent and resumed as the points of a sweep.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -52,7 +52,11 @@ class Deadline:
     def on_progress(self, progress: Progress, now_s: float) -> None: ...
 
     def decided(self) -> str | None:
-        return "the time is up" if time.monotonic() > self._until_s else None
+        return "the time is up" if self.left_s <= 0 else None
+
+    @property
+    def left_s(self) -> float:
+        return self._until_s - time.monotonic()
 
 
 Measure = Callable[[DeploymentKind, Options, Path, Deadline], Path]
@@ -113,10 +117,16 @@ def points(kind: DeploymentKind, options: Options, plan: Schedule) -> list[sweep
     return [sweep.Point({"load": name}, replace(options, load=each)) for name, each in loads.items()]
 
 
-def ramp(load: LoadConfig, out: Path, kind: DeploymentKind) -> LoadConfig:
-    """A ramp up to the throughput of the full load. Raises UserError where that was not measured, or is too low for this time."""
+def ramp(load: LoadConfig, out: Path, kind: DeploymentKind, most_s: float = math.inf) -> LoadConfig:
+    """A ramp up to the throughput of the full load, in `most_s` where its servers took longer to start than was expected. Raises UserError where
+    that throughput was not measured, or is too low for this time."""
+    load = replace(load, ramp_s=min(load.ramp_s, max(LEAST_RAMP_S, round(most_s, 1))))
     if load.rate is None:
         folder = out / "load=full" / f"{kind}_results"
+        if not folder.exists():
+            raise UserError(
+                f"{kind}: its full load was not measured, so nobody knows where the ramps end: give --rate and --ramp-to"
+            )
         reached = load_analysis(folder).summary.throughput.requests_per_s
         if not reached:
             raise UserError(
@@ -141,8 +151,9 @@ def run(
     out: Path,
     measure: Measure,
     console: Console,
-) -> list[Path]:
-    """Measure what is missing in `out` until the time is up, the same time for each deployment that is left; returns the results folders."""
+) -> tuple[list[Path], list[str]]:
+    """Measure what is missing in `out` until the time is up, the same time for each deployment that is left; returns the results folders, and
+    what could not be measured: that of one deployment is no reason to leave out the next."""
     until_s = time.monotonic() + limit_s
     loads = {kind: points(kind, options, plan) for kind in kinds}
     console.print(
@@ -152,23 +163,43 @@ def run(
         soft_wrap=True,
     )
     found: list[Path] = []
+    gaps: list[str] = []
     for place, kind in enumerate(kinds):
         now_s = time.monotonic()
-        kind_until_s = now_s + (until_s - now_s) / (len(kinds) - place)
-        send = partial(_send, measure, Deadline(kind_until_s), out)
-        context = {"calibration of": kind}
-        for _, folders in sweep.run(loads[kind], out, send, console, context, [kind]):
-            found += folders
-            if time.monotonic() + plan.ramp_s / 2 > kind_until_s:
-                console.print(f"{kind}: the time is up", highlight=False)
-                break
-    return found
+        deadline = Deadline(now_s + (until_s - now_s) / (len(kinds) - place))
+        failed: list[str] = []
+
+        def send(
+            options: Options, folder: Path, name: str, deadline: Deadline = deadline, failed: list[str] = failed
+        ) -> list[Path]:
+            try:
+                return _send(measure, deadline, out, plan, options, folder, name)
+            except UserError as error:
+                failed.append(f"{name}, {folder.name.removeprefix('load=')}: {error}")
+                raise
+
+        try:
+            for _, folders in sweep.run(loads[kind], out, send, console, {"calibration of": kind}, [kind]):
+                found += folders
+                if deadline.left_s < plan.ramp_s / 2:
+                    console.print(f"{kind}: the time is up", highlight=False)
+                    break
+        except UserError:
+            if not failed:  # nothing was tried: `out` cannot be written, or holds another calibration
+                raise
+        gaps += failed
+    return found, gaps
 
 
-def _send(measure: Measure, deadline: Deadline, out: Path, options: Options, folder: Path, kind: str) -> list[Path]:
+def _send(
+    measure: Measure, deadline: Deadline, out: Path, plan: Schedule, options: Options, folder: Path, kind: str
+) -> list[Path]:
     name = deployments(kind)[0]
+    if deadline.left_s <= 0:
+        raise UserError("the time is up: give more --max-minutes")
     if options.load.concurrency is None:
-        options = replace(options, load=ramp(options.load, out, name))
+        left = plan.ramps - int(folder.name.rpartition("-")[2]) + 1
+        options = replace(options, load=ramp(options.load, out, name, deadline.left_s / left - TURN_S))
     return [measure(name, options, folder, deadline)]
 
 

@@ -1,6 +1,7 @@
 """The loads of a calibration: what is sent, in which time, what is left after an interruption."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,37 @@ def test_a_ramp_with_too_few_requests_is_refused(tmp_path: Path) -> None:
         calibrating.ramp(replace(LOAD, rate=0.1, ramp_to=0.1), tmp_path, "single")
 
 
+def test_a_ramp_is_shorter_where_servers_started_late(tmp_path: Path) -> None:
+    load = replace(LOAD, ramp_s=60.0)
+    assert calibrating.ramp(load, tmp_path, "single", 33.33).ramp_s == 33.3
+    assert calibrating.ramp(load, tmp_path, "single", -5.0).ramp_s == calibrating.LEAST_RAMP_S
+    assert calibrating.ramp(load, tmp_path, "single").ramp_s == 60
+
+
+def test_what_fails_leaves_a_gap_and_the_next_deployment_goes_on(tmp_path: Path) -> None:
+    sent: list[tuple[str, str]] = []
+
+    def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
+        sent.append((kind, folder.name))
+        if kind == "single":
+            raise UserError("its server died")
+        results = folder / f"{kind}_results"
+        results.mkdir()
+        (results / f"{kind}_results.json").write_text("{}")
+        return results
+
+    load = replace(LOAD, ramp_s=20.0)
+    run = partial(calibrating.run, KINDS, Options(load=load), PLAN, 3600, tmp_path, measure, Console(quiet=True))
+    found, gaps = run()
+    assert len(found) == 4 and {path.name for path in found} == {"disaggregated_results"}
+    assert gaps == [f"single, {name}: its server died" for name in ("full", "ramp-1", "ramp-2")]
+    sent.clear()
+    run()
+    assert {kind for kind, _ in sent} == {"single"}, "the same command tries what failed again"
+    with pytest.raises(UserError, match="other options"):
+        calibrating.run(KINDS, Options(), PLAN, 3600, tmp_path, measure, Console(quiet=True))
+
+
 def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
     sent: list[tuple[str, str]] = []
     stop = 6
@@ -69,7 +101,7 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
         return results
 
     def run(limit_s: float) -> list[Path]:
-        return calibrating.run(KINDS, Options(load=LOAD), PLAN, limit_s, tmp_path, measure, Console(quiet=True))
+        return calibrating.run(KINDS, Options(load=LOAD), PLAN, limit_s, tmp_path, measure, Console(quiet=True))[0]
 
     with pytest.raises(KeyboardInterrupt):
         run(3600)

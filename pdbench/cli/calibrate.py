@@ -7,6 +7,7 @@ from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
+from pdbench.errors import UserError
 from pdbench.ranges import Count, Positive
 
 
@@ -53,6 +54,8 @@ def calibrate(
             return next(iter(runs))
 
         plan = calibrating.schedule(kinds, trials, options.load.ramp_s, limit_s, on_gpu=site.on_gpu)
-        found = calibrating.run(kinds, options, plan, limit_s, out, measure, progress)
+        found, gaps = calibrating.run(kinds, options, plan, limit_s, out, measure, progress)
     planning.plan(calibrating.usable(found, console), (), (), LoadConfig(), out, console)
+    if gaps:
+        raise UserError(f"not measured, the same command tries again: {'; '.join(gaps)}")
     commands.exit_on_flags(analyses)

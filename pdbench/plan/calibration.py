@@ -1,17 +1,19 @@
 """A calibration: the costs of every role's engine and of what lies between them, from saved runs; engines drawn from what is sure."""
 
+import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 from scipy import special
 
+from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
-from pdbench.plan.engine import COSTS, Box, Engine, Limits, Role
+from pdbench.plan.engine import COSTS, Box, Engine, Kind, Limits, Role
 from pdbench.plan.limits import limits_of
 from pdbench.plan.parts import Part, parts_of, taken_s, visits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
@@ -28,6 +30,12 @@ NOT_MODELLED = (
     "--no-enable-chunked-prefill",
 )
 """Beginnings of vLLM's flags that change what a step is."""
+SERVED = (
+    "model", "max_model_len", "gpu_memory_utilization", "enforce_eager", "dtype", "load_format", "vllm_args",
+    "prefill_args", "decode_args", "single_args", "replica_args", "connector", "first_token",
+)  # fmt: skip
+SENT = ("input_tokens", "output_tokens", "max_input_tokens", "max_output_tokens")
+"""Options of serving and of the load that a calibration shares with the runs that lack something."""
 MOST_CACHED, MOST_MERGED = 0.02, 0.05
 """Shares of prefill's prompt tokens from its cache, and of tokens that came with the one before, above which steps are not known."""
 USUAL_INGRESS_S = 0.007
@@ -71,7 +79,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     if not roles:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
     between = _between(by_role)
-    missing += _missing(roles, between)
+    missing += _missing(roles, between, [*runs.values()])
     return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
 
 
@@ -254,27 +262,44 @@ def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
     return max((max(each) / min(each) for each in series), default=1.0)
 
 
-def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any]) -> list[str]:
-    """What would make predictions possible, or surer, and the command that measures it."""
+def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    """What would make predictions possible, or surer, and last the command that measures it."""
     wanted = []
     computing = {name: role for name, role in roles.items() if role.noise}
     unsure = [name for name, role in computing.items() if not role.knows_lengths]
     if unsure:
-        wanted.append(
-            f"{' and '.join(unsure)}: what a prompt token costs; measure lengths that differ (--input-distribution lognormal "
-            "--output-distribution lognormal)"
-        )
+        wanted.append(f"{' and '.join(unsure)}: what a prompt token costs, which lengths that differ show")
     if not computing:
-        wanted.append("what a prompt costs; measure a run with --rate in which streams decode meanwhile")
+        wanted.append("what a prompt costs, which prompts show that meet running streams, or an idle prefill instance")
     if "handoff_s" not in between:
-        wanted.append("the handoff from prefill to decode; measure with `pdbench run --against disaggregated --rate R`")
+        wanted.append("the handoff from prefill to decode, which a run of disaggregated shows")
     if any(len(role.speeds) < 3 for role in computing.values()):
-        wanted.append("how the machine's speed differs from trial to trial; measure with --pairs 5")
+        wanted.append("how the machine's speed differs from trial to trial, which five trials show")
     if any(role.power is None for role in roles.values()):
-        wanted.append("power; measure on GPUs whose power is read, 20 s or longer (docs/power.md)")
+        wanted.append("power, which GPUs show whose power is read, in 20 s or longer (docs/power.md)")
     if any(role.engine.limits.kv_cache_tokens is None for role in roles.values()):
-        wanted.append("the size of the KV cache; runs of this pdbench save it")
-    return wanted
+        wanted.append("the size of the KV cache, which runs of this pdbench save")
+    return [*wanted, f"measure all of it with `{calibrate_command(runs)}`"] if wanted else []
+
+
+def calibrate_command(runs: Sequence[Run]) -> str:
+    """`pdbench calibrate` of the deployments, the model and the typical lengths of these runs, and of disaggregated."""
+    configs = [run.config for run in runs]
+    kinds = [kind for kind in get_args(Kind) if kind == "disaggregated" or kind in {run.name for run in runs}]
+    serve, load = (
+        next((dict[str, Any](config[name]) for config in configs if config.get(name)), dict[str, Any]())
+        for name in ("serve", "load")
+    )
+    given = {name: (serve.get(name), getattr(ServeConfig(), name)) for name in SERVED}
+    given |= {name: (load.get(name), getattr(LoadConfig(), name)) for name in SENT}
+    words = ["pdbench", "calibrate", "--against", ",".join(kinds)]
+    for name, (value, default) in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool) and value != default:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None and value != default:
+            words.append(f"--{flag}={value}")
+    return shlex.join(words)
 
 
 def role_of(calibration: Calibration, role: Role) -> RoleCalibration:

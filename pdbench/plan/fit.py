@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
-from pdbench.analysis.arrivals import Array, BoolArray, IntArray
+from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
 from pdbench.plan.simulate import simulate
-from pdbench.plan.steps import Steps
+from pdbench.plan.steps import Steps, Visits
 
 ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
@@ -21,8 +21,6 @@ JITTER_SHARES = tuple((np.arange(200) + 0.5) / 200)
 REPLAYED = 4
 """Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
 SAMPLES = 40
-SAME_STEP_S = 0.0015
-"""Prompts that are answered within this time of each other were in one step."""
 LEAST_STEPS = 5
 """A graph size with fewer steps than this is not calibrated."""
 
@@ -271,30 +269,6 @@ def most_common(intervals: Array) -> float:
     counts = ((intervals[:, :1] <= middles) & (middles <= intervals[:, 1:])).sum(axis=0)
     best = np.flatnonzero(counts == counts.max())
     return float(middles[best].mean())
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Prompts at an instance that only prefills, in order of `sent_s` (by the proxy), answered at `done_s`."""
-
-    sent_s: Array
-    done_s: Array
-    prompt: IntArray
-    trial: int
-
-    def idle(self) -> BoolArray:
-        """Was nobody else there when it was sent?"""
-        return np.append(-np.inf, np.maximum.accumulate(self.done_s)[:-1]) < self.sent_s
-
-    def alone(self) -> BoolArray:
-        """Was no other prompt there meanwhile?"""
-        return self.idle() & (self.done_s < np.append(self.sent_s[1:], np.inf))
-
-    def largest_step(self) -> int:
-        """Most prompt tokens that were answered at one time."""
-        order = np.argsort(self.done_s)
-        step = np.cumsum(np.diff(self.done_s[order], prepend=self.done_s[order[0]]) > SAME_STEP_S)
-        return int(np.bincount(step, self.prompt[order]).max())
 
 
 def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> Prefill:

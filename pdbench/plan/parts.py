@@ -4,9 +4,8 @@ import msgspec
 import numpy as np
 
 from pdbench.events import PromptEvent, ProxyEvent
-from pdbench.plan import fit
 from pdbench.plan.engine import Role
-from pdbench.plan.steps import Steps, Stream, rebuild, streams_of, usable
+from pdbench.plan.steps import Steps, Stream, Visits, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
 LEAST_REQUESTS, MOST_FAILED = 30, 0.1
@@ -48,11 +47,11 @@ def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
     return parts
 
 
-def visits_of(part: Part) -> fit.Visits:
+def visits_of(part: Part) -> Visits:
     """A prefill instance's prompts, as the proxy saw them come and go."""
     rows = [(way.prefill_sent_s, way.prefill_done_s, stream.computed) for way, stream in _visitors(part)]
     sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
-    return fit.Visits(sent_s, done_s, prompt, part.trial)
+    return Visits(sent_s, done_s, prompt, part.trial)
 
 
 def _visitors(part: Part) -> list[tuple[ProxyEvent, Stream]]:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.events import ProxyEvent
 from pdbench.plan.engine import Role
 from pdbench.records import RequestRecord, Run
 
 _WINDOW = 4
 """Steps around a stream's first arrival among which its first step is sought."""
+SAME_STEP_S = 0.0015
+"""Prompts that are answered within this time of each other were in one step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +146,27 @@ def rebuild(streams: Sequence[Stream]) -> Steps:
 def _misfit(tokens: Array, steps: Array) -> float:
     overlap = min(len(tokens), len(steps))
     return float(np.median(np.abs(tokens[:overlap] - steps[:overlap]))) if overlap else np.inf
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Prompts at an instance that only prefills, in order of `sent_s` (by the proxy), answered at `done_s`."""
+
+    sent_s: Array
+    done_s: Array
+    prompt: IntArray
+    trial: int
+
+    def idle(self) -> BoolArray:
+        """Was nobody else there when it was sent?"""
+        return np.append(-np.inf, np.maximum.accumulate(self.done_s)[:-1]) < self.sent_s
+
+    def alone(self) -> BoolArray:
+        """Was no other prompt there meanwhile?"""
+        return self.idle() & (self.done_s < np.append(self.sent_s[1:], np.inf))
+
+    def largest_step(self) -> int:
+        """Most prompt tokens that were answered at one time."""
+        order = np.argsort(self.done_s)
+        step = np.cumsum(np.diff(self.done_s[order], prepend=self.done_s[order[0]]) > SAME_STEP_S)
+        return int(np.bincount(step, self.prompt[order]).max())

@@ -1,12 +1,14 @@
 """A calibration from a run: the engine that was put in is found again, and what is missing is named."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from pdbench.cli import app
 from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
-from pdbench.plan.calibration import calibrate
+from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.parts import Part, taken_s
 from pdbench.plan.steps import Stream
 from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestRecord, Run, Trial
@@ -61,7 +63,23 @@ def test_engine_of_a_run_is_found_again() -> None:
     assert not role.assumed
     assert found.drift < 1.1
     missing = " ".join(found.missing)
-    assert "handoff" in missing and "power" in missing and "--pairs 5" in missing
+    assert "handoff" in missing and "power" in missing and "five trials" in missing
+
+
+def test_command_that_measures_what_is_missing_is_one_that_runs() -> None:
+    run = recorded_run()
+    run.config["serve"] = {
+        "model": "some/model",
+        "enforce_eager": False,
+        "vllm_args": "--a-flag=1 --other",
+        "dtype": None,
+    }
+    run.config["load"] = {"input_tokens": 2048, "output_tokens": 128}
+    command, bound, *_ = app.parse_args(shlex.split(calibrate_command([run]))[1:], exit_on_error=False)
+    assert command.__name__ == "calibrate" and bound.arguments["against"] == "single,disaggregated"
+    options = bound.arguments["options"]
+    assert (options.serve.model, options.serve.enforce_eager) == ("some/model", False)
+    assert (options.serve.vllm_args, options.load.input_tokens) == ("--a-flag=1 --other", 2048)
 
 
 def test_run_without_token_instants_calibrates_nothing() -> None:

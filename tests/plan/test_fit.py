@@ -7,7 +7,7 @@ from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Limits, weighted_quantiles
 from pdbench.plan.limits import flag_value
 from pdbench.plan.simulate import simulate
-from pdbench.plan.steps import Steps, Stream, rebuild
+from pdbench.plan.steps import Steps, Stream, Visits, rebuild
 
 HOST, HOST_TOKEN, GPU, GPU_TOKEN, HOST_DECODE = 0.012, 2e-6, 0.001, 8e-6, 0.002
 SIZES = (1, 2, 4, 8, 16)
@@ -126,7 +126,7 @@ def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
     engine = Engine(costs=costs, limits=LIMITS)
     answered = simulate(Deployment(kind="single", engines={"single": engine}, instances={"single": 1}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
-    prefill = fit.prefill_alone([fit.Visits(answered.sent_s, done_s, prompt, 0)], LIMITS, ingress=0.005)
+    prefill = fit.prefill_alone([Visits(answered.sent_s, done_s, prompt, 0)], LIMITS, ingress=0.005)
     host, host_token, gpu, gpu_token, _ = prefill.values
     for tokens in (300, 1500, 6000):
         took = max(HOST + HOST_TOKEN * tokens, GPU + GPU_TOKEN * tokens)
