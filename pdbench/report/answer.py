@@ -100,7 +100,7 @@ def basis(comparison: Comparison) -> str:
     """What the intervals rest on: `6 pairs, each turn on its own server start, of this load in general`."""
     trials = min((line.trials for line in comparison.differences), default=0)
     if not comparison.paired:
-        return _("{0} trials each, measured apart", trials)
+        return _("one trial each, measured apart") if trials == 1 else _("{0} trials each, measured apart", trials)
     starts = {
         "each": _("each turn on its own server start"),
         "joined": _("some on a shared server start"),
@@ -108,7 +108,7 @@ def basis(comparison: Comparison) -> str:
         "one": _("all of one server start"),
     }[comparison.starts]
     of = _("of these arrivals") if comparison.same_arrivals else _("of this load in general")
-    return _("{0} pairs, {1}, {2}", trials, starts, of)
+    return _("one pair, {0}, {1}", starts, of) if trials == 1 else _("{0} pairs, {1}, {2}", trials, starts, of)
 
 
 def headline(comparison: Comparison, runs: Runs) -> str:
