@@ -95,7 +95,7 @@ class VirtualQueue:
         self._parts = [
             (
                 unit_s[part * size : (part + 1) * size] - unit_s[part * size],
-                random.choice(seen[part::PARTS], size) / seen.mean(),
+                random.choice(seen[part % len(seen) :: PARTS], size) / seen.mean(),
             )
             for part in range(PARTS)
         ]

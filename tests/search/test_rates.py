@@ -116,6 +116,10 @@ def test_prompts_of_many_lengths_tell_less_as_few_of_them_were_seen() -> None:
     assert worth[1] < 0.5 * worth[0]
 
 
+def test_load_of_three_requests_needs_no_virtual_queue() -> None:
+    assert VirtualQueue([load(5.0, 1, 3)], UNIT_S).evidence() is None
+
+
 def test_overload_is_decided_by_few_requests_and_an_idle_server_is_held() -> None:
     search = Search(0.05, 5.0, UNIT_S)
     assert search.decided(5.0, 0, 10) is None
