@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -35,6 +36,8 @@ ENERGY = (
     "j_per_computed_prompt_token", "j_per_output_token", "decode_j_per_output_token", "j_per_request", "output_tokens_per_j",
     "energy_delay_js", "goodput_per_w", "kv_gb", "kv_j", "price_per_million_output_tokens", "gco2_per_million_output_tokens",
 )  # fmt: skip
+NARROW = 80
+"""Letters in a line of a narrow terminal, or of a log."""
 MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
@@ -74,8 +77,13 @@ def terminal(table: Table) -> Group:
     """Title above and note below as wide as the terminal, not as the table."""
     if not table.rows:
         return Group(Text(f"{table.title}: {table.note}", style="dim"))
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(table.header):
+    columns = [[name, *cells] for name, *cells in zip(table.header, *table.cells, strict=True)]
+    is_wide = sum(max(map(len, column)) + 3 for column in columns) > NARROW
+    # Headers in several lines and less space between columns leave room, so that no word is broken.
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if is_wide else (0, 1))
+    for place, (name, *cells) in enumerate(columns):
+        if is_wide:
+            name = textwrap.fill(name, max(map(len, [*name.split(), *cells, "-"])), break_long_words=False)
         shown.add_column(escape(name), justify="left" if place in table.left else "right", overflow="fold")
     for row, style in zip(table.cells, table.styles or [""] * len(table.rows), strict=True):
         shown.add_row(*map(escape, row), style=STYLES.get(style, ""))
