@@ -171,21 +171,26 @@ class Site:
         processes; a flag says why they cannot be measured. Raises UserError when a named GPU is not here."""
         named = list(options.serve.single_gpus)
         present = list(gpu_indices())
-        server = ServerInfo(name="server", role="server", url=info.url)
+        server, url = ServerInfo(name="server", role="server", url=info.url), split_url(info.url)
+        is_here = machines.is_this_host(url.host)
+        pids = [process.pid for process in machines.listeners(url.port)] if is_here else []
+        gpus = nvml.gpus_of(pids)
         if named:
             if len(set(named)) < len(named) or not set(named) <= set(present):
                 raise UserError(
                     f"--single-gpus {' '.join(map(str, named))}: name different ones of this host's GPUs, {present}"
                 )
+            if unnamed := sorted(set(gpus) - set(named)):
+                raise UserError(
+                    f"--single-gpus {' '.join(map(str, named))}: the server at {info.url} computes on GPU {', '.join(map(str, unnamed))}, whose "
+                    "power would be missing: name all of its GPUs"
+                )
             info.servers = [msgspec.structs.replace(server, gpus=named)]
             return []
-        url = split_url(info.url)
         remedy = "power is not measured; --single-gpus names its GPUs"
-        if not machines.is_this_host(url.host):
+        if not is_here:
             detail = f"{url.host} is no address of this host: {remedy} where it runs here all the same"
             return [Flag("power-elsewhere", detail)]
-        pids = [process.pid for process in machines.listeners(url.port)]
-        gpus = nvml.gpus_of(pids)
         if present and not gpus:
             return [Flag("devices-unknown", f"could not determine the GPUs of {info.url}: {remedy}")]
         info.servers = [msgspec.structs.replace(server, pids=pids, gpus=gpus)]

@@ -76,9 +76,13 @@ def test_foreign_server_without_gpu_info_is_flagged(
     assert "devices-unknown" in {flag.name for flag in run.flags}
 
 
-def test_named_gpus_are_sampled(nvml_library: Path, server: ScriptedServer, tmp_path: Path) -> None:
-    run = bench(nvml_library, server, tmp_path, "--single-gpus", "0", processes=f"1:{os.getpid()}")
+def test_named_gpus_are_sampled_and_must_be_all_of_the_servers(
+    nvml_library: Path, server: ScriptedServer, ended: int, tmp_path: Path
+) -> None:
+    run = bench(nvml_library, server, tmp_path, "--single-gpus", "0", processes=f"1:{ended}")
     assert run.roles["server"] == ["gpu0"]
+    stderr = bench(nvml_library, server, tmp_path, "--single-gpus", "0", processes=f"0:{os.getpid()} 1:{os.getpid()}")
+    assert "computes on GPU 1, whose power would be missing: name all" in stderr
 
 
 @pytest.mark.parametrize("named", [["7"], ["0", "--single-gpus", "0"]], ids=["none of ours", "twice"])
