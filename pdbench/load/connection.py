@@ -24,6 +24,8 @@ _TIMESPEC = struct.Struct("@qq")
 _KINDS = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ETIMEDOUT: "timeout"}
 # A stamp this little in the future is the two clocks' reading error, not a stepped clock.
 _CLOCK_ERROR_S = 1e-4
+_STEP_S = 0.02
+"""From a delay like this on, the offset of the wall clock is measured again before the stamp is believed."""
 
 
 def enable_stamps(sock: socket.socket) -> None:
@@ -62,6 +64,10 @@ class ArrivalClock:
         seconds, nanoseconds = _TIMESPEC.unpack_from(data)
         at_s = seconds - self._unix_minus_run_s + nanoseconds * 1e-9
         delay_s = now_s - at_s
+        if delay_s > _STEP_S:  # read late, or the wall clock was stepped back
+            self.refresh()
+            at_s = seconds - self._unix_minus_run_s + nanoseconds * 1e-9
+            delay_s = now_s - at_s
         if -_CLOCK_ERROR_S < delay_s < 0:
             at_s, delay_s = now_s, 0.0
         elif delay_s < 0:

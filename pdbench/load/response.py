@@ -83,7 +83,7 @@ class Response:
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
-        # Kernel stamps are of the wall clock: for a second after it was stepped back they are too early.
+        # Kernel stamps are of the wall clock: where it was stepped back a little, they are too early for a second.
         self._now_s = at_s = max(at_s, self._now_s)
         self.begun = True
         before = self._chunks

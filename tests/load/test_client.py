@@ -315,6 +315,20 @@ def test_stepped_wall_clock_does_not_move_arrivals():
     assert not kernel and at_s < 4.0 and len(clock.read_delays_s) == 0
 
 
+def test_wall_clock_that_was_stepped_back_does_not_move_arrivals(monkeypatch):
+    clock = connection.ArrivalClock(time.monotonic())
+    unix_s = time.time
+    monkeypatch.setattr(time, "time", lambda: unix_s() - 5.0)
+    for before_s in (0.0, -5.0):  # stamped before the step, and after it
+        seconds, nanoseconds = divmod(time.time_ns() + int(before_s * 1e9), 1_000_000_000)
+        at_s, _ = clock.arrival([(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))])
+        assert -0.01 < at_s <= clock.now() and clock.now() - at_s < 1.0
+    clock = connection.ArrivalClock(time.monotonic())
+    late = divmod(time.time_ns() - 5_000_000_000 - 300_000_000, 1_000_000_000)  # no step: it was read so late
+    at_s, kernel = clock.arrival([(socket.SOL_SOCKET, 37, struct.pack("@qq", *late))])
+    assert kernel and 0.25 < clock.now() - at_s < 3.0 and clock.read_delays_s[-1] > 0.25
+
+
 def finish(client: Client, record: RequestRecord, body: bytes = b"{}") -> RequestRecord:
     client.start(record, body)
     while not client.poll(client.clock.now() + 0.1):
