@@ -23,7 +23,8 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
 
     `received_s`: the request was read whole; `first_token_s`: prefill's token was passed on as the client's first;
     `first_byte_s`: first byte of decode's body; `error`: what failed. `prompt_tokens` is the proxy's estimate; `decode_alone`: why decode
-    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "prefill-failed").
+    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "prefill-failed");
+    `first_tokens_differ`: decode's first token was not prefill's, which had opened the stream, and decode was sent the request again.
     """
 
     request_id: str = ""
@@ -41,6 +42,7 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
     prompt_tokens: int = 0
     decode_alone: str | None = None
     retries: int = 0
+    first_tokens_differ: bool = False
     status: int = 0
     stage: str | None = None
     error: str | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeVar
 from cyclopts import Group, Parameter
 
 Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
-FirstToken = Literal["prefill", "decode"]
+FirstToken = Literal["prefill", "either", "decode"]
 DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 
 T = TypeVar("T")

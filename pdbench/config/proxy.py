@@ -31,7 +31,7 @@ class ProxyConfig:
     decode_policy: Literal["least-work", "round-robin", "prefix-affinity"] = "least-work"
     """Which decode instance a request takes; least-work counts requests in flight."""
     first_token: FirstToken = "prefill"
-    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
+    """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""
     disaggregate_above: CountOrZero[int] = 0
     """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
     event_log: str | None = None

@@ -86,7 +86,7 @@ class ServeConfig(ServerConfig):
     connector: Network[Connector] = "auto"
     """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl; auto chooses by vLLM version and GPUs."""
     first_token: Network[FirstToken] = "prefill"
-    """Whose token opens a stream: prefill's own where greedy sampling makes that exact (p2p-nccl and tcp), or always decode's."""
+    """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""
     disaggregate_above: Network[CountOrZero[int]] = 0
     """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"

@@ -246,19 +246,17 @@ class ClientConnection(asyncio.Protocol):
 
 
 class EventStream:
-    """The streamed answer to a client, made of decode's events; `edit` may change them.
+    """The streamed answer to a client, made of decode's events; `edit` may change them, and be set to another or None.
 
     Only whole events are passed on, so that an error event can always follow the last one.
     """
 
-    def __init__(
-        self, client: ClientConnection, headers: Headers, edit: Callable[[bytes], bytes] | None = None
-    ) -> None:
+    def __init__(self, client: ClientConnection, headers: Headers) -> None:
         assert client.request is not None
         self.held = b""
         self.last = b""
         self._client = client
-        self._edit = edit
+        self.edit: Callable[[bytes], bytes] | None = None
         self._dialect = client.request.dialect
         self.transport = client.transport
         self._chunked = not client.request.http_1_0
@@ -273,16 +271,16 @@ class EventStream:
 
     def follow(self, decode: UpstreamRequest) -> None:
         """Pass on the part of decode's body that is there, and the rest as it arrives."""
-        self._client.decode = decode
+        self._client.decode, self.held = decode, b""
         first = self._whole_events(decode.body)
         decode.chunks = []
-        if first and self._edit is not None:
-            first = self._edit(first)
+        if first and self.edit is not None:
+            first = self.edit(first)
         self.last = first
         self.begin(first)
         decode.consume = self.pass_on
         if self._chunked:
-            decode.relay_to(self, None if self._edit is None else first_token.EDITED)
+            decode.relay_to(self, None if self.edit is None else first_token.EDITED)
 
     def pass_on(self, body: bytes) -> None:
         # Nearly every piece is whole events: then this is one write and nothing else.
@@ -290,8 +288,10 @@ class EventStream:
             body = self._whole_events(body)
             if not body:
                 return
-        if self._edit is not None:
-            body = self._edit(body)
+        if self.edit is not None:
+            body = self.edit(body)
+            if not body:
+                return
         self.last = body
         self._write(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
 

@@ -1,8 +1,8 @@
 """Prefill's own token as the client's first one; decode goes on from the prompt and that token: docs/proxy.md."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -51,6 +51,16 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice]
 
 
+class First(NamedTuple):
+    """Prefill's token: the client's first event, the request for the tokens after it, how many of its prompt's tokens have KV."""
+
+    event: bytes
+    rest: ClientRequest
+    prompt_tokens: int
+    text: str
+    token_id: int
+
+
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_event = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -71,11 +81,8 @@ def is_exact(request: ClientRequest) -> bool:
         return False
 
 
-def read(request: ClientRequest, answer_body: bytes) -> tuple[bytes, ClientRequest, int] | None:
-    """The client's first event, the request for the tokens after it, and how many of its prompt's tokens have KV.
-
-    None if prefill's token ends the answer or is no text without the next one.
-    """
+def read(request: ClientRequest, answer_body: bytes) -> First | None:
+    """Prefill's token; None if it ends the answer or is no text without the next one."""
     try:
         answer = _decode_answer(answer_body)
     except msgspec.MsgspecError:
@@ -98,7 +105,54 @@ def read(request: ClientRequest, answer_body: bytes) -> tuple[bytes, ClientReque
         "max_tokens": msgspec.Raw(b"%d" % (_max_tokens(request.fields) - 1)),
     }
     rest = replace(request, body=msgspec.json.encode(fields), fields=fields)
-    return b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1
+    return First(b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1, choice.text, choice.token_ids[0])
+
+
+class Stream(Protocol):
+    edit: Callable[[bytes], bytes] | None
+
+
+class Decode(Protocol):
+    def end(self, error: str | None) -> None: ...
+
+
+@dataclass(slots=True)
+class Check:
+    """Decode was sent the same request and samples a first token, too: it is taken out of the stream that prefill's has opened.
+
+    `differs`: it is another one, and decode's request was ended before any of its events was passed on.
+    """
+
+    first: First
+    stream: Stream
+    decode: Decode
+    differs: bool = False
+
+    def first_events(self, events: bytes) -> bytes:
+        """Decode's first whole events, without the first token; later ones are not edited."""
+        self.stream.edit = None
+        event, end, others = events.partition(b"\n\n")
+        try:
+            document = _decode_event(event.removeprefix(b"data: "))
+            (choice,) = document["choices"]
+            text, ids = choice["text"], choice.get("token_ids")
+            is_equal = text.startswith(self.first.text) and (not ids or ids[0] == self.first.token_id)
+        except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError):
+            if b'"error"' in event:
+                return events
+            is_equal = False  # no completion's event
+        # Equal texts make the client's text decode's own, whatever the tokens are; a client that sees ids gets equal ids.
+        if not is_equal:
+            self.differs = True
+            self.decode.end("decode chose another first token")
+            return b""
+        text = text.removeprefix(self.first.text)
+        if not text and not choice["finish_reason"] and not (ids and ids[1:]):
+            return others
+        choice["text"] = text  # several tokens came as one event
+        if ids:
+            choice["prompt_token_ids"], choice["token_ids"] = None, ids[1:]
+        return b"data: " + msgspec.json.encode(document) + end + others
 
 
 def event_editor(request: ClientRequest) -> Callable[[bytes], bytes]:

@@ -110,6 +110,7 @@ class RequestHandler:
     decode_after_prefill: bool = False
     reserved: Instance | None = None
     prefix: bytes = b""
+    check: first_token.Check | None = None
 
     async def run(self) -> None:
         """Handle the request; raises RequestError, which names the stage, unless it was sent as an error event."""
@@ -128,7 +129,7 @@ class RequestHandler:
             if protocol.has_prefill and protocol.decode_can_prefill:
                 self.event.decode_alone = self._why_decode_alone()
             self.decode_only = not protocol.has_prefill or self.event.decode_alone is not None
-            may_open = protocol.first_token and context.config.first_token == "prefill" and not self.decode_only
+            may_open = protocol.first_token and context.config.first_token != "decode" and not self.decode_only
             self.wants_first_token = may_open and first_token.is_exact(request)
             async with context.place():
                 self.event.admitted_s = time.monotonic()
@@ -206,6 +207,9 @@ class RequestHandler:
 
     def _send_to_decode(self, request: ClientRequest, decode: Instance, body: bytes) -> UpstreamRequest:
         self._reserve(None)  # it counts as sent from here on
+        self.check = None
+        if self.stream is not None:  # decode continues after prefill's token
+            self.stream.edit = first_token.event_editor(request)
         self.decode = self.context.send(request, decode, "decode", body, self.context.config.decode_timeout_s)
         return self.decode
 
@@ -227,7 +231,7 @@ class RequestHandler:
             compares_prompts=protocol.compares_prompts,
         )
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
-        if protocol.concurrent_dispatch and not self.wants_first_token:
+        if protocol.concurrent_dispatch and not (self.wants_first_token and config.first_token == "prefill"):
             body = decode_body(request, protocol.decode_params(handoff, b""))
             sent = self._send_to_decode(request, decode, body)
             await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)
@@ -239,20 +243,22 @@ class RequestHandler:
         if self.prefill.status is not None and 400 <= self.prefill.status < 500 and self.prefill.error is None:
             return self.prefill
         check_answer(self.prefill)
-        if self.decode is not None:
-            return self.decode
         if self.wants_first_token:
             self.wants_first_token = False
             if first := first_token.read(request, self.prefill.body):
                 # The client's stream opens with prefill's token; from here on `request` is for the tokens after it.
                 self._note_instants()
                 headers = [(b"content-type", _EVENT_STREAM), *self._timing_header()]
-                self.stream = EventStream(self.client, headers, first_token.event_editor(request))
-                first_event, self.request, prefilled_tokens = first
-                self.stream.begin(first_event)
+                self.stream = EventStream(self.client, headers)
+                self.stream.begin(first.event)
                 self.event.first_token_s = time.monotonic()
-                request = self.request
-                handoff = handoff._replace(prefilled_tokens=prefilled_tokens)
+                self.request = request = first.rest
+                handoff = handoff._replace(prefilled_tokens=first.prompt_tokens)
+                if self.decode is not None:
+                    self.check = first_token.Check(first, self.stream, self.decode)
+                    self.stream.edit = self.check.first_events
+        if self.decode is not None:
+            return self.decode
         try:
             body = decode_body(request, protocol.decode_params(handoff, self.prefill.body))
         except ValueError:
@@ -270,6 +276,12 @@ class RequestHandler:
             stream = self.stream or EventStream(self.client, upstream.headers + self._timing_header())
             stream.follow(upstream)
             await asyncio.shield(upstream.finished)
+            if self.check is not None and self.check.differs:
+                # Decode chose another first token: it continues from prefill's, with the prompt in its prefix cache.
+                self.event.first_tokens_differ = True
+                again = self._send_to_decode(self.request, upstream.instance, decode_body(self.request))
+                await self._answer(again)
+                return
             error = stream.close()
             if error is not None:
                 self._note(200, "decode", f"mid-stream: {error}")

@@ -27,6 +27,14 @@ def late(pair, tmp_path_factory):
         yield server
 
 
+@pytest.fixture(scope="module")
+def either(pair, tmp_path_factory):
+    """A proxy that asks both at once and opens the stream with the token that comes first."""
+    options = ("--first-token", "either")
+    with proxy(tmp_path_factory.mktemp("either"), *options, prefill=[pair[0]], decode=[pair[1]]) as server:
+        yield server
+
+
 def script(**roles: Any) -> dict[str, str]:
     """What the instances are to do, in a field that is harmless."""
     return {"user": json.dumps(roles)}
@@ -175,3 +183,97 @@ def test_client_leaving_at_the_first_token_lets_decode_fetch_the_kv(early, pair)
     asked, ended = (line["at_s"] for line in pair[1].lines()[before:])
     assert ended - asked >= 0.2, "decode was not given the time to fetch the KV"
     early.wait_idle()
+
+
+# Long enough for prefill's token to come first on a busy machine.
+LATER = {"first": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("decode", "ids", "expected"),
+    [
+        ({}, True, TEXTS),
+        ({}, False, TEXTS),
+        ({"cut": True}, True, TEXTS),
+        ({"merged": 3}, True, [" t0", " t1 t2", " t3"]),
+        ({"merged": 4}, False, [" t0", " t1 t2 t3"]),
+        ({"id": 999}, False, TEXTS),  # a client that sees no ids gets decode's text
+    ],
+    ids=["with token ids", "without", "events in pieces", "merged tokens", "all tokens merged", "another id"],
+)
+def test_either_opens_with_prefills_token_and_drops_decodes(either, late, pair, decode, ids, expected):
+    fields = GREEDY | {"return_token_ids": ids, "stream_options": {"include_usage": True}}
+    seen, alone = either.complete(**fields, **script(decode=LATER | decode)), late.complete(**fields)
+    event = either.event(seen.request_id)
+    assert event["decode_sent_s"] < event["prefill_done_s"] <= event["first_token_s"] < event["first_byte_s"]
+    assert not event["first_tokens_differ"]
+    assert "prefilled_tokens" not in pair[1].received(seen.request_id)[1]["kv_transfer_params"]
+    assert seen.complete and texts(seen) == expected
+    assert seen.events[-2:] == alone.events[-2:], "usage and [DONE]"
+    for name, values in (("token_ids", [100, 101, 102, 103]), ("prompt_token_ids", [1, 2, 3, 4, 5])):
+        choices = [choice for event in seen.events[:-1] for choice in event["choices"]]
+        assert [i for choice in choices for i in choice.get(name) or []] == (values if ids else [])
+
+
+def test_decode_that_is_faster_opens_the_stream(either):
+    answer = either.complete(**GREEDY, **script(prefill={"first": 2.0}, decode={"delay": 0.1}))
+    assert texts(answer) == TEXTS and answer.complete
+    event = either.event(answer.request_id)
+    assert event["first_token_s"] is None and event["first_byte_s"] < event["prefill_done_s"]
+
+
+@pytest.mark.parametrize(
+    ("decode", "ids"),
+    [({"text": " x0"}, False), ({"text": "", "cut": True}, True), ({"id": 999, "delay": 0.1}, True)],
+    ids=["text", "no text yet", "id"],
+)
+def test_decode_with_another_first_token_is_asked_to_continue_from_prefills(either, late, pair, decode, ids):
+    fields = GREEDY | {"return_token_ids": ids, "stream_options": {"include_usage": True}}
+    seen, alone = either.complete(**fields, **script(decode=LATER | decode)), late.complete(**fields)
+    assert seen.complete and texts(seen) == TEXTS
+    assert seen.events[-2:] == alone.events[-2:], "usage and [DONE]"
+    assert either.event(seen.request_id)["first_tokens_differ"]
+    again = pair[1].received(seen.request_id)[1]
+    assert again["prompt"] == [1, 2, 3, 4, 5, 100] and again["max_tokens"] == 3
+    assert "kv_transfer_params" not in again, "a transfer id serves once, and decode has the prompt in its prefix cache"
+    if "delay" in decode:
+        wait_until(lambda: seen.request_id in pair[1].aborted(), what="the other token's request was ended")
+    either.wait_idle()
+
+
+def test_failed_prefill_ends_the_request_that_waits_at_decode(either, pair):
+    answer = either.complete(**GREEDY, **script(prefill={"status": 500}, decode={"first": 30}))
+    assert answer.status == 502 and answer.json["error"]["stage"] == "prefill"
+    wait_until(lambda: answer.request_id in pair[1].aborted(), what="decode's request was ended")
+    either.wait_idle()
+
+
+def test_failed_decode_is_replaced_after_the_first_token_of_either(tmp_path, pair):
+    """It refuses to connect, dies before its first byte, or has no other to replace it."""
+    options = ("--first-token", "either", "--decode-policy", "round-robin", "--health-interval-s", "60")
+    with instance(tmp_path, "decode-2") as second, instance(tmp_path, "decode-3") as third:
+        with proxy(tmp_path, *options, prefill=[pair[0]], decode=[second, third]) as server:
+            server.wait_all_healthy()
+            answer = server.complete(**GREEDY, **script(decode=LATER | {"die": 0}))
+            assert texts(answer)[:1] == [" t0"] and answer.events[-1]["error"]["stage"] == "decode"
+            second.kill()
+            answers = [server.complete(**GREEDY, **script(decode=LATER)) for _ in range(2)]
+            assert [texts(answer) for answer in answers] == [TEXTS, TEXTS]
+            server.wait_idle()
+
+
+def test_client_leaving_at_the_first_token_of_either_ends_decode(either, pair):
+    body = json.dumps({"model": "m", "prompt": "Hi", **GREEDY, **script(decode={"first": 30})}).encode()
+    with either.connect() as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX-Request-Id: left-either\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert b" t0" in connection.recv(65536)
+    assert either.event("left-either")["status"] == 499
+    wait_until(lambda: "left-either" in pair[1].aborted(), what="decode's request was ended")
+    either.wait_idle()
+
+
+@pytest.mark.parametrize("decode", [{"status": 400}, {"status": 500}, {"end": "empty-body"}], ids=str)
+def test_answer_of_decode_that_is_no_stream_is_an_error_event_of_either(either, decode):
+    answer = either.complete(**GREEDY, **script(decode=LATER | decode))
+    assert texts(answer) == [" t0"] and answer.events[-1]["error"]["stage"] == "decode"

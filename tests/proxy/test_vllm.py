@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from pdbench.serving.models import tiny_model
 from tests.support.kv import Server as VllmServer
+from tests.support.kv import wait_free
 from tests.support.processes import wait_until
 from tests.support.proxy_processes import instance, proxy
 
@@ -73,24 +75,24 @@ def test_answers_equal_those_of_one_instance(single: DeploymentInfo, disaggregat
     wait_for_no_kv(disaggregated)
 
 
-def test_stream_opened_by_prefill_equals_that_of_one_instance(single: DeploymentInfo, disaggregated: DeploymentInfo):
+def streamed(running: DeploymentInfo, prompt: str) -> tuple[str, list[int], list[int], object]:
+    """A stream's text, token ids, prompt ids and usage."""
     options = {"max_tokens": 12, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"ignore_eos": True, "return_token_ids": True}
+    with client(running) as api:
+        pieces = list(api.completions.create(model=running.model_name, prompt=prompt, extra_body=body, **options))
+    choices = [piece.choices[0] for piece in pieces if piece.choices]
+    ids = [token for choice in choices for token in choice.token_ids or []]
+    asked = [token for choice in choices for token in choice.prompt_token_ids or []]
+    usage = pieces[-1].usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"})
+    return "".join(choice.text for choice in choices), ids, asked, usage
+
+
+def test_stream_opened_by_prefill_equals_that_of_one_instance(single: DeploymentInfo, disaggregated: DeploymentInfo):
     for number in range(16):
         prompt = f"{number} times: prefill says the first token, decode the others. " + "word " * number
 
-        def streamed(running: DeploymentInfo, prompt: str = prompt) -> tuple[str, list[int], list[int], object]:
-            body = {"ignore_eos": True, "return_token_ids": True}
-            with client(running) as api:
-                pieces = list(
-                    api.completions.create(model=running.model_name, prompt=prompt, extra_body=body, **options)
-                )
-            choices = [piece.choices[0] for piece in pieces if piece.choices]
-            ids = [token for choice in choices for token in choice.token_ids or []]
-            asked = [token for choice in choices for token in choice.prompt_token_ids or []]
-            usage = pieces[-1].usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"})
-            return "".join(choice.text for choice in choices), ids, asked, usage
-
-        assert streamed(disaggregated) == streamed(single)
+        assert streamed(disaggregated, prompt) == streamed(single, prompt)
     early = [event["first_token_s"] is not None for event in events(disaggregated)[-16:]]
     assert sum(early) >= 3, "some first tokens are pieces of text by themselves"
     wait_for_no_kv(disaggregated)
@@ -192,6 +194,35 @@ def test_several_instances_of_a_role(connector: str, fleet: list[VllmServer], tm
             assert len(pairs) == (2 if split else 1), f"serve while {drained} is drained"
             post(drained, "resume")
         wait_for_no_kv(running)
+
+
+def test_streams_of_both_at_once_equal_those_of_one_instance(fleet: list[VllmServer], tmp_path: Path):
+    """`--first-token either`: texts, ids and usage; clients that leave at the first token leave no block."""
+    prefill, other, decode, _ = fleet
+    alone = DeploymentInfo(name="single", url=other.url, model_name="tiny-qwen2")
+    prompts = [f"{number} times: both are asked at once, " * (3 + number) for number in range(12)]
+    expected = [streamed(alone, prompt) for prompt in prompts]
+    addresses = {"prefill": [Address(f"{prefill.url}@{prefill.kv_address}")], "decode": [Address(decode.url)]}
+    with proxy(tmp_path, "--connector", "tcp", "--first-token", "either", **addresses) as server:
+        running = DeploymentInfo(name="either", url=server.url, model_name="tiny-qwen2")
+        before = decode.external_tokens()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda prompt: streamed(running, prompt), prompts)) == expected
+        wait_until(lambda: len(server.lines()) == len(prompts), what="all requests logged")
+        assert decode.external_tokens() > before
+        assert all(
+            line["first_tokens_differ"] or line["decode_sent_s"] < line["prefill_done_s"] for line in server.lines()
+        )
+        with client(running) as api:
+            for number in range(6):
+                stream = api.completions.create(
+                    model="tiny-qwen2", prompt=f"{number} leaves " * 20, stream=True, max_tokens=200,
+                    temperature=0.0, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                next(iter(stream))
+                stream.close()
+        wait_free(prefill, decode)
+        assert streamed(running, prompts[0]) == expected[0]
 
 
 def test_vllm_bench_serve_works_unchanged(tmp_path: Path):

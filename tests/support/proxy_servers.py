@@ -142,13 +142,18 @@ class Connection(asyncio.Protocol):
     async def stream(self, script, body, path):
         self.write(SSE_HEAD)
         count, before = script["tokens"], answered(body)
-        for i in range(count):
-            if i:
+        merged = script.get("merged", 1)  # that many tokens are in the first event
+        for i in range(merged - 1, count):
+            if i >= merged:
                 await asyncio.sleep(script["delay"])
-            text, finish = f" t{before + i}", "length" if i == count - 1 else None
-            payload = token(text, [FIRST_ID + before + i] if body.get("return_token_ids") else None, finish, **MODEL)
+            numbers = range(before, before + merged) if i == merged - 1 else range(before + i, before + i + 1)
+            text, ids = "".join(f" t{number}" for number in numbers), [FIRST_ID + number for number in numbers]
+            if numbers[0] == 0:
+                text, ids[0] = script.get("text", text), script.get("id", ids[0])
+            finish = "length" if i == count - 1 else None
+            payload = token(text, ids if body.get("return_token_ids") else None, finish, **MODEL)
             if body.get("return_token_ids"):
-                payload["choices"][0]["prompt_token_ids"] = prompt_ids(body) if i == 0 else None
+                payload["choices"][0]["prompt_token_ids"] = prompt_ids(body) if i == merged - 1 else None
             if "chat" in path:
                 choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
                 payload |= {"object": "chat.completion.chunk", "choices": [choice]}
