@@ -15,7 +15,7 @@ from pdbench import correctness, turns
 from pdbench.canaries import References
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
-from pdbench.files import check_writable
+from pdbench.files import check_writable, results_files
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
@@ -88,6 +88,9 @@ def run(
     if not servers.stay:
         waves = {deployment.kind: len(deployment.waves()) for deployment in planned if deployment.commands}
         console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu), highlight=False)
+        if older := [str(folder) for folder in folders.values() if not design.resume and results_files(folder)]:
+            words = f"replaces the earlier results in {', '.join(older)} (--resume adds to them, another --out keeps them)"
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
         if not on_gpu:
             console.print("no GPU here: this shows that everything works, not whether disaggregation pays")
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})

@@ -118,7 +118,12 @@ def test_resumed_run_adds_the_missing_pairs(tmp_path: Path, gates: list[Gate]) -
     assert {run.clock.unix_s for run in [*first.values(), *second.values()]} == {
         next(iter(first.values())).clock.unix_s
     }
-    assert "2 pairs" in printed
+    assert "2 pairs" in printed and "replaces" not in printed
+    printed = run_pairs(tmp_path, indexed(tmp_path, [0, 0]), {}, ONE)
+    assert (
+        f"replaces the earlier results in {tmp_path}/single_results, {tmp_path}/disaggregated_results (--resume "
+        in printed
+    )
 
 
 def test_runs_of_a_command_that_was_ended_in_its_first_turn_are_pairs_when_it_is_resumed(
