@@ -89,7 +89,9 @@ def run(
         waves = {deployment.kind: len(deployment.waves()) for deployment in planned if deployment.commands}
         console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu), highlight=False)
         if older := [str(folder) for folder in folders.values() if not design.resume and results_files(folder)]:
-            words = f"replaces the earlier results in {', '.join(older)} (--resume adds to them, another --out keeps them)"
+            words = (
+                f"replaces the earlier results in {', '.join(older)} (--resume adds to them, another --out keeps them)"
+            )
             console.print(words, markup=False, highlight=False, soft_wrap=True)
         if not on_gpu:
             console.print("no GPU here: this shows that everything works, not whether disaggregation pays")

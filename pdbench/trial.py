@@ -240,7 +240,10 @@ def _run_trial(
         result.flags.append(
             Flag("server-died", f"trial {trial + 1}: {died}; the figures are of what was measured until then")
         )
-    run.flags += [flag for flag in result.flags if flag not in run.flags]
+    for flag in result.flags:
+        if flag in run.flags and flag.detail[:1].isdigit():  # another trial's count may be the same
+            flag = Flag(flag.name, f"trial {trial + 1}: {flag.detail}")
+        run.flags += [flag] if flag not in run.flags else []
     publisher.put(publisher.Flags(run.name, result.flags))
     if interrupted:
         raise KeyboardInterrupt

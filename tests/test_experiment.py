@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from pdbench import experiment, turns
+from pdbench.analysis.run_analysis import analyze
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import LocalHost
@@ -21,6 +22,7 @@ from pdbench.load.clients import LoadResult
 from pdbench.load.generator import Progress
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, Gate, RequestError, Run, Trial, load_run, save_run
+from pdbench.report import text
 from pdbench.serving.deployment import Deployment, DeploymentInfo, States
 from pdbench.serving.process import ServerState
 from pdbench.site import Measurement, stop_on_signals
@@ -30,6 +32,7 @@ from tests.support.sites import (
     KINDS,
     ONE,
     OPTIONS,
+    THREE,
     FakeDeployment,
     FakeSite,
     gate,
@@ -174,6 +177,19 @@ def test_load_into_a_file_reports_its_progress(
 
     printed = run_pairs(tmp_path, SlowSite(measured), {}, ONE)
     assert "  single, trial 1: warm-up, 0 s\n" in printed and "  single, trial 1: 7 of 30 requests, 0 s\n" in printed
+
+
+def test_counts_of_every_trial_stand_in_the_flags(tmp_path: Path, gates: list[Gate]) -> None:
+    flags = Flag("tokens-unknown", "3 responses: a reason"), Flag("fields-refused", "the server refuses seed: a remedy")
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, FakeSite(lambda number: measured(number // 2, None, *flags)), runs, THREE)
+    run = runs[tmp_path / "single_results"]
+    assert [flag.detail for flag in run.flags] == [
+        flags[0].detail, flags[1].detail, "trial 2: 3 responses: a reason", "trial 3: 3 responses: a reason",
+    ]  # fmt: skip
+    shown = dict(text.warnings(analyze(run)))
+    assert shown["tokens-unknown"] == "3 responses; trial 2: 3 responses; trial 3: 3 responses: a reason"
+    assert shown["fields-refused"] == "the server refuses seed: a remedy"
 
 
 def test_trial_that_sends_nothing_is_an_error(tmp_path: Path, gates: list[Gate]) -> None:
