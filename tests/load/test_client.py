@@ -12,7 +12,6 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import client as client_module
 from pdbench.load import connection
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
@@ -25,6 +24,13 @@ BODY = {"model": "m", "prompt": "Hello", "max_tokens": 8}
 def ask(answer, **options) -> RequestRecord:
     with ScriptedServer(answer) as server:
         return fetch(server.url, BODY, LoadConfig(**options))
+
+
+def finish(client: Client, record: RequestRecord, body: bytes = b"{}") -> RequestRecord:
+    client.start(record, body)
+    while not client.poll(client.clock.now() + 0.1):
+        pass
+    return record
 
 
 def ask_step_by_step(count: int, tls=None) -> RequestRecord:
@@ -327,73 +333,6 @@ def test_wall_clock_that_was_stepped_back_does_not_move_arrivals(monkeypatch):
     late = divmod(time.time_ns() - 5_000_000_000 - 300_000_000, 1_000_000_000)  # no step: it was read so late
     at_s, kernel = clock.arrival([(socket.SOL_SOCKET, 37, struct.pack("@qq", *late))])
     assert kernel and 0.25 < clock.now() - at_s < 3.0 and clock.read_delays_s[-1] > 0.25
-
-
-def finish(client: Client, record: RequestRecord, body: bytes = b"{}") -> RequestRecord:
-    client.start(record, body)
-    while not client.poll(client.clock.now() + 0.1):
-        pass
-    return record
-
-
-def test_request_asks_for_no_compression():
-    with ScriptedServer(stream(tokens(2))) as server:
-        assert fetch(server.url, BODY).error is None
-        assert server.requests[0].fields["accept-encoding"] == "identity"
-
-
-def test_reset_of_a_reused_connection_has_its_own_class():
-    calls = iter(range(3))
-
-    def answer(peer: Peer) -> bool:
-        if next(calls):
-            peer.reset()
-            return False
-        return stream(tokens(2))(peer)
-
-    with ScriptedServer(answer) as server, Client(server.url) as client:
-        kinds = [finish(client, RequestRecord(id=str(index), planned_s=0.0)).error for index in range(3)]
-    assert [error and error.kind for error in kinds] == [None, "reset_reused", "reset"]
-
-
-def test_idle_connection_is_retired_before_the_server_closes_it(monkeypatch):
-    with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
-        for idle_s in (60.0, 60.0, 0.0):
-            monkeypatch.setattr(client_module, "_IDLE_S", idle_s)
-            assert finish(client, RequestRecord(id="r", planned_s=0.0)).error is None
-        assert server.connections == 2
-
-
-def test_idle_connections_take_turns():
-    with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
-        for _ in range(2):
-            records = [RequestRecord(id=str(index), planned_s=0.0) for index in range(3)]
-            for record in records:
-                client.start(record, b"{}")
-            while any(record.end_s is None for record in records):
-                client.poll(client.clock.now() + 0.1)
-        used = []
-        for index in range(3):
-            finish(client, RequestRecord(id=f"turn{index}", planned_s=0.0))
-            used.append(server.requests[-1].sock)
-        assert server.connections == 3 and len(set(used)) == 3
-
-
-def test_all_reachable_addresses_are_used_in_turn(monkeypatch):
-    with ScriptedServer(stream(tokens(2), pause_s=0.02)) as first:
-        with ScriptedServer(stream(tokens(2), pause_s=0.02), host="127.0.0.2", port=first.port) as second:
-            hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]  # nobody listens at the last
-            resolved = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, first.port)) for host in hosts]
-            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolved)
-            with Client(f"http://pair:{first.port}") as client:
-                assert client.addresses == hosts[:2]
-                records = [RequestRecord(id=str(index), planned_s=0.0) for index in range(8)]
-                for record in records:
-                    client.start(record, b"{}")
-                while any(record.end_s is None for record in records):
-                    client.poll(client.clock.now() + 0.1)
-            assert all(record.error is None for record in records)
-            assert first.connections >= 5 and second.connections >= 5  # a probe each
 
 
 @pytest.mark.parametrize("asked", [8, 100_000])
