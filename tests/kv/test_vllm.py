@@ -76,6 +76,22 @@ def test_prefix_that_decode_has_does_not_travel(fleet, pool):
         assert d.external_tokens() - before == moved
 
 
+def test_second_turn_fetches_what_decode_has_not_and_prefill_computes_the_answer_again(fleet):
+    p, _, d, single = fleet
+    first, name = prompt_of(200), new_id()
+    p.prefill(first, name)
+    answer = d.decode(first, name, p, max_tokens=41)["token_ids"]
+    second, name = [*first, *answer, *prompt_of(59)], new_id()
+    before = d.external_tokens(), d.metric("pdbench_kv_bytes_total"), p.metric("prefix_cache_hits_total")
+    p.prefill(second, name)
+    assert d.decode(second, name, p)["text"] == single.complete(second)["text"]
+    # Blocks have 32 tokens: decode has 7 of 240 tokens (the last one of the answer was never computed on), prefill has 6 of 200.
+    assert d.external_tokens() - before[0] == 300 - 7 * 32
+    assert p.metric("prefix_cache_hits_total") - before[2] == 6 * 32
+    block_bytes = 4 * 2 * 32 * 2 * 64 * 4  # layers, K and V, tokens, heads, their size, float32
+    assert d.metric("pdbench_kv_bytes_total") - before[1] == 3 * block_bytes
+
+
 def test_swapped_kv_gives_the_other_prompts_answer(fleet):
     """Proof that decode continues from what prefill computed: only the last token is decode's own."""
     p, _, d, single = fleet
