@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -271,6 +272,13 @@ def present_sweep(
     from pdbench.report import mpl, sweep_charts
 
     rows: list[tables.SweepRow] = []
+    drawn, due_s = 0, 0.0
+
+    def draw() -> None:
+        nonlocal drawn
+        drawn = len(rows)
+        write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, sweep_charts.curves(rows), 16, 10))
+
     try:
         for varied, folders in measured:
             analyses = {folder: load_analysis(folder) for folder in folders}
@@ -279,10 +287,15 @@ def present_sweep(
                 if not _picture(folder, analysis.name).exists():
                     present({folder: analysis}, folder.parent, progress)
             write_whole(out / "sweep_summary.csv", tables.sweep_csv(rows).encode())
-            write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, sweep_charts.curves(rows), 16, 10))
+            begin_s = time.monotonic()
+            if begin_s >= due_s:  # points that were measured before come at once
+                draw()
+                due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
     finally:
         if rows:
             console.print(tables.terminal(tables.sweep(rows)))
+            if drawn < len(rows):
+                draw()
             _say(console, f"curves: {out / 'sweep_curves.png'}  table: {out / 'sweep_summary.csv'}")
     return rows
 
