@@ -17,6 +17,8 @@ from pdbench.load.clients import LoadResult
 from pdbench.records import Clock, Flag, Gate, Run, load_run, save_run
 from pdbench.report import commands
 from tests.support import sites
+from tests.support.processes import call_pdbench
+from tests.support.runs import build_run
 from tests.support.sites import JOINED, KINDS, ONE, FakeSite, gates_fixture, measured, run_pairs
 
 __all__ = ["gates_fixture"]
@@ -258,6 +260,15 @@ def test_resumed_run_with_until_counts_the_saved_pairs(tmp_path: Path, gates: li
 
 def test_no_comparison_is_never_narrow_enough() -> None:
     assert not commands.narrow_enough({}, ("tbt_p99_ms", 0.05))
+
+
+def test_until_of_what_can_never_be_judged_is_an_error_after_the_first_pair(tmp_path: Path) -> None:
+    runs = {tmp_path / kind: build_run(kind, trials=1, gpu=False) for kind in KINDS}
+    assert not commands.narrow_enough(runs, ("tbt_p99_ms", 0.05))
+    with pytest.raises(UserError, match=r"--until: j_per_output_token is not measured here; there are ttft_p50_ms, "):
+        commands.narrow_enough(runs, ("j_per_output_token", 0.05))
+    done = call_pdbench("run", "--against", "single", "--until", "tbt_p99_ms<5%", cwd=tmp_path)
+    assert done.returncode == 1 and "--until compares deployments, and --against single names one" in done.stderr
 
 
 def test_resident_and_joined_starts_contradict_each_other(tmp_path: Path) -> None:

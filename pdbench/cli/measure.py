@@ -23,6 +23,7 @@ from pdbench.config import (
     ServeConfig,
     ServerConfig,
 )
+from pdbench.errors import UserError
 from pdbench.files import hold
 from pdbench.live import publisher
 from pdbench.ranges import Count
@@ -127,6 +128,8 @@ def run(
     thresholds.check_metric(options.load.primary, "--primary")
     with _measuring(cluster, out, live) as (site, runs):
         kinds = turns.deployments(against) if against else site.kinds()
+        if until and len(kinds) < 2:
+            raise UserError(f"--until compares deployments, and --against {kinds[0]} names one: name two or more")
         experiment.run(
             kinds,
             design,

@@ -78,8 +78,14 @@ def keep(run: Run, folder: Path) -> RunAnalysis:
 
 
 def narrow_enough(runs: Mapping[Path, Run], until: tuple[str, float]) -> bool:
-    """Is the interval of --until's metric narrow in every comparison of these runs? Not where there is none to compare."""
+    """Is the interval of --until's metric narrow in every comparison of these runs? Not where there is none to compare.
+
+    Raises UserError where the metric is not measured: no number of pairs would do.
+    """
     compared = comparisons({run.name: analyze(run) for run in runs.values()})
+    measured = [line.metric.name for each in compared for line in each.differences]
+    if compared and until[0] not in measured:
+        raise UserError(f"--until: {until[0]} is not measured here; there are {', '.join(dict.fromkeys(measured))}")
     return bool(compared) and all(thresholds.narrow_enough(each, *until) for each in compared)
 
 
