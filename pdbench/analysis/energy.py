@@ -158,8 +158,18 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         if totals.energy_j is not None
         else STANDS_STILL
         if any(meter.is_still(windows) for meter in metered(meters))
-        else why_not_measured(run.devices, ("power_w", "energy_j")),
+        else _why_no_energy(run, metered(meters), windows),
         not_split=None if split else _why_not_split(run, roles),
+    )
+
+
+def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval]) -> str:
+    """Of the devices that count, where there are any: others (the CPU's use on a host with GPUs) never have one."""
+    silent = [meter.device for meter in meters if meter.energy_in(windows).energy_j is None]
+    why = why_not_measured(silent or run.devices, ("power_w", "energy_j"))
+    with_gaps = [device.id for device in silent if not device.not_measured.keys() & {"power_w", "energy_j"}]
+    return (
+        f"{', '.join(with_gaps)} could not be read all through the measured windows" if with_gaps and windows else why
     )
 
 

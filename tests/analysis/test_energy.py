@@ -292,6 +292,17 @@ def test_counter_in_a_wrong_unit_leaves_the_integral() -> None:
     assert window.energy_j == pytest.approx(20_000) and window.counter_resets > 100
 
 
+def test_gpu_that_was_not_read_all_the_time_is_why_there_is_no_energy() -> None:
+    """Not the host's CPU use, which never has any."""
+    run = disaggregated()
+    host = DeviceRecord(id="host", kind="process", name="CPU", not_measured={"power_w": "a share of time"})
+    run.devices.append(host)
+    run.devices[0].samples = [sample for sample in run.devices[0].samples if sample.t_s < 10]
+    assert energy(run).not_measured == f"{run.devices[0].id} could not be read all through the measured windows"
+    run.devices[0].not_measured = {"power_w": "GPU is lost"}
+    assert energy(run).not_measured == "GPU is lost"
+
+
 @pytest.mark.parametrize("power_w", [None, 0.0])
 def test_meter_that_only_counts_and_stands_still_measures_nothing(power_w: float | None) -> None:
     run = disaggregated()
@@ -303,6 +314,7 @@ def test_meter_that_only_counts_and_stands_still_measures_nothing(power_w: float
     assert used.not_measured == device.not_measured["energy_j"] == "the energy counter stands still"
     assert [flag.name for flag in analysis.flags] == [
         "requests-failed",
+        "answers-at-once",
         "energy-counter-still",
     ]  # one of its requests failed
 
