@@ -172,14 +172,18 @@ class Instance(Batch):
             return
         while steps < limit and s < until_s:
             count = limit - steps
-            if steps and n and gpu <= host and d <= s:  # the host sets the pace
+            if n and gpu <= host and d <= s:  # the host sets the pace
+                if not steps:
+                    self.first_s = s + host
                 if growth:
                     count = min(count, int((host - gpu) / growth) + 1)
                 count = _rows(count, host, 0.0, until_s - s)
                 gaps += (host, weight + (count - 1) * n)
                 s += count * host
                 d = s
-            elif steps and n and gpu >= host and d >= s + host:  # the GPU does
+            elif n and gpu >= host and d >= s + host:  # the GPU does
+                if not steps:
+                    self.first_s = d
                 count = 1 + _rows(count - 1, gpu, growth, until_s - d)
                 gaps += (d - s, weight)
                 took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2

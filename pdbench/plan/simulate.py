@@ -17,7 +17,7 @@ from pdbench.plan.instance import Instance
 _ARRIVES, _JOINS, _WAKES = range(3)
 _BITS = 40
 _LOWER = (1 << _BITS) - 1
-_GAPS = 1 << 20
+_GAPS = 1 << 15
 
 
 class Balance:
