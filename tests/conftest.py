@@ -1,8 +1,7 @@
-"""Real vLLM on CPU for the tests marked `vllm`: a single instance and prefill + decode + proxy, started once a session; and a
+"""Real vLLM on CPU for the tests marked `vllm`: prefill + decode + proxy and a fleet, started once a session; and a
 pair of scripted instances for the proxy's tests."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from pdbench.site import Site
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
 from tests.support.processes import free_port
 from tests.support.proxy_processes import Server, instance
+from tests.support.served import Served
 
 if TYPE_CHECKING:
     from tests.support.kv import Server as VllmServer
@@ -84,33 +84,25 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Deployment]]:
-    """Both ways to serve the tiny model, side by side (started at the same time, it takes about 40 s on 2 cores)."""
-    names: tuple[DeploymentKind, ...] = ("single", "disaggregated")
-    up: dict[str, Deployment] = {}
-    with ThreadPoolExecutor() as pool:
-        futures = {
-            name: pool.submit(start, name, serve_config(tmp_path_factory.mktemp(f"logs-{name}"))) for name in names
-        }
-        for name, future in futures.items():
-            up[name] = future.result()
-    yield up
-    for deployment in up.values():
-        deployment.close()
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Prefill, decode and proxy with the tiny model, started when a test needs them (about 40 s on 2 cores)."""
+    folder = tmp_path_factory.mktemp("served")
+    with Served(serve_config(folder / "logs"), folder) as servers:
+        yield servers
 
 
 @pytest.fixture
-def single(deployments: dict[str, Deployment]) -> DeploymentInfo:
-    """One vLLM instance that runs."""
-    deployments["single"].check()
-    return deployments["single"].info()
-
-
-@pytest.fixture
-def disaggregated(deployments: dict[str, Deployment]) -> DeploymentInfo:
+def disaggregated(served: Served) -> DeploymentInfo:
     """Prefill, decode and proxy that run."""
-    deployments["disaggregated"].check()
-    return deployments["disaggregated"].info()
+    return served.info()
+
+
+@pytest.fixture
+def single(disaggregated: DeploymentInfo) -> DeploymentInfo:
+    """One vLLM instance that runs: prefill's, which answers by itself what comes without transfer parameters."""
+    (url,) = disaggregated.urls("prefill")
+    model, path = disaggregated.model_name, disaggregated.model_path
+    return DeploymentInfo(name="single", url=url, model_name=model, model_path=path)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The whole job on real vLLM (CPU), through the entry points that a user calls."""
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -16,18 +15,9 @@ from pdbench.events import PromptEvent, TransferEvent
 from pdbench.records import SCHEMA, load_run
 from tests.conftest import serve_config
 from tests.support.processes import ROOT, left, marked, wait_until
+from tests.support.served import Served, flags
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
-
-
-def flags(config: object) -> list[str]:
-    """The options of a ServeConfig that differ from their defaults, as flags."""
-    given = []
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if value != field.default:
-            given += [f"--{field.name.replace('_', '-')}", str(value)]
-    return given
 
 
 @pytest.fixture(scope="module")
@@ -146,53 +136,40 @@ def test_files_are_where_the_readme_says(job: tuple[Path, subprocess.CompletedPr
             assert len(image.convert("L").getcolors() or [0] * 300) > 20  # something is drawn
 
 
-def test_three_steps_by_hand(tmp_path: Path) -> None:
-    config = serve_config(tmp_path / "logs")
-    servers = subprocess.Popen(
-        [str(ROOT / "start_disaggregated_servers.sh"), *flags(config)],
-        stdout=subprocess.PIPE,
+def test_servers_by_hand_are_measured_by_hand(served: Served, tmp_path: Path) -> None:
+    load = ["--url", served.info().url, "--log-dir", served.config.log_dir]
+    load += ["--requests", "3", "--output-tokens", "8", "--concurrency", "2"]
+    bench = subprocess.run(
+        [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *load, "--out", str(tmp_path)],
+        capture_output=True,
         text=True,
         env=marked(tmp_path),
-        cwd=tmp_path,
+        timeout=200,
+        check=False,
     )
-    load = ["--url", f"http://127.0.0.1:{config.proxy_port}", "--log-dir", config.log_dir]
-    load += ["--requests", "3", "--output-tokens", "8", "--concurrency", "2"]
-    try:
-        assert servers.stdout is not None
-        assert any("ready:" in line for line in servers.stdout)
-        bench = subprocess.run(
-            [sys.executable, str(ROOT / "test_disaggregated_performance.py"), *load, "--out", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            env=marked(tmp_path),
-            timeout=200,
-            check=False,
-        )
-        assert bench.returncode == 0, bench.stdout + bench.stderr
-        run = load_run(tmp_path / "disaggregated_results")
-        assert run.gate is not None and run.gate.passed
-        assert {device.role for device in run.devices} >= {"prefill", "decode"}
-        assert all(request.phases.get("kv_transfer") for request in run.requests if not request.warmup)
-    finally:
-        servers.send_signal(signal.SIGINT)
-        servers.wait(60)
+    assert bench.returncode == 0, bench.stdout + bench.stderr
+    run = load_run(tmp_path / "disaggregated_results")
+    assert run.gate is not None and run.gate.passed
+    assert {device.role for device in run.devices} >= {"prefill", "decode"}
+    assert all(request.phases.get("kv_transfer") for request in run.requests if not request.warmup)
     assert left(tmp_path) == []
 
 
-def test_sigkill_of_pdbench_leaves_no_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_signal_to_pdbench_while_servers_start_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
     config = serve_config(tmp_path / "logs")
     command = [sys.executable, "-m", "pdbench", "serve", *flags(config)]
     serving = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=marked(tmp_path))
     wait_until(lambda: len(left(tmp_path)) >= 6, 60)  # itself, three supervisors, three servers
-    serving.kill()
-    serving.wait()
+    serving.send_signal(number)
+    serving.wait(60)
     wait_until(lambda: left(tmp_path) == [], 60)
 
 
 def test_server_that_dies_is_reported_with_its_cause(tmp_path: Path) -> None:
     config = serve_config(tmp_path / "logs", vllm_args="--no-such-argument")
     done = subprocess.run(
-        [sys.executable, "-m", "pdbench", "serve", *flags(config)],
+        [sys.executable, "-m", "pdbench", "serve", "--single", *flags(config)],
         capture_output=True,
         text=True,
         cwd=ROOT,
