@@ -34,7 +34,12 @@ def check_memory(commands: Sequence[Command], total_mib: Mapping[int, float | No
     the weights, or that a GPU is given away more than once. `total_mib`: each GPU's memory."""
     shares = Counter[int]()
     for command in commands:
-        share = float(vllm.last_value(command, "--gpu-memory-utilization") or 0.0)
+        try:
+            share = float(vllm.last_value(command, "--gpu-memory-utilization") or "")
+        except ValueError:
+            continue  # vLLM says what is wrong with it
+        if vllm.last_value(command, "--kv-cache-memory-bytes") is not None:
+            continue  # then vLLM divides nothing
         shares.update(dict.fromkeys(command.gpus, share))
         room_mib = share * min((total_mib.get(gpu) or inf for gpu in command.gpus), default=inf)
         needed_mib = (weights_mib or 0.0) / max(1, len(command.gpus))

@@ -118,6 +118,8 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
         (24, "single", False, {"vllm_args": "--quantization fp8"}, None),
         (24, "single", False, {"dtype": "float32"}, "single-0 gets"),
         (80, "single", False, {"vllm_args": "--gpu_memory_utilization=.3"}, "single-0 gets 0.3 "),
+        (80, "single", False, {"vllm_args": "--gpu-memory-utilization much"}, None),
+        (80, "single", False, {"vllm_args": "--gpu-memory-utilization .3 --kv-cache-memory-bytes 8G"}, None),
         (80, "replicas", False, {"prefill_gpus": (0,), "decode_gpus": (0,)}, None),
         (70, "disaggregated", False, {"prefill_gpus": (0,), "decode_gpus": (0,)}, "prefill-0 gets 0.4 of the memory of GPU 0, 28,672 MiB"),
         (
