@@ -17,8 +17,6 @@ from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.load.generator import Progress
-from pdbench.plan.calibration import check_suitable
-from pdbench.planning import counting_run
 from pdbench.turns import START_S, TURN_S, deployments, duration
 
 FULL_STREAMS, FULL_REQUESTS = 32, 96
@@ -201,23 +199,6 @@ def _send(
         left = plan.ramps - int(folder.name.rpartition("-")[2]) + 1
         options = replace(options, load=ramp(options.load, out, name, deadline.left_s / left - TURN_S))
     return [measure(name, options, folder, deadline)]
-
-
-def usable(folders: Sequence[Path], console: Console) -> list[Path]:
-    """Without the runs that plan refuses: one load at which a client did not keep up is no reason to lose the others.
-
-    Raises UserError where none is left.
-    """
-    kept = []
-    for folder in folders:
-        try:
-            check_suitable(folder, counting_run(folder))
-            kept.append(folder)
-        except UserError as error:
-            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
-    if not kept:
-        raise UserError("no load was measured that calibrates: read the lines above, or give more --max-minutes")
-    return kept
 
 
 def saved(out: Path) -> str:

@@ -12,7 +12,7 @@ from pdbench.errors import UserError
 from pdbench.files import write_whole
 from pdbench.load import plan as loads
 from pdbench.plan import records
-from pdbench.plan.calibration import calibrate
+from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
 from pdbench.plan.demand import demand_of_load, for_search, with_requests
 from pdbench.plan.predict import Wanted, parse_deployment, predict
@@ -61,7 +61,7 @@ def plan(
         shown.append(table)
         console.print(tables.terminal(table))
 
-    found = read_calibration(sources)
+    found = read_calibration(sources, console)
     save(CALIBRATION, found)
     show(plan_tables.calibration(found))
     drawn = [plan_charts.steps(found)]
@@ -100,7 +100,7 @@ def plan(
     console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
 
 
-def read_calibration(sources: Sequence[Path]) -> Calibration:
+def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     """Of runs' folders, or the one saved in a folder of `pdbench plan`. Raises UserError for what is neither."""
     if len(sources) == 1 and (saved := sources[0] / CALIBRATION).is_file():
         try:
@@ -116,12 +116,29 @@ def read_calibration(sources: Sequence[Path]) -> Calibration:
         raise UserError(
             "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
         )
-    runs = {path: counting_run(path) for path in sources}
+    runs = {path: counting_run(path) for path in (usable(sources, console) if len(sources) > 1 else sources)}
     places: dict[str | None, Path] = {}
     for path, run in runs.items():
         if run.run_id is not None and (other := places.setdefault(run.run_id, path)) != path:
             raise UserError(f"{other} and {path} hold the same run, which would count twice: name it once")
     return calibrate(runs)
+
+
+def usable(folders: Sequence[Path], console: Console) -> list[Path]:
+    """Without the runs that plan refuses: one load at which a client did not keep up is no reason to lose the others.
+
+    Raises UserError where none is left.
+    """
+    kept = []
+    for folder in folders:
+        try:
+            check_suitable(folder, counting_run(folder))
+            kept.append(folder)
+        except UserError as error:
+            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+    if not kept:
+        raise UserError("no run is left that calibrates: read the lines above")
+    return kept
 
 
 def counting_run(path: Path) -> Run:

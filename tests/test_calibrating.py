@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pdbench import calibrating
+from pdbench import calibrating, planning
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 
@@ -117,5 +117,5 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
 
 def test_loads_that_plan_refuses_are_left_out(tmp_path: Path) -> None:
     console = Console(quiet=True)
-    with pytest.raises(UserError, match="no load was measured that calibrates"):
-        calibrating.usable([tmp_path / "nothing_results"], console)
+    with pytest.raises(UserError, match="no run is left that calibrates"):
+        planning.usable([tmp_path / "nothing_results"], console)

@@ -55,7 +55,8 @@ def calibrate(
 
         plan = calibrating.schedule(kinds, trials, options.load.ramp_s, limit_s, on_gpu=site.on_gpu)
         found, gaps = calibrating.run(kinds, options, plan, limit_s, out, measure, progress)
-    planning.plan(calibrating.usable(found, console), (), (), LoadConfig(), out, console)
+    if found:
+        planning.plan(found, (), (), LoadConfig(), out, console)
     if gaps:
         raise UserError(f"not measured, the same command tries again: {'; '.join(gaps)}")
     commands.exit_on_flags(analyses)

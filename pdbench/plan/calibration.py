@@ -279,7 +279,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any], 
         wanted.append("power, which GPUs show whose power is read, in 20 s or longer (docs/power.md)")
     if any(role.engine.limits.kv_cache_tokens is None for role in roles.values()):
         wanted.append("the size of the KV cache, which runs of this pdbench save")
-    return [*wanted, f"measure all of it with `{calibrate_command(runs)}`"] if wanted else []
+    return [*wanted, f"all of this is measured by `{calibrate_command(runs)}`"] if wanted else []
 
 
 def calibrate_command(runs: Sequence[Run]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
@@ -147,10 +148,10 @@ def test_other_deployments_are_refused(words: str) -> None:
 def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
     made = calibration()
     (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(made))
-    assert read_calibration([tmp_path]) == made
+    assert read_calibration([tmp_path], Console(quiet=True)) == made
     (tmp_path / CALIBRATION).write_bytes(b'{"schema": "pdbench-plan/0", "sources": [], "roles": {}}')
     with pytest.raises(UserError, match="calibrate by its runs again"):
-        read_calibration([tmp_path])
+        read_calibration([tmp_path], Console(quiet=True))
 
 
 @pytest.mark.parametrize(("wanted", "first_token"), [("single", "prefill"), ("2p1d", "prefill"), ("1p2d", "decode")])
@@ -171,8 +172,8 @@ def test_runs_that_do_not_count_or_count_twice_are_refused(tmp_path: Path) -> No
     for name in ("a", "b"):
         save_run(run, tmp_path / name)
     with pytest.raises(UserError, match="hold the same run"):
-        read_calibration([tmp_path / "a", tmp_path / "b"])
+        read_calibration([tmp_path / "a", tmp_path / "b"], Console(quiet=True))
     run.flags.append(Flag("canary-failed", "a wrong answer"))
     save_run(run, tmp_path / "a")
     with pytest.raises(UserError, match="a: canary-failed: a wrong answer; its figures do not count: leave it out"):
-        read_calibration([tmp_path / "a"])
+        read_calibration([tmp_path / "a"], Console(quiet=True))
