@@ -109,7 +109,7 @@ def make_packer(
 
     `drafts` are a draft model's layers. Raises UnsupportedError for odd layouts.
     """
-    seen: set[int] = set()  # addresses: layers may share one cache
+    seen: dict[int, torch.Size] = {}  # by address: layers may share one cache, and those of several groups share blocks
     parts: list[torch.Tensor] = []
     head_bytes: list[int] = []
     firsts: list[torch.Tensor] = []
@@ -119,8 +119,9 @@ def make_packer(
         if not isinstance(cache, torch.Tensor):
             raise UnsupportedError(f"layer {name} has a KV cache that is no single tensor: this model is not supported")
         if cache.data_ptr() in seen:
+            heads = heads if cache.shape == seen[cache.data_ptr()] else 0
             continue
-        seen.add(cache.data_ptr())
+        seen[cache.data_ptr()] = cache.shape
         layer_parts = _layer_parts(name, cache, blocks)
         if not parts or (name in drafts and len(parts) == target_parts):
             firsts.append(cache)

@@ -65,7 +65,7 @@ class WorkerContext:
 
 
 class FetchRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
-    """Decode asks for a transfer's blocks from the prompt's block `start_block` on, at most `piece_blocks` at once."""
+    """Decode asks for a transfer's blocks from the `start_block`-th on (groups.py has their order), at most `piece_blocks` at once."""
 
     transfer_id: str
     tokens: int
@@ -82,7 +82,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
 
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks", tag_field="type"):
-    """The next `count` blocks of a transfer, from the prompt's block `start` on; `bytes` follow on the transport."""
+    """The next `count` blocks of a transfer, from the `start`-th on; `bytes` follow on the transport."""
 
     transfer_id: str
     start: int

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+
+from pdbench.kv.groups import Group
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,9 +24,12 @@ SUPPORTED = ((0, 26), (0, 33))
 """First and last minor version of vLLM, both included."""
 RANGE_TEXT = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[1])
 SECRET_VARIABLE = "PDBENCH_KV_SECRET"
+HYBRID = (0, 32)
+"""First minor version of vLLM in which groups of blocks are moved; before, vLLM makes one group of full attention and windows."""
 # KV caches whose block i holds the prompt's i-th tokens and nothing else. Subclasses of these specs (attention sinks, evicted
-# windows, hidden states) hold more, or less.
-_MOVABLE_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+# windows, hidden states) hold more, or less. Of a sliding window only the last blocks are kept.
+_FULL_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+_WINDOW_SPEC = "SlidingWindowSpec"
 
 
 class UnsupportedError(ValueError):
@@ -73,9 +79,24 @@ def check_version(text: str | None = None) -> None:
     """Raise UnsupportedError unless the installed vLLM (or the version `text`) is in the supported range."""
     if text is None:
         text = str(import_module("vllm").__version__)
-    match = re.match(r"(\d+)\.(\d+)", text)
-    if match is None or not SUPPORTED[0] <= (int(match[1]), int(match[2])) <= SUPPORTED[1]:
+    if not SUPPORTED[0] <= _minor(text) <= SUPPORTED[1]:
         raise UnsupportedError(f"PdKvConnector works with vLLM {RANGE_TEXT}, this is {text}: install another version")
+
+
+def _minor(text: str) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _moves_groups() -> bool:
+    return _minor(str(import_module("vllm").__version__)) >= HYBRID
+
+
+def hybrid_base() -> Any:
+    """What the connector's class must inherit for vLLM to give it several groups of blocks; a class of no effect before 0.32."""
+    if not _moves_groups():
+        return type("OneGroup", (), {})
+    return import_module("vllm.distributed.kv_transfer.kv_connector.v1.base").SupportsHMA
 
 
 def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -86,18 +107,47 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             raise UnsupportedError(f"PdKvConnector does not support --{kind}-parallel-size {size}: set it to 1")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         raise UnsupportedError("PdKvConnector does not support --enable-sleep-mode: leave it out")
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise UnsupportedError(
-            f"PdKvConnector moves one group of full-attention blocks and this model's KV cache has {len(groups)} "
-            "(a hybrid model): serve it without disaggregation, or with another connector"
-        )
+    caches = kv_cache_config.kv_cache_groups
+    if not caches:
+        raise UnsupportedError("this model has no KV cache to move: serve it without disaggregation")
     for layer_spec in _layer_specs(kv_cache_config):
-        if type(layer_spec).__name__ not in _MOVABLE_SPECS:
+        kind = type(layer_spec).__name__
+        movable = kind == _WINDOW_SPEC and _moves_groups() and hasattr(layer_spec, "extra_retained_tokens")
+        if kind not in _FULL_SPECS and not movable:
             raise UnsupportedError(
-                f"PdKvConnector moves full-attention KV blocks (MLA included) and this model has a {type(layer_spec).__name__}: "
+                "PdKvConnector moves the KV blocks of full attention (MLA included) and, with vLLM "
+                f"{'.'.join(map(str, HYBRID))} and newer, of sliding windows, and this model has a {kind}: "
                 "serve it without disaggregation, or with another connector"
             )
+    if len(caches) > 1 and draft_layers(vllm_config, [name for group in caches for name in group.layer_names]):
+        raise UnsupportedError(
+            f"PdKvConnector moves a draft model's KV only where there is one group of blocks, and there are {len(caches)}: "
+            "add --disable-hybrid-kv-cache-manager to all instances"
+        )
+
+
+def groups(kv_cache_config: KVCacheConfig) -> list[Group]:
+    """The groups of blocks of a supported model, as much of them as must travel."""
+    result = []
+    for group in kv_cache_config.kv_cache_groups:
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        spec, window = next(iter(specs.values()), group.kv_cache_spec), 0
+        if type(spec).__name__ == _WINDOW_SPEC:
+            # Decode computes the prompt's last token again, whose window reaches one token further back than the next one's.
+            window = spec.sliding_window - 1 + max(1, spec.extra_retained_tokens)
+        result.append(Group(int(spec.block_size), window))
+    return result
+
+
+def keep_whole_windows(kv_cache_config: KVCacheConfig) -> None:
+    """Let vLLM's scheduler keep the block with the token before a sliding window, which `groups` counts in.
+
+    With the prompt computed, vLLM has the next token's window in mind: prefill would free that block, decode would reserve none.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        spec: Any = group.kv_cache_spec
+        if type(spec).__name__ == _WINDOW_SPEC and not spec.extra_retained_tokens:
+            group.kv_cache_spec = replace(spec, extra_retained_tokens=1)
 
 
 def new_blocks_are_idle(vllm_config: VllmConfig) -> bool:
@@ -138,12 +188,14 @@ def kv_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
 
 
 def _layer_specs(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig | None = None) -> list[Any]:
-    """What each layer keeps, those of a draft model left out if `vllm_config` is given; or once what all of them do."""
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
-    specs = getattr(spec, "kv_cache_specs", {})
-    drafts = draft_layers(vllm_config, specs) if vllm_config is not None else set()
-    return [spec for name, spec in specs.items() if name not in drafts] or [spec]
+    """What each layer keeps, those of a draft model left out if `vllm_config` is given; or once what all of a group do."""
+    result = []
+    for group in kv_cache_config.kv_cache_groups:
+        # vLLM wraps several specs of one kind in UniformTypeKVCacheSpecs.
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        drafts = draft_layers(vllm_config, specs) if vllm_config is not None else set()
+        result += [spec for name, spec in specs.items() if name not in drafts] or [group.kv_cache_spec]
+    return result
 
 
 def cache_hit_source() -> Any:

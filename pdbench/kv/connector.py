@@ -11,6 +11,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from pdbench.kv import compat
 from pdbench.kv.channel import Identity
+from pdbench.kv.groups import describe
 from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
 from pdbench.kv.scheduler import KvScheduler
 from pdbench.kv.worker import KvWorker, model_fingerprint
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class PdKvConnector(KVConnectorBase_V1):
+class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[misc]
     """Prefill pushes the KV cache to decode over NCCL or TCP (docs/kv-connector.md). Raises UnsupportedError at start-up."""
 
     _cache_hit_source = compat.cache_hit_source()
@@ -36,13 +37,14 @@ class PdKvConnector(KVConnectorBase_V1):
         compat.shared_secret()  # without one, fail now and not in the worker
         self._options = compat.Options.of(vllm_config)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
-        self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self._groups = compat.groups(kv_cache_config)
         self._worker: KvWorker | None = None
         self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             transfer = vllm_config.kv_transfer_config
             produces, consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
-            self._scheduler = KvScheduler(self._options, self._block_size, produces, consumes)
+            self._scheduler = KvScheduler(self._options, self._groups, produces, consumes)
+            compat.keep_whole_windows(kv_cache_config)
 
     # The scheduler's half
 
@@ -72,6 +74,12 @@ class PdKvConnector(KVConnectorBase_V1):
         """The request is over; True keeps its blocks until get_finished reports it as sent."""
         return self._scheduler.finished(request), None
 
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """What vLLM calls in place of request_finished for connectors that take several groups of blocks."""
+        return self._scheduler.finished(request), None
+
     def has_pending_push_work(self) -> bool:
         """Must the engine take a step only for the connector?"""
         return self._scheduler.has_unsent_plan()
@@ -81,7 +89,8 @@ class PdKvConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         rank, model = get_tensor_model_parallel_rank(), model_fingerprint(self._vllm_config)
         heads = compat.kv_heads(self._vllm_config, self._kv_cache_config)
-        identity = Identity(self._options.transport, self._ranks, rank, self._block_size, "", model, heads)
+        size, layout = self._groups[0].block_size, describe(self._groups)
+        identity = Identity(self._options.transport, self._ranks, rank, size, layout, model, heads)
         blocks, produces = int(self._kv_cache_config.num_blocks), bool(self._kv_transfer_config.is_kv_producer)
         idle, drafts = compat.new_blocks_are_idle(self._vllm_config), compat.draft_layers(self._vllm_config, kv_caches)
         self._worker = KvWorker(self._options, identity, kv_caches, blocks, produces, idle, drafts)

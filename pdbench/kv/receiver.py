@@ -171,13 +171,12 @@ class Receiver:
         transfer, start = item.fetch.transfer, item.fetch.start_block
         if item.given_up is not None:
             return
-        tokens = transfer.tokens - start * self._context.identity.block_size
         for address in instance.shares:
             record = TransferEvent(
                 side="receive",
                 transfer_id=item.transfer_id,
                 peer=_name(address),
-                tokens=tokens,
+                tokens=item.fetch.tokens,
                 asked_s=item.asked_s,
             )
             item.parts[address] = _Part(record, item.asked_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from pdbench.kv.compat import Options
+from pdbench.kv.groups import Group, Place, transfer_order
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -29,6 +31,7 @@ GOOD_ENDS = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 class Transfer:
     """What identifies a transfer: the proxy's id, the prompt's length in tokens and its fingerprint.
 
+    `ends`: how many of its tokens each block reaches, in the order in which blocks travel; in one group of blocks that of the prompt.
     `host` and `port` are prefill's; only decode has them.
     """
 
@@ -36,22 +39,18 @@ class Transfer:
     transfer_id: str
     tokens: int
     fingerprint: str
+    ends: Sequence[int]
     host: str = ""
     port: int = 0
-
-    def blocks(self, block_size: int) -> int:
-        """How many blocks of `block_size` tokens the prompt fills, the last one perhaps in part."""
-        return -(-self.tokens // block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillProgress:
-    """What one step computes of a prefill: its new blocks (all of them if `replace`) and the prompt's tokens computed after it."""
+    """What one step computes of a prefill: the blocks that it completes, in the order of the transfer (all of them if `replace`)."""
 
     request_id: str
     blocks: list[int]
     replace: bool
-    computed_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,12 @@ class PrefillEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Decode wants a prompt's blocks from the prompt's block `start_block` on, into its own `blocks`."""
+    """Decode wants a transfer's blocks from the `start_block`-th on, which hold `tokens` tokens of the prompt, into its own `blocks`."""
 
     transfer: Transfer
     start_block: int
     blocks: list[int]
+    tokens: int
 
 
 @dataclass
@@ -102,21 +102,26 @@ class TransferParameters(msgspec.Struct, frozen=True):
 
 @dataclass
 class _RequestState:
-    """A request with a transfer. `scheduled`: it has, or had, blocks that the worker knows."""
+    """A request with a transfer of the blocks at `order`. `scheduled`: it has, or had, blocks that the worker knows.
+
+    `tables` are a prefill's block tables, one per group, `reported` how many of the transfer's blocks the worker knows.
+    """
 
     transfer: Transfer
+    order: list[Place]
     sends: bool
     fetch_pending: bool
     scheduled: bool = False
-    reported_tokens: int = 0
+    tables: list[list[int]] = field(default_factory=list)
+    reported: int = 0
 
 
 @dataclass
 class KvScheduler:
-    """The transfers of one scheduler; `block_size` is in tokens."""
+    """The transfers of one scheduler, whose model has these groups of KV cache blocks."""
 
     options: Options
-    block_size: int
+    groups: Sequence[Group]
     produces: bool
     consumes: bool
     _requests: dict[str, _RequestState] = field(default_factory=dict)
@@ -133,12 +138,16 @@ class KvScheduler:
         fetches = self.consumes and bool(parameters.do_remote_prefill)
         if not sends and not fetches:
             return
-        transfer = self._transfer(request, parameters)
+        transfer, order = self._transfer(request, parameters)
+        if sends and any(group.window for group in self.groups) and request.max_tokens > 1:
+            # Past its prompt it would free blocks of the prompt's window before they are sent.
+            logger.warning("%s hands over nothing: for this model prefill needs max_tokens 1", request.request_id)
+            sends = False
         if sends and any(r.sends and r.transfer.transfer_id == transfer.transfer_id for r in self._requests.values()):
             logger.warning("transfer id %s is in use: %s hands over nothing", transfer.transfer_id, request.request_id)
             sends = False
         if sends or fetches:
-            self._requests[request.request_id] = _RequestState(transfer, sends, fetches)
+            self._requests[request.request_id] = _RequestState(transfer, order, sends, fetches)
         if sends:
             self._plan.expected.append(transfer)
 
@@ -158,9 +167,9 @@ class KvScheduler:
         if external_tokens == 0:
             self._plan.cancelled.append((transfer, "decode needs none of its blocks"))
             return
-        start, stop = (transfer.tokens - external_tokens) // self.block_size, transfer.blocks(self.block_size)
-        (block_ids,) = blocks.get_block_ids()
-        self._plan.fetches.append(Fetch(transfer=transfer, start_block=start, blocks=list(block_ids[start:stop])))
+        start = bisect_right(transfer.ends, transfer.tokens - external_tokens)
+        ids = _blocks_at(blocks.get_block_ids(), state.order[start:])
+        self._plan.fetches.append(Fetch(transfer=transfer, start_block=start, blocks=ids, tokens=external_tokens))
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
         """What the worker must know about the step that vLLM just scheduled; starts the next step's plan."""
@@ -169,17 +178,21 @@ class KvScheduler:
         for name in output.preempted_req_ids or ():
             state = self._requests.get(name)
             if state is not None and state.sends:
-                state.reported_tokens = 0
+                state.reported = 0
                 plan.preempted.append(name)
-        for name, blocks, replace, before in _scheduled(output):
+        for name, tables, replace, before in _scheduled(output):
             state = self._requests.get(name)
-            if state is None or not state.sends or state.reported_tokens >= state.transfer.tokens:
+            if state is None or not state.sends or state.reported == len(state.order):
                 continue
-            after = min(before + output.num_scheduled_tokens[name], state.transfer.tokens)
-            state.scheduled, state.reported_tokens = True, after
-            plan.prefilled.append(
-                PrefillProgress(request_id=name, blocks=blocks, replace=replace, computed_tokens=after)
-            )
+            if replace:
+                state.tables, state.reported = tables, 0
+            else:
+                for table, new in zip(state.tables, tables, strict=False):
+                    table += new
+            start, stop = state.reported, bisect_right(state.transfer.ends, before + output.num_scheduled_tokens[name])
+            state.scheduled, state.reported = True, stop
+            blocks = _blocks_at(state.tables, state.order[start:stop])
+            plan.prefilled.append(PrefillProgress(request_id=name, blocks=blocks, replace=replace))
         return plan
 
     def finished(self, request: Request) -> bool:
@@ -204,7 +217,7 @@ class KvScheduler:
         plan = self._plan
         return bool(plan.expected or plan.ended or plan.fetches or plan.cancelled)
 
-    def _transfer(self, request: Request, parameters: TransferParameters) -> Transfer:
+    def _transfer(self, request: Request, parameters: TransferParameters) -> tuple[Transfer, list[Place]]:
         # Prefill computes all of the prompt, or as much as decode's request says (docs/kv-protocol.md, "The first token").
         tokens, prefilled = int(request.num_prompt_tokens), parameters.prefilled_tokens
         if prefilled is not None and prefilled > 0:
@@ -222,14 +235,17 @@ class KvScheduler:
                 [feature.identifier for feature in getattr(request, "mm_features", None) or ()],
                 embeddings,
             )
-        return Transfer(
+        order = transfer_order(self.groups, tokens)
+        transfer = Transfer(
             request_id=request.request_id,
             transfer_id=parameters.transfer_id or request.request_id,
             tokens=tokens,
             fingerprint=digest,
+            ends=[place.end for place in order],
             host=parameters.remote_host,
             port=parameters.remote_port,
         )
+        return transfer, order
 
 
 def fingerprint(token_ids: Sequence[int], *more: object) -> str:
@@ -243,12 +259,19 @@ def fingerprint(token_ids: Sequence[int], *more: object) -> str:
     return digest.hexdigest()
 
 
-def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """Per scheduled request: its id, its new blocks, whether they replace all earlier ones, tokens computed before this step."""
+def _blocks_at(tables: Sequence[Sequence[int]], places: Sequence[Place]) -> list[int]:
+    """The blocks at these places of a request's block tables."""
+    blocks = [tables[place.group][place.entry] for place in places]
+    # Block 0 stands where a request has none (any more): wrong tokens would be the alternative.
+    assert 0 not in blocks, f"vLLM keeps other blocks of a prompt than this connector expects: {places}, {blocks}"
+    return blocks
+
+
+def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[list[int]], bool, int]]:
+    """Per scheduled request: its id, each group's new blocks, whether they replace all earlier ones, tokens computed before this step."""
     for new in output.scheduled_new_reqs:
-        yield new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens
+        yield new.req_id, [list(blocks) for blocks in new.block_ids], True, new.num_computed_tokens
     cached: Any = output.scheduled_cached_reqs
     for index, name in enumerate(cached.req_ids):
-        new_blocks = cached.new_block_ids[index]
-        blocks = list(new_blocks[0]) if new_blocks else []
-        yield name, blocks, name in cached.resumed_req_ids, cached.num_computed_tokens[index]
+        tables = [list(blocks) for blocks in cached.new_block_ids[index] or ()]
+        yield name, tables, name in cached.resumed_req_ids, cached.num_computed_tokens[index]

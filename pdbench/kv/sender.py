@@ -54,7 +54,7 @@ class _Peer:
 
 @dataclass(eq=False)
 class _Reader:
-    """A decode worker that asked for a transfer; `sent` counts blocks from the prompt's start, `done` when the last one is."""
+    """A decode worker that asked for a transfer; `sent` counts blocks from the transfer's start, `done` when the last one is."""
 
     peer: _Peer
     request: FetchRequest
@@ -67,15 +67,14 @@ class _Reader:
 class _Send:
     """One transfer: prefill's `transfer` and decode's `readers` by rank, either of which may come first.
 
-    `ready` counts blocks from the prompt's start; `event` is the CUDA event of the last forward pass; `gathering` how many copies of
-    its blocks are under way.
+    `blocks` are those that are computed, from the transfer's start on; `event` is the CUDA event of the last forward pass;
+    `gathering` how many copies of its blocks are under way.
     """
 
     transfer_id: str
     transfer: Transfer | None = None
     readers: dict[int, _Reader] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
-    ready: int = 0
     event: Any = None
     gathering: int = 0
     prefill_end: PrefillEnd | None = None
@@ -98,7 +97,6 @@ class Sender:
 
     def __init__(self, address: tuple[str, int], context: WorkerContext) -> None:
         self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
-        self._block_size = context.identity.block_size
         self._by_request: dict[str, _Send] = {}  # prefills whose blocks may be in use
         self._by_transfer: dict[str, _Send] = {}  # transfers that have not ended
         self._past: dict[str, str] = {}  # the latest: transfer id -> how it ended
@@ -133,9 +131,6 @@ class Sender:
                 if send is None or send.transfer is None or send.ended:
                     continue
                 send.blocks = progress.blocks if progress.replace else send.blocks + progress.blocks
-                send.ready = progress.computed_tokens // self._block_size
-                if progress.computed_tokens >= send.transfer.tokens:
-                    send.ready = send.transfer.blocks(self._block_size)  # the last one may be filled in part
                 send.event = event
                 for reader in send.readers.values():
                     self._wake(send, reader)
@@ -145,7 +140,7 @@ class Sender:
                     continue
                 send.prefill_end, send.prefill_end_s = end, self._stepped_s
                 error = end.error
-                if error is None and send.ready * self._block_size < send.transfer.tokens:
+                if error is None and len(send.blocks) < len(send.transfer.ends):
                     # Preempted while its last step was under way.
                     error = "prefill lost its blocks before they were sent"
                 if error is not None:
@@ -158,7 +153,7 @@ class Sender:
             for name in request_ids:
                 send = self._by_request.get(name)
                 if send is not None:
-                    send.ready, send.blocks = 0, []
+                    send.blocks = []
                     while send.gathering:
                         self._changed.wait()
 
@@ -216,21 +211,21 @@ class Sender:
         transfer, request = send.transfer, reader.request
         if transfer is None:
             return
-        blocks = transfer.blocks(self._block_size)
+        start, blocks = request.start_block, len(transfer.ends)
         if (request.tokens, request.fingerprint) != (transfer.tokens, transfer.fingerprint):
             reason = f"the prompts of this transfer id differ (prefill's {transfer.tokens} tokens, decode's {request.tokens})"
-        elif not 0 <= request.start_block < blocks:
-            reason = f"decode asked for block {request.start_block} of a prompt of {blocks} blocks"
+        elif not 0 <= start < blocks:
+            reason = f"decode asked for block {start} of a prompt of {blocks} blocks"
         else:
-            reader.sent, reader.record.peer = request.start_block, reader.peer.link.channel.peer
-            reader.record.tokens = transfer.tokens - request.start_block * self._block_size
+            reader.sent, reader.record.peer = start, reader.peer.link.channel.peer
+            reader.record.tokens = transfer.tokens - (transfer.ends[start - 1] if start else 0)
             self._wake(send, reader)
             return
         reader.peer.post(Cancel(transfer.transfer_id, reason))
         del send.readers[reader.peer.rank]
 
     def _wake(self, send: _Send, reader: _Reader) -> None:
-        if send.ready > reader.sent:
+        if len(send.blocks) > reader.sent:
             reader.peer.work.put(lambda: self._push(send, reader))
 
     def _end(self, send: _Send, error: str | None, by: _Peer | None = None) -> None:
@@ -333,13 +328,13 @@ class Sender:
         link, request = reader.peer.link, reader.request
         while True:
             with self._changed:
-                if send.ended or reader.done or send.ready <= reader.sent:
+                if send.ended or reader.done or len(send.blocks) <= reader.sent:
                     return
                 assert send.transfer is not None
                 piece_blocks = min(self._context.piece_blocks, max(1, request.piece_blocks))
-                start, stop = reader.sent, min(send.ready, reader.sent + piece_blocks)
+                start, stop = reader.sent, min(len(send.blocks), reader.sent + piece_blocks)
                 event, block_ids = send.event, send.blocks[start:stop]
-                last = stop == send.transfer.blocks(self._block_size)
+                last = stop == len(send.transfer.ends)
                 send.gathering += 1
             try:
                 count, ready_s = link.pack(block_ids, event)

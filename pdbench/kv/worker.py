@@ -78,9 +78,9 @@ class Threads:
 class KvWorker:
     """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces`.
 
-    `identity` is complete but for the cache's layout; rank i listens on the instance's kv_port + i. `new_blocks_idle`: no forward pass
-    uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). `drafts`: the layers of a draft model. Raises UnsupportedError,
-    OSError.
+    `identity` is complete but for the beginning of the cache's layout; rank i listens on the instance's kv_port + i. `new_blocks_idle`:
+    no forward pass uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). `drafts`: the layers of a draft model. Raises
+    UnsupportedError, OSError.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class KvWorker:
         self.recorder = TransferRecorder(options.event_log, identity.rank)
         context = WorkerContext(
             secret=shared_secret(),
-            identity=msgspec.structs.replace(identity, layout=packer.layout, drafts=packer.drafts),
+            identity=msgspec.structs.replace(identity, layout=packer.layout + identity.layout, drafts=packer.drafts),
             packer=packer,
             staging_bytes=max(options.staging_mib << 20, packer.block_bytes),
             timeout_s=options.transfer_timeout_s,

@@ -1,46 +1,80 @@
-"""KV caches of other types than float32, moved by real vLLM on CPU: bytes are bytes, but their layout is vLLM's.
+"""KV caches of other types and layouts than the fleet's, moved by real vLLM on CPU: bytes are bytes, but where they are is vLLM's."""
 
-The reference is prefill's own answer. Decode's would do as well until it has the prompt in its prefix cache.
-"""
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.conftest import commands, serve_config
-from tests.support.kv import Server, new_id, prompt_of, tiny_qwen2, wait_free
+from tests.support.kv import (
+    SMALL_CHUNKS,
+    Server,
+    new_id,
+    prompt_of,
+    tiny_gemma3,
+    tiny_gpt_oss,
+    tiny_mistral,
+    tiny_qwen2,
+    wait_free,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
 
 LENGTHS = [2, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 300, 400]
+# Where a window of 64 begins in the last slot of a block of 32, the first, the second.
+WINDOW_EDGES = [95, 96, 97, 127, 159, 191, 192, 193, 255, 383, 384, 385]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "arguments"),
+    ("model", "dtype", "arguments"),
     [
-        pytest.param("bfloat16", "--kv-cache-dtype fp8", id="fp8"),
-        pytest.param("bfloat16", "", id="bfloat16"),
+        pytest.param(tiny_gemma3, "float32", "", id="windows", marks=pytest.mark.slow),
+        pytest.param(
+            tiny_gemma3, "float32", "--disable-hybrid-kv-cache-manager", id="windows-whole", marks=pytest.mark.slow
+        ),
+        pytest.param(tiny_mistral, "float32", "", id="windows-alone", marks=pytest.mark.slow),
+        pytest.param(tiny_qwen2, "bfloat16", "--kv-cache-dtype fp8", id="fp8"),
+        pytest.param(tiny_qwen2, "bfloat16", "", id="bfloat16"),
+        pytest.param(tiny_gpt_oss, "bfloat16", "", id="gpt-oss", marks=pytest.mark.slow),
         # As wide as bfloat16, so laid out alike.
-        pytest.param("float16", "", id="float16", marks=pytest.mark.slow),
+        pytest.param(tiny_qwen2, "float16", "", id="float16", marks=pytest.mark.slow),
     ],
 )
-def test_decode_continues_as_prefill_would(tmp_path, dtype, arguments):
-    if arguments and not torch.cpu._is_avx512_supported():
+def test_decode_continues_as_a_single_instance_would(tmp_path, model, dtype, arguments):
+    if "fp8" in arguments and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 cache on CPU needs AVX-512")
-    model = str(tiny_qwen2(tmp_path / "tiny-qwen2"))
     options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
-    config = serve_config(tmp_path, connector="tcp", model=model, **options)
-    servers = [Server(command, tmp_path) for command in commands("disaggregated", config)[:2]]
-    p, d = servers
+    config = serve_config(tmp_path, connector="tcp", model=str(model(tmp_path / "model")), **options)
+    planned = commands("disaggregated", config)[:2]
+    if dtype == "float32":
+        # One that hands over to itself, and without transfer parameters is the single instance: it keeps no prefixes.
+        servers = [Server(planned[0], tmp_path, (*SMALL_CHUNKS, "--no-enable-prefix-caching"), kv_role="kv_both")]
+    else:
+        # One token alone is rounded otherwise than in its chunk: the reference is what prefill continues with from its own cache.
+        servers = [Server(command, tmp_path) for command in planned]
+    p, d = servers[0], servers[-1]
     try:
         for server in servers:
             server.wait_healthy()
-        before = d.external_tokens()
-        for length in LENGTHS:
+        before, lengths = d.external_tokens(), LENGTHS + (WINDOW_EDGES if dtype == "float32" else [])
+        for length in lengths:
             prompt, name = prompt_of(length), new_id()
             p.prefill(prompt, name)
             assert d.decode(prompt, name, p)["text"] == p.complete(prompt)["text"], f"{length} tokens"
-        assert d.external_tokens() - before == sum(LENGTHS)
-        wait_free(p, d)
+        assert d.external_tokens() - before == sum(lengths)
+        if dtype == "float32":  # batches round otherwise, too
+            ours = prompt_of(200)
+            theirs, name = prompt_of(199) + ours[-1:], new_id()
+            p.prefill(ours, name, verify_prompt=False)
+            swapped = d.decode(theirs, name, p, verify_prompt=False)["text"]
+            assert swapped == p.complete(ours)["text"] != p.complete(theirs)["text"]
+            with ThreadPoolExecutor(32) as pool:
+                prompts = {new_id(): prompt_of(20 + 25 * index) for index in range(16)}
+                for name, prompt in prompts.items():
+                    pool.submit(p.prefill, prompt, name)
+                texts = pool.map(lambda name: d.decode(prompts[name], name, p)["text"], prompts)
+                assert list(texts) == [p.complete(prompt)["text"] for prompt in prompts.values()]
+        wait_free(*servers)
     finally:
         for server in servers:
             server.kill()

@@ -6,10 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, RSWASpec, SlidingWindowSpec
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 
 from pdbench.kv import compat
 from pdbench.kv.compat import Options, UnsupportedError
+from pdbench.kv.groups import Group
 
 BLOCK = 16
 
@@ -26,34 +37,56 @@ def test_vllm_in_the_range_is_accepted(version):
     compat.check_version()
 
 
-def deployment_of(specs, sleep=False, **parallel):
+def deployment_of(specs, sleep=False, drafting=None, **parallel):
     """vLLM's configuration and KV cache configuration, as far as the connector reads them; the groups' specs are vLLM's own."""
+    model = SimpleNamespace(enable_sleep_mode=sleep, get_total_num_hidden_layers=lambda: 1)
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(enable_sleep_mode=sleep)
+        parallel_config=SimpleNamespace(**parallel), model_config=model, speculative_config=drafting
     )
-    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+    groups = [KVCacheGroupSpec([f"model.layers.{index}.attn"], spec) for index, spec in enumerate(specs)]
+    return config, SimpleNamespace(kv_cache_groups=groups)
 
 
 SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float16}
 FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=64)
+CHUNKS = ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64)
+MAMBA = MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float16,))
 
 
 @pytest.mark.parametrize("spec", [FULL, MLAAttentionSpec(**SIZES), FullAttentionSpec(**SIZES, sliding_window=64)])
 def test_full_attention_is_accepted(spec):
-    compat.check_deployment(*deployment_of([spec], pipeline_parallel_size=1))
+    config, caches = deployment_of([spec], pipeline_parallel_size=1)
+    compat.check_deployment(config, caches)
+    assert compat.groups(caches) == [Group(BLOCK)]
+
+
+@pytest.mark.skipif(
+    tuple(int(part) for part in vllm.__version__.split(".")[:2]) < compat.HYBRID, reason="vLLM makes one group"
+)
+@pytest.mark.parametrize("specs", [[FULL, WINDOW], [WINDOW], [FULL, WINDOW, WINDOW]])
+def test_sliding_windows_are_accepted_and_kept_one_token_longer(specs):
+    """vLLM keeps what the next token sees; decode computes the prompt's last token, which sees one more."""
+    config, caches = deployment_of(specs)
+    compat.check_deployment(config, caches)
+    expected = [Group(BLOCK, 64 if spec is WINDOW else 0) for spec in specs]
+    assert compat.groups(caches) == expected
+    compat.keep_whole_windows(caches)
+    kept = [getattr(group.kv_cache_spec, "extra_retained_tokens", None) for group in caches.kv_cache_groups]
+    assert kept == [1 if spec is WINDOW else None for spec in specs] and compat.groups(caches) == expected
 
 
 @pytest.mark.parametrize(
     ("specs", "more", "message"),
     [
-        ([FULL, WINDOW], {}, "a hybrid model"),
-        ([WINDOW], {}, "SlidingWindowSpec"),
+        ([], {}, "no KV cache"),
+        ([FULL, CHUNKS], {}, "ChunkedLocalAttentionSpec"),
         ([RSWASpec(**SIZES, rswa_window=64)], {}, "RSWASpec"),  # a FullAttentionSpec whose blocks are evicted
-        ([MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float16,))], {}, "MambaSpec"),
+        ([FULL, MAMBA], {}, "MambaSpec"),
         ([FULL], {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ([FULL], {"data_parallel_size": 4}, "--data-parallel-size 4"),
         ([FULL], {"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
         ([FULL], {"sleep": True}, "--enable-sleep-mode"),
+        ([FULL, FULL], {"drafting": True}, "--disable-hybrid-kv-cache-manager"),
     ],
 )
 def test_unsupported_deployment_is_refused_by_name(specs, more, message):
@@ -71,6 +104,14 @@ def test_draft_models_layers_are_recognised(draft):
     drafting = SimpleNamespace(speculative_config=object(), model_config=model)
     assert compat.draft_layers(drafting, [*names, draft]) == {draft}
     assert not compat.draft_layers(SimpleNamespace(speculative_config=None), [*names, draft])
+
+
+def test_vllm_whose_groups_are_not_moved_makes_one(monkeypatch):
+    """Then vLLM keeps windows beside full attention whole, and has none for the connector but a model's that has nothing else."""
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    assert not issubclass(compat.hybrid_base(), SupportsHMA)
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.32 and newer.* SlidingWindowSpec"):
+        compat.check_deployment(*deployment_of([WINDOW]))
 
 
 def test_range_is_readable_without_vllm():

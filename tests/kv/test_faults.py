@@ -84,7 +84,7 @@ def test_prefill_that_queues_longer_than_the_timeout_is_waited_for():
             p.step()
             d.step()
         assert not d.received
-        p.compute(transfer, [1, 2], 8, replace=True)
+        p.compute(transfer, [1, 2], replace=True)
         p.end(transfer)
         settled(p, d, transfer)
 
@@ -191,7 +191,7 @@ def test_repeated_prefill_keeps_nothing_and_the_first_is_served(order):
             d.until(lambda: torch.equal(d.blocks([0]), p.blocks([0])))
         prefill(p, again, list(range(20, 28)))
         p.until(lambda: again.request_id in p.sent)
-        p.compute(first, list(range(3, 8)), 30)
+        p.compute(first, list(range(3, 8)))
         p.end(first)
         if order == "requested after":
             fetch(d, first, list(range(8)), port)

@@ -1,6 +1,7 @@
 """The scheduler's half with vLLM's own request and step objects: what is planned, kept and cancelled."""
 
 from dataclasses import astuple, dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.request import Request, RequestStatus
 
 from pdbench.kv.compat import Options
+from pdbench.kv.groups import Group
 from pdbench.kv.scheduler import KvScheduler, fingerprint
 
 BLOCK = 16
@@ -63,12 +65,12 @@ def cancelled_by(plan):
 
 @pytest.fixture
 def producer():
-    return KvScheduler(Options(), BLOCK, produces=True, consumes=False)
+    return KvScheduler(Options(), [Group(BLOCK)], produces=True, consumes=False)
 
 
 @pytest.fixture
 def consumer():
-    return KvScheduler(Options(), BLOCK, produces=False, consumes=True)
+    return KvScheduler(Options(), [Group(BLOCK)], produces=False, consumes=True)
 
 
 def test_prefill_in_chunks_is_reported_as_it_is_computed(producer):
@@ -76,13 +78,15 @@ def test_prefill_in_chunks_is_reported_as_it_is_computed(producer):
     producer.new_request(request)
     plan = producer.plan_step(step_of({"r": 40}, new=[("r", [1, 2, 3], 0)]))
     assert [transfer.transfer_id for transfer in plan.expected] == ["t"] and not plan.idle
-    assert astuple(plan.prefilled[0]) == ("r", [1, 2, 3], True, 40)
+    assert astuple(plan.prefilled[0]) == ("r", [1, 2], True)  # the third holds 8 tokens of 16
     plan = producer.plan_step(step_of({"r": 40}, cached=[("r", [4, 5], 40)]))
-    assert astuple(plan.prefilled[0]) == ("r", [4, 5], False, 80)
-    plan = producer.plan_step(step_of({"r": 20}, cached=[("r", None, 80)]))  # no new block: the chunk fits the old ones
-    assert astuple(plan.prefilled[0]) == ("r", [], False, 100)
+    assert astuple(plan.prefilled[0]) == ("r", [3, 4, 5], False)
+    plan = producer.plan_step(step_of({"r": 10}, cached=[("r", [6, 7], 80)]))
+    assert astuple(plan.prefilled[0]) == ("r", [], False)
+    plan = producer.plan_step(step_of({"r": 10}, cached=[("r", None, 90)]))  # no new block: the chunk fits the old ones
+    assert astuple(plan.prefilled[0]) == ("r", [6, 7], False)  # the prompt ends within the last
     # It decodes: nothing to hand over.
-    assert producer.plan_step(step_of({"r": 1}, cached=[("r", [6], 100)])).prefilled == []
+    assert producer.plan_step(step_of({"r": 1}, cached=[("r", [8], 100)])).prefilled == []
     request.status = RequestStatus.FINISHED_LENGTH_CAPPED
     assert producer.finished(request) is True and producer.has_unsent_plan()
     plan = producer.plan_step(step_of({}))
@@ -95,7 +99,7 @@ def test_preempted_prefill_starts_again(producer):
     producer.plan_step(step_of({"r": 40}, new=[("r", [1, 2, 3], 0)]))
     assert producer.plan_step(step_of({}, preempted=["r", "another"])).preempted == ["r"]
     plan = producer.plan_step(step_of({"r": 100}, cached=[("r", [9, 8, 7, 6, 5, 4, 3], 0)], resumed=["r"]))
-    assert plan.prefilled[0].replace and plan.prefilled[0].computed_tokens == 100
+    assert plan.prefilled[0].replace and plan.prefilled[0].blocks == [9, 8, 7, 6, 5, 4, 3]
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
@@ -144,7 +148,7 @@ def test_aborted_decode_cancels_its_transfer(consumer, fetched):
     request = decode_of(100)
     consumer.new_request(request)
     if fetched:
-        consumer.allocated(request, Blocks(list(range(7))), 100)
+        consumer.allocated(request, Blocks(list(range(1, 8))), 100)
         consumer.plan_step(step_of({}))
     request.status = RequestStatus.FINISHED_ABORTED
     assert consumer.finished(request) is False
@@ -159,9 +163,32 @@ def test_decode_that_needs_nothing_cancels_its_transfer(consumer):
     assert cancelled_by(plan) == ["t"] and not plan.fetches
 
 
+def test_window_alone_travels_and_prefill_stops_at_the_prompts_end(caplog):
+    """Of the window's layers only the blocks that the last token sees, each when the chunk that ends it is computed."""
+    groups = [Group(BLOCK), Group(BLOCK, 32)]
+    producer = KvScheduler(Options(), groups, produces=True, consumes=False)
+    producer.new_request(prefill_of(80))
+    both = ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15])
+    step = step_of({"r": 60}, new=[("r", [], 0)])
+    step.scheduled_new_reqs[0].block_ids = both
+    assert producer.plan_step(step).prefilled[0].blocks == [1, 2, 3]
+    assert producer.plan_step(step_of({"r": 20}, cached=[("r", None, 60)])).prefilled[0].blocks == [4, 14, 5, 15]
+    consumer = KvScheduler(Options(), groups, produces=False, consumes=True)
+    for external, start, blocks in ((80, 0, [21, 22, 23, 24, 34, 25, 35]), (16, 5, [25, 35])):
+        consumer.new_request(decode_of(80))
+        tables = SimpleNamespace(get_block_ids=lambda: ([21, 22, 23, 24, 25, 26], [0, 0, 0, 34, 35, 36]))
+        consumer.allocated(decode_of(80), tables, external)
+        (fetch,) = consumer.plan_step(step_of({})).fetches
+        assert (fetch.start_block, fetch.tokens, fetch.blocks) == (start, external, blocks)
+    longer = prefill_of(80)
+    longer.max_tokens = 2
+    producer.new_request(longer)
+    assert not producer.plan_step(step_of({})).expected and "max_tokens 1" in caplog.text
+
+
 def embedded(value):
     """The fingerprint of a prompt that was given as embeddings, which has no token ids."""
-    half = KvScheduler(Options(), BLOCK, produces=True, consumes=False)
+    half = KvScheduler(Options(), [Group(BLOCK)], produces=True, consumes=False)
     sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {"do_remote_decode": True}})
     embeddings = torch.full((20, 8), value, dtype=torch.bfloat16)
     half.new_request(Request("r", None, sampling, None, prompt_embeds=embeddings))

@@ -49,8 +49,7 @@ def test_blocks_arrive_in_either_order(kv_pair, order, tokens):
     else:
         prefill(p, transfer, here, chunks[:1], ended=False)
         fetch(d, transfer, there, p.port)
-        first_blocks = -(-chunks[0] // BLOCK)
-        p.compute(transfer, here[first_blocks:], tokens)
+        p.compute(transfer, here[sum(end <= chunks[0] for end in transfer.ends) :])
         p.end(transfer)
     settled(p, d, transfer)
     assert torch.equal(p.blocks(here), d.blocks(there))
@@ -66,7 +65,7 @@ def test_draft_models_layers_travel_when_it_has_run(kv_secret, told):
         transfer, blocks = new_transfer(8), [3, 4]
         fetch(d, transfer, blocks, p.port)
         p.step(expected=[transfer])
-        p.compute(transfer, blocks, 8, replace=True)
+        p.compute(transfer, blocks, replace=True)
         time.sleep(0.2)  # enough for a transfer that does not wait
         p.cache[DRAFT][blocks] = 7.0  # the draft model's pass is launched only now
         if told:
@@ -249,8 +248,8 @@ def test_preempted_prefill_sends_what_it_computes_again(kv_pair):
     p.step(preempted=[transfer.request_id])
     for cache in p.cache.values():
         cache[3:8] = 7.0  # of another request
-    p.compute(transfer, list(range(20, 28)), 8, replace=True)
-    p.compute(transfer, [], 30)
+    p.compute(transfer, [20, 21], replace=True)
+    p.compute(transfer, list(range(22, 28)))
     p.end(transfer)
     settled(p, d, transfer)
     assert torch.equal(d.blocks([53, 54, 55, 56, 57]), p.blocks([23, 24, 25, 26, 27]))
@@ -313,7 +312,7 @@ def test_step_output_reports_what_arrived_meanwhile(kv_pair, monkeypatch):
     prefill(p, good, [1, 2])
     prefill(p, dataclasses.replace(bad, fingerprint="another"), [3, 4])
     fetches = [
-        Fetch(transfer=dataclasses.replace(transfer, host=d.host, port=p.port), start_block=0, blocks=blocks)
+        Fetch(transfer=dataclasses.replace(transfer, host=d.host, port=p.port), start_block=0, blocks=blocks, tokens=8)
         for transfer, blocks in ((bad, [7, 8]), (good, [5, 6]))
     ]
     d.worker.load(StepPlan(fetches=fetches))

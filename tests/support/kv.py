@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 import uuid
+from bisect import bisect_right
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -81,15 +82,9 @@ class Instance:
         self.failed += reports.failed
         return reports
 
-    def compute(self, transfer, blocks, computed_tokens, replace=False):
-        """One step that computes a prefill's tokens up to `computed_tokens`; `blocks` are new."""
-        self.step(
-            prefilled=[
-                PrefillProgress(
-                    request_id=transfer.request_id, blocks=blocks, replace=replace, computed_tokens=computed_tokens
-                )
-            ]
-        )
+    def compute(self, transfer, blocks, replace=False):
+        """One step that completes these blocks of a prefill."""
+        self.step(prefilled=[PrefillProgress(request_id=transfer.request_id, blocks=blocks, replace=replace)])
 
     def end(self, transfer, kept=True, error=None):
         """One step after a prefill is over."""
@@ -122,7 +117,8 @@ def instances(*makers):
 def new_transfer(tokens, request_id=None, transfer_id=None, fingerprint="same"):
     request_id = request_id or uuid.uuid4().hex
     transfer_id = transfer_id or f"t-{request_id}"
-    return Transfer(request_id=request_id, transfer_id=transfer_id, tokens=tokens, fingerprint=fingerprint)
+    ends = [*range(BLOCK, tokens, BLOCK), tokens]
+    return Transfer(request_id=request_id, transfer_id=transfer_id, tokens=tokens, fingerprint=fingerprint, ends=ends)
 
 
 def prefill(instance, transfer, blocks, chunks=None, ended=True, error=None):
@@ -130,16 +126,17 @@ def prefill(instance, transfer, blocks, chunks=None, ended=True, error=None):
     instance.step(expected=[transfer])
     count = 0
     for computed_tokens in chunks or [transfer.tokens]:
-        stop = -(-computed_tokens // BLOCK)
-        instance.compute(transfer, blocks[count:stop], computed_tokens, replace=count == 0)
-        count = max(count, stop)
+        stop = bisect_right(transfer.ends, computed_tokens)
+        instance.compute(transfer, blocks[count:stop], replace=count == 0)
+        count = stop
     if ended:
         instance.end(transfer, error=error)
 
 
 def fetch(instance, transfer, blocks, port, start=0, host="127.0.0.1", idle=True):
     transfer = dataclasses.replace(transfer, host=host, port=port)
-    instance.step(idle=idle, fetches=[Fetch(transfer=transfer, start_block=start, blocks=blocks)])
+    tokens = transfer.tokens - start * BLOCK
+    instance.step(idle=idle, fetches=[Fetch(transfer=transfer, start_block=start, blocks=blocks, tokens=tokens)])
 
 
 def cancel(instance, transfer, port):
@@ -160,6 +157,7 @@ def settled(p, d, transfer, failed=False):
 
 TRANSFER_TIMEOUT_S = 6.0
 OUTPUT_TOKENS = 12
+WINDOW = 64
 # Chunks of 128 tokens, so that long prompts are prefilled in several; blocks of 32, where vLLM on CPU has 128.
 SMALL_CHUNKS = ("--max-num-batched-tokens", "128", "--block-size", "32")
 _random = random.Random(3)
@@ -174,23 +172,49 @@ def new_id():
 
 
 def tiny_qwen2(folder, layers=4):
-    """A random Qwen2 with grouped heads of 64, in float32; the tokenizer is the tiny DeepSeek-V2's."""
+    """A random Qwen2 with grouped heads of 64."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    return _tiny(folder, Qwen2ForCausalLM, Qwen2Config, num_hidden_layers=layers)
+
+
+def tiny_gemma3(folder):
+    """A random Gemma-3 of 6 layers, of which all but the third and sixth see only the last 64 tokens."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    layers = 2 * ["sliding_attention", "sliding_attention", "full_attention"]
+    more = {"layer_types": layers, "sliding_window": WINDOW, "head_dim": 64, "query_pre_attn_scalar": 64}
+    return _tiny(folder, Gemma3ForCausalLM, Gemma3TextConfig, num_hidden_layers=6, **more)
+
+
+def tiny_mistral(folder):
+    """A random Mistral of 4 layers that all see only the last 64 tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    more = {"sliding_window": WINDOW, "head_dim": 64, "num_hidden_layers": 4}
+    return _tiny(folder, MistralForCausalLM, MistralConfig, **more)
+
+
+def tiny_gpt_oss(folder):
+    """A random gpt-oss of 4 layers with attention sinks, every other of which sees only the last 64 tokens."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    layers = 2 * ["sliding_attention", "full_attention"]
+    more = {"layer_types": layers, "sliding_window": WINDOW, "head_dim": 64, "num_local_experts": 4}
+    return _tiny(folder, GptOssForCausalLM, GptOssConfig, num_hidden_layers=4, num_experts_per_tok=2, **more)
+
+
+def _tiny(folder, model, config, **settings):
+    """A random model in float32; the tokenizer is the tiny DeepSeek-V2's."""
     shutil.copytree(tiny_model(), folder, ignore=shutil.ignore_patterns("model*", "config.json", "generation*"))
     vocabulary = json.loads((tiny_model() / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.08,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"max_position_embeddings": 2048, "initializer_range": 0.08}
+    made = model(config(**{"vocab_size": vocabulary} | sizes | more | settings))
+    if made.config.tie_word_embeddings:  # else each token's own embedding outweighs all that it attends to
+        made.get_input_embeddings().weight.data *= 0.02
+    made.save_pretrained(folder)
     return folder
 
 
