@@ -158,7 +158,10 @@ def search_pdbench(server: Server, url: str, seed: int, folder: Path, tool: stre
         folder,
         until_s,
     )
-    (entry,) = json.loads((folder / "search" / "search.json").read_text())["deployments"]
+    document = json.loads((folder / "search" / "search.json").read_text())
+    (entry,) = document["deployments"]
+    if entry["rate_per_s"] is None or entry["high"] is None:
+        raise RuntimeError(document["sentence"])
     return Found(entry["rate_per_s"], entry["load_s"], entry["requests"])
 
 
