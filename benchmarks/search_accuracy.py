@@ -129,7 +129,7 @@ def run(arguments: list[object], folder: Path, until_s: float) -> None:
         try:
             code = process.wait(max(1.0, until_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise RuntimeError("the time was up") from None
+            raise RuntimeError("it was not done when the time was up, raise --minutes") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -314,7 +314,9 @@ def main() -> None:
                     result = SEARCHES[tool.key](server, url, seed, folder, tool, until_s)
                     words = f"{result.rate:.2f} of {truths[server.name]:.2f}, {result.load_s:.0f} s of load"
                 except (RuntimeError, OSError, LookupError, TypeError, ValueError, StopIteration) as error:
-                    result = words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    result = words = " ".join(str(error).split())
+                    if not isinstance(error, RuntimeError):
+                        result = words = f"{type(error).__name__}: {words}"
             took_s = time.monotonic() - begin_s
             spent_s[key] += took_s
             longest_s[key] = max(took_s, longest_s[key])
