@@ -224,6 +224,7 @@ def test_time_that_is_up_before_a_load_tells_anything_says_so(
     assert sentence(document) == (
         "No rate is known yet within TTFT 300 ms and mean TBT 50 ms for 95 % of requests; d0 was not loaded for long enough."
     )
+    assert "low" not in found.table(document).header
 
 
 def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:

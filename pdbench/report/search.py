@@ -198,7 +198,7 @@ def _clocks_sentence(document: Mapping[str, Any]) -> str:
 
 def table(document: Mapping[str, Any]) -> tables.Table:
     """A row per deployment."""
-    entries = searched(document)
+    entries = [e if e.get("rate_per_s") else e | {"low": None} for e in searched(document)]
     known = {key: words for key, words in COLUMNS.items() if any(e.get(key) is not None for e in entries)}
     return tables.Table(
         title=_("The highest rate within {0}, with its 95 % interval", slo(document)),
