@@ -11,6 +11,6 @@ python=$(requirements/setup.sh dev ray otlp)
 "$python" -m mypy
 parallel=()
 if [ $# -eq 0 ] && "$python" -c "import xdist" 2>/dev/null; then
-    parallel=(-n 2 --dist loadgroup --no-loadscope-reorder)
+    parallel=(-n 2 --dist loadscope --no-loadscope-reorder)
 fi
 exec "$python" -m pytest -m "not gpu and not slow" "${parallel[@]}" "$@"

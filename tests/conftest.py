@@ -1,10 +1,11 @@
 """Real vLLM on CPU for the tests marked `vllm`: prefill + decode + proxy and a fleet, started once a session; and a
 pair of scripted instances for the proxy's tests."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from pdbench.serving.machine import Machine, inspect
 from pdbench.serving.vllm import Command
 from pdbench.site import Site
 from tests.support.cluster import Hosts, NotPermittedError, joined_hosts
-from tests.support.processes import free_port
+from tests.support.processes import ROOT, free_port
 from tests.support.proxy_processes import Server, instance
 from tests.support.served import Served
 
@@ -22,19 +23,30 @@ if TYPE_CHECKING:
     from tests.support.kv import Server as VllmServer
 
 
-@pytest.hookimpl(tryfirst=True)
+@functools.cache
+def starts_servers(file: str) -> bool:
+    """Are tests of this file marked vllm or cluster?"""
+    text = (ROOT / file).read_text()
+    return "mark.vllm" in text or "mark.cluster" in text
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ./run_tests.sh's two processes: what starts vLLM or a cluster comes first and goes to one of them, one test after the other; the
+    other one takes the other files meanwhile."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if starts_servers(file) else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For ./run_tests.sh's two processes: what starts vLLM or a cluster goes to one of them, one test after the other; the other one takes
-    the other files meanwhile."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-
-    def starts_servers(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("vllm", "cluster"))
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("servers" if starts_servers(item) else item.nodeid.partition("::")[0]))
-    items.sort(key=starts_servers, reverse=True)
+    if config.pluginmanager.hasplugin("xdist"):
+        items.sort(key=lambda item: starts_servers(item.nodeid.partition("::")[0]), reverse=True)
 
 
 def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
