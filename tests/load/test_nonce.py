@@ -94,6 +94,11 @@ def test_blocks_of_a_trace_stay_shared_and_the_shared_ones_are_counted(tokenizer
     assert common(requests[0].prompt, requests[4].prompt) < 20
 
 
+def flags(result):
+    """Without what a busy machine makes of the client."""
+    return [flag for flag in result.flags if flag.name != "client-limited"]
+
+
 def test_prompts_of_a_file_are_numbered_unless_verbatim_where_repeats_are_told(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"prompt {index}\n" for index in range(12)))
@@ -102,12 +107,12 @@ def test_prompts_of_a_file_are_numbered_unless_verbatim_where_repeats_are_told(t
         result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
         sent = [peer.json["prompt"] for peer in server.requests]
         assert len(set(sent)) == 36 and all(text.partition("\n")[2].startswith("prompt ") for text in sent)
-        assert not result.flags
+        assert not flags(result)
         server.requests.clear()
         verbatim = dataclasses.replace(config, verbatim_prompts=True)
         result = run_load(TrialLoad(verbatim, server.url, "m", Clock.start()))
         assert {peer.json["prompt"] for peer in server.requests} == set(path.read_text().splitlines())
-    assert [flag.detail for flag in result.flags] == ["36 requests from 12 prompts: 24 repeat"]
+    assert [flag.detail for flag in flags(result)] == ["36 requests from 12 prompts: 24 repeat"]
 
 
 def test_repeated_prompts_of_token_ids_are_told(tmp_path):
@@ -115,4 +120,4 @@ def test_repeated_prompts_of_token_ids_are_told(tmp_path):
     with ScriptedServer(stream(tokens(2))) as server:
         config = LoadConfig(prompt_file=str(tmp_path / "ids.jsonl"), requests=3, warmup=0)
         result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
-    assert [flag.name for flag in result.flags] == ["prompts-repeat"]
+    assert [flag.name for flag in flags(result)] == ["prompts-repeat"]
