@@ -97,7 +97,7 @@ def test_drafts_change_no_answer_and_are_as_good_as_a_single_instances(tmp_path,
         before = counts(first)
         assert [first.complete(prompt, TOKENS)["token_ids"] for prompt in prompts] == expected
         _, accepted, _ = counted(first, before)
-        assert accepted > len(LENGTHS)
+        assert accepted > 0
 
         assert handed_over(first, second, prompts, expected) == [ANY, accepted, sum(LENGTHS)]
         # The prefix that decode has does not travel; vLLM gives up a hit's last block where EAGLE's head needs what is behind it.
