@@ -231,8 +231,10 @@ def search_vllm(server: Server, url: str, seed: int, folder: Path, tool: stream_
     levels = [
         (rate, *level(f"{rate:.0f}.json", "--request-rate", f"{rate:.0f}")[1:]) for rate in np.unique(np.round(rates))
     ]
+    if serial[1] < ATTAIN:
+        raise RuntimeError("one request at a time misses the SLO on this machine")
     rate = 0.0
-    for (low, above, _), (high, below, _) in zip([(0.0, 1.0, 0.0), *levels], levels, strict=False):
+    for (low, above, _), (high, below, _) in zip([serial, *levels], levels, strict=False):
         if below < ATTAIN:
             rate = low + (high - low) * (above - ATTAIN) / (above - below)
             break
