@@ -116,7 +116,7 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
         raise UserError(
             "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
         )
-    runs = {path: counting_run(path) for path in (usable(sources, console) if len(sources) > 1 else sources)}
+    runs = suitable_runs(sources, console) if len(sources) > 1 else {path: counting_run(path) for path in sources}
     places: dict[str | None, Path] = {}
     for path, run in runs.items():
         if run.run_id is not None and (other := places.setdefault(run.run_id, path)) != path:
@@ -124,21 +124,22 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     return calibrate(runs)
 
 
-def usable(folders: Sequence[Path], console: Console) -> list[Path]:
+def suitable_runs(folders: Sequence[Path], console: Console) -> dict[Path, Run]:
     """Without the runs that plan refuses: one load at which a client did not keep up is no reason to lose the others.
 
     Raises UserError where none is left.
     """
-    kept = []
+    runs: dict[Path, Run] = {}
     for folder in folders:
         try:
-            check_suitable(folder, counting_run(folder))
-            kept.append(folder)
+            run = counting_run(folder)
+            check_suitable(folder, run)
+            runs[folder] = run
         except UserError as error:
             console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
-    if not kept:
+    if not runs:
         raise UserError("no run is left that calibrates: read the lines above")
-    return kept
+    return runs
 
 
 def counting_run(path: Path) -> Run:

@@ -118,4 +118,4 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
 def test_loads_that_plan_refuses_are_left_out(tmp_path: Path) -> None:
     console = Console(quiet=True)
     with pytest.raises(UserError, match="no run is left that calibrates"):
-        planning.usable([tmp_path / "nothing_results"], console)
+        planning.suitable_runs([tmp_path / "nothing_results"], console)
