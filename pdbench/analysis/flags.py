@@ -16,9 +16,9 @@ from pdbench.records import Flag, Interval, Run
 COLD_FACTOR = 2.0
 COLD_FIRST, COLD_OTHERS = 4, 8
 SHORT_S = 30.0
+"""Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
-"""Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 THROTTLED_PCT = 1.0
 RESIDUAL_LIMIT_PCT = 3.0
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
