@@ -111,7 +111,7 @@ def disaggregated(served: Served) -> DeploymentInfo:
 
 @pytest.fixture
 def single(disaggregated: DeploymentInfo) -> DeploymentInfo:
-    """One vLLM instance that runs: prefill's, which answers by itself what comes without transfer parameters."""
+    """One vLLM instance that runs: prefill's, which computes the whole answer of a request without transfer parameters."""
     (url,) = disaggregated.urls("prefill")
     model, path = disaggregated.model_name, disaggregated.model_path
     return DeploymentInfo(name="single", url=url, model_name=model, model_path=path)
