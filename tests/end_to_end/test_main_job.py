@@ -99,8 +99,9 @@ def test_deployments_generate_the_same_greedy_text(job: tuple[Path, subprocess.C
     folder, _ = job
     runs = [load_run(folder / f"{name}_results") for name in ("single", "disaggregated")]
     texts = [[request.text for request in run.requests if not request.warmup] for run in runs]
-    assert texts[0] == texts[1]
-    assert len(set(texts[0])) == 4
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+    # A random model may answer two prompts alike: what must differ is what was sent.
+    assert len({request.prompt_sha256 for request in runs[0].requests if not request.warmup}) == 4
 
 
 def test_devices_are_sampled_from_before_the_first_request_to_after_the_last(
