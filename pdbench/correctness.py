@@ -6,13 +6,11 @@ how much of the prompts came as external KV.
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pdbench.errors import UserError
-from pdbench.events import ServerSeries
 from pdbench.load.client import fetch
-from pdbench.records import Flag, Gate, RequestRecord
+from pdbench.records import Gate, RequestRecord
 from pdbench.server_metrics import scrape, total
 from pdbench.serving.deployment import DeploymentInfo
 
@@ -25,8 +23,6 @@ _TEXTS = (
 )
 # Also where --disaggregate-above lets decode compute prompts as short as these: the transfer is what is checked.
 _THROUGH_PREFILL = {"X-Pdbench-Disaggregate": "always"}
-MOST_COMPUTED = 0.01
-"""Share of a load's prompt tokens that decode may compute itself beside one per request."""
 _EXTERNAL_KV = ("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"')
 
 
@@ -46,26 +42,6 @@ def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) ->
     tokens = sum(record.prompt_tokens or 0 for record in records)
     outputs = [record.text for record in records]
     return check(outputs, reference, tokens, external, needs_kv=running.name == "disaggregated"), outputs
-
-
-def kv_flags(series: Sequence[ServerSeries], load_s: float, trial: int, requests: int) -> Iterator[Flag]:
-    """A flag where decode computed more of a load's prompts than one token per request, by 1 %; the load began at `load_s`."""
-    counted = Counter[str]()
-    for each in series:
-        begun = sum(t_s <= load_s for t_s in each.t_s) - 1  # read just before the load
-        if each.role != "decode" or begun < 0:
-            continue
-        for name in ("prompt_tokens", "external_tokens", "cache_hits"):
-            before, after = (each.values.get(name, [None] * len(each.t_s))[place] for place in (begun, -1))
-            if before is not None and after is not None:
-                counted[name] += round(after - before)
-            elif name != "cache_hits":
-                return
-    tokens = counted["prompt_tokens"]
-    computed = tokens - counted["external_tokens"] - counted["cache_hits"]
-    if computed - requests > MOST_COMPUTED * tokens:
-        what = f"trial {trial + 1}: decode computed {computed} of {tokens} prompt tokens itself, their KV did not come from prefill"
-        yield Flag("kv-not-external", f"{what}: read the logs of prefill and decode")
 
 
 def check_key() -> None:

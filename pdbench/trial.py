@@ -232,8 +232,6 @@ def _run_trial(
             if new:
                 series.setdefault(server.name, ServerSeries(server=server.name, role=server.role)).lines = new
         run.servers = join_series([*run.servers, *series.values()])
-        if not info.config.get("disaggregate_above"):  # else decode computes short prompts on purpose
-            result.flags.extend(correctness.kv_flags(metrics.series(), load_s, trial, len(measured)))
     if died:
         console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
         publisher.stage(died, is_problem=True)

@@ -17,6 +17,8 @@ QUEUE_SIGMAS = 2.5
 """Simulated queues at 0.8 to 0.95 of what a server takes on are flagged in under 1 of 100 runs of equal requests, in up to 3 where lengths
 vary as an exponential does; at 1.4 in 63 of 100 runs of 120 requests and in all of 400."""
 QUEUE_READINGS = 12
+MOST_COMPUTED = 0.01
+"""Share of a load's prompt tokens that decode may compute itself beside one per request."""
 CLOCK_ERROR_S = 0.01
 
 
@@ -182,8 +184,11 @@ def _counted(series: ServerSeries, key: str, load: Load) -> float | None:
 
 
 def server_flags(run: Run) -> Iterator[Flag]:
-    """Preemptions, a full KV cache, a queue that grows, and lines of logs: one of each for a server, with the instant of the first."""
+    """Preemptions, a full KV cache, a queue that grows, and lines of logs: one of each for a server, with the instant of the first;
+    and prompts that decode computed itself."""
     loads, options = loads_of(run), run.config.get("load") or {}
+    if not (run.config.get("serve") or {}).get("disaggregate_above"):  # else decode computes short prompts on purpose
+        yield from _computed_by_decode(run, loads)
     steady = options.get("rate") and not any(options.get(name) for name in ("trace", "stages", "ramp_to"))
     for series in run.servers:
         yield from _preempted(series, loads)
@@ -220,6 +225,21 @@ def marks_of(run: Run) -> dict[str, Array]:
             if (more := t_s[1:][np.diff(rise) > 0]).size:
                 marks.setdefault("preempted", []).extend(more.tolist())
     return {flag: np.array(instants) for flag, instants in marks.items()}
+
+
+def _computed_by_decode(run: Run, loads: Sequence[Load]) -> Iterator[Flag]:
+    decode = [series for series in run.servers if series.role == "decode"]
+    for load in loads:
+        prompts, external = (
+            [_counted(series, key, load) for series in decode] for key in ("prompt_tokens", "external_tokens")
+        )
+        if not decode or None in prompts or None in external:
+            continue
+        cached = [_counted(series, "cache_hits", load) for series in decode]
+        tokens, others = sum(filter(None, prompts)), sum(filter(None, [*external, *cached]))
+        if tokens - others - load.requests > MOST_COMPUTED * tokens:
+            what = f"trial {load.trial + 1}: decode computed {tokens - others:.0f} of {tokens:.0f} prompt tokens itself, their KV did not come"
+            yield Flag("kv-not-external", f"{what} from prefill: read the logs of prefill and decode")
 
 
 def _preempted(series: ServerSeries, loads: Sequence[Load]) -> Iterator[Flag]:

@@ -157,6 +157,27 @@ def test_lines_of_logs_are_flagged_with_their_instant_within_loads_alone() -> No
     assert flags(run) == {"compiled-under-load": detail}
 
 
+def test_prompts_that_decode_computed_are_flagged_by_trial_unless_it_may_compute_them() -> None:
+    run = build_run("disaggregated", trials=2)
+    requests = len(run.requests) // 2
+    (a, b), (c, d) = spans(run)
+    warm_up(run, 0)
+    warm_up(run, 1)
+    series = ServerSeries(server="decode-0", role="decode", t_s=[a - 0.05, b + 0.05, c - 0.05, d + 0.05])
+    series.values = {
+        "prompt_tokens": [100, 5100, 5200, 10200],
+        "external_tokens": [100, 5100 - requests, 5200, 9700],  # it may compute one token of each prompt
+        "cache_hits": [None, None, None, 300],
+    }
+    run.servers = [series]
+    (flag,) = server_flags(run)
+    assert (flag.name, flag.detail.partition(",")[0]) == (
+        "kv-not-external", "trial 2: decode computed 200 of 5000 prompt tokens itself"
+    )  # fmt: skip
+    run.config["serve"] = {"disaggregate_above": 64}
+    assert not list(server_flags(run))
+
+
 def test_runs_saved_before_servers_were_recorded_have_none(tmp_path) -> None:
     (tmp_path / "single_results.json").write_bytes((ROOT / "tests/data/recorded_single_cpu_results.json").read_bytes())
     analysis = analyze(load_run(tmp_path))
