@@ -17,7 +17,8 @@ from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.load.generator import Progress
-from pdbench.turns import START_S, TURN_S, deployments, duration
+from pdbench.load.input_files import span
+from pdbench.turns import START_S, TURN_S, deployments
 
 FULL_STREAMS, FULL_REQUESTS = 32, 96
 BURST_STREAMS, BURST_REQUESTS = 8, 48
@@ -94,7 +95,7 @@ def schedule(kinds: Sequence[DeploymentKind], ramps: int, ramp_s: float, limit_s
     ramps = max(least_ramps, min(ramps, int(each_s / (least_s + TURN_S))))
     ramp_s = max(least_s, min(ramp_s, float(int(each_s / ramps - TURN_S))))
     if expected_s(ramps, ramp_s) > limit_s:
-        needed = duration(expected_s(least_ramps, least_s))
+        needed = span(round(expected_s(least_ramps, least_s)))
         raise UserError(
             f"--max-minutes {limit_s / 60:g}: {' and '.join(kinds)} with {least_ramps} ramps of {least_s:g} s each take about {needed}: "
             "give more time, or one deployment (--against)"
@@ -155,8 +156,8 @@ def run(
     until_s = time.monotonic() + limit_s
     loads = {kind: points(kind, options, plan) for kind in kinds}
     console.print(
-        f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {duration(plan.expected_s)} "
-        f"in all, at most {duration(limit_s)}",
+        f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {span(round(plan.expected_s))} "
+        f"in all, at most {span(round(limit_s))}",
         highlight=False,
         soft_wrap=True,
     )

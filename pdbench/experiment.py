@@ -19,6 +19,7 @@ from pdbench.files import check_writable, results_files
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
+from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.power.idle import Cooldown, idle_before_start, in_use
 from pdbench.records import Clock, Flag, Run, save_run
@@ -154,7 +155,7 @@ def run(
         if 0 < turns_done < left:
             spent_s = time.monotonic() - begin_s - (starting_s if design.resident else 0.0)  # those start once
             remaining_s = spent_s / turns_done * (left - turns_done)
-            console.print(f"about {turns.duration(remaining_s)} left", highlight=False)
+            console.print(f"about {span(round(remaining_s))} left", highlight=False)
             publisher.put(publisher.TimeLeft(remaining_s))
 
 

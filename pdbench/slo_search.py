@@ -23,6 +23,7 @@ from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.files import check_writable, write_whole
 from pdbench.load import plan
+from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
 from pdbench.report import text
@@ -31,7 +32,6 @@ from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.evidence import Array
 from pdbench.search.rates import Answer, Search
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
-from pdbench.turns import duration
 
 REQUESTS = 500
 """Per load."""
@@ -370,7 +370,7 @@ def _scales(search: Search) -> list[dict[str, float]]:
 def _say(console: Console, point: Mapping[str, Any], answer: Answer, goal: Goal) -> None:
     high = f"{answer.high:.3g}" if isfinite(answer.high) else "?"
     held = {True: "held", False: "not held", None: "near the limit"}[point["held"]]
-    left = f", at most {duration(goal.until_s - time.monotonic())} left" if isfinite(goal.until_s) else ""
+    left = f", at most {span(round(goal.until_s - time.monotonic()))} left" if isfinite(goal.until_s) else ""
     console.print(
         f"  {point['rate_per_s']:.3g} requests/s: {point['attained_pct']:.1f} % of {point['requests']} within the SLO, {held}; "
         f"highest rate {answer.low:.3g} to {high}{left}",

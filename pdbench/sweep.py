@@ -22,7 +22,7 @@ from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.files import check_name, check_writable, results_files, write_whole
 from pdbench.live import publisher
-from pdbench.turns import duration
+from pdbench.load.input_files import span
 
 _SWEEP = "sweep.json"
 _LONGEST_NAME = 100
@@ -166,7 +166,7 @@ def run(
             console.print(f"{place}: already measured", highlight=False)
             yield point.varied, folders
             continue
-        remaining = f", about {duration(statistics.mean(spent_s) * left)} left" if spent_s else ""
+        remaining = f", about {span(round(statistics.mean(spent_s) * left))} left" if spent_s else ""
         console.print(f"{place}{remaining}", highlight=False)
         publisher.stage("point {0} of {1}: {2}", number, len(steps), ", ".join(filter(None, (part, point.name))))
         if spent_s:

@@ -15,6 +15,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, Serv
 from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
+from pdbench.load.input_files import span
 from pdbench.power.idle import ENGINE_READY
 from pdbench.records import Clock, Flag, Gate, Run, load_run
 from pdbench.serving import machine as machines
@@ -206,14 +207,7 @@ def announce(
         return text
     start_s = START_S[on_gpu] * sum(waves.get(kind, 1) for kind in kinds) / len(kinds)
     seconds = (len(kinds) if design.resident else starts) * start_s + left * (turn_s + TURN_S)
-    return f"{text}: about {duration(seconds)}"
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 1.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{text}: about {span(round(seconds))}"
 
 
 def _last_s(run: Run) -> float:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.energy import why_not_measured
-from pdbench.live.instances import NOW
 from pdbench.live.state import LATENCIES, State, device_id
 from pdbench.report import text
 from pdbench.report.chart_types import Axis, Chart, Panel, Series, shades
@@ -14,7 +14,7 @@ from pdbench.report.text import translate as _
 
 def charts(state: State) -> list[tuple[Chart, list[tuple[str, str]]]]:
     """Each chart that has something to draw, with the keys of its lines in the order of its series."""
-    drawn = [(figure in NOW, name_of(of)) for figure, of in state.lines if figure in _COLOURED]
+    drawn = [(figure in SERVER_FIELDS, name_of(of)) for figure, of in state.lines if figure in _COLOURED]
     colour: dict[str, str] = {}
     for servers in (False, True):  # each group by its own: a server has the colour of its role
         names = [name for is_server, name in dict.fromkeys(drawn) if is_server == servers and name not in colour]

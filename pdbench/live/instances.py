@@ -4,6 +4,7 @@ import math
 import re
 from collections import deque
 
+from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.live.publisher import Buckets, ServerReading
 from pdbench.server_metrics import samples
 
@@ -18,8 +19,6 @@ _HISTOGRAMS = {
 }
 _ALL_HISTOGRAMS = tuple(name for names in _HISTOGRAMS.values() for name in names)
 _UPPER = re.compile(r'(?:^|,)\s*le="([^"]+)"')
-NOW = {"running": 1.0, "waiting": 1.0, "kv_used": 100.0}
-"""Figures as of a reading -> the factor with which they are shown."""
 
 
 def histograms(page: str) -> dict[str, Buckets]:
@@ -64,7 +63,9 @@ class Instance:
         if not self._readings or now_s - self._readings[-1][0] > stale_s:
             return {}
         (first_s, first), (last_s, last) = self._readings[0], self._readings[-1]
-        values = {(key, self.name): last.figures[key] * factor for key, factor in NOW.items() if key in last.figures}
+        values = {
+            (key, self.name): last.figures[key] * factor for key, factor in SERVER_FIELDS.items() if key in last.figures
+        }
         new_tokens = last.figures.get("output_tokens", -1.0) - first.figures.get("output_tokens", 0.0)
         if last_s > first_s and new_tokens >= 0:
             values["output_tokens_per_s", self.name] = new_tokens / (last_s - first_s)

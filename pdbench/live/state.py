@@ -8,8 +8,9 @@ from math import nan
 from typing import Any
 
 from pdbench import failures
+from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
-from pdbench.live.instances import NOW, Instance
+from pdbench.live.instances import Instance
 from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, Flag, RequestRecord
@@ -134,7 +135,7 @@ class State:
         for instance in self.instances.values():
             values = instance.values(now_s, WINDOW_S, STALE_S)
             # A measurement's own figures are better than those of histograms.
-            self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in NOW}
+            self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in SERVER_FIELDS}
         self._add_energy()
         for of, device in self.devices.items():
             if now_s - self._seen_s[of] <= STALE_S:
