@@ -1,6 +1,8 @@
 """The structure that docs/architecture.md describes: imports point one way, without circles; files stay short."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,9 @@ def test_architecture_page_names_every_module() -> None:
 @pytest.mark.parametrize("name", ["experiment.py", "trial.py"])
 def test_measuring_knows_no_cluster(name: str) -> None:
     assert "cluster" not in (ROOT / "pdbench" / name).read_text().lower()
+
+
+def test_every_command_starts_without_what_only_some_need() -> None:
+    """Each import of these takes a second or a large part of one."""
+    code = "import sys, pdbench.cli; print(*{'numpy', 'scipy', 'matplotlib', 'plotly', 'vllm', 'ray'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

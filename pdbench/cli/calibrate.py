@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.ranges import Count, Positive
+
+if TYPE_CHECKING:
+    from pdbench.analysis.run_analysis import RunAnalysis
 
 
 @app.command(group_parameters=MEASURING)
