@@ -15,7 +15,7 @@ from rich.console import Console
 from pdbench import sweep
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import DeploymentKind, LoadConfig, Options
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 from pdbench.load.generator import Progress
 from pdbench.load.input_files import span
 from pdbench.turns import START_S, TURN_S, deployments
@@ -183,8 +183,8 @@ def run(
                 if deadline.left_s < plan.ramp_s / 2:
                     console.print(f"{kind}: the time is up", highlight=False)
                     break
-        except UserError:
-            if not failed:  # nothing was tried: `out` cannot be written, or holds another calibration
+        except UserError as error:
+            if not failed or isinstance(error, WriteError):  # nothing was tried, as `out` holds another calibration
                 raise
         gaps += failed
     return found, gaps

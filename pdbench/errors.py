@@ -7,3 +7,7 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class WriteError(UserError):
+    """A file that cannot be written, as on a full disk: whatever is measured next would be lost, too."""

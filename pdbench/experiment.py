@@ -1,9 +1,11 @@
 """Servers up -> correctness check -> load and device samples -> saved -> down. Nothing is judged here."""
 
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from rich.markup import escape
 from pdbench import correctness, turns
 from pdbench.canaries import References
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 from pdbench.files import check_writable, results_files
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
@@ -267,7 +269,10 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
 
 
 def _save(run: Run, folder: Path, runs: dict[Path, Run]) -> None:
-    """Nothing measured: nothing written, so that the results of an earlier run stay."""
+    """Nothing measured: nothing written, so that the results of an earlier run stay.
+
+    Raises WriteError when `folder` cannot be written; the run is then saved where there is room, as it cannot be had again.
+    """
     if not run.requests:
         return
     # A second Ctrl-C does not cost what the first one let us keep: it counts afterwards.
@@ -282,5 +287,26 @@ def _save(run: Run, folder: Path, runs: dict[Path, Run]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             before = signal.signal(number, lambda received, _: pending.append(received))
             restoring.callback(signal.signal, number, before)
-        save_run(run, folder)
+        try:
+            save_run(run, folder)
+        except WriteError as error:
+            elsewhere = _save_elsewhere(run, folder.name)
+            if elsewhere is None:
+                raise
+            runs.pop(folder, None)  # an earlier saving of it
+            runs[elsewhere] = run
+            raise WriteError(f"{error}; what was measured is saved in {elsewhere}") from None
         runs[folder] = run
+
+
+def _save_elsewhere(run: Run, name: str) -> Path | None:
+    for place in (tempfile.gettempdir(), "/dev/shm"):
+        with suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="pdbench-", dir=place))
+            try:
+                save_run(run, folder / name)
+            except WriteError:
+                shutil.rmtree(folder)
+            else:
+                return folder / name
+    return None

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 
 RESULTS, DEVICES = "*_results.json", "*_gpu_data.json"
 _NAME = re.compile(r"\w[\w .,=+-]{0,79}", re.ASCII)
@@ -30,8 +30,8 @@ def check_name(name: str, what: str) -> str:
 def check_writable(folder: Path) -> None:
     """Raises UserError when no file can be written into `folder`; one that is missing is not left behind."""
     try:
-        with _made(folder), tempfile.TemporaryFile(dir=folder):
-            pass
+        with _made(folder), tempfile.TemporaryFile(dir=folder) as file:
+            _write(file, bytes(4096))  # a full disk takes empty files
     except OSError as error:
         raise _not_writable(folder, error) from None
 
@@ -295,5 +295,5 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write into {folder.absolute()}: {error.strerror}; give --out a folder that you may write")
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room, or name a folder that you may write")
+def _cannot_write(path: Path, error: OSError) -> WriteError:
+    return WriteError(f"cannot write {path}: {error.strerror}; make room, or name a folder that you may write")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 from pdbench.files import check_name, check_writable, results_files, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
@@ -186,6 +186,8 @@ def run(
             folders = measure(options, folder, part)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
             write_whole(folder / _done(part), json.dumps(done, indent=1).encode())
+        except WriteError:  # the next point's would be lost, too
+            raise
         except UserError as error:
             failed += 1
             if not context.get("url"):  # nothing was sent to a server that stays

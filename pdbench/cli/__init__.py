@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
         app.config = _recipe_settings(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except UserError as error:
+        earlier = error.__context__  # what went wrong before a `finally` failed, too
+        if isinstance(earlier, UserError) and not error.__suppress_context__:
+            error.args = (f"{earlier}; then {error}",)
         stderr.print(f"[red]pdbench:[/red] {escape(str(error))}")
         sys.exit(error.exit_code)
     except cyclopts.CycloptsError as error:

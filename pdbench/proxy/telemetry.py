@@ -1,5 +1,6 @@
 """A request's instants as JSON lines and in the Server-Timing header, and the proxy's metrics for Prometheus."""
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +9,8 @@ import msgspec
 
 from pdbench.events import ProxyEvent
 from pdbench.proxy.instances import InstanceTable
+
+log = logging.getLogger("pdbench.proxy")
 
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _STAGES = {
@@ -61,7 +64,11 @@ class Telemetry:
     def record(self, event: ProxyEvent) -> None:
         """Log and count a request that has ended."""
         if self._event_log is not None:
-            os.write(self._event_log, msgspec.json.encode(event) + b"\n")
+            try:
+                os.write(self._event_log, msgspec.json.encode(event) + b"\n")
+            except OSError as error:
+                self._event_log = None
+                log.error("the event log cannot be written (%s): no more lines there; make room and restart", error)
         self._requests.labels(str(event.status)).inc()
         if event.stage is not None:
             self._errors.labels(event.stage).inc()

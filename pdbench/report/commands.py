@@ -20,7 +20,7 @@ from pdbench import failures
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 from pdbench.files import device_files, read_whole, results_files, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
@@ -48,11 +48,11 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
     drawn = []
     for folder, analysis in analyses.items():
         name = analysis.name
-        drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
-        write_whole(_picture(folder, name), drawn[-1])
         shown = [*tables.run_summary(analysis), *servers.table({name: analysis})]
         console.print(*map(tables.terminal, shown), *tables.warnings(name, analysis), sep="\n")
         _say(console, f"results: {folder}/")
+        drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
+        write_whole(_picture(folder, name), drawn[-1])  # last: a disk that is full costs no table
     if len(analyses) > 1:
         rows = list(map(tables.requests_csv, analyses.values()))
         named = dict(zip(names_of([*analyses.values()], [*analyses]), analyses.values(), strict=True))
@@ -72,8 +72,11 @@ def keep(run: Run, folder: Path) -> RunAnalysis:
     """Analyze a run that was just measured; summary and flags go into its results, the analysis beside them."""
     analysis = analyze(run)
     run.summary, run.flags = msgspec.to_builtins(analysis.summary), analysis.flags
-    save_run(run, folder)
-    save_analysis(analysis, folder)
+    try:
+        save_run(run, folder)
+        save_analysis(analysis, folder)
+    except WriteError as error:
+        raise WriteError(f"{error}; the requests are saved: then `pdbench report {folder}` shows them") from None
     return analysis
 
 

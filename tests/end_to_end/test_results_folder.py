@@ -1,14 +1,20 @@
 """One measurement at a time writes into a folder of results; what is in it afterwards is one whole run."""
 
+import errno
+import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from pdbench import cli, files
+from pdbench.errors import UserError
 from pdbench.records import load_run
 from tests.support.processes import ROOT, call_pdbench, free_port, run_pdbench, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
@@ -87,7 +93,7 @@ def test_disk_that_is_full_keeps_the_earlier_run(server: ScriptedServer, tmp_pat
     assert call_pdbench(*bench(server, 3), cwd=tmp_path).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     try:
         full = run_pdbench(*bench(server, 9), cwd=tmp_path)
     finally:
@@ -95,6 +101,67 @@ def test_disk_that_is_full_keeps_the_earlier_run(server: ScriptedServer, tmp_pat
     assert full.returncode == 1 and "make room" in full.stderr and "Traceback" not in full.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
     assert hidden(tmp_path) == []
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The disk of `out` takes no results; that of temporary files, which is returned, does."""
+    elsewhere, write = tmp_path / "elsewhere", files._write
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+
+    def write_if_room(file: IO[bytes], data: bytes) -> None:
+        if str(file.name).startswith("out/") and "results" in str(file.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, data)
+
+    monkeypatch.setattr(files, "_write", write_if_room)
+    return elsewhere
+
+
+def test_what_a_full_disk_does_not_take_is_saved_elsewhere(server: ScriptedServer, tmp_path: Path, full: Path) -> None:
+    ended = call_pdbench(*bench(server, 3), cwd=tmp_path)
+    [saved] = full.glob("*/bench_results")
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "out/bench_results/bench_results.json" in ended.stderr and "make room" in ended.stderr
+    assert f"what was measured is saved in {saved}" in ended.stderr
+    assert len([request for request in load_run(saved).requests if not request.warmup]) == 3
+    assert load_run(saved).summary and not [*(tmp_path / "out").rglob("*.json")]
+
+
+def test_sweep_measures_nothing_more_on_a_full_disk(server: ScriptedServer, tmp_path: Path, full: Path) -> None:
+    ended = call_pdbench("sweep", *bench(server, 3)[1:], "--vary", "concurrency=1,2,3", cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "make room" in ended.stderr
+    [saved] = full.glob("*/bench_results")  # of the first point
+    assert load_run(saved).config["load"]["concurrency"] == 1
+
+
+def test_full_disk_is_noticed_before_the_load(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: IO[bytes], data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "_write", full)
+    ended = call_pdbench(*bench(server, 3), cwd=tmp_path)
+    assert ended.returncode == 1 and "No space left" in ended.stderr and ended.stderr.count("\n") == 1
+    assert server.requests == []
+
+
+def test_first_failure_is_told_when_saving_fails_too(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.app.command(name="fail-twice")
+    def fail_twice() -> None:
+        try:
+            raise UserError("the server died")
+        finally:
+            raise UserError("cannot write")
+
+    try:
+        with pytest.raises(SystemExit):
+            cli.main(["fail-twice"])
+    finally:
+        del cli.app["fail-twice"]
+    assert capsys.readouterr().err == "pdbench: the server died; then cannot write\n"
 
 
 def test_bench_of_no_server_leaves_no_folder(tmp_path: Path) -> None:

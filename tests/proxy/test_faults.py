@@ -317,3 +317,15 @@ def test_shutdown_cuts_off_after_the_drain_timeout(tmp_path, pair):
             assert not read_answer(stream).complete
         assert server.process.wait(60) == 0
         wait_until(pair[1].aborted)
+
+
+def test_full_disk_costs_log_lines_and_no_answer(tmp_path, pair):
+    with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1000, most))
+        with server.connect() as connection:  # one connection: it is kept
+            for number in range(4):
+                send_request(connection, str(number))
+                assert read_answer(connection).status == 200
+        assert b'requests_total{status="200"} 4.0' in server.request("GET", "/metrics").body
+    assert (tmp_path / "proxy.stderr").read_text().count("the event log cannot be written") == 1
