@@ -2,12 +2,14 @@
 pair of scripted instances for the proxy's tests."""
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.serving.deployment import Deployment, DeploymentInfo
@@ -21,6 +23,16 @@ from tests.support.served import Served
 
 if TYPE_CHECKING:
     from tests.support.kv import Server as VllmServer
+
+# The same examples in every run, however slow the machine is; with PDBENCH_FUZZ_INPUTS other ones each time.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    database=None,
+    derandomize="PDBENCH_FUZZ_INPUTS" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("tests")
 
 
 @functools.cache

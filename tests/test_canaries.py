@@ -128,7 +128,10 @@ class Model:
 
     def whole(self, peer: Peer, body: dict) -> None:
         ids = tokens_of(body, other=self.lies(body))
-        likeliest = [{f"token_id:{n}": -0.6, f"token_id:{n + 1000}": -0.9, f"token_id:{n + 2000}": -4.0} for n in ids]
+        likeliest = [
+            {f"token_id:{n}": -0.6, f"token_id:{n + VOCABULARY}": -0.9, f"token_id:{n + 2 * VOCABULARY}": -4.0}
+            for n in ids
+        ]
         choice = {
             "index": 0,
             "text": "".join(f"t{n} " for n in ids),
@@ -138,6 +141,10 @@ class Model:
             "logprobs": {"tokens": [f"token_id:{n}" for n in ids], "top_logprobs": likeliest},
         }
         peer.respond({"id": "c", "created": 0, "model": "m", "choices": [choice], "usage": {"prompt_tokens": 5}})
+
+
+# With fresh prompts in every run: so many that two tokens never are the same by chance.
+VOCABULARY = 10**8
 
 
 def ids_of(prompt: str | list[int]) -> list[int]:
@@ -153,7 +160,7 @@ def tokens_of(body: dict, *, other: bool = False, tie: bool = False, derails: bo
     for place in range(body["max_tokens"]):
         before = [9] if derails and place > 2 else []
         digest = hashlib.sha256(repr([*before, *prompt, *said]).encode()).digest()
-        said.append(int.from_bytes(digest[:2], "big") % 1000 + (1000 if tie and place == 2 else 0))
+        said.append(int.from_bytes(digest[:4], "big") % VOCABULARY + (VOCABULARY if tie and place == 2 else 0))
     return said
 
 

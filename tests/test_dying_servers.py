@@ -35,8 +35,13 @@ CAUSE = "(EngineCore pid=9) ERROR 11-25 23:38:31 [core.py:1510] ValueError: bloc
 def kill(log: Path, supervisor: int) -> None:
     with log.open("a") as file:
         file.write(f"{CAUSE}\n" + 300 * "  a long traceback of what follows\n")
+    server_of(supervisor).send_signal(signal.SIGKILL)
+
+
+def server_of(supervisor: int) -> psutil.Process:
+    wait_until(psutil.Process(supervisor).children, what="the server's process")
     (server,) = psutil.Process(supervisor).children()
-    server.send_signal(signal.SIGKILL)
+    return server
 
 
 def engine_dies(log: Path, supervisor: int) -> None:
@@ -46,8 +51,7 @@ def engine_dies(log: Path, supervisor: int) -> None:
 
 def hang(log: Path, supervisor: int) -> None:
     """It answers nobody any more, and then says why."""
-    (server,) = psutil.Process(supervisor).children()
-    server.send_signal(signal.SIGSTOP)
+    server_of(supervisor).send_signal(signal.SIGSTOP)
     time.sleep(0.5)
     engine_dies(log, supervisor)
 

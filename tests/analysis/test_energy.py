@@ -1,7 +1,7 @@
 """Energy over windows and its attribution, from records with exact areas."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdbench.analysis.energy import Energy, joules
@@ -79,7 +79,6 @@ def test_idle_is_kept_apart_and_never_exceeds_the_total() -> None:
 intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
 
 
-@settings(deadline=None)
 @given(intervals, intervals)
 def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Interval]) -> None:
     both, rest = intersection(first, second), difference(first, second)
@@ -87,7 +86,6 @@ def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Inter
     assert intersection(rest, second) == []
 
 
-@settings(deadline=None)
 @given(intervals)
 def test_energy_of_windows_adds_up(windows: list[Interval]) -> None:
     joined = Meter(gpu()).energy_in(windows)

@@ -260,7 +260,7 @@ def test_event_log_and_statistics_of_both_sides(tmp_path):
     logs = [str(tmp_path / "p.jsonl"), str(tmp_path / "d.jsonl")]
     with instances(
         lambda: Instance("prefill", port, event_log=logs[0]),
-        lambda: Instance("decode", event_log=logs[1], timeout_s=0.5),
+        lambda: Instance("decode", event_log=logs[1], timeout_s=2.0),
     ) as (p, d):
         transfer, lost = new_transfer(10), new_transfer(8)
         fetch(d, transfer, [10, 11, 12], port)

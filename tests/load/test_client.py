@@ -90,7 +90,7 @@ def test_arrivals_carry_the_kernel_stamp_even_when_read_late():
             pass
         assert record.stamp == "kernel"
         (before_s, after_s), arrived_s = written[0], record.token_s[0] + client.clock.zero_s
-        assert before_s - 0.01 <= arrived_s <= after_s + 0.1
+        assert before_s - 0.1 <= arrived_s <= after_s + 0.4  # it was read 0.5 s after it was written
 
 
 def test_tokens_of_one_chunk_share_their_instant():
@@ -138,7 +138,7 @@ def _head_then(*pieces: bytes, then: str = "close"):
     def answer(peer: Peer) -> bool:
         peer.write(SSE_HEAD, *pieces)
         if then == "reset":
-            time.sleep(0.05)
+            time.sleep(1.0)  # a reset discards what the client has not read yet
             peer.reset()
         if then == "hang":
             time.sleep(30.0)
@@ -169,7 +169,7 @@ def test_failures_in_mid_stream_keep_earlier_tokens(answer, kind):
 
 def test_stall_and_timeout_are_separate_failure_classes():
     assert ask(_head_then(PART, then="hang"), request_timeout_s=0.3).error.kind == "timeout"
-    config = LoadConfig(read_timeout_s=0.2)
+    config = LoadConfig(read_timeout_s=1.0)
     with ScriptedServer(_head_then(PART, then="hang")) as server, Client(server.url, config) as client:
         record = RequestRecord(id="r", planned_s=0.0)
         client.start(record, b"{}")
@@ -328,7 +328,7 @@ def test_wall_clock_that_was_stepped_back_does_not_move_arrivals(monkeypatch):
     for before_s in (0.0, -5.0):  # stamped before the step, and after it
         seconds, nanoseconds = divmod(time.time_ns() + int(before_s * 1e9), 1_000_000_000)
         at_s, _ = clock.arrival([(socket.SOL_SOCKET, 37, struct.pack("@qq", seconds, nanoseconds))])
-        assert -0.01 < at_s <= clock.now() and clock.now() - at_s < 1.0
+        assert -0.1 < at_s <= clock.now() and clock.now() - at_s < 4.0
     clock = connection.ArrivalClock(time.monotonic())
     late = divmod(time.time_ns() - 5_000_000_000 - 300_000_000, 1_000_000_000)  # no step: it was read so late
     at_s, kernel = clock.arrival([(socket.SOL_SOCKET, 37, struct.pack("@qq", *late))])

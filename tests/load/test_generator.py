@@ -11,6 +11,7 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
+from pdbench.load import response
 from pdbench.load.client import Client
 from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.plan import TrialLoad
@@ -254,7 +255,7 @@ def test_request_is_sent_again_without_token_ids_only_once():
     assert [record.error.kind for record in result.requests] == ["http_400"]
 
 
-def test_connection_held_open_after_the_end_is_not_charged_to_the_client():
+def test_connection_held_open_after_the_end_is_not_charged_to_the_client(monkeypatch):
     """The server announces more bytes than it sends: the stream is free only when the client gives the connection up."""
 
     def answer(peer: Peer) -> bool:
@@ -264,11 +265,12 @@ def test_connection_held_open_after_the_end_is_not_charged_to_the_client():
         peer.sock.recv(1)
         return False
 
+    monkeypatch.setattr(response, "_AFTER_DONE_S", 3.0)
     with ScriptedServer(answer) as server:
-        result = load(server, concurrency=1, requests=4, warmup=0)
+        result = load(server, concurrency=1, requests=2, warmup=0)
     assert all(record.error is None for record in result.requests)
-    assert all(record.end_s - record.token_s[-1] < 0.2 for record in result.requests)
-    assert result.trial.client["send_delay_ms"]["p50"] < 200
+    assert all(record.end_s - record.token_s[-1] < 2.5 for record in result.requests)
+    assert result.trial.client["send_delay_ms"]["max"] < 2500
 
 
 def test_odd_answers_are_counted_in_flags():

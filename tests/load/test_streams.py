@@ -80,7 +80,7 @@ def test_stream_is_seen_as_it_is(case, asked):
     }.items():
         assert value is None or getattr(record, name) == value, name
     assert record.notes == ([truth.note] if truth.note else [])
-    for attempts_left in range(8, -1, -1):
+    for attempts_left in range(20, -1, -1):
         try:
             check_instants(case, record, read_s, written_s)
             break

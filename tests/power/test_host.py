@@ -141,4 +141,5 @@ def test_energy_over_a_rapl_zone_that_stands_still_is_none(tmp_path: Path) -> No
         sampler.idle("bare", 1.5)
     [device] = merge_records(sampler.take())
     window = energy_over(device, device.samples[0].t_s, device.samples[-1].t_s)
-    assert window.energy_j is None and window.counter_still_s > 1.4
+    sampled_s = device.samples[-1].t_s - device.samples[0].t_s
+    assert window.energy_j is None and window.counter_still_s > 0.9 * sampled_s

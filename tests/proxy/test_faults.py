@@ -55,6 +55,14 @@ def lasting(tmp_path_factory):
             yield server, prefill, decode
 
 
+@pytest.fixture(scope="module")
+def patient(lasting, tmp_path_factory):
+    """A proxy over the same instances whose timeouts no request of a busy machine reaches."""
+    _, prefill, decode = lasting
+    with proxy(tmp_path_factory.mktemp("patient"), prefill=[prefill], decode=[decode]) as server:
+        yield server, prefill, decode
+
+
 def test_dead_prefill_is_reported_and_taken_back(tmp_path, pair):
     with proxy(tmp_path, *FAST, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].kill()
@@ -196,8 +204,8 @@ def test_truncated_body_is_a_502(lasting):
     assert (answer.status, answer.json["error"]["stage"]) == (502, "decode")
 
 
-def test_client_leaving_before_an_answer_stops_both(lasting):
-    server, *pair = lasting
+def test_client_leaving_before_an_answer_stops_both(patient):
+    server, *pair = patient
     with server.connect() as connection:
         send_request(connection, "before", prefill=FOREVER, decode=FOREVER)
         for member in pair:
@@ -208,8 +216,8 @@ def test_client_leaving_before_an_answer_stops_both(lasting):
     server.wait_idle()
 
 
-def test_client_leaving_mid_stream_stops_decode(lasting):
-    server, _, decode = lasting
+def test_client_leaving_mid_stream_stops_decode(patient):
+    server, _, decode = patient
     with running_stream(server, "leaving", max_tokens=2000, decode={"delay": 0.01}):
         pass
     wait_until(lambda: "leaving" in decode.aborted())
@@ -228,8 +236,8 @@ def test_client_leaving_during_prefill_stops_prefill(tmp_path, pair, connector):
         assert not pair[1].requests(), "decode must not hear of it"
 
 
-def test_thousand_leaving_clients_leave_nothing_in_flight(lasting):
-    server, _, _ = lasting
+def test_thousand_leaving_clients_leave_nothing_in_flight(patient):
+    server, _, _ = patient
     for _ in range(5):
         connections = [server.connect() for _ in range(200)]
         for connection in connections:
@@ -266,8 +274,8 @@ def test_two_thousand_streams_of_which_half_leave(tmp_path):
             wait_until(lambda: len(decode.aborted()) == 2000)
 
 
-def test_slow_reader_gets_everything_and_delays_nobody(lasting):
-    server, _, _ = lasting
+def test_slow_reader_gets_everything_and_delays_nobody(patient):
+    server, _, _ = patient
     slow = server.connect()
     send_request(slow, stream=True, max_tokens=50000)
     time.sleep(0.5)

@@ -8,19 +8,13 @@ import os
 import socket
 
 import pytest
-from hypothesis import HealthCheck, example, given, note, settings
+from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 
 from tests.support.proxy_processes import instance, proxy, read_answer
 
 INPUTS = int(os.environ.get("PDBENCH_FUZZ_INPUTS", "150"))
-SETTINGS = settings(
-    max_examples=INPUTS,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize=INPUTS == 150,
-)
+SETTINGS = settings(max_examples=INPUTS)
 
 
 @pytest.fixture(scope="module")

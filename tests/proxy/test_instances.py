@@ -271,12 +271,17 @@ def test_workers_share_port_and_instances(tmp_path):
             assert all(future.result().events[-1] == b"[DONE]" for future in futures)
             metrics = {server.request("GET", "/metrics").body.count(b"_requests_total{") for _ in range(6)}
             assert metrics == {1}
-            assert b'requests_total{status="200"} 12' in server.request("GET", "/metrics").body
+            wait_until(lambda: b'requests_total{status="200"} 12' in server.request("GET", "/metrics").body)
             assert server.request("POST", "/instances/decode-1/drain").status == 200
             assert {server.request("GET", "/health").status for _ in range(6)} == {503}
             assert server.request("POST", "/instances/decode-1/resume").status == 200
             os.kill(children[0], signal.SIGKILL)
-            wait_until(lambda: len(psutil.Process(server.process.pid).children()) == 3)
+
+            def replaced() -> bool:
+                pids = {child.pid for child in psutil.Process(server.process.pid).children()}
+                return len(pids) == 3 and children[0] not in pids
+
+            wait_until(replaced)
             assert {server.complete().status for _ in range(9)} == {200}
             server.signal(signal.SIGTERM)
             assert server.process.wait(60) == 0

@@ -1,13 +1,16 @@
 """The relay of streams that are under way: what reaches the client is what the instance sent, however it was cut."""
 
 import random
+import socket
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from pdbench.proxy.relay import is_whole_events
-from tests.support.proxy_processes import Answer, Server, proxy
+from tests.support.processes import wait_until
+from tests.support.proxy_processes import Answer, Server, proxy, read_answer
 from tests.support.servers import SSE_HEAD, Peer, ScriptedServer, chunk, event, token
 
 EVENT = event(token())
@@ -39,12 +42,13 @@ def test_only_whole_chunks_of_whole_events_are_passed_on(data: bytes, whole: boo
 
 
 class Script:
-    """A decode instance that writes `pieces` after the head of a stream, with pauses, then ends or resets."""
+    """A decode instance that writes `pieces` after the head of a stream, with pauses, then ends, or resets once `read` is set."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.pause_s = 0.0
         self.reset = False
+        self.read = threading.Event()
 
     def answer(self, peer: Peer) -> bool:
         if peer.method == "GET":
@@ -53,6 +57,7 @@ class Script:
         peer.write(SSE_HEAD)
         peer.write(*self.pieces, pause_s=self.pause_s)
         if self.reset:
+            self.read.wait(60)  # a reset discards what the proxy has not read yet
             peer.reset()
         return True
 
@@ -70,10 +75,8 @@ def relaying(decode: tuple[Script, ScriptedServer], tmp_path_factory: pytest.Tem
         yield server
 
 
-def answer(
-    script: Script, relaying: Server, pieces: list[bytes], *, pause_s: float = 0.002, reset: bool = False
-) -> Answer:
-    script.pieces, script.pause_s, script.reset = pieces, pause_s, reset
+def answer(script: Script, relaying: Server, pieces: list[bytes], *, pause_s: float = 0.002) -> Answer:
+    script.pieces, script.pause_s = pieces, pause_s
     return relaying.complete(stream=True)
 
 
@@ -107,7 +110,14 @@ def test_streams_cut_anywhere_arrive_whole(decode: tuple[Script, ScriptedServer]
 def test_reset_instance_ends_the_stream_with_an_error_event(
     decode: tuple[Script, ScriptedServer], relaying: Server
 ) -> None:
-    got = answer(decode[0], relaying, [chunk(EVENT)] * 5, pause_s=0.02, reset=True)
+    script, _ = decode
+    script.pieces, script.pause_s, script.reset = [chunk(EVENT)] * 5, 0.02, True
+    with relaying.connect() as connection:
+        connection.sendall(request(close=True))
+        wait_until(lambda: connection.recv(65536, socket.MSG_PEEK).count(EVENT) == 5)
+        script.read.set()
+        got = read_answer(connection)
+    script.reset = False
     assert got.events[:5] == [token()] * 5 and got.events[5]["error"]["code"] == 502
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from pdbench.records import save_run
 from pdbench.report import commands, text
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.processes import wait_until
 from tests.support.runs import build_run
 
 pytestmark = [
@@ -72,7 +73,7 @@ def test_a_click_in_the_legend_hides_and_shows_a_run(page):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         page.mouse(kind, x, y)
-    assert page.evaluate(f"new Promise(done => setTimeout(() => done({visible}), 900))") == 6
+    wait_until(lambda: page.evaluate(visible) == 6, 60)
     page.evaluate("Plotly.restyle('distributions', {visible: true}).then(() => true)")
     assert page.evaluate(visible) == 0
 
@@ -80,11 +81,16 @@ def test_a_click_in_the_legend_hides_and_shows_a_run(page):
 def test_panels_are_below_each_other_in_a_narrow_window(page):
     tops = "[...document.querySelectorAll('#distributions .xtitle, #distributions .x2title')].map(t => t.getBoundingClientRect().top)"
     beside = page.evaluate(tops)
+    assert beside[0] == beside[1]
     page.resize(500)
-    below = page.evaluate(f"new Promise(done => setTimeout(() => done({tops}), 900))")
+
+    def are_below() -> bool:
+        first, second = page.evaluate(tops)
+        return first + 100 < second
+
+    wait_until(are_below, 60)
     page.resize(1280)
-    assert beside[0] == beside[1] and below[0] + 100 < below[1]
-    assert page.evaluate(f"new Promise(done => setTimeout(() => done({tops}), 900))") == beside
+    wait_until(lambda: page.evaluate(tops) == beside, 60)
 
 
 def test_hovering_shows_a_value_with_its_unit(page):
@@ -104,10 +110,10 @@ def test_on_paper_figures_fit_and_nothing_stays_folded(page, tmp_path):
     width = "document.querySelector('#distributions .main-svg').getBoundingClientRect().width"
     before = page.evaluate(width)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.evaluate(width) < 690
+    wait_until(lambda: page.evaluate(width) < 690, 60)
     assert page.evaluate("[...document.querySelectorAll('details')].every(details => details.open)")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.evaluate(f"new Promise(done => setTimeout(() => done({width}), 300))") == before
+    wait_until(lambda: page.evaluate(width) == before, 60)
     page.print_to(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     heights = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as draw
 
 from pdbench.analysis.compare import compare, judge
@@ -69,7 +69,6 @@ def shown_bounds(words):
     return low, high, 0.0 if "%" in inside else 1.0
 
 
-@settings(deadline=None)
 @given(
     draw.floats(0.2, 5.0),
     draw.floats(3e-4, 0.2),

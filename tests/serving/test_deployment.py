@@ -63,7 +63,7 @@ def test_ctrl_c_ends_served_servers(config: ServeConfig, tmp_path: Path) -> None
     ) as serving:
         assert serving.stdout is not None
         assert any("ready:" in line for line in serving.stdout)
-        assert len(left(tmp_path)) == 3  # itself, a supervisor, a server
+        wait_until(lambda: len(left(tmp_path)) == 3)  # itself, a supervisor, a server
         serving.send_signal(signal.SIGINT)
         assert serving.stdout.read() == "stopping\n"
         assert serving.wait(30) == 0

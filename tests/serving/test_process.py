@@ -14,7 +14,9 @@ from pdbench.serving.process import ServerProcess
 from pdbench.serving.vllm import Command
 from tests.support.processes import wait_until
 
-STUBBORN = "setsid sleep 7001 & sleep 7002 & trap '' TERM; echo up; while true; do sleep 7003; done"
+# Seconds that no other process of this machine sleeps: by them its own are found.
+MARKS = [f"{7000 + number}.{os.getpid()}" for number in (1, 2, 3)]
+STUBBORN = f"setsid sleep {MARKS[0]} & sleep {MARKS[1]} & trap '' TERM; echo up; while true; do sleep {MARKS[2]}; done"
 WAIT_S = 30.0
 
 
@@ -26,7 +28,7 @@ def marked() -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if any(mark in (process.info["cmdline"] or []) for mark in ("7001", "7002", "7003"))
+        if any(mark in (process.info["cmdline"] or []) for mark in MARKS)
     ]
 
 
@@ -65,7 +67,7 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_sigkill_of_the_supervisor_ends_the_server(tmp_path: Path) -> None:
-    process = start(tmp_path, "sleep", "7001")
+    process = start(tmp_path, "sleep", MARKS[0])
     wait_until(lambda: len(marked()) >= 2, WAIT_S)  # the supervisor's own command line names it, too
     os.kill(process.pid, signal.SIGKILL)
     wait_until(lambda: marked() == [], WAIT_S)

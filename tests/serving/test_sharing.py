@@ -80,9 +80,9 @@ def test_deployments_on_one_gpu(tmp_path: Path, nvml_library: Path, resident: bo
         (trial,) = run.trials
         assert analysis.gpus == 1 and list(energy.roles) == [role]
         assert energy.total_j == pytest.approx(
-            100 * (trial.end_s - trial.start_s), rel=0.05
+            100 * (trial.end_s - trial.start_s), rel=0.25
         )  # the fake GPU draws 100 W
-        assert energy.j_per_output_token == pytest.approx(energy.total_j / (32 * 8), rel=0.05)
+        assert energy.j_per_output_token == pytest.approx(energy.total_j / (32 * 8), rel=0.25)
         share = 0.8 / (3 if resident else 1) / (1 if kind == "single" else 2)
         shared = [flag.detail for flag in run.flags if flag.name == "gpu-shared"]
         assert len(shared) == (kind != "single") and all(f" {share} (" in detail for detail in shared)
