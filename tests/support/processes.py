@@ -5,11 +5,12 @@ import errno
 import io
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +47,11 @@ def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
+
+
+def ending_with_tests(argv: Sequence[str]) -> list[str]:
+    """The command line of a process that the kernel kills when the process of the tests ends, however it does; same process id."""
+    return ["setpriv", "--pdeathsig", "KILL", "--", *argv] if shutil.which("setpriv") else list(argv)
 
 
 def run_pdbench(

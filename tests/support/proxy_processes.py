@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from tests.support.processes import ROOT, wait_until
+from tests.support.processes import ROOT, ending_with_tests, wait_until
 
 
 class Answer(NamedTuple):
@@ -139,7 +139,8 @@ def _running(log: Path, argv: list[str], errors: Path, **environment: str) -> It
     """A process that prints its port, or a URL that ends with it, on its first line."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     with errors.open("w") as file:
-        process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=file, text=True, env=env)
+        command = ending_with_tests([sys.executable, *argv])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=env)
     try:
         assert process.stdout is not None
         yield Server(process, int(process.stdout.readline().rsplit(":", 1)[-1]), log)
