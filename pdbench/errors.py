@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: cli prints it as one line and exits with its code."""
+"""The one exception for what a user can fix: cli prints it as one line and exits with its code."""
 
 
 class UserError(Exception):

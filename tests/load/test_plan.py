@@ -152,7 +152,7 @@ def test_unreachable_hub_is_given_up_at_once(answer, tmp_path):
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
     assert "give --tokenizer FOLDER" in done.stderr.splitlines()[-1]
-    assert hub.connections <= 2 and "Retrying" not in done.stderr  # the library connects anew once
+    assert hub.connections <= 2 and "Retrying" not in done.stderr  # the library connects again once
 
 
 def test_impossible_length_is_a_user_error(tokenizer):

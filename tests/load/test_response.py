@@ -44,7 +44,7 @@ def test_any_cuts_give_the_same_tokens(cuts):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=20), st.data())
 @settings(max_examples=100)
 def test_any_text_in_any_chunks_comes_through(texts, data):
-    """HTTP chunks need not hold whole events: the events' bytes are cut into chunks anew, characters included."""
+    """HTTP chunks need not hold whole events: the events' bytes are cut into chunks again, characters included."""
     events = b"".join(event(token(text, [1])) for text in texts) + event(token("", [], "stop"))
     cuts = data.draw(st.lists(st.integers(1, len(events) - 1), max_size=20))
     edges = [0, *sorted(set(cuts)), len(events)]
