@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from pdbench import files, validation
+from pdbench.answer_records import Canary as Canary
+from pdbench.answer_records import Gate as Gate
 from pdbench.errors import UserError
 from pdbench.events import Event, ServerSeries
-from pdbench.verdicts import Canary as Canary
-from pdbench.verdicts import Gate as Gate
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)

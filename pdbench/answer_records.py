@@ -1,4 +1,4 @@
-"""Verdicts on answers, as a run saves them: of its canaries and of its correctness gate."""
+"""Checks of answers, as a run saves them: of its canaries and of its correctness gate."""
 
 import msgspec
 
