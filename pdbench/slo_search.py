@@ -30,7 +30,7 @@ from pdbench.report import text
 from pdbench.report.search import FILE
 from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.evidence import Array
-from pdbench.search.rates import Answer, Search
+from pdbench.search.rates import LEAST_REQUESTS, Answer, Search
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
 
 REQUESTS = 500
@@ -38,6 +38,8 @@ REQUESTS = 500
 MOST_LOADS = 30
 MOST_CONFIRMED = 3
 """Settings, from the cheapest on, that a run with other arrivals may refuse."""
+CONFIRMED_SHARE = 0.25
+"""Of a deployment's time, where that is limited, at most so much is for the run at the rate found."""
 LONG = 200_000
 QUIET = 0.02
 """At this share of the rate of one request at a time, a request has the servers for itself: where that misses, every rate does."""
@@ -100,10 +102,15 @@ def check(load: LoadConfig) -> None:
     """Raises UserError for a load whose rate cannot be searched."""
     if not any(getattr(load, name) for name in SLO):
         raise UserError("a search needs limits: --slo ttft=300,tbt=15")
-    names = ("trace", "stages", "ramp_to", "duration_s", "steady_s")
+    # With a cap on streams, requests would wait in the client, where no limit sees them.
+    names = ("trace", "stages", "ramp_to", "duration_s", "steady_s", "concurrency")
     fixed = [name for name in names if getattr(load, name)] + (["phase"] if load.phase != "both" else [])
     if fixed:
         raise UserError(f"--{fixed[0].replace('_', '-')}: a search scales the rate of arrivals itself; leave it out")
+    if (load.requests or REQUESTS) < LEAST_REQUESTS:
+        raise UserError(
+            f"--requests {load.requests}: so few tell nothing of a rate: leave it out ({REQUESTS}), or give at least {LEAST_REQUESTS}"
+        )
 
 
 def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> dict[str, Any]:
@@ -210,10 +217,11 @@ def _search_rate(
 ) -> None:
     """Loads at rates, a run at the rate found."""
     points, name = loads.points, loads.deployment.name
-    number, limited, least_s = 0, False, settle_s(load, alone_s)
+    number, limited, least_s, begin_s = 0, False, settle_s(load, alone_s), time.monotonic()
     try:
         while number < MOST_LOADS:
-            until_s = goal.until_s - _confirming_s(search, load)
+            confirmed = _confirmed(search, load, goal.until_s - begin_s)
+            until_s = goal.until_s - (confirmed.requests or 0) / (confirmed.rate or inf)
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
             if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
@@ -242,8 +250,7 @@ def _search_rate(
             keep()
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
-            rate = float(f"{search.answer().rate:.4g}")
-            _, point = loads.send("confirmed", replace(load, rate=rate, seed=load.seed + MOST_LOADS))
+            _, point = loads.send("confirmed", _confirmed(search, load, goal.until_s - begin_s))
             entry |= {"attained_pct": point["attained_pct"], "run": point["run"]}
         entry["slo_scale"] = _scales(search)
     finally:
@@ -332,9 +339,13 @@ def _unit_arrivals(load: LoadConfig) -> Array | None:
     return np.array([at_s or 0.0 for at_s in plan.planned_instants(unit, None, -1)])
 
 
-def _confirming_s(search: Search, load: LoadConfig) -> float:
-    """What the run at the rate found will take."""
-    return (load.requests or REQUESTS) / search.answer().rate if search.outcomes else 0.0
+def _confirmed(search: Search, load: LoadConfig, span_s: float) -> LoadConfig:
+    """The run at the rate found: as long as a load may be, but for a share of the time that the whole search has."""
+    if not search.outcomes:
+        return replace(load, requests=0)
+    rate = float(f"{search.answer().rate:.4g}")
+    most = max(LEAST_REQUESTS, CONFIRMED_SHARE * span_s * rate)
+    return replace(load, rate=rate, requests=int(min(load.requests or REQUESTS, most)), seed=load.seed + MOST_LOADS)
 
 
 def _known(answer: Answer, points: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:

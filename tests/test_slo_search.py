@@ -193,12 +193,32 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
         return run
 
     law.measure = measure_slowly  # type: ignore[method-assign]
-    cut = search(tmp_path / "cut", law, goal=Goal(0.95, 0.06, until_s=30.0))
+    begin_s = now_s
+    cut = search(tmp_path / "cut", law, goal=Goal(0.95, 0.06, until_s=begin_s + 5.0))
     (wide,), (narrow,) = cut["deployments"], whole["deployments"]
-    assert wide["loads"] < narrow["loads"] and "run" in wide and now_s < 100
+    assert wide["loads"] < narrow["loads"] and "run" in wide and now_s - begin_s < 40
     assert (
         wide["high"] is None and wide["rate_per_s"] == wide["low"] == 5.0 and "5.00 requests/s or more" in sentence(cut)
     )
+
+
+def test_run_at_the_rate_found_leaves_time_for_the_loads_of_slow_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law, now_s = Law(prefill_s=1.0), 0.0  # 300 requests at the highest rate take ten minutes
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    measure = law.measure
+
+    def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
+        nonlocal now_s
+        run = measure(options, folder, judge)
+        now_s += run.trials[0].end_s
+        return run
+
+    law.measure = measure_slowly  # type: ignore[method-assign]
+    load = dataclasses.replace(LOAD, slo_ttft_ms=3000.0)
+    (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.06, until_s=480.0))["deployments"]
+    assert entry["low"] < TRUTH / 10 < entry["high"] and law.loads[-1].requests < 100 and now_s < 700
 
 
 def test_time_that_is_up_before_a_load_tells_anything_says_so(
@@ -268,6 +288,8 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
         (["--slo", "ttft=1", "--attain", "100%"], "--attain"),
         (["--slo", "ttft=1", "--attain", "most"], "--attain"),
         (["--slo", "ttft=1", "--stages", "1:2"], "--stages"),
+        (["--slo", "ttft=1", "--concurrency", "1"], "--concurrency"),
+        (["--slo", "ttft=1", "--requests", "8"], "--requests 8"),
         (["--slo", "speed=1"], "--slo"),
     ],
 )
