@@ -220,10 +220,10 @@ def _search_rate(
     number, limited, least_s, begin_s = 0, False, settle_s(load, alone_s), time.monotonic()
     try:
         while number < MOST_LOADS:
-            confirmed = _confirmed(search, load, goal.until_s - begin_s)
-            until_s = goal.until_s - (confirmed.requests or 0) / (confirmed.rate or inf)
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
+            found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s)
+            until_s = goal.until_s - (found.requests or 0) / (found.rate or inf) if search.outcomes else goal.until_s
             if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
             if time.monotonic() >= until_s:
@@ -250,7 +250,8 @@ def _search_rate(
             keep()
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
-            _, point = loads.send("confirmed", _confirmed(search, load, goal.until_s - begin_s))
+            found = _confirmed(load, search.answer().rate, goal.until_s - begin_s)
+            _, point = loads.send("confirmed", found)
             entry |= {"attained_pct": point["attained_pct"], "run": point["run"]}
         entry["slo_scale"] = _scales(search)
     finally:
@@ -339,11 +340,9 @@ def _unit_arrivals(load: LoadConfig) -> Array | None:
     return np.array([at_s or 0.0 for at_s in plan.planned_instants(unit, None, -1)])
 
 
-def _confirmed(search: Search, load: LoadConfig, span_s: float) -> LoadConfig:
+def _confirmed(load: LoadConfig, rate: float, span_s: float) -> LoadConfig:
     """The run at the rate found: as long as a load may be, but for a share of the time that the whole search has."""
-    if not search.outcomes:
-        return replace(load, requests=0)
-    rate = float(f"{search.answer().rate:.4g}")
+    rate = float(f"{rate:.4g}")
     most = max(LEAST_REQUESTS, CONFIRMED_SHARE * span_s * rate)
     return replace(load, rate=rate, requests=int(min(load.requests or REQUESTS, most)), seed=load.seed + MOST_LOADS)
 
@@ -379,11 +378,15 @@ def _scales(search: Search) -> list[dict[str, float]]:
 
 
 def _say(console: Console, point: Mapping[str, Any], answer: Answer, goal: Goal) -> None:
-    high = f"{answer.high:.3g}" if isfinite(answer.high) else "?"
+    low, high = f"{answer.low:.3g}", f"{answer.high:.3g}"
+    known = f"{low} to {high}" if answer.low > 0 else f"below {high}"
+    if not isfinite(answer.high):
+        known = f"{low} or more" if answer.low > 0 else "unknown"
     held = {True: "held", False: "not held", None: "near the limit"}[point["held"]]
     left = f", at most {span(round(goal.until_s - time.monotonic()))} left" if isfinite(goal.until_s) else ""
     console.print(
         f"  {point['rate_per_s']:.3g} requests/s: {point['attained_pct']:.1f} % of {point['requests']} within the SLO, {held}; "
-        f"highest rate {answer.low:.3g} to {high}{left}",
+        f"highest rate {known}{left}",
         highlight=False,
+        soft_wrap=True,
     )

@@ -66,7 +66,7 @@ def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
     publisher.stage(words, gate.detail, is_problem=not gate.passed)
     style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
     if console:
-        console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False)
+        console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False, soft_wrap=True)
 
 
 def check_again(run: Run, info: DeploymentInfo, console: Console, servers: Servers) -> None:
