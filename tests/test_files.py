@@ -119,7 +119,7 @@ def test_a_reader_sees_whole_runs_while_others_are_swapped_in(tmp_path: Path) ->
     writer = threading.Thread(target=save)
     writer.start()
     try:
-        until_s = time.monotonic() + 3.0
+        until_s = time.monotonic() + 1.5
         while time.monotonic() < until_s:
             found = load_run(tmp_path)
             tokens = {run.run_id: run.devices[0].samples for run in runs}

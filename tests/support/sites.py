@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pdbench import correctness, experiment
+from pdbench import correctness, experiment, trial
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, PowerConfig, ServeConfig
 from pdbench.load.clients import LoadResult
 from pdbench.load.plan import TrialLoad
@@ -99,13 +99,15 @@ def gate(passed: bool = True) -> Gate:
 
 @pytest.fixture(name="gates")
 def gates_fixture(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
-    """The verdicts of the correctness check, one per start of prefill and decode; it passes when they are used up."""
+    """The verdicts of the correctness check, one per start of prefill and decode; it passes when they are used up. Requests of these
+    sites have no tokens, and after failed ones a death is waited for: not for long."""
     verdicts: list[Gate] = []
 
     def run(info: DeploymentInfo, nonce: int, reference: list[str] | None) -> tuple[Gate, list[str]]:
         return (verdicts.pop(0) if verdicts and info.name == "disaggregated" else gate()), ["text"]
 
     monkeypatch.setattr(correctness, "run", run)
+    monkeypatch.setattr(trial, "DEATH_S", 0.25)
     return verdicts
 
 
