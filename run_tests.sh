@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up if need be, then every check: ruff, mypy, and all tests that need no GPU (real vLLM on CPU included).
 #   ./run_tests.sh [OPTIONS of pytest]
-# Without options and with pytest-xdist installed, two processes: one takes the tests that start vLLM or a cluster, one after the
+# Without options and with pytest-xdist installed, two processes: one takes the tests that share vLLM servers or a cluster, one after the
 # other, the other one the other files (tests/conftest.py).
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -34,6 +34,9 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+OWN_SERVERS = {"tests/kv/test_caches.py", "tests/kv/test_speculative.py", "tests/plan/test_vllm_scheduler.py"}
+"""Files that use no servers of a whole session."""
+
 
 @functools.cache
 def starts_servers(file: str) -> bool:
@@ -44,14 +47,14 @@ def starts_servers(file: str) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ./run_tests.sh's two processes: what starts vLLM or a cluster comes first and goes to one of them, one test after the other; the
-    other one takes the other files meanwhile."""
+    """For ./run_tests.sh's two processes: what starts vLLM or a cluster comes first. Files that share servers go to one of them, one test
+    after the other; the other one takes the other files meanwhile."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "servers" if starts_servers(file) else file
+            return "servers" if starts_servers(file) and file not in OWN_SERVERS else file
 
     return Scheduling(config, log)
 

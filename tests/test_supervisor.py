@@ -1,15 +1,17 @@
 """Children end with the process that holds them, however it ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pdbench.supervisor import Child, supervised
-from tests.support.processes import wait_until
+from tests.support.processes import ROOT, wait_until
 
 # Starts a supervised `sleep`, forks a process that keeps the pipe open, and prints the supervisor's process id.
 PARENT = """
@@ -69,3 +71,16 @@ def test_supervised_exit_code_is_the_commands(tmp_path: Path) -> None:
     wait_until(lambda: child.exit_code() is not None, 30)
     assert child.close(10) == 128 + signal.SIGKILL
     assert (tmp_path / "log").read_text() == "last words\n"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv on this machine: apt-get install util-linux")
+def test_servers_of_tests_that_are_killed_end_with_them() -> None:
+    code = (
+        "import subprocess, time; from tests.support.processes import ending_with_tests\n"
+        "print(subprocess.Popen(ending_with_tests(['sleep', '7200'])).pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        assert parent.stdout
+        server = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        wait_until(lambda: not server.is_running())
