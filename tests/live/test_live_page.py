@@ -94,7 +94,7 @@ def test_page_moves_returns_after_a_lost_connection_and_says_that_the_measuremen
 
 
 def test_page_becomes_the_report(measured, browser):
-    bench = measured(120)
+    bench = measured(40)
     browser.open(bench.page)
     wait_until(lambda: browser.evaluate("document.title") == "pdbench: bench", 90)
     assert bench.process.wait(60) == 0

@@ -48,7 +48,7 @@ host = type("Host", (Scripted,), {{"server": SERVER}})
 printed = io.StringIO()
 options = Options(
     serve=ServeConfig(**{serve!r}),
-    load=LoadConfig(requests=32, concurrency=4, output_tokens=8, warmup=2, canaries=0.0),
+    load=LoadConfig(requests=16, concurrency=4, output_tokens=8, warmup=2, canaries=0.0),
     power=PowerConfig(idle_s=0.3, cooldown_s=0.0, metrics_interval_s=0.0),
 )
 experiment.run(
@@ -82,7 +82,7 @@ def test_deployments_on_one_gpu(tmp_path: Path, nvml_library: Path, resident: bo
         assert energy.total_j == pytest.approx(
             100 * (trial.end_s - trial.start_s), rel=0.25
         )  # the fake GPU draws 100 W
-        assert energy.j_per_output_token == pytest.approx(energy.total_j / (32 * 8), rel=0.25)
+        assert energy.j_per_output_token == pytest.approx(energy.total_j / (16 * 8), rel=0.25)
         share = 0.8 / (3 if resident else 1) / (1 if kind == "single" else 2)
         shared = [flag.detail for flag in run.flags if flag.name == "gpu-shared"]
         assert len(shared) == (kind != "single") and all(f" {share} (" in detail for detail in shared)
