@@ -233,7 +233,10 @@ def _search_rate(
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
             requests = max(load.requests or REQUESTS, ceil(2 * least_s * rate))
             changed = replace(load, rate=rate, requests=requests, seed=load.seed + number)
-            judge = LoadJudge(search, rate, changed, until_s, least_s)
+            # The warm-up counts too; one load that is hard to decide must not take all of the time.
+            left_s = until_s - time.monotonic()
+            end_s = until_s - min(left_s / 2, max(0.0, left_s - 3 * least_s))
+            judge = LoadJudge(search, rate, changed, end_s, least_s)
             run, point = loads.send(f"load-{number + 1:02d}", changed, judge)
             number += 1
             if judge.reason == TIME_UP and point["load_s"] < least_s:  # servers that were idle meet every SLO at first
@@ -382,7 +385,7 @@ def _say(console: Console, point: Mapping[str, Any], answer: Answer, goal: Goal)
     known = f"{low} to {high}" if answer.low > 0 else f"below {high}"
     if not isfinite(answer.high):
         known = f"{low} or more" if answer.low > 0 else "unknown"
-    held = {True: "held", False: "not held", None: "near the limit"}[point["held"]]
+    held = {True: "held", False: "not held", None: "undecided"}[point["held"]]
     left = f", at most {span(round(goal.until_s - time.monotonic()))} left" if isfinite(goal.until_s) else ""
     console.print(
         f"  {point['rate_per_s']:.3g} requests/s: {point['attained_pct']:.1f} % of {point['requests']} within the SLO, {held}; "

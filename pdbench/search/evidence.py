@@ -22,6 +22,8 @@ ROUGH, FINE = 60, 40
 """Services tried: one pass over all that are possible, a second around the best of it."""
 FULL = 0.99
 """A queue busier than that is overloaded: its waits grow without end."""
+LEAST_EXPLAINED = 0.2
+"""Of the misses' variance, for a queue to be followed."""
 PARTS = 8
 SETTLE = 0.05
 """So much of very many arrivals comes before the queue is as it stays."""
@@ -134,6 +136,8 @@ class VirtualQueue:
         if not limit_s > 0 or not power:
             return None
         factor = sum(float(a @ b) for a, b in zip(flat, centred, strict=True)) / power
+        if factor**2 * power < LEAST_EXPLAINED * sum(float(each @ each) for each in centred):
+            return None  # it would foretell misses that have not come from what hardly has to do with those that have
         residuals = [b - factor * a for a, b in zip(flat, centred, strict=True)]
         grown = inflation(residuals)
         alone = 1 / inflation(missed)

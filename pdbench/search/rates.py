@@ -86,7 +86,11 @@ class Search:
         if not self.outcomes:
             return self.first_rate
         if any(each.held is None for each in self.outcomes) or (held and lost):
-            return self._quantile(SIDES[len(self.outcomes) % len(SIDES)])
+            sent = [each.rate for each in self.outcomes]
+            likely = self._quantile(SIDES[len(self.outcomes) % len(SIDES)])
+            return min(
+                max(likely, min(sent) / FACTOR), max(sent) * FACTOR
+            )  # what is far from all loads is only believed
         return max(held) * FACTOR if held else min(lost) / FACTOR
 
     def decided(self, rate: float, missed: int, known: int) -> bool | None:

@@ -116,6 +116,27 @@ def test_prompts_of_many_lengths_tell_less_as_few_of_them_were_seen() -> None:
     assert worth[1] < 0.5 * worth[0]
 
 
+def test_queue_that_misses_follow_loosely_foretells_none() -> None:
+    # Rare misses of a machine with moods; arrivals at 5/s that happen to suit a queue of 0.24 s in part.
+    arrival_s = np.cumsum(np.random.default_rng(3).exponential(size=200)) / 5
+    moody = np.where(np.random.default_rng(4).random(200) < 0.12, 1.5, 0.5)
+    late = waits(arrival_s, np.full(200, 0.24)) > 5.0
+    outcome = Outcome(5.0, arrival_s, np.ones(200), moody + 0.3 * late)
+    assert VirtualQueue([outcome], UNIT_S).evidence() is None
+    search = Search(0.05, 5.0, UNIT_S)
+    search.add(outcome)
+    assert search.evidence()[0].missed == outcome.missed.mean()
+
+
+def test_next_rate_is_within_a_step_of_those_that_were_sent() -> None:
+    search = Search(0.05, 8.0)
+    for rate, missed, held in ((8.0, 15, False), (4.0, 0, True), (5.0, 30, False), (2.1, 12, None)):
+        score = np.full(60, 0.5)
+        score[:missed] = 2.0
+        search.add(Outcome(rate, np.arange(60.0), np.ones(60), score, held))
+    assert search.next_rate() >= 2.1 / 2
+
+
 def test_load_of_three_requests_needs_no_virtual_queue() -> None:
     assert VirtualQueue([load(5.0, 1, 3)], UNIT_S).evidence() is None
 
