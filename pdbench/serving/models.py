@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pdbench.errors import UserError
+
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
 _WEIGHTS_BYTES, _SHAPE_BYTES = "pdbench_weights_bytes", 31_412_968_448
 """What dummy weights take, in the config of a model without weights; of DeepSeek-V2-Lite (15,706,484,224 parameters of 16 bits)."""
@@ -26,22 +28,26 @@ _CHAT_TEMPLATE = (
 def tiny_model() -> Path:
     """The folder of a random DeepSeek-V2 of 2 M parameters, in XDG_CACHE_HOME/pdbench or ~/.cache/pdbench.
 
-    It is written first if need be (a few seconds, 8 MB).
+    It is written first if need be (a few seconds, 8 MB). Raises UserError when it cannot be.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pdbench"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pdbench"
     folder = cache / f"tiny-deepseek-v2-{_REVISION}"
     if not (folder / "model.safetensors").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".tiny-"))
+        from safetensors import SafetensorError
+
         try:
-            _write_tiny(unfinished)
-            unfinished.chmod(0o755)
-            unfinished.rename(folder)
-        except OSError:
+            cache.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".tiny-"))
+            try:
+                _write_tiny(unfinished)
+                unfinished.chmod(0o755)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
             if not (folder / "model.safetensors").exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                remedy = "make room, or set XDG_CACHE_HOME to a folder that you may write"
+                raise UserError(f"cannot write the built-in model into {cache}: {error}; {remedy}") from None
     return folder
 
 
