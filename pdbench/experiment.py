@@ -3,6 +3,7 @@
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -32,6 +33,9 @@ from pdbench.serving.watch import RunningServers
 from pdbench.site import Site
 from pdbench.trial import Judge, check_again, check_outputs, measure, record_gate
 
+SILENCE_S = 2.0
+"""How long nothing is said while files are read."""
+
 
 def run(
     kinds: Sequence[DeploymentKind],
@@ -55,7 +59,7 @@ def run(
         with closing(turns.Servers(site, console)) as servers:
             run(kinds, design, options, out, console, site, runs, enough, servers, judge)
         return
-    site.check_options(options.load, options.power)
+    _check_options(site, options, console)
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--against {','.join(kinds)} names a deployment twice: each once, --pairs repeats them")
     folders = {kind: out / f"{kind}_results" for kind in kinds}
@@ -175,7 +179,7 @@ def bench(
 
     A deployment of `pdbench serve` with the same --log-dir is recognised, and its model, devices and events with it.
     """
-    site.check_options(options.load, options.power)
+    _check_options(site, options, console)
     check_writable(out)
     info = deployments.find(Path(options.serve.log_dir), url)
     flags: list[Flag] = []
@@ -219,6 +223,18 @@ def check_answers(url: str, points: Iterable[Options]) -> None:
     """Raises UserError when nothing answers at `url`, before many loads are sent there."""
     for model, verify_tls in {(options.serve.model, options.load.tls_verify) for options in points}:
         offered_model(url, model, verify_tls=verify_tls)
+
+
+def _check_options(site: Site, options: Options, console: Console) -> None:
+    """Raises UserError for what cannot be done here. A large file is not read in silence."""
+    words = f"reading {options.load.trace or options.load.prompt_file}, which is large"
+    timer = threading.Timer(SILENCE_S, console.print, [words], {"markup": False, "highlight": False, "soft_wrap": True})
+    if options.load.trace or options.load.prompt_file:
+        timer.start()
+    try:
+        site.check_options(options.load, options.power)
+    finally:
+        timer.cancel()
 
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:

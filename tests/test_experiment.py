@@ -26,7 +26,8 @@ from pdbench.records import Clock, Flag, Gate, RequestError, Run, Trial, load_ru
 from pdbench.report import text
 from pdbench.serving.deployment import Deployment, DeploymentInfo, States
 from pdbench.serving.process import ServerState
-from pdbench.site import Measurement, stop_on_signals
+from pdbench.site import Measurement, Site, stop_on_signals
+from tests.support.processes import wait_until
 from tests.support.proxy_processes import instance, proxy
 from tests.support.sites import (
     JOINED,
@@ -329,3 +330,14 @@ def test_process_of_a_proxy_is_not_measured_as_the_server(tmp_path: Path, has_pr
     details = {flag.name: flag.detail for flag in run.flags}
     assert ("event-log-missing" in details) == has_prefill
     assert "is a pdbench proxy" in details["devices-unknown"] and f"--log-dir {tmp_path} " in details["devices-unknown"]
+
+
+def test_large_file_is_not_read_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "SILENCE_S", 0.01)
+    printed = io.StringIO()
+
+    class SlowSite(Site):
+        def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
+            wait_until(lambda: "reading t.csv" in printed.getvalue())
+
+    experiment._check_options(SlowSite(), Options(load=LoadConfig(trace="t.csv")), Console(file=printed))

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from math import inf
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -199,7 +200,9 @@ async def serve(pipe: Connection, sockets: dict[str, socket.socket], token: str)
         viewer.look(was_closed)
         if not was_closed:
             continue
-        gone_s = gone_s or time.monotonic()
+        if gone_s is None:
+            gone_s = time.monotonic()
+            _leave_terminal()
         patience_s = LINGER_S["lost" if state.lost and "page" in sockets else "ended"][viewer.watched]
         if time.monotonic() - gone_s > patience_s:
             break
@@ -207,6 +210,13 @@ async def serve(pipe: Connection, sockets: dict[str, socket.socket], token: str)
     for server in servers:
         server.should_exit = server.force_exit = True
     await asyncio.wait([server.task for server in servers], timeout=2)
+
+
+def _leave_terminal() -> None:
+    """What reads the command's output need not wait for the viewer, too."""
+    with Path(os.devnull).open("wb") as nothing:
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
 
 
 class _Server(uvicorn.Server):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -29,7 +30,9 @@ _ROWS = (
 _LISTS = {
     "conversations", "conversation", "messages", "turns", "texts", "prompt_token_ids", "input_ids",
 }  # fmt: skip
+_DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _DURATION = re.compile(r"([0-9.]+)(ms|s|m|h|d|)")
+_EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 _DURATION_S = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -110,16 +113,16 @@ class InputFile:
         text = self.text.lstrip("\n")
         header = next((line for line in text.split("\n") if line.strip()), "")
         delimiter = max(",;\t|", key=header.count)
-        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
         try:
-            reader.fieldnames = columns = [column.strip() for column in reader.fieldnames or ()]
+            columns = [column.strip() for column in next(filter(None, reader), ())]
             if check:
                 check(columns)
-            for fields in reader:
-                if None in fields:
+            for values in reader:
+                if len(values) > len(columns):
                     raise self.error(reader.line_num, f"more values than the {len(columns)} columns of the header")
-                if "".join(filter(None, fields.values())).strip():
-                    yield reader.line_num, fields
+                if any(values) and "".join(values).strip():
+                    yield reader.line_num, dict(itertools.zip_longest(columns, values))
         except csv.Error as error:
             raise self.error(reader.line_num or 1, str(error)) from None
 
@@ -174,7 +177,7 @@ def number(value: Any) -> int | float | None:
         except ValueError:
             pass
         try:
-            value = float(re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text))
+            value = float(_DECIMAL_COMMA.sub(r"\1.\2", text) if "," in text else text)
         except ValueError:
             return None
     return value if type(value) is int or (isinstance(value, float) and math.isfinite(value)) else None
@@ -191,8 +194,8 @@ def date(text: Any) -> float | None:
         instant = datetime.fromisoformat(head + zone)
     except ValueError:
         return None
-    whole_s = (instant.replace(tzinfo=instant.tzinfo or UTC) - datetime(2020, 1, 1, tzinfo=UTC)).total_seconds()
-    return whole_s + float(f"0.{tail.removesuffix(zone) or 0}")
+    whole = instant - (_EPOCH if instant.tzinfo else _EPOCH.replace(tzinfo=None))
+    return whole.total_seconds() + float(f"0.{tail.removesuffix(zone) or 0}")
 
 
 def read_duration(option: str, text: str) -> float:

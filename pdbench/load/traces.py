@@ -55,6 +55,7 @@ _SESSION = ("session_id", "conversation_id", "chat_id")
 _SUFFIXES = {"": "", "_s": "s", "_sec": "s", "_seconds": "s", "_ms": "ms", "_us": "us", "_ns": "ns"}
 _TIME_UNITS = {f"{name}{suffix}": unit for name in _TIME for suffix, unit in _SUFFIXES.items()}
 """The unit that the key of an arrival time names, "" where it names none."""
+_IDS = {int, str, float, bool}
 _FITTING_SHARE, _LEAST_IDS = 0.95, 8
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 _MOST_TOKENS = 10**8
@@ -206,8 +207,9 @@ class _Reader:
         """One row, a header between rows ({"block_size": 64}), or a session with its requests inside (Weka)."""
         if not isinstance(row, dict):
             raise self.file.error(number, f"not an object with keys, but {short(row)}")
-        columns = _columns_of(tuple(row))
-        fields = dict(zip(columns.names, row.values(), strict=True))
+        keys = tuple(row)
+        columns = _columns_of(keys)
+        fields = row if columns.names == keys else dict(zip(columns.names, row.values(), strict=True))
         requests = fields.get("requests")
         if isinstance(requests, list):
             outer = self._scope
@@ -230,17 +232,20 @@ class _Reader:
             self.block_tokens = size
 
     def _take_request(self, number: int, fields: dict[str, Any], columns: _Columns) -> None:
-        self.take_header(fields)
+        if self.block_tokens is None:
+            self.take_header(fields)
         input_tokens = self._length(number, fields, columns.input, _INPUT)
         output_tokens = self._length(number, fields, columns.output, _OUTPUT)
         self._formats[columns.form] += 1
         at, unit = self._instant(number, fields, columns)
-        blocks = next((fields[key] for key in columns.blocks if not blank(fields[key])), ())
+        blocks: Any = ()
+        if columns.blocks:
+            blocks = next((fields[key] for key in columns.blocks if not blank(fields[key])), ())
         if isinstance(blocks, str):  # in a CSV
             blocks = [word for word in re.split(r"[\s,;\[\]\"']+", blocks) if word]
         if not isinstance(blocks, list | tuple):
             raise self.file.error(number, f"hash_ids is {short(blocks)}: give a list of block ids")
-        if any(isinstance(block, list | dict) or block is None for block in blocks):
+        if not _IDS.issuperset(map(type, blocks)):
             raise self.file.error(number, f"hash_ids is {short(blocks)}: give numbers or texts as ids")
         ids = tuple((self._scope, block) for block in blocks) if self._scope else tuple(blocks)
         self.records.append(_Record(number, at, unit, input_tokens, output_tokens, ids))
@@ -251,13 +256,15 @@ class _Reader:
             what = f"no {known[1]} ({', '.join(known[:3])}, ...) among {names}{texts}; {_FORMATS}"
             raise self.file.error(number, what)
         value = input_files.number(fields[key])
-        if value is None or value != int(value) or not 0 <= value <= _MOST_TOKENS:
+        if value is None or not 0 <= value <= _MOST_TOKENS or value != int(value):
             raise self.file.error(number, f"{key} is {short(fields[key])}: give a whole number of tokens, 0 or more")
         return int(value)
 
     def _instant(self, number: int, fields: dict[str, Any], columns: _Columns) -> tuple[float, str | None]:
         """(time, its unit, None for the trace's) of a row; one without a time comes `delay` ms after the session's last one."""
-        session = next((repr(fields[key]) for key in columns.sessions if not blank(fields[key])), None)
+        session = None
+        if columns.sessions:
+            session = next((repr(fields[key]) for key in columns.sessions if not blank(fields[key])), None)
         at: float | None
         unit: str | None
         key, unit = next(((key, unit) for key, unit in columns.times if not blank(fields[key])), (None, None))
@@ -271,14 +278,18 @@ class _Reader:
             at = before + delay * _UNITS["ms"] / _UNITS[unit or self._usual_unit(columns.form)]
         else:
             value = fields[key]
-            at, kind = input_files.number(value), "number"
+            # A date with a dash is no number: rows of dates are not tried as numbers first.
+            at = input_files.date(value) if self._time_kind == "date" and "-" in str(value) else None
+            kind = "date"
+            if at is None:
+                at, kind = input_files.number(value), "number"
             if at is None:
                 at, kind = input_files.date(value), "date"
-            what = f"{key} is {short(value)}: "
-            if at is None:
-                raise self.file.error(number, f"{what}give a number, or a date as in 2024-05-10 00:00:04.5")
-            if self._time_kind not in (None, kind):
-                raise self.file.error(number, f"{what}a {kind} where earlier rows have a {self._time_kind}")
+            if at is None or self._time_kind not in (None, kind):
+                wrong = "give a number, or a date as in 2024-05-10 00:00:04.5"
+                if at is not None:
+                    wrong = f"a {kind} where earlier rows have a {self._time_kind}"
+                raise self.file.error(number, f"{key} is {short(value)}: {wrong}")
             self._time_kind = kind
             unit = "s" if kind == "date" else self.unit or unit or None
         if session is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import urllib.request
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -45,6 +46,8 @@ def test_token_is_needed_late_viewers_see_the_past_and_all_are_told_of_a_kill(me
         for stream in (early, late):
             assert any(json.loads(data)["lost"] for name, data in stream if name == "status")
     assert status_of(address) == 200  # somebody who opens it now is told as well
+    for number in (1, 2):  # what read the command's output has its end
+        wait_until(lambda: Path(f"/proc/{bench.viewer.pid}/fd/{number}").readlink() == Path(os.devnull))  # noqa: B023
 
 
 def test_metrics_count_every_request_and_are_gone_after_the_end(measured):
