@@ -355,9 +355,17 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
         "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
     )
+    known = sentence(document)
+    document["deployments"][0]["attained_pct"] = 94.97  # as it is printed: 95.0
+    assert sentence(document) == known
     for attained, words in ((89.2, "89.2"), (0.0, "0")):
         document["deployments"][0]["attained_pct"] = attained
         assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
+    closest = {"rate_per_s": None, "attained_pct": 100.0}
+    overloaded = {"name": "single", "rate_per_s": None, "low": 0.0, "high": 8.54, "closest": closest}
+    assert sentence(document | {"deployments": [*document["deployments"], overloaded]}).endswith(
+        "; single carries less than 8.54; single was not loaded for long enough."
+    )
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
     assert len(chart(document).panels) == 4
     labels = mpl.chart(chart(document), 16, 9).axes[0].texts

@@ -139,13 +139,15 @@ def sentence(document: Mapping[str, Any]) -> str:
             words += _(", for {0} energy per good request", change)
     for entry in ordered:
         if entry in unknown:
+            if entry.get("high"):
+                words += _("; {0} carries less than {1}", entry["name"], text.number(entry["high"]))
             words += "" if entry.get("client_limited") else _("; {0} was not loaded for long enough", entry["name"])
         elif not entry.get("rate_per_s") and entry.get("closest"):
             near = entry["closest"]
             at = _("{0} requests/s", text.number(near["rate_per_s"])) if near["rate_per_s"] else _("one at a time")
             share, limit = text.number(near["attained_pct"]), _limit(entry)
             words += _("; {0} holds no rate: closest is {1} % at {2}, {3} breaks it", entry["name"], share, at, limit)
-        if entry.get("rate_per_s") and entry.get("attained_pct", 100.0) < document["attain_pct"]:
+        if entry.get("rate_per_s") and round(entry.get("attained_pct", 100.0), 1) < document["attain_pct"]:
             share = text.number(entry["attained_pct"])
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry["name"], share)
         if entry.get("client_limited"):
