@@ -24,7 +24,8 @@ from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
-from pdbench.power.idle import Cooldown, idle_before_start, in_use
+from pdbench.power.idle import Cooldown, idle_before_start
+from pdbench.power.tenants import in_use
 from pdbench.records import Clock, Flag, Run, save_run
 from pdbench.serving import deployment as deployments
 from pdbench.serving import machine as machines

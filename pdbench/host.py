@@ -17,6 +17,7 @@ from pdbench.errors import UserError
 from pdbench.events import Event, LogLine, parse
 from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
+from pdbench.power.tenants import Newcomers
 from pdbench.records import Clock, DeviceRecord
 from pdbench.serving import machine as machines
 from pdbench.serving import plan, sharing, vllm
@@ -41,6 +42,7 @@ class Batch(msgspec.Struct):
     devices: list[DeviceRecord] = []
     events: list[Event] = []
     missing_logs: list[str] = []
+    newcomers: list[tuple[float, int, int]] = []
 
 
 class LocalHost:
@@ -50,6 +52,7 @@ class LocalHost:
         self._machine, self.address = machine, address
         self._servers: dict[str, ServerProcess] = {}
         self._sampler: Sampler | None = None
+        self._newcomers: Newcomers | None = None
         self._rest: list[Batch] = []
         self._logs: dict[Path, int] = {}
         self._taking = threading.Lock()
@@ -140,6 +143,8 @@ class LocalHost:
         if interval_s is not None:
             self._sampler = Sampler(self.open_readers(servers), interval_s)
             self._sampler.__enter__()
+            if gpus := gpu_roles(servers):
+                self._newcomers = Newcomers(gpus, [pid for server in servers for pid in server.pids])
 
     def open_readers(self, servers: Sequence[ServerInfo]) -> list[Reader]:
         """The meters of these servers: their GPUs or, without any, the CPU use of each role's processes; and the host's own."""
@@ -161,11 +166,15 @@ class LocalHost:
     def stop_measuring(self) -> None:
         if self._sampler:
             self._sampler.__exit__()
+        if self._newcomers:
+            self._newcomers.close()
         with self._taking:
             self._rest += self._new_batches()
             if missing := [str(log) for log in self._logs if not log.exists()]:
                 self._rest.append(Batch(missing_logs=missing))
-            self._sampler, self._logs = None, {}
+            if self._newcomers:
+                self._rest.append(Batch(newcomers=self._newcomers.found))
+            self._sampler, self._newcomers, self._logs = None, None, {}
 
     def take(self) -> list[Batch]:
         """What is new since the last call; one more call after `stop_measuring` completes it."""

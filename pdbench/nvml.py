@@ -154,20 +154,29 @@ def links() -> dict[tuple[int, int], str]:
     return named
 
 
-def gpus_of(processes: Iterable[int]) -> list[int]:
-    """The GPUs on which one of these processes, or of their descendants, computes; none where NVML does not say (it may know
-    a container's processes by other ids)."""
+def computing() -> set[tuple[int, int]]:
+    """(GPU, process id) of all that computes; none where NVML does not say (it may know a container's processes by other ids)."""
+    found = set()
+    with suppress(GpuError), _session():
+        for index, handle in _handles():
+            with suppress(nv.NVMLError):
+                found |= {(index, process.pid) for process in nv.nvmlDeviceGetComputeRunningProcesses(handle)}
+    return found
+
+
+def tree(processes: Iterable[int]) -> set[int]:
+    """These processes that live and all their descendants."""
     trees = set()
     for pid in processes:
         with suppress(psutil.Error):
             trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
-    indices = []
-    with suppress(GpuError), _session():
-        for index, handle in _handles():
-            with suppress(nv.NVMLError):
-                if any(process.pid in trees for process in nv.nvmlDeviceGetComputeRunningProcesses(handle)):
-                    indices.append(index)
-    return indices
+    return trees
+
+
+def gpus_of(processes: Iterable[int]) -> list[int]:
+    """The GPUs on which one of these processes, or of their descendants, computes."""
+    own = tree(processes)
+    return sorted({index for index, pid in computing() if pid in own})
 
 
 class OpenGpu:

@@ -97,8 +97,17 @@ class Measurement:
         return {}
 
     def flags(self) -> list[Flag]:
-        """What a reader must know of other hosts."""
-        return []
+        """What a reader must know of the hosts: who came to their GPUs meanwhile."""
+        return [
+            Flag(
+                "gpu-shared-midway",
+                f"gpu{gpu}{f' of {host.address}' if host.address else ''}: process {pid} came there {host.to_run_clock(self._clock)(at_s):.0f} s "
+                "after the run began: its work and power are in these figures; end it, and measure again",
+            )
+            for host, batches in self._batches
+            for batch in batches
+            for at_s, gpu, pid in batch.newcomers
+        ]
 
     def _on_all(self, call: Callable[[Host, list[ServerInfo]], None]) -> None:
         def call_one(host: Host, servers: list[ServerInfo]) -> None:

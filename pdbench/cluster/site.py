@@ -72,8 +72,8 @@ class RayMeasurement(Measurement):
         return {"nodes": nodes}
 
     def flags(self) -> list[Flag]:
-        """Lost nodes, uncertain clocks, niced servers, versions that differ."""
-        flags = []
+        """Lost nodes, uncertain clocks, niced servers, versions that differ, and those of every host."""
+        flags = super().flags()
         if problem := self._cluster.problem():
             flags.append(Flag("node-lost", f"{problem}: the figures are of what was measured until then"))
         nodes = self.host_facts()["nodes"]

@@ -8,20 +8,16 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from math import inf, isfinite
+from collections.abc import Callable, Sequence
 
-from pdbench import nvml, supervisor
+from pdbench import supervisor
 from pdbench.power.device import Reader, open_gpu
 from pdbench.power.sampler import Sampler, merge_records
-from pdbench.records import Flag
 
 BARE, CONTEXT, ENGINE_READY = "bare", "context", "engine_ready"
 WITHIN_C = 2.0
 """A GPU counts as cool again this close to its first temperature: NVML's readings are whole degrees."""
 _SETTLE_S = 1.0
-USED_MIB, USED_SHARE = 2048.0, 0.02
-"""A driver takes less of a GPU's memory for itself; where NVML does not see processes (containers), more is somebody's."""
 
 
 def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str, float | None]]:
@@ -40,20 +36,6 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
             holder.close()
     unknown = dict.fromkeys((BARE, CONTEXT))
     return {record.id: unknown | record.idle_power_w for record in merge_records(sampler.take())}
-
-
-def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
-    """A flag for each of these GPUs on which somebody's processes are before ours start."""
-    for gpu in nvml.gpus():
-        used_mib, total_mib = gpu.memory_used_mib or 0.0, gpu.memory_total_mib or inf
-        if gpu.index in gpus and (gpu.processes or used_mib > max(USED_MIB, USED_SHARE * total_mib)):
-            held = f"{used_mib:,.0f} of {total_mib:,.0f} MiB" if isfinite(total_mib) else "its memory"
-            whose = f"other processes ({gpu.processes}) hold" if gpu.processes else "others hold"
-            yield Flag(
-                "gpu-in-use",
-                f"gpu{gpu.index}: {whose} {held} before any server starts: their work and power are in these figures; "
-                "end them (nvidia-smi names them), or give other GPUs",
-            )
 
 
 class Cooldown:

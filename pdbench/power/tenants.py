@@ -1,0 +1,57 @@
+"""Who else is on the GPUs: before the servers start, and while a load runs."""
+
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from math import inf, isfinite
+
+from pdbench import nvml
+from pdbench.records import Flag
+
+USED_MIB, USED_SHARE = 2048.0, 0.02
+"""A driver takes less of a GPU's memory for itself; where NVML does not see processes (containers), more is somebody's."""
+EVERY_S = 5.0
+"""Who stays for less may not be seen: each look costs some calls of the driver, which samplers of power also ask."""
+
+
+def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
+    """A flag for each of these GPUs on which somebody's processes are before ours start."""
+    for gpu in nvml.gpus():
+        used_mib, total_mib = gpu.memory_used_mib or 0.0, gpu.memory_total_mib or inf
+        if gpu.index in gpus and (gpu.processes or used_mib > max(USED_MIB, USED_SHARE * total_mib)):
+            held = f"{used_mib:,.0f} of {total_mib:,.0f} MiB" if isfinite(total_mib) else "its memory"
+            whose = f"other processes ({gpu.processes}) hold" if gpu.processes else "others hold"
+            yield Flag(
+                "gpu-in-use",
+                f"gpu{gpu.index}: {whose} {held} before any server starts: their work and power are in these figures; "
+                "end them (nvidia-smi names them), or give other GPUs",
+            )
+
+
+class Newcomers:
+    """Notes processes that come to these GPUs and are no descendants of `roots`, from now until `close`.
+
+    `found`: (instant on this host's monotonic clock, GPU, process id), the instant at most EVERY_S late.
+    """
+
+    def __init__(self, gpus: Collection[int], roots: Sequence[int]) -> None:
+        self.found: list[tuple[float, int, int]] = []
+        self._gpus, self._roots, self._known = gpus, roots, nvml.computing()
+        self._stop = threading.Event()
+        # A thread of its own: the sampler's beat does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="pdbench-newcomers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._stop.wait(EVERY_S)  # and one look at the end
+            if new := nvml.computing() - self._known:
+                self._known |= new
+                own = nvml.tree(self._roots)
+                now_s = time.monotonic()
+                self.found += [(now_s, gpu, pid) for gpu, pid in sorted(new) if gpu in self._gpus and pid not in own]

@@ -1,0 +1,28 @@
+"""Processes that come to the GPUs while a load runs; NVML is the fake one."""
+
+from pathlib import Path
+
+from tests.support.fake_nvml import child
+
+CODE = """
+import os
+
+from pdbench.config import PowerConfig
+from pdbench.host import LocalHost
+from pdbench.records import Clock
+from pdbench.serving.deployment import ServerInfo
+from pdbench.site import Measurement
+
+server = ServerInfo(name="single", role="single", url="", gpus=[0], pids=[os.getpid()])
+measurement = Measurement([(LocalHost(), [server])], PowerConfig(), Clock.start())
+with measurement:
+    os.environ["FAKE_NVML_PROCESSES"] = f"0:4241 0:{os.getpid()} 0:4242 1:4243"
+for flag in measurement.flags():
+    print(flag.name, flag.detail)
+"""
+
+
+def test_process_that_comes_to_a_servers_gpu_is_named_with_its_instant(nvml_library: Path) -> None:
+    printed = child(nvml_library, CODE, gpus="2", processes="0:4241").splitlines()
+    assert len(printed) == 1  # not who was there, not the server's own, not who is on another GPU
+    assert printed[0].startswith("gpu-shared-midway gpu0: process 4242 came there 0 s after the run began: ")
