@@ -35,33 +35,33 @@ settings.register_profile(
 settings.load_profile("tests")
 
 OWN_SERVERS = {"tests/kv/test_caches.py", "tests/kv/test_speculative.py", "tests/plan/test_vllm_scheduler.py"}
-"""Files that use no servers of a whole session."""
+"""Files whose tests start vLLM for themselves."""
 
 
 @functools.cache
-def starts_servers(file: str) -> bool:
-    """Are tests of this file marked vllm or cluster?"""
+def shares_servers(file: str) -> bool:
+    """Do tests of this file use vLLM servers or a cluster of the whole session?"""
     text = (ROOT / file).read_text()
-    return "mark.vllm" in text or "mark.cluster" in text
+    return ("mark.vllm" in text or "mark.cluster" in text) and file not in OWN_SERVERS
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ./run_tests.sh's two processes: what starts vLLM or a cluster comes first. Files that share servers go to one of them, one test
-    after the other; the other one takes the other files meanwhile."""
+    """For ./run_tests.sh's two processes: files that share servers come first and go to one of them, one test after the other; the other
+    one takes the other files meanwhile."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "servers" if starts_servers(file) and file not in OWN_SERVERS else file
+            return "servers" if shares_servers(file) else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
-        items.sort(key=lambda item: starts_servers(item.nodeid.partition("::")[0]), reverse=True)
+        items.sort(key=lambda item: shares_servers(item.nodeid.partition("::")[0]), reverse=True)
 
 
 def commands(kind: DeploymentKind, config: ServeConfig, machine: Machine | None = None) -> list[Command]:
