@@ -7,14 +7,14 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import time
 import urllib.request
 import uuid
 from bisect import bisect_right
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
 from pdbench.kv.compat import SECRET_VARIABLE, Options
@@ -22,6 +22,7 @@ from pdbench.kv.ranks import Identity
 from pdbench.kv.scheduler import Fetch, PrefillEnd, PrefillProgress, StepPlan, Transfer
 from pdbench.kv.worker import KvWorker
 from pdbench.serving.models import tiny_model
+from pdbench.supervisor import Child, supervised
 from tests.support.processes import wait_until
 
 BLOCK, BLOCKS, LAYERS = 4, 64, 3
@@ -164,7 +165,12 @@ _random = random.Random(3)
 
 
 def prompt_of(tokens):
+    """Random tokens: the same ones in every run of a test (tests/kv/conftest.py), whichever ran before it."""
     return [_random.randrange(10, 400) for _ in range(tokens)]
+
+
+def seed_prompts(name):
+    _random.seed(name)
 
 
 def new_id():
@@ -233,14 +239,13 @@ class Server:
         self.start()
 
     def start(self):
+        """It ends with this process, however that ends: engines that a killed test run left would compute on."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.argv, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = Child(supervised(self.argv, 1.0), self.environment, log.fileno())
 
     def wait_healthy(self):
         def is_healthy():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert self.process.exit_code() is None, self.log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
             except OSError:
@@ -250,14 +255,15 @@ class Server:
         wait_until(is_healthy, 300, f"{self.name} healthy")
 
     def signal(self, number):
-        os.killpg(self.process.pid, number)
+        """To all its processes but the supervisor, which ends also those that are stopped."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def kill(self):
-        try:
-            self.signal(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.close()
 
     def complete(self, prompt, max_tokens=OUTPUT_TOKENS, **parameters):
         """The answer's choice; `parameters` are kv_transfer_params. Without them the server computes all of it."""

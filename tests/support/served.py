@@ -9,7 +9,7 @@ from typing import Self
 from pdbench.config import ServeConfig
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo
-from tests.support.processes import ROOT, left, marked
+from tests.support.processes import ROOT, ending_with_tests, left, marked
 
 
 def flags(config: ServeConfig) -> list[str]:
@@ -41,7 +41,7 @@ class Served:
     def info(self) -> DeploymentInfo:
         """Of servers that are ready."""
         if self.process is None or self.process.poll() is not None:
-            command = [str(ROOT / "start_disaggregated_servers.sh"), *flags(self.config)]
+            command = ending_with_tests([str(ROOT / "start_disaggregated_servers.sh"), *flags(self.config)])
             with (self.folder / "errors").open("w") as errors:
                 self.process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=errors, text=True, env=marked(self.folder), cwd=self.folder
