@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.kv import SECRET, Instance, instances
+from tests.support.kv import SECRET, Instance, instances, seed_prompts
 from tests.support.processes import free_port
 
 
@@ -18,3 +18,9 @@ def kv_pair(kv_secret):
     port = free_port()
     with instances(lambda: Instance("prefill", port), lambda: Instance("decode")) as pair:
         yield pair
+
+
+@pytest.fixture(autouse=True)
+def prompts(request):
+    """Every run of a test has the same random prompts."""
+    seed_prompts(request.node.nodeid)

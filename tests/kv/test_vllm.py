@@ -117,12 +117,13 @@ def test_mixed_up_transfer_id_never_gives_a_wrong_token(fleet):
     wait_free(p, d, failing)
 
 
-def test_decode_without_prefill_recomputes_or_fails_within_the_timeout(fleet):
+def test_decode_without_prefill_recomputes_or_fails_within_the_timeout(fleet, pool):
     p, _, d, failing = fleet
     prompt = prompt_of(60)
+    refused = pool.submit(failing.decode, prompt_of(60), new_id(), p)
     assert d.decode(prompt, new_id(), p)["text"] == p.complete(prompt)["text"]
     with pytest.raises(urllib.error.HTTPError):
-        failing.decode(prompt_of(60), new_id(), p)
+        refused.result()
     wait_free(d, failing)
 
 
