@@ -84,7 +84,7 @@ def test_ttft_is_in_parts_with_queue_and_compute_apart(
     assert analysis.curves.ttft_parts_ms is not None and analysis.summary.ttft_ms is not None
     parts, ttft_ms = analysis.curves.ttft_parts_ms, analysis.summary.ttft_ms.mean
     assert sum(parts.values()) == pytest.approx(ttft_ms)
-    assert min(parts["queue"], parts["compute"]) > 0 and parts["other"] < 0.2 * ttft_ms
+    assert min(parts["queue"], parts["compute"]) > 0 and parts["other"] < 0.5 * ttft_ms
     for phase in ("api_server", "queue", "compute", "reply"):
         assert np.isfinite(analysis.requests.phase_ms[phase]).all(), phase
     assert (analysis.requests.compute_steps >= 1).all()
