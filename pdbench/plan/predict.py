@@ -215,9 +215,10 @@ def unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -
         lengths = np.concatenate([demand.prompt_tokens for demand in demands])
         low, high = np.quantile(lengths, (0.05, 0.95))
         if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
+            length = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
             return (
-                f"prompts of {low:.0f} to {high:.0f} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is "
-                "not known; measure spread lengths (`--input-distribution lognormal --output-distribution lognormal`)"
+                f"prompts of {length} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
+                "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
             )
     return None
 
