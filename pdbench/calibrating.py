@@ -104,15 +104,16 @@ def schedule(kinds: Sequence[DeploymentKind], ramps: int, ramp_s: float, limit_s
 
 
 def points(kind: DeploymentKind, options: Options, plan: Schedule) -> list[sweep.Point]:
-    """The loads of one deployment. A ramp without a rate gets it from the full load, once that is measured."""
-    load = replace(options.load, rate=None, ramp_to=None)
+    """The loads of one deployment, without what the time decides: the same command with more of it goes on with them. A ramp without a rate
+    gets it from the full load, once that is measured."""
+    load = replace(options.load, rate=None, ramp_to=None, ramp_s=LoadConfig().ramp_s)
     full = replace(load, concurrency=FULL_STREAMS, requests=FULL_REQUESTS)
     loads = {"full": full}
     if kind == "disaggregated":
         loads["burst"] = replace(load, phase="prefill", concurrency=BURST_STREAMS, requests=BURST_REQUESTS)
     for number in range(plan.ramps):
         seed = options.load.seed + 1 + number  # other arrivals and lengths in each
-        loads[f"ramp-{number + 1}"] = replace(options.load, ramp_s=plan.ramp_s, seed=seed)
+        loads[f"ramp-{number + 1}"] = replace(options.load, seed=seed)
     return [sweep.Point({"load": name}, replace(options, load=each)) for name, each in loads.items()]
 
 
@@ -198,7 +199,8 @@ def _send(
         raise UserError("the time is up: give more --max-minutes")
     if options.load.concurrency is None:
         left = plan.ramps - int(folder.name.rpartition("-")[2]) + 1
-        options = replace(options, load=ramp(options.load, out, name, deadline.left_s / left - TURN_S))
+        most_s = min(plan.ramp_s, deadline.left_s / left - TURN_S)
+        options = replace(options, load=ramp(options.load, out, name, most_s))
     return [measure(name, options, folder, deadline)]
 
 

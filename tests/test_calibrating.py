@@ -115,6 +115,24 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
     assert calibrating.Deadline(0.0).decided() and not calibrating.Deadline(1e12).decided()
 
 
+def test_more_time_adds_to_what_was_measured_in_less(tmp_path: Path) -> None:
+    ramps: list[tuple[str, float]] = []
+
+    def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
+        if folder.name.startswith("load=ramp"):
+            ramps.append((folder.name, options.load.ramp_s))
+        results = folder / f"{kind}_results"
+        results.mkdir()
+        (results / f"{kind}_results.json").write_text("{}")
+        return results
+
+    for plan in (PLAN, calibrating.Schedule(3, 40.0, 200.0)):
+        calibrating.run(["single"], Options(load=LOAD), plan, 3600, tmp_path, measure, Console(quiet=True))
+    assert ramps == [("load=ramp-1", 20.0), ("load=ramp-2", 20.0), ("load=ramp-3", 40.0)]
+    measured = calibrating.points("single", Options(load=replace(LOAD, ramp_s=300.0)), PLAN)[0]
+    assert measured.options == calibrating.points("single", Options(load=LOAD), PLAN)[0].options
+
+
 def test_loads_that_plan_refuses_are_left_out(tmp_path: Path) -> None:
     console = Console(quiet=True)
     with pytest.raises(UserError, match="no run is left that calibrates"):
