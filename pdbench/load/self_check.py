@@ -58,6 +58,7 @@ def describe(
     # Servers that refuse or end their connections make many requests due at once: no lateness of the client's.
     answered = [(record, at_s) for record, at_s in sent if record.error is None]
     begin_s = min(result.begin_s for result in results)
+    late = [(record.due_s, at_s - record.due_s) for record, at_s in answered if record.due_s is not None]
     read_delays = numpy.concatenate([numpy.frombuffer(result.read_delays_s) for result in results])
     tokens = sum(len(record.token_s) for record in measured)
     cpu_s = sum(result.cpu_s for result in results)
@@ -66,7 +67,9 @@ def describe(
         "streams": streams,
         "real_time": all(result.real_time for result in results),
         "schedule_delay_ms": quantiles_ms([at_s - record.planned_s for record, at_s in answered]),
-        "send_delay_ms": quantiles_ms([at_s - record.due_s for record, at_s in answered if record.due_s is not None]),
+        "send_delay_ms": quantiles_ms([delay_s for _, delay_s in late]),
+        # Streams of a closed loop all begin at once, and leave one after the other: that is its ramp-up, no lateness.
+        "send_delay_after_start_ms": quantiles_ms([delay_s for due_s, delay_s in late if open_loop or due_s > begin_s]),
         "loop_lag_ms": quantiles_ms(numpy.concatenate([numpy.frombuffer(result.busy_s) for result in results])),
         "user_minus_kernel_ms": quantiles_ms(read_delays),
         "reads": len(read_delays),
@@ -92,7 +95,7 @@ def describe(
 def flags(client: dict[str, Any]) -> list[Flag]:
     """What a reader must know: client-limited with the reasons and the remedy, tokens that could not be counted."""
     reasons = []
-    send, read, lag = client["send_delay_ms"], client["user_minus_kernel_ms"], client["loop_lag_ms"]
+    send, read, lag = client["send_delay_after_start_ms"], client["user_minus_kernel_ms"], client["loop_lag_ms"]
     if send and send["p99"] > SEND_DELAY_P99_MS:
         reasons.append(f"requests left {send['p99']:.1f} ms late at p99 (limit {SEND_DELAY_P99_MS:g})")
     merged = client["merged_reads"] / max(1, client["reads"])

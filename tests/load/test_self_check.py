@@ -90,6 +90,17 @@ def test_client_limited_flag_names_reason_and_remedy(result, reason):
     assert reason is None or (reason in flags[0].detail and "--client-processes" in flags[0].detail)
 
 
+def test_streams_that_begin_at_once_are_no_lateness_unless_a_clock_wants_them() -> None:
+    burst = [record(index, 0.0001 * index, 1.0, due_s=0.0) for index in range(200)]
+    later = [record(200 + index, 1.001, 2.0, due_s=1.0) for index in range(200)]
+    result = result_of(burst + later, 200)
+    closed = self_check.describe([result], result.requests, streams=200, open_loop=False)
+    assert closed["send_delay_ms"]["p99"] > self_check.SEND_DELAY_P99_MS and self_check.flags(closed) == []
+    assert closed["send_delay_after_start_ms"]["max"] == pytest.approx(1.0)
+    opened = self_check.describe([result], result.requests, streams=None, open_loop=True)
+    assert "late at p99" in self_check.flags(opened)[0].detail
+
+
 def test_self_check_without_successful_requests():
     empty = result_of([], 1)
     failed = RequestRecord(id="x", planned_s=0.0, error=RequestError("refused", "no"))
