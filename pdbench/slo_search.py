@@ -36,6 +36,8 @@ from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outc
 REQUESTS = 500
 """Per load."""
 MOST_LOADS = 30
+MOST_LIMITED = 2
+"""Loads in a row in which the client was the limit: one may be by what else the host does."""
 MOST_CONFIRMED = 3
 """Settings, from the cheapest on, that a run with other arrivals may refuse."""
 CONFIRMED_SHARE = 0.25
@@ -217,7 +219,7 @@ def _search_rate(
 ) -> None:
     """Loads at rates, a run at the rate found."""
     points, name = loads.points, loads.deployment.name
-    number, limited, least_s, begin_s = 0, False, settle_s(load, alone_s), time.monotonic()
+    number, limited, least_s, begin_s = 0, 0, settle_s(load, alone_s), time.monotonic()
     try:
         while number < MOST_LOADS:
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
@@ -243,11 +245,13 @@ def _search_rate(
                 loads.points.pop()
                 continue
             if point["client_limited"] and point["held"] is not False:
-                limited = True
-                loads.console.print(
-                    "  the client was the limit: higher rates need more --client-processes", highlight=False
-                )
-                break
+                limited += 1
+                words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
+                loads.console.print(f"  the client was the limit: {words}", highlight=False)
+                if limited == MOST_LIMITED:
+                    break
+                continue
+            limited = 0
             search.add(outcome_of(run, rate, point["held"]))
             entry |= _known(search.answer(), points, name)
             keep()
@@ -258,7 +262,7 @@ def _search_rate(
             entry |= {"attained_pct": point["attained_pct"], "run": point["run"]}
         entry["slo_scale"] = _scales(search)
     finally:
-        entry |= _known(search.answer(), points, name) | {"client_limited": limited}
+        entry |= _known(search.answer(), points, name) | {"client_limited": limited == MOST_LIMITED}
         keep()
 
 

@@ -181,6 +181,21 @@ def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> N
     assert "the client was the limit of d0" in sentence(document)
 
 
+def test_client_that_was_the_limit_once_is_no_end_of_the_search(tmp_path: Path) -> None:
+    flagged: list[float] = []
+
+    def once(rate: float) -> list[Flag]:
+        if rate and not flagged:
+            flagged.append(rate)
+            return [Flag("client-limited", "late")]
+        return []
+
+    (entry,) = search(tmp_path, Law(flags=once))["deployments"]
+    assert flagged == [5.0] and not entry["client_limited"] and entry["low"] < TRUTH < entry["high"]
+    (again,) = search(tmp_path, Law())["deployments"]  # all of it saved
+    assert again == entry
+
+
 def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law, now_s = Law(), 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
