@@ -42,6 +42,7 @@ class Law:
         self.flags = flags or (lambda rate: [])
         self.loads: list[LoadConfig] = []
         self.interrupt_at: int | None = None
+        self.spent_s = 0.0
 
     def measure(self, options: Options, folder: Path, judge: LoadJudge | None) -> Run:
         load = options.load
@@ -59,6 +60,7 @@ class Law:
                 RequestRecord(id=name, planned_s=due_s, due_s=due_s, sent_s=due_s, token_s=token_s, end_s=token_s[-1])
             )
         end_s = self.send(records, judge)
+        self.spent_s += end_s
         for record in records:
             assert record.end_s
             if record.end_s > end_s:  # cut off, as the client leaves it
@@ -197,21 +199,12 @@ def test_client_that_was_the_limit_once_is_no_end_of_the_search(tmp_path: Path) 
 
 
 def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    law, now_s = Law(), 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    whole, measure = search(tmp_path / "whole", law), law.measure
-
-    def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
-        nonlocal now_s
-        run = measure(options, folder, judge)
-        now_s += run.trials[0].end_s
-        return run
-
-    law.measure = measure_slowly  # type: ignore[method-assign]
-    begin_s = now_s
+    law = Law()
+    monkeypatch.setattr(time, "monotonic", lambda: law.spent_s)
+    whole, begin_s = search(tmp_path / "whole", law), law.spent_s
     cut = search(tmp_path / "cut", law, goal=Goal(0.95, 0.06, until_s=begin_s + 5.0))
     (wide,), (narrow,) = cut["deployments"], whole["deployments"]
-    assert wide["loads"] < narrow["loads"] and "run" in wide and now_s - begin_s < 40
+    assert wide["loads"] < narrow["loads"] and "run" in wide and law.spent_s - begin_s < 40
     assert (
         wide["high"] is None and wide["rate_per_s"] == wide["low"] == 5.0 and "5.00 requests/s or more" in sentence(cut)
     )
@@ -221,17 +214,8 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
 def test_run_at_the_rate_found_leaves_time_for_the_loads_of_slow_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_rate: float | None
 ) -> None:
-    law, now_s = Law(prefill_s=1.0), 0.0  # 300 requests at the highest rate take ten minutes
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    measure = law.measure
-
-    def measure_slowly(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
-        nonlocal now_s
-        run = measure(options, folder, judge)
-        now_s += run.trials[0].end_s
-        return run
-
-    law.measure = measure_slowly  # type: ignore[method-assign]
+    law = Law(prefill_s=1.0)  # 300 requests at the highest rate take ten minutes
+    monkeypatch.setattr(time, "monotonic", lambda: law.spent_s)
     load = dataclasses.replace(LOAD, slo_ttft_ms=3000.0, rate=first_rate)  # 4: no rate is known to be held after it
     (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.06, until_s=480.0))["deployments"]
     assert entry["low"] < TRUTH / 10 < entry["high"] and law.loads[-1].requests < 100
