@@ -1,10 +1,13 @@
 """How fast `pdbench plan` simulates: CPU seconds of one core for a load on many GPUs, as replicas and as prefill + decode.
 
-The costs are those of DeepSeek-V2-Lite's shape on an H200 (docs/results/plan), every instance at 6 requests/s.
-Try: python benchmarks/plan_speed.py --requests 1000000 --gpus 1000
+The costs are those of DeepSeek-V2-Lite's shape on an H200 (docs/results/plan), 6 requests/s per GPU. The peak memory is the process's:
+simulate one kind per process to compare it. The yardstick is the CPU time of 100,000 turns of a loop with one multiplication: about 4 ms
+on a core of its own, more where other work shares the core.
+Try: python benchmarks/plan_speed.py --requests 1000000 --gpus 1000 --kinds replicas
 """
 
 import argparse
+import resource
 import time
 
 import numpy as np
@@ -34,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--gpus", type=int, default=1000)
+    parser.add_argument("--kinds", nargs="+", default=["replicas", "disaggregated"])
     options = parser.parse_args()
     random, count = np.random.default_rng(0), options.requests
     demand = Demand(
@@ -55,9 +59,13 @@ def main() -> None:
         ),
     }
     table = Table(
-        "", "requests", "tokens", "CPU s", "µs per request", "events", "TTFT p99, ms", "TBT p99, ms", title="Simulated"
-    )
+        "", "requests", "tokens", "CPU s", "µs/request", "events", "TTFT p99, ms", "TBT p99, ms", "peak, MiB", "yardstick, ms",
+        title="Simulated",
+    )  # fmt: skip
     for name, deployment in deployments.items():
+        if deployment.kind not in options.kinds:
+            continue
+        before_s = yardstick_s()
         begin_s = time.process_time()
         result = simulate(deployment, demand)
         cpu_s = time.process_time() - begin_s
@@ -67,12 +75,22 @@ def main() -> None:
             f"{count:,}",
             f"{int(demand.output_tokens.sum()):,}",
             f"{cpu_s:.1f}",
-            f"{1e6 * cpu_s / count:.0f}",
+            f"{1e6 * cpu_s / count:.1f}",
             f"{result.events:,}",
             f"{1e3 * np.quantile(result.ttft_s, 0.99):.0f}",
             f"{1e3 * tbt_s:.1f}",
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f}",
+            f"{1e3 * before_s:.1f}-{1e3 * yardstick_s():.1f}",
         )
-    Console().print(table)
+    Console(width=150).print(table)
+
+
+def yardstick_s() -> float:
+    begin_s = time.process_time()
+    for _ in range(10):
+        for number in range(100_000):
+            _ = number * 3.0
+    return (time.process_time() - begin_s) / 10
 
 
 if __name__ == "__main__":

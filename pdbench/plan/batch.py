@@ -6,6 +6,7 @@ from heapq import heapify, heappop
 
 import numpy as np
 
+from pdbench.analysis.arrivals import BoolArray
 from pdbench.plan.engine import Engine, Role
 
 Sequence = tuple[int, int, int, int]
@@ -34,7 +35,7 @@ class Tokens:
 
     def count(self) -> dict[int, int]:
         """All gaps so far by microseconds; the list is emptied."""
-        pairs = np.array(self.gaps).reshape(-1, 2)
+        pairs = np.fromiter(self.gaps, float, len(self.gaps)).reshape(-1, 2)
         values, places = np.unique(np.rint(1e6 * pairs[:, 0]).astype(np.int64), return_inverse=True)
         for value, count in zip(values.tolist(), np.bincount(places, pairs[:, 1]).tolist(), strict=True):
             if count:
@@ -63,14 +64,16 @@ class Costed:
         self.most_sequences: float = box.sequences if box else math.inf
         self.most_context: float = box.context_tokens if box else math.inf
         self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
-        self.blocks: int | None = None
-        self.most_blocks: list[int] = []  # of each request at its end
+        self.blocks: float = math.inf
+        self.most_blocks = [0] * len(sizes)  # of each request at its end
         if limits.kv_cache_tokens is not None:
             self.blocks = limits.kv_cache_tokens // limits.block_size
             self.most_blocks = (-(-(np.array(sizes) + np.array(outputs) - 1) // limits.block_size)).tolist()
 
-    def never_fits(self, request: int) -> bool:
-        return self.blocks is not None and self.most_blocks[request] > self.blocks
+    @property
+    def fits(self) -> BoolArray:
+        """Which requests the KV cache can hold at all."""
+        return np.array(self.most_blocks) <= self.blocks
 
 
 class Batch:
@@ -110,9 +113,8 @@ class Batch:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.costed.engine.limits.block_size)
 
-    def _free(self, steps: int) -> int:
+    def _free(self, steps: int) -> float:
         """KV blocks that are free once every decoding sequence has computed `steps` tokens more."""
-        assert self.costed.blocks is not None
         before = self.k - 1 + steps
         held = [sequence[2] + before for sequences in self.ends.values() for sequence in sequences]
         held += [base + end - 1 for _, _, base, end in self.ending.values()]

@@ -1,6 +1,6 @@
 """One vLLM engine in simulated time: the steps of engine.py, where one event stands for all steps between two changes of the batch.
 
-Between two changes all steps are alike but for their growing context, so the time of a row of steps is a sum in closed form (`_walk`).
+Between two changes all steps are alike but for their growing context, so the time of a row of steps is a sum in closed form (`_plan`).
 The rules are those of vLLM's scheduler; tests/plan compares every token with a step-by-step simulation, and every step with vLLM's class.
 """
 
@@ -81,18 +81,15 @@ class Instance(Batch):
             if token != PAUSES:
                 ended.append(request)
                 self.ending.pop(request, None)
-        blocks, tight = costed.blocks, False
         if ended:
             self.blocked = False
-        if blocks is not None:
             for request in ended:
                 self.reserved -= costed.most_blocks[request]
-            tight = self.reserved > blocks
-        if tight and self._free(1) < 0:
+        if self.reserved > costed.blocks and self._free(1) < 0:
             self._preempt()
         elif self.partial or (self.waiting and not self.blocked):
             self._schedule()
-            tight = blocks is not None and self.reserved > blocks
+        tight = self.reserved > costed.blocks
         waits = self.partial or (self.waiting and not self.blocked)
         if (waits and self.k > k) or (handouts and handouts[0][0] == self.k):
             self.steps, self.wake_s = 0, self.s
@@ -115,43 +112,18 @@ class Instance(Batch):
         return ended
 
     def _plan(self, limit: int, until_s: float, *, extend: bool) -> None:
-        """Plan `limit` decode steps or those until `until_s`; `extend`: and the step without the sequences that end with these."""
-        self._walk(limit, until_s)
-        self.extended = extend
-        if extend:
-            leaving = self.ends[self.k + limit]
-            n = self.n - len(leaving)
-            s, d = self.next_s, self.next_d
-            gpu = host = 0.0
-            if n:
-                costed, base = self.costed, self.base
-                for sequence in leaving:
-                    base -= sequence[2]
-                gpu = costed.gpu_s[n] + costed.per_context_s * (base + n * (self.k + limit))
-                host = costed.host_s[n]
-            launched = s + host
-            self.before_s, self.before_d = s, d
-            after = launched if launched > d else d
-            done = d + gpu if d > s else s + gpu
-            self.next_s, self.next_d = after, (done if done > launched else launched)
-            self.gaps += (after - s, self.n if limit else self.weight)
-            if not limit:
-                self.first_s = after
-            self.steps += 1
-        self.wake_s = self.next_s
-
-    def _walk(self, limit: int, until_s: float) -> None:
-        """Plan decode steps from here until `until_s`, at most `limit`. The context's growth is in the gaps' mean only."""
+        """Plan decode steps from here until `until_s`, at most `limit`; `extend`: and the step without the sequences that end with
+        these. The context's growth is in the gaps' mean only."""
         s, d, n, weight, costed = self.s, self.d, self.n, self.weight, self.costed
         gaps: list[float] = []
         if not n and not weight:  # nothing but last tokens to wait for
-            self.steps, self.next_s, self.next_d, self.gaps = limit, (d if d > s else s), d, gaps
-            self.first_s = self.next_s
+            self.steps, self.extended, self.gaps = limit, False, gaps
+            self.next_s = self.first_s = self.wake_s = d if d > s else s
+            self.next_d = d
             return
-        host, gpu, growth = costed.host_s[n], costed.gpu_s[n], costed.per_context_s * n
-        if n:
-            gpu += costed.per_context_s * (self.base + n * self.k)
-        steps = 0
+        steps, first_s, per_context_s = 0, s, costed.per_context_s
+        host, growth = costed.host_s[n], per_context_s * n
+        gpu = costed.gpu_s[n] + per_context_s * (self.base + n * self.k)
         if self.lag == 1:
             while steps < limit and s < until_s:
                 count = limit - steps
@@ -168,13 +140,11 @@ class Instance(Batch):
                 d = s
                 gpu += growth * count
                 steps += count
-            self.steps, self.next_s, self.next_d, self.gaps = steps, s, d, gaps
-            return
         while steps < limit and s < until_s:
             count = limit - steps
             if n and gpu <= host and d <= s:  # the host sets the pace
                 if not steps:
-                    self.first_s = s + host
+                    first_s = s + host
                 if growth:
                     count = min(count, int((host - gpu) / growth) + 1)
                 count = _rows(count, host, 0.0, until_s - s)
@@ -183,13 +153,14 @@ class Instance(Batch):
                 d = s
             elif n and gpu >= host and d >= s + host:  # the GPU does
                 if not steps:
-                    self.first_s = d
-                count = 1 + _rows(count - 1, gpu, growth, until_s - d)
+                    first_s = d
                 gaps += (d - s, weight)
-                took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2
+                count = 1 + _rows(count - 1, gpu, growth, until_s - d)
+                s = d
                 if count > 1:
+                    took = (count - 1) * gpu + growth * (count - 1) * (count - 2) / 2
                     gaps += (took / (count - 1), (count - 1) * n)
-                s = d + took
+                    s += took
                 d = s + gpu + growth * (count - 1)
             else:
                 count = 1
@@ -199,11 +170,31 @@ class Instance(Batch):
                 done = d + gpu if d > s else s + gpu
                 s, d = after, (done if done > launched else launched)
                 if not steps:
-                    self.first_s = after
+                    first_s = after
             gpu += growth * count
             steps += count
             weight = n
-        self.steps, self.next_s, self.next_d, self.gaps = steps, s, d, gaps
+        if extend:
+            self.before_s, self.before_d = s, d
+            host = gpu = 0.0
+            leaving = self.ends[self.k + limit]
+            if n > len(leaving):
+                rest, base = n - len(leaving), self.base
+                for sequence in leaving:
+                    base -= sequence[2]
+                host = costed.host_s[rest]
+                gpu = costed.gpu_s[rest] + per_context_s * (base + rest * (self.k + limit))
+            launched = s + host
+            after = launched if launched > d else d
+            done = d + gpu if d > s else s + gpu
+            gaps += (after - s, n if limit else weight)
+            if not limit:
+                first_s = after
+            s, d = after, (done if done > launched else launched)
+            steps += 1
+        self.steps, self.extended, self.gaps, self.first_s = steps, extend, gaps, first_s
+        self.next_s = self.wake_s = s
+        self.next_d = d
 
     def _advance(self) -> list[int]:
         """Do the planned steps; the requests that end with them."""
@@ -252,7 +243,7 @@ class Instance(Batch):
             if self.partial:
                 request, computed, size = self.partial
                 needed = self._blocks(min(size, computed + room)) - self._blocks(computed)
-                if costed.blocks is not None and self.reserved > costed.blocks and needed > self._free(1) - taken:
+                if self.reserved > costed.blocks and needed > self._free(1) - taken:
                     self._put_back(request)
                     break
                 self.partial = None
@@ -264,12 +255,11 @@ class Instance(Batch):
                 if n + len(self.ending) + len(complete) >= costed.most:
                     self.blocked = True
                     break
-                if costed.blocks is not None:
-                    reserved = self.reserved + costed.most_blocks[request]
-                    if reserved > costed.blocks and self._blocks(size) > self._free(1) - taken:
-                        self.blocked = True
-                        break
-                    self.reserved = reserved
+                reserved = self.reserved + costed.most_blocks[request]
+                if reserved > costed.blocks and self._blocks(size) > self._free(1) - taken:
+                    self.blocked = True
+                    break
+                self.reserved = reserved
                 waiting.pop(0)
                 if not again:
                     costed.scheduled_s[request] = self.s

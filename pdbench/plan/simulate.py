@@ -6,7 +6,7 @@ One queue holds the instants at which something changes; between them the instan
 import gc
 import math
 import random
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Balance:
     def __init__(self, policy: Policy, count: int, generator: random.Random, *, by_tokens: bool) -> None:
         self.policy, self.generator, self.by_tokens = policy, generator, by_tokens
         self.instances, self.turn, self.requests = count, generator.randrange(count), 0
+        self.bits = [1 << index for index in range(count)]
         self.loads = [0] * count  # what counts first in the upper bits, so that loads compare as numbers
         self.holders = {0: (1 << count) - 1}  # load -> the instances that have it, as bits
         self.rising = [0]  # a heap of these loads, and of some that no instance has; tidied when longer than `room`
@@ -58,7 +59,7 @@ class Balance:
     def count(self, index: int, requests: int, tokens: int) -> None:
         """Add to an instance's requests and prompt tokens in flight."""
         self.requests += requests
-        before, holders, bit = self.loads[index], self.holders, 1 << index
+        before, holders, bit = self.loads[index], self.holders, self.bits[index]
         if left := holders.pop(before) ^ bit:
             holders[before] = left
         load = before + ((tokens << _BITS) + requests if self.by_tokens else (requests << _BITS) + tokens)
@@ -111,9 +112,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         front, back = pool("single" if deployment.kind == "single" else "replica", prompts, cached, outputs), []
         fronts = backs = Balance(deployment.decode_policy, len(front), generator, by_tokens=False)
     instances = front + back
-    can_run = [
-        not any(pool[0].costed.never_fits(request) for pool in (front, back) if pool) for request in range(total)
-    ]
+    can_run = np.logical_and.reduce([pool[0].costed.fits for pool in (front, back) if pool]).tolist()
     way_in_s = instances[0].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
@@ -122,10 +121,11 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     # that wait for a stream.
     queue: list[tuple[float, int, int, int]] = []
     place = events = 0
-    decoders_begin = len(front)
+    decoders_begin, arrives_s = len(front), math.inf
     if streams is None:
         sent = due
-        due_in = [at_s + way_in_s for at_s in due]
+        due_in = [*(at_s + way_in_s for at_s in due), math.inf]
+        arrives_s = due_in[0]
 
     def send(free_s: float) -> None:
         """The next request, when it is due and a stream is free."""
@@ -140,23 +140,29 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     for _ in range(streams or 0):
         send(0.0)
     while True:
-        if streams is None and place < total and (not queue or due_in[place] <= queue[0][0]):
-            now_s, what, number = due_in[place], _ARRIVES, place
+        if queue and queue[0][0] < arrives_s:
+            now_s, what, number, version = queue[0]  # a wake's next one takes its place
+            if what != _WAKES:
+                heappop(queue)
+        elif place < total:
+            now_s, what, number = arrives_s, _ARRIVES, place
             place += 1
+            arrives_s = due_in[place]
             if not can_run[number]:
                 continue
-        elif queue:
-            now_s, what, number, version = heappop(queue)
         else:
             break
         if what == _WAKES:
             instance = instances[number]
             if version != instance.version:
+                heappop(queue)
                 continue
             events += 1
             gone = instance.wake()
             if instance.wake_s < math.inf:
-                heappush(queue, (instance.wake_s, _WAKES, number, version))
+                heapreplace(queue, (instance.wake_s, _WAKES, number, version))
+            else:
+                heappop(queue)
             if not gone:
                 continue
             if len(tokens.gaps) > _GAPS:
