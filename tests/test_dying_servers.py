@@ -32,6 +32,12 @@ KILLED = "(APIServer pid=3) WARNING 11-25 23:38:31 [c.py:3] [shutdown] MPClient:
 CAUSE = "(EngineCore pid=9) ERROR 11-25 23:38:31 [core.py:1510] ValueError: blocks run out"
 
 
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs is killed soon."""
+    monkeypatch.setattr("pdbench.serving.process.GRACE_S", 2.0)
+
+
 def kill(log: Path, supervisor: int) -> None:
     with log.open("a") as file:
         file.write(f"{CAUSE}\n" + 300 * "  a long traceback of what follows\n")
