@@ -277,6 +277,9 @@ class EventStream:
         if first and self.edit is not None:
             first = self.edit(first)
         self.last = first
+        if decode.finished.done():
+            self._head += self._frame(first)  # all in one write
+            return
         self.begin(first)
         decode.consume = self.pass_on
         if self._chunked:
@@ -318,7 +321,7 @@ class EventStream:
         client = self._client
         if client.transport.is_closing():
             return
-        self._write(self._frame(last) + b"0\r\n\r\n" if self._chunked else last)
+        self._write(self._head + self._frame(last) + (b"0\r\n\r\n" if self._chunked else b""))
         if not (client.keep_alive and self._chunked):
             client.transport.close()
 

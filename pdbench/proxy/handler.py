@@ -55,7 +55,7 @@ class ProxyContext:
         self.requests += 1
         try:
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(timeout_s if self._places.locked() else None):
                     await self._places.acquire()
             except TimeoutError:
                 raise RequestError(429, f"no place within {timeout_s:g} s: try again later", stage="queue") from None

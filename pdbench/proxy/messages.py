@@ -144,7 +144,10 @@ def is_stateful(fields: Fields) -> bool:
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The value of the header `name` (lower case), or None."""
-    return next((value for key, value in headers if key == name), None)
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
 
 
 def upstream_bytes(request: ClientRequest, host: bytes, body: bytes, authorization: bytes | None) -> bytes:

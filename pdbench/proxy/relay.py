@@ -8,6 +8,7 @@ import asyncio
 import os
 import select
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 _READ_BYTES = 16384
@@ -60,7 +61,9 @@ class Relay:
 
     def enter(self, stream: RelayedStream) -> None:
         self._streams[stream.source_fd] = stream
-        self._poller.register(stream.source_fd, select.EPOLLIN)
+        # Edge-triggered: the kernel need not look again at each stream that was read. A read that fills the buffer
+        # may leave something, so it ends the relaying.
+        self._poller.register(stream.source_fd, select.EPOLLIN | select.EPOLLET)
 
     def leave(self, stream: RelayedStream) -> None:
         if self._streams.pop(stream.source_fd, None) is not None:
@@ -78,7 +81,11 @@ class Relay:
                 continue
             except OSError:
                 data = b""
-            if not is_whole_events(data) or (stream.stop_at is not None and stream.stop_at in data):
+            if (
+                not is_whole_events(data)
+                or len(data) == _READ_BYTES
+                or (stream.stop_at is not None and stream.stop_at in data)
+            ):
                 self._return(stream, data)
                 continue
             stream.sink.last, stream.request.quiet_s = data, 0.0
@@ -102,6 +109,8 @@ class Relay:
 def is_whole_events(data: bytes) -> bool:
     """Is it whole chunks of HTTP/1.1, each of which ends where an event ends, and not the last one?"""
     at, length = 0, len(data)
+    if data.startswith(_size_line(length)) and data.endswith(_EVENT_ENDS):  # nearly always
+        return True
     while at < length:
         line_end = data.find(b"\r\n", at, at + 10)
         try:
@@ -112,3 +121,13 @@ def is_whole_events(data: bytes) -> bool:
             return False
         at = end
     return length > 0
+
+
+@lru_cache
+def _size_line(length: int) -> bytes:
+    """The size line of the one chunk that takes `length` bytes with its line ends."""
+    for digits in range(1, 5):
+        line = b"%x\r\n" % max(length - digits - 4, 0)
+        if len(line) == digits + 2:
+            return line
+    return b"-"
