@@ -24,6 +24,10 @@ DONE = event(b"[DONE]")
         (chunk(EVENT) * 3, True),
         (chunk(EVENT + EVENT), True),
         (chunk(b"data: {}\r\n\r\n"), True),
+        (b"00" + chunk(EVENT), True),
+        (chunk(b"x" * 253 + b"\n\n"), True),
+        (chunk(b"x" * 254 + b"\n\n"), True),
+        (chunk(b"x" * 255 + b"\n\n"), True),
         (b"", False),
         (chunk(b""), False),
         (chunk(EVENT) + chunk(b""), False),
@@ -54,9 +58,10 @@ class Script:
         if peer.method == "GET":
             peer.respond({})
             return True
+        reset = self.reset  # the next test may set it while this answer's last pause lasts
         peer.write(SSE_HEAD)
         peer.write(*self.pieces, pause_s=self.pause_s)
-        if self.reset:
+        if reset:
             self.read.wait(60)  # a reset discards what the proxy has not read yet
             peer.reset()
         return True
@@ -105,6 +110,14 @@ def test_streams_cut_anywhere_arrive_whole(decode: tuple[Script, ScriptedServer]
         got = answer(decode[0], relaying, pieces)
         assert got.complete and got.body == body
     relaying.wait_idle()
+
+
+def test_burst_larger_than_one_read_arrives_whole(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
+    filled = event(b"x" * (4096 - len(chunk(event(b""))) - 2))  # its size takes three digits, the empty event's one
+    assert len(chunk(filled)) == 4096  # so that reads end where chunks end
+    burst = chunk(filled) * 12 + chunk(DONE) + chunk(b"")
+    got = answer(decode[0], relaying, [*[chunk(EVENT)] * 5, burst], pause_s=0.02)
+    assert got.complete and got.body == EVENT * 5 + filled * 12 + DONE
 
 
 def test_reset_instance_ends_the_stream_with_an_error_event(
