@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from math import ceil
@@ -45,7 +44,7 @@ class ClientConnection(asyncio.Protocol):
     decode: UpstreamRequest | None = None
     """Whose events are passed on."""
     last_request: bool = False
-    _waiting: deque[ClientRequest] = field(default_factory=deque)
+    _waiting: list[ClientRequest] = field(default_factory=list)
     _task: asyncio.Task[None] | None = None
     _paused: bool = False
     _refusal: RequestError | None = None
@@ -212,7 +211,7 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
 
     def _serve_next(self) -> None:
-        self.request = self._waiting.popleft()
+        self.request = self._waiting.pop(0)
         self._task = asyncio.create_task(self.handle(self.request, self))
         self._task.add_done_callback(self._served)
 

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -46,25 +44,26 @@ class ProxyContext:
         self.upstream_key = os.environb.get(b"PDBENCH_UPSTREAM_API_KEY", b"")
         self.draining = False
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place in flight, first come, first served; raises RequestError: the queue is full, the wait too long."""
+    async def admit(self) -> None:
+        """Wait for a place in flight, first come, first served; raises RequestError: the queue is full, the wait too long."""
         timeout_s = self.config.queue_timeout_s
         if self.requests >= self._max_requests:
             raise RequestError(429, "the proxy's queue is full: try again later", stage="queue")
         self.requests += 1
         try:
-            try:
-                async with asyncio.timeout(timeout_s if self._places.locked() else None):
-                    await self._places.acquire()
-            except TimeoutError:
-                raise RequestError(429, f"no place within {timeout_s:g} s: try again later", stage="queue") from None
-            try:
-                yield
-            finally:
-                self._places.release()
-        finally:
+            async with asyncio.timeout(timeout_s if self._places.locked() else None):
+                await self._places.acquire()
+        except BaseException as error:
             self.requests -= 1
+            if isinstance(error, TimeoutError):
+                text = f"no place within {timeout_s:g} s: try again later"
+                raise RequestError(429, text, stage="queue") from None
+            raise
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self._places.release()
+        self.requests -= 1
 
     def send(
         self, request: ClientRequest, instance: Instance, stage: str, body: bytes, timeout_s: float
@@ -131,9 +130,12 @@ class RequestHandler:
             self.decode_only = not protocol.has_prefill or self.event.decode_alone is not None
             may_open = protocol.first_token and context.config.first_token != "decode" and not self.decode_only
             self.wants_first_token = may_open and first_token.is_exact(request)
-            async with context.place():
+            await context.admit()
+            try:
                 self.event.admitted_s = time.monotonic()
                 await self._try_instances()
+            finally:
+                context.leave()
         except RequestError as error:
             self._note(error.status, error.stage, str(error))
             if self.stream is None:
@@ -252,6 +254,7 @@ class RequestHandler:
                 self.stream = EventStream(self.client, headers)
                 self.stream.begin(first.event)
                 self.event.first_token_s = time.monotonic()
+                request.body, request.fields = b"", {}  # `rest` has all that is still needed
                 self.request = request = first.rest
                 handoff = handoff._replace(prefilled_tokens=first.prompt_tokens)
                 if self.decode is not None:
@@ -273,6 +276,11 @@ class RequestHandler:
         if is_events and upstream.status == 200 and upstream.first_byte_s is not None:
             self._note_instants()
             self.event.status = 200
+            # What nothing needs any more would stay in memory for as long as the stream lasts.
+            if self.prefill is not None and self.prefill.finished.done():
+                self.prefill = None
+            if self.check is None:
+                self.request.body, self.request.fields = b"", {}
             stream = self.stream or EventStream(self.client, upstream.headers + self._timing_header())
             stream.follow(upstream)
             await asyncio.shield(upstream.finished)

@@ -61,9 +61,9 @@ class Relay:
 
     def enter(self, stream: RelayedStream) -> None:
         self._streams[stream.source_fd] = stream
-        # Edge-triggered: the kernel need not look again at each stream that was read. A read that fills the buffer
-        # may leave something, so it ends the relaying.
-        self._poller.register(stream.source_fd, select.EPOLLIN | select.EPOLLET)
+        # Edge-triggered: the kernel need not look again at each stream that was read. It does not say twice what a read
+        # leaves, so the relaying ends with a read that fills the buffer and with one beside the connection's end.
+        self._poller.register(stream.source_fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
 
     def leave(self, stream: RelayedStream) -> None:
         if self._streams.pop(stream.source_fd, None) is not None:
@@ -71,7 +71,7 @@ class Relay:
 
     def _pass_on(self) -> None:
         streams, read, write = self._streams, os.read, os.write
-        for source_fd, _ in self._poller.poll(0):
+        for source_fd, events in self._poller.poll(0):
             stream = streams.get(source_fd)
             if stream is None:  # ended by another one's piece in this turn
                 continue
@@ -82,7 +82,8 @@ class Relay:
             except OSError:
                 data = b""
             if (
-                not is_whole_events(data)
+                events != select.EPOLLIN
+                or not is_whole_events(data)
                 or len(data) == _READ_BYTES
                 or (stream.stop_at is not None and stream.stop_at in data)
             ):

@@ -270,6 +270,7 @@ class InstanceConnection(asyncio.Protocol):
         if status >= 200 and self.request is not None:
             self._until_close = not (header(headers, b"content-length") or header(headers, b"transfer-encoding"))
             self.request.status, self.request.headers = status, headers
+            self.request.data = b""  # it is not sent again from here on
 
     def on_chunk_header(self) -> None:
         self._between_chunks = False
