@@ -95,7 +95,9 @@ def _handles() -> Iterator[tuple[int, Any]]:
     """Index and handle of each GPU that answers."""
     for index in range(nv.nvmlDeviceGetCount()):
         with suppress(nv.NVMLError):
-            yield index, nv.nvmlDeviceGetHandleByIndex(index)
+            handle = nv.nvmlDeviceGetHandleByIndex(index)
+            nv.nvmlDeviceGetUUID(handle)  # one that fell off the bus still has a handle
+            yield index, handle
 
 
 @dataclass(frozen=True)

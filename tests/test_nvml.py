@@ -42,6 +42,11 @@ def test_gpu_whose_memory_is_not_reported_is_in_the_inventory(nvml_library: Path
     assert (first["memory_total_mib"], second["memory_total_mib"]) == (None, 141 * 1024.0)
 
 
+def test_lost_gpu_hides_no_other(nvml_library: Path) -> None:
+    found = inventory(nvml_library, gpus="3", fail="0:*:15", links="switch:18")
+    assert [gpu["index"] for gpu in found["gpus"]] == [1, 2] and found["links"]["1-2"] == "NV18"
+
+
 def test_host_without_driver_has_no_gpus(nvml_library: Path) -> None:
     found = inventory(nvml_library, fail="-2:Init:9")
     assert found["gpus"] == [] and found["links"] == {}

@@ -164,7 +164,11 @@ EXPORT int nvmlDeviceGetName(void *device, char *name, unsigned size) {
     snprintf(name, size, "%s", getenv("FAKE_NVML_NAME") ? getenv("FAKE_NVML_NAME") : "Scripted GPU");
     return 0;
 }
-EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) { snprintf(uuid, size, "GPU-%df00", GPU(device)); return 0; }
+EXPORT int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) {
+    TRY("DeviceGetUUID");
+    snprintf(uuid, size, "GPU-%df00", GPU(device));
+    return 0;
+}
 EXPORT int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.0"); return 0; }
 EXPORT int nvmlDeviceGetArchitecture(void *device, unsigned *kind) { (void)device; *kind = 9; return 0; }
 
