@@ -185,13 +185,12 @@ class Site:
         pids = [process.pid for process in machines.listeners(url.port)] if is_here else []
         gpus = nvml.gpus_of(pids)
         if named:
+            words = " ".join(f"--single-gpus {index}" for index in named)
             if len(set(named)) < len(named) or not set(named) <= set(present):
-                raise UserError(
-                    f"--single-gpus {' '.join(map(str, named))}: name different ones of this host's GPUs, {present}"
-                )
+                raise UserError(f"{words}: name different ones of this host's GPUs, {present}")
             if unnamed := sorted(set(gpus) - set(named)):
                 raise UserError(
-                    f"--single-gpus {' '.join(map(str, named))}: the server at {info.url} computes on GPU {', '.join(map(str, unnamed))}, whose "
+                    f"{words}: the server at {info.url} computes on GPU {', '.join(map(str, unnamed))}, whose "
                     "power would be missing: name all of its GPUs"
                 )
             info.servers = [msgspec.structs.replace(server, gpus=named)]

@@ -167,6 +167,8 @@ def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval
     """Of the devices that count, where there are any: others (the CPU's use on a host with GPUs) never have one."""
     silent = [meter.device for meter in meters if meter.energy_in(windows).energy_j is None]
     why = why_not_measured(silent or run.devices, ("power_w", "energy_j"))
+    if 0 < len(silent) < len(meters):
+        why = f"{', '.join(device.id for device in silent)}: {why}"
     with_gaps = [device.id for device in silent if not device.not_measured.keys() & {"power_w", "energy_j"}]
     return (
         f"{', '.join(with_gaps)} could not be read all through the measured windows" if with_gaps and windows else why

@@ -298,7 +298,7 @@ def test_gpu_that_was_not_read_all_the_time_is_why_there_is_no_energy() -> None:
     run.devices[0].samples = [sample for sample in run.devices[0].samples if sample.t_s < 10]
     assert energy(run).not_measured == f"{run.devices[0].id} could not be read all through the measured windows"
     run.devices[0].not_measured = {"power_w": "GPU is lost"}
-    assert energy(run).not_measured == "GPU is lost"
+    assert energy(run).not_measured == f"{run.devices[0].id}: GPU is lost"
 
 
 @pytest.mark.parametrize("power_w", [None, 0.0])
