@@ -1,6 +1,7 @@
 """The commands: each reads its options and calls one function of the rooms below. Nothing is measured or judged here."""
 
 import functools
+import io
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 
 from pdbench import recipe
 from pdbench.cli import calibrate, measure, read, search  # noqa: F401  # they register their commands
-from pdbench.cli.app import app
+from pdbench.cli.app import app, console
 from pdbench.errors import UserError
 
 _WITH_RECIPE = ("run", "bench", "sweep", "search", "calibrate", "serve", "doctor", "proxy")
@@ -43,10 +44,20 @@ def _options(command: str) -> set[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a UserError becomes one line on stderr and its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # where the locale lacks a letter, a question mark is better than no measurement
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app.config = _recipe_settings(arguments)
-        app(arguments, exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        if console.problem:
+            raise UserError(
+                f"not all that was said could be written ({console.problem.strerror}): make room, or another place for it"
+            )
     except UserError as error:
         earlier = error.__context__  # what went wrong before a `finally` failed, too
         if isinstance(earlier, UserError) and not error.__suppress_context__:

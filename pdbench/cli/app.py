@@ -1,7 +1,8 @@
 """The command line: what every command shares."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
@@ -9,7 +10,23 @@ from rich.console import Console
 from pdbench import __version__, recipe
 from pdbench.config import Options
 
-console = Console()
+
+class Output(Console):
+    """The terminal, or the file or pipe in its place. A measurement goes on when a full disk takes no more lines: `problem` is why."""
+
+    problem: OSError | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError as problem:
+            self.problem = problem
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.file.fileno())
+            os.close(nothing)
+
+
+console = Output()
 _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
 app = App(name="pdbench", help=_HELP, version=__version__, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."

@@ -148,6 +148,29 @@ def test_full_disk_is_noticed_before_the_load(
     assert server.requests == []
 
 
+def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdbench", *bench(server, 3)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "not all that was said could be written (No space left on device): make room" in ended.stderr
+    assert load_run(tmp_path / "out" / "bench_results").summary
+
+
+def test_terminal_without_the_letters_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
+    ended = run_pdbench(*bench(server, 3), cwd=tmp_path, timeout_s=120, PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and ended.stderr == "" and "model their-model ? 1 at a time" in ended.stdout
+
+
 def test_first_failure_is_told_when_saving_fails_too(capsys: pytest.CaptureFixture[str]) -> None:
     @cli.app.command(name="fail-twice")
     def fail_twice() -> None:
