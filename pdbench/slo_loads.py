@@ -22,6 +22,7 @@ from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Run, load_run
 from pdbench.search.clocks import Setting
+from pdbench.search.document import Point
 from pdbench.search.evidence import Outcome
 from pdbench.search.rates import Search
 
@@ -118,22 +119,22 @@ class Loads:
     attain: float
     out: Path
     console: Console
-    points: list[dict[str, Any]]
-    saved: Mapping[str, dict[str, Any]]
+    points: list[Point]
+    saved: Mapping[str, Point]
 
     def send(
         self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Setting | None = None
-    ) -> tuple[Run, dict[str, Any]]:
+    ) -> tuple[Run, Point]:
         """The run and its point. Raises UserError for a load that cannot be judged."""
         deployment, options = self.deployment, self.deployment.options
         folder = self.out / deployment.name / name
         point = next(
             (each for run, each in self.saved.items() if Path(run).parent == Path(deployment.name) / name), None
         )
-        if point is not None and point["rate_per_s"] == load.rate:
+        if point is not None and point.rate_per_s == load.rate:
             self.console.print(f"  {name}: already measured", highlight=False)
             self.points.append(point)
-            return load_run(self.out / point["run"]), point
+            return load_run(self.out / point.run), point
         if folder.exists():
             shutil.rmtree(folder)
         # Other deployments get the same prompts; other loads on the same servers do not.
@@ -154,19 +155,19 @@ class Loads:
         known, held = timings.slo_known, judge.held if judge else None
         scores = outcome_of(run, load.rate or 0.0, held).score
         used = float(np.quantile(scores, self.attain, method="inverted_cdf")) if len(scores) else inf
-        point = {
-            "deployment": deployment.name,
-            "run": str((folder / f"{run.name}_results").relative_to(self.out)),
-            "rate_per_s": load.rate,
-            "setting": setting,
-            "requests": int(known.sum()),
-            "attained_pct": 100 * float(timings.in_slo.sum() / max(1, known.sum())),
-            "slo_used": used if isfinite(used) else None,
-            "held": held,
-            "limited_by": _limit(timings),
-            "client_limited": any(flag.name == "client-limited" for flag in run.flags),
-            "load_s": max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
-        }
+        point = Point(
+            deployment=deployment.name,
+            run=str((folder / f"{run.name}_results").relative_to(self.out)),
+            rate_per_s=load.rate,
+            setting=setting,
+            requests=int(known.sum()),
+            attained_pct=100 * float(timings.in_slo.sum() / max(1, known.sum())),
+            slo_used=used if isfinite(used) else None,
+            held=held,
+            limited_by=_limit(timings),
+            client_limited=any(flag.name == "client-limited" for flag in run.flags),
+            load_s=max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
+        )
         self.points.append(point)
         return run, point
 

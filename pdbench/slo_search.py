@@ -13,7 +13,9 @@ from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import structs
 from rich.console import Console
 
 from pdbench import sweep
@@ -21,14 +23,15 @@ from pdbench.analysis.metrics import SLO, timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.files import check_writable, write_whole
+from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
 from pdbench.report import text
-from pdbench.report.search import FILE
+from pdbench.report.search import save
 from pdbench.search.clocks import Setting, axes, cheapest
+from pdbench.search.document import FILE, Choice, Closest, Document, Held, Point, Scaled, Tuned
 from pdbench.search.evidence import Array
 from pdbench.search.rates import LEAST_REQUESTS, Answer, Search
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
@@ -115,25 +118,23 @@ def check(load: LoadConfig) -> None:
         )
 
 
-def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> dict[str, Any]:
-    """The document of a search that begins, or goes on: with the saved loads of the same command.
+def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> tuple[Document, list[Point]]:
+    """The document of a search that begins, or goes on, and the saved loads of the same command.
 
     Raises UserError where `out` has those of another.
     """
     slo = {name: limit for name in SLO if (limit := getattr(load, name)) is not None}
-    document = {"command": json.loads(json.dumps(command)), "slo": slo, "attain_pct": 100 * goal.attain}
-    saved: dict[str, Any] = {}
+    document = Document(command=json.loads(json.dumps(command)), slo=slo, attain_pct=100 * goal.attain)
     try:
-        saved = json.loads((out / FILE).read_bytes())
-    except (OSError, ValueError):
-        pass
-    if not isinstance(saved, dict) or not saved.get("points"):
-        saved = document | {"points": []}
-    if differs := sweep.differences({key: saved.get(key) for key in document}, document):
+        saved = msgspec.json.decode((out / FILE).read_bytes(), type=Document)
+    except (OSError, msgspec.MsgspecError):
+        return document, []
+    before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
+    if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(
             f"{out} holds a search with other options ({differs}): repeat its command, or give another --out"
         )
-    return document | {"deployments": [], "points": [], "saved": saved["points"]}
+    return document, saved.points
 
 
 def saved(out: Path) -> str:
@@ -141,13 +142,19 @@ def saved(out: Path) -> str:
     return f"what is known is in {out / FILE}, the same command goes on" if (out / FILE).exists() else ""
 
 
-def find(deployments: Sequence[Deployment], goal: Goal, out: Path, console: Console, document: dict[str, Any]) -> None:
-    """Search each deployment; `document` is kept in search.json.
+def find(
+    deployments: Sequence[Deployment],
+    goal: Goal,
+    out: Path,
+    console: Console,
+    document: Document,
+    earlier: Sequence[Point] = (),
+) -> None:
+    """Search each deployment; `document` is kept in search.json. `earlier` are loads that need not be sent again.
 
     On Ctrl-C what is known is saved, and the exception propagates. Raises UserError when nothing can be measured.
     """
     check_writable(out)
-    earlier: list[dict[str, Any]] = document.pop("saved")
     nonce = secrets.token_hex(4)
     try:
         for number, deployment in enumerate(deployments):
@@ -155,52 +162,43 @@ def find(deployments: Sequence[Deployment], goal: Goal, out: Path, console: Cons
             if number and share_s <= 0:
                 console.print(f"[bold]{deployment.name}[/bold]: not searched, {TIME_UP}", highlight=False)
                 continue
-            entry: dict[str, Any] = {"name": deployment.name}
-            document["deployments"].append(entry)
+            entry = Held(name=deployment.name)
+            document.deployments.append(entry)
 
             def keep() -> None:
-                walked = {point["run"] for point in document["points"]}
-                points = document["points"] + [point for point in earlier if point["run"] not in walked]
-                write_whole(out / FILE, json.dumps(document | {"points": points}, indent=1).encode())
+                walked = {point.run for point in document.points}
+                points = document.points + [point for point in earlier if point.run not in walked]
+                save(structs.replace(document, points=points), out)
 
             console.print(f"[bold]{deployment.name}[/bold]: search", highlight=False)
             load = deployment.options.load
             load = replace(load, requests=load.requests or REQUESTS, nonce=load.nonce or nonce)
             deployment = replace(deployment, options=replace(deployment.options, load=load))
-            mine = [point for point in earlier if point["deployment"] == deployment.name]
+            mine = {point.run: point for point in earlier if point.deployment == deployment.name}
             own = replace(goal, until_s=time.monotonic() + share_s)
-            _search_one(deployment, own, out, console, entry, document["points"], mine, keep)
+            loads = Loads(deployment, goal.attain, out, console, document.points, mine)
+            _search_one(loads, own, entry, keep)
     finally:  # what an earlier command measured of those that this one did not come to
-        begun = {entry["name"] for entry in document["deployments"]}
-        document["points"] += [point for point in earlier if point["deployment"] not in begun]
+        begun = {entry.name for entry in document.deployments}
+        document.points += [point for point in earlier if point.deployment not in begun]
 
 
-def _search_one(
-    deployment: Deployment,
-    goal: Goal,
-    out: Path,
-    console: Console,
-    entry: dict[str, Any],
-    points: list[dict[str, Any]],
-    saved: Sequence[dict[str, Any]],
-    keep: Callable[[], None],
-) -> None:
+def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None]) -> None:
     """One deployment: a load with one request at a time, the highest rate, the cheapest clocks."""
-    load = deployment.options.load
-    loads = Loads(deployment, goal.attain, out, console, points, {point["run"]: point for point in saved})
+    deployment, load = loads.deployment, loads.deployment.options.load
     probe = replace(load, rate=None, concurrency=1, requests=PROBE, warmup=2)
     alone_s, first_rate = _pace(loads.send("one-at-a-time", probe)[0])
     if deployment.tune:  # whether clocks can be set is known before anything takes long
         slowest = {key: values[0] for key, values in deployment.tune.items()}
         _, point = loads.send("one-at-a-time-slowest", probe, setting=slowest)
-        if reason := load_analysis(out / point["run"]).summary.energy.not_measured:
+        if reason := load_analysis(loads.out / point.run).summary.energy.not_measured:
             raise UserError(f"--tune compares energy, which is not measured for {deployment.name}: {reason}")
     if goal.tune_rate is None or not deployment.tune:
         half_s = (goal.until_s - time.monotonic()) / 2
         own = replace(goal, until_s=time.monotonic() + half_s) if deployment.tune else goal
         search = Search(1 - goal.attain, load.rate or first_rate, _unit_arrivals(load))
         _search_rate(loads, search, own, load, alone_s, entry, keep)
-    rate = goal.tune_rate or entry.get("low")
+    rate = goal.tune_rate or entry.low
     if deployment.tune and rate:
         rate = float(f"{rate:.4g}")
         requests = max(load.requests or REQUESTS, ceil(2 * settle_s(load, alone_s) * rate))
@@ -214,11 +212,10 @@ def _search_rate(
     goal: Goal,
     load: LoadConfig,
     alone_s: float,
-    entry: dict[str, Any],
+    entry: Held,
     keep: Callable[[], None],
 ) -> None:
     """Loads at rates, a run at the rate found."""
-    points, name = loads.points, loads.deployment.name
     number, limited, least_s, begin_s = 0, 0, settle_s(load, alone_s), time.monotonic()
     try:
         while number < MOST_LOADS:
@@ -241,62 +238,56 @@ def _search_rate(
             judge = LoadJudge(search, rate, changed, end_s, least_s)
             run, point = loads.send(f"load-{number + 1:02d}", changed, judge)
             number += 1
-            if judge.reason == TIME_UP and point["load_s"] < least_s:  # servers that were idle meet every SLO at first
+            if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            if point["client_limited"] and point["held"] is not False:
+            if point.client_limited and point.held is not False:
                 limited += 1
                 words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
                 loads.console.print(f"  the client was the limit: {words}", highlight=False)
                 if limited == MOST_LIMITED:
+                    entry.client_limited = True
                     break
                 continue
             limited = 0
-            search.add(outcome_of(run, rate, point["held"]))
-            entry |= _known(search.answer(), points, name)
+            search.add(outcome_of(run, rate, point.held))
+            _enter(entry, search.answer(), loads.points)
             keep()
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
             found = _confirmed(load, search.answer().rate, goal.until_s - begin_s)
             _, point = loads.send("confirmed", found)
-            entry |= {"attained_pct": point["attained_pct"], "run": point["run"]}
-        entry["slo_scale"] = _scales(search)
+            entry.attained_pct, entry.run = point.attained_pct, point.run
+        entry.slo_scale = _scales(search)
     finally:
-        entry |= _known(search.answer(), points, name) | {"client_limited": limited == MOST_LIMITED}
+        _enter(entry, search.answer(), loads.points)
         keep()
 
 
-def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: dict[str, Any], keep: Callable[[], None]) -> None:
+def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callable[[], None]) -> None:
     """The clocks and power caps with the least energy per request within the SLO at the load's rate, each with the same arrivals; then
     runs with other arrivals, there and at the usual setting, which say what it saves."""
     assert load.rate and load.requests
     first, load_s = len(loads.points), load.requests / load.rate
+    tuned = Tuned(rate_per_s=load.rate, requests=load.requests)
     load = replace(load, seed=load.seed + MOST_LOADS + 1)
     usual = {key: getattr(loads.deployment.options.power, key) for key in loads.deployment.tune}
-    tuned: dict[str, Any] = {"rate_per_s": load.rate, "setting": None, "requests": load.requests}
 
-    def send(prefix: str, load: LoadConfig, setting: Setting, judge: LoadJudge | None = None) -> dict[str, Any]:
+    def send(prefix: str, load: LoadConfig, setting: Setting, judge: LoadJudge | None = None) -> Point:
         """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
         words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
         run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
         refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited"}
-        kept = point["held"] is not False and point["attained_pct"] >= 100 * goal.attain and not refused
-        point |= {
-            "kept": kept,
-            "refused": sorted(refused),
-            "j_per_good_request": load_analysis(loads.out / point["run"]).summary.goodput.j_per_good_request,
-        }
-        joules = f", {text.number(point['j_per_good_request'])} J per request within the SLO" if kept else ""
+        point.kept = point.held is not False and point.attained_pct >= 100 * goal.attain and not refused
+        point.refused = sorted(refused)
+        point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request
+        joules = f", {text.number(point.j_per_good_request)} J per request within the SLO" if point.kept else ""
         missed = "".join(f", {name}" for name in sorted(refused)) or ", not kept"
         loads.console.print(
-            f"  {text.setting(setting)}: {point['attained_pct']:.1f} % within the SLO{joules or missed}",
+            f"  {text.setting(setting)}: {point.attained_pct:.1f} % within the SLO{joules or missed}",
             highlight=False,
         )
         return point
-
-    def answer(point: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("setting", "kept", "attained_pct", "j_per_good_request", "run", "limited_by")
-        return {name: point[name] for name in names}
 
     def cost(setting: Setting) -> float | None:
         if time.monotonic() > goal.until_s - 3 * load_s:  # two runs with other arrivals follow
@@ -306,12 +297,12 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: dict[str, Any], kee
         if judge.reason and judge.held is None:  # cut off by the time: it had other arrivals than the others
             loads.points.pop()
             return None
-        joules: float | None = point["j_per_good_request"] if point["kept"] else None
-        if joules and joules < tuned.get("j_per_good_request", inf):
-            tuned.update(answer(point))
-        entry["tuned"] = tuned
+        joules = point.j_per_good_request if point.kept else None
+        if joules and joules < (tuned.j_per_good_request or inf):
+            tuned.take(point)
+        entry.tuned = tuned
         keep()
-        return joules or (nan if point["kept"] or point["refused"] else inf)
+        return joules or (nan if point.kept or point.refused else inf)
 
     found = cheapest(loads.deployment.tune, cost)
     if found:
@@ -319,16 +310,18 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: dict[str, Any], kee
         before = send("tuned", again, usual)
         for setting in found[:MOST_CONFIRMED]:
             point = before if setting == usual else send("tuned", again, setting)
-            if point["kept"]:
+            if point.kept:
                 break
-        tuned |= answer(point) | {"before": answer(before)}
+        tuned.take(point)
+        tuned.before = Choice()
+        tuned.before.take(before)
     mine = loads.points[first:]
     if not mine:  # the time was up
         return
-    tuned |= {"loads": len(mine), "load_s": sum(point["load_s"] for point in mine)}
+    tuned.loads, tuned.load_s = len(mine), sum(point.load_s for point in mine)
     if not found:
-        tuned |= {"attained_pct": mine[0]["attained_pct"], "limited_by": mine[0]["limited_by"]}
-    entry["tuned"] = tuned
+        tuned.attained_pct, tuned.limited_by = mine[0].attained_pct, mine[0].limited_by
+    entry.tuned = tuned
 
 
 def _pace(run: Run) -> tuple[float, float]:
@@ -354,45 +347,41 @@ def _confirmed(load: LoadConfig, rate: float, span_s: float) -> LoadConfig:
     return replace(load, rate=rate, requests=int(min(load.requests or REQUESTS, most)), seed=load.seed + MOST_LOADS)
 
 
-def _known(answer: Answer, points: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def _enter(entry: Held, answer: Answer, points: Sequence[Point]) -> None:
     """The part of an answer that loads alone give. Without a rate that is held: the closest load."""
-    mine = [point for point in points if point["deployment"] == name and not point.get("setting")]
-    above = [point for point in mine if point["limited_by"] and (point["rate_per_s"] or 0) >= answer.rate]
-    breaking = min(above, key=lambda point: point["rate_per_s"] or 0, default=None)
-    closest = max(mine, key=lambda point: point["attained_pct"], default=None)
-    found = {
-        "rate_per_s": answer.rate if answer.low > 0 else None,
-        "low": answer.low,
-        "high": answer.high if isfinite(answer.high) else None,
-        "limited_by": (breaking or closest or {}).get("limited_by"),
-        "loads": len(mine),
-        "load_s": sum(point["load_s"] for point in mine),
-        "requests": sum(point["requests"] for point in mine),
-    }
+    mine = [point for point in points if point.deployment == entry.name and not point.setting]
+    above = [point for point in mine if point.limited_by and (point.rate_per_s or 0) >= answer.rate]
+    breaking = min(above, key=lambda point: point.rate_per_s or 0, default=None)
+    closest = max(mine, key=lambda point: point.attained_pct, default=None)
+    limiting = breaking or closest
+    entry.rate_per_s, entry.low = answer.rate if answer.low > 0 else None, answer.low
+    entry.high = answer.high if isfinite(answer.high) else None
+    entry.limited_by = limiting.limited_by if limiting else None
+    entry.loads, entry.load_s = len(mine), sum(point.load_s for point in mine)
+    entry.requests, entry.closest = sum(point.requests for point in mine), None
     if answer.low == 0 and closest:
-        found["closest"] = {key: closest[key] for key in ("rate_per_s", "attained_pct", "run")}
-    return found
+        entry.closest = Closest(rate_per_s=closest.rate_per_s, attained_pct=closest.attained_pct, run=closest.run)
 
 
-def _scales(search: Search) -> list[dict[str, float]]:
+def _scales(search: Search) -> list[Scaled]:
     """The highest rate for the SLO with all limits scaled, where these loads tell."""
     answers = {scale: search.at_scale(scale) for scale in SCALES} if search.outcomes else {}
     return [
-        {"scale": scale, "rate_per_s": answer.rate, "low": answer.low, "high": answer.high}
+        Scaled(scale=scale, rate_per_s=answer.rate, low=answer.low, high=answer.high)
         for scale, answer in answers.items()
         if answer.low > 0 and answer.width <= SCALE_WIDTH
     ]
 
 
-def _say(console: Console, point: Mapping[str, Any], answer: Answer, goal: Goal) -> None:
+def _say(console: Console, point: Point, answer: Answer, goal: Goal) -> None:
     low, high = f"{answer.low:.3g}", f"{answer.high:.3g}"
     known = f"{low} to {high}" if answer.low > 0 else f"below {high}"
     if not isfinite(answer.high):
         known = f"{low} or more" if answer.low > 0 else "unknown"
-    held = {True: "held", False: "not held", None: "undecided"}[point["held"]]
+    held = {True: "held", False: "not held", None: "undecided"}[point.held]
     left = f", at most {span(round(goal.until_s - time.monotonic()))} left" if isfinite(goal.until_s) else ""
     console.print(
-        f"  {point['rate_per_s']:.3g} requests/s: {point['attained_pct']:.1f} % of {point['requests']} within the SLO, {held}; "
+        f"  {point.rate_per_s:.3g} requests/s: {point.attained_pct:.1f} % of {point.requests} within the SLO, {held}; "
         f"highest rate {known}{left}",
         highlight=False,
         soft_wrap=True,

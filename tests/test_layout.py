@@ -20,7 +20,18 @@ MAY_IMPORT = {
     "analysis": ("records", "failures", "files", "events", "errors", "config"),
     "search": (),  # what loads say, whoever sends them
     "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
-    "report": ("plan", "analysis", "records", "failures", "files", "validation", "events", "errors", "config"),
+    "report": (
+        "plan",
+        "search",
+        "analysis",
+        "records",
+        "failures",
+        "files",
+        "validation",
+        "events",
+        "errors",
+        "config",
+    ),
     # What is told of a load and of devices while they are measured, drawn as the report draws it.
     "live": (*BASE, "failures", "analysis", "report", "load", "power", "server_metrics"),
     "cluster": (*BASE, "serving", "load", "power", "host", "site", "doctor"),

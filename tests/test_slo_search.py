@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
+from msgspec import structs
 from rich.console import Console
 
 from pdbench import cli, slo_search
@@ -21,6 +22,7 @@ from pdbench.report import commands, mpl
 from pdbench.report import search as found
 from pdbench.report.search import present, sentence
 from pdbench.report.search_charts import chart
+from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from pdbench.search.rates import Search
 from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s
 from pdbench.slo_search import Goal
@@ -88,20 +90,20 @@ class Law:
         return last_s
 
 
-def search(out: Path, *laws: Law, load: LoadConfig = LOAD, goal: Goal | None = None) -> dict[str, Any]:
+def search(out: Path, *laws: Law, load: LoadConfig = LOAD, goal: Goal | None = None) -> Document:
     deployments = [Deployment(f"d{place}", Options(load=load), law.measure) for place, law in enumerate(laws)]
     goal = goal or Goal(0.95, 0.06)
-    document = slo_search.start(out, {"names": [each.name for each in deployments]}, goal, load)
-    slo_search.find(deployments, goal, out, CONSOLE, document)
+    document, earlier = slo_search.start(out, {"names": [each.name for each in deployments]}, goal, load)
+    slo_search.find(deployments, goal, out, CONSOLE, document, earlier)
     return document
 
 
 def test_search_finds_the_rates_and_their_order(tmp_path: Path) -> None:
     slow, fast = Law(), Law(prefill_s=0.05)
     document = search(tmp_path, slow, fast)
-    one, two = document["deployments"]
-    assert one["rate_per_s"] == pytest.approx(TRUTH, rel=0.1) and one["low"] < TRUTH < one["high"] * 1.05
-    assert two["low"] > one["high"]
+    one, two = document.deployments
+    assert one.rate_per_s == pytest.approx(TRUTH, rel=0.1) and one.low < TRUTH < one.high * 1.05
+    assert two.low > one.high
     # The n-th load of both has the same arrivals, scaled to its rate, and the same prompts.
     pairs = list(zip(slow.loads, fast.loads, strict=False))[: min(len(slow.loads), len(fast.loads)) - 1]
     assert all((a.seed, a.nonce) == (b.seed, b.nonce) for a, b in pairs) and len({a.nonce for a in slow.loads}) == len(
@@ -111,8 +113,8 @@ def test_search_finds_the_rates_and_their_order(tmp_path: Path) -> None:
     scale = pairs[1][0].rate / pairs[1][1].rate  # type: ignore[operator]
     assert [at_s * scale for at_s in instants[0]] == pytest.approx(instants[1])  # type: ignore[operator]
     analyses = present(document, tmp_path, CONSOLE)
-    assert len(analyses) == 2 and "d1 carries" in document["sentence"] and "times d0" in document["sentence"]
-    saved = json.loads((tmp_path / found.FILE).read_text())
+    assert len(analyses) == 2 and "d1 carries" in document.sentence and "times d0" in document.sentence
+    saved = json.loads((tmp_path / FILE).read_text())
     assert {"name", "rate_per_s", "low", "high", "attained_pct", "rate_per_s_per_gpu", "j_per_good_request"} <= saved[
         "deployments"
     ][0].keys()
@@ -124,10 +126,10 @@ def test_search_finds_the_rates_and_their_order(tmp_path: Path) -> None:
 
 def test_overload_ends_within_seconds_and_its_cut_requests_count_only_once_they_are_late(tmp_path: Path) -> None:
     document = search(tmp_path, Law(), load=dataclasses.replace(LOAD, rate=40.0), goal=Goal(0.95, 0.2))
-    overloaded = document["points"][1]
-    assert overloaded["rate_per_s"] == 40.0 and overloaded["held"] is False
-    assert overloaded["requests"] < 120 and overloaded["limited_by"] == "slo_ttft_ms"
-    run = commands.load_run(tmp_path / overloaded["run"])
+    overloaded = document.points[1]
+    assert overloaded.rate_per_s == 40.0 and overloaded.held is False
+    assert overloaded.requests < 120 and overloaded.limited_by == "slo_ttft_ms"
+    run = commands.load_run(tmp_path / overloaded.run)
     outcome = outcome_of(run, 40.0, held=False)
     assert len(outcome.score) < len(run.requests) and outcome.missed.mean() > 0.5
 
@@ -152,25 +154,25 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
     law.interrupt_at = 4
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path, law)
-    known = json.loads((tmp_path / found.FILE).read_text())
+    known = json.loads((tmp_path / FILE).read_text())
     assert len(known["points"]) == 3 and "search.json" in slo_search.saved(tmp_path)
     document = search(tmp_path, law)
-    assert document["deployments"][0]["rate_per_s"] == pytest.approx(TRUTH, rel=0.1)
-    assert document["points"][:3] == known["points"]
+    assert document.deployments[0].rate_per_s == pytest.approx(TRUTH, rel=0.1)
+    assert msgspec.to_builtins(document.points[:3]) == known["points"]
     sent = len(law.loads)
-    assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
+    assert search(tmp_path, law).deployments == document.deployments and len(law.loads) == sent
     with pytest.raises(
         UserError, match=r"other options \(slo_ttft_ms 300.0 instead of 400.0\).*--out"
     ):  # another question
         search(tmp_path, law, load=dataclasses.replace(LOAD, slo_ttft_ms=400.0))
-    assert search(tmp_path, law)["deployments"] == document["deployments"] and len(law.loads) == sent
+    assert search(tmp_path, law).deployments == document.deployments and len(law.loads) == sent
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:
     document = search(tmp_path, Law(itl_s=0.09))
-    (entry,) = document["deployments"]
-    assert entry["rate_per_s"] is None and entry["low"] == 0 and entry["limited_by"] == "slo_tbt_ms"
+    (entry,) = document.deployments
+    assert entry.rate_per_s is None and entry.low == 0 and entry.limited_by == "slo_tbt_ms"
     assert "No rate keeps" in sentence(document) and "mean TBT breaks it" in sentence(document)
     present(document, tmp_path, CONSOLE)
 
@@ -178,8 +180,8 @@ def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: P
 def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> None:
     law = Law(prefill_s=0.001, flags=lambda rate: [Flag("client-limited", "late")] if rate > 900 else [])
     document = search(tmp_path, law)
-    (entry,) = document["deployments"]
-    assert entry["client_limited"] and entry["high"] is None and entry["low"] > 100
+    (entry,) = document.deployments
+    assert entry.client_limited and entry.high is None and entry.low > 100
     assert "the client was the limit of d0" in sentence(document)
 
 
@@ -192,9 +194,9 @@ def test_client_that_was_the_limit_once_is_no_end_of_the_search(tmp_path: Path) 
             return [Flag("client-limited", "late")]
         return []
 
-    (entry,) = search(tmp_path, Law(flags=once))["deployments"]
-    assert flagged == [5.0] and not entry["client_limited"] and entry["low"] < TRUTH < entry["high"]
-    (again,) = search(tmp_path, Law())["deployments"]  # all of it saved
+    (entry,) = search(tmp_path, Law(flags=once)).deployments
+    assert flagged == [5.0] and not entry.client_limited and entry.low < TRUTH < entry.high
+    (again,) = search(tmp_path, Law()).deployments  # all of it saved
     assert again == entry
 
 
@@ -203,11 +205,9 @@ def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(time, "monotonic", lambda: law.spent_s)
     whole, begin_s = search(tmp_path / "whole", law), law.spent_s
     cut = search(tmp_path / "cut", law, goal=Goal(0.95, 0.06, until_s=begin_s + 5.0))
-    (wide,), (narrow,) = cut["deployments"], whole["deployments"]
-    assert wide["loads"] < narrow["loads"] and "run" in wide and law.spent_s - begin_s < 40
-    assert (
-        wide["high"] is None and wide["rate_per_s"] == wide["low"] == 5.0 and "5.00 requests/s or more" in sentence(cut)
-    )
+    (wide,), (narrow,) = cut.deployments, whole.deployments
+    assert wide.loads < narrow.loads and wide.run and law.spent_s - begin_s < 40
+    assert wide.high is None and wide.rate_per_s == wide.low == 5.0 and "5.00 requests/s or more" in sentence(cut)
 
 
 @pytest.mark.parametrize("first_rate", [None, 4.0])
@@ -217,8 +217,8 @@ def test_run_at_the_rate_found_leaves_time_for_the_loads_of_slow_servers(
     law = Law(prefill_s=1.0)  # 300 requests at the highest rate take ten minutes
     monkeypatch.setattr(time, "monotonic", lambda: law.spent_s)
     load = dataclasses.replace(LOAD, slo_ttft_ms=3000.0, rate=first_rate)  # 4: no rate is known to be held after it
-    (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.06, until_s=480.0))["deployments"]
-    assert entry["low"] < TRUTH / 10 < entry["high"] and law.loads[-1].requests < 100
+    (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.06, until_s=480.0)).deployments
+    assert entry.low < TRUTH / 10 < entry.high and law.loads[-1].requests < 100
 
 
 def test_time_that_is_up_before_a_load_tells_anything_says_so(
@@ -236,8 +236,8 @@ def test_time_that_is_up_before_a_load_tells_anything_says_so(
     law.measure = measure_slowly  # type: ignore[method-assign]
     monkeypatch.setattr("tests.test_slo_search.CONSOLE", Console(width=200))
     document = search(tmp_path, law, law, goal=Goal(0.95, 0.06, until_s=19.0))
-    (entry,) = document["deployments"]  # for the second, no time is left
-    assert entry["rate_per_s"] is None and entry["low"] == 0 and entry["loads"] == len(document["points"]) == 1
+    (entry,) = document.deployments  # for the second, no time is left
+    assert entry.rate_per_s is None and entry.low == 0 and entry.loads == len(document.points) == 1
     printed = capsys.readouterr().out
     assert "the time is up; the same command goes on from here" in printed
     assert "d1: not searched, the time is up" in printed
@@ -320,7 +320,7 @@ def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.C
             return ended.value.code
 
         assert not exit_code()
-        saved = json.loads((tmp_path / found.FILE).read_text())
+        saved = json.loads((tmp_path / FILE).read_text())
         (entry,) = saved["deployments"]
         assert entry["name"] == "bench" and "bench" in saved["sentence"]
         if entry["low"] and not entry["client_limited"]:  # else the machine was too busy
@@ -338,31 +338,32 @@ def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.C
 
 
 def test_picture_of_two_deployments_on_gpus() -> None:
-    document = {
-        "slo": {"slo_ttft_ms": 300.0}, "attain_pct": 95.0,
-        "deployments": [
-            {"name": name, "rate_per_s": rate, "low": 0.95 * rate, "high": 1.05 * rate, "gpus": 2, "rate_per_s_per_gpu": rate / 2,
-             "j_per_good_request": joules, "slo_scale": [{"scale": s, "rate_per_s": rate * s} for s in (0.8, 1.0, 1.3)]}
+    document = Document(
+        command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0,
+        deployments=[
+            Held(name=name, rate_per_s=rate, low=0.95 * rate, high=1.05 * rate, gpus=2, rate_per_s_per_gpu=rate / 2, j_per_good_request=joules,
+                 slo_scale=[Scaled(scale=scale, rate_per_s=rate * scale, low=0.0, high=99.0) for scale in (0.8, 1.0, 1.3)])
             for name, rate, joules in (("disaggregated", 20.0, 30.0), ("replicas", 10.0, 40.0))
         ],
-        "points": [
-            {"deployment": name, "rate_per_s": rate, "attained_pct": 100 - rate, "j_per_good_request": 40 - rate}
+        points=[
+            Point(deployment=name, run="", rate_per_s=rate, attained_pct=100 - rate, j_per_good_request=40 - rate, requests=500,
+                  slo_used=None, held=None, limited_by=None, client_limited=False, load_s=9.0)
             for name in ("disaggregated", "replicas") for rate in (5.0, 10.0, 20.0)
         ],
-    }  # fmt: skip
+    )  # fmt: skip
     assert sentence(document) == (
         "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
         "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
     )
     known = sentence(document)
-    document["deployments"][0]["attained_pct"] = 94.97  # as it is printed: 95.0
+    document.deployments[0].attained_pct = 94.97  # as it is printed: 95.0
     assert sentence(document) == known
     for attained, words in ((89.2, "89.2"), (0.0, "0")):
-        document["deployments"][0]["attained_pct"] = attained
+        document.deployments[0].attained_pct = attained
         assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
-    closest = {"rate_per_s": None, "attained_pct": 100.0}
-    overloaded = {"name": "single", "rate_per_s": None, "low": 0.0, "high": 8.54, "closest": closest}
-    assert sentence(document | {"deployments": [*document["deployments"], overloaded]}).endswith(
+    closest = Closest(rate_per_s=None, attained_pct=100.0, run="")
+    overloaded = Held(name="single", low=0.0, high=8.54, closest=closest)
+    assert sentence(structs.replace(document, deployments=[*document.deployments, overloaded])).endswith(
         "; single carries less than 8.54; single was not loaded for long enough."
     )
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
@@ -370,8 +371,8 @@ def test_picture_of_two_deployments_on_gpus() -> None:
     labels = mpl.chart(chart(document), 16, 9).axes[0].texts
     assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
     assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
-    for each in document["points"] + document["deployments"]:
-        each["j_per_good_request"] = None
+    for each in document.points + document.deployments:
+        each.j_per_good_request = None
     assert [panel.title for panel in chart(document).panels] == [
         "Requests within the SLO",
         "Goodput per GPU against the SLO's scale",

@@ -105,12 +105,12 @@ def search(
         deployments = [deployment(kind, point) for kind, point in ordered]
         nodes = cluster and asdict(cluster)
         command = {"url": url, "cluster": nodes, "options": [each.options.plain() for each in deployments]}
-        document = slo_search.start(out, command, goal, points[0].options.load)
+        document, earlier = slo_search.start(out, command, goal, points[0].options.load)
         try:
-            slo_search.find(deployments, goal, out, progress, document)
+            slo_search.find(deployments, goal, out, progress, document, earlier)
         finally:
             with text.language(lang):
-                analyses = found.present(document, out, console) if document["points"] else []
-    for load in document["points"]:
-        commands.exit_on_flags([load_analysis(out / load["run"])], load["run"], overload=True)
+                analyses = found.present(document, out, console) if document.points else []
+    for load in document.points:
+        commands.exit_on_flags([load_analysis(out / load.run)], load.run, overload=True)
     commands.exit_on_flags(analyses)

@@ -1,83 +1,63 @@
 """The pictures of a search: shares, goodput and energy against rates and the SLO's scale; energy of clocks."""
 
-from collections.abc import Mapping
-from typing import Any
+from operator import attrgetter
 
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
 from pdbench.report.text import translate as _
+from pdbench.search.document import Document
 
 MOST_USED = 1.5
 """Settings are drawn up to so many times the SLO."""
 
 
-def searched(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The deployments whose highest rate was searched."""
-    return [entry for entry in document["deployments"] if "low" in entry]
+def slo(document: Document) -> str:
+    limits = [f"{_(name)} {limit:g} ms" for name, limit in text.slo(document.slo).items()]
+    return _("{0} for {1} % of requests", _(" and ").join(limits), f"{document.attain_pct:g}")
 
 
-def tuned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in document["deployments"] if "tuned" in entry]
-
-
-def loads(document: Mapping[str, Any], name: str, *, clocks: bool = False) -> list[dict[str, Any]]:
-    """The loads of a deployment at rates, or at one rate with other clocks."""
-    return [
-        point
-        for point in document["points"]
-        if point["deployment"] == name and point["rate_per_s"] and bool(point.get("setting")) == clocks
-    ]
-
-
-def slo(document: Mapping[str, Any]) -> str:
-    limits = [f"{_(name)} {limit:g} ms" for name, limit in text.slo(document["slo"]).items()]
-    return _("{0} for {1} % of requests", _(" and ").join(limits), f"{document['attain_pct']:g}")
-
-
-def _colours(document: Mapping[str, Any]) -> dict[str, str]:
-    names = [entry["name"] for entry in document["deployments"]]
+def _colours(document: Document) -> dict[str, str]:
+    names = [entry.name for entry in document.deployments]
     return dict(zip(names, shades([name.partition(",")[0] for name in names]), strict=True))
 
 
-def chart(document: Mapping[str, Any]) -> Chart:
+def chart(document: Document) -> Chart:
     """Attainment and energy against rate with what was found; goodput and energy against the SLO's scale."""
-    entries, colours = searched(document), _colours(document)
-    per_gpu = all(entry.get("gpus") for entry in entries) and bool(entries)
+    entries, colours = document.searched(), _colours(document)
+    per_gpu = all(entry.gpus for entry in entries) and bool(entries)
     attained: list[Series] = []
     joules: list[Series] = []
     scaled: list[Series] = []
     scaled_joules: list[Series] = []
-    goal = document["attain_pct"]
-    for entry in sorted(entries, key=lambda entry: entry.get("rate_per_s") or 0.0):  # for their labels
-        name, shade, gpus = entry["name"], colours[entry["name"]], entry["gpus"] if per_gpu else 1
-        points = sorted(loads(document, name), key=lambda point: point["rate_per_s"])
+    goal = document.attain_pct
+    for entry in sorted(entries, key=lambda entry: entry.rate_per_s or 0.0):  # for their labels
+        name, shade, gpus = entry.name, colours[entry.name], entry.gpus or 1 if per_gpu else 1
+        points = document.loads(name)
         if points:
-            at, shares = [point["rate_per_s"] for point in points], [point["attained_pct"] for point in points]
+            at, shares = [rate for rate, _point in points], [point.attained_pct for _rate, point in points]
             attained.append(Series(kind="points", name=name, x=at, y=shares, shade=shade, opacity=0.6, size=6))
-        if entry.get("rate_per_s"):
-            high = entry["high"] or max(point["rate_per_s"] for point in points)
-            attained.append(Series(x=[entry["low"], high], y=[goal, goal], shade=shade, width=5, opacity=0.5))
-            found = f"{'' if entry['high'] else '≥ '}{text.number(entry['rate_per_s'])}/s"
-            attained.append(
-                Series(kind="points", x=[entry["rate_per_s"]], y=[goal], labels=[found], shade=shade, size=11)
-            )
+        if entry.rate_per_s:
+            low, high = entry.low or 0.0, entry.high or points[-1][0]
+            attained.append(Series(x=[low, high], y=[goal, goal], shade=shade, width=5, opacity=0.5))
+            found = f"{'' if entry.high else '≥ '}{text.number(entry.rate_per_s)}/s"
+            attained.append(Series(kind="points", x=[entry.rate_per_s], y=[goal], labels=[found], shade=shade, size=11))
         for panel, figure in (
-            (scaled, "goodput_per_s_per_gpu" if per_gpu else "goodput_per_s"),
-            (scaled_joules, "j_per_good_request"),
+            (scaled, attrgetter("goodput_per_s_per_gpu" if per_gpu else "goodput_per_s")),
+            (scaled_joules, attrgetter("j_per_good_request")),
         ):
-            if scales := [each for each in entry.get("slo_scale", ()) if each.get(figure)]:
-                x, y = ([each[key] for each in scales] for key in ("scale", figure))
+            if scales := [each for each in entry.slo_scale if figure(each)]:
+                x, y = [each.scale for each in scales], [figure(each) for each in scales]
                 panel.append(Series(name=name, x=x, y=y, shade=shade, marker="o"))
-        energy = [point for point in points if point.get("j_per_good_request")]
+        energy = [(rate / gpus, point.j_per_good_request) for rate, point in points if point.j_per_good_request]
         if energy:
-            at, used = [e["rate_per_s"] / gpus for e in energy], [e["j_per_good_request"] for e in energy]
-            joules.append(Series(name=name, x=at, y=used, shade=shade, marker="o"))
-            if entry.get("j_per_good_request"):
-                at = [entry["rate_per_s"] / gpus]
+            along, used = zip(*energy, strict=True)
+            joules.append(Series(name=name, x=along, y=used, shade=shade, marker="o"))
+            if entry.j_per_good_request and entry.rate_per_s:
+                at = [entry.rate_per_s / gpus]
                 joules.append(
-                    Series(kind="points", x=at, y=[entry["j_per_good_request"]], shade=BAD, size=15, hollow=True)
+                    Series(kind="points", x=at, y=[entry.j_per_good_request], shade=BAD, size=15, hollow=True)
                 )
-    rates = [point["rate_per_s"] for entry in entries for point in loads(document, entry["name"])]
+    rates = [rate for entry in entries for rate, _point in document.loads(entry.name)]
     if attained:
         attained.append(Series(name=_("goal"), x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
     rate = _("requests/s per GPU" if per_gpu else "requests/s")
@@ -116,19 +96,20 @@ def chart(document: Mapping[str, Any]) -> Chart:
     return Chart(key="search", title=title, panels=panels, caption=caption)
 
 
-def clocks_chart(document: Mapping[str, Any]) -> Chart:
+def clocks_chart(document: Document) -> Chart:
     """Every setting's energy against how much of the SLO it used, with those that nothing beats in both; what the cheapest saves."""
-    entries, colours = tuned(document), _colours(document)
+    entries, colours = document.tuned(), _colours(document)
     settings: list[Series] = []
-    for entry in entries:
-        name, shade, best = entry["name"], colours[entry["name"]], entry["tuned"]
+    for name, best in entries:
+        shade = colours[name]
         points = sorted(
-            (point["slo_used"], point["j_per_good_request"])
-            for point in loads(document, name, clocks=True)
-            if "/clocks-" in point["run"]  # those with the same arrivals
-            and point.get("j_per_good_request")
-            and point["held"] is not False
-            and (point["slo_used"] or MOST_USED) < MOST_USED
+            (point.slo_used, point.j_per_good_request)
+            for _rate, point in document.loads(name, clocks=True)
+            if "/clocks-" in point.run  # those with the same arrivals
+            and point.j_per_good_request
+            and point.held is not False
+            and point.slo_used
+            and point.slo_used < MOST_USED
         )
         if not points:
             continue
@@ -136,28 +117,22 @@ def clocks_chart(document: Mapping[str, Any]) -> Chart:
         (x, y), (along, lowest) = zip(*points, strict=True), zip(*front, strict=True)
         settings.append(Series(kind="points", name=name, x=x, y=y, shade=shade, size=6, opacity=0.6))
         settings.append(Series(x=along, y=lowest, shade=shade))
-        chosen = [point for point in document["points"] if point["run"] == best.get("run")]
+        chosen = [point for point in document.points if point.run == best.run]
         for point in chosen:
-            used, joules = [point["slo_used"]], [point["j_per_good_request"]]
-            words = f"{name}: {text.setting(best['setting'])}"
+            used, joules = [point.slo_used], [point.j_per_good_request]
+            words = f"{name}: {text.setting(best.setting or {})}"
             settings.append(Series(kind="points", name=words, x=used, y=joules, shade=BAD, size=12, hollow=True))
-    known = [entry for entry in entries if entry["tuned"].get("before", {}).get("j_per_good_request")]
-    bars = []
-    for words, hatch, entry_of in (
-        ("as it was", "/", lambda entry: entry["tuned"]["before"]),
-        ("cheapest clocks", "", lambda entry: entry["tuned"]),
-    ):
-        for entry in known:
-            name, spent = f"{entry['name']}, {_(words)}", entry_of(entry)["j_per_good_request"]
-            bars.append((name, spent, colours[entry["name"]], hatch))
-    order = sorted(bars, key=lambda bar: [entry["name"] for entry in known].index(bar[0].rpartition(", ")[0]))
-    saved = [
-        Series(
-            kind="bar", x=[place], y=[spent], labels=[text.number(spent)], shade=shade, opacity=0.5 if hatch else 1.0
-        )
-        for place, (_name, spent, shade, hatch) in enumerate(order)
+    bars = [
+        (f"{name}, {_(words)}", choice.j_per_good_request, colours[name], opacity)
+        for name, best in entries
+        if best.before and best.before.j_per_good_request
+        for words, choice, opacity in (("as it was", best.before, 0.5), ("cheapest clocks", best, 1.0))
     ]
-    rates = dict.fromkeys(entry["tuned"]["rate_per_s"] for entry in entries)
+    saved = [
+        Series(kind="bar", x=[place], y=[spent], labels=[text.number(spent)], shade=shade, opacity=opacity)
+        for place, (_name, spent, shade, opacity) in enumerate(bars)
+    ]
+    rates = dict.fromkeys(best.rate_per_s for _name, best in entries)
     panels = [
         Panel(
             title=_("Energy and speed of every setting, same arrivals"),
@@ -170,7 +145,7 @@ def clocks_chart(document: Mapping[str, Any]) -> Chart:
         Panel(
             title=_("What the cheapest clocks save"),
             series=saved,
-            x=Axis(names=[name for name, *_rest in order]),
+            x=Axis(names=[name for name, *_rest in bars]),
             y=Axis(label=_("J per good request"), low=0),
             not_measured=_("no setting is confirmed yet"),
         ),
