@@ -13,4 +13,6 @@ parallel=()
 if [ $# -eq 0 ] && "$python" -c "import xdist" 2>/dev/null; then
     parallel=(-n 2 --dist loadscope --no-loadscope-reorder)
 fi
+# Its first import makes matplotlib's list of fonts and says so where that takes long: not in output that a test compares.
+"$python" -c "import matplotlib.font_manager"
 exec "$python" -m pytest -m "not gpu and not slow" "${parallel[@]}" "$@"
