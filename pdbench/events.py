@@ -52,11 +52,13 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
     """One finished KV transfer on one side ("send" or "receive"). Instants are None for what never happened.
 
     `wire_s` is the time in which its bytes moved; `ready_s` (send side): its last forward pass was over; `reported_s`
-    (receive side): vLLM was told, from then on decode can schedule the request.
+    (receive side): vLLM was told, from then on it can schedule the request. `direction`: a "handoff" goes from prefill to decode, a
+    "return" brings prefill what decode has of the same request's prompt.
     """
 
     side: str
     transfer_id: str
+    direction: str = "handoff"
     rank: int = 0
     peer: str | None = None
     bytes: int = 0
@@ -170,7 +172,7 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefi
     prompts: dict[tuple[str, bool], PromptEvent] = {}
     transfers = {way.transfer_id: name for name, way in proxied.items() if way.transfer_id}
     for event in events:
-        if isinstance(event, TransferEvent) and event.side == "receive":
+        if isinstance(event, TransferEvent) and event.side == "receive" and event.direction == "handoff":
             received.setdefault(event.transfer_id, []).append(event)
     computed = [event for event in events if isinstance(event, PromptEvent) and event.first_token_s and event.begin_s]
     for event in sorted(computed, key=lambda event: event.first_token_s or 0.0):

@@ -144,7 +144,7 @@ def _event_log_flags(
 ) -> Iterator[Flag]:
     """One for each server whose event log is gone, or which has no event of the requests that it must have seen."""
     proxied = {event.request_id for event in events if isinstance(event, ProxyEvent)}
-    sides = {event.side for event in events if isinstance(event, TransferEvent)}
+    sides = {event.side for event in events if isinstance(event, TransferEvent) and event.direction == "handoff"}
     answered = [request.id for request in requests if request.error is None and request.token_s]
     gone = measurement.missing_logs()
     for server in info.servers:

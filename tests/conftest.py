@@ -140,7 +140,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list["VllmServer
     from tests.support.kv import Server, tiny_qwen2  # torch takes seconds
 
     folder = tmp_path_factory.mktemp("fleet")
-    config = serve_config(folder, 2, 2, connector="tcp", model=str(tiny_qwen2(folder / "tiny-qwen2")))
+    model = str(tiny_qwen2(folder / "tiny-qwen2"))
+    config = serve_config(folder, 2, 2, connector="tcp", model=model, return_kv=True)
     planned = commands("disaggregated", config)[:4]
     failing = replace(config, kv_load_failure_policy="fail")
     planned[3] = commands("disaggregated", failing, inspect())[3]

@@ -179,7 +179,11 @@ def test_ttft_that_decode_ends_has_handoff_and_decodes_first_step() -> None:
     way = ProxyEvent(**DISAGGREGATED, decode_sent_s=0.2)
     moved = TransferEvent(side="receive", transfer_id="t1", first_byte_s=0.5, end_s=0.55, reported_s=0.6)
     before = ["send", "proxy", "api_server", "queue", "compute", "handoff"]
-    assert parts(request, decoded, PREFILLED, way, moved) == [*before, "decode_wait", "decode_step", "reply"]
+    back = TransferEvent(
+        side="receive", transfer_id="t1", direction="return", first_byte_s=0.26, end_s=0.28, reported_s=0.29
+    )
+    assert parts(request, decoded, PREFILLED, way, moved, back) == [*before, "decode_wait", "decode_step", "reply"]
+    assert request.phases["kv_transfer"] == (0.5, 0.55)
     assert request.phases["queue"] == (0.25, 0.3)
     request.phases.clear()
     assert parts(request, decoded, PREFILLED, way) == [*before, "decode_step", "reply"], "another connector"

@@ -50,10 +50,12 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TransferEnergy(msgspec.Struct, frozen=True, kw_only=True):
-    """The KV transfers of the windows: bytes of all; joules above idle only of the `alone_s` seconds in which a transfer ran and
-    no request was in prefill or decode, and only where those are 0.2 s or more; `not_measured` says why there are none."""
+    """The KV transfers of the windows: bytes of all to decode, and of all back to prefill; joules above idle only of the `alone_s`
+    seconds in which a transfer to decode ran and no request was in prefill or decode, and only where those are 0.2 s or more;
+    `not_measured` says why there are none."""
 
     bytes: int | None
+    returned_bytes: int | None = None
     alone_s: float
     active_j: float | None
     not_measured: str | None
@@ -215,7 +217,11 @@ def _transfer_energy(
 ) -> TransferEnergy:
     received = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "receive"]
     ends = np.array([np.nan if event.end_s is None else event.end_s for event in received])
-    sizes = [event.bytes for event, here in zip(received, inside(ends, windows), strict=True) if here]
+    sizes: dict[str, list[int]] = {}
+    for event, here in zip(received, inside(ends, windows), strict=True):
+        if here:
+            sizes.setdefault(event.direction, []).append(event.bytes)
+    moved, returned = (sum(sizes[name]) if name in sizes else None for name in ("handoff", "return"))
     alone = difference(intersection(phases["kv_transfer"], windows), [*phases["prefill"], *phases["decode"]])
     alone_s, why = length_s(alone), None
     active_j = joules(meters, alone).active_j if alone_s >= ALONE_S else None
@@ -226,7 +232,7 @@ def _transfer_energy(
         why = f"{only}: too short for a power meter"
     elif active_j is None:
         why = "power or engine-ready idle was not measured"
-    return TransferEnergy(bytes=sum(sizes) if sizes else None, alone_s=alone_s, active_j=active_j, not_measured=why)
+    return TransferEnergy(bytes=moved, returned_bytes=returned, alone_s=alone_s, active_j=active_j, not_measured=why)
 
 
 def _product(first: float | None, second: float | None) -> float | None:

@@ -34,6 +34,8 @@ class ProxyConfig:
     """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""
     disaggregate_above: CountOrZero[int] = 0
     """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
+    return_kv: bool = False
+    """Ask prefill and decode at once, so that prefill can fetch what decode has of the prompt (instances with return_kv: docs/kv-connector.md)."""
     event_log: str | None = None
     """File that gets one JSON line per request: instants, instances, retries, status. Never content."""
     timing_header: bool = False

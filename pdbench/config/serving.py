@@ -89,6 +89,8 @@ class ServeConfig(ServerConfig):
     """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""
     disaggregate_above: Network[CountOrZero[int]] = 0
     """Prompts of at most so many tokens (text: four bytes per token) are computed by decode alone; 0: none are."""
+    return_kv: Network[bool] = False
+    """Let prefill fetch what decode has of a prompt, as the answers of earlier turns, instead of computing it again (docs/kv-connector.md)."""
     kv_load_failure_policy: Network[Literal["recompute", "fail"]] = "recompute"
     """What decode does when a KV transfer fails: compute the prompt itself, or fail the request."""
 

@@ -47,7 +47,8 @@ class ChannelClosedError(ConnectionError):
 class WorkerContext:
     """What all parts of one worker share. `staging_bytes` of buffer per peer; `changed` is the lock of all transfers' states.
 
-    `start_thread(name, target, *arguments)` starts a thread that the worker waits for when it closes.
+    `start_thread(name, target, *arguments)` starts a thread that the worker waits for when it closes. `returns_at`: where prefill gets
+    blocks that decode has.
     """
 
     secret: bytes
@@ -58,6 +59,7 @@ class WorkerContext:
     changed: threading.Condition
     finish: Callable[[TransferEvent], None]
     start_thread: Callable[..., threading.Thread]
+    returns_at: tuple[str, int] | None = None
 
     @property
     def piece_blocks(self) -> int:
@@ -65,13 +67,17 @@ class WorkerContext:
 
 
 class FetchRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
-    """Decode asks for a transfer's blocks from the `start_block`-th on (groups.py has their order), at most `piece_blocks` at once."""
+    """Decode asks for a transfer's blocks from the `start_block`-th on (groups.py has their order), at most `piece_blocks` at once.
+
+    Those before it, which it has, may be fetched at `returns_at`.
+    """
 
     transfer_id: str
     tokens: int
     fingerprint: str
     start_block: int
     piece_blocks: int
+    returns_at: tuple[str, int] | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
@@ -292,7 +298,7 @@ def connect(address: tuple[str, int], rank: int, context: WorkerContext) -> tupl
         connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_TIMEOUT_S))
     except (OSError, ValueError, OverflowError) as error:
         waited_s = time.monotonic() - begun_s
-        raise ChannelClosedError(f"prefill {host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
+        raise ChannelClosedError(f"{host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
     channel = Channel(connection, timeout_s)
     found = offer_handshake(channel, context.secret, context.identity, context.packer.target_parts, rank)
     channel.set_timeout(timeout_s)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,6 +46,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     event_log: str | None = None
     staging_mib: Annotated[int, msgspec.Meta(ge=1)] = 128
     verify_prompt: bool = True
+    return_kv: bool = False
+    return_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 0.2
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:
@@ -126,6 +128,24 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
         )
 
 
+def check_return_kv(vllm_config: VllmConfig, groups: Sequence[Group]) -> None:
+    """Raise UnsupportedError where an instance's KV cannot go back from decode to prefill."""
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    executor = parallel.distributed_executor_backend
+    for there, what in (
+        (parallel.tensor_parallel_size > 1, f"--tensor-parallel-size {parallel.tensor_parallel_size}"),
+        (executor not in (None, "uni"), f"--distributed-executor-backend {executor}"),
+        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (len(groups) > 1 or groups[0].window > 0, "sliding windows"),
+        (
+            transfer.is_kv_producer and transfer.kv_load_failure_policy != "recompute",
+            f'kv_load_failure_policy "{transfer.kv_load_failure_policy}" on prefill',
+        ),
+    ):
+        if there:
+            raise UnsupportedError(f"PdKvConnector's return_kv does not work with {what}: leave one of them out")
+
+
 def groups(kv_cache_config: KVCacheConfig) -> list[Group]:
     """The groups of blocks of a supported model, as much of them as must travel."""
     result = []
@@ -153,11 +173,12 @@ def keep_whole_windows(kv_cache_config: KVCacheConfig) -> None:
 def new_blocks_are_idle(vllm_config: VllmConfig) -> bool:
     """Does vLLM reserve blocks only once no forward pass that was launched before uses them?
 
-    Where several steps are under way, vLLM 0.32 and newer free a request's blocks when its last step's output has been read. With
-    speculative decoding the draft model may still run then.
+    Where several steps are under way, vLLM 0.32 and newer free a request's blocks when its last step's output has been read, on consumers.
+    With speculative decoding the draft model may still run then.
     """
     scheduler = import_module("vllm.v1.core.sched.scheduler").Scheduler
-    return hasattr(scheduler, "_request_blocks_can_be_freed") and vllm_config.speculative_config is None
+    waits = hasattr(scheduler, "_request_blocks_can_be_freed") and vllm_config.speculative_config is None
+    return waits and bool(vllm_config.kv_transfer_config.is_kv_consumer)
 
 
 def draft_layers(vllm_config: VllmConfig, names: Iterable[str]) -> set[str]:

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from pdbench.kv import compat
-from pdbench.kv.channel import Identity
+from pdbench.kv.channel import FetchRequest, Identity
 from pdbench.kv.groups import describe
 from pdbench.kv.metrics import PdKvPromMetrics, PdKvStats
 from pdbench.kv.scheduler import KvScheduler
@@ -38,12 +38,14 @@ class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[m
         self._options = compat.Options.of(vllm_config)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         self._groups = compat.groups(kv_cache_config)
+        if self._options.return_kv:
+            compat.check_return_kv(vllm_config, self._groups)
         self._worker: KvWorker | None = None
         self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             transfer = vllm_config.kv_transfer_config
             produces, consumes = bool(transfer.is_kv_producer), bool(transfer.is_kv_consumer)
-            self._scheduler = KvScheduler(self._options, self._groups, produces, consumes)
+            self._scheduler = KvScheduler(self._options, self._groups, produces, consumes, self._asked)
             compat.keep_whole_windows(kv_cache_config)
 
     # The scheduler's half
@@ -65,10 +67,9 @@ class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[m
 
         vLLM runs a step ahead: by get_finished alone the scheduler would learn of it two steps later.
         """
-        if self._ranks == 1 and has_kv_transfer_group():  # the worker's half is in this process, and has no other ranks
-            worker_half = get_kv_transfer_group()
-            if isinstance(worker_half, PdKvConnector) and (received := worker_half._working.take_received()):
-                connector_output.finished_recving = received.union(connector_output.finished_recving or ())
+        worker = self._local_worker()
+        if worker is not None and (received := worker.take_received()):
+            connector_output.finished_recving = received.union(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; True keeps its blocks until get_finished reports it as sent."""
@@ -83,6 +84,15 @@ class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[m
     def has_pending_push_work(self) -> bool:
         """Must the engine take a step only for the connector?"""
         return self._scheduler.has_unsent_plan()
+
+    def _asked(self, transfer_id: str) -> FetchRequest | None:
+        worker = self._local_worker()
+        return worker.asked(transfer_id) if worker is not None else None
+
+    def _local_worker(self) -> KvWorker | None:
+        """The worker's half if it is in this process and has no other ranks."""
+        half = get_kv_transfer_group() if self._ranks == 1 and has_kv_transfer_group() else None
+        return half._working if isinstance(half, PdKvConnector) else None
 
     # The worker's half
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,13 @@ class _Receive:
     def transfer_id(self) -> str:
         return self.fetch.transfer.transfer_id
 
+    def record(self, address: Address, tokens: int = 0) -> TransferEvent:
+        """One more, of what comes from `address`."""
+        record = TransferEvent(side="receive", transfer_id=self.transfer_id, peer=_name(address), asked_s=self.asked_s)
+        record.tokens, record.direction = tokens, self.fetch.transfer.direction
+        self.records.append(record)
+        return record
+
 
 @dataclass(eq=False)
 class _Instance:
@@ -81,7 +89,10 @@ class _Peer:
 class Receiver:
     """All fetches of one decode worker. Public methods are called by the engine's thread and never wait for the network."""
 
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, may_report: Callable[[str], bool] = lambda request_id: True) -> None:
+        self._may_report = (
+            may_report  # asked, with the lock, when a request's fetch has ended: is nothing else done with its blocks?
+        )
         self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
         self._receives: dict[str, _Receive] = {}
         self._instances: dict[Address, _Instance] = {}  # by the address of its first rank
@@ -117,6 +128,7 @@ class Receiver:
         Without `failures`, failed fetches wait for a later call.
         """
         ended = [receive for receive in self._ended if failures or receive.given_up is None]
+        ended = [receive for receive in ended if self._may_report(receive.fetch.transfer.request_id)]
         self._ended = [receive for receive in self._ended if receive not in ended]
         received, failed = set(), {}
         for receive in ended:
@@ -138,7 +150,7 @@ class Receiver:
                 alive_s = alive_s or {_name(_first(receive)): receive.asked_s}
                 peer = min(alive_s, key=alive_s.__getitem__)
                 if now_s - alive_s[peer] > self._timeout_s:
-                    self._give_up(receive, f"no sign of the transfer from prefill {peer} in {self._timeout_s:g} s")
+                    self._give_up(receive, f"no sign of the transfer from {peer} in {self._timeout_s:g} s")
 
     def close(self) -> None:
         """Disconnect all peers."""
@@ -172,16 +184,9 @@ class Receiver:
         if item.given_up is not None:
             return
         for address in instance.shares:
-            record = TransferEvent(
-                side="receive",
-                transfer_id=item.transfer_id,
-                peer=_name(address),
-                tokens=item.fetch.tokens,
-                asked_s=item.asked_s,
-            )
-            item.parts[address] = _Part(record, item.asked_s)
-            item.records.append(record)
-        more = (transfer.tokens, transfer.fingerprint, start, self._context.piece_blocks)
+            item.parts[address] = _Part(item.record(address, item.fetch.tokens), item.asked_s)
+        returns_at = self._context.returns_at if start else None
+        more = (transfer.tokens, transfer.fingerprint, start, self._context.piece_blocks, returns_at)
         for address, share in instance.shares.items():
             self._post(address, FetchRequest(item.transfer_id, *more), share)
 
@@ -190,14 +195,11 @@ class Receiver:
         if receive.given_up is not None or self._is_over(receive):
             return
         receive.given_up = reason
-        logger.warning("KV transfer failed: %s: %s", receive.transfer_id, reason)
+        logger.warning("KV transfer failed: %s (%s): %s", receive.transfer_id, receive.fetch.transfer.direction, reason)
         cancel = Cancel(receive.transfer_id, reason)
         if not receive.parts:
-            record = TransferEvent(
-                side="receive", transfer_id=receive.transfer_id, peer=_name(_first(receive)), asked_s=receive.asked_s
-            )
+            record = receive.record(_first(receive))
             record.end_s, record.error = time.monotonic(), reason
-            receive.records.append(record)
             if tell and (instance := self._instances.get(_first(receive))) is not None:
                 self._place(instance, cancel)
             self._end_if_over(receive)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from pdbench.kv.channel import FetchRequest
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
 GOOD_ENDS = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
@@ -32,7 +35,8 @@ class Transfer:
     """What identifies a transfer: the proxy's id, the prompt's length in tokens and its fingerprint.
 
     `ends`: how many of its tokens each block reaches, in the order in which blocks travel; in one group of blocks that of the prompt.
-    `host` and `port` are prefill's; only decode has them.
+    `host` and `port` are the sender's; only the other side has them. `returned`: it goes from decode to prefill, and holds what decode
+    has of the prompt's beginning.
     """
 
     request_id: str
@@ -42,6 +46,11 @@ class Transfer:
     ends: Sequence[int]
     host: str = ""
     port: int = 0
+    returned: bool = False
+
+    @property
+    def direction(self) -> str:
+        return "return" if self.returned else "handoff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,7 @@ class PrefillEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Decode wants a transfer's blocks from the `start_block`-th on, which hold `tokens` tokens of the prompt, into its own `blocks`."""
+    """A transfer's blocks from the `start_block`-th on, which hold `tokens` tokens of the prompt, are wanted in this side's `blocks`."""
 
     transfer: Transfer
     start_block: int
@@ -76,7 +85,7 @@ class Fetch:
 class StepPlan(KVConnectorMetadata):
     """All that the worker must know about one engine step; `idle` when the step runs no forward pass.
 
-    `cancelled`: transfers that decode does not need any more, and why.
+    `cancelled`: transfers that decode does not need any more, and why. `offers`: what decode can return, its blocks in `prefilled`.
     """
 
     idle: bool = True
@@ -85,6 +94,7 @@ class StepPlan(KVConnectorMetadata):
     preempted: list[str] = field(default_factory=list)
     ended: list[PrefillEnd] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
+    offers: list[Transfer] = field(default_factory=list)
     cancelled: list[tuple[Transfer, str]] = field(default_factory=list)
 
 
@@ -98,19 +108,27 @@ class TransferParameters(msgspec.Struct, frozen=True):
     remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     prefilled_tokens: int | None = None
     verify_prompt: bool = True
+    return_kv: bool = False
 
 
 @dataclass
 class _RequestState:
     """A request with a transfer of the blocks at `order`. `scheduled`: it has, or had, blocks that the worker knows.
 
+    `takes_back`: it hands over, but may fetch before what decode has of its prompt; `asked` is decode's request, which says how much, and
+    `returned` what is fetched.
     `tables` are a prefill's block tables, one per group, `reported` how many of the transfer's blocks the worker knows.
     """
 
+    parameters: TransferParameters
     transfer: Transfer
     order: list[Place]
     sends: bool
     fetch_pending: bool
+    takes_back: bool
+    first_asked_s: float | None = None
+    asked: FetchRequest | None = None
+    returned: Transfer | None = None
     scheduled: bool = False
     tables: list[list[int]] = field(default_factory=list)
     reported: int = 0
@@ -118,12 +136,16 @@ class _RequestState:
 
 @dataclass
 class KvScheduler:
-    """The transfers of one scheduler, whose model has these groups of KV cache blocks."""
+    """The transfers of one scheduler, whose model has these groups of KV cache blocks.
+
+    `asked`: what decode has asked of a transfer that this instance is to send, None if nothing yet.
+    """
 
     options: Options
     groups: Sequence[Group]
     produces: bool
     consumes: bool
+    asked: Callable[[str], FetchRequest | None] = lambda transfer_id: None
     _requests: dict[str, _RequestState] = field(default_factory=dict)
     _plan: StepPlan = field(default_factory=StepPlan)
 
@@ -147,14 +169,31 @@ class KvScheduler:
             logger.warning("transfer id %s is in use: %s hands over nothing", transfer.transfer_id, request.request_id)
             sends = False
         if sends or fetches:
-            self._requests[request.request_id] = _RequestState(transfer, order, sends, fetches)
+            takes_back = self.options.return_kv and parameters.return_kv and sends and not fetches
+            state = _RequestState(parameters, transfer, order, sends, fetches or takes_back, takes_back)
+            self._requests[request.request_id] = state
         if sends:
             self._plan.expected.append(transfer)
 
-    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
-        """How many prompt tokens beyond `computed_tokens` can be fetched from prefill, and whether that is asynchronous."""
+    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
+        """How many prompt tokens beyond `computed_tokens` can be fetched, and whether that is asynchronous; None: not known yet.
+
+        Decode fetches all, from prefill. Prefill fetches what decode has; it waits for decode's word only where its own prefix cache has
+        the prompt's beginning: else there was hardly a turn before.
+        """
         state = self._requests.get(request.request_id)
-        missing = state.transfer.tokens - computed_tokens if state is not None and state.fetch_pending else 0
+        if state is None or not state.fetch_pending:
+            return 0, False
+        end = state.transfer.tokens
+        if state.takes_back:
+            state.asked = self.asked(state.transfer.transfer_id)
+            if state.asked is None and computed_tokens:
+                now_s = time.monotonic()
+                state.first_asked_s = state.first_asked_s or now_s
+                if now_s - state.first_asked_s < self.options.return_wait_s:
+                    return None, False
+            end = self._returned_tokens(state)
+        missing = end - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -163,13 +202,20 @@ class KvScheduler:
         if state is None or not state.fetch_pending:
             return
         state.fetch_pending = False
-        transfer = state.transfer
+        transfer, tables = state.transfer, blocks.get_block_ids()
         if external_tokens == 0:
-            self._plan.cancelled.append((transfer, "decode needs none of its blocks"))
+            if not state.takes_back:
+                self._plan.cancelled.append((transfer, "decode needs none of its blocks"))
             return
+        if state.takes_back:
+            transfer = state.returned = self._returned(request, state, self._returned_tokens(state))
         start = bisect_right(transfer.ends, transfer.tokens - external_tokens)
-        ids = _blocks_at(blocks.get_block_ids(), state.order[start:])
+        ids = _blocks_at(tables, state.order[start : len(transfer.ends)])
         self._plan.fetches.append(Fetch(transfer=transfer, start_block=start, blocks=ids, tokens=external_tokens))
+        if self.options.return_kv and start and not state.takes_back:
+            self._plan.offers.append(self._returned(request, state, transfer.ends[start - 1]))
+            ids = _blocks_at(tables, state.order[:start])
+            self._plan.prefilled.append(PrefillProgress(request_id=request.request_id, blocks=ids, replace=True))
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
         """What the worker must know about the step that vLLM just scheduled; starts the next step's plan."""
@@ -204,6 +250,8 @@ class KvScheduler:
         good = status in GOOD_ENDS
         if state.sends:
             error = None if good else f"prefill ended as {status.removeprefix('FINISHED_').lower()}"
+            if state.returned is not None and not good:
+                self._plan.cancelled.append((state.returned, "prefill gave the request up"))
             self._plan.ended.append(PrefillEnd(request_id=request.request_id, kept=state.scheduled, error=error))
             return state.scheduled
         if state.fetch_pending:
@@ -217,7 +265,23 @@ class KvScheduler:
         plan = self._plan
         return bool(plan.expected or plan.ended or plan.fetches or plan.cancelled)
 
-    def _transfer(self, request: Request, parameters: TransferParameters) -> tuple[Transfer, list[Place]]:
+    def _returned_tokens(self, state: _RequestState) -> int:
+        """How much of a prompt decode has and offers: whole blocks, and never all of the prompt."""
+        transfer, asked = state.transfer, state.asked
+        if asked is None or asked.returns_at is None or not 0 < asked.start_block < len(transfer.ends):
+            return 0
+        same = (asked.tokens, asked.fingerprint) == (transfer.tokens, transfer.fingerprint)
+        return transfer.ends[asked.start_block - 1] if same else 0
+
+    def _returned(self, request: Request, state: _RequestState, tokens: int) -> Transfer:
+        """The transfer that brings prefill the prompt's first `tokens` tokens."""
+        host, port = (state.asked and state.asked.returns_at) or ("", 0)
+        more = {"prefilled_tokens": tokens, "remote_host": host, "remote_port": port}
+        return self._transfer(request, msgspec.structs.replace(state.parameters, **more), returned=True)[0]
+
+    def _transfer(
+        self, request: Request, parameters: TransferParameters, returned: bool = False
+    ) -> tuple[Transfer, list[Place]]:
         # Prefill computes all of the prompt, or as much as decode's request says (docs/kv-protocol.md, "The first token").
         tokens, prefilled = int(request.num_prompt_tokens), parameters.prefilled_tokens
         if prefilled is not None and prefilled > 0:
@@ -244,6 +308,7 @@ class KvScheduler:
             ends=[place.end for place in order],
             host=parameters.remote_host,
             port=parameters.remote_port,
+            returned=returned,
         )
         return transfer, order
 

@@ -162,6 +162,23 @@ class Sender:
         taken, self._reports = self._reports, set()
         return taken
 
+    def asked(self, transfer_id: str) -> FetchRequest | None:
+        """The first request for a transfer, one for nothing where that is over, None if none came yet. The caller holds the lock."""
+        if transfer_id in self._past:
+            return FetchRequest(transfer_id, 0, "", 0, 0)
+        send = self._by_transfer.get(transfer_id)
+        return next((reader.request for reader in send.readers.values()), None) if send is not None else None
+
+    def withdraw(self, request_id: str) -> bool:
+        """Nobody needs any more what decode offered to return of a request; False while it is being copied. The caller holds the lock."""
+        send = self._by_request.get(request_id)
+        if send is None or send.transfer is None or not send.transfer.returned:
+            return True
+        send.prefill_end = PrefillEnd(request_id=request_id, kept=False, error=None)
+        self._end(send, "decode's fetch of the rest of the prompt is over")
+        self._settle(send)
+        return not send.gathering
+
     def tick(self) -> None:
         """Called regularly, from any thread: end what is overdue, and tell decode that its prefill still waits or computes."""
         now_s = time.monotonic()
@@ -218,6 +235,7 @@ class Sender:
             reason = f"decode asked for block {start} of a prompt of {blocks} blocks"
         else:
             reader.sent, reader.record.peer = start, reader.peer.link.channel.peer
+            reader.record.direction = transfer.direction
             reader.record.tokens = transfer.tokens - (transfer.ends[start - 1] if start else 0)
             self._wake(send, reader)
             return
@@ -241,7 +259,7 @@ class Sender:
                 reader.peer.post(Cancel(send.transfer_id, error or ""))
         if send.transfer is not None:
             records = [reader.record for reader in unfinished]
-            if not send.readers:
+            if not send.readers and not send.transfer.returned:  # prefill may need nothing of what decode offers
                 records = [TransferEvent(side="send", transfer_id=send.transfer_id)]
             for record in records:
                 record.error = error

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from pdbench.kv.blocks import make_packer
-from pdbench.kv.channel import Identity, WorkerContext
+from pdbench.kv.channel import FetchRequest, Identity, WorkerContext
 from pdbench.kv.compat import Options, UnsupportedError, shared_secret
 from pdbench.kv.metrics import TransferRecorder
 from pdbench.kv.ranks import held
@@ -76,7 +76,7 @@ class Threads:
 
 
 class KvWorker:
-    """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces`.
+    """One rank's transfers from and to vLLM's KV cache (layer name -> tensor) of `blocks` blocks; listens if it `produces` or returns KV.
 
     `identity` is complete but for the beginning of the cache's layout; rank i listens on the instance's kv_port + i. `new_blocks_idle`:
     no forward pass uses blocks any more that vLLM reserves (compat.new_blocks_are_idle). `drafts`: the layers of a draft model. Raises
@@ -108,6 +108,7 @@ class KvWorker:
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self.recorder = TransferRecorder(options.event_log, identity.rank)
+        address = (options.kv_ip, options.port + identity.rank)
         context = WorkerContext(
             secret=shared_secret(),
             identity=msgspec.structs.replace(identity, layout=packer.layout + identity.layout, drafts=packer.drafts),
@@ -117,13 +118,15 @@ class KvWorker:
             changed=self._changed,
             finish=self.recorder.add,
             start_thread=self._threads.start,
+            returns_at=address if options.return_kv else None,
         )
-        self._receiver = Receiver(context)
         self._sender: Sender | None = None
-        if produces:
-            address = (options.kv_ip, options.port + identity.rank)
+        if produces or options.return_kv:
             self._sender = Sender(address, context)
-            logger.info("prefill rank %d listens for decode on %s:%d (%s)", identity.rank, *address, options.transport)
+            logger.info("rank %d listens for its peers on %s:%d (%s)", identity.rank, *address, options.transport)
+        self._receiver = Receiver(
+            context, self._sender.withdraw if self._sender is not None else lambda request_id: True
+        )
         self._threads.start("kv-time", self._keep_time, min(1.0, options.transfer_timeout_s / 10))
 
     def before_forward(self, plan: StepPlan) -> None:
@@ -136,6 +139,9 @@ class KvWorker:
 
     def load(self, plan: StepPlan) -> None:
         """Start and cancel fetches, which threads carry out."""
+        if self._sender is not None and plan.offers:
+            # Before the fetches, whose ends withdraw them. Their blocks come in `after_forward`: this step may still write them.
+            self._sender.step(StepPlan(expected=plan.offers), None)
         if plan.fetches or plan.cancelled:
             self._receiver.step(plan, self._passes_before)
 
@@ -166,6 +172,11 @@ class KvWorker:
         """Requests whose KV came since the last report; failures wait for `after_forward`."""
         with self._changed:
             return self._receiver.take_reports(failures=False)[0]
+
+    def asked(self, transfer_id: str) -> FetchRequest | None:
+        """What decode asked of a transfer (no tokens where that is over); None if it has not yet."""
+        with self._changed:
+            return self._sender.asked(transfer_id) if self._sender is not None else None
 
     def close(self) -> None:
         """End all transfers and threads."""

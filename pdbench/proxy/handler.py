@@ -222,7 +222,7 @@ class RequestHandler:
         if prefill is None:
             self.event.transfer_id = None
             return self._send_to_decode(request, decode, decode_body(request))
-        handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address)
+        handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address, return_kv=config.return_kv)
         self.event.transfer_id = handoff.transfer_id
         if protocol.addresses_in_id:
             request = replace(request, request_id=handoff.builtin_request_id)
@@ -233,7 +233,8 @@ class RequestHandler:
             compares_prompts=protocol.compares_prompts,
         )
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
-        if protocol.concurrent_dispatch and not (self.wants_first_token and config.first_token == "prefill"):
+        prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv
+        if protocol.concurrent_dispatch and not prefill_first:
             body = decode_body(request, protocol.decode_params(handoff, b""))
             sent = self._send_to_decode(request, decode, body)
             await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)

@@ -24,12 +24,16 @@ _decode_answer = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Handoff(NamedTuple):
-    """One request's KV transfer. `prefilled_tokens`: how many tokens of decode's prompt are in the KV, None if all."""
+    """One request's KV transfer. `prefilled_tokens`: how many tokens of decode's prompt are in the KV, None if all.
+
+    `return_kv`: decode is sent the request at once, so prefill may wait for its word on what it has of the prompt.
+    """
 
     transfer_id: str
     prefill: Address
     decode: Address
     prefilled_tokens: int | None = None
+    return_kv: bool = False
 
     @property
     def builtin_request_id(self) -> bytes:
@@ -42,7 +46,8 @@ class KvProtocol(NamedTuple):
     `decode_params` also gets prefill's answer, empty with `concurrent_dispatch`: decode may be sent its request before
     prefill has answered. `addresses_in_id`: the request id names both instances. `decode_can_prefill`: decode computes
     the prompt of a request without handoff. `first_token`: decode accepts a prompt whose last token, which prefill
-    sampled, has no KV. `compares_prompts`: decode takes no KV of another prompt than its own.
+    sampled, has no KV. `compares_prompts`: decode takes no KV of another prompt than its own. `returns_kv`: prefill can fetch what
+    decode has of a prompt.
     """
 
     prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
@@ -53,6 +58,7 @@ class KvProtocol(NamedTuple):
     decode_can_prefill: bool = True
     first_token: bool = False
     compares_prompts: bool = False
+    returns_kv: bool = False
 
 
 def prefill_body(
@@ -102,7 +108,8 @@ def decode_body(request: ClientRequest, kv_transfer_params: bytes | None = None)
 
 
 def _pdbench_prefill(handoff: Handoff) -> bytes:
-    return msgspec.json.encode({"transfer_id": handoff.transfer_id, "do_remote_decode": True})
+    params = {"transfer_id": handoff.transfer_id, "do_remote_decode": True}
+    return msgspec.json.encode(params | ({"return_kv": True} if handoff.return_kv else {}))
 
 
 def _pdbench_decode(handoff: Handoff, prefill_answer: bytes) -> bytes:
@@ -125,7 +132,12 @@ def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
 
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
 _PDBENCH = KvProtocol(
-    _pdbench_prefill, _pdbench_decode, concurrent_dispatch=True, first_token=True, compares_prompts=True
+    _pdbench_prefill,
+    _pdbench_decode,
+    concurrent_dispatch=True,
+    first_token=True,
+    compares_prompts=True,
+    returns_kv=True,
 )
 PROTOCOLS = {
     "p2p-nccl": _PDBENCH,

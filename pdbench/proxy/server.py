@@ -38,6 +38,8 @@ def serve(config: ProxyConfig) -> None:
         raise UserError("--connector none has no prefill: name every instance with --decode")
     if not config.decode:
         raise UserError("no decode instance: add --decode URL")
+    if config.return_kv and not PROTOCOLS[config.connector].returns_kv:
+        raise UserError(f"--connector {config.connector} cannot bring KV back to prefill: leave --return-kv out")
     if config.disaggregate_above and not PROTOCOLS[config.connector].decode_can_prefill:
         raise UserError(
             f"--connector {config.connector} cannot let decode compute a prompt: leave --disaggregate-above out"

@@ -34,7 +34,8 @@ SIDE_BY_SIDE = (
 )  # fmt: skip
 ENERGY = (
     "j_per_computed_prompt_token", "j_per_output_token", "decode_j_per_output_token", "j_per_request", "output_tokens_per_j",
-    "energy_delay_js", "goodput_per_w", "kv_gb", "kv_j", "price_per_million_output_tokens", "gco2_per_million_output_tokens",
+    "energy_delay_js", "goodput_per_w", "kv_gb", "kv_returned_gb", "kv_j", "price_per_million_output_tokens",
+    "gco2_per_million_output_tokens",
 )  # fmt: skip
 NARROW = 80
 """Letters in a line of a narrow terminal, or of a log."""

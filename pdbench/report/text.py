@@ -57,6 +57,7 @@ METRICS = {
     "energy_delay_js": ("Energy-delay product", "J s", "energy.energy_delay_js"),
     "goodput_per_w": ("Goodput per W", "requests/s", "energy.goodput_per_w"),
     "kv_gb": ("KV transferred", "GB", "energy.kv_transfer.bytes"),
+    "kv_returned_gb": ("KV returned to prefill", "GB", "energy.kv_transfer.returned_bytes"),
     "kv_j": ("KV transfer alone, above idle", "J", "energy.kv_transfer.active_j"),
     "price_per_million_output_tokens": (
         "Price of a million output tokens",
@@ -151,7 +152,7 @@ def value(analysis: RunAnalysis, metric: str) -> float | None:
     found: Any = analysis.summary
     for name in path.split("."):
         found = None if found is None else getattr(found, name)
-    return found / 1e9 if metric == "kv_gb" and found else cast(float | None, found)
+    return found / 1e9 if metric in ("kv_gb", "kv_returned_gb") and found else cast(float | None, found)
 
 
 def title(metric: str) -> str:

@@ -80,6 +80,11 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"connector builtin-p2p-nccl needs equal tensor parallelism, not {widths[0]} for prefill and {widths[1]} for decode: "
             "use --tensor-parallel for both, or --connector p2p-nccl with a newer vLLM"
         )
+    if config.return_kv and (connector not in ("p2p-nccl", "tcp") or widths != (1, 1)):
+        raise UserError(
+            f"--return-kv needs connector p2p-nccl or tcp and one GPU per instance, not {connector} and {widths[0]} and {widths[1]}: "
+            "leave it out"
+        )
     if connector == "nixl" and not machine.nixl:
         raise UserError(
             "connector nixl needs the package nixl, which this environment lacks: pip install nixl, or use --connector auto"
@@ -196,6 +201,9 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
     argv += ["--connector", connector or "none", "--first-token", config.first_token]
     if config.disaggregate_above and connector:
         argv += ["--disaggregate-above", str(config.disaggregate_above)]
+    if config.return_kv and connector:
+        # Only where a conversation's turns meet do instances have something of each other's.
+        argv += ["--return-kv", "--prefill-policy", "prefix-affinity", "--decode-policy", "prefix-affinity"]
     argv += ["--event-log", event_log(config.log_dir, "proxy")]
     for server in servers:
         kv_address = f"@{server.kv_address}" if server.kv_address else ""
@@ -232,6 +240,8 @@ def _kv_transfer(
         "kv_ip": config.kv_ip,  # vLLM's own field for it is gone since 0.32
         "event_log": event_log(config.log_dir, spec.name),
     }
+    returns: dict[str, Any] = {"return_kv": True} if config.return_kv else {}
+    policy = "recompute" if config.return_kv and spec.role == "prefill" else config.kv_load_failure_policy
     transfer = {"kv_connector": "PdKvConnector", "kv_connector_module_path": "pdbench.kv.connector"}
-    transfer |= {"kv_load_failure_policy": config.kv_load_failure_policy, "kv_connector_extra_config": extra}
+    transfer |= {"kv_load_failure_policy": policy, "kv_connector_extra_config": extra | returns}
     return transfer | side, {}

@@ -133,6 +133,9 @@ def disaggregated() -> Run:
         events=[
             TransferEvent(side="receive", transfer_id="a", bytes=10**9, first_byte_s=6.0, end_s=6.5),
             TransferEvent(side="receive", transfer_id="b", bytes=10**9, first_byte_s=10.5, end_s=11.0),
+            TransferEvent(
+                side="receive", transfer_id="b", direction="return", bytes=10**8, first_byte_s=8.5, end_s=9.0
+            ),
         ],
     )
 
@@ -189,7 +192,8 @@ def test_parts_of_a_role_add_up_to_its_total() -> None:
 def test_transfers_have_joules_only_where_nothing_else_runs() -> None:
     transfers = energy(disaggregated()).kv_transfer
     assert transfers is not None and transfers.not_measured is None
-    assert (transfers.bytes, transfers.alone_s) == (2 * 10**9, pytest.approx(1))
+    assert (transfers.bytes, transfers.returned_bytes) == (2 * 10**9, 10**8)
+    assert transfers.alone_s == pytest.approx(1)
     assert transfers.active_j == pytest.approx(180 + 280)
     crowded = disaggregated()
     crowded.requests.append(RequestRecord(id="d", planned_s=5, phases={"decode": (5, 15)}))

@@ -1,5 +1,6 @@
 """What the connector supports: vLLM's versions, deployments, KV caches, and its own options."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -104,6 +105,34 @@ def test_draft_models_layers_are_recognised(draft):
     drafting = SimpleNamespace(speculative_config=object(), model_config=model)
     assert compat.draft_layers(drafting, [*names, draft]) == {draft}
     assert not compat.draft_layers(SimpleNamespace(speculative_config=None), [*names, draft])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "transfer", "drafting", "groups", "message"),
+    [
+        ({"tensor_parallel_size": 2}, {}, None, [Group(16)], "--tensor-parallel-size 2"),
+        ({"distributed_executor_backend": "mp"}, {}, None, [Group(16)], "--distributed-executor-backend mp"),
+        ({}, {}, object(), [Group(16)], "speculative decoding"),
+        ({}, {}, None, [Group(16), Group(16, 64)], "sliding windows"),
+        ({}, {}, None, [Group(16, 64)], "sliding windows"),
+        ({}, {"kv_load_failure_policy": "fail"}, None, [Group(16)], 'kv_load_failure_policy "fail" on prefill'),
+    ],
+)
+def test_return_of_kv_is_refused_where_it_does_not_hold(parallel, transfer, drafting, groups, message):
+    whole = {"tensor_parallel_size": 1, "distributed_executor_backend": "uni"}
+    role = {"is_kv_producer": True, "kv_load_failure_policy": "recompute"}
+
+    def config(parallel, transfer, drafting):
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**whole | parallel),
+            kv_transfer_config=SimpleNamespace(**role | transfer),
+            speculative_config=drafting,
+        )
+
+    compat.check_return_kv(config({}, {}, None), [Group(16)])
+    with pytest.raises(UnsupportedError, match=re.escape(message)) as refusal:
+        compat.check_return_kv(config(parallel, transfer, drafting), groups)
+    assert "\n" not in str(refusal.value)
 
 
 def test_vllm_whose_groups_are_not_moved_makes_one(monkeypatch):

@@ -3,12 +3,14 @@
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pdbench.kv.channel import FetchRequest
 from pdbench.kv.compat import Options
 from pdbench.kv.groups import Group
 from pdbench.kv.scheduler import KvScheduler, fingerprint
@@ -161,6 +163,133 @@ def test_decode_that_needs_nothing_cancels_its_transfer(consumer):
     consumer.allocated(request, Blocks([1]), 0)
     plan = consumer.plan_step(step_of({"r": 100}, new=[("r", [1], 0)]))
     assert cancelled_by(plan) == ["t"] and not plan.fetches
+
+
+class Asked:
+    """What a decode instance has asked, for the prefill half of a pair."""
+
+    def __init__(self):
+        self.by_transfer = {}
+
+    def __call__(self, transfer_id):
+        return self.by_transfer.get(transfer_id)
+
+
+@pytest.fixture
+def returning():
+    """A producer and a consumer that return KV, and what the latter has asked."""
+    asked, options = Asked(), Options(return_kv=True, return_wait_s=30)
+    producer = KvScheduler(options, [Group(BLOCK)], produces=True, consumes=False, asked=asked)
+    return producer, KvScheduler(options, [Group(BLOCK)], produces=False, consumes=True), asked
+
+
+def request_for(plan, returns_at=("127.0.0.2", 99)):
+    """What decode's worker sends for the fetch of a plan."""
+    (fetch,) = plan.fetches
+    transfer = fetch.transfer
+    return FetchRequest("t", transfer.tokens, transfer.fingerprint, fetch.start_block, 10, returns_at)
+
+
+def returning_prefill(**more):
+    return request_of(100, transfer_id="t", do_remote_decode=True, return_kv=True, **more)
+
+
+def test_prefill_fetches_what_decode_has_of_a_prompt(returning):
+    producer, consumer, asked = returning
+    request = returning_prefill()
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 16) == (None, False)  # decode has not asked yet
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    plan = consumer.plan_step(step_of({}))
+    asked.by_transfer["t"] = request_for(plan)
+    (offer,), (progress,) = plan.offers, plan.prefilled
+    assert progress.blocks == [11, 12, 13, 14] and progress.replace and offer.returned
+    assert producer.matched_tokens(request, 16) == (48, True)
+    producer.allocated(request, Blocks([1, 2, 3, 4, 5, 6, 7]), 48)
+    (fetch,) = producer.plan_step(step_of({})).fetches
+    assert (fetch.start_block, fetch.blocks, fetch.tokens) == (1, [2, 3, 4], 48)
+    assert (fetch.transfer.host, fetch.transfer.port) == ("127.0.0.2", 99)
+    same = ("request_id", "transfer_id", "tokens", "fingerprint", "ends", "returned")
+    assert all(getattr(offer, name) == getattr(fetch.transfer, name) for name in same)
+    assert producer.matched_tokens(request, 0) == (0, False)  # after a failure or a preemption prefill computes them
+    plan = producer.plan_step(step_of({"r": 36}, new=[("r", [1, 2, 3, 4, 5, 6, 7], 64)]))
+    assert plan.prefilled[0].blocks == [1, 2, 3, 4, 5, 6, 7]
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert producer.finished(request) is True
+    assert not cancelled_by(producer.plan_step(step_of({})))
+
+
+def test_first_turn_does_not_wait_for_decodes_word(returning):
+    producer, _, _ = returning
+    request = returning_prefill()
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 0) == (0, False)
+    producer.allocated(request, Blocks([1, 2, 3, 4, 5, 6, 7]), 0)
+    plan = producer.plan_step(step_of({}))
+    assert not plan.fetches and not plan.cancelled
+
+
+def test_prefill_waits_for_decodes_word_no_longer_than_the_option_says():
+    producer = KvScheduler(Options(return_kv=True, return_wait_s=0), [Group(BLOCK)], produces=True, consumes=False)
+    request = returning_prefill()
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 16) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start_block": 0},
+        {"start_block": 1},
+        {"start_block": 7},
+        {"returns_at": None},
+        {"tokens": 99},
+        {"fingerprint": "x"},
+    ],
+    ids=str,
+)
+def test_prefill_computes_what_decode_has_not_or_does_not_return(returning, wrong):
+    producer, consumer, asked = returning
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    asked.by_transfer["t"] = msgspec.structs.replace(request_for(consumer.plan_step(step_of({}))), **wrong)
+    request = returning_prefill()
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 16) == (0, False)
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+def test_nothing_returns_without_the_option_and_the_parameter(returning, parameter):
+    producer, consumer, asked = returning
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    asked.by_transfer["t"] = request_for(consumer.plan_step(step_of({})))
+    producer.options = Options(return_kv=not parameter)
+    request = request_of(100, transfer_id="t", do_remote_decode=True, return_kv=parameter)
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 16) == (0, False)
+    consumer.options = Options()
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    plan = consumer.plan_step(step_of({}))
+    assert plan.fetches and not plan.offers and not plan.prefilled
+
+
+def test_aborted_prefill_cancels_what_it_takes_back(returning):
+    producer, consumer, asked = returning
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    asked.by_transfer["t"] = request_for(consumer.plan_step(step_of({})))
+    request = returning_prefill()
+    producer.new_request(request)
+    assert producer.matched_tokens(request, 0) == (64, True)  # decode's word is there already: no wait
+    producer.allocated(request, Blocks([1, 2, 3, 4, 5, 6, 7]), 64)
+    producer.plan_step(step_of({}))
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert producer.finished(request) is False
+    plan = producer.plan_step(step_of({}))
+    assert plan.cancelled[0][0].returned and plan.ended[0].error == "prefill ended as aborted"
 
 
 def test_window_alone_travels_and_prefill_stops_at_the_prompts_end(caplog):

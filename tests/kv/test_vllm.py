@@ -16,6 +16,7 @@ import pytest
 from pdbench.kv import compat
 from pdbench.serving.machine import inspect
 from tests.support.kv import OUTPUT_TOKENS, PATIENCE_S, new_id, prompt_of, wait_free
+from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -90,6 +91,139 @@ def test_second_turn_fetches_what_decode_has_not_and_prefill_computes_the_answer
     assert p.metric("prefix_cache_hits_total") - before[2] == 6 * 32
     block_bytes = 4 * 2 * 32 * 2 * 64 * 4  # layers, K and V, tokens, heads, their size, float32
     assert d.metric("pdbench_kv_bytes_total") - before[1] == 3 * block_bytes
+
+
+def turn(fleet, pool, prompt, max_tokens=OUTPUT_TOKENS, **parameters):
+    """One turn for which prefill may fetch what decode has; decode's answer."""
+    p, _, d, _ = fleet
+    name = new_id()
+    answer = pool.submit(d.decode, prompt, name, p, max_tokens=max_tokens)
+    p.prefill(prompt, name, return_kv=True, **parameters)
+    return answer.result()
+
+
+def computed(server):
+    return server.metric("prompt_tokens_by_source_total", "local_compute")
+
+
+def forget(server):
+    """Empty its prefix cache."""
+    request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
+    wait_until(server.is_free, PATIENCE_S, "all blocks freed")
+    urllib.request.urlopen(request, timeout=PATIENCE_S).close()
+
+
+def test_prefill_fetches_the_answer_of_the_first_turn_from_decode(fleet, pool):
+    p, _, d, single = fleet
+    first = prompt_of(200)
+    before = computed(p), p.external_tokens(), d.external_tokens()
+    answer = turn(fleet, pool, first, max_tokens=41)["token_ids"]
+    assert (computed(p), p.external_tokens()) == (before[0] + 200, before[1])  # a first turn fetches nothing
+    second = [*first, *answer, *prompt_of(59)]
+    assert turn(fleet, pool, second)["text"] == single.complete(second)["text"]
+    # Blocks have 32 tokens: prefill has 6 of the first prompt, decode 7; the other way go 3 of 10.
+    assert p.external_tokens() - before[1] == 32
+    assert computed(p) - before[0] == 200 + 300 - 7 * 32
+    assert d.external_tokens() - before[2] == 200 + 300 - 7 * 32
+    third = [*second, *prompt_of(100)]
+    before = p.external_tokens()
+    assert turn(fleet, pool, third)["text"] == single.complete(third)["text"]
+    assert p.external_tokens() == before  # prefill has all that decode has
+    wait_free(*fleet)
+
+
+def test_blocks_that_decode_has_lost_are_computed(fleet, pool):
+    p, _, d, single = fleet
+    first = prompt_of(200)
+    answer = turn(fleet, pool, first, max_tokens=41)["token_ids"]
+    second = [*first, *answer, *prompt_of(59)]
+    forget(d)
+    before = computed(p), p.external_tokens()
+    assert turn(fleet, pool, second)["text"] == single.complete(second)["text"]
+    assert (computed(p) - before[0], p.external_tokens() - before[1]) == (300 - 192, 0)
+    wait_free(*fleet)
+
+
+def test_prefill_continues_from_the_kv_that_decode_returns(fleet, pool):
+    """Proof by another prompt's blocks: decode has those of `theirs`, and prefill's answer is that of `theirs` up to where they end."""
+    p, _, d, single = fleet
+    common = prompt_of(32)
+    for _ in range(20):  # a random model answers some prompts alike
+        ours, theirs = [*common, *prompt_of(68)], [*common, *prompt_of(68)]
+        mixed = [*theirs[:96], *ours[96:]]
+        expected = single.complete(mixed)["token_ids"]
+        if expected != single.complete(ours)["token_ids"]:
+            break
+    else:
+        raise AssertionError("this model's answers do not depend on the prompt")
+    d.complete(theirs)
+    p.complete(common, max_tokens=1)
+    name, before = new_id(), p.external_tokens()
+    other = pool.submit(d.decode, theirs, name, p, verify_prompt=False)
+    got = p.complete(ours, transfer_id=name, do_remote_decode=True, return_kv=True, verify_prompt=False)["token_ids"]
+    assert got == expected
+    assert p.external_tokens() - before == 64
+    other.result()
+    wait_free(p, d)
+
+
+def test_second_turns_of_many_conversations_at_once(fleet, pool):
+    p0, p1, d0, d1 = fleet
+    turns = []
+    for index in range(8):
+        p, d = (p0, p1)[index % 2], (d0, d1)[index // 2 % 2]
+        first = prompt_of(40 + 23 * index)
+        turns.append(((p, None, d, None), first, pool.submit(turn, (p, None, d, None), pool, first, 70)))
+    seconds = []
+    for pair, first, answer in turns:
+        prompt = [*first, *answer.result()["token_ids"], *prompt_of(33)]
+        seconds.append((prompt, pool.submit(turn, pair, pool, prompt)))
+    for prompt, answer in seconds:
+        answer.result()
+        assert answer.result()["text"] == d1.complete(prompt)["text"]
+    wait_free(*fleet)
+
+
+@pytest.mark.parametrize("leaves", ["prefill", "decode"])
+def test_client_that_leaves_in_a_second_turn_leaves_nothing_behind(fleet, pool, leaves):
+    p, other, d, _ = fleet
+    host, port = p.kv_address.split(":")
+    sends = {"do_remote_decode": True, "return_kv": True}
+    fetches = {"do_remote_prefill": True, "remote_host": host, "remote_port": int(port)}
+    for after_s in (0.0, 0.01, 0.03, 0.1):
+        first, name = prompt_of(200), new_id()
+        second = [*first, *turn(fleet, pool, first, max_tokens=41)["token_ids"], *prompt_of(50)]
+        expected = other.complete(second)["text"]
+        gone, stays = (p, d) if leaves == "prefill" else (d, p)
+        parameters = {p: sends, d: fetches}
+        answer = pool.submit(stays.complete, second, transfer_id=name, **parameters[stays])
+        gone.abandon(second, after_s, transfer_id=name, **parameters[gone])
+        assert answer.result()["text"] == expected
+    wait_free(p, d)
+
+
+def test_stopped_decode_returns_nothing_and_prefill_computes(fleet, pool):
+    p, other, d, _ = fleet
+    first = prompt_of(200)
+    answer = turn(fleet, pool, first, max_tokens=41)["token_ids"]
+    second, name = [*first, *answer, *prompt_of(59)], new_id()
+    expected = other.complete(second)["text"]
+    p.signal(signal.SIGSTOP)
+    try:
+        continued = pool.submit(d.decode, second, name, p)
+        wait_until(lambda: continued.done() or d.metric("kv_cache_usage_perc") > 0, PATIENCE_S, "decode has asked")
+        d.signal(signal.SIGSTOP)
+        asked = pool.submit(p.complete, second, transfer_id=name, do_remote_decode=True, return_kv=True)
+    finally:
+        p.signal(signal.SIGCONT)
+    try:
+        assert asked.result()["text"] == expected
+    finally:
+        d.signal(signal.SIGCONT)
+    assert continued.result()["text"] == expected
+    wait_free(p, d)
+    third = [*second, *prompt_of(70)]
+    assert turn(fleet, pool, third)["text"] == other.complete(third)["text"]
 
 
 def test_swapped_kv_gives_the_other_prompts_answer(fleet):

@@ -225,6 +225,18 @@ def test_either_opens_with_prefills_token_and_drops_decodes(either, late, pair, 
         assert [i for choice in choices for i in choice.get(name) or []] == (values if ids else [])
 
 
+def test_kv_that_may_return_is_asked_for_at_once(late, pair, tmp_path):
+    """Where prefill may wait for decode's word, decode is sent the request whoever opens the stream."""
+    with proxy(tmp_path, "--return-kv", prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.complete(**GREEDY, **script(decode=LATER))
+        event = server.event(answer.request_id)
+    assert texts(answer) == TEXTS and event["decode_sent_s"] < event["prefill_done_s"]
+    prefill, decode = (instance.received(answer.request_id)[1]["kv_transfer_params"] for instance in pair)
+    assert prefill == {"transfer_id": decode["transfer_id"], "do_remote_decode": True, "return_kv": True}
+    other = late.complete(**GREEDY)
+    assert "return_kv" not in pair[0].received(other.request_id)[1]["kv_transfer_params"]
+
+
 def test_decode_that_is_faster_opens_the_stream(either):
     answer = either.complete(**GREEDY, **script(prefill={"first": 2.0}, decode={"delay": 0.1}))
     assert texts(answer) == TEXTS and answer.complete

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -248,6 +249,29 @@ def test_servers_log_their_prompts_with_every_connector(
         argv = "pdbench.kv.prompt_log.scheduler" in server.argv
         assert argv == (LOG_VARIABLE in server.environment) == (logs and server.role != "proxy")
         assert not argv or server.environment[LOG_VARIABLE] == vllm.event_log("logs", server.name)
+
+
+def test_kv_returns_to_prefill_on_request() -> None:
+    config = ServeConfig(return_kv=True, kv_load_failure_policy="fail")
+    prefill, decode, proxy = commands("disaggregated", config, machine("0.33.0", 2))
+    policies = []
+    for server in (prefill, decode):
+        transfer = json.loads(option(server, "--kv-transfer-config") or "")
+        assert transfer["kv_connector_extra_config"]["return_kv"] is True
+        policies.append(transfer["kv_load_failure_policy"])
+    assert policies == ["recompute", "fail"]
+    assert "--return-kv" in proxy.argv and option(proxy, "--decode-policy") == "prefix-affinity"
+    for server in commands("disaggregated", ServeConfig(), machine("0.33.0", 2)):
+        assert "return" not in " ".join(server.argv)
+    assert "--return-kv" not in commands("replicas", config, machine("0.33.0", 2))[-1].argv
+
+
+@pytest.mark.parametrize(
+    "options", [{"connector": "nixl"}, {"tensor_parallel": 2}, {"decode_tensor_parallel": 2}], ids=str
+)
+def test_kv_does_not_return_with_other_connectors_and_tensor_parallelism(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--return-kv needs connector p2p-nccl or tcp and one GPU per instance"):
+        vllm.choose_connector(ServeConfig(return_kv=True, **options), machine("0.33.0", 4))
 
 
 def test_threshold_of_disaggregation_is_the_proxys() -> None:

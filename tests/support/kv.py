@@ -50,6 +50,7 @@ class Instance:
     host: str = "127.0.0.1"
     layers: tuple = tuple(f"layer.{i}" for i in range(LAYERS))
     drafts: tuple = ()
+    return_kv: bool = False
     cache: dict = field(init=False)
     sent: list = field(default_factory=list)
     received: list = field(default_factory=list)
@@ -64,6 +65,7 @@ class Instance:
             transfer_timeout_s=self.timeout_s,
             event_log=self.event_log,
             staging_mib=self.staging_mib,
+            return_kv=self.return_kv,
         )
         identity = Identity(
             self.transport, self.ranks, self.rank, BLOCK, layout="", model="model", kv_heads=self.kv_heads
@@ -157,6 +159,7 @@ def settled(p, d, transfer, failed=False):
 # Real vLLM
 
 TRANSFER_TIMEOUT_S = 6.0
+RETURN_WAIT_S = 10.0
 OUTPUT_TOKENS = 12
 WINDOW = 64
 # Chunks of 128 tokens, so that long prompts are prefilled in several; blocks of 32, where vLLM on CPU has 128.
@@ -230,10 +233,14 @@ class Server:
     def __init__(self, command, log_dir, arguments=SMALL_CHUNKS, **transfer_options):
         index = command.argv.index("--kv-transfer-config") + 1
         transfer = json.loads(command.argv[index]) | transfer_options
-        transfer["kv_connector_extra_config"]["transfer_timeout_s"] = TRANSFER_TIMEOUT_S
+        transfer["kv_connector_extra_config"] |= {
+            "transfer_timeout_s": TRANSFER_TIMEOUT_S,
+            "return_wait_s": RETURN_WAIT_S,
+        }
         self.argv = [*command.argv[:index], json.dumps(transfer), *command.argv[index + 1 :]]
         self.argv += arguments
-        self.environment = os.environ | command.environment | {SECRET_VARIABLE: SECRET}
+        # Dev mode: tests empty prefix caches.
+        self.environment = os.environ | command.environment | {SECRET_VARIABLE: SECRET, "VLLM_SERVER_DEV_MODE": "1"}
         self.name, self.url, self.kv_address = command.name, command.url, command.kv_address
         self.log = log_dir / f"{command.name}.log"
         self.start()
