@@ -28,6 +28,8 @@ def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], No
 
 
 MOST = 10_000_000
+LEAST_NUMBER, MOST_NUMBER = 1e-9, 1e9
+"""Beyond them sums of instants and clocks of the system overflow."""
 Count = Annotated[
     T, Parameter(converter=_whole_number, validator=_range(f"1 to {MOST:,}", lambda value: 1 <= value <= MOST))
 ]
@@ -38,10 +40,14 @@ Port = Annotated[
 WarmUp = Annotated[
     T, Parameter(converter=_whole_number, validator=_range("0 to 10,000", lambda value: 0 <= value <= 10_000))
 ]
-Seconds = Annotated[T, Parameter(validator=_range("0.1 seconds or more", lambda value: value >= 0.1))]
+Seconds = Annotated[
+    T, Parameter(validator=_range("0.1 seconds or more, up to 1e9", lambda value: 0.1 <= value <= MOST_NUMBER))
+]
 Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda value: 0 <= value <= 3))]
-Positive = Annotated[T, Parameter(validator=_range("a number above 0", lambda value: value > 0))]
-NotNegative = Annotated[T, Parameter(validator=_range("0 or more", lambda value: value >= 0))]
+Positive = Annotated[
+    T, Parameter(validator=_range("a number above 0, 1e-9 to 1e9", lambda value: LEAST_NUMBER <= value <= MOST_NUMBER))
+]
+NotNegative = Annotated[T, Parameter(validator=_range("0 or more, up to 1e9", lambda value: 0 <= value <= MOST_NUMBER))]
 Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
 Interval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
 IntervalOrZero = Annotated[

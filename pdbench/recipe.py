@@ -26,12 +26,14 @@ def check(kind: Any, path: Path | None) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Option -> value, sections taken off. Raises UserError for a file that cannot be read, and for an unknown section or key in one."""
     try:
-        settings = tomllib.loads(path.read_text())
+        settings = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no recipe {path}: `ls recipes/` shows those that come with pdbench") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text: write it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     options: dict[str, Any] = {}
     for key, value in settings.items():

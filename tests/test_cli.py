@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pdbench import recipe
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
+from pdbench.errors import UserError
 from tests.support.processes import ROOT, call_pdbench, free_port, wait_until
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
@@ -43,6 +45,8 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["bench", "--requests", "99999999999"], "for --requests. Give 1 to 10,000,000"),
         (["bench", "--warmup", "100000000"], "for --warmup. Give 0 to 10,000"),
         (["bench", "--duration-s", "1e-9"], "for --duration-s. Give 0.1 seconds or more"),
+        (["bench", "--rate", "1e308"], "for --rate. Give a number above 0, 1e-9 to 1e9"),
+        (["bench", "--request-timeout-s", "1e18"], "for --request-timeout-s. Give a number above 0, 1e-9 to 1e9"),
         (["bench", "--rate", "inf"], "for --rate. Give a number above 0"),
         (["bench", "--input-spread=-4"], "for --input-spread. Give a spread from 0 to 3"),
         (["bench", "--input-distribution", "uniform", "--input-spread", "2"], "uniform lengths spread by 1 at most"),
@@ -99,6 +103,14 @@ def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_p
         (tmp_path / "mine.toml").write_text(text)
         done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
         assert done.returncode != 0 and refused in done.stderr
+
+
+def test_recipe_of_another_encoding_is_read_or_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "bom.toml").write_bytes("\ufeffport = 1\r\n# é\r\n".encode())
+    assert recipe.read(tmp_path / "bom.toml") == {"port": 1}
+    (tmp_path / "wide.toml").write_bytes("port = 1\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"wide\.toml is no UTF-8 text: write it as UTF-8"):
+        recipe.read(tmp_path / "wide.toml")
 
 
 def test_a_second_recipe_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _ROWS = (
 _LISTS = {
     "conversations", "conversation", "messages", "turns", "texts", "prompt_token_ids", "input_ids",
 }  # fmt: skip
+_MOST_NUMBER = 1e300
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _DURATION = re.compile(r"([0-9.]+)(ms|s|m|h|d|)")
 _EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
@@ -47,7 +48,9 @@ class InputFile:
                 data = gzip.decompress(data)
             elif data.startswith(b"\x28\xb5\x2f\xfd"):
                 data = _unpack_zstd(data)
-        except (OSError, EOFError, zlib.error, ValueError) as error:
+        except EOFError:
+            raise UserError(f"{self} is cut short: copy it here once more") from None
+        except (OSError, zlib.error, ValueError) as error:
             raise UserError(f"{self}: {getattr(error, 'strerror', None) or error}") from None
         for magic, kind in _BINARY.items():
             if data.startswith(magic):
@@ -91,7 +94,7 @@ class InputFile:
                     if line.strip():
                         rows.append((number, json.loads(line)))
                 return {}, rows
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row = number or getattr(error, "lineno", 1)
             raise self.error(row, f"no JSON ({error}) in {in_line(lines[row - 1].strip())}") from None
         around: dict[str, Any] = {}
@@ -180,7 +183,7 @@ def number(value: Any) -> int | float | None:
             value = float(_DECIMAL_COMMA.sub(r"\1.\2", text) if "," in text else text)
         except ValueError:
             return None
-    return value if type(value) is int or (isinstance(value, float) and math.isfinite(value)) else None
+    return value if type(value) in (int, float) and abs(value) < _MOST_NUMBER else None
 
 
 def date(text: Any) -> float | None:

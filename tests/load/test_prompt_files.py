@@ -97,6 +97,7 @@ def test_what_a_file_leaves_out_is_counted_and_described(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", "{", "row 1: no JSON"),
+        ("a.json", "[" * 100_000, "row 1: no JSON"),
         ("a.jsonl", '{"prompt": "1"}\n{"x": 2}', "row 2: no prompt among the keys x; give text"),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": null}', "row 2: prompt is null"),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": 5}', "row 2: prompt is 5"),

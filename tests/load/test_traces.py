@@ -148,6 +148,11 @@ def test_encodings_and_packed_files_are_read(tmp_path, change):
         ("own.jsonl", '{"arrival_s": NaN, "input_tokens": 1, "output_tokens": 1}\n', "row 3: arrival_s is nan"),
         ("own.jsonl", '{"arrival_s": 1, "input_tokens": -1, "output_tokens": 1}\n', "row 3: input_tokens is -1"),
         ("own.jsonl", '{"arrival_s": 1, "input_tokens": 1.5, "output_tokens": 1}\n', "row 3: input_tokens is 1.5"),
+        (
+            "own.jsonl",
+            f'{{"arrival_s": {10**400}, "input_tokens": 1, "output_tokens": 1}}\n',
+            "row 3: arrival_s is 1000",
+        ),
         ("own.jsonl", "not json\n", "row 3: no JSON"),
         ("own.jsonl", "[]\n", "row 3: not an object"),
         ("own.jsonl", "\0\n", "row 3: a NUL byte"),
@@ -158,6 +163,13 @@ def test_malformed_trace_row_is_named(tmp_path, name, bad, message):
     with pytest.raises(UserError, match=message) as error:
         read_trace(tmp_path / name)
     assert str(error.value).startswith(f"--trace {tmp_path / name}, row ") and "Error" not in str(error.value)
+
+
+def test_packed_trace_that_is_cut_short_is_named(tmp_path):
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(AZURE.encode())[:-9])
+    with pytest.raises(UserError, match=r"t\.csv\.gz is cut short: copy it"):
+        read_trace(path)
 
 
 @pytest.mark.parametrize(
