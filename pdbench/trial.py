@@ -34,6 +34,8 @@ from pdbench.site import Measurement, Site
 DEATH_S = 2.0
 """After a load with failures: how long a server that is about to end may take for it."""
 
+SLEPT_S = 0.1
+
 
 class Judge(Protocol):
     """Looks on while a load runs, and may end it before its last request."""
@@ -188,7 +190,7 @@ def _run_trial(
             verify_tls=config.tls_verify,
             on_reading=lambda server, _t_s, figures: publisher.put(publisher.ServerReading(server, figures)),
         )
-        cores = psutil.cpu_times()
+        cores, asleep_s = psutil.cpu_times(), _asleep_s()
 
         def begin() -> None:
             nonlocal cores, load_s
@@ -217,6 +219,9 @@ def _run_trial(
             spent_s = sum(after) - sum(cores)
             if hasattr(after, "steal") and spent_s > 0:  # on Linux
                 result.trial.cpu_steal_pct = 100 * (after.steal - cores.steal) / spent_s
+            if (slept_s := _asleep_s() - asleep_s) > SLEPT_S:
+                detail = f"this host slept {slept_s:.1f} s during the load, and its clock stood still: latencies lack that time"
+                result.flags.append(Flag("host-slept", f"{detail}; keep it awake, and measure again"))
             measured = [request for request in result.requests if not request.warmup]
             failed = failures.describe(measured)
             died = watch.problem_within(DEATH_S if failed else 0.0)
@@ -267,3 +272,8 @@ def _run_trial(
         raise UserError(
             f"every request to {info.url} failed, the first with {error.kind}: {error.message}; read the servers' logs"
         )
+
+
+def _asleep_s() -> float:
+    """How long this host has been suspended since it started; the monotonic clock leaves it out."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()

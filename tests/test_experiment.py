@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pdbench import experiment, turns
+from pdbench import experiment, trial, turns
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
@@ -330,6 +330,18 @@ def test_process_of_a_proxy_is_not_measured_as_the_server(tmp_path: Path, has_pr
     details = {flag.name: flag.detail for flag in run.flags}
     assert ("event-log-missing" in details) == has_prefill
     assert "is a pdbench proxy" in details["devices-unknown"] and f"--log-dir {tmp_path} " in details["devices-unknown"]
+
+
+def test_host_that_sleeps_during_the_load_is_flagged(
+    tmp_path: Path, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates.append(gate())
+    asleep_s = count(step=5.0)
+    monkeypatch.setattr(trial, "_asleep_s", lambda: next(asleep_s))
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, FakeSite(measured), runs, ONE)
+    for run in runs.values():
+        assert ["slept 5.0 s" in flag.detail for flag in run.flags if flag.name == "host-slept"] == [True]
 
 
 def test_large_file_is_not_read_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
