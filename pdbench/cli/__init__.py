@@ -44,10 +44,8 @@ def _options(command: str) -> set[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a UserError becomes one line on stderr and its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # where the locale lacks a letter, a question mark is better than no measurement
+    for stream in (sys.stdout, sys.stderr):
+        # Where the terminal's encoding lacks a letter, a question mark is better than no measurement.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
