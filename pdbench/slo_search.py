@@ -227,7 +227,8 @@ def _search_rate(
                 break
             if time.monotonic() >= until_s:
                 but = " but for the run at the rate found" if answer.low > 0 else ""
-                loads.console.print(f"  {TIME_UP}{but}; the same command goes on from here", highlight=False)
+                words = f"  {TIME_UP}{but}; the same command goes on from here"
+                loads.console.print(words, highlight=False, soft_wrap=True)
                 break
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
             requests = max(load.requests or REQUESTS, ceil(2 * least_s * rate))
