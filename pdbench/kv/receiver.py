@@ -87,12 +87,13 @@ class _Peer:
 
 
 class Receiver:
-    """All fetches of one decode worker. Public methods are called by the engine's thread and never wait for the network."""
+    """All fetches of one worker. Public methods are called by the engine's thread and never wait for the network.
+
+    `may_report(request id)`, called with the lock when a fetch has ended: is nothing else done with the request's blocks?
+    """
 
     def __init__(self, context: WorkerContext, may_report: Callable[[str], bool] = lambda request_id: True) -> None:
-        self._may_report = (
-            may_report  # asked, with the lock, when a request's fetch has ended: is nothing else done with its blocks?
-        )
+        self._may_report = may_report
         self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
         self._receives: dict[str, _Receive] = {}
         self._instances: dict[Address, _Instance] = {}  # by the address of its first rank
