@@ -63,6 +63,15 @@ def is_forgotten(instance):
     return not (sender._by_request or sender._by_transfer or receiver._receives)
 
 
+def prefill_computes_instead(p, transfer):
+    """The return has failed: prefill computes those blocks, and hands over as ever."""
+    p.until(lambda: p.received)
+    assert p.failed == p.received
+    p.compute(transfer, HERE, replace=True)
+    p.end(transfer)
+    p.until(lambda: p.sent)
+
+
 def test_prefill_gets_what_decode_has_and_decode_the_rest(pair, tmp_path):
     p, d = pair
     transfer = new_transfer(TOKENS)
@@ -151,11 +160,7 @@ def test_dead_decode_fails_the_return_and_no_more(pair):
     ask(p, d, transfer, computed=False)
     take(p, d, transfer)
     d.worker.close()
-    p.until(lambda: p.received)
-    assert p.failed == p.received
-    p.compute(transfer, HERE, replace=True)
-    p.end(transfer)
-    p.until(lambda: p.sent)
+    prefill_computes_instead(p, transfer)
     assert is_forgotten(p)
 
 
@@ -165,11 +170,7 @@ def test_decode_that_does_not_listen_fails_the_return(pair):
     ask(p, d, transfer)
     nowhere = dataclasses.replace(returned(transfer, d), port=free_port())
     p.step(fetches=[Fetch(transfer=nowhere, start_block=2, blocks=HERE[2:HELD], tokens=3 * BLOCK)])
-    p.until(lambda: p.received)
-    assert p.failed == p.received
-    p.compute(transfer, HERE, replace=True)
-    p.end(transfer)
-    p.until(lambda: p.sent)
+    prefill_computes_instead(p, transfer)
     d.until(lambda: d.received)
     assert torch.equal(p.blocks(HERE[HELD:]), d.blocks(THERE[HELD:]))
 
@@ -179,11 +180,7 @@ def test_other_prompt_gets_nothing_back(pair):
     transfer = new_transfer(TOKENS)
     ask(p, d, transfer)
     take(p, d, dataclasses.replace(transfer, fingerprint="another prompt's"))
-    p.until(lambda: p.received)
-    assert p.failed == p.received
-    p.compute(transfer, HERE, replace=True)
-    p.end(transfer)
-    p.until(lambda: p.sent)
+    prefill_computes_instead(p, transfer)
     d.until(lambda: d.received)
     assert not d.failed
 
