@@ -121,14 +121,16 @@ def check(load: LoadConfig) -> None:
 def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> tuple[Document, list[Point]]:
     """The document of a search that begins, or goes on, and the saved loads of the same command.
 
-    Raises UserError where `out` has those of another.
+    Raises UserError where `out` has those of another, or a search.json that cannot be read.
     """
     slo = {name: limit for name in SLO if (limit := getattr(load, name)) is not None}
     document = Document(command=json.loads(json.dumps(command)), slo=slo, attain_pct=100 * goal.attain)
     try:
         saved = msgspec.json.decode((out / FILE).read_bytes(), type=Document)
-    except (OSError, msgspec.MsgspecError):
+    except OSError:
         return document, []
+    except msgspec.MsgspecError as error:  # to begin again would delete the loads that it names
+        raise UserError(f"{out / FILE} cannot be read ({error}): move it away, or give another --out") from None
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(

@@ -168,6 +168,14 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
     assert search(tmp_path, law).deployments == document.deployments and len(law.loads) == sent
 
 
+def test_search_file_that_cannot_be_read_is_no_reason_to_begin_again(tmp_path: Path) -> None:
+    for content in ("{", '{"command": {}, "slo": {}, "attain_pct": 95, "points": [{"rate": 3}]}'):
+        (tmp_path / FILE).write_text(content)
+        with pytest.raises(UserError, match=r"search\.json cannot be read .*: move it away, or give another --out"):
+            search(tmp_path, Law())
+        assert (tmp_path / FILE).read_text() == content and list(tmp_path.iterdir()) == [tmp_path / FILE]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:
     document = search(tmp_path, Law(itl_s=0.09))
@@ -247,38 +255,11 @@ def test_time_that_is_up_before_a_load_tells_anything_says_so(
     assert "low" not in found.table(document).header
 
 
-def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
-    judge = LoadJudge(Search(0.05, 5.0), 5.0, LOAD, until_s=0.0)
-    assert judge.decided() is None
-    record = RequestRecord(id="x-0-000000", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
-    judge.on_progress(Progress(1, None, 0, 0, [record]), 0.2)
-    assert judge.decided() == "the time is up"
-
-
 def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, arrival="constant", rate=20.0, requests=300)
     judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
     run = Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False and len(run.requests) <= 300
-
-
-def test_judge_counts_requests_in_the_order_of_arrival() -> None:
-    load = dataclasses.replace(LOAD, rate=2.0)
-    judge = LoadJudge(Search(0.05, 2.0), 2.0, load, float("inf"))
-    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
-
-    def record(index: int, ttft_s: float) -> RequestRecord:
-        at_s = arrivals[index]
-        token_s = [at_s + ttft_s]
-        return RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[0])
-
-    judge.on_progress(Progress(1, None, 1, 0, [record(1, 0.1)]), arrivals[1] + 0.1)
-    assert judge._known == 0  # the first one is still in flight, and may miss
-    judge.on_progress(Progress(2, None, 0, 0, [record(0, 0.4)]), arrivals[1] + 0.2)
-    assert (judge._known, judge._missed) == (2, 1)
-    judge.on_progress(Progress(2, None, 1, 0, []), arrivals[2] + 0.5)
-    late = sum(arrivals[2] + 0.5 - at_s > 0.45 for at_s in arrivals[2:])  # older than 300 ms and three gaps of 50 ms
-    assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
 
 
 @pytest.mark.parametrize(

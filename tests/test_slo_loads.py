@@ -1,0 +1,39 @@
+"""When a search's load may end, by its requests' progress."""
+
+import dataclasses
+
+from pdbench.config import LoadConfig
+from pdbench.load import plan
+from pdbench.load.generator import Progress
+from pdbench.records import RequestRecord
+from pdbench.search.rates import Search
+from pdbench.slo_loads import LoadJudge
+
+LOAD = LoadConfig(slo_ttft_ms=300.0, slo_tbt_ms=50.0, output_tokens=4, requests=300, nonce="n")
+
+
+def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
+    judge = LoadJudge(Search(0.05, 5.0), 5.0, LOAD, until_s=0.0)
+    assert judge.decided() is None
+    record = RequestRecord(id="x-0-000000", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
+    judge.on_progress(Progress(1, None, 0, 0, [record]), 0.2)
+    assert judge.decided() == "the time is up"
+
+
+def test_judge_counts_requests_in_the_order_of_arrival() -> None:
+    load = dataclasses.replace(LOAD, rate=2.0)
+    judge = LoadJudge(Search(0.05, 2.0), 2.0, load, float("inf"))
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
+
+    def record(index: int, ttft_s: float) -> RequestRecord:
+        at_s = arrivals[index]
+        token_s = [at_s + ttft_s]
+        return RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[0])
+
+    judge.on_progress(Progress(1, None, 1, 0, [record(1, 0.1)]), arrivals[1] + 0.1)
+    assert judge._known == 0  # the first one is still in flight, and may miss
+    judge.on_progress(Progress(2, None, 0, 0, [record(0, 0.4)]), arrivals[1] + 0.2)
+    assert (judge._known, judge._missed) == (2, 1)
+    judge.on_progress(Progress(2, None, 1, 0, []), arrivals[2] + 0.5)
+    late = sum(arrivals[2] + 0.5 - at_s > 0.45 for at_s in arrivals[2:])  # older than 300 ms and three gaps of 50 ms
+    assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
