@@ -188,7 +188,7 @@ def find(
 def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None]) -> None:
     """One deployment: a load with one request at a time, the highest rate, the cheapest clocks."""
     deployment, load = loads.deployment, loads.deployment.options.load
-    probe = replace(load, rate=None, concurrency=1, requests=PROBE, warmup=2)
+    probe = replace(load, rate=None, concurrency=1, client_processes=1, requests=PROBE, warmup=2)
     alone_s, first_rate = _pace(loads.send("one-at-a-time", probe)[0])
     if deployment.tune:  # whether clocks can be set is known before anything takes long
         slowest = {key: values[0] for key, values in deployment.tune.items()}
