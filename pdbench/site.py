@@ -139,10 +139,13 @@ def stop_on_signals(saved: Callable[[], object] | None = None) -> Iterator[None]
 
 
 class Site:
-    """This host; cluster.RaySite overrides all of it. `machine` (what this host has) and `host_class` are for tests."""
+    """This host; cluster.RaySite overrides all of it. `restarts`: of servers that die, in each deployment; `machine` (what this host
+    has) and `host_class` are for tests."""
 
-    def __init__(self, machine: Machine | None = None, host_class: type[LocalHost] = LocalHost) -> None:
-        self._machine, self._host_class = machine, host_class
+    def __init__(
+        self, machine: Machine | None = None, host_class: type[LocalHost] = LocalHost, *, restarts: int = 0
+    ) -> None:
+        self._machine, self._host_class, self._restarts = machine, host_class, restarts
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
@@ -162,7 +165,7 @@ class Site:
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
         """Not started yet; planned already where its hosts are known. Raises UserError when it cannot run here."""
-        deployment = Deployment(kind, config, self)
+        deployment = Deployment(kind, config, self, self._restarts)
         deployment.plan()
         return deployment
 

@@ -11,7 +11,7 @@ from pdbench.site import Site
 def open_site(config: ClusterConfig | None) -> Iterator[Site]:
     """The cluster of --cluster, left at the end with all that was started there; this host without it. Raises UserError."""
     if config is None or config.cluster is None:
-        yield Site()
+        yield Site(restarts=config.restarts if config else 0)
         return
     from pdbench.cluster.site import RaySite
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdbench.config import ServeConfig
+from pdbench.cluster import open_site
+from pdbench.config import ClusterConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as deployments
-from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerInfo, States
+from pdbench.serving.deployment import DeploymentInfo, ServerInfo, States
 from pdbench.site import Site
 from tests.conftest import serve_config
 from tests.support.processes import ROOT, left, marked, wait_until
@@ -91,9 +92,9 @@ def test_server_that_is_never_healthy_is_ended_after_the_timeout(config: ServeCo
     assert not any("7004" in (line or []) for line in lines)
 
 
-def test_dead_server_is_restarted_as_often_as_is_allowed(config: ServeConfig) -> None:
-    site = scripted()
-    with closing(Deployment("single", config, site, restarts=1)) as deployment:
+def test_dead_server_is_restarted_as_often_as_is_allowed(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Site.__init__, "__defaults__", (None, Scripted))
+    with open_site(ClusterConfig(restarts=1)) as site, closing(site.deployment("single", config)) as deployment:
         (before,) = deployment.start().info().servers
         kill_server(before.pids[0])
 
