@@ -100,6 +100,9 @@ class LoadJudge:
         """Did the second half of the load add more to the requests in flight than chance and its own answers explain?"""
         if len(self._answers_s) < PROBE or now_s < 4 * statistics.median(self._answers_s[:PROBE]):
             return False
+        # Within the SLO answers may take longer than on idle servers: until then more in flight is no overload.
+        if isfinite(self._longest_s) and now_s < 2 * self._longest_s:
+            return False
         arrived = self._rate * now_s / 2
         before = next(count for at_s, count in self._flight if at_s >= now_s / 2)
         return in_flight - before > max(GROWN_SHARE * arrived, 4 * arrived**0.5, 10)

@@ -382,7 +382,10 @@ def _say(console: Console, point: Point, answer: Answer, goal: Goal) -> None:
     if not isfinite(answer.high):
         known = f"{low} or more" if answer.low > 0 else "unknown"
     held = {True: "held", False: "not held", None: "undecided"}[point.held]
-    left = f", at most {span(round(goal.until_s - time.monotonic()))} left" if isfinite(goal.until_s) else ""
+    if point.held is False and point.attained_pct >= 100 * goal.attain:
+        held += ", as ever more were in flight"
+    left_s = max(0, round(goal.until_s - time.monotonic())) if isfinite(goal.until_s) else None
+    left = "" if left_s is None else f", at most {span(left_s)} left"
     console.print(
         f"  {point.rate_per_s:.3g} requests/s: {point.attained_pct:.1f} % of {point.requests} within the SLO, {held}; "
         f"highest rate {known}{left}",

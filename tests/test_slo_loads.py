@@ -37,3 +37,18 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     judge.on_progress(Progress(2, None, 1, 0, []), arrivals[2] + 0.5)
     late = sum(arrivals[2] + 0.5 - at_s > 0.45 for at_s in arrivals[2:])  # older than 300 ms and three gaps of 50 ms
     assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
+
+
+def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_still_take_longer() -> None:
+    load = dataclasses.replace(LOAD, rate=20.0, slo_tbt_ms=15.0, output_tokens=128)  # 2.2 s within the SLO
+    judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)][:8]
+    quick = [
+        RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.1], end_s=at_s + 0.5)
+        for index, at_s in enumerate(arrivals)
+    ]
+    judge.on_progress(Progress(8, None, 2, 0, quick), 1.1)
+    judge.on_progress(Progress(8, None, 32, 0, []), 2.2)
+    assert judge.held is None
+    judge.on_progress(Progress(8, None, 99, 0, []), 4.5)
+    assert judge.held is False

@@ -132,7 +132,15 @@ class Search:
         return (adjusted or without) + plain(far)
 
     def _seen(self) -> list[Outcome]:
-        return [each for each in self.outcomes if len(each.score)]
+        """Those that tell something. A load ended by its growing queue is an overload, though hardly any of its requests missed yet."""
+        none, missed = np.zeros(LEAST_REQUESTS), np.full(LEAST_REQUESTS, np.inf)
+        seen = []
+        for each in self.outcomes:
+            if each.held is False and not (len(each.score) and each.missed.mean() > self.may_miss):
+                each = replace(each, arrival_s=none, work=none + 1, score=missed)
+            if len(each.score):
+                seen.append(each)
+        return seen
 
     def _update(self, evidence: Sequence[Evidence]) -> None:
         """Log weights of every (log rate, slope), on a grid as fine as what is known."""

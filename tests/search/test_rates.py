@@ -162,6 +162,15 @@ def test_without_a_rate_that_is_missed_there_is_no_upper_bound() -> None:
     assert search.answer().high == np.inf and search.answer().low > 0 and search.next_rate() == 16.0
 
 
+@pytest.mark.parametrize("known", [0, 30])
+def test_load_ended_by_its_growing_queue_bounds_the_rate_before_anything_missed(known: int) -> None:
+    search = Search(0.05, 8.0, UNIT_S)
+    search.add(Outcome(8.0, np.arange(90.0), np.ones(90), np.full(90, 0.5), held=True))
+    search.add(Outcome(16.0, np.arange(float(known)), np.ones(known), np.full(known, 0.5), held=False))
+    assert search.answer().low < 16.0 and search.answer().high < 24.0
+    assert search.at_scale(1.3).high < 24.0
+
+
 def test_contradicting_loads_widen_the_interval() -> None:
     steady, moody = Search(0.05, 5.0), Search(0.05, 5.0)
     for number in range(6):
