@@ -91,6 +91,37 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     assert done.stdout.count("(set PDBENCH_KV_SECRET to the same secret for all)") == 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "lines"),
+    [
+        ("", ["--requests", "5", "--duration-s", "1"], ["--requests 5 has no effect: --duration-s ends the load"]),
+        ("requests = 5\nduration_s = 1", [], ["--requests 5 has no effect: --duration-s ends the load"]),
+        ("requests = 5", ["--duration-s", "1"], []),
+        ("duration_s = 1", ["--requests=5"], []),
+        ("", ["--rate", "9", "--steady-s", "1", "--requests", "5"], ["--requests 5 has no effect: --steady-s"]),
+        ("", ["--ramp-s", "5"], ["--ramp-s 5.0 has no effect: it needs --ramp-to"]),
+        ("", ["--arrival", "constant", "--prefix-groups", "2"], ["--prefix-groups 2", "--arrival constant"]),
+        ("arrival = 'gamma'\nburstiness = 0.5\nrate = 9", ["--arrival", "poisson"], []),
+        ("rate = 9\nrequests = 2", ["--stages", "9:1"], []),
+        ("", ["--verbatim-prompts"], ["--verbatim-prompts has no effect: it needs --prompt-file"]),
+        ("", ["--input-spread", "0.1", "--output-spread", "0"], ["--input-spread 0.1", "--output-spread 0"]),
+    ],
+)  # fmt: skip
+def test_option_that_changes_nothing_is_named_unless_a_flag_overrides_the_recipe(
+    recipe: str, arguments: list[str], lines: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text(recipe)
+    done = call_pdbench("bench", "mine.toml", "--url", "http://127.0.0.1:9", *arguments, cwd=tmp_path)
+    assert "no OpenAI-compatible server answers" in done.stderr, done.stderr
+    assert done.stdout.count("has no effect") == len(lines) and all(line in done.stdout for line in lines)
+
+
+def test_option_of_a_sweep_is_named_only_if_it_changes_no_point(tmp_path: Path) -> None:
+    command = ["sweep", "--url", "http://127.0.0.1:9", "--input-tokens", "9", "--prefix-groups", "2"]
+    assert "has no effect" not in call_pdbench(*command, "--vary", "shared_prefix=0,0.5", cwd=tmp_path).stdout
+    assert "--prefix-groups 2 has" in call_pdbench(*command, "--vary", "concurrency=1,2", cwd=tmp_path).stdout
+
+
 def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("prefill_port = 8111\n[serve]\nmax_model_len = 128\n[load]\nrate = 2.0\n")
     done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)

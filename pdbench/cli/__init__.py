@@ -13,6 +13,7 @@ from rich.markup import escape
 from pdbench import recipe
 from pdbench.cli import calibrate, measure, read, search  # noqa: F401  # they register their commands
 from pdbench.cli.app import app, console
+from pdbench.config.precedence import overridden
 from pdbench.errors import UserError
 
 _WITH_RECIPE = ("run", "bench", "sweep", "search", "calibrate", "serve", "doctor", "proxy")
@@ -30,7 +31,9 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
         return []
     settings = recipe.read(paths[0])
     foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
-    settings = {key: value for key, value in settings.items() if key not in foreign}
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    unused = foreign | overridden(settings, flags)
+    settings = {key: value for key, value in settings.items() if key not in unused}
     return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
 
 

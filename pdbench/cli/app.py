@@ -1,14 +1,18 @@
 """The command line: what every command shares."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
+from cyclopts.config import Dict as Settings
 from rich.console import Console
 
 from pdbench import __version__, recipe
-from pdbench.config import Options
+from pdbench.config import LoadConfig, Options
+from pdbench.config.precedence import without_effect
 
 
 class Output(Console):
@@ -33,3 +37,14 @@ _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
 Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
 DEFAULTS = Options()
 MEASURING = Group("Measurement and output", sort_key=0)
+
+
+def say_without_effect(loads: Sequence[LoadConfig]) -> None:
+    """Name what was set and changes none of the loads; of a recipe's options, only those that no flag left without effect."""
+    settings = {key: value for each in app.config if isinstance(each, Settings) for key, value in each.config.items()}
+    settings = {field.name: settings[field.name] for field in fields(LoadConfig) if field.name in settings}
+    alone = without_effect(LoadConfig(**settings))
+    lines, *others = map(without_effect, loads)
+    for name, line in lines.items():
+        if all(name in each for each in others) and (name not in settings or name in alone):
+            console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console, say_without_effect
 from pdbench.config import (
     ClusterConfig,
     LiveConfig,
@@ -126,6 +126,7 @@ def run(
     design = design or PairConfig()
     until = thresholds.parse_width(design.until) if design.until else None
     thresholds.check_metric(options.load.primary, "--primary")
+    say_without_effect([options.load])
     with _measuring(cluster, out, live) as (site, runs):
         kinds = turns.deployments(against) if against else site.kinds()
         if until and len(kinds) < 2:
@@ -171,6 +172,7 @@ def bench(
 
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
+    say_without_effect([options.load])
     with _measuring(cluster, out, live) as (site, runs):
         experiment.bench(url, trials, options, out, progress_to(live), site, runs)
 
@@ -215,6 +217,7 @@ def sweep(
     from pdbench.report import commands
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
+    say_without_effect([point.options.load for point in points])
     kinds = turns.deployments(against)
     progress = progress_to(live)
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]

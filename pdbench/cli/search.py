@@ -1,7 +1,7 @@
 """`pdbench search`: the highest rate within an SLO."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console, say_without_effect
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, LiveConfig, Options, PairConfig
 from pdbench.errors import UserError
@@ -79,6 +79,7 @@ def search(
         raise UserError("--tune-at says where --tune compares: give --tune KEY=V1,V2,... too")
     for point in points:
         slo_search.check(point.options.load)
+    say_without_effect([replace(point.options.load, rate=1.0) for point in points])
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
