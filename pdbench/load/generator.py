@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,8 @@ from pdbench.load.plan import PlannedRequest, TrialLoad
 from pdbench.records import Canary, Flag, RequestRecord
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_S = 3.0
+"""After the first Ctrl-C: a key pressed twice, or a SIGTERM that follows, is the same wish."""
 _SHORT_PROMPT = 200
 _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
@@ -272,18 +275,29 @@ def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, toler
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one does what it did before. Main thread only."""
+    """An event that the first Ctrl-C or SIGTERM sets. Later ones do what they did before, but none at once, also after the block: what was
+    measured is about to be kept. Main thread only."""
     interrupted = threading.Event()
-    with contextlib.ExitStack() as restoring:
+    before: dict[int, Any] = {}
+    first_s = 0.0
 
-        def on_signal(*_: object) -> None:
-            restoring.close()
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal first_s
+        if not interrupted.is_set():
+            first_s = time.monotonic()
             interrupted.set()
+        elif time.monotonic() - first_s > AGAIN_S:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
-        if threading.current_thread() is threading.main_thread():
-            for number in _STOP_SIGNALS:
-                restoring.callback(signal.signal, number, signal.signal(number, on_signal))
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    try:
         yield interrupted
+    finally:
+        if not interrupted.is_set():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import response
+from pdbench.load import generator, response
 from pdbench.load.client import Client
 from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.plan import TrialLoad
@@ -170,6 +170,28 @@ def test_ctrl_c_keeps_what_was_measured(processes):
     assert [flag.name for flag in result.flags if flag.name == "interrupted"] == ["interrupted"]
     assert len(result.requests) == 2
     assert all(record.error.kind == "interrupted" and record.token_s for record in result.requests)
+
+
+def test_second_ctrl_c_soon_after_the_first_loses_nothing_and_a_later_one_ends_all(monkeypatch):
+    before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(generator, "AGAIN_S", 600.0)
+    try:
+        with generator.interruption() as interrupted:
+            assert not interrupted.is_set()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+                assert interrupted.is_set()
+        signal.raise_signal(signal.SIGINT)  # while it is saved
+        monkeypatch.setattr(generator, "AGAIN_S", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        with generator.interruption():
+            pass
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
