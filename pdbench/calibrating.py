@@ -48,7 +48,7 @@ class Deadline:
     def __init__(self, until_s: float) -> None:
         self._until_s = until_s
 
-    def on_progress(self, progress: Progress, now_s: float) -> None: ...
+    def on_progress(self, progress: Progress) -> None: ...
 
     def decided(self) -> str | None:
         return "the time is up" if self.left_s <= 0 else None

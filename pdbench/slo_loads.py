@@ -48,6 +48,7 @@ class LoadJudge:
     """Ends a load once its rate is surely held or surely not, or the time is up.
 
     A request in flight that is older than the SLO allows has missed it: an overload shows as its queue grows, not when answers come.
+    Time is that of the client's word, so that an answer of which this process has not heard yet is not taken for late.
     """
 
     def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:
@@ -63,7 +64,7 @@ class LoadJudge:
         self.held: bool | None = None
         self.reason: str | None = None
 
-    def on_progress(self, progress: Progress, now_s: float) -> None:
+    def on_progress(self, progress: Progress) -> None:
         ended = [each for each in progress.ended if not each.warmup]
         if ended and self.reason is None:
             timings = timings_of_requests(ended, dataclasses.asdict(self._load))
@@ -74,7 +75,7 @@ class LoadJudge:
             if len(self._answers_s) < 2 * PROBE:
                 self._answers_s += [e.end_s - e.sent_s for e in ended if e.end_s and e.sent_s and not e.error]
         if self._begin_s is not None and self.reason is None:
-            self._decide(now_s - self._begin_s, progress.in_flight)
+            self._decide(progress.at_s - self._begin_s, progress.in_flight)
 
     def _decide(self, now_s: float, in_flight: int) -> None:
         while self._known < len(

@@ -40,7 +40,7 @@ SLEPT_S = 0.1
 class Judge(Protocol):
     """Looks on while a load runs, and may end it before its last request."""
 
-    def on_progress(self, progress: Progress, now_s: float) -> None: ...
+    def on_progress(self, progress: Progress) -> None: ...
 
     def decided(self) -> str | None:
         """Why the load may end; None while it may not."""
@@ -203,7 +203,7 @@ def _run_trial(
         def progressed(progress: Progress) -> None:
             on_progress(progress)
             if judge:
-                judge.on_progress(progress, run.clock.now())
+                judge.on_progress(progress)
 
         def problem() -> str | None:
             return watch.problem() or (judge.decided() if judge else None)

@@ -16,7 +16,7 @@ def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
     judge = LoadJudge(Search(0.05, 5.0), 5.0, LOAD, until_s=0.0)
     assert judge.decided() is None
     record = RequestRecord(id="x-0-000000", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
-    judge.on_progress(Progress(1, None, 0, 0, [record]), 0.2)
+    judge.on_progress(Progress(1, None, 0, 0, [record], 0.2))
     assert judge.decided() == "the time is up"
 
 
@@ -30,11 +30,11 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
         token_s = [at_s + ttft_s]
         return RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[0])
 
-    judge.on_progress(Progress(1, None, 1, 0, [record(1, 0.1)]), arrivals[1] + 0.1)
+    judge.on_progress(Progress(1, None, 1, 0, [record(1, 0.1)], arrivals[1] + 0.1))
     assert judge._known == 0  # the first one is still in flight, and may miss
-    judge.on_progress(Progress(2, None, 0, 0, [record(0, 0.4)]), arrivals[1] + 0.2)
+    judge.on_progress(Progress(2, None, 0, 0, [record(0, 0.4)], arrivals[1] + 0.2))
     assert (judge._known, judge._missed) == (2, 1)
-    judge.on_progress(Progress(2, None, 1, 0, []), arrivals[2] + 0.5)
+    judge.on_progress(Progress(2, None, 1, 0, [], arrivals[2] + 0.5))
     late = sum(arrivals[2] + 0.5 - at_s > 0.45 for at_s in arrivals[2:])  # older than 300 ms and three gaps of 50 ms
     assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
 
@@ -47,8 +47,8 @@ def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_s
         RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.1], end_s=at_s + 0.5)
         for index, at_s in enumerate(arrivals)
     ]
-    judge.on_progress(Progress(8, None, 2, 0, quick), 1.1)
-    judge.on_progress(Progress(8, None, 32, 0, []), 2.2)
+    judge.on_progress(Progress(8, None, 2, 0, quick, 1.1))
+    judge.on_progress(Progress(8, None, 32, 0, [], 2.2))
     assert judge.held is None
-    judge.on_progress(Progress(8, None, 99, 0, []), 4.5)
+    judge.on_progress(Progress(8, None, 99, 0, [], 4.5))
     assert judge.held is False

@@ -84,7 +84,7 @@ class Law:
             left = left[len(ended) :]
             flying = sum(record.planned_s <= now_s for record in left)
             if judge:
-                judge.on_progress(Progress(0, None, flying, 0, ended), now_s)
+                judge.on_progress(Progress(0, None, flying, 0, ended, now_s))
                 if judge.decided():
                     return now_s
         return last_s

@@ -222,10 +222,11 @@ def collect(
 
 
 def _together(progress: Sequence[Progress], clients: int, ended: list[RequestRecord] | None = None) -> Progress:
-    """The progress of all clients; a total only where each has told its own."""
+    """The progress of all clients at the earliest one's instant; a total only where each has told its own."""
     totals = [each.total for each in progress if each.total is not None]
     done, in_flight, tokens = (sum(getattr(p, name) for p in progress) for name in ("done", "in_flight", "tokens"))
-    return Progress(done, sum(totals) if len(totals) == clients else None, in_flight, tokens, ended or [])
+    at_s = min(each.at_s for each in progress) if len(progress) == clients else 0.0
+    return Progress(done, sum(totals) if len(totals) == clients else None, in_flight, tokens, ended or [], at_s)
 
 
 class LocalClient:

@@ -27,20 +27,20 @@ AGAIN_S = 3.0
 _SHORT_PROMPT = 200
 _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
-_PARTIAL_S = 1.0
 _STEADY_SAMPLE_S = 0.25
 _STEADY_TIMEOUT_S = 600.0
 
 
 class Progress(msgspec.Struct, tag=True):
     """How far the load is, a few times a second: requests ended of `total` (None where time ends the trial), those in flight,
-    tokens so far, and the requests that ended since the last progress."""
+    tokens so far, and the requests that ended since the last progress. At `at_s` on the run's clock: what ended before has been told."""
 
     done: int
     total: int | None
     in_flight: int = 0
     tokens: int = 0
     ended: list[RequestRecord] = []
+    at_s: float = 0.0
 
 
 OnProgress = Callable[[Progress], None]
@@ -82,7 +82,7 @@ def run_client(
     """Send this client's requests of the plan, every N-th of N clients', over its share of the streams.
 
     `begin` is called after the warm-up and returns the common start on the run's clock. Whoever sets `interrupted` (without
-    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_partial` takes, about once a second, what was measured
+    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_partial` takes, before each progress, what was measured
     since its last call; the returned result then holds the rest. Raises UserError for a load or a URL that cannot be used.
     """
     with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
@@ -129,7 +129,7 @@ class _Loop:
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
         self._canaries = {place: number for number, place in enumerate(load.canaries)}
         self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, tuple[str, ...]]] = {}
-        self._progress_at_s = self._partial_at_s = self._sample_at_s = 0.0
+        self._progress_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
 
     def drive(
@@ -176,11 +176,14 @@ class _Loop:
             self.on_progress(self._progress())
 
     def _progress(self) -> Progress:
+        now_s = self.client.clock.now()
         tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
-        # With partial results, those carry the requests.
-        ended = [] if self.on_partial else self.result.requests[self._told :]
+        ended = self.result.requests[self._told :]
         self._told += len(ended)
-        return Progress(self._done, self.total, len(self._in_flight), tokens, ended)
+        if self.on_partial and ended:  # it carries the requests
+            self.on_partial(self.take_result())
+            self._told, ended = 0, []
+        return Progress(self._done, self.total, len(self._in_flight), tokens, ended, now_s)
 
     def take_result(self) -> ClientResult:
         """What was measured since the last call."""
@@ -231,10 +234,6 @@ class _Loop:
         self.result.requests.append(record)
         self._tokens_ended += len(record.token_s)
         self._done += 1
-        now_s = self.client.clock.now()
-        if self.on_partial and now_s >= self._partial_at_s:
-            self._partial_at_s = now_s + _PARTIAL_S
-            self.on_partial(self.take_result())
         return True
 
     def _stop_sending(self, now_s: float, begin_s: float) -> bool:

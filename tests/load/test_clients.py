@@ -59,12 +59,12 @@ def test_all_clients_start_at_one_instant_and_partial_results_are_joined():
     assert not any(one.lost or one.interrupted for one in collected)
 
 
-def test_progress_is_the_sum_and_has_a_total_once_all_have_one():
-    told: list[tuple[int, int | None]] = []
-    first = Handle("0", [Ready()], [Progress(1, 4), Progress(2, 4), Final(result("a"))], [])
-    second = Handle("1", [Ready()], [Progress(3, 5), Final(result("b"))], [])
-    gather(first, second, on_progress=lambda progress: told.append((progress.done, progress.total)))
-    assert list(dict.fromkeys(told)) == [(1, None), (2, None), (5, 9)]
+def test_progress_is_the_sum_at_the_earliest_instant_and_has_a_total_once_all_have_one():
+    told: list[tuple[int, int | None, float]] = []
+    first = Handle("0", [Ready()], [Progress(1, 4, at_s=1.0), Progress(2, 4, at_s=2.0), Final(result("a"))], [])
+    second = Handle("1", [Ready()], [Progress(3, 5, at_s=1.5), Final(result("b"))], [])
+    gather(first, second, on_progress=lambda progress: told.append((progress.done, progress.total, progress.at_s)))
+    assert list(dict.fromkeys(told)) == [(1, None, 0.0), (2, None, 0.0), (5, 9, 1.5)]
 
 
 def test_lost_client_stops_the_others_and_what_it_had_reported_is_kept():

@@ -14,6 +14,7 @@ from pdbench.errors import UserError
 from pdbench.load import generator, response
 from pdbench.load.client import Client
 from pdbench.load.clients import LoadResult, run_load
+from pdbench.load.generator import run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, RequestRecord
 from tests.support.processes import wait_until
@@ -141,6 +142,19 @@ def test_split_client_sends_and_records_what_one_does():
     ]
     assert planned[0] == pytest.approx(planned[1], abs=1e-6)
     assert two.trial.client["processes"] == 2
+
+
+def test_partial_results_are_complete_whenever_progress_is_told():
+    told, counts, clock = [], [], Clock.start()
+    with ScriptedServer(stream(tokens(3), pause_s=0.02)) as server:
+        run_client(
+            TrialLoad(LoadConfig(rate=8.0, requests=20, warmup=2), server.url, "m", clock),
+            begin=clock.now,
+            interrupted=threading.Event(),
+            on_progress=lambda progress: counts.append((progress.done, len(told))),
+            on_partial=lambda result: told.extend(each for each in result.requests if not each.warmup),
+        )
+    assert len(counts) > 2 and all(done == known for done, known in counts)
 
 
 def test_split_closed_loop_shares_the_streams():
