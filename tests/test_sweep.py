@@ -281,10 +281,11 @@ def test_curves_have_integer_ticks_and_name_the_slo():
     ]
     chart = sweep_charts.curves(rows)
     assert [panel.title for panel in chart.panels][2:] == [
-        "Goodput: requests/s with TTFT ≤ 200 ms and mean TBT ≤ 50 ms", "Output tokens/s per GPU",
+        "Goodput: requests/s with TTFT ≤ 200 ms and mean TBT ≤ 50 ms", "Energy per output token", "Where TTFT goes",
     ]  # fmt: skip
+    assert chart.panels[-1].y.names[:2] == ["single, concurrency 1", "single, concurrency 2"]
     with matplotlib.rc_context(mpl.STYLE):
-        figure = mpl.chart(chart, 16, 10)
+        figure = mpl.chart(chart, 16, 15)
         FigureCanvasAgg(figure).draw()
     places = [tick for tick in figure.axes[2].get_xticks() if 1 <= tick <= 3]
     assert places == [1, 2, 3]

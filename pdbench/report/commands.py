@@ -286,7 +286,9 @@ def present_sweep(
     def draw() -> None:
         nonlocal drawn
         drawn = len(rows)
-        write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, sweep_charts.curves(rows), 16, 10))
+        chart = sweep_charts.curves(rows)
+        height = 5 * -(-len(chart.panels) // 2)
+        write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, chart, 16, height))
 
     try:
         for varied, folders in measured:

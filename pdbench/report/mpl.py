@@ -141,7 +141,7 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
 
 
 def chart(described: Chart, width: float, height: float) -> Figure:
-    """A chart alone: its panels in two columns, title and caption above."""
+    """A chart alone: its panels in two columns, the last across both if their number is odd; title and caption above."""
     figure = Figure(figsize=(width, height))
     columns = min(len(described.panels), 2)
     rows = -(-len(described.panels) // columns)
@@ -150,7 +150,13 @@ def chart(described: Chart, width: float, height: float) -> Figure:
     figure.text(LEFT, 1 - 0.3 / height, described.title, fontsize=17, fontweight="bold", color=INK, va="top")
     figure.text(LEFT, 1 - 0.62 / height, fill(described.caption, 11 * int(width)), fontsize=10, color=MUTED, va="top")
     for place, panel in enumerate(described.panels):
-        draw_panel(figure.add_subplot(grid[place // columns, place % columns]), panel)
+        row, column = divmod(place, columns)
+        alone = column == 0 and place == len(described.panels) - 1
+        axis = figure.add_subplot(grid[row, :] if alone else grid[row, column])
+        if panel.y.names:
+            box, inches = axis.get_position(), 0.075 * max(map(len, panel.y.names)) - 0.6
+            axis.set_position((box.x0 + inches / width, box.y0, box.width - inches / width, box.height))
+        draw_panel(axis, panel)
     return figure
 
 

@@ -1,32 +1,41 @@
 """The curves of a sweep, with the knee marked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
+from pdbench.report.charts import ttft_parts
 from pdbench.report.tables import SweepRow
 
 
 def curves(rows: Sequence[SweepRow]) -> Chart:
-    """Latencies against throughput with their knees; goodput and tokens per device against the first option."""
-    per_device = any(text.value(run, "output_tokens_per_s_per_device") is not None for _varied, run in rows)
-    speed = "output_tokens_per_s_per_device" if per_device else "output_tokens_per_s"
+    """Latencies against throughput with their knees; goodput and energy (tokens/s without a meter) against the first option; TTFT's parts at every point."""
+    metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
+    cost = "j_per_output_token" if metered else "output_tokens_per_s"
     limits = text.slo(rows[0][1].config.get("load") or {})
     within = " and ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items())
     panels = [
         _panel(rows, "ttft_p99_ms", "TTFT p99 against throughput"),
         _panel(rows, "tbt_p99_ms", "TBT p99 (every gap) against throughput"),
         _panel(rows, "goodput_requests_per_s", f"Goodput: requests/s with {within or 'the SLO met'}", by_option=True),
-        _panel(
-            rows, speed, "Output tokens/s" + (" per GPU" if per_device else " (no GPU on this host)"), by_option=True
-        ),
+        _panel(rows, cost, text.title(cost) + ("" if metered else " (energy is not measured)"), by_option=True),
     ]
+    by_deployment = sorted(
+        rows, key=lambda row: list(dict.fromkeys(run.name for _varied, run in rows)).index(row[1].name)
+    )
+    parts = ttft_parts({_point(varied, run): run for varied, run in by_deployment}).panels[0]
+    panels += [parts] if parts.series else []
     keys = [*map(text.option, rows[0][0])]
     caption = f"numbers at the points: {keys[0]}"
     return Chart(key="sweep", title=f"Sweep over {', '.join(keys)}", panels=panels, caption=caption)
+
+
+def _point(varied: Mapping[str, Any], run: RunAnalysis) -> str:
+    return ", ".join([run.name, *(f"{text.option(key)} {text.option_value(value)}" for key, value in varied.items())])
 
 
 def _panel(rows: Sequence[SweepRow], metric: str, title: str, by_option: bool = False) -> Panel:
@@ -37,8 +46,8 @@ def _panel(rows: Sequence[SweepRow], metric: str, title: str, by_option: bool = 
         at = varied[option] if by_option else text.value(run, "output_tokens_per_s")
         value = text.value(run, metric)
         if at is not None and value is not None:
-            name = " ".join([run.name, *(f"{text.option(key)} {varied[key]}" for key in others)])
-            groups.setdefault(name, []).append((at, value, str(varied[option])))
+            name = " ".join([run.name, *(f"{text.option(key)} {text.option_value(varied[key])}" for key in others)])
+            groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
     drawn: list[Series] = []
     knees: list[tuple[float, float]] = []
     for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):

@@ -348,7 +348,7 @@ def sweep(rows: Sequence[SweepRow]) -> Table:
     cells: list[list[Value]] = []
     for varied, run in rows:
         figures = ["/".join(text.number(text.value(run, metric)) for metric in group) for group in columns.values()]
-        cells.append([*(str(varied[key]) for key in keys), run.name, *figures])
+        cells.append([*(text.option_value(varied[key]) for key in keys), run.name, *figures])
     notes = []
     if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
         notes.append(f"goodput {text.NEEDS_SLO}")

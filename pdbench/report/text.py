@@ -177,6 +177,11 @@ def option(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("_", " ")
 
 
+def option_value(value: Any) -> str:
+    """An option's value: 16 for the number 16.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def against(names: Sequence[str]) -> str:
     """The title of several runs."""
     if len(names) == 2:
