@@ -67,8 +67,16 @@ def plan(
     drawn = [plan_charts.steps(found)]
     checks = []
     for path in checked:
-        checks.append(check(found, path, counting_run(path)))
+        try:
+            checks.append(check(found, path, counting_run(path)))
+        except UserError as error:
+            if len(checked) == 1:
+                raise
+            console.print(_("not checked: {0}", error), markup=False, highlight=False, soft_wrap=True)
+            continue
         show(plan_tables.check(checks[-1]))
+    if checked and not checks:
+        raise UserError("no run is left to check: read the lines above")
     if len(checks) > 1:
         show(plan_tables.overview(checks))
     if checks:
@@ -80,16 +88,16 @@ def plan(
             found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
         save("search.json", result)
-        show(plan_tables.search(result))
-        drawn.append(plan_charts.search(result))
+        show(plan_tables.search(result, on_gpus=found.on_gpus))
+        drawn.append(plan_charts.search(result, on_gpus=found.on_gpus))
         best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
         wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
         predicted = [predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for each in wanted]
         save("predictions.json", predicted)
-        show(plan_tables.predictions(predicted))
-        drawn.append(plan_charts.deployments(predicted))
+        show(plan_tables.predictions(predicted, on_gpus=found.on_gpus))
+        drawn.append(plan_charts.deployments(predicted, on_gpus=found.on_gpus))
     drawn.append(plan_charts.seconds(checks, predicted))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
     for chart in drawn:

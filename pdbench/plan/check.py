@@ -12,7 +12,7 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, role_of, source_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
-from pdbench.plan.parts import Part, parts_of, visits_of
+from pdbench.plan.parts import Part, parts_of, visits_of, why_no_parts
 from pdbench.plan.predict import DRAWS, Wanted, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run
@@ -24,11 +24,11 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     The difference between the two is the machine's from one day to the next; what remains is the model's. Raises UserError for a
     deployment that is none of single, replicas and disaggregated, or a run without token instants.
     """
+    if run.name not in get_args(Kind):
+        raise UserError(f"{path} is of {run.name}: --check needs a run of single, replicas or disaggregated")
+    if why := why_no_parts(run):
+        raise UserError(f"{path}: {why}")
     parts = parts_of(run)
-    if run.name not in get_args(Kind) or not parts:
-        raise UserError(
-            f"{path}: --check needs a run of single, replicas or disaggregated with 30 requests per trial and their token ids"
-        )
     trials = sorted({part.index for part in parts})
     counts: dict[Role, int] = {}
     for part in parts:

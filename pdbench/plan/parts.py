@@ -26,13 +26,37 @@ class Part(msgspec.Struct):
     device: DeviceRecord | None = None
 
 
+def trial_requests(run: Run, trial: int) -> tuple[dict[str, RequestRecord], int]:
+    """A trial's requests that were answered token by token, and how many were not answered (also: ended with the load)."""
+    return (
+        {request.id: request for request in usable(run, trial)},
+        sum(request.error is not None for request in run.requests if request.trial == trial),
+    )
+
+
+def why_no_parts(run: Run) -> str | None:
+    """Why none of the run's trials shows an instance's steps; None where one does."""
+    counts = [(len(requests), failed) for requests, failed in (trial_requests(run, each.index) for each in run.trials)]
+    if any(usable >= LEAST_REQUESTS and failed <= MOST_FAILED * usable for usable, failed in counts):
+        return None
+    answered, failed = max(counts, default=(0, 0))
+    if answered < LEAST_REQUESTS:
+        return (
+            f"no trial has {LEAST_REQUESTS} requests that were answered token by token, the best has {answered}: measure with "
+            "`pdbench run --rate R --requests 240`, token ids counted (no --no-token-ids)"
+        )
+    return (
+        f"{failed} requests failed or were ended with the load, {answered} were answered, and steps with more than "
+        f"{100 * MOST_FAILED:.0f} % of their requests missing show nothing: take a run whose load went on to its end"
+    )
+
+
 def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
     """The instances of a run's trials, their steps rebuilt."""
     ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
     parts = []
     for number, trial in enumerate(run.trials):
-        requests = {request.id: request for request in usable(run, trial.index)}
-        failed = sum(request.error is not None for request in run.requests if request.trial == trial.index)
+        requests, failed = trial_requests(run, trial.index)
         if len(requests) < LEAST_REQUESTS or failed > MOST_FAILED * len(requests):
             continue
         instances = sorted(streams_of(run, trial.index).items())

@@ -87,6 +87,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     drift: float = 1.0
     missing: list[str] = []
 
+    @property
+    def on_gpus(self) -> bool:
+        """Does an instance stand on a GPU of its own? On a CPU host instances are counted."""
+        return all(source.gpu for source in self.sources)
+
 
 class Figure(msgspec.Struct, frozen=True):
     """A predicted figure with the bounds of its 90 % interval; None: no interval (too few trials)."""

@@ -117,7 +117,7 @@ def steps(found: Calibration) -> Chart:
     return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
 
 
-def deployments(of: Sequence[Prediction]) -> Chart:
+def deployments(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
     panels = []
     limited = any("slo_met_pct" in each.figures for each in of)
@@ -137,7 +137,7 @@ def deployments(of: Sequence[Prediction]) -> Chart:
                 Panel(
                     title="",
                     series=drawn,
-                    x=Axis(label=_("GPUs"), low=0, integer=True),
+                    x=Axis(label=_("GPUs" if on_gpus else "instances"), low=0, integer=True),
                     y=Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None),
                 )
             )
@@ -149,7 +149,7 @@ def deployments(of: Sequence[Prediction]) -> Chart:
     return Chart(key="deployments", title=_("Predicted: {0}", of[0].load), panels=panels, caption=caption)
 
 
-def search(of: Search) -> Chart:
+def search(of: Search, *, on_gpus: bool) -> Chart:
     """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
     groups = (
         (_("keeps the SLO"), GOOD, "o", False, [each for each in of.candidates if each.met]),
@@ -182,10 +182,11 @@ def search(of: Search) -> Chart:
     if named:
         x, y, labels = zip(*named, strict=True)
         drawn.append(Series(x=x, y=y, labels=labels, shade=MUTED, width=0))
+    counted = _("GPUs" if on_gpus else "instances")
     panel = Panel(
         title="",
         series=drawn,
-        x=Axis(label=_("GPUs"), low=0, high=1.15 * max([point[0] for point in points], default=1.0), integer=True),
+        x=Axis(label=counted, low=0, high=1.15 * max([point[0] for point in points], default=1.0), integer=True),
         y=Axis(label=text.label("j_per_output_token"), low=0),
     )
     caption = _("Bars: from the least to the most of several loads.")

@@ -79,7 +79,7 @@ def calibration(found: Calibration) -> Table:
     return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 
 
-def predictions(of: Sequence[Prediction]) -> Table:
+def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     """Figures with their intervals, a column per deployment; a refused one has its reason below."""
     rows: list[list[Value]] = [
         [figure_title(name), *(_with_interval(each.figures.get(name)) for each in of)]
@@ -97,14 +97,19 @@ def predictions(of: Sequence[Prediction]) -> Table:
     lines.append(
         _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
     )
-    names = (f"{deployment_name(each.kind, each.instances)} ({sum(each.instances.values())} GPU)" for each in of)
+    one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
+    names = (
+        _(one if count == 1 else several, deployment_name(each.kind, each.instances), count)
+        for each in of
+        for count in [sum(each.instances.values())]
+    )
     title, header = _("Predicted: {0}", of[0].load), ["", *names]
     if not rows:
         return Table(title=title, note="\n".join(lines[:-1]))
     return Table(title=title, header=header, rows=rows, note="\n\n".join(lines))
 
 
-def search(of: Search) -> Table:
+def search(of: Search, *, on_gpus: bool) -> Table:
     """Every deployment that was tried near the best, the cheapest first; a reason for each that is refused."""
     rows: list[list[Value]] = []
     styles, lines = [], []
@@ -124,11 +129,15 @@ def search(of: Search) -> Table:
     limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
     if not of.candidates or not of.candidates[0].met:
         words = "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached."
+        words = words if on_gpus else words.replace("GPUs", "instances")
         lines.insert(0, _(words, f"{of.most_gpus:,}"))
     words = "{0} simulations of {1} requests; with several loads: mean (least-most)."
     lines.append(_(words, f"{of.simulations:,}", f"{of.requests:,}"))
     labels = map(text.label, ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token"))
-    header, title = ["", _("GPUs"), "", *labels], _("Search: 99 % of requests within {0}", limits)
+    header, title = (
+        ["", _("GPUs" if on_gpus else "instances"), "", *labels],
+        _("Search: 99 % of requests within {0}", limits),
+    )
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
 
 
