@@ -15,7 +15,7 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Kind, Limits, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, taken_s, visits_of
+from pdbench.plan.parts import Part, parts_of, taken_s, visits_of, why_no_parts
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import merged_share, usable
 from pdbench.records import Run
@@ -42,9 +42,9 @@ USUAL_INGRESS_S = 0.007
 """From sending to the engine's scheduler, where no instance was measured that shows it."""
 DECODE_ERROR = 0.02
 """Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
-SPEED_FLOOR = 0.12
-"""Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and
-62 ms in three runs recorded on two H200 (docs/results/plan)."""
+DAYS, DAYS_WEIGH = 0.15, 2
+"""Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and 62 ms
+in three runs recorded on two H200 (docs/results/plan)."""
 
 
 def calibrate(runs: Mapping[Path, Run]) -> Calibration:
@@ -64,11 +64,6 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     by_role: dict[Role, list[Part]] = defaultdict(list)
     for part in parts:
         by_role[part.role].append(part)
-    if not by_role:
-        raise UserError(
-            "no trial has 30 requests that were answered token by token: measure with `pdbench run --rate R --requests 240`, "
-            "token ids counted (no --no-token-ids)"
-        )
     roles: dict[Role, RoleCalibration] = {}
     missing: list[str] = []
     for role in sorted(by_role, key=("single", "replica", "decode", "prefill").index):
@@ -103,11 +98,17 @@ def check_suitable(path: Path, run: Run) -> None:
             f"{path}: prefill's prefix cache had {100 * cached_tokens / prompt_tokens:.0f} % of the prompt tokens, and which prompts' is not "
             "recorded: calibrate with prompts that are new to every cache"
         )
+    if why := why_no_parts(run):
+        raise UserError(f"{path}: {why}")
     merged = merged_share([request for trial in run.trials for request in usable(run, trial.index)])
     if merged > MOST_MERGED:
+        remedy = (
+            "without --stream-interval"
+            if "--stream-interval" in words
+            else "at a lower rate: servers, proxy or client did not keep up"
+        )
         raise UserError(
-            f"{path}: {100 * merged:.0f} % of the tokens came together with the one before, and steps cannot be told apart: measure "
-            "without --stream-interval, with a client and a proxy that keep up"
+            f"{path}: {100 * merged:.0f} % of the tokens came together with the one before, and steps cannot be told apart: measure {remedy}"
         )
 
 
@@ -168,7 +169,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         nothing = fit.Prefill(values, values[None], [1.0], [])
         return _role(Engine(costs=costs, limits=limits, box=box), nothing, assumed, lengths, watts, decode)
     chains = fit.chains(steps, trials, limits, decode)
-    prefill = fit.prefill_costs(chains, limits)
+    prefill = fit.prefill_costs(chains, limits, decode)
     sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
     ingress = fit.most_common(np.concatenate([fit.schedulable(part, sent_s, limits) for part in steps]))
     box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
@@ -194,7 +195,7 @@ def _role(
         assumed=assumed,
         prompt_lengths=lengths,
         power=watts,
-        jitter_s=list(decode.jitter_s) if decode else [],
+        jitter=list(decode.jitter) if decode else [],
         decode_speeds=list(decode.speeds) if decode else [],
     )
 
@@ -329,7 +330,7 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
             prefill,
             engine=engine,
             power=watts,
-            jitter_s=decode.jitter_s,
+            jitter=decode.jitter,
             decode_speeds=decode.decode_speeds,
             assumed=assumed,
         )
@@ -339,11 +340,22 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
     )
 
 
-def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
-    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the speed of another trial.
+def another_speed(speeds: Sequence[float], share: float) -> float:
+    """The quantile `share` of another day's speed over the mean of these trials, a t distribution.
 
-    Of k trials a next one's speed is exp(t s sqrt(1 + 1/k)) times the mean, t of k - 1 degrees of freedom.
+    What the trials say of its spread is pooled with `DAYS`, which weighs as much as `DAYS_WEIGH` more trials: two that are alike say little,
+    and one says nothing.
     """
+    count = len(speeds)
+    of_trials = (count - 1) * float(np.var(np.log(speeds), ddof=1)) if count > 1 else 0.0
+    degrees = count - 1 + DAYS_WEIGH
+    deviation = max(DAYS, float(np.sqrt((of_trials + DAYS_WEIGH * DAYS**2) / degrees)))
+    reach = float(special.stdtrit(degrees, share)) * deviation * np.sqrt(1 + 1 / count)
+    return float(np.exp(np.clip(reach, -2, 2)))
+
+
+def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
+    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the speed of another day."""
     costs = role.engine.costs
     values = role.samples[int(random.integers(len(role.samples)))]
     costs = msgspec.structs.replace(costs, **dict(zip(COSTS, values, strict=True)))
@@ -352,11 +364,7 @@ def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
     costs = msgspec.structs.replace(
         costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
     )
-    count = len(role.speeds)
     if role.noise:
         costs = msgspec.structs.replace(costs, noise=role.noise[int(random.integers(len(role.noise)))])
-    if count > 1 and role.noise:
-        deviation = max(float(np.std(np.log(role.speeds), ddof=1)), SPEED_FLOOR)
-        t = float(special.stdtrit(count - 1, random.uniform()))
-        costs = fit.at_speed(costs, float(np.exp(np.clip(t * deviation * np.sqrt(1 + 1 / count), -2, 2))))
+        costs = fit.at_speed(costs, another_speed(role.speeds, random.uniform()))
     return msgspec.structs.replace(role.engine, costs=costs)

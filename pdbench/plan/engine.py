@@ -197,19 +197,25 @@ class Simulated:
 
 
 def weighted_quantiles(
-    values: Array, counts: IntArray, shares: Mapping[str, float], jitter: Sequence[float] = (0.0,)
+    values: Array,
+    counts: IntArray,
+    shares: Mapping[str, float],
+    jitter: Sequence[float] = (0.0,),
+    most: float = 1e9,
 ) -> dict[str, float]:
-    """Quantiles of values that stand for `counts` equal ones each, to any of which any of `jitter` is added; NaN without any."""
+    """Quantiles of values that stand for `counts` equal ones each, to any of which any of `jitter` is added, as a share (over -1) of the
+    value, or of `most` where that is less; NaN without any."""
     order = np.argsort(values)
     values, below = values[order], np.append(0, np.cumsum(counts[order]))
     if not len(values):
         return dict.fromkeys(shares, float("nan"))
-    added, found = np.sort(jitter), {}
+    parts, found = np.sort(jitter), {}
     for name, share in shares.items():
-        low, high = float(values[0] + added[0]) - 1e-9, float(values[-1] + added[-1])
+        low, high = 0.0, float(values[-1] * (1 + max(parts[-1], 0.0)))
         while high - low > 1e-9:
             middle = (low + high) / 2
-            reached = below[np.searchsorted(values, middle - added, side="right")].mean() >= share * below[-1]
+            largest = np.where(middle <= most * (1 + parts), middle / (1 + parts), middle - most * parts)
+            reached = below[np.searchsorted(values, largest, side="right")].mean() >= share * below[-1]
             low, high = (low, middle) if reached else (middle, high)
         found[name] = high
     return found

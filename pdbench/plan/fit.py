@@ -16,8 +16,8 @@ ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
 PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
-JITTER_SHARES = tuple((np.arange(200) + 0.5) / 200)
-"""Fine enough for the pauses of a machine in one step of a hundred, which p99 shows."""
+JITTER_SHARES = tuple((np.arange(500) + 0.5) / 500)
+"""Fine enough for the slowest of a machine's pauses in one step of a hundred: where handoffs take most of the last hundredth, p99 shows them."""
 REPLAYED = 4
 """Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
 SAMPLES = 40
@@ -27,13 +27,13 @@ LEAST_STEPS = 5
 
 @dataclass(frozen=True)
 class Decode:
-    """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context; `jitter_s` are quantiles of
-    what steps took beyond that, `speeds` the instances' trials' medians of what they took over it."""
+    """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context; `jitter` are quantiles of
+    what steps took beyond that, as shares of it, `speeds` the instances' trials' medians of what they took over it."""
 
     gpu_s: dict[int, float]
     per_sequence_s: float
     per_context_token_s: float
-    jitter_s: tuple[float, ...] = ()
+    jitter: tuple[float, ...] = ()
     speeds: tuple[float, ...] = ()
 
 
@@ -76,18 +76,19 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     solution = nnls(matrix[keep] / scale, took_s[keep])[0] / scale
     of_seen = np.isin(size, seen)  # outliers too
     usual_s = matrix @ solution
-    pause_s = float((took_s - usual_s)[of_seen].mean())  # what rare pauses add to the mean step
-    usual_s += pause_s
-    solution[: len(seen) if sizes else 1] += pause_s
-    jitter_s = tuple(np.quantile((took_s - usual_s)[of_seen], JITTER_SHARES).tolist())
+    # Rare pauses are part of the mean step. They are longer where steps are: shares of a step hold at other loads, seconds do not.
+    slower = float(took_s[of_seen].sum() / usual_s[of_seen].sum())
+    usual_s *= slower
+    solution *= slower
+    jitter = tuple(np.quantile(np.maximum(took_s / usual_s, 1e-3)[of_seen] - 1, JITTER_SHARES).tolist())
     here = [of_seen & (place == each) for each in range(len(calm))]
     speeds = tuple(float(np.median(took_s[each] / usual_s[each])) for each in here if each.sum() >= LEAST_STEPS)
     if not sizes:
         first = float(solution[0] + solution[1])
-        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter_s, speeds)
+        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter, speeds)
     table = dict(zip(map(int, seen), solution[:-1].tolist(), strict=True))
     slope = (table[int(seen[-1])] - table[int(seen[0])]) / max(int(seen[-1] - seen[0]), 1)
-    return Decode(table, float(slope), float(solution[-1]), jitter_s, speeds)
+    return Decode(table, float(slope), float(solution[-1]), jitter, speeds)
 
 
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
@@ -153,10 +154,10 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], limits: Limits, decode
     return Chains(took_s, tokens, decode_s, np.array([row[3] for row in rows], dtype=int))
 
 
-def prefill_costs(observed: Chains, limits: Limits) -> Prefill:
+def prefill_costs(observed: Chains, limits: Limits, decode: Decode) -> Prefill:
     """Costs of steps with prompts by least squares of the logarithms of all steps' durations in chains, the trials' speeds apart.
 
-    Which prompts were in which step is known from the tokens; the durations follow from the recursion of `plan.engine`, each step
+    The host launches a decode step in the time of the fastest of `decode` at most. Which prompts were in which step is known from the tokens; the durations follow from the recursion of `plan.engine`, each step
     from the instant at which it was really scheduled. Raises ValueError without a chain.
     """
     if not len(observed.took_s):
@@ -167,9 +168,16 @@ def prefill_costs(observed: Chains, limits: Limits) -> Prefill:
     is_prefill = observed.prompt > 0
     tokens = observed.prompt.astype(float)
 
+    fastest_s = min(decode.gpu_s.values())
+
+    def values_of(logs: Array) -> Array:
+        values = np.exp(logs[..., :5])
+        values[..., 4] = np.minimum(values[..., 4], fastest_s)
+        return values
+
     def predicted(logs: Array) -> tuple[Array, Array]:
         """Every step's duration, and the host's part of it."""
-        host, host_token, gpu, gpu_token, host_decode = np.exp(logs[:5])
+        host, host_token, gpu, gpu_token, host_decode = values_of(logs)
         factor = np.exp(np.append(logs[5:], -logs[5:].sum()))[which][:, None]
         launch = np.where(is_prefill, factor * (host + host_token * tokens), host_decode)
         work = observed.decode_s + np.where(is_prefill, gpu + gpu_token * tokens, 0.0)
@@ -199,7 +207,7 @@ def prefill_costs(observed: Chains, limits: Limits) -> Prefill:
     of_host = is_prefill & valid & (launch >= took)
     ratio = observed.took_s / np.where(took > 0, took, 1)
     noise = [tuple(ratio[of_host & (which == place)[:, None]].tolist()) for place in range(len(trials))]
-    return Prefill(np.exp(logs[:5]), np.exp(samples), speeds.tolist(), noise)
+    return Prefill(values_of(logs), values_of(samples), speeds.tolist(), noise)
 
 
 def fit_logs(

@@ -7,7 +7,7 @@ import numpy as np
 
 from pdbench.plan.engine import COSTS, Engine, Kind, Role
 
-SCHEMA = "pdbench-plan/1"
+SCHEMA = "pdbench-plan/2"
 UNSURE = 0.3
 """A cost whose logarithm has a larger standard deviation is not known."""
 
@@ -45,8 +45,8 @@ class PowerCosts(msgspec.Struct, frozen=True, kw_only=True):
 class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     """One role's engine as fitted. `samples` are rows of `fit.COSTS` that the data leave possible. `speeds` are the trials' factors on
     prefill's launches, `noise` the trials' series of residual factors of prefill steps. `assumed` says what was not recorded and what was taken for it,
-    `prompt_lengths` are the shortest and the longest prompt. `jitter_s` are quantiles of what calm steps took beyond their cost, as the
-    client saw them: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
+    `prompt_lengths` are the shortest and the longest prompt. `jitter` are quantiles of what calm steps took beyond their cost, as the
+    client saw them and as shares of it: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
     """
 
     engine: Engine
@@ -56,7 +56,7 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     assumed: list[str] = []
     prompt_lengths: tuple[int, int] = (0, 0)
     power: PowerCosts | None = None
-    jitter_s: list[float] = []
+    jitter: list[float] = []
     decode_speeds: list[float] = []
 
     @property

@@ -8,10 +8,10 @@ import pytest
 from pdbench.cli import app
 from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
-from pdbench.plan.calibration import calibrate, calibrate_command
+from pdbench.plan.calibration import DAYS, another_speed, calibrate, calibrate_command
 from pdbench.plan.parts import Part, taken_s
 from pdbench.plan.steps import Stream
-from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestRecord, Run, Trial
+from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
 INGRESS = 0.006
@@ -108,6 +108,21 @@ def test_tokens_that_came_together_are_refused() -> None:
         request.token_s = [at_s for at_s in request.token_s[::2] for _ in (0, 1)]
     with pytest.raises(UserError, match="came together"):
         calibrate({Path("a"): run})
+
+
+def test_load_that_was_ended_early_is_refused_by_its_reason() -> None:
+    run = recorded_run()
+    for request in run.requests[::4]:
+        request.error = RequestError("interrupted", "the load was stopped")
+    with pytest.raises(UserError, match="ended with the load"):
+        calibrate({Path("a"): run})
+
+
+def test_fewer_and_more_different_trials_make_another_speed_less_certain() -> None:
+    reach = [another_speed(speeds, 0.95) for speeds in ([1.0], [1.0, 1.1], [1.0, 1.1, 1.05], [1.0] * 9)]
+    assert reach == sorted(reach, reverse=True) and reach[-1] > 1 + DAYS
+    assert another_speed([0.7, 1.0, 1.4], 0.95) > reach[2]
+    assert another_speed([1.0, 1.1], 0.05) == pytest.approx(1 / reach[1])
 
 
 def test_prompts_from_prefills_cache_are_refused() -> None:

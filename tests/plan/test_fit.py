@@ -93,13 +93,37 @@ def test_rare_pauses_count_in_the_mean_step_and_in_the_tail() -> None:
     )
     assert paused.gpu_s[1] - plain.gpu_s[1] == pytest.approx(0.03 / 67, rel=0.1)
     shares = {"p50": 0.5, "p98": 0.98, "p99": 0.99}
-    quantiles_s = weighted_quantiles(np.array([paused.gpu_s[1]]), np.array([1000]), shares, paused.jitter_s)
+    quantiles_s = weighted_quantiles(np.array([paused.gpu_s[1]]), np.array([1000]), shares, paused.jitter)
     assert quantiles_s == pytest.approx({"p50": 0.004, "p98": 0.004, "p99": 0.034}, rel=0.02)
+
+
+def test_gaps_are_jittered_by_shares_of_a_decode_step() -> None:
+    values, counts, jitter = np.array([0.004, 0.006, 0.08]), np.array([700, 250, 50]), [-0.1, -0.05, 0.0, 0.1, 2.0]
+    every = np.array([value + part * min(value, 0.01) for value in np.repeat(values, counts) for part in jitter])
+    shares = {f"{share:g}": share for share in (0.02, 0.3, 0.5, 0.9, 0.94, 0.97, 1.0)}
+    expected = {name: float(np.quantile(every, share, method="inverted_cdf")) for name, share in shares.items()}
+    assert weighted_quantiles(values, counts, shares, jitter, 0.01) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pauses_are_as_many_times_longer_as_steps_are() -> None:
+    paused = []
+    for step_s in (0.004, 0.012):
+        took_s = np.where(np.arange(4000) % 67 == 50, 4 * step_s, step_s)
+        paused.append(fit.decode_costs([rebuild([Stream("one", np.cumsum(took_s).tolist(), 1, 1)])], SIZES))
+    assert paused[1].jitter == pytest.approx(paused[0].jitter, abs=1e-3)
+
+
+def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
+    took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
+    prompt = np.tile([0, 2048, 0, 0], (40, 1))
+    observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
+    prefill = fit.prefill_costs(observed, LIMITS, fit.Decode({1: 0.003}, 0.0, 0.0))
+    assert prefill.values[4] <= 0.003 and prefill.samples[:, 4].max() <= 0.003
 
 
 def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
     decode = fit.decode_costs(steps, SIZES)
-    prefill = fit.prefill_costs(fit.chains(steps, [0, 1], LIMITS, decode), LIMITS)
+    prefill = fit.prefill_costs(fit.chains(steps, [0, 1], LIMITS, decode), LIMITS, decode)
     for tokens in (500, 2000, 3000):
         host, host_token, gpu, gpu_token, _ = prefill.values
         assert host + host_token * tokens == pytest.approx(HOST + HOST_TOKEN * tokens, rel=0.06)
@@ -112,7 +136,7 @@ def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
     observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
-    assert spread_of(fit.prefill_costs(observed, LIMITS)) > 0.3
+    assert spread_of(fit.prefill_costs(observed, LIMITS, fit.Decode({1: 0.004}, 0.0, 0.0))) > 0.3
 
 
 def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:

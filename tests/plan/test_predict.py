@@ -168,7 +168,9 @@ def test_parts_of_the_mean_request_add_up(wanted: str, first_token: str) -> None
 
 
 def test_runs_that_do_not_count_or_count_twice_are_refused(tmp_path: Path) -> None:
-    run = build_run("single", trials=1, requests=4)
+    run = build_run("single", trials=1, requests=30)
+    for request in run.requests:
+        request.counted_by = "token_ids"
     for name in ("a", "b"):
         save_run(run, tmp_path / name)
     with pytest.raises(UserError, match="hold the same run"):
