@@ -253,8 +253,11 @@ class OpenGpu:
         with _errors():
             return float(nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
 
-    def buffer(self) -> list[tuple[float, float]]:
-        """(unix seconds, watts) of the driver's own samples since the last call; it holds about 2.4 s of them."""
+    def buffer(self, now_s: float) -> list[tuple[float, float]]:
+        """(unix seconds, watts) of the driver's own samples since the last call; it holds about 2.4 s of them. All of them where its clock
+        was set back, so that it is only `now_s`."""
+        if self._buffer_us > 1e6 * now_s:
+            self._buffer_us = 0
         try:
             kind, entries = nv.nvmlDeviceGetSamples(self._handle, nv.NVML_TOTAL_POWER_SAMPLES, self._buffer_us)
         except nv.NVMLError as error:

@@ -50,8 +50,8 @@ class Reader:
         """The energy counter in joules, where the device refreshes it at intervals of its own; None without one."""
         return None
 
-    def buffer(self) -> list[tuple[float, float]]:
-        """New entries (unix seconds, watts) of a power buffer that the driver fills between reads."""
+    def buffer(self, now_s: float) -> list[tuple[float, float]]:
+        """New entries (unix seconds, watts) of a power buffer that the driver fills between reads; it is `now_s` by that clock."""
         return []
 
     def close(self) -> None:
@@ -85,10 +85,10 @@ class GpuReader(Reader):
     def counter_j(self) -> float | None:
         return None if "energy_j" in self.not_measured else self._attempt("energy_j", self._gpu.energy_j)
 
-    def buffer(self) -> list[tuple[float, float]]:
+    def buffer(self, now_s: float) -> list[tuple[float, float]]:
         if not self.not_measured.keys().isdisjoint(("power_w", "fine_power")):
             return []
-        entries = self._attempt("fine_power", self._gpu.buffer) or []
+        entries = self._attempt("fine_power", lambda: self._gpu.buffer(now_s)) or []
         return [entry for entry in entries if 0 <= entry[1] <= _MOST_W]
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ _LEAD_S = 0.005
 _STILL_S = 1.0
 _FIRST_EDGES_S = 0.5
 _LAST_EDGE_S = 0.25
+_STAMP_ERROR_S = 0.01
 _COUNTS = {"missed_ticks", "stale_repeats"}
 _NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
@@ -137,7 +139,9 @@ class Sampler:
         began_cpu, began = self._time.cpu(), self._time.monotonic()
         missed_intervals = 0
         for device in self._devices:
-            device.guarded(device.reader.buffer)  # what the driver gathered before is not ours
+            device.guarded(
+                partial(device.reader.buffer, self._time.unix())
+            )  # what the driver gathered before is not ours
         next_sample, next_buffer = began, began + BUFFER_S
         while not self._over():
             now = self._time.monotonic()
@@ -267,6 +271,7 @@ class _Device:
         self.reader, self._time = reader, time_source
         self.samples: list[DeviceSample] = []
         self.fine: list[tuple[float, float]] = []
+        self._offset: float | None = None
         self.counter = CounterEdgeTracker()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
@@ -298,10 +303,20 @@ class _Device:
             self.counter.observe((before + after) / 2, value, after)
 
     def empty_buffer(self) -> None:
-        """The driver's wall-clock stamps become monotonic by the offset of this moment."""
-        offset = self._time.unix() - self._time.monotonic()
-        entries = None if self.reader.lost else self.guarded(self.reader.buffer)
-        self.fine += [(unix_s - offset, power_w) for unix_s, power_w in entries or []]
+        """The driver's wall-clock stamps become monotonic by the offset of this moment; where that clock was set meanwhile, the stamps of before
+        by the earlier offset."""
+        unix_s = self._time.unix()
+        offset = unix_s - self._time.monotonic()
+        entries = None if self.reader.lost else self.guarded(partial(self.reader.buffer, unix_s))
+        last_s = self.fine[-1][0] if self.fine else -math.inf
+        end_s = self._time.monotonic() + _STAMP_ERROR_S
+        offsets = {offset: None, self._offset or offset: None}
+        new = []
+        for stamp_s, power_w in entries or []:
+            times = [t_s for each in offsets if last_s < (t_s := stamp_s - each) <= end_s]
+            new += [(t_s, power_w) for t_s in times[:1]]
+        self.fine += sorted(new)
+        self._offset = offset
 
     def guarded(self, call: Callable[[], Any]) -> Any:
         """A reader's bug or a driver's surprise loses that device, never the thread."""

@@ -168,6 +168,16 @@ def test_counter_that_jumps_ahead_is_flagged_and_bridged_by_the_curve(nvml_libra
     assert window.energy_j == pytest.approx(exact_j("square", 2, 38), rel=0.01)
 
 
+@pytest.mark.parametrize("step", ["15.0:3600", "15.0:-3600", "15.0:1", "15.0:-1"])
+def test_wall_clock_that_is_set_moves_no_sample_of_the_driver(nvml_library: Path, step: str) -> None:
+    no_counter = "0:DeviceGetTotalEnergyConsumption:3"
+    [device] = sampled(nvml_library, 40.0, {"decode": [0]}, step=step, fail=no_counter, power_0=wave_text("square"))
+    times = [t_s for t_s, _ in device.fine_power]
+    assert times[0] >= 0 and times == sorted(times) and times[-1] < 40.1 and len(times) > 1900
+    assert energy_over(device, 2, 38).integral_j == pytest.approx(exact_j("square", 2, 38), rel=0.01)
+    assert energy_over(device, 20, 38).integral_j == pytest.approx(exact_j("square", 20, 38), rel=0.005)
+
+
 def test_superchips_module_and_memory_are_read_beside_the_gpu(nvml_library: Path) -> None:
     settings = {"name": "NVIDIA GH200 480GB", "scopes": "1:1.5 2:0.1", "power_0": wave_text("constant")}
     [device] = sampled(nvml_library, 6.0, {"decode": [0]}, **settings)

@@ -10,6 +10,7 @@
  *   FAKE_NVML_SCOPES="1:1.5 2:0.1" (power scope: its power as a multiple of the GPU's; "all": a driver that knows no scopes)
  *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
  *   FAKE_NVML_CLOCK_POWER="A B C" (instead of a script: A + B x^2 + C / x watts at x times the highest clock)
+ *   FAKE_NVML_STEP="T:S" (the wall clock, not the scripted monotonic one, is set ahead by S seconds at T; negative: back)
  *   FAKE_NVML_REASONS=4 (clock event reasons)  FAKE_NVML_LIMIT_W=500 (of a default of 700)
  */
 #define _GNU_SOURCE
@@ -46,19 +47,27 @@ static double number(const char *name, double otherwise) {
     return text ? atof(text) : otherwise;
 }
 
-static u64 unix_us(void) {
+/* How much the wall clock is ahead of the steady one at `t`. */
+static long long step_us(double t) {
+    double at, seconds;
+    const char *text = getenv("FAKE_NVML_STEP");
+    return text && sscanf(text, "%lf:%lf", &at, &seconds) == 2 && t >= at ? (long long)(seconds * 1e6) : 0;
+}
+static u64 steady_us(void) {
     struct timespec now;
     if (scripted) return EPOCH_US + state->now_us;
     clock_gettime(CLOCK_REALTIME, &now);
     return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
 }
-static double now_s(void) { return (double)(unix_us() - state->zero_us) / 1e6; }
+static double now_s(void) { return (double)(steady_us() - state->zero_us) / 1e6; }
+static u64 unix_us(void) { return steady_us() + step_us(now_s()); }
 static void spend(u64 us) {
     if (scripted) state->now_us += us;
     else if (us > 50) usleep(us);
 }
 
 EXPORT u64 fake_unix_us(void) { return unix_us(); }
+EXPORT u64 fake_steady_us(void) { return steady_us(); }
 EXPORT u64 fake_zero_us(void) { return state->zero_us; }
 EXPORT void fake_advance_us(u64 us) { state->now_us += us; }
 EXPORT unsigned fake_locked_mhz(int gpu) { return state->locked_mhz[gpu]; }
@@ -80,7 +89,7 @@ __attribute__((constructor)) static void load(void) {
     }
     if (!state->ready) {
         for (int i = 0; i < GPUS; i++) state->limit_mw[i] = (unsigned)(1000 * number("FAKE_NVML_LIMIT_W", 700));
-        state->zero_us = unix_us();
+        state->zero_us = steady_us();
         state->ready = 1;
     }
     for (int i = 0; i < GPUS; i++) {
@@ -222,7 +231,7 @@ EXPORT int nvmlDeviceGetSamples(void *device, int kind, u64 since, int *type, un
     *type = 1;
     for (int i = 118; i >= 0; i--) {
         double at = last - i * 0.02;
-        u64 stamp = state->zero_us + (long long)(at * 1e6);
+        u64 stamp = state->zero_us + (long long)(at * 1e6) + step_us(at);
         if (stamp <= since || at <= 0) continue;
         if (samples && found < room) {
             samples[found].stamp = stamp;

@@ -88,7 +88,8 @@ class ScriptedTime(SystemTime):
 
     def __init__(self, end_s: float) -> None:
         self._library = ctypes.CDLL("libnvidia-ml.so.1")
-        self._library.fake_unix_us.restype = self._library.fake_zero_us.restype = ctypes.c_ulonglong
+        for name in ("fake_unix_us", "fake_steady_us", "fake_zero_us"):
+            getattr(self._library, name).restype = ctypes.c_ulonglong
         self._library.fake_advance_us.argtypes = [ctypes.c_ulonglong]
         self._end_s = end_s
 
@@ -97,7 +98,7 @@ class ScriptedTime(SystemTime):
         return Clock(monotonic_s=MONOTONIC_ZERO_S, unix_s=self._library.fake_zero_us() / 1e6)
 
     def monotonic(self) -> float:
-        return MONOTONIC_ZERO_S + (self._library.fake_unix_us() - self._library.fake_zero_us()) / 1e6
+        return MONOTONIC_ZERO_S + (self._library.fake_steady_us() - self._library.fake_zero_us()) / 1e6
 
     def unix(self) -> float:
         return self._library.fake_unix_us() / 1e6
