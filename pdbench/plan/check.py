@@ -12,6 +12,7 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, role_of, source_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
+from pdbench.plan.limits import limits_of
 from pdbench.plan.parts import Part, parts_of, visits_of, why_no_parts
 from pdbench.plan.predict import DRAWS, Wanted, predict
 from pdbench.plan.records import Calibration, Check
@@ -39,6 +40,10 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     demands = [
         demand_of(run, part) for index in trials for part in [next(part for part in parts if part.index == index)]
     ]
+    differs = []
+    for role in counts:
+        calibration, is_alike = _as_served(calibration, run, role)
+        differs += [] if is_alike else [f"the limits of {role}"]
     analysis = analyze(run)
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
@@ -63,7 +68,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     }
     source, others = source_of(path, run, parts), calibration.sources
     ids = {other.run_id or other.path for other in others}
-    differs = [name for name in ALIKE if getattr(source, name) not in {getattr(other, name) for other in others}]
+    differs += [name for name in ALIKE if getattr(source, name) not in {getattr(other, name) for other in others}]
     return Check(
         path=str(path),
         held_out=(source.run_id or source.path) not in ids,
@@ -74,6 +79,22 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         predicted=blind,
         at_own_speed=known if blind.figures else None,
     )
+
+
+def _as_served(calibration: Calibration, run: Run, role: Role) -> tuple[Calibration, bool]:
+    """The calibration with this role's engines limited as the run's, and whether they hold as much per step as the runs that calibrated."""
+    try:
+        calibrated = role_of(calibration, role)
+    except UserError:
+        return calibration, True  # predict says what is missing
+    limits, before = limits_of(run, role)[0], calibrated.engine.limits
+    engine = msgspec.structs.replace(calibrated.engine, limits=limits)
+    roles = {**calibration.roles, role: msgspec.structs.replace(calibrated, engine=engine)}
+    is_alike = (limits.max_num_batched_tokens, limits.max_num_seqs) == (
+        before.max_num_batched_tokens,
+        before.max_num_seqs,
+    )
+    return msgspec.structs.replace(calibration, roles=roles), is_alike
 
 
 def demand_of(run: Run, part: Part) -> Demand:

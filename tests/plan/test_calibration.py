@@ -3,12 +3,14 @@
 import shlex
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pdbench.cli import app
 from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
 from pdbench.plan.calibration import DAYS, another_speed, calibrate, calibrate_command
+from pdbench.plan.check import check
 from pdbench.plan.parts import Part, taken_s
 from pdbench.plan.steps import Stream
 from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
@@ -80,6 +82,17 @@ def test_command_that_measures_what_is_missing_is_one_that_runs() -> None:
     options = bound.arguments["options"]
     assert (options.serve.model, options.serve.enforce_eager) == ("some/model", False)
     assert (options.serve.vllm_args, options.load.input_tokens) == ("--a-flag=1 --other", 2048)
+
+
+def test_run_of_a_smaller_token_budget_is_predicted_with_it() -> None:
+    run = recorded_run()
+    found = calibrate({Path("a"): run})
+    usual = check(found, Path("a"), run, draws=2)
+    run.engines["single"] = msgspec.structs.replace(run.engines["single"], max_num_batched_tokens=512)
+    chunked = check(found, Path("a"), run, draws=2)
+    assert not usual.differs and chunked.differs == ["the limits of single"]
+    # Every chunk is launched for as long as a whole prompt.
+    assert chunked.predicted.figures["ttft_p50_ms"].value > 2 * usual.predicted.figures["ttft_p50_ms"].value
 
 
 def test_run_without_token_instants_calibrates_nothing() -> None:
