@@ -91,16 +91,14 @@ def run_client(
     config, clock = load.config, load.clock
     clients = config.client_processes
     tokenizer, flags = plan.load_tokenizer_for(load)
-    warmup = plan.warmup_requests(config, tokenizer, load.trial)[client::clients]
+    warmup = plan.warmup_requests(config, tokenizer, load.trial, client, clients)
     # Planned beforehand unless it is endless, so that making prompts does not delay their sending.
-    every = plan.planned_requests(config, tokenizer, load.trial)
-    planned: Iterator[PlannedRequest] = (request for request in every if request.index % clients == client)
+    planned = plan.planned_requests(config, tokenizer, load.trial, client, clients)
     total = None
     if not plan.is_endless(config):
-        first = next(every, None)
-        if first is None:
+        requests = list(planned)
+        if not requests and not plan.request_count(config, load.trial):
             raise UserError("the load has no request: its time (--duration-s, --stages) ends before the first arrival")
-        requests = [*([first] if client == 0 else []), *planned]
         planned, total = iter(requests), len(requests)
     streams = plan.streams(config)
     if streams is not None:

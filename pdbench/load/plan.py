@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,33 +241,35 @@ def streams(config: LoadConfig) -> int | None:
     return config.concurrency if is_open_loop(config) else config.concurrency or 1
 
 
-def planned_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> Iterator[PlannedRequest]:
-    """The measured requests in order. Endless only where a closed loop ends by time."""
+def planned_requests(
+    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, client: int = 0, clients: int = 1
+) -> Iterator[PlannedRequest]:
+    """The measured requests in order, of several clients' every `clients`-th. Endless only where a closed loop ends by time."""
     trace = trace_of(config) if config.trace else None
-    contents = _contents(config, tokenizer, trial, trace=trace)
-    planned = zip(planned_instants(config, trace, trial), contents, strict=False)
-    for index, (arrival_s, content) in enumerate(itertools.islice(planned, request_limit(config))):
-        yield PlannedRequest(index, arrival_s, *content)
+    instants = itertools.islice(planned_instants(config, trace, trial), request_limit(config))
+    contents = _contents(config, tokenizer, trial, itertools.count(client, clients))
+    planned = zip(itertools.islice(enumerate(instants), client, None, clients), contents, strict=False)
+    return (PlannedRequest(index, arrival_s, *content) for (index, arrival_s), content in planned)
 
 
-def requests_at(
-    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, places: Sequence[int]
-) -> list[PlannedRequest]:
+def requests_at(config: LoadConfig, tokenizer: Tokenizer | None, trial: int, at: Sequence[int]) -> list[PlannedRequest]:
     """The measured requests at these places, without their arrivals."""
-    trace = trace_of(config) if config.trace else None
-    contents = _contents(config, tokenizer, trial, trace=trace, places=places)
-    return [PlannedRequest(place, None, *content) for place, content in zip(places, contents, strict=True)]
+    contents = _contents(config, tokenizer, trial, at)
+    return [PlannedRequest(place, None, *content) for place, content in zip(at, contents, strict=True)]
 
 
-def warmup_requests(config: LoadConfig, tokenizer: Tokenizer | None, trial: int) -> list[PlannedRequest]:
-    """The requests before the measured ones: other numbers and texts, the same lengths.
+def warmup_requests(
+    config: LoadConfig, tokenizer: Tokenizer | None, trial: int, client: int = 0, clients: int = 1
+) -> list[PlannedRequest]:
+    """The requests before the measured ones, as `planned_requests`: other numbers and texts, the same lengths.
 
     They begin one after the other within 0.2 s, so that batches grow to their largest; the rest follow when a stream is free.
     """
-    contents, count = _contents(config, tokenizer, trial, "warmup-"), warmup_size(config)
+    places = range(client, count := warmup_size(config), clients)
+    contents = _contents(config, tokenizer, trial, places, "warmup-")
     at_once = min(count, streams(config) or count)
     gap_s = min(0.01, 0.2 / at_once) if count else 0.0
-    return [PlannedRequest(index, min(index, at_once) * gap_s, *next(contents)) for index in range(count)]
+    return [PlannedRequest(index, min(index, at_once) * gap_s, *next(contents)) for index in places]
 
 
 def load_tokenizer_for(load: TrialLoad) -> tuple[Tokenizer | None, list[Flag]]:
@@ -337,37 +339,36 @@ def _contents(
     config: LoadConfig,
     tokenizer: Tokenizer | None,
     trial: int,
+    places: Iterable[int],
     part: str = "",
-    trace: Trace | None = None,
-    places: Sequence[int] | None = None,
 ) -> Iterator[tuple[Prompt, int | None, int, int]]:
-    """(prompt, its tokens, tokens to generate, tokens shared on purpose) of a trial or its warm-up, or of these `places` of it;
-    endless without a trace.
+    """(prompt, its tokens, tokens to generate, tokens shared on purpose) at these ascending places of a trial or its warm-up.
 
     Lengths depend on the seed alone, texts on the nonce too. What prompts share, they share within their trial and its warm-up.
     """
     group = f"{config.seed}/{config.nonce}/{trial}"
-    seen: set[Any] = set()
+    trace = trace_of(config) if config.trace and not part else None
+    seen, seen_rows = set[Any](), 0
     texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file and not trace else []
     output = config.output_tokens, config.output_distribution, config.output_spread
     text: Prompt
-    for index in (range(len(trace.rows)) if trace else itertools.count()) if places is None else places:
+    for index in places:
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
         shared, most = 0, config.max_input_tokens
         output_tokens = prompts.length(*output, f"out/{seed}")
         if trace:
             assert tokenizer is not None, "find_tokenizer gives one whenever lengths must be exact"
-            _, tokens, output_tokens, blocks = trace.rows[index]
             # A row may be shorter than what the server adds to every prompt.
-            tokens = max(min(tokens, most or tokens), tokenizer.added + 1)
+            tokens, output_tokens, blocks = trace.row_within(tokenizer.added + 1, most, index)
             if blocks:
                 size = trace.block_tokens
-                blocks = blocks[: -(-tokens // size)]
-                may_be_ids = config.endpoint == "completions"
-                text = prompts.of_blocks(tokens, blocks, size, group, text_seed, tokenizer, may_be_ids=may_be_ids)
+                for earlier in range(seen_rows, index):
+                    seen.update(trace.row_within(tokenizer.added + 1, most, earlier)[2])
+                seen_rows = index
+                ids = config.endpoint == "completions"
+                text = prompts.of_blocks(tokens, blocks, size, group, text_seed, tokenizer, may_be_ids=ids)
                 shared = min(tokens, size * sum(1 for _ in itertools.takewhile(seen.__contains__, blocks)))
-                seen.update(blocks)
             else:
                 text = prompts.of_length(tokens, text_seed, tokenizer)
         elif texts:

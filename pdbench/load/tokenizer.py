@@ -26,12 +26,14 @@ class Tokenizer:
     """Counts a prompt's tokens as the server does: with those that it adds, special tokens or a chat template's.
 
     `encode` gives ids without these, `added` is how many they are; `start` are the ids that stand before a completion's prompt.
+    `is_remote`: every call asks a server.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     added: int
     start: tuple[int, ...] = ()
+    is_remote: bool = False
 
     def count(self, text: str) -> int:
         """Number of tokens that the server makes of a prompt, or of a chat's one message."""
@@ -41,6 +43,18 @@ class Tokenizer:
         """About the first `tokens` tokens of a prompt."""
         return self.decode(self.encode(text)[: max(0, tokens - self.added)])
 
+    def after(self, head: str) -> "Tokenizer":
+        """The same for what follows `head`, whose tokens are left out."""
+        ids = self.encode(head)
+        return replace(
+            self,
+            encode=lambda text: self.encode(head + text)[len(ids) :],
+            decode=lambda rest: self.decode(ids + rest)[len(head) :],
+            added=0,
+            start=(),
+        )
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (few tokenizers, which are kept for the next load anyway)
     def for_chat(self, added: int) -> "Tokenizer":
         """The same for the chat endpoint, whose template adds this many tokens and strips a message of blanks at its ends."""
         return replace(self, encode=lambda text: self.encode(text.strip()), added=added, start=())
@@ -50,8 +64,6 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
     """The tokenizer of a model folder (tokenizer.json) or, with `hub`, of a name on the hub; None when there is none to be had."""
     path = Path(name) / "tokenizer.json"
     try:
-        import tokenizers
-
         if not path.is_file():
             if Path(name).exists() or not hub:
                 return None
@@ -64,18 +76,27 @@ def load_tokenizer(name: str, *, hub: bool = True) -> Tokenizer | None:
                 url = huggingface_hub.hf_hub_url(name, path.name)
                 huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
                 path = Path(huggingface_hub.hf_hub_download(name, path.name))
-        encoder = tokenizers.Tokenizer.from_file(str(path))
+        stat = path.stat()
+        return _of_file(str(path), stat.st_mtime_ns, stat.st_size)
     except Exception:
         # The libraries raise bare Exception for everything: a broken file, no network, no such model.
         return None
+
+
+@functools.lru_cache(maxsize=4)
+def _of_file(path: str, _changed_ns: int, _size: int) -> Tokenizer:
+    """Kept for the next load: a large vocabulary takes half a second."""
+    import tokenizers
+
+    encoder = tokenizers.Tokenizer.from_file(path)
     encoder.no_truncation()
     encoder.no_padding()
     specials, text = encoder.encode("").ids, encoder.encode("a").ids
     # What stands after the text is the same for every prompt and cannot be sent within one.
     start = specials[: next((n for n, id_ in enumerate(text) if id_ not in specials), 0)]
     return Tokenizer(
-        lambda text: list(encoder.encode(text, add_special_tokens=False).ids),
-        lambda ids: str(encoder.decode(ids, skip_special_tokens=True)),
+        lambda text: encoder.encode(text, add_special_tokens=False).ids,
+        lambda ids: encoder.decode(ids, skip_special_tokens=True),
         len(specials),
         tuple(start),
     )
@@ -107,7 +128,7 @@ def server_tokenizer(url: str, model: str, *, verify_tls: bool = True) -> Tokeni
     added = len(whole) - len(plain)
     encoded = functools.lru_cache(maxsize=256)(lambda text: tuple(ids_of(names, text)) if text else ())
     start = tuple(whole[:added]) if whole[added:] == plain else ()
-    return Tokenizer(lambda text: list(encoded(text)), decode, added, start) if added >= 0 else None
+    return Tokenizer(lambda text: list(encoded(text)), decode, added, start, is_remote=True) if added >= 0 else None
 
 
 class _TokenizeServer:

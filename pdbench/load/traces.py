@@ -85,6 +85,12 @@ class Trace:
     block_tokens: int
     notes: tuple[str, ...] = ()
 
+    def row_within(self, least: int, most: int | None, index: int) -> tuple[int, int, tuple[Hashable, ...]]:
+        """A row's tokens, at least and at most so many; its tokens to generate; the blocks of these tokens."""
+        _, tokens, output_tokens, blocks = self.rows[index]
+        tokens = max(min(tokens, most or tokens), least)
+        return tokens, output_tokens, tuple(blocks[: -(-tokens // self.block_tokens)]) if blocks else ()
+
 
 class _Record(NamedTuple):
     """A row as read: `at` is in `unit`, or in the trace's unit where that is None."""

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import cyclopts
@@ -21,6 +22,7 @@ from pdbench.load import arrivals, plan, prompts
 from pdbench.load.prompts import exact_text
 from pdbench.load.request_fields import request_body
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer
+from pdbench.serving.models import shape_model
 from tests.support.servers import ScriptedServer
 
 
@@ -181,6 +183,72 @@ def test_same_seed_gives_same_bytes_on_every_machine():
 DIGEST = "d8bb64d861d0a7b4"
 
 
+# Warm-up and load of `planned_texts`, by whether prompts share a prefix.
+PROMPT_DIGESTS = {0.0: "f0225be19427fdb6", 0.5: "43e7d79376ab5904"}
+
+
+def planned_texts(tokenizer: Tokenizer, **options) -> list[str]:
+    config = LoadConfig(rate=16.0, output_tokens=8, nonce="abc", seed=3, **options)
+    return [
+        request.text
+        for request in (*plan.warmup_requests(config, tokenizer, 0)[:3], *plan.planned_requests(config, tokenizer, 0))
+    ]
+
+
+def test_same_seed_and_nonce_give_the_same_long_prompts(tmp_path):
+    tokenizer = load_tokenizer(str(shape_model(tmp_path)))
+    assert tokenizer is not None
+    texts = {
+        0.0: planned_texts(tokenizer, input_tokens=2048, requests=5),
+        0.5: planned_texts(tokenizer, input_tokens=700, shared_prefix=0.5, prefix_groups=2, requests=8),
+    }
+    digests = {share: hashlib.sha256("\0".join(each).encode()).hexdigest()[:16] for share, each in texts.items()}
+    assert digests == PROMPT_DIGESTS
+    assert {tokenizer.count(text) for text in texts[0.0]} == {2048}
+
+
+def trained(kind: str) -> Tokenizer:
+    """A tokenizer trained on the built-in texts: of words, of whatever (tokens go on over spaces), or as Llama 2's."""
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    alphabet = [*"0123456789No."] if kind == "llama" else tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>"], initial_alphabet=alphabet)
+    if kind == "llama":
+        encoder.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        )
+        encoder.pre_tokenizer = tokenizers.pre_tokenizers.Split("\u2581", "merged_with_next")
+        decoders = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse()]
+        encoder.decoder = tokenizers.decoders.Sequence([*decoders, tokenizers.decoders.Strip(" ", 1, 0)])
+    else:
+        encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "words")
+        encoder.decoder = tokenizers.decoders.ByteLevel()
+    encoder.train_from_iterator(prompts.passages(), trainer)
+    return Tokenizer(lambda text: encoder.encode(text).ids, encoder.decode, added=0)
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("words", True), ("llama", True), ("across spaces", False)])
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_of_known_sentences_are_those_whose_whole_text_is_encoded(kind, is_known, chat):
+    tokenizer = trained(kind).for_chat(9) if chat else trained(kind)
+    assert (prompts._known_sentences(tokenizer) is not None) == is_known
+    for tokens in (90, 91, 92, 150, 400, 401):
+        seed = f"seed-{tokens}"
+        whole = exact_text(prompts.sentences_in_random_order(seed), tokens, tokenizer, prompts.number(seed))
+        assert prompts.of_length(tokens, seed, tokenizer) == whole
+        assert tokenizer.count(whole) == tokens
+
+
+def test_tokenizer_whose_sentences_are_not_their_words_tokens_is_not_trusted(tokenizer):
+    """What stands before a sentence changes its tokens."""
+    ids = tokenizer.encode
+
+    def encode(text: str) -> list[int]:
+        return [*ids(text), *([0] if "tea" in text.partition("day")[0] else [])]
+
+    assert prompts._known_sentences(replace(tokenizer, encode=encode)) is None
+    assert prompts._known_sentences(replace(tokenizer, is_remote=True)) is None
+
+
 def test_length_distributions():
     uniform = [prompts.length(100, "uniform", 0.5, f"{index}") for index in range(3000)]
     assert min(uniform) >= 50 and max(uniform) <= 150 and numpy.mean(uniform) == pytest.approx(100, rel=0.03)
@@ -197,7 +265,10 @@ def test_plan_is_the_same_for_every_process(tokenizer):
     first, again, other = (list(plan.planned_requests(config, tokenizer, trial)) for trial in (0, 0, 1))
     assert first == again and first != other and len(first) == 20
     assert all(earlier.arrival_s < later.arrival_s for earlier, later in pairwise(first))
+    shares = [list(plan.planned_requests(config, tokenizer, 0, client, 3)) for client in range(3)]
+    assert [share == first[client::3] for client, share in enumerate(shares)] == [True] * 3
     warmup = plan.warmup_requests(config, tokenizer, 0)
+    assert warmup[1::4] == plan.warmup_requests(config, tokenizer, 0, 1, 4)
     assert len(warmup) == 10 and warmup[0].prompt not in {request.prompt for request in first}
 
 

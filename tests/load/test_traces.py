@@ -282,6 +282,8 @@ def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):  #
     path.write_text(lines(*(mooncake(1000 * at, 1100, 9, hash_ids=[7, 8, last]) for at, last in enumerate((9, 9, 10)))))
     first, same, other = plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0)
     assert [request.arrival_s for request in (first, same, other)] == pytest.approx([0.0, 0.5, 1.0])
+    shares = [plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0, at, 2) for at in (0, 1)]
+    assert [list(share) for share in shares] == [[first, other], [same]]
     for request in (first, same, other):
         assert tokenizer.count(request.prompt) == 1100 == request.prompt_tokens and request.output_tokens == 9
     assert first.prompt == same.prompt
