@@ -2,6 +2,8 @@
 
 On a host with two GPUs (starts and stops its servers; NixlConnector's rows come when nixl can be imported):
     python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl --requests 1000 --limit-s 480
+With tensor parallelism on both sides (four GPUs), beside a single instance as wide:
+    python benchmarks/kv_transfer.py --out kv-transfer-tp2 --connectors p2p-nccl --tensor-parallel 2 --requests 500
 With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
     python benchmarks/kv_transfer.py --out kv-transfer --connectors builtin-p2p-nccl --requests 200
 On CPU, to try the benchmark itself:
@@ -71,15 +73,17 @@ print(json.dumps(rates))
     return dict(json.loads(ran.stdout))
 
 
-def transfers(pair: Pair, requests: list[Timed]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(send, receive) lines of the connector's event logs for these requests; empty for connectors that write none."""
-    sides = []
-    for role in ("prefill", "decode"):
+def transfers(pair: Pair, requests: list[Timed], ranks: int) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """The (send, receive) lines of the connector's event logs for each of these requests, one per rank, where all ranks have theirs;
+    empty for connectors that write none."""
+    sides: list[dict[str, list[dict[str, Any]]]] = [{}, {}]
+    for role, side in zip(("prefill", "decode"), sides, strict=True):
         log = pair.folder / f"{pair.connector}-{role}.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        sides.append({line["transfer_id"]: line for line in lines if line["error"] is None})
-    names = [timed.transfer_id for timed in requests if timed.transfer_id in sides[0] and timed.transfer_id in sides[1]]
-    return [(sides[0][name], sides[1][name]) for name in names]
+        for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+            if line["error"] is None:
+                side.setdefault(line["transfer_id"], []).append(line)
+    both = [tuple(side.get(timed.transfer_id or "", []) for side in sides) for timed in requests]
+    return [(send, receive) for send, receive in both if len(send) == len(receive) == ranks]
 
 
 class Measurement:
@@ -127,19 +131,28 @@ class Measurement:
         await asyncio.gather(*(self.pair.ask(self.prompt(2048), 16) for _ in range(at_once)))
 
     async def handoff(self) -> None:
-        """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs."""
+        """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs. All ranks together move a
+        request's bytes in the time of the slowest, and it is handed over when the last of them has said so."""
         before = await asyncio.to_thread(metrics, self.pair.urls[1])
         for tokens in (512, 2048, self.options.long):
             requests = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
             await asyncio.sleep(0.5)
-            both = transfers(self.pair, requests)
-            rates = [receive["bytes"] / receive["wire_s"] / 1e9 for _, receive in both]
-            handoffs = [(receive["reported_s"] - send["ready_s"]) * 1e3 for send, receive in both]
+            both = transfers(self.pair, requests, self.options.tensor_parallel)
+            sizes = [sum(rank["bytes"] for rank in ranks) for _, ranks in both]
+            rates = [
+                size / max(rank["wire_s"] for rank in ranks) / 1e9 for size, (_, ranks) in zip(sizes, both, strict=True)
+            ]
+            by_rank = [rank["bytes"] / rank["wire_s"] / 1e9 for _, ranks in both for rank in ranks]
+            handoffs = [
+                (max(rank["reported_s"] for rank in ranks) - max(rank["ready_s"] for rank in sends)) * 1e3
+                for sends, ranks in both
+            ]
             self.results[f"wire {tokens}"] = {
                 "gb_per_s_p50": quantile(rates, 0.5),
+                "rank_gb_per_s_p50": quantile(by_rank, 0.5),
                 "handoff_ms_p50": quantile(handoffs, 0.5),
                 "handoff_ms_p99": quantile(handoffs, 0.99),
-                "bytes": both[0][1]["bytes"] if both else None,
+                "bytes": sizes[0] if sizes else None,
                 "transfers": len(both),
                 "failed": sum(timed.error is not None for timed in requests),
             }
@@ -290,8 +303,13 @@ def judged(
         return a - b if a is not None and b is not None else None
 
     many = f"load {options.concurrency} at a time"
-    share = ratio(get("wire 2048", "gb_per_s_p50"), copies.get("2048"))
-    long = ratio(get(f"wire {options.long}", "gb_per_s_p50"), copies.get("8192"))
+
+    def of_rank(name: str) -> float | None:
+        """GB/s between two GPUs, as the plain copy has it; of one rank where what was saved names no ranks."""
+        return get(name, "rank_gb_per_s_p50") or get(name, "gb_per_s_p50")
+
+    share = ratio(of_rank("wire 2048"), copies.get("2048"))
+    long = ratio(of_rank(f"wire {options.long}"), copies.get("8192"))
     extra = difference(get("ttft 512", "disaggregated_ms_p50"), get("ttft 512", "single_ms_p50"))
     tail = ratio(get(many, "tbt_p99_ms"), get("load 1 at a time", "tbt_p99_ms"))
     late = get(f"{many}, decode's first token", "tbt_p99_ms")
@@ -301,6 +319,7 @@ def judged(
     at_once = f"{options.concurrency} at a time"
     return [
         ("wire GB/s, 2048 tokens", get("wire 2048", "gb_per_s_p50"), None, None),
+        ("wire GB/s of one rank, 2048 tokens", of_rank("wire 2048"), None, None),
         ("wire / plain copy, 2048 tokens", share, 0.8, None),
         (f"wire / plain copy, {options.long} tokens", long, 0.8, None),
         ("handoff p50 ms, 2048 tokens", get("wire 2048", "handoff_ms_p50"), None, 3),
@@ -351,6 +370,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=8192, help="tokens of the longest prompt")
     parser.add_argument("--stream-tokens", type=int, default=1500, help="output tokens of the streams beside transfers")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no stage starts later than this")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each side")
     parser.add_argument("--cpu", action="store_true", help="serve on CPU, to try the benchmark itself")
     parser.add_argument("--vllm-args", default="--load-format dummy", help="more vLLM arguments for both servers")
     return parser.parse_args()
@@ -379,7 +399,8 @@ def main() -> None:
             continue
         for log in options.out.glob(f"{name}-*.jsonl"):
             log.unlink()
-        pair = start(name, options.model, options.out, options.cpu, options.vllm_args.split())
+        arguments, width = options.vllm_args.split(), options.tensor_parallel
+        pair = start(name, options.model, options.out, options.cpu, arguments, tensor_parallel=width)
         try:
             failure = wait_healthy(pair, max(10.0, options.limit_s - (time.monotonic() - begun_s)))
             if failure is not None:
