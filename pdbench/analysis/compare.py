@@ -169,7 +169,7 @@ def compare(
         same_arrivals=bool((a.config.get("load") or {}).get("trace")),
         primary=first,
         gpus=(a.gpus, b.gpus),
-        differences=list(by_name.values()),
+        differences=sorted(by_name.values(), key=lambda line: line.metric.name != first),
         mismatches=mismatches,
     )
 

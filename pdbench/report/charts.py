@@ -265,12 +265,18 @@ def verdicts(compared: Comparison) -> Chart:
     return Chart(key="verdicts", title=title, panels=[panel], caption=caption)
 
 
-def side_by_side(runs: text.Runs) -> list[Panel]:
-    """Bars of up to four figures of each run: the first that were measured."""
-    speeds = ("output_tokens_per_s", "output_tokens_per_s_per_device")
+def side_by_side(runs: text.Runs, comparisons: Sequence[Comparison]) -> list[Panel]:
+    """Bars of up to four figures of each run: the first that were measured, as the comparisons have them."""
+    compared: dict[tuple[str, str], float] = {}
+    for each in reversed(comparisons):
+        for line in each.differences:
+            compared |= {
+                (name, line.metric.name): value for name, value in zip(each.names, (line.a, line.b), strict=True)
+            }
     panels = []
-    for metric in (*speeds, "mean_power_w", "j_per_output_token", "goodput_requests_per_s", "requests_per_s"):
-        values = [text.value(run, metric) for run in runs.values()]
+    first = ("goodput_requests_per_s", "output_tokens_per_s", "mean_power_w", "j_per_output_token")
+    for metric in (*first, "output_tokens_per_s_per_device", "requests_per_s"):
+        values = [compared.get((name, metric), text.value(run, metric)) for name, run in runs.items()]
         if any(value is not None for value in values):
             labels = [_("not measured") if value is None else text.number(value) for value in values]
             heights = [value or 0.0 for value in values]

@@ -133,7 +133,7 @@ def comparison(runs: text.Runs, comparisons: Sequence[Comparison]) -> Figure:
         cell = rows[len(ratios) - 2, place * 4 : place * 4 + 4]
         legend = "" if place else "above" if len(runs) < 3 else "inside"
         draw_panel(figure.add_subplot(cell), panel, legend)
-    bars = charts.side_by_side(runs)
+    bars = charts.side_by_side(runs, comparisons)
     for place, panel in enumerate(bars):
         width = 12 // len(bars)
         draw_panel(figure.add_subplot(rows[len(ratios) - 1, place * width : (place + 1) * width]), panel)

@@ -222,9 +222,9 @@ def title(compared: Comparison) -> str:
 
 
 def comparison(compared: Comparison) -> Table:
-    """A row per metric, the primary one first: both figures and the verdict in words."""
+    """A row per metric: both figures and the verdict in words."""
     change = _("change seen; one trial, no interval") if compared.one_trial else _("change, 95 % interval")
-    lines = sorted(compared.differences, key=lambda line: line.metric.name != compared.primary)
+    lines = compared.differences
     return Table(
         title=title(compared),
         header=[_("metric"), *compared.names, change],

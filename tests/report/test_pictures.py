@@ -77,6 +77,14 @@ def test_no_text_of_the_comparison_is_cut_off(gpu):
         assert min(box.x0, box.y0) >= 0 and box.x1 <= 1600 and box.y1 <= figure.bbox.height, label.get_text()
 
 
+def test_bars_have_the_figures_of_the_verdicts():
+    runs = {name: analyze(build_run(name, trials=3)) for name in ("single", "disaggregated")}
+    found = comparisons(runs)
+    figures = {text.label(line.metric.name): [line.a, line.b] for line in found[0].differences}
+    bars = {panel.title: panel.series[0].y for panel in charts.side_by_side(runs, found)}
+    assert len(bars) == 4 and all(figures[title] == heights for title, heights in bars.items())
+
+
 def test_pictures_name_the_flags(analyses):
     figure = drawn(mpl.performance_analysis, analyses[1], "disaggregated")
     names = "requests-failed, client-limited, preempted, kv-full, server-error, short-window"
