@@ -180,7 +180,8 @@ def serving(options: argparse.Namespace) -> Any:
     logs = options.out / "logs"
     command = [sys.executable, "-m", "pdbench", "serve", *options.serve, "--restarts", "2", "--log-dir", str(logs)]
     command += ["--prefill-instances", str(options.prefill), "--decode-instances", str(options.decode)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with (options.out / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
