@@ -109,7 +109,7 @@ def run(
         for flag in servers.flags:
             console.print(f"[yellow]{flag.name}[/yellow]: {flag.detail}", highlight=False, soft_wrap=True)
     if used and options.power.power and options.power.idle_s and not servers.up:
-        console.print(f"idle power of GPU {', '.join(map(str, used))}: {2 * options.power.idle_s:g} s")
+        console.print(f"measuring the idle power of GPU {', '.join(map(str, used))} for {2 * options.power.idle_s:g} s")
         servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
     gate_nonce = int(clock.unix_s)
     cooldown = _cooldown(options)
@@ -201,6 +201,9 @@ def bench(
         if b'pdbench_proxy_instance_ready{role="prefill"' in proxied:
             detail = f"{url} is a pdbench proxy that logs elsewhere: phases are not measured; {where}"
             flags.append(Flag("event-log-missing", detail))
+    folder = out / f"{info.name}_results"
+    if folder.exists():
+        check_writable(folder)
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
         console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
@@ -217,7 +220,7 @@ def bench(
         measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers, {}, judge=judge)
         check_again(run, info, console, servers)
     finally:
-        _save(run, out / f"{run.name}_results", runs)
+        _save(run, folder, runs)
 
 
 def check_answers(url: str, points: Iterable[Options]) -> None:

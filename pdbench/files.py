@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -55,6 +56,16 @@ def write_whole(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def begin_again(folder: Path, results: Path) -> None:
+    """Remove earlier `results` with all that is in them, and make `folder`. Raises WriteError."""
+    try:
+        if results.exists():
+            shutil.rmtree(results)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(Path(error.filename or results), error) from None
 
 
 def swap_in(folder: Path, token: str, main: tuple[str, bytes], others: Mapping[str, bytes]) -> None:

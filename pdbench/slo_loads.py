@@ -1,7 +1,6 @@
 """One load of a search: sent and saved in a folder of its own, ended once it is decided, and what it came to."""
 
 import dataclasses
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pdbench.analysis.metrics import Timings, timings_of, timings_of_requests
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.failures import INTERRUPTED
+from pdbench.files import begin_again
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Run, load_run
@@ -139,8 +139,7 @@ class Loads:
             self.console.print(f"  {name}: already measured", highlight=False)
             self.points.append(point)
             return load_run(self.out / point.run), point
-        if folder.exists():
-            shutil.rmtree(folder)
+        begin_again(folder.parent, folder)
         # Other deployments get the same prompts; other loads on the same servers do not.
         parts = (load.nonce, deployment.name.partition(",")[2], name)
         changed: dict[str, Any] = dict(setting or {})

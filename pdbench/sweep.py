@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import secrets
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError, WriteError
-from pdbench.files import check_name, check_writable, results_files, write_whole
+from pdbench.files import begin_again, check_name, check_writable, results_files, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
 
@@ -178,11 +177,8 @@ def run(
             again = f"/{secrets.token_hex(4)}" if folder.exists() and not part else ""
             options = _set_nonce(options, f"{options.load.nonce}/{point.name}{again}")
         try:
-            older = folder / f"{part}_results" if part else folder
-            if older.exists():
-                # An unfinished measurement: its files must not be taken for this one's.
-                shutil.rmtree(older)
-            folder.mkdir(parents=True, exist_ok=True)  # it says that the point's prompts may have been sent
+            # An unfinished measurement's files must not be taken for this one's; the folder says that the point's prompts may have been sent.
+            begin_again(folder, folder / f"{part}_results" if part else folder)
             folders = measure(options, folder, part)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
             write_whole(folder / _done(part), json.dumps(done, indent=1).encode())

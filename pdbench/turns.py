@@ -63,20 +63,19 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
 
         def on_states(states: States) -> None:
             nonlocal printed_s
-            starting = []
+            starting: dict[str, list[str]] = {}
             for server in deployment.info().servers:
                 name, state = server.name, states.get(server.name)
                 if state and not state.healthy:
-                    starting.append(
-                        f"{name} starting{f' on {server.host}' if server.host else ''}, {state.age_s:.0f} s"
-                    )
+                    words = f"starting{f' on {server.host}' if server.host else ''}, {state.age_s:.0f} s"
+                    starting.setdefault(words, []).append(name)
                 elif state and ready.get(name) != state.pid:
                     word = "ready again" if name in ready else "ready"
                     ready[name] = state.pid
                     console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
                     publisher.stage("{0}: ready after {1} s", name, f"{state.age_s:.0f}")
                     printed_s = time.monotonic()
-            line = " · ".join(starting)
+            line = " · ".join(f"{', '.join(names)} {words}" for words, names in starting.items())
             status.update(line or "ready")
             if line and not console.is_terminal and time.monotonic() - printed_s >= terminal.LINE_EVERY_S:
                 # A file or a pipe shows no status line: without this it would be silent for minutes.

@@ -191,7 +191,7 @@ def test_counts_of_every_trial_stand_in_the_flags(tmp_path: Path, gates: list[Ga
         flags[0].detail, flags[1].detail, "trial 2: 3 responses: a reason", "trial 3: 3 responses: a reason",
     ]  # fmt: skip
     shown = dict(text.warnings(analyze(run)))
-    assert shown["tokens-unknown"] == "3 responses; trial 2: 3 responses; trial 3: 3 responses: a reason"
+    assert shown["tokens-unknown"] == "3 responses; trial 2, trial 3: 3 responses: a reason"
     assert shown["fields-refused"] == "the server refuses seed: a remedy"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdbench import files
-from pdbench.errors import UserError
+from pdbench.errors import UserError, WriteError
 from pdbench.files import check_name, check_writable, hold, tidy, write_whole
 from pdbench.records import Run, load_run, save_run
 from tests.support.runs import build_run
@@ -246,3 +246,16 @@ def test_writing_where_a_folder_has_the_files_name_is_refused(tmp_path: Path) ->
         save_run(build_run("single", trials=1, requests=2), tmp_path)
     assert leftovers(tmp_path) == [] and [path.name for path in tmp_path.iterdir()] == ["single_results.json"]
     assert files.device_files(tmp_path) == []
+
+
+def test_earlier_results_that_cannot_be_removed_are_one_line(tmp_path: Path) -> None:
+    old = tmp_path / "point" / "old"
+    old.mkdir(parents=True)
+    (old / "file").write_text("")
+    files.begin_again(old.parent, old)
+    assert list(tmp_path.rglob("*")) == [old.parent]
+    files.begin_again(tmp_path / "new", tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+    old.write_text("no folder, which root cannot remove as one, too")
+    with pytest.raises(WriteError, match=r"cannot write .*old: Not a directory; make room, or name a folder"):
+        files.begin_again(old.parent, old)

@@ -339,6 +339,9 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
     )
     known = sentence(document)
+    document.deployments[0].layout = "2P2D"
+    assert sentence(document) == known.replace("disaggregated (", "disaggregated 2P2D (")
+    document.deployments[0].layout = "1P1D"
     document.deployments[0].attained_pct = 94.97  # as it is printed: 95.0
     assert sentence(document) == known
     for attained, words in ((89.2, "89.2"), (0.0, "0")):

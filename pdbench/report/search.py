@@ -76,7 +76,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 def _enter(entry: Held, analysis: RunAnalysis) -> None:
     """The figures at the rate found."""
     goodput, gpus = analysis.summary.goodput, analysis.gpus
-    entry.gpus = gpus
+    entry.gpus, serve = gpus, analysis.config.get("serve") or {}
+    if analysis.name == "disaggregated" and serve:
+        entry.layout = f"{serve['prefill_instances']}P{serve['decode_instances']}D"
     entry.rate_per_s_per_gpu = entry.rate_per_s / gpus if gpus and entry.rate_per_s else None
     entry.goodput_per_s = goodput.requests_per_s
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device
@@ -115,7 +117,8 @@ def sentence(document: Document) -> str:
     parts: list[str] = []
     for entry in found:
         words = "{0} (1 GPU)" if entry.gpus == 1 else "{0} ({1} GPUs)"
-        name = _(words, entry.name, entry.gpus) if entry.gpus else entry.name
+        name = _named(entry)
+        name = _(words, name, entry.gpus) if entry.gpus else name
         rate, low, high = map(text.number, (entry.rate_per_s, entry.low, entry.high))
         bounds = _("({0} to {1})", low, high) if entry.high is not None else _("or more")
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))
@@ -159,6 +162,11 @@ def sentence(document: Document) -> str:
     return _(" ").join(filter(None, (words and words + _("."), _clocks_sentence(document))))
 
 
+def _named(entry: Held) -> str:
+    """With 2P2D where a deployment has several instances of a phase, which its GPUs alone do not say."""
+    return entry.name if entry.layout in (None, "1P1D") else f"{entry.name} {entry.layout}"
+
+
 def _limit(entry: Held | Choice) -> str:
     return _(text.SLO.get(entry.limited_by or "", "no limit"))
 
@@ -199,7 +207,7 @@ def _clocks_sentence(document: Document) -> str:
 
 def table(document: Document) -> tables.Table:
     """A row per deployment."""
-    rows = [structs.asdict(entry) for entry in document.searched()]
+    rows = [structs.asdict(entry) | {"name": _named(entry)} for entry in document.searched()]
     rows = [row if row["rate_per_s"] else row | {"low": None} for row in rows]
     known = {key: words for key, words in COLUMNS.items() if any(row[key] is not None for row in rows)}
     return tables.Table(

@@ -141,7 +141,9 @@ def number(value: str | float | None, missing: str = "–") -> str:
         return f"{value:,.0f}"
     if abs(value) < 0.001:
         return f"{value:.1g}"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    if abs(value) < 1:
+        return f"{value:#.3g}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
 
@@ -283,12 +285,19 @@ def flag_names(analysis: RunAnalysis) -> list[str]:
 
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
-    """(flag, its details) wherever a run's figures are; a remedy that several trials share is said once."""
-    details: dict[str, dict[str, list[str]]] = {}
+    """(flag, its details) wherever a run's figures are; what several trials or devices share is said once."""
+    details: dict[str, dict[str, dict[str, dict[str, None]]]] = {}
     for flag in analysis.flags:
         what, colon, remedy = _(flag.detail).rpartition(": ")
-        details.setdefault(flag.name, {}).setdefault(colon + remedy, []).append(what)
-    return [(name, "; ".join("; ".join(of) + end for end, of in ends.items())) for name, ends in details.items()]
+        who, first_colon, rest = what.partition(": ")
+        details.setdefault(flag.name, {}).setdefault(colon + remedy, {}).setdefault(first_colon + rest, {})[who] = None
+    return [
+        (
+            name,
+            "; ".join("; ".join(", ".join(of) + rest for rest, of in each.items()) + end for end, each in ends.items()),
+        )
+        for name, ends in details.items()
+    ]
 
 
 def power_caps(analysis: RunAnalysis) -> list[str]:

@@ -148,6 +148,16 @@ def test_full_disk_is_noticed_before_the_load(
     assert server.requests == []
 
 
+def test_results_folder_that_cannot_be_written_is_noticed_before_the_load(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bench_results").write_text("a file of somebody else")
+    ended = call_pdbench(*bench(server, 3), cwd=tmp_path)
+    assert ended.returncode == 1 and "bench_results" in ended.stderr and ended.stderr.count("\n") == 1
+    assert not any(peer.method == "POST" for peer in server.requests)
+
+
 def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pdbench", *bench(server, 3)]
     with Path("/dev/full").open("w") as full:

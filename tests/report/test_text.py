@@ -13,6 +13,7 @@ from pdbench.analysis.compare import compare, judge
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.thresholds import evaluate, parse
+from pdbench.records import Flag
 from pdbench.report import answer, text
 from tests.support.runs import build_run
 
@@ -25,6 +26,24 @@ def line_of(a, b, name):
 
 def figure(*trials):
     return Figure(value=float(np.mean(trials)), trials=dict(enumerate(trials)))
+
+
+def test_numbers_have_three_significant_digits_also_below_one():
+    values = (0.0134, 0.0999999, 0.5, 0.999999, 1.0, 12.345, 123.4, 12345.6, 0.0005, 0, None)
+    written = ["0.0134", "0.100", "0.500", "1.00", "1.00", "12.3", "123", "12,346", "0.0005", "0", "–"]
+    assert [text.number(value) for value in values] == written
+
+
+def test_warning_that_devices_share_is_said_once():
+    run = build_run("single")
+    short = "a window of 29 s is short for energy, needs at least 30 s: raise --requests"
+    details = {"short-window": [f"gpu{gpu}: {short}" for gpu in (0, 1)], "clock": ["a", "gpu0: b", "gpu1: b"]}
+    details["throttled"] = ["gpu0: sw_power_cap in 12 %", "gpu1: sw_power_cap in 12 %", "gpu2: sw_power_cap in 9 %"]
+    run.flags = [Flag(name, detail) for name, of in details.items() for detail in of]
+    warnings = dict(text.warnings(analyze(run)))
+    assert warnings["short-window"] == f"gpu0, gpu1: {short}"
+    assert warnings["throttled"] == "gpu0, gpu1: sw_power_cap in 12 %; gpu2: sw_power_cap in 9 %"
+    assert warnings["clock"] == "a; gpu0, gpu1: b"
 
 
 def test_verdict_says_how_much_and_how_sure():
