@@ -208,5 +208,7 @@ def saved(out: Path) -> str:
     """What is left of a calibration that was interrupted, for its last line."""
     done = len([*out.glob("*/point-*.json")])
     return (
-        f"{done} loads are saved: `pdbench plan {out}/*/*_results` reads them, the same command goes on" if done else ""
+        f"{done} {'load is' if done == 1 else 'loads are'} saved: `pdbench plan {out}/*/*_results` reads them, the same command goes on"
+        if done
+        else ""
     )

@@ -208,7 +208,11 @@ def _done(part: str) -> str:
 def saved(out: Path) -> str:
     """What a sweep that was interrupted leaves in `out`, for its last line; empty when that is nothing."""
     done = len([*out.glob("*/point*.json")])
-    return f"{done} points are saved in {out}, the same command resumes the sweep" if done else ""
+    return (
+        f"{done} {'point is' if done == 1 else 'points are'} saved in {out}, the same command resumes the sweep"
+        if done
+        else ""
+    )
 
 
 def _nonce(points: Sequence[Point], out: Path) -> str:

@@ -194,8 +194,9 @@ def announce(
     load, starts = options.load, 1 if design.resident else left
     if design.join_starts:  # A BB AA B
         starts = left - left // len(kinds) + 1
-    how = "on servers that stay up" if design.resident else f"{starts} server starts"
-    text = f"{left // len(kinds)} pairs of {', '.join(kinds)}, {how}"
+    how = "on servers that stay up" if design.resident else f"{starts} server start{'' if starts == 1 else 's'}"
+    pairs = left // len(kinds)
+    text = f"{pairs} {'pair' if len(kinds) > 1 else 'turn'}{'' if pairs == 1 else 's'} of {', '.join(kinds)}, {how}"
     if design.until:
         text += f", up to {design.most_pairs} until {design.until}"
     turn_s = load.duration_s

@@ -255,7 +255,7 @@ def test_ctrl_c_while_a_point_is_drawn_costs_no_measurement(tmp_path, monkeypatc
         options = ["--model", "m", "--no-power", "--requests", "4", "--warmup", "0", "--canaries", "0"]
         command = ["sweep", "--url", server.url, *options, "--vary", "concurrency=1,2", "--out", "s"]
         first = call_pdbench(*command, cwd=tmp_path)
-        assert first.returncode == 130 and "1 points are saved in s" in first.stderr, first
+        assert first.returncode == 130 and "1 point is saved in s" in first.stderr, first
         second = call_pdbench(*command, cwd=tmp_path)
         assert sum(peer.method == "POST" for peer in server.requests) == 8
     # The flag of a point that was measured before is in the exit code, too.
