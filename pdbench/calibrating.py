@@ -111,6 +111,11 @@ def points(kind: DeploymentKind, options: Options, plan: Schedule) -> list[sweep
     loads = {"full": full}
     if kind == "disaggregated":
         loads["burst"] = replace(load, phase="prefill", concurrency=BURST_STREAMS, requests=BURST_REQUESTS)
+    # More client processes are for the ramps: here each has at least one stream.
+    loads = {
+        name: replace(each, client_processes=min(each.client_processes, each.concurrency or 1))
+        for name, each in loads.items()
+    }
     for number in range(plan.ramps):
         seed = options.load.seed + 1 + number  # other arrivals and lengths in each
         loads[f"ramp-{number + 1}"] = replace(options.load, seed=seed)

@@ -149,8 +149,12 @@ class Site:
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
         """Raises UserError for what cannot be done here, before servers start, which takes minutes."""
-        plan.check(load)
+        self.check_load(load)
         plan.check_files(load)
+
+    def check_load(self, load: LoadConfig) -> None:
+        """Raises UserError for options that contradict each other; reads no file, so that all loads of a command can be checked first."""
+        plan.check(load)
 
     def check(self) -> None:
         """Raises UserError when a host is lost."""

@@ -36,8 +36,7 @@ from pdbench.search.evidence import Array
 from pdbench.search.rates import LEAST_REQUESTS, Answer, Search
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
 
-REQUESTS = 500
-"""Per load."""
+REQUESTS = 500  # per load
 MOST_LOADS = 30
 MOST_LIMITED = 2
 """Loads in a row in which the client was the limit: one may be by what else the host does."""
@@ -118,6 +117,12 @@ def check(load: LoadConfig) -> None:
         )
 
 
+def kinds_of_loads(load: LoadConfig) -> list[LoadConfig]:
+    """What a search sends: one request at a time, then loads at a rate, which differ in numbers alone."""
+    alone = replace(load, rate=None, concurrency=1, client_processes=1, requests=PROBE, warmup=2)
+    return [alone, replace(load, rate=load.rate or 1.0, requests=load.requests or REQUESTS)]
+
+
 def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -> tuple[Document, list[Point]]:
     """The document of a search that begins, or goes on, and the saved loads of the same command.
 
@@ -188,7 +193,7 @@ def find(
 def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None]) -> None:
     """One deployment: a load with one request at a time, the highest rate, the cheapest clocks."""
     deployment, load = loads.deployment, loads.deployment.options.load
-    probe = replace(load, rate=None, concurrency=1, client_processes=1, requests=PROBE, warmup=2)
+    probe = kinds_of_loads(load)[0]
     alone_s, first_rate = _pace(loads.send("one-at-a-time", probe)[0])
     if deployment.tune:  # whether clocks can be set is known before anything takes long
         slowest = {key: values[0] for key, values in deployment.tune.items()}
@@ -224,10 +229,11 @@ def _search_rate(
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
             found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s)
-            until_s = goal.until_s - (found.requests or 0) / (found.rate or inf) if search.outcomes else goal.until_s
+            last_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) if search.outcomes else 0.0
+            until_s = goal.until_s - last_s
             if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
-            if time.monotonic() >= until_s:
+            if time.monotonic() + loads.beside_s >= until_s:
                 but = " but for the run at the rate found" if answer.low > 0 else ""
                 words = f"  {TIME_UP}{but}; the same command goes on from here"
                 loads.console.print(words, highlight=False, soft_wrap=True)
@@ -293,7 +299,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
         return point
 
     def cost(setting: Setting) -> float | None:
-        if time.monotonic() > goal.until_s - 3 * load_s:  # two runs with other arrivals follow
+        if time.monotonic() > goal.until_s - 3 * (load_s + loads.beside_s):  # two runs with other arrivals follow
             return None
         judge = LoadJudge(Search(1 - goal.attain, load.rate or 0.0), load.rate or 0.0, load, goal.until_s, settle_s=inf)
         point = send("clocks", load, setting, judge)

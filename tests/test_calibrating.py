@@ -10,6 +10,7 @@ from rich.console import Console
 from pdbench import calibrating, planning
 from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError
+from pdbench.load.plan import check
 
 KINDS: list[DeploymentKind] = ["single", "disaggregated"]
 LOAD = LoadConfig(rate=1.0, ramp_to=10.0, input_tokens=64)
@@ -35,6 +36,15 @@ def test_lengths_are_spread_within_what_the_model_takes() -> None:
 def test_options_that_the_calibration_decides_are_refused(load: LoadConfig) -> None:
     with pytest.raises(UserError, match=r"--(concurrency|rate|phase)"):
         calibrating.spread(load, 512)
+
+
+@pytest.mark.parametrize("processes", [2, 12, 40])
+def test_loads_of_fixed_streams_need_no_more_client_processes(processes: int) -> None:
+    options = Options(load=replace(LOAD, client_processes=processes))
+    points = calibrating.points("disaggregated", options, PLAN)
+    for point in points:
+        check(point.options.load)
+    assert [point.options.load.client_processes for point in points[2:]] == [processes] * PLAN.ramps
 
 
 def test_schedule_fits_the_time_or_is_refused() -> None:

@@ -59,6 +59,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         ),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
         (["serve", "--vllm-args", "'"], "no closing quotation"),
+        (["sweep", "--vary", "concurrency=4,1", "--client-processes", "2"], "2 is more than --concurrency 1"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
     ],
 )

@@ -1,13 +1,20 @@
-"""When a search's load may end, by its requests' progress."""
+"""When a search's load may end, by its requests' progress; what loads it may send, and in what time."""
 
 import dataclasses
+import time
+from pathlib import Path
 
-from pdbench.config import LoadConfig
+import pytest
+
+from pdbench import slo_search
+from pdbench.config import LoadConfig, Options
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import RequestRecord
+from pdbench.records import RequestRecord, Run
 from pdbench.search.rates import Search
 from pdbench.slo_loads import LoadJudge
+from pdbench.slo_search import Goal
+from tests.test_slo_search import Law, search
 
 LOAD = LoadConfig(slo_ttft_ms=300.0, slo_tbt_ms=50.0, output_tokens=4, requests=300, nonce="n")
 
@@ -52,3 +59,29 @@ def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_s
     assert judge.held is None
     judge.on_progress(Progress(8, None, 99, 0, [], 4.5))
     assert judge.held is False
+
+
+def test_several_client_processes_are_for_loads_with_several_requests_at_once(tmp_path: Path) -> None:
+    law, load = Law(), dataclasses.replace(LOAD, client_processes=2)
+    assert search(tmp_path, law, load=load, goal=Goal(0.95, 0.5)).deployments[0].rate_per_s
+    assert [load.client_processes for load in law.loads[:2]] == [1, 2]
+    for each in slo_search.kinds_of_loads(load):
+        plan.check(each)
+
+
+def test_time_that_loads_take_before_they_begin_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    law, prepared_s = Law(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: law.spent_s + prepared_s)
+    measure = law.measure
+
+    def measure_prepared(options: Options, folder: Path, judge: LoadJudge | None) -> Run:
+        nonlocal prepared_s
+        prepared_s += 15.0
+        return measure(options, folder, judge)
+
+    law.measure = measure_prepared  # type: ignore[method-assign]
+    for until_s in (100, 140, 180):
+        begin_s = time.monotonic()
+        goal = Goal(0.95, 0.005, until_s=begin_s + until_s)
+        (entry,) = search(tmp_path / str(until_s), law, goal=goal).deployments
+        assert entry.run and time.monotonic() - begin_s < until_s + 15

@@ -48,6 +48,7 @@ class Law:
 
     def measure(self, options: Options, folder: Path, judge: LoadJudge | None) -> Run:
         load = options.load
+        plan.check(load)
         self.loads.append(load)
         if len(self.loads) == self.interrupt_at:
             raise KeyboardInterrupt

@@ -240,6 +240,8 @@ def sweep(
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
+        for point in points:
+            site.check_load(point.options.load)
         measured = sweep.run(points, out, measure, console, context, parts)
         rows = commands.present_sweep(measured, out, console, progress)
     for varied, analysis in rows:

@@ -83,6 +83,9 @@ def search(
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
+        for point in points:
+            for load in slo_search.kinds_of_loads(point.options.load):
+                site.check_load(load)
 
         def deployment(kind: str, point: sweep.Point) -> slo_loads.Deployment:
             def measure(options: Options, folder: Path, judge: slo_loads.LoadJudge | None) -> Run:
@@ -112,6 +115,6 @@ def search(
         finally:
             with text.language(lang):
                 analyses = found.present(document, out, console) if document.points else []
-    for load in document.points:
-        commands.exit_on_flags([load_analysis(out / load.run)], load.run, overload=True)
+    for sent in document.points:
+        commands.exit_on_flags([load_analysis(out / sent.run)], sent.run, overload=True)
     commands.exit_on_flags(analyses)

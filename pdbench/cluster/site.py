@@ -136,10 +136,13 @@ class RaySite(Cluster, Site):
             raise
 
     def check_options(self, load: LoadConfig, power: PowerConfig) -> None:
-        load_plan.check(self._on_client_nodes(load))
+        self.check_load(load)
         if not self.config.client_nodes:  # else the files are those of other nodes
             load_plan.check_files(load)
         refuse_locked_clocks(power)
+
+    def check_load(self, load: LoadConfig) -> None:
+        load_plan.check(self._on_client_nodes(load))
 
     @property
     def on_gpu(self) -> bool:
@@ -274,5 +277,7 @@ class RaySite(Cluster, Site):
         return list(doctor.examine_nodes(nodes, links))
 
     def _on_client_nodes(self, config: LoadConfig) -> LoadConfig:
-        """At least one client process per node."""
-        return dataclasses.replace(config, client_processes=max(config.client_processes, len(self._client_nodes)))
+        """At least one client process per node, as far as there are requests at once for them."""
+        nodes = len(self._client_nodes)
+        least = min(nodes, load_plan.streams(config) or nodes)
+        return dataclasses.replace(config, client_processes=max(config.client_processes, least))

@@ -4,7 +4,7 @@ import pytest
 
 from pdbench.cluster.placement import Node, group, pins
 from pdbench.cluster.site import RaySite, refuse_locked_clocks
-from pdbench.config import PowerConfig, ServeConfig
+from pdbench.config import LoadConfig, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving.plan import ServerSpec, servers
 
@@ -20,6 +20,15 @@ def test_role_is_pinned_by_address_or_host_name() -> None:
         "decode-0": {"CPU": 1.0, "GPU": 1.0, "node:10.0.0.2": 0.001},
     }
     assert strategy == "PACK"
+
+
+def test_one_request_at_a_time_comes_from_one_of_several_client_nodes() -> None:
+    site = RaySite.__new__(RaySite)
+    site._client_nodes = NODES
+    site.check_load(LoadConfig(concurrency=1))
+    site.check_load(LoadConfig(rate=1.0))
+    processes = [site._on_client_nodes(load).client_processes for load in (LoadConfig(), LoadConfig(rate=1.0))]
+    assert processes == [1, 2]
 
 
 @pytest.mark.parametrize(("place", "strategy"), [("same-node", "STRICT_PACK"), ("spread", "SPREAD")])
