@@ -1,7 +1,7 @@
 """How deployments take turns: in pairs, each turn on servers of its own, or on servers that stay up."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -131,9 +131,14 @@ class Servers:
         wanted = serve if design.resident else {kind: serve[kind]}
         if not ((self.stay or design.resident or design.join_starts) and self.are_up(wanted)):
             self.close()
-            for each, config in wanted.items():
-                deployment = self._up.enter_context(started(self._site.deployment(each, config), self._console))
-                self._running[each] = config, deployment
+            deployments = {each: self._site.deployment(each, config) for each, config in wanted.items()}
+            if _without_gpus(deployments.values()):
+                # They use the same cores, which one start after the other leaves idle; on GPUs each measures what memory is left.
+                for deployment in deployments.values():
+                    self._up.enter_context(closing(deployment)).begin()
+            for each, deployment in deployments.items():
+                self._up.enter_context(started(deployment, self._console))
+                self._running[each] = wanted[each], deployment
             self._unused = set(self._running)
             self.starts += 1
         fresh = kind in self._unused
@@ -147,6 +152,12 @@ class Servers:
         for watts in self.idle.values():
             watts.pop(ENGINE_READY, None)
         self._up.close()
+
+
+def _without_gpus(deployments: Iterable[Deployment]) -> bool:
+    """On this host and all planned, so that their GPUs are known."""
+    commands = [command for deployment in deployments for command in deployment.commands.values() or [None]]
+    return all(command is not None and not command.gpus for command in commands)
 
 
 def side_by_side(kinds: Sequence[DeploymentKind], serve: ServeConfig) -> dict[DeploymentKind, ServeConfig]:

@@ -145,15 +145,23 @@ class Deployment:
         """
         self._on_states = on_states or self._on_states
         try:
-            self.plan()
-            self.check_ports()
-            self._claim = claim(Path(self.config.log_dir))
-            for names in self.waves():
-                self._start_servers(names)
+            if self._claim is None:
+                self.begin()
+            for place, names in enumerate(self.waves()):
+                if place > 0:
+                    self._launch(names)
+                self._wait_healthy(names)
         except BaseException:
             self.close()
             raise
         return self
+
+    def begin(self) -> None:
+        """Start the first servers and return at once, to start others beside them; `start` then waits."""
+        self.plan()
+        self.check_ports()
+        self._claim = claim(Path(self.config.log_dir))
+        self._launch(self.waves()[0])
 
     def waves(self) -> list[list[str]]:
         """Servers by their start: all at once, or those on one GPU in turn."""
@@ -194,7 +202,8 @@ class Deployment:
             )
         if dead:
             self._restarts_left -= len(dead)
-            self._start_servers(list(dead))
+            self._launch(list(dead))
+            self._wait_healthy(list(dead))
 
     def death(self) -> str | None:
         """Which server is dead and what killed it, in one line; None while all live."""
@@ -253,6 +262,7 @@ class Deployment:
         self._hosts, self.commands = {}, {}
         if self._claim:
             self._claim.close()
+            self._claim = None
 
     def _by_host(self, servers: Iterable[S]) -> dict[ServerHost, list[S]]:
         hosts: dict[ServerHost, list[S]] = {}
@@ -260,12 +270,14 @@ class Deployment:
             hosts.setdefault(self._hosts[server.name], []).append(server)
         return hosts
 
-    def _start_servers(self, names: Sequence[str]) -> None:
-        """Start servers, or restart them, and wait until they are healthy."""
+    def _launch(self, names: Sequence[str]) -> None:
+        """Start servers, or restart them."""
         hosts = self._by_host(self.commands[name] for name in names)
         shared = self.config.log_dir, self._secrets
         for pids in at_once([functools.partial(host.start, own, *shared) for host, own in hosts.items()]):
             self._pids |= pids
+
+    def _wait_healthy(self, names: Sequence[str]) -> None:
         deadline_s = time.monotonic() + self.config.start_timeout_s
         while True:
             self.check()

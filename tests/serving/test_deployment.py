@@ -10,16 +10,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
+from pdbench import turns
 from pdbench.cluster import open_site
-from pdbench.config import ClusterConfig, ServeConfig
+from pdbench.config import ClusterConfig, DeploymentKind, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, States
 from pdbench.site import Site
 from tests.conftest import serve_config
 from tests.support.processes import ROOT, left, marked, wait_until
-from tests.support.scripted_vllm import Scripted
+from tests.support.scripted_vllm import SERVER, Scripted
 
 
 def scripted(**scripts: str) -> Site:
@@ -69,6 +71,27 @@ def test_ctrl_c_ends_served_servers(config: ServeConfig, tmp_path: Path) -> None
         assert serving.stdout.read() == "stopping\n"
         assert serving.wait(30) == 0
     assert left(tmp_path) == []
+
+
+def test_resident_servers_without_gpus_all_start_before_one_is_waited_for(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    # None listens until single-0, prefill-0 and decode-0 have begun.
+    wait = f"import pathlib, time\nbegun = pathlib.Path({str(begun)!r})\n(begun / sys.argv[2]).touch()\n"
+    wait += "while len(list(begun.iterdir())) < 3:\n    time.sleep(0.02)\n"
+    host = type("Host", (Scripted,), {"server": f"import sys\n{wait}{SERVER}"})
+    kinds: tuple[DeploymentKind, ...] = ("single", "disaggregated")
+    serve = {kind: dataclasses.replace(serve_config(tmp_path / kind), start_timeout_s=120.0) for kind in kinds}
+    with closing(turns.Servers(Site(host_class=host), Console(quiet=True))) as servers:
+        deployment, fresh = servers.take("single", serve, PairConfig(resident=True))
+        assert fresh and deployment.kind == "single" and servers.are_up(serve)
+
+
+def test_server_that_dies_while_others_start_is_reported_when_it_is_waited_for(config: ServeConfig) -> None:
+    with closing(scripted(single_0="exit 3").deployment("single", config)) as deployment:
+        deployment.begin()
+        with pytest.raises(UserError, match="single-0 died with exit code 3"):
+            deployment.start()
 
 
 def test_server_that_dies_at_start_is_reported_with_cause_and_log(config: ServeConfig) -> None:
