@@ -122,7 +122,7 @@ def start(
     cpu: bool,
     arguments: list[str],
     transfer_timeout_s: float = 30.0,
-    tensor_parallel: int | tuple[int, int] = 1,
+    tensor_parallel: int = 1,
     shared_gpu: bool = False,
 ) -> Pair:
     """Start prefill on the first GPUs and decode on the next ones (or both on CPU); logs and event logs go to `folder`.
@@ -132,9 +132,8 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Rank i of an instance takes its i-th KV port.
-    widths = tensor_parallel if isinstance(tensor_parallel, tuple) else (tensor_parallel, tensor_parallel)
-    port, kv_port = free_port(count=2), free_port(count=sum(widths))
-    ports, kv_ports = (port, port + 1), (kv_port, kv_port + widths[0])
+    port, kv_port = free_port(count=2), free_port(count=2 * tensor_parallel)
+    ports, kv_ports = (port, port + 1), (kv_port, kv_port + tensor_parallel)
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     kv = tuple(f"127.0.0.1:{port}" for port in kv_ports)
     commands = []
@@ -155,20 +154,19 @@ def start(
         environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_ports[index]), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
         if connector == "builtin-p2p-nccl":
             environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-        width = widths[index]
-        if width > 1:
-            command += ["--tensor-parallel-size", str(width)]
+        if tensor_parallel > 1:
+            command += ["--tensor-parallel-size", str(tensor_parallel)]
         if cpu:
             command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
-            command += ["--distributed-executor-backend", "uni" if width == 1 else "mp"]
+            command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
             command += ["--max-model-len", "4096"]
             command += ["--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
             environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         else:
             command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
-            first = 0 if shared_gpu else index * widths[0]
+            first = 0 if shared_gpu else index * tensor_parallel
             environment |= {
-                "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(width)),
+                "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(tensor_parallel)),
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
             }

@@ -1,6 +1,7 @@
 """The nccl transport on real GPUs: blocks arrive, real vLLM continues from them, and no fault hangs or leaks.
 
 On a host with two GPUs: python -m pytest tests/gpu/test_kv_nccl.py -m gpu
+Tensor parallelism, on four: python -m pytest tests/kv/test_tensor_parallel.py -m slow
 With one GPU the servers share it, and NCCL moves KV between them over sockets: all of the connector is tested, but no NVLink.
 """
 
@@ -117,15 +118,13 @@ def test_peer_leaves_and_returns(pair):
 
 
 @contextmanager
-def started(folder, tensor_parallel=1, model=None, arguments=()):
-    """Real vLLM: prefill on the first GPUs, decode on the next, a tiny model, failed transfers fail their request."""
+def started(folder, model=None, arguments=()):
+    """Real vLLM: prefill on the first GPU, decode on the second, a tiny model, failed transfers fail their request."""
     arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256", *arguments]
     arguments += ["--gpu-memory-utilization", "0.2"]
     shared = GPUS < 2
     model = str(model or tiny_model())
-    running = kv_servers.start(
-        "p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, tensor_parallel, shared_gpu=shared
-    )
+    running = kv_servers.start("p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, shared_gpu=shared)
     try:
         failure = kv_servers.wait_healthy(running, 400)
         assert failure is None, failure
@@ -185,21 +184,6 @@ def assert_equal_to_prefills_own(servers, lengths):
 def test_equal_to_a_single_instance(servers):
     edges = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 511, 512, 513, 700, 1000, 1023, 1024, 1025]
     assert_equal_to_prefills_own(servers, [*edges, *range(30, 40)])
-
-
-@pytest.mark.skipif(GPUS < 4, reason="needs four GPUs")
-def test_tensor_parallel_two_on_both_sides(tmp_path):
-    with started(tmp_path, tensor_parallel=2) as running:
-        assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
-
-
-@pytest.mark.skipif(GPUS < 3, reason="needs three GPUs")
-@pytest.mark.parametrize("widths", [(1, 2), (2, 1)], ids=str)
-@pytest.mark.parametrize("make_model", [tiny_model, tiny_qwen2])
-def test_unequal_tensor_parallelism(tmp_path, make_model, widths):
-    model = make_model() if make_model is tiny_model else make_model(tmp_path / "model")
-    with started(tmp_path, tensor_parallel=widths, model=model) as running:
-        assert_equal_to_prefills_own(running, [1, 63, 64, 65, 300, 1000, *range(30, 40)])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import uuid
 from bisect import bisect_right
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import psutil
 import torch
@@ -228,7 +229,10 @@ def _tiny(folder, model, config, **settings):
 
 
 class Server:
-    """One vLLM process group that serves the tiny Qwen2 with the connector; `command` is of pdbench.serving.vllm."""
+    """One vLLM process group that serves the tiny Qwen2 with the connector; `command` is of pdbench.serving.vllm. `fields`: more of
+    every request's body."""
+
+    fields: ClassVar[dict[str, object]] = {}
 
     def __init__(self, command, log_dir, arguments=SMALL_CHUNKS, **transfer_options):
         index = command.argv.index("--kv-transfer-config") + 1
@@ -306,7 +310,7 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        return json.dumps(body | ({"kv_transfer_params": parameters} if parameters else {})).encode()
+        return json.dumps(body | self.fields | ({"kv_transfer_params": parameters} if parameters else {})).encode()
 
     def metric(self, name, label=""):
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
