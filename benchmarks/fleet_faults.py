@@ -5,7 +5,7 @@ requests that arrive at random while a decode instance is killed, then while a p
 that were started in their place. One table, one JSON file; exit code 1 where a check fails.
 On four GPUs:
     python benchmarks/fleet_faults.py --out fleet -- recipes/gpu-1p1d-graphs.toml --load-format dummy --model MODEL
-On CPU, to try the benchmark itself (2 cores: 4 minutes):
+On CPU, to try the benchmark itself:
     python benchmarks/fleet_faults.py --out fleet --at-once 4 --requests 32 --rate 2 --input-tokens 64 --output-tokens 32
 """
 
