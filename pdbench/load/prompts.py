@@ -94,8 +94,8 @@ def _known_sentences(tokenizer: Tokenizer) -> _Known | None:
         return None
     rest = tokenizer.after(_SENTENCE)
     # Every sentence may follow every other: the last word of each before the first of each.
-    firsts = {f" {sentence[1:].partition(' ')[0]}"[:_WORD] for sentence in _sentences()}
-    lasts = {f" {sentence.rpartition(' ')[2][-_WORD:]}" for sentence in _sentences()}
+    firsts = sorted({f" {sentence[1:].partition(' ')[0]}"[:_WORD] for sentence in _sentences()})
+    lasts = sorted({f" {sentence.rpartition(' ')[2][-_WORD:]}" for sentence in _sentences()})
     texts: list[Sequence[str]] = [[part for first in firsts for part in (last, first)] for last in lasts]
     texts += [_sentences(), _sentences()[::-1]]
     ids = {part: rest.encode(part) for part in {*firsts, *lasts, *_sentences()}}
