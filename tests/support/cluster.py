@@ -13,8 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from pdbench.supervisor import supervised
-from tests.support.processes import ROOT, ending_with_tests, wait_until
+from tests.support.processes import ROOT, wait_until
 
 NETWORK = "10.213.77"
 PORT = 6379
@@ -70,8 +69,7 @@ class Host:
         return ["ip", "netns", "exec", self.name, *mounted, *clock, *arguments]
 
     def popen(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
-        command = ending_with_tests(self.command(arguments))
-        return subprocess.Popen(command, env=self.hosts.environment, text=True, **options)  # type: ignore[call-overload]
+        return subprocess.Popen(self.command(arguments), env=self.hosts.environment, text=True, **options)  # type: ignore[call-overload]
 
     def run(self, *arguments: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -90,13 +88,14 @@ class Host:
             arguments = ["--address", f"{head.address}:{PORT}"]
         arguments += ["--num-cpus", str(cpus), "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
         log = (self.hosts.folder / f"{self.name}.ray.log").open("w")
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", self.address, *arguments]
-        # It ends with the tests, its agents too, which outlive their raylet.
-        self.ray_node = subprocess.Popen(
-            supervised(self.command(ray), grace_s=2.0),
-            env=self.hosts.environment,
-            text=True,
-            stdin=subprocess.PIPE,
+        self.ray_node = self.popen(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--node-ip-address",
+            self.address,
+            *arguments,
             stdout=log,
             stderr=log,
         )
