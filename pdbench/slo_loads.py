@@ -48,7 +48,7 @@ class LoadJudge:
     """Ends a load once its rate is surely held or surely not, or the time is up.
 
     A request in flight that is older than the SLO allows has missed it: an overload shows as its queue grows, not when answers come.
-    Time is that of the client's word, so that an answer of which this process has not heard yet is not taken for late.
+    Times are the client's, so that an answer that it has not reported yet is not taken for late.
     """
 
     def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:

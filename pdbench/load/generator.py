@@ -33,7 +33,7 @@ _STEADY_TIMEOUT_S = 600.0
 
 class Progress(msgspec.Struct, tag=True):
     """How far the load is, a few times a second: requests ended of `total` (None where time ends the trial), those in flight,
-    tokens so far, and the requests that ended since the last progress. At `at_s` on the run's clock: what ended before has been told."""
+    tokens so far, and the requests that ended since the last progress. Everything that ended before `at_s` (run's clock) is reported."""
 
     done: int
     total: int | None

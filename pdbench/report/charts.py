@@ -267,12 +267,12 @@ def verdicts(compared: Comparison) -> Chart:
 
 def side_by_side(runs: text.Runs, comparisons: Sequence[Comparison]) -> list[Panel]:
     """Bars of up to four figures of each run: the first that were measured, as the comparisons have them."""
-    compared: dict[tuple[str, str], float] = {}
-    for each in reversed(comparisons):
-        for line in each.differences:
-            compared |= {
-                (name, line.metric.name): value for name, value in zip(each.names, (line.a, line.b), strict=True)
-            }
+    compared = {
+        (name, line.metric.name): value
+        for each in reversed(comparisons)
+        for line in each.differences
+        for name, value in zip(each.names, (line.a, line.b), strict=True)
+    }
     panels = []
     first = ("goodput_requests_per_s", "output_tokens_per_s", "mean_power_w", "j_per_output_token")
     for metric in (*first, "output_tokens_per_s_per_device", "requests_per_s"):

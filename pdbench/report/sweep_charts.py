@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import ttft_parts
@@ -13,7 +12,8 @@ from pdbench.report.tables import SweepRow
 
 
 def curves(rows: Sequence[SweepRow]) -> Chart:
-    """Latencies against throughput with their knees; goodput and energy (tokens/s without a meter) against the first option; TTFT's parts at every point."""
+    """Latencies against throughput with their knees; goodput and energy (tokens/s without a meter) against the first option; TTFT's parts
+    at every point."""
     metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
     cost = "j_per_output_token" if metered else "output_tokens_per_s"
     limits = text.slo(rows[0][1].config.get("load") or {})
@@ -24,18 +24,18 @@ def curves(rows: Sequence[SweepRow]) -> Chart:
         _panel(rows, "goodput_requests_per_s", f"Goodput: requests/s with {within or 'the SLO met'}", by_option=True),
         _panel(rows, cost, text.title(cost) + ("" if metered else " (energy is not measured)"), by_option=True),
     ]
-    by_deployment = sorted(
-        rows, key=lambda row: list(dict.fromkeys(run.name for _varied, run in rows)).index(row[1].name)
-    )
-    parts = ttft_parts({_point(varied, run): run for varied, run in by_deployment}).panels[0]
+    names = [run.name for _varied, run in rows]
+    by_deployment = sorted(rows, key=lambda row: names.index(row[1].name))
+    parts = ttft_parts({", ".join([run.name, *_settings(varied)]): run for varied, run in by_deployment}).panels[0]
     panels += [parts] if parts.series else []
     keys = [*map(text.option, rows[0][0])]
     caption = f"numbers at the points: {keys[0]}"
     return Chart(key="sweep", title=f"Sweep over {', '.join(keys)}", panels=panels, caption=caption)
 
 
-def _point(varied: Mapping[str, Any], run: RunAnalysis) -> str:
-    return ", ".join([run.name, *(f"{text.option(key)} {text.option_value(value)}" for key, value in varied.items())])
+def _settings(varied: Mapping[str, Any]) -> list[str]:
+    """`rate 16` of each varied option."""
+    return [f"{text.option(key)} {text.option_value(value)}" for key, value in varied.items()]
 
 
 def _panel(rows: Sequence[SweepRow], metric: str, title: str, by_option: bool = False) -> Panel:
@@ -46,7 +46,7 @@ def _panel(rows: Sequence[SweepRow], metric: str, title: str, by_option: bool = 
         at = varied[option] if by_option else text.value(run, "output_tokens_per_s")
         value = text.value(run, metric)
         if at is not None and value is not None:
-            name = " ".join([run.name, *(f"{text.option(key)} {text.option_value(varied[key])}" for key in others)])
+            name = " ".join([run.name, *_settings({key: varied[key] for key in others})])
             groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
     drawn: list[Series] = []
     knees: list[tuple[float, float]] = []

@@ -77,7 +77,8 @@ class Closest(msgspec.Struct, kw_only=True):
 
 class Held(msgspec.Struct, kw_only=True):
     """What one deployment holds: the highest rate with its 95 % interval (`low` None: not searched; `high` None: no end is known), what
-    breaks beyond it, and the figures of the confirming `run` there. `layout`: 2P2D, where prefill and decode have several instances. `loads`, `load_s` and `requests` are what it took to find."""
+    breaks beyond it, and the figures of the confirming `run` there. `layout`: 2P2D, of prefill and decode instances. `loads`, `load_s`
+    and `requests` are what it took to find."""
 
     name: str
     layout: str | None = None
