@@ -1,7 +1,8 @@
-"""What the viewer sends to browsers: the page, its status, figures, and the report at the end."""
+"""What the viewer sends to browsers: the page, its charts (described as the report's are), its status, and the report at the end."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,22 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from pdbench.analysis.compare import comparisons
+from pdbench.analysis.curves import SERVER_FIELDS
+from pdbench.analysis.energy import why_not_measured
 from pdbench.analysis.run_analysis import load_analysis
-from pdbench.live.state import LATENCIES, State
+from pdbench.live.state import DEVICE_FIELDS, LATENCIES, WINDOW_S, State, device_id
 from pdbench.report import commands, page, tables, text
-from pdbench.report.chart_types import Chart
+from pdbench.report.chart_types import Axis, Chart, Panel, Series, shades
+from pdbench.report.charts import device_lines
 from pdbench.report.text import translate as _
 
 LOG_LINES = 50
+_SPEED = {
+    "output_tokens_per_s": "Output tokens/s",
+    "in_flight": "Requests in flight",
+    "j_per_output_token": "Energy per output token",
+}
+_INSTANCES = {"running": "Requests running", "waiting": "Requests waiting", "kv_used": "KV cache in use"}
 _environment = Environment(
     loader=ChoiceLoader([PackageLoader("pdbench.live", "."), PackageLoader("pdbench.report", ".")]),
     autoescape=True,
@@ -24,45 +34,112 @@ _environment = Environment(
 )
 _environment.globals["_"] = _
 
-
-def live_page() -> str:
-    return _live_page(text.LANGUAGE.get())
+DrawnChart = tuple[Chart, list[tuple[str, str]]]
+"""A chart with the keys of its lines in `State.lines`, in the order of its series."""
 
 
 @cache
-def _live_page(language: str) -> str:
-    words = {
-        "lost": _("The connection is lost; trying again."),
-        "killed": _("The measurement was killed: it ended without a word. This is what it had shown until then."),
-        "report": _("show the report"),
-        "no_report": _("The report could not be made: read the terminal."),
-    }
-    return _environment.get_template("live.html.j2").render(
-        lang="zh-Hans" if language == "zh" else "en",
-        words=words,
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
-    )
+def live_page(language: str) -> str:
+    with text.language(language):
+        words = {
+            "lost": _("The connection is lost; trying again."),
+            "killed": _("The measurement was killed: it ended without a word. This is what it had shown until then."),
+            "report": _("show the report"),
+            "no_report": _("The report could not be made: read the terminal."),
+        }
+        return _environment.get_template("live.html.j2").render(
+            lang="zh-Hans" if language == "zh" else "en",
+            words=words,
+            plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        )
+
+
+@cache
+def report(folders: tuple[str, ...], language: str) -> str:
+    """The report's page of what was saved."""
+    with text.language(language):
+        paths = [*map(Path, folders)]
+        analyses = [load_analysis(path) for path in paths]
+        runs = dict(zip(commands.names_of(analyses, paths), analyses, strict=True))
+        return page.page(runs, comparisons(runs), tables.side_by_side(runs))
+
+
+def charts(state: State) -> list[DrawnChart]:
+    """Each chart that has something to draw; every series is a growing line of the state."""
+    coloured = {*LATENCIES, *_SPEED, *_INSTANCES}
+    drawn = [(figure in SERVER_FIELDS, _name_of(of)) for figure, of in state.lines if figure in coloured]
+    colours: dict[str, str] = {}
+    for servers in (False, True):  # each group by its own: a server has the colour of its role
+        names = [name for is_server, name in dict.fromkeys(drawn) if is_server == servers and name not in colours]
+        colours |= zip(names, shades([re.sub(r"-\d+$", "", name) for name in names]), strict=True)
+    seconds = int(WINDOW_S)
+    window = _("over the last {0} s, of requests that ended in them" if state.turn else "over the last {0} s", seconds)
+    latencies = {name: text.title(name) for name in LATENCIES}
+    speed = _("Tokens and energy per token over the last {0} s.", seconds)
+    if not any(figure == "power_w" for figure, _of in state.lines):
+        reason = why_not_measured([*state.devices.values()], ("power_w",))
+        speed = _("Tokens over the last {0} s; energy not measured: {1}.", seconds, _(reason))
+    described = [
+        _chart("latency", _("Latency"), _("p99 (solid) and p50 (dotted), {0}.", window), latencies, state, colours),
+        _chart("speed", _("Throughput and energy"), speed, _SPEED, state, colours),
+        _chart("instances", _("Servers"), _("What the servers' own metrics say."), _INSTANCES, state, colours),
+        _devices(state),
+    ]
+    return [(chart, keys) for chart, keys in described if chart.drawable]
+
+
+def _chart(
+    key: str, title: str, caption: str, figures: Mapping[str, str], state: State, colours: Mapping[str, str]
+) -> DrawnChart:
+    """Panels beside each other, one per figure (with its title) that has a line."""
+    panels, keys = [], []
+    for figure, words in figures.items():
+        series = []
+        for (known, of), line in state.lines.items():
+            if known == figure:
+                name = _name_of(of)
+                dash, shown = "dot" if of.endswith(" p50") else "solid", _(name) + of[len(name) :]
+                series.append(Series(name=shown, x=line.x, y=line.y, shade=colours[name], dash=dash))
+                keys.append((figure, of))
+        label = text.label(figure) if figure in text.METRICS else _(words) + (", %" if figure == "kv_used" else "")
+        panels.append(Panel(title=_(words), series=series, x=_seconds(), y=Axis(label=label, low=0)))
+    return Chart(key=key, title=title, panels=panels, caption=caption), keys
+
+
+def _devices(state: State) -> DrawnChart:
+    panels, keys = [], []
+    for figure, words in DEVICE_FIELDS.items():
+        lines = {of: line for (known, of), line in state.lines.items() if known == figure}
+        keys += [(figure, of) for of in lines]
+        devices = [(device_id(state.devices[of]), state.devices[of], line) for of, line in lines.items()]
+        series = device_lines(figure, [(name, device.role, device.kind, line) for name, device, line in devices])
+        y, height = Axis(label=text.label(figure), low=0), 3.0 if figure == "power_w" else 2.0
+        panels.append(Panel(title=_(words), series=series, x=_seconds(), y=y, height=height))
+    caption = _("What each device reported last.")
+    return Chart(key="devices", title=_("Devices"), panels=panels, shared_x=True, caption=caption), keys
+
+
+def _seconds() -> Axis:
+    """From the first point on: servers start before it, for minutes."""
+    return Axis(label=_("seconds since the start"))
+
+
+def _name_of(of: str) -> str:
+    """Whose quantile it is."""
+    return of.removesuffix(" p50").removesuffix(" p99")
 
 
 def figure(chart: Chart) -> dict[str, Any]:
     return {"key": chart.key, "title": chart.title, "caption": chart.caption, "plot": page.plotly_figure(chart)}
 
 
-def report(folders: Sequence[str]) -> str:
-    """The report's page of what was saved."""
-    return _report(tuple(map(Path, folders)), text.LANGUAGE.get())
-
-
-@cache
-def _report(folders: tuple[Path, ...], language: str) -> str:
-    analyses = [load_analysis(folder) for folder in folders]
-    runs = dict(zip(commands.names_of(analyses, folders), analyses, strict=True))
-    return page.page(runs, comparisons(runs), tables.side_by_side(runs, None))
-
-
 def status(state: State) -> dict[str, Any]:
     """The status as HTML and, when it is over, how it ended."""
-    log = [(clock(at_s), _(line.words, *map(_, line.values)), line.is_problem) for at_s, line in state.log[-LOG_LINES:]]
+    zero_s = time.time() - time.monotonic()
+    log = [
+        (time.strftime("%H:%M:%S", time.localtime(zero_s + at_s)), _(line.words, *map(_, line.values)), line.is_problem)
+        for at_s, line in state.log[-LOG_LINES:]
+    ]
     flags = [(f"{run}, {flag.name}" if run else flag.name, _(flag.detail)) for run, flag in state.flags]
     for run, kinds in state.failed.items():
         flags.append((f"{run}, {_('failed requests')}", ", ".join(f"{kind} {count}" for kind, count in kinds.items())))
@@ -83,38 +160,33 @@ def status(state: State) -> dict[str, Any]:
 
 def tiles(state: State) -> list[tuple[str, str, str]]:
     """(name, value, what belongs to it) of what is known now."""
+
+    def named(title: str, of: str) -> str:
+        """With what it is of, where that is not clear."""
+        return title if state.turn else f"{title}: {_(of)}"
+
     shown = []
     if state.turn:
         done = state.progress
         shown.append((_("Deployment"), state.deployment, _("trial {0}", state.turn.trial + 1)))
         count = _("{0} of {1}", done.done, done.total or "?") if done else _("warm-up")
         shown.append((_("Requests"), count, _("{0} failed", state.failed_now) if state.failed_now else ""))
-    for figure, of in state.latest:
-        value = text.number(state.latest[figure, of])
+    for (figure, of), value in state.latest.items():
         if figure in LATENCIES and of.endswith(" p50"):
             name = of.removesuffix(" p50")
             rest = f"p99 {text.number(state.latest.get((figure, f'{name} p99')))}"
-            shown.append((_of(text.label(figure).replace(", ", " p50, "), name, state), value, rest))
+            shown.append((named(text.label(figure).replace(", ", " p50, "), name), text.number(value), rest))
         elif figure == "in_flight":
-            shown.append((_("Requests in flight"), f"{state.latest[figure, of]:.0f}", ""))
+            shown.append((_("Requests in flight"), f"{value:.0f}", ""))
         elif figure in ("output_tokens_per_s", "j_per_output_token"):
-            shown.append((_of(text.label(figure), of, state), value, ""))
+            shown.append((named(text.label(figure), of), text.number(value), ""))
         elif figure == "running":
             waiting, kv = (state.latest.get((name, of)) for name in ("waiting", "kv_used"))
             rest = _("running, {0} waiting, KV {1} %", "–" if waiting is None else f"{waiting:.0f}", text.number(kv))
-            shown.append((of, f"{state.latest[figure, of]:.0f}", rest))
+            shown.append((of, f"{value:.0f}", rest))
         elif figure == "power_w":
-            shown.append((_of(text.title(figure), of, None), f"{value} W", ""))
+            shown.append((f"{text.title(figure)}: {_(of)}", f"{text.number(value)} W", ""))
     return shown
-
-
-def _of(title: str, name: str, state: State | None) -> str:
-    """A title with the name of what it is of, where that is not clear."""
-    return title if state and state.turn else f"{title}: {_(name)}"
-
-
-def clock(at_s: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(time.time() - time.monotonic() + at_s))
 
 
 def _duration(seconds: float) -> str:

@@ -4,14 +4,13 @@ last ten seconds."""
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from math import nan
+from math import inf, nan
 from typing import Any
 
 from pdbench import failures
 from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
-from pdbench.live.instances import Instance
-from pdbench.live.publisher import Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
+from pdbench.live.publisher import Buckets, Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, Flag, RequestRecord
 
@@ -21,14 +20,15 @@ MOST_POINTS = 1200
 """Of a curve: beyond it every second one goes."""
 STALE_S = 3.0
 """What was not heard of for so long is not drawn."""
-DEVICE_FIELDS = (
-    "power_w",
-    "sm_clock_mhz",
-    "cpu_clock_mhz",
-    "gpu_utilization_pct",
-    "cpu_utilization_pct",
-    "temperature_c",
-)
+DEVICE_FIELDS = {
+    "power_w": "Power of each device",
+    "gpu_utilization_pct": "Utilisation",
+    "cpu_utilization_pct": "CPU use of each role's processes",
+    "sm_clock_mhz": "Clocks",
+    "cpu_clock_mhz": "CPU clock",
+    "temperature_c": "Temperature",
+}
+"""What is drawn of devices, with its panel's title."""
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
 
 
@@ -52,6 +52,53 @@ class Line:
             kept = [place for place, value in enumerate(self.y) if place % 2 == 0 or value != value]
             self.x, self.y = [self.x[place] for place in kept], [self.y[place] for place in kept]
         return broken or thinned
+
+
+class Instance:
+    """A server's readings of the last seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._readings: deque[tuple[float, ServerReading]] = deque()
+
+    def take(self, reading: ServerReading, now_s: float) -> None:
+        self._readings.append((now_s, reading))
+
+    def values(self, now_s: float) -> dict[tuple[str, str], float]:
+        """(figure, of what) -> value: now, or over the window; nothing once no reading came for STALE_S."""
+        while len(self._readings) > 2 and self._readings[0][0] < now_s - WINDOW_S:
+            self._readings.popleft()
+        if not self._readings or now_s - self._readings[-1][0] > STALE_S:
+            return {}
+        (first_s, first), (last_s, last) = self._readings[0], self._readings[-1]
+        values = {
+            (key, self.name): last.figures[key] * factor for key, factor in SERVER_FIELDS.items() if key in last.figures
+        }
+        new_tokens = last.figures.get("output_tokens", -1.0) - first.figures.get("output_tokens", 0.0)
+        if last_s > first_s and new_tokens >= 0:
+            values["output_tokens_per_s", self.name] = new_tokens / (last_s - first_s)
+        for key, counts in last.histograms.items():
+            before = first.histograms.get(key, {})
+            recent = {upper: count - before.get(upper, 0.0) for upper, count in counts.items()}
+            if before and min(recent.values()) >= 0:  # else it was started again
+                for name, share in (("p50", 0.5), ("p99", 0.99)):
+                    if (seconds := quantile(recent, share)) is not None:
+                        values[key, f"{self.name} {name}"] = 1e3 * seconds
+        return values
+
+
+def quantile(counts: Buckets, share: float) -> float | None:
+    """A quantile in seconds, linear inside its bucket as Prometheus' histogram_quantile; None without values."""
+    total, below, lower = counts.get(inf, 0.0), 0.0, 0.0
+    if not total > 0:
+        return None
+    for upper, at_or_below in sorted(counts.items()):
+        if at_or_below >= share * total:
+            if upper == inf or at_or_below == below:
+                return lower
+            return lower + (upper - lower) * (share * total - below) / (at_or_below - below)
+        below, lower = at_or_below, upper
+    return lower
 
 
 class State:
@@ -133,7 +180,7 @@ class State:
         if self.turn and self._tokens and now_s - self._tokens[-1][0] <= STALE_S:
             self._add_load(self.deployment)
         for instance in self.instances.values():
-            values = instance.values(now_s, WINDOW_S, STALE_S)
+            values = instance.values(now_s)
             # A measurement's own figures are better than those of histograms.
             self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in SERVER_FIELDS}
         self._add_energy()

@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdbench.live import charts, pages
+from pdbench.live import pages
 from pdbench.live.prometheus import Metrics
 from pdbench.live.publisher import decode
 from pdbench.live.state import State
@@ -104,7 +104,7 @@ class Viewer:
         return bool(self._pages) or time.monotonic() - self.page_sent_s < _LOADING_S
 
     def _figures(self) -> str:
-        drawn = [pages.figure(chart) for chart, _keys in charts.charts(self.state)]
+        drawn = [pages.figure(chart) for chart, _keys in pages.charts(self.state)]
         return _event("figures", drawn)
 
     def _points(self, grown: list[tuple[str, str]]) -> str:
@@ -112,7 +112,7 @@ class Viewer:
         lines, new = self.state.lines, set(grown)
         points = {
             chart.key: [[lines[key].x[-1], lines[key].y[-1]] if key in new else None for key in keys]
-            for chart, keys in charts.charts(self.state)
+            for chart, keys in pages.charts(self.state)
         }
         return _event("points", points)
 
@@ -148,8 +148,7 @@ def page_app(viewer: Viewer, token: str) -> Starlette:
 
     async def page(request: Request) -> Response:
         viewer.page_sent_s = time.monotonic()
-        with text.language(language(request)):
-            return HTMLResponse(pages.live_page(), headers=_HEADERS)
+        return HTMLResponse(pages.live_page(language(request)), headers=_HEADERS)
 
     async def events(request: Request) -> Response:
         return StreamingResponse(viewer.events(language(request)), media_type="text/event-stream", headers=_HEADERS)
@@ -158,9 +157,8 @@ def page_app(viewer: Viewer, token: str) -> Starlette:
         end = viewer.state.end
         if end is None or not end.folders:
             return PlainTextResponse("404: there is no report yet\n", 404, _HEADERS)
-        with text.language(language(request)):
-            async with one_at_a_time:  # all pages ask at the same moment; the second finds it made
-                body = await asyncio.to_thread(pages.report, end.folders)
+        async with one_at_a_time:  # all pages ask at the same moment; the second finds it made
+            body = await asyncio.to_thread(pages.report, tuple(end.folders), language(request))
         return HTMLResponse(body, headers=_HEADERS)
 
     routes = [Route("/", page), Route("/events", events), Route("/report", report)]

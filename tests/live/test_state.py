@@ -7,11 +7,11 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdbench.live import charts, pages
-from pdbench.live.instances import Instance, histograms, quantile
+from pdbench.live import pages
 from pdbench.live.prometheus import Metrics
 from pdbench.live.publisher import Devices, End, ServerReading, Stage, TimeLeft, Turn
-from pdbench.live.state import MOST_POINTS, Line, State
+from pdbench.live.servers import histograms
+from pdbench.live.state import MOST_POINTS, Instance, Line, State, quantile
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, DeviceSample, RequestError, RequestRecord
 from pdbench.report import text
@@ -77,7 +77,7 @@ def test_page_says_why_energy_is_not_measured():
         state.take(Devices(devices), float(second))
         state.take(Progress(0, 9, 3, 50 * second), float(second))
         state.tick(float(second))
-        captions += [chart.caption for chart, _ in charts.charts(state) if chart.key == "speed"]
+        captions += [chart.caption for chart, _ in pages.charts(state) if chart.key == "speed"]
     assert captions == [
         "Tokens over the last 10 s; energy not measured: no device was sampled.",
         "Tokens over the last 10 s; energy not measured: no RAPL on this machine.",
@@ -90,7 +90,7 @@ def test_a_gpu_has_a_line_for_each_role():
     for second, role in enumerate(("single", "prefill")):
         state.take(Devices([gpu(second, 100.0, role)]), float(second))
         state.tick(float(second))
-    ((chart, keys),) = charts.charts(state)
+    ((chart, keys),) = pages.charts(state)
     assert [line["name"] for line in plotly_figure(chart)["data"]] == ["single", "prefill"]
     assert keys == [("power_w", "single gpu0"), ("power_w", "prefill gpu0")]
 
@@ -106,9 +106,9 @@ def test_every_word_has_a_translation():
     state.take(End([], "x"), 1.0)
     state.tick(1.0)
     with text.language("zh"):
-        words = [words for chart, _ in charts.charts(state) for words in (chart.title, chart.caption)]
+        words = [words for chart, _ in pages.charts(state) for words in (chart.title, chart.caption)]
         words += [name for name, _value, _rest in pages.tiles(state)]
-        words += json.loads(pages.live_page().rpartition("var words = ")[2].partition(";\n")[0]).values()
+        words += json.loads(pages.live_page("zh").rpartition("var words = ")[2].partition(";\n")[0]).values()
         plain = {
             word for each in words for word in each.split() if word.isascii() and word.isalpha() and word.islower()
         }
@@ -154,17 +154,17 @@ def test_latencies_of_a_foreign_server_are_those_of_the_last_seconds():
     for now_s, tokens, counts in ((0.0, 100.0, (10, 10, 10)), (5.0, 600.0, (10, 20, 20))):
         figures = {"running": 2.0, "kv_used": 0.5, "output_tokens": tokens}
         instance.take(ServerReading("decode", figures, histograms(PAGE % counts)), now_s)
-    values = instance.values(5.0, 10.0, 3.0)
+    values = instance.values(5.0)
     assert values["kv_used", "decode"] == 50 and values["output_tokens_per_s", "decode"] == 100
     assert values["ttft_ms", "decode p50"] == pytest.approx(150)
-    assert instance.values(9.0, 10.0, 3.0) == {}
+    assert instance.values(9.0) == {}
 
 
 def test_a_server_that_was_started_again_has_no_latency_of_the_time_before():
     instance = Instance("decode")
     for now_s, counts in ((0.0, (10, 10, 10)), (1.0, (1, 2, 2))):
         instance.take(ServerReading("decode", {"output_tokens": 10.0 - now_s}, histograms(PAGE % counts)), now_s)
-    assert instance.values(1.0, 10.0, 3.0) == {}
+    assert instance.values(1.0) == {}
 
 
 def test_buckets_with_timestamps_are_counts():
