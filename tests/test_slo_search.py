@@ -20,8 +20,7 @@ from pdbench.load.generator import Progress
 from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
 from pdbench.report import commands, mpl
 from pdbench.report import search as found
-from pdbench.report.search import present, sentence
-from pdbench.report.search_charts import chart
+from pdbench.report.search import chart, present, sentence
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from pdbench.search.rates import Search
 from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s

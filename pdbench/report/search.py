@@ -1,6 +1,7 @@
-"""What `pdbench search` found: sentences, tables and pictures out of search.json."""
+"""What `pdbench search` found: its sentence, tables and pictures, out of search.json and the saved runs."""
 
 from math import inf
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -9,10 +10,11 @@ from msgspec import structs
 from rich.console import Console
 from rich.text import Text
 
+from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.files import write_whole
 from pdbench.report import tables, text
-from pdbench.report.search_charts import chart, clocks_chart, slo
+from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
 from pdbench.report.text import translate as _
 from pdbench.search.document import FILE, Choice, Document, Held
 
@@ -29,6 +31,8 @@ COLUMNS = {
     "loads": "loads",
     "load_s": "load\ns",
 }
+MOST_USED = 1.5
+"""Settings are drawn up to so many times the SLO."""
 
 
 def save(document: Document, out: Path) -> None:
@@ -49,37 +53,38 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     for entry in document.deployments:
         if entry.run:
             analyses.append(load_analysis(out / entry.run))
-            _enter(entry, analyses[-1])
+            _enter_figures(entry, analyses[-1])
         _enter_scales(entry, document)
         if entry.tuned and entry.tuned.run:
             analyses.append(load_analysis(out / entry.tuned.run))
     document.sentence = sentence(document)
     save(document, out)
-    pictures = [out / PICTURE] if document.searched() else []
-    for path in pictures:
+    pictures = {}
+    if document.searched():
         drawn = chart(document)
-        write_whole(path, mpl.picture(mpl.chart, drawn, 16, 9 if len(drawn.panels) > 2 else 5.5))
+        pictures[PICTURE] = mpl.picture(mpl.chart, drawn, 16, 9 if len(drawn.panels) > 2 else 5.5)
     if document.tuned():
-        pictures.append(out / CLOCKS_PICTURE)
-        write_whole(out / CLOCKS_PICTURE, mpl.picture(mpl.chart, clocks_chart(document), 16, 8))
+        pictures[CLOCKS_PICTURE] = mpl.picture(mpl.chart, clocks_chart(document), 16, 8)
+    for name, picture in pictures.items():
+        write_whole(out / name, picture)
     if document.sentence:
         console.print(Text(document.sentence, style="bold"))
     for shown in (table(document) if document.searched() else None, clocks_table(document)):
         if shown:
             console.print(tables.terminal(shown))
     if pictures:
-        names = " ".join(map(str, pictures))
+        names = " ".join(str(out / name) for name in pictures)
         console.print(f"answer: {out / FILE}  picture: {names}", markup=False, highlight=False, soft_wrap=True)
     return analyses
 
 
-def _enter(entry: Held, analysis: RunAnalysis) -> None:
+def _enter_figures(entry: Held, analysis: RunAnalysis) -> None:
     """The figures at the rate found."""
-    goodput, gpus = analysis.summary.goodput, analysis.gpus
-    entry.gpus, serve = gpus, analysis.config.get("serve") or {}
+    goodput, serve = analysis.summary.goodput, analysis.config.get("serve") or {}
+    entry.gpus = analysis.gpus
     if analysis.name == "disaggregated" and serve:
         entry.layout = f"{serve['prefill_instances']}P{serve['decode_instances']}D"
-    entry.rate_per_s_per_gpu = entry.rate_per_s / gpus if gpus and entry.rate_per_s else None
+    entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
     entry.goodput_per_s = goodput.requests_per_s
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device
     entry.j_per_good_request = goodput.j_per_good_request
@@ -104,6 +109,11 @@ def _enter_scales(entry: Held, document: Document) -> None:
             scale.j_per_good_request = float(np.interp(scale.rate_per_s, rates, joules)) / share
 
 
+def slo(document: Document) -> str:
+    limits = [f"{_(name)} {limit:g} ms" for name, limit in text.slo(document.slo).items()]
+    return _("{0} for {1} % of requests", _(" and ").join(limits), f"{document.attain_pct:g}")
+
+
 def sentence(document: Document) -> str:
     """The answer: each deployment's rate with its interval, best first, and what the best gains on the next; then the cheapest clocks."""
     entries = document.searched()
@@ -116,9 +126,9 @@ def sentence(document: Document) -> str:
     found = [entry for entry in ordered if entry.rate_per_s]
     parts: list[str] = []
     for entry in found:
-        words = "{0} (1 GPU)" if entry.gpus == 1 else "{0} ({1} GPUs)"
         name = _named(entry)
-        name = _(words, name, entry.gpus) if entry.gpus else name
+        if entry.gpus:
+            name = _("{0} (1 GPU)" if entry.gpus == 1 else "{0} ({1} GPUs)", name, entry.gpus)
         rate, low, high = map(text.number, (entry.rate_per_s, entry.low, entry.high))
         bounds = _("({0} to {1})", low, high) if entry.high is not None else _("or more")
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))
@@ -207,17 +217,15 @@ def _clocks_sentence(document: Document) -> str:
 
 def table(document: Document) -> tables.Table:
     """A row per deployment."""
-    rows = [structs.asdict(entry) | {"name": _named(entry)} for entry in document.searched()]
-    rows = [row if row["rate_per_s"] else row | {"low": None} for row in rows]
-    known = {key: words for key, words in COLUMNS.items() if any(row[key] is not None for row in rows)}
-    return tables.Table(
-        title=_("The highest rate within {0}, with its 95 % interval", slo(document)),
-        header=[_("deployment"), *map(_, known.values()), _("first limit\nto break")],
-        rows=[
-            [row["name"], *(row[key] for key in known), _(text.SLO.get(row["limited_by"] or "", ""))] for row in rows
-        ],
-        left=(0, len(known) + 1),
-    )
+    entries = [entry if entry.rate_per_s else structs.replace(entry, low=None) for entry in document.searched()]
+    known = [key for key in COLUMNS if any(getattr(entry, key) is not None for entry in entries)]
+    rows = [
+        [_named(entry), *(getattr(entry, key) for key in known), _(text.SLO.get(entry.limited_by or "", ""))]
+        for entry in entries
+    ]
+    header = [_("deployment"), *(_(COLUMNS[key]) for key in known), _("first limit\nto break")]
+    title = _("The highest rate within {0}, with its 95 % interval", slo(document))
+    return tables.Table(title=title, header=header, rows=rows, left=(0, len(known) + 1))
 
 
 def clocks_table(document: Document) -> tables.Table | None:
@@ -228,15 +236,131 @@ def clocks_table(document: Document) -> tables.Table | None:
         clocks = _("none keeps the SLO") if found.setting is None else text.setting(found.setting)
         change_pct = 100 * (joules / usual - 1) if joules and usual else None
         rows.append([name, found.rate_per_s, clocks, found.attained_pct, joules, usual, change_pct, found.loads])
-    header = [
-        "deployment",
-        "rate\n/s",
-        "cheapest clocks",
-        "within\nSLO %",
-        "J per good\nrequest",
-        "as it was",
-        "change %",
-        "loads",
-    ]
+    known = [_(COLUMNS[key]) for key in ("rate_per_s", "attained_pct", "j_per_good_request", "loads")]
+    header = [_("deployment"), known[0], _("cheapest clocks"), *known[1:3], _("as it was"), _("change %"), known[3]]
     title = _("The least energy within {0}", slo(document))
-    return tables.Table(title=title, header=[*map(_, header)], rows=rows, left=(0, 2)) if rows else None
+    return tables.Table(title=title, header=header, rows=rows, left=(0, 2)) if rows else None
+
+
+def _colours(document: Document) -> dict[str, str]:
+    names = [entry.name for entry in document.deployments]
+    return dict(zip(names, shades([name.partition(",")[0] for name in names]), strict=True))
+
+
+def chart(document: Document) -> Chart:
+    """Attainment and energy against rate with what was found; goodput and energy against the SLO's scale."""
+    entries, colours, goal = document.searched(), _colours(document), document.attain_pct
+    per_gpu = all(entry.gpus for entry in entries)
+    attained, joules, scaled, scaled_joules = (list[Series]() for _panel in range(4))
+    for entry in sorted(entries, key=lambda entry: entry.rate_per_s or 0.0):  # for their labels
+        name, shade, gpus = entry.name, colours[entry.name], entry.gpus or 1 if per_gpu else 1
+        points = document.loads(name)
+        if points:
+            at, shares = [rate for rate, _point in points], [point.attained_pct for _rate, point in points]
+            attained.append(Series(kind="points", name=name, x=at, y=shares, shade=shade, opacity=0.6, size=6))
+        if entry.rate_per_s:
+            low, high = entry.low or 0.0, entry.high or points[-1][0]
+            attained.append(Series(x=[low, high], y=[goal, goal], shade=shade, width=5, opacity=0.5))
+            found = f"{'' if entry.high else '≥ '}{text.number(entry.rate_per_s)}/s"
+            attained.append(Series(kind="points", x=[entry.rate_per_s], y=[goal], labels=[found], shade=shade, size=11))
+        for panel, figure in (
+            (scaled, attrgetter("goodput_per_s_per_gpu" if per_gpu else "goodput_per_s")),
+            (scaled_joules, attrgetter("j_per_good_request")),
+        ):
+            if scales := [each for each in entry.slo_scale if figure(each)]:
+                x, y = [each.scale for each in scales], [figure(each) for each in scales]
+                panel.append(Series(name=name, x=x, y=y, shade=shade, marker="o"))
+        energy = [(rate / gpus, point.j_per_good_request) for rate, point in points if point.j_per_good_request]
+        if energy:
+            along, used = zip(*energy, strict=True)
+            joules.append(Series(name=name, x=along, y=used, shade=shade, marker="o"))
+            if entry.j_per_good_request and entry.rate_per_s:
+                found_at, found_j = [entry.rate_per_s / gpus], [entry.j_per_good_request]
+                joules.append(Series(kind="points", x=found_at, y=found_j, shade=BAD, size=15, hollow=True))
+    rates = [rate for entry in entries for rate, _point in document.loads(entry.name)]
+    if attained:
+        attained.append(Series(name=_("goal"), x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
+    rate = Axis(label=_("requests/s per GPU" if per_gpu else "requests/s"), low=0)
+    share, scale = Axis(label=_("% of requests"), low=0, high=104), Axis(label=_("all limits times"))
+    energy_axis, unscaled = Axis(label="J", low=0), _("no scale is known well enough")
+    goodput = _("Goodput per GPU against the SLO's scale" if per_gpu else "Goodput against the SLO's scale")
+    energy_scaled = _("Energy per request within the SLO against its scale")
+    panels = [
+        Panel(
+            title=_("Requests within the SLO"),
+            series=attained,
+            x=Axis(label=_("requests/s"), low=0),
+            y=share,
+            not_measured=_("no load was measured"),
+        ),
+        Panel(title=_("Energy per request within the SLO"), series=joules, x=rate, y=energy_axis),
+        Panel(title=goodput, series=scaled, x=scale, y=rate, not_measured=unscaled),
+        Panel(title=energy_scaled, series=scaled_joules, x=scale, y=energy_axis, not_measured=unscaled),
+    ]
+    title, caption = _("The highest rate within {0}", slo(document)), _("bars: 95 % intervals")
+    if not joules:
+        panels, caption = panels[::2], caption + _("; energy is not measured")
+    return Chart(key="search", title=title, panels=panels, caption=caption)
+
+
+def clocks_chart(document: Document) -> Chart:
+    """Every setting's energy against how much of the SLO it used, with those that nothing beats in both; what the cheapest saves."""
+    entries, colours = document.tuned(), _colours(document)
+    settings: list[Series] = []
+    for name, best in entries:
+        shade = colours[name]
+        points = sorted(
+            (point.slo_used, point.j_per_good_request)
+            for _rate, point in document.loads(name, clocks=True)
+            if "/clocks-" in point.run  # those with the same arrivals
+            and point.j_per_good_request
+            and point.held is not False
+            and point.slo_used
+            and point.slo_used < MOST_USED
+        )
+        if not points:
+            continue
+        front = [point for place, point in enumerate(points) if all(point[1] < other[1] for other in points[:place])]
+        (x, y), (along, lowest) = zip(*points, strict=True), zip(*front, strict=True)
+        settings.append(Series(kind="points", name=name, x=x, y=y, shade=shade, size=6, opacity=0.6))
+        settings.append(Series(x=along, y=lowest, shade=shade))
+        words = f"{name}: {text.setting(best.setting or {})}"
+        for point in (point for point in document.points if point.run == best.run):
+            used, joules = [point.slo_used], [point.j_per_good_request]
+            settings.append(Series(kind="points", name=words, x=used, y=joules, shade=BAD, size=12, hollow=True))
+    bars = [
+        (f"{name}, {_(words)}", choice.j_per_good_request, colours[name], opacity)
+        for name, best in entries
+        if best.before and best.before.j_per_good_request
+        for words, choice, opacity in (("as it was", best.before, 0.5), ("cheapest clocks", best, 1.0))
+    ]
+    saved = [
+        Series(kind="bar", x=[place], y=[used_j], labels=[text.number(used_j)], shade=shade, opacity=opacity)
+        for place, (_name, used_j, shade, opacity) in enumerate(bars)
+    ]
+    rates = dict.fromkeys(best.rate_per_s for _name, best in entries)
+    spent = Axis(label=_("J per good request"), low=0)
+    panels = [
+        Panel(
+            title=_("Energy and speed of every setting, same arrivals"),
+            series=settings,
+            x=Axis(label=_("share of the SLO used (1: just kept)"), low=0, high=MOST_USED),
+            y=spent,
+            lines=[1.0],
+            not_measured=_("no setting kept the SLO"),
+        ),
+        Panel(
+            title=_("What the cheapest clocks save"),
+            series=saved,
+            x=Axis(names=[name for name, *_rest in bars]),
+            y=spent,
+            not_measured=_("no setting is confirmed yet"),
+        ),
+    ]
+    at = _(", ").join(_("{0} requests/s", text.number(rate)) for rate in rates)
+    return Chart(
+        key="clocks",
+        title=_("The least energy within {0}", slo(document)),
+        panels=panels,
+        caption=_("{0}; lines: what no other setting beats in both; ringed: the cheapest, with other arrivals", at),
+    )
