@@ -273,8 +273,8 @@ def main() -> None:
     )
     shown = [summary_of(points), refusals_of(study), *(table_of(points, metric) for metric in METRICS)]
     write_whole(options.out.with_suffix(".md"), ("\n\n".join([words, *map(tables.markdown, shown)]) + "\n").encode())
-    chart = chart_of(points, title)
-    write_whole(options.out.with_suffix(".png"), mpl.picture(mpl.chart, chart, 14, 14))
+    picture = mpl.chart_picture(lambda: chart_of(points, title), 14, lambda rows: 14)
+    write_whole(options.out.with_suffix(".png"), picture)
 
 
 if __name__ == "__main__":

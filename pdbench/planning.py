@@ -1,6 +1,7 @@
 """`pdbench plan`: runs in, a calibration, checks and predictions out; printed, and saved with their pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -64,7 +65,7 @@ def plan(
     found = read_calibration(sources, console)
     save(CALIBRATION, found)
     show(plan_tables.calibration(found))
-    drawn = [plan_charts.steps(found)]
+    drawn = [partial(plan_charts.steps, found)]
     checks = []
     for path in checked:
         try:
@@ -81,7 +82,7 @@ def plan(
         show(plan_tables.overview(checks))
     if checks:
         save("checks.json", checks)
-        drawn.append(plan_charts.checks(checks))
+        drawn.append(partial(plan_charts.checks, checks))
     slo = load.slo_ttft_ms, load.slo_tbt_ms
     if most_gpus is not None:
         result = search(
@@ -89,7 +90,7 @@ def plan(
         )
         save("search.json", result)
         show(plan_tables.search(result, on_gpus=found.on_gpus))
-        drawn.append(plan_charts.search(result, on_gpus=found.on_gpus))
+        drawn.append(partial(plan_charts.search, result, on_gpus=found.on_gpus))
         best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
         wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
@@ -97,14 +98,15 @@ def plan(
         predicted = [predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for each in wanted]
         save("predictions.json", predicted)
         show(plan_tables.predictions(predicted, on_gpus=found.on_gpus))
-        drawn.append(plan_charts.deployments(predicted, on_gpus=found.on_gpus))
-    drawn.append(plan_charts.seconds(checks, predicted))
+        drawn.append(partial(plan_charts.deployments, predicted, on_gpus=found.on_gpus))
+    drawn.append(partial(plan_charts.seconds, checks, predicted))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
-    for chart in drawn:
-        if chart.drawable:
-            rows = -(-len(chart.drawable) // 2)
+    mpl.say_when_english(console)
+    for describe in drawn:
+        if (chart := describe()).drawable:
             width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
-            write_whole(out / f"{chart.key}.png", mpl.picture(mpl.chart, chart, width, 2.4 + 5 * rows))
+            picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
+            write_whole(out / f"{chart.key}.png", picture)
     console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
 
 

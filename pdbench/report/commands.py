@@ -146,7 +146,7 @@ def compare_folders(
     console.print(*warnings, sep="\n", end="\n" if warnings else "")
     from pdbench.report import mpl  # matplotlib is most of the start-up
 
-    _say_when_english(console)
+    mpl.say_when_english(console)
     write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
     _say(console, _("picture: {0}", picture))
     for result in results:
@@ -184,7 +184,9 @@ def report(
             loaded = list(pool.map(_load, folders))
     analyses, rows = zip(*loaded, strict=True)
     if len(folders) <= PICTURES:
-        _say_when_english(console)
+        from pdbench.report import mpl
+
+        mpl.say_when_english(console)
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
     _comparisons, files = _write_report(runs, rows, out, sort_by, [])
     for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
@@ -286,9 +288,8 @@ def present_sweep(
     def draw() -> None:
         nonlocal drawn
         drawn = len(rows)
-        chart = sweep_charts.curves(rows)
-        height = 5 * -(-len(chart.panels) // 2)
-        write_whole(out / "sweep_curves.png", mpl.picture(mpl.chart, chart, 16, height))
+        picture = mpl.chart_picture(lambda: sweep_charts.curves(rows), 16, lambda chart_rows: 5 * chart_rows)
+        write_whole(out / "sweep_curves.png", picture)
 
     try:
         for varied, folders in measured:
@@ -323,7 +324,7 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     else:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
-    write_whole(picture, mpl.picture(mpl.chart, charts.monitored(analysis, devices), 15, 10))
+    write_whole(picture, mpl.chart_picture(lambda: charts.monitored(analysis, devices), 15, lambda rows: 10))
     _say(console, f"drawn: {picture}")
 
 
@@ -356,10 +357,3 @@ def read_devices(source: Path) -> list[DeviceRecord]:
 def _say(console: Console, line: str) -> None:
     """One line as it is: brackets in a path are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_when_english(console: Console) -> None:
-    from pdbench.report import mpl
-
-    if text.LANGUAGE.get() == "zh" and mpl.chinese_font() is None:
-        _say(console, _(mpl.NO_FONT))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
+from rich.console import Console
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.run_analysis import RunAnalysis
@@ -59,9 +60,6 @@ CHINESE = re.compile(
     r"|hiragino ?sans ?gb|arial ?unicode|uming|ukai",
     re.IGNORECASE,
 )
-NO_FONT = (
-    "no font with Chinese characters was found, so the pictures are in English: install one, such as fonts-noto-cjk"
-)
 
 
 @cache
@@ -77,6 +75,13 @@ def chinese_font() -> str | None:
     return min(families, key=lambda name: (not name.endswith("SC"), name), default=None)
 
 
+def say_when_english(console: Console) -> None:
+    """Say why pictures are in English where the rest is not."""
+    if text.LANGUAGE.get() == "zh" and chinese_font() is None:
+        words = "no font with Chinese characters was found, so the pictures are in English: install one, such as fonts-noto-cjk"
+        console.print(_(words), markup=False, highlight=False, soft_wrap=True)
+
+
 def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:
     """The PNG at 100 dots per inch of what `draw` makes of `arguments`; in English where this machine has no font for the language."""
     font = chinese_font() if text.LANGUAGE.get() == "zh" else None
@@ -85,6 +90,16 @@ def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:
         data = io.BytesIO()
         FigureCanvasAgg(draw(*arguments)).print_figure(data, format="png", dpi=100)
     return data.getvalue()
+
+
+def chart_picture(describe: Callable[[], Chart], width: float, height: Callable[[int], float]) -> bytes:
+    """The PNG of a chart alone, with a height for its number of rows. It is described here: the picture may have to be in English."""
+
+    def draw() -> Figure:
+        described = describe()
+        return chart(described, width, height(-(-len(described.panels) // 2)))
+
+    return picture(draw)
 
 
 def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:

@@ -61,12 +61,12 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     save(document, out)
     pictures = {}
     if document.searched():
-        drawn = chart(document)
-        pictures[PICTURE] = mpl.picture(mpl.chart, drawn, 16, 9 if len(drawn.panels) > 2 else 5.5)
+        pictures[PICTURE] = mpl.chart_picture(lambda: chart(document), 16, lambda rows: 9 if rows > 1 else 5.5)
     if document.tuned():
-        pictures[CLOCKS_PICTURE] = mpl.picture(mpl.chart, clocks_chart(document), 16, 8)
+        pictures[CLOCKS_PICTURE] = mpl.chart_picture(lambda: clocks_chart(document), 16, lambda rows: 8)
     for name, picture in pictures.items():
         write_whole(out / name, picture)
+    mpl.say_when_english(console)
     if document.sentence:
         console.print(Text(document.sentence, style="bold"))
     for shown in (table(document) if document.searched() else None, clocks_table(document)):

@@ -148,8 +148,15 @@ def test_pictures_without_a_chinese_font_are_english_and_it_says_so(folders, tmp
     console = Console(file=io.StringIO(), width=200)
     with text.language("zh"):
         commands.compare_folders(folders, [], False, tmp_path / "picture.png", console)
-        assert console.file.getvalue().count(text.translate(mpl.NO_FONT)) == 1
+    assert console.file.getvalue().count("没有找到中文字体") == 1
     assert (tmp_path / "picture.png").exists()
+    # Also where a chart is described before it is drawn, as a search's and a plan's are.
+    described = lambda: charts.trade_off({"a": load_analysis(folders[0])})  # noqa: E731
+    of_language = []
+    for language in ("en", "zh"):
+        with text.language(language):
+            of_language.append(mpl.chart_picture(described, 8, lambda rows: 5))
+    assert of_language[0] == of_language[1]
 
 
 @pytest.mark.parametrize(
