@@ -32,8 +32,8 @@ from pdbench.report import text
 from pdbench.report.search import save
 from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.document import FILE, Choice, Closest, Document, Held, Point, Scaled, Tuned
-from pdbench.search.evidence import Array
-from pdbench.search.rates import LEAST_REQUESTS, Answer, Search
+from pdbench.search.evidence import LEAST_REQUESTS, Array
+from pdbench.search.rates import Answer, Search
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
 
 REQUESTS = 500  # per load

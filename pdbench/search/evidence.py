@@ -7,6 +7,7 @@ that were sent to what it does with very many like them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ PARTS = 8
 SETTLE = 0.05
 """So much of very many arrivals comes before the queue is as it stays."""
 LEAST_MISSED = 8
+LEAST_REQUESTS = 20
+"""With fewer, nothing is decided; an overload tells as much as so many requests that missed."""
 WITHIN_TAU = 4.0
 """Autocorrelations count up to so many correlation times (Sokal 1997, who takes 4 to 6)."""
 
@@ -37,7 +40,8 @@ class Outcome:
     """What one load at a rate came to: requests in the order of arrival, `score` their worst figure over its limit (over 1:
     missed; inf: failed or overdue).
 
-    `held` is what stopped it: the rate was surely held (True) or not (False); None where it came to its end.
+    `held` is what stopped it: the rate was surely held (True) or not (False); None where it came to its end. `overload`: its queue
+    grew until it was stopped, though hardly any of its requests had missed yet.
     """
 
     rate: float
@@ -45,10 +49,16 @@ class Outcome:
     work: Array
     score: Array
     held: bool | None = None
+    overload: bool = False
 
     @property
     def missed(self) -> NDArray[np.bool_]:
         return ~(self.score <= 1.0)
+
+    @property
+    def share_missed(self) -> float:
+        """Of an overload 1; NaN without any request, which is neither more nor less than a limit."""
+        return 1.0 if self.overload else float(self.missed.mean()) if len(self.score) else nan
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,8 @@ def plain(outcomes: Sequence[Outcome]) -> list[Evidence]:
     """The shares as they were seen, with what correlation leaves of the requests."""
     grown = inflation([each.missed.astype(float) for each in outcomes if each.held is None])
     return [
-        Evidence(each.rate, float(each.missed.mean()), len(each.score) / grown, each.held)
+        Evidence(
+            each.rate, each.share_missed, (LEAST_REQUESTS if each.overload else len(each.score)) / grown, each.held
+        )
         for each in outcomes
-        if len(each.score)
     ]

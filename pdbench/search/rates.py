@@ -12,10 +12,9 @@ from math import exp, log
 import numpy as np
 from scipy import special
 
-from pdbench.search.evidence import USUAL_INFLATION, Array, Evidence, Outcome, VirtualQueue, plain
+from pdbench.search.evidence import LEAST_REQUESTS, USUAL_INFLATION, Array, Evidence, Outcome, VirtualQueue, plain
 
 SURE = 0.98
-LEAST_REQUESTS = 20
 INTERVAL = 0.97
 """Of what is possible lies in an interval that covers 95 %: it is looked at after every load, which stops when it is narrow."""
 FACTOR = 2.0
@@ -59,7 +58,8 @@ class Search:
         self._learn()
 
     def add(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
+        ended_by_queue = outcome.held is False and not outcome.share_missed > self.may_miss
+        self.outcomes.append(replace(outcome, overload=ended_by_queue))
         self._learn()
 
     def _learn(self) -> None:
@@ -106,41 +106,30 @@ class Search:
         tail = (1 - INTERVAL) / 2
         low, high = (self._quantile(share) for share in (tail, 1 - tail))
         # Only loads bound the answer, never what was believed before them.
-        if not any(each.held is not False and each.missed.mean() <= self.may_miss for each in self._seen()):
+        if not any(each.held is not False and each.share_missed <= self.may_miss for each in self.outcomes):
             low = 0.0
-        if not any(each.held is not True and each.missed.mean() >= self.may_miss for each in self._seen()):
+        if not any(each.held is not True and each.share_missed >= self.may_miss for each in self.outcomes):
             # What is believed above the highest rate that was sent is no measurement.
-            low = max((each.rate for each in self._seen() if each.missed.mean() <= self.may_miss), default=0.0)
+            low = max((each.rate for each in self.outcomes if each.share_missed <= self.may_miss), default=0.0)
             return Answer(low, low, np.inf)
         return Answer(self._quantile(0.5), low, high)
 
     def at_scale(self, scale: float) -> Answer:
         """What the same loads say of the SLO with all its limits times `scale`."""
-        scaled = [replace(each, score=each.score / scale) for each in self._seen()]
+        scaled = [replace(each, score=each.score / scale) for each in self.outcomes]
         # What was decided, was decided of the SLO as it is; an overload stays one.
-        scaled = [replace(e, held=False if e.held is False and e.missed.mean() >= NEAR_SHARE else None) for e in scaled]
+        scaled = [replace(e, held=False if e.held is False and e.share_missed >= NEAR_SHARE else None) for e in scaled]
         return Search(self.may_miss, self.first_rate, self.unit_s, scaled).answer()
 
     def evidence(self) -> list[Evidence]:
         """What each load says; near the rate that is sought, with luck in the arrivals taken out."""
-        near = [each for each in self._seen() if each.missed.mean() < NEAR_SHARE]
-        far = [each for each in self._seen() if each.missed.mean() >= NEAR_SHARE]
+        near = [each for each in self.outcomes if each.share_missed < NEAR_SHARE]
+        far = [each for each in self.outcomes if each.share_missed >= NEAR_SHARE]
         without = plain(near) if near else []
         if without:
             self._inflation = len(near[0].score) / without[0].requests
         adjusted = VirtualQueue(near, self.unit_s).evidence() if self.unit_s is not None and near else None
         return (adjusted or without) + plain(far)
-
-    def _seen(self) -> list[Outcome]:
-        """Those that tell something. A load ended by its growing queue is an overload, though hardly any of its requests missed yet."""
-        none, missed = np.zeros(LEAST_REQUESTS), np.full(LEAST_REQUESTS, np.inf)
-        seen = []
-        for each in self.outcomes:
-            if each.held is False and not (len(each.score) and each.missed.mean() > self.may_miss):
-                each = replace(each, arrival_s=none, work=none + 1, score=missed)
-            if len(each.score):
-                seen.append(each)
-        return seen
 
     def _update(self, evidence: Sequence[Evidence]) -> None:
         """Log weights of every (log rate, slope), on a grid as fine as what is known."""
