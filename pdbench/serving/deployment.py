@@ -19,7 +19,6 @@ from pdbench.errors import UserError
 from pdbench.events import LogLine
 from pdbench.files import check_name, lock_for_us, write_whole
 from pdbench.http import host_port, split_url
-from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.records import Clock
 from pdbench.serving import machine, plan, sharing, vllm
 from pdbench.serving.plan import ServerSpec
@@ -239,10 +238,7 @@ class Deployment:
                     host=self._hosts[name].address,
                     pids=[self._pids[name]] if name in self._pids else [],
                     gpus=list(command.gpus),
-                    # The proxy writes one, a scheduler that logs, and pdbench's own connector, which alone has a secret.
-                    event_log=vllm.event_log(self.config.log_dir, name)
-                    if command.role == "proxy" or command.secret_names or LOG_VARIABLE in command.environment
-                    else None,
+                    event_log=command.event_log,
                 )
                 for name, command in self.commands.items()
             ],

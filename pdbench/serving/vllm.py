@@ -34,7 +34,8 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class Command:
-    """How a server is started, where it answers, what it holds. `secret_names`: variables that get the deployment's secret."""
+    """How a server is started, where it answers, what it holds. `secret_names`: variables that get the deployment's secret; `event_log`:
+    the file that it writes, if any."""
 
     name: str
     role: str
@@ -44,6 +45,7 @@ class Command:
     gpus: tuple[int, ...] = ()
     kv_address: str | None = None
     secret_names: tuple[str, ...] = ()
+    event_log: str | None = None
 
 
 def is_local(model: str) -> bool:
@@ -105,7 +107,8 @@ def server_command(
     spec: ServerSpec, config: ServeConfig, machine: Machine, gpus: tuple[int, ...], setup: Setup
 ) -> Command:
     """One vLLM instance."""
-    connector = setup.connector
+    connector, log = setup.connector, event_log(config.log_dir, spec.name)
+    is_ours = connector in ("p2p-nccl", "tcp")
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", setup.model]
     argv += ["--served-model-name", setup.model_name, "--host", config.host, "--port", str(spec.port)]
     argv += ["--max-model-len", str(config.max_model_len), "--load-format", config.load_format]
@@ -156,9 +159,10 @@ def server_command(
             )
         argv += words
     own_scheduler = any(word.partition("=")[0].replace("_", "-") == "--scheduler-cls" for word in argv)
-    if config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE:
+    logs_prompts = config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE
+    if logs_prompts:
         argv += ["--scheduler-cls", "pdbench.kv.prompt_log.scheduler"]
-        environment[LOG_VARIABLE] = event_log(config.log_dir, spec.name)
+        environment[LOG_VARIABLE] = log
     return Command(
         name=spec.name,
         role=spec.role,
@@ -167,7 +171,8 @@ def server_command(
         url=f"http://{config.host}:{spec.port}",
         gpus=gpus,
         kv_address=None if spec.kv_port is None else f"{config.kv_ip}:{spec.kv_port}",
-        secret_names=("PDBENCH_KV_SECRET",) if connector in ("p2p-nccl", "tcp") else (),
+        secret_names=("PDBENCH_KV_SECRET",) if is_ours else (),
+        event_log=log if is_ours or logs_prompts else None,
     )
 
 
@@ -204,11 +209,12 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
     if config.return_kv and connector:
         # Only where a conversation's turns meet do instances have something of each other's.
         argv += ["--return-kv", "--prefill-policy", "prefix-affinity", "--decode-policy", "prefix-affinity"]
-    argv += ["--event-log", event_log(config.log_dir, "proxy")]
+    log = event_log(config.log_dir, "proxy")
+    argv += ["--event-log", log]
     for server in servers:
         kv_address = f"@{server.kv_address}" if server.kv_address else ""
         argv += ["--prefill" if server.role == "prefill" else "--decode", server.url + kv_address]
-    return Command("proxy", "proxy", tuple(argv), {}, url=f"http://{config.host}:{config.proxy_port}")
+    return Command("proxy", "proxy", tuple(argv), {}, f"http://{config.host}:{config.proxy_port}", event_log=log)
 
 
 def event_log(log_dir: str, name: str) -> str:
