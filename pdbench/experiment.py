@@ -245,7 +245,7 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
     """Raises UserError when prompt and output are longer together than the model takes; distributions may still be."""
     longest = (load.input_tokens or 0) + load.output_tokens
     if load.trace:
-        _rows_too_long(load, max_model_len)
+        plan.rows_too_long(load, max_model_len)
     elif max_model_len is not None and longest > max_model_len:
         raise UserError(
             f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
@@ -257,22 +257,9 @@ def _cooldown(options: Options) -> Cooldown:
     return Cooldown(options.power.cooldown_s if options.power.power else 0.0)
 
 
-def _file_words(load: LoadConfig) -> list[str]:
-    """What is sent of a trace or prompt file; nothing where the file is another node's."""
-    try:
-        return plan.describe_files(load)
-    except UserError:
-        return []
-
-
-def _rows_too_long(load: LoadConfig, max_model_len: int | None) -> str | None:
-    """See plan.rows_too_long; None where the trace is another node's file."""
-    return plan.rows_too_long(load, max_model_len) if load.trace and Path(load.trace).exists() else None
-
-
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
     config = options.plain() | {"serve": info.config or None, "url": info.url, "model": info.model_name}
-    config["inputs"] = _file_words(options.load)
+    config["inputs"] = plan.describe_files(options.load)
     run = Run(
         name=info.name,
         clock=clock,
@@ -280,7 +267,7 @@ def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:
         host=machines.host_facts(),
         versions=machines.versions(),
     )
-    too_long = _rows_too_long(options.load, info.config.get("max_model_len"))
+    too_long = plan.rows_too_long(options.load, info.config.get("max_model_len"))
     if too_long:
         run.flags.append(Flag("rows-too-long", too_long))
     if sharing := info.config.get("sharing"):

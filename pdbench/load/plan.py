@@ -116,10 +116,7 @@ def resolved(config: LoadConfig) -> LoadConfig:
 
 def describe(config: LoadConfig) -> str:
     """A resolved load in one line: arrivals, end, warm-up and nonce."""
-    try:
-        file_words = describe_files(config)
-    except UserError:  # a file of another node
-        file_words = []
+    file_words = describe_files(config)
     if config.trace:
         words = ["; ".join(file_words) or f"trace {Path(config.trace).name}"]
     elif config.stages:
@@ -162,8 +159,11 @@ def request_limit(config: LoadConfig) -> int | None:
 
 
 def rows_too_long(config: LoadConfig, max_model_len: int | None) -> str | None:
-    """What to say of a trace's rows that the model cannot take; None where it takes all. Raises UserError where it takes none."""
-    if not config.trace or max_model_len is None:
+    """What to say of a trace's rows that the model cannot take; None where it takes all, and where the trace is another node's file.
+
+    Raises UserError where it takes none.
+    """
+    if not config.trace or not Path(config.trace).exists() or max_model_len is None:
         return None
     totals = [
         min(row.input_tokens, config.max_input_tokens or row.input_tokens)
@@ -181,23 +181,23 @@ def rows_too_long(config: LoadConfig, max_model_len: int | None) -> str | None:
 
 
 def describe_files(config: LoadConfig) -> list[str]:
-    """What is sent of the trace or prompt file: which rows, over what time, at what mean rate; what was left out.
-
-    Raises UserError as check_files.
-    """
+    """What is sent of the trace or prompt file: which rows, over what time, at what mean rate; what was left out."""
     limit = request_limit(config)
-    if config.prompt_file:
-        file = prompt_file_of(config)
+    try:
+        file = prompt_file_of(config) if config.prompt_file else None
+        trace = trace_of(config) if config.trace else None
+    except UserError:  # `check_files` raised it before, or it is another node's file
+        return []
+    if file:
         words = f"prompt file {file.name}: {len(file.prompts):,} of {file.total:,} {file.unit} used"
         return [words + (f", for {limit:,} requests" if limit and limit > len(file.prompts) else ""), *file.notes]
-    if not config.trace:
+    if not config.trace or not trace:
         return []
 
     def mean_rate(instants: Sequence[float]) -> float | None:
         length_s = instants[-1] - instants[0] if instants else 0.0
         return (len(instants) - 1) / length_s if length_s > 0 else None
 
-    trace = trace_of(config)
     instants = [row.arrival_s * config.time_scale for row in trace.rows[:limit]]
     if config.duration_s is not None:
         instants = [at_s for at_s in instants if at_s < config.duration_s]
