@@ -230,6 +230,15 @@ def read_whole(path: Path) -> bytes:
     return content
 
 
+def new_lines(path: Path, begin: int) -> tuple[bytes, int]:
+    """The whole lines of a file that is being written, from the byte `begin` on, and where they end. Raises FileNotFoundError."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        content = file.read()
+    lines = content[: content.rfind(b"\n") + 1]  # the last one may be half written
+    return lines, begin + len(lines)
+
+
 def identity(path: Path) -> tuple[int, int] | None:
     """Changes when another file is moved there."""
     try:

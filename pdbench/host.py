@@ -15,6 +15,7 @@ import psutil
 from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, LogLine, parse
+from pdbench.files import new_lines
 from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
 from pdbench.power.tenants import Newcomers
@@ -199,11 +200,9 @@ class LocalHost:
         devices = self._sampler.take() if self._sampler else []
         lines: list[bytes] = []
         for path, seen in self._logs.items():
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                file.seek(seen)
-                whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
-                self._logs[path] = seen + len(whole) + len(newline)
-                lines += whole.splitlines()
+            with contextlib.suppress(FileNotFoundError):
+                new, self._logs[path] = new_lines(path, seen)
+                lines += new.splitlines()
         events = parse(lines)
         return [Batch(devices, events)] if devices or events else []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from pdbench.events import LogLine
+from pdbench.files import new_lines
 from pdbench.http import get
 from pdbench.serving.causes import engine_died, likely_cause, lines_of_load
 from pdbench.serving.vllm import Command
@@ -23,6 +24,9 @@ class Secrets(dict[str, str]):
 
     def __repr__(self) -> str:
         return f"Secrets({', '.join(self)})"
+
+
+ENGINE_DIED = "(its engine; the API server still answers)"
 
 
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +45,7 @@ class ServerState(msgspec.Struct, frozen=True, kw_only=True):
     def end(self) -> str | None:
         """How it died, in words; None of one that lives."""
         if self.exit_code is None:
-            return "(its engine; the API server still answers)" if self.engine_died else None
+            return ENGINE_DIED if self.engine_died else None
         return f"with exit code {self.exit_code}"
 
 
@@ -56,15 +60,12 @@ class LogWatch:
         self._looking = threading.Lock()
 
     def look(self) -> bool:
-        """Is the engine dead, by the log? Cheap: a look at the file's size where nothing is new."""
+        """Is the engine dead, by the log?"""
         with self._looking:
             try:
-                if not self.engine_died and self._log.stat().st_size > self._seen:
-                    with self._log.open("rb") as file:
-                        file.seek(self._seen)
-                        whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
-                    self._seen += len(whole) + len(newline)
-                    text = whole.decode(errors="replace")
+                if not self.engine_died:
+                    new, self._seen = new_lines(self._log, self._seen)
+                    text = new.decode(errors="replace")
                     self.engine_died = engine_died(text)
                     self._lines += lines_of_load(text, time.monotonic())[: _MOST_LINES - len(self._lines)]
             except FileNotFoundError:

@@ -14,7 +14,7 @@ from pdbench.events import LogLine
 from pdbench.http import request
 from pdbench.records import Clock
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
-from pdbench.serving.process import LogWatch, cause_of_death
+from pdbench.serving.process import ENGINE_DIED, LogWatch, cause_of_death
 
 EVERY_S = 0.25
 HEALTH_EVERY_S = 1.0
@@ -66,7 +66,7 @@ class RunningServers:
         self._processes: list[tuple[ServerInfo, psutil.Process]] = []
         self._logs: list[tuple[ServerInfo, LogWatch]] = []
         for server in info.servers if info.owner_pid else ():
-            self._logs.append((server, LogWatch(self._log(server), from_now=True)))
+            self._logs.append((server, LogWatch(log_dir / f"{server.name}.log", from_now=True)))
         for server in info.servers:
             for pid in server.pids if server.host is None else ():
                 with suppress(psutil.Error):
@@ -75,9 +75,12 @@ class RunningServers:
         self._has_health = not self._logs and self._health() == 200
 
     def death(self) -> str | None:
-        dead = {server.name: "(its engine; the API server still answers)" for server, log in self._logs if log.look()}
+        dead = {server.name: ENGINE_DIED for server, log in self._logs if log.look()}
         for server, process in self._processes:
-            if not _lives(process):
+            lives = False
+            with suppress(psutil.Error):
+                lives = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            if not lives:
                 dead[server.name] = f"(process {process.pid} is gone)"
         causes = {name: cause_of_death(self._log_dir / f"{name}.log") for name in dead if self._logs}
         # Its `pdbench serve` ends the others at once: of these, no log gives a cause.
@@ -104,9 +107,6 @@ class RunningServers:
             for server, log in self._logs
         }
 
-    def _log(self, server: ServerInfo) -> Path:
-        return self._log_dir / f"{server.name}.log"
-
     def _health(self) -> int | None:
         """The status of its health check; None where nothing listens, 0 where it takes its time, as a busy server may."""
         try:
@@ -115,10 +115,3 @@ class RunningServers:
             return 0
         except OSError:
             return None
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
