@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pdbench import recipe
+from pdbench.cli import recipe
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
 from pdbench.errors import UserError
 from tests.support.processes import ROOT, call_pdbench, free_port, wait_until

@@ -10,10 +10,8 @@ from cyclopts.config import Dict as Settings
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import recipe
-from pdbench.cli import calibrate, measure, read, search  # noqa: F401  # they register their commands
+from pdbench.cli import calibrate, measure, read, recipe, search  # noqa: F401  # they register their commands
 from pdbench.cli.app import app, console
-from pdbench.config.precedence import overridden
 from pdbench.errors import UserError
 
 _WITH_RECIPE = ("run", "bench", "sweep", "search", "calibrate", "serve", "doctor", "proxy")
@@ -32,8 +30,8 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
     settings = recipe.read(paths[0])
     foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
     flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    unused = foreign | overridden(settings, flags)
-    settings = {key: value for key, value in settings.items() if key not in unused}
+    replaced = {name for flag in flags for name in recipe.REPLACES.get(flag, ())} - flags
+    settings = {key: value for key, value in settings.items() if key not in foreign | replaced}
     return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
 
 

@@ -10,9 +10,9 @@ from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict as Settings
 from rich.console import Console
 
-from pdbench import __version__, recipe
+from pdbench import __version__
+from pdbench.cli import recipe
 from pdbench.config import LoadConfig, Options
-from pdbench.config.precedence import without_effect
 
 
 class Output(Console):
@@ -43,8 +43,8 @@ def say_without_effect(loads: Sequence[LoadConfig]) -> None:
     """Name what was set and changes none of the loads; of a recipe's options, only those that no flag left without effect."""
     settings = {key: value for each in app.config if isinstance(each, Settings) for key, value in each.config.items()}
     settings = {field.name: settings[field.name] for field in fields(LoadConfig) if field.name in settings}
-    alone = without_effect(LoadConfig(**settings))
-    lines, *others = map(without_effect, loads)
+    alone = recipe.without_effect(LoadConfig(**settings))
+    lines, *others = map(recipe.without_effect, loads)
     for name, line in lines.items():
         if all(name in each for each in others) and (name not in settings or name in alone):
             console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
+from pdbench.config.types import Count, Positive
 from pdbench.errors import UserError
-from pdbench.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from pdbench.analysis.run_analysis import RunAnalysis

@@ -23,10 +23,10 @@ from pdbench.config import (
     ServeConfig,
     ServerConfig,
 )
+from pdbench.config.types import Count
 from pdbench.errors import UserError
 from pdbench.files import hold
 from pdbench.live import publisher
-from pdbench.ranges import Count
 from pdbench.records import Run
 
 if TYPE_CHECKING:

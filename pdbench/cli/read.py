@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from pdbench.cli.app import app, console
 from pdbench.config import LiveConfig, LoadConfig
+from pdbench.config.types import Count, Interval, Positive
 from pdbench.errors import UserError
-from pdbench.ranges import Count, Interval, Positive
 
 
 @app.command

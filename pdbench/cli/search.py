@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console, say_without_effect
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, LiveConfig, Options, PairConfig
+from pdbench.config.types import Positive
 from pdbench.errors import UserError
-from pdbench.ranges import Positive
 from pdbench.records import Run
 
 

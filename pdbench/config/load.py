@@ -5,8 +5,22 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import LOAD, Arrivals, Prompts, Requests, Statistics, Words
-from pdbench.ranges import Count, CountOrZero, NotNegative, Positive, Seconds, Share, Spread, WarmUp
+from pdbench.config.types import (
+    LOAD,
+    Arrivals,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Prompts,
+    Requests,
+    Seconds,
+    Share,
+    Spread,
+    Statistics,
+    WarmUp,
+    Words,
+)
 
 
 @Parameter(name="*", group=LOAD)

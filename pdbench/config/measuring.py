@@ -5,8 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import LIVE, PAIRS, POWER, Statistics
-from pdbench.ranges import Count, Interval, IntervalOrZero, NotNegative, Port
+from pdbench.config.types import LIVE, PAIRS, POWER, Count, Interval, IntervalOrZero, NotNegative, Port, Statistics
 
 
 @Parameter(name="*", group=PAIRS)

@@ -5,8 +5,18 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import PROXY, Faults, FirstToken, Limits, Words
-from pdbench.ranges import Count, CountOrZero, NotNegative, Port, Positive
+from pdbench.config.types import (
+    PROXY,
+    Count,
+    CountOrZero,
+    Faults,
+    FirstToken,
+    Limits,
+    NotNegative,
+    Port,
+    Positive,
+    Words,
+)
 
 
 @Parameter(name="*", group=PROXY)

@@ -6,8 +6,22 @@ from typing import Any, Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.groups import CLUSTER, DEPLOYMENT, Connector, FirstToken, Indices, Model, Network, VllmWords, Words
-from pdbench.ranges import Count, CountOrZero, Port, Positive, Share
+from pdbench.config.types import (
+    CLUSTER,
+    DEPLOYMENT,
+    Connector,
+    Count,
+    CountOrZero,
+    FirstToken,
+    Indices,
+    Model,
+    Network,
+    Port,
+    Positive,
+    Share,
+    VllmWords,
+    Words,
+)
 
 
 @Parameter(name="*", group=DEPLOYMENT)
