@@ -1,7 +1,7 @@
 """Types of options with their ranges, which cyclopts checks (`Count[int]`, `Positive[float | None]`), and the headings of the help."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Group, Parameter, Token
@@ -20,42 +20,32 @@ def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
     return int(text)
 
 
-def _range(words: str, fits: Callable[[float], bool]) -> Callable[[Any, Any], None]:
+def _range(words: str, least: float, most: float, *, or_zero: bool = False) -> Parameter:
     """A validator for numbers. Raises ValueError, which cyclopts reports with the option's name."""
 
     def validate(kind: Any, value: float | None) -> None:
-        if value is not None and not (math.isfinite(value) and fits(value)):
+        within = value is None or (math.isfinite(value) and least <= value <= most) or (or_zero and value == 0)
+        if not within:
             raise ValueError(f"Give {words}.")
 
-    return validate
+    return Parameter(validator=validate)
 
 
+_WHOLE = Parameter(converter=_whole_number)
 MOST = 10_000_000
 LEAST_NUMBER, MOST_NUMBER = 1e-9, 1e9
 """Beyond them sums of instants and clocks of the system overflow."""
-Count = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range(f"1 to {MOST:,}", lambda value: 1 <= value <= MOST))
-]
-CountOrZero = Annotated[T, Parameter(converter=_whole_number, validator=_range("0 or more", lambda value: value >= 0))]
-Port = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range("a port, 0 to 65535", lambda value: 0 <= value <= 65535))
-]
-WarmUp = Annotated[
-    T, Parameter(converter=_whole_number, validator=_range("0 to 10,000", lambda value: 0 <= value <= 10_000))
-]
-Seconds = Annotated[
-    T, Parameter(validator=_range("0.1 seconds or more, up to 1e9", lambda value: 0.1 <= value <= MOST_NUMBER))
-]
-Spread = Annotated[T, Parameter(validator=_range("a spread from 0 to 3", lambda value: 0 <= value <= 3))]
-Positive = Annotated[
-    T, Parameter(validator=_range("a number above 0, 1e-9 to 1e9", lambda value: LEAST_NUMBER <= value <= MOST_NUMBER))
-]
-NotNegative = Annotated[T, Parameter(validator=_range("0 or more, up to 1e9", lambda value: 0 <= value <= MOST_NUMBER))]
-Share = Annotated[T, Parameter(validator=_range("a share from 0 to 1", lambda value: 0 <= value <= 1))]
-Interval = Annotated[T, Parameter(validator=_range("seconds from 0.01 to 10", lambda value: 0.01 <= value <= 10))]
-IntervalOrZero = Annotated[
-    T, Parameter(validator=_range("0, or seconds from 0.05 to 60", lambda value: value == 0 or 0.05 <= value <= 60))
-]
+Count = Annotated[T, _WHOLE, _range(f"1 to {MOST:,}", 1, MOST)]
+CountOrZero = Annotated[T, _WHOLE, _range("0 or more", 0, math.inf)]
+Port = Annotated[T, _WHOLE, _range("a port, 0 to 65535", 0, 65535)]
+WarmUp = Annotated[T, _WHOLE, _range("0 to 10,000", 0, 10_000)]
+Seconds = Annotated[T, _range("0.1 seconds or more, up to 1e9", 0.1, MOST_NUMBER)]
+Spread = Annotated[T, _range("a spread from 0 to 3", 0, 3)]
+Positive = Annotated[T, _range("a number above 0, 1e-9 to 1e9", LEAST_NUMBER, MOST_NUMBER)]
+NotNegative = Annotated[T, _range("0 or more, up to 1e9", 0, MOST_NUMBER)]
+Share = Annotated[T, _range("a share from 0 to 1", 0, 1)]
+Interval = Annotated[T, _range("seconds from 0.01 to 10", 0.01, 10)]
+IntervalOrZero = Annotated[T, _range("0, or seconds from 0.05 to 60", 0.05, 60, or_zero=True)]
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
 Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
 VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
