@@ -286,7 +286,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
         """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
         words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
         run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
-        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited"}
+        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled"}
         point.kept = point.held is not False and point.attained_pct >= 100 * goal.attain and not refused
         point.refused = sorted(refused)
         point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request

@@ -29,6 +29,8 @@ _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
 _STEADY_SAMPLE_S = 0.25
 _STEADY_TIMEOUT_S = 600.0
+STALL_S = 0.25
+"""The loop turns every 50 ms, whatever comes: one that takes this long was stopped, or had no core."""
 
 
 class Progress(msgspec.Struct, tag=True):
@@ -50,7 +52,8 @@ class ClientResult(msgspec.Struct, kw_only=True):
     """What one client process measured: all of it, or what came since its last partial result.
 
     `streams` is how many requests it may have in flight (None: no bound). `busy_s` (one turn of its loop each) and
-    `read_delays_s` are raw float64 arrays. `cpu_s` and `wall_s` count from `begin_s`. `lost` says why the rest never came.
+    `read_delays_s` are raw float64 arrays. `cpu_s`, `wall_s` and `stalled_s` (in which its loop stood still) count from `begin_s`. `lost`
+    says why the rest never came.
     """
 
     requests: list[RequestRecord] = []
@@ -61,6 +64,7 @@ class ClientResult(msgspec.Struct, kw_only=True):
     merged_reads: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
+    stalled_s: float = 0.0
     real_time: bool = False
     interrupted: bool = False
     steady_window: tuple[float, float] | None = None
@@ -140,12 +144,16 @@ class _Loop:
         self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
         free_s = deque([begin_s] * (streams or 0))
         ahead = deque(itertools.islice(planned, 1))
+        self.result.stalled_s, turned_s = 0.0, client.clock.now()
         while ahead or self._in_flight:
             if self.interrupted.is_set():
                 for record in client.abandon("interrupted", "the load was stopped"):
                     self._ended(record)
                 break
             now_s = client.clock.now()
+            if now_s - turned_s > STALL_S:
+                self.result.stalled_s += now_s - turned_s
+            turned_s = now_s
             if ahead and not warmup and self._stop_sending(now_s, begin_s):
                 ahead.clear()
             next_s = now_s + 1.0

@@ -21,6 +21,7 @@ USER_STAMP_LAG_P99_MS = 2.0
 CPU_SHARE = 0.95
 RATE_SHARE = 0.95
 SHARE_OVER_S = 0.5
+STALLED_SHARE = 0.01
 REFUSED_SHARE = 0.01
 _OWN = ("timeout", "stall", "interrupted")
 """Classes of failures that a slow client could have caused, or the user; in all others, a server failed at once."""
@@ -80,6 +81,8 @@ def describe(
         "cpu_share": max(
             (result.cpu_s / result.wall_s for result in results if result.wall_s > SHARE_OVER_S), default=None
         ),
+        "stalled_s": max(result.stalled_s for result in results),
+        "stalled_share": max((result.stalled_s / result.wall_s for result in results if result.wall_s), default=0.0),
         "cpu_us_per_token": cpu_s / tokens * 1e6 if tokens else None,
         "stamps": dict(Counter(record.stamp for record in measured if record.stamp)),
         "counted_by": dict(Counter(record.counted_by for record in measured if record.counted_by)),
@@ -116,6 +119,12 @@ def flags(client: dict[str, Any]) -> list[Flag]:
         reasons.append(f"{achieved:.2f} of {asked:.2f} requests/s were sent (limit {RATE_SHARE:.0%})")
     remedy = REMEDY_OF_ONE if client["streams"] == 1 else REMEDY
     result = [Flag("client-limited", f"{'; '.join(reasons)}: {remedy}")] if reasons else []
+    if client["stalled_share"] > STALLED_SHARE:
+        detail = (
+            f"the client stood still for {client['stalled_s']:.1f} s, {client['stalled_share']:.0%} of the load: it was stopped, or had no core; "
+            "nothing was sent meanwhile, so that throughput is too low and requests came late: measure again"
+        )
+        result.append(Flag("client-stalled", detail))
     if chunks := client["counted_by"].get("chunks", 0) + client["counted_by"].get("mixed", 0):
         detail = (
             f"{chunks} responses without token ids: instants are those of chunks. Tokens, throughput, J per token and mean "
