@@ -1,12 +1,10 @@
 """Servers up -> correctness check -> load and device samples -> saved -> down. Nothing is judged here."""
 
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from rich.markup import escape
 from pdbench import correctness, turns
 from pdbench.canaries import References
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
-from pdbench.errors import UserError, WriteError
-from pdbench.files import check_writable, results_files
+from pdbench.errors import UserError
+from pdbench.files import check_writable, results_files, save_somewhere
 from pdbench.http import get, offered_model
 from pdbench.live import publisher
 from pdbench.load import plan
@@ -294,26 +292,9 @@ def _save(run: Run, folder: Path, runs: dict[Path, Run]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             before = signal.signal(number, lambda received, _: pending.append(received))
             restoring.callback(signal.signal, number, before)
-        try:
-            save_run(run, folder)
-        except WriteError as error:
-            elsewhere = _save_elsewhere(run, folder.name)
-            if elsewhere is None:
-                raise
+        place, problem = save_somewhere(lambda path: save_run(run, path), folder)
+        if problem:
             runs.pop(folder, None)  # an earlier saving of it
-            runs[elsewhere] = run
-            raise WriteError(f"{error}; what was measured is saved in {elsewhere}") from None
-        runs[folder] = run
-
-
-def _save_elsewhere(run: Run, name: str) -> Path | None:
-    for place in (tempfile.gettempdir(), "/dev/shm"):
-        with suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="pdbench-", dir=place))
-            try:
-                save_run(run, folder / name)
-            except WriteError:
-                shutil.rmtree(folder)
-            else:
-                return folder / name
-    return None
+        runs[place] = run
+        if problem:
+            raise problem

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -56,6 +56,28 @@ def write_whole(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def save_somewhere(save: Callable[[Path], object], path: Path) -> tuple[Path, WriteError | None]:
+    """Where `save` could write what cannot be had again: at `path`, or where there is room, with the error that says so.
+
+    Raises WriteError when nothing takes it.
+    """
+    try:
+        save(path)
+    except WriteError as error:
+        for find in (tempfile.gettempdir, lambda: "/dev/shm"):
+            with suppress(OSError):  # of the first, too, where it finds no room
+                folder = Path(tempfile.mkdtemp(prefix="pdbench-", dir=find()))
+                try:
+                    save(folder / path.name)
+                except WriteError:
+                    shutil.rmtree(folder)
+                else:
+                    place = folder / path.name
+                    return place, WriteError(f"{error}; what was measured is saved in {place}")
+        raise
+    return path, None
 
 
 def begin_again(folder: Path, results: Path) -> None:

@@ -52,11 +52,17 @@ def main(arguments: list[str] | None = None) -> None:
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app.config = _recipe_settings(arguments)
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        if console.problem:
+        ended: SystemExit | None = None
+        try:
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        except SystemExit as error:
+            ended = error
+        if console.problem and not isinstance(console.problem, BrokenPipeError):  # who closed a pipe has read enough
             raise UserError(
                 f"not all that was said could be written ({console.problem.strerror}): make room, or another place for it"
             )
+        if ended:
+            raise ended
     except UserError as error:
         earlier = error.__context__  # what went wrong before a `finally` failed, too
         if isinstance(earlier, UserError) and not error.__suppress_context__:

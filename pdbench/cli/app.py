@@ -16,9 +16,13 @@ from pdbench.config import LoadConfig, Options
 
 
 class Output(Console):
-    """The terminal, or the file or pipe in its place. A measurement goes on when a full disk takes no more lines: `problem` is why."""
+    """The terminal, or the file or pipe in its place. A measurement goes on when that takes no more lines (a full disk, a reader that
+    has gone): `problem` is why."""
 
     problem: OSError | None = None
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the process, and with it a measurement
 
     def __exit__(self, *error: Any) -> None:
         try:
@@ -32,7 +36,7 @@ class Output(Console):
 
 console = Output()
 _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
-app = App(name="pdbench", help=_HELP, version=__version__, suppress_keyboard_interrupt=False)
+app = App(name="pdbench", help=_HELP, version=__version__, console=console, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
 Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
 DEFAULTS = Options()

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdbench.errors import UserError
-from pdbench.files import check_writable, hold, write_whole
+from pdbench.files import check_writable, hold, save_somewhere, write_whole
 from pdbench.power.device import open_host
 from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import Clock, DeviceRecord, DeviceSample, save_devices
@@ -68,7 +68,14 @@ def _watch(
         for field, reason in record.not_measured.items():
             console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim", highlight=False)
     if out is not None:
-        save_devices(out, "monitor", records) if out.suffix == ".json" else write_whole(out, as_csv(records))
+        _, problem = save_somewhere(
+            lambda path: (
+                save_devices(path, "monitor", records) if path.suffix == ".json" else write_whole(path, as_csv(records))
+            ),
+            out,
+        )
+        if problem:
+            raise problem
         console.print(f"written to {out}; `pdbench plot {out}` draws it", highlight=False)
     return records
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
 
     def write_if_room(file: IO[bytes], data: bytes) -> None:
-        if str(file.name).startswith("out/") and "results" in str(file.name):
+        path = Path(f"/proc/self/fd/{file.fileno()}").readlink()
+        if path.is_relative_to(tmp_path / "out") and "results" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, data)
 
@@ -127,6 +129,31 @@ def test_what_a_full_disk_does_not_take_is_saved_elsewhere(server: ScriptedServe
     assert f"what was measured is saved in {saved}" in ended.stderr
     assert len([request for request in load_run(saved).requests if not request.warmup]) == 3
     assert load_run(saved).summary and not [*(tmp_path / "out").rglob("*.json")]
+
+
+def test_no_room_for_temporary_files_either_leaves_the_memory(
+    server: ScriptedServer, tmp_path: Path, full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_room)
+    ended = call_pdbench(*bench(server, 3), cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    saved = Path(ended.stderr.partition("saved in ")[2].strip())
+    try:
+        assert saved.is_relative_to("/dev/shm") and load_run(saved).summary
+    finally:
+        shutil.rmtree(saved.parent)
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.csv"])
+def test_monitor_on_a_disk_that_became_full_keeps_what_it_read(name: str, tmp_path: Path, full: Path) -> None:
+    ended = call_pdbench("monitor", "--duration", "0.3", "--out", f"out/{name}", cwd=tmp_path)
+    [saved] = full.glob(f"*/{name}")
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "make room" in ended.stderr and f"what was measured is saved in {saved}" in ended.stderr
+    assert saved.stat().st_size > 100 and not (tmp_path / "out").exists()
 
 
 def test_sweep_measures_nothing_more_on_a_full_disk(server: ScriptedServer, tmp_path: Path, full: Path) -> None:
@@ -174,6 +201,31 @@ def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tm
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert "not all that was said could be written (No space left on device): make room" in ended.stderr
     assert load_run(tmp_path / "out" / "bench_results").summary
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "serve --show", "doctor"])
+def test_command_whose_output_is_not_taken_says_so(command: str, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "pdbench", *command.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "not all that was said could be written (No space left on device)" in ended.stderr
+
+
+def test_reader_of_the_output_that_goes_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
+    with start(server, tmp_path, requests=10) as measuring:
+        assert measuring.stdout is not None
+        measuring.stdout.close()
+        assert measuring.wait(60) == 0
+    assert sum(not request.warmup for request in load_run(tmp_path / "out" / "bench_results").requests) == 10
 
 
 def test_terminal_without_the_letters_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
