@@ -139,10 +139,50 @@ def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_p
 
 def test_recipe_of_another_encoding_is_read_or_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes("\ufeffport = 1\r\n# é\r\n".encode())
-    assert recipe.read(tmp_path / "bom.toml") == {"port": 1}
+    assert recipe.read(tmp_path / "bom.toml", "proxy") == {"port": 1}
     (tmp_path / "wide.toml").write_bytes("port = 1\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"wide\.toml is no UTF-8 text: write it as UTF-8"):
-        recipe.read(tmp_path / "wide.toml")
+        recipe.read(tmp_path / "wide.toml", "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        (
+            "concurrency = 4\n[load]\nconcurrency = 8\n",
+            "concurrency is there twice, in no section and in [load]: keep one of them",
+        ),
+        (
+            "[load]\nrequest-timeout-s = 9.0\nrequest_timeout_s = 8.0\n",
+            "request_timeout_s is there twice, in [load] and in [load]",
+        ),
+        ("[load]\nno_ignore_eos = true\n", "no option no_ignore_eos in [load]"),
+        ("no_ignore_eos = true\n", "no_ignore_eos is no option of a recipe: write ignore_eos = false"),
+        ("[[load]]\nrate = 1.0\n", "[[load]] is a list of sections: write [load] once"),
+        ("model = 2026-01-01\n", "model is a date: write text in quotes"),
+        (f"requests = {'9' * 5000}\n", "is not TOML: Exceeds the limit"),
+        (f"requests = {'[' * 3000}{']' * 3000}\n", "is not TOML: "),
+    ],
+)
+def test_recipe_that_says_two_things_or_none_is_refused(text: str, refused: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    done = call_pdbench("bench", "mine.toml", cwd=tmp_path)
+    assert done.returncode and done.stderr.count("\n") == 1 and refused in done.stderr
+
+
+def test_section_of_a_recipe_sets_no_option_of_another_command(tmp_path: Path) -> None:
+    path, sections = (
+        tmp_path / "mine.toml",
+        {"load": "request_timeout_s = 60.0", "proxy": "request_timeout_s = 5.0\nkv_port = 1"},
+    )
+    for names in (("load", "proxy"), ("proxy", "load")):
+        path.write_text("\n".join(f"[{name}]\n{sections[name]}" for name in names) + "\n[serve]\nkv_port = 2\n")
+        assert recipe.read(path, "run") == {"request_timeout_s": 60.0, "kv_port": 2}
+        assert recipe.read(path, "proxy") == {"request_timeout_s": 5.0, "kv_port": 1}
+    path.write_text(f"[proxy]\n{sections['proxy']}\n")
+    assert recipe.read(path, "run") == {"kv_port": 1}
+    path.write_text(f"[load]\n{sections['load']}\n")
+    assert recipe.read(path, "proxy") == {}
 
 
 def test_a_second_recipe_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
         raise UserError(f"several recipes, {' and '.join(map(str, paths))}: name one, and give the rest as flags")
     if not paths:
         return []
-    settings = recipe.read(paths[0])
+    settings = recipe.read(paths[0], arguments[0])
     foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
     flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     replaced = {name for flag in flags for name in recipe.REPLACES.get(flag, ())} - flags

@@ -4,6 +4,7 @@ are given: a flag against a recipe, and options that others leave without effect
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ SECTIONS = {
     "cluster": ClusterConfig,
     "proxy": ProxyConfig,
 }
+
+_OF_BOTH = {field.name for field in fields(LoadConfig)} & {field.name for field in fields(ProxyConfig)}
+"""What a load and a proxy each have of their own under one name."""
 
 _TRACE = tuple(field.name for field in fields(LoadConfig) if field.name.startswith("trace"))
 REPLACES = {
@@ -37,8 +41,12 @@ def check(kind: Any, path: Path | None) -> None:
         raise ValueError("Give a .toml file.")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Option -> value, sections taken off. Raises UserError for a file that cannot be read, and for an unknown section or key in one."""
+def read(path: Path, command: str) -> dict[str, Any]:
+    """Option -> value for a command, sections taken off. Raises UserError for a file that cannot be read, for an unknown section or key
+    in one, and for an option that is there twice.
+
+    Of an option in [proxy] and in another section, `pdbench proxy` takes the one in [proxy], other commands the other one.
+    """
     try:
         settings = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
@@ -47,20 +55,39 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}; name a .toml file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no UTF-8 text: write it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists without end
         raise UserError(f"{path} is not TOML: {error}") from None
+    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    places: dict[str, str] = {}
     options: dict[str, Any] = {}
-    for key, value in settings.items():
-        if not isinstance(value, dict):
-            options[key] = value
-            continue
-        if key not in SECTIONS:
-            raise UserError(f"{path}: no section [{key}]: choose from {', '.join(f'[{name}]' for name in SECTIONS)}")
-        for name in value:
-            if name not in (field.name for field in fields(SECTIONS[key])):
-                raise UserError(f"{path}: no option {name} in [{key}]; `pdbench run --help` lists them", exit_code=2)
-        options |= value
+    flat = {key: value for key, value in settings.items() if key not in sections}
+    for section, values in sorted({"": flat, **sections}.items(), key=lambda item: _is_foreign(item[0], command)):
+        place = f"[{section}]" if section else "no section"
+        if section and section not in SECTIONS:
+            raise UserError(f"{path}: no section {place}: choose from {', '.join(f'[{name}]' for name in SECTIONS)}")
+        known = {field.name for field in fields(SECTIONS[section])} if section else set()
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if section and name not in known:
+                raise UserError(f"{path}: no option {key} in {place}; `pdbench run --help` lists them", exit_code=2)
+            if name.startswith("no_"):
+                raise UserError(f"{path}: {key} is no option of a recipe: write {name[3:]} = false")
+            if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+                raise UserError(f"{path}: [[{key}]] is a list of sections: write [{key}] once")
+            if isinstance(value, date | time):
+                raise UserError(f"{path}: {key} is a date: write text in quotes")
+            earlier = places.get(name)
+            if earlier and (earlier == place or "[proxy]" not in (earlier, place)):
+                raise UserError(f"{path}: {name} is there twice, in {earlier} and in {place}: keep one of them")
+            places[name] = place
+            if not (section and _is_foreign(section, command) and name in _OF_BOTH):
+                options.setdefault(name, value)
     return options
+
+
+def _is_foreign(section: str, command: str) -> bool:
+    """Do a command's options stand in another section?"""
+    return section != "proxy" if command == "proxy" else section == "proxy"
 
 
 def _own_lengths(load: LoadConfig) -> bool:
