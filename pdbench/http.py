@@ -3,15 +3,18 @@
 import http.client
 import json
 import os
+import re
 import socket
 import ssl
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pdbench.errors import UserError
 
 _LARGEST_BYTES = 64 << 20
+_INTERFACE = re.compile(r"(/v1(/(chat/)?completions)?)?/*$")
+"""What a base URL is given with, and pdbench adds by itself."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,18 @@ def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
         raise UserError(f"--url {url}: {error}; write it as http://HOST:PORT") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--url {url} is not http://HOST:PORT or https://HOST:PORT")
+    if parts.query or parts.fragment:
+        raise UserError(f"--url {url}: what follows ? or # is not sent: leave it out")
+    if not parts.path.isascii() or any(letter.isspace() for letter in parts.path):
+        raise UserError(
+            f"--url {url}: its path holds spaces or letters beyond ASCII: write {quote(parts.path, safe='/%')}"
+        )
     tls = None
     if parts.scheme == "https":
         tls = ssl.create_default_context()
         if not verify_tls:
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    return ServerUrl(parts.hostname, port, parts.netloc, parts.path.rstrip("/").removesuffix("/v1"), tls)
+    return ServerUrl(parts.hostname, port, parts.netloc, _INTERFACE.sub("", parts.path), tls)
 
 
 def host_port(address: str) -> tuple[str, int]:
@@ -81,6 +90,8 @@ def request(
             if len(answer) > _LARGEST_BYTES or time.monotonic() > until_s:
                 raise OSError("an answer without end")
         return response.status, answer
+    except OSError:  # that of a certificate is a ValueError, too
+        raise
     except (http.client.HTTPException, ValueError) as error:  # ValueError: a chunk whose size is no number
         raise OSError(f"{type(error).__name__}: {error}") from None
     finally:
@@ -98,9 +109,15 @@ def get(url: str | ServerUrl, path: str, timeout_s: float = 10.0, *, verify_tls:
 
 def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True) -> str:
     """`model`, by default the first that the server offers. Raises UserError when nothing answers or it names none."""
-    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    server = split_url(url, verify_tls=verify_tls)
+    address = f"{'https' if server.tls else 'http'}://{server.authority}{server.base}/v1/models"
     try:
-        status, body = request(url, "/v1/models", verify_tls=verify_tls)
+        status, body = request(server, "/v1/models")
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(
+            f"the certificate of {address} is not trusted ({error.verify_message}): SSL_CERT_FILE=FILE names its authority's, "
+            "--no-tls-verify takes any"
+        ) from None
     except OSError as error:
         if model and not isinstance(error, ConnectionRefusedError | socket.gaierror):
             return model  # it may know no such path

@@ -14,7 +14,7 @@ from pdbench.cli import recipe
 from pdbench.config import ClusterConfig, LoadConfig, PowerConfig, ProxyConfig, ServeConfig, ServerConfig
 from pdbench.errors import UserError
 from tests.support.processes import ROOT, call_pdbench, free_port, wait_until
-from tests.support.servers import Peer, ScriptedServer, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, completions, stream, tokens
 
 
 def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -70,6 +70,19 @@ def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tm
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_streams_beyond_the_limit_of_files_are_refused_before_the_load(tmp_path: Path) -> None:
+    with ScriptedServer(completions()) as server:
+        load = ["--url", server.url, "--requests", "80", "--concurrency", "70", "--no-power", "--warmup", "1"]
+        command = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash", sys.executable, "-m", "pdbench", "bench", *load]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert not any(peer.method == "POST" and peer.json.get("stream") for peer in server.requests)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "70 streams in a process, and `ulimit -n` 64 has room for" in done.stderr
 
 
 def test_an_unknown_recipe_key_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +26,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN_S = 3.0
 """After the first Ctrl-C: a key pressed twice, or a SIGTERM that follows, is the same wish."""
 _SHORT_PROMPT = 200
+_OWN_FILES = 8
+"""That the client itself opens after its start."""
 _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
 _STEADY_SAMPLE_S = 0.25
@@ -107,6 +110,12 @@ def run_client(
     streams = plan.streams(config)
     if streams is not None:
         streams = streams // clients + (client < streams % clients)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        room = most - sum(1 for _ in Path("/proc/self/fd").iterdir()) - _OWN_FILES
+        needed = 0 if plan.is_open_loop(config) else min(streams, total or streams)
+        if most >= 0 and room < needed:  # -1: no limit
+            words = f"{needed} streams in a process, and `ulimit -n` {most} has room for {room}"
+            raise UserError(f"{words}: raise it, or lower --concurrency")
     sender = Client(load.url, config, zero_s=clock.monotonic_s)
     stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
     with sender, stop as interrupted, _undelayed() as real_time:

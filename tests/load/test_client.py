@@ -12,6 +12,7 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
+from pdbench.http import offered_model
 from pdbench.load import connection
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
@@ -264,11 +265,19 @@ def test_api_key_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host", "127.0.0.1:8000", "http://:80", "http://host:port", "http://a..b:80", "http://[::1:80"]
-)
+    "url", ["ftp://host", "127.0.0.1:8000", "http://:80", "http://host:port", "http://a..b:80", "http://[::1:80", "http://h/v1?version=1",
+     "http://h/v1#x", "http://h/a b", "http://h/\u00fc"],
+)  # fmt: skip
 def test_unusable_url_is_a_user_error(url):
     with pytest.raises(UserError, match="--url"):
         Client(url)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/chat/completions", "/v1/completions/"])
+def test_url_of_the_interface_is_taken_for_its_base(end: str) -> None:
+    with ScriptedServer(stream(tokens(1))) as server:
+        assert fetch(f"{server.url}/base{end}", BODY).error is None
+        assert server.requests[0].path == "/base/v1/completions"
 
 
 def test_tls_keeps_kernel_stamps_and_checks_the_certificate(tmp_path, monkeypatch):
@@ -282,6 +291,9 @@ def test_tls_keeps_kernel_stamps_and_checks_the_certificate(tmp_path, monkeypatc
     context.load_cert_chain(certificate, key)
     with ScriptedServer(stream(tokens(50)), tls=context) as server:
         assert fetch(server.url, BODY).error.kind == "tls"
+        for model in (None, "m"):  # before a load, whose requests would all fail
+            with pytest.raises(UserError, match=r"certificate of .*/v1/models is not trusted .*--no-tls-verify"):
+                offered_model(server.url, model)
         monkeypatch.setenv("SSL_CERT_FILE", os.fspath(certificate))
         record = fetch(server.url, BODY | {"prompt": "long " * 100_000})
         assert record.error is None and len(record.token_s) == 50 and record.stamp is not None
