@@ -28,7 +28,7 @@ from pdbench.plan.simulate import simulate
 from pdbench.records import load_run
 from pdbench.report import mpl, tables, text
 from pdbench.report.chart_types import BLUE, GREEN, GREY, PURPLE, Axis, Chart, Panel, Series
-from pdbench.report.plan_tables import deployment_name
+from pdbench.report.plan import deployment_name
 
 METRICS = ("ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 KINDS = {"replicas": PURPLE, "1P1D pairs": GREEN, "xPyD": BLUE}
@@ -51,7 +51,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        name = deployment_name(self.wanted.kind, self.wanted.instances)
+        name = deployment_name(self.wanted)
         return name if self.parts == 1 else f"{self.parts} x {name}"
 
     def median(self, metric: str) -> float:

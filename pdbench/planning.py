@@ -20,7 +20,8 @@ from pdbench.plan.predict import Wanted, parse_deployment, predict
 from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
-from pdbench.report import mpl, plan_charts, plan_tables, tables
+from pdbench.report import mpl, tables
+from pdbench.report import plan as report
 from pdbench.report.text import translate as _
 
 CALIBRATION = "calibration.json"
@@ -64,8 +65,8 @@ def plan(
 
     found = read_calibration(sources, console)
     save(CALIBRATION, found)
-    show(plan_tables.calibration(found))
-    drawn = [partial(plan_charts.steps, found)]
+    show(report.calibration(found))
+    drawn = [partial(report.steps_chart, found)]
     checks = []
     for path in checked:
         try:
@@ -75,31 +76,31 @@ def plan(
                 raise
             console.print(_("not checked: {0}", error), markup=False, highlight=False, soft_wrap=True)
             continue
-        show(plan_tables.check(checks[-1]))
+        show(report.check(checks[-1]))
     if checked and not checks:
         raise UserError("no run is left to check: read the lines above")
     if len(checks) > 1:
-        show(plan_tables.overview(checks))
+        show(report.overview(checks))
     if checks:
         save("checks.json", checks)
-        drawn.append(partial(plan_charts.checks, checks))
+        drawn.append(partial(report.checks_chart, checks))
     slo = load.slo_ttft_ms, load.slo_tbt_ms
     if most_gpus is not None:
         result = search(
             found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
         save("search.json", result)
-        show(plan_tables.search(result, on_gpus=found.on_gpus))
-        drawn.append(partial(plan_charts.search, result, on_gpus=found.on_gpus))
+        show(report.search(result, on_gpus=found.on_gpus))
+        drawn.append(partial(report.search_chart, result, on_gpus=found.on_gpus))
         best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
         wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
         predicted = [predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for each in wanted]
         save("predictions.json", predicted)
-        show(plan_tables.predictions(predicted, on_gpus=found.on_gpus))
-        drawn.append(partial(plan_charts.deployments, predicted, on_gpus=found.on_gpus))
-    drawn.append(partial(plan_charts.seconds, checks, predicted))
+        show(report.predictions(predicted, on_gpus=found.on_gpus))
+        drawn.append(partial(report.predictions_chart, predicted, on_gpus=found.on_gpus))
+    drawn.append(partial(report.seconds_chart, checks, predicted))
     write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
     mpl.say_when_english(console)
     for describe in drawn:

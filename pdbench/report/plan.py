@@ -1,0 +1,382 @@
+"""What `pdbench plan` found: calibrations, predictions, checks and searches as tables and charts."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pdbench.plan.engine import Box
+from pdbench.plan.predict import Wanted
+from pdbench.plan.records import Calibration, Candidate, Check, Figure, Prediction, RoleCalibration, Search
+from pdbench.report import text
+from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, SHADES, Axis, Chart, Panel, Series, shades
+from pdbench.report.tables import Table, Value
+from pdbench.report.text import translate as _
+
+LATENCIES = tuple(f"{name}_{part}_ms" for name in ("ttft", "tbt", "e2e") for part in ("p50", "p90", "p99"))
+FIGURES = (
+    *LATENCIES, "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w",
+    "decode_power_w", "j_per_output_token", "j_per_good_request",
+)  # fmt: skip
+OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
+TITLES = {"prefill_power_w": "Power of prefill, W", "decode_power_w": "Power of decode, W"}
+SECONDS = {
+    "way_in": "way in",
+    "queue": "queue",
+    "compute": "compute",
+    "handoff": "handoff",
+    "decode_wait": "decode's wait",
+    "decode": "decode's steps",
+}
+
+
+def deployment_name(of: Wanted | Prediction | Candidate) -> str:
+    """As --deployment takes it."""
+    if of.kind == "disaggregated":
+        return f"{of.instances['prefill']}p{of.instances['decode']}d"
+    return of.kind if of.kind == "single" else f"{of.kind}:{of.instances['replica']}"
+
+
+def calibration(found: Calibration) -> Table:
+    """What a step costs in each role, what the runs reached, how the machine drifted."""
+
+    def per_thousand(cost: str) -> Callable[[RoleCalibration], Value]:
+        return lambda role: 1e6 * getattr(role.engine.costs, cost) if role.knows_lengths else _("not known")
+
+    def box(role: RoleCalibration) -> Box:
+        assert role.engine.box is not None
+        return role.engine.box
+
+    roles = found.roles
+    computing = [name for name, role in roles.items() if role.noise]  # decode computes no prompts
+    decoding = [name for name in roles if name != "prefill"]
+    described: list[tuple[str, Iterable[str], Callable[[RoleCalibration], Value]]] = [
+        (_("a prompt's step, host, ms"), computing, lambda role: 1e3 * role.engine.costs.host_prefill_s),
+        (_("and per 1,000 prompt tokens, host, ms"), computing, per_thousand("host_per_prompt_token_s")),
+        (_("per 1,000 prompt tokens, GPU, ms"), computing, per_thousand("gpu_per_prompt_token_s")),
+        (
+            _("a decode step of 1 sequence, ms"),
+            decoding,
+            lambda role: 1e3 * min(role.engine.costs.gpu_decode_s.values()),
+        ),
+        (_("and of the most sequences, ms"), decoding, lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values())),
+        (_("on the way in, ms"), computing, lambda role: 1e3 * role.engine.costs.ingress_s),
+        (_("most prompt tokens in a step"), computing, lambda role: box(role).prompt_tokens),
+        (_("most sequences in a step"), decoding, lambda role: box(role).sequences),
+        (_("prompt lengths"), roles, lambda role: "{:,}-{:,}".format(*role.prompt_lengths)),
+        (_("trials"), computing, lambda role: len(role.speeds)),
+        (_("slowest trial over fastest"), computing, lambda role: max(role.speeds) / min(role.speeds)),
+        (_("power at idle, W"), roles, lambda role: role.power.idle_w if role.power else None),
+        (_("decoding, W"), decoding, lambda role: role.power.decode_w if role.power else None),
+        (_("per prompt token, J"), computing, lambda role: role.power.prompt_token_j if role.power else None),
+    ]
+    rows = [
+        [title, *(value(role) if name in of else None for name, role in roles.items())]
+        for title, of, value in described
+    ]
+    notes = sorted({note for role in found.roles.values() for note in role.assumed})
+    lines = [_("Assumed: {0}", "; ".join(notes))] if notes else []
+    if found.handoff_s is not None:
+        words = "Handoff from prefill to decode: {0} ms + {1} ms per 1,000 prompt tokens"
+        lines.append(_(words, text.number(1e3 * found.handoff_s), text.number(1e6 * found.handoff_per_token_s)))
+    lines += [_("Missing: {0}", reason) for reason in found.missing]
+    return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
+
+
+def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
+    """Figures with their intervals, a column per deployment; a refused one has its reason below."""
+    rows: list[list[Value]] = [
+        [
+            _(TITLES[name]) if name in TITLES else text.label(name),
+            *(_with_interval(each.figures.get(name)) for each in of),
+        ]
+        for name in FIGURES
+        if any(name in each.figures for each in of)
+    ]
+    lines = []
+    for each in of:
+        name = deployment_name(each)
+        if each.refusal:
+            lines.append(_("{0}: refused: {1}", name, each.refusal))
+        if each.saturated:
+            words = "{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts"
+            lines.append(_(words, name))
+    lines.append(
+        _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
+    )
+    one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
+    counts = [sum(each.instances.values()) for each in of]
+    names = [_(one if n == 1 else several, deployment_name(each), n) for each, n in zip(of, counts, strict=True)]
+    title = _("Predicted: {0}", of[0].load)
+    if not rows:
+        return Table(title=title, note="\n".join(lines[:-1]))
+    return Table(title=title, header=["", *names], rows=rows, note="\n\n".join(lines))
+
+
+def search(of: Search, *, on_gpus: bool) -> Table:
+    """Every deployment that was tried near the best, the cheapest first; a reason for each that is refused."""
+    rows: list[list[Value]] = []
+    styles, lines = [], []
+    for place, each in enumerate(of.candidates):
+        name = deployment_name(each)
+        if each.refusal:
+            verdict = _("refused")
+            lines.append(_("{0}: refused: {1}", name, each.refusal))
+        elif each.met:
+            verdict = _("cheapest") if not place else _("tie") if each.tie else _("met")
+        else:
+            verdict = _("not met")
+        figures = (each.met_pct, each.ttft_p99_ms, each.tbt_p99_ms, each.j_per_output_token)
+        rows.append([name, each.gpus, verdict, *map(_over_loads, figures)])
+        styles.append("better" if each.met and not place else "" if each.met else "worse")
+    slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
+    limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
+    if not of.candidates or not of.candidates[0].met:
+        words = "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached."
+        words = words if on_gpus else words.replace("GPUs", "instances")
+        lines.insert(0, _(words, f"{of.most_gpus:,}"))
+    words = "{0} simulations of {1} requests; with several loads: mean (least-most)."
+    lines.append(_(words, f"{of.simulations:,}", f"{of.requests:,}"))
+    labels = map(text.label, ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token"))
+    header = ["", _("GPUs" if on_gpus else "instances"), "", *labels]
+    title = _("Search: 99 % of requests within {0}", limits)
+    return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
+
+
+def _bounded(value: float, low: float, high: float) -> str:
+    return f"{text.number(value)} ({text.number(low)}-{text.number(high)})"
+
+
+def _over_loads(values: Sequence[float]) -> Value:
+    if len(values) < 2:
+        return values[0] if values else None
+    return _bounded(sum(values) / len(values), min(values), max(values))
+
+
+def _with_interval(figure: Figure | None) -> Value:
+    if figure is None or figure.low is None or figure.high is None:
+        return figure.value if figure else None
+    return _bounded(figure.value, figure.low, figure.high)
+
+
+def _is_inside(figure: Figure, measured: float) -> bool:
+    return figure.low is not None and figure.high is not None and figure.low <= measured <= figure.high
+
+
+def _compared(of: Check) -> dict[str, tuple[Figure, float, Figure | None]]:
+    """Figure -> as predicted, as measured, as predicted at the run's own speed; without the throughput, which is the load's."""
+    own = of.at_own_speed.figures if of.at_own_speed else {}
+    return {
+        name: (of.predicted.figures[name], of.measured[name], own.get(name))
+        for name in FIGURES
+        if name in of.measured and name in of.predicted.figures and name != "output_tokens_per_s"
+    }
+
+
+def check(of: Check) -> Table:
+    """Predicted beside measured. The error is predicted over measured - 1; a value outside its interval is marked."""
+    rows: list[list[Value]] = []
+    styles = []
+    for name, (figure, measured, own) in _compared(of).items():
+        inside = _is_inside(figure, measured)
+        words = _bounded(measured, *of.trials.get(name, (measured, measured)))
+        errors = error(figure, measured), error(own, measured)
+        rows.append([text.label(name), words, _with_interval(figure), _("yes") if inside else _("no"), *errors])
+        styles.append("" if inside else "worse")
+    name = deployment_name(of.predicted)
+    lines = []
+    if rows:
+        lines.append(_("Measured: all trials together, and the trials' least and most."))
+        lines.append(
+            _("At its own speed: with the speed of its own prefill steps known; what is left is the model's error.")
+        )
+    if not of.held_out:
+        lines.append(_("This run calibrated the costs: its errors are smaller than another run's."))
+    if of.differs:
+        lines.append(_("It differs from the runs that calibrated in: {0}", ", ".join(of.differs)))
+    if of.predicted.refusal:
+        lines.append(_("As a prediction it would be refused: {0}", of.predicted.refusal))
+    header = ["", _("measured"), _("predicted"), _("in the interval"), _("error"), _("error at its own speed")]
+    title = _("Check: {0}, {1}", of.path, name)
+    return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
+
+
+def overview(of: Sequence[Check]) -> Table:
+    """Several checks, a row each: how far off from arrivals alone, and at the run's own speed."""
+    rows: list[list[Value]] = []
+    for each in of:
+        compared = _compared(each)
+        inside = sum(_is_inside(figure, measured) for figure, measured, _own in compared.values())
+        errors: list[Value] = []
+        for name in OVERVIEW:
+            figure, measured, own = compared.get(name, (None, 0.0, None))
+            errors.append(f"{error(figure, measured)} ({error(own, measured) or '–'})" if figure else None)
+        name = f"{each.path}, {deployment_name(each.predicted)}"
+        verdict = _("refused") if each.predicted.refusal else ""
+        held_out = _("yes") if each.held_out else _("no")
+        rows.append([name, held_out, verdict, _("{0} of {1}", inside, len(compared)), *errors])
+    header = ["", _("held out"), "", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
+    note = _("Error of the prediction from arrivals alone, and in brackets at the run's own speed.")
+    return Table(title=_("Checks"), header=header, rows=rows, note=note)
+
+
+def error(figure: Figure | None, measured: float) -> Value:
+    return None if figure is None or not measured else f"{100 * (figure.value / measured - 1):+.1f} %"
+
+
+def checks_chart(of: Sequence[Check]) -> Chart:
+    """Every latency of every check with its interval, and at the run's own speed, against the measured one: exact on the diagonal."""
+    names = [f"{deployment_name(each.predicted)}: {each.path}" for each in of]
+    panels = []
+    for title, at_own_speed in ((_("From its arrivals alone"), False), (_("At its own speed"), True)):
+        drawn: list[Series] = []
+        values: list[float] = []
+        for each, name, shade in zip(of, names, shades(names), strict=True):
+            prediction = each.at_own_speed if at_own_speed else each.predicted
+            if prediction is None or not prediction.figures:
+                continue
+            known = [metric for metric in LATENCIES if metric in each.measured]
+            measured, figures = [each.measured[m] for m in known], [prediction.figures[m] for m in known]
+            predicted = [figure.value for figure in figures]
+            drawn.append(_bars(measured, figures, shade))
+            drawn.append(Series(kind="points", name=name, x=measured, y=predicted, shade=shade, size=6))
+            values += [*measured, *predicted]
+        low, high = (0.8 * min(values), 1.25 * max(values)) if values else (1.0, 10.0)
+        exact = Series(x=[low, high], y=[low, high], shade=MUTED, width=1, dash="dot")
+        places = [step * 10.0**power for power in range(-1, 6) for step in (1, 2, 5)]
+        places = [place for place in places if low <= place <= high]
+        ticks = places, [f"{place:g}" for place in places]
+        x, y = (
+            Axis(label=label, log=True, low=low, high=high, ticks=ticks)
+            for label in (_("measured, ms"), _("predicted, ms"))
+        )
+        series = [exact, *drawn] if drawn else []
+        panels.append(Panel(title=title, series=series, x=x, y=y, not_measured=_("refused")))
+    caption = _("p50, p90 and p99 of TTFT, TBT and E2E; exact on the dotted line; bars are 90 % intervals.")
+    return Chart(key="checks", title=_("Predicted against measured"), panels=panels, caption=caption)
+
+
+def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) -> Chart:
+    """The mean request's seconds, stacked: a panel per check, with what was measured where its servers told, and one of all predictions."""
+    bars = {deployment_name(each): each.seconds_ms for each in predictions}
+    panels = [_parts("", bars)] if bars else []
+    for check in checks:
+        own = check.at_own_speed.seconds_ms if check.at_own_speed else {}
+        of_check = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
+        name = deployment_name(check.predicted)
+        panels.append(_parts(f"{name}: {check.path}", of_check))
+    panels = [panel for panel in panels if panel.series]
+    caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    if not all(check.seconds_ms for check in checks):
+        caption += " " + _("Without a measured bar: not measured, the run's servers did not log its prompts.")
+    return Chart(key="seconds", title=_("One request's seconds"), panels=panels, caption=caption)
+
+
+def _parts(title: str, bars: Mapping[str, Mapping[str, float]]) -> Panel:
+    known = {name: parts for name, parts in bars.items() if parts}
+    drawn = []
+    for part, words in SECONDS.items():
+        if any(part in parts for parts in known.values()):
+            values = [parts.get(part, 0.0) for parts in known.values()]
+            shade = SHADES[{"decode": "decode_step", "way_in": "send"}.get(part, part)]
+            drawn.append(Series(kind="hbar", name=_(words), x=values, y=[*known], shade=shade))
+    longest = max((sum(parts.values()) for parts in known.values()), default=1.0)
+    # The names of the parts stand at the right.
+    x = Axis(label=_("mean of the requests, ms"), low=0, high=1.4 * longest)
+    return Panel(title=title, series=drawn, x=x, y=Axis(names=[*known]))
+
+
+def steps_chart(found: Calibration) -> Chart:
+    """GPU time of decode steps against their sequences, and a prompt's step against its tokens, with what the runs reached shaded."""
+    panels = []
+    for name, role in found.roles.items():
+        engine, box = role.engine, role.engine.box
+        assert box is not None
+        if name != "prefill":
+            context = box.context_tokens / max(box.sequences, 1)
+            n = list(range(1, 2 * box.sequences + 1))
+            took = [1e3 * (engine.gpu_decode_s(k) + engine.costs.gpu_per_context_token_s * context * k) for k in n]
+            sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
+            panels.append(_reached(_("{0}: a decode step", _(name)), n, took, box.sequences, sizes))
+        if role.noise:
+            p, costs = np.linspace(1, 2 * box.prompt_tokens, 60).tolist(), engine.costs
+            host = [costs.host_prefill_s + costs.host_per_prompt_token_s * tokens for tokens in p]
+            gpu = [costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * tokens for tokens in p]
+            took = [1e3 * max(each) for each in zip(host, gpu, strict=True)]
+            tokens = Axis(label=_("prompt tokens in the step"), low=0)
+            panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took, box.prompt_tokens, tokens))
+    caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
+    return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
+
+
+def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
+    """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
+    panels = []
+    limited = any("slo_met_pct" in each.figures for each in of)
+    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, integer=True)
+    for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
+        drawn = []
+        for each in (each for each in of if metric in each.figures):
+            met, figure = each.figures.get("slo_met_pct"), each.figures[metric]
+            shade = GREY if not limited else GOOD if met and met.value >= 99 else BAD
+            gpus = [float(sum(each.instances.values()))]
+            drawn.append(_bars(gpus, [figure], shade))
+            drawn.append(Series(x=gpus, y=[figure.value], labels=[deployment_name(each)], shade=shade, marker="o"))
+        y = Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None)
+        panels += [Panel(title="", series=drawn, x=x, y=y)] if drawn else []
+    refused = [deployment_name(each) for each in of if each.refusal]
+    caption = _("Bars are 90 % intervals.")
+    caption += " " + _("Green: 99 % of the requests within the SLO.") if limited else ""
+    caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
+    return Chart(key="deployments", title=_("Predicted: {0}", of[0].load), panels=panels, caption=caption)
+
+
+def search_chart(of: Search, *, on_gpus: bool) -> Chart:
+    """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
+    groups = (
+        (_("keeps the SLO"), GOOD, "o", False, [each for each in of.candidates if each.met]),
+        (_("does not"), BAD, "x", False, [each for each in of.candidates if not each.met and not each.refusal]),
+        (_("refused"), GREY, "o", True, [each for each in of.candidates if each.refusal]),
+    )
+    drawn = []
+    points: list[tuple[float, float, str]] = []
+    for name, shade, marker, hollow, candidates in groups:
+        known = [each for each in candidates if each.j_per_output_token]
+        if not known:
+            continue
+        gpus, joules = [float(each.gpus) for each in known], [each.j_per_output_token for each in known]
+        figures = [Figure(float(np.mean(of_loads)), min(of_loads), max(of_loads)) for of_loads in joules]
+        drawn.append(_bars(gpus, figures, shade))
+        means = [figure.value for figure in figures]
+        drawn.append(
+            Series(kind="points", name=name, x=gpus, y=means, shade=shade, marker=marker, hollow=hollow, size=9)
+        )
+        points += zip(gpus, means, map(deployment_name, known), strict=True)
+    named: list[tuple[float, float, str]] = []
+    for gpus_here, value, name in sorted(points):  # one label for points that nearly coincide
+        if named and gpus_here == named[-1][0] and value - named[-1][1] < 0.05 * max(point[1] for point in points):
+            named[-1] = gpus_here, named[-1][1], f"{named[-1][2]}, {name}"
+        else:
+            named.append((gpus_here, value, f" {name}"))
+    if named:
+        at, value_of, labels = zip(*named, strict=True)
+        drawn.append(Series(x=at, y=value_of, labels=labels, shade=MUTED, width=0))
+    most = max([gpus_here for gpus_here, _value, _name in points], default=1.0)
+    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.15 * most, integer=True)
+    panel = Panel(title="", series=drawn, x=x, y=Axis(label=text.label("j_per_output_token"), low=0))
+    caption = _("Bars: from the least to the most of several loads.")
+    return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)
+
+
+def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
+    """Upright intervals."""
+    at = [place for value in x for place in (value, value, np.nan)]
+    bounds = [(f.value if f.low is None else f.low, f.value if f.high is None else f.high) for f in figures]
+    ends = [end for low, high in bounds for end in (low, high, np.nan)]
+    return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)
+
+
+def _reached(title: str, x: Sequence[float], took_ms: Sequence[float], reached: float, axis: Axis) -> Panel:
+    high = 1.1 * max(took_ms)
+    shaded = Series(kind="area", x=[0, reached], y=[high, high], shade=FAINT, opacity=0.6)
+    line = Series(x=x, y=took_ms, shade=SHADES["decode"], width=2)
+    return Panel(title=title, series=[shaded, line], x=axis, y=Axis(label="ms", low=0, high=high))
