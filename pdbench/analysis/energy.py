@@ -8,7 +8,7 @@ import numpy as np
 
 from pdbench.analysis.meter import Meter, difference, intersection, length_s, total, union
 from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
-from pdbench.analysis.prefix_cache import computed_share
+from pdbench.analysis.servers import PrefixCache
 from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Interval, Run
 
@@ -118,7 +118,7 @@ def device_name(device: DeviceRecord) -> str:
     return device.id if device.host is None else f"{device.host}/{device.id}"
 
 
-def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Totals) -> Energy:
+def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Totals, cache: PrefixCache | None) -> Energy:
     """The energy of a run over its trials' windows, of which `totals` are the counts."""
     windows = union(timings.windows)
     by_role: dict[str, list[Meter]] = {}
@@ -142,7 +142,7 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     by_prefill = inside(computed_s, windows) & np.array(
         [s != "decode_alone" for s in timings.requests.first_token], dtype=bool
     )
-    prompt_tokens = timings.requests.prompt_tokens[by_prefill].sum() * computed_share(run)
+    prompt_tokens = timings.requests.prompt_tokens[by_prefill].sum() * (1 - cache.cached_pct / 100 if cache else 1.0)
     e2e_ms = timings.latencies["e2e"].rising
     kwh_per_million = per(totals.ratio("j_per_output_token"), J_PER_KWH / 1e6)
     power = run.config.get("power") or {}

@@ -8,8 +8,7 @@ import numpy as np
 from pdbench import failures
 from pdbench.analysis.meter import Meter
 from pdbench.analysis.metrics import Timings
-from pdbench.analysis.prefix_cache import prefix_cache_flags, prefix_cache_of
-from pdbench.analysis.servers import server_flags
+from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.events import ServerSeries
 from pdbench.records import Flag, Interval, Run
 
@@ -26,7 +25,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
 
 
-def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
+def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixCache | None) -> list[Flag]:
     """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
     servers = list(server_flags(run))
@@ -36,7 +35,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter]) -> list[Flag]:
     present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
     names = {flag.name for flag in flags}
     found = [
-        *prefix_cache_flags(run, prefix_cache_of(run)),
+        *prefix_cache_flags(run, cache),
         *cold_start(run, timings),
         *together(run, timings),
         *servers,

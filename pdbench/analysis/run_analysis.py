@@ -30,8 +30,7 @@ from pdbench.analysis.metrics import (
     spread,
     timings_of,
 )
-from pdbench.analysis.prefix_cache import PrefixCache, prefix_cache_of
-from pdbench.analysis.servers import ServerSummary, servers_of
+from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
 from pdbench.errors import UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
@@ -200,6 +199,7 @@ def analyze(run: Run) -> RunAnalysis:
     timings = timings_of(run)
     meters = [Meter(device) for device in run.devices]
     gpus = sum(device.kind == "gpu" for device in run.devices)
+    cache = prefix_cache_of(run)
 
     def totals_in(windows: list[Interval]) -> Totals:
         return timings.totals(windows, joules(metered(meters), windows).energy_j, gpus)
@@ -209,10 +209,10 @@ def analyze(run: Run) -> RunAnalysis:
     return RunAnalysis(
         run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
-        flags=flags_of(run, timings, meters),
+        flags=flags_of(run, timings, meters, cache),
         starts={trial.index: trial.start for trial in run.trials},
         gpus=gpus or None,
-        summary=_summary(run, timings, meters, totals),
+        summary=_summary(run, timings, meters, totals, cache),
         figures=_figures(timings, totals, in_trial),
         curves=curves_of(run, timings),
         requests=timings.requests,
@@ -267,7 +267,7 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
     return figures
 
 
-def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) -> Summary:
+def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, cache: PrefixCache | None) -> Summary:
     requests, in_slo, load = timings.requests, timings.in_slo, run.config.get("load") or {}
     errors = Counter(error or "no_tokens" for error, ok in zip(requests.error, requests.ok, strict=True) if not ok)
     finished = Counter(reason or "none" for reason, ok in zip(requests.finish_reason, requests.ok, strict=True) if ok)
@@ -286,7 +286,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
             counted_by=sorted(way for way, count in ways.items() if count >= COUNTED_SHARE * succeeded),
             merged_pct=per(100.0 * merged, len(timings.tbt_ms)),
         ),
-        prefix_cache=prefix_cache_of(run),
+        prefix_cache=cache,
         **{f"{name}_ms": spread(latency.rising) for name, latency in timings.latencies.items()},
         inter_chunk_ms=spread(rising(timings.inter_chunk_ms)),
         send_delay_ms=spread(rising(requests.send_delay_ms)),
@@ -308,7 +308,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals) ->
             j_per_good_request=totals.ratio("j_per_good_request"),
             met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), int(timings.slo_known.sum())),
         ),
-        energy=energy_of(run, timings, meters, totals),
+        energy=energy_of(run, timings, meters, totals, cache),
         servers=servers_of(run),
         devices={device_name(meter.device): _device(meter, timings.windows) for meter in meters},
     )

@@ -1,8 +1,9 @@
-"""What each server counted while the loads ran: queues, KV cache, preemptions; what of it a reader must know; and lines of logs."""
+"""What servers counted while the loads ran: queues, KV and prefix caches, preemptions; what of it a reader must know; and lines of logs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +21,9 @@ QUEUE_READINGS = 12
 MOST_COMPUTED = 0.01
 """Share of a load's prompt tokens that decode may compute itself beside one per request."""
 CLOCK_ERROR_S = 0.01
+CACHED_TOO_MUCH_PCT = 1.0
+TEMPLATE_TOKENS = {"completions": 8, "chat": 32}
+"""Tokens at a prompt's front that all prompts share whatever the load: special tokens, and a chat template's first block."""
 
 
 class ServerFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +58,20 @@ class ServerSummary(msgspec.Struct, frozen=True, kw_only=True):
     missed: int
     loads: ServerFigures
     trials: dict[int, ServerFigures]
+
+
+class PrefixCache(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompt tokens of the loads (warm-ups left out), those that a prefix cache had, and at most how many the load shares on purpose.
+
+    `source`: counters of the instances that compute prompts, or the usage of the answers where a server has no counters. What
+    decode has of prefill's KV cache counts as computed.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    cached_pct: float
+    shared_tokens: int
+    source: Literal["counters", "usage"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,30 @@ def servers_of(run: Run) -> dict[str, ServerSummary]:
         for series in run.servers
         if series.t_s
     }
+
+
+def prefix_cache_of(run: Run) -> PrefixCache | None:
+    """None where neither counters nor usage tell."""
+    measured = [request for request in run.requests if not request.warmup and request.sent_s is not None]
+    prefill = [[each for each in trial.prefix_cache.values() if each.role != "decode"] for trial in run.trials]
+    if prefill and all(prefill):
+        source: Literal["counters", "usage"] = "counters"
+        told = [(each.prompt_tokens, each.cached_tokens) for of_trial in prefill for each in of_trial]
+    else:
+        source = "usage"
+        told = [(r.prompt_tokens or 0, cached) for r in measured if (cached := r.cached_prompt_tokens) is not None]
+    prompt_tokens, cached_tokens = sum(prompt for prompt, _ in told), sum(cached for _, cached in told)
+    # Of a request that two instances share, decode tells usage: what it calls cached came from prefill.
+    if source == "usage" and (not prompt_tokens or run.name == "disaggregated"):
+        return None
+    return PrefixCache(
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        # A server without prefix caching asks its cache nothing.
+        cached_pct=per(100.0 * cached_tokens, prompt_tokens) or 0.0,
+        shared_tokens=sum(request.shared_prompt_tokens for request in measured),
+        source=source,
+    )
 
 
 def _figures(series: ServerSeries, loads: Sequence[Load]) -> ServerFigures:
@@ -297,3 +339,20 @@ def _growth(series: ServerSeries, load: Load, requests: float) -> str | None:
 
 def _instant(load: Load, t_s: float) -> str:
     return f"{max(0.0, t_s - load.start_s):.1f} s into trial {load.trial + 1}"
+
+
+def prefix_cache_flags(run: Run, cache: PrefixCache | None) -> Iterator[Flag]:
+    """More prompt tokens were cached than the load shares: by 1 % of the prompt tokens, a chat template's left out."""
+    if cache is None:
+        return
+    load = run.config.get("load") or {}
+    requests = sum(not request.warmup for request in run.requests)
+    template_tokens = requests * TEMPLATE_TOKENS.get(load.get("endpoint", "completions"), 0)
+    excess = cache.cached_tokens - cache.shared_tokens - template_tokens
+    if 100.0 * excess > CACHED_TOO_MUCH_PCT * cache.prompt_tokens:
+        shared_pct = 100.0 * cache.shared_tokens / cache.prompt_tokens
+        yield Flag(
+            "prefix-cache-hit",
+            f"{cache.cached_pct:.0f} % of the prompt tokens came from a prefix cache, the load shares {shared_pct:.0f} %: "
+            "measure with fresh prompts (no --nonce, no --verbatim-prompts), or start the servers again",
+        )
