@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,12 +21,15 @@ EARLIEST_DEVICE_S = -3600.0
 """A driver's buffer of power readings reaches back."""
 MOST_TOKENS = 2**24
 """No model has a context this long."""
-MOST_W = 1e6
-_POWERS = ("power_w", "power_average_w", "power_limit_w", "module_power_w", "memory_power_w")
-_READINGS = (
-    "read_s", "sm_clock_mhz", "memory_clock_mhz", "gpu_utilization_pct", "memory_utilization_pct", "temperature_c",
-    "memory_used_mib", "cpu_utilization_pct", "cpu_clock_mhz",
+_POWER, _ENERGY = (0.0, 1e6, " W is no power of a device"), (0.0, 1e15, " J is no counter's reading")
+_LIMITS = {"energy_j": _ENERGY, "energy_ticks": _ENERGY, "fine_power": _POWER, "idle_power_w": _POWER}
+_LIMITS |= dict.fromkeys(("power_w", "power_average_w", "power_limit_w", "module_power_w", "memory_power_w"), _POWER)
+_READING = (-1e3, 1e9, " is no reading")
+"""The least and the most that a reading of a device can be, and what to say of anything else."""
+_COUNTS = (
+    "prompt_tokens", "cached_prompt_tokens", "output_tokens", "reasoning_tokens", "unsent_tokens", "shared_prompt_tokens",
 )  # fmt: skip
+"""Of a request, as servers gave them."""
 _RUN_ID = re.compile(r"[0-9a-f]{4,64}")
 
 
@@ -67,37 +70,31 @@ def check_run(run: "Run", path: Path) -> None:
 
 def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
     """Raises UserError for device records with readings that cannot be, or that do not follow each other in time."""
+    from pdbench.records import DeviceSample
+
+    fields = [name for name in DeviceSample.__struct_fields__ if name not in ("t_s", "throttle")]
     for device in devices:
         where = f"device {shown(device.id)}"
         for name in ("id", "kind", "role", "host"):
-            text = getattr(device, name)
-            if text is not None and not (text.isprintable() and 0 < len(text) <= 200):
-                raise _wrong(path, f"{where}: {name}", f"{shown(text)} is no name")
+            if (text := getattr(device, name)) is not None:
+                _check_words(path, f"{where}: {name}", text)
         _check_order(path, f"{where}: samples", [sample.t_s for sample in device.samples])
-        for name in _POWERS:
-            _check_powers(path, f"{where}: {name}", [getattr(sample, name) for sample in device.samples])
-        for name in _READINGS:
-            for sample in device.samples:
-                value = getattr(sample, name)
-                if value is not None and not -1e3 <= value <= 1e9:
-                    raise _wrong(path, f"{where}: {name}", f"{value:g} is no reading")
         for name in ("fine_power", "energy_ticks"):
             _check_order(path, f"{where}: {name}", [t_s for t_s, _ in getattr(device, name)])
-        _check_powers(path, f"{where}: fine_power", [power_w for _, power_w in device.fine_power])
-        for energy_j in (
-            *(sample.energy_j for sample in device.samples),
-            *(energy_j for _, energy_j in device.energy_ticks),
-        ):
-            if energy_j is not None and not 0 <= energy_j <= 1e15:
-                raise _wrong(path, f"{where}: energy_j", f"{energy_j:g} J is no counter's reading")
-        _check_powers(path, f"{where}: idle_power_w", device.idle_power_w.values())
+        read = {name: [getattr(sample, name) for sample in device.samples] for name in fields}
+        read["fine_power"] = [power_w for _, power_w in device.fine_power]
+        read["energy_ticks"] = [energy_j for _, energy_j in device.energy_ticks]
+        read["idle_power_w"] = [*device.idle_power_w.values()]
+        for name, values in read.items():
+            least, most, what = _LIMITS.get(name, _READING)
+            for value in values:
+                if value is not None and not least <= value <= most:
+                    raise _wrong(path, f"{where}: {name}", f"{value:g}{what}")
 
 
 def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
     """Raises UserError when two records are of one device, whose energy would count twice."""
-    twice = [key for key, count in Counter((device.host, device.id) for device in devices).items() if count > 1]
-    if twice:
-        raise _wrong(folder, f"device {shown(twice[0][1])}", "two records are of it")
+    _check_distinct(folder, "device", [(device.id, device.host) for device in devices])
 
 
 def drop_impossible_counters(run: "Run") -> None:
@@ -167,26 +164,20 @@ def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
         if not (EARLIEST_S <= trial.start_s <= LATEST_S and EARLIEST_S <= trial.end_s <= LATEST_S):
             raise _wrong(path, f"trial {trial.index}", f"{trial.start_s:g} s to {trial.end_s:g} s is no time of a run")
         if trial.end_s < trial.start_s:
-            raise _wrong(
-                path, f"trial {trial.index}", f"its end_s {trial.end_s:g} is before its start_s {trial.start_s:g}"
-            )
-    twice = [index for index, count in Counter(trial.index for trial in trials).items() if count > 1]
-    if twice:
-        raise _wrong(path, f"trial {twice[0]}", "it is there twice")
+            why = f"its end_s {trial.end_s:g} is before its start_s {trial.start_s:g}"
+            raise _wrong(path, f"trial {trial.index}", why)
+    _check_distinct(path, "trial", [(trial.index,) for trial in trials])
     for before, after in pairwise(sorted(trials, key=lambda trial: (trial.start_s, trial.end_s))):
         if after.start_s < before.end_s - CLOCK_ERROR_S:
             raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
 
 
 def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
-    twice = [name for name, count in Counter(series.server for series in servers).items() if count > 1]
-    if twice:
-        raise _wrong(path, f"server {shown(twice[0])}", "it is there twice")
+    _check_distinct(path, "server", [(series.server,) for series in servers])
     for series in servers:
         where = f"server {shown(series.server)}"
         for name in (series.server, series.role):
-            if not (name.isprintable() and 0 < len(name) <= 200):
-                raise _wrong(path, where, f"{shown(name)} is no name")
+            _check_words(path, where, name)
         _check_order(path, f"{where}: t_s", series.t_s)
         _check_order(path, f"{where}: lines", [line.t_s for line in series.lines])
         for key, values in series.values.items():
@@ -202,9 +193,7 @@ def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
 def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path: Path) -> None:
     if trials and not requests:
         raise _wrong(path, "requests", f"there are none, and {len(trials)} trials")
-    if len({request.id for request in requests}) < len(requests):
-        twice, _ = Counter(request.id for request in requests).most_common(1)[0]
-        raise _wrong(path, f"request {shown(twice)}", "it is there twice")
+    _check_distinct(path, "request", [(request.id,) for request in requests])
     foreign = {request.trial for request in requests} - trials
     if foreign:
         request = next(request for request in requests if request.trial in foreign)
@@ -279,14 +268,10 @@ def _is_odd(request: "RequestRecord") -> bool:
 def _drop_impossible(request: "RequestRecord") -> list[str]:
     """Counts and phases come from servers: what cannot be is as if it had not been sent. Returns the fields' names."""
     dropped = []
-    for name in ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "reasoning_tokens"):
+    for name in _COUNTS:
         count = getattr(request, name)
         if count is not None and not 0 <= count <= MOST_TOKENS:
-            setattr(request, name, None)
-            dropped.append(name)
-    for name in ("unsent_tokens", "shared_prompt_tokens"):
-        if not 0 <= getattr(request, name) <= MOST_TOKENS:
-            setattr(request, name, 0)
+            setattr(request, name, 0 if name in ("unsent_tokens", "shared_prompt_tokens") else None)
             dropped.append(name)
     for name, span in request.phases.items():
         if span is not None and not EARLIEST_DEVICE_S <= span[0] <= span[1] <= LATEST_S:
@@ -303,10 +288,15 @@ def _check_order(path: Path, where: str, instants: list[float]) -> None:
         raise _wrong(path, where, "they are not in the order of time")
 
 
-def _check_powers(path: Path, where: str, powers: Iterable[float | None]) -> None:
-    for power_w in powers:
-        if power_w is not None and not 0 <= power_w <= MOST_W:
-            raise _wrong(path, where, f"{power_w:g} W is no power of a device")
+def _check_words(path: Path, where: str, name: str) -> None:
+    if not (name.isprintable() and 0 < len(name) <= 200):
+        raise _wrong(path, where, f"{shown(name)} is no name")
+
+
+def _check_distinct(path: Path, kind: str, keys: Sequence[tuple[object, ...]]) -> None:
+    if len(set(keys)) < len(keys):
+        (twice, *_), _count = Counter(keys).most_common(1)[0]
+        raise _wrong(path, f"{kind} {shown(str(twice))}", "it is there twice")
 
 
 def shown(text: str) -> str:

@@ -143,7 +143,7 @@ DEVICES: list[tuple[Change, str]] = [
     (lambda file: file["devices"][0].update(idle_power_w={"bare": -1}), "idle_power_w: -1 W is no power"),
     (lambda file: file["devices"][0].update(id="a\nb"), r"id: 'a\\nb' is no name"),
     (lambda file: file["devices"][0].update(host=""), "host: '' is no name"),
-    (lambda file: file["devices"].extend(file["devices"]), "device gpu0: two records are of it"),
+    (lambda file: file["devices"].extend(file["devices"]), "device gpu0: it is there twice"),
     (lambda file: file.update(schema="pdbench/9"), "has schema pdbench/9"),
     (lambda file: file.pop("devices"), "holds no device samples"),
     (lambda file: file.update(run_id="0123abcd"), r"is of run 0123abcd \(saving 1\) and single_results.json of run"),
