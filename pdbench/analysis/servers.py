@@ -21,6 +21,10 @@ QUEUE_READINGS = 12
 MOST_COMPUTED = 0.01
 """Share of a load's prompt tokens that decode may compute itself beside one per request."""
 CLOCK_ERROR_S = 0.01
+WHOLE = (
+    "preemptions", "prompt_tokens", "external_tokens", "output_tokens", "kv_transfers", "kv_failures", "kv_bytes"
+)  # fmt: skip
+"""Figures that are a counter's rise."""
 CACHED_TOO_MUCH_PCT = 1.0
 TEMPLATE_TOKENS = {"completions": 8, "chat": 32}
 """Tokens at a prompt's front that all prompts share whatever the load: special tokens, and a chat template's first block."""
@@ -168,9 +172,6 @@ def _figures(series: ServerSeries, loads: Sequence[Load]) -> ServerFigures:
         counts = [_counted(series, key, load) for load in loads]
         return None if None in counts or not counts else sum(filter(None, counts))
 
-    def whole(key: str) -> int | None:
-        return None if (counted := count(key)) is None else round(counted)
-
     def percent(top: float | None, bottom: float | None) -> float | None:
         return None if top is None else per(100 * top, bottom)
 
@@ -184,16 +185,10 @@ def _figures(series: ServerSeries, loads: Sequence[Load]) -> ServerFigures:
         waiting_mean=waiting_mean,
         waiting_max=waiting_max,
         kv_used_max_pct=None if kv_used is None else 100 * kv_used,
-        preemptions=whole("preemptions"),
         queue_ms=None if queued_s is None else per(1e3 * queued_s, count("queued")),
         cached_pct=percent(count("cache_hits"), count("cache_queries")),
         accepted_pct=100 * accept_rate if accepted_pct is None and accept_rate is not None else accepted_pct,
-        prompt_tokens=whole("prompt_tokens"),
-        external_tokens=whole("external_tokens"),
-        output_tokens=whole("output_tokens"),
-        kv_transfers=whole("kv_transfers"),
-        kv_failures=whole("kv_failures"),
-        kv_bytes=whole("kv_bytes"),
+        **{name: None if (counted := count(name)) is None else round(counted) for name in WHOLE},
     )
 
 

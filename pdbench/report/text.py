@@ -254,10 +254,8 @@ def machines(runs: Runs) -> str:
         cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
         devices = _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
         devices = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else devices
-        versions = " · ".join(
-            f"{key} {version}" for key, version in analysis.versions.items() if version and key in shown
-        )
-        parts[name] = [str(analysis.host.get("name") or ""), devices, versions]
+        versions = [f"{key} {version}" for key, version in analysis.versions.items() if version and key in shown]
+        parts[name] = [str(analysis.host.get("name") or ""), devices, " · ".join(versions)]
     return shared(parts)
 
 
@@ -265,18 +263,15 @@ def gates(runs: Runs) -> list[tuple[str, str]]:
     """(better or worse, result of the correctness check with its detail) of the first four runs that had one."""
     lines = []
     for name, analysis in runs.items():
-        if analysis.gate is not None:
-            words = "Correctness check passed: {0}" if analysis.gate.passed else "CORRECTNESS CHECK FAILED: {0}"
-            gate = analysis.gate
+        if (gate := analysis.gate) is not None:
+            words = "Correctness check passed: {0}" if gate.passed else "CORRECTNESS CHECK FAILED: {0}"
             details = [_(gate.detail)] if gate.detail else []
             if gate.canaries:
-                equal, ties, undecided = (
-                    gate.canaries.get(verdict, 0) for verdict in ("equal", "near-tie", "undecided")
-                )
+                equal, *open_ones = (gate.canaries.get(verdict, 0) for verdict in ("equal", "near-tie", "undecided"))
                 under_load = "{0} of {1} answers under load equal the reference's, {2} but for near ties, {3} undecided"
-                details.append(_(under_load, equal, sum(gate.canaries.values()), ties, undecided))
+                details.append(_(under_load, equal, sum(gate.canaries.values()), *open_ones))
             line = (f"{name}: " if len(runs) > 1 else "") + _(words, "; ".join(details))
-            lines.append(("better" if analysis.gate.passed else "worse", line))
+            lines.append(("better" if gate.passed else "worse", line))
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 
 
@@ -286,29 +281,27 @@ def flag_names(analysis: RunAnalysis) -> list[str]:
 
 def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
     """(flag, its details) wherever a run's figures are; what several trials or devices share is said once."""
-    details: dict[str, dict[str, dict[str, dict[str, None]]]] = {}
+    said_of: dict[tuple[str, str, str], dict[str, None]] = {}  # flag, remedy, what -> whom
     for flag in analysis.flags:
-        what, colon, remedy = _(flag.detail).rpartition(": ")
-        who, first_colon, rest = what.partition(": ")
-        details.setdefault(flag.name, {}).setdefault(colon + remedy, {}).setdefault(first_colon + rest, {})[who] = None
-    return [
-        (
-            name,
-            "; ".join("; ".join(", ".join(of) + rest for rest, of in each.items()) + end for end, each in ends.items()),
-        )
-        for name, ends in details.items()
-    ]
+        rest, colon, remedy = _(flag.detail).rpartition(": ")
+        who, first_colon, what = rest.partition(": ")
+        said_of.setdefault((flag.name, colon + remedy, first_colon + what), {})[who] = None
+    parts: dict[tuple[str, str], list[str]] = {}
+    for (name, remedy, what), of in said_of.items():
+        parts.setdefault((name, remedy), []).append(", ".join(of) + what)
+    details: dict[str, list[str]] = {}
+    for (name, remedy), each in parts.items():
+        details.setdefault(name, []).append("; ".join(each) + remedy)
+    return [(name, "; ".join(each)) for name, each in details.items()]
 
 
 def power_caps(analysis: RunAnalysis) -> list[str]:
     """Each device that its power limit held down in 1 % of the samples or more, or whose limit is below the board's default."""
     lines = []
     for name, device in analysis.summary.devices.items():
-        limit, default_w = device.readings.get("power_limit_w"), device.default_power_limit_w
-        lowered = limit is not None and default_w is not None and limit.min < default_w - 0.5
-        parts = (
-            [_("power limit {0} W, default {1} W", number(limit.min), number(default_w))] if limit and lowered else []
-        )
+        limit, default_w, parts = device.readings.get("power_limit_w"), device.default_power_limit_w, []
+        if limit is not None and default_w is not None and limit.min < default_w - 0.5:
+            parts.append(_("power limit {0} W, default {1} W", number(limit.min), number(default_w)))
         if (share := device.power_capped_pct or 0.0) >= THROTTLED_PCT:
             parts.append(_("held down by power in {0} % of the samples", number(share)))
         lines += [f"{name}: {', '.join(parts)}"] if parts else []
