@@ -15,7 +15,6 @@ from pdbench import correctness, failures
 from pdbench import events as event_logs
 from pdbench.canaries import Canaries, References
 from pdbench.config import Options
-from pdbench.engine_facts import engine_facts
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, ServerSeries, TransferEvent
 from pdbench.live import publisher, terminal
@@ -26,7 +25,7 @@ from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown
 from pdbench.power.sampler import merge_records
 from pdbench.records import DeviceRecord, Flag, Gate, RequestRecord, Run
-from pdbench.server_metrics import ServerMetrics, join_series
+from pdbench.server_metrics import ServerMetrics, engine_facts, join_series
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import Servers, Watch
 from pdbench.site import Measurement, Site
