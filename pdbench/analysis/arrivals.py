@@ -24,14 +24,13 @@ COARSE_REQUESTS = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
-    """One entry per request: `counts` (of its instants), `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
+    """One entry per request: `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
     `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `output_tokens`, `weight` (tokens per instant); NaN is unknown.
 
     One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
     `coarse_gap` (between chunks of several tokens).
     """
 
-    counts: IntArray
     answered: BoolArray
     ok: BoolArray
     first_s: Array
@@ -89,7 +88,6 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     # A few answers in larger chunks are left out; where there are more, the run has none.
     coarse |= coarse.sum() > COARSE_REQUESTS * ok.sum()
     return Arrivals(
-        counts=counts,
         answered=answered,
         ok=ok,
         first_s=first_s,

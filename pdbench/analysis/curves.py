@@ -10,7 +10,7 @@ from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
 from pdbench.analysis.meter import power_curve, sampled, union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.analysis.servers import marks_of
-from pdbench.records import DeviceRecord, Interval, RequestRecord, Run
+from pdbench.records import Interval, RequestRecord, Run
 
 FIELDS = (
     "power_w",
@@ -104,7 +104,12 @@ def curves_of(run: Run, timings: Timings) -> Curves:
     axis = time_axis(run)
     devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device_name(device)))
     lines = {
-        field: {device_name(device): line for device in devices if (line := _device_curve(device, field, axis))}
+        field: {
+            device_name(device): line
+            for device in devices
+            # Power is the driver's fine buffer where there is one.
+            if (line := _line(power_curve(device) if field == "power_w" else sampled(device, field), axis))
+        }
         for field in FIELDS
     }
     counted = {
@@ -190,11 +195,6 @@ def _tbt_over_time(timings: Timings, axis: TimeAxis) -> dict[str, Curve]:
     return {"p50": Curve(middles, held[:, 0]), "p99": Curve(middles, held[:, 1])}
 
 
-def _device_curve(device: DeviceRecord, field: str, axis: TimeAxis) -> Curve | None:
-    """A field over the drawn axis; None where it was not measured. Power is the driver's fine buffer where there is one."""
-    return _line(power_curve(device) if field == "power_w" else sampled(device, field), axis)
-
-
 def _line(points: Array, axis: TimeAxis) -> Curve | None:
     """Rows of instant and value over the drawn axis, broken at each pause and where nothing was read; None without any. At most 1,000
     points: of each part its lowest and its highest, so that no peak is lost; breaks stay breaks."""
@@ -213,10 +213,8 @@ def _line(points: Array, axis: TimeAxis) -> Curve | None:
     kept: list[int] = []
     for part in np.array_split(np.arange(len(x)), CURVE_POINTS // 2):
         measured, broken = part[np.isfinite(y[part])], part[~np.isfinite(y[part])]
-        extremes = (
-            {int(measured[y[measured].argmin()]), int(measured[y[measured].argmax()])} if len(measured) else set()
-        )
-        kept += sorted({*extremes, *broken[:1].tolist()})
+        extremes = [measured[y[measured].argmin()], measured[y[measured].argmax()]] if len(measured) else []
+        kept += sorted({*map(int, extremes), *broken[:1].tolist()})
     return Curve(x[kept], y[kept])
 
 

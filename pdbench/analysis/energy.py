@@ -1,6 +1,6 @@
 """The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -120,9 +120,9 @@ def device_name(device: DeviceRecord) -> str:
 
 def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Totals, cache: PrefixCache | None) -> Energy:
     """The energy of a run over its trials' windows, of which `totals` are the counts."""
-    windows = union(timings.windows)
+    windows, counted = union(timings.windows), metered(meters)
     by_role: dict[str, list[Meter]] = {}
-    for meter in sorted(metered(meters), key=lambda meter: ROLE_ORDER.get(meter.device.role or "", 2)):
+    for meter in sorted(counted, key=lambda meter: ROLE_ORDER.get(meter.device.role or "", 2)):
         by_role.setdefault(meter.device.role or "host", []).append(meter)
     # The instants in which at least one request, failed ones and warm-ups among them, is in the phase.
     phases = {
@@ -139,13 +139,16 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
     # Not those that decode computed alone.
-    by_prefill = inside(computed_s, windows) & np.array(
-        [s != "decode_alone" for s in timings.requests.first_token], dtype=bool
+    by_prefill = np.array([sender != "decode_alone" for sender in timings.requests.first_token], dtype=bool)
+    prompt_tokens = timings.requests.prompt_tokens[by_prefill & inside(computed_s, windows)].sum() * (
+        1 - cache.cached_pct / 100 if cache else 1.0
     )
-    prompt_tokens = timings.requests.prompt_tokens[by_prefill].sum() * (1 - cache.cached_pct / 100 if cache else 1.0)
     e2e_ms = timings.latencies["e2e"].rising
     kwh_per_million = per(totals.ratio("j_per_output_token"), J_PER_KWH / 1e6)
-    power = run.config.get("power") or {}
+    power, not_split = run.config.get("power") or {}, None
+    if not split:
+        no_gpu = all(device.kind != "gpu" for device in run.devices)
+        not_split = SHARED_GPU if "prefill+decode" in roles else NO_GPU if no_gpu else ONE_INSTANCE
     return Energy(
         total_j=totals.energy_j,
         **{name: totals.ratio(name) for name in Energy.__struct_fields__ if name in RATIOS},
@@ -155,32 +158,24 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
         price_per_million_output_tokens=_product(kwh_per_million, power.get("price_kwh")),
         gco2_per_million_output_tokens=_product(kwh_per_million, power.get("gco2_kwh")),
         roles=roles,
-        kv_transfer=_transfer_energy(run, metered(meters), windows, phases) if split else None,
-        not_measured=None
-        if totals.energy_j is not None
-        else STANDS_STILL
-        if any(meter.is_still(windows) for meter in metered(meters))
-        else _why_no_energy(run, metered(meters), windows),
-        not_split=None if split else _why_not_split(run, roles),
+        kv_transfer=_transfer_energy(run, counted, windows, phases) if split else None,
+        not_measured=_why_no_energy(run, counted, windows) if totals.energy_j is None else None,
+        not_split=not_split,
     )
 
 
 def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval]) -> str:
     """Of the devices that count, where there are any: others (the CPU's use on a host with GPUs) never have one."""
+    if any(meter.is_still(windows) for meter in meters):
+        return STANDS_STILL
     silent = [meter.device for meter in meters if meter.energy_in(windows).energy_j is None]
     why = why_not_measured(silent or run.devices, ("power_w", "energy_j"))
     if 0 < len(silent) < len(meters):
         why = f"{', '.join(device.id for device in silent)}: {why}"
     with_gaps = [device.id for device in silent if not device.not_measured.keys() & {"power_w", "energy_j"}]
-    return (
-        f"{', '.join(with_gaps)} could not be read all through the measured windows" if with_gaps and windows else why
-    )
-
-
-def _why_not_split(run: Run, roles: Mapping[str, RoleEnergy]) -> str:
-    if "prefill+decode" in roles:
-        return SHARED_GPU
-    return ONE_INSTANCE if any(device.kind == "gpu" for device in run.devices) else NO_GPU
+    if with_gaps and windows:
+        why = f"{', '.join(with_gaps)} could not be read all through the measured windows"
+    return why
 
 
 def why_not_measured(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
@@ -217,11 +212,9 @@ def _transfer_energy(
 ) -> TransferEnergy:
     received = [event for event in run.events if isinstance(event, TransferEvent) and event.side == "receive"]
     ends = np.array([np.nan if event.end_s is None else event.end_s for event in received])
-    sizes: dict[str, list[int]] = {}
-    for event, here in zip(received, inside(ends, windows), strict=True):
-        if here:
-            sizes.setdefault(event.direction, []).append(event.bytes)
-    moved, returned = (sum(sizes[name]) if name in sizes else None for name in ("handoff", "return"))
+    arrived = [event for event, here in zip(received, inside(ends, windows), strict=True) if here]
+    sizes = ([event.bytes for event in arrived if event.direction == way] for way in ("handoff", "return"))
+    moved, returned = (sum(of_way) if of_way else None for of_way in sizes)
     alone = difference(intersection(phases["kv_transfer"], windows), [*phases["prefill"], *phases["decode"]])
     alone_s, why = length_s(alone), None
     active_j = joules(meters, alone).active_j if alone_s >= ALONE_S else None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pdbench.analysis.compare import Comparison
+from pdbench.analysis.curves import TimeAxis
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import answer, tables, text
@@ -107,8 +108,6 @@ def tbt_over_time(runs: text.Runs) -> Chart:
 def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_boxes: int = 3000) -> Chart:
     """Power (or CPU use), clocks and temperature of each device, with the requests behind: `most_boxes` at most, else a count."""
     curves, axis = analysis.curves, analysis.curves.axis
-    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
-    x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
     power = (_("Power of each device"), ["power_w"])
     if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
         power = (_("CPU use of each role's processes"), ["cpu_utilization_pct"])
@@ -125,7 +124,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
             Panel(
                 title=title,
                 series=[*behind, *lines],
-                x=x,
+                x=run_time(axis),
                 y=Axis(label=text.label(fields[0]), low=0, high=top),
                 pauses=axis.pauses,
                 not_measured=_(curves.not_measured.get(fields[0], "")),
@@ -140,6 +139,11 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
     if "power_w" in curves.not_measured:
         caption += " " + _("(power not measured: {0})", _(curves.not_measured["power_w"]))
     return Chart(key=key, title=_("Devices: {0}", name), panels=panels, caption=caption, shared_x=True)
+
+
+def run_time(axis: TimeAxis) -> Axis:
+    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
+    return Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
 
 
 def _device_lines(analysis: RunAnalysis, field: str) -> list[Series]:
@@ -243,13 +247,11 @@ def verdicts(compared: Comparison) -> Chart:
     ticks = [*(1 / step for step in reversed(steps)), 1.0, *steps]
     labels = [*(f"÷{step:g}" for step in reversed(steps)), "1", *(f"×{step:g}" for step in steps)]
     names = [text.title(line.metric.name) for line in compared.differences]
-    colour = [
-        colours.MUTED if line.alone else VERDICTS.get(line.verdict, colours.MUTED) for line in compared.differences
-    ]
+    sure = ["" if line.alone else line.verdict for line in compared.differences]
+    colour = [VERDICTS.get(verdict, colours.MUTED) for verdict in sure]
     each = [(ratio, name) for line, name in zip(compared.differences, names, strict=True) for ratio in line.pairs]
-    pairs = Series(
-        kind="points", name="", x=[x for x, _y in each], y=[y for _x, y in each], shade=colours.MUTED, size=3.5
-    )
+    ratios, rows = [ratio for ratio, _name in each], [name for _ratio, name in each]
+    pairs = Series(kind="points", x=ratios, y=rows, shade=colours.MUTED, size=3.5)
     value, low, high = zip(*bounds, strict=True) if bounds else ((), (), ())
     intervals = Series(kind="interval", x=value, y=names, low=low, high=high, shade=colour)
     panel = Panel(

@@ -3,25 +3,14 @@
 import numpy as np
 
 from pdbench.analysis.run_analysis import RunAnalysis
-from pdbench.report import text
-from pdbench.report.chart_types import (
-    GREY,
-    ORANGE,
-    PURPLE,
-    SHADES,
-    SPARE,
-    VERMILLION,
-    YELLOW,
-    Axis,
-    Chart,
-    Panel,
-    Series,
-)
+from pdbench.report import chart_types as colours
+from pdbench.report import charts, text
+from pdbench.report.chart_types import SHADES, SPARE, Axis, Chart, Panel, Series
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
 
 POINTS = 2000
-MARKS = (VERMILLION, PURPLE, ORANGE, YELLOW)
+MARKS = (colours.VERMILLION, colours.PURPLE, colours.ORANGE, colours.YELLOW)
 COLUMNS = {
     "running_mean": "running",
     "waiting_mean": "waiting",
@@ -39,34 +28,26 @@ def curves(analysis: RunAnalysis, name: str, key: str = "servers") -> Chart:
     """TTFT of each request when it was sent, marks where servers said something, requests running and waiting, KV caches."""
     counted, axis, requests = analysis.curves.servers, analysis.curves.axis, analysis.requests
     chosen = np.linspace(0, len(requests.id) - 1, min(len(requests.id), POINTS)).astype(int)
-    ttft = Series(kind="points", x=axis.place(requests.sent_s)[chosen], y=requests.ttft_ms[chosen], size=4, shade=GREY)
+    ttft = Series(
+        kind="points", x=axis.place(requests.sent_s)[chosen], y=requests.ttft_ms[chosen], size=4, shade=colours.GREY
+    )
     marks = [
         Series(kind="points", name=flag, x=x, y=np.zeros(len(x)), marker="x", size=8, shade=MARKS[place % len(MARKS)])
         for place, (flag, x) in enumerate(analysis.curves.server_marks.items())
     ]
-    waiting = _lines(analysis, "running", _("{0} running"), "dot") + _lines(
-        analysis, "waiting", _("{0} waiting"), "solid"
-    )
-    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
-    x = Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
-    panels = [
-        Panel(
-            title=_("TTFT by the instant of sending"),
-            series=[ttft, *marks],
-            y=Axis(label=text.label("ttft_ms"), low=0),
-            x=x,
-        ),
-        Panel(
-            title=_("Requests running (dotted) and waiting"), series=waiting, y=Axis(label=_("requests"), low=0), x=x
-        ),
-        Panel(
-            title=_("KV cache in use"),
-            series=_lines(analysis, "kv_used", "{0}", "solid"),
-            y=Axis(label="%", low=0, high=105),
-            x=x,
-        ),
+    waiting = [
+        *_lines(analysis, "running", _("{0} running"), "dot"),
+        *_lines(analysis, "waiting", _("{0} waiting"), "solid"),
     ]
-    panels = [Panel(**{**vars(panel), "pauses": axis.pauses, "height": 2.0}) for panel in panels]
+    used = _lines(analysis, "kv_used", "{0}", "solid")
+    panels = [
+        Panel(title=title, series=series, x=charts.run_time(axis), y=y, pauses=axis.pauses, height=2.0)
+        for title, series, y in (
+            (_("TTFT by the instant of sending"), [ttft, *marks], Axis(label=text.label("ttft_ms"), low=0)),
+            (_("Requests running (dotted) and waiting"), waiting, Axis(label=_("requests"), low=0)),
+            (_("KV cache in use"), used, Axis(label="%", low=0, high=105)),
+        )
+    ]
     caption = _(
         "What each server counted, warm-up included, below the TTFT of each request: a queue, a full KV cache or a mark under a slow one is its reason."
     )
@@ -99,6 +80,5 @@ def table(runs: text.Runs) -> list[Table]:
         for (name, server), figures in rows.items()
     ]
     header = [_("server"), *(_(COLUMNS[column]) for column in shown)]
-    return (
-        [Table(title=_("Servers during the loads, by their own counters"), header=header, rows=cells)] if shown else []
-    )
+    title = _("Servers during the loads, by their own counters")
+    return [Table(title=title, header=header, rows=cells)] if shown else []
