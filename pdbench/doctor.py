@@ -14,8 +14,8 @@ from rich.markup import escape
 from pdbench import nvml
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
-from pdbench.host import LocalHost
-from pdbench.http import host_port
+from pdbench.host import LocalHost, own_address
+from pdbench.http import host_port, netloc
 from pdbench.serving import plan, vllm
 from pdbench.serving.machine import Machine, installed_version, port_owner
 from pdbench.serving.vllm import Command
@@ -137,9 +137,13 @@ def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         yield finding(FINE, f"connector {connector} with vLLM {machine.vllm_text}")
     except UserError as error:
         yield finding(WRONG, str(error))
-    owner = port_owner(config.kv_ip, config.kv_port)
-    text = f"KV port {config.kv_ip}:{config.kv_port}: {owner or 'free'}"
-    yield finding(*_passed(not owner, text, "choose another --kv-port"))
+    try:
+        kv_ip = own_address(config.kv_ip)
+        owner = port_owner(kv_ip, config.kv_port)
+        text = f"KV port {netloc(kv_ip, config.kv_port)}: {owner or 'free'}"
+        yield finding(*_passed(not owner, text, "choose another --kv-port"))
+    except UserError as error:
+        yield finding(WRONG, str(error))
     for (first, second), link in sorted(nvml.links().items()):
         if first < second:
             fast = link.startswith("NV")

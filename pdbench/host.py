@@ -16,6 +16,7 @@ from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, LogLine, parse
 from pdbench.files import new_lines
+from pdbench.http import host_port, netloc
 from pdbench.power.device import ProcessReader, Reader, open_gpu, open_rapl
 from pdbench.power.sampler import Sampler
 from pdbench.power.tenants import Newcomers
@@ -80,8 +81,7 @@ class LocalHost:
             host = self.address if config.host == _LOOPBACK else config.host
             kv_ip = self.address if config.kv_ip == _LOOPBACK else config.kv_ip
             config = dataclasses.replace(config, host=host, kv_ip=kv_ip)
-        if "/" in config.kv_ip:
-            config = dataclasses.replace(config, kv_ip=_address_in(config.kv_ip))
+        config = dataclasses.replace(config, kv_ip=own_address(config.kv_ip))
         if specs[0].role == "proxy":
             commands = [vllm.proxy_command(config, servers, setup.connector)]
         else:
@@ -93,7 +93,8 @@ class LocalHost:
             self._check_memory(commands, config)
         if self.address is None or config.host not in _ALL_ADDRESSES:
             return commands
-        urls = [command.url.replace(config.host, self.address) for command in commands]
+        ports = [host_port(command.url)[1] for command in commands]
+        urls = [f"http://{netloc(self.address, port)}" for port in ports]
         return [dataclasses.replace(command, url=url) for command, url in zip(commands, urls, strict=True)]
 
     def command(self, spec: ServerSpec, config: ServeConfig, gpus: tuple[int, ...], setup: Setup) -> Command:
@@ -241,12 +242,17 @@ class LocalHost:
         return str(folder), folder.name
 
 
-def _address_in(network: str) -> str:
-    """This host's address in a network (10.1.0.0/16). Raises UserError without one."""
-    wanted = ipaddress.ip_network(network, strict=False)
+def own_address(kv_ip: str) -> str:
+    """An address as it is; of a network (10.1.0.0/16), this host's address in it. Raises UserError without one."""
+    if "/" not in kv_ip:
+        return kv_ip
+    try:
+        wanted = ipaddress.ip_network(kv_ip, strict=False)
+    except ValueError:
+        raise UserError(f"--kv-ip {kv_ip} is no network: write it as 10.1.0.0/16, or give an address") from None
     for addresses in psutil.net_if_addrs().values():
         for address in addresses:
             is_ip = address.family in (socket.AF_INET, socket.AF_INET6)
             if is_ip and ipaddress.ip_address(address.address.split("%")[0]) in wanted:
                 return address.address
-    raise UserError(f"--kv-ip {network}: this host has no address in that network")
+    raise UserError(f"--kv-ip {kv_ip}: this host has no address in that network")

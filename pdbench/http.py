@@ -59,6 +59,11 @@ def split_url(url: str, *, verify_tls: bool = True) -> ServerUrl:
     return ServerUrl(parts.hostname, port, parts.netloc, _INTERFACE.sub("", parts.path), tls)
 
 
+def netloc(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def host_port(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or of a URL with a port; brackets of IPv6 taken off."""
     host, _, port = address.rpartition("://")[2].rpartition(":")

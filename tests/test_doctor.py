@@ -47,6 +47,11 @@ def test_missing_nixl_is_found_before_anything_starts(monkeypatch: pytest.Monkey
         Site(here).deployment("disaggregated", config)
 
 
+def test_kv_port_is_looked_for_at_this_hosts_address_in_a_network() -> None:
+    findings = [*doctor.examine(ServeConfig(kv_ip="127.0.0.0/8", kv_port=0), machine.Machine("0.33.0", ()))]
+    assert (doctor.FINE, "KV port 127.0.0.1:0: free") in [(finding.state, finding.text) for finding in findings]
+
+
 def test_mig_slice_is_wrong_and_no_reason_to_serve_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (machine, doctor):
         monkeypatch.setattr(module, "installed_version", lambda name: None)

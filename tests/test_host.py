@@ -32,6 +32,10 @@ def command(config: ServeConfig, address: str | None) -> Command:
         ("127.0.0.1", "10.0.0.1", "http://10.0.0.1:8000"),
         ("0.0.0.0", "10.0.0.1", "http://10.0.0.1:8000"),
         ("10.9.0.1", "10.0.0.1", "http://10.9.0.1:8000"),
+        ("::1", None, "http://[::1]:8000"),
+        ("127.0.0.1", "fd00::2", "http://[fd00::2]:8000"),
+        ("::", "10.0.0.1", "http://10.0.0.1:8000"),
+        ("0.0.0.0", "fd00::2", "http://[fd00::2]:8000"),
     ],
 )
 def test_server_is_reachable_for_other_hosts(listen: str, address: str | None, url: str) -> None:
@@ -61,6 +65,11 @@ def test_kv_goes_over_this_hosts_own_address(kv_ip: str, address: str | None, us
     config = ServeConfig(kv_ip=kv_ip)
     planned = KvHost(address=address).plan(plan.servers("single", config), config, SETUP)
     assert planned[0].kv_address == used
+
+
+def test_what_is_no_network_is_refused_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"--kv-ip 10\.1\.0\.0/99 is no network: write it as"):
+        command(ServeConfig(kv_ip="10.1.0.0/99"), None)
 
 
 def test_network_in_which_this_host_has_no_address_is_refused() -> None:

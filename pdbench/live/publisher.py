@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pdbench.config import LiveConfig
 from pdbench.errors import UserError
+from pdbench.http import netloc
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, Flag
 
@@ -121,8 +122,7 @@ class Publisher:
             start_new_session=True,
         )
         for name, sock in listening.items():
-            host, port = sock.getsockname()[:2]
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+            address = f"http://{netloc(*sock.getsockname()[:2])}/"
             words = f"live: {address}?token={token}" if name == "page" else f"metrics for Prometheus: {address}metrics"
             console.print(words, highlight=False, markup=False, soft_wrap=True)
             sock.close()

@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pdbench.errors import UserError
+from pdbench.http import netloc
 
 ROLES = ("prefill", "decode")
 MAX_INSTANCES = 128
 _ADDRESS_BYTES = 512
 _turns = {role: itertools.count() for role in ROLES}
-
-
-def netloc(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an IPv6 host."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class State(IntEnum):

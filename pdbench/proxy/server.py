@@ -18,10 +18,11 @@ import uvloop
 
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
+from pdbench.http import netloc
 from pdbench.proxy import routes
 from pdbench.proxy.client import ClientConnection
 from pdbench.proxy.handler import ProxyContext
-from pdbench.proxy.instances import InstanceTable, netloc, parse_address
+from pdbench.proxy.instances import InstanceTable, parse_address
 from pdbench.proxy.kv_protocols import PROTOCOLS
 from pdbench.proxy.upstream import watch_health
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pdbench.config import Connector, ServeConfig
 from pdbench.errors import UserError
+from pdbench.http import netloc
 from pdbench.kv.compat import RANGE_TEXT, SUPPORTED
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.serving.machine import Machine
@@ -168,9 +169,9 @@ def server_command(
         role=spec.role,
         argv=tuple(argv),
         environment=environment,
-        url=f"http://{config.host}:{spec.port}",
+        url=f"http://{netloc(config.host, spec.port)}",
         gpus=gpus,
-        kv_address=None if spec.kv_port is None else f"{config.kv_ip}:{spec.kv_port}",
+        kv_address=None if spec.kv_port is None else netloc(config.kv_ip, spec.kv_port),
         secret_names=("PDBENCH_KV_SECRET",) if is_ours else (),
         event_log=log if is_ours or logs_prompts else None,
     )
@@ -214,7 +215,8 @@ def proxy_command(config: ServeConfig, servers: Sequence[Command], connector: Co
     for server in servers:
         kv_address = f"@{server.kv_address}" if server.kv_address else ""
         argv += ["--prefill" if server.role == "prefill" else "--decode", server.url + kv_address]
-    return Command("proxy", "proxy", tuple(argv), {}, f"http://{config.host}:{config.proxy_port}", event_log=log)
+    url = f"http://{netloc(config.host, config.proxy_port)}"
+    return Command("proxy", "proxy", tuple(argv), {}, url, event_log=log)
 
 
 def event_log(log_dir: str, name: str) -> str:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pdbench import turns
+from pdbench import http, turns
 from pdbench.cluster import open_site
 from pdbench.config import ClusterConfig, DeploymentKind, PairConfig, ServeConfig
 from pdbench.errors import UserError
@@ -48,6 +48,13 @@ def test_servers_are_healthy_after_start_and_gone_after_close(config: ServeConfi
         deployment.check()
     assert not any(map(psutil.pid_exists, pids))
     assert deployments.find(Path(config.log_dir), info.url) is None
+
+
+def test_servers_and_proxy_answer_at_an_ipv6_address(config: ServeConfig) -> None:
+    with closing(scripted().deployment("replicas", dataclasses.replace(config, host="::1"))) as deployment:
+        info = deployment.start().info()
+        assert info.url == f"http://[::1]:{config.proxy_port}"
+        assert http.get(info.url, "/health") is not None
 
 
 def test_ctrl_c_ends_served_servers(config: ServeConfig, tmp_path: Path) -> None:

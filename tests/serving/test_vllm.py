@@ -10,6 +10,7 @@ from pdbench.config import DeploymentKind, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.nvml import Gpu
+from pdbench.proxy.instances import parse_address
 from pdbench.serving import sharing, vllm
 from pdbench.serving.machine import Machine
 from tests.conftest import commands
@@ -249,6 +250,15 @@ def test_servers_log_their_prompts_with_every_connector(
         argv = "pdbench.kv.prompt_log.scheduler" in server.argv
         assert argv == (LOG_VARIABLE in server.environment) == (logs and server.role != "proxy")
         assert not argv or server.environment[LOG_VARIABLE] == vllm.event_log("logs", server.name)
+        assert server.event_log == (vllm.event_log("logs", server.name) if logs or server.role == "proxy" else None)
+
+
+def test_proxy_finds_instances_at_ipv6_addresses() -> None:
+    config = ServeConfig(host="fd00::2", kv_ip="fd00::3", connector="tcp")
+    prefill, _, proxy = commands("disaggregated", config, machine("0.33.0", 2))
+    address = parse_address(option(proxy, "--prefill"), 1)
+    assert address == ("fd00::2", config.prefill_port, "fd00::3", config.kv_port)
+    assert (prefill.url, proxy.url) == ("http://[fd00::2]:8100", "http://[fd00::2]:8000")
 
 
 def test_kv_returns_to_prefill_on_request() -> None:

@@ -12,6 +12,7 @@ from pdbench.cluster import site
 from pdbench.cluster.ray_host import RayHost
 from pdbench.config import ServeConfig
 from pdbench.host import LocalHost
+from pdbench.http import netloc
 from pdbench.serving.plan import ServerSpec
 from pdbench.serving.vllm import Command, Setup
 
@@ -57,7 +58,7 @@ class Scripted(LocalHost):
         if spec.name in self.scripts:
             argv = ("bash", "-c", self.scripts[spec.name])
         argv += ("--gpu-memory-utilization", str(config.gpu_memory_utilization)) if gpus else ()
-        return Command(spec.name, spec.role, argv, {}, f"http://{config.host}:{spec.port}", gpus)
+        return Command(spec.name, spec.role, argv, {}, f"http://{netloc(config.host, spec.port)}", gpus)
 
 
 class ScriptedRayHost(Scripted, RayHost):
