@@ -14,11 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from pdbench.cluster import clock_sync
 from pdbench.config import ServeConfig
-from pdbench.host import LocalHost
+from pdbench.host import Batch, LocalHost
 from pdbench.load.clients import LocalClient, Message
 from pdbench.load.plan import TrialLoad
 from pdbench.serving import machine as machines
@@ -28,8 +26,8 @@ from pdbench.serving.process import ServerState
 THREADS = 4
 """Calls that may run at once: some take long, and heartbeats are still answered."""
 _FROM_RAY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "VLLM_PORT")
-Outgoing = bytes | tuple[int, Message]
-"""A Batch as MessagePack, or a client's message with its trial."""
+Outgoing = Batch | tuple[int, Message]
+"""What a host read, or a client's message with its trial."""
 
 
 class RayHost(LocalHost):
@@ -53,7 +51,7 @@ class RayHost(LocalHost):
         """Renew the lease; returns the servers' states and all messages after number `confirmed`."""
         self._renewed_s = time.monotonic()
         for batch in self.take():
-            self.send(msgspec.msgpack.encode(batch))
+            self.send(batch)
         for message in self._client.take_messages() if self._client else []:
             self.send((self._trial, message))
         with self._lock:

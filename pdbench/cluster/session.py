@@ -36,7 +36,6 @@ _SECRETS = (
     "PDBENCH_PROXY_ADMIN_KEY",
     "PDBENCH_UPSTREAM_API_KEY",
 )
-_decode_batch = msgspec.msgpack.Decoder(Batch).decode
 
 
 class RemoteHost:
@@ -145,8 +144,9 @@ class RemoteHost:
     def latest(self) -> list[DeviceRecord]:
         """As of the last heartbeat that brought some."""
         for message in self._messages[::-1]:
-            if isinstance(message, bytes) and (devices := _decode_batch(message).devices):
-                return [msgspec.structs.replace(each, samples=each.samples[-1:]) for each in devices if each.samples]
+            if isinstance(message, Batch) and message.devices:
+                devices = [device for device in message.devices if device.samples]
+                return [msgspec.structs.replace(device, samples=device.samples[-1:]) for device in devices]
         return []
 
     def idle(self, kind: str, seconds: float) -> None:
@@ -162,7 +162,7 @@ class RemoteHost:
                 self._cluster.wait(0.05)
 
     def take(self) -> list[Batch]:
-        return [_decode_batch(message) for message in self.take_messages() if isinstance(message, bytes)]
+        return [message for message in self.take_messages() if isinstance(message, Batch)]
 
     def to_run_clock(self, clock: Clock) -> Callable[[float], float]:
         node_clock = self._cluster.clocks[self.node.address]

@@ -105,7 +105,7 @@ class RemoteClient:
         return self.host.lost
 
     def take_messages(self) -> list[Message]:
-        messages = [message for message in self.host.take_messages() if not isinstance(message, bytes)]
+        messages = [message for message in self.host.take_messages() if isinstance(message, tuple)]
         return [message for trial, message in messages if trial == self._trial]
 
     def begin(self, begin_s: float) -> None:

@@ -52,10 +52,11 @@ def test_host_without_heartbeats_ends_its_server_and_itself(tmp_path: Path) -> N
 
 def test_message_stays_until_it_is_confirmed() -> None:
     host = RayHost(LEASE_S, "127.0.0.1")
-    host.send(b"first")
-    host.send(b"second")
-    assert host.heartbeat(0)[1] == host.heartbeat(0)[1] == [(1, b"first"), (2, b"second")]
-    assert host.heartbeat(1)[1] == [(2, b"second")]
+    first, second = Batch(missing_logs=["first"]), Batch(missing_logs=["second"])
+    host.send(first)
+    host.send(second)
+    assert host.heartbeat(0)[1] == host.heartbeat(0)[1] == [(1, first), (2, second)]
+    assert host.heartbeat(1)[1] == [(2, second)]
     assert host.heartbeat(2)[1] == []
 
 
@@ -75,8 +76,8 @@ def test_samples_and_events_in_pieces_make_one_whole(tmp_path: Path) -> None:
         nonlocal confirmed
         for number, message in host.heartbeat(confirmed)[1]:
             confirmed = number
-            assert isinstance(message, bytes)
-            batches.append(msgspec.msgpack.decode(message, type=Batch))
+            assert isinstance(message, Batch)
+            batches.append(message)
 
     for index in range(3):
         time.sleep(0.2)
@@ -115,7 +116,7 @@ def message_of(host: RayHost, kind: type) -> Any:
 
 
 def client_messages(host: RayHost) -> list[Any]:
-    return [message[1] for _, message in host.heartbeat(0)[1] if not isinstance(message, bytes)]
+    return [message[1] for _, message in host.heartbeat(0)[1] if isinstance(message, tuple)]
 
 
 def test_client_warms_up_waits_for_the_start_and_sends_its_result() -> None:
