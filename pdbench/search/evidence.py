@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 USUAL_INFLATION, USUAL_REQUESTS = 4.0, 60.0
-"""Before anything is known: the inflation, and how many missed requests it counts as much as."""
+"""Before anything is known: the inflation, which counts as much as so many requests that missed."""
 MOST_WORTH = 8.0
 """Independent requests that one whose luck is known can be worth at most: which queue follows the scores best is uncertain too."""
 HIGHEST = 3.0
@@ -71,22 +71,19 @@ class Evidence:
     held: bool | None = None
 
 
-def inflation(residuals: Sequence[Array], usual: float = USUAL_INFLATION, weight: float = USUAL_REQUESTS) -> float:
-    """How much larger the variance of a mean is than that of independent values: the sum of autocorrelations, of all series together.
-
-    `usual` counts as much as `weight` values that are not near zero.
-    """
+def inflation(residuals: Sequence[Array]) -> float:
+    """How much larger the variance of a mean is than that of independent values: the sum of autocorrelations, of all series together."""
     series = [each - each.mean() for each in residuals if len(each) > 1]
     power = sum(float(each @ each) for each in series)
     if not power:
-        return usual
+        return USUAL_INFLATION
     tau, lag, longest = 1.0, 1, max(map(len, series)) // 3
     while lag <= min(longest, WITHIN_TAU * tau):
         tau += 2 * sum(float(each[lag:] @ each[:-lag]) for each in series if len(each) > lag) / power
         lag += 1
     # The series' own means were taken out, which hides part of the correlation.
     tau = max(1.0, tau) / max(0.5, 1 - tau * len(series) / sum(map(len, series)))
-    return (tau * power + usual * weight) / (power + weight)
+    return (tau * power + USUAL_INFLATION * USUAL_REQUESTS) / (power + USUAL_REQUESTS)
 
 
 def waits(arrival_s: Array, service_s: Array) -> Array:
