@@ -37,7 +37,7 @@ COLUMNS = {
 
 def monitor(
     gpus: Sequence[int] | None, interval_s: float, duration_s: float | None, out: Path | None, console: Console
-) -> list[DeviceRecord]:
+) -> None:
     """Watch the named GPUs (None: all), RAPL and the host's CPU for `duration_s` seconds or until Ctrl-C.
 
     `out` ends in .json (everything) or .csv (the samples). Raises UserError, before it begins, for another suffix and where
@@ -48,36 +48,28 @@ def monitor(
             raise UserError(f"--out {out} must end in .json (everything) or .csv (the samples alone)")
         check_writable(out.parent)
     with hold(out.parent, out.name) if out else nullcontext():
-        return _watch(gpus, interval_s, duration_s, out, console)
+        readers = open_host(gpus)
+        sampler, clock = Sampler(readers, interval_s), Clock.start()
+        with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
+            console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
+            end = math.inf if duration_s is None else time.monotonic() + duration_s
+            while time.monotonic() < end:
+                live.update(live_table(sampler.latest()))
+                time.sleep(max(0.0, min(0.25, end - time.monotonic())))
+        records = merge_records(sampler.take(), clock.of_monotonic)
+        console.print(summary_table(records))
+        for record in records:
+            for field, reason in record.not_measured.items():
+                console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim", highlight=False)
+        if out is not None:
 
-
-def _watch(
-    gpus: Sequence[int] | None, interval_s: float, duration_s: float | None, out: Path | None, console: Console
-) -> list[DeviceRecord]:
-    readers = open_host(gpus)
-    sampler, clock = Sampler(readers, interval_s), Clock.start()
-    with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
-        console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
-        end = math.inf if duration_s is None else time.monotonic() + duration_s
-        while time.monotonic() < end:
-            live.update(live_table(sampler.latest()))
-            time.sleep(max(0.0, min(0.25, end - time.monotonic())))
-    records = merge_records(sampler.take(), clock.of_monotonic)
-    console.print(summary_table(records))
-    for record in records:
-        for field, reason in record.not_measured.items():
-            console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim", highlight=False)
-    if out is not None:
-        _, problem = save_somewhere(
-            lambda path: (
+            def save(path: Path) -> None:
                 save_devices(path, "monitor", records) if path.suffix == ".json" else write_whole(path, as_csv(records))
-            ),
-            out,
-        )
-        if problem:
-            raise problem
-        console.print(f"written to {out}; `pdbench plot {out}` draws it", highlight=False)
-    return records
+
+            _, problem = save_somewhere(save, out)
+            if problem:
+                raise problem
+            console.print(f"written to {out}; `pdbench plot {out}` draws it", highlight=False)
 
 
 def as_csv(records: Sequence[DeviceRecord]) -> bytes:
