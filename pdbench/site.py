@@ -16,7 +16,7 @@ from pdbench.events import Event, move
 from pdbench.host import Batch, HostLostError, LocalHost
 from pdbench.http import split_url
 from pdbench.load import clients, plan
-from pdbench.load.clients import LoadResult
+from pdbench.load.clients import LoadResult, OnBegin, Problem
 from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power.device import gpu_indices
@@ -216,13 +216,7 @@ class Site:
             raise UserError(f"{info.url} is served by several nodes: measure it with --cluster auto")
         return Measurement([(LocalHost(), info.servers)], power, clock)
 
-    def run_load(
-        self,
-        load: TrialLoad,
-        on_progress: OnProgress,
-        on_begin: Callable[[], object],
-        problem: Callable[[], str | None],
-    ) -> LoadResult:
+    def run_load(self, load: TrialLoad, on_progress: OnProgress, on_begin: OnBegin, problem: Problem) -> LoadResult:
         """One trial; see pdbench.load.clients.run_load."""
         return clients.run_load(load, on_progress, on_begin, problem)
 

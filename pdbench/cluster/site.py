@@ -17,7 +17,7 @@ from pdbench.doctor import UNCERTAIN_MS, Finding, NodeFacts
 from pdbench.errors import UserError
 from pdbench.load import clients
 from pdbench.load import plan as load_plan
-from pdbench.load.clients import LoadResult, Message
+from pdbench.load.clients import LoadResult, Message, OnBegin, Problem
 from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
@@ -203,13 +203,7 @@ class RaySite(Cluster, Site):
     def measurement(self, info: DeploymentInfo, power: PowerConfig, clock: Clock) -> Measurement:
         return RayMeasurement(self, info, self._client_nodes, power, clock)
 
-    def run_load(
-        self,
-        load: TrialLoad,
-        on_progress: OnProgress,
-        on_begin: Callable[[], object],
-        problem: Callable[[], str | None],
-    ) -> LoadResult:
+    def run_load(self, load: TrialLoad, on_progress: OnProgress, on_begin: OnBegin, problem: Problem) -> LoadResult:
         """From client processes on --client-nodes, in turn. A lost node ends it with what the others measured."""
         config = self._on_client_nodes(load.config)
         nodes = [self._client_nodes[index % len(self._client_nodes)] for index in range(config.client_processes)]

@@ -53,6 +53,12 @@ Message = Ready | Progress | Partial | Final | Failure
 _encode, _decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Message).decode
 
 
+OnBegin = Callable[[], object]
+"""Called between the warm-up and the load."""
+Problem = Callable[[], str | None]
+"""Asked a few times a second; what it says ends the load with what was measured."""
+
+
 class ClientHandle(Protocol):
     """A started client process, on this host or on another."""
 
@@ -84,14 +90,13 @@ class LoadResult:
 def run_load(
     load: TrialLoad,
     on_progress: OnProgress | None = None,
-    on_begin: Callable[[], object] = lambda: None,
-    problem: Callable[[], str | None] = lambda: None,
+    on_begin: OnBegin = lambda: None,
+    problem: Problem = lambda: None,
 ) -> LoadResult:
     """Send one trial from this host and wait for all responses; `plan.check` has passed its options.
 
-    `on_begin` is called between the warm-up and the load; a `problem()`, asked a few times a second, ends the trial with what was
-    measured. Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a
-    flag "interrupted"; a lost client process ends it with a flag "client-lost".
+    Raises UserError for options that cannot be used. Ctrl-C or SIGTERM ends the trial with what was measured and a flag
+    "interrupted"; a lost client process ends it with a flag "client-lost".
     """
 
     def begin() -> float:
@@ -119,7 +124,7 @@ def run_load(
 
 
 @contextlib.contextmanager
-def _stopped_by(problem: Callable[[], str | None], interrupted: threading.Event) -> Iterator[threading.Event]:
+def _stopped_by(problem: Problem, interrupted: threading.Event) -> Iterator[threading.Event]:
     """Sets `interrupted` when there is a `problem()` inside the block, and the event that it gives."""
     stopped, ended = threading.Event(), threading.Event()
 
@@ -144,8 +149,8 @@ def collect(
     clock: Clock,
     wait: Callable[[float], object],
     on_progress: OnProgress | None = None,
-    on_begin: Callable[[], object] = lambda: None,
-    problem: Callable[[], str | None] = lambda: None,
+    on_begin: OnBegin = lambda: None,
+    problem: Problem = lambda: None,
     start_after_s: float = 0.05,
 ) -> list[ClientResult]:
     """Start all clients at one instant, after `on_begin`, once each has warmed up; returns what each measured, in their order.
@@ -344,7 +349,7 @@ def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
     if config.prompt_file and (repeats := len(measured) - len({each.prompt_sha256 for each in measured})):
         detail = f"{len(measured)} requests from {len(measured) - repeats} prompts: {repeats} repeat"
         flags.append(Flag("prompts-repeat", detail))
-    flags += request_fields.refusal_flags(config, {name for result in results for name in result.fields_refused})
+    flags += request_fields.refusal_flags({name for result in results for name in result.fields_refused})
     flags += dict.fromkeys(flag for result in results for flag in result.flags)
     client["window"] = window
     return LoadResult(requests, Trial(index=load.trial, start_s=start_s, end_s=end_s, client=client), flags)

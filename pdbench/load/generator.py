@@ -32,6 +32,7 @@ _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
 _STEADY_SAMPLE_S = 0.25
 _STEADY_TIMEOUT_S = 600.0
+_STEADY_WITHIN = 0.1
 STALL_S = 0.25
 """The loop turns every 50 ms, whatever comes: one that takes this long was stopped, or had no core."""
 
@@ -81,16 +82,16 @@ def run_client(
     load: TrialLoad,
     client: int = 0,
     *,
-    begin: Callable[[], float] | None = None,
-    interrupted: threading.Event | None = None,
+    begin: Callable[[], float],
+    interrupted: threading.Event,
     on_progress: OnProgress | None = None,
     on_partial: Callable[[ClientResult], None] | None = None,
 ) -> ClientResult:
     """Send this client's requests of the plan, every N-th of N clients', over its share of the streams.
 
-    `begin` is called after the warm-up and returns the common start on the run's clock. Whoever sets `interrupted` (without
-    it: Ctrl-C or SIGTERM) ends the load with what was measured. `on_partial` takes, before each progress, what was measured
-    since its last call; the returned result then holds the rest. Raises UserError for a load or a URL that cannot be used.
+    `begin` is called after the warm-up and returns the common start on the run's clock. Whoever sets `interrupted` ends the load with
+    what was measured. `on_partial` takes, before each progress, what was measured since its last call; the returned result then holds
+    the rest. Raises UserError for a load or a URL that cannot be used.
     """
     with contextlib.suppress(OSError, ValueError):  # one descriptor per stream: take what the system allows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -116,13 +117,11 @@ def run_client(
         if most >= 0 and room < needed:  # -1: no limit
             words = f"{needed} streams in a process, and `ulimit -n` {most} has room for {room}"
             raise UserError(f"{words}: raise it, or lower --concurrency")
-    sender = Client(load.url, config, zero_s=clock.monotonic_s)
-    stop = interruption() if interrupted is None else contextlib.nullcontext(interrupted)
-    with sender, stop as interrupted, _undelayed() as real_time:
+    with Client(load.url, config, zero_s=clock.monotonic_s) as sender, _undelayed() as real_time:
         result = ClientResult(streams=streams, real_time=real_time, addresses=sender.addresses, flags=flags)
         loop = _Loop(load, sender, interrupted, result)
         loop.drive(iter(warmup), streams or len(warmup), clock.now())
-        loop.result.begin_s = begin_s = clock.now() if begin is None else begin()
+        loop.result.begin_s = begin_s = begin()
         loop.total, loop.on_progress, loop.on_partial = total, on_progress, on_partial
         loop.drive(planned, streams, begin_s, warmup=False)
         return loop.take_result()
@@ -266,11 +265,11 @@ class _Loop:
         return limit_s is not None and now_s - begin_s >= limit_s
 
 
-def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, tolerance: float = 0.1) -> float | None:
+def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float) -> float | None:
     """The start of the last `span_s` (or a sample more) if the load held steady through it, else None.
 
     `samples` are (instant, tokens received so far, requests in flight). Steady: both halves of the span have token rates and
-    mean requests in flight within `tolerance` of each other (or one request).
+    mean requests in flight within a tenth of each other (or one request).
     """
     if not samples or samples[-1][0] - samples[0][0] < span_s:
         return None
@@ -282,8 +281,8 @@ def steady_since(samples: Sequence[tuple[float, int, int]], span_s: float, toler
         return None
     rates = [(half[-1][1] - half[0][1]) / (half[-1][0] - half[0][0]) for half in (first, second)]
     in_flight = [sum(sample[2] for sample in half) / len(half) for half in (first, second)]
-    steady_rate = min(rates) > 0 and abs(rates[1] - rates[0]) <= tolerance * max(rates)
-    steady_in_flight = abs(in_flight[1] - in_flight[0]) <= max(1.0, tolerance * max(in_flight))
+    steady_rate = min(rates) > 0 and abs(rates[1] - rates[0]) <= _STEADY_WITHIN * max(rates)
+    steady_in_flight = abs(in_flight[1] - in_flight[0]) <= max(1.0, _STEADY_WITHIN * max(in_flight))
     return recent[0][0] if steady_rate and steady_in_flight else None
 
 

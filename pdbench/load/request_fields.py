@@ -88,7 +88,7 @@ def refused_fields(config: LoadConfig, message: str, refused: Collection[str]) -
     return sorted(name for name in named if name in _OPTIONAL_FIELDS or _REFUSAL.search(message))
 
 
-def refusal_flags(config: LoadConfig, refused: Collection[str]) -> list[Flag]:
+def refusal_flags(refused: Collection[str]) -> list[Flag]:
     """What a reader must know of requests that were sent again without some fields."""
     flags = []
     if "return_token_ids" in refused:
