@@ -164,7 +164,6 @@ def run(
     console.print(
         f"calibration of {', '.join(kinds)}: one start each, {plan.ramps} ramps of {plan.ramp_s:g} s each: about {span(round(plan.expected_s))} "
         f"in all, at most {span(round(limit_s))}",
-        highlight=False,
         soft_wrap=True,
     )
     found: list[Path] = []
@@ -187,7 +186,7 @@ def run(
             for _, folders in sweep.run(loads[kind], out, send, console, {"calibration of": kind}, [kind]):
                 found += folders
                 if deadline.left_s < plan.ramp_s / 2:
-                    console.print(f"{kind}: the time is up", highlight=False)
+                    console.print(f"{kind}: the time is up")
                     break
         except UserError as error:
             if not failed or isinstance(error, WriteError):  # nothing was tried, as `out` holds another calibration

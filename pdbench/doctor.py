@@ -58,7 +58,7 @@ def report(findings: Sequence[Finding], console: Console) -> int:
             console.print(f"\n[bold]{section}[/bold]")
         remedy = f"\n        -> {escape(finding.remedy)}" if finding.remedy else ""
         state = f"[{_STYLES[finding.state]}]{finding.state:5}[/]"
-        console.print(f"  {state} {escape(finding.text)}{remedy}", highlight=False, soft_wrap=True)
+        console.print(f"  {state} {escape(finding.text)}{remedy}", soft_wrap=True)
     wrong = sum(finding.state == WRONG for finding in findings)
     console.print(f"\n{wrong} thing(s) to fix before a run." if wrong else "\nThis machine can run pdbench.")
     return 1 if wrong else 0

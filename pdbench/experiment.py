@@ -93,19 +93,19 @@ def run(
     left = max(0, design.pairs * len(kinds) - len(done))
     if not servers.stay:
         waves = {deployment.kind: len(deployment.waves()) for deployment in planned if deployment.commands}
-        console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu), highlight=False)
+        console.print(turns.announce(kinds, design, options, left, waves, on_gpu=on_gpu))
         if older := [str(folder) for folder in folders.values() if not design.resume and results_files(folder)]:
             words = (
                 f"replaces the earlier results in {', '.join(older)} (--resume adds to them, another --out keeps them)"
             )
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
+            console.print(words, markup=False, soft_wrap=True)
         if not on_gpu:
             console.print("no GPU here: this shows that everything works, not whether disaggregation pays")
     used = sorted({gpu for by_role in gpus for indices in by_role.values() for gpu in indices})
     if used and servers.starts < 0:
         servers.flags = list(in_use(used))
         for flag in servers.flags:
-            console.print(f"[yellow]{flag.name}[/yellow]: {flag.detail}", highlight=False, soft_wrap=True)
+            console.print(f"[yellow]{flag.name}[/yellow]: {flag.detail}", soft_wrap=True)
     if used and options.power.power and options.power.idle_s and not servers.up:
         console.print(f"measuring the idle power of GPU {', '.join(map(str, used))} for {2 * options.power.idle_s:g} s")
         servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
@@ -160,7 +160,7 @@ def run(
         if 0 < turns_done < left:
             spent_s = time.monotonic() - begin_s - (starting_s if design.resident else 0.0)  # those start once
             remaining_s = spent_s / turns_done * (left - turns_done)
-            console.print(f"about {span(round(remaining_s))} left", highlight=False)
+            console.print(f"about {span(round(remaining_s))} left")
             publisher.put(publisher.TimeLeft(remaining_s))
 
 
@@ -204,7 +204,7 @@ def bench(
         check_writable(folder)
     _check_lengths(options.load, info.config.get("max_model_len"))
     for flag in flags:
-        console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}", highlight=False)
+        console.print(f"  [yellow]{flag.name}[/yellow]: {escape(flag.detail)}")
     publisher.put(publisher.Flags("bench", flags))
     clocks.check(options.power, [info.local_gpus()])
     options = replace(options, load=plan.resolved(options.load))
@@ -230,7 +230,7 @@ def check_answers(url: str, points: Iterable[Options]) -> None:
 def _check_options(site: Site, options: Options, console: Console) -> None:
     """Raises UserError for what cannot be done here. A large file is not read in silence."""
     words = f"reading {options.load.trace or options.load.prompt_file}, which is large"
-    timer = threading.Timer(SILENCE_S, console.print, [words], {"markup": False, "highlight": False, "soft_wrap": True})
+    timer = threading.Timer(SILENCE_S, console.print, [words], {"markup": False, "soft_wrap": True})
     if options.load.trace or options.load.prompt_file:
         timer.start()
     try:

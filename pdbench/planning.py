@@ -74,7 +74,7 @@ def plan(
         except UserError as error:
             if len(checked) == 1:
                 raise
-            console.print(_("not checked: {0}", error), markup=False, highlight=False, soft_wrap=True)
+            console.print(_("not checked: {0}", error), markup=False, soft_wrap=True)
             continue
         show(report.check(checks[-1]))
     if checked and not checks:
@@ -108,7 +108,7 @@ def plan(
             width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
             write_whole(out / f"{chart.key}.png", picture)
-    console.print(_("saved in {0}", str(out)), markup=False, highlight=False, soft_wrap=True)
+    console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
@@ -147,7 +147,7 @@ def suitable_runs(folders: Sequence[Path], console: Console) -> dict[Path, Run]:
             check_suitable(folder, run)
             runs[folder] = run
         except UserError as error:
-            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"left out: {error}", markup=False, soft_wrap=True)
     if not runs:
         raise UserError("no run is left that calibrates: read the lines above")
     return runs

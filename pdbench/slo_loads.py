@@ -138,7 +138,7 @@ class Loads:
             (each for run, each in self.saved.items() if Path(run).parent == Path(deployment.name) / name), None
         )
         if point is not None and point.rate_per_s == load.rate:
-            self.console.print(f"  {name}: already measured", highlight=False)
+            self.console.print(f"  {name}: already measured")
             self.points.append(point)
             return load_run(self.out / point.run), point
         begin_again(folder.parent, folder)

@@ -167,7 +167,7 @@ def find(
         for number, deployment in enumerate(deployments):
             share_s = (goal.until_s - time.monotonic()) / (len(deployments) - number)
             if number and share_s <= 0:
-                console.print(f"[bold]{deployment.name}[/bold]: not searched, {TIME_UP}", highlight=False)
+                console.print(f"[bold]{deployment.name}[/bold]: not searched, {TIME_UP}")
                 continue
             entry = Held(name=deployment.name)
             document.deployments.append(entry)
@@ -177,7 +177,7 @@ def find(
                 points = document.points + [point for point in earlier if point.run not in walked]
                 save(structs.replace(document, points=points), out)
 
-            console.print(f"[bold]{deployment.name}[/bold]: search", highlight=False)
+            console.print(f"[bold]{deployment.name}[/bold]: search")
             load = deployment.options.load
             load = replace(load, requests=load.requests or REQUESTS, nonce=load.nonce or nonce)
             deployment = replace(deployment, options=replace(deployment.options, load=load))
@@ -236,7 +236,7 @@ def _search_rate(
             if time.monotonic() + loads.beside_s >= until_s:
                 but = " but for the run at the rate found" if answer.low > 0 else ""
                 words = f"  {TIME_UP}{but}; the same command goes on from here"
-                loads.console.print(words, highlight=False, soft_wrap=True)
+                loads.console.print(words, soft_wrap=True)
                 break
             # The n-th load of every deployment has the same arrivals, scaled to its rate.
             requests = max(load.requests or REQUESTS, ceil(2 * least_s * rate))
@@ -253,7 +253,7 @@ def _search_rate(
             if point.client_limited and point.held is not False:
                 limited += 1
                 words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
-                loads.console.print(f"  the client was the limit: {words}", highlight=False)
+                loads.console.print(f"  the client was the limit: {words}")
                 if limited == MOST_LIMITED:
                     entry.client_limited = True
                     break
@@ -292,10 +292,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
         point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request
         joules = f", {text.number(point.j_per_good_request)} J per request within the SLO" if point.kept else ""
         missed = "".join(f", {name}" for name in sorted(refused)) or ", not kept"
-        loads.console.print(
-            f"  {text.setting(setting)}: {point.attained_pct:.1f} % within the SLO{joules or missed}",
-            highlight=False,
-        )
+        loads.console.print(f"  {text.setting(setting)}: {point.attained_pct:.1f} % within the SLO{joules or missed}")
         return point
 
     def cost(setting: Setting) -> float | None:
@@ -395,6 +392,5 @@ def _say(console: Console, point: Point, answer: Answer, goal: Goal) -> None:
     console.print(
         f"  {point.rate_per_s:.3g} requests/s: {point.attained_pct:.1f} % of {point.requests} within the SLO, {held}; "
         f"highest rate {known}{left}",
-        highlight=False,
         soft_wrap=True,
     )

@@ -34,7 +34,7 @@ class Output(Console):
             os.close(nothing)
 
 
-console = Output()
+console = Output(highlight=False)
 _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
 app = App(name="pdbench", help=_HELP, version=__version__, console=console, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
@@ -51,4 +51,4 @@ def say_without_effect(loads: Sequence[LoadConfig]) -> None:
     lines, *others = map(recipe.without_effect, loads)
     for name, line in lines.items():
         if all(name in each for each in others) and (name not in settings or name in alone):
-            console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
+            console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)

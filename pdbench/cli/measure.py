@@ -296,9 +296,7 @@ def serve(
     ):
         info = deployment.info()
         try:
-            console.print(
-                f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)", highlight=False
-            )
+            console.print(f"[green]ready[/green]: {info.url}  model {info.model_name}  (Ctrl-C ends all)")
             if publisher.is_open():
                 urls = {server.name: server.url for server in info.servers if server.role != "proxy"}
                 here = [server for server in info.servers if server.host is None]

@@ -104,7 +104,7 @@ def watch(*urls: str, gpus: str | None = None, live: LiveConfig | None = None) -
         publisher.opened(replace(live or LiveConfig(), live=True), console),
         servers.followed(names, readers),
     ):
-        console.print(f"watching {', '.join(names)}; Ctrl-C ends it", highlight=False)
+        console.print(f"watching {', '.join(names)}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
             while True:
                 time.sleep(1.0)

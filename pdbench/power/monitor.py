@@ -51,7 +51,7 @@ def monitor(
         readers = open_host(gpus)
         sampler, clock = Sampler(readers, interval_s), Clock.start()
         with suppress(KeyboardInterrupt), sampler, Live(console=console, refresh_per_second=4, transient=True) as live:
-            console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it", highlight=False)
+            console.print(f"watching {', '.join(reader.id for reader in readers)}; Ctrl-C ends it")
             end = math.inf if duration_s is None else time.monotonic() + duration_s
             while time.monotonic() < end:
                 live.update(live_table(sampler.latest()))
@@ -60,7 +60,7 @@ def monitor(
         console.print(summary_table(records))
         for record in records:
             for field, reason in record.not_measured.items():
-                console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim", highlight=False)
+                console.print(f"{record.id}: {field} not measured: {escape(reason)}", style="dim")
         if out is not None:
 
             def save(path: Path) -> None:
@@ -69,7 +69,7 @@ def monitor(
             _, problem = save_somewhere(save, out)
             if problem:
                 raise problem
-            console.print(f"written to {out}; `pdbench plot {out}` draws it", highlight=False)
+            console.print(f"written to {out}; `pdbench plot {out}` draws it", markup=False)
 
 
 def as_csv(records: Sequence[DeviceRecord]) -> bytes:
