@@ -17,6 +17,7 @@ _NAME = re.compile(r"\w[\w .,=+-]{0,79}", re.ASCII)
 _PART = ".pdbench-part"
 _SWAP = re.compile(r"\.(?P<name>.*)\.(?P<token>[0-9a-f]+-[0-9]+)\.(?P<kind>commit|swap)")
 _LOCK = ".lock"
+_OTHERS = "ask its owner for permission, or read it as they do"
 _held: dict[str, int] = {}
 
 
@@ -246,7 +247,8 @@ def read_whole(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise UserError(f"no file {path}: `pdbench monitor --out FILE` and `pdbench run` write such files") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; restore the file, or measure again") from None
+        remedy = _OTHERS if isinstance(error, PermissionError) else "restore the file, or measure again"
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     if content.startswith(b"\x1f\x8b"):
         raise UserError(f"{path} is packed with gzip: unpack it (gunzip) under the same name")
     return content
@@ -271,6 +273,9 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def results_files(folder: Path) -> list[Path]:
+    """Raises UserError for a folder that may not be read, which looks empty."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"cannot read {folder}: Permission denied; {_OTHERS}")
     return _listed(folder, RESULTS)
 
 

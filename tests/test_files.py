@@ -1,5 +1,6 @@
 """Files of a run are swapped in as one, whatever happens on the way; a folder has one writer; names stay in their folder."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pdbench import files
 from pdbench.errors import UserError, WriteError
 from pdbench.files import check_name, check_writable, hold, tidy, write_whole
 from pdbench.records import Run, load_run, save_run
+from tests.support.processes import ROOT
 from tests.support.runs import build_run
 
 STEPS = """
@@ -259,3 +261,28 @@ def test_earlier_results_that_cannot_be_removed_are_one_line(tmp_path: Path) -> 
     old.write_text("no folder, which root cannot remove as one, too")
     with pytest.raises(WriteError, match=r"cannot write .*old: Not a directory; make room, or name a folder"):
         files.begin_again(old.parent, old)
+
+
+def test_results_that_may_not_be_read_are_no_missing_results(tmp_path: Path) -> None:
+    """Of another user: here, of root without the capability to read all files."""
+    for name in ("folder", "file"):
+        save_run(build_run("single", trials=1, requests=3, tokens=4), tmp_path / name)
+    (tmp_path / "folder").chmod(0)
+    (tmp_path / "file" / "single_results.json").chmod(0)
+    command = "import sys; from pdbench.cli import main; main(['report', sys.argv[1]])"
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    for name, path in (("folder", "folder"), ("file", "file/single_results.json")):
+        done = subprocess.run(
+            [*without, sys.executable, "-c", command, name],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert (
+            done.stderr
+            == f"pdbench: cannot read {path}: Permission denied; ask its owner for permission, or read it as they do\n"
+        )
+    (tmp_path / "folder").chmod(0o755)
