@@ -43,6 +43,12 @@ _POWER_FIELDS = {
 }
 _MORE_SCOPES = {"module_power_w": nv.NVML_POWER_SCOPE_MODULE, "memory_power_w": nv.NVML_POWER_SCOPE_MEMORY}
 _SUPERCHIP = re.compile(r"Grace|\bG[HB]\d{2,3}\b")
+_SETTINGS: dict[str, Callable[[Any], bool | float]] = {
+    "persistence": lambda handle: bool(nv.nvmlDeviceGetPersistenceMode(handle)),
+    "ecc": lambda handle: bool(nv.nvmlDeviceGetEccMode(handle)[0]),
+    "mig": lambda handle: bool(nv.nvmlDeviceGetMigMode(handle)[0]),
+    "max_sm_clock_mhz": lambda handle: float(nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_SM)),
+}
 _VALUE_MEMBERS = {
     nv.NVML_VALUE_TYPE_DOUBLE: "dVal",
     nv.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
@@ -182,7 +188,7 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
 
 
 class OpenGpu:
-    """One GPU, kept open to be read often; its methods raise GpuError. `mig`: the board is divided into slices.
+    """One GPU, kept open to be read often; its methods raise GpuError. `settings` are DeviceRecord's.
 
     `not_measured` names a superchip's power scopes that the driver does not give; a board of a GPU alone has no module.
     """
@@ -199,14 +205,20 @@ class OpenGpu:
                 raise LookupError(f"the driver sees {count} GPUs, none of index {index}")
             self._handle = nv.nvmlDeviceGetHandleByIndex(index)
             self.name = str(nv.nvmlDeviceGetName(self._handle))
-            self.mig = False
-            with suppress(nv.NVMLError):
-                self.mig = bool(nv.nvmlDeviceGetMigMode(self._handle)[0])
+            self.settings: dict[str, bool | float] = {}
+            for name, call in _SETTINGS.items():
+                with suppress(nv.NVMLError):
+                    self.settings[name] = call(self._handle)
             with suppress(nv.NVMLError):
                 self.default_power_limit_w = nv.nvmlDeviceGetPowerManagementDefaultLimit(self._handle) / 1000
             if not self.mig:
                 self._find_scopes()
             self.close = opened.pop_all().close
+
+    @property
+    def mig(self) -> bool:
+        """Is the board divided into slices?"""
+        return bool(self.settings.get("mig"))
 
     def _find_scopes(self) -> None:
         """Which further powers this board gives: instant where it can be."""

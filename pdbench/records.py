@@ -134,7 +134,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     `energy_ticks` holds the energy counter as (t_s, energy_j), each at the instant the counter moved.
     `not_measured` maps a field to the reason; `sampling` reports the achieved interval (p50_ms, p99_ms, largest_gap_ms,
     missed_ticks, stale_repeats); `statistics` maps a field to its avg, min and max over all samples, idle and warm-up
-    included (a run's summary has means over the measured windows).
+    included (a run's summary has means over the measured windows). `settings` of a GPU: persistence, ecc, mig (on or off), max_sm_clock_mhz.
     """
 
     id: str
@@ -151,6 +151,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     statistics: dict[str, dict[str, float | None]] = {}
     idle_power_w: dict[str, float | None] = {}
     default_power_limit_w: float | None = None
+    settings: dict[str, bool | float] = {}
 
 
 class PrefixCacheCounts(msgspec.Struct, frozen=True):

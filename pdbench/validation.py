@@ -85,6 +85,7 @@ def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
         read["fine_power"] = [power_w for _, power_w in device.fine_power]
         read["energy_ticks"] = [energy_j for _, energy_j in device.energy_ticks]
         read["idle_power_w"] = [*device.idle_power_w.values()]
+        read["settings"] = [*device.settings.values()]
         for name, values in read.items():
             least, most, what = _LIMITS.get(name, _READING)
             for value in values:
@@ -135,6 +136,9 @@ def _check_config(run: "Run", path: Path) -> None:
     inputs, gpus = run.config.get("inputs") or [], run.host.get("gpus") or []
     if not (isinstance(inputs, list) and all(isinstance(line, str) for line in inputs)):
         raise _wrong(path, "config.inputs", "it is no list of sentences")
+    held = run.config.get("clocks_held") or []
+    if not (isinstance(held, list) and all(isinstance(lock, dict) for lock in held)):
+        raise _wrong(path, "config.clocks_held", "it is no list of clocks")
     if not (isinstance(gpus, list) and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)):
         raise _wrong(path, "host.gpus", "it is no list of GPUs with names")
 

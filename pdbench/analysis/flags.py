@@ -19,6 +19,7 @@ SHORT_S = 30.0
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
+CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
 RESIDUAL_LIMIT_PCT = 3.0
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
@@ -44,9 +45,14 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
     if failed := failures.describe([request for request in run.requests if not request.warmup]):
         flags.insert(0, Flag("requests-failed", failed))
     flags.sort(key=lambda flag: flag.name != "server-died")  # what explains the others comes first
-    return flags + [
-        flag for meter in meters for flag in device_flags(meter, windows) if (flag.name, meter.device.id) not in present
-    ]
+    held = [lock for lock in run.config.get("clocks_held") or () if lock.get("requested_clock_mhz") is not None]
+    ours = {(lock.get("role"), lock.get("index")) for lock in held}
+    for meter in meters:
+        found = [*device_flags(meter, windows)]
+        if (meter.device.role, meter.device.index) not in ours:
+            found += clocks_set(meter, windows)
+        flags += [flag for flag in found if (flag.name, meter.device.id) not in present]
+    return flags
 
 
 def cold_start(run: Run, timings: Timings) -> Iterator[Flag]:
@@ -105,9 +111,32 @@ def _speculates(server: ServerSeries) -> bool:
     return bool(accepted) and accepted[-1] > 0
 
 
+def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
+    """A GPU whose clocks somebody had set before the run: the driver says so in half of the samples, and it never ran at its highest."""
+    during, most_mhz = meter.samples_in(windows), meter.device.settings.get("max_sm_clock_mhz")
+    clocks_mhz = [sample.sm_clock_mhz for sample in during if sample.sm_clock_mhz is not None]
+    told = sum("clocks_setting" in (sample.throttle or ()) for sample in during)
+    if not clocks_mhz or not most_mhz or 100 * told < CLOCKS_SET_PCT * len(during):
+        return
+    if max(clocks_mhz) < most_mhz - CLOCK_STEP_MHZ:
+        yield Flag(
+            "clocks-set",
+            f"{meter.device.id}: its clocks were set before the run, it ran at {max(clocks_mhz):.0f} of {most_mhz:.0f} MHz at most: "
+            "`sudo nvidia-smi -rgc` and `-rac` free them; else compare only with runs that had the same",
+        )
+
+
 def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
-    """Counter and integral that differ by more than 3 %, a counter that jumped or stood still, short windows, throttling."""
+    """A device that was lost, counter and integral that differ by more than 3 %, a counter that jumped or stood still, short windows,
+    throttling."""
     device, energy = meter.device, meter.energy_in(windows)
+    if device.samples and (reason := device.not_measured.get("device")):
+        last_s = device.samples[-1].t_s
+        yield Flag(
+            "device-lost",
+            f"{device.id}: nothing could be read after {last_s:.0f} s of the run ({reason}): energy is not known from then on; "
+            "`dmesg` says more (NVRM, Xid), and a GPU that fell off the bus needs a reset",
+        )
     if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
         both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
         yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")

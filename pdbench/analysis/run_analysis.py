@@ -35,7 +35,7 @@ from pdbench.errors import UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
-SCHEMA = "pdbench-analysis/3"
+SCHEMA = "pdbench-analysis/4"
 FILE = "analysis.json"
 COUNTED_SHARE = 0.01
 METADATA = ("run_id", "name", "clock", "config", "host", "versions", "gate")
@@ -108,7 +108,8 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A device over the measured windows. `readings` maps a sampled field (power_w, sm_clock_mhz, ...) to its range there.
 
     `scopes` names what a GPU's figures are of ("gpu"), and has the superchip's other meters ("module", "memory") beside them.
-    `power_capped_pct` is the share of samples in which a power limit held the clock down, None where no reasons are given.
+    `power_capped_pct` is the share of samples in which a power limit held the clock down, None where no reasons are given. `settings`
+    are the record's.
     """
 
     name: str
@@ -119,6 +120,7 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     scopes: dict[str, PowerScope]
     readings: dict[str, Range]
     default_power_limit_w: float | None
+    settings: dict[str, bool | float]
     power_capped_pct: float | None
     sampling: dict[str, float | None]
     not_measured: dict[str, str]
@@ -332,6 +334,7 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
         scopes=meter.scopes_in(windows),
         readings=readings,
         default_power_limit_w=device.default_power_limit_w,
+        settings=device.settings,
         power_capped_pct=per(100.0 * capped, len(reasons)),
         sampling=device.sampling,
         not_measured=device.not_measured | still,

@@ -32,6 +32,7 @@ class Reader:
         self.id, self.kind, self.name, self.role, self.index = device_id, kind, name, role, index
         self.not_measured: dict[str, str] = {}
         self.default_power_limit_w: float | None = None
+        self.settings: dict[str, bool | float] = {}
 
     @property
     def lost(self) -> bool:
@@ -65,7 +66,7 @@ class GpuReader(Reader):
         super().__init__(f"gpu{index}", "gpu", gpu.name, role=role, index=index)
         self._gpu = gpu
         self.not_measured |= gpu.not_measured
-        self.default_power_limit_w = gpu.default_power_limit_w
+        self.default_power_limit_w, self.settings = gpu.default_power_limit_w, gpu.settings
         self._failures: Counter[str] = Counter()
         if gpu.mig:
             self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j", "fine_power"), _MIG)

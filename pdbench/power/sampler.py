@@ -339,7 +339,7 @@ class _Device:
         record = self.record(self.samples[samples])
         record.fine_power, record.energy_ticks = self.fine[fine], self.counter.edges[edges]
         record.not_measured = dict(self.reader.not_measured)
-        record.default_power_limit_w = self.reader.default_power_limit_w
+        record.default_power_limit_w, record.settings = self.reader.default_power_limit_w, dict(self.reader.settings)
         if figures:
             period_s = self.counter.period_s
             refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}

@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from pdbench import experiment
+from pdbench.analysis.compare import compare
+from pdbench.analysis.run_analysis import analyze, load_analysis
 from pdbench.config import LoadConfig, Options, PowerConfig
 from pdbench.errors import UserError
 from pdbench.http import offered_model
@@ -195,3 +197,61 @@ def test_password_in_the_url_is_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="OPENAI_API_KEY") as raised:
         offered_model("http://me:pass-word@127.0.0.1:9")
     assert "pass-word" not in str(raised.value)
+
+
+@pytest.fixture
+def slow_server(tmp_path: Path) -> Iterator[ScriptedServer]:
+    """Its loads take long enough for samples; a file `third` is there once the third answer begins."""
+    answer = stream(tokens(5), pause_s=0.1)
+
+    def respond(peer: Peer) -> bool:
+        if peer.method == "GET":
+            return models(peer)
+        if sum(each.method == "POST" and bool(each.json.get("stream")) for each in scripted.requests) == 3:
+            (tmp_path / "third").touch()
+        return answer(peer)
+
+    with ScriptedServer(respond) as scripted:
+        yield scripted
+
+
+TWO = ("--single-gpus", "0", "--single-gpus", "1")
+
+
+def test_gpus_that_somebody_set_differ_from_others_and_are_flagged(
+    nvml_library: Path, slow_server: ScriptedServer, tmp_path: Path
+) -> None:
+    settings = {"limit_w": "500", "locked_mhz": "1410", "ecc": "0", "persistence": "0"}
+    free, changed = (bench(nvml_library, slow_server, tmp_path, *TWO, **found) for found in ({}, settings))
+    assert isinstance(free, Run) and isinstance(changed, Run)
+    details = [[flag.detail for flag in analyze(run).flags if flag.name == "clocks-set"] for run in (free, changed)]
+    assert details[0] == [] and [detail[:4] for detail in details[1]] == ["gpu0", "gpu1"]
+    assert "it ran at 1410 of 1980 MHz at most" in details[1][0]
+    changed.config["load"]["nonce"] = free.config["load"]["nonce"]
+    assert {str(mismatch) for mismatch in compare(analyze(free), analyze(changed)).mismatches} == {
+        "GPUs as found, power limit: 700 W against 500 W",
+        "GPUs as found, persistence: on against off",
+        "GPUs as found, ecc: on against off",
+        "GPUs as found, highest clock in MHz: 1980 against 1410",
+    }
+    lock = {"requested_clock_mhz": 1410, "requested_power_cap_w": 500, "role": "server"}
+    changed.config["clocks_held"] = [lock | {"index": index} for index in (0, 1)]  # by pdbench itself
+    changed.flags = []
+    ours = analyze(changed)
+    assert not any(flag.name == "clocks-set" for flag in ours.flags)
+    assert {mismatch.what for mismatch in compare(analyze(free), ours).mismatches} == {
+        "GPUs as found, persistence",
+        "GPUs as found, ecc",
+    }
+
+
+def test_gpu_that_falls_off_the_bus_during_a_load_is_flagged(
+    nvml_library: Path, slow_server: ScriptedServer, tmp_path: Path
+) -> None:
+    run = bench(nvml_library, slow_server, tmp_path, *TWO, lost=f"1:{tmp_path / 'third'}")
+    assert isinstance(run, Run)
+    analysis = load_analysis(tmp_path / "bench_results")
+    [detail] = [flag.detail for flag in analysis.flags if flag.name == "device-lost"]
+    assert detail.startswith("gpu1: nothing could be read after") and "(GPU is lost)" in detail
+    assert analysis.summary.energy.total_j is None and analysis.summary.energy.not_measured == "gpu1: GPU is lost"
+    assert analysis.summary.devices["gpu0"].energy.energy_j

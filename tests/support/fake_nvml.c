@@ -11,6 +11,8 @@
  *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
  *   FAKE_NVML_CLOCK_POWER="A B C" (instead of a script: A + B x^2 + C / x watts at x times the highest clock)
  *   FAKE_NVML_STEP="T:S" (the wall clock, not the scripted monotonic one, is set ahead by S seconds at T; negative: back)
+ *   FAKE_NVML_LOST="GPU:FILE" (it is lost once there is such a file)
+ *   FAKE_NVML_PERSISTENCE=1  FAKE_NVML_ECC=1  FAKE_NVML_LOCKED_MHZ=1410 (by somebody, before)
  *   FAKE_NVML_REASONS=4 (clock event reasons)  FAKE_NVML_LIMIT_W=500 (of a default of 700)
  */
 #define _GNU_SOURCE
@@ -89,6 +91,7 @@ __attribute__((constructor)) static void load(void) {
     }
     if (!state->ready) {
         for (int i = 0; i < GPUS; i++) state->limit_mw[i] = (unsigned)(1000 * number("FAKE_NVML_LIMIT_W", 700));
+        for (int i = 0; i < GPUS; i++) state->locked_mhz[i] = (unsigned)number("FAKE_NVML_LOCKED_MHZ", 0);
         state->zero_us = steady_us();
         state->ready = 1;
     }
@@ -146,6 +149,8 @@ static int fails(int gpu, const char *function) {
     char copy[1024], name[64];
     snprintf(copy, sizeof copy, "%s", getenv("FAKE_NVML_FAIL") ? getenv("FAKE_NVML_FAIL") : "");
     spend(2);
+    const char *lost = getenv("FAKE_NVML_LOST"), *file = lost ? strchr(lost, ':') : 0;
+    if (file && atoi(lost) == gpu && !access(file + 1, F_OK)) return 15;
     for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest)) {
         int which, code;
         double from = -1;
@@ -250,6 +255,16 @@ EXPORT int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) {
     return 0;
 }
 EXPORT int nvmlDeviceGetMaxClockInfo(void *device, int kind, unsigned *mhz) { (void)device; *mhz = kind == 2 ? 3201 : 1980; return 0; }
+EXPORT int nvmlDeviceGetPersistenceMode(void *device, unsigned *mode) {
+    TRY("DeviceGetPersistenceMode");
+    *mode = (unsigned)number("FAKE_NVML_PERSISTENCE", 1);
+    return 0;
+}
+EXPORT int nvmlDeviceGetEccMode(void *device, unsigned *current, unsigned *pending) {
+    TRY("DeviceGetEccMode");
+    *current = (unsigned)number("FAKE_NVML_ECC", 1), *pending = 1;
+    return 0;
+}
 EXPORT int nvmlDeviceGetUtilizationRates(void *device, unsigned rates[2]) {
     TRY("DeviceGetUtilizationRates");
     rates[0] = (unsigned)(mean_w(GPU(device), last_tick(GPU(device), 0.2), 0.2) / 7);
