@@ -190,15 +190,11 @@ def date(text: Any) -> float | None:
     """Seconds since 2020 of an ISO date and time, without an offset taken as UTC; None for anything else."""
     if not isinstance(text, str):
         return None
-    # Azure writes seven decimals of a second; datetime takes six.
-    head, _, tail = text.strip().strip('"').replace(" UTC", "+00:00").partition(".")
-    zone = tail.lstrip("0123456789")
     try:
-        instant = datetime.fromisoformat(head + zone)
+        instant = datetime.fromisoformat(text.strip().strip('"').replace(" UTC", "+00:00"))
     except ValueError:
         return None
-    whole = instant - (_EPOCH if instant.tzinfo else _EPOCH.replace(tzinfo=None))
-    return whole.total_seconds() + float(f"0.{tail.removesuffix(zone) or 0}")
+    return (instant - (_EPOCH if instant.tzinfo else _EPOCH.replace(tzinfo=None))).total_seconds()
 
 
 def read_duration(option: str, text: str) -> float:
