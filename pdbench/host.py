@@ -131,7 +131,7 @@ class LocalHost:
     def log_lines(self, name: str) -> list[LogLine]:
         """What a server's log has said until now that is worth a flag, on this host's monotonic clock."""
         server = self._servers.get(name)
-        return server.lines() if server else []
+        return server.watch.lines() if server else []
 
     # Devices and event logs
 

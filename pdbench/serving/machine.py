@@ -1,6 +1,7 @@
 """What this machine has: vLLM, GPUs and the links between them, free ports; nothing here starts a server."""
 
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -81,7 +82,7 @@ def port_owner(host: str, port: int) -> str | None:
             probe.bind((host, port))
             return None
         except OSError as error:
-            if error.errno != 98:  # EADDRINUSE; anything else is the address's fault
+            if error.errno != errno.EADDRINUSE:  # the address's fault
                 return f"cannot listen on {host}: {error.strerror}"
     with contextlib.suppress(psutil.Error):
         for process in listeners(port):

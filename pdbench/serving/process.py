@@ -99,18 +99,14 @@ class ServerProcess(Child):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             environment = command.environment | dict(secrets or {})
-            self._watch = LogWatch(log)
+            self.watch = LogWatch(log)
             super().__init__(supervised(command.argv, GRACE_S), environment, output.fileno())
-
-    def lines(self) -> list[LogLine]:
-        """See LogWatch."""
-        return self._watch.lines()
 
     def state(self) -> ServerState:
         code = self.exit_code()
         if code is None and not self._healthy:
             self._healthy = get(self._url, "/health", timeout_s=2.0) is not None
-        dead = self._watch.look() or code is not None
+        dead = self.watch.look() or code is not None
         healthy = self._healthy and not dead
         log = "" if healthy or not self._log.exists() else self._log.read_text(errors="replace")
         return ServerState(
@@ -118,7 +114,7 @@ class ServerProcess(Child):
             age_s=time.monotonic() - self._started_s,
             healthy=healthy,
             exit_code=code,
-            engine_died=self._watch.engine_died,
+            engine_died=self.watch.engine_died,
             cause=cause_of_death(self._log, code) if dead else None,
             log_tail="\n".join(log.splitlines()[-_TAIL_LINES:]),
         )
