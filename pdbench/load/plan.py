@@ -134,7 +134,7 @@ def describe(config: LoadConfig) -> str:
         words.append(f"for {config.duration_s:g} s")
     else:
         words.append("to its end" if limit is None else f"{limit} requests")
-    if config.prompt_file:
+    if config.prompt_file and file_words:
         words.append("; ".join(file_words))
     return ", ".join([*words, f"after a warm-up of {warmup_size(config)}, nonce {config.nonce}"])
 

@@ -353,3 +353,8 @@ def test_prefill_phase_generates_one_token_and_decode_phase_needs_one_batch() ->
     ):
         with pytest.raises(UserError, match="one batch"):
             plan.check(mixed)
+
+
+def test_prompt_file_of_another_node_is_left_out_of_the_description() -> None:
+    words = plan.describe(LoadConfig(prompt_file="/only/on/another/node.jsonl", requests=8, nonce="n"))
+    assert words == "1 at a time, 8 requests, after a warm-up of 2, nonce n"
