@@ -31,7 +31,6 @@ from pdbench.serving.process import Secrets, ServerProcess, ServerState
 from pdbench.serving.vllm import Command, Setup
 
 _LOOPBACK = "127.0.0.1"
-_ALL_ADDRESSES = ("0.0.0.0", "::")
 
 
 class HostLostError(UserError):
@@ -91,7 +90,7 @@ class LocalHost:
             config = dataclasses.replace(config, gpu_memory_utilization=share)
             commands = [self.command(spec, config, gpus[spec.name], setup) for spec in specs]
             self._check_memory(commands, config)
-        if self.address is None or config.host not in _ALL_ADDRESSES:
+        if self.address is None or config.host not in vllm.ALL_ADDRESSES:
             return commands
         ports = [host_port(command.url)[1] for command in commands]
         urls = [f"http://{netloc(self.address, port)}" for port in ports]

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, Self, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import psutil
@@ -370,9 +369,13 @@ def proxy_log_folder(url: str) -> Path | None:
     return None
 
 
-def _same_address(first: str, second: str) -> bool:
-    address, other = (urlsplit(url).netloc.replace("localhost", "127.0.0.1") for url in (first, second))
-    return address == other
+def _same_address(listening: str, asked: str) -> bool:
+    """Does a server that listens there answer here? One that listens on all addresses does on each of this host's."""
+    server, client = split_url(listening), split_url(asked)
+    if server.host in vllm.ALL_ADDRESSES:
+        return server.port == client.port and machine.is_this_host(client.host)
+    hosts = {each.host.replace("localhost", "127.0.0.1") for each in (server, client)}
+    return server.port == client.port and len(hosts) == 1
 
 
 def _load(folder: Path) -> DeploymentInfo | None:

@@ -19,6 +19,7 @@ from pdbench.serving.plan import ServerSpec, shared_gpus
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-V2-Lite"
 BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
+ALL_ADDRESSES = ("0.0.0.0", "::")
 PROMPT_TOKENS_DETAILS_SINCE = (0, 7)
 REQUEST_METRICS_SINCE = (0, 26)
 PROMPT_LOG_SINCE = (0, 10, 2)

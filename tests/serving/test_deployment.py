@@ -57,6 +57,17 @@ def test_servers_and_proxy_answer_at_an_ipv6_address(config: ServeConfig) -> Non
         assert http.get(info.url, "/health") is not None
 
 
+def test_servers_that_listen_on_all_addresses_are_found_at_each(config: ServeConfig) -> None:
+    with closing(scripted().deployment("replicas", dataclasses.replace(config, host="0.0.0.0"))) as deployment:
+        info = deployment.start().info()
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            url = f"http://{host}:{config.proxy_port}"
+            found = deployments.find(Path(config.log_dir), url)
+            assert http.get(url, "/health") is not None and found is not None and found.servers == info.servers
+        assert deployments.find(Path(config.log_dir), f"http://203.0.113.1:{config.proxy_port}") is None
+        assert deployments.find(Path(config.log_dir), "http://127.0.0.1:1") is None
+
+
 def test_ctrl_c_ends_served_servers(config: ServeConfig, tmp_path: Path) -> None:
     code = (
         "import sys; from pdbench import cli, site; from tests.support.scripted_vllm import Scripted\n"
