@@ -111,6 +111,20 @@ class ServerSeries(msgspec.Struct, kw_only=True):
     lines: list[LogLine] = []
 
 
+class EngineFacts(msgspec.Struct, kw_only=True):
+    """An engine's limits as vLLM resolved them: from its log and /metrics; None where neither says."""
+
+    role: str
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    async_scheduling: bool | None = None
+    prefix_caching: bool | None = None
+    chunked_prefill: bool | None = None
+    graph_sizes: list[int] | None = None
+    kv_cache_tokens: int | None = None
+    block_size: int | None = None
+
+
 class PromptEvent(msgspec.Struct, kw_only=True, tag="prompt", tag_field="event"):
     """One prompt on one vLLM server ("prefill-0"), until its first token or its end (`error`) without one.
 

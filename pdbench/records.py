@@ -11,16 +11,12 @@ from typing import Any
 import msgspec
 
 from pdbench import files, validation
-from pdbench.answer_records import Canary as Canary
-from pdbench.answer_records import Gate as Gate
 from pdbench.errors import UserError
-from pdbench.events import Event, ServerSeries
+from pdbench.events import EngineFacts, Event, ServerSeries
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)
 Interval = tuple[float, float]
-
-
 SAME_BOOT_S = 1.0
 """The wall clock drifts against the monotonic one by less than this while a host is up."""
 
@@ -57,19 +53,34 @@ class RequestError(msgspec.Struct, frozen=True):
     message: str
 
 
+class Canary(msgspec.Struct, kw_only=True):
+    """A measured request whose greedy answer was compared with a reference's: "equal", "near-tie" (equal but for choices between tokens
+    that nearly tie), "undecided" (nobody says how likely tokens were), "wrong", or None, not judged.
+
+    `number` counts those of its trial. After `equal_tokens` came the first difference that counts; there the reference's token is
+    `gap_nats` more probable to it (None: unknown). `repeated`: the server may have had the prompt in a cache.
+    """
+
+    number: int
+    token_ids: list[int] = []
+    verdict: str | None = None
+    equal_tokens: int | None = None
+    gap_nats: float | None = None
+    repeated: bool = False
+
+
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request as the client saw it; durations are derived from these instants in `analysis`.
 
-    `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent.
-    `token_s` has one instant per token, those of one chunk share theirs; counted by "chunks", it has one per chunk, and
-    `output_tokens` the tokens (None: nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not
-    measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted:
-    "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed".
-    `first_tokens` came with the first chunk. `token_choice` is the choice of every token where there were several. `answer_index` is
-    the place in `token_s` of the first token that is no reasoning, None where none came; `unsent_tokens` of `output_tokens` are
-    reasoning that was not sent. `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; other
-    prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was odd about the counts or the stream. `prompt`
-    is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
+    `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent. `token_s` has one
+    instant per token, those of one chunk share theirs; counted by "chunks", it has one per chunk, and `output_tokens` the tokens (None:
+    nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not measured. `stamp` says which clock the
+    arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted: "token_ids", "logprobs", "usage" (on every chunk), "chunks"
+    (one per chunk with something in it) or "mixed". `first_tokens` came with the first chunk. `token_choice` is the choice of every token
+    where there were several. `answer_index` is the place in `token_s` of the first token that is no reasoning, None where none came;
+    `unsent_tokens` of `output_tokens` are reasoning that was not sent. `cached_prompt_tokens` is how many of `prompt_tokens` the server
+    says that it took from a cache; other prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was odd about
+    the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
     id: str
@@ -162,20 +173,6 @@ class PrefixCacheCounts(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
-class EngineFacts(msgspec.Struct, kw_only=True):
-    """An engine's limits as vLLM resolved them: from its log and /metrics; None where neither says."""
-
-    role: str
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int | None = None
-    async_scheduling: bool | None = None
-    prefix_caching: bool | None = None
-    chunked_prefill: bool | None = None
-    graph_sizes: list[int] | None = None
-    kv_cache_tokens: int | None = None
-    block_size: int | None = None
-
-
 class Trial(msgspec.Struct, kw_only=True):
     """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
 
@@ -199,6 +196,18 @@ class Flag(msgspec.Struct, frozen=True):
 
     name: str
     detail: str
+
+
+class Gate(msgspec.Struct, kw_only=True):
+    """The correctness gate: were outputs equal to the reference's, and did decode get all its KV? `canaries`: verdict -> how many."""
+
+    passed: bool
+    prompts: int
+    equal_outputs: int | None
+    prompt_tokens: int | None
+    external_kv_tokens: int | None
+    detail: str
+    canaries: dict[str, int] = {}
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -245,9 +254,10 @@ def save_run(run: Run, folder: Path) -> Path:
     """
     run.run_id = run.run_id or secrets.token_hex(4)
     run.revision += 1
-    roles = sorted({device.role or "host" for device in run.devices})
-    by_role = {role: [device for device in run.devices if (device.role or "host") == role] for role in roles}
-    contents = {_device_file(role): _encode_devices(role, of_role, run) for role, of_role in by_role.items()}
+    by_role: dict[str, list[DeviceRecord]] = {}
+    for device in sorted(run.devices, key=lambda device: device.role or "host"):
+        by_role.setdefault(files.check_name(device.role or "host", "the role of a device"), []).append(device)
+    contents = {f"{role}_gpu_data.json": _encode_devices(role, of_role, run) for role, of_role in by_role.items()}
     run.device_files = list(contents)
     name = f"{files.check_name(run.name, 'the name of the run')}_results.json"
     files.swap_in(folder, f"{run.run_id}-{run.revision}", (name, _encode(run)), contents)
@@ -327,10 +337,6 @@ def _results_file(folder: Path) -> Path:
     return paths[0]
 
 
-def _device_file(role: str) -> str:
-    return f"{files.check_name(role, 'the role of a device')}_gpu_data.json"
-
-
 def _encode_devices(role: str, devices: list[DeviceRecord], run: Run | None = None) -> bytes:
     content = _DeviceFile(role=role, devices=devices)
     if run:
@@ -351,10 +357,6 @@ def _encode(run: Run) -> bytes:
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
-class _Head(msgspec.Struct):
-    schema: Any = None
-
-
 def _read_run(path: Path) -> Run:
     """The run of a results file, unchecked. Raises UserError when pdbench did not write it."""
     saved = files.read_whole(path)
@@ -363,7 +365,7 @@ def _read_run(path: Path) -> Run:
         schema: Any = run.schema
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
-            schema = msgspec.json.decode(saved, type=_Head).schema
+            schema = msgspec.json.decode(saved, type=dict[str, Any]).get("schema")
         except msgspec.ValidationError:
             schema = None  # whole JSON, but no object
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

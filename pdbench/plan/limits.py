@@ -4,8 +4,9 @@ import itertools
 import re
 import shlex
 
+from pdbench.events import EngineFacts
 from pdbench.plan.engine import Limits, Role
-from pdbench.records import EngineFacts, Run
+from pdbench.records import Run
 
 ASYNC_SINCE = (0, 14)
 """vLLM from which asynchronous scheduling is the default."""

@@ -8,12 +8,12 @@ import pytest
 
 from pdbench.cli import app
 from pdbench.errors import UserError
-from pdbench.events import PromptEvent, ProxyEvent
+from pdbench.events import EngineFacts, PromptEvent, ProxyEvent
 from pdbench.plan.calibration import DAYS, another_speed, calibrate, calibrate_command
 from pdbench.plan.check import check
 from pdbench.plan.parts import Part, taken_s
 from pdbench.plan.steps import Stream
-from pdbench.records import Clock, EngineFacts, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
+from pdbench.records import Clock, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
 INGRESS = 0.006
