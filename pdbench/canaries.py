@@ -111,11 +111,8 @@ class Canaries:
     def judge(self, load: TrialLoad, requests: Sequence[RequestRecord], *, servers_live: bool = True) -> str | None:
         """Fill in the trial's canaries; what to say of them, None where none was judged. The servers must be idle again."""
         asked = self._asked.get(load.trial, [])
-        canaries = [
-            (each, each.canary)
-            for each in requests
-            if each.canary and not each.error and (each.text or each.canary.token_ids)
-        ]
+        answered = [each for each in requests if not each.error]
+        canaries = [(each, each.canary) for each in answered if each.canary and (each.text or each.canary.token_ids)]
         for record, canary in canaries:
             known = asked[canary.number]
             canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known.answer, canary.token_ids, record.text)
@@ -126,15 +123,12 @@ class Canaries:
             if canary.verdict == "wrong" and servers_live:
                 self._ask_again(load, known, record, canary)
             canary.token_ids = canary.token_ids[:TOKENS]
-        verdicts = [canary.verdict for _, canary in canaries]
-        if not verdicts:
+        if not (verdicts := [canary.verdict for _, canary in canaries]):
             return None
-        wrong, ties, undecided = (verdicts.count(verdict) for verdict in ("wrong", "near-tie", "undecided"))
-        words = (
-            f"canaries: {verdicts.count('equal')} of {len(verdicts)} answers under load equal those of {self.source}"
-        )
-        words += f", {ties} but for near ties" if ties else ""
-        return words + (f", {undecided} undecided" if undecided else "") + (f", {wrong} WRONG" if wrong else "")
+        count = Counter(verdicts)
+        words = f"canaries: {count['equal']} of {len(verdicts)} answers under load equal those of {self.source}"
+        others = (("near-tie", "but for near ties"), ("undecided", "undecided"), ("wrong", "WRONG"))
+        return words + "".join(f", {count[verdict]} {what}" for verdict, what in others if count[verdict])
 
     def report(self, run: Run, requests: Iterable[RequestRecord], events: Iterable[Event]) -> None:
         """Enter what was found in `run`: its gate and its flags."""
@@ -241,19 +235,16 @@ class Canaries:
             if not wrong:
                 continue
             record, canary = min(wrong, key=lambda each: each[0].sent_s or 0.0)
-            gap = (
-                "its token is none of the likeliest" if canary.gap_nats is None else f"{canary.gap_nats:.1f} nats apart"
-            )
+            gap_nats = canary.gap_nats
+            gap = "its token is none of the likeliest" if gap_nats is None else f"{gap_nats:.1f} nats apart"
             yield Flag(
                 "canary-failed",
                 f"trial {trial + 1}, {pair or self.info.url}: {len(wrong)} of {len(here)} answers under load are wrong, first that of "
                 f"request {record.id}, sent at {record.sent_s or 0.0:.2f} s: token {(canary.equal_tokens or 0) + 1} is not that of "
                 f"{self.source} ({gap})",
             )
-        for trial, group in itertools.groupby(
-            sorted(judged, key=lambda each: each[0].trial), lambda each: each[0].trial
-        ):
-            verdicts = [canary.verdict for _, canary in group]
+        for trial in sorted({record.trial for record, _ in judged}):
+            verdicts = [canary.verdict for record, canary in judged if record.trial == trial]
             undecided = verdicts.count("undecided") + verdicts.count("near-tie")
             if undecided >= FEWEST_UNDECIDED and undecided > MOST_UNDECIDED * len(verdicts):
                 yield Flag(
@@ -263,11 +254,11 @@ class Canaries:
                 )
 
     def _unvisited(self, judged: Sequence[tuple[RequestRecord, Canary]], pairs: dict[str, str]) -> Iterator[Flag]:
-        names = {
-            role: [server.name for server in self.info.servers if server.role == role] for role in ("prefill", "decode")
-        }
+        prefill, decode = (
+            [server.name for server in self.info.servers if server.role == role] for role in ("prefill", "decode")
+        )
         visited = {pairs[record.id] for record, _ in judged if record.id in pairs}
-        missing = {f"{p} -> {d}" for p, d in itertools.product(names["prefill"], names["decode"])} - visited
+        missing = {f"{p} -> {d}" for p, d in itertools.product(prefill, decode)} - visited
         if judged and missing and not self.info.config.get("disaggregate_above"):
             yield Flag("pair-unchecked", f"no answer under load was checked of {', '.join(sorted(missing))}")
 
@@ -355,11 +346,8 @@ def _check_greedy(config: LoadConfig) -> None:
 
 
 def _with_canaries(gate: Gate | None, canaries: Sequence[Canary], failed: Sequence[Flag]) -> Gate:
-    """The gate with what was found under load."""
-    if gate is None:
-        gate = Gate(
-            passed=True, prompts=0, equal_outputs=None, prompt_tokens=None, external_kv_tokens=None, detail=""
-        )  # fmt: skip
+    no_gate = Gate(passed=True, prompts=0, equal_outputs=None, prompt_tokens=None, external_kv_tokens=None, detail="")
+    gate = gate or no_gate
     found = Counter(canary.verdict for canary in canaries if canary.verdict)
     return msgspec.structs.replace(
         gate,

@@ -9,7 +9,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from pdbench.analysis.metrics import Array
 from pdbench.live.state import State, device_id
-from pdbench.records import DeviceRecord
 
 BOUNDS_S = tuple(float(f"{10 ** (step / 12):.3g}") for step in range(-48, 37))
 """Of every histogram: twelve a decade from 0.1 ms to 1,000 s, so that a quantile read off it is right within about 10 %."""
@@ -18,7 +17,6 @@ _HELP = {
     "time_between_tokens": "Gaps between the tokens of a stream.",
     "request_duration": "From sending a request to its end.",
 }
-_FAILURES = "Measured requests that failed, by class."
 
 
 class Metrics:
@@ -51,47 +49,43 @@ class Metrics:
         state = self._state
         if state is None:
             return
-        requests = CounterMetricFamily("pdbench_requests", "Measured requests that ended.", labels=["deployment"])
-        failures = CounterMetricFamily("pdbench_request_failures", _FAILURES, labels=["deployment", "kind"])
-        good = CounterMetricFamily("pdbench_requests_within_slo", "Requests within the SLO.", labels=["deployment"])
-        tokens = CounterMetricFamily("pdbench_output_tokens", "Tokens that arrived.", labels=["deployment"])
-        for name, count in self._requests.items():
-            requests.add_metric([name], count)
+        for metric, words, counted in (
+            ("requests", "Measured requests that ended.", self._requests),
+            ("requests_within_slo", "Requests within the SLO.", self._good),
+            ("output_tokens", "Tokens that arrived.", state.tokens),
+        ):
+            counts = CounterMetricFamily(f"pdbench_{metric}", words, labels=["deployment"])
+            for name, count in counted.items():
+                counts.add_metric([name], count)
+            yield counts
+        words = "Measured requests that failed, by class."
+        failures = CounterMetricFamily("pdbench_request_failures", words, labels=["deployment", "kind"])
         for name, kinds in state.failed.items():
             for kind, count in kinds.items():
                 failures.add_metric([name, kind], count)
-        for name, count in self._good.items():
-            good.add_metric([name], count)
-        for name, count in state.tokens.items():
-            tokens.add_metric([name], count)
-        yield from (requests, failures, good, tokens)
+        yield failures
         for figure, words in _HELP.items():
             family = HistogramMetricFamily(f"pdbench_{figure}_seconds", words, labels=["deployment"])
-            for (of, name), (counts, total_s) in self._histograms.items():
+            for (of, name), (in_bucket, total_s) in self._histograms.items():
                 if of == figure:
                     upper = [*(f"{bound:g}" for bound in BOUNDS_S), "+Inf"]
-                    family.add_metric([name], list(zip(upper, np.cumsum(counts).tolist(), strict=True)), total_s)
+                    family.add_metric([name], list(zip(upper, np.cumsum(in_bucket).tolist(), strict=True)), total_s)
             yield family
         in_flight = GaugeMetricFamily("pdbench_requests_in_flight", "Requests in flight now.", labels=["deployment"])
-        power = GaugeMetricFamily(
-            "pdbench_device_power_watts", "Power of a device now.", labels=["device", "kind", "role"]
-        )
-        energy = CounterMetricFamily(
-            "pdbench_device_energy_joules", "Energy of a device since the start.", labels=["device", "kind", "role"]
-        )
+        labels = ["device", "kind", "role"]
+        power = GaugeMetricFamily("pdbench_device_power_watts", "Power of a device now.", labels=labels)
+        words = "Energy of a device since the start."
+        energy = CounterMetricFamily("pdbench_device_energy_joules", words, labels=labels)
+        of_device = {name: [device_id(each), each.kind, each.role or ""] for name, each in state.devices.items()}
         for (figure, name), value in state.latest.items():
             if figure == "in_flight":
                 in_flight.add_metric([name], value)
             if figure == "power_w":
-                power.add_metric(_labels(state.devices[name]), value)
+                power.add_metric(of_device[name], value)
         for name, joules in state.energy_j.items():
-            energy.add_metric(_labels(state.devices[name]), joules)
+            energy.add_metric(of_device[name], joules)
         yield from (in_flight, power, energy)
 
     def page(self) -> tuple[bytes, str]:
         """The metrics, and their content type."""
         return generate_latest(self._registry), "text/plain; version=0.0.4; charset=utf-8"
-
-
-def _labels(device: DeviceRecord) -> list[str]:
-    return [device_id(device), device.kind, device.role or ""]

@@ -12,7 +12,6 @@ from pdbench.analysis.run_analysis import DeviceSummary, RunAnalysis
 from pdbench.report import text
 
 VERSION = "0.2.1"
-_ROLES = {"prefill": "prefill", "decode": "decode"}
 
 
 def report(analysis: RunAnalysis) -> dict[str, Any]:
@@ -76,6 +75,7 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
     for role in [*roles] or ["server"]:
         gpus = [device.name for device in devices if role in _roles_of(device) and device.kind == "gpu"]
         configured = serve.get(f"{role}_instances") or 1
+        parallel = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
         stack.append(
             {
                 "metadata": {"label": role, "cfg_id": _hash([role, serve])},
@@ -83,15 +83,13 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
                     "kind": "inference_engine",
                     "tool": engine or "unknown",
                     "tool_version": analysis.versions.get(engine) or "unknown",
-                    "role": _ROLES.get(role, "replica"),
+                    "role": role if role in ("prefill", "decode") else "replica",
                     "replicas": servers.count(role) or configured,
                     "model": {"name": text.model(analysis)},
                     "accelerator": {
                         "model": ", ".join(sorted(set(gpus))) or str(analysis.host.get("cpu") or "CPU"),
                         "count": len(gpus),
-                        "parallelism": {
-                            "tp": serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
-                        },
+                        "parallelism": {"tp": parallel},
                     },
                 },
                 "native": {"config": serve},
@@ -110,19 +108,16 @@ def _load(analysis: RunAnalysis) -> dict[str, Any]:
     prompts = spread(rising(analysis.requests.prompt_tokens))
     fixed = bool(load.get("input_tokens")) and load.get("input_distribution") == "fixed"
     length = {"distribution": "fixed" if fixed else "other", "value": prompts.mean if prompts else 0}
-    known = {"rate_qps": load.get("rate"), "concurrency": load.get("concurrency")}
-    return {
-        "metadata": {"cfg_id": _hash(load)},
-        "standardized": {
-            "tool": "pdbench",
-            "tool_version": analysis.versions.get("pdbench") or "unknown",
-            "parallelism": load.get("client_processes") or 1,
-            "source": "sampled" if load.get("prompt_file") else "unknown",
-            "input_seq_len": length,
-        }
-        | {name: value for name, value in known.items() if value},
-        "native": {"config": load},
+    standardized = {
+        "tool": "pdbench",
+        "tool_version": analysis.versions.get("pdbench") or "unknown",
+        "parallelism": load.get("client_processes") or 1,
+        "source": "sampled" if load.get("prompt_file") else "unknown",
+        "input_seq_len": length,
     }
+    known = {"rate_qps": load.get("rate"), "concurrency": load.get("concurrency")}
+    standardized |= {name: value for name, value in known.items() if value}
+    return {"metadata": {"cfg_id": _hash(load)}, "standardized": standardized, "native": {"config": load}}
 
 
 def _power(name: str, device: DeviceSummary) -> dict[str, Any]:
