@@ -99,15 +99,15 @@ def _point(options: Options, texts: Mapping[str, str], option: str = "--vary") -
 @functools.cache
 def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     """(section, value) of an option; the command line's own parser reads the text and checks its range, which takes a tenth of a second."""
-    section = next((name for name in _SECTIONS if hasattr(getattr(_DEFAULTS, name), key)), None)
-    if section is None:
+    sections = [field.name for field in dataclasses.fields(Options) if hasattr(getattr(_DEFAULTS, field.name), key)]
+    if not sections:
         raise UserError(f"{option} {key}: no such option; `pdbench run --help` lists them all")
+    section = sections[0]
     default = getattr(getattr(_DEFAULTS, section), key)
     if text.lower() == "none" and default is None:
         return section, None
-    arguments = [
-        f"--{key.replace('_', '-')}={part}" for part in (text.split("+") if isinstance(default, tuple) else [text])
-    ]
+    parts = text.split("+") if isinstance(default, tuple) else [text]
+    arguments = [f"--{key.replace('_', '-')}={part}" for part in parts]
     try:
         parsed = _parser(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
@@ -115,7 +115,6 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     return section, getattr(getattr(parsed, section), key)
 
 
-_SECTIONS = tuple(section.name for section in dataclasses.fields(Options))
 _DEFAULTS = Options()
 _parser = cyclopts.App()
 
@@ -208,21 +207,16 @@ def _done(part: str) -> str:
 def saved(out: Path) -> str:
     """What a sweep that was interrupted leaves in `out`, for its last line; empty when that is nothing."""
     done = len([*out.glob("*/point*.json")])
-    return (
-        f"{done} {'point is' if done == 1 else 'points are'} saved in {out}, the same command resumes the sweep"
-        if done
-        else ""
-    )
+    words = "point is" if done == 1 else "points are"
+    return f"{done} {words} saved in {out}, the same command resumes the sweep" if done else ""
 
 
 def _nonce(points: Sequence[Point], out: Path) -> str:
     """The nonce of the sweep in `out`: the given one, else that with which it began."""
-    saved = None
-    try:
-        saved = str(json.loads((out / _SWEEP).read_bytes())["nonce"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return str(next((n for point in points if (n := point.options.load.nonce)), saved) or secrets.token_hex(4))
+    given = [point.options.load.nonce for point in points if point.options.load.nonce]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        given.append(str(json.loads((out / _SWEEP).read_bytes())["nonce"]))
+    return str(next(filter(None, given), secrets.token_hex(4)))
 
 
 def _set_nonce(options: Options, nonce: str) -> Options:

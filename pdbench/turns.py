@@ -1,7 +1,7 @@
 """How deployments take turns: in pairs, each turn on servers of its own, or on servers that stay up."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,10 +119,8 @@ class Servers:
 
     def are_up(self, serve: Mapping[DeploymentKind, ServeConfig]) -> bool:
         """Do these deployments run, as they are to be served, with every server alive?"""
-        running = (self._running.get(kind) for kind in serve)
-        return all(
-            up and up[0] == config and not up[1].death() for up, config in zip(running, serve.values(), strict=True)
-        )
+        running = ((self._running.get(kind), config) for kind, config in serve.items())
+        return all(up and up[0] == config and not up[1].death() for up, config in running)
 
     def take(
         self, kind: DeploymentKind, serve: Mapping[DeploymentKind, ServeConfig], design: PairConfig
@@ -132,7 +130,8 @@ class Servers:
         if not ((self.stay or design.resident or design.join_starts) and self.are_up(wanted)):
             self.close()
             deployments = {each: self._site.deployment(each, config) for each, config in wanted.items()}
-            if _without_gpus(deployments.values()):
+            commands = [command for each in deployments.values() for command in each.commands.values() or [None]]
+            if all(command is not None and not command.gpus for command in commands):  # on this host, all planned
                 # They use the same cores, which one start after the other leaves idle; on GPUs each measures what memory is left.
                 for deployment in deployments.values():
                     self._up.enter_context(closing(deployment)).begin()
@@ -154,23 +153,15 @@ class Servers:
         self._up.close()
 
 
-def _without_gpus(deployments: Iterable[Deployment]) -> bool:
-    """On this host and all planned, so that their GPUs are known."""
-    commands = [command for deployment in deployments for command in deployment.commands.values() or [None]]
-    return all(command is not None and not command.gpus for command in commands)
-
-
 def side_by_side(kinds: Sequence[DeploymentKind], serve: ServeConfig) -> dict[DeploymentKind, ServeConfig]:
     """Deployments that run at the same time: ports and logs of their own, an equal share of the GPUs' memory."""
+    ports = ("single_port", "prefill_port", "decode_port", "proxy_port", "kv_port")
     return {
         kind: replace(
             serve,
             log_dir=f"{serve.log_dir}/{kind}",
             gpu_memory_utilization=serve.gpu_memory_utilization / len(kinds),
-            **{
-                name: getattr(serve, name) + PORTS_APART * place
-                for name in ("single_port", "prefill_port", "decode_port", "proxy_port", "kv_port")
-            },
+            **{name: getattr(serve, name) + PORTS_APART * place for name in ports},
         )
         for place, kind in enumerate(kinds)
     }
@@ -219,10 +210,6 @@ def announce(
     start_s = START_S[on_gpu] * sum(waves.get(kind, 1) for kind in kinds) / len(kinds)
     seconds = (len(kinds) if design.resident else starts) * start_s + left * (turn_s + TURN_S)
     return f"{text}: about {span(round(seconds))}"
-
-
-def _last_s(run: Run) -> float:
-    return max((trial.end_s for trial in run.trials), default=0.0)
 
 
 def saved_load(run: Run) -> LoadConfig:
@@ -274,8 +261,10 @@ def saved_runs(
         runs[kind] = run
     if len({run.clock for run in runs.values()}) > 1:
         raise UserError("--resume: the runs there are of different commands: give another --out")
-    if any((now := run.clock.resumed()) != run.clock and _last_s(run) > now.now() for run in runs.values()):
-        raise UserError(
-            "--resume: this host's clock was set back since, and new turns would lie among those that are saved: set it, or give another --out"
-        )
+    for run in runs.values():
+        last_s = max((trial.end_s for trial in run.trials), default=0.0)
+        if (now := run.clock.resumed()) != run.clock and last_s > now.now():
+            raise UserError(
+                "--resume: this host's clock was set back since, and new turns would lie among those that are saved: set it, or give another --out"
+            )
     return runs

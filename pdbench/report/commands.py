@@ -32,10 +32,7 @@ DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
 
 
 def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAnalysis]:
-    """Analyze, show and draw runs that were just measured and saved into their folders; compare them in `out`.
-
-    Summary and flags go into each run's results; its analysis and its picture lie beside them.
-    """
+    """Analyze, show and draw runs that were just measured and saved into their folders; compare them in `out`."""
     analyses = {folder: keep(run, folder) for folder, run in runs.items()}
     present(analyses, out, console)
     return [*analyses.values()]
@@ -129,9 +126,8 @@ def compare_folders(
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
     if a.run_id is not None and a.run_id == b.run_id:
-        raise UserError(
-            f"{paths[0]} and {paths[1]} hold the same run, which differs from itself in nothing: name two runs"
-        )
+        same = f"{paths[0]} and {paths[1]} hold the same run"
+        raise UserError(f"{same}, which differs from itself in nothing: name two runs")
     names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
     if names[0] == names[1]:
         names = f"{names[0]} A", f"{names[0]} B"
@@ -246,9 +242,8 @@ def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables
     for compared in found:
         parts += [f"**{answer.headline(compared, runs)}**", tables.markdown(tables.comparison(compared))]
         parts.append("\n".join(f"- **{_('differs: ').strip()}** {_(str(each))}" for each in compared.mismatches))
-    parts += map(
-        tables.markdown, [side_by_side, *tables.first_tokens(runs), *servers.table(runs), *tables.energy(runs)]
-    )
+    shown = [side_by_side, *tables.first_tokens(runs), *servers.table(runs), *tables.energy(runs)]
+    parts += map(tables.markdown, shown)
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
