@@ -5,7 +5,6 @@ import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import msgspec
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.energy import RoleEnergy
-from pdbench.analysis.metrics import PHASES, Spread
+from pdbench.analysis.metrics import METRICS, PHASES, Spread
 from pdbench.analysis.run_analysis import Range, RunAnalysis
 from pdbench.errors import UserError
 from pdbench.report import answer, text
@@ -241,8 +240,9 @@ def side_by_side(runs: text.Runs, sort_by: str | None = None) -> Table:
         raise UserError(f"--sort-by {sort_by}: choose from {', '.join(SIDE_BY_SIDE)}", exit_code=2)
     ordered = list(runs.items())
     if sort_by is not None:
-        sign = 1 if sort_by.endswith("_ms") or sort_by == "j_per_output_token" else -1
-        ordered.sort(key=lambda item: sign * (text.value(item[1], sort_by) or sign * inf))
+        sign = 1 if METRICS[sort_by].lower_is_better else -1
+        known = {name: text.value(run, sort_by) for name, run in ordered}
+        ordered.sort(key=lambda item: (known[item[0]] is None, sign * (known[item[0]] or 0.0)))
     rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in ordered]
     header = [_("run"), _("model"), *map(text.label, SIDE_BY_SIDE)]
     merged = [f"{name}: {text.number(share)} %" for name, run in ordered if (share := _merged_pct(run)) is not None]

@@ -68,6 +68,16 @@ def test_models_side_by_side_are_sorted_by_the_metric():
         tables.side_by_side(runs, "speed")
 
 
+def test_zero_is_sorted_as_the_best_and_what_is_unknown_last():
+    zero, unknown = build_run(trials=1, requests=4), build_run(trials=1, requests=4, failed=4)
+    for request in zero.requests:
+        request.token_s[1:] = request.token_s[:1] * (len(request.token_s) - 1)
+        request.token_s[-1] += 0.001
+    runs = {"unknown": analyze(unknown), "some": analyze(build_run(trials=1, requests=4)), "zero": analyze(zero)}
+    assert text.value(runs["zero"], "tbt_p50_ms") == 0 and text.value(runs["unknown"], "tbt_p50_ms") is None
+    assert [row[0] for row in tables.side_by_side(runs, "tbt_p50_ms").rows] == ["zero", "some", "unknown"]
+
+
 def test_merged_tokens_are_shown_where_they_are_many():
     run = build_run(trials=1, requests=4)
     assert "Gaps of 0 ms" not in str(tables.run_summary(analyze(run))[0].rows)
