@@ -133,3 +133,11 @@ def test_every_translation_takes_the_same_values():
     entries = json.loads(Path(text.__file__).with_name("zh.json").read_text(encoding="utf-8"))
     for english, chinese in [*entries["texts"].items(), *entries["saved"].items()]:
         assert chinese and set(re.findall(r"{\d}", english)) >= set(re.findall(r"{\d}", chinese)), english
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_headline_of_runs_on_one_gpu_each_says_so(lang):
+    runs = {name: analyze(build_run("single", seed=seed)) for seed, name in enumerate(("a", "b"))}
+    with text.language(lang):
+        line = answer.headline(compare(*runs.values(), names=("a", "b")), runs)
+    assert ("b against a, 1 GPU each" if lang == "en" else "各用 1 个 GPU") in line
