@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from heapq import heapify, heappop
+from operator import itemgetter
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from pdbench.analysis.arrivals import BoolArray
 from pdbench.plan.engine import Engine, Role
 
 Sequence = tuple[int, int, int, int]
-"""(order of admission, request, base, end): its context in step k is base + k tokens, its last token is computed in step end - 1."""
+"""(end, order of admission, request, base): its last token is computed in step end - 1, its context in step k is base + k tokens."""
 
 LAST, ONLY, PAUSES = range(3)
 """A token that is handed out: a request's last one, its first and last one here, its last one before a preemption."""
@@ -80,17 +80,16 @@ class Batch:
     """An engine's sequences before step `k`. Its subclass has their time."""
 
     __slots__ = (
-        "base", "blocked", "costed", "ending", "ends", "handouts", "k", "lag", "n", "order", "partial", "preemptions", "reserved",
-        "resumed", "rising", "waiting",
+        "base", "blocked", "costed", "ending", "handouts", "k", "lag", "order", "partial", "preemptions", "reserved", "resumed", "running",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, costed: Costed) -> None:
         self.costed = costed
         self.lag = 2 if costed.engine.limits.async_scheduling else 1  # boundaries until a step's tokens are handed out
         self.k = self.order = 0
-        self.n = self.base = 0  # decoding sequences, and the sum of their bases
-        self.ends: dict[int, list[Sequence]] = {}  # these sequences by `end`
-        self.rising: list[int] = []  # a heap of the ends
+        self.running: list[Sequence] = []  # those that decode, in order
+        self.base = 0  # the sum of their bases
         self.ending: dict[int, Sequence] = {}  # by request: all is computed, the last token not yet handed out
         # A prompt that is computed in part: request, tokens computed, of how many.
         self.partial: tuple[int, int, int] | None = None
@@ -102,22 +101,14 @@ class Batch:
         # Tokens to hand out, first tokens aside that others follow: boundary, request, what the token is.
         self.handouts: list[tuple[int, int, int]] = []
 
-    def _leave(self) -> list[Sequence]:
-        """The decoding sequences that end next are none any more."""
-        leaving = self.ends.pop(heappop(self.rising))
-        self.n -= len(leaving)
-        for sequence in leaving:
-            self.base -= sequence[2]
-        return leaving
-
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.costed.engine.limits.block_size)
 
     def _free(self, steps: int) -> float:
         """KV blocks that are free once every decoding sequence has computed `steps` tokens more."""
         before = self.k - 1 + steps
-        held = [sequence[2] + before for sequences in self.ends.values() for sequence in sequences]
-        held += [base + end - 1 for _, _, base, end in self.ending.values()]
+        held = [base + before for _, _, _, base in self.running]
+        held += [base + end - 1 for end, _, _, base in self.ending.values()]
         if self.partial:
             held.append(self.partial[1])
         return self.costed.blocks - sum(map(self._blocks, held))
@@ -142,12 +133,10 @@ class Batch:
     def _preempt(self) -> None:
         """The next step needs more blocks than there are: the sequences that came last lose theirs, as long as an earlier one needs one."""
         k = self.k
-        queue = sorted(
-            [*self.ending.values(), *(sequence for sequences in self.ends.values() for sequence in sequences)]
-        )
+        queue = sorted([*self.ending.values(), *self.running], key=itemgetter(1))
         free = self._free(0)
         while queue:
-            _, request, base, _ = queue[0]
+            _, _, request, base = queue[0]
             needed = request not in self.ending and self._blocks(base + k) > self._blocks(base + k - 1)
             while needed and free <= 0 and queue:
                 if self.partial:
@@ -155,16 +144,11 @@ class Batch:
                     self._put_back(self.partial[0])
                     continue
                 victim = queue.pop()
-                _, request, base, end = victim
+                end, _, request, base = victim
                 free += self._blocks(base + min(k, end) - 1)
                 if self.ending.pop(request, None):
                     continue
-                self.ends[end].remove(victim)
-                if not self.ends[end]:
-                    del self.ends[end]
-                    self.rising.remove(end)
-                    heapify(self.rising)
-                self.n -= 1
+                self.running.remove(victim)
                 self.base -= base
                 self.resumed[request] = base + k - self.costed.sizes[request]
                 self.handouts.append((k - 1 + self.lag, request, PAUSES))

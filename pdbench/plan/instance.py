@@ -5,7 +5,7 @@ The rules are those of vLLM's scheduler; tests/plan compares every token with a 
 """
 
 import math
-from heapq import heappush
+from bisect import insort
 
 from pdbench.plan.batch import LAST, ONLY, PAUSES, Batch, Costed, Tokens
 from pdbench.plan.engine import InstanceUse
@@ -48,7 +48,7 @@ class Instance(Batch):
         self.waiting.append(request)
         if self.blocked or len(self.waiting) > 1:
             return False  # the next wake is the one that may schedule it
-        if not (self.n or self.handouts or self.opening or self.partial):
+        if not (self.running or self.handouts or self.opening or self.partial):
             if now_s > self.s:
                 self.s = now_s
             self.wake_s = self.s
@@ -68,11 +68,12 @@ class Instance(Batch):
         if lag == 1 and self.opening:
             self._open(self.s)
         ended = self._advance() if self.steps else []
-        k, handouts, rising, costed = self.k, self.handouts, self.rising, self.costed
-        while rising and rising[0] == k:
-            for sequence in self._leave():
-                self.ending[sequence[1]] = sequence
-                handouts.append((k - 1 + lag, sequence[1], LAST))
+        k, handouts, running, costed = self.k, self.handouts, self.running, self.costed
+        while running and running[0][0] == k:
+            sequence = running.pop(0)
+            self.base -= sequence[3]
+            self.ending[sequence[2]] = sequence
+            handouts.append((k - 1 + lag, sequence[2], LAST))
         while handouts and handouts[0][0] <= k:
             _, request, token = handouts.pop(0)
             if token == ONLY and costed.role != "prefill":
@@ -93,14 +94,14 @@ class Instance(Batch):
         waits = self.partial or (self.waiting and not self.blocked)
         if (waits and self.k > k) or (handouts and handouts[0][0] == self.k):
             self.steps, self.wake_s = 0, self.s
-        elif self.n or handouts or self.opening:
+        elif running or handouts or self.opening:
             limit = 1 if waits else 1 << 60
             extend = False
             if handouts and handouts[0][0] - self.k < limit:
                 limit = handouts[0][0] - self.k
-            if self.n:
-                if rising[0] - self.k <= limit:
-                    limit = rising[0] - self.k
+            if running:
+                if running[0][0] - self.k <= limit:
+                    limit = running[0][0] - self.k
                     extend = lag == 2 and not (tight or waits or handouts)
                 if tight:
                     limit = self._steps_that_fit(limit)
@@ -114,10 +115,11 @@ class Instance(Batch):
     def _plan(self, limit: int, until_s: float, *, extend: bool) -> None:
         """Plan decode steps from here until `until_s`, at most `limit`; `extend`: and the step without the sequences that end with
         these. The context's growth is in the gaps' mean only."""
-        s, d, n, weight, costed = self.s, self.d, self.n, self.weight, self.costed
-        gaps: list[float] = []
+        s, d, n, weight, costed = self.s, self.d, len(self.running), self.weight, self.costed
+        gaps = self.gaps
+        gaps.clear()
         if not n and not weight:  # nothing but last tokens to wait for
-            self.steps, self.extended, self.gaps = limit, False, gaps
+            self.steps, self.extended = limit, False
             self.next_s = self.first_s = self.wake_s = d if d > s else s
             self.next_d = d
             return
@@ -177,13 +179,14 @@ class Instance(Batch):
         if extend:
             self.before_s, self.before_d = s, d
             host = gpu = 0.0
-            leaving = self.ends[self.k + limit]
-            if n > len(leaving):
-                rest, base = n - len(leaving), self.base
-                for sequence in leaving:
-                    base -= sequence[2]
-                host = costed.host_s[rest]
-                gpu = costed.gpu_s[rest] + per_context_s * (base + rest * (self.k + limit))
+            end, rest, base = self.k + limit, n, self.base
+            for sequence in self.running:
+                if sequence[0] > end:
+                    host = costed.host_s[rest]
+                    gpu = costed.gpu_s[rest] + per_context_s * (base + rest * end)
+                    break
+                rest -= 1
+                base -= sequence[3]
             launched = s + host
             after = launched if launched > d else d
             done = d + gpu if d > s else s + gpu
@@ -192,13 +195,14 @@ class Instance(Batch):
                 first_s = after
             s, d = after, (done if done > launched else launched)
             steps += 1
-        self.steps, self.extended, self.gaps, self.first_s = steps, extend, gaps, first_s
+        self.steps, self.extended, self.first_s = steps, extend, first_s
         self.next_s = self.wake_s = s
         self.next_d = d
 
     def _advance(self) -> list[int]:
         """Do the planned steps; the requests that end with them."""
-        n, steps, tokens, next_s, next_d = self.n, self.steps, self.tokens, self.next_s, self.next_d
+        running, steps, tokens, next_s, next_d = self.running, self.steps, self.tokens, self.next_s, self.next_d
+        n = len(running)
         tokens.gaps += self.gaps
         if self.opening and self.lag == 2:
             self._open(self.first_s)
@@ -218,10 +222,13 @@ class Instance(Batch):
         self.extended = False
         last_s = next_s + self.costs.egress_s
         ended = []
-        for _, request, _, _ in self._leave():
+        k = running[0][0]
+        while running and running[0][0] == k:
+            _, _, request, base = running.pop(0)
+            self.base -= base
             ended.append(request)
             tokens.last_s[request] = last_s
-        self.weight = self.n
+        self.weight = len(running)
         self.output_tokens -= len(ended)  # none in the last step
         self.sequence_s -= len(ended) * (next_d - self.before_d)
         return ended
@@ -234,52 +241,63 @@ class Instance(Batch):
 
     def _schedule(self) -> None:
         """One step with as many prompt tokens and joining sequences as there is room for; no step if there is room for none."""
-        k, n, costed, costs, waiting = self.k, self.n, self.costed, self.costs, self.waiting
-        room, block = costed.budget - n, costed.block
-        prompt_tokens = prompts = joining = taken = 0
+        k, running, costed, costs, waiting = self.k, self.running, self.costed, self.costs, self.waiting
+        n, opening = len(running), list[int]()
+        room, before = costed.budget - n, self.order
+        prompt_tokens = prompts = joining = 0
         context = self.base + n * k
-        complete: list[tuple[int, int]] = []
         while room > 0 and (self.partial or waiting):
             if self.partial:
                 request, computed, size = self.partial
                 needed = self._blocks(min(size, computed + room)) - self._blocks(computed)
-                if self.reserved > costed.blocks and needed > self._free(1) - taken:
+                if self.reserved > costed.blocks and needed > self._free(1):
                     self._put_back(request)
                     break
                 self.partial = None
+                count = size - computed
             else:
                 request = waiting[0]
-                size, computed, again = costed.sizes[request], costed.cached[request], False
-                if self.resumed and request in self.resumed:
-                    size, computed, again = size + self.resumed[request], 0, True
-                if n + len(self.ending) + len(complete) >= costed.most:
+                again = self.resumed.get(request) if self.resumed else None
+                size = costed.sizes[request] + (again or 0)
+                if len(running) + len(self.ending) >= costed.most:
                     self.blocked = True
                     break
                 reserved = self.reserved + costed.most_blocks[request]
-                if reserved > costed.blocks and self._blocks(size) > self._free(1) - taken:
+                if reserved > costed.blocks and self._blocks(size) > self._free(1):
                     self.blocked = True
                     break
                 self.reserved = reserved
                 waiting.pop(0)
-                if not again:
+                computed = 0
+                if again is None:
                     costed.scheduled_s[request] = self.s
-                if costed.joins and not again:
+                    computed = costed.cached[request]
+                count = size - computed
+                if costed.joins and again is None:
                     joining += 1
                     context += size
-                    complete.append((request, size))
-                    taken += -(-size // block)
+                    count = 0
                     room -= 1
-                    continue
-            count = size - computed
-            if count > room:
-                count = room
-                self.partial = request, computed + count, size
-            else:
-                complete.append((request, size))
-                taken += -(-size // block)
-            room -= count
-            prompts += 1
-            prompt_tokens += count
+            if count:
+                prompts += 1
+                if count > room:
+                    prompt_tokens += room
+                    self.partial = request, computed + room, size
+                    break
+                prompt_tokens += count
+                room -= count
+            self.order += 1
+            end = k + costed.outputs[request]
+            if self.resumed:
+                end -= self.resumed.get(request, 0)
+            sequence = (end, self.order, request, size - k)
+            if end == k + 1:
+                self.ending[request] = sequence
+                self.handouts.append((k + self.lag, request, ONLY))
+                continue
+            opening.append(request)
+            insort(running, sequence)
+            self.base += size - k
         if not prompt_tokens and not joining:
             return
         host, gpu = costs.host_decode_s, costed.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
@@ -301,8 +319,9 @@ class Instance(Batch):
             self.tokens.gaps += (after - s, weight)
         if self.opening:
             self._open(after)
+        self.opening = opening
         self.s, self.d, self.weight, self.k = after, done, n, k + 1
-        self.output_tokens += n + len(complete)
+        self.output_tokens += n + self.order - before
         if prompt_tokens:
             self.prompt_tokens += prompt_tokens
             self.prefill_s += done - begins
@@ -312,24 +331,6 @@ class Instance(Batch):
         if prompt_tokens > costed.most_prompt or sequences > costed.most_sequences or context > costed.most_context:
             self._note_box(done - begins, sequences, prompt_tokens, context, 0)
         self.sequence_s += sequences * (done - begins)
-        for request, size in complete:
-            self.order += 1
-            end = k + costed.outputs[request]
-            if self.resumed:
-                end -= self.resumed.get(request, 0)
-            sequence = (self.order, request, size - k, end)
-            if end == k + 1:
-                self.ending[request] = sequence
-                self.handouts.append((k + self.lag, request, ONLY))
-                continue
-            self.opening.append(request)
-            if end in self.ends:
-                self.ends[end].append(sequence)
-            else:
-                self.ends[end] = [sequence]
-                heappush(self.rising, end)
-            self.n += 1
-            self.base += size - k
 
     def _note_box(self, took_s: float, sequences: int, prompt_tokens: int, context: int, growth: int) -> None:
         """Time in steps beyond the calibrated box; the context grew from `context` by `growth`."""
