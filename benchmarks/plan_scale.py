@@ -83,7 +83,10 @@ class Study:
         deployment: Deployment = deployment_of(self.calibration, option.wanted)
         if draw is not None:
             engines = {
-                role: drawn(role_of(self.calibration, role), np.random.default_rng(draw)) for role in deployment.engines
+                role: drawn(
+                    role_of(self.calibration, role), np.random.default_rng(draw), np.random.default_rng(draw).uniform()
+                )
+                for role in deployment.engines
             }
             deployment = msgspec.structs.replace(deployment, engines=engines)
         result = simulate(deployment, demand, draw or 0)

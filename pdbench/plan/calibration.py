@@ -14,6 +14,7 @@ from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Kind, Limits, Role
+from pdbench.plan.handoff import between, proxy_s
 from pdbench.plan.limits import limits_of
 from pdbench.plan.parts import Part, parts_of, taken_s, visits_of, why_no_parts
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
@@ -73,9 +74,9 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
             missing.append(f"{role}: {error}")
     if not roles:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
-    between = _between(by_role)
-    missing += _missing(roles, between, [*runs.values()])
-    return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **between)
+    known = between(by_role, roles["decode"].engine if "decode" in roles else None)
+    missing += _missing(roles, known, [*runs.values()])
+    return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **known)
 
 
 def check_suitable(path: Path, run: Run) -> None:
@@ -171,10 +172,12 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     chains = fit.chains(steps, trials, limits, decode)
     prefill = fit.prefill_costs(chains, limits, decode)
     sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
-    ingress = fit.most_common(np.concatenate([fit.schedulable(part, sent_s, limits) for part in steps]))
+    ingress = fit.most_common(
+        np.array([row for part in steps for row in fit.schedulable(part, sent_s, limits).values()])
+    )
     box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
     if role == "replica":
-        ingress -= _proxy_s(parts)
+        ingress -= proxy_s(parts)
     engine = Engine(costs=fit.costs_of(prefill.values, ingress, decode), limits=limits, box=box)
     return _role(engine, prefill, assumed, lengths, watts, decode)
 
@@ -216,54 +219,13 @@ def _power(parts: list[Part], limits: Limits, ingress_s: float = 0.0) -> PowerCo
     return power.fit_power(measured)
 
 
-def _proxy_s(parts: list[Part]) -> float:
-    """The client's and the proxy's share of the way in."""
-    took = [
-        (way.prefill_sent_s or way.decode_sent_s or np.nan) - (request.sent_s or np.nan)
-        for part in parts
-        for name, request in part.requests.items()
-        if (way := part.ways.get(name))
-    ]
-    return float(np.nanmedian(took)) if took else 0.0
-
-
-def _between(by_role: Mapping[Role, list[Part]]) -> dict[str, Any]:
-    """What lies between client, prefill and decode: proxy, handoff, whose token opens a stream."""
-    proxied = by_role.get("prefill") or by_role.get("replica") or []
-    facts: dict[str, Any] = {"proxy_s": _proxy_s(proxied)}
-    intervals, moved, lengths, opened = [], [], [], []
-    for part in by_role.get("decode", []):
-        assert part.steps is not None
-        came_s = {
-            name: float(way.first_token_s or way.prefill_done_s or np.nan)
-            for name, way in part.ways.items()
-            if name in part.requests
-        }
-        followed = [stream.id for stream in part.streams if len(part.requests[stream.id].token_s) > 1]
-        opened += [part.ways[name].first_token_s is not None for name in followed]
-        intervals.append(fit.schedulable(part.steps, came_s, limits_of(part.run, "decode")[0]))
-        for request in part.requests.values():
-            span = request.phases.get("kv_transfer")
-            if span and request.prompt_tokens:
-                moved.append(span[1] - span[0])
-                lengths.append(request.prompt_tokens)
-    if not intervals:
-        return facts
-    per_token = float(np.median(np.array(moved) / np.array(lengths))) if moved else 0.0
-    total = fit.most_common(np.concatenate(intervals))
-    constant = max(0.0, total - per_token * float(np.median(lengths or [0])))
-    facts |= {"handoff_s": constant, "handoff_per_token_s": per_token}
-    facts |= {"prefill_opens": float(np.mean(opened or [True])), "first_token": "prefill" if any(opened) else "decode"}
-    return facts
-
-
 def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
     """The largest ratio of two trials' speeds, of steps with prompts or without."""
     series = [each for role in roles.values() for each in (role.speeds, role.decode_speeds) if each]
     return max((max(each) / min(each) for each in series), default=1.0)
 
 
-def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def _missing(roles: Mapping[Role, RoleCalibration], known: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
     """What would make predictions possible, or surer, and last the command that measures it."""
     wanted = []
     computing = {name: role for name, role in roles.items() if role.noise}
@@ -272,7 +234,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], between: Mapping[str, Any], 
         wanted.append(f"{' and '.join(unsure)}: what a prompt token costs, which lengths that differ show")
     if not computing:
         wanted.append("what a prompt costs, which prompts show that meet running streams, or an idle prefill instance")
-    if "handoff_s" not in between:
+    if "handoff_steps" not in known:
         wanted.append("the handoff from prefill to decode, which a run of disaggregated shows")
     if any(len(role.speeds) < 3 for role in computing.values()):
         wanted.append("how the machine's speed differs from trial to trial, which five trials show")
@@ -354,8 +316,8 @@ def another_speed(speeds: Sequence[float], share: float) -> float:
     return float(np.exp(np.clip(reach, -2, 2)))
 
 
-def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
-    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the speed of another day."""
+def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> Engine:
+    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the quantile `share` of another day's speed."""
     costs = role.engine.costs
     values = role.samples[int(random.integers(len(role.samples)))]
     costs = msgspec.structs.replace(costs, **dict(zip(COSTS, values, strict=True)))
@@ -366,5 +328,5 @@ def drawn(role: RoleCalibration, random: np.random.Generator) -> Engine:
     )
     if role.noise:
         costs = msgspec.structs.replace(costs, noise=role.noise[int(random.integers(len(role.noise)))])
-        costs = fit.at_speed(costs, another_speed(role.speeds, random.uniform()))
+        costs = fit.at_speed(costs, another_speed(role.speeds, share))
     return msgspec.structs.replace(role.engine, costs=costs)

@@ -102,6 +102,11 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         beyond = sequences - sizes[-1]
         return self.costs.gpu_decode_s[sizes[-1]] + beyond * self.costs.gpu_per_sequence_s
 
+    def step_s(self, sequences: int, context: int) -> float:
+        """A decode step's time, where one follows the other; an engine without sequences has that of one."""
+        gpu_s = self.gpu_decode_s(max(1, sequences)) + self.costs.gpu_per_context_token_s * context
+        return max(gpu_s, self.costs.host_decode_s)
+
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Which engines stand where. `kind` single or replicas: `engines` and `instances` have the role "single" or "replica";
@@ -113,7 +118,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     token is decode's first. A random share of `1 - prefill_opens` of the requests is opened by decode all the same (prefill's token
     was no whole text). "decode": both are asked at once and every token is decode's.
     The handoff, from prefill's token to the instant at which decode may schedule the sequence, takes
-    `handoff_s + handoff_per_token_s * prompt_tokens`; the sequence joins without prompt tokens to compute.
+    `(handoff_s + handoff_steps * step) * noise + handoff_per_token_s * prompt_tokens` with the time of decode's step as prefill's token is there;
+    `handoff_noise` are factors for one handoff after the other, as in `Costs`. The sequence joins without prompt tokens to compute.
     `proxy_s` is added to a request's way in wherever there is a proxy.
     """
 
@@ -125,6 +131,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     first_token: Literal["prefill", "decode"] = "prefill"
     prefill_opens: float = 1.0
     handoff_s: float = 0.0
+    handoff_steps: float = 0.0
+    handoff_noise: tuple[float, ...] = ()
     handoff_per_token_s: float = 0.0
     proxy_s: float = 0.0
 
@@ -176,8 +184,8 @@ class Simulated:
     """What `simulate(deployment, demand, seed) -> Simulated` gives: one entry per request in the order of `Demand`, seconds.
 
     `sent_s` is when it was sent; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
-    `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there and `joined_s` when decode's
-    first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a weighted histogram (values in any order, equal ones may repeat).
+    `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
+    was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a weighted histogram (values in any order, equal ones may repeat).
     `span_s` ends with the last token. NaN: a request that can never run (its prompt and output exceed the KV cache).
     `seed` decides where in `Costs.noise` each instance begins, and the first turn of equal choices.
     """
@@ -188,6 +196,7 @@ class Simulated:
     mean_tbt_s: Array
     scheduled_s: Array
     computed_s: Array
+    ready_s: Array
     joined_s: Array
     gap_s: Array
     gap_count: IntArray

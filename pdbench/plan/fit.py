@@ -1,6 +1,6 @@
 """Costs of a role's engine from a run: decode steps by regression, prefill steps and the way in from how tokens arrived around them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -253,21 +253,20 @@ def fit_logs(
     return best, drawn[picked, :count]
 
 
-def schedulable(steps: Steps, came_s: dict[str, float], limits: Limits) -> Array:
-    """(earliest, latest) seconds from the instant in `came_s` until the engine could schedule a request, one row each, of requests
-    that met running streams.
+def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> dict[str, tuple[float, float]]:
+    """(earliest, latest) seconds from the instant in `came_s` until the engine could schedule a request, of requests that met running
+    streams.
 
     With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
     the scheduling before. Between its instants nothing is known.
     """
     lag = 2 if limits.async_scheduling else 1
     since, handed = steps.since_begin(), steps.handed_s
-    rows = [
-        (handed[k - lag - 1] - came_s[name], handed[k - lag] - came_s[name])
+    return {
+        name: (float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name])
         for name, k in steps.first_step.items()
         if since[k] > lag and name in came_s
-    ]
-    return np.array(rows).reshape(-1, 2)
+    }
 
 
 def most_common(intervals: Array) -> float:

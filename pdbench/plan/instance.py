@@ -43,6 +43,12 @@ class Instance(Batch):
             prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens, preemptions=self.preemptions, outside_s=self.outside_s,
         )  # fmt: skip
 
+    def step_s(self) -> float:
+        """A decode step's time now."""
+        n, costed = len(self.running), self.costed
+        one = n or 1
+        return max(costed.host_s[one], costed.gpu_s[one] + costed.per_context_s * (self.base + n * self.k))
+
     def add(self, request: int, now_s: float) -> bool:
         """A request arrives; is `wake_s` another one now?"""
         self.waiting.append(request)

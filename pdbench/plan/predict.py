@@ -23,6 +23,12 @@ DRIFT = 1.5
 """Above this ratio of two trials' speeds a machine is too restless to predict."""
 POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
+GOLDEN = (5**0.5 - 1) / 2
+HANDOFF_ERROR = 0.1
+"""Standard deviation of the logarithm of a handoff's steps from one run to another (docs/results/plan)."""
+PAUSES_ERROR = 0.2
+"""Standard deviation of the logarithm of pauses, as shares of a step, from one run to another: the slowest 0.25 % of steps took 2.3 to 3.3 times a
+step on top in 19 of 25 runs, 1.9 to 4.0 times in all (docs/results/plan)."""
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 _NORMAL_95 = 1.645
@@ -54,21 +60,29 @@ def parse_deployment(text: str) -> Wanted:
     raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
 
 
-def deployment_of(calibration: Calibration, wanted: Wanted, random: np.random.Generator | None = None) -> Deployment:
-    """The deployment with engines as calibrated, or with `random` as they may be. Raises UserError with what was not measured."""
-    if wanted.kind == "disaggregated" and calibration.handoff_s is None:
+def deployment_of(
+    calibration: Calibration, wanted: Wanted, random: np.random.Generator | None = None, share: float = 0.5
+) -> Deployment:
+    """The deployment with engines as calibrated, or with `random` as they may be on a day whose speed is the quantile `share`. Raises UserError
+    with what was not measured."""
+    if wanted.kind == "disaggregated" and calibration.handoff_steps is None:
         raise UserError(
             "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
         )
     roles = {role: role_of(calibration, role) for role in wanted.instances}
-    engines = {role: drawn(each, random) if random is not None else each.engine for role, each in roles.items()}
+    engines = {role: drawn(each, random, share) if random is not None else each.engine for role, each in roles.items()}
+    series, steps = calibration.handoff_noise, calibration.handoff_steps or 0.0
+    if random is not None and wanted.kind == "disaggregated":
+        series = [series[int(random.integers(len(series)))]] if series else []
+        steps *= float(np.exp(random.normal(0, HANDOFF_ERROR)))
     return Deployment(
         kind=wanted.kind,
         engines=engines,
         instances=wanted.instances,
         first_token=calibration.first_token,
         prefill_opens=calibration.prefill_opens,
-        handoff_s=calibration.handoff_s or 0.0,
+        handoff_steps=steps,
+        handoff_noise=tuple(chain.from_iterable(series)),
         handoff_per_token_s=calibration.handoff_per_token_s,
         proxy_s=calibration.proxy_s,
     )
@@ -104,14 +118,15 @@ def predict(
     random = np.random.default_rng(0)
     while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.process_time() - begin_s < BUDGET_S):
         results = []
-        deployment = deployment_of(calibration, wanted, random)  # one day for all trials
+        # One day for all trials. Days' speeds decide most: multiples of the golden ratio spread them evenly, however many draws there are.
+        deployment = deployment_of(calibration, wanted, random, (0.5 + GOLDEN * len(rows)) % 1)
         for trial, demand in enumerate(demands(len(rows))):
             of_trial = deployment if speeds is None else speeds(deployment, trial)
             results.append(simulate(of_trial, demand, seed=len(rows)))
         if any(np.isnan(result.e2e_s).any() for result in results):
             words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
             return msgspec.structs.replace(prediction, refusal=words)
-        rows.append(figures_of(results, calibration, slo))
+        rows.append(figures_of(results, calibration, slo, pauses=float(np.exp(random.normal(0, PAUSES_ERROR)))))
         outside.append(outside_of(results))
         preempted += any(use.preemptions for result in results for use in result.instances)
         simulated_s += sum(result.span_s for result in results)
@@ -122,7 +137,7 @@ def predict(
     usual, given = deployment_of(calibration, wanted), demands(0)
     engines = [usual if speeds is None else speeds(usual, trial) for trial in range(len(given))]
     parts = seconds.of_simulated(
-        usual, given, [simulate(engine, demand) for engine, demand in zip(engines, given, strict=True)]
+        usual, [simulate(engine, demand) for engine, demand in zip(engines, given, strict=True)]
     )
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
@@ -146,9 +161,14 @@ def outside_of(results: Sequence[Simulated]) -> dict[str, float]:
 
 
 def figures_of(
-    results: Sequence[Simulated], calibration: Calibration, slo: tuple[float | None, float | None] = (None, None)
+    results: Sequence[Simulated],
+    calibration: Calibration,
+    slo: tuple[float | None, float | None] = (None, None),
+    *,
+    pauses: float = 1.0,
 ) -> dict[str, float]:
-    """Several trials' figures together, named as a run's; power and energy where they were calibrated.
+    """Several trials' figures together, named as a run's; power and energy where they were calibrated. Decode's pauses are `pauses` times
+    as long as calibrated.
 
     `growth` is the mean TTFT of the last third of the requests over the first third's: above 2 the queue grows.
     """
@@ -161,8 +181,11 @@ def figures_of(
     engine, box = streaming.engine, streaming.engine.box
     assert box is not None
     slowest_s = engine.gpu_decode_s(box.sequences) + engine.costs.gpu_per_context_token_s * box.context_tokens
-    quantiles_s = weighted_quantiles(gap_s, counts, _SHARES, streaming.jitter or (0.0,), slowest_s)
+    jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
+    quantiles_s = weighted_quantiles(gap_s, counts, _SHARES, jitter or (0.0,), slowest_s)
     figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
+    if np.isfinite(tbt_s).any():
+        figures["mean_tbt_p50_ms"] = 1e3 * float(np.nanmedian(tbt_s))
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
     span_s = sum(result.span_s for result in results)
     tokens = sum(int(result.gap_count.sum()) + len(result.ttft_s) for result in results)

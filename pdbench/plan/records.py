@@ -7,7 +7,7 @@ import numpy as np
 
 from pdbench.plan.engine import COSTS, Engine, Kind, Role
 
-SCHEMA = "pdbench-plan/2"
+SCHEMA = "pdbench-plan/3"
 UNSURE = 0.3
 """A cost whose logarithm has a larger standard deviation is not known."""
 
@@ -73,13 +73,15 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a prediction needs, from one or several runs. `drift` is the largest ratio of two trials' speeds; `missing`
+    """Everything that a prediction needs, from one or several runs. A handoff takes `handoff_steps` decode steps times a factor of one of the
+    series in `handoff_noise` (one series per trial and decode instance), and `handoff_per_token_s`. `drift` is the largest ratio of two trials' speeds; `missing`
     says what was not measured and the command that measures it."""
 
     schema: str = SCHEMA
     sources: list[Source]
     roles: dict[Role, RoleCalibration]
-    handoff_s: float | None = None
+    handoff_steps: float | None = None
+    handoff_noise: list[tuple[float, ...]] = []
     handoff_per_token_s: float = 0.0
     proxy_s: float = 0.0
     first_token: Literal["prefill", "decode"] = "prefill"

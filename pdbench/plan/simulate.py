@@ -116,7 +116,9 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     way_in_s = instances[0].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
-    computed = [math.nan] * total
+    computed, ready = [math.nan] * total, [math.nan] * total
+    noise = deployment.handoff_noise
+    noise_at = generator.randrange(len(noise)) if noise else 0
     # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those
     # that wait for a stream.
     queue: list[tuple[float, int, int, int]] = []
@@ -173,8 +175,14 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                     if opens_early[request]:
                         tokens.first_s[request] = tokens.last_s[request]
                     computed[request] = now_s
-                    handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * prompts[request]
-                    heappush(queue, (now_s + handoff_s, _JOINS, request, 0))
+                    handoff_s = deployment.handoff_s
+                    if deployment.handoff_steps:
+                        handoff_s += deployment.handoff_steps * instances[decoders_begin + decoder[request]].step_s()
+                    if noise:
+                        handoff_s *= noise[noise_at % len(noise)]
+                        noise_at += 1
+                    ready[request] = now_s + (handoff_s + deployment.handoff_per_token_s * prompts[request])
+                    heappush(queue, (ready[request], _JOINS, request, 0))
                 continue
             for request in gone:
                 ended[request] = True
@@ -211,6 +219,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         gap_count=np.array(list(gaps.values()), np.int64),
         scheduled_s=np.array(front[0].costed.scheduled_s),
         computed_s=np.array(computed),
+        ready_s=np.array(ready),
         joined_s=np.array(back[0].costed.scheduled_s) if split else np.full(total, math.nan),
         instances=[instance.use for instance in instances],
         span_s=float(last_s[done].max()) if done.any() else 0.0,

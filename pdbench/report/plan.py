@@ -14,7 +14,7 @@ from pdbench.report.text import translate as _
 
 LATENCIES = tuple(f"{name}_{part}_ms" for name in ("ttft", "tbt", "e2e") for part in ("p50", "p90", "p99"))
 FIGURES = (
-    *LATENCIES, "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w",
+    *LATENCIES, "mean_tbt_p50_ms", "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w",
     "decode_power_w", "j_per_output_token", "j_per_good_request",
 )  # fmt: skip
 OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
@@ -75,9 +75,9 @@ def calibration(found: Calibration) -> Table:
     ]
     notes = sorted({note for role in found.roles.values() for note in role.assumed})
     lines = [_("Assumed: {0}", "; ".join(notes))] if notes else []
-    if found.handoff_s is not None:
-        words = "Handoff from prefill to decode: {0} ms + {1} ms per 1,000 prompt tokens"
-        lines.append(_(words, text.number(1e3 * found.handoff_s), text.number(1e6 * found.handoff_per_token_s)))
+    if found.handoff_steps is not None:
+        words = "Handoff from prefill to decode: {0} decode steps + {1} ms per 1,000 prompt tokens"
+        lines.append(_(words, text.number(found.handoff_steps), text.number(1e6 * found.handoff_per_token_s)))
     lines += [_("Missing: {0}", reason) for reason in found.missing]
     return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 

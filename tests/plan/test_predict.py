@@ -49,7 +49,7 @@ def role(sure: float = 0.05, **costs: float) -> RoleCalibration:
 
 
 def calibration(**changes: object) -> Calibration:
-    made = Calibration(sources=[], roles={"prefill": role(), "decode": role(), "single": role()}, handoff_s=0.015)
+    made = Calibration(sources=[], roles={"prefill": role(), "decode": role(), "single": role()}, handoff_steps=4.0)
     return msgspec.structs.replace(made, **changes)
 
 
@@ -60,6 +60,28 @@ def predicted(
     return predict(
         found, parse_deployment(wanted), lambda draw: [demand_of_load(config, draw)], "", slo=(400.0, None), draws=12
     )
+
+
+def test_few_draws_have_the_usual_day_in_their_middle() -> None:
+    """A day's speed is spread evenly over the draws: their median is no matter of luck."""
+    usual = calibration(
+        roles={"single": msgspec.structs.replace(role(), noise=[(1.0,)], samples=role().samples[10:11])}
+    )
+    answer = predicted(usual, rate=0.1).figures["ttft_p50_ms"]
+    config = LoadConfig(rate=0.1, requests=80, input_tokens=1500, output_tokens=32)
+    of_usual = simulate(deployment_of(usual, parse_deployment("single")), demand_of_load(config, 0))
+    assert answer.value == pytest.approx(1e3 * np.median(of_usual.ttft_s), rel=0.015)
+    assert answer.high and answer.high > 1.2 * answer.value
+
+
+def test_pauses_of_another_run_are_in_the_interval_of_the_slowest_gaps() -> None:
+    def width(jitter: list[float]) -> float:
+        roles = {"single": msgspec.structs.replace(role(), jitter=jitter)}
+        figure = predicted(calibration(roles=roles), rate=0.1).figures["tbt_p99_ms"]
+        assert figure.low and figure.high
+        return figure.high / figure.low
+
+    assert width([0.0] * 95 + [3.0] * 5) > 1.15 * width([0.0] * 100)
 
 
 def test_figures_lie_in_their_intervals() -> None:
@@ -107,7 +129,7 @@ def test_restless_machine_is_refused() -> None:
 
 
 def test_unmeasured_handoff_is_refused() -> None:
-    answer = predicted(calibration(handoff_s=None), "1p1d")
+    answer = predicted(calibration(handoff_steps=None), "1p1d")
     assert answer.refusal and "handoff" in answer.refusal
     assert not answer.figures
 
@@ -160,7 +182,7 @@ def test_parts_of_the_mean_request_add_up(wanted: str, first_token: str) -> None
     config = LoadConfig(rate=6.0, requests=80, input_tokens=1500, output_tokens=32)
     demand, deployment = demand_of_load(config, 0), deployment_of(found, parse_deployment(wanted))
     result = simulate(deployment, demand)
-    parts = of_simulated(deployment, [demand], [result])
+    parts = of_simulated(deployment, [result])
     assert sum(parts.values()) == pytest.approx(1e3 * result.e2e_s.mean(), rel=1e-6)
     assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
     assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0
