@@ -1,7 +1,8 @@
-"""What reading the servers' counters and the canaries cost the other requests: with and without, alternating, on one deployment that runs.
+"""What the servers' counters, the canaries and a watched page cost the other requests: with and without, in turns, on one deployment that runs.
 
 Every round measures each variant once with the same arrivals, in an order that turns from round to round. Requests that are canaries
-themselves are left out. Printed: the change against "neither" as Student's paired interval on log ratios, 95 %.
+themselves are left out. Printed: the change against "neither" as Student's paired interval on log ratios, 95 %, and how late the client
+itself was.
 Try: pdbench serve; then python benchmarks/record_cost.py --rounds 8 --rate 2 --requests 24
 """
 
@@ -9,6 +10,9 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import threading
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -20,15 +24,31 @@ VARIANTS = {
     "neither": ["--metrics-interval-s", "0", "--canaries", "0"],
     "counters": ["--metrics-interval-s", "0.5", "--canaries", "0"],
     "counters + canaries": ["--metrics-interval-s", "0.5", "--canaries", "0.01"],
+    "all, and a page that is watched": ["--metrics-interval-s", "0.5", "--canaries", "0.01", "--live"],
 }
-FIGURES = ("TTFT p50, ms", "TBT p50, ms", "TBT p99, ms")
+FIGURES = ("TTFT p50, ms", "TBT p50, ms", "TBT p99, ms", "client's send delay p99, ms")
+
+
+def watch(output: Path, ended: threading.Event, seen: list[int]) -> None:
+    """Open the page whose address the command prints, as a browser does, and count the bytes of its events."""
+    while not ended.wait(0.05):
+        lines = [line for line in output.read_text().splitlines() if line.startswith("live: ")]
+        if lines:
+            page, token = lines[0].removeprefix("live: ").split("?")
+            with suppress(OSError):
+                urllib.request.urlopen(f"{page}?{token}").read()
+                with urllib.request.urlopen(f"{page}events?{token}") as events:
+                    seen.extend(len(line) for line in events)
+            return
 
 
 def figures(folder: Path) -> list[float]:
-    requests = [r for r in load_run(folder).requests if not (r.warmup or r.error or r.canary)]
+    run = load_run(folder)
+    requests = [r for r in run.requests if not (r.warmup or r.error or r.canary)]
     ttft_ms = [1e3 * (r.token_s[0] - r.sent_s) for r in requests]
     gaps_ms = numpy.concatenate([1e3 * numpy.diff(r.token_s) for r in requests])
-    return [float(numpy.median(ttft_ms)), float(numpy.median(gaps_ms)), float(numpy.quantile(gaps_ms, 0.99))]
+    late_ms = run.trials[0].client["send_delay_after_start_ms"]["p99"]
+    return [float(numpy.median(ttft_ms)), float(numpy.median(gaps_ms)), float(numpy.quantile(gaps_ms, 0.99)), late_ms]
 
 
 def measure(arguments: argparse.Namespace, variant: str, seed: int) -> list[float]:
@@ -36,15 +56,20 @@ def measure(arguments: argparse.Namespace, variant: str, seed: int) -> list[floa
         load = ["--rate", str(arguments.rate), "--requests", str(arguments.requests), "--warmup", "2"]
         lengths = ["--input-tokens", str(arguments.input_tokens), "--output-tokens", str(arguments.output_tokens)]
         command = [sys.executable, "-m", "pdbench", "bench", "--url", arguments.url, "--out", out, "--idle-s", "0"]
-        done = subprocess.run(
-            [*command, *load, *lengths, "--seed", str(seed), *VARIANTS[variant]],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command += [*load, *lengths, "--seed", str(seed), *VARIANTS[variant]]
+        output, ended, seen = Path(out) / "output", threading.Event(), list[int]()
+        output.touch()
+        viewer = threading.Thread(target=watch, args=(output, ended, seen), daemon=True)
+        if "--live" in command:
+            viewer.start()
+        with output.open("w") as stream:
+            subprocess.run(command, stdout=stream, stderr=stream, check=False)
+        ended.set()
         folders = list(Path(out).glob("*_results"))
         if not folders:
-            sys.exit(f"{variant}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+            sys.exit(f"{variant}: {output.read_text()[-2000:]}")
+        if "--live" in command and not seen:
+            sys.exit(f"{variant}: no event of the page arrived: {output.read_text()[-2000:]}")
         return figures(folders[0])
 
 
@@ -59,7 +84,8 @@ def main() -> None:
     arguments = parser.parse_args()
     measured: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
     for number in range(arguments.rounds):
-        names = list(VARIANTS)[number % 3 :] + list(VARIANTS)[: number % 3]
+        first = number % len(VARIANTS)
+        names = [*VARIANTS][first:] + [*VARIANTS][:first]
         for variant in names if number % 2 else names[::-1]:
             measured[variant].append(measure(arguments, variant, number))
             print(
