@@ -33,7 +33,7 @@ class ServerConfig:
     """Model folder or hub name; default: with bench what the server offers, else deepseek-ai/DeepSeek-V2-Lite on GPUs and a tiny
     model made on the spot without."""
     single_gpus: Indices = ()
-    """GPU indices of the single instance; default: the first GPUs, or those that prefill and decode share. With bench: the GPUs of a server that pdbench did not start."""
+    """GPU indices of the single instance; default: the first ones of prefill and decode. With bench: the GPUs of a server that pdbench did not start."""
     log_dir: str = "logs"
     """Folder of the servers' logs."""
 
@@ -68,7 +68,7 @@ class ServeConfig(ServerConfig):
     decode_instances: Count[int] = 1
     """Decode instances (y of xPyD)."""
     replica_instances: Count[int | None] = None
-    """Instances of the replicas deployment; default: as many as the GPUs of prefill and decode can hold."""
+    """Instances of the replicas deployment, on the GPUs of prefill and decode; default: as many as these can hold."""
     tensor_parallel: Count[int] = 1
     """GPUs per prefill, decode, single or replica instance."""
     prefill_tensor_parallel: Count[int | None] = None
@@ -78,7 +78,7 @@ class ServeConfig(ServerConfig):
     prefill_gpus: Indices = ()
     """GPU indices of prefill, instance by instance; default: the first GPUs (of CUDA_VISIBLE_DEVICES where it is set)."""
     decode_gpus: Indices = ()
-    """GPU indices of decode; default: the GPUs after prefill's, so 1 for 1P1D. Prefill's own: both roles share them (docs/one-gpu.md)."""
+    """GPU indices of decode; default: the first that prefill does not use. Prefill's own: both roles share them (docs/one-gpu.md)."""
     prompt_log: bool = True
     """Log when each prompt waited and was computed, through a vLLM scheduler class that only records; without it TTFT is in fewer parts."""
     start_timeout_s: Positive[float] = 600.0

@@ -76,28 +76,43 @@ def shared_gpus(config: ServeConfig) -> tuple[int, ...]:
 
 
 def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machine) -> dict[str, tuple[int, ...]]:
-    """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough."""
+    """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough.
+
+    Deployments that are compared get the same GPUs: those of prefill and decode, named or not, are the first that others get.
+    """
     if not machine.on_gpu:
         return {spec.name: () for spec in specs}
-    present = [gpu.index for gpu in machine.gpus]
-    shared = shared_gpus(config)
-    assigned: dict[str, tuple[int, ...]] = {}
-    first = 0
-    for role in dict.fromkeys(spec.role for spec in specs if spec.width):
-        members = [spec for spec in specs if spec.role == role]
-        count = sum(spec.width for spec in members)
-        named = list(getattr(config, f"{role}_gpus", ()))
+    roles = {
+        role: [spec for spec in specs if spec.role == role] for role in dict.fromkeys(s.role for s in specs if s.width)
+    }
+    for role, members in roles.items():
+        count, named = sum(spec.width for spec in members), getattr(config, f"{role}_gpus", ())
         if named and (len(named) != count or len(set(named)) != count):
             raise UserError(
-                f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {named}: "
+                f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {list(named)}: "
                 f"name {count} different ones"
             )
-        # What is compared with roles that share GPUs runs on the same ones, as many instances on each.
-        default = 2 * shared if shared and role in ("single", "replica") else present[first:]
-        gpus = named or list(default[:count])
+    present = [gpu.index for gpu in machine.gpus]
+    shared = shared_gpus(config)
+    free = [gpu for gpu in present if gpu not in config.decode_gpus or gpu in shared]
+    prefill = list(config.prefill_gpus) or free[: config.prefill_instances * config.width("prefill")]
+    rest = [gpu for gpu in present if gpu not in prefill]
+    decode = list(config.decode_gpus) or rest[: config.decode_instances * config.width("decode")]
+    # What is compared with roles that share GPUs runs as many instances on each of them.
+    others = 2 * list(shared) or list(dict.fromkeys([*prefill, *decode, *present]))
+    by_role = {
+        "prefill": prefill,
+        "decode": decode,
+        "single": list(config.single_gpus) or others[: config.tensor_parallel],
+    }
+    assigned: dict[str, tuple[int, ...]] = {}
+    for role, members in roles.items():
+        count = sum(spec.width for spec in members)
+        gpus = by_role.get(role, others[:count])
         missing = [gpu for gpu in gpus if gpu not in present]
         if missing or len(gpus) < count:
-            what = f"GPU {missing[0]}" if missing else f"{count} GPU(s){f' beside the first {first}' if first else ''}"
+            beside = f" beside prefill's {len(prefill)}" if role == "decode" else ""
+            what = f"GPU {missing[0]}" if missing else f"{count} GPU(s){beside}"
             remedy = f"name others with --{role}-gpus, or " if hasattr(config, f"{role}_gpus") else ""
             if len(present) == 1 and not shared and members[0].width == 1:
                 remedy = f"give --prefill-gpus {present[0]} --decode-gpus {present[0]} so that all share it, or "
@@ -107,13 +122,4 @@ def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machi
             )
         for i, spec in enumerate(members):
             assigned[spec.name] = tuple(gpus[i * spec.width : (i + 1) * spec.width])
-        first += count
-    prefill, decode = (
-        {gpu for spec in specs if spec.role == role for gpu in assigned[spec.name]} for role in ("prefill", "decode")
-    )
-    if (both := prefill & decode) and not shared:
-        raise UserError(
-            f"GPU {min(both)} is given to prefill and to decode: name others, or name it for both "
-            "(--prefill-gpus, --decode-gpus) so that they share it"
-        )
     return assigned

@@ -128,9 +128,8 @@ def test_tensor_parallelism_holds_without_gpus(width: int, executor: str, monkey
         (
             ServeConfig(),
             1,
-            "beside the first 1 and there is 1 here .*give --prefill-gpus 0 --decode-gpus 0 so that all share",
+            "beside prefill's 1 and there is 1 here .*give --prefill-gpus 0 --decode-gpus 0 so that all share",
         ),
-        (ServeConfig(prefill_gpus=(1,)), 2, "given to prefill and to decode"),
         (ServeConfig(prefill_instances=2, prefill_gpus=(0, 1), decode_gpus=(1,)), 2, "share some of their GPUs"),
         (
             ServeConfig(prefill_gpus=(0,), decode_gpus=(0,), connector="p2p-nccl"),
@@ -168,6 +167,24 @@ def test_instances_over_the_same_two_gpus() -> None:
     instances = commands("replicas", many, machine("0.33.0", 2))
     assert [command.gpus for command in instances] == [(0,), (1,), (0,), (1,), ()]
     assert sharing.starts(instances) == [["replica-0", "replica-1"], ["replica-2", "replica-3", "proxy"]]
+
+
+@pytest.mark.parametrize(
+    ("named", "pool"),
+    [
+        ({"prefill_gpus": (2,), "decode_gpus": (3,)}, (2, 3)),
+        ({"prefill_gpus": (1,)}, (1, 0)),
+        ({"decode_gpus": (0,)}, (1, 0)),
+        ({}, (0, 1)),
+    ],
+)
+def test_compared_deployments_run_on_the_same_gpus(named: dict[str, tuple[int, ...]], pool: tuple[int, ...]) -> None:
+    config = ServeConfig(**named)  # type: ignore[arg-type]
+    of_kind = {
+        kind: [gpu for command in commands(kind, config, machine("0.33.0", 4)) for gpu in command.gpus]
+        for kind in ("single", "replicas", "tensor-parallel", "disaggregated")
+    }
+    assert of_kind == {"single": [pool[0]], "replicas": [*pool], "tensor-parallel": [*pool], "disaggregated": [*pool]}
 
 
 def test_gpus_come_from_the_allotted_ones() -> None:
