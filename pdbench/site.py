@@ -97,11 +97,11 @@ class Measurement:
         return {}
 
     def flags(self) -> list[Flag]:
-        """What a reader must know of the hosts: who came to their GPUs meanwhile."""
+        """What a reader must know of the hosts: who else computed on their GPUs."""
         return [
             Flag(
                 "gpu-shared-midway",
-                f"gpu{gpu}{f' of {host.address}' if host.address else ''}: process {pid} came there {host.to_run_clock(self._clock)(at_s):.0f} s "
+                f"gpu{gpu}{f' of {host.address}' if host.address else ''}: process {pid}, none of the servers', computed there {host.to_run_clock(self._clock)(at_s):.0f} s "
                 "after the run began: its work and power are in these figures; end it, and measure again",
             )
             for host, batches in self._batches

@@ -1,9 +1,13 @@
 """Who else is on the GPUs: before the servers start, and while a load runs."""
 
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from math import inf, isfinite
+
+import psutil
 
 from pdbench import nvml
 from pdbench.records import Flag
@@ -29,14 +33,18 @@ def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
 
 
 class Newcomers:
-    """Notes processes that come to these GPUs and are no descendants of `roots`, from now until `close`.
+    """Notes processes on these GPUs that are no descendants of `roots` or of this process: those that compute there now, and those
+    that come until `close`. Where NVML knows processes by other ids (a container's), only those that come.
 
     `found`: (instant on this host's monotonic clock, GPU, process id), the instant at most EVERY_S late.
     """
 
     def __init__(self, gpus: Collection[int], roots: Sequence[int]) -> None:
         self.found: list[tuple[float, int, int]] = []
-        self._gpus, self._roots, self._known = gpus, roots, nvml.computing()
+        self._gpus, self._roots = gpus, [os.getpid(), *roots]
+        self._known = nvml.computing()
+        if nvml.tree(self._roots) & {pid for gpu, pid in self._known if gpu in gpus}:
+            self._note(self._known)
         self._stop = threading.Event()
         # A thread of its own: the sampler's beat does not wait for it.
         self._thread = threading.Thread(target=self._run, name="pdbench-newcomers", daemon=True)
@@ -52,6 +60,16 @@ class Newcomers:
             ended = self._stop.wait(EVERY_S)  # and one look at the end
             if new := nvml.computing() - self._known:
                 self._known |= new
-                own = nvml.tree(self._roots)
-                now_s = time.monotonic()
-                self.found += [(now_s, gpu, pid) for gpu, pid in sorted(new) if gpu in self._gpus and pid not in own]
+                self._note(new)
+
+    def _note(self, seen: Collection[tuple[int, int]]) -> None:
+        own, now_s = nvml.tree(self._roots), time.monotonic()
+        others = [(gpu, pid) for gpu, pid in sorted(seen) if gpu in self._gpus and pid not in own]
+        self.found += [(now_s, gpu, pid) for gpu, pid in others if not _serves_mps(pid)]
+
+
+def _serves_mps(pid: int) -> bool:
+    """CUDA's Multi-Process Service, through which the servers themselves compute."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).name().startswith("nvidia-cuda-mps")
+    return False

@@ -1,4 +1,4 @@
-"""Processes that come to the GPUs while a load runs; NVML is the fake one."""
+"""Processes of others on the GPUs while a load runs; NVML is the fake one."""
 
 import re
 from pathlib import Path
@@ -15,6 +15,8 @@ from pdbench.serving.deployment import ServerInfo
 from pdbench.site import Measurement
 
 server = ServerInfo(name="single", role="single", url="", gpus=[0], pids=[os.getpid()])
+if BEFORE:
+    os.environ["FAKE_NVML_PROCESSES"] = f"0:4240 0:{os.getpid()} 1:4243"
 measurement = Measurement([(LocalHost(), [server])], PowerConfig(), Clock.start())
 with measurement:
     os.environ["FAKE_NVML_PROCESSES"] = f"0:4241 0:{os.getpid()} 0:4242 1:4243"
@@ -23,7 +25,19 @@ for flag in measurement.flags():
 """
 
 
+def test_process_that_was_there_before_the_load_is_named(nvml_library: Path) -> None:
+    printed = child(nvml_library, "BEFORE = True" + CODE, gpus="2").splitlines()
+    assert [line.split(", none of")[0] for line in printed] == [
+        "gpu-shared-midway gpu0: process 4240",
+        "gpu-shared-midway gpu0: process 4241",
+        "gpu-shared-midway gpu0: process 4242",
+    ]
+
+
 def test_process_that_comes_to_a_servers_gpu_is_named_with_its_instant(nvml_library: Path) -> None:
-    printed = child(nvml_library, CODE, gpus="2", processes="0:4241").splitlines()
-    assert len(printed) == 1  # not who was there, not the server's own, not who is on another GPU
-    assert re.match(r"gpu-shared-midway gpu0: process 4242 came there \d+ s after the run began: ", printed[0])
+    printed = child(nvml_library, "BEFORE = False" + CODE, gpus="2", processes="0:4241").splitlines()
+    assert len(printed) == 1  # not who was there under a foreign id, not the server's own, not who is on another GPU
+    assert re.match(
+        r"gpu-shared-midway gpu0: process 4242, none of the servers', computed there \d+ s after the run began: ",
+        printed[0],
+    )
