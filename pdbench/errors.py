@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class WriteError(UserError):
     """A file that cannot be written, as on a full disk: whatever is measured next would be lost, too."""
+
+
+class StartError(UserError):
+    """Servers that did not start: the same ones would not start again for another load."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import UserError, WriteError
+from pdbench.errors import StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, results_files, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
@@ -136,7 +136,8 @@ def run(
 
     `measure(options, folder, part)` measures one of `parts` of a point (a deployment, or "" for the point as a whole) and returns its
     results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
-    starts. `context` is what is measured beside the options, as the deployments. What fails is reported and left out; the others go on.
+    starts; servers that did not start for one point are not started for its others. `context` is what is measured beside the options, as
+    the deployments. What fails is reported and left out; the others go on.
     Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context or of
     other options.
 
@@ -156,6 +157,7 @@ def run(
     results = [_results(out / point.name, keys, part) for (point, part), keys in zip(steps, wanted, strict=True)]
     write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
     spent_s: list[float] = []
+    never_started: list[Any] = []
     failed, left = 0, results.count(None)
     for number, ((point, part), keys, folders) in enumerate(zip(steps, wanted, results, strict=True), 1):
         folder = out / point.name
@@ -170,6 +172,10 @@ def run(
         if spent_s:
             publisher.put(publisher.TimeLeft(statistics.mean(spent_s) * left))
         left -= 1
+        if (point.options.serve, part) in never_started:
+            failed += 1
+            console.print("  [red]left out[/red]: its servers did not start for an earlier point", highlight=False)
+            continue
         begin_s = time.monotonic()
         options = point.options
         if part or context.get("url"):
@@ -188,6 +194,8 @@ def run(
             if not context.get("url"):  # nothing was sent to a server that stays
                 with suppress(OSError):
                     folder.rmdir()
+            if isinstance(error, StartError):
+                never_started.append((point.options.serve, part))
             console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
             publisher.stage(str(error), is_problem=True)
             continue

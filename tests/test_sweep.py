@@ -16,7 +16,7 @@ from rich.console import Console
 from pdbench import cli, sweep
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import UserError
+from pdbench.errors import StartError, UserError
 from pdbench.records import Flag
 from pdbench.report import mpl, sweep_charts, tables
 from tests.support.processes import call_pdbench, free_port
@@ -192,6 +192,26 @@ def test_parts_go_through_the_points_of_one_serving_before_the_next(tmp_path):
     found = list(sweep.run(made, tmp_path, measure, CONSOLE, parts=parts))
     assert len(order) == 9 and order[6] == order[5] and len(found) == 8
     assert len(nonces) == 4  # deployments get the same prompts, points others
+
+
+def test_servers_that_did_not_start_are_not_started_for_the_points_other_loads(tmp_path):
+    tried = []
+
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
+        tried.append((part, options.serve.max_model_len, options.load.rate))
+        if part == "replicas" and options.serve.max_model_len == 512:
+            raise StartError("replica-0 died")
+        (folder / f"{part}_results").mkdir()
+        (folder / f"{part}_results" / f"{part}_results.json").write_text("{}")
+        return [folder / f"{part}_results"]
+
+    console = Console(file=io.StringIO(), width=200)
+    made = sweep.points(OPTIONS, ["max_model_len=512,1024", "rate=1,2,3"])
+    with pytest.raises(UserError, match="3 of 12 points of the sweep failed"):
+        list(sweep.run(made, tmp_path, measure, console, parts=("single", "replicas")))
+    assert [rate for part, length, rate in tried if (part, length) == ("replicas", 512)] == [1]
+    assert len(tried) == 10
+    assert console.file.getvalue().count("left out: its servers did not start for an earlier point") == 2  # type: ignore[attr-defined]
 
 
 def test_the_knee():

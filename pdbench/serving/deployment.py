@@ -14,7 +14,7 @@ import msgspec
 import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
-from pdbench.errors import UserError
+from pdbench.errors import StartError, UserError
 from pdbench.events import LogLine
 from pdbench.files import check_name, lock_for_us, write_whole
 from pdbench.http import host_port, split_url
@@ -139,7 +139,7 @@ class Deployment:
     def start(self, on_states: Callable[[States], None] | None = None) -> Self:
         """Start all servers at once (those on one GPU in turn) and wait until all are healthy; `on_states` is called as they change.
 
-        Raises UserError with the log's end and the likely cause when one dies or --start-timeout-s passes.
+        Raises StartError with the log's end and the likely cause when one dies or --start-timeout-s passes.
         """
         self._on_states = on_states or self._on_states
         try:
@@ -149,6 +149,9 @@ class Deployment:
                 if place > 0:
                     self._launch(names)
                 self._wait_healthy(names)
+        except UserError as error:
+            self.close()
+            raise StartError(str(error)) from None
         except BaseException:
             self.close()
             raise
