@@ -189,7 +189,7 @@ def test_equal_to_a_single_instance(servers):
 @pytest.mark.parametrize(
     ("make_model", "arguments"),
     [
-        pytest.param(tiny_model, ["--kv-cache-dtype", "fp8"], id="mla-fp8"),
+        pytest.param(lambda folder: tiny_model(), ["--kv-cache-dtype", "fp8"], id="mla-fp8"),
         pytest.param(tiny_qwen2, [], id="grouped-bfloat16"),
         pytest.param(tiny_qwen2, ["--dtype", "float16"], id="grouped-float16"),
         pytest.param(tiny_qwen2, ["--kv-cache-dtype", "fp8"], id="grouped-fp8"),
