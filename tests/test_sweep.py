@@ -18,7 +18,8 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import StartError, UserError
 from pdbench.records import Flag
-from pdbench.report import mpl, sweep_charts, tables
+from pdbench.report import mpl
+from pdbench.report import sweep as sweeps
 from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
@@ -215,12 +216,12 @@ def test_servers_that_did_not_start_are_not_started_for_the_points_other_loads(t
 
 
 def test_the_knee():
-    assert sweep_charts.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
-    assert sweep_charts.knee([10, 20, 30], [5, 5.2, 4.9]) is None
-    assert sweep_charts.knee([1, 2], [1, 2]) is None
-    assert sweep_charts.knee([1, 2, 3], [1, 2, 3]) is None
-    assert sweep_charts.knee([1, 1, 1], [1, 2, 3]) is None
-    assert sweep_charts.knee([1, 2, 3], [3, 5.5, 6]) is None
+    assert sweeps.knee([10, 20, 30, 32, 33], [5, 5, 6, 20, 60]) == 2
+    assert sweeps.knee([10, 20, 30], [5, 5.2, 4.9]) is None
+    assert sweeps.knee([1, 2], [1, 2]) is None
+    assert sweeps.knee([1, 2, 3], [1, 2, 3]) is None
+    assert sweeps.knee([1, 1, 1], [1, 2, 3]) is None
+    assert sweeps.knee([1, 2, 3], [3, 5.5, 6]) is None
 
 
 def test_a_whole_sweep_against_a_server(tmp_path):
@@ -299,7 +300,7 @@ def test_curves_have_integer_ticks_and_name_the_slo():
         for number in (1, 2, 3)
         for load in [{"concurrency": number, "slo_ttft_ms": 200.0, "slo_tbt_ms": 50.0}]
     ]
-    chart = sweep_charts.curves(rows)
+    chart = sweeps.curves(rows)
     assert [panel.title for panel in chart.panels][2:] == [
         "Goodput: requests/s with TTFT ≤ 200 ms and mean TBT ≤ 50 ms", "Energy per output token", "Where TTFT goes",
     ]  # fmt: skip
@@ -316,9 +317,9 @@ def test_curves_have_integer_ticks_and_name_the_slo():
 def test_flags_and_failures_are_marked_and_listed_once():
     run = build_run(trials=2, requests=4, failed=1, flags=[Flag("throttled", "a"), Flag("throttled", "b")])
     rows = [({"rate": 2.0}, analyze(run))]
-    table = tables.sweep(rows)
+    table = sweeps.table(rows)
     assert table.styles == ["worse"] and "throttled" in table.note and "needs --slo-ttft-ms" in table.note
-    (row,) = csv.DictReader(io.StringIO(tables.sweep_csv(rows)))
+    (row,) = csv.DictReader(io.StringIO(sweeps.csv_of(rows)))
     assert row["flags"].split().count("throttled") == 1 and row["failed"] == "2"
     tbt = rows[0][1].summary
     assert float(row["tbt_p99_ms"]) == tbt.tbt_ms.p99 and float(row["mean_tbt_p99_ms"]) == tbt.mean_tbt_ms.p99

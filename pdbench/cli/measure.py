@@ -215,6 +215,7 @@ def sweep(
     """
     from pdbench import experiment, sweep, turns
     from pdbench.report import commands
+    from pdbench.report import sweep as sweeps
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
     say_without_effect([point.options.load for point in points])
@@ -243,7 +244,7 @@ def sweep(
         for point in points:
             site.check_load(point.options.load)
         measured = sweep.run(points, out, measure, console, context, parts)
-        rows = commands.present_sweep(measured, out, console, progress)
+        rows = sweeps.present(measured, out, console, progress)
     for varied, analysis in rows:
         commands.exit_on_flags([analysis], sweep.Point(varied, options).name)
 

@@ -25,13 +25,11 @@ _LATEST = 50
 @contextmanager
 def progress(title: str, console: Console, devices: Callable[[], Sequence[DeviceRecord]]) -> Iterator[OnProgress]:
     """What the block calls with its load's progress; shown here and told to the viewer. `devices()`: their last samples."""
-    latest = [Progress(0, None)]
     seen: deque[tuple[float, Progress]] = deque(maxlen=20)
     requests: deque[RequestRecord] = deque(maxlen=_LATEST)
     ended, begin_s = threading.Event(), time.monotonic()
 
     def on_progress(progress: Progress) -> None:
-        latest[0] = progress
         seen.append((time.monotonic(), progress))
         requests.extend(progress.ended)
         publisher.put(progress)
@@ -39,7 +37,8 @@ def progress(title: str, console: Console, devices: Callable[[], Sequence[Device
     def line() -> str:
         if not seen:
             return f"{title}: warm-up"
-        return f"{title}: {latest[0].done} of {latest[0].total or '?'} requests{''.join(_figures(list(seen), list(requests)))}"
+        _at_s, now = seen[-1]
+        return f"{title}: {now.done} of {now.total or '?'} requests{''.join(_figures(list(seen), list(requests)))}"
 
     def show() -> None:
         while not ended.wait(_TABLE_EVERY_S if console.is_terminal else LINE_EVERY_S):

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -47,9 +46,9 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
         name = analysis.name
         shown = [*tables.run_summary(analysis), *servers.table({name: analysis})]
         console.print(*map(tables.terminal, shown), *tables.warnings(name, analysis), sep="\n")
-        _say(console, f"results: {folder}/")
+        say(console, f"results: {folder}/")
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
-        write_whole(_picture(folder, name), drawn[-1])  # last: a disk that is full costs no table
+        write_whole(picture_of(folder, name), drawn[-1])  # last: a disk that is full costs no table
     if len(analyses) > 1:
         rows = list(map(tables.requests_csv, analyses.values()))
         named = dict(zip(names_of([*analyses.values()], [*analyses]), analyses.values(), strict=True))
@@ -57,11 +56,11 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
         for each in compared:
             _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
-        _say(console, f"picture: {out / COMPARISON}")
-        _say(console, f"report: {out / 'report' / 'report.html'}")
+        say(console, f"picture: {out / COMPARISON}")
+        say(console, f"report: {out / 'report' / 'report.html'}")
 
 
-def _picture(folder: Path, name: str) -> Path:
+def picture_of(folder: Path, name: str) -> Path:
     return folder / f"{name}_performance_analysis.png"
 
 
@@ -144,7 +143,7 @@ def compare_folders(
 
     mpl.say_when_english(console)
     write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
-    _say(console, _("picture: {0}", picture))
+    say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
         console.print(Text.assemble((_(result.outcome), style), " ", answer.threshold(result)), soft_wrap=True)
@@ -188,11 +187,11 @@ def report(
     for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
         files[f"{name}_llm-d.json"] = json.dumps(llmd.report(run), indent=1).encode()
         write_whole(out / f"{name}_llm-d.json", files[f"{name}_llm-d.json"])
-    _say(console, _("report: {0}", out / "report.html"))
-    _say(console, _("beside it: {0}", ", ".join([*files][1:])))
+    say(console, _("report: {0}", out / "report.html"))
+    say(console, _("beside it: {0}", ", ".join([*files][1:])))
     for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
         sent = collector.send(traces.spans(load_run(folder), analysis))
-        _say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
+        say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:
@@ -270,43 +269,6 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def present_sweep(
-    measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console, progress: Console
-) -> list[tables.SweepRow]:
-    """Take (varied options, results folders) as they come; show and draw each once, keep table and curves in `out` up to date, show
-    these at the end."""
-    from pdbench.report import mpl, sweep_charts
-
-    rows: list[tables.SweepRow] = []
-    drawn, due_s = 0, 0.0
-
-    def draw() -> None:
-        nonlocal drawn
-        drawn = len(rows)
-        picture = mpl.chart_picture(lambda: sweep_charts.curves(rows), 16, lambda chart_rows: 5 * chart_rows)
-        write_whole(out / "sweep_curves.png", picture)
-
-    try:
-        for varied, folders in measured:
-            analyses = {folder: load_analysis(folder) for folder in folders}
-            rows += [(varied, analysis) for analysis in analyses.values()]
-            for folder, analysis in analyses.items():
-                if not _picture(folder, analysis.name).exists():
-                    present({folder: analysis}, folder.parent, progress)
-            write_whole(out / "sweep_summary.csv", tables.sweep_csv(rows).encode())
-            begin_s = time.monotonic()
-            if begin_s >= due_s:  # points that were measured before come at once
-                draw()
-                due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
-    finally:
-        if rows:
-            console.print(tables.terminal(tables.sweep(rows)))
-            if drawn < len(rows):
-                draw()
-            _say(console, f"curves: {out / 'sweep_curves.png'}  table: {out / 'sweep_summary.csv'}")
-    return rows
-
-
 def plot(source: Path, picture: Path | None, console: Console) -> None:
     """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
     from pdbench.report import charts, mpl
@@ -320,7 +282,7 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
     write_whole(picture, mpl.chart_picture(lambda: charts.monitored(analysis, devices), 15, lambda rows: 10))
-    _say(console, f"drawn: {picture}")
+    say(console, f"drawn: {picture}")
 
 
 def read_devices(source: Path) -> list[DeviceRecord]:
@@ -349,6 +311,6 @@ def read_devices(source: Path) -> list[DeviceRecord]:
     return [*devices.values()]
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
     """One line as it is: brackets in a path are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 import csv
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,6 @@ from pdbench.report.text import translate as _
 
 Value = str | int | float | None
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "unjudged": "dim"}
-SweepRow = tuple[Mapping[str, Any], RunAnalysis]
-"""One run of a sweep with the varied options' values."""
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
 SIDE_BY_SIDE = (
     "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "output_tokens_per_s", "j_per_output_token",
@@ -44,11 +42,6 @@ REQUEST_COLUMNS = (
     "deployment", "id", "trial", "sent_s", "end_s", "ttft_ms", "ttfo_ms", "mean_tbt_ms", "e2e_ms", "send_delay_ms",
     "prompt_tokens", "output_tokens", "counted_by", *(f"{name}_ms" for name in PHASES), "compute_steps", "error", "finish_reason",
     "first_token", "first_gap_ms",
-)  # fmt: skip
-SWEEP_COLUMNS = (
-    "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
-    "e2e_p50_ms", "output_tokens_per_s", "output_tokens_per_s_per_device", "requests_per_s", "goodput_requests_per_s",
-    "slo_met_pct", "j_per_output_token",
 )  # fmt: skip
 
 
@@ -333,42 +326,3 @@ def mismatches(compared: Comparison) -> list[Text]:
         Text.assemble((_("differs: "), "bold red" if found.refused else "yellow"), _(str(found)))
         for found in compared.mismatches
     ]
-
-
-def sweep(rows: Sequence[SweepRow]) -> Table:
-    """A row per point and deployment for the terminal; `sweep_csv` has all figures."""
-    keys = [*rows[0][0]]
-    columns = {
-        "TTFT ms\np50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
-        "TBT ms\np50/p99": ("tbt_p50_ms", "tbt_p99_ms"),
-        "tok\n/s": ("output_tokens_per_s",),
-        "goodput\n/s": ("goodput_requests_per_s",),
-        "J/\ntok": ("j_per_output_token",),
-    }
-    cells: list[list[Value]] = []
-    for varied, run in rows:
-        figures = ["/".join(text.number(text.value(run, metric)) for metric in group) for group in columns.values()]
-        cells.append([*(text.option_value(varied[key]) for key in keys), run.name, *figures])
-    notes = []
-    if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
-        notes.append(f"goodput {text.NEEDS_SLO}")
-    marked = [bool(run.flags or run.summary.requests.failed) for _varied, run in rows]
-    if any(marked):
-        flags = sorted({flag.name for _varied, run in rows for flag in run.flags})
-        notes.append(f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which")
-    return Table(
-        title=f"Sweep over {', '.join(map(text.option, keys))}",
-        header=[*(text.option(key).replace(" ", "\n") for key in keys), "deployment", *columns],
-        rows=cells,
-        left=range(len(keys) + 1),
-        styles=["worse" if mark else "" for mark in marked],
-        note="\n".join(notes),
-    )
-
-
-def sweep_csv(rows: Sequence[SweepRow]) -> str:
-    lines: list[list[Any]] = [[*rows[0][0], "deployment", *SWEEP_COLUMNS, "flags"]]
-    for varied, run in rows:
-        figures = (text.value(run, metric) for metric in SWEEP_COLUMNS)
-        lines.append([*varied.values(), run.name, *figures, " ".join(text.flag_names(run))])
-    return csv_text(lines)

@@ -1,0 +1,169 @@
+"""A sweep: its table, and its curves with the knee marked; kept up to date while its points are measured."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
+from pdbench.files import write_whole
+from pdbench.report import commands, mpl, tables, text
+from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
+from pdbench.report.charts import ttft_parts
+
+CURVES, TABLE = "sweep_curves.png", "sweep_summary.csv"
+Row = tuple[Mapping[str, Any], RunAnalysis]
+"""One run of a sweep with the varied options' values."""
+COLUMNS = (
+    "requests", "failed", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "mean_tbt_p50_ms", "mean_tbt_p99_ms",
+    "e2e_p50_ms", "output_tokens_per_s", "output_tokens_per_s_per_device", "requests_per_s", "goodput_requests_per_s",
+    "slo_met_pct", "j_per_output_token",
+)  # fmt: skip
+
+
+def present(
+    measured: Iterable[tuple[Mapping[str, Any], Sequence[Path]]], out: Path, console: Console, progress: Console
+) -> list[Row]:
+    """Take (varied options, results folders) as they come; show and draw each once, keep table and curves in `out` up to date, show
+    these at the end."""
+    rows: list[Row] = []
+    drawn, due_s = 0, 0.0
+
+    def draw() -> None:
+        write_whole(out / CURVES, mpl.chart_picture(lambda: curves(rows), 16, lambda lines: 5 * lines))
+
+    try:
+        for varied, folders in measured:
+            analyses = {folder: load_analysis(folder) for folder in folders}
+            rows += [(varied, analysis) for analysis in analyses.values()]
+            for folder, analysis in analyses.items():
+                if not commands.picture_of(folder, analysis.name).exists():
+                    commands.present({folder: analysis}, folder.parent, progress)
+            write_whole(out / TABLE, csv_of(rows).encode())
+            begin_s = time.monotonic()
+            if begin_s >= due_s:  # points that were measured before come at once
+                drawn = len(rows)
+                draw()
+                due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
+    finally:
+        if rows:
+            console.print(tables.terminal(table(rows)))
+            if drawn < len(rows):
+                draw()
+            commands.say(console, f"curves: {out / CURVES}  table: {out / TABLE}")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> tables.Table:
+    """A row per point and deployment for the terminal; `csv_of` has all figures."""
+    keys = [*rows[0][0]]
+    columns = {
+        "TTFT ms\np50/p99": ("ttft_p50_ms", "ttft_p99_ms"),
+        "TBT ms\np50/p99": ("tbt_p50_ms", "tbt_p99_ms"),
+        "tok\n/s": ("output_tokens_per_s",),
+        "goodput\n/s": ("goodput_requests_per_s",),
+        "J/\ntok": ("j_per_output_token",),
+    }
+    cells: list[list[tables.Value]] = []
+    for varied, run in rows:
+        figures = ["/".join(text.number(text.value(run, metric)) for metric in group) for group in columns.values()]
+        cells.append([*(text.option_value(varied[key]) for key in keys), run.name, *figures])
+    notes = []
+    if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
+        notes.append(f"goodput {text.NEEDS_SLO}")
+    marked = [bool(run.flags or run.summary.requests.failed) for _varied, run in rows]
+    if any(marked):
+        flags = sorted({flag.name for _varied, run in rows for flag in run.flags})
+        notes.append(f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which")
+    return tables.Table(
+        title=f"Sweep over {', '.join(map(text.option, keys))}",
+        header=[*(text.option(key).replace(" ", "\n") for key in keys), "deployment", *columns],
+        rows=cells,
+        left=range(len(keys) + 1),
+        styles=["worse" if mark else "" for mark in marked],
+        note="\n".join(notes),
+    )
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    lines: list[list[Any]] = [[*rows[0][0], "deployment", *COLUMNS, "flags"]]
+    for varied, run in rows:
+        figures = (text.value(run, metric) for metric in COLUMNS)
+        lines.append([*varied.values(), run.name, *figures, " ".join(text.flag_names(run))])
+    return tables.csv_text(lines)
+
+
+def curves(rows: Sequence[Row]) -> Chart:
+    """Latencies against throughput with their knees; goodput and energy (tokens/s without a meter) against the first option; TTFT's parts
+    at every point."""
+    metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
+    cost = "j_per_output_token" if metered else "output_tokens_per_s"
+    limits = text.slo(rows[0][1].config.get("load") or {})
+    within = " and ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items())
+    panels = [
+        _panel(rows, "ttft_p99_ms", "TTFT p99 against throughput"),
+        _panel(rows, "tbt_p99_ms", "TBT p99 (every gap) against throughput"),
+        _panel(rows, "goodput_requests_per_s", f"Goodput: requests/s with {within or 'the SLO met'}", by_option=True),
+        _panel(rows, cost, text.title(cost) + ("" if metered else " (energy is not measured)"), by_option=True),
+    ]
+    names = [run.name for _varied, run in rows]
+    by_deployment = sorted(rows, key=lambda row: names.index(row[1].name))
+    parts = ttft_parts({", ".join([run.name, *_settings(varied)]): run for varied, run in by_deployment}).panels[0]
+    panels += [parts] if parts.series else []
+    keys = [*map(text.option, rows[0][0])]
+    caption = f"numbers at the points: {keys[0]}"
+    return Chart(key="sweep", title=f"Sweep over {', '.join(keys)}", panels=panels, caption=caption)
+
+
+def _settings(varied: Mapping[str, Any]) -> list[str]:
+    """`rate 16` of each varied option."""
+    return [f"{text.option(key)} {text.option_value(value)}" for key, value in varied.items()]
+
+
+def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False) -> Panel:
+    """`metric` against throughput with each curve's knee, or against the first option. A curve per deployment and other options."""
+    option, *others = rows[0][0]
+    groups: dict[str, list[tuple[Any, float, str]]] = {}
+    for varied, run in rows:
+        at = varied[option] if by_option else text.value(run, "output_tokens_per_s")
+        value = text.value(run, metric)
+        if at is not None and value is not None:
+            name = " ".join([run.name, *_settings({key: varied[key] for key in others})])
+            groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
+    drawn: list[Series] = []
+    knees: list[tuple[float, float]] = []
+    for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):
+        x, y, labels = zip(*points, strict=True)
+        if not all(isinstance(at, int | float) and not isinstance(at, bool) for at in x):
+            x = tuple(map(str, x))
+        drawn.append(Series(name=name, x=x, y=y, shade=shade, marker="o", labels=() if by_option else labels))
+        bend = None if by_option else knee(x, y)
+        knees += [] if bend is None else [(x[bend], y[bend])]
+    if knees:
+        x, y = zip(*knees, strict=True)
+        drawn.append(Series(kind="points", name="knee", x=x, y=y, shade=BAD, size=15, hollow=True))
+    integer = all(isinstance(at, int) for points in groups.values() for at, _value, _label in points)
+    high = max((1.15 * value for points in groups.values() for _at, value, _label in points), default=None)
+    return Panel(
+        title=title,
+        series=drawn,
+        x=Axis(label=text.option(option) if by_option else text.label("output_tokens_per_s"), integer=integer),
+        y=Axis(label=text.label(metric), low=0, high=high or None),
+        not_measured=text.NEEDS_SLO if metric.startswith("goodput") else "",
+    )
+
+
+def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:
+    """The index of a curve's knee: the inner point farthest below the diagonal of both axes scaled to 0..1; None without.
+
+    Source: Satopaa and others, "Finding a Kneedle in a Haystack" (2011), for one convex curve without smoothing.
+    """
+    x, y = np.asarray(throughput, dtype=float), np.asarray(latency, dtype=float)
+    if len(x) < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or not np.ptp(x) or not np.ptp(y):
+        return None
+    below = (x - x.min()) / np.ptp(x) - (y - y.min()) / np.ptp(y)
+    place = int(below.argmax())
+    return place if below[place] > 0 and 0 < place < len(x) - 1 else None
