@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from pdbench import doctor, nvml
-from pdbench.config import DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
+from pdbench.config import ClusterConfig, DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.doctor import Finding
 from pdbench.errors import UserError
 from pdbench.events import Event, move
@@ -223,3 +223,15 @@ class Site:
     def findings(self, config: ServeConfig) -> list[Finding]:
         """What `pdbench doctor` reports."""
         return list(doctor.examine(config, self._machine or machines.inspect()))
+
+
+@contextmanager
+def open_site(config: ClusterConfig | None) -> Iterator[Site]:
+    """The cluster of --cluster, left at the end with all that was started there; this host without it. Raises UserError."""
+    if config is None or config.cluster is None:
+        yield Site(restarts=config.restarts if config else 0)
+        return
+    from pdbench.cluster.site import RaySite
+
+    with RaySite(config) as site:
+        yield site

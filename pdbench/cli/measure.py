@@ -42,9 +42,8 @@ def _measuring(
 
     Raises UserError when the figures of a run do not count.
     """
-    from pdbench.cluster import open_site
     from pdbench.report import commands
-    from pdbench.site import stop_on_signals
+    from pdbench.site import open_site, stop_on_signals
 
     runs: dict[Path, Run] = {}
     with (
@@ -67,8 +66,7 @@ def servers_stay(
 ) -> "Iterator[tuple[Site, turns.Servers]]":
     """Where to measure many runs, and servers that stay up between them; `saved` says on Ctrl-C what is left."""
     from pdbench import turns
-    from pdbench.cluster import open_site
-    from pdbench.site import stop_on_signals
+    from pdbench.site import open_site, stop_on_signals
 
     with (
         stop_on_signals(saved),
@@ -275,10 +273,9 @@ def serve(
     import shlex
 
     from pdbench import turns
-    from pdbench.cluster import open_site
     from pdbench.host import LocalHost
     from pdbench.live import servers
-    from pdbench.site import Site, stop_on_signals
+    from pdbench.site import Site, open_site, stop_on_signals
 
     kind = turns.deployments(against or ("single" if single else "disaggregated"))[0]
     if show:
@@ -313,7 +310,7 @@ def serve(
 def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None) -> None:
     """Say whether this machine (or every node of --cluster) can do it, and what to fix."""
     from pdbench import doctor
-    from pdbench.cluster import open_site
+    from pdbench.site import open_site
 
     with open_site(cluster) as site:
         sys.exit(doctor.report(site.findings(serve or ServeConfig()), console))

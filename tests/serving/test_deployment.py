@@ -13,12 +13,11 @@ import pytest
 from rich.console import Console
 
 from pdbench import http, turns
-from pdbench.cluster import open_site
 from pdbench.config import ClusterConfig, DeploymentKind, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, States
-from pdbench.site import Site
+from pdbench.site import Site, open_site
 from tests.conftest import serve_config
 from tests.support.processes import ROOT, left, marked, wait_until
 from tests.support.scripted_vllm import SERVER, Scripted
