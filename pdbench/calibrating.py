@@ -30,7 +30,17 @@ LEAST_REQUESTS = 40
 FROM = 0.1
 """A ramp begins at this share of the rate at which it ends."""
 SPREAD = 0.8
-GIVEN = ("trace", "stages", "duration_s", "steady_s", "concurrency", "requests", "prompt_file", "shared_prefix")
+GIVEN = (
+    "trace",
+    "stages",
+    "duration_s",
+    "steady_s",
+    "concurrency",
+    "requests",
+    "prompt_file",
+    "shared_prefix",
+    "phase",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def spread(load: LoadConfig, max_model_len: int) -> LoadConfig:
 
     Raises UserError for options that the calibration sets.
     """
-    given = [name for name in GIVEN if getattr(load, name)] + (["phase"] if load.phase != "both" else [])
+    given = [name for name in GIVEN if getattr(load, name) != getattr(LoadConfig(), name)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')}: a calibration decides it; leave it out (docs/plan.md)")
     if load.rate and not load.ramp_to:

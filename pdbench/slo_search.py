@@ -107,8 +107,8 @@ def check(load: LoadConfig) -> None:
     if not any(getattr(load, name) for name in SLO):
         raise UserError("a search needs limits: --slo ttft=300,tbt=15")
     # With a cap on streams, requests would wait in the client, where no limit sees them.
-    names = ("trace", "stages", "ramp_to", "duration_s", "steady_s", "concurrency")
-    fixed = [name for name in names if getattr(load, name)] + (["phase"] if load.phase != "both" else [])
+    names = ("trace", "stages", "ramp_to", "duration_s", "steady_s", "concurrency", "phase")
+    fixed = [name for name in names if getattr(load, name) != getattr(LoadConfig(), name)]
     if fixed:
         raise UserError(f"--{fixed[0].replace('_', '-')}: a search scales the rate of arrivals itself; leave it out")
     if (load.requests or REQUESTS) < LEAST_REQUESTS:
