@@ -229,7 +229,6 @@ class Cluster:
         leaving.join(10.0)
 
     def node(self, word: str) -> Node:
-        """The node of this address or host name. Raises UserError."""
         return find_node(self.nodes, word)
 
     def host(self, name: str, node: Node, heartbeat_s: float = HEARTBEAT_S, **options: Any) -> RemoteHost:

@@ -223,7 +223,6 @@ def _usage(document: dict) -> Usage | None:
 
 
 def _part(choice: dict, position: int) -> Part:
-    """One entry of `choices`."""
     delta = choice.get("delta")
     if isinstance(delta, str):
         delta = {"content": delta}

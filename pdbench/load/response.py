@@ -73,7 +73,6 @@ class Response:
 
     @property
     def asked_tokens(self) -> int | None:
-        """How many tokens the request asked for."""
         return counting.asked(self.body).tokens
 
     @property

@@ -42,7 +42,6 @@ class EventReader:
 
     @property
     def partial(self) -> bool:
-        """Have bytes come that make no whole event yet?"""
         return bool(self._buffer or self._data or self._name or self._json or self._skip_newline)
 
     def feed(self, piece: bytes) -> list[bytes]:

@@ -37,7 +37,6 @@ class ClockLock:
 
 
 def requested_options(config: PowerConfig) -> list[str]:
-    """The options that set a clock or power cap."""
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(config, name) is not None]
 
 

@@ -269,7 +269,6 @@ class Deployment:
         return hosts
 
     def _launch(self, names: Sequence[str]) -> None:
-        """Start servers, or restart them."""
         hosts = self._by_host(self.commands[name] for name in names)
         shared = self.config.log_dir, self._secrets
         for pids in at_once([functools.partial(host.start, own, *shared) for host, own in hosts.items()]):
