@@ -242,9 +242,8 @@ class OpenGpu:
         powers = {field: query for field, query in self._powers.items() if field not in skip}
         if powers:
             calls = {tuple(powers): partial(_powers_w, list(powers.values()))} | calls
-        if (
-            powers.keys().isdisjoint(_POWER_FIELDS) and not self.mig
-        ):  # a driver without these two has one power, an average
+        # A driver without these two has one power, an average.
+        if powers.keys().isdisjoint(_POWER_FIELDS) and not self.mig:
             calls = {("plain_power",): lambda handle: (nv.nvmlDeviceGetPowerUsage(handle) / 1000,)} | calls
         values: dict[str, Any] = {}
         for fields, call in calls.items():

@@ -78,9 +78,8 @@ class LoadJudge:
             self._decide(progress.at_s - self._begin_s, progress.in_flight)
 
     def _decide(self, now_s: float, in_flight: int) -> None:
-        while self._known < len(
-            self._arrivals
-        ):  # in the order of arrival: long answers, which may have missed, come late
+        # In the order of arrival: long answers, which may have missed, come late.
+        while self._known < len(self._arrivals):
             good = self._good.get(self._known)
             if good is None:
                 if now_s - (self._arrivals[self._known] or 0.0) <= self._longest_s:

@@ -139,9 +139,7 @@ class Sampler:
         began_cpu, began = self._time.cpu(), self._time.monotonic()
         missed_intervals = 0
         for device in self._devices:
-            device.guarded(
-                partial(device.reader.buffer, self._time.unix())
-            )  # what the driver gathered before is not ours
+            device.guarded(partial(device.reader.buffer, self._time.unix()))  # what it gathered before is not ours
         next_sample, next_buffer = began, began + BUFFER_S
         while not self._over():
             now = self._time.monotonic()

@@ -88,9 +88,8 @@ class Search:
         if any(each.held is None for each in self.outcomes) or (held and lost):
             sent = [each.rate for each in self.outcomes]
             likely = self._quantile(SIDES[len(self.outcomes) % len(SIDES)])
-            return min(
-                max(likely, min(sent) / FACTOR), max(sent) * FACTOR
-            )  # what is far from all loads is only believed
+            # What is far from all loads is only believed.
+            return min(max(likely, min(sent) / FACTOR), max(sent) * FACTOR)
         return max(held) * FACTOR if held else min(lost) / FACTOR
 
     def decided(self, rate: float, missed: int, known: int) -> bool | None:
