@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
@@ -51,9 +51,9 @@ class LoadJudge:
     Times are the client's, so that an answer that it has not reported yet is not taken for late.
     """
 
-    def __init__(self, search: Search, rate: float, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:
+    def __init__(self, search: Search, load: LoadConfig, until_s: float, settle_s: float = 0.0) -> None:
         """`settle_s` into the load a rate may be called held: servers that were idle meet every SLO at first."""
-        self._search, self._rate, self._load, self._until_s = search, rate, load, until_s
+        self._search, self._rate, self._load, self._until_s = search, load.rate or 0.0, load, until_s
         self._settle_s, self._longest_s = settle_s, _longest_s(load)
         self._arrivals = [*islice(plan.planned_instants(load, None, 0), load.requests)]  # constant ones never end
         self._good: dict[int, bool] = {}
@@ -116,14 +116,14 @@ class LoadJudge:
 
 @dataclass
 class Loads:
-    """Sends the loads of a deployment; those in `saved` (run -> point) are not sent again. Each is entered in `points`."""
+    """Sends the loads of a deployment; those in `saved` are not sent again. Each is entered in `points`."""
 
     deployment: Deployment
     attain: float
     out: Path
     console: Console
     points: list[Point]
-    saved: Mapping[str, Point]
+    saved: Sequence[Point]
     sent: int = 0
     beside_s: float = 0.0  # what the last load took beside itself: prompts, reference answers, checks, saving
 
@@ -133,9 +133,7 @@ class Loads:
         """The run and its point. Raises UserError for a load that cannot be judged."""
         deployment, options = self.deployment, self.deployment.options
         folder = self.out / deployment.name / name
-        point = next(
-            (each for run, each in self.saved.items() if Path(run).parent == Path(deployment.name) / name), None
-        )
+        point = next((each for each in self.saved if Path(each.run).parent == Path(deployment.name, name)), None)
         if point is not None and point.rate_per_s == load.rate:
             self.console.print(f"  {name}: already measured")
             self.points.append(point)

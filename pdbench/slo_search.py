@@ -181,7 +181,7 @@ def find(
             load = deployment.options.load
             load = replace(load, requests=load.requests or REQUESTS, nonce=load.nonce or nonce)
             deployment = replace(deployment, options=replace(deployment.options, load=load))
-            mine = {point.run: point for point in earlier if point.deployment == deployment.name}
+            mine = [point for point in earlier if point.deployment == deployment.name]
             own = replace(goal, until_s=time.monotonic() + share_s)
             loads = Loads(deployment, goal.attain, out, console, document.points, mine)
             _search_one(loads, own, entry, keep)
@@ -244,7 +244,7 @@ def _search_rate(
             # The warm-up counts too; one load that is hard to decide must not take all of the time.
             left_s = until_s - time.monotonic()
             end_s = until_s - min(left_s / 2, max(0.0, left_s - 3 * least_s))
-            judge = LoadJudge(search, rate, changed, end_s, least_s)
+            judge = LoadJudge(search, changed, end_s, least_s)
             run, point = loads.send(f"load-{number + 1:02d}", changed, judge)
             number += 1
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
@@ -298,7 +298,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
     def cost(setting: Setting) -> float | None:
         if time.monotonic() > goal.until_s - 3 * (load_s + loads.beside_s):  # two runs with other arrivals follow
             return None
-        judge = LoadJudge(Search(1 - goal.attain, load.rate or 0.0), load.rate or 0.0, load, goal.until_s, settle_s=inf)
+        judge = LoadJudge(Search(1 - goal.attain, load.rate or 0.0), load, goal.until_s, settle_s=inf)
         point = send("clocks", load, setting, judge)
         if judge.reason and judge.held is None:  # cut off by the time: it had other arrivals than the others
             loads.points.pop()

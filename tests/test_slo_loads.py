@@ -20,7 +20,7 @@ LOAD = LoadConfig(slo_ttft_ms=300.0, slo_tbt_ms=50.0, output_tokens=4, requests=
 
 
 def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
-    judge = LoadJudge(Search(0.05, 5.0), 5.0, LOAD, until_s=0.0)
+    judge = LoadJudge(Search(0.05, 5.0), LOAD, until_s=0.0)
     assert judge.decided() is None
     record = RequestRecord(id="x-0-000000", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
     judge.on_progress(Progress(1, None, 0, 0, [record], 0.2))
@@ -29,7 +29,7 @@ def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
 
 def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     load = dataclasses.replace(LOAD, rate=2.0)
-    judge = LoadJudge(Search(0.05, 2.0), 2.0, load, float("inf"))
+    judge = LoadJudge(Search(0.05, 2.0), load, float("inf"))
     arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
 
     def record(index: int, ttft_s: float) -> RequestRecord:
@@ -48,7 +48,7 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
 
 def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_still_take_longer() -> None:
     load = dataclasses.replace(LOAD, rate=20.0, slo_tbt_ms=15.0, output_tokens=128)  # 2.2 s within the SLO
-    judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
+    judge = LoadJudge(Search(0.05, 20.0), load, float("inf"))
     arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)][:8]
     quick = [
         RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.1], end_s=at_s + 0.5)

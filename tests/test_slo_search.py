@@ -136,7 +136,7 @@ def test_overload_ends_within_seconds_and_its_cut_requests_count_only_once_they_
 
 def test_queue_that_grows_is_an_overload_without_a_limit_on_time_between_tokens(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, rate=40.0, requests=600, slo_tbt_ms=None, slo_ttft_ms=5000.0)
-    judge = LoadJudge(Search(0.05, 40.0), 40.0, load, float("inf"), settle_s(load, 0.2))
+    judge = LoadJudge(Search(0.05, 40.0), load, float("inf"), settle_s(load, 0.2))
     run = Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False and run.trials[0].end_s < 5.0  # before anything was missed
 
@@ -144,7 +144,7 @@ def test_queue_that_grows_is_an_overload_without_a_limit_on_time_between_tokens(
 def test_idle_beginning_of_an_overload_is_not_called_held(tmp_path: Path) -> None:
     # A backlog of 3 s takes 15 s to build up: until then nothing is missed.
     load = dataclasses.replace(LOAD, rate=12.0, requests=600, slo_ttft_ms=3000.0, slo_tbt_ms=None)
-    judge = LoadJudge(Search(0.05, 12.0), 12.0, load, float("inf"), settle_s(load, 0.2))
+    judge = LoadJudge(Search(0.05, 12.0), load, float("inf"), settle_s(load, 0.2))
     Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False
 
@@ -257,7 +257,7 @@ def test_time_that_is_up_before_a_load_tells_anything_says_so(
 
 def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, arrival="constant", rate=20.0, requests=300)
-    judge = LoadJudge(Search(0.05, 20.0), 20.0, load, float("inf"))
+    judge = LoadJudge(Search(0.05, 20.0), load, float("inf"))
     run = Law().measure(Options(load=load), tmp_path, judge)
     assert judge.held is False and len(run.requests) <= 300
 
