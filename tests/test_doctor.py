@@ -11,6 +11,7 @@ from pdbench.doctor import NodeFacts
 from pdbench.errors import UserError
 from pdbench.serving import machine
 from pdbench.site import Site
+from tests.support.processes import free_port
 
 
 def test_gpu_without_reported_memory_is_a_gpu() -> None:
@@ -48,8 +49,9 @@ def test_missing_nixl_is_found_before_anything_starts(monkeypatch: pytest.Monkey
 
 
 def test_kv_port_is_looked_for_at_this_hosts_address_in_a_network() -> None:
-    findings = [*doctor.examine(ServeConfig(kv_ip="127.0.0.0/8", kv_port=0), machine.Machine("0.33.0", ()))]
-    assert (doctor.FINE, "KV port 127.0.0.1:0: free") in [(finding.state, finding.text) for finding in findings]
+    port = free_port()
+    findings = [*doctor.examine(ServeConfig(kv_ip="127.0.0.0/8", kv_port=port), machine.Machine("0.33.0", ()))]
+    assert (doctor.FINE, f"KV port 127.0.0.1:{port}: free") in [(finding.state, finding.text) for finding in findings]
 
 
 def test_mig_slice_is_wrong_and_no_reason_to_serve_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,9 @@ def serve(
     from pdbench.live import servers
     from pdbench.site import Site, open_site, stop_on_signals
 
-    kind = turns.deployments(against or ("single" if single else "disaggregated"))[0]
+    kind, *others = turns.deployments(against or ("single" if single else "disaggregated"))
+    if others or (single and against):
+        raise UserError("serve starts one deployment: give --single, or --against with one name")
     if show:
         for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
             settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())

@@ -24,20 +24,31 @@ class ServerSpec:
 
 
 def servers(kind: DeploymentKind, config: ServeConfig) -> list[ServerSpec]:
-    """All servers of a deployment, prefill before decode and the proxy last. Raises UserError when a role would have none."""
+    """All servers of a deployment, prefill before decode and the proxy last. Raises UserError when a role would have none, or a server no
+    port."""
     width = config.tensor_parallel
     if kind == "single":
-        return [*_role("single", 1, width, config.single_port)]
-    if kind == "tensor-parallel":
-        return [*_role("tensor-parallel", 1, max(2, width), config.single_port)]
-    proxy = ServerSpec("proxy", 0, config.proxy_port)
-    if kind == "replicas":
-        return [*_role("replica", _replicas(config), width, config.prefill_port), proxy]
-    # One KV port per instance, with room for one per rank: vLLM's own connector adds the rank to it.
-    prefill = _role("prefill", config.prefill_instances, config.width("prefill"), config.prefill_port, config.kv_port)
-    after_prefill = config.kv_port + sum(spec.width for spec in prefill)
-    decode = _role("decode", config.decode_instances, config.width("decode"), config.decode_port, after_prefill)
-    return [*prefill, *decode, proxy]
+        specs = _role("single", 1, width, config.single_port)
+    elif kind == "tensor-parallel":
+        specs = _role("tensor-parallel", 1, max(2, width), config.single_port)
+    elif kind == "replicas":
+        specs = _role("replica", _replicas(config), width, config.prefill_port)
+    else:
+        # One KV port per instance, with room for one per rank: vLLM's own connector adds the rank to it.
+        specs = _role("prefill", config.prefill_instances, config.width("prefill"), config.prefill_port, config.kv_port)
+        after_prefill = config.kv_port + sum(spec.width for spec in specs)
+        specs += _role("decode", config.decode_instances, config.width("decode"), config.decode_port, after_prefill)
+    if kind in ("replicas", "disaggregated"):
+        specs.append(ServerSpec("proxy", 0, config.proxy_port))
+    for spec in specs:
+        kv_ports = () if spec.kv_port is None else (spec.kv_port, spec.kv_port + spec.width - 1)
+        for port in (spec.port, *kv_ports):
+            if not 0 < port < 2**16:
+                raise UserError(
+                    f"{spec.name} would listen on port {port}, and ports go from 1 to 65535: give another --single-port, --prefill-port, "
+                    "--decode-port, --proxy-port or --kv-port"
+                )
+    return specs
 
 
 def _replicas(config: ServeConfig) -> int:

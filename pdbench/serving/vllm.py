@@ -26,6 +26,16 @@ PROMPT_LOG_SINCE = (0, 10, 2)
 REQUEST_ID_RANDOMIZED_SINCE = (0, 14)
 
 
+_WIDTH = "--tensor-parallel, or --prefill-tensor-parallel and --decode-tensor-parallel, which give each instance its GPUs and KV ports"
+_OF_PDBENCH = {
+    "--tensor-parallel-size": _WIDTH,
+    "-tp": _WIDTH,
+    "--host": "--host, where the servers are then looked for",
+    "--port": "--single-port, --prefill-port or --decode-port, where the servers are then looked for",
+}
+"""vLLM's options that pdbench has to know: what to give in their place."""
+
+
 class Setup(NamedTuple):
     """What all servers of a deployment share: `model` is a folder or hub name, `model_name` what clients call it."""
 
@@ -154,11 +164,9 @@ def server_command(
             raise UserError(
                 f"{option}: {str(error).lower()}: write it as in a shell, inside one pair of quotes"
             ) from None
-        if any(word.partition("=")[0].replace("_", "-") in ("--tensor-parallel-size", "-tp") for word in words):
-            raise UserError(
-                f"{option}: use --tensor-parallel, or --prefill-tensor-parallel and --decode-tensor-parallel, "
-                "which give each instance its GPUs and KV ports"
-            )
+        given = [remedy for word in words if (remedy := _OF_PDBENCH.get(word.partition("=")[0].replace("_", "-")))]
+        if given:
+            raise UserError(f"{option}: use {given[0]}")
         argv += words
     own_scheduler = any(word.partition("=")[0].replace("_", "-") == "--scheduler-cls" for word in argv)
     logs_prompts = config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE
