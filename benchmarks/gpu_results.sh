@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Measure again what docs/results says of GPUs, on a host with four of them.
+#   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
+# GROUP: two-gpu (two lanes of two GPUs each, at the same time: about 25 minutes), tensor-parallel (about 20) or fleet (about 25); default: all.
+# No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
+# MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
+set -u
+out=$(mkdir -p "${1:?usage: benchmarks/gpu_results.sh OUT SECONDS [GROUP...]}" && cd "$1" && pwd)
+end=$(($(date +%s) + ${2:?how many seconds it may take}))
+shift 2
+cd "$(dirname "$0")/.." || exit 1
+python=${PDBENCH_PYTHON:-python3}
+export PYTHONUNBUFFERED=1 COLUMNS=140
+model=${MODEL:-$out/deepseek-v2-lite}
+[ -e "$model/config.json" ] || "$python" -m pdbench.serving.models deepseek-v2-lite "$model" || exit 1
+
+# Graphs for every batch of decode and for one or two prompts of 2,048 tokens with it: others are launched kernel by kernel.
+graphs="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 256 512 1024 2048 2080 2112 2176 4096 4160 4224"
+alone="$graphs --kv-cache-memory-bytes 33000000000"
+resident="$graphs --kv-cache-memory-bytes 4000000000"
+lane_b="--prefill-gpus 2 --decode-gpus 3 --prefill-port 9100 --decode-port 9200 --proxy-port 9000 --single-port 9000 --kv-port 22001"
+slo="--slo ttft=300,tbt=15"
+slo_run="--slo-ttft-ms 300 --slo-tbt-ms 15"
+
+left() { echo $((end - $(date +%s))); }
+
+step() { # step NAME LIMIT_S COMMAND...: at most LIMIT_S seconds, then Ctrl-C, which keeps what was measured
+    local name=$1 limit=$2 begun code
+    shift 2
+    [ "$limit" -gt "$(left)" ] && limit=$(left)
+    if [ "$limit" -lt 25 ]; then
+        echo "$name: no time left"
+        return
+    fi
+    begun=$(date +%s)
+    timeout -s INT -k 30 "$limit" "$@" >"$out/$name.log" 2>&1
+    code=$?
+    echo "$(date +%T) $name: exit code $code after $(($(date +%s) - begun)) s, $(left) s left"
+}
+
+measure() { # measure NAME LIMIT_S COMMAND RECIPE OPTIONS...: a command of pdbench; `vllm` holds its vLLM arguments
+    local name=$1 limit=$2 command=$3 recipe=$4
+    shift 4
+    step "$name" "$limit" "$python" -m pdbench "$command" "recipes/$recipe.toml" --model "$model" --load-format dummy --idle-s 1 --cooldown-s 2 \
+        --log-dir "$out/logs/$name" --out "$out/$name" "--vllm-args=$vllm" "$@"
+}
+
+sweep() { # sweep NAME LIMIT_S RECIPE OPTIONS...
+    local name=$1 limit=$2 recipe=$3
+    shift 3
+    vllm=$alone measure "$name" "$limit" sweep "$recipe" --vary rate=4,8,16,24 --duration-s 36 $slo "$@"
+}
+
+pairs() { # pairs NAME RECIPE OPTIONS...
+    local name=$1 recipe=$2
+    shift 2
+    vllm=$resident measure "$name" 800 run "$recipe" --resident --against replicas,disaggregated --pairs 6 --rate 16 --requests 576 $slo_run \
+        --gpu-memory-utilization 0.92 "$@"
+}
+
+search() { # search NAME RECIPE RATE OPTIONS...
+    local name=$1 recipe=$2 rate=$3
+    shift 3
+    vllm=$alone measure "$name" 330 search "$recipe" $slo --precision 5% --nonce 7c31d5aa --rate "$rate" --max-minutes 4.5 "$@"
+}
+
+two_gpu_a() {
+    sweep rates 620 gpu-1p1d-graphs --against replicas,disaggregated
+    pairs pairs gpu-1p1d-graphs
+    search search-1p1d gpu-1p1d-graphs 24 --against disaggregated
+    search search-replicas gpu-1p1d-graphs 14 --against replicas
+    step wire "$(left)" env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
+        --requests 400 --limit-s "$(($(left) - 30))" "--vllm-args=$alone"
+}
+
+two_gpu_b() {
+    sweep rates-chunks-512 420 gpu-1p1d-chunks $lane_b --against replicas
+    sweep rates-single 330 gpu-1p1d-graphs $lane_b --single-gpus 2 --against single &
+    search search-single gpu-1p1d-graphs 6 --prefill-gpus 3 --decode-gpus 2 --single-gpus 3 --single-port 9400 --against single &
+    wait
+    pairs pairs-chunks-512 gpu-1p1d-chunks $lane_b
+    sweep first-token-either 300 gpu-1p1d-graphs $lane_b --against disaggregated --first-token either
+    cost
+}
+
+cost() { # what counters, canaries and a watched page cost the other requests
+    local serve
+    "$python" -m pdbench serve recipes/gpu-1p1d-graphs.toml --model "$model" --load-format dummy $lane_b --log-dir "$out/logs/cost" \
+        "--vllm-args=$alone" >"$out/cost-serve.log" 2>&1 &
+    serve=$!
+    until grep -q "^ready: " "$out/cost-serve.log" || ! kill -0 $serve 2>/dev/null || [ "$(left)" -lt 60 ]; do sleep 1; done
+    step cost 330 "$python" benchmarks/record_cost.py --url http://127.0.0.1:9000 --rounds 6 --rate 8 --requests 56 --input-tokens 2048 --output-tokens 128
+    kill -INT $serve 2>/dev/null
+    wait $serve
+}
+
+tensor_parallel() {
+    step tests-tensor-parallel 420 "$python" -m pytest -q -m slow tests/kv/test_tensor_parallel.py
+    step wire-tp2 300 "$python" benchmarks/kv_transfer.py --out "$out/wire-tp2" --connectors p2p-nccl --tensor-parallel 2 --model "$model" --requests 500 \
+        --limit-s 270 "--vllm-args=$alone"
+    for rate in 8 16; do
+        vllm=$resident measure "tp2-$rate" 500 run gpu-1p1d-graphs --resident --tensor-parallel 2 --against single,replicas,disaggregated --pairs 3 \
+            --rate "$rate" --duration-s 33 $slo_run --gpu-memory-utilization 0.92
+    done
+}
+
+fleet() {
+    local x
+    for x in 1 2 3; do
+        search "search-${x}p$((4 - x))d" gpu-1p1d-graphs 32 --prefill-instances "$x" --decode-instances $((4 - x)) --against disaggregated --client-processes 2
+    done
+    search search-4-replicas gpu-1p1d-graphs 24 --prefill-instances 2 --decode-instances 2 --against replicas --client-processes 2
+    step fleet-faults 400 "$python" benchmarks/fleet_faults.py --out "$out/fleet-faults" -- recipes/gpu-1p1d-graphs.toml --load-format dummy --model "$model" \
+        "--vllm-args=$alone"
+}
+
+[ $# -eq 0 ] && set -- two-gpu tensor-parallel fleet
+for group in "$@"; do
+    case $group in
+    two-gpu)
+        two_gpu_a &
+        two_gpu_b &
+        wait
+        ;;
+    tensor-parallel) tensor_parallel ;;
+    fleet) fleet ;;
+    *)
+        echo "no group $group: two-gpu, tensor-parallel, fleet" >&2
+        exit 2
+        ;;
+    esac
+done
