@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.events import Event, ProxyEvent
 from pdbench.http import request
 from pdbench.load import plan, request_fields
@@ -280,7 +280,7 @@ def read(body: bytes, *, salted: bool = True) -> Answer:
             likeliest = [dict(place or {}) for place in logprobs.get("top_logprobs") or []]
         prompt_ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids") or []
         return Answer(text, tokens, likeliest, list(choice.get("token_ids") or []), list(prompt_ids), salted)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise OSError(f"an answer that cannot be read ({type(error).__name__})") from None
 
 

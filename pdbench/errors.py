@@ -1,5 +1,10 @@
 """The one exception for what a user can fix: cli prints it as one line and exits with its code."""
 
+import msgspec
+
+NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What reading JSON raises: of other types, broken, of no known letters, nested without end."""
+
 
 class UserError(Exception):
     """What is wrong, where, and the remedy, in one line; `exit_code` is what the process ends with (1 unless told)."""

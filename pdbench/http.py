@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 
 _LARGEST_BYTES = 64 << 20
 _INTERFACE = re.compile(r"(/v1(/(chat/)?completions)?)?/*$")
@@ -135,6 +135,9 @@ def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True
     if status in (401, 403):
         raise UserError(f"{address} answers {status}: set OPENAI_API_KEY to a key that the server takes")
     try:
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
+        name = str(json.loads(body)["data"][0]["id"])
+    except (*NOT_JSON, LookupError, TypeError):
         raise UserError(f"{address} answers {status} and names no model: give --model NAME") from None
+    if not (name.isprintable() and 0 < len(name) <= 500):  # it stands in terminals, pages and pictures
+        raise UserError(f"{address} names a model {name[:40]!a}, which cannot be shown: give --model NAME")
+    return name

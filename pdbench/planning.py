@@ -9,8 +9,8 @@ from rich.console import Console
 
 from pdbench import failures
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
-from pdbench.files import write_whole
+from pdbench.errors import NOT_JSON, UserError
+from pdbench.files import read_whole, write_whole
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -115,8 +115,8 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     """Of runs' folders, or the one saved in a folder of `pdbench plan`. Raises UserError for what is neither."""
     if len(sources) == 1 and (saved := sources[0] / CALIBRATION).is_file():
         try:
-            found = msgspec.json.decode(saved.read_bytes(), type=Calibration)
-        except msgspec.MsgspecError as error:
+            found = msgspec.json.decode(read_whole(saved), type=Calibration)
+        except NOT_JSON as error:
             raise UserError(f"{saved} is no calibration ({error}): calibrate by its runs again") from None
         if found.schema != records.SCHEMA:
             raise UserError(

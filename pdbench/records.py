@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pdbench import files, validation
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.events import EngineFacts, Event, ServerSeries
 
 SCHEMA = "pdbench/2"
@@ -363,12 +363,12 @@ def _read_run(path: Path) -> Run:
     try:
         run = msgspec.json.decode(saved, type=Run)
         schema: Any = run.schema
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         try:
             schema = msgspec.json.decode(saved, type=dict[str, Any]).get("schema")
         except msgspec.ValidationError:
             schema = None  # whole JSON, but no object
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except NOT_JSON:
             schema = SCHEMA  # half a file
         if schema in READABLE:
             raise UserError(
@@ -388,7 +388,7 @@ def _read_run(path: Path) -> Run:
 def _read_devices(path: Path) -> _DeviceFile:
     try:
         content = msgspec.json.decode(files.read_whole(path), type=_DeviceFile)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise UserError(
             f"{path} holds no device samples ({error}): name a *_gpu_data.json or monitor's own file"
         ) from error

@@ -22,7 +22,7 @@ from pdbench import sweep
 from pdbench.analysis.metrics import SLO, timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.load.input_files import span
@@ -132,9 +132,9 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
     document = Document(command=json.loads(json.dumps(command)), slo=slo, attain_pct=100 * goal.attain)
     try:
         saved = msgspec.json.decode((out / FILE).read_bytes(), type=Document)
-    except OSError:
+    except FileNotFoundError:
         return document, []
-    except msgspec.MsgspecError as error:  # to begin again would delete the loads that it names
+    except (OSError, *NOT_JSON) as error:  # to begin again would delete the loads that it names
         raise UserError(f"{out / FILE} cannot be read ({error}): move it away, or give another --out") from None
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):

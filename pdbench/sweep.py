@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import StartError, UserError, WriteError
+from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, results_files, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
@@ -222,7 +222,7 @@ def saved(out: Path) -> str:
 def _nonce(points: Sequence[Point], out: Path) -> str:
     """The nonce of the sweep in `out`: the given one, else that with which it began."""
     given = [point.options.load.nonce for point in points if point.options.load.nonce]
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, *NOT_JSON, KeyError, TypeError):
         given.append(str(json.loads((out / _SWEEP).read_bytes())["nonce"]))
     return str(next(filter(None, given), secrets.token_hex(4)))
 
@@ -239,7 +239,7 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
         before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
         if not all(map(results_files, folders)):
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+    except (OSError, *NOT_JSON, KeyError, TypeError, UserError):
         return None
     if differs := differences(before, now):
         raise UserError(

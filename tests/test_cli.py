@@ -56,6 +56,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["bench", "--input-spread=-4"], "for --input-spread. Give a spread from 0 to 3"),
         (["bench", "--input-distribution", "uniform", "--input-spread", "2"], "uniform lengths spread by 1 at most"),
         (["bench", "--rate", "0.001", "--duration-s", "1"], "this load sends no request"),
+        (["bench", "--extra-body", "[" * 20_000], "--extra-body is not JSON"),
         (["bench", "--stages", "0:5"], "this load sends no request"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
         (

@@ -169,11 +169,16 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
 
 
 def test_search_file_that_cannot_be_read_is_no_reason_to_begin_again(tmp_path: Path) -> None:
-    for content in ("{", '{"command": {}, "slo": {}, "attain_pct": 95, "points": [{"rate": 3}]}'):
-        (tmp_path / FILE).write_text(content)
+    for content in (
+        b"{",
+        b'{"command": {}, "slo": {}, "attain_pct": 95, "points": [{"rate": 3}]}',
+        b'{"command": "\xff"}',
+        b"[" * 200_000,
+    ):
+        (tmp_path / FILE).write_bytes(content)
         with pytest.raises(UserError, match=r"search\.json cannot be read .*: move it away, or give another --out"):
             search(tmp_path, Law())
-        assert (tmp_path / FILE).read_text() == content and list(tmp_path.iterdir()) == [tmp_path / FILE]
+        assert (tmp_path / FILE).read_bytes() == content and list(tmp_path.iterdir()) == [tmp_path / FILE]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -31,7 +31,7 @@ from pdbench.analysis.metrics import (
     timings_of,
 )
 from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_name, device_files, results_files, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
@@ -241,7 +241,7 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
         if source and (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source):
             check_name(saved.name, f"{folder / FILE}: name")
             return saved
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (OSError, *NOT_JSON):
         pass
     analysis = analyze(load_run(folder))
     try:

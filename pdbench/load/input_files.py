@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 
 _BINARY = {
     b"PAR1": "a Parquet file: write it as JSON Lines, as in `duckdb -c \"copy 'FILE' to 'rows.jsonl'\"`",
@@ -94,7 +94,7 @@ class InputFile:
                     if line.strip():
                         rows.append((number, json.loads(line)))
                 return {}, rows
-        except (ValueError, RecursionError) as error:
+        except NOT_JSON as error:
             row = number or getattr(error, "lineno", 1)
             raise self.error(row, f"no JSON ({error}) in {in_line(lines[row - 1].strip())}") from None
         around: dict[str, Any] = {}

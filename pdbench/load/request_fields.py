@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.load.prompts import Prompt
 from pdbench.records import Flag
 
@@ -30,7 +30,7 @@ def extra_body(config: LoadConfig) -> dict[str, Any]:
         raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
     try:
         extra = json.loads(config.extra_body) if config.extra_body else {}
-    except ValueError as error:
+    except NOT_JSON as error:
         raise UserError(f"--extra-body is not JSON: {error}") from None
     if not isinstance(extra, dict):
         raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")

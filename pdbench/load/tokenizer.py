@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pdbench.config import LoadConfig
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 from pdbench.http import authorization, split_url
 from pdbench.load.client import fetch
 
@@ -156,7 +156,10 @@ class _TokenizeServer:
             if was_open:  # a connection kept open may have been closed meanwhile
                 return self.ask(path, body)
             raise OSError(f"{self._url}{path}: {error or type(error).__name__}") from None
-        answer = json.loads(text) if response.status == 200 else None
+        try:
+            answer = json.loads(text) if response.status == 200 else None
+        except NOT_JSON as error:
+            raise ValueError(f"{self._url}{path} answers what is no JSON: {error}") from None
         if not isinstance(answer, dict):
             raise ValueError(f"{self._url}{path} answers {response.status}")
         return answer

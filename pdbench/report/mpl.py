@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -86,8 +87,13 @@ def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:
     """The PNG at 100 dots per inch of what `draw` makes of `arguments`; in English where this machine has no font for the language."""
     font = chinese_font() if text.LANGUAGE.get() == "zh" else None
     style = STYLE | {"font.family": [*STYLE["font.family"], font]} if font else STYLE
-    with text.language("zh" if font else "en"), matplotlib.rc_context(style):  # type: ignore[arg-type]
-        data = io.BytesIO()
+    data = io.BytesIO()
+    with (
+        text.language("zh" if font else "en"),
+        matplotlib.rc_context(style),  # type: ignore[arg-type]
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a model's name; a box stands there
         FigureCanvasAgg(draw(*arguments)).print_figure(data, format="png", dpi=100)
     return data.getvalue()
 

@@ -14,7 +14,7 @@ import msgspec
 import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
-from pdbench.errors import StartError, UserError
+from pdbench.errors import NOT_JSON, StartError, UserError
 from pdbench.events import LogLine
 from pdbench.files import check_name, lock_for_us, write_whole
 from pdbench.http import host_port, split_url
@@ -383,5 +383,5 @@ def _same_address(listening: str, asked: str) -> bool:
 def _load(folder: Path) -> DeploymentInfo | None:
     try:
         return msgspec.json.decode((folder / INFO_FILE).read_bytes(), type=DeploymentInfo)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *NOT_JSON):
         return None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
 _WEIGHTS_BYTES, _SHAPE_BYTES = "pdbench_weights_bytes", 31_412_968_448
@@ -103,7 +103,7 @@ def weights_mib(model: str, *, halve_float32: bool) -> float | None:
             size = whole.stat().st_size
         is_float32 = "float32" in (config.get("torch_dtype"), config.get("dtype"))
         return None if size is None else float(size) / 2**20 / (2 if is_float32 and halve_float32 else 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, *NOT_JSON, KeyError, TypeError, AttributeError):
         return None
 
 

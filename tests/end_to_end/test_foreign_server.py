@@ -19,7 +19,7 @@ from pdbench.records import Run, load_run
 from pdbench.serving import machine
 from pdbench.site import Site
 from tests.support.fake_nvml import child, environment
-from tests.support.processes import ROOT, run_pdbench
+from tests.support.processes import ROOT, call_pdbench, run_pdbench
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 TREE = """
@@ -178,14 +178,42 @@ def test_model_is_requested_as_the_load_is(monkeypatch: pytest.MonkeyPatch) -> N
         assert "secret" not in str(raised.value)
 
 
+def nested(peer: Peer) -> bool:
+    """JSON without end."""
+    body = b"[" * 200_000
+    peer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    return True
+
+
+def test_answers_nested_without_end_are_no_traceback(tmp_path: Path) -> None:
+    answer = stream(tokens(5))
+
+    def respond(peer: Peer) -> bool:
+        if peer.method == "GET":
+            return models(peer)
+        return answer(peer) if peer.json.get("stream") else nested(peer)
+
+    with ScriptedServer(respond) as server:
+        load = ("--url", server.url, "--requests", "4", "--no-power")
+        done = call_pdbench("bench", *load, cwd=tmp_path)
+        assert done.returncode == 0 and "canaries-off: no answer was checked" in done.stdout
+        refused = call_pdbench("bench", *load, "--input-tokens", "8", cwd=tmp_path)
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "has no /tokenize" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (refusal(b"401 Unauthorized", "no key"), "set OPENAI_API_KEY"),
         (refusal(b"404 Not Found", "no such path"), "give --model NAME"),
         (lambda peer: False, "no OpenAI-compatible server answers"),
+        (lambda peer: nested(peer), "answers 200 and names no model: give --model NAME"),
+        (
+            lambda peer: peer.respond({"data": [{"id": "a\x1b[2J"}]}),
+            r"names a model 'a\\x1b\[2J', which cannot be shown",
+        ),
     ],
-    ids=["key", "path", "nobody"],
+    ids=["key", "path", "nobody", "nested", "letters"],
 )
 def test_server_without_a_model_is_one_line_with_the_remedy(answer, message) -> None:
     with ScriptedServer(answer) as server, pytest.raises(UserError, match=message) as raised:

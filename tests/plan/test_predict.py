@@ -171,9 +171,11 @@ def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
     made = calibration()
     (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(made))
     assert read_calibration([tmp_path], Console(quiet=True)) == made
-    (tmp_path / CALIBRATION).write_bytes(b'{"schema": "pdbench-plan/0", "sources": [], "roles": {}}')
-    with pytest.raises(UserError, match="calibrate by its runs again"):
-        read_calibration([tmp_path], Console(quiet=True))
+    other = b'{"schema": "pdbench-plan/0", "sources": [], "roles": {}}'
+    for content in (other, b'{"schema": "\xff"}', b'{"roles": ' + b"[" * 200_000):
+        (tmp_path / CALIBRATION).write_bytes(content)
+        with pytest.raises(UserError, match="calibrate by its runs again"):
+            read_calibration([tmp_path], Console(quiet=True))
 
 
 @pytest.mark.parametrize(("wanted", "first_token"), [("single", "prefill"), ("2p1d", "prefill"), ("1p2d", "decode")])

@@ -143,6 +143,12 @@ def test_pictures_are_chinese_where_a_font_is(tmp_path):
     assert done.stdout.strip() not in ("", "None")
 
 
+@pytest.mark.parametrize("model", ["模型", "a\x1b[31m", "m$\\frac$"])
+def test_letters_that_no_font_has_are_no_warning(model, recwarn):
+    run = build_run(trials=1, requests=2, tokens=4, model=model)
+    assert mpl.picture(mpl.performance_analysis, analyze(run), "single") and not recwarn.list
+
+
 def test_pictures_without_a_chinese_font_are_english_and_it_says_so(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(mpl, "chinese_font", lambda: None)
     console = Console(file=io.StringIO(), width=200)
