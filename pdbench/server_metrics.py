@@ -100,6 +100,10 @@ def figures(page: str) -> dict[str, float]:
     return found
 
 
+OnReading = Callable[[str, dict[str, float]], object]
+"""Takes a server's name and its figures."""
+
+
 class ServerMetrics:
     """Reads the counters of a deployment's instances (not its proxy's) while the `with` block runs.
 
@@ -114,10 +118,9 @@ class ServerMetrics:
         interval_s: float,
         *,
         verify_tls: bool = True,
-        on_reading: Callable[[str, float, dict[str, float]], object] = lambda server, t_s, figures: None,
+        on_reading: OnReading = lambda server, figures: None,
     ) -> None:
-        """`interval_s` 0: `begin` and `end` alone. `on_reading` gets every reading as it arrives, on its server's thread: the
-        server's name, the instant on `clock`, and its figures."""
+        """`interval_s` 0: `begin` and `end` alone. `on_reading` gets every reading as it arrives, on its server's thread."""
         self._readers = [_Reader(server, clock, verify_tls, on_reading) for server in info.instances()]
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -157,13 +160,7 @@ class ServerMetrics:
 
 
 class _Reader:
-    def __init__(
-        self,
-        server: ServerInfo,
-        clock: Clock,
-        verify_tls: bool,
-        on_reading: Callable[[str, float, dict[str, float]], object],
-    ) -> None:
+    def __init__(self, server: ServerInfo, clock: Clock, verify_tls: bool, on_reading: OnReading) -> None:
         self.server, self.readings = server, list[tuple[float, dict[str, float]]]()
         self.before: dict[str, float] | None = None
         self._clock, self._on_reading = clock, on_reading
@@ -197,7 +194,7 @@ class _Reader:
                 return None
             t_s = (begin_s + self._clock.now()) / 2
             self.readings.append((t_s, read))
-        self._on_reading(self.server.name, t_s, read)
+        self._on_reading(self.server.name, read)
         return read
 
     def _scrape(self) -> str | None:

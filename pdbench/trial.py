@@ -187,7 +187,7 @@ def _run_trial(
             run.clock,
             options.power.metrics_interval_s,
             verify_tls=config.tls_verify,
-            on_reading=lambda server, _t_s, figures: publisher.put(publisher.ServerReading(server, figures)),
+            on_reading=lambda server, figures: publisher.put(publisher.ServerReading(server, figures)),
         )
         cores, asleep_s = psutil.cpu_times(), _asleep_s()
 
