@@ -66,8 +66,6 @@ References = dict[tuple[int, int], tuple[str, Answer]]
 
 @dataclass
 class _Asked:
-    """One canary's prompt and what the reference said."""
-
     planned: PlannedRequest
     answer: Answer
 
@@ -131,7 +129,6 @@ class Canaries:
         return words + "".join(f", {count[verdict]} {what}" for verdict, what in others if count[verdict])
 
     def report(self, run: Run, requests: Iterable[RequestRecord], events: Iterable[Event]) -> None:
-        """Enter what was found in `run`: its gate and its flags."""
         names = {server.url: server.name for server in self.info.servers}
         pairs = {
             event.request_id: " -> ".join(names.get(url, url) for url in (event.prefill, event.decode) if url)

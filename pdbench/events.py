@@ -75,7 +75,6 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
 
     @property
     def wait_s(self) -> float | None:
-        """Seconds from the ask to the first byte, None if either never happened."""
         if self.asked_s is None or self.first_byte_s is None:
             return None
         return self.first_byte_s - self.asked_s
@@ -224,11 +223,9 @@ def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefi
         if not through_prefill:
             prompt, decode = decode or prompt, None  # of decode: what prefill computed was of no use
         if prompt is not None:
-            sent_s = request.sent_s
+            sent_s = None if through_prefill else request.sent_s  # without an event: what the proxy did is not known
             if way is not None:
                 sent_s = way.prefill_sent_s if through_prefill else way.decode_sent_s
-            elif through_prefill:
-                sent_s = None  # what the proxy did is not known
             phases |= {
                 "api_server": _interval(sent_s, prompt.arrived_s),
                 "queue": _interval(prompt.arrived_s, prompt.begin_s[0]),

@@ -145,7 +145,6 @@ class Servers:
         return self._running[kind][1], fresh
 
     def close(self) -> None:
-        """End them all."""
         self._running.clear()
         self.gates.clear()
         for watts in self.idle.values():

@@ -46,7 +46,6 @@ class Arrivals:
 
 
 def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
-    """The arrivals of these requests in their order."""
     counts = np.array([len(record.token_s) for record in records], dtype=np.int64)
     token_s = np.fromiter(chain.from_iterable(map(_instants, records)), dtype=float, count=counts.sum())
     answered = np.array([record.error is None for record in records], dtype=bool)

@@ -179,7 +179,6 @@ def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval
 
 
 def why_not_measured(devices: Sequence[DeviceRecord], fields: Sequence[str]) -> str:
-    """Why no device has one of these fields."""
     reasons = {reason for device in devices for name, reason in device.not_measured.items() if name in fields}
     return "; ".join(sorted(reasons)) or ("no meter on this machine" if devices else "no device was sampled")
 

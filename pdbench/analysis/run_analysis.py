@@ -252,7 +252,6 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
 
 
 def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> dict[str, Figure]:
-    """Every metric that the run has."""
     figures = {}
     for metric in METRICS.values():
         if metric.latency is None:

@@ -56,7 +56,6 @@ def live_page(language: str) -> str:
 
 @cache
 def report(folders: tuple[str, ...], language: str) -> str:
-    """The report's page of what was saved."""
     with text.language(language):
         paths = [*map(Path, folders)]
         analyses = [load_analysis(path) for path in paths]
@@ -134,7 +133,7 @@ def figure(chart: Chart) -> dict[str, Any]:
 
 
 def status(state: State) -> dict[str, Any]:
-    """The status as HTML and, when it is over, how it ended."""
+    """As HTML and, when it is over, how it ended."""
     zero_s = time.time() - time.monotonic()
     log = [
         (time.strftime("%H:%M:%S", time.localtime(zero_s + at_s)), _(line.words, *map(_, line.values)), line.is_problem)

@@ -87,5 +87,5 @@ class Metrics:
         yield from (in_flight, power, energy)
 
     def page(self) -> tuple[bytes, str]:
-        """The metrics, and their content type."""
+        """With its content type."""
         return generate_latest(self._registry), "text/plain; version=0.0.4; charset=utf-8"

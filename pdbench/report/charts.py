@@ -107,7 +107,7 @@ def tbt_over_time(runs: text.Runs) -> Chart:
 
 def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_boxes: int = 3000) -> Chart:
     """Power (or CPU use), clocks and temperature of each device, with the requests behind: `most_boxes` at most, else a count."""
-    curves, axis = analysis.curves, analysis.curves.axis
+    curves, axis, x = analysis.curves, analysis.curves.axis, run_time(analysis.curves.axis)
     power = (_("Power of each device"), ["power_w"])
     if "power_w" not in curves.devices and "cpu_utilization_pct" in curves.devices:
         power = (_("CPU use of each role's processes"), ["cpu_utilization_pct"])
@@ -120,17 +120,16 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
         behind = _requests_behind(analysis, most_boxes) if lines and not panels else []
         title = _("{0}, requests behind (darker until the first token)", title) if behind else title
         top = max((float(np.nanmax(line.y)) for line in lines), default=0.0) * 1.15 or 1.0
-        panels.append(
-            Panel(
-                title=title,
-                series=[*behind, *lines],
-                x=run_time(axis),
-                y=Axis(label=text.label(fields[0]), low=0, high=top),
-                pauses=axis.pauses,
-                not_measured=_(curves.not_measured.get(fields[0], "")),
-                height=1.5 if panels else 3.0,
-            )
+        panel = Panel(
+            title=title,
+            series=[*behind, *lines],
+            x=x,
+            y=Axis(label=text.label(fields[0]), low=0, high=top),
+            pauses=axis.pauses,
+            not_measured=_(curves.not_measured.get(fields[0], "")),
+            height=1.5 if panels else 3.0,
         )
+        panels.append(panel)
     caption = _(
         "Device curves with the requests behind, warm-up included: darker until the first token, paler while decoding."
     )

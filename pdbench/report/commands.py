@@ -183,12 +183,12 @@ def report(
 
         mpl.say_when_english(console)
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
-    _comparisons, files = _write_report(runs, rows, out, sort_by, [])
+    files = [*_write_report(runs, rows, out, sort_by, [])[1]]
     for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
-        files[f"{name}_llm-d.json"] = json.dumps(llmd.report(run), indent=1).encode()
-        write_whole(out / f"{name}_llm-d.json", files[f"{name}_llm-d.json"])
+        files.append(f"{name}_llm-d.json")
+        write_whole(out / files[-1], json.dumps(llmd.report(run), indent=1).encode())
     say(console, _("report: {0}", out / "report.html"))
-    say(console, _("beside it: {0}", ", ".join([*files][1:])))
+    say(console, _("beside it: {0}", ", ".join(files[1:])))
     for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
         sent = collector.send(traces.spans(load_run(folder), analysis))
         say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))

@@ -368,7 +368,6 @@ def search_chart(of: Search, *, on_gpus: bool) -> Chart:
 
 
 def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
-    """Upright intervals."""
     at = [place for value in x for place in (value, value, np.nan)]
     bounds = [(f.value if f.low is None else f.low, f.value if f.high is None else f.high) for f in figures]
     ends = [end for low, high in bounds for end in (low, high, np.nan)]

@@ -79,7 +79,6 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis) -> None:
-    """The figures at the rate found."""
     goodput, serve = analysis.summary.goodput, analysis.config.get("serve") or {}
     entry.gpus = analysis.gpus
     if analysis.name == "disaggregated" and serve:
@@ -216,7 +215,6 @@ def _clocks_sentence(document: Document) -> str:
 
 
 def table(document: Document) -> tables.Table:
-    """A row per deployment."""
     entries = [entry if entry.rate_per_s else structs.replace(entry, low=None) for entry in document.searched()]
     known = [key for key in COLUMNS if any(getattr(entry, key) is not None for entry in entries)]
     rows = [

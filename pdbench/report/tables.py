@@ -214,7 +214,6 @@ def title(compared: Comparison) -> str:
 
 
 def comparison(compared: Comparison) -> Table:
-    """A row per metric: both figures and the verdict in words."""
     change = _("change seen; one trial, no interval") if compared.one_trial else _("change, 95 % interval")
     lines = compared.differences
     return Table(

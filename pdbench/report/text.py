@@ -185,7 +185,6 @@ def option_value(value: Any) -> str:
 
 
 def against(names: Sequence[str]) -> str:
-    """The title of several runs."""
     if len(names) == 2:
         return _("{0} against {1}", names[1], names[0])
     more = [_("{0} more", len(names) - 4)] if len(names) > 4 else []
