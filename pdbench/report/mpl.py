@@ -289,7 +289,7 @@ def _set_axis(axis: Axes, which: str, described: Axis) -> None:
         axis.set(**{f"{which}scale": "log"})
         side.set_minor_locator(NullLocator())
     elif described.integer:
-        side.set_major_locator(MaxNLocator(integer=True))
+        side.set_major_locator(MaxNLocator("auto", integer=True))
     if described.names and which == "y":
         axis.invert_yaxis()
     elif described.names:
