@@ -16,9 +16,9 @@ from pdbench.plan import fit, power
 from pdbench.plan.engine import COSTS, Box, Engine, Kind, Limits, Role
 from pdbench.plan.handoff import between, proxy_s
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, taken_s, visits_of, why_no_parts
+from pdbench.plan.parts import Part, parts_of, taken_s, trials_of, visits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
-from pdbench.plan.steps import merged_share, usable
+from pdbench.plan.steps import merged_share
 from pdbench.records import Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
@@ -55,7 +55,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     for path, run in runs.items():
         check_suitable(path, run)
     for path, run in runs.items():
-        of_run = parts_of(run, first_trial=sum(source.trials for source in sources))
+        of_run = parts_of(path, run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
         parts += of_run
     for name in ALIKE:
@@ -99,9 +99,7 @@ def check_suitable(path: Path, run: Run) -> None:
             f"{path}: prefill's prefix cache had {100 * cached_tokens / prompt_tokens:.0f} % of the prompt tokens, and which prompts' is not "
             "recorded: calibrate with prompts that are new to every cache"
         )
-    if why := why_no_parts(run):
-        raise UserError(f"{path}: {why}")
-    merged = merged_share([request for trial in run.trials for request in usable(run, trial.index)])
+    merged = merged_share([request for requests in trials_of(path, run).values() for request in requests])
     if merged > MOST_MERGED:
         remedy = (
             "without --stream-interval"

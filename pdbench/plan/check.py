@@ -13,7 +13,7 @@ from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, role_of, source_of
 from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, visits_of, why_no_parts
+from pdbench.plan.parts import Part, parts_of, visits_of
 from pdbench.plan.predict import DRAWS, Wanted, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run
@@ -27,9 +27,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     """
     if run.name not in get_args(Kind):
         raise UserError(f"{path} is of {run.name}: --check needs a run of single, replicas or disaggregated")
-    if why := why_no_parts(run):
-        raise UserError(f"{path}: {why}")
-    parts = parts_of(run)
+    parts = parts_of(path, run)
     trials = sorted({part.index for part in parts})
     counts: dict[Role, int] = {}
     for part in parts:

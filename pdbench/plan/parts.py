@@ -1,8 +1,11 @@
 """The instances of a run's trials: what each was sent, when it answered, which steps it did."""
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 
+from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent
 from pdbench.plan.engine import Role
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild, streams_of, usable
@@ -26,42 +29,38 @@ class Part(msgspec.Struct):
     device: DeviceRecord | None = None
 
 
-def trial_requests(run: Run, trial: int) -> tuple[dict[str, RequestRecord], int]:
-    """A trial's requests that were answered token by token, and how many were not answered (also: ended with the load)."""
-    return (
-        {request.id: request for request in usable(run, trial)},
-        sum(request.error is not None for request in run.requests if request.trial == trial),
-    )
-
-
-def why_no_parts(run: Run) -> str | None:
-    """Why none of the run's trials shows an instance's steps; None where one does."""
-    counts = [(len(requests), failed) for requests, failed in (trial_requests(run, each.index) for each in run.trials)]
-    if any(usable >= LEAST_REQUESTS and failed <= MOST_FAILED * usable for usable, failed in counts):
-        return None
-    answered, failed = max(counts, default=(0, 0))
-    if answered < LEAST_REQUESTS:
-        return (
-            f"no trial has {LEAST_REQUESTS} requests that were answered token by token, the best has {answered}: measure with "
+def trials_of(path: Path, run: Run) -> dict[int, list[RequestRecord]]:
+    """The place of each trial whose steps can be rebuilt -> its requests that were answered token by token, in order of sending. Raises
+    UserError with the reason where there is none."""
+    trials, best = dict[int, list[RequestRecord]](), (0, 0)
+    for place, trial in enumerate(run.trials):
+        answered = usable(run, trial.index)
+        failed = sum(request.error is not None for request in run.requests if request.trial == trial.index)
+        best = max(best, (len(answered), failed))
+        if len(answered) >= LEAST_REQUESTS and failed <= MOST_FAILED * len(answered):
+            trials[place] = answered
+    if trials:
+        return trials
+    if best[0] < LEAST_REQUESTS:
+        raise UserError(
+            f"{path}: no trial has {LEAST_REQUESTS} requests that were answered token by token, the best has {best[0]}: measure with "
             "`pdbench run --rate R --requests 240`, token ids counted (no --no-token-ids)"
         )
-    return (
-        f"{failed} requests failed or were ended with the load, {answered} were answered, and steps with more than "
+    raise UserError(
+        f"{path}: {best[1]} requests failed or were ended with the load, {best[0]} were answered, and steps with more than "
         f"{100 * MOST_FAILED:.0f} % of their requests missing show nothing: take a run whose load went on to its end"
     )
 
 
-def parts_of(run: Run, first_trial: int = 0) -> list[Part]:
-    """The instances of a run's trials, their steps rebuilt."""
+def parts_of(path: Path, run: Run, first_trial: int = 0) -> list[Part]:
+    """The instances of a run's trials, their steps rebuilt. Raises UserError where no trial shows them."""
     ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
     parts = []
-    for number, trial in enumerate(run.trials):
-        requests, failed = trial_requests(run, trial.index)
-        if len(requests) < LEAST_REQUESTS or failed > MOST_FAILED * len(requests):
-            continue
-        instances = sorted(streams_of(run, trial.index).items())
+    for place, requests in trials_of(path, run).items():
+        instances = sorted(streams_of(requests, ways).items())
+        by_id = {request.id: request for request in requests}
         for (role, address), streams in instances:
-            part = Part(run, number, role, first_trial + number, streams, requests, ways)
+            part = Part(run, place, role, first_trial + place, streams, by_id, ways)
             part.steps = rebuild(streams) if role != "prefill" else None
             addresses = [other for (its_role, other), _ in instances if its_role == role]
             devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]

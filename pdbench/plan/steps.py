@@ -5,7 +5,7 @@ which its arrivals fit those of the streams before it. No log of the scheduler i
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,11 +81,12 @@ def usable(run: Run, trial: int) -> list[RequestRecord]:
     return sorted(requests, key=lambda request: request.sent_s or 0.0)
 
 
-def streams_of(run: Run, trial: int) -> dict[tuple[Role, str], list[Stream]]:
-    """(role, instance's address) -> its streams. With prefill's first token, decode's streams begin at the second."""
-    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+def streams_of(
+    requests: Sequence[RequestRecord], ways: Mapping[str, ProxyEvent]
+) -> dict[tuple[Role, str], list[Stream]]:
+    """(role, instance's address) -> its streams of a trial's requests, whose ways through the proxy are in `ways`. With prefill's first token, decode's streams begin at the second."""
     streams = defaultdict(list)
-    for request in usable(run, trial):
+    for request in requests:
         way = ways.get(request.id)
         cached = request.cached_prompt_tokens or 0
         assert request.prompt_tokens is not None
