@@ -1,6 +1,6 @@
 """A prediction beside what was measured: another run's arrivals, replayed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -35,9 +35,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
             counts.get(part.role, 0), sum(p.role == part.role and p.index == part.index for p in parts)
         )
     wanted = Wanted(cast(Kind, run.name), counts)
-    demands = [
-        demand_of(run, part) for index in trials for part in [next(part for part in parts if part.index == index)]
-    ]
+    demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
     differs = []
     for role in counts:
         calibration, is_alike = _as_served(calibration, run, role)
@@ -47,14 +45,18 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
     words = f"the arrivals of {path}"
     blind = predict(calibration, wanted, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
-    factors = {(part.index, part.role): _own_speed(calibration, part) for part in parts if part.role != "decode"}
+    factors: dict[tuple[int, Role], tuple[float, tuple[float, ...]] | None] = {
+        (index, role): own_speed(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
+        for index in trials
+        for role in counts
+        if role != "decode"
+    }
 
     def own(deployment: Deployment, trial: int) -> Deployment:
         engines = dict(deployment.engines)
         for role, engine in engines.items():
-            series = [factors[key] for key in factors if key == (trials[trial], role)]
-            if role != "decode" and series and series[0] is not None:
-                engines[role] = _at(calibration, role, engine, *series[0])
+            if factor := factors.get((trials[trial], role)):
+                engines[role] = _at(calibration, role, engine, *factor)
         return msgspec.structs.replace(deployment, engines=engines)
 
     known = predict(calibration, wanted, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
@@ -112,24 +114,28 @@ def demand_of(run: Run, part: Part) -> Demand:
     )
 
 
-def _own_speed(calibration: Calibration, part: Part) -> tuple[float, tuple[float, ...]] | None:
-    """How much slower than calibrated this part's prefill steps were launched, and their series around that; None if too few show it."""
-    engine = role_of(calibration, part.role).engine
-    costs = engine.costs
-    if part.role == "prefill":
-        visits = visits_of(part)
-        alone = visits.alone()
-        took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
-    else:
-        assert part.steps is not None
-        table = fit.Decode(costs.gpu_decode_s, costs.gpu_per_sequence_s, costs.gpu_per_context_token_s)
-        chains = fit.chains([part.steps], [0], engine.limits, table)
-        holds = (chains.prompt > 0) & (chains.took_s > 0)
-        holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
-        took_s, tokens = chains.took_s[holds], chains.prompt[holds]
-    if len(took_s) < fit.LEAST_STEPS:
+def own_speed(calibration: Calibration, parts: Sequence[Part]) -> tuple[float, tuple[float, ...]] | None:
+    """How much slower than calibrated the prefill steps of a trial's instances of one role were launched, and their series around that,
+    one instance's after the other's; None if too few show it."""
+    ratios = []
+    for part in parts:
+        engine = role_of(calibration, part.role).engine
+        costs = engine.costs
+        if part.role == "prefill":
+            visits = visits_of(part)
+            alone = visits.alone()
+            took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
+        else:
+            assert part.steps is not None
+            table = fit.Decode(costs.gpu_decode_s, costs.gpu_per_sequence_s, costs.gpu_per_context_token_s)
+            chains = fit.chains([part.steps], [0], engine.limits, table)
+            holds = (chains.prompt > 0) & (chains.took_s > 0)
+            holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
+            took_s, tokens = chains.took_s[holds], chains.prompt[holds]
+        ratios.append(took_s / (costs.host_prefill_s + costs.host_per_prompt_token_s * tokens))
+    ratio = np.concatenate(ratios)
+    if len(ratio) < fit.LEAST_STEPS:
         return None
-    ratio = took_s / (costs.host_prefill_s + costs.host_per_prompt_token_s * tokens)
     speed = float(np.median(ratio))
     return speed, tuple((ratio / speed).tolist())
 
