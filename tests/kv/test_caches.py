@@ -45,37 +45,38 @@ def test_decode_continues_as_a_single_instance_would(tmp_path, model, dtype, arg
         pytest.skip("vLLM's fp8 cache on CPU needs AVX-512")
     options = {"dtype": dtype, "vllm_args": arguments, "kv_load_failure_policy": "fail"}
     config = serve_config(tmp_path, connector="tcp", model=str(model(tmp_path / "model")), **options)
-    planned = commands("disaggregated", config)[:2]
+    (command, *_) = commands("disaggregated", config)
+    # It hands over to itself, and without transfer parameters it is the single instance.
     if dtype == "float32":
-        # One that hands over to itself, and without transfer parameters is the single instance: it keeps no prefixes.
-        servers = [Server(planned[0], tmp_path, (*SMALL_CHUNKS, "--no-enable-prefix-caching"), kv_role="kv_both")]
+        arguments, salt = (*SMALL_CHUNKS, "--no-enable-prefix-caching"), {}
     else:
-        # One token alone is rounded otherwise than in its chunk: the reference is what prefill continues with from its own cache.
-        servers = [Server(command, tmp_path) for command in planned]
-    p, d = servers[0], servers[-1]
+        # One token alone is rounded otherwise than in its chunk: the reference is what it continues with from its own cache. As
+        # decode it must not have that: by its salt the prompt is another one, which the check of prompts would refuse.
+        arguments, salt = SMALL_CHUNKS, {"cache_salt": "decode", "verify_prompt": False}
+    server = Server(command, tmp_path, arguments, kv_role="kv_both")
     try:
-        for server in servers:
-            server.wait_healthy()
-        before, lengths = d.external_tokens(), LENGTHS + (WINDOW_EDGES if dtype == "float32" else [])
+        server.wait_healthy()
+        before, lengths = server.external_tokens(), LENGTHS + (WINDOW_EDGES if dtype == "float32" else [])
         for length in lengths:
             prompt, name = prompt_of(length), new_id()
-            p.prefill(prompt, name)
-            assert d.decode(prompt, name, p)["text"] == p.complete(prompt)["text"], f"{length} tokens"
-        assert d.external_tokens() - before == sum(lengths)
+            server.prefill(prompt, name, verify_prompt=not salt)
+            assert server.decode(prompt, name, server, **salt)["text"] == server.complete(prompt)["text"], (
+                f"{length} tokens"
+            )
+        assert server.external_tokens() - before == sum(lengths)
         if dtype == "float32":  # batches round otherwise, too
             ours = prompt_of(200)
             theirs, name = prompt_of(199) + ours[-1:], new_id()
-            p.prefill(ours, name, verify_prompt=False)
+            server.prefill(ours, name, verify_prompt=False)
             # Tokens: after bytes that are no UTF-8, as random prompts end in, vLLM repeats the prompt in the answer's text.
-            swapped = d.decode(theirs, name, p, verify_prompt=False)["token_ids"]
-            assert swapped == p.complete(ours)["token_ids"] != p.complete(theirs)["token_ids"]
+            swapped = server.decode(theirs, name, server, verify_prompt=False)["token_ids"]
+            assert swapped == server.complete(ours)["token_ids"] != server.complete(theirs)["token_ids"]
             with ThreadPoolExecutor(32) as pool:
                 prompts = {new_id(): prompt_of(20 + 25 * index) for index in range(16)}
                 for name, prompt in prompts.items():
-                    pool.submit(p.prefill, prompt, name)
-                texts = pool.map(lambda name: d.decode(prompts[name], name, p)["text"], prompts)
-                assert list(texts) == [p.complete(prompt)["text"] for prompt in prompts.values()]
-        wait_free(*servers)
+                    pool.submit(server.prefill, prompt, name)
+                texts = pool.map(lambda name: server.decode(prompts[name], name, server)["text"], prompts)
+                assert list(texts) == [server.complete(prompt)["text"] for prompt in prompts.values()]
+        wait_free(server)
     finally:
-        for server in servers:
-            server.kill()
+        server.kill()

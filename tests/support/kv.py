@@ -276,9 +276,11 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.close()
 
-    def complete(self, prompt, max_tokens=OUTPUT_TOKENS, **parameters):
-        """The answer's choice; `parameters` are kv_transfer_params. Without them the server computes all of it."""
-        data = self._body(prompt, max_tokens, parameters)
+    def complete(self, prompt, max_tokens=OUTPUT_TOKENS, cache_salt=None, **parameters):
+        """The answer's choice; `parameters` are kv_transfer_params. Without them the server computes all of it.
+
+        With a `cache_salt` its prefix cache knows only prompts of the same salt; to one that hands over to itself, a prompt is then new."""
+        data = self._body(prompt, max_tokens, parameters, {"cache_salt": cache_salt} if cache_salt else {})
         request = urllib.request.Request(f"{self.url}/v1/completions", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.load(answer)["choices"][0]
@@ -301,7 +303,7 @@ class Server:
             connection.sendall(head.encode() + data)
             time.sleep(after_s)
 
-    def _body(self, prompt, max_tokens, parameters):
+    def _body(self, prompt, max_tokens, parameters, more=()):
         body = {
             "model": self.argv[self.argv.index("--served-model-name") + 1],
             "prompt": prompt,
@@ -310,7 +312,9 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        return json.dumps(body | self.fields | ({"kv_transfer_params": parameters} if parameters else {})).encode()
+        return json.dumps(
+            body | self.fields | dict(more) | ({"kv_transfer_params": parameters} if parameters else {})
+        ).encode()
 
     def metric(self, name, label=""):
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
