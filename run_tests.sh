@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up if need be, then every check: ruff, mypy, and all tests that need no GPU (real vLLM on CPU included).
 #   ./run_tests.sh [OPTIONS of pytest]
-# Without options and with pytest-xdist installed, two processes: one takes the tests that share vLLM servers or a cluster, one after the
-# other, the other one the other files (tests/conftest.py).
+# Without options and with pytest-xdist installed, three processes: one takes the tests that share vLLM servers or a cluster, one after
+# the other, the others the other files, which mostly wait (tests/conftest.py).
 set -euo pipefail
 cd "$(dirname "$0")"
 python=$(requirements/setup.sh dev ray otlp)
@@ -11,7 +11,7 @@ python=$(requirements/setup.sh dev ray otlp)
 "$python" -m mypy
 parallel=()
 if [ $# -eq 0 ] && "$python" -c "import xdist" 2>/dev/null; then
-    parallel=(-n 2 --dist loadscope --no-loadscope-reorder)
+    parallel=(-n 3 --dist loadscope --no-loadscope-reorder)
 fi
 # Its first import makes matplotlib's list of fonts and says so where that takes long: not in output that a test compares.
 "$python" -c "import matplotlib.font_manager"

@@ -47,8 +47,8 @@ def shares_servers(file: str) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ./run_tests.sh's two processes: files that share servers come first and go to one of them, one test after the other; the other
-    one takes the other files meanwhile."""
+    """For ./run_tests.sh's processes: files that share servers come first and go to one of them, one test after the other; the others
+    take the other files meanwhile."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

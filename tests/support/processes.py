@@ -34,11 +34,11 @@ def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
     """A TCP port that nothing listens on now, the first of `count` such ports in a row.
 
     Beside the ranges from which Ray takes ports of workers (10002 to 19999) and the kernel those of clients (from 32768), which
-    would take one before its server listens. Each of the two processes of ./run_tests.sh has its own half.
+    would take one before its server listens. Each of the three processes of ./run_tests.sh has its own third.
     """
-    half = 6000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2)
+    third = 4000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 3)
     while True:
-        first = 20000 + half + _random.randrange(6000 - count)
+        first = 20000 + third + _random.randrange(4000 - count)
         with contextlib.ExitStack() as probes:
             try:
                 for offset in range(count):
