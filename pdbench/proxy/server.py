@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -66,10 +67,15 @@ def serve(config: ProxyConfig) -> None:
     listeners = _listen(config)
     text = f"pdbench proxy: listening on http://{netloc(*listeners[0].getsockname()[:2])}"
     if config.workers == 1:
-        print(text, flush=True)
+        _say(text)
         uvloop.run(_work(ProxyContext(config, table, event_log, None), listeners[0]))
     else:
         _supervise(config, table, event_log, listeners, text)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # an output that takes no more (a full disk) ends no proxy
+        print(text, flush=True)
 
 
 def _listen(config: ProxyConfig) -> list[socket.socket]:
@@ -131,7 +137,7 @@ def _supervise(
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
-    print(text, flush=True)
+    _say(text)
     metrics_dir = tempfile.mkdtemp(prefix="pdbench-proxy-")
     try:
         for index in range(config.workers):

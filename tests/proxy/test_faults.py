@@ -4,16 +4,20 @@ import json
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.support.processes import wait_until
+from pdbench.http import get
+from tests.support.processes import ending_with_tests, free_port, wait_until
 from tests.support.proxy_processes import Server, instance, proxy, read_answer
 
 FAST = ("--health-interval-s", "0.2", "--prefill-timeout-s", "1", "--decode-timeout-s", "1")
@@ -338,3 +342,13 @@ def test_full_disk_costs_log_lines_and_no_answer(tmp_path, pair):
         # A request is counted when prefill and decode have both ended, which may be after the answer.
         wait_until(lambda: b'requests_total{status="200"} 4.0' in server.request("GET", "/metrics").body)
     assert (tmp_path / "proxy.stderr").read_text().count("the event log cannot be written") == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_proxy_whose_output_is_not_taken_serves(workers):
+    port, command = free_port(), [sys.executable, "-m", "pdbench", "proxy", "--prefill", "http://127.0.0.1:1"]
+    command += ["--decode", "http://127.0.0.1:2", "--port", str(port), "--workers", workers]
+    with Path("/dev/full").open("w") as full, subprocess.Popen(ending_with_tests(command), stdout=full) as running:
+        wait_until(lambda: running.poll() is not None or get(f"http://127.0.0.1:{port}", "/metrics"))
+        assert running.poll() is None
+        running.terminate()
