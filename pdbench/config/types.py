@@ -51,27 +51,18 @@ Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
 VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 
 # The headings of the help, in its order.
-MODEL = Group.create_ordered("Model and vLLM")
+Model = Annotated[T, Parameter(group=Group.create_ordered("Model and vLLM"))]
 DEPLOYMENT = Group.create_ordered("Deployment")
-NETWORK = Group.create_ordered("Ports and KV transfer")
+Network = Annotated[T, Parameter(group=Group.create_ordered("Ports and KV transfer"))]
 CLUSTER = Group.create_ordered("Cluster")
 LOAD = Group.create_ordered("Load")
-ARRIVALS = Group.create_ordered("Load: arrivals")
-PROMPTS = Group.create_ordered("Load: prompts and lengths")
-REQUESTS = Group.create_ordered("Load: each request, and the client")
+Arrivals = Annotated[T, Parameter(group=Group.create_ordered("Load: arrivals"))]
+Prompts = Annotated[T, Parameter(group=Group.create_ordered("Load: prompts and lengths"))]
+Requests = Annotated[T, Parameter(group=Group.create_ordered("Load: each request, and the client"))]
 POWER = Group.create_ordered("Power and clocks")
 PAIRS = Group.create_ordered("Pairs")
 LIVE = Group.create_ordered("While it runs")
-STATISTICS = Group.create_ordered("Statistics: limits and prices")
+Statistics = Annotated[T, Parameter(group=Group.create_ordered("Statistics: limits and prices"))]
 PROXY = Group.create_ordered("Proxy")
-FAULTS = Group.create_ordered("Proxy: faults")
-LIMITS = Group.create_ordered("Proxy: limits")
-
-Model = Annotated[T, Parameter(group=MODEL)]
-Network = Annotated[T, Parameter(group=NETWORK)]
-Arrivals = Annotated[T, Parameter(group=ARRIVALS)]
-Prompts = Annotated[T, Parameter(group=PROMPTS)]
-Requests = Annotated[T, Parameter(group=REQUESTS)]
-Statistics = Annotated[T, Parameter(group=STATISTICS)]
-Faults = Annotated[T, Parameter(group=FAULTS)]
-Limits = Annotated[T, Parameter(group=LIMITS)]
+Faults = Annotated[T, Parameter(group=Group.create_ordered("Proxy: faults"))]
+Limits = Annotated[T, Parameter(group=Group.create_ordered("Proxy: limits"))]
