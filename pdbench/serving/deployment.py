@@ -77,6 +77,7 @@ class DeploymentInfo(msgspec.Struct, kw_only=True):
     model_name: str
     model_path: str | None = None
     owner_pid: int | None = None
+    owner_start: int | None = None  # see `_start_of`: a process's id may be another's later
     servers: list[ServerInfo] = []
     config: dict[str, Any] = {}
 
@@ -232,6 +233,7 @@ class Deployment:
             model_name=self._setup.model_name,
             model_path=self._setup.model if vllm.is_local(self._setup.model) else None,
             owner_pid=os.getpid(),
+            owner_start=_start_of(os.getpid()),
             servers=[
                 ServerInfo(
                     name=name,
@@ -346,7 +348,10 @@ def forget(folder: Path) -> None:
 def find(folder: Path, url: str) -> DeploymentInfo | None:
     """The deployment of `folder` when it still runs and answers at `url`, or the one of its servers that does; else None."""
     info = _load(folder)
-    if info is None or info.owner_pid is None or not psutil.pid_exists(info.owner_pid):
+    if info is None or info.owner_pid is None:
+        return None
+    start = _start_of(info.owner_pid)
+    if start is None or info.owner_start not in (None, start):
         return None
     for name in (info.name, *(server.role for server in info.servers)):
         check_name(name, f"a deployment or role in {folder / INFO_FILE}")
@@ -369,6 +374,14 @@ def proxy_log_folder(url: str) -> Path | None:
             log = arguments[arguments.index("--event-log") + 1]
             return Path(process.cwd(), log).parent
     return None
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks since it booted (which no setting of a clock moves); None where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def _same_address(listening: str, asked: str) -> bool:

@@ -191,6 +191,16 @@ def test_servers_of_another_process_stay_known(tmp_path: Path) -> None:
     deployments.forget(tmp_path)
 
 
+def test_servers_of_a_process_whose_id_another_has_now_are_not_taken_for_running(config: ServeConfig) -> None:
+    folder = Path(config.log_dir)
+    with closing(scripted().deployment("single", config)) as deployment:
+        info = deployment.start().info()
+        assert deployments.find(folder, info.url) is not None and info.owner_start is not None
+        info.owner_start -= 1
+        deployments.save(info, folder)
+        assert deployments.find(folder, info.url) is None
+
+
 def server(name: str, port: int, **more: object) -> ServerInfo:
     role = name.rpartition("-")[0] or name
     return ServerInfo(name=name, role=role, url=f"http://127.0.0.1:{port}", **more)  # type: ignore[arg-type]
