@@ -126,6 +126,12 @@ class Trials:
             highest = y - 1
         return found
 
+    def closest_split(self) -> Candidate:
+        """With as many GPUs as may be, the one that keeps the SLO for most requests, of seven splits at most."""
+        splits = {min(max(1, round(self.most * eighth / 8)), self.most - 1) for eighth in range(1, 8)}
+        tried = [self.candidate(_split(prefill, self.most - prefill)) for prefill in sorted(splits)]
+        return max(tried, key=lambda each: (each.refusal is None, each.met_pct[0]))
+
     def least_decode(self, prefill: int, low: int, high: int) -> int | None:
         return least_that(lambda n: self.met(_split(prefill, n)), low, high)
 
@@ -155,10 +161,11 @@ def search(
     starts: list[Candidate] = []
     if trial.may(_wanted("single", single=1)):
         starts.append(trial.candidate(_wanted("single", single=1)))
+    # Where none of a kind keeps the SLO, the closest of those with all GPUs is shown.
     if most_gpus > 1 and trial.may(_replicas(2)):
-        starts += [candidate for candidate in [trial.replicas()] if candidate]
+        starts.append(trial.replicas() or trial.candidate(_replicas(most_gpus)))
     if most_gpus > 1 and trial.may(_split(1, 1)):
-        starts += trial.disaggregated()
+        starts += trial.disaggregated() or [trial.closest_split()]
 
     def cost(candidate: Candidate) -> tuple[float, ...]:
         joules = float(np.mean(candidate.j_per_output_token)) if candidate.j_per_output_token else 0.0

@@ -81,8 +81,11 @@ def test_many_small_decode_instances_are_found() -> None:
 
 
 def test_no_deployment_within_the_limit_is_said() -> None:
-    result = found(50.0, most=2)[0]
+    result = found(60.0, most=3)[0]
     assert not any(each.met for each in result.candidates)
+    closest = {each.kind: each for each in result.candidates}
+    assert closest["replicas"].gpus == closest["disaggregated"].gpus == 3
+    assert 0 < closest["disaggregated"].met_pct[0] < 99
 
 
 @pytest.mark.parametrize("answer", [3, 4, 9, 17, 40])
