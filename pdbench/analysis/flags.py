@@ -20,6 +20,8 @@ WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
+HOST_FACTOR = 2.5
+"""A prompt that takes this many times as long as it keeps prefill's GPU busy waits for the host. Prompts that share a step count it each."""
 RESIDUAL_LIMIT_PCT = 3.0
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
@@ -39,6 +41,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *prefix_cache_flags(run, cache),
         *cold_start(run, timings),
         *together(run, timings),
+        *waits_for_host(run, timings, meters, windows),
         *servers,
     ]
     flags += [flag for flag in found if flag.name not in names]
@@ -109,6 +112,28 @@ def together(run: Run, timings: Timings) -> Iterator[Flag]:
 def _speculates(server: ServerSeries) -> bool:
     accepted = [count for count in server.values.get("accepted_tokens", ()) if count is not None]
     return bool(accepted) and accepted[-1] > 0
+
+
+def waits_for_host(run: Run, timings: Timings, meters: Sequence[Meter], windows: Sequence[Interval]) -> Iterator[Flag]:
+    """Prompts longer than prefill's CUDA graphs that take far longer than they keep its GPU busy: the host launches their kernels one by one."""
+    engines = [engine for engine in run.engines.values() if engine.role == "prefill" and engine.graph_sizes is not None]
+    samples = [each for meter in meters if meter.device.role == "prefill" for each in meter.samples_in(windows)]
+    busy_pct = [each.gpu_utilization_pct for each in samples if each.gpu_utilization_pct is not None]
+    requests, window_s = timings.requests, sum(end - start for start, end in windows)
+    compute_ms = requests.phase_ms["compute"][requests.ok]
+    tokens = requests.prompt_tokens[requests.ok]
+    if not engines or not busy_pct or not np.isfinite(compute_ms).any() or not np.isfinite(tokens).any():
+        return
+    largest = max((size for engine in engines for size in engine.graph_sizes or ()), default=0)
+    busy_ms = 10 * float(np.mean(busy_pct)) * window_s * len(engines) / len(compute_ms)
+    if np.nanmedian(tokens) > largest and np.nanmean(compute_ms) > HOST_FACTOR * busy_ms:
+        graphs = f"CUDA graphs end at {largest} tokens" if largest else "there are no CUDA graphs"
+        remedy = "--cudagraph-capture-sizes in --vllm-args" if largest else "--no-enforce-eager"
+        yield Flag(
+            "prefill-waits-for-host",
+            f"a prompt of {np.nanmedian(tokens):.0f} tokens takes prefill {np.nanmean(compute_ms):.0f} ms and keeps its GPU busy for {busy_ms:.0f}: "
+            f"{graphs}, so the host launches its kernels one by one; with graphs of its length ({remedy}) TTFT may be far lower",
+        )
 
 
 def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:

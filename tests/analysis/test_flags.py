@@ -1,8 +1,11 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
+import msgspec
+import pytest
+
 from pdbench.analysis.run_analysis import analyze
-from pdbench.events import ServerSeries
-from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, Run, Trial
+from pdbench.events import EngineFacts, ServerSeries
+from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 
 
@@ -50,6 +53,37 @@ def test_flags_of_a_saved_run_stand_once() -> None:
     run = a_run(20)
     run.flags = [Flag("interrupted", "Ctrl-C"), Flag("short-window", "gpu0: too short, in other words")] * 2
     assert names(run) == ["interrupted", "short-window"]
+
+
+@pytest.mark.parametrize(
+    ("graph_sizes", "busy_pct", "compute_s", "flagged"),
+    [
+        ([1, 128], 10.0, 0.1, "CUDA graphs end at 128 tokens"),
+        ([], 10.0, 0.1, "there are no CUDA graphs"),
+        ([1, 128], 40.0, 0.1, None),  # the GPU itself takes that long
+        ([1, 4096], 10.0, 0.1, None),  # the graphs are there
+        (None, 10.0, 0.1, None),
+    ],
+)
+def test_prompts_that_wait_for_the_host_are_flagged(
+    graph_sizes: list[int] | None, busy_pct: float, compute_s: float, flagged: str | None
+) -> None:
+    run = a_run(40)
+    run.engines = {"prefill-0": EngineFacts(role="prefill", graph_sizes=graph_sizes)}
+    run.devices[0].samples = [
+        msgspec.structs.replace(sample, gpu_utilization_pct=busy_pct) for sample in run.devices[0].samples
+    ]
+    run.requests = [
+        RequestRecord(
+            id=str(i), planned_s=i / 4, sent_s=i / 4, token_s=[i / 4 + 0.2, i / 4 + 0.21], end_s=i / 4 + 0.21, prompt_tokens=2048, output_tokens=2,
+            phases={"compute": (i / 4, i / 4 + compute_s)},
+        )
+        for i in range(160)
+    ]  # fmt: skip
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "prefill-waits-for-host"]
+    assert len(details) == (flagged is not None)
+    if flagged:
+        assert "a prompt of 2048 tokens takes prefill 100 ms and keeps its GPU busy for 25: " + flagged in details[0]
 
 
 def slow_start(first: int, factor: float, concurrency: int = 8, **load: object) -> Run:
