@@ -18,7 +18,8 @@ def report(analysis: RunAnalysis) -> dict[str, Any]:
     """Only what was measured is in it. Instants are the run's, durations its measured windows'."""
     summary = analysis.summary
     unix_s, requests = analysis.clock.unix_s, analysis.requests
-    times = [float(np.nanmin(requests.sent_s)), float(np.nanmax(requests.end_s))] if len(requests.id) else [0.0, 0.0]
+    sent_s, end_s = (column[np.isfinite(column)].tolist() for column in (requests.sent_s, requests.end_s))
+    times = min(sent_s, default=0.0), max(end_s, default=0.0)
     start, end = (datetime.fromtimestamp(unix_s + at_s, UTC).isoformat() for at_s in times)
     rates = {
         "output_token_rate": ("tokens/s", summary.throughput.output_tokens_per_s),

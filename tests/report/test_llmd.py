@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from pdbench.analysis.run_analysis import analyze
+from pdbench.records import RequestError
 from pdbench.report import commands, llmd
 from tests.support.runs import build_run
 
@@ -29,6 +30,16 @@ def test_figures_are_those_of_the_run(gpu):
         assert sum(powers) == pytest.approx(analysis.summary.energy.mean_power_w)
     labels = {component["metadata"]["label"] for component in report["scenario"]["stack"]}
     assert labels == {"prefill", "decode"}
+
+
+def test_run_whose_requests_were_never_sent_has_a_report():
+    run = build_run("single", trials=1, requests=3)
+    for request in run.requests:
+        request.sent_s = request.end_s = request.output_tokens = None
+        request.token_s, request.phases, request.error = [], {}, RequestError("refused", "x")
+    report = llmd.report(analyze(run))
+    assert report["results"]["request_performance"]["aggregate"]["requests"]["failures"] == 3
+    assert report["run"]["time"]["start"] == report["run"]["time"]["end"]
 
 
 @pytest.mark.usefixtures("undrawn")
