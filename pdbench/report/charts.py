@@ -326,10 +326,9 @@ def every_request(analysis: RunAnalysis) -> list[Panel]:
 
 def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
     """Devices alone: power, clocks, temperature, utilisation, and power against utilisation; those that were measured."""
-    chart = device_curves(analysis, analysis.name)
-    panels, use = chart.drawable, Axis(label=text.label("gpu_utilization_pct"), low=0)
-    lines = _device_lines(analysis, "gpu_utilization_pct")
-    panels.append(Panel(title=_("Utilisation"), series=lines, x=panels[0].x, y=use, pauses=panels[0].pauses))
+    panels, axis = device_curves(analysis, analysis.name).drawable, analysis.curves.axis
+    lines, use = _device_lines(analysis, "gpu_utilization_pct"), Axis(label=text.label("gpu_utilization_pct"), low=0)
+    panels.append(Panel(title=_("Utilisation"), series=lines, x=run_time(axis), y=use, pauses=axis.pauses))
     points = []
     for device in devices:
         # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.

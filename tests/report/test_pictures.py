@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pdbench.analysis.compare import compare, comparisons
 from pdbench.analysis.run_analysis import analyze, load_analysis
-from pdbench.records import Flag, save_run
+from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
 from pdbench.report import charts, commands, mpl, tables, text
 from tests.support.reports import gate, page_of
 from tests.support.runs import build_run
@@ -180,3 +180,12 @@ def test_plot_has_a_panel_for_what_was_measured_alone(gpu, titles, tmp_path):
         commands.plot(source, tmp_path / "devices.png", Console(file=io.StringIO()))
         with Image.open(tmp_path / "devices.png") as picture:
             assert picture.size == (1500, 1000)
+
+
+def test_plot_of_utilisation_alone_has_one_panel(tmp_path):
+    device = DeviceRecord(id="gpu0", kind="gpu", name="H")
+    device.samples = [DeviceSample(t_s=float(t), gpu_utilization_pct=50.0) for t in range(9)]
+    save_devices(tmp_path / "watched.json", "host", [device])
+    commands.plot(tmp_path / "watched.json", None, Console(file=io.StringIO()))
+    with Image.open(tmp_path / "watched.png") as picture:
+        assert picture.size == (1500, 1000)
