@@ -197,7 +197,7 @@ def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO, versions and lengths (noted)."""
+    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO, versions, lengths and the very GPUs (noted)."""
     sides, lengths = [], []
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
@@ -216,12 +216,15 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         sides.append((refused, noted))
         tokens, count = run.summary.tokens, run.summary.requests.succeeded
         lengths.append([total / count if total and count else None for total in (tokens.prompt, tokens.output)])
-    other_lengths = [
+    differing = [
         Mismatch(f"{what} tokens per request", f"{left:.0f}", f"{right:.0f}", refused=False)
         for what, left, right in zip(("prompt", "output"), *lengths, strict=True)
         if left and right and max(left, right) > (1 + NOTABLE) * min(left, right)
     ]
-    return other_lengths + [
+    a_ran, b_ran = ({id for id, device in run.summary.devices.items() if device.kind == "gpu"} for run in (a, b))
+    if a_ran - b_ran and b_ran - a_ran:  # one instance runs on some of the GPUs of two
+        differing.append(Mismatch("ran on", ", ".join(sorted(a_ran)), ", ".join(sorted(b_ran)), refused=False))
+    return differing + [
         Mismatch(what, left.get(what), right.get(what), refused)
         for refused, left, right in zip((True, False), *sides, strict=True)
         for what in left | right

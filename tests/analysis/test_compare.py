@@ -211,6 +211,15 @@ def test_other_settings_are_noted_but_compared():
     assert [str(mismatch) for mismatch in compare_runs(a, b).mismatches] == ["enforce_eager: True against False"]
 
 
+def test_other_gpus_of_one_host_are_noted_where_neither_ran_on_some_of_the_others():
+    a, b = build_run("replicas"), build_run()
+    for device in b.devices:
+        device.id = device.id.replace("gpu0", "gpu2").replace("gpu1", "gpu3")
+    (found,) = compare_runs(a, b).mismatches
+    assert str(found) == "ran on: gpu0, gpu1 against gpu2, gpu3" and not found.refused
+    assert compare_runs(build_run("single"), build_run()).mismatches == []
+
+
 def test_other_lengths_caps_and_files_are_noted():
     a, b = build_run("single"), build_run(tokens=32, load={"concurrency": 1, "requests": 16, "output_tokens": 64})
     a.config["inputs"], b.config["inputs"] = ["trace t: 16 of 16 rows"], ["trace t: 16 of 99 rows"]
