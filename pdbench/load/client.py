@@ -17,7 +17,7 @@ import msgspec
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
-from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps
+from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps, words
 from pdbench.load.response import Response
 from pdbench.records import RequestRecord
 
@@ -102,7 +102,7 @@ class Client:
             try:
                 connection = Connection(next(self._addresses), self._tls, self._server_name, self.clock, self._epoll)
             except OSError as error:
-                response.fail("connect", f"{error}: `ulimit -n` bounds the connections", self.clock.now())
+                response.fail("connect", words(error), self.clock.now())
                 self._finished.append(record)
                 return
             self._connections[connection.sock.fileno()] = connection

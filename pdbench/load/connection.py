@@ -6,6 +6,7 @@ Documentation/networking/timestamping.rst). TLS runs over memory buffers, so tha
 
 import contextlib
 import errno
+import os
 import socket
 import ssl
 import struct
@@ -22,10 +23,20 @@ _SO_TIMESTAMPING = 37
 _RECEIVE_SOFTWARE, _REPORT_SOFTWARE = 1 << 3, 1 << 4
 _TIMESPEC = struct.Struct("@qq")
 _KINDS = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ETIMEDOUT: "timeout"}
+_REMEDIES = {
+    errno.EADDRNOTAVAIL: "no local port is free: widen net.ipv4.ip_local_port_range, or send fewer streams",
+    errno.EMFILE: "`ulimit -n` bounds the connections",
+}
 # A stamp this little in the future is the two clocks' reading error, not a stepped clock.
 _CLOCK_ERROR_S = 1e-4
 _STEP_S = 0.02
 """From a delay like this on, the offset of the wall clock is measured again before the stamp is believed."""
+
+
+def words(error: OSError) -> str:
+    """What went wrong, and the remedy where it lies on this host."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error}: {remedy}" if remedy else str(error)
 
 
 def enable_stamps(sock: socket.socket) -> None:
@@ -102,7 +113,7 @@ class Connection:
             self._tls = tls.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         result = self.sock.connect_ex(address[1])
         if result not in (0, errno.EINPROGRESS):
-            self._break(OSError(result, errno.errorcode.get(result, "")))
+            self._break(OSError(result, os.strerror(result)))
 
     def request(self, data: bytes, response: Response) -> None:
         """Send one whole HTTP request; the bytes that come go to `response` from now on."""
@@ -122,7 +133,7 @@ class Connection:
         try:
             if events & EPOLLOUT:
                 if self._connecting and (result := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
-                    raise OSError(result, errno.errorcode.get(result, ""))
+                    raise OSError(result, os.strerror(result))
                 self._connecting = False
                 self._send()
                 if events == EPOLLOUT or self.broken is not None:
@@ -209,4 +220,4 @@ class Connection:
     def _break(self, error: OSError) -> None:
         otherwise = "connect" if self._connecting else "reset"
         kind = "tls" if isinstance(error, ssl.SSLError) else _KINDS.get(error.errno or 0, otherwise)
-        self.broken = (kind, str(error))
+        self.broken = (kind, words(error))

@@ -1,11 +1,17 @@
 """How the load client uses its connections: kept, retired, taken in turn, over every address of a host."""
 
+import os
 import socket
+import subprocess
+import sys
+
+import pytest
 
 from pdbench.load import client as client_module
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
 from tests.load.test_client import BODY, finish
+from tests.support.processes import ROOT
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
 
 
@@ -67,3 +73,32 @@ def test_all_reachable_addresses_are_used_in_turn(monkeypatch):
                     client.poll(client.clock.now() + 0.1)
             assert all(record.error is None for record in records)
             assert first.connections >= 5 and second.connections >= 5  # a probe each
+
+
+NO_PORTS = """
+import fcntl, socket, struct
+from pathlib import Path
+with socket.socket() as sock:  # the loopback device of a new network is down
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x8 | 0x40))
+Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("50000 50001")
+from pdbench.load.client import Client
+from pdbench.records import RequestRecord
+from tests.support.servers import ScriptedServer
+with ScriptedServer(lambda peer: True, port=6000) as server, Client(server.url) as client:
+    for index in range(4):
+        client.start(record := RequestRecord(id=str(index), planned_s=0.0), b"{}")
+    [ended, *_] = client.poll(client.clock.now() + 9)
+    print(ended.error.kind, ended.error.message)
+"""
+
+
+def test_host_without_a_free_port_is_told_with_the_remedy() -> None:
+    apart = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network of its own may be made here")
+    command = [*apart, sys.executable, "-c", NO_PORTS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.startswith("connect [Errno 99] Cannot assign requested address: no local port is free: "), (
+        done.stderr
+    )
