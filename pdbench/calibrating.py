@@ -31,16 +31,8 @@ FROM = 0.1
 """A ramp begins at this share of the rate at which it ends."""
 SPREAD = 0.8
 GIVEN = (
-    "trace",
-    "stages",
-    "duration_s",
-    "steady_s",
-    "concurrency",
-    "requests",
-    "prompt_file",
-    "shared_prefix",
-    "phase",
-)
+    "trace", "stages", "duration_s", "steady_s", "concurrency", "requests", "prompt_file", "shared_prefix", "phase",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

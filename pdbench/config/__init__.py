@@ -9,11 +9,11 @@ from typing import Any
 
 from cyclopts import Parameter
 
+from pdbench.config.groups import Connector, DeploymentKind, FirstToken
 from pdbench.config.load import LoadConfig
 from pdbench.config.measuring import LiveConfig, PairConfig, PowerConfig
 from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
-from pdbench.config.types import Connector, DeploymentKind, FirstToken
 
 __all__ = [
     "ClusterConfig",

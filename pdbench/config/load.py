@@ -5,22 +5,8 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.types import (
-    LOAD,
-    Arrivals,
-    Count,
-    CountOrZero,
-    NotNegative,
-    Positive,
-    Prompts,
-    Requests,
-    Seconds,
-    Share,
-    Spread,
-    Statistics,
-    WarmUp,
-    Words,
-)
+from pdbench.config.groups import LOAD, Arrivals, Prompts, Requests, Statistics, Words
+from pdbench.config.types import Count, CountOrZero, NotNegative, Positive, Seconds, Share, Spread, WarmUp
 
 
 @Parameter(name="*", group=LOAD)

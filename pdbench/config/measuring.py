@@ -5,7 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pdbench.config.types import LIVE, PAIRS, POWER, Count, Interval, IntervalOrZero, NotNegative, Port, Statistics
+from pdbench.config.groups import LIVE, PAIRS, POWER, Statistics
+from pdbench.config.types import Count, Interval, IntervalOrZero, NotNegative, Port
 
 
 @Parameter(name="*", group=PAIRS)

@@ -5,18 +5,8 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.types import (
-    PROXY,
-    Count,
-    CountOrZero,
-    Faults,
-    FirstToken,
-    Limits,
-    NotNegative,
-    Port,
-    Positive,
-    Words,
-)
+from pdbench.config.groups import PROXY, Faults, FirstToken, Limits, Words
+from pdbench.config.types import Count, CountOrZero, NotNegative, Port, Positive
 
 
 @Parameter(name="*", group=PROXY)

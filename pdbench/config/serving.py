@@ -6,22 +6,8 @@ from typing import Any, Literal
 
 from cyclopts import Parameter
 
-from pdbench.config.types import (
-    CLUSTER,
-    DEPLOYMENT,
-    Connector,
-    Count,
-    CountOrZero,
-    FirstToken,
-    Indices,
-    Model,
-    Network,
-    Port,
-    Positive,
-    Share,
-    VllmWords,
-    Words,
-)
+from pdbench.config.groups import CLUSTER, DEPLOYMENT, Connector, FirstToken, Indices, Model, Network, VllmWords, Words
+from pdbench.config.types import Count, CountOrZero, Port, Positive, Share
 
 
 @Parameter(name="*", group=DEPLOYMENT)

@@ -1,15 +1,12 @@
-"""Types of options with their ranges, which cyclopts checks (`Count[int]`, `Positive[float | None]`), and the headings of the help."""
+"""Types of options with their ranges, which cyclopts checks: `Count[int]`, `Positive[float | None]`."""
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Parameter, Token
 
 T = TypeVar("T")
-Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
-FirstToken = Literal["prefill", "either", "decode"]
-DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 
 
 def _whole_number(kind: Any, tokens: Sequence[Token]) -> int:
@@ -46,23 +43,3 @@ NotNegative = Annotated[T, _range("0 or more, up to 1e9", 0, MOST_NUMBER)]
 Share = Annotated[T, _range("a share from 0 to 1", 0, 1)]
 Interval = Annotated[T, _range("seconds from 0.01 to 10", 0.01, 10)]
 IntervalOrZero = Annotated[T, _range("0, or seconds from 0.05 to 60", 0.05, 60, or_zero=True)]
-Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
-Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
-VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
-
-# The headings of the help, in its order.
-Model = Annotated[T, Parameter(group=Group.create_ordered("Model and vLLM"))]
-DEPLOYMENT = Group.create_ordered("Deployment")
-Network = Annotated[T, Parameter(group=Group.create_ordered("Ports and KV transfer"))]
-CLUSTER = Group.create_ordered("Cluster")
-LOAD = Group.create_ordered("Load")
-Arrivals = Annotated[T, Parameter(group=Group.create_ordered("Load: arrivals"))]
-Prompts = Annotated[T, Parameter(group=Group.create_ordered("Load: prompts and lengths"))]
-Requests = Annotated[T, Parameter(group=Group.create_ordered("Load: each request, and the client"))]
-POWER = Group.create_ordered("Power and clocks")
-PAIRS = Group.create_ordered("Pairs")
-LIVE = Group.create_ordered("While it runs")
-Statistics = Annotated[T, Parameter(group=Group.create_ordered("Statistics: limits and prices"))]
-PROXY = Group.create_ordered("Proxy")
-Faults = Annotated[T, Parameter(group=Group.create_ordered("Proxy: faults"))]
-Limits = Annotated[T, Parameter(group=Group.create_ordered("Proxy: limits"))]

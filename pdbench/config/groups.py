@@ -1,0 +1,29 @@
+"""The headings under which --help lists the options, in its order, and what several options have in common there."""
+
+from typing import Annotated, Literal, TypeVar
+
+from cyclopts import Group, Parameter
+
+T = TypeVar("T")
+Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "tcp"]
+FirstToken = Literal["prefill", "either", "decode"]
+DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]
+Indices = Annotated[tuple[int, ...], Parameter(show_default=False)]
+VllmWords = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
+
+Model = Annotated[T, Parameter(group=Group.create_ordered("Model and vLLM"))]
+DEPLOYMENT = Group.create_ordered("Deployment")
+Network = Annotated[T, Parameter(group=Group.create_ordered("Ports and KV transfer"))]
+CLUSTER = Group.create_ordered("Cluster")
+LOAD = Group.create_ordered("Load")
+Arrivals = Annotated[T, Parameter(group=Group.create_ordered("Load: arrivals"))]
+Prompts = Annotated[T, Parameter(group=Group.create_ordered("Load: prompts and lengths"))]
+Requests = Annotated[T, Parameter(group=Group.create_ordered("Load: each request, and the client"))]
+POWER = Group.create_ordered("Power and clocks")
+PAIRS = Group.create_ordered("Pairs")
+LIVE = Group.create_ordered("While it runs")
+Statistics = Annotated[T, Parameter(group=Group.create_ordered("Statistics: limits and prices"))]
+PROXY = Group.create_ordered("Proxy")
+Faults = Annotated[T, Parameter(group=Group.create_ordered("Proxy: faults"))]
+Limits = Annotated[T, Parameter(group=Group.create_ordered("Proxy: limits"))]
