@@ -163,18 +163,18 @@ def run(
         folder = out / point.name
         place = f"[bold]point {number} of {len(steps)}[/bold] {f'{part}, ' if part else ''}{point.name}"
         if folders is not None:
-            console.print(f"{place}: already measured", highlight=False)
+            console.print(f"{place}: already measured")
             yield point.varied, folders
             continue
         remaining = f", about {span(round(statistics.mean(spent_s) * left))} left" if spent_s else ""
-        console.print(f"{place}{remaining}", highlight=False)
+        console.print(f"{place}{remaining}")
         publisher.stage("point {0} of {1}: {2}", number, len(steps), ", ".join(filter(None, (part, point.name))))
         if spent_s:
             publisher.put(publisher.TimeLeft(statistics.mean(spent_s) * left))
         left -= 1
         if (point.options.serve, part) in never_started:
             failed += 1
-            console.print("  [red]left out[/red]: its servers did not start for an earlier point", highlight=False)
+            console.print("  [red]left out[/red]: its servers did not start for an earlier point")
             continue
         begin_s = time.monotonic()
         options = point.options
@@ -196,7 +196,7 @@ def run(
                     folder.rmdir()
             if isinstance(error, StartError):
                 never_started.append((point.options.serve, part))
-            console.print(f"  [red]failed[/red]: {escape(str(error))}", highlight=False)
+            console.print(f"  [red]failed[/red]: {escape(str(error))}")
             publisher.stage(str(error), is_problem=True)
             continue
         spent_s.append(time.monotonic() - begin_s)

@@ -67,7 +67,7 @@ def record_gate(run: Run, gate: Gate, console: Console | None = None) -> None:
     publisher.stage(words, gate.detail, is_problem=not gate.passed)
     style, word = ("green", "passed") if gate.passed else ("bold red", "FAILED")
     if console:
-        console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", highlight=False, soft_wrap=True)
+        console.print(f"  correctness gate [{style}]{word}[/{style}]: {gate.detail}", soft_wrap=True)
 
 
 def check_again(run: Run, info: DeploymentInfo, console: Console, servers: Servers) -> None:
@@ -75,7 +75,7 @@ def check_again(run: Run, info: DeploymentInfo, console: Console, servers: Serve
     if info.name == "disaggregated":
         gate = check_outputs(info, time.time_ns(), None, servers)[0]
         if gate.passed:
-            console.print("  correctness after the load: [green]passed[/green]", highlight=False)
+            console.print("  correctness after the load: [green]passed[/green]")
         else:
             record_gate(run, structs.replace(gate, detail=f"after the load: {gate.detail}"), console)
 
@@ -103,7 +103,7 @@ def measure(
     if streams and taken and streams > taken:
         line += f"; the servers work on {taken} at once (--max-num-seqs), the others wait in their queue"
     if not run.requests:  # all turns of a run have the same
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, soft_wrap=True)
     measurement = site.measurement(info, options.power, run.clock)
     gpus, canaries = info.local_gpus(), Canaries(info, references)
     locks: list[clocks.ClockLock] = []
@@ -237,7 +237,7 @@ def _run_trial(
                 series.setdefault(server.name, ServerSeries(server=server.name, role=server.role)).lines = new
         run.servers = join_series([*run.servers, *series.values()])
     if died:
-        console.print(f"[bold red]{escape(died)}[/bold red]", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{escape(died)}[/bold red]", soft_wrap=True)
         publisher.stage(died, is_problem=True)
         result.flags.append(
             Flag("server-died", f"trial {trial + 1}: {died}; the figures are of what was measured until then")
@@ -260,10 +260,10 @@ def _run_trial(
     if failed:
         publisher.stage(failed, is_problem=True)
     line = f"  {run.name}, trial {trial + 1}: {len(measured)} requests, {time.monotonic() - begin_s:.1f} s, "
-    console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), highlight=False, soft_wrap=True)
+    console.print(line + (f"[red]{escape(failed)}[/red]" if failed else "none failed"), soft_wrap=True)
     if checked:
         style = "bold red" if "WRONG" in checked else "default"
-        console.print(f"  [{style}]{checked}[/{style}]", highlight=False, soft_wrap=True)
+        console.print(f"  [{style}]{checked}[/{style}]", soft_wrap=True)
     if failed and all(request.error for request in measured):
         servers.check()
         error = measured[0].error

@@ -55,7 +55,7 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
     names = [spec.name for spec in deployment.specs]
     console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
     if shared := deployment.sharing():
-        console.print(f"  {shared}", highlight=False, soft_wrap=True)
+        console.print(f"  {shared}", soft_wrap=True)
     publisher.stage("{0}: {1} starting", deployment.kind, ", ".join(names))
     ready: dict[str, int | None] = {}
     printed_s = time.monotonic()
@@ -72,14 +72,14 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
                 elif state and ready.get(name) != state.pid:
                     word = "ready again" if name in ready else "ready"
                     ready[name] = state.pid
-                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", highlight=False)
+                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}")
                     publisher.stage("{0}: ready after {1} s", name, f"{state.age_s:.0f}")
                     printed_s = time.monotonic()
             line = " · ".join(f"{', '.join(names)} {words}" for words, names in starting.items())
             status.update(line or "ready")
             if line and not console.is_terminal and time.monotonic() - printed_s >= terminal.LINE_EVERY_S:
                 # A file or a pipe shows no status line: without this it would be silent for minutes.
-                console.print(f"  {line}", highlight=False)
+                console.print(f"  {line}")
                 printed_s = time.monotonic()
 
         with closing(deployment):

@@ -124,7 +124,7 @@ class Publisher:
         for name, sock in listening.items():
             address = f"http://{netloc(*sock.getsockname()[:2])}/"
             words = f"live: {address}?token={token}" if name == "page" else f"metrics for Prometheus: {address}metrics"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
+            console.print(words, markup=False, soft_wrap=True)
             sock.close()
         theirs.close()
         self._thread = threading.Thread(target=self._run, name="pdbench-live", daemon=True)

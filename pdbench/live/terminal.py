@@ -46,7 +46,7 @@ def progress(title: str, console: Console, devices: Callable[[], Sequence[Device
                 spinner.update(text=line())
                 live.update(Group(spinner, live_table(devices())) if devices() else spinner)
             else:
-                console.print(f"  {line()}, {time.monotonic() - begin_s:.0f} s", highlight=False, soft_wrap=True)
+                console.print(f"  {line()}, {time.monotonic() - begin_s:.0f} s", soft_wrap=True)
 
     spinner = Spinner("dots", text=f"{title}: warm-up")
     live = Live(spinner, console=console, refresh_per_second=2, transient=True)

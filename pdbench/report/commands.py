@@ -313,4 +313,4 @@ def read_devices(source: Path) -> list[DeviceRecord]:
 
 def say(console: Console, line: str) -> None:
     """One line as it is: brackets in a path are no markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, soft_wrap=True)

@@ -74,7 +74,7 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
             console.print(tables.terminal(shown))
     if pictures:
         names = " ".join(str(out / name) for name in pictures)
-        console.print(f"answer: {out / FILE}  picture: {names}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"answer: {out / FILE}  picture: {names}", markup=False, soft_wrap=True)
     return analyses
 
 
