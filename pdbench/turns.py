@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from pdbench import failures
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
@@ -53,7 +54,8 @@ def order(kinds: Sequence[DeploymentKind], pair: int) -> Sequence[DeploymentKind
 def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
     """The deployment up and healthy, one line per server; down at the end."""
     names = [spec.name for spec in deployment.specs]
-    console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {deployment.config.log_dir}/")
+    logs = escape(f"{deployment.config.log_dir}/")
+    console.print(f"[bold]{deployment.kind}[/bold]: {', '.join(names)} starting; logs in {logs}")
     if shared := deployment.sharing():
         console.print(f"  {shared}", soft_wrap=True)
     publisher.stage("{0}: {1} starting", deployment.kind, ", ".join(names))
@@ -72,14 +74,14 @@ def started(deployment: Deployment, console: Console) -> Iterator[Deployment]:
                 elif state and ready.get(name) != state.pid:
                     word = "ready again" if name in ready else "ready"
                     ready[name] = state.pid
-                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}")
+                    console.print(f"  {name}: {word} after {state.age_s:.0f} s at {server.url}", markup=False)
                     publisher.stage("{0}: ready after {1} s", name, f"{state.age_s:.0f}")
                     printed_s = time.monotonic()
             line = " · ".join(f"{', '.join(names)} {words}" for words, names in starting.items())
-            status.update(line or "ready")
+            status.update(escape(line) or "ready")
             if line and not console.is_terminal and time.monotonic() - printed_s >= terminal.LINE_EVERY_S:
                 # A file or a pipe shows no status line: without this it would be silent for minutes.
-                console.print(f"  {line}")
+                console.print(f"  {line}", markup=False)
                 printed_s = time.monotonic()
 
         with closing(deployment):

@@ -142,10 +142,10 @@ def test_deployment_named_twice_is_refused(tmp_path: Path) -> None:
         experiment.run(("single", "single"), ONE, OPTIONS, tmp_path, Console(quiet=True), FakeSite(measured), {})
 
 
-def started(*states: States, terminal: bool = False) -> str:
+def started(*states: States, terminal: bool = False, log_dir: str = "logs") -> str:
     """What is printed while a deployment passes through these states."""
     printed = io.StringIO()
-    deployment = FakeDeployment("replicas", ServeConfig(), states)
+    deployment = FakeDeployment("replicas", ServeConfig(log_dir=log_dir), states)
     with turns.started(deployment, Console(file=printed, width=200, force_terminal=terminal)):
         return printed.getvalue()
 
@@ -233,6 +233,10 @@ def test_signal_while_results_are_saved_counts_afterwards(
     with pytest.raises(UserError, match="interrupted: saved"), stop_on_signals(lambda: runs and "saved"):
         run_pairs(tmp_path, FakeSite(measured), runs)
     assert list(runs) == [tmp_path / "single_results"] and (tmp_path / "single_results").exists()
+
+
+def test_brackets_in_the_folder_of_logs_are_no_markup() -> None:
+    assert "logs in [/a] [b]/" in started(log_dir="[/a] [b]")
 
 
 def test_restarted_server_is_ready_again() -> None:
