@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from math import inf
 from typing import Protocol
 
-import psutil
 from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from pdbench.canaries import Canaries, References
 from pdbench.config import Options
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent, ServerSeries, TransferEvent
+from pdbench.http import split_url
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.load.generator import Progress
@@ -24,9 +24,11 @@ from pdbench.load.plan import TrialLoad
 from pdbench.power import clocks
 from pdbench.power.idle import ENGINE_READY, Cooldown
 from pdbench.power.sampler import merge_records
+from pdbench.power.tenants import cores_contended, cores_used
 from pdbench.records import DeviceRecord, Flag, Gate, RequestRecord, Run
 from pdbench.server_metrics import ServerMetrics, engine_facts, join_series
 from pdbench.serving.deployment import DeploymentInfo
+from pdbench.serving.machine import is_this_host
 from pdbench.serving.watch import Servers, Watch
 from pdbench.site import Measurement, Site
 
@@ -140,6 +142,14 @@ def measure(
     site.check()
 
 
+def _roots_here(info: DeploymentInfo) -> list[int] | None:
+    """The roots of the servers' processes on this host; None where not all are known: another host's, or those behind a foreign server."""
+    foreign = info.name == "bench" and is_this_host(split_url(info.url).host)
+    if foreign or any(server.host for server in info.servers):
+        return None
+    return [pid for server in info.servers for pid in server.pids]
+
+
 def _event_log_flags(
     info: DeploymentInfo, requests: Sequence[RequestRecord], events: Sequence[Event], measurement: Measurement
 ) -> Iterator[Flag]:
@@ -189,11 +199,12 @@ def _run_trial(
             verify_tls=config.tls_verify,
             on_reading=lambda server, figures: publisher.put(publisher.ServerReading(server, figures)),
         )
-        cores, asleep_s = psutil.cpu_times(), _asleep_s()
+        roots, asleep_s = _roots_here(info), _asleep_s()
+        cores = cores_used(roots or ())
 
         def begin() -> None:
             nonlocal cores, load_s
-            cores = psutil.cpu_times()
+            cores = cores_used(roots or ())
             if not watch.died:  # a server that hangs would take its time to answer
                 metrics.begin()
                 servers.log_lines(run.clock)  # what is new until now is the warm-up's
@@ -214,10 +225,11 @@ def _run_trial(
                 if watch.problem_within(DEATH_S):
                     raise UserError(f"{watch.died}: no request was measured") from None
                 raise
-            after = psutil.cpu_times()
-            spent_s = sum(after) - sum(cores)
-            if hasattr(after, "steal") and spent_s > 0:  # on Linux
-                result.trial.cpu_steal_pct = 100 * (after.steal - cores.steal) / spent_s
+            after = cores_used(roots or ())
+            if after.total > cores.total:
+                result.trial.cpu_steal_pct = 100 * (after.steal - cores.steal) / (after.total - cores.total)
+            if roots is not None:
+                result.flags.extend(cores_contended(cores, after))
             if (slept_s := _asleep_s() - asleep_s) > SLEPT_S:
                 detail = f"this host slept {slept_s:.1f} s during the load, and its clock stood still: latencies lack that time"
                 result.flags.append(Flag("host-slept", f"{detail}; keep it awake, and measure again"))

@@ -1,4 +1,4 @@
-"""Who else is on the GPUs: before the servers start, and while a load runs."""
+"""Who else uses this host: its GPUs before the servers start and while a load runs, and its cores during a load."""
 
 import os
 import threading
@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from math import inf, isfinite
+from typing import NamedTuple
 
 import psutil
 
@@ -16,6 +17,8 @@ USED_MIB, USED_SHARE = 2048.0, 0.02
 """A driver takes less of a GPU's memory for itself; where NVML does not see processes (containers), more is somebody's."""
 EVERY_S = 5.0
 """Who stays for less may not be seen: each look costs some calls of the driver, which samplers of power also ask."""
+OTHERS_SHARE, IDLE_SHARE, LEAST_S = 0.1, 0.1, 10.0
+"""Others' share of the cores from which on they count, where less than this is idle; shorter loads say too little."""
 
 
 def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
@@ -73,3 +76,34 @@ def _serves_mps(pid: int) -> bool:
     with suppress(psutil.Error):
         return psutil.Process(pid).name().startswith("nvidia-cuda-mps")
     return False
+
+
+class Cores(NamedTuple):
+    """Core seconds of this host since its start: all, idle ones, those that its hypervisor took, those of some process trees."""
+
+    total: float
+    idle: float
+    steal: float
+    own: float
+
+
+def cores_used(roots: Sequence[int]) -> Cores:
+    """Until now; `own` are those of this process, of `roots` and of all their descendants, ended ones included."""
+    times, own = psutil.cpu_times(), 0.0
+    for pid in nvml.tree([os.getpid(), *roots]):
+        with suppress(psutil.Error):
+            own += sum(psutil.Process(pid).cpu_times()[:4])  # with children that were waited for
+    return Cores(sum(times), times.idle + getattr(times, "iowait", 0.0), getattr(times, "steal", 0.0), own)
+
+
+def cores_contended(before: Cores, after: Cores) -> Iterator[Flag]:
+    """A flag where others' processes were at work between these two while hardly a core was idle."""
+    count = psutil.cpu_count() or 1
+    total, idle, steal, own = (late - early for late, early in zip(after, before, strict=True))
+    others = total - idle - steal - own
+    if total >= LEAST_S * count and others >= OTHERS_SHARE * total and idle < IDLE_SHARE * total:
+        yield Flag(
+            "host-busy",
+            f"other processes used {count * others / total:.1f} of this host's {count} cores while {100 * idle / total:.0f} % were idle: servers and "
+            "client waited for cores; end them (`top` names them), and measure again",
+        )

@@ -1,8 +1,14 @@
 """Processes of others on the GPUs while a load runs; NVML is the fake one."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
+from pdbench.power.tenants import Cores, cores_contended, cores_used
 from tests.support.fake_nvml import child
 
 CODE = """
@@ -41,3 +47,25 @@ def test_process_that_comes_to_a_servers_gpu_is_named_with_its_instant(nvml_libr
         r"gpu-shared-midway gpu0: process 4242, none of the servers', computed there \d+ s after the run began: ",
         printed[0],
     )
+
+
+def test_cores_used_counts_descendants_also_when_they_have_ended() -> None:
+    before = cores_used(())
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    after = cores_used(())
+    assert 0.25 < after.own - before.own < 5 and after.total > before.total
+
+
+@pytest.mark.parametrize(
+    ("idle", "own", "flagged"),
+    [
+        (0.05, 0.6, True),
+        (0.05, 0.9, False),  # ours
+        (0.3, 0.2, False),  # there was room for all
+    ],
+)
+def test_others_at_work_on_full_cores_are_flagged(idle: float, own: float, flagged: bool) -> None:
+    before, seconds = Cores(1000.0, 100.0, 1.0, 50.0), 20.0 * (psutil.cpu_count() or 1)
+    after = Cores(1000.0 + seconds, 100.0 + idle * seconds, 1.0, 50.0 + own * seconds)
+    assert [flag.name for flag in cores_contended(before, after)] == ["host-busy"] * flagged
+    assert not [*cores_contended(before, Cores(1001.0, 100.0, 1.0, 50.0))]  # too short to tell
