@@ -250,7 +250,9 @@ def _search_rate(
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            if point.client_limited and point.held is not False:
+            # Behind a client that stood still requests come as a burst: the servers may have missed the SLO by that alone.
+            stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
+            if stood_still or (point.client_limited and point.held is not False):
                 limited += 1
                 words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
                 loads.console.print(f"  the client was the limit: {words}")

@@ -198,16 +198,19 @@ def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> N
     assert "the client was the limit of d0" in sentence(document)
 
 
-def test_client_that_was_the_limit_once_is_no_end_of_the_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flag", "prefill_s"), [("client-limited", 0.1), ("client-stalled", 1.0)])
+def test_load_in_which_the_client_was_at_fault_is_sent_again(tmp_path: Path, flag: str, prefill_s: float) -> None:
     flagged: list[float] = []
 
     def once(rate: float) -> list[Flag]:
+        law.prefill_s = 0.1 if rate else prefill_s  # of the next load
         if rate and not flagged:
             flagged.append(rate)
-            return [Flag("client-limited", "late")]
+            return [Flag(flag, "late")]
         return []
 
-    (entry,) = search(tmp_path, Law(flags=once)).deployments
+    law = Law(flags=once)
+    (entry,) = search(tmp_path, law).deployments
     assert flagged == [5.0] and not entry.client_limited and entry.low < TRUTH < entry.high
     (again,) = search(tmp_path, Law()).deployments  # all of it saved
     assert again == entry
