@@ -38,6 +38,7 @@ class Host:
         self.own = hosts.folder / f"host-{number}"
         self.own.mkdir()
         self.ray_node: subprocess.Popen[str] | None = None
+        self.starts = 0
         self.harmed = False
         ip("netns", "add", self.name)
         ip(
@@ -86,7 +87,17 @@ class Host:
         arguments = ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.hosts.ray)]
         if head:
             arguments = ["--address", f"{head.address}:{PORT}"]
-        arguments += ["--num-cpus", str(cpus), "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
+        self.starts += 1
+        arguments += [
+            "--node-name",
+            self.node_name(),
+            "--num-cpus",
+            str(cpus),
+            "--object-store-memory",
+            "100000000",
+            "--disable-usage-stats",
+            "--block",
+        ]
         log = (self.hosts.folder / f"{self.name}.ray.log").open("w")
         self.ray_node = self.popen(
             sys.executable,
@@ -100,6 +111,10 @@ class Host:
             stderr=log,
         )
         return self.ray_node
+
+    def node_name(self) -> str:
+        """The last Ray node's here: one that was killed has another name, and counts as alive until its head misses it."""
+        return f"{self.address}-{self.starts}"
 
     def processes(self) -> list[psutil.Process]:
         """Everything that lives in this namespace."""
@@ -137,6 +152,15 @@ class Host:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL)
             time.sleep(0.1)
+
+    def give_up(self) -> None:
+        """The Ray node ends with a failure, as one does that has missed its head for a minute."""
+        assert self.ray_node is not None
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet":
+                    process.kill()
+        self.ray_node.wait(PATIENCE_S)
 
     def cut(self) -> None:
         """Pull the cable."""
@@ -207,11 +231,11 @@ class Hosts:
         wait_until(lambda: head.run(sys.executable, "-c", probe).returncode == 0, PATIENCE_S, "Ray's head listens")
         for number, host in enumerate(others, 2):
             host.start_ray(head)
-            self.wait_for_nodes(number)
+            self.wait_for_nodes([head, *others[: number - 1]])
 
     def repair(self) -> None:
         """After a fault: every host is on its cable, and in the cluster as on the first day."""
-        harmed = [host for host in self.all if host.harmed]
+        harmed = [host for host in self.all if host.harmed or (host.ray_node and host.ray_node.poll() is not None)]
         for host in harmed:
             host.reconnect()
             host.kill()
@@ -220,28 +244,36 @@ class Hosts:
                 host.kill()
             self.join()
         elif harmed:
-            self.wait_for_nodes(len(self.all) - len(harmed))
             for host in harmed:
                 host.start_ray(self.all[-1])
-            self.wait_for_nodes(len(self.all))
+            self.wait_for_nodes(self.all)
         for host in self.all:
             host.harmed = False
 
-    def wait_for_nodes(self, number: int) -> None:
-        """Until the cluster of the last host has so many living nodes."""
-        wait = (
-            "import ray, sys, time\n"
-            f"ray.init('{self.all[-1].address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
-            f"while sum(node['Alive'] for node in ray.nodes()) != {number}: time.sleep(0.2)\n"
-        )
-        waiting = self.all[-1].popen(sys.executable, "-c", wait, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def wait_for_nodes(self, hosts: Sequence[Host]) -> None:
+        """Until the living nodes of the last host's cluster are the last ones started on these hosts, and no earlier one."""
+        head, waiting = self.all[-1], None
         deadline = time.monotonic() + PATIENCE_S
-        while waiting.poll() is None:
-            assert time.monotonic() < deadline, f"not {number} nodes"
-            for host in self.all[:-1]:
+        while waiting is None or waiting.poll() is None:
+            assert time.monotonic() < deadline, (
+                f"the living nodes are not those last started on {[host.name for host in hosts]}"
+            )
+            for host in hosts:
                 # On a busy machine a node gives up when its agents are not there within 15 s: once more.
-                if host.ray_node is not None and host.ray_node.poll() == 1:
-                    host.start_ray(self.all[-1])
+                if host is not head and host.ray_node is not None and host.ray_node.poll() == 1:
+                    host.start_ray(head)
+                    if waiting is not None:
+                        waiting.kill()
+                        waiting.wait()
+                    waiting = None
+            if waiting is None:
+                wait = (
+                    "import ray, time\n"
+                    f"ray.init('{head.address}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
+                    "def living(): return sorted(node['NodeName'] for node in ray.nodes() if node['Alive'])\n"
+                    f"while living() != {sorted(host.node_name() for host in hosts)}: time.sleep(0.2)\n"
+                )
+                waiting = head.popen(sys.executable, "-c", wait, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(0.2)
         assert waiting.returncode == 0
 
