@@ -193,17 +193,7 @@ class Cluster:
                 f"no Ray cluster at {config.cluster} ({first}): `ray start --head` on one node, "
                 "`ray start --address HEAD:6379` on the others, then --cluster auto on any of them"
             ) from None
-        self.nodes = [
-            Node(
-                id=node["NodeID"],
-                address=node["NodeManagerAddress"],
-                name=node["NodeManagerHostname"],
-                cpus=node["Resources"].get("CPU", 0.0),
-                gpus=int(node["Resources"].get("GPU", 0)),
-            )
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        self.nodes = self.living_nodes()
         own_id = ray.get_runtime_context().get_node_id()
         self.head = next(node for node in self.nodes if node.id == own_id)
         self.clocks: dict[str, clock_sync.NodeClock] = {}
@@ -227,6 +217,20 @@ class Cluster:
         leaving = threading.Thread(target=self.ray.shutdown, daemon=True)
         leaving.start()
         leaving.join(10.0)
+
+    def living_nodes(self) -> list[Node]:
+        """Those of the cluster at this moment."""
+        return [
+            Node(
+                id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                name=node["NodeManagerHostname"],
+                cpus=node["Resources"].get("CPU", 0.0),
+                gpus=int(node["Resources"].get("GPU", 0)),
+            )
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
 
     def node(self, word: str) -> Node:
         return find_node(self.nodes, word)

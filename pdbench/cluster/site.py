@@ -165,8 +165,13 @@ class RaySite(Cluster, Site):
                     "end other jobs (`ray status`), or change --place or the instances"
                 )
             node_ids = placement_group_table(group)["bundles_to_node_id"]
-            nodes = {node.id: node for node in self.nodes}
+            # Not self.nodes: Ray may choose one that has joined since.
+            nodes = {node.id: node for node in self.living_nodes()}
             for index, (name, bundle) in enumerate(bundles.items()):
+                if node_ids[index] not in nodes:
+                    raise UserError(
+                        f"the node that Ray chose for {name} has left the cluster (`ray status`): run this again"
+                    )
                 resources = dict(bundle)
                 hosts[name] = self.host(
                     name,

@@ -101,6 +101,32 @@ def test_node_cut_off_for_good_ends_the_run_and_its_clients_reports_are_kept(hos
     assert second.address in next(flag.detail for flag in run.flags if flag.name == "node-lost")
     assert run.trials[0].client["nodes"] == [third.address, second.address]
     wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left; behind the cut the leases run out")
+    second.give_up()  # as it would in a minute; the next file's tests have the cluster repaired
+
+
+RESERVE = """import sys
+from pdbench.cluster.site import RaySite
+from pdbench.config import ClusterConfig
+from pdbench.serving.plan import ServerSpec
+with RaySite(ClusterConfig(cluster=sys.argv[1], place=("spread",))) as site:
+    print("looked", flush=True)
+    sys.stdin.readline()
+    with site.reserve([ServerSpec("replica", index, 1) for index in range(3)]) as hosts:
+        print("servers on", *sorted(host.node.address for host in hosts.values()))
+"""
+
+
+def test_node_that_joins_after_pdbench_has_looked_gets_a_server(joined: Hosts) -> None:
+    """It is the second host's, as it ended in the test before: its cluster is repaired here."""
+    head = joined.all[2]
+    joined.all[1].harmed = True
+    joined.all[1].kill()
+    command = [sys.executable, "-c", RESERVE, f"{head.address}:{PORT}"]
+    process = head.popen(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stdout.readline() == "looked\n"
+    joined.repair()
+    out, error = process.communicate("\n", PATIENCE_S)
+    assert " ".join(["servers on", *(host.address for host in joined.all)]) in out.splitlines(), error
 
 
 @pytest.mark.slow
