@@ -269,7 +269,7 @@ def gates(runs: Runs) -> list[tuple[str, str]]:
                 equal, *open_ones = (gate.canaries.get(verdict, 0) for verdict in ("equal", "near-tie", "undecided"))
                 under_load = "{0} of {1} answers under load equal the reference's, {2} but for near ties, {3} undecided"
                 details.append(_(under_load, equal, sum(gate.canaries.values()), *open_ones))
-            line = (f"{name}: " if len(runs) > 1 else "") + _(words, "; ".join(details))
+            line = (f"{name}: " if len(runs) > 1 else "") + _(words, _("; ").join(details))
             lines.append(("better" if gate.passed else "worse", line))
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 
@@ -282,9 +282,11 @@ def warnings(analysis: RunAnalysis) -> list[tuple[str, str]]:
     """(flag, its details) wherever a run's figures are; what several trials or devices share is said once."""
     said_of: dict[tuple[str, str, str], dict[str, None]] = {}  # flag, remedy, what -> whom
     for flag in analysis.flags:
-        rest, colon, remedy = _(flag.detail).rpartition(": ")
-        who, first_colon, what = rest.partition(": ")
-        said_of.setdefault((flag.name, colon + remedy, first_colon + what), {})[who] = None
+        words = _(flag.detail)
+        colons = [colon.start() for colon in re.finditer(": |：", words)]
+        last = colons[-1] if colons else 0
+        first = colons[0] if len(colons) > 1 else last
+        said_of.setdefault((flag.name, words[last:], words[first:last]), {})[words[:first]] = None
     parts: dict[tuple[str, str], list[str]] = {}
     for (name, remedy, what), of in said_of.items():
         parts.setdefault((name, remedy), []).append(", ".join(of) + what)

@@ -1,9 +1,11 @@
 """Verdicts as sentences, numbers, translation."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -127,6 +129,40 @@ def test_texts_that_a_run_was_saved_with_are_translated():
         assert text.translate("load, concurrency: 1 against 4") == "负载，concurrency：1 与 4"
         assert text.translate("no RAPL on this machine; something new") == "本机没有 RAPL；something new"
     assert text.translate("no RAPL on this machine") == "no RAPL on this machine"
+
+
+def test_every_text_of_the_package_has_a_translation():
+    texts = json.loads(Path(text.__file__).with_name("zh.json").read_text(encoding="utf-8"))["texts"]
+    for path in Path(text.__file__).parents[1].rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts_of_code = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        docstrings = {
+            node.value.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        templates = {each for each in texts_of_code - docstrings if re.search(r"{\d}", each) and each != "{0}"}
+        assert templates <= texts.keys(), path
+
+
+def test_flags_that_devices_share_are_said_once_in_both_languages():
+    log = '"Triton kernel JIT compilation during inference: fused_moe_kernel" in its log, first seen 2.5 s into trial 1'
+    compiled = "a kernel was compiled while requests waited: raise --warmup, so that it meets these shapes"
+    flags = [
+        *(Flag("short-window", f"{gpu}: a window of 28.9 s is short for energy, needs at least 30 s: raise --requests")
+          for gpu in ("gpu0", "gpu1")),
+        *(Flag("server-compiled", f"{name}: {log}: {compiled}") for name in ("replica-0", "replica-1")),
+    ]  # fmt: skip
+    analysis = msgspec.structs.replace(analyze(build_run("single")), flags=flags)
+    assert text.warnings(analysis) == [
+        ("short-window", "gpu0, gpu1: a window of 28.9 s is short for energy, needs at least 30 s: raise --requests"),
+        ("server-compiled", f"replica-0, replica-1: {log}: {compiled}"),
+    ]
+    with text.language("zh"):
+        (_, window), (_, kernel) = text.warnings(analysis)
+    assert window.startswith("gpu0, gpu1：28.9 秒") and kernel.startswith("replica-0, replica-1：")
 
 
 def test_every_translation_takes_the_same_values():
