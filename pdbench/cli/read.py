@@ -29,7 +29,7 @@ def compare(
     Parameters
     ----------
     folders
-        Two results folders, A and B; default: single_results and disaggregated_results.
+        Two results folders, A and B; default: single_results and disaggregated_results, where one is missing the other and replicas_results.
     fail_if
         Condition on B against A, as in "tbt_p99_ms > +5%" (several allowed): exit code 1 when met, 3 when it cannot be told,
         2 when nothing could be judged.
@@ -147,7 +147,7 @@ def report(
     Parameters
     ----------
     folders
-        Results folders; the first is the baseline. Default: single_results and disaggregated_results.
+        Results folders; the first is the baseline. Default: those of single_results, replicas_results and disaggregated_results that are here.
     out
         Folder for report.html, report.md, requests.csv and the pictures.
     sort_by

@@ -27,7 +27,7 @@ from pdbench.report.text import translate as _
 from pdbench.validation import check_devices
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
-DEFAULT_FOLDERS = (Path("single_results"), Path("disaggregated_results"))
+DEFAULT_FOLDERS = (Path("single_results"), Path("replicas_results"), Path("disaggregated_results"))
 
 
 def finish(runs: Mapping[Path, Run], out: Path, console: Console) -> list[RunAnalysis]:
@@ -118,7 +118,8 @@ def compare_folders(
     thresholds.check_metric(primary, "--primary")
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
-    paths = list(folders) or list(DEFAULT_FOLDERS)
+    measured = [path for path in DEFAULT_FOLDERS if results_files(path)]
+    paths = list(folders) or (measured if len(measured) == 2 else [DEFAULT_FOLDERS[0], DEFAULT_FOLDERS[-1]])
     missing = [path for path in paths if not results_files(path)]
     if missing:
         where = " and ".join(map(str, missing))

@@ -177,6 +177,18 @@ def test_folder_without_results_is_one_line_with_the_remedy(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_without_folders_all_deployments_that_were_measured_here_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("replicas", "disaggregated"):
+        save_run(build_run(kind), tmp_path / f"{kind}_results")
+    console = Console(file=io.StringIO(), width=200)
+    commands.report([], tmp_path / "report", None, console)
+    assert "## disaggregated against replicas" in (tmp_path / "report" / "report.md").read_text()
+    assert commands.compare_folders([], [], True, tmp_path / "picture.png", console) == 0
+    assert "disaggregated against replicas" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_compare_returns_the_exit_code_of_the_conditions(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], True, tmp_path / "picture.png", console) == 1
