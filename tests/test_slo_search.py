@@ -362,6 +362,7 @@ def test_picture_of_two_deployments_on_gpus() -> None:
     )
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
     assert len(chart(document).panels) == 4
+    assert chart(document).caption == "bars: 95 % intervals; ringed: energy at the rate found"
     labels = mpl.chart(chart(document), 16, 9).axes[0].texts
     assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
     assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near

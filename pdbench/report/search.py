@@ -296,6 +296,8 @@ def chart(document: Document) -> Chart:
         Panel(title=energy_scaled, series=scaled_joules, x=scale, y=energy_axis, not_measured=unscaled),
     ]
     title, caption = _("The highest rate within {0}", slo(document)), _("bars: 95 % intervals")
+    if any(series.hollow for series in joules):
+        caption += _("; ringed: energy at the rate found")
     if not joules:
         panels, caption = panels[::2], caption + _("; energy is not measured")
     return Chart(key="search", title=title, panels=panels, caption=caption)

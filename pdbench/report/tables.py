@@ -238,8 +238,10 @@ def side_by_side(runs: text.Runs, sort_by: str | None = None) -> Table:
     rows = [[name, text.model(run), *(text.value(run, metric) for metric in SIDE_BY_SIDE)] for name, run in ordered]
     header = [_("run"), _("model"), *map(text.label, SIDE_BY_SIDE)]
     merged = [f"{name}: {text.number(share)} %" for name, run in ordered if (share := _merged_pct(run)) is not None]
-    note = _("TBT is of tokens that shared chunks; gaps of 0 ms: {0}", "; ".join(merged)) if merged else ""
-    return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1), note=note)
+    several = any(run.summary.trials > 1 for run in runs.values())
+    notes = [_("Latencies are over the requests of all trials together.")] if several else []
+    notes += [_("TBT is of tokens that shared chunks; gaps of 0 ms: {0}", "; ".join(merged))] if merged else []
+    return Table(title=_("Side by side"), header=header, rows=rows, left=(0, 1), note=" ".join(notes))
 
 
 def energy(runs: text.Runs) -> list[Table]:

@@ -152,6 +152,10 @@ def test_csv_says_who_sent_the_first_token():
     assert float(rows[0]["first_gap_ms"]) > 0
 
 
+def test_side_by_side_says_that_its_latencies_are_over_all_trials():
+    assert "all trials together" in tables.side_by_side({"a": analyze(build_run(trials=2))}).note
+
+
 def test_merged_share_stands_below_tbt_and_below_runs_side_by_side():
     run = build_run(trials=1, requests=4)
     assert tables.side_by_side({"a": analyze(run)}).note == ""
