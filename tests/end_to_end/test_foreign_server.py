@@ -206,6 +206,7 @@ def test_answers_nested_without_end_are_no_traceback(tmp_path: Path) -> None:
     [
         (refusal(b"401 Unauthorized", "no key"), "set OPENAI_API_KEY"),
         (refusal(b"404 Not Found", "no such path"), "give --model NAME"),
+        (refusal(b"503 Service Unavailable", "no decode instance is ready"), "not ready: try again once they are"),
         (lambda peer: False, "no OpenAI-compatible server answers"),
         (lambda peer: nested(peer), "answers 200 and names no model: give --model NAME"),
         (
@@ -213,7 +214,7 @@ def test_answers_nested_without_end_are_no_traceback(tmp_path: Path) -> None:
             r"names a model 'a\\x1b\[2J', which cannot be shown",
         ),
     ],
-    ids=["key", "path", "nobody", "nested", "letters"],
+    ids=["key", "path", "starting", "nobody", "nested", "letters"],
 )
 def test_server_without_a_model_is_one_line_with_the_remedy(answer, message) -> None:
     with ScriptedServer(answer) as server, pytest.raises(UserError, match=message) as raised:
