@@ -231,7 +231,7 @@ def unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -
     if calibration.drift > DRIFT:
         return (
             f"this machine drifts: the same step was {calibration.drift:.2f} times slower in one trial than in another; "
-            "measure more trials on a quiet machine (`pdbench run --pairs 5`)"
+            "measure again on a quiet machine, at least five trials (`pdbench run --pairs 5`)"
         )
     for role in wanted.instances:
         if role == "decode":

@@ -54,11 +54,11 @@ def calibration(found: Calibration) -> Table:
         (_("and per 1,000 prompt tokens, host, ms"), computing, per_thousand("host_per_prompt_token_s")),
         (_("per 1,000 prompt tokens, GPU, ms"), computing, per_thousand("gpu_per_prompt_token_s")),
         (
-            _("a decode step of 1 sequence, ms"),
+            _("a decode step of 1 sequence, without its context, ms"),
             decoding,
             lambda role: 1e3 * min(role.engine.costs.gpu_decode_s.values()),
         ),
-        (_("and of the most sequences, ms"), decoding, lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values())),
+        (_("and of the most sequences, without theirs, ms"), decoding, lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values())),
         (_("on the way in, ms"), computing, lambda role: 1e3 * role.engine.costs.ingress_s),
         (_("most prompt tokens in a step"), computing, lambda role: box(role).prompt_tokens),
         (_("most sequences in a step"), decoding, lambda role: box(role).sequences),
