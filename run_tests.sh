@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up if need be, then every check: ruff, mypy, and all tests that need no GPU (real vLLM on CPU included).
+# Set up if need be, then ruff, mypy, and all tests except those marked gpu or slow (real vLLM on CPU included).
 #   ./run_tests.sh [OPTIONS of pytest]
 # Without options and with pytest-xdist installed, three processes: one takes the tests that share vLLM servers or a cluster, one after
 # the other, the others the other files, which mostly wait (tests/conftest.py).
