@@ -312,7 +312,8 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
     panels = []
     limited = any("slo_met_pct" in each.figures for each in of)
-    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, integer=True)
+    most = max(sum(each.instances.values()) for each in of)
+    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.2 * most, integer=True)  # names stand at the right
     for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
         drawn = []
         for each in (each for each in of if metric in each.figures):

@@ -17,8 +17,11 @@ from rich.console import Console
 
 from pdbench.analysis.compare import compare, comparisons
 from pdbench.analysis.run_analysis import analyze, load_analysis
+from pdbench.plan.engine import Role
+from pdbench.plan.records import Figure, Prediction
 from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
 from pdbench.report import charts, commands, mpl, tables, text
+from pdbench.report.plan import predictions_chart
 from tests.support.reports import gate, page_of
 from tests.support.runs import build_run
 
@@ -189,3 +192,16 @@ def test_plot_of_utilisation_alone_has_one_panel(tmp_path):
     commands.plot(tmp_path / "watched.json", None, Console(file=io.StringIO()))
     with Image.open(tmp_path / "watched.png") as picture:
         assert picture.size == (1500, 1000)
+
+
+def test_names_of_predicted_deployments_are_not_cut_off():
+    figures = {name: Figure(250.0, 200.0, 300.0) for name in ("ttft_p99_ms", "tbt_p99_ms")}
+    shapes: dict[str, dict[Role, int]] = {
+        "disaggregated": {"prefill": 1, "decode": 1},
+        "replicas": {"replica": 6},
+    }
+    predictions = [Prediction(kind=kind, instances=of, load="", figures=figures) for kind, of in shapes.items()]
+    figure = drawn(mpl.chart, predictions_chart(predictions, on_gpus=True), 14, 7.4)
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.texts] == ["1p1d", "replicas:6"]
+        assert all(label.get_window_extent().x1 < axes.get_window_extent().x1 for label in axes.texts)
