@@ -80,7 +80,8 @@ def ttft_parts(runs: text.Runs) -> Chart:
     x = _bar_axis(_("mean TTFT, ms"), drawn)
     panel = Panel(title=title, series=drawn, x=x, y=Axis(names=rows), not_measured=missing)
     caption = _(
-        "Mean TTFT, split by what client, proxy and servers reported; a deployment that reported nothing is absent."
+        "Mean TTFT, split by what client, proxy and servers reported; a part is 0 in requests without it, "
+        "and a deployment that reported nothing is absent."
     )
     return Chart(key="ttft", title=title, panels=[panel], caption=caption)
 
