@@ -135,7 +135,9 @@ def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True
     if status in (401, 403):
         raise UserError(f"{address} answers {status}: set OPENAI_API_KEY to a key that the server takes")
     if status == 503:
-        raise UserError(f"{address} answers 503, its servers are not ready: try again once they are, or give --model NAME")
+        raise UserError(
+            f"{address} answers 503, its servers are not ready: try again once they are, or give --model NAME"
+        )
     try:
         name = str(json.loads(body)["data"][0]["id"])
     except (*NOT_JSON, LookupError, TypeError):

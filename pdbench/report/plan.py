@@ -58,7 +58,11 @@ def calibration(found: Calibration) -> Table:
             decoding,
             lambda role: 1e3 * min(role.engine.costs.gpu_decode_s.values()),
         ),
-        (_("and of the most sequences, without theirs, ms"), decoding, lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values())),
+        (
+            _("and of the most sequences, without theirs, ms"),
+            decoding,
+            lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values()),
+        ),
         (_("on the way in, ms"), computing, lambda role: 1e3 * role.engine.costs.ingress_s),
         (_("most prompt tokens in a step"), computing, lambda role: box(role).prompt_tokens),
         (_("most sequences in a step"), decoding, lambda role: box(role).sequences),
@@ -313,7 +317,8 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     panels = []
     limited = any("slo_met_pct" in each.figures for each in of)
     most = max(sum(each.instances.values()) for each in of)
-    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.2 * most, integer=True)  # names stand at the right
+    # The names of the deployments stand at the right.
+    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.2 * most, integer=True)
     for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
         drawn = []
         for each in (each for each in of if metric in each.figures):
