@@ -263,13 +263,15 @@ def gates(runs: Runs) -> list[tuple[str, str]]:
     lines = []
     for name, analysis in runs.items():
         if (gate := analysis.gate) is not None:
-            words = "Correctness check passed: {0}" if gate.passed else "CORRECTNESS CHECK FAILED: {0}"
+            passed = "Correctness check passed: {0}" if gate.passed else "CORRECTNESS CHECK FAILED: {0}"
             details = [_(gate.detail)] if gate.detail else []
             if gate.canaries:
-                equal, *open_ones = (gate.canaries.get(verdict, 0) for verdict in ("equal", "near-tie", "undecided"))
-                under_load = "{0} of {1} answers under load equal the reference's, {2} but for near ties, {3} undecided"
-                details.append(_(under_load, equal, sum(gate.canaries.values()), *open_ones))
-            line = (f"{name}: " if len(runs) > 1 else "") + _(words, _("; ").join(details))
+                count, total = gate.canaries.get("equal", 0), sum(gate.canaries.values())
+                others = {"near-tie": "{0} but for near ties", "undecided": "{0} undecided", "wrong": "{0} wrong"}
+                parts = [_("{0} of {1} answers under load equal the reference's", count, total)]
+                parts += [_(words, gate.canaries[key]) for key, words in others.items() if gate.canaries.get(key)]
+                details.append(_(", ").join(parts))
+            line = (f"{name}: " if len(runs) > 1 else "") + _(passed, _("; ").join(details))
             lines.append(("better" if gate.passed else "worse", line))
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 
