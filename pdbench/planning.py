@@ -109,6 +109,8 @@ def plan(
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
             write_whole(out / f"{chart.key}.png", picture)
     console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
+    if predicted and most_gpus is None and all(each.refusal for each in predicted):
+        raise UserError("no deployment is predicted: the tables say what to measure first")
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:

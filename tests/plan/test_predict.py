@@ -1,5 +1,6 @@
 """Predictions: intervals, and what is refused with the measurement that is missing."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from pdbench.plan.predict import deployment_of, parse_deployment, predict
 from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
 from pdbench.plan.seconds import PARTS, of_simulated
 from pdbench.plan.simulate import simulate
-from pdbench.planning import CALIBRATION, read_calibration
+from pdbench.planning import CALIBRATION, plan, read_calibration
 from pdbench.records import Flag, save_run
 from tests.support.runs import build_run
 
@@ -132,6 +133,17 @@ def test_unmeasured_handoff_is_refused() -> None:
     answer = predicted(calibration(handoff_steps=None), "1p1d")
     assert answer.refusal and "handoff" in answer.refusal
     assert not answer.figures
+
+
+def test_command_fails_where_no_deployment_is_predicted_and_keeps_its_tables(tmp_path: Path) -> None:
+    load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32)
+    for handoff_steps, fails in ((4.0, False), (None, True)):
+        folder = tmp_path / str(handoff_steps)
+        folder.mkdir()
+        (folder / CALIBRATION).write_bytes(msgspec.json.encode(calibration(handoff_steps=handoff_steps)))
+        with pytest.raises(UserError, match="no deployment is predicted") if fails else nullcontext():
+            plan([folder], (), ["1p1d"], load, folder, Console(quiet=True))
+        assert "1p1d" in (folder / "plan.md").read_text().lower()
 
 
 def test_request_larger_than_the_kv_cache_is_refused() -> None:
