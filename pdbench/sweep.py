@@ -101,7 +101,7 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     """(section, value) of an option; the command line's own parser reads the text and checks its range, which takes a tenth of a second."""
     sections = [field.name for field in dataclasses.fields(Options) if hasattr(getattr(_DEFAULTS, field.name), key)]
     if not sections:
-        raise UserError(f"{option} {key}: no such option; `pdbench run --help` lists them all")
+        raise UserError(f"{option} {key}: no such option; `pdbench run --help` lists them all", exit_code=2)
     section = sections[0]
     default = getattr(getattr(_DEFAULTS, section), key)
     if text.lower() == "none" and default is None:
@@ -111,7 +111,7 @@ def _parsed(key: str, text: str, option: str) -> tuple[str, Any]:
     try:
         parsed = _parser(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
-        raise UserError(f"{option} {key}: {text!r} does not fit: {str(error).strip()}") from None
+        raise UserError(f"{option} {key}: {text!r} does not fit: {str(error).strip()}", exit_code=2) from None
     return section, getattr(getattr(parsed, section), key)
 
 

@@ -44,8 +44,9 @@ def test_every_combination_with_the_options_own_types():
     "vary", [[], ["concurrency"], ["concurrency="], ["nonsense=1"], ["concurrency=many"], ["seed=1", "seed=2"]]
 )
 def test_a_wrong_vary_is_the_users_error(vary):
-    with pytest.raises(UserError, match="--vary"):
+    with pytest.raises(UserError, match="--vary") as raised:
         sweep.points(OPTIONS, vary)
+    assert raised.value.exit_code == (2 if vary in (["nonsense=1"], ["concurrency=many"]) else 1)
 
 
 def test_points_that_would_share_a_folder_are_refused_and_long_names_cut():
