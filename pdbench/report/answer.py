@@ -12,6 +12,8 @@ HEADLINE = (
 """Metrics that the answer in one sentence names, where they are better or worse for sure."""
 WIDE = 100.0
 """Bounds of an interval this far apart say only that there were too few trials."""
+MOST_PAIRS = 48
+"""More are not proposed: then twice what there is."""
 
 
 def values(line: Difference) -> str:
@@ -48,7 +50,7 @@ def judgement(line: Difference) -> str:
         _("over 1,000") if trials is None else f"{max(trials, line.trials + 1):,}"
         for trials in (line.trials_for_change, line.trials_needed)
     ]
-    return _("not decided ({0} to {1}): {2} trials for a change as seen, {3} for 5 %", *bounds, *needed)
+    return _("not decided ({0} to {1}): {2} trials would decide a change as seen, {3} one of 5 %", *bounds, *needed)
 
 
 def too_wide(ratio: ConfidenceInterval | None) -> bool:
@@ -90,9 +92,10 @@ def next_step(comparison: Comparison) -> str:
     open_lines = [line for line in comparison.differences if line.verdict == "unclear" or line.alone]
     if comparison.one_trial or not comparison.paired or not open_lines:
         return advice(comparison)
-    metric = next((line.metric.name for line in open_lines if line.metric.name == comparison.primary), None)
-    until = f'--until "{metric or open_lines[0].metric.name}<5%"'
-    pairs = max(6, 2 * min(line.trials for line in comparison.differences))
+    line = next((line for line in open_lines if line.metric.name == comparison.primary), open_lines[0])
+    until = f'--until "{line.metric.name}<5%"'
+    wanted = line.trials_for_change or 0
+    pairs = wanted if line.trials < wanted <= MOST_PAIRS else max(6, 2 * line.trials)
     return _("To decide more, repeat the command with --resume and --pairs {0} or {1}.", pairs, until)
 
 
