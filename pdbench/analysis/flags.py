@@ -9,6 +9,7 @@ from pdbench import failures
 from pdbench.analysis.meter import Meter
 from pdbench.analysis.metrics import Timings
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
+from pdbench.analysis.stalls import server_stalled
 from pdbench.events import ServerSeries
 from pdbench.records import Flag, Interval, Run
 
@@ -31,7 +32,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixCache | None) -> list[Flag]:
     """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
-    servers = list(server_flags(run))
+    servers = [*server_flags(run), *server_stalled(run, timings)]
     again = {"requests-failed", *(flag.name for flag in servers)}  # a run that went on has more
     flags = [flag for flag in dict.fromkeys(run.flags) if flag.name not in again]
     # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.

@@ -162,7 +162,8 @@ class Timings:
     `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
     Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`. `token_s` holds every arrival, of
-    failed requests too; `token_weight` is how many tokens each stands for (1 unless counted by chunks; NaN: unknown).
+    failed requests too; `token_request` is its request's row, `token_weight` how many tokens it stands for (1 unless counted by chunks;
+    NaN: unknown).
     """
 
     windows: list[Interval]
@@ -176,6 +177,7 @@ class Timings:
     tbt_request: IntArray
     tbt_s: Array
     token_s: Array
+    token_request: IntArray
     token_weight: Array
     inter_chunk_ms: Array
 
@@ -286,6 +288,7 @@ def timings_of(run: Run) -> Timings:
         tbt_request=tbt_request,
         tbt_s=token_s[1:][is_gap],
         token_s=token_s,
+        token_request=request,
         token_weight=arrivals.weight[request],
         inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
     )
