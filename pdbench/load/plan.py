@@ -133,7 +133,7 @@ def describe(config: LoadConfig) -> str:
     elif config.duration_s is not None:
         words.append(f"for {config.duration_s:g} s")
     else:
-        words.append("to its end" if limit is None else f"{limit} requests")
+        words.append("to its end" if limit is None else f"{limit:,} requests")
     if config.prompt_file and file_words:
         words.append("; ".join(file_words))
     return ", ".join([*words, f"after a warm-up of {warmup_size(config)}, nonce {config.nonce}"])

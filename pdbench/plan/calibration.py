@@ -229,7 +229,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], known: Mapping[str, Any], ru
     computing = {name: role for name, role in roles.items() if role.noise}
     unsure = [name for name, role in computing.items() if not role.knows_lengths]
     if unsure:
-        wanted.append(f"{' and '.join(unsure)}: what a prompt token costs, which lengths that differ show")
+        wanted.append(f"{', '.join(unsure)}: what a prompt token costs, which lengths that differ show")
     if not computing:
         wanted.append("what a prompt costs, which prompts show that meet running streams, or an idle prefill instance")
     if "handoff_steps" not in known:

@@ -36,6 +36,11 @@ def deployment_name(of: Wanted | Prediction | Candidate) -> str:
     return of.kind if of.kind == "single" else f"{of.kind}:{of.instances['replica']}"
 
 
+def _load(of: Prediction) -> str:
+    """The load in words, which was saved as parts with commas between."""
+    return _(", ").join(map(_, of.load.split(", ")))
+
+
 def calibration(found: Calibration) -> Table:
     """What a step costs in each role, what the runs reached, how the machine drifted."""
 
@@ -78,11 +83,11 @@ def calibration(found: Calibration) -> Table:
         for title, of, value in described
     ]
     notes = sorted({note for role in found.roles.values() for note in role.assumed})
-    lines = [_("Assumed: {0}", "; ".join(notes))] if notes else []
+    lines = [_("Assumed: {0}", _("; ").join(map(_, notes)))] if notes else []
     if found.handoff_steps is not None:
         words = "Handoff from prefill to decode: {0} decode steps + {1} ms per 1,000 prompt tokens"
         lines.append(_(words, text.number(found.handoff_steps), text.number(1e6 * found.handoff_per_token_s)))
-    lines += [_("Missing: {0}", reason) for reason in found.missing]
+    lines += [_("Missing: {0}", _(reason)) for reason in found.missing]
     return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 
 
@@ -100,7 +105,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     for each in of:
         name = deployment_name(each)
         if each.refusal:
-            lines.append(_("{0}: refused: {1}", name, each.refusal))
+            lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
         if each.saturated:
             words = "{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts"
             lines.append(_(words, name))
@@ -110,7 +115,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
     counts = [sum(each.instances.values()) for each in of]
     names = [_(one if n == 1 else several, deployment_name(each), n) for each, n in zip(of, counts, strict=True)]
-    title = _("Predicted: {0}", of[0].load)
+    title = _("Predicted: {0}", _load(of[0]))
     if not rows:
         return Table(title=title, note="\n".join(lines[:-1]))
     return Table(title=title, header=["", *names], rows=rows, note="\n\n".join(lines))
@@ -124,7 +129,7 @@ def search(of: Search, *, on_gpus: bool) -> Table:
         name = deployment_name(each)
         if each.refusal:
             verdict = _("refused")
-            lines.append(_("{0}: refused: {1}", name, each.refusal))
+            lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
         elif each.met:
             verdict = _("cheapest") if not place else _("tie") if each.tie else _("met")
         else:
@@ -196,9 +201,9 @@ def check(of: Check) -> Table:
     if not of.held_out:
         lines.append(_("This run calibrated the costs: its errors are smaller than another run's."))
     if of.differs:
-        lines.append(_("It differs from the runs that calibrated in: {0}", ", ".join(of.differs)))
+        lines.append(_("It differs from the runs that calibrated in: {0}", _(", ").join(map(_, of.differs))))
     if of.predicted.refusal:
-        lines.append(_("As a prediction it would be refused: {0}", of.predicted.refusal))
+        lines.append(_("As a prediction it would be refused: {0}", _(of.predicted.refusal)))
     header = ["", _("measured"), _("predicted"), _("in the interval"), _("error"), _("error at its own speed")]
     title = _("Check: {0}, {1}", of.path, name)
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
@@ -333,7 +338,7 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     caption = _("Bars are 90 % intervals.")
     caption += " " + _("Green: 99 % of the requests within the SLO.") if limited else ""
     caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
-    return Chart(key="deployments", title=_("Predicted: {0}", of[0].load), panels=panels, caption=caption)
+    return Chart(key="deployments", title=_("Predicted: {0}", _load(of[0])), panels=panels, caption=caption)
 
 
 def search_chart(of: Search, *, on_gpus: bool) -> Chart:

@@ -1,0 +1,107 @@
+"""What a run, a plan or a calibration was saved with, in Chinese: no English sentence stays."""
+
+import ast
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import pdbench
+from pdbench.config import LoadConfig
+from pdbench.load import plan
+from pdbench.load.request_fields import refusal_flags
+from pdbench.plan.calibration import _missing
+from pdbench.plan.predict import _LARGER, beyond
+from pdbench.plan.records import Figure, Prediction
+from pdbench.report import plan as report
+from pdbench.report import text
+from tests.plan.test_predict import calibration, predicted, role
+
+PACKAGE = Path(pdbench.__file__).parent
+ENGLISH = re.compile(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}")
+
+
+def english_in(chinese: str) -> list[str]:
+    return ENGLISH.findall(re.sub("`.*?`", "", chinese))
+
+
+@pytest.mark.parametrize("module", ["canaries.py", "load/request_fields.py", "power/tenants.py"])
+def test_every_flag_of_a_module_is_translated(module):
+    """Each f-string in a call of Flag, with a number for each of its values."""
+    sentences = [
+        "".join(part.value if isinstance(part, ast.Constant) else "7" for part in node.args[1].values)
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Flag"
+        if isinstance(node.args[1], ast.JoinedStr)
+    ]
+    assert sentences
+    with text.language("zh"):
+        for sentence in sentences:
+            # A value that is words itself: "x and y answer 7 of 7 prompts", "other processes hold 7".
+            sentence = sentence.replace(
+                "7 without any", "trial 7: x and y answer 7 of 7 prompts differently without any"
+            )
+            assert not english_in(text.translate(sentence.replace("gpu7: 7 7 before", "gpu7: others hold 7 before"))), (
+                sentence
+            )
+
+
+def test_refused_fields_are_translated_however_many_they_are():
+    names = ("ignore_eos", "max_tokens", "stream_options", "temperature")
+    for fields in (*((name,) for name in names), names, names[:2], names[1:]):
+        (flag,) = refusal_flags(fields)
+        with text.language("zh"):
+            chinese = text.translate(flag.detail)
+        assert all(name in chinese for name in fields) and not english_in(chinese) and "be missing" not in chinese
+
+
+def test_refused_predictions_say_why_in_chinese():
+    draws = predicted(calibration())
+    refusals = [
+        predicted(calibration(drift=1.7)).refusal,
+        predicted(calibration(handoff_steps=None), "1p1d").refusal,
+        predicted(calibration(roles={"decode": role()})).refusal,
+        predicted(calibration(roles={"single": role(sure=1.0)}), input_tokens=4000).refusal,
+        *(beyond({name: 0.5}, False, {}) for name in _LARGER),
+        beyond({}, True, {}),
+        beyond({}, False, {"ttft_p50_ms": Figure(100.0, 10.0, 900.0)}),
+    ]
+    assert draws.refusal is None and all(refusals)
+    with text.language("zh"):
+        for refusal in refusals:
+            of = Prediction(
+                kind="single", instances={"single": 1}, load="12 requests/s, 1,000 requests", refusal=refusal
+            )
+            table = report.predictions([of], on_gpus=True)
+            assert not english_in(table.note) and not english_in(table.title), table.note
+
+
+def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
+    bare = msgspec.structs.replace(
+        role(sure=9.0), speeds=[1.0], power=None, assumed=["--max-num-seqs 1024 (vLLM's default)", "5 ms from sending to scheduling (a single instance's run would show it)"]
+    )  # fmt: skip
+    found = calibration(roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, {}, []))
+    with text.language("zh"):
+        note = report.calibration(found).note
+    assert not english_in(note) and note.count("缺少") == len(found.missing) >= 5
+
+
+@pytest.mark.parametrize(
+    ("load", "english", "chinese"),
+    [
+        ({"rate": 12.0, "requests": 1000}, "12 requests/s, 1,000 requests", "每秒 12 个请求，1,000 个请求"),
+        ({"concurrency": 4, "requests": 20}, "4 at a time, 20 requests", "同时 4 个，20 个请求"),
+        (
+            {"rate": 2.0, "ramp_to": 4.0, "duration_s": 30.0},
+            "2 to 4 requests/s, for 30 s",
+            "每秒 2 至 4 个请求，持续 30 秒",
+        ),
+    ],
+)
+def test_predicted_load_is_said_in_both_languages(load, english, chinese):
+    words = plan.describe(LoadConfig(**load, nonce="n")).partition(", after a warm-up")[0]
+    assert words == english
+    of = Prediction(kind="single", instances={"single": 1}, load=words, refusal="no run shows a x engine")
+    with text.language("zh"):
+        assert report.predictions([of], on_gpus=True).title == f"预测：{chinese}"
