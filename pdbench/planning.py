@@ -61,7 +61,7 @@ def plan(
 
     def show(table: tables.Table) -> None:
         shown.append(table)
-        console.print(tables.terminal(table))
+        console.print(tables.Terminal(table))
 
     found = read_calibration(sources, console)
     save(CALIBRATION, found)

@@ -45,7 +45,7 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
     for folder, analysis in analyses.items():
         name = analysis.name
         shown = [*tables.run_summary(analysis), *servers.table({name: analysis})]
-        console.print(*map(tables.terminal, shown), *tables.warnings(name, analysis), sep="\n")
+        console.print(*map(tables.Terminal, shown), *tables.warnings(name, analysis), sep="\n")
         say(console, f"results: {folder}/")
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
         write_whole(picture_of(folder, name), drawn[-1])  # last: a disk that is full costs no table
@@ -91,7 +91,7 @@ def narrow_enough(runs: Mapping[Path, Run], until: tuple[str, float]) -> bool:
 def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -> None:
     """The answer in a sentence, the table, what differs."""
     console.print(Text(answer.headline(compared, runs), style="bold"), soft_wrap=False)
-    console.print(tables.terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
+    console.print(tables.Terminal(tables.comparison(compared)), *tables.mismatches(compared), sep="\n")
 
 
 def exit_on_flags(analyses: Sequence[RunAnalysis], where: str = "", *, overload: bool = False) -> None:

@@ -71,7 +71,7 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
         console.print(Text(document.sentence, style="bold"))
     for shown in (table(document) if document.searched() else None, clocks_table(document)):
         if shown:
-            console.print(tables.terminal(shown))
+            console.print(tables.Terminal(shown))
     if pictures:
         names = " ".join(str(out / name) for name in pictures)
         console.print(f"answer: {out / FILE}  picture: {names}", markup=False, soft_wrap=True)

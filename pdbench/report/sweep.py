@@ -50,7 +50,7 @@ def present(
                 due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
     finally:
         if rows:
-            console.print(tables.terminal(table(rows)))
+            console.print(tables.Terminal(table(rows)))
             if drawn < len(rows):
                 draw()
             commands.say(console, f"curves: {out / CURVES}  table: {out / TABLE}")

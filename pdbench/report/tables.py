@@ -2,15 +2,16 @@
 
 import csv
 import io
-import textwrap
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -34,8 +35,9 @@ ENERGY = (
     "energy_delay_js", "goodput_per_w", "kv_gb", "kv_returned_gb", "kv_j", "price_per_million_output_tokens",
     "gco2_per_million_output_tokens",
 )  # fmt: skip
-NARROW = 80
-"""Letters in a line of a narrow terminal, or of a log."""
+NUMBER, RANGE = re.compile(r"[(+−÷×±]*\d"), re.compile(r"(\([−+]?\d[\d.,]*[-–])(?=\d)")
+FOLDED = 8
+"""Letters of a word that a narrow terminal shows in one line at least."""
 MERGED_PCT = 5.0
 """Above this share of gaps of 0 ms, p50 of TBT looks better and p99 worse than the engine made them."""
 REQUEST_COLUMNS = (
@@ -66,21 +68,54 @@ class Table:
         return [[text.number(value, self.missing) for value in row] for row in self.rows]
 
 
-def terminal(table: Table) -> Group:
-    """Title above and note below as wide as the terminal, not as the table."""
-    if not table.rows:
-        return Group(Text(f"{table.title}: {table.note}", style="dim"))
-    columns = [[name, *cells] for name, *cells in zip(table.header, *table.cells, strict=True)]
-    is_wide = sum(max(map(len, column)) + 3 for column in columns) > NARROW
-    # Headers in several lines and less space between columns leave room, so that no word is broken.
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if is_wide else (0, 1))
-    for place, (name, *cells) in enumerate(columns):
-        if is_wide:
-            name = textwrap.fill(name, max(map(len, [*name.split(), *cells, "-"])), break_long_words=False)
-        shown.add_column(escape(name), justify="left" if place in table.left else "right", overflow="fold")
-    for row, style in zip(table.cells, table.styles or [""] * len(table.rows), strict=True):
-        shown.add_row(*map(escape, row), style=STYLES.get(style, ""))
-    return Group(Text(table.title, style="bold"), shown, *([Text(table.note, style="dim")] if table.note else []))
+@dataclass(frozen=True)
+class Terminal:
+    """A table for rich's console: title above and note below as wide as the terminal, no number broken over two lines."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self.table
+        if not table.rows:
+            yield Text(f"{table.title}: {table.note}", style="dim")
+            return
+        columns = [list(column) for column in zip(table.header, *table.cells, strict=True)]
+        fits = sum(max(map(cell_len, column)) + 3 for column in columns) <= options.max_width + 1
+        widths = [None] * len(columns) if fits else _widths(columns, options.max_width - 2 * len(columns))
+        if widths is None:  # an interval goes on after its dash
+            columns = [[RANGE.sub(r"\1\n", cell) for cell in column] for column in columns]
+            widths = _widths(columns, options.max_width - 2 * len(columns)) or [None] * len(columns)
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if fits else (0, 1, 0, 0))
+        for place, ((name, *_cells), width) in enumerate(zip(columns, widths, strict=True)):
+            side: Literal["left", "right"] = "left" if place in table.left else "right"
+            shown.add_column(escape(name), justify=side, overflow="fold", width=width)
+        rows = zip(*(cells for _name, *cells in columns), strict=True)
+        for row, style in zip(rows, table.styles or [""] * len(table.rows), strict=True):
+            shown.add_row(*map(escape, row), style=STYLES.get(style, ""))
+        yield Text(table.title, style="bold")
+        yield shown
+        if table.note:
+            yield Text(table.note, style="dim")
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """Widths of columns that fill `room` with no word broken, else with no number broken; None where not even that fits."""
+    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    for breaks_words in (False, True):
+        words = [[word for cell in column for word in cell.split()] for column in columns]
+        kept = [[word if not breaks_words or NUMBER.match(word) else word[:FOLDED] for word in each] for each in words]
+        least = [max(map(cell_len, each), default=1) for each in kept]
+        if sum(least) <= room:
+            while sum(widths) > room:
+                widest = max(
+                    (place for place in range(len(columns)) if widths[place] > least[place]), key=widths.__getitem__
+                )
+                widths[widest] -= 1
+            return widths
+    return None
+
+
+terminal = Terminal
 
 
 def markdown(table: Table) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -41,8 +42,8 @@ def test_csv_quotes_what_needs_it_and_may_be_empty():
 def test_tables_fit_eighty_columns():
     single, run = analyze(build_run("single")), analyze(build_run(flags=[Flag("throttled", "GPU 0 was too hot")]))
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(*map(tables.terminal, tables.run_summary(run)), *tables.warnings("disaggregated", run), sep="\n")
-    console.print(tables.terminal(tables.comparison(compare(single, run))))
+    console.print(*map(tables.Terminal, tables.run_summary(run)), *tables.warnings("disaggregated", run), sep="\n")
+    console.print(tables.Terminal(tables.comparison(compare(single, run))))
     shown = console.export_text()
     assert "throttled: GPU 0 was too hot" in shown and "TTFT p50" in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -114,7 +115,7 @@ def test_energy_is_given_by_role_or_one_line_says_why_not(analyses):
     assert not table.rows and table.note == "not measured: no RAPL on this machine"
     assert tables.markdown(table) == "## Energy\n\nnot measured: no RAPL on this machine"
     console = Console(width=80, file=io.StringIO())
-    console.print(tables.terminal(table))
+    console.print(tables.Terminal(table))
     assert console.file.getvalue() == "Energy: not measured: no RAPL on this machine\n"
 
 
@@ -188,3 +189,24 @@ def test_module_of_a_superchip_is_a_row_of_its_own():
     assert (name, role) == ("gpu0, module", "")
     assert power_w == pytest.approx(2 * summary.energy.integral_j / summary.energy.duration_s)
     assert energy_j == pytest.approx(2 * summary.energy.integral_j)
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 200])
+def test_numbers_of_a_wide_table_are_never_broken_over_lines(width):
+    cells = ["99.5 (99.1-99.9)", "1,234 (1,034-12,345)", "12.3 (11.3-13.3)", "0.505 (0.5049-0.5061)"]
+    header = ["", "GPUs", "", "Requests within the SLO, %", "TTFT p99, ms", "TBT p99, ms", "Energy per output token, J"]
+    rows = [["disaggregated:12", 12, "cheapest", *cells], ["6p6d", 12, "not met", *cells]]
+    console = Console(width=width, file=io.StringIO())
+    console.print(tables.Terminal(tables.Table(title="Search", header=header, rows=rows)))
+    lines = console.file.getvalue().splitlines()
+    whole = {number for cell in cells for number in re.findall(r"\d(?:[\d.,]*\d)?", cell)} | {"12", "6", "99"}
+    assert max(map(len, lines)) <= width
+    assert {number for line in lines for number in re.findall(r"\d(?:[\d.,]*\d)?", line)} <= whole
+    assert all("\n".join(lines).count(number) >= 2 for number in whole - {"6", "99"})
+
+
+def test_wide_terminal_shows_a_wide_table_in_single_lines():
+    table = tables.Table(title="t", header=["", "a long title of a column"], rows=[["x", "0.505 (0.504-0.506)"]])
+    console = Console(width=60, file=io.StringIO())
+    console.print(tables.Terminal(table))
+    assert "a long title of a column" in console.file.getvalue() and "0.505 (0.504-0.506)" in console.file.getvalue()
