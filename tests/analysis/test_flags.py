@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from pdbench.analysis.run_analysis import analyze
-from pdbench.events import EngineFacts, ServerSeries
+from pdbench.events import EngineFacts, ProxyEvent, ServerSeries
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 
@@ -84,6 +84,39 @@ def test_prompts_that_wait_for_the_host_are_flagged(
     assert len(details) == (flagged is not None)
     if flagged:
         assert "a prompt of 2048 tokens takes prefill 100 ms and keeps its GPU busy for 25: " + flagged in details[0]
+
+
+@pytest.mark.parametrize(("together", "alone", "flagged"), [(1, False, True), (8, False, False), (1, True, False)])
+def test_prompts_in_one_step_and_those_of_decode_alone_do_not_wait_for_the_host(
+    together: int, alone: bool, flagged: bool
+) -> None:
+    """Eight prompts that share a step of 100 ms keep the GPU busy all the time; so does each that prefill computes, beside nine that decode takes."""
+    run = a_run(40)
+    run.engines = {"prefill-0": EngineFacts(role="prefill", graph_sizes=[1, 128])}
+    busy_pct = 10.0 if together == 1 and not alone else 40.0
+    run.devices[0].samples = [
+        msgspec.structs.replace(sample, gpu_utilization_pct=busy_pct) for sample in run.devices[0].samples
+    ]
+    for i in range(160 * together):
+        at_s = i // together / 4
+        run.requests.append(
+            RequestRecord(
+                id=str(i), planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.2, at_s + 0.21], end_s=at_s + 0.21, prompt_tokens=2048, output_tokens=2,
+                phases={"compute": (at_s, at_s + 0.1)},
+            )
+        )  # fmt: skip
+    for i in range(1600 if alone else 0):
+        at_s = i / 40
+        run.requests.append(
+            RequestRecord(
+                id=f"alone{i}", planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.2, at_s + 0.21], end_s=at_s + 0.21, prompt_tokens=2048, output_tokens=2,
+                phases={"compute": (at_s, at_s + 0.1)},
+            )
+        )  # fmt: skip
+        run.events.append(
+            ProxyEvent(request_id=f"alone{i}", decode="http://d", decode_sent_s=at_s, decode_alone="short")
+        )
+    assert ("prefill-waits-for-host" in names(run)) == flagged
 
 
 def slow_start(first: int, factor: float, concurrency: int = 8, **load: object) -> Run:
