@@ -125,9 +125,7 @@ def compare_folders(
         where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
-    if a.run_id is not None and a.run_id == b.run_id:
-        same = f"{paths[0]} and {paths[1]} hold the same run"
-        raise UserError(f"{same}, which differs from itself in nothing: name two runs")
+    _check_distinct((a, b), paths)
     names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
     if names[0] == names[1]:
         names = f"{names[0]} A", f"{names[0]} B"
@@ -179,6 +177,7 @@ def report(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
             loaded = list(pool.map(_load, folders))
     analyses, rows = zip(*loaded, strict=True)
+    _check_distinct(analyses, folders)
     if len(folders) <= PICTURES:
         from pdbench.report import mpl
 
@@ -193,6 +192,19 @@ def report(
     for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
         sent = collector.send(traces.spans(load_run(folder), analysis))
         say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
+
+
+def _check_distinct(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> None:
+    """Raises UserError where two folders hold one run; runs saved before they had ids cannot be told."""
+    places: dict[str, Path] = {}
+    for analysis, folder in zip(analyses, folders, strict=True):
+        if analysis.run_id in places:
+            other = places[analysis.run_id]
+            raise UserError(
+                f"{other} and {folder} hold the same run, which differs from itself in nothing: name it once"
+            )
+        if analysis.run_id is not None:
+            places[analysis.run_id] = folder
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:

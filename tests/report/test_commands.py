@@ -155,9 +155,12 @@ def test_comparison_of_a_run_with_itself_is_refused(tmp_path):
     save_run(build_run("single", requests=4), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     for other in ("a", "copy"):
-        with pytest.raises(UserError, match=r"hold the same run, .*name two runs"):
+        with pytest.raises(UserError, match=r"hold the same run, .*name it once"):
             given = ["e2e_p50_ms > +5%"], False, tmp_path / "picture.png", Console(file=io.StringIO())
             commands.compare_folders([tmp_path / "a", tmp_path / other], *given)
+        with pytest.raises(UserError, match=r"hold the same run, .*name it once"):
+            commands.report([tmp_path / "a", tmp_path / other], tmp_path / "report", None, Console(file=io.StringIO()))
+    assert not (tmp_path / "report").exists()
 
 
 def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
