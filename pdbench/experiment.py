@@ -241,12 +241,17 @@ def _check_options(site: Site, options: Options, console: Console) -> None:
 
 def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
     """Raises UserError when prompt and output are longer together than the model takes; distributions may still be."""
-    longest = (load.input_tokens or 0) + load.output_tokens
+    longest = (load.input_tokens or 1) + load.output_tokens
     if load.trace:
         plan.rows_too_long(load, max_model_len)
     elif max_model_len is not None and longest > max_model_len:
+        if load.input_tokens is None:  # texts, whose length in tokens only the tokenizer knows
+            raise UserError(
+                f"{load.output_tokens} output tokens (--output-tokens) leave no room for a prompt in the {max_model_len} tokens that the model takes: "
+                "ask for fewer, or serve with a --max-model-len that holds both"
+            )
         raise UserError(
-            f"--input-tokens {load.input_tokens or 0} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
+            f"--input-tokens {load.input_tokens} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
             f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
         )
 

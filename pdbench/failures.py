@@ -49,6 +49,23 @@ def void(flags: Sequence[Flag], errors: Mapping[str, int] | None, sent: int) -> 
     return None
 
 
+def remedy(kind: str) -> str:
+    """What to do about requests that all failed with this class."""
+    if kind == "refused":
+        return "nothing listens there: start the servers, or give the address where they are"
+    if kind == "connect":
+        return "this host cannot reach it: check the address, the way there, and `ulimit -n`"
+    if kind == "tls":
+        return "check its certificate: SSL_CERT_FILE=FILE names its authority, --no-tls-verify takes any"
+    if kind in ("timeout", "stall"):
+        return "lower the load, raise --request-timeout-s or --read-timeout-s, or read the servers' logs"
+    if kind in ("http_401", "http_403"):
+        return "give a key that it takes, in OPENAI_API_KEY"
+    if kind.startswith("http_4"):
+        return "send what the server takes: its message says what it refuses"
+    return "read the servers' logs"
+
+
 def kind_of(request: RequestRecord) -> str | None:
     """The class of its failure; None where it succeeded, or was stopped with the load."""
     if request.error:

@@ -281,7 +281,7 @@ def _run_trial(
         error = measured[0].error
         assert error is not None
         raise UserError(
-            f"every request to {info.url} failed, the first with {error.kind}: {error.message}; read the servers' logs"
+            f"every request to {info.url} failed, the first with {error.kind}: {error.message}; {failures.remedy(error.kind)}"
         )
 
 

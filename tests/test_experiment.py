@@ -111,6 +111,34 @@ def test_trial_in_which_every_request_failed_ends_the_run(tmp_path: Path, gates:
     assert [folder.name for folder in runs] == ["single_results"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("refused", "nothing listens there"),
+        ("connect", "cannot reach it"),
+        ("timeout", "lower the load"),
+        ("http_400", "its message says"),
+        ("http_503", "read the servers' logs"),
+    ],
+)
+def test_remedy_fits_the_class_of_failure(tmp_path: Path, gates: list[Gate], kind: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=f"the first with {kind}: why; .*{remedy}"):
+        run_pairs(tmp_path, FakeSite(lambda number: measured(number, RequestError(kind, "why"))), {})
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        ({}, "^64 output tokens .* leave no room for a prompt in the 10 tokens that the model takes"),
+        ({"input_tokens": 40}, "^--input-tokens 40 and --output-tokens 64 are 104 tokens .*--max-model-len 104$"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused_by_what_was_asked_for(load: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        experiment._check_lengths(LoadConfig(**load), 10)
+    experiment._check_lengths(LoadConfig(**load), 512)
+
+
 def test_lost_client_ends_the_run_with_what_was_measured(tmp_path: Path, gates: list[Gate]) -> None:
     runs: dict[Path, Run] = {}
     with pytest.raises(UserError, match="client 1: the process died"):
