@@ -73,6 +73,8 @@ METRICS = {
     "temperature_c": ("Temperature", "°C", ""),
 }
 """Metric -> title, unit, where it is in `RunAnalysis.summary`. Quantiles, such as ttft_p99_ms, are of their latency's entry."""
+UNNAMED = ("model", "models", "weights", "checkpoint", "hf")
+"""Names of folders that do not say which model they hold."""
 NEEDS_SLO = "needs --slo-ttft-ms, --slo-tbt-ms or another limit"
 
 
@@ -236,12 +238,15 @@ def _load(analysis: RunAnalysis) -> list[str]:
         known = column[requests.ok & (column > 0)]
         span = [f"{bound:.0f}" for bound in (known.min(), known.max())] if len(known) else []
         tokens.append(_(words, "–".join(dict.fromkeys(span))) if span else "")
-    return [_("model {0}", model(analysis)), arrivals(analysis), inputs, *tokens]
+    name = model(analysis)
+    return [name if name == "model" else _("model {0}", name), arrivals(analysis), inputs, *tokens]
 
 
 def model(analysis: RunAnalysis) -> str:
-    """The model's name without the folders before it."""
-    return str(analysis.config.get("model") or _("unknown")).rstrip("/").rsplit("/", 1)[-1]
+    """The model's name without the folders before it; of a folder whose name says nothing, the one above it too."""
+    name = PurePath(str(analysis.config.get("model") or _("unknown"))).name
+    folder = PurePath(str((analysis.config.get("serve") or {}).get("model") or ""))
+    return f"{folder.parent.name}/{name}" if name in UNNAMED and folder.name == name and folder.parent.name else name
 
 
 def machines(runs: Runs) -> str:

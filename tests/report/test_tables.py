@@ -102,6 +102,22 @@ def test_heading_says_how_requests_came(load, words):
     assert text.loads({"a": analyze(build_run(load=load))}).split(" · ")[1] == words
 
 
+@pytest.mark.parametrize(
+    ("served", "folder", "words"),
+    [
+        ("model", "/data/tiny/model", "model tiny/model"),
+        ("model", "model", "model"),
+        ("model", None, "model"),
+        ("lite", "/data/model", "model lite"),
+        ("hub/lite", "hub/lite", "model lite"),
+    ],
+)
+def test_heading_names_a_model_whose_folder_says_nothing_by_the_one_above(served, folder, words):
+    run = build_run(model=served)
+    run.config["serve"] = {"model": folder}
+    assert text.loads({"a": analyze(run)}).split(" · ")[0] == words
+
+
 def test_heading_says_once_what_runs_share():
     runs = {"a": analyze(build_run("single", model="m")), "b": analyze(build_run(model="m", load={"rate": 2.0}))}
     assert text.loads(runs).startswith("model m · a: 1 at a time; b: 2 requests/s · ")
