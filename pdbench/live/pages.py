@@ -21,6 +21,7 @@ from pdbench.report.charts import device_lines
 from pdbench.report.text import translate as _
 
 LOG_LINES = 50
+WAITING = "No curves yet: they begin with the first reading of a device or server, or the first request; until then servers start."
 _SPEED = {
     "output_tokens_per_s": "Output tokens/s",
     "in_flight": "Requests in flight",
@@ -146,8 +147,14 @@ def status(state: State) -> dict[str, Any]:
     if state.left:
         told_s, seconds = state.left
         times.append(_("about {0} left", _duration(max(0.0, seconds - (state.now_s - told_s)))))
+    waiting = "" if state.lines or state.end or state.lost else _(WAITING)
     html = _environment.get_template("status.html.j2").render(
-        stage=log[-1][1] if log else "", times=" · ".join(times), flags=flags, tiles=tiles(state), log=log[::-1]
+        stage=log[-1][1] if log else _("Waiting for the measurement to report."),
+        times=" · ".join(times),
+        waiting=waiting,
+        flags=flags,
+        tiles=tiles(state),
+        log=log[::-1],
     )
     end = state.end and {
         "words": _("ended: {0}", state.end.problem) if state.end.problem else _("It has ended."),

@@ -85,6 +85,18 @@ def test_page_says_why_energy_is_not_measured():
     ]
 
 
+@pytest.mark.parametrize(("lang", "words"), [("en", "No curves yet"), ("zh", "尚无曲线")])
+def test_page_says_what_it_waits_for_until_there_is_a_curve(lang, words):
+    state = State(0.0)
+    with text.language(lang):
+        first = text.translate("Waiting for the measurement to report.")
+        assert f'<p class="headline">{first}</p>' in pages.live_page(lang)
+        assert first in pages.status(state)["html"] and words in pages.status(state)["html"]
+        state.take(Devices([gpu(1.0, 300.0)]), 1.0)
+        state.tick(1.0)
+        assert words not in pages.status(state)["html"]
+
+
 def test_a_gpu_has_a_line_for_each_role():
     state = State(0.0)
     for second, role in enumerate(("single", "prefill")):
