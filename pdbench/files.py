@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -14,6 +14,8 @@ from pdbench.errors import UserError, WriteError
 
 RESULTS, DEVICES = "*_results.json", "*_gpu_data.json"
 _NAME = re.compile(r"\w[\w .,=+-]{0,79}", re.ASCII)
+_DRAWN = re.compile(r"\w[^/\0]*(\.png|\.html|\.md|\.csv|_llm-d\.json)|(checks|predictions|search)\.json")
+"""What is made from runs, and can be made again."""
 _PART = ".pdbench-part"
 _SWAP = re.compile(r"\.(?P<name>.*)\.(?P<token>[0-9a-f]+-[0-9]+)\.(?P<kind>commit|swap)")
 _LOCK = ".lock"
@@ -57,6 +59,18 @@ def write_whole(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def remove_earlier(folder: Path, of: str, written: Collection[str]) -> None:
+    """Remove what an earlier call of the command `of` wrote into `folder` and this one, which wrote `written`, did not: a reader would
+    take it for this one's. Raises WriteError."""
+    listing = folder / f".{of}-files"
+    with suppress(OSError, UnicodeDecodeError):
+        for name in set(listing.read_text().splitlines()) - set(written):
+            # A folder may be somebody else's: its list names nothing that was measured, and nothing elsewhere.
+            if _DRAWN.fullmatch(name):
+                (folder / name).unlink(missing_ok=True)
+    write_whole(listing, "\n".join(written).encode())
 
 
 def save_somewhere(save: Callable[[Path], object], path: Path) -> tuple[Path, WriteError | None]:

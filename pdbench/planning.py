@@ -10,7 +10,7 @@ from rich.console import Console
 from pdbench import failures
 from pdbench.config import LoadConfig
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import read_whole, write_whole
+from pdbench.files import read_whole, remove_earlier, write_whole
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -23,6 +23,7 @@ from pdbench.records import Run, load_run
 from pdbench.report import mpl, tables
 from pdbench.report import plan as report
 from pdbench.report.text import translate as _
+from pdbench.search import document
 
 CALIBRATION = "calibration.json"
 
@@ -43,6 +44,7 @@ def plan(
 
     Raises UserError for runs that calibrate nothing, and options that contradict each other.
     """
+    _check_no_measured_search(out)
     predicted: list[Prediction] = []
     wanted = [parse_deployment(words) for words in deployments]
     if most_gpus is not None:
@@ -56,8 +58,14 @@ def plan(
         demand_of_load(load, 0)
     shown: list[tables.Table] = []
 
+    written: list[str] = []
+
+    def write(name: str, data: bytes) -> None:
+        write_whole(out / name, data)
+        written.append(name)
+
     def save(name: str, content: object) -> None:
-        write_whole(out / name, msgspec.json.format(msgspec.json.encode(content), indent=1))
+        write(name, msgspec.json.format(msgspec.json.encode(content), indent=1))
 
     def show(table: tables.Table) -> None:
         shown.append(table)
@@ -89,7 +97,7 @@ def plan(
         result = search(
             found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
-        save("search.json", result)
+        save(document.FILE, result)
         show(report.search(result, on_gpus=found.on_gpus))
         drawn.append(partial(report.search_chart, result, on_gpus=found.on_gpus))
         best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
@@ -101,16 +109,28 @@ def plan(
         show(report.predictions(predicted, on_gpus=found.on_gpus))
         drawn.append(partial(report.predictions_chart, predicted, on_gpus=found.on_gpus))
     drawn.append(partial(report.seconds_chart, checks, predicted))
-    write_whole(out / "plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
+    write("plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
     mpl.say_when_english(console)
     for describe in drawn:
         if (chart := describe()).drawable:
             width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
-            write_whole(out / f"{chart.key}.png", picture)
+            write(f"{chart.key}.png", picture)
+    remove_earlier(out, "plan", written)
     console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
         raise UserError("no deployment is predicted: the tables say what to measure first")
+
+
+def _check_no_measured_search(out: Path) -> None:
+    """Raises UserError where `pdbench search` keeps its loads, by a document of the same name."""
+    try:
+        msgspec.json.decode((out / document.FILE).read_bytes(), type=document.Document)
+    except (OSError, *NOT_JSON):
+        return
+    raise UserError(
+        f"{out} holds what `pdbench search` measured, and its {document.FILE} would be replaced: give another --out"
+    )
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:

@@ -20,7 +20,7 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError, WriteError
-from pdbench.files import device_files, read_whole, results_files, write_whole
+from pdbench.files import device_files, read_whole, remove_earlier, results_files, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
 from pdbench.report.text import translate as _
@@ -183,10 +183,7 @@ def report(
 
         mpl.say_when_english(console)
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
-    files = [*_write_report(runs, rows, out, sort_by, [])[1]]
-    for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
-        files.append(f"{name}_llm-d.json")
-        write_whole(out / files[-1], json.dumps(llmd.report(run), indent=1).encode())
+    files = [*_write_report(runs, rows, out, sort_by, [], llm_d=llm_d)[1]]
     say(console, _("report: {0}", out / "report.html"))
     say(console, _("beside it: {0}", ", ".join(files[1:])))
     for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
@@ -213,9 +210,9 @@ def _load(folder: Path) -> tuple[RunAnalysis, str]:
 
 
 def _write_report(
-    runs: text.Runs, rows: Sequence[str], out: Path, sort_by: str | None, drawn: list[bytes]
+    runs: text.Runs, rows: Sequence[str], out: Path, sort_by: str | None, drawn: list[bytes], *, llm_d: bool = False
 ) -> tuple[list[Comparison], dict[str, bytes]]:
-    """Write all files about these runs into `out`; returns the comparisons of the first nine, and the files.
+    """Write all files about these runs into `out`, in the place of an earlier call's; returns the comparisons of the first nine, and the files.
 
     `rows` are theirs of requests.csv, `drawn` their pictures where those are there already; more than four runs have none.
     """
@@ -236,8 +233,11 @@ def _write_report(
         files |= {f"{name}_performance_analysis.png": picture for name, picture in pictures}
         if len(runs) > 1:
             files[COMPARISON] = mpl.picture(mpl.comparison, runs, compared)
+    for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
+        files[f"{name}_llm-d.json"] = json.dumps(llmd.report(run), indent=1).encode()
     for name, data in files.items():
         write_whole(out / name, data)
+    remove_earlier(out, "report", files)
     return compared, files
 
 

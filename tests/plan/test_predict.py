@@ -19,6 +19,7 @@ from pdbench.plan.seconds import PARTS, of_simulated
 from pdbench.plan.simulate import simulate
 from pdbench.planning import CALIBRATION, plan, read_calibration
 from pdbench.records import Flag, save_run
+from pdbench.search.document import Document
 from tests.support.runs import build_run
 
 COSTS = Costs(
@@ -144,6 +145,21 @@ def test_command_fails_where_no_deployment_is_predicted_and_keeps_its_tables(tmp
         with pytest.raises(UserError, match="no deployment is predicted") if fails else nullcontext():
             plan([folder], (), ["1p1d"], load, folder, Console(quiet=True))
         assert "1p1d" in (folder / "plan.md").read_text().lower()
+
+
+def test_plan_leaves_nothing_of_an_earlier_call_and_all_of_a_measured_search(tmp_path: Path) -> None:
+    load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32, slo_ttft_ms=5000.0)
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration(handoff_steps=4.0)))
+    out = tmp_path / "plan"
+    plan([tmp_path], (), [], load, out, Console(quiet=True), most_gpus=2)
+    assert (out / "search.json").exists() and (out / "search.png").exists()
+    plan([tmp_path], (), [], load, out, Console(quiet=True))
+    assert {path.name for path in out.iterdir()} <= {CALIBRATION, "plan.md", "steps.png", ".plan-files"}
+    measured = msgspec.json.encode(Document(command={}, slo={}, attain_pct=99.0))
+    (out / "search.json").write_bytes(measured)
+    with pytest.raises(UserError, match="holds what `pdbench search` measured"):
+        plan([tmp_path], (), [], load, out, Console(quiet=True))
+    assert (out / "search.json").read_bytes() == measured
 
 
 def test_request_larger_than_the_kv_cache_is_refused() -> None:

@@ -27,6 +27,23 @@ def test_report_leaves_page_markdown_csv_and_pictures(folders, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_report_leaves_nothing_of_an_earlier_call(folders, tmp_path):
+    """But what was measured or put there by others, whatever a list in a folder from elsewhere says."""
+    out, console = tmp_path / "out", Console(file=io.StringIO(), width=200)
+    commands.report(folders, out, None, console, llm_d=True)
+    for name in ("notes.md", "a_results.json"):
+        (out / name).write_text("kept")
+    (tmp_path / "outside.png").write_text("kept")
+    with (out / ".report-files").open("a") as listing:
+        listing.write("\na_results.json\n../outside.png")
+    name = analyze(load_run(folders[0])).name
+    commands.report(folders[:1], out, None, console)
+    own = {"report.html", "report.md", "requests.csv", f"{name}_performance_analysis.png"}
+    assert {path.name for path in out.iterdir()} == own | {"notes.md", "a_results.json", ".report-files"}
+    assert (tmp_path / "outside.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_markdown_and_page_say_what_differs_between_the_runs(tmp_path):
     for name, load in (("single", {"concurrency": 1}), ("disaggregated", {"concurrency": 4})):
         save_run(build_run(name, load=load, trials=2), tmp_path / name)
@@ -54,12 +71,12 @@ def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
-    folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250)]
+    folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250, "a!")]
     for folder in folders:
         save_run(build_run("single", trials=1, requests=2), folder)
-    commands.report(folders, tmp_path / "one", None, Console(file=io.StringIO()))
+    commands.report(folders[:4], tmp_path / "one", None, Console(file=io.StringIO()))
     assert len([*(tmp_path / "one").glob("*_performance_analysis.png")]) == 4
-    commands.report([folders[0], folders[1], folders[0]], tmp_path / "two", None, Console(file=io.StringIO()))
+    commands.report([folders[0], folders[1], tmp_path / "a!"], tmp_path / "two", None, Console(file=io.StringIO()))
     assert len([*(tmp_path / "two").glob("*_performance_analysis.png")]) == 3
     assert ".0," not in (tmp_path / "two" / "requests.csv").read_text()
 
