@@ -40,12 +40,14 @@ class Curve(msgspec.Struct, frozen=True, eq=False):
 class TimeAxis(msgspec.Struct, frozen=True, kw_only=True):
     """The run's time as drawn, in seconds: its trials side by side, the pauses between them left out.
 
-    `stretches` (run clock) begin at `starts` (drawn), with drawn `pauses` between. Ticks are labelled in seconds of their stretch.
+    `stretches` (run clock) begin at `starts` (drawn), with drawn `pauses` between. Ticks are labelled in seconds of their trial, which
+    begins with a stretch or at one of the `joints` (drawn).
     """
 
     stretches: list[Interval]
     starts: list[float]
     pauses: list[Interval]
+    joints: list[float]
     length_s: float
     ticks: list[float]
     tick_labels: list[str]
@@ -158,13 +160,25 @@ def time_axis(run: Run) -> TimeAxis:
     rough = length_s / 10
     power = 10.0 ** np.floor(np.log10(max(rough, 0.1)))
     step = float(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999))
-    ticks = [
-        (at, tick) for at, length in zip(drawn, lengths, strict=True) for tick in np.arange(0, length + 1e-9, step)
-    ]
+    began: dict[int, float] = {trial.index: trial.start_s for trial in run.trials}
+    for request in run.requests:  # warm-ups come before their trial's start
+        if request.sent_s is not None:
+            began[request.trial] = min(began.get(request.trial, request.sent_s), request.sent_s)
+    joints, ticks = [], list[tuple[float, float]]()
+    for (start, end), at in zip(stretches, drawn, strict=True):
+        later = sorted(
+            began_s - MARGIN_S - start + at for began_s in began.values() if start + MARGIN_S < began_s < end
+        )
+        joints += later
+        for begin, until in pairwise([at, *later, at + end - start]):
+            last = until not in later
+            room = 0.0 if last else 0.4 * step  # so that two labels do not touch
+            ticks += [(begin, tick) for tick in np.arange(0, until - begin - room + 1e-9, step)]
     return TimeAxis(
         stretches=stretches,
         starts=drawn,
         pauses=[(at - gap_s, at) for at in drawn[1:]],
+        joints=joints,
         length_s=length_s,
         ticks=[at + float(tick) for at, tick in ticks],
         tick_labels=[f"{tick:g}" for _, tick in ticks],

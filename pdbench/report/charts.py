@@ -126,6 +126,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
             series=[*behind, *lines],
             x=x,
             y=Axis(label=text.label(fields[0]), low=0, high=top),
+            lines=axis.joints,
             pauses=axis.pauses,
             not_measured=_(curves.not_measured.get(fields[0], "")),
             height=1.5 if panels else 3.0,
@@ -142,7 +143,7 @@ def device_curves(analysis: RunAnalysis, name: str, key: str = "devices", most_b
 
 
 def run_time(axis: TimeAxis) -> Axis:
-    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 else _("seconds")
+    label = _("seconds of each trial, pauses left out") if len(axis.stretches) > 1 or axis.joints else _("seconds")
     return Axis(label=label, low=0, high=axis.length_s, ticks=(axis.ticks, axis.tick_labels))
 
 
@@ -302,20 +303,18 @@ def every_request(analysis: RunAnalysis) -> list[Panel]:
         if key == "tbt_ms" and spread is not None:
             known = np.minimum(gaps.ms, 3 * spread.p99)
             drawn = [Series(kind="points", x=gaps.request + 1, y=gaps.ms, size=2, shade=shade, opacity=0.22)]
-        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-        pad = 0.12 * (high - low) or 0.1 * high or 1.0
-        low = low - pad if low - pad > 0.5 * high else 0.0
+        high = 1.12 * (float(known.max()) if len(known) else 0.0) or 1.0
         size = 5 if len(values) <= 200 else 2.5
         drawn.append(Series(kind="points", x=numbers, y=values, size=size, shade=shade, opacity=0.9))
         failed = numbers[~requests.ok]
-        bottom = np.full(len(failed), low + 0.02 * (high + pad - low))
+        bottom = np.full(len(failed), 0.02 * high)
         drawn.append(Series(kind="points", x=failed, y=bottom, marker="x", shade=colours.BAD))
         panels.append(
             Panel(
                 title=title,
                 series=drawn if spread is not None else [],
                 x=Axis(label=_("request, in the order of sending"), integer=True),
-                y=Axis(label="ms", low=low, high=high + pad),
+                y=Axis(label="ms", low=0, high=high),
                 lines=(np.flatnonzero(np.diff(requests.trial)) + 1.5).tolist(),
                 spread=gaps.ms if key == "tbt_ms" else known,
                 marks={} if spread is None else {"p50": spread.p50, "p90": spread.p90, "p99": spread.p99},
@@ -329,7 +328,9 @@ def monitored(analysis: RunAnalysis, devices: Sequence[DeviceRecord]) -> Chart:
     """Devices alone: power, clocks, temperature, utilisation, and power against utilisation; those that were measured."""
     panels, axis = device_curves(analysis, analysis.name).drawable, analysis.curves.axis
     lines, use = _device_lines(analysis, "gpu_utilization_pct"), Axis(label=text.label("gpu_utilization_pct"), low=0)
-    panels.append(Panel(title=_("Utilisation"), series=lines, x=run_time(axis), y=use, pauses=axis.pauses))
+    panels.append(
+        Panel(title=_("Utilisation"), series=lines, x=run_time(axis), y=use, lines=axis.joints, pauses=axis.pauses)
+    )
     points = []
     for device in devices:
         # Utilisation is a mean over about 1 s, so power's own 1 s mean goes with it where there is one.

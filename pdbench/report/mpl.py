@@ -131,7 +131,13 @@ def performance_analysis(analysis: RunAnalysis, name: str) -> Figure:
     halves = cells[1].subgridspec(len(panels), 1, hspace=0.62, height_ratios=(rows_of_ttft, 1)[: len(panels)])
     for place, panel in enumerate(panels):
         draw_panel(figure.add_subplot(halves[place]), panel, "above" if place else "", title_x=-0.33)
-    _draw_table(figure.add_subplot(cells[3]), tables.times(analysis), (2.4, 1, 1, 1, 1))
+    times = tables.times(analysis)
+    if len(times.rows) > len(tables.LATENCIES) and panels[0].series:
+        note = _(
+            "Phases: whole, of the requests that have them. Where TTFT goes: before the first token, of all requests."
+        )
+        times = replace(times, note=note)
+    _draw_table(figure.add_subplot(cells[3]), times, (2.4, 1, 1, 1, 1))
     _draw_table(figure.add_subplot(cells[4]), tables.windows(analysis), (3.2, 1, 1, 1, 1.2))
     return figure
 
@@ -340,11 +346,14 @@ def _draw_table(axis: Axes, table: tables.Table, widths: Sequence[float]) -> Non
     axis.set_title(table.title)
     axis.axis("off")
     edges, rows = np.cumsum(widths) / sum(widths), [table.header, *table.cells]
-    step = min(1.0 / len(rows), 0.16)
+    step = min(1.0 / (len(rows) + bool(table.note)), 0.16)
     for number, row in enumerate(rows):
         for place, word in enumerate(row):
             look: dict[str, Any] = {"color": INK if number else MUTED, "ha": "right" if place else "left"}
             look |= {"fontweight": "normal" if place else "bold", "va": "center", "fontsize": 9.5}
             x, y = edges[place] if place else 0.0, 1 - (number + 0.5) * step
             axis.text(x, y, word, transform=axis.transAxes, **look)
+    if table.note:
+        words = fill(table.note, max(int(axis.get_window_extent().width / 6.3), 20))
+        axis.text(0, 1 - (len(rows) + 0.2) * step, words, transform=axis.transAxes, color=MUTED, va="top", fontsize=8.5)
     axis.plot([0, 1], [1 - step] * 2, color=FAINT, lw=1, transform=axis.transAxes, clip_on=False)

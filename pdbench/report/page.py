@@ -82,7 +82,8 @@ def _layout(chart: Chart, below: bool) -> dict[str, Any]:
         layout[_ref("xaxis", x_place)] = x | {"anchor": _ref("y", len(panels) if chart.shared_x else place)}
         layout[_ref("yaxis", place)] = y
         layout[f"yaxis{place + 10}"] = {"overlaying": _ref("y", place), "visible": False, "fixedrange": True}
-        lines = [(start + end) / 2 for start, end in panel.pauses if place == 1] + [1.0] * bool(panel.rows)
+        lines = [*panel.lines, *((start + end) / 2 for start, end in panel.pauses)] if place == 1 else []
+        lines += [1.0] * bool(panel.rows)
         shapes += [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x} for x in lines]
         reached += size + gap
     for shape in shapes:

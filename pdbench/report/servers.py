@@ -41,7 +41,7 @@ def curves(analysis: RunAnalysis, name: str, key: str = "servers") -> Chart:
     ]
     used, x = _lines(analysis, "kv_used", "{0}", "solid"), charts.run_time(axis)
     panels = [
-        Panel(title=title, series=series, x=x, y=y, pauses=axis.pauses, height=2.0)
+        Panel(title=title, series=series, x=x, y=y, lines=axis.joints, pauses=axis.pauses, height=2.0)
         for title, series, y in (
             (_("TTFT by the instant of sending"), [ttft, *marks], Axis(label=text.label("ttft_ms"), low=0)),
             (_("Requests running (dotted) and waiting"), waiting, Axis(label=_("requests"), low=0)),

@@ -28,6 +28,19 @@ def test_trials_close_together_share_a_stretch():
     assert len(curves(build_run(trials=3, pause_s=2.0)).axis.stretches) == 1
 
 
+def test_seconds_begin_again_with_every_trial():
+    for pause_s, joints in ((2.0, 2), (1000.0, 0)):
+        run = build_run(trials=3, pause_s=pause_s)
+        run.requests[0].sent_s = run.trials[0].start_s - 0.5  # a warm-up's
+        axis = curves(run).axis
+        assert len(axis.joints) == joints and axis.tick_labels.count("0") == 3
+        zeros = [at for at, label in zip(axis.ticks, axis.tick_labels, strict=True) if label == "0"]
+        begins = [min(r.sent_s for r in run.requests if r.trial == trial.index) for trial in run.trials]
+        assert zeros == pytest.approx(sorted([*axis.starts, *axis.joints]))
+        assert axis.place(np.array(begins)) - zeros == pytest.approx([1.0] * 3, abs=0.01)
+        assert (np.diff(axis.ticks) > 0).all()
+
+
 @pytest.mark.parametrize("step_s", [0.1, 1.0])
 def test_line_is_broken_where_nothing_was_sampled(step_s):
     run = build_run(trials=2, pause_s=3.0 if step_s < 1 else 100.0, requests=40)

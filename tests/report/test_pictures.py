@@ -20,7 +20,7 @@ from pdbench.analysis.run_analysis import analyze, load_analysis
 from pdbench.plan.engine import Role
 from pdbench.plan.records import Figure, Prediction
 from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
-from pdbench.report import charts, commands, mpl, tables, text
+from pdbench.report import charts, commands, mpl, page, tables, text
 from pdbench.report.plan import predictions_chart
 from tests.support.reports import gate, page_of
 from tests.support.runs import build_run
@@ -86,6 +86,30 @@ def test_bars_have_the_figures_of_the_verdicts():
     figures = {text.label(line.metric.name): [line.a, line.b] for line in found[0].differences}
     bars = {panel.title: panel.series[0].y for panel in charts.side_by_side(runs, found)}
     assert len(bars) == 4 and all(figures[title] == heights for title, heights in bars.items())
+
+
+def test_latencies_of_every_request_start_at_0():
+    steady = build_run(trials=1, requests=40, ttft_ms=500.0, spread=0.01)
+    for panel in charts.every_request(analyze(steady)):
+        assert panel.y.low == 0 and panel.y.high > max(panel.spread)
+
+
+def test_picture_says_how_phases_and_parts_of_ttft_differ(analyses):
+    noted = [
+        label.get_text().replace("\n", " ")
+        for axis in drawn(mpl.performance_analysis, analyses[1], "disaggregated").axes
+        for label in axis.texts
+    ]
+    words = "Phases: whole, of the requests that have them. Where TTFT goes: before the first token, of all requests."
+    assert noted.count(words) == 1
+
+
+def test_trials_on_one_stretch_of_time_have_a_line_between_them():
+    analysis = analyze(build_run(trials=3, pause_s=2.0))
+    chart = charts.device_curves(analysis, "a")
+    assert all(panel.lines == analysis.curves.axis.joints and len(panel.lines) == 2 for panel in chart.panels)
+    dotted = [shape["x0"] for shape in page.plotly_figure(chart)["wide"]["shapes"] if shape["type"] == "line"]
+    assert dotted == analysis.curves.axis.joints
 
 
 def test_pictures_name_the_flags(analyses):
