@@ -361,17 +361,24 @@ def test_picture_of_two_deployments_on_gpus() -> None:
         "; single carries less than 8.54; single was not loaded for long enough."
     )
     assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
-    assert len(chart(document).panels) == 4
+    assert {panel.y.label for panel in chart(document).panels if "Energy" in panel.title} == {"J per good request"}
+    titles = [
+        "Requests within the SLO",
+        "Energy per request within the SLO",
+        "Goodput per GPU against the SLO's scale",
+        "Energy per request within the SLO against its scale",
+    ]
+    assert [panel.title for panel in chart(document).panels] == titles[:2]  # no scale is known
+    scaled = Scaled(scale=1.0, rate_per_s=9.0, low=8.0, high=9.0, goodput_per_s_per_gpu=4.0, j_per_good_request=30.0)
+    document.deployments[0].slo_scale = [scaled]
+    assert [panel.title for panel in chart(document).panels] == titles
     assert chart(document).caption == "bars: 95 % intervals; ringed: energy at the rate found"
     labels = mpl.chart(chart(document), 16, 9).axes[0].texts
     assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
     assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
-    for each in document.points + document.deployments:
+    for each in [*document.points, *document.deployments, scaled]:
         each.j_per_good_request = None
-    assert [panel.title for panel in chart(document).panels] == [
-        "Requests within the SLO",
-        "Goodput per GPU against the SLO's scale",
-    ]
+    assert [panel.title for panel in chart(document).panels] == titles[::2]
 
 
 def test_each_deployment_is_tuned_by_the_options_of_its_roles() -> None:

@@ -56,6 +56,7 @@ WIDTHS = (2.45, 2.15, 3.4)
 """Of an interval panel's names and values, its intervals, its judgements."""
 LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 HALO = [withStroke(linewidth=3, foreground=PAPER)]
+OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "path_effects": HALO}
 CHINESE = re.compile(
     r"cjk|han ?sans|noto ?sans ?[st]c|wen ?quan ?yi|wqy|droid ?sans ?fallback|ya ?hei|msyh|sim ?hei|pingfang|heiti"
     r"|hiragino ?sans ?gb|arial ?unicode|uming|ukai",
@@ -241,6 +242,7 @@ def draw_panel(axis: Axes, panel: Panel, legend: str = "inside", x_labels: bool 
         axis.axvline(at, color=MUTED, lw=0.8, ls=":", zorder=6)
     if panel.rows:
         _draw_rows(axis, panel)
+    _name_points(axis, [series for series in panel.series if series.kind == "line" and series.labels])
     if not x_labels:
         axis.set(xlabel="", xticklabels=[])
     if legend and axis.get_legend_handles_labels()[1]:
@@ -278,14 +280,48 @@ def _draw_series(axis: Axes, series: Series, ends: Counter[str]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(visible=False)
         ends.update(dict(zip(y, x, strict=True)))
-    if series.kind in ("line", "points"):  # bars have their labels at their ends
+    if series.kind == "points":  # bars have their labels at their ends, lines get theirs later
         for label, at, value in zip(series.labels, x, y, strict=False):
-            place: dict[str, Any] = {"xytext": (5, 5), "color": MUTED}
-            if series.kind == "points":  # each a line lower than the one before, which may be near
-                below = series.size / 2 + 2 + 11 * len(axis.texts)
-                place = {"xytext": (0, -below), "color": series.shade, "fontweight": "bold"}
-                place |= {"ha": "center", "va": "top", "zorder": 4}
-            axis.annotate(label, (at, value), textcoords="offset points", fontsize=8.5, path_effects=HALO, **place)
+            below = (
+                series.size / 2 + 2 + 11 * len(axis.texts)
+            )  # each a line lower than the one before, which may be near
+            place: dict[str, Any] = {
+                "color": series.shade,
+                "fontweight": "bold",
+                "ha": "center",
+                "va": "top",
+                "zorder": 4,
+            }
+            axis.annotate(label, (at, value), xytext=(0, -below), **OFFSET, **place)
+
+
+def _name_points(axis: Axes, lines: Sequence[Series]) -> None:
+    """The labels of lines' points, each at the first place beside its point where it hides no other label and no point."""
+    if not lines:
+        return
+    pixels = axis.figure.dpi / 72
+    known = [(series, axis.convert_xunits(series.x), axis.convert_yunits(series.y)) for series in lines]
+    points = [tuple(at) for _, x, y in known for at in axis.transData.transform(np.column_stack([x, y]).astype(float))]
+    taken = [(x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels) for x, y in points]
+    inside = axis.get_window_extent()
+    for series, x, y in known:
+        for label, at, value in zip(series.labels, x, y, strict=False):
+            left, base = axis.transData.transform((float(at), float(value)))
+            width, height, best = 5.6 * len(label) * pixels, 9 * pixels, None
+            for side, up in ((1, 5), (1, -13), (-1, 5), (-1, -13), (1, 16), (-1, 16), (1, -24), (-1, -24)):
+                begin = left + 5 * pixels if side > 0 else left - 5 * pixels - width
+                box = begin, base + up * pixels, begin + width, base + up * pixels + height
+                hidden = sum(
+                    box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+                    for other in taken
+                ) + 9 * (box[0] < inside.x0 or box[2] > inside.x1)
+                if best is None or hidden < best[0]:
+                    best = hidden, side, up, box
+            assert best is not None
+            _hidden, side, up, box = best
+            taken.append(box)
+            align = "left" if side > 0 else "right"
+            axis.annotate(label, (at, value), xytext=(5 * side, up), ha=align, color=series.shade, **OFFSET)
 
 
 def _set_axis(axis: Axes, which: str, described: Axis) -> None:
@@ -315,7 +351,8 @@ def _draw_rows(axis: Axes, panel: Panel) -> None:
     for number, (name, (values, verdict), shade) in enumerate(rows):
         axis.text(left, number, name, color=INK, fontweight="bold", **beside)
         axis.text(-0.03, number, values, color=MUTED if shade == MUTED else INK, ha="right", **beside)
-        axis.text(1.03, number, verdict, color=shade, **beside)
+        size = min(10.0, 700 / max(len(verdict), 1))  # a long one would be cut off
+        axis.text(1.03, number, verdict, color=shade, **beside | {"fontsize": size})
     axis.axvline(1, color=INK, lw=1)
     axis.set(ylim=(len(panel.rows) - 0.5, -0.5), yticks=[])
     axis.set_title(panel.title, x=left)

@@ -8,7 +8,7 @@ from pdbench.plan.engine import Box
 from pdbench.plan.predict import Wanted
 from pdbench.plan.records import Calibration, Candidate, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.report import text
-from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, SHADES, Axis, Chart, Panel, Series, shades
+from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
 from pdbench.report.text import translate as _
 
@@ -328,7 +328,8 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
         drawn = []
         for each in (each for each in of if metric in each.figures):
             met, figure = each.figures.get("slo_met_pct"), each.figures[metric]
-            shade = GREY if not limited else GOOD if met and met.value >= 99 else BAD
+            bounds = [met.value if bound is None else bound for bound in (met.low, met.high)] if met else []
+            shade = GREY if not bounds else GOOD if min(bounds) >= 99 else BAD if max(bounds) < 99 else ORANGE
             gpus = [float(sum(each.instances.values()))]
             drawn.append(_bars(gpus, [figure], shade))
             drawn.append(Series(x=gpus, y=[figure.value], labels=[deployment_name(each)], shade=shade, marker="o"))
@@ -336,7 +337,8 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
         panels += [Panel(title="", series=drawn, x=x, y=y)] if drawn else []
     refused = [deployment_name(each) for each in of if each.refusal]
     caption = _("Bars are 90 % intervals.")
-    caption += " " + _("Green: 99 % of the requests within the SLO.") if limited else ""
+    words = "Green: 99 % of the requests within the SLO; red: fewer; orange: the interval does not decide."
+    caption += " " + _(words) if limited else ""
     caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
     return Chart(key="deployments", title=_("Predicted: {0}", _load(of[0])), panels=panels, caption=caption)
 

@@ -280,7 +280,7 @@ def chart(document: Document) -> Chart:
         attained.append(Series(name=_("goal"), x=[0, max(rates)], y=[goal, goal], shade=MUTED, dash="dot"))
     rate = Axis(label=_("requests/s per GPU" if per_gpu else "requests/s"), low=0)
     share, scale = Axis(label=_("% of requests"), low=0, high=104), Axis(label=_("all limits times"))
-    energy_axis, unscaled = Axis(label="J", low=0), _("no scale is known well enough")
+    energy_axis = Axis(label=_("J per good request"), low=0)
     goodput = _("Goodput per GPU against the SLO's scale" if per_gpu else "Goodput against the SLO's scale")
     energy_scaled = _("Energy per request within the SLO against its scale")
     panels = [
@@ -292,14 +292,15 @@ def chart(document: Document) -> Chart:
             not_measured=_("no load was measured"),
         ),
         Panel(title=_("Energy per request within the SLO"), series=joules, x=rate, y=energy_axis),
-        Panel(title=goodput, series=scaled, x=scale, y=rate, not_measured=unscaled),
-        Panel(title=energy_scaled, series=scaled_joules, x=scale, y=energy_axis, not_measured=unscaled),
+        Panel(title=goodput, series=scaled, x=scale, y=rate),
+        Panel(title=energy_scaled, series=scaled_joules, x=scale, y=energy_axis),
     ]
+    panels = [panels[0], *(panel for panel in panels[1:] if panel.series)]
     title, caption = _("The highest rate within {0}", slo(document)), _("bars: 95 % intervals")
     if any(series.hollow for series in joules):
         caption += _("; ringed: energy at the rate found")
     if not joules:
-        panels, caption = panels[::2], caption + _("; energy is not measured")
+        caption += _("; energy is not measured")
     return Chart(key="search", title=title, panels=panels, caption=caption)
 
 

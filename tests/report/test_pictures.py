@@ -1,6 +1,7 @@
 """Pictures by their structure: what is drawn, where texts stand, in which language."""
 
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from pdbench.plan.engine import Role
 from pdbench.plan.records import Figure, Prediction
 from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
 from pdbench.report import charts, commands, mpl, page, tables, text
+from pdbench.report.chart_types import BAD, GOOD, ORANGE, Axis, Chart, Panel, Series
 from pdbench.report.plan import predictions_chart
 from tests.support.reports import gate, page_of
 from tests.support.runs import build_run
@@ -216,6 +218,32 @@ def test_plot_of_utilisation_alone_has_one_panel(tmp_path):
     commands.plot(tmp_path / "watched.json", None, Console(file=io.StringIO()))
     with Image.open(tmp_path / "watched.png") as picture:
         assert picture.size == (1500, 1000)
+
+
+def test_labels_of_points_that_nearly_coincide_do_not_overlap():
+    near = [[500, 1000, 2000, 3000], [510, 1030, 2050, 3150], [505, 1010, 2010, 3010]]
+    series = [
+        Series(name=f"{n}", x=x, y=[30 + n, 31 + n, 35 + 2 * n, 40], labels=["4", "8", "16", "24"], marker="o")
+        for n, x in enumerate(near)
+    ]
+    panel = Panel(title="", series=series, y=Axis(low=0, high=60))
+    figure = drawn(mpl.chart, Chart(key="", title="t", panels=[panel, panel]), 16, 5)
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.texts]
+        assert len(boxes) == 12 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert all(box.x1 <= axis.get_window_extent().x1 for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("met", "shade"),
+    [((99.5, 83.0, 100.0), ORANGE), ((99.6, 99.2, 100.0), GOOD), ((90.0, 83.0, 98.0), BAD), ((99.5, None, None), GOOD)],
+)
+def test_predicted_deployment_is_undecided_where_the_interval_crosses_the_limit(met, shade):
+    figures = {"tbt_p99_ms": Figure(9.0, 8.0, 10.0), "slo_met_pct": Figure(*met)}
+    of = [Prediction(kind="single", instances={"single": 1}, load="", figures=figures)]
+    chart = predictions_chart(of, on_gpus=True)
+    assert {series.shade for panel in chart.panels for series in panel.series} == {shade}
+    assert "orange: the interval does not decide" in chart.caption
 
 
 def test_names_of_predicted_deployments_are_not_cut_off():
