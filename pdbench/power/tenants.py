@@ -93,7 +93,9 @@ def cores_used(roots: Sequence[int]) -> Cores:
     for pid in nvml.tree([os.getpid(), *roots]):
         with suppress(psutil.Error):
             own += sum(psutil.Process(pid).cpu_times()[:4])  # with children that were waited for
-    return Cores(sum(times), times.idle + getattr(times, "iowait", 0.0), getattr(times, "steal", 0.0), own)
+    # Linux counts a guest's time in user and nice as well.
+    total = sum(getattr(times, name) for name in times._fields if not name.startswith("guest"))
+    return Cores(total, times.idle + getattr(times, "iowait", 0.0), getattr(times, "steal", 0.0), own)
 
 
 def cores_contended(before: Cores, after: Cores) -> Iterator[Flag]:

@@ -56,6 +56,14 @@ def test_cores_used_counts_descendants_also_when_they_have_ended() -> None:
     assert 0.25 < after.own - before.own < 5 and after.total > before.total
 
 
+def test_work_of_virtual_machines_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's list has a guest's time in `user` (800) and in `guest` (700); in hundredths of a second."""
+    (tmp_path / "stat").write_text("cpu 800 0 100 1000 50 0 0 30 700 0\n")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    used = cores_used(())
+    assert (used.total, used.idle, used.steal) == pytest.approx((19.8, 10.5, 0.3))
+
+
 @pytest.mark.parametrize(
     ("idle", "own", "flagged"),
     [
