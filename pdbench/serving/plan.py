@@ -133,4 +133,9 @@ def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machi
             )
         for i, spec in enumerate(members):
             assigned[spec.name] = tuple(gpus[i * spec.width : (i + 1) * spec.width])
+            if len(set(assigned[spec.name])) < spec.width:
+                raise UserError(
+                    f"{spec.name} needs {spec.width} different GPUs, and prefill and decode share {list(shared)}: name as many for both "
+                    f"with --prefill-gpus and --decode-gpus, or leave {role} out of --against"
+                )
     return assigned

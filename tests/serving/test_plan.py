@@ -2,9 +2,12 @@
 
 import pytest
 
-from pdbench.config import ServeConfig
+from pdbench import nvml
+from pdbench.config import DeploymentKind, ServeConfig
 from pdbench.errors import UserError
-from pdbench.serving.plan import servers
+from pdbench.serving import machine
+from pdbench.serving.machine import Machine
+from pdbench.serving.plan import assign_gpus, servers
 
 
 def test_every_server_has_its_own_ports_and_the_proxy_comes_last() -> None:
@@ -38,3 +41,16 @@ def test_tensor_parallel_spans_two_gpus_at_least() -> None:
 def test_role_without_an_instance_or_gpu_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match="at least one instance of at least one GPU"):
         servers("disaggregated", ServeConfig(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "width"), [("tensor-parallel", 1), ("single", 2)])
+def test_a_server_does_not_get_a_shared_gpu_twice(
+    kind: DeploymentKind, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "installed_version", lambda name: None)
+    here = Machine("0.26.0", tuple(nvml.Gpu(index, "H100", "580", 80_000.0, 0.0) for index in range(4)))
+    one = ServeConfig(prefill_gpus=(1,), decode_gpus=(1,), tensor_parallel=width)
+    with pytest.raises(UserError, match=rf"{kind}-0 needs 2 different GPUs, and prefill and decode share \[1\]"):
+        assign_gpus(servers(kind, one), one, here)
+    two = ServeConfig(prefill_gpus=(1, 3), decode_gpus=(1, 3), tensor_parallel=2)
+    assert assign_gpus(servers(kind, two), two, here) == {f"{kind}-0": (1, 3)}
