@@ -8,14 +8,17 @@ import msgspec
 import pytest
 
 import pdbench
+from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig
 from pdbench.load import plan
 from pdbench.load.request_fields import refusal_flags
+from pdbench.load.self_check import NOTES, REMEDY, REMEDY_OF_ONE
 from pdbench.plan.calibration import _missing
 from pdbench.plan.predict import _LARGER, beyond
 from pdbench.plan.records import Figure, Prediction
 from pdbench.report import plan as report
 from pdbench.report import text
+from tests.analysis.test_flags import arriving
 from tests.plan.test_predict import calibration, predicted, role
 
 PACKAGE = Path(pdbench.__file__).parent
@@ -45,6 +48,22 @@ def test_every_flag_of_a_module_is_translated(module):
             assert not english_in(text.translate(sentence.replace("gpu7: 7 7 before", "gpu7: others hold 7 before"))), (
                 sentence
             )
+
+
+def test_flags_of_the_client_and_of_streams_are_translated():
+    at_once = "40 of 40 answers came at one instant: something before the client holds streams back, their TTFT is the time of the whole "
+    details = [
+        *(f"3 responses: {note}" for note in NOTES.values()),
+        f"the client used 99% of its core (limit 90%): {REMEDY}",
+        f"the client used 99% of its core (limit 90%): {REMEDY_OF_ONE}",
+        *(flag.detail for tokens in (64, 2) for flag in analyze(arriving(tokens)).flags),
+    ]
+    assert any(detail.startswith(at_once) for detail in details) and any(
+        "came with the one before" in d for d in details
+    )
+    with text.language("zh"):
+        for detail in details:
+            assert not english_in(text.translate(detail)), detail
 
 
 def test_refused_fields_are_translated_however_many_they_are():
