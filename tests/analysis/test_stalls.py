@@ -3,7 +3,7 @@
 import pytest
 
 from pdbench.analysis.run_analysis import analyze
-from pdbench.events import LogLine, ProxyEvent, ServerSeries
+from pdbench.events import EngineFacts, LogLine, ProxyEvent, ServerSeries
 from pdbench.records import Flag, RequestRecord, Run
 from tests.support.runs import build_run
 
@@ -91,3 +91,31 @@ def test_one_instance_of_several_is_named() -> None:
     opened.token_s[0] = first_s
     (detail,) = stalls(run)
     assert detail.startswith("http://d0: all of its 4 streams got nothing for ")
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "tokens", "flagged"), [(3.0, 1024, True), (0.0, 1024, False), (3.0, 60_000, False)]
+)
+def test_prefill_that_stood_still_is_named(pause_s: float, tokens: int, flagged: bool) -> None:
+    """Prompts come all the time and wait for it; what decode streams goes on. The first that waits may be long: it takes many steps."""
+    run = build_run("disaggregated", trials=1, requests=1, gpu=False)
+    run.requests, at_s = [], 10.0
+    run.engines = {"prefill-0": EngineFacts(role="prefill", max_num_batched_tokens=2048, chunked_prefill=True)}
+    for i in range(200):
+        sent_s = i / 10
+        done_s = (at_s + pause_s if at_s - 0.05 < sent_s <= at_s + pause_s else sent_s) + 0.05
+        token_s = [done_s + 0.01 * k for k in range(32)]
+        run.requests.append(
+            RequestRecord(
+                id=str(i), planned_s=sent_s, sent_s=sent_s, token_s=token_s, end_s=token_s[-1], prompt_tokens=tokens if i == 100 else 1024, output_tokens=32,
+                phases={"prefill": (sent_s, done_s)},
+            )
+        )  # fmt: skip
+        run.events.append(
+            ProxyEvent(
+                request_id=str(i), prefill="http://p", decode="http://d", prefill_sent_s=sent_s, first_token_s=done_s
+            )
+        )
+    run.trials[0].start_s, run.trials[0].end_s = 0.0, 21.0
+    details = stalls(run)
+    assert [detail.partition(" got")[0] for detail in details] == ["http://p: all of its 21 prompts"] * flagged
