@@ -45,12 +45,13 @@ def server_stalled(run: Run, timings: Timings) -> Iterator[Flag]:
     found = [each for each in found if not any(each.begin_s <= at_s <= each.end_s + LOGGED_S for at_s in compiled_s)]
     if found:
         longest = max(found, key=lambda each: each.end_s - each.begin_s)
-        before = (load for load in loads_of(run) if load.start_s <= longest.begin_s)
-        load = max(before, key=lambda load: load.start_s)
+        loads = loads_of(run)
+        # A server's clock may be a little ahead of the client's: what began before the first load is of it.
+        load = next((load for load in reversed(loads) if load.start_s <= longest.begin_s), loads[0])
         more = f" (and {len(found) - 1} shorter ones)" if len(found) > 1 else ""
         yield Flag(
             "server-stalled",
-            f"{longest.server}: {longest.whose} got nothing for {longest.end_s - longest.begin_s:.1f} s, {longest.begin_s - load.start_s:.1f} s "
+            f"{longest.server}: {longest.whose} got nothing for {longest.end_s - longest.begin_s:.1f} s, {max(0.0, longest.begin_s - load.start_s):.1f} s "
             f"into trial {load.trial + 1}{more}, far longer than a step takes: it stood still (stopped, or without a core), or what passes its "
             "tokens on did; latencies hold that time: measure again",
         )

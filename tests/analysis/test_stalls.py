@@ -119,3 +119,28 @@ def test_prefill_that_stood_still_is_named(pause_s: float, tokens: int, flagged:
     run.trials[0].start_s, run.trials[0].end_s = 0.0, 21.0
     details = stalls(run)
     assert [detail.partition(" got")[0] for detail in details] == ["http://p: all of its 21 prompts"] * flagged
+
+
+def test_silence_that_begins_with_the_first_request_is_of_the_first_trial() -> None:
+    """On a host whose clock is a millisecond ahead."""
+    run = build_run("disaggregated", trials=1, requests=1, gpu=False)
+    run.requests = []
+    for i in range(60):
+        sent_s, done_s = 10.0 + i / 10, max(15.0, 10.0 + i / 10) + 0.05
+        if i == 1:
+            done_s = 10.2
+        token_s = [done_s + 0.01 * k for k in range(8)]
+        run.requests.append(
+            RequestRecord(
+                id=str(i), planned_s=sent_s, sent_s=sent_s, token_s=token_s, end_s=token_s[-1], prompt_tokens=1024, output_tokens=8,
+                phases={"prefill": (sent_s - 0.3, done_s)},
+            )
+        )  # fmt: skip
+        run.events.append(
+            ProxyEvent(
+                request_id=str(i), prefill="http://p", decode="http://d", prefill_sent_s=sent_s, first_token_s=done_s
+            )
+        )
+    run.requests[1].phases = {"prefill": (9.5, 9.6)}
+    (detail,) = stalls(run)
+    assert ", 0.0 s into trial 1" in detail
