@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import failures
+from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
@@ -258,7 +259,7 @@ def saved_runs(
         left_out |= {trial.index for trial in run.trials if f"trial {trial.index + 1}" in died}
         run.trials = [trial for trial in run.trials if trial.index not in left_out]
         run.requests = [request for request in run.requests if request.trial not in left_out]
-        run.flags = [flag for flag in run.flags if flag not in cut]
+        run.flags = [flag for flag in run.flags if flag not in cut and flag.name not in DERIVED]
         runs[kind] = run
     if len({run.clock for run in runs.values()}) > 1:
         raise UserError("--resume: the runs there are of different commands: give another --out")

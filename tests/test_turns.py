@@ -202,6 +202,17 @@ def test_turn_in_which_a_server_died_is_measured_again(
     assert {request.trial for request in kept.requests} == set(left) and kept.flags == []
 
 
+def test_resumed_run_forgets_flags_whose_figures_change_with_more_trials(tmp_path: Path, gates: list[Gate]) -> None:
+    runs: dict[Path, Run] = {}
+    run_pairs(tmp_path, indexed(tmp_path, PAIRS_IN_ORDER), runs, PairConfig(pairs=2, resident=False))
+    folder = tmp_path / "single_results"
+    kept = Flag("client-limited", "requests left late")
+    runs[folder].flags += [Flag("throttled", "gpu0: sw_power_cap in 58 % of the samples"), kept]
+    save_run(runs[folder], folder)
+    given = {"single": folder}, {"single": sites.OPTIONS.serve}, PairConfig(resident=False), sites.OPTIONS
+    assert turns.saved_runs(*given)["single"].flags == [kept]
+
+
 def test_turn_that_lost_a_client_is_measured_again(tmp_path: Path, gates: list[Gate]) -> None:
     def lost(number: int) -> LoadResult:
         return measured(0, None, *[Flag("client-lost", "client 1 died")] * (number == 2))

@@ -31,6 +31,13 @@ POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
 
+DERIVED = {
+    "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
+    "energy-residual", "energy-counter-reset", "energy-counter-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
+    "kv-not-external", "queue-grows",
+}  # fmt: skip
+"""Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
+
 
 def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixCache | None) -> list[Flag]:
     """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
