@@ -50,7 +50,7 @@ def judgement(line: Difference) -> str:
         _("over 1,000") if trials is None else f"{max(trials, line.trials + 1):,}"
         for trials in (line.trials_for_change, line.trials_needed)
     ]
-    return _("not decided ({0} to {1}): {2} trials would decide a change as seen, {3} one of 5 %", *bounds, *needed)
+    return _("not decided ({0} to {1}): {2} trials would decide it, {3} one of 5 %", *bounds, *needed)
 
 
 def too_wide(ratio: ConfidenceInterval | None) -> bool:

@@ -61,9 +61,7 @@ def test_unclear_verdict_names_the_trials_that_would_show_a_difference():
     ttft = line_of(build_run(ttft_ms=30, spread=0.4, seed=1), build_run(ttft_ms=30, spread=0.4, seed=2), "ttft_p50_ms")
     words = answer.judgement(ttft)
     assert words.startswith("not decided (")
-    assert words.endswith(
-        f": {ttft.trials_for_change} trials would decide a change as seen, {ttft.trials_needed} one of 5 %"
-    )
+    assert words.endswith(f": {ttft.trials_for_change} trials would decide it, {ttft.trials_needed} one of 5 %")
 
 
 def test_interval_that_says_nothing_is_not_printed():
