@@ -173,13 +173,18 @@ def move(event: Event, to_clock: Callable[[float], float]) -> Event:
     return event
 
 
+def ways_of(events: Iterable[Event]) -> dict[str, ProxyEvent]:
+    """The client's request id -> what the proxy logged of the request."""
+    return {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
+
+
 def join(requests: "Iterable[RequestRecord]", events: Iterable[Event], has_prefill: bool = False) -> None:
     """Fill each request's `phases` from the events that name it; a phase that nobody reported is None (docs/metrics.md).
 
     `has_prefill`: the deployment has prefill instances, whether or not an event says that the request went through one.
     """
     events = list(events)
-    proxied = {event.request_id: event for event in events if isinstance(event, ProxyEvent) and event.request_id}
+    proxied = ways_of(events)
     received: dict[str, list[TransferEvent]] = {}
     # Of a request that was tried at several instances, the last one that computed its prompt; decode's part of it apart.
     prompts: dict[tuple[str, bool], PromptEvent] = {}

@@ -139,7 +139,7 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
     computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
     # Not those that decode computed alone.
-    by_prefill = np.array([sender != "decode_alone" for sender in timings.requests.first_token], dtype=bool)
+    by_prefill = ~timings.requests.first_sent_by("decode_alone")
     prompt_tokens = timings.requests.prompt_tokens[by_prefill & inside(computed_s, windows)].sum() * (
         1 - cache.cached_pct / 100 if cache else 1.0
     )

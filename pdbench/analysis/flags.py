@@ -10,7 +10,7 @@ from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.stalls import server_stalled
-from pdbench.events import ProxyEvent, ServerSeries
+from pdbench.events import ServerSeries, ways_of
 from pdbench.records import Flag, Interval, Run
 
 COLD_FACTOR = 2.0
@@ -130,8 +130,8 @@ def waits_for_host(run: Run, timings: Timings, meters: Sequence[Meter], windows:
     engines = [engine for engine in run.engines.values() if engine.role == "prefill" and engine.graph_sizes is not None]
     samples = [each for meter in meters if meter.device.role == "prefill" for each in meter.samples_in(windows)]
     busy_pct = [each.gpu_utilization_pct for each in samples if each.gpu_utilization_pct is not None]
-    # Short prompts that decode took by itself were not on this GPU, and neither was what came in ramp-up and drain.
-    alone = np.array([sender == "decode_alone" for sender in timings.requests.first_token], dtype=bool)
+    # Short prompts that decode computed alone were not on this GPU, and neither was what came in ramp-up and drain.
+    alone = timings.requests.first_sent_by("decode_alone")
     spans_s = timings.phase_s["compute"]
     here = inside(spans_s[:, 0], windows) & np.isfinite(spans_s[:, 1]) & ~alone
     tokens = timings.requests.prompt_tokens[here]
@@ -141,10 +141,11 @@ def waits_for_host(run: Run, timings: Timings, meters: Sequence[Meter], windows:
     busy_s = float(np.mean(busy_pct)) / 100 * length_s(union(windows)) * len(engines)
     busy_ms, compute_ms = 1e3 * busy_s / len(tokens), 1e3 * float(np.diff(spans_s[here]).mean())
     # Prompts that share a step, or overlap, count once here.
-    ways = {event.request_id: event.prefill for event in run.events if isinstance(event, ProxyEvent)}
+    ways = ways_of(run.events)
     computed: dict[str | None, list[Interval]] = {}
     for row in np.flatnonzero(here):
-        computed.setdefault(ways.get(timings.requests.id[row]), []).append((spans_s[row, 0], spans_s[row, 1]))
+        way = ways.get(timings.requests.id[row])
+        computed.setdefault(way.prefill if way else None, []).append((spans_s[row, 0], spans_s[row, 1]))
     computing_s = sum(length_s(intersection(spans, windows)) for spans in computed.values())
     if np.nanmedian(tokens) > largest and compute_ms > HOST_FACTOR * busy_ms and computing_s > STEP_FACTOR * busy_s:
         graphs = f"CUDA graphs end at {largest} tokens" if largest else "there are no CUDA graphs"

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
-from pdbench.events import ProxyEvent
+from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
 from pdbench.records import Clock, Interval, RequestRecord, Run
 
@@ -110,6 +110,10 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     first_token: list[str | None]
     first_gap_ms: Array
     counted_by: list[str | None]
+
+    def first_sent_by(self, *senders: str) -> BoolArray:
+        """Did one of these send the request's first token?"""
+        return np.array([sender in senders for sender in self.first_token], dtype=bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +237,7 @@ def timings_of(run: Run) -> Timings:
         name: np.array([record.phases.get(name) or unknown for record in records], dtype=float).reshape(-1, 2)
         for name in PHASES
     }
-    senders = {event.request_id: _sender(event) for event in run.events if isinstance(event, ProxyEvent)}
+    senders = {name: _sender(way) for name, way in ways_of(run.events).items()}
     requests = Requests(
         id=[record.id for record in records],
         trial=np.array([record.trial for record in records], dtype=np.int64),

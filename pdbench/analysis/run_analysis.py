@@ -299,7 +299,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
                 first_gap_ms=spread(rising(requests.first_gap_ms[from_it])),
             )
             for sender in (*ROLE_ORDER, "decode_alone")
-            if (from_it := np.array(requests.first_token, dtype=object) == sender).any()
+            if (from_it := requests.first_sent_by(sender)).any()
         },
         throughput=Throughput(**{name: totals.ratio(name) for name in Throughput.__struct_fields__}),
         goodput=Goodput(

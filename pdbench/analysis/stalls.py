@@ -1,6 +1,6 @@
 """Servers that stood still under load: every stream of one got nothing for far longer than a step takes, all at the same time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from pdbench.analysis.arrivals import BoolArray
 from pdbench.analysis.metrics import Timings
 from pdbench.analysis.servers import loads_of
-from pdbench.events import ProxyEvent
+from pdbench.events import ProxyEvent, ways_of
 from pdbench.records import Flag, Run
 
 STALL_S, STALL_GAPS, STREAMS = 1.0, 100.0, 2
@@ -37,7 +37,7 @@ def server_stalled(run: Run, timings: Timings) -> Iterator[Flag]:
     """
     if any(flag.name in ("client-stalled", "host-slept") for flag in run.flags):
         return
-    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    ways = ways_of(run.events)
     found = [*_of_streams(run, timings, ways)]
     # Prefill may wait for a decode instance that stands still.
     found = found or [*_of_prompts(timings, ways)]
@@ -69,7 +69,7 @@ def _of_streams(run: Run, timings: Timings, ways: dict[str, ProxyEvent]) -> Iter
     # A step takes no more tokens than its budget; without one it takes whole prompts.
     budgets = [engine.max_num_batched_tokens if engine.chunked_prefill else None for engine in run.engines.values()]
     budget = max(filter(None, budgets)) if budgets and None not in budgets else np.inf
-    own, through_prefill = _sent_by_decode(timings), _in(timings.requests.first_token, "prefill", "decode")
+    own, through_prefill = _sent_by_decode(timings), timings.requests.first_sent_by("prefill", "decode")
     for server in dict.fromkeys(served_by[row] for row in request[long]):
         here = np.array([name == server for name in served_by], dtype=bool)
         arrivals_s = np.sort(token_s[here[request] & own])
@@ -106,12 +106,7 @@ def _sent_by_decode(timings: Timings) -> BoolArray:
     """Is an arrival no first token that prefill sent? These come while decode stands still."""
     first = np.ones(len(timings.token_request), dtype=bool)
     first[1:] = np.diff(timings.token_request) != 0
-    by_prefill = _in(timings.requests.first_token, "prefill")
-    return ~(first & by_prefill[timings.token_request])
-
-
-def _in(values: Sequence[str | None], *wanted: str) -> BoolArray:
-    return np.array([value in wanted for value in values], dtype=bool)
+    return ~(first & timings.requests.first_sent_by("prefill")[timings.token_request])
 
 
 def _explain(timings: Timings, waits: BoolArray, silent_s: float, budget: float) -> bool:

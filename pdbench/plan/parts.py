@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.events import PromptEvent, ProxyEvent
+from pdbench.events import PromptEvent, ProxyEvent, ways_of
 from pdbench.plan.engine import Role
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild, streams_of, usable
 from pdbench.records import DeviceRecord, RequestRecord, Run
@@ -54,7 +54,7 @@ def trials_of(path: Path, run: Run) -> dict[int, list[RequestRecord]]:
 
 def parts_of(path: Path, run: Run, first_trial: int = 0) -> list[Part]:
     """The instances of a run's trials, their steps rebuilt. Raises UserError where no trial shows them."""
-    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    ways = ways_of(run.events)
     parts = []
     for place, requests in trials_of(path, run).items():
         instances = sorted(streams_of(requests, ways).items())

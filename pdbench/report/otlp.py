@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.errors import UserError
-from pdbench.events import ProxyEvent
+from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import kind_of
 from pdbench.records import RequestRecord, Run
 
@@ -102,7 +102,7 @@ def spans(run: Run, analysis: RunAnalysis) -> Iterator[ReadableSpan]:
     }
     if model := run.config.get("model"):
         fixed["gen_ai.request.model"] = model
-    ways = {event.request_id: event for event in run.events if isinstance(event, ProxyEvent)}
+    ways = ways_of(run.events)
     rows = {identity: row for row, identity in enumerate(analysis.requests.id)}
     for record in run.requests:
         if not record.warmup and record.sent_s is not None and record.end_s is not None:
