@@ -46,8 +46,9 @@ class Newcomers:
         self.found: list[tuple[float, int, int]] = []
         self._gpus, self._roots = gpus, [os.getpid(), *roots]
         self._known = nvml.computing()
-        if nvml.tree(self._roots) & {pid for gpu, pid in self._known if gpu in gpus}:
-            self._note(self._known)
+        own = nvml.tree(self._roots)
+        if own & {pid for gpu, pid in self._known if gpu in gpus}:
+            self._note(self._known, own)
         self._stop = threading.Event()
         # A thread of its own: the sampler's beat does not wait for it.
         self._thread = threading.Thread(target=self._run, name="pdbench-newcomers", daemon=True)
@@ -63,10 +64,10 @@ class Newcomers:
             ended = self._stop.wait(EVERY_S)  # and one look at the end
             if new := nvml.computing() - self._known:
                 self._known |= new
-                self._note(new)
+                self._note(new, nvml.tree(self._roots))
 
-    def _note(self, seen: Collection[tuple[int, int]]) -> None:
-        own, now_s = nvml.tree(self._roots), time.monotonic()
+    def _note(self, seen: Collection[tuple[int, int]], own: Collection[int]) -> None:
+        now_s = time.monotonic()
         others = [(gpu, pid) for gpu, pid in sorted(seen) if gpu in self._gpus and pid not in own]
         self.found += [(now_s, gpu, pid) for gpu, pid in others if not _serves_mps(pid)]
 
