@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -185,12 +185,12 @@ def test_results_folder_that_cannot_be_written_is_noticed_before_the_load(
     assert not any(peer.method == "POST" for peer in server.requests)
 
 
-def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pdbench", *bench(server, 3)]
+def call_into_full_disk(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`pdbench` in `folder`, its standard output a disk that is full."""
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(
-            command,
-            cwd=tmp_path,
+        return subprocess.run(
+            [sys.executable, "-m", "pdbench", *arguments],
+            cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=full,
             stderr=subprocess.PIPE,
@@ -198,6 +198,10 @@ def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tm
             check=False,
             timeout=120,
         )
+
+
+def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tmp_path: Path) -> None:
+    ended = call_into_full_disk(bench(server, 3), tmp_path)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert "not all that was said could be written (No space left on device): make room" in ended.stderr
     assert load_run(tmp_path / "out" / "bench_results").summary
@@ -205,17 +209,7 @@ def test_output_that_is_not_taken_ends_no_measurement(server: ScriptedServer, tm
 
 @pytest.mark.parametrize("command", ["--help", "--version", "serve --show", "doctor"])
 def test_command_whose_output_is_not_taken_says_so(command: str, tmp_path: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "pdbench", *command.split()],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+    ended = call_into_full_disk(command.split(), tmp_path)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert "not all that was said could be written (No space left on device)" in ended.stderr
 
