@@ -14,7 +14,7 @@ from pdbench.errors import NOT_JSON, UserError
 
 _LARGEST_BYTES = 64 << 20
 _INTERFACE = re.compile(r"(/v1(/(chat/)?completions)?)?/*$")
-"""What a base URL is given with, and pdbench adds by itself."""
+"""What users write behind a base URL, which pdbench appends anyway."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ScriptedServer(answer, port=int(sys.argv[1])).serve_forever()
 
 @pytest.mark.parametrize(("streams", "stopped_s"), [(4, 3.0), (1, 3.0), (4, 0.0)])
 def test_server_that_stood_still_is_flagged(streams: int, stopped_s: float, tmp_path: Path) -> None:
-    """Not with one stream: that may as well have been slow by itself."""
+    """Not with one stream: that stream may simply have been slow."""
     port, environment = free_port(), os.environ | {"PYTHONPATH": str(ROOT)}
     argv = ending_with_tests([sys.executable, "-c", DECODING, str(port)])
     with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as server:
