@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measure again what docs/results says of GPUs, on a host with four of them.
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
-# GROUP: two-gpu (two lanes of two GPUs each, at the same time: about 25 minutes), tensor-parallel (about 20) or fleet (about 25); default: all.
+# GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes), tensor-parallel (about 25) or fleet
+# (about 25); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -67,10 +68,7 @@ search() { # search NAME RECIPE RATE OPTIONS...
 two_gpu_a() {
     sweep rates 620 gpu-1p1d-graphs --against replicas,disaggregated
     pairs pairs gpu-1p1d-graphs
-    search search-1p1d gpu-1p1d-graphs 24 --against disaggregated
-    search search-replicas gpu-1p1d-graphs 14 --against replicas
-    step wire "$(left)" env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
-        --requests 400 --limit-s "$(($(left) - 30))" "--vllm-args=$alone"
+    search search-1p1d gpu-1p1d-graphs 20 --against disaggregated
 }
 
 two_gpu_b() {
@@ -79,8 +77,18 @@ two_gpu_b() {
     search search-single gpu-1p1d-graphs 6 --prefill-gpus 3 --decode-gpus 2 --single-gpus 3 --single-port 9400 --against single &
     wait
     pairs pairs-chunks-512 gpu-1p1d-chunks $lane_b
-    sweep first-token-either 300 gpu-1p1d-graphs $lane_b --against disaggregated --first-token either
+    search search-replicas gpu-1p1d-graphs 14 $lane_b --against replicas
+}
+
+connector_a() {
+    sweep first-token-either 330 gpu-1p1d-graphs --against disaggregated --first-token either
+    step wire 480 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
+        --requests 1000 --limit-s 450 "--vllm-args=$alone"
+}
+
+connector_b() {
     cost
+    step tests-gpu 480 env CUDA_VISIBLE_DEVICES=2,3 "$python" -m pytest -q -m gpu tests/gpu/test_kv_nccl.py
 }
 
 cost() { # what counters, canaries and a watched page cost the other requests
@@ -98,10 +106,8 @@ tensor_parallel() {
     step tests-tensor-parallel 420 "$python" -m pytest -q -m slow tests/kv/test_tensor_parallel.py
     step wire-tp2 300 "$python" benchmarks/kv_transfer.py --out "$out/wire-tp2" --connectors p2p-nccl --tensor-parallel 2 --model "$model" --requests 500 \
         --limit-s 270 "--vllm-args=$alone"
-    for rate in 8 16; do
-        vllm=$resident measure "tp2-$rate" 500 run gpu-1p1d-graphs --resident --tensor-parallel 2 --against single,replicas,disaggregated --pairs 3 \
-            --rate "$rate" --duration-s 33 $slo_run --gpu-memory-utilization 0.92
-    done
+    vllm=$alone measure tp2 1000 sweep gpu-1p1d-graphs --tensor-parallel 2 --against single,replicas,disaggregated --vary rate=8,16 --trials 3 \
+        --duration-s 33 $slo
 }
 
 fleet() {
@@ -114,7 +120,7 @@ fleet() {
         "--vllm-args=$alone"
 }
 
-[ $# -eq 0 ] && set -- two-gpu tensor-parallel fleet
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -122,10 +128,15 @@ for group in "$@"; do
         two_gpu_b &
         wait
         ;;
+    connector)
+        connector_a &
+        connector_b &
+        wait
+        ;;
     tensor-parallel) tensor_parallel ;;
     fleet) fleet ;;
     *)
-        echo "no group $group: two-gpu, tensor-parallel, fleet" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, fleet" >&2
         exit 2
         ;;
     esac
