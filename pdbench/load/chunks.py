@@ -6,6 +6,7 @@ interfaces (OpenAI responses, Anthropic messages, Ollama) become one `Event`.
 
 import json
 import math
+import re
 from typing import Any
 
 import msgspec
@@ -15,11 +16,13 @@ DONE = object()
 _IDLE_WORDS = {
     "ping", "keepalive", "keep-alive", "keep_alive", "heartbeat", "processing", "pong", "alive", "ok", "queued",
 }  # fmt: skip
+_HARMLESS = {"info", "information", "warning", "notice", "debug", "log", "message"}
+"""Types of documents whose `message` is no error."""
 _REASONING = ("reasoning", "reasoning_content", "thinking", "reasoning_text", "reasoning_details")
-_FAILED = {
-    "abort", "aborted", "cancel", "cancelled", "canceled", "error", "failed", "failure", "timeout", "disconnect",
-    "insufficient_system_resource", "network_error", "internal_error", "server_error", "engine_error",
-}  # fmt: skip
+_FAILED = re.compile(
+    "abort|cancel|error|exception|fail|time.?out|timed.?out|disconnect|insufficient|unavailable|overload|shut.?down|"
+    "kill|died|dead|crash|preempt|evict|interrupt"
+)
 
 
 class Part(msgspec.Struct, gc=False):
@@ -60,7 +63,7 @@ class Event(msgspec.Struct, gc=False):
 
 def failed(reason: str) -> bool:
     """Is this finish reason a failure of the server?"""
-    return reason.partition(":")[0].lower().removeprefix("finish_reason_") in _FAILED
+    return _FAILED.search(reason.partition(":")[0].lower()) is not None
 
 
 def documents(payload: bytes) -> list[Any]:
@@ -151,11 +154,10 @@ def _error(document: dict) -> str | None:
             return error_text(choice["error"])
     if choices:
         return None
-    for key in ("code", "status", "status_code", "statusCode", "error_code"):
-        code = document.get(key)
-        number = count(code) if not isinstance(code, bool) else None
-        if (number is not None and number >= 400) or (key == "status" and code in ("error", "failed")):
-            return error_text(document)
+    codes = {key: document.get(key) for key in ("code", "status", "status_code", "statusCode", "error_code")}
+    numbers = [number for code in codes.values() if (number := count(code)) is not None]
+    if max(numbers, default=0) >= 400 or codes["status"] in ("error", "failed"):
+        return error_text(document)
     if any(document.get(key) for key in ("error_msg", "error_message", "errorMessage", "exception")):
         return error_text(document)
     if document.get("usage") or any(key in document for key in ("content", "token", "delta", "response", "done")):
@@ -164,7 +166,8 @@ def _error(document: dict) -> str | None:
     if document.get("detail") or document.get("success") is False:
         return error_text(document)
     if isinstance(message, str) and message and message.lower() not in _IDLE_WORDS:
-        return error_text(document)
+        harmless = max(numbers, default=-1) >= 0 or not _HARMLESS.isdisjoint((document.get("object"), kind))
+        return None if harmless else error_text(document)
     return None
 
 
@@ -216,6 +219,9 @@ def _usage(document: dict) -> Usage | None:
     for key in ("completion_tokens_details", "output_tokens_details"):
         if isinstance(details := usage.get(key), dict):
             reasoning = first("reasoning_tokens", inside=details) if reasoning is None else reasoning
+    if "prompt_tokens" not in usage and "cache_read_input_tokens" in usage and prompt is not None and prompt >= 0:
+        # Anthropic's input is what no cache had.
+        prompt += max(0, cached or 0) + max(0, count(usage.get("cache_creation_input_tokens")) or 0)
     # Some servers leave reasoning out of the completion: their total says so.
     if reasoning and prompt and completion and reasoning > 0 and total == prompt + completion + reasoning:
         completion += reasoning

@@ -38,10 +38,14 @@ class Asked(msgspec.Struct, gc=False):
     prompt: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
+    def choices(self) -> int:
+        return max(1, count(self.n) or 1)
+
+    @property
     def tokens(self) -> int | None:
         """The most tokens of all choices together; None without a limit."""
-        most, choices = count(self.max_tokens) or count(self.max_completion_tokens), count(self.n)
-        return most * max(1, choices or 1) if most is not None and most > 0 else None
+        most = count(self.max_tokens) or count(self.max_completion_tokens)
+        return most * self.choices if most is not None and most > 0 else None
 
     @property
     def forced(self) -> bool:
@@ -80,6 +84,11 @@ class Counter:
         """Was an event with nothing but usage the last to come?"""
         return self._usage_at == len(self.record.token_s) > 0
 
+    @property
+    def finished(self) -> int:
+        """How many choices have their finish reason."""
+        return len(self._finished)
+
     def finish(self, choice: int) -> bool:
         """A choice has its finish reason; have all?"""
         self._finished.add(choice)
@@ -91,6 +100,10 @@ class Counter:
         if part.filled:
             self._seen.add(part.choice)
         tokens = part.tokens
+        said_once = part.finish is not None and not part.filled and self.by_chunks and not self.by_token_ids
+        if tokens and said_once and tokens >= len(self.record.token_s):  # of the whole answer, at its end
+            self.usage = self.usage or tokens
+            return 0
         if tokens is None or (tokens == 0 and part.filled and not self.by_token_ids):
             tokens = self._tokens_without_ids(part, usage, at_s)
         elif part.way == "token_ids":
@@ -109,14 +122,17 @@ class Counter:
         """A usage object; `alone`: in an event without choices."""
         record = self.record
         if usage.prompt is not None:
-            if 0 <= usage.prompt <= _MOST_PROMPT_TOKENS:
-                planned = record.prompt_tokens
-                # Some servers leave cached tokens out.
-                counts = usage.prompt, usage.prompt + max(0, usage.cached or 0)
-                slack = _UNSEEN_TOKENS + _OTHER_SHARE * (planned or 0)
-                if planned is not None and all(abs(counted - planned) > slack for counted in counts):
+            planned, cached = record.prompt_tokens, max(0, usage.cached or 0)
+            slack = _UNSEEN_TOKENS + _OTHER_SHARE * (planned or 0)
+            differs = [
+                planned is not None and abs(count - planned) > slack for count in (usage.prompt, usage.prompt + cached)
+            ]
+            # Some servers leave cached tokens out.
+            counted = usage.prompt + cached if cached > usage.prompt or differs == [True, False] else usage.prompt
+            if 0 < counted <= _MOST_PROMPT_TOKENS and usage.prompt >= 0:
+                if all(differs):
                     self._note(OTHER_PROMPT)
-                record.prompt_tokens = usage.prompt
+                record.prompt_tokens = counted
             else:
                 self._note(REFUSED)
         if usage.cached is not None:
@@ -126,8 +142,8 @@ class Counter:
                 self._note(REFUSED)
         if usage.completion is not None and usage.completion >= 0:
             self.usage = max(usage.completion, self.usage or 0)
-            if alone:
-                self._usage_at = len(record.token_s)
+            if alone:  # one between tokens is no end, and then none is
+                self._usage_at = len(record.token_s) if self._usage_at in (-1, len(record.token_s)) else 0
         elif usage.completion is not None:
             self._note(REFUSED)
         if usage.reasoning is not None and usage.reasoning >= 0:
@@ -269,7 +285,9 @@ class Counter:
                 return None
             return instants
         sent = usage - min(self._reasoning, usage)
-        too_many = usage > (asked.tokens or 0) and sent > max(instants, _size(texts)) + _UNSEEN_TOKENS
+        too_many = (usage > (asked.tokens or 0) or self._recounted) and sent > max(
+            instants, _size(texts)
+        ) + _UNSEEN_TOKENS
         if too_many or instants - usage > max(1, instants // 50):
             self._note(CONTRADICTS)
             return None

@@ -14,7 +14,7 @@ from pdbench.load import chunks, counting
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
 from pdbench.load.plain import plain_end
-from pdbench.load.sse import EventReader, InflatingReader, inflated, is_done
+from pdbench.load.sse import EventReader, InflatingReader, is_done
 from pdbench.records import RequestError, RequestRecord
 
 _ERROR_BODY_BYTES = 4096
@@ -67,7 +67,7 @@ class Response:
         self._chunks = self._status = 0
         self._finished = self._done = self._streaming = False
         self._aborted: str | None = None
-        self._finals: dict[int, str] = {}
+        self._finals: dict[int, tuple[str, list[int]] | None] = {}
         self._now_s = record.sent_s or 0.0
         self._token_ids = record.canary.token_ids if record.canary else None
 
@@ -134,8 +134,10 @@ class Response:
             return  # bytes beyond the body that look like another response
         self._status = self._parser.get_status_code()
         kind = self._content_type
-        self._streaming = self._good and (b"event-stream" in kind or any(name in kind for name in _LINES))
-        if self._encoding in (b"gzip", b"x-gzip", b"deflate"):
+        packed = self._encoding in (b"gzip", b"x-gzip", b"deflate")
+        readable = self._good and (packed or self._encoding in (b"", b"identity"))
+        self._streaming = readable and (b"event-stream" in kind or any(name in kind for name in _LINES))
+        if packed:
             self._events = InflatingReader()
 
     def on_body(self, body: bytes) -> None:
@@ -169,7 +171,8 @@ class Response:
 
     def on_message_complete(self) -> None:
         if 100 <= self._status < 200:
-            self._status = 0
+            # What its head says is not the answer's.
+            self._status, self._content_type, self._encoding, self._events = 0, b"", b"", EventReader()
         elif not self.complete:
             self.keep_alive = self._parser.should_keep_alive()
             self._end_of_body(self._now_s)
@@ -269,8 +272,14 @@ class Response:
 
     def _take_part(self, part: Part, event: Event) -> None:
         counter, record = self._counter, self.record
-        if part.finish is not None and self._finals.get(part.choice) == part.text and not chunks.failed(part.finish):
-            return  # the final chunk once more
+        if part.finish is not None:
+            final = (part.text, part.token_ids)
+            if self._finals.get(part.choice) == final and not chunks.failed(part.finish):
+                return  # the final chunk once more
+            # Not where every chunk has a finish reason: the same text may come again.
+            self._finals.setdefault(part.choice, final if self._chunks else None)
+            if part.text and part.tokens is None and len(self._texts) > 1 and part.text == "".join(self._texts):
+                part.message = True
         if part.message and self._texts:
             part = counting.message_rest(part, self._texts, by_messages=counter.by_messages)
         elif part.message:
@@ -284,7 +293,6 @@ class Response:
         if part.finish is not None:
             if chunks.failed(part.finish):
                 self._aborted = record.finish_reason = part.finish
-            self._finals[part.choice] = part.text
             if self._aborted is None and record.finish_reason is None:
                 record.finish_reason = part.finish
             if counter.finish(part.choice):
@@ -302,7 +310,10 @@ class Response:
             return
         body = self._body
         if self._encoding and not self._streaming:
-            body = inflated([body]) if isinstance(self._events, InflatingReader) else b""
+            try:
+                body = self._events.inflate(body) if isinstance(self._events, InflatingReader) else b""
+            except zlib.error:
+                body = b""
         if self._good and self._encoding not in (b"", b"identity") and not isinstance(self._events, InflatingReader):
             name = self._encoding.decode("latin-1")
             remedy = "the request says Accept-Encoding: identity: switch compression off in the server or gateway"
@@ -351,7 +362,9 @@ class Response:
         asked = counting.asked(self.body)
         counter.settle(self._texts, asked)
         short = counter.short(asked)
-        if short is not None:
+        if not self._done and 0 < counter.finished < asked.choices:
+            self.fail("truncated", f"{counter.finished} of {asked.choices} choices finished", at_s)
+        elif short is not None:
             self.fail("short", short, at_s)
         else:
             self._close(at_s)

@@ -1,12 +1,14 @@
 """Server-sent events out of bytes that arrive cut anywhere (WHATWG HTML, "Interpreting an event stream"), and what is sent
 in their place: events without blank lines between them, JSON lines without `data:`, streams that were compressed."""
 
+import re
 import zlib
-from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 _KEEP_ALIVE = {b"ping", b"keepalive", b"keep-alive", b"keep_alive", b"heartbeat"}
+_FIELD = re.compile(rb"[a-z_-]+(:|$)")
 _valid_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -94,8 +96,8 @@ class EventReader:
         return b"\n".join([*self._data, self._json + self._buffer])
 
     def _take_line(self, content: bytes, events: list[bytes]) -> None:
-        """A line that is not `data:`: a comment, another field, or what is no server-sent event at all."""
-        stripped = content.strip()
+        """A line that is not `data:`: a comment, another field, or what is no server-sent event at all, which is taken for data."""
+        stripped = content.strip(b" \t\x1e")  # JSON sequences begin with a record separator
         if content.startswith(b":"):
             self._comment = content[1:].strip()
         elif content.startswith(b"event:"):
@@ -107,6 +109,8 @@ class EventReader:
                 self._json = b""
         elif stripped[:5].lower() == b"data:":
             self._data.append(stripped[5:].strip())
+        elif stripped and not _FIELD.match(stripped):
+            events.append(stripped)
 
     def _end_event(self, events: list[bytes]) -> None:
         name, data = self._name, b"\n".join(self._data)
@@ -120,20 +124,25 @@ class EventReader:
 
 
 class InflatingReader(EventReader):
-    """The events of a stream in gzip or deflate. Raises zlib.error for bytes that are neither."""
+    """The events of a stream in gzip, in one member or in many, or in deflate. Raises zlib.error for bytes that are neither."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self._inflate: Any = None
         self.hold = self.pending = True
 
     def feed(self, piece: bytes) -> list[bytes]:
-        return super().feed(self._inflate.decompress(piece))
+        return super().feed(self.inflate(piece))
 
-
-def inflated(pieces: Sequence[bytes]) -> bytes:
-    """A whole compressed body, as much of it as can be read."""
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(b"".join(pieces))
-    except zlib.error:
-        return b""
+    def inflate(self, piece: bytes) -> bytes:
+        data = b""
+        while piece:
+            if self._inflate is None:
+                # The low four bits of a zlib header are 8; a raw deflate stream that servers flush begins otherwise.
+                raw = piece[:1] != b"\x1f" and piece[0] & 15 != 8
+                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+            data += self._inflate.decompress(piece)
+            piece = self._inflate.unused_data
+            if self._inflate.eof:
+                self._inflate = None
+        return data

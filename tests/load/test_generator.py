@@ -362,10 +362,18 @@ def test_server_that_ignores_the_limit_is_flagged():
 
 
 @pytest.mark.parametrize(
-    ("counted", "cached", "flagged"),
-    [(1000, None, False), (1030, None, False), (500, 500, False), (512, None, True), (1200, None, True)],
+    ("counted", "cached", "prompt_tokens", "flagged"),
+    [
+        (1000, None, 1000, False),
+        (1000, 500, 1000, False),
+        (1030, None, 1030, False),
+        (500, 500, 1000, False),
+        (600, 400, 1000, False),
+        (512, None, 512, True),
+        (1200, None, 1200, True),
+    ],
 )
-def test_server_that_counts_other_prompt_tokens_is_noted(counted, cached, flagged):
+def test_server_that_counts_other_prompt_tokens_is_noted(counted, cached, prompt_tokens, flagged):
     details = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
     last = {"choices": [], "usage": {"prompt_tokens": counted, "completion_tokens": 1, **details}}
     with ScriptedServer(stream([token("x", [1], "stop"), last])) as server, Client(server.url) as client:
@@ -373,5 +381,5 @@ def test_server_that_counts_other_prompt_tokens_is_noted(counted, cached, flagge
         client.start(record, b"{}")
         while not client.poll(client.clock.now() + 0.1):
             pass
-    assert record.error is None and record.prompt_tokens == counted
+    assert record.error is None and record.prompt_tokens == prompt_tokens
     assert record.notes == ["prompt-tokens-differ"] * flagged

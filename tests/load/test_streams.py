@@ -22,6 +22,8 @@ def ask(case: Case) -> tuple[RequestRecord, list[float]]:
     body = {"model": "m", "prompt": "Hello", "max_tokens": case.max_tokens}
     if case.forced:
         body["ignore_eos"] = True
+    if case.choices > 1:
+        body["n"] = case.choices
     with ScriptedServer(case.answer) as server:
         record = fetch(server.url, body, LoadConfig(endpoint="chat" if case.chat else "completions"))
         return record, server.requests[0].written_s

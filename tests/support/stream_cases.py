@@ -20,6 +20,7 @@ ROLE = delta(role="assistant", content="")
 FIVE = [sse(text(f"t{index} ")) for index in range(5)]
 END = sse(text("", "length"), usage(5)) + DONE
 GOOD = Truth(tokens=5, last=4, prompt=5)
+GOOD_UNTOLD = Truth(tokens=5, last=4)
 
 # fmt: off
 GROUP = "plain"
@@ -122,6 +123,10 @@ case("a tool parser that holds tokens back", [sse(delta(role="assistant", conten
      "arguments": '{"city": "Oslo", "unit": "C"}'}}])), sse(delta("tool_calls"), usage(18)) + DONE], Truth(tokens=18,
      first=1, last=1), chat=True)
 
+case("ids of the whole answer at its end", [*FIVE, sse(text("", "stop", token_ids=[1, 2, 3, 4, 5])) + DONE], GOOD_UNTOLD)
+case("logprobs of the whole answer at its end", [*FIVE, sse(text("", "stop", logprobs={"tokens": ["t"] * 5})) + DONE],
+     GOOD_UNTOLD)
+
 GROUP = "usage"
 _each = [sse(text("ab ", usage={"prompt_tokens": 5, "completion_tokens": 2 * i + 2})) for i in range(4)]
 case("continuous, cumulative", [*_each, sse(text("", "stop", usage={"prompt_tokens": 5, "completion_tokens": 8}),
@@ -157,6 +162,13 @@ case("cached prompt tokens", [*FIVE, sse(text("", "stop"), usage(5, 2048,
      prompt_tokens_details={"cached_tokens": 2032})) + DONE], Truth(tokens=5, last=4, prompt=2048, cached=2032))
 case("prompt_tokens_details null", [*FIVE, sse(text("", "stop"), usage(5, 9, prompt_tokens_details=None)) + DONE],
      Truth(tokens=5, last=4, prompt=9))
+case("on every chunk, always max_tokens", [*(sse(text("t ", usage={"prompt_tokens": 5,
+     "completion_tokens": 128})) for _ in range(5)), sse(text("", "stop")) + DONE], Truth(last=4, note="usage-contradicts"))
+case("cached tokens left out of the prompt", [*FIVE, sse(text("", "stop"), usage(5, 21, cached_tokens=2011)) + DONE],
+     Truth(tokens=5, last=4, prompt=2032, cached=2011))
+case("no count of the prompt: 0", [*FIVE, sse(text("", "stop"), usage(5, 9), usage(5, 0)) + DONE], Truth(tokens=5,
+     last=4, prompt=9, note="usage-refused"))
+case("alone between tokens, then cut", [FIVE[0], sse(usage(1)), FIVE[1], sse(usage(2))], Truth(error="truncated"))
 case("choices null beside usage", [*FIVE, sse(text("", "stop"), {"choices": None,
      "usage": usage(5)["usage"]}) + DONE], GOOD)
 case("no finish, no [DONE], but the final usage", [*FIVE, sse(usage(5))], GOOD)
@@ -170,6 +182,12 @@ for _name, _error in {"error object": {"error": {"message": "engine died", "code
      "error": {"type": "overloaded_error", "message": "engine died"}}, "error in a choice": text("", "error",
      error={"code": 502, "message": "engine died"})}.items():
     case(f"{_name}, then [DONE]", [FIVE[0], sse(_error) + DONE], Truth(error="server_error", tokens=1))
+for _name, _line in {"a line of text": b"Internal Server Error\n\n",
+     "another response": b"HTTP/1.1 500 Internal Server Error\r\n\r\n", "a traceback": b"RuntimeError: engine died\n"}.items():
+    case(f"{_name} for an event, then [DONE]", [FIVE[0], _line + DONE], Truth(error="bad_json", tokens=1))
+for _name, _said in {"code 0": {"code": 0, "message": "success"}, "status 200": {"status": 200, "message": "continue"},
+     "a warning": {"object": "warning", "message": "deprecated"}}.items():
+    case(f"{_name} is no error", [FIVE[0], sse(_said) + FIVE[1], *FIVE[2:], END], GOOD)
 case("error before any token", [sse({"error": {"message": "busy"}}) + DONE], Truth(error="server_error", first=None))
 case("event: error with data", [FIVE[0], b"event: error\ndata: engine died\n\n" + DONE], Truth(error="server_error"))
 case("event: error with JSON", [FIVE[0], b'event: error\ndata: {"message": "engine died"}\n\n' + DONE],
@@ -201,6 +219,16 @@ for _reason in ("abort", "error", "cancelled", {"type": "abort", "message": "KVT
     case(f"finish {_reason if isinstance(_reason, str) else 'abort as an object'}", [*FIVE[:2], sse(text("", _reason),
          usage(2)) + DONE], Truth(error="aborted", tokens=2))
 case("finish as an object", [*FIVE, sse(text("", {"type": "length", "length": 5}), usage(5)) + DONE], GOOD)
+for _reason in ("request_cancelled", "EngineDeadError", "FINISH_ABORT", "server_shutdown", "preempted"):
+    case(f"finish {_reason}", [*FIVE[:2], sse(text("", _reason), usage(2)) + DONE], Truth(error="aborted", tokens=2))
+case("finish on every chunk", [*(sse(text("x ", "stop")) for _ in range(5)), sse(usage(5)) + DONE], replace(GOOD,
+     text="x x x x x "))
+case("finish on every chunk, token ids", [*(sse(text("x ", "length", token_ids=[i])) for i in range(5)),
+     sse(usage(5)) + DONE], GOOD)
+case("final chunk repeats all as text", [*FIVE, sse(text("t0 t1 t2 t3 t4 ", "stop")) + DONE], replace(GOOD_UNTOLD,
+     text="t0 t1 t2 t3 t4 "))
+case("one of two choices, then cut", [FIVE[0], sse(text("", "stop"))], Truth(error="truncated", tokens=1), choices=2,
+     end="cut")
 case("finish twice", [*FIVE, sse(text("", "stop"), text("", "length"), usage(5)) + DONE], GOOD)
 case("final chunk twice", [*FIVE[:4], sse(text("t4 ", "stop"), text("t4 ", "stop"), usage(5)) + DONE], GOOD)
 case("final chunk twice, another created", [*FIVE[:4], sse(text("t4 ", "stop"), text("t4 ", "stop", created=2),
@@ -282,6 +310,11 @@ case("RST after the finish", [*FIVE, sse(text("", "stop"), usage(5))], GOOD, end
 _gzip = zlib.compressobj(wbits=31)
 case("gzip", [_gzip.compress(piece) + _gzip.flush(zlib.Z_SYNC_FLUSH) for piece in (*FIVE, END)] + [_gzip.flush()],
      GOOD, headers=[b"Content-Encoding: gzip"])
+case("gzip in members", [gzip.compress(piece) for piece in (*FIVE, END)], GOOD, headers=[b"Content-Encoding: gzip"])
+_deflate = zlib.compressobj(wbits=-15)
+case("deflate without a header", [_deflate.compress(piece) + _deflate.flush(zlib.Z_SYNC_FLUSH) for piece in (*FIVE, END)],
+     GOOD, headers=[b"Content-Encoding: deflate"])
+case("early hints first", [*FIVE, END], GOOD, early=b"HTTP/1.1 103 Early Hints\r\nContent-Encoding: gzip\r\n\r\n")
 case("an encoding that nobody asked for", [b"\x1b\x05\x00"], Truth(error="encoded", first=None),
      headers=[b"Content-Encoding: br"])
 case("HTTP 500 in gzip", [gzip.compress(as_json({"error": {"message": "boom"}}))], Truth(error="http_500", first=None),
@@ -302,6 +335,13 @@ case("Anthropic messages",
      b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":3}}\n\n'
      b'event: message_stop\ndata: {"type":"message_stop"}\n\n'],
      Truth(tokens=3, first=1, last=3, prompt=5), chat=True)
+case("Anthropic messages, a cached prompt",
+     [b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":21,'
+     b'"cache_read_input_tokens":5,"cache_creation_input_tokens":6,"output_tokens":1}}}\n\n',
+     b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"a "}}\n\n',
+     b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":1}}\n\n'
+     b'event: message_stop\ndata: {"type":"message_stop"}\n\n'],
+     Truth(tokens=1, first=1, last=1, prompt=32, cached=5), chat=True)
 case("Ollama", [*(as_json({"message": {"role": "assistant", "content": word}, "done": False}) + b"\n" for word in ("a ",
      "b ")), as_json({"message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
      "eval_count": 2, "prompt_eval_count": 5})+ b"\n"], Truth(tokens=2, last=1, prompt=5), chat=True,

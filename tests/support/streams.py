@@ -53,7 +53,10 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`pieces` are the body's, cut as they are written. `frame`: chunked, length, or close. `late_end`: the end waits too."""
+    """`pieces` are the body's, cut as they are written. `frame`: chunked, length, or close. `late_end`: the end waits too.
+
+    `choices` are asked for; `early` comes before the response's head.
+    """
 
     name: str
     group: str
@@ -69,6 +72,8 @@ class Case:
     max_tokens: int = 128
     forced: bool = False
     late_end: bool = False
+    choices: int = 1
+    early: bytes = b""
 
     def answer(self, peer: Peer) -> bool:
         """Write the stream on its schedule; for a ScriptedServer. `peer.written_s` has the instants, the request's first."""
@@ -85,7 +90,7 @@ class Case:
             head += b"Content-Length: %d\r\n" % (self.length if self.length is not None else sum(map(len, self.pieces)))
         else:
             head = head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Connection: close\r\n"
-        peer.write(head + b"\r\n")
+        peer.write(self.early + head + b"\r\n")
         for index, piece in enumerate(self.pieces):
             last = self.truth.last if self.truth.last is not None and not self.late_end else index
             time.sleep(
