@@ -82,7 +82,8 @@ def test_servers_of_tests_that_are_killed_end_with_them() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as parent:
         assert parent.stdout
         server = psutil.Process(int(parent.stdout.readline()))
-        wait_until(lambda: server.name() == "sleep")  # until then it is setpriv, which may not have asked the kernel yet
+        # Until then it is setpriv, which may not have asked the kernel yet.
+        wait_until(lambda: server.name() == "sleep")
         parent.kill()
 
         def has_ended() -> bool:
