@@ -153,6 +153,7 @@ def test_encodings_and_packed_files_are_read(tmp_path, change):
             f'{{"arrival_s": {10**400}, "input_tokens": 1, "output_tokens": 1}}\n',
             "row 3: arrival_s is 1000",
         ),
+        ("burstgpt.csv", '9,GPT-4,"1,000",3,4,API log\n', "row 5: request_tokens is '1,000': give a whole number"),
         ("own.jsonl", "not json\n", "row 3: no JSON"),
         ("own.jsonl", "[]\n", "row 3: not an object"),
         ("own.jsonl", "\0\n", "row 3: a NUL byte"),
