@@ -19,7 +19,6 @@ ALONE_S = 0.2
 """A power meter needs this much time with transfers and nothing else."""
 J_PER_KWH = 3.6e6
 NO_GPU = "no GPU was sampled"
-STANDS_STILL = "the energy counter stands still"
 ONE_INSTANCE = (
     "one instance does both phases on the same GPU and no meter splits them; "
     "`pdbench bench --phase prefill` and `--phase decode` measure each alone"
@@ -166,8 +165,8 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
 
 def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval]) -> str:
     """Of the devices that count, where there are any: others (the CPU's use on a host with GPUs) never have one."""
-    if any(meter.is_still(windows) for meter in meters):
-        return STANDS_STILL
+    if why := next((why for meter in meters if (why := meter.why_silent(windows))), None):
+        return why
     silent = [meter.device for meter in meters if meter.energy_in(windows).energy_j is None]
     why = why_not_measured(silent or run.devices, ("power_w", "energy_j"))
     if 0 < len(silent) < len(meters):

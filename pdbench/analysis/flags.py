@@ -20,6 +20,8 @@ SHORT_S = 30.0
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
+POWER_STILL_S = 10.0
+"""No GPU under load draws the same power this long, to the milliwatt."""
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
 HOST_FACTOR = 2.5
 """A prompt that takes this many times as long as it keeps prefill's GPU busy waits for the host. Prompts that share a step count it each."""
@@ -33,7 +35,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
-    "energy-residual", "energy-counter-reset", "energy-counter-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
+    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
@@ -193,6 +195,12 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     if energy.counter_still_s:
         stood = f"stood still for {energy.counter_still_s:.1f} s while the device drew power; {instead}"
         yield Flag("energy-counter-still", f"{device.id}: the energy counter {stood}")
+    if energy.counter_j is None and energy.integral_j and (stood_s := meter.power_still_s(windows)) > POWER_STILL_S:
+        yield Flag(
+            "power-still",
+            f"{device.id}: the power stood at one value for {stood_s:.0f} s and no energy counter checks it: its meter is not refreshed, "
+            "do not trust its energy",
+        )
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
         needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"

@@ -8,6 +8,7 @@ import numpy as np
 from pdbench.analysis.metrics import Array, BoolArray, inside, per
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
+STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
 EDGE_S, HOLE_S = 0.25, 1.0
 STILL_S = 1.0
 """A counter that rests this long, and longer than it usually does between two moves, stands still: every device draws power."""
@@ -69,7 +70,7 @@ class Meter:
         duration_s = length_s(windows)
         still_s = length_s(intersection(self._still, windows))
         integral_j = total([self._curve.energy_j(start, end) for start, end in windows])
-        if still_s and (self.device.kind != "gpu" or not integral_j):
+        if (still_s and self.device.kind != "gpu") or (windows and not integral_j and self.device.kind == "gpu"):
             integral_j = None  # RAPL's power is its counter's slope; no GPU draws 0 W
         counter_j = total([self._counter_j(start, end) for start, end in windows])
         if still_s > 0.99 * duration_s:
@@ -100,10 +101,22 @@ class Meter:
             scopes[scope] = PowerScope(mean_power_w=per(joules, length_s(windows)), energy_j=joules)
         return scopes
 
-    def is_still(self, windows: Sequence[Interval]) -> bool:
-        """Is there no energy because the counter, which is all there is, does not count?"""
+    def power_still_s(self, windows: Sequence[Interval]) -> float:
+        """For how long, at most, the power stood at one value in the windows, to the last digit."""
+        here = inside(self._curve.t, windows)
+        t, w = self._curve.t[here], self._curve.w[here]
+        if not len(t):
+            return 0.0
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(w)) + 1, [len(w)]])
+        return float(np.max(t[edges[1:] - 1] - t[edges[:-1]]))
+
+    def why_silent(self, windows: Sequence[Interval]) -> str | None:
+        """Why there is no energy though readings came: the counter, which is all there is, does not count, or the power reads 0 W."""
         energy = self.energy_in(windows)
-        return energy.energy_j is None and energy.counter_still_s > 0
+        if energy.energy_j is None and energy.counter_still_s > 0:
+            return STANDS_STILL
+        zero = self.device.kind == "gpu" and len(self._curve.w) > 0 and not self._curve.w.any()
+        return READS_ZERO if energy.energy_j is None and zero else None
 
     def samples_in(self, windows: Sequence[Interval]) -> list[DeviceSample]:
         here = inside(np.array([sample.t_s for sample in self.device.samples], dtype=float), windows)

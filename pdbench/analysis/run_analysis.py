@@ -13,7 +13,7 @@ import numpy as np
 
 from pdbench import __version__
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
-from pdbench.analysis.energy import ROLE_ORDER, STANDS_STILL, Energy, device_name, energy_of, joules, metered
+from pdbench.analysis.energy import ROLE_ORDER, Energy, device_name, energy_of, joules, metered
 from pdbench.analysis.flags import POWER_CAPS, flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope
 from pdbench.analysis.metrics import (
@@ -323,7 +323,7 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
             readings[field] = Range(mean=float(np.mean(values)), min=min(values), max=max(values))
     reasons = [sample.throttle for sample in during if sample.throttle is not None]
     capped = sum(not POWER_CAPS.isdisjoint(of_sample) for of_sample in reasons)
-    still = {"energy_j": STANDS_STILL} if meter.is_still(windows) else {}
+    silent = meter.why_silent(windows)
     return DeviceSummary(
         name=device.name,
         kind=device.kind,
@@ -336,7 +336,7 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
         settings=device.settings,
         power_capped_pct=per(100.0 * capped, len(reasons)),
         sampling=device.sampling,
-        not_measured=device.not_measured | still,
+        not_measured=device.not_measured | ({"energy_j": silent} if silent else {}),
     )
 
 

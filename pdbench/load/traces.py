@@ -59,7 +59,7 @@ _IDS = {int, str, float, bool}
 _FITTING_SHARE, _LEAST_IDS = 0.95, 8
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 _MOST_TOKENS = 10**8
-_THOUSANDS = re.compile(r"\s*\d{1,3}(,\d{3})+\s*")
+_THOUSANDS = re.compile(r"\s*\d+(,\d\d\d)+\s*")
 # Seconds since 1970 of the years 2001 to 2100: a number in this range is a date, and tells its unit.
 _EPOCH_S = (1e9, 4.2e9)
 _FAST_PER_S, _FAST_OF_MANY_PER_S, _FAST_WITH_FRACTIONS_PER_S, _MANY = 1000.0, 200.0, 20.0, 20

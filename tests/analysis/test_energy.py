@@ -271,13 +271,16 @@ def test_counter_that_never_moves_leaves_the_integral(still_j: float) -> None:
     device = gpu(until_s=60, energy_ticks=[(i / 2, still_j) for i in range(120)])
     window = energy_over(device, 5, 55)
     assert (window.energy_j, window.counter_j, window.residual_pct) == (pytest.approx(20_000), None, None)
-    (flag,) = device_flags(Meter(device), [(5, 55)])
+    flag, power = device_flags(Meter(device), [(5, 55)])
     assert (flag.name, flag.detail.split(":")[0]) == ("energy-counter-still", "gpu1")
+    assert power.name == "power-still"  # which does not move either
 
 
 def test_counter_that_creeps_is_no_counter() -> None:
     device = gpu(until_s=60, energy_ticks=[(float(i), 0.001 * i) for i in range(61)])
     assert energy_over(device, 5, 55).energy_j == pytest.approx(20_000)
+    for i, sample in enumerate(device.samples):
+        sample.power_w = 400 + i % 2
     assert [flag.name for flag in device_flags(Meter(device), [(5, 55)])] == ["energy-counter-still"]
 
 
@@ -337,3 +340,25 @@ def test_rapl_zone_that_stands_still_in_a_part_of_the_window_is_not_measured() -
     device = DeviceRecord(id="cpu-package-0", kind="cpu", name="CPU", samples=samples)
     assert energy_over(device, 5, 25).energy_j == pytest.approx(1000)
     assert energy_over(device, 5, 55).energy_j is None
+
+
+@pytest.mark.parametrize(("frozen_s", "flagged"), [(60, True), (15, True), (5, False), (0, False)])
+def test_power_that_is_not_refreshed_is_flagged_where_no_counter_checks_it(frozen_s: int, flagged: bool) -> None:
+    device = gpu(until_s=60)
+    for i, sample in enumerate(device.samples):
+        sample.power_w = 400.0 if i < 10 * frozen_s else 300 + i % 7
+    assert [flag.name for flag in device_flags(Meter(device), [(0, 60)]) if flag.name == "power-still"] == []
+    for sample in device.samples:
+        sample.energy_j = None
+    assert [flag.name for flag in device_flags(Meter(device), [(0, 60)])] == ["power-still"] * flagged
+
+
+@pytest.mark.parametrize("counter_j", [None, 0.0])
+def test_gpu_that_reads_0_w_has_no_energy(counter_j: float | None) -> None:
+    run = disaggregated()
+    for device in run.devices:
+        device.samples = [DeviceSample(t_s=i / 10, power_w=0.0, energy_j=counter_j) for i in range(200)]
+    used = energy(run)
+    assert (used.total_j, used.j_per_output_token, used.mean_power_w) == (None, None, None)
+    reason = "the power reads 0 W, which no GPU draws" if counter_j is None else "the energy counter stands still"
+    assert used.not_measured == reason
