@@ -68,6 +68,8 @@ class GpuReader(Reader):
         self.not_measured |= gpu.not_measured
         self.default_power_limit_w, self.settings = gpu.default_power_limit_w, gpu.settings
         self._failures: Counter[str] = Counter()
+        # Peaks of microseconds reach twice the limit.
+        self._most_w = 3 * gpu.default_power_limit_w if gpu.default_power_limit_w else _MOST_W
         if gpu.mig:
             self.not_measured |= dict.fromkeys(("power_w", "power_average_w", "energy_j", "fine_power"), _MIG)
 
@@ -76,7 +78,9 @@ class GpuReader(Reader):
         for field, value in self._gpu.read(self.not_measured).items():
             if isinstance(value, nvml.GpuError):
                 self._note(field, value)
-            elif "power" in field and not 0 <= value <= _MOST_W:
+            elif "power" in field and not 0 <= value <= (
+                self._most_w if field in ("power_w", "power_average_w") else _MOST_W
+            ):
                 continue  # some drivers answer with a type's largest number now and then
             else:
                 self._failures.pop(field, None)
@@ -90,7 +94,7 @@ class GpuReader(Reader):
         if not self.not_measured.keys().isdisjoint(("power_w", "fine_power")):
             return []
         entries = self._attempt("fine_power", lambda: self._gpu.buffer(now_s)) or []
-        return [entry for entry in entries if 0 <= entry[1] <= _MOST_W]
+        return [entry for entry in entries if 0 <= entry[1] <= self._most_w]
 
     def close(self) -> None:
         self._gpu.close()

@@ -274,7 +274,8 @@ print(msgspec.json.encode(whole).decode())
     assert merged == sampled(nvml_library, 6.0, {"decode": [0]}, **settings)
 
 
-def test_power_that_no_board_draws_is_no_reading(nvml_library: Path) -> None:
-    [device] = sampled(nvml_library, 3.0, {"decode": [0]}, power_0="1 0:4294967 1:4294967")
+@pytest.mark.parametrize("power_w", [4294967, 9999, 2200])  # of a board whose limit is 700 W
+def test_power_that_no_board_draws_is_no_reading(nvml_library: Path, power_w: int) -> None:
+    [device] = sampled(nvml_library, 3.0, {"decode": [0]}, power_0=f"1 0:{power_w} 1:{power_w}")
     assert device.samples[-1].power_w is None and device.samples[-1].temperature_c == 40
     assert device.fine_power == []
