@@ -312,6 +312,7 @@ def _load(folder: Path, path: Path) -> Run:
         raise UserError(
             f"{folder} lacks {', '.join(missing)} of {_title(run)}: restore what is missing, or measure again"
         )
+    validation.flag_edited(run, [path, *in_place.values()])
     validation.check_distinct(run.devices, folder)
     validation.drop_impossible_counters(run)
     return run
@@ -329,11 +330,9 @@ def _results_file(folder: Path) -> Path:
         packed = next(iter(sorted(folder.glob("*_results.json.*"))), None)
         remedy = f"unpack {packed.name}" if packed else f"run `pdbench run` or `pdbench bench --out {folder}` first"
         raise UserError(f"no *_results.json in {folder}: {remedy}")
-    if len(paths) > 1:
-        runs = {path: _title(_read_run(path)) for path in paths}
-        if len(set(runs.values())) > 1:
-            both = " and ".join(f"{path.name} of {title}" for path, title in list(runs.items())[:2])
-            raise UserError(f"{folder} holds {both}: give each run a folder of its own, with its device files")
+    if len(paths) > 1 and len(set(map(files.read_whole, paths))) > 1:
+        both = " and ".join(f"{path.name} of {_title(_read_run(path))}" for path in paths[:2])
+        raise UserError(f"{folder} holds {both}: give each run a folder of its own, with its device files")
     return paths[0]
 
 
@@ -341,7 +340,7 @@ def _encode_devices(role: str, devices: list[DeviceRecord], run: Run | None = No
     content = _DeviceFile(role=role, devices=devices)
     if run:
         content.run_id, content.revision = run.run_id, run.revision
-    return msgspec.json.format(msgspec.json.encode(content), indent=1)
+    return files.sealed(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 
 def _encode(run: Run) -> bytes:
@@ -354,7 +353,7 @@ def _encode(run: Run) -> bytes:
         else:
             encoded = msgspec.json.encode(value)
         lines.append(b' "%s": %s' % (key.encode(), encoded))
-    return b"{\n" + b",\n".join(lines) + b"\n}\n"
+    return files.sealed(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
 def _read_run(path: Path) -> Run:

@@ -98,6 +98,16 @@ def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
     _check_distinct(folder, "device", [(device.id, device.host) for device in devices])
 
 
+def flag_edited(run: "Run", paths: Sequence[Path]) -> None:
+    """Flag a run whose files somebody changed: its figures cannot be told from measured ones."""
+    from pdbench.records import Flag
+
+    edited = [path.name for path in paths if files.is_edited(files.read_whole(path))]
+    if edited and "edited" not in {flag.name for flag in run.flags}:
+        changed = f"{', '.join(edited)} changed after pdbench wrote it: figures are of what it holds now, not of what was measured"
+        run.flags.append(Flag("edited", changed))
+
+
 def drop_impossible_counters(run: "Run") -> None:
     """A counter that was reset begins again; one that falls and leaps back counted nothing: the power curve tells the energy,
     and the run is flagged."""

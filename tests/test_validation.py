@@ -293,3 +293,34 @@ def test_folder_that_holds_no_results_names_what_it_holds(folder: Path, tmp_path
     (packed / "single_results.json.gz").write_bytes(b"\x1f\x8b")
     assert "unpack single_results.json.gz" in refusal(packed)
     assert "pdbench run" in refusal(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("single_results.json", lambda run: run["requests"].pop()),
+        ("single_results.json", request("output_tokens", 40)),
+        ("single_results.json", lambda run: run["config"]["load"].update(slo_ttft_ms=1.0)),
+        ("host_gpu_data.json", lambda file: file["devices"][0]["samples"].pop()),
+    ],
+)
+def test_file_that_somebody_changed_is_flagged(folder: Path, name: str, edit: Change) -> None:
+    path = folder / name if name.startswith("single") else next(folder.glob("*_gpu_data.json"))
+    change(path, edit)
+    (flag,) = (flag for flag in load_analysis(folder).flags if flag.name == "edited")
+    assert flag.detail.startswith(f"{path.name} changed after pdbench wrote it")
+
+
+def test_other_line_ends_and_files_of_before_are_no_change(folder: Path) -> None:
+    results = folder / "single_results.json"
+    written = results.read_bytes()
+    for saved in (written.replace(b"\n", b"\r\n"), written[: written.rindex(b',\n "checksum"')] + b"\n}\n"):
+        results.write_bytes(saved)
+        assert "edited" not in {flag.name for flag in load_analysis(folder).flags}
+
+
+def test_edited_copy_beside_the_results_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "single_results.json", folder / "before_results.json")
+    load_run(folder)
+    change(folder / "single_results.json", request("output_tokens", 40))
+    assert "give each run a folder of its own" in refusal(folder)

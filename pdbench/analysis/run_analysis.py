@@ -4,6 +4,7 @@ Nothing in it is rounded; what was not measured is None (NaN in arrays), never 0
 """
 
 from collections import Counter
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pdbench.analysis.metrics import (
 )
 from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import check_name, device_files, results_files, write_whole
+from pdbench.files import check_name, device_files, is_edited, results_files, sealed, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
 SCHEMA = "pdbench-analysis/4"
@@ -226,7 +227,7 @@ def save_analysis(analysis: RunAnalysis, folder: Path | str, source: str | None 
     folder takes no file."""
     path = Path(folder) / FILE
     analysis = msgspec.structs.replace(analysis, source=source or _source(Path(folder)))
-    write_whole(path, msgspec.json.encode(analysis, enc_hook=lambda array: array.tolist()))
+    write_whole(path, sealed(msgspec.json.encode(analysis, enc_hook=lambda array: array.tolist())))
     return path
 
 
@@ -237,8 +238,13 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
     # Of the files before they are read: when others are swapped in meanwhile, what is saved is made again.
     source = _source(folder)
     try:
-        saved = msgspec.json.decode((folder / FILE).read_bytes(), type=RunAnalysis, dec_hook=_array)
-        if source and (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source):
+        data = (folder / FILE).read_bytes()
+        saved = msgspec.json.decode(data, type=RunAnalysis, dec_hook=_array)
+        if (
+            source
+            and not is_edited(data)
+            and (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source)
+        ):
             check_name(saved.name, f"{folder / FILE}: name")
             return saved
     except (OSError, *NOT_JSON):
@@ -345,8 +351,9 @@ def _count(values: Array) -> int | None:
 
 
 def _source(folder: Path) -> str:
-    """A hash of the results and the device files; empty where they cannot be read."""
-    digest = blake2b(digest_size=16)
+    """A hash of the results, the device files and this package, whose figures may be others in the next commit; empty where they
+    cannot be read."""
+    digest = blake2b(_code(), digest_size=16)
     try:
         for path in (*results_files(folder), *device_files(folder)):
             data = path.read_bytes()
@@ -355,6 +362,11 @@ def _source(folder: Path) -> str:
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def _array(kind: Any, values: Any) -> Any:

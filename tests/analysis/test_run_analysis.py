@@ -55,9 +55,10 @@ def test_folder_is_analyzed_once(folder, monkeypatch):
         lambda folder: [path.unlink() for path in folder.glob("*_gpu_data.json")],
         lambda folder: (folder / FILE).write_text((folder / FILE).read_text().replace("analysis/", "analysis/0")),
         lambda folder: (folder / FILE).write_text((folder / FILE).read_text()[:1000]),
+        lambda folder: (folder / FILE).write_text((folder / FILE).read_text().replace('"p50":', '"p50":1', 1)),
         lambda folder: (folder / FILE).unlink(),
     ],
-    ids=["other results", "other devices", "other schema", "half a file", "no file"],
+    ids=["other results", "other devices", "other schema", "half a file", "edited figure", "no file"],
 )
 def test_analysis_that_is_not_of_these_results_is_made_again(folder, monkeypatch, change):
     load_analysis(folder)
@@ -66,6 +67,14 @@ def test_analysis_that_is_not_of_these_results_is_made_again(folder, monkeypatch
     assert equal(load_analysis(folder), analyze(load_run(folder)))
     assert equal(load_analysis(folder), analyze(load_run(folder)))
     assert counted == ["disaggregated"]
+
+
+def test_analysis_of_another_code_is_made_again(folder, monkeypatch):
+    """Of one version number there are many commits."""
+    load_analysis(folder)
+    counted = count_analyses(monkeypatch)
+    monkeypatch.setattr(run_analysis, "_code", lambda: b"another")
+    assert equal(load_analysis(folder), analyze(load_run(folder))) and counted == ["disaggregated"]
 
 
 def test_folder_that_takes_no_file_is_analyzed_all_the_same(folder, monkeypatch):
