@@ -304,6 +304,12 @@ def identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+def run_ids(folder: Path) -> list[str]:
+    """Which run the results files of `folder` hold, by their first lines."""
+    found = [re.search(rb'"run_id": ?"([0-9a-f]+)"', read_whole(path)[:400]) for path in results_files(folder)]
+    return [match[1].decode() if match else "" for match in found]
+
+
 def results_files(folder: Path) -> list[Path]:
     """Raises UserError for a folder that may not be read, which looks empty."""
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
-from pdbench.files import begin_again, check_name, check_writable, results_files, write_whole
+from pdbench.files import begin_again, check_name, check_writable, results_files, run_ids, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
 
@@ -186,6 +186,7 @@ def run(
             begin_again(folder, folder / f"{part}_results" if part else folder)
             folders = measure(options, folder, part)
             done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
+            done["runs"] = [run_ids(path) for path in folders]
             write_whole(folder / _done(part), json.dumps(done, indent=1).encode())
         except WriteError:  # the next point's would be lost, too
             raise
@@ -239,8 +240,12 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
         before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
         if not all(map(results_files, folders)):
             return None
+        runs = [run_ids(path) for path in folders]
+        other = done.get("runs", runs) != runs
     except (OSError, *NOT_JSON, KeyError, TypeError, UserError):
         return None
+    if other:
+        raise UserError(f"{folder} holds another run than was measured there: put its own back, or delete {folder}")
     if differs := differences(before, now):
         raise UserError(
             f"{folder} was measured with other options ({differs}): repeat its command, give another --out, or delete {folder}"

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from pdbench import cli, sweep
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import StartError, UserError
-from pdbench.records import Flag
+from pdbench.records import Flag, save_run
 from pdbench.report import mpl
 from pdbench.report import sweep as sweeps
 from tests.support.processes import call_pdbench, free_port
@@ -119,6 +120,20 @@ def test_points_of_other_options_are_refused_and_kept_before_anything_is_measure
     assert calls == [1] and {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == kept
     list(sweep.run(more, tmp_path, measure, CONSOLE, context))
     assert calls == [1, 2]
+
+
+def test_point_whose_run_was_exchanged_is_refused(tmp_path):
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
+        save_run(build_run("single", seed=options.load.concurrency or 0), folder / "single_results")
+        return [folder / "single_results"]
+
+    points = sweep.points(OPTIONS, ["concurrency=1,2"])
+    list(sweep.run(points, tmp_path, measure, CONSOLE))
+    first, second = (tmp_path / f"concurrency={count}" / "single_results" for count in (1, 2))
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with pytest.raises(UserError, match="concurrency=2 holds another run than was measured there"):
+        list(sweep.run(points, tmp_path, measure, CONSOLE))
 
 
 def test_a_failure_that_looks_like_markup_ends_no_sweep(tmp_path):
