@@ -302,10 +302,12 @@ class EventStream:
         decode = self._client.decode
         assert decode is not None
         error = decode.error
-        if error is None and not self._dialect.is_end(self.last):
+        # The end of the body ends an event that lacks its blank line.
+        held = self.held.rstrip() + b"\n\n" if self.held.strip() else b""
+        if error is None and not self._dialect.is_end(held or self.last):
             error = f"decode ended the stream without {(self._dialect.ends or (b'[DONE]',))[0].decode()}"
         if error is None:
-            self._end(self.held)
+            self._end(held)
         else:
             status = 504 if decode.timed_out else 502
             self.fail(RequestError(status, f"decode failed mid-stream: {error}", stage="decode"))

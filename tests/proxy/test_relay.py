@@ -139,6 +139,14 @@ def test_stream_without_done_ends_with_an_error_event(decode: tuple[Script, Scri
     assert "without [DONE]" in got.events[-1]["error"]["message"]
 
 
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n", b"data: [DONE]\r\n"])
+def test_done_without_its_blank_line_is_the_end(
+    decode: tuple[Script, ScriptedServer], relaying: Server, end: bytes
+) -> None:
+    got = answer(decode[0], relaying, [*[chunk(EVENT)] * 3, chunk(end) + chunk(b"")], pause_s=0.02)
+    assert got.complete and got.events == [*[token()] * 3, b"[DONE]"]
+
+
 def test_slow_client_gets_everything(decode: tuple[Script, ScriptedServer], relaying: Server) -> None:
     script, _ = decode
     event_64k = event(token("z" * 65_000))
