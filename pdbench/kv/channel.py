@@ -38,9 +38,19 @@ HANDSHAKE_TIMEOUT_S = 5.0
 UNAUTHENTICATED_LIMIT = 32
 _LENGTH = struct.Struct("!I")
 
+Address = tuple[str, int]
+
 
 class ChannelClosedError(ConnectionError):
     """The other side is gone, stalled, does not speak the protocol or was refused; the message says which."""
+
+
+def why_ended(error: Exception, peer: object) -> str:
+    """Why a connection's thread ended, in one line; what nobody expected is logged with its traceback."""
+    if isinstance(error, ChannelClosedError):
+        return str(error)
+    logger.exception("the KV connection to %s failed", peer)
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class WorkerContext:
     changed: threading.Condition
     finish: Callable[[TransferEvent], None]
     start_thread: Callable[..., threading.Thread]
-    returns_at: tuple[str, int] | None = None
+    returns_at: Address | None = None
 
     @property
     def piece_blocks(self) -> int:
@@ -77,7 +87,7 @@ class FetchRequest(msgspec.Struct, frozen=True, tag="request", tag_field="type")
     fingerprint: str
     start_block: int
     piece_blocks: int
-    returns_at: tuple[str, int] | None = None
+    returns_at: Address | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
@@ -287,7 +297,7 @@ def offer_handshake(channel: Channel, secret: bytes, identity: Identity, parts: 
     return [share for share in found if share.reader == identity.rank]
 
 
-def connect(address: tuple[str, int], rank: int, context: WorkerContext) -> tuple[Channel, list[Share]]:
+def connect(address: Address, rank: int, context: WorkerContext) -> tuple[Channel, list[Share]]:
     """Decode's connection to prefill's `rank`, ready after the handshake, and what this worker gets from all ranks of that instance.
 
     Raises ChannelClosedError.
@@ -312,7 +322,7 @@ class Listener:
     """
 
     def __init__(
-        self, address: tuple[str, int], context: WorkerContext, serve: Callable[[Channel, Identity, list[Share]], None]
+        self, address: Address, context: WorkerContext, serve: Callable[[Channel, Identity, list[Share]], None]
     ) -> None:
         self._context, self._serve = context, serve
         self._unauthenticated = threading.BoundedSemaphore(UNAUTHENTICATED_LIMIT)

@@ -19,12 +19,12 @@ from pdbench.kv.channel import (
     Blocks,
     Cancel,
     Channel,
-    ChannelClosedError,
     FetchRequest,
     Identity,
     Listener,
     Waiting,
     WorkerContext,
+    why_ended,
 )
 from pdbench.kv.ranks import Share
 from pdbench.kv.scheduler import PrefillEnd, StepPlan, Transfer
@@ -220,8 +220,8 @@ class Sender:
             peer.post(Cancel(request.transfer_id, "another request asked for this transfer id before"))
             return
         record = TransferEvent(side="send", transfer_id=request.transfer_id, asked_s=time.monotonic())
-        send.readers[peer.rank] = _Reader(peer, request, record)
-        self._match(send, send.readers[peer.rank])
+        reader = send.readers[peer.rank] = _Reader(peer, request, record)
+        self._match(send, reader)
 
     def _match(self, send: _Send, reader: _Reader) -> None:
         """Once both sides are here: start if they mean the same prompt; else refuse the request, so that another one may come."""
@@ -312,11 +312,8 @@ class Sender:
         try:
             loop(peer)
             return
-        except ChannelClosedError as error:
-            reason = str(error)
         except Exception as error:
-            logger.exception("the KV connection to %s failed", peer.link.channel.peer)
-            reason = f"{type(error).__name__}: {error}"
+            reason = why_ended(error, peer.link.channel.peer)
         peer.link.close()
         with self._changed:
             if peer in self._peers:

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import torch
 
@@ -50,9 +51,9 @@ def test_connection_that_just_closed_fails_its_fetches_once(tmp_path, noticed_by
         settled(p, d, good)
         fetch(d, waiting, [12, 13], p.port)
         receiver = d.worker._receiver
-        (peer,) = receiver._peers.values()
+        (peer,) = receiver._instances["127.0.0.1", p.port].peers.values()
         with d.worker._changed:  # the peer's thread cannot report the end before the engine used the connection
-            peer.link.channel.close()
+            peer.channel.close()
             if noticed_by == "a step":
                 fetch(d, next_one, [14, 15], p.port)
             elif noticed_by == "a cancellation":
@@ -81,14 +82,15 @@ def test_unpack_error_fails_the_fetch_of_a_lost_peer(kv_pair, monkeypatch):
     fetch(d, good, [10, 11], p.port)
     settled(p, d, good)
     receiver = d.worker._receiver
-    (peer,) = receiver._peers.values()
+    (instance,) = receiver._instances.values()
+    (peer,) = instance.peers.values()
 
     def unpack(*_):
         with d.worker._changed:
-            receiver._lose(peer, "the connection broke")
+            receiver._lose(instance, "the connection broke")
         raise RuntimeError("no such block")
 
-    monkeypatch.setattr(peer.link, "unpack", unpack)
+    monkeypatch.setattr(peer.connection, "unpack", unpack)
     prefill(p, bad, [3, 4])
     fetch(d, bad, [12, 13], p.port)
     d.until(lambda: d.failed == [bad.request_id])
@@ -179,6 +181,28 @@ def false_prefill(behave):
         yield listener.getsockname()[1]
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def test_rank_that_answers_after_its_instance_was_lost_is_disconnected():
+    """Prefill's first rank answers and dies while the second is still connecting."""
+    port = free_port(count=2)
+    with (
+        socket.create_server(("127.0.0.1", port)) as first,
+        socket.create_server(("127.0.0.1", port + 1)) as second,
+        instances(lambda: Instance("decode", kv_heads=2, layout=(BLOCKS, 2, BLOCK, 8))) as d,
+    ):
+        identity = msgspec.structs.replace(d.worker._receiver._context.identity, tensor_parallel=2)
+        transfer = new_transfer(8)
+        fetch(d, transfer, [5, 6], port)
+        channels = [Channel(first.accept()[0], 5.0)]
+        accept_handshake(channels[0], SECRET.encode(), identity, LAYERS)
+        channels.append(Channel(second.accept()[0], 5.0))
+        channels[0].close()
+        d.until(lambda: d.failed == [transfer.request_id])
+        accept_handshake(channels[1], SECRET.encode(), msgspec.structs.replace(identity, rank=1), LAYERS)
+        channels[1].set_timeout(PATIENCE_S)
+        with pytest.raises(ChannelClosedError, match="closed by the other side"):
+            channels[1].receive(idle=False)
 
 
 def first_piece(request, payload_bytes=None, **changes):

@@ -45,11 +45,11 @@ SCRIPT = (
     + """
 blocks = hand_over("first", 100)
 report(f"{blocks.double().sum().item()} {blocks.view(torch.int32).sum().item()}")
-half = instance.worker._sender or instance.worker._receiver
-assert half._peers
+sender, receiver = instance.worker._sender, instance.worker._receiver
+assert sender._peers if sender else receiver._instances
 if side == "decode":
     hand_over("lost", 8, failed=True)
-instance.until(lambda: not half._peers)
+instance.until(lambda: not (sender._peers if sender else receiver._instances))
 report("alone")
 hand_over("second", 8)
 report("handed over")
