@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -105,29 +104,16 @@ def _supervise(
     config: ProxyConfig, table: InstanceTable, event_log: int | None, listeners: list[socket.socket], text: str
 ) -> None:
     """Fork workers, replace one that dies, forward signals, wait for all. Prints `text` once signals are handled."""
-    stopping = False
+    signals = {*STOP_SIGNALS, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait
     workers: dict[int, int] = {}
+    starting, stopping = list(range(config.workers)), False
 
-    def stop(number: int, _frame: object) -> None:
-        nonlocal stopping
-        stopping = True
-        for process_id in workers:
-            os.kill(process_id, number)
-
-    def fork(index: int) -> None:
-        # With the signals blocked, `stop` finds the new worker in `workers`, or it is not forked.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        process_id = None if stopping else os.fork()
-        if process_id == 0:
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)  # until the worker has its own handlers
-        elif process_id is not None:
-            workers[process_id] = index
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        if process_id != 0:
-            return
+    def work(index: int) -> None:
         table.worker = index
         try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the worker has its own handlers
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             uvloop.run(_work(ProxyContext(config, table, event_log, metrics_dir), listeners[index]))
             os._exit(0)
         except BaseException:
@@ -135,23 +121,28 @@ def _supervise(
         finally:
             os._exit(1)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
     _say(text)
-    metrics_dir = tempfile.mkdtemp(prefix="pdbench-proxy-")
-    try:
-        for index in range(config.workers):
-            fork(index)
-        while workers:
-            process_id, status = os.wait()
-            index = workers.pop(process_id)
-            if not stopping:
-                log.error("worker %d ended (%s): restarting it", index, os.waitstatus_to_exitcode(status))
-                table.forget_worker(index)
+    with tempfile.TemporaryDirectory(prefix="pdbench-proxy-", ignore_cleanup_errors=True) as metrics_dir:
+        while starting or workers:
+            for index in starting:
+                process_id = os.fork()
+                if process_id == 0:
+                    work(index)
+                workers[process_id] = index
+            starting = []
+            number = signal.sigwait(signals)
+            if number in STOP_SIGNALS:
+                stopping = True
+                for process_id in workers:
+                    os.kill(process_id, number)
+            while workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                index = workers.pop(ended[0])
+                if not stopping:
+                    log.error("worker %d ended (%s): restarting it", index, os.waitstatus_to_exitcode(ended[1]))
+                    table.forget_worker(index)
+                    starting.append(index)
+            if starting:
                 time.sleep(0.2)
-                fork(index)
-    finally:
-        shutil.rmtree(metrics_dir, ignore_errors=True)
 
 
 async def _work(context: ProxyContext, listener: socket.socket) -> None:
