@@ -7,65 +7,34 @@ whole chunks of whole events goes back to the stream's own connection, whose par
 import asyncio
 import os
 import select
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pdbench.proxy.upstream import UpstreamRequest
 
 _READ_BYTES = 16384
 _EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
 
 
-class Source(Protocol):
-    """A connection to an instance, between two chunks of its answer."""
-
-    def data_received(self, data: bytes) -> None: ...
-
-    def resume(self) -> None:
-        """Read again: the relay has left it."""
-
-
-class Silence(Protocol):
-    quiet_s: float
-
-
-class Sink(Protocol):
-    """The client's stream; `held` is the part of an event that waits for its rest, `last` what was passed on last."""
-
-    transport: asyncio.Transport
-    held: bytes
-    last: bytes
-
-
-@dataclass(slots=True, eq=False)
-class RelayedStream:
-    """`stop_at`: a piece that contains it is not passed on as it is."""
-
-    sink: Sink
-    request: Silence
-    stop_at: bytes | None
-    source: Source
-    source_fd: int
-    sink_fd: int
-
-
 class Relay:
-    """The relayed streams of one worker."""
+    """The relayed streams of one worker: upstream requests between two chunks of their answers, by descriptor."""
 
     def __init__(self) -> None:
-        self._streams: dict[int, RelayedStream] = {}
+        self._streams: dict[int, UpstreamRequest] = {}
         self._poller = select.epoll()
 
     def start(self) -> None:
         """A poller can be polled: the loop calls back once per turn for all streams that have something to read."""
         asyncio.get_running_loop().add_reader(self._poller.fileno(), self._pass_on)
 
-    def enter(self, stream: RelayedStream) -> None:
+    def enter(self, stream: "UpstreamRequest") -> None:
         self._streams[stream.source_fd] = stream
         # Edge-triggered: the kernel need not look again at each stream that was read. It does not say twice what a read
         # leaves, so the relaying ends with a read that fills the buffer and with one beside the connection's end.
         self._poller.register(stream.source_fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
 
-    def leave(self, stream: RelayedStream) -> None:
+    def leave(self, stream: "UpstreamRequest") -> None:
         if self._streams.pop(stream.source_fd, None) is not None:
             self._poller.unregister(stream.source_fd)
 
@@ -89,7 +58,9 @@ class Relay:
             ):
                 self._return(stream, data)
                 continue
-            stream.sink.last, stream.request.quiet_s = data, 0.0
+            sink = stream.sink
+            assert sink is not None
+            sink.last, stream.quiet_s = data, 0.0
             try:
                 written = write(stream.sink_fd, data)
             except BlockingIOError:
@@ -98,13 +69,15 @@ class Relay:
                 written = len(data)
             if written < len(data):
                 self._return(stream, b"")
-                stream.sink.transport.write(data[written:])
+                sink.transport.write(data[written:])
 
-    def _return(self, stream: RelayedStream, data: bytes) -> None:
+    def _return(self, stream: "UpstreamRequest", data: bytes) -> None:
         self.leave(stream)
-        stream.source.resume()
+        connection = stream.connection
+        assert connection is not None
+        connection.transport.resume_reading()
         if data:
-            stream.source.data_received(data)
+            connection.data_received(data)
 
 
 def is_whole_events(data: bytes) -> bool:

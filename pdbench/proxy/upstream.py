@@ -6,13 +6,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import httptools
 
 from pdbench.config import ProxyConfig
 from pdbench.proxy.instances import Address, Instance, InstanceTable, State
 from pdbench.proxy.messages import Headers, header
-from pdbench.proxy.relay import Relay, RelayedStream, Sink
+from pdbench.proxy.relay import Relay
+
+if TYPE_CHECKING:
+    from pdbench.proxy.client import EventStream
 
 # Below uvicorn's 5 s keep-alive, so that a request seldom meets a connection that is being closed.
 MAX_IDLE_S = 4.0
@@ -61,7 +65,8 @@ class UpstreamRequest:
     """One request at one instance, sent at once. It never raises: `error` says why it failed.
 
     `tokens` and `requests`: its share of the instance's load, 0 for a health check. `started` is done at the first byte
-    of the body or at the end, `finished` at the end. The body gathers in `chunks` until `consume` is replaced.
+    of the body or at the end, `finished` at the end. The body gathers in `chunks` until `consume` is replaced. `sink` is the
+    client's stream that the relay passes whole events on to, but for a piece that contains `stop_at`.
     """
 
     pool: ConnectionPool
@@ -85,7 +90,10 @@ class UpstreamRequest:
     first_byte_s: float | None = None
     end_s: float | None = None
     connection: "InstanceConnection | None" = None
-    relayed: RelayedStream | None = None
+    sink: "EventStream | None" = None
+    stop_at: bytes | None = None
+    source_fd: int = -1
+    sink_fd: int = -1
     _body_bytes: int = 0
     _task: asyncio.Task[None] | None = None
 
@@ -114,7 +122,7 @@ class UpstreamRequest:
         self.data = b""
         if connection is not None:
             connection.request = None
-            self.leave_relay()
+            self.pool.relay.leave(self)
             connection.transport.abort()
         if task is not None and task is not asyncio.current_task():
             task.cancel()
@@ -124,18 +132,13 @@ class UpstreamRequest:
         if not self.started.done():
             self.started.set_result(None)
 
-    def relay_to(self, sink: Sink, stop_at: bytes | None) -> None:
+    def relay_to(self, sink: "EventStream", stop_at: bytes | None) -> None:
         """Pass what comes on to the client without parsing it, as long as it is whole events without `stop_at`."""
         if self.connection is None:  # all has come
             return
-        source_fd, sink_fd = (
-            transport.get_extra_info("socket").fileno() for transport in (self.connection.transport, sink.transport)
-        )
-        self.relayed = RelayedStream(sink, self, stop_at, self.connection, source_fd, sink_fd)
-
-    def leave_relay(self) -> None:
-        if self.relayed is not None:
-            self.pool.relay.leave(self.relayed)
+        self.sink, self.stop_at = sink, stop_at
+        self.source_fd = self.connection.transport.get_extra_info("socket").fileno()
+        self.sink_fd = sink.transport.get_extra_info("socket").fileno()
 
     def pause(self, paused: bool) -> None:
         """Stop reading while the client cannot take more; the instance then waits too, and that is not a stall."""
@@ -242,14 +245,11 @@ class InstanceConnection(asyncio.Protocol):
             bodies.clear()
         if self._complete and self.request is request:
             self._finish(request)
-        elif self._between_chunks and request.relayed is not None and self.request is request and not request.paused:
-            sink = request.relayed.sink
+        elif self._between_chunks and request.sink is not None and self.request is request and not request.paused:
+            sink = request.sink
             if not (sink.held or sink.transport.is_closing() or sink.transport.get_write_buffer_size()):
                 self.transport.pause_reading()
-                self.pool.relay.enter(request.relayed)
-
-    def resume(self) -> None:
-        self.transport.resume_reading()
+                self.pool.relay.enter(request)
 
     def eof_received(self) -> None:
         if self.request is not None and self._until_close:
