@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from pdbench.proxy.messages import ClientRequest, Fields
+from pdbench.proxy.messages import ClientRequest, Fields, value_of
+
+if TYPE_CHECKING:
+    from pdbench.proxy.client import EventStream
+    from pdbench.proxy.upstream import UpstreamRequest
 
 # vLLM's default for a completion that names no number of output tokens.
 DEFAULT_MAX_TOKENS = 16
@@ -29,8 +33,6 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "stop": ([], ""),
 }
-
-
 EDITED = b'"usage":{'
 """What an event contains that `event_editor` may change, all but the first."""
 
@@ -71,7 +73,7 @@ def is_exact(request: ClientRequest) -> bool:
     prompt = bytes(fields.get("prompt", b"")).lstrip(b"[ \t\r\n")[:1]
     if request.path != b"/v1/completions" or not (prompt == b'"' or prompt.isdigit()):
         return False
-    if "temperature" not in fields or bytes(fields.get("stream", b"")) != b"true":
+    if "temperature" not in fields or value_of(fields, "stream") != b"true":
         return False
     try:
         # Without a limit the context is the limit: whether a second token fits depends on the prompt's length.
@@ -96,7 +98,7 @@ def read(request: ClientRequest, answer_body: bytes) -> First | None:
     if not is_text or choice.finish_reason != "length" or not choice.token_ids or len(prompt_ids) < 3:
         return None
     event_choice = {"index": 0, "text": choice.text, "logprobs": None, "finish_reason": None, "stop_reason": None}
-    if bytes(request.fields.get("return_token_ids", b"")) == b"true":
+    if value_of(request.fields, "return_token_ids") == b"true":
         event_choice |= {"prompt_token_ids": choice.prompt_token_ids, "token_ids": choice.token_ids}
     event = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": answer.model}
     encoded = msgspec.json.encode({**event, "choices": [event_choice], "usage": None})
@@ -108,14 +110,6 @@ def read(request: ClientRequest, answer_body: bytes) -> First | None:
     return First(b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1, choice.text, choice.token_ids[0])
 
 
-class Stream(Protocol):
-    edit: Callable[[bytes], bytes] | None
-
-
-class Decode(Protocol):
-    def end(self, error: str | None) -> None: ...
-
-
 @dataclass(slots=True)
 class Check:
     """Decode was sent the same request and samples a first token, too: it is taken out of the stream that prefill's has opened.
@@ -124,8 +118,8 @@ class Check:
     """
 
     first: First
-    stream: Stream
-    decode: Decode
+    stream: "EventStream"
+    decode: "UpstreamRequest"
     differs: bool = False
 
     def first_events(self, events: bytes) -> bytes:
@@ -158,7 +152,7 @@ class Check:
 def event_editor(request: ClientRequest) -> Callable[[bytes], bytes]:
     """A function that turns decode's whole events into those of the client's request."""
     # The token that decode got in its prompt counts as output, and the prompt's ids were in the first event.
-    has_prompt_ids = bytes(request.fields.get("return_token_ids", b"")) == b"true"
+    has_prompt_ids = value_of(request.fields, "return_token_ids") == b"true"
 
     def edit(events: bytes) -> bytes:
         nonlocal has_prompt_ids
