@@ -104,7 +104,6 @@ class RequestHandler:
     prefill: UpstreamRequest | None = None
     decode: UpstreamRequest | None = None
     stream: EventStream | None = None
-    decode_only: bool = False
     wants_first_token: bool = False
     decode_after_prefill: bool = False
     reserved: Instance | None = None
@@ -127,9 +126,8 @@ class RequestHandler:
             self.event.prompt_tokens = request.tokens = messages.prompt_tokens(prompt)
             if protocol.has_prefill and protocol.decode_can_prefill:
                 self.event.decode_alone = self._why_decode_alone()
-            self.decode_only = not protocol.has_prefill or self.event.decode_alone is not None
-            may_open = protocol.first_token and context.config.first_token != "decode" and not self.decode_only
-            self.wants_first_token = may_open and first_token.is_exact(request)
+            may_open = protocol.first_token and context.config.first_token != "decode"
+            self.wants_first_token = may_open and self.event.decode_alone is None and first_token.is_exact(request)
             await context.admit()
             try:
                 self.event.admitted_s = time.monotonic()
@@ -160,15 +158,15 @@ class RequestHandler:
 
     async def _try_instances(self) -> None:
         """A stage that fails before a byte was passed on is tried again at another instance."""
-        config, table = self.context.config, self.context.table
-        may_recompute = config.fallback == "recompute" and self.context.protocol.decode_can_prefill
+        config, table, protocol = self.context.config, self.context.table, self.context.protocol
+        may_recompute = config.fallback == "recompute" and protocol.decode_can_prefill
         tried: set[int] = set()
         failure: StageError | None = None
         pair_header = messages.header(self.request.headers, b"x-pdbench-pair") or b""
         pair = int(pair_header) if pair_header.isdigit() and len(pair_header) < 10 else None
         while True:
             prefill = None
-            if not self.decode_only:
+            if protocol.has_prefill and self.event.decode_alone is None:
                 prefill = choose(config.prefill_policy, "prefill", table, self.prefix, tried, pair)
                 if prefill is None and not may_recompute:
                     raise failure or RequestError(503, "no prefill instance is ready", stage="prefill")
@@ -196,7 +194,7 @@ class RequestHandler:
             if self.event.retries >= config.retries:
                 if not (failure.stage == "prefill" and may_recompute):
                     raise failure
-                self.decode_only, self.event.decode_alone = True, "prefill-failed"
+                self.event.decode_alone = "prefill-failed"
 
     def _reserve(self, decode: Instance | None) -> None:
         """Count the request at the decode instance from its choice on: those that come while prefill works choose by it. None: no longer."""

@@ -113,6 +113,26 @@ def connections(server: Server, to: Server) -> int:
     return sum(end.raddr != () and end.raddr.port == to.port for end in ends)
 
 
+def test_request_that_decode_computes_alone_never_returns_to_prefill(tmp_path, pair):
+    """Its event would say both: that decode computed the prompt, and where prefill did."""
+    with instance(tmp_path, "hung") as hung, ThreadPoolExecutor() as threads:
+        options = ("--fallback", "recompute", "--health-interval-s", "60")
+        with proxy(tmp_path, *options, prefill=[pair[0]], decode=[hung]) as server:
+            server.wait_all_healthy()
+            assert server.request("POST", "/instances/prefill-0/drain").status == 200
+            hung.signal(signal.SIGSTOP)
+            running = threads.submit(server.complete)
+            wait_until(server.in_flight)
+            assert server.request("POST", "/instances", {"role": "decode", "url": pair[1].url}).status == 201
+            assert server.request("POST", "/instances/prefill-0/resume").status == 200
+            server.wait_all_healthy()
+            hung.kill()
+            answer = running.result()
+            assert answer.status == 200
+            event = server.event(answer.request_id)
+            assert (event["prefill"], event["decode_alone"], event["retries"]) == (None, "prefill-failed", 1)
+
+
 def test_dead_prefill_is_replaced_then_recomputed_by_decode(tmp_path, pair):
     with instance(tmp_path, "prefill-2") as second:
         options = ("--fallback", "recompute", "--prefill-policy", "round-robin", "--health-interval-s", "60")
