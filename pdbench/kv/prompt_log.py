@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,10 @@ class PromptLog:
         self._log = EventLog(path)
         self._server = Path(path).name.split(".")[0]
         self._open: dict[str, tuple[Request, PromptEvent]] = {}
-        self._computed: dict[str, None] = {}  # those of which a step was scheduled
         self._step_end_s = 0.0
-        self._launched_s: dict[int, float] = {}  # by the step's output, of steps with a prompt
+        self._launched_s: dict[
+            int, float
+        ] = {}  # by the step's output, of steps with a prompt; until then when it was scheduled
 
     def added(self, request: Request) -> None:
         """The engine took the request from its input, which it looks into between two steps."""
@@ -52,36 +54,40 @@ class PromptLog:
         """A step was scheduled; with asynchronous scheduling the one before may still run."""
         if not self._open:
             return
-        now_s, prompts = time.monotonic(), self._open
+        now_s = time.monotonic()
         for name, tokens in output.num_scheduled_tokens.items():
-            if name in prompts:
-                event = prompts[name][1]
+            if name in self._open:
+                event = self._open[name][1]
                 event.begin_s.append(now_s)
                 # vLLM may fill a prompt's last step up with drafts, to the size of steps that generate.
                 event.tokens.append(tokens - len(output.scheduled_spec_decode_tokens.get(name, ())))
-                self._computed[name] = None
+                self._launched_s[id(output)] = now_s
 
     def launched(self, output: SchedulerOutput) -> None:
         """The host has handed the step to the GPU, or to the processes that drive it."""
-        if self._computed:
+        if id(output) in self._launched_s:
             self._launched_s[id(output)] = time.monotonic()
 
     def computed(self, output: SchedulerOutput, at_s: float) -> None:
         """The output of a step arrived at `at_s`, and vLLM has added its tokens to the requests."""
+        before_s, self._step_end_s = self._step_end_s, at_s
         launched_s = self._launched_s.pop(id(output), None)
-        for name in [name for name in self._computed if name in output.num_scheduled_tokens]:
+        if launched_s is None:  # a step without a prompt
+            return
+        for name in output.num_scheduled_tokens:
+            if name not in self._open:
+                continue
             request, event = self._open[name]
             step = len(event.end_s)
             if step < len(event.begin_s):
                 # With asynchronous scheduling the one before may still have run, and its output is read only once this one is
                 # launched, which takes the host as long as the GPU for a prompt of eager kernels: waiting is what came after.
-                waited_s = max(self._step_end_s - (launched_s or event.begin_s[step]), 0.0)
+                waited_s = max(before_s - launched_s, 0.0)
                 event.begin_s[step] = max([event.begin_s[step] + waited_s, *event.end_s[-1:]])
                 event.end_s.append(at_s)
             if request.num_output_tokens > 0:
                 event.first_token_s = at_s
                 self._close(name, event)
-        self._step_end_s = at_s
 
     def freed(self, request: Request) -> None:
         """The request is over; one that got its first token in this step is logged by `computed`."""
@@ -95,7 +101,6 @@ class PromptLog:
 
     def _close(self, name: str, event: PromptEvent) -> None:
         del self._open[name]
-        self._computed.pop(name, None)
         steps = len(event.end_s)
         del event.begin_s[steps:], event.tokens[steps:]  # scheduled ahead: no part of the prompt
         self._log.add(event)
@@ -103,19 +108,12 @@ class PromptLog:
 
 def scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     """What vLLM constructs: its scheduler for this configuration, with a log if `LOG_VARIABLE` names one."""
-    # Imported here: vLLM resolves the name before its platform is known.
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    base: type = Scheduler
     asynchronous = getattr(vllm_config.scheduler_config, "async_scheduling", False)
+    module, name = ("async_scheduler", "AsyncScheduler") if asynchronous else ("scheduler", "Scheduler")
     if getattr(vllm_config, "diffusion_config", None) is not None:
-        from vllm.v1.core.sched import diffusion_scheduler
-
-        base = getattr(diffusion_scheduler, "DiffusionAsyncScheduler" if asynchronous else "DiffusionScheduler")
-    elif asynchronous:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-
-        base = AsyncScheduler
+        module, name = "diffusion_scheduler", f"Diffusion{name}"
+    # Imported here: vLLM resolves this function's name before its platform is known.
+    base: type = getattr(import_module(f"vllm.v1.core.sched.{module}"), name)
     path = os.environ.get(LOG_VARIABLE)
     if path:
         base = type(f"Logged{base.__name__}", (_Logged, base), {"prompt_log": PromptLog(path)})
