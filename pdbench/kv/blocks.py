@@ -43,12 +43,12 @@ class BlockPacker:
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
         """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
         packed = out[: len(block_ids) * self.block_bytes]
-        _gather(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+        _copy(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype), True)
         return packed
 
     def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
-        _scatter(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype))
+        _copy(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype), False)
 
     def share(self, share: Share, first_head: int) -> BlockPacker:
         """The packer of a share of the heads and layers; `first_head` is the first of the model's heads in this cache."""
@@ -81,24 +81,17 @@ class BlockPacker:
 # Scripted, a loop over all layers runs without the interpreter's lock: otherwise each layer's copy would wait for the engine's
 # thread to let go of it, and would make that thread wait in turn.
 @torch.jit.script
-def _gather(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
+def _copy(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor, gather: bool) -> None:
     start = 0
     for part in parts:
         shape = part.size()
         shape[0] = index.numel()
         size = index.numel() * part[0].numel()
-        torch.index_select(part, 0, index, out=packed.narrow(0, start, size).view(shape))
-        start += size
-
-
-@torch.jit.script
-def _scatter(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor) -> None:
-    start = 0
-    for part in parts:
-        shape = part.size()
-        shape[0] = index.numel()
-        size = index.numel() * part[0].numel()
-        part.index_copy_(0, index, packed.narrow(0, start, size).view(shape))
+        piece = packed.narrow(0, start, size).view(shape)
+        if gather:
+            torch.index_select(part, 0, index, out=piece)
+        else:
+            part.index_copy_(0, index, piece)
         start += size
 
 
@@ -110,10 +103,8 @@ def make_packer(
     `drafts` are a draft model's layers. Raises UnsupportedError for odd layouts.
     """
     seen: dict[int, torch.Size] = {}  # by address: layers may share one cache, and those of several groups share blocks
-    parts: list[torch.Tensor] = []
-    head_bytes: list[int] = []
-    firsts: list[torch.Tensor] = []
-    target_parts = 0
+    own: list[tuple[torch.Tensor, torch.Tensor]] = []  # caches, and one part of each
+    drafted: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name in sorted(kv_caches, key=lambda name: name in drafts):
         cache = kv_caches[name]
         if not isinstance(cache, torch.Tensor):
@@ -122,14 +113,11 @@ def make_packer(
             heads = heads if cache.shape == seen[cache.data_ptr()] else 0
             continue
         seen[cache.data_ptr()] = cache.shape
-        layer_parts = _layer_parts(name, cache, blocks)
-        if not parts or (name in drafts and len(parts) == target_parts):
-            firsts.append(cache)
-        parts += layer_parts
-        head_bytes += len(layer_parts) * [_head_bytes(cache, heads)]
-        target_parts = target_parts if name in drafts else len(parts)
-    if not target_parts:
+        (drafted if name in drafts else own).extend((cache, part) for part in _layer_parts(name, cache, blocks))
+    if not own:
         raise UnsupportedError("this model has no KV cache to move")
+    target_parts, parts = len(own), [part for _, part in own + drafted]
+    head_bytes = [_head_bytes(cache, heads) for cache, _ in own + drafted]
     heads = heads if all(head_bytes[:target_parts]) else 0
     sizes = [part.shape[1] * part.element_size() for part in parts]
     runs = [run if heads and run else size for run, size in zip(head_bytes, sizes, strict=True)]
@@ -142,11 +130,11 @@ def make_packer(
     return BlockPacker(
         parts=tuple(parts),
         block_bytes=sum(sizes),
-        layout=_layout(firsts[0], sizes[:target_parts], heads),
+        layout=_layout(own[0][0], sizes[:target_parts], heads),
         heads=heads,
         head_words=tuple(run // width if run else 0 for run in head_bytes) if heads else (),
         target_parts=target_parts,
-        drafts=_layout(firsts[1], sizes[target_parts:], split) if len(firsts) > 1 else "",
+        drafts=_layout(drafted[0][0], sizes[target_parts:], split) if drafted else "",
     )
 
 
