@@ -71,15 +71,12 @@ class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[m
         if worker is not None and (received := worker.take_received()):
             connector_output.finished_recving = received.union(connector_output.finished_recving or ())
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; True keeps its blocks until get_finished reports it as sent."""
         return self._scheduler.finished(request), None
 
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """What vLLM calls in place of request_finished for connectors that take several groups of blocks."""
-        return self._scheduler.finished(request), None
+    request_finished_all_groups = request_finished
+    """What vLLM calls in its place for connectors that take several groups of blocks."""
 
     def has_pending_push_work(self) -> bool:
         """Must the engine take a step only for the connector?"""

@@ -92,13 +92,7 @@ class PdKvStats(KVConnectorStats):
 class PdKvPromMetrics(KVConnectorPromMetrics):
     """The same as Prometheus metrics, labelled by side (send, receive) beside vLLM's own labels."""
 
-    def __init__(
-        self,
-        vllm_config: Any,
-        metric_types: Any,
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> None:
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._metrics: dict[tuple[int, str, str], Any] = {}
         for name, (text, more) in _METRICS.items():
