@@ -31,8 +31,7 @@ from pdbench.kv.ranks import Identity, Share, matching_shares
 logger = logging.getLogger(f"vllm.{__name__}")
 
 PROTOCOL = "pdbench-kv/4"
-MESSAGE_LIMIT_BYTES = 1 << 20
-HANDSHAKE_LIMIT_BYTES = 1 << 16
+MESSAGE_LIMIT_BYTES = 1 << 16
 HANDSHAKE_TIMEOUT_S = 5.0
 # Connections that have not proved the secret yet; further ones are closed at once.
 UNAUTHENTICATED_LIMIT = 32
@@ -155,12 +154,12 @@ class Channel:
         except OSError as error:
             raise self.failed(error, "took no data") from error
 
-    def receive(self, kind: Any = dict[str, Any], limit_bytes: int = MESSAGE_LIMIT_BYTES, idle: bool = True) -> Any:
+    def receive(self, kind: Any = dict[str, Any], idle: bool = False) -> Any:
         """The next message, of a type in `kind`; with `idle` it may take any time to begin. Raises ChannelClosedError."""
         head = bytearray(_LENGTH.size)
         self.receive_into(memoryview(head), idle=idle)
         (size,) = _LENGTH.unpack(head)
-        if size > limit_bytes:
+        if size > MESSAGE_LIMIT_BYTES:
             raise self.failed(f"a message of {size} bytes, which is not {PROTOCOL}")
         body = bytearray(size)
         self.receive_into(memoryview(body))
@@ -253,47 +252,49 @@ def _proved(secret: bytes, side: str, our_nonce: str, their_nonce: str, message:
     return identity
 
 
-def accept_handshake(channel: Channel, secret: bytes, identity: Identity, parts: int) -> tuple[Identity, list[Share]]:
+def accept_handshake(channel: Channel, context: WorkerContext) -> tuple[Identity, list[Share]]:
     """Prefill's side of the handshake: who decode is, and what travels to its rank from this one; nothing where it only asks how many
     ranks there are. Raises ChannelClosedError, with the channel closed."""
-    nonce = secrets.token_hex(16)
+    secret, identity, nonce = context.secret, context.identity, secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
     channel.send({"protocol": PROTOCOL, "nonce": nonce})
-    answer = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    answer = channel.receive()
     their_nonce = str(answer.get("nonce", ""))
     try:
         theirs = _proved(secret, "decode", nonce, their_nonce, answer)
-        found = matching_shares(identity, theirs, parts)
+        found = matching_shares(identity, theirs, context.packer.target_parts)
     except ValueError as refusal:
         channel.send({"refused": str(refusal)})
         raise channel.failed(str(refusal)) from None
     channel.send({"identity": identity, "proof": _proof(secret, "prefill", their_nonce, nonce, identity)})
+    channel.set_timeout(context.timeout_s)
     return theirs, [share for share in found if share.rank == identity.rank]
 
 
-def offer_handshake(channel: Channel, secret: bytes, identity: Identity, parts: int, rank: int) -> list[Share]:
+def offer_handshake(channel: Channel, context: WorkerContext, rank: int) -> list[Share]:
     """Decode's side of the handshake, with prefill's `rank`: what travels to this rank from all of prefill's.
 
     Raises ChannelClosedError, with the channel closed.
     """
-    nonce = secrets.token_hex(16)
+    secret, identity, nonce = context.secret, context.identity, secrets.token_hex(16)
     channel.set_timeout(HANDSHAKE_TIMEOUT_S)
-    hello = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    hello = channel.receive()
     if hello.get("protocol") != PROTOCOL:
         raise channel.failed(f"it speaks {hello.get('protocol')!r}, not {PROTOCOL}")
     their_nonce = str(hello.get("nonce", ""))
     proof = _proof(secret, "decode", their_nonce, nonce, identity)
     channel.send({"nonce": nonce, "proof": proof, "identity": identity})
-    answer = channel.receive(limit_bytes=HANDSHAKE_LIMIT_BYTES, idle=False)
+    answer = channel.receive()
     if "refused" in answer:
         raise channel.failed(f"prefill refused the handshake: {answer['refused']}")
     try:
         theirs = _proved(secret, "prefill", nonce, their_nonce, answer)
         if theirs.rank != rank:
             raise ValueError(f"it is rank {theirs.rank} of a prefill instance, not {rank}: their KV ports overlap")
-        found = matching_shares(theirs, identity, parts)
+        found = matching_shares(theirs, identity, context.packer.target_parts)
     except ValueError as refusal:
         raise channel.failed(str(refusal)) from None
+    channel.set_timeout(context.timeout_s)
     return [share for share in found if share.reader == identity.rank]
 
 
@@ -302,17 +303,15 @@ def connect(address: Address, rank: int, context: WorkerContext) -> tuple[Channe
 
     Raises ChannelClosedError.
     """
-    (host, port), timeout_s = address, context.timeout_s
     begun_s = time.monotonic()
     try:
-        connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_TIMEOUT_S))
+        connection = socket.create_connection(address, timeout=min(context.timeout_s, HANDSHAKE_TIMEOUT_S))
     except (OSError, ValueError, OverflowError) as error:
         waited_s = time.monotonic() - begun_s
+        host, port = address
         raise ChannelClosedError(f"{host}:{port} is not reachable ({error}, after {waited_s:.1f} s)") from error
-    channel = Channel(connection, timeout_s)
-    found = offer_handshake(channel, context.secret, context.identity, context.packer.target_parts, rank)
-    channel.set_timeout(timeout_s)
-    return channel, found
+    channel = Channel(connection, HANDSHAKE_TIMEOUT_S)
+    return channel, offer_handshake(channel, context, rank)
 
 
 class Listener:
@@ -365,12 +364,9 @@ class Listener:
             deadline = threading.Timer(2 * HANDSHAKE_TIMEOUT_S, channel.close)
             deadline.start()
             try:
-                context = self._context
-                parts = context.packer.target_parts
-                decode, found = accept_handshake(channel, context.secret, context.identity, parts)
+                decode, found = accept_handshake(channel, self._context)
             finally:
                 deadline.cancel()
-            channel.set_timeout(self._context.timeout_s)
         except Exception as error:
             connection.close()
             logger.warning("a KV connection was refused: %s", error)

@@ -305,7 +305,7 @@ class Receiver:
                 self._send_unsent(peer, channel)
                 logger.info("prefill worker %s is connected", channel.peer)
                 while True:
-                    message = channel.receive(Blocks | Cancel | Waiting)
+                    message = channel.receive(Blocks | Cancel | Waiting, idle=True)
                     if isinstance(message, Blocks):
                         self._receive_blocks(address, link, message)
                         continue

@@ -325,7 +325,7 @@ class Sender:
 
     def _read(self, peer: _Peer) -> None:
         while True:
-            message = peer.link.channel.receive(FetchRequest | Cancel)
+            message = peer.link.channel.receive(FetchRequest | Cancel, idle=True)
             with self._changed:
                 if isinstance(message, FetchRequest):
                     self._request(message, peer)

@@ -200,7 +200,7 @@ class NcclLink(Link):
             unique_id = self._library.ncclGetUniqueId()
             self.channel.send({"type": "nccl", "id": bytes(unique_id.internal).hex()})
         else:
-            message = self.channel.receive(idle=False)
+            message = self.channel.receive()
             try:
                 unique_id = self._library.unique_id_from_bytes(bytes.fromhex(message["id"]))
             except (KeyError, TypeError, ValueError) as error:

@@ -25,6 +25,11 @@ IDENTITY = Identity(
 )
 
 
+def context_of(secret=SECRET, identity=IDENTITY):
+    """What the handshake reads of a worker's context."""
+    return SimpleNamespace(secret=secret, identity=identity, packer=SimpleNamespace(target_parts=2), timeout_s=5.0)
+
+
 @pytest.fixture
 def ends():
     """Decode's and prefill's end of a TCP connection over the loopback."""
@@ -39,15 +44,15 @@ def shake(ends, *, decode_secret=SECRET, decode_identity=IDENTITY):
     """Run both sides of the handshake; returns what each side raised."""
     raised = {}
 
-    def side(name, handshake, end, secret, identity, *more):
+    def side(name, handshake, *arguments):
         try:
-            handshake(end, secret, identity, 2, *more)
+            handshake(*arguments)
         except ChannelClosedError as error:
             raised[name] = error
 
-    prefill = threading.Thread(target=side, args=("prefill", accept_handshake, ends[1], SECRET, IDENTITY))
+    prefill = threading.Thread(target=side, args=("prefill", accept_handshake, ends[1], context_of()))
     prefill.start()
-    side("decode", offer_handshake, ends[0], decode_secret, decode_identity, 1)
+    side("decode", offer_handshake, ends[0], context_of(decode_secret, decode_identity), 1)
     prefill.join()
     return raised
 
@@ -116,10 +121,10 @@ def test_equal_widths_need_no_heads():
 
 
 def test_prefills_rank_that_is_not_the_one_meant_is_refused(ends):
-    thread = threading.Thread(target=accept_handshake, args=(ends[1], SECRET, IDENTITY, 2))
+    thread = threading.Thread(target=accept_handshake, args=(ends[1], context_of()))
     thread.start()
     with pytest.raises(ChannelClosedError, match="it is rank 1 of a prefill instance, not 0"):
-        offer_handshake(ends[0], SECRET, IDENTITY, 2, 0)
+        offer_handshake(ends[0], context_of(), 0)
     thread.join()
 
 
@@ -133,7 +138,7 @@ def test_prefill_that_reflects_the_proof_is_refused(ends):
     thread = threading.Thread(target=impostor)
     thread.start()
     with pytest.raises(ChannelClosedError, match="did not prove"):
-        offer_handshake(ends[0], SECRET, IDENTITY, 2, 1)
+        offer_handshake(ends[0], context_of(), 1)
     thread.join()
 
 
@@ -155,13 +160,13 @@ def test_unauthenticated_peer_is_refused_whatever_it_sends(ends, sent):
     ends[0]._socket.sendall(sent)
     ends[0]._socket.shutdown(socket.SHUT_WR)
     with pytest.raises(ChannelClosedError):
-        accept_handshake(ends[1], SECRET, IDENTITY, 2)
+        accept_handshake(ends[1], context_of())
 
 
 def test_silent_unauthenticated_peer_is_refused_after_the_handshake_timeout(ends, monkeypatch):
     monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT_S", 0.2)
     with pytest.raises(ChannelClosedError, match="in time"):
-        accept_handshake(ends[1], SECRET, IDENTITY, 2)
+        accept_handshake(ends[1], context_of())
 
 
 def test_peer_that_stops_reading_is_disconnected(ends):

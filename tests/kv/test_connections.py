@@ -1,5 +1,6 @@
 """Every fault of a connection, over real sockets: peers that die, stall, misbehave or are not authenticated."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -26,7 +27,6 @@ from tests.support.kv import (
     BLOCKS,
     LAYERS,
     PATIENCE_S,
-    SECRET,
     Instance,
     cancel,
     fetch,
@@ -132,7 +132,7 @@ def test_decode_that_waits_for_the_first_step_is_disconnected_after_the_timeout(
             channel.send({"type": "nonsense"})
         channel.set_timeout(5.0)
         with pytest.raises(ChannelClosedError):
-            channel.receive(idle=False)
+            channel.receive()
 
 
 def test_prefill_after_its_request_timed_out_keeps_nothing():
@@ -140,7 +140,7 @@ def test_prefill_after_its_request_timed_out_keeps_nothing():
         p.step()
         transfer, channel = new_transfer(8), connected(p)
         channel.send(FetchRequest(transfer.transfer_id, tokens=8, fingerprint="same", start_block=0, piece_blocks=4))
-        assert "no such prefill came" in channel.receive()["reason"]
+        assert "no such prefill came" in channel.receive(idle=True)["reason"]
         prefill(p, transfer, [1, 2])
         assert p.sent == [transfer.request_id]
 
@@ -152,7 +152,7 @@ def test_reader_error_disconnects_the_peer(monkeypatch, caplog):
         monkeypatch.setattr(sender, "_remember", lambda *_: 1 / 0)
         channel.send(Cancel("t", "why"))
         with pytest.raises(ChannelClosedError):
-            channel.receive(idle=False)
+            channel.receive()
         p.until(lambda: not sender._peers)
         assert "ZeroDivisionError" in caplog.text
 
@@ -170,11 +170,10 @@ def false_prefill(behave):
         def serve():
             connection, _ = listener.accept()
             channel = Channel(connection, 5.0)
-            accept_handshake(channel, SECRET.encode(), identity, LAYERS)
+            accept_handshake(channel, template.worker._receiver._context)
             behave(channel)
 
         template = Instance("decode")
-        identity = template.worker._receiver._context.identity
         template.worker.close()
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -191,18 +190,22 @@ def test_rank_that_answers_after_its_instance_was_lost_is_disconnected():
         socket.create_server(("127.0.0.1", port + 1)) as second,
         instances(lambda: Instance("decode", kv_heads=2, layout=(BLOCKS, 2, BLOCK, 8))) as d,
     ):
-        identity = msgspec.structs.replace(d.worker._receiver._context.identity, tensor_parallel=2)
+        ours = d.worker._receiver._context
+        of_rank = [
+            dataclasses.replace(ours, identity=msgspec.structs.replace(ours.identity, tensor_parallel=2, rank=rank))
+            for rank in (0, 1)
+        ]
         transfer = new_transfer(8)
         fetch(d, transfer, [5, 6], port)
         channels = [Channel(first.accept()[0], 5.0)]
-        accept_handshake(channels[0], SECRET.encode(), identity, LAYERS)
+        accept_handshake(channels[0], of_rank[0])
         channels.append(Channel(second.accept()[0], 5.0))
         channels[0].close()
         d.until(lambda: d.failed == [transfer.request_id])
-        accept_handshake(channels[1], SECRET.encode(), msgspec.structs.replace(identity, rank=1), LAYERS)
+        accept_handshake(channels[1], of_rank[1])
         channels[1].set_timeout(PATIENCE_S)
         with pytest.raises(ChannelClosedError, match="closed by the other side"):
-            channels[1].receive(idle=False)
+            channels[1].receive()
 
 
 def first_piece(request, payload_bytes=None, **changes):
