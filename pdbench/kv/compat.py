@@ -28,7 +28,7 @@ HYBRID = (0, 32)
 """First minor version of vLLM in which groups of blocks are moved; before, vLLM makes one group of full attention and windows."""
 # KV caches whose block i holds the prompt's i-th tokens and nothing else. Subclasses of these specs (attention sinks, evicted
 # windows, hidden states) hold more, or less. Of a sliding window only the last blocks are kept.
-_FULL_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+_FULL_SPECS = {"FullAttentionSpec", "MLAAttentionSpec"}
 _WINDOW_SPEC = "SlidingWindowSpec"
 
 
@@ -77,26 +77,22 @@ def shared_secret() -> bytes:
     return secret.encode()
 
 
-def check_version(text: str | None = None) -> None:
-    """Raise UnsupportedError unless the installed vLLM (or the version `text`) is in the supported range."""
-    if text is None:
-        text = str(import_module("vllm").__version__)
-    if not SUPPORTED[0] <= _minor(text) <= SUPPORTED[1]:
+def check_version() -> None:
+    """Raise UnsupportedError unless the installed vLLM is in the supported range."""
+    text, minor = _vllm_version()
+    if not SUPPORTED[0] <= minor <= SUPPORTED[1]:
         raise UnsupportedError(f"PdKvConnector works with vLLM {RANGE_TEXT}, this is {text}: install another version")
 
 
-def _minor(text: str) -> tuple[int, int]:
+def _vllm_version() -> tuple[str, tuple[int, int]]:
+    text = str(import_module("vllm").__version__)
     match = re.match(r"(\d+)\.(\d+)", text)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
-def _moves_groups() -> bool:
-    return _minor(str(import_module("vllm").__version__)) >= HYBRID
+    return text, (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def hybrid_base() -> Any:
     """What the connector's class must inherit for vLLM to give it several groups of blocks; a class of no effect before 0.32."""
-    if not _moves_groups():
+    if _vllm_version()[1] < HYBRID:
         return type("OneGroup", (), {})
     return import_module("vllm.distributed.kv_transfer.kv_connector.v1.base").SupportsHMA
 
@@ -112,10 +108,9 @@ def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     caches = kv_cache_config.kv_cache_groups
     if not caches:
         raise UnsupportedError("this model has no KV cache to move: serve it without disaggregation")
-    for layer_spec in _layer_specs(kv_cache_config):
-        kind = type(layer_spec).__name__
-        movable = kind == _WINDOW_SPEC and _moves_groups() and hasattr(layer_spec, "extra_retained_tokens")
-        if kind not in _FULL_SPECS and not movable:
+    movable = _FULL_SPECS | {_WINDOW_SPEC} if _vllm_version()[1] >= HYBRID else _FULL_SPECS
+    for kind in (type(spec).__name__ for spec in _layer_specs(kv_cache_config)):
+        if kind not in movable:
             raise UnsupportedError(
                 "PdKvConnector moves the KV blocks of full attention (MLA included) and, with vLLM "
                 f"{'.'.join(map(str, HYBRID))} and newer, of sliding windows, and this model has a {kind}: "
@@ -200,10 +195,8 @@ def kv_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     specs = _layer_specs(kv_cache_config, vllm_config)
     if all(type(spec).__name__ == "MLAAttentionSpec" for spec in specs):
         return 1
-    heads, ranks = (
-        int(vllm_config.model_config.get_total_num_kv_heads()),
-        vllm_config.parallel_config.tensor_parallel_size,
-    )
+    heads = int(vllm_config.model_config.get_total_num_kv_heads())
+    ranks = vllm_config.parallel_config.tensor_parallel_size
     evenly = heads % ranks == 0 or ranks % heads == 0
     return heads if evenly and all(spec.num_kv_heads == max(1, heads // ranks) for spec in specs) else 0
 

@@ -107,7 +107,7 @@ class Receiver:
     `may_report(request id)`, called with the lock when a fetch has ended: is nothing else done with the request's blocks?
     """
 
-    def __init__(self, context: WorkerContext, may_report: Callable[[str], bool] = lambda request_id: True) -> None:
+    def __init__(self, context: WorkerContext, may_report: Callable[[str], bool]) -> None:
         self._may_report = may_report
         self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
         self._receives: dict[str, _Receive] = {}

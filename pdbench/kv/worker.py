@@ -101,9 +101,8 @@ class KvWorker:
         self._new_blocks_idle, self._passes_before = new_blocks_idle, None
         self._drafting: list[PrefillProgress] | None = [] if packer.drafts else None
         if options.transport == "nccl" and not self._on_gpu:
-            raise UnsupportedError(
-                f"transport nccl moves KV between GPUs and this cache is on {packer.device}: use tcp"
-            )
+            where = f"this cache is on {packer.device}"
+            raise UnsupportedError(f"transport nccl moves KV between GPUs and {where}: use tcp")
         self._threads = Threads()
         self._changed = threading.Condition()
         self._closed = threading.Event()
@@ -124,9 +123,7 @@ class KvWorker:
         if produces or options.return_kv:
             self._sender = Sender(address, context)
             logger.info("rank %d listens for its peers on %s:%d (%s)", identity.rank, *address, options.transport)
-        self._receiver = Receiver(
-            context, self._sender.withdraw if self._sender is not None else lambda request_id: True
-        )
+        self._receiver = Receiver(context, self._sender.withdraw if self._sender else lambda request_id: True)
         self._threads.start("kv-time", self._keep_time, min(1.0, options.transfer_timeout_s / 10))
 
     def before_forward(self, plan: StepPlan) -> None:
