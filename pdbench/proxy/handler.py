@@ -116,10 +116,8 @@ class RequestHandler:
         self.event.request_id, self.event.received_s = request.request_id.decode("latin-1"), request.received_s
         try:
             if protocol.addresses_in_id and not request.dialect.names_request:
-                path = request.path.decode("latin-1")
-                raise RequestError(
-                    404, f"{path} carries no KV transfer of vLLM's own connector: use /v1/chat/completions"
-                )
+                path, remedy = request.path.decode("latin-1"), "use /v1/chat/completions"
+                raise RequestError(404, f"{path} carries no KV transfer of vLLM's own connector: {remedy}")
             request.fields = messages.parse_fields(request.body)
             prompt = bytes(request.fields.get(request.dialect.prompt, b""))
             self.prefix = prompt[:_PREFIX_BYTES]
@@ -224,12 +222,7 @@ class RequestHandler:
         self.event.transfer_id = handoff.transfer_id
         if protocol.addresses_in_id:
             request = replace(request, request_id=handoff.builtin_request_id)
-        body = prefill_body(
-            request,
-            protocol.prefill_params(handoff),
-            wants_token=self.wants_first_token,
-            compares_prompts=protocol.compares_prompts,
-        )
+        body = prefill_body(request, protocol, handoff, wants_token=self.wants_first_token)
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv
         if protocol.concurrent_dispatch and not prefill_first:

@@ -61,17 +61,10 @@ class KvProtocol(NamedTuple):
     returns_kv: bool = False
 
 
-def prefill_body(
-    request: ClientRequest,
-    kv_transfer_params: bytes | None,
-    *,
-    wants_token: bool = False,
-    compares_prompts: bool = False,
-) -> bytes:
+def prefill_body(request: ClientRequest, protocol: KvProtocol, handoff: Handoff, *, wants_token: bool) -> bytes:
     """The client's body with one token and no stream, without what only concerns the answer.
 
-    `wants_token`: the token is the client's first one, so what concerns it stays. `compares_prompts`: fields of which a chat template may
-    tell the model can go, because KV of a prompt that differs is not used.
+    `wants_token`: the token is the client's first one, so what concerns it stays.
     """
     dropped = _NOT_FOR_PREFILL if wants_token else _NOT_FOR_UNSEEN_TOKEN
     fields = {name: value for name, value in request.fields.items() if name not in dropped}
@@ -83,14 +76,15 @@ def prefill_body(
     else:
         # An end of the text as the one token would be no handoff for NIXL, which hands over what reached its limit.
         fields["ignore_eos"] = msgspec.Raw(b"true")
-        if compares_prompts:
+        if protocol.compares_prompts:  # what a chat template may tell the model can go, too
             fields.pop("response_format", None)
             # vLLM may answer 500 when a tool call must fit into one token; the tools themselves are part of the prompt.
             choice = value_of(fields, "tool_choice")
             if choice not in (b"null", b'"auto"', b'"none"') and request.path == b"/v1/chat/completions":
                 fields["tool_choice"] = msgspec.Raw(b'"none"')
-    if kv_transfer_params is not None:
-        fields["kv_transfer_params"] = msgspec.Raw(kv_transfer_params)
+    params = protocol.prefill_params(handoff)
+    if params is not None:
+        fields["kv_transfer_params"] = msgspec.Raw(params)
     return msgspec.json.encode(fields)
 
 
@@ -113,15 +107,9 @@ def _pdbench_prefill(handoff: Handoff) -> bytes:
 
 
 def _pdbench_decode(handoff: Handoff, prefill_answer: bytes) -> bytes:
-    params: dict[str, str | int | bool] = {
-        "transfer_id": handoff.transfer_id,
-        "do_remote_prefill": True,
-        "remote_host": handoff.prefill.kv_host,
-        "remote_port": handoff.prefill.kv_port,
-    }
-    if handoff.prefilled_tokens is not None:
-        params["prefilled_tokens"] = handoff.prefilled_tokens
-    return msgspec.json.encode(params)
+    source = {"remote_host": handoff.prefill.kv_host, "remote_port": handoff.prefill.kv_port}
+    prefilled = {} if handoff.prefilled_tokens is None else {"prefilled_tokens": handoff.prefilled_tokens}
+    return msgspec.json.encode({"transfer_id": handoff.transfer_id, "do_remote_prefill": True, **source, **prefilled})
 
 
 def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
