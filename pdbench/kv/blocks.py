@@ -66,7 +66,7 @@ class BlockPacker:
         return BlockPacker(parts, sum(part[0].numel() * part.element_size() for part in parts), self.layout)
 
     def warm_up(self) -> None:
-        """Run both copies, block 0 onto itself, so that no transfer waits for kernels to be loaded."""
+        """Run both copies, block 0, which vLLM gives to no request, onto itself, so that no transfer waits for kernels to be loaded."""
         buffer = torch.empty(3 * self.block_bytes, dtype=torch.uint8, device=self.device)
         for _ in range(3):
             self.scatter(self.gather([0], buffer), [0])

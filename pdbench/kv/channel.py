@@ -1,8 +1,7 @@
 """The connection between a prefill and a decode worker: messages, framing, handshake, and prefill's listening socket.
 
-Before anything else both sides prove that they know the deployment's secret (HMAC-SHA256 over both sides' fresh nonces and the
-sender's identity; the secret itself never travels) and compare what must be equal. After that the connection is plain TCP.
-docs/kv-protocol.md has the protocol.
+Before anything else both sides prove that they know the deployment's secret and compare what must be equal. After that the connection
+is plain TCP. docs/kv-protocol.md has the protocol.
 """
 
 from __future__ import annotations

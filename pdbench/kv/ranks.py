@@ -74,9 +74,8 @@ def matching_shares(prefill: Identity, decode: Identity, parts: int) -> list[Sha
     for name in Identity.__struct_fields__:
         ours, theirs = getattr(prefill, name), getattr(decode, name)
         if ours != theirs and name not in ("rank", "tensor_parallel", "drafts"):
-            raise ValueError(
-                f"{name} is {theirs} on the decode side and {ours} on the prefill side; they must be equal"
-            )
+            text = f"{name} is {theirs} on the decode side and {ours} on the prefill side"
+            raise ValueError(f"{text}; they must be equal")
     drafts = prefill.drafts == decode.drafts
     widths = (prefill.tensor_parallel, decode.tensor_parallel)
     if widths[0] == widths[1]:

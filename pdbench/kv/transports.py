@@ -1,10 +1,7 @@
-"""How a pair of workers moves packed blocks: over the control connection (tcp), or from GPU to GPU by NCCL (nccl).
+"""How a pair of workers moves packed blocks: over the control connection (tcp), or from GPU to GPU by NCCL (nccl); docs/kv-protocol.md.
 
-tcp: the bytes follow their header on the connection. For CPU, and for hosts without P2P between GPUs.
-
-nccl: ncclSend and ncclRecv on streams of their own beside the model's. A pair has one communicator of two; its NCCL id travels over
-the authenticated connection, so there is no open rendezvous port. Prefill launches its send before the header leaves; decode
-posts the matching receive when the header arrives: pieces stay in order, and no GPU waits for longer than a header takes.
+With nccl prefill launches its send before the header leaves, and decode posts the matching receive when the header arrives: pieces
+stay in order, and no GPU waits for longer than a header takes.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ class Link(ABC):
     def __init__(self, packer: BlockPacker, channel: Channel, on_gpu: bool, staging_bytes: int) -> None:
         self.channel, self._packer, self.block_bytes = channel, packer, packer.block_bytes
         # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
-        self._stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
+        self.stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
         # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
         self._passed: Any = torch.cuda.Event(blocking=True) if on_gpu else None
         self._staging = self._buffer(staging_bytes)
@@ -77,11 +74,6 @@ class Link(ABC):
         if self._passed is not None:
             self._passed.synchronize()
 
-    def warm_up(self) -> None:
-        """Run both copies before the first transfer: block 0, which vLLM gives to no request, onto itself."""
-        with torch.cuda.stream(self._stream):
-            self._packer.warm_up()
-
     def close(self) -> None:
         """End it; a method that waits raises ChannelClosedError."""
         self.channel.close()
@@ -89,15 +81,15 @@ class Link(ABC):
     @contextmanager
     def _on_stream(self, after: Any) -> Iterator[None]:
         """Do what follows on the link's stream and behind `after`, with `_passed` at its end; on CPU now."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             if after is not None:
-                self._stream.wait_event(after)
+                self.stream.wait_event(after)
             yield
             if self._passed is not None:
                 self._passed.record()
 
     def _buffer(self, size: int) -> torch.Tensor:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
 
 
@@ -114,7 +106,8 @@ def open_link(context: WorkerContext, channel: Channel, share: Share, sends: boo
     else:
         link = NcclLink(context, packer, channel, sends)
     if packer is not context.packer:
-        link.warm_up()
+        with torch.cuda.stream(link.stream):
+            packer.warm_up()
     return link
 
 
@@ -215,9 +208,9 @@ class NcclLink(Link):
     def _launch(self, count: int) -> None:
         """Put one send or receive of `count` bytes on the stream, between the two timing events."""
         pointer = pynccl.buffer_type(self._staging.data_ptr())
-        stream = pynccl.cudaStream_t(self._stream.cuda_stream)
+        stream = pynccl.cudaStream_t(self.stream.cuda_stream)
         call = self._library.ncclSend if self._sends else self._library.ncclRecv
-        with self._using, torch.cuda.stream(self._stream):
+        with self._using, torch.cuda.stream(self.stream):
             if self._closed.is_set() or self._comm is None:
                 raise self.channel.failed("the connection is closed")
             self._begun.record()

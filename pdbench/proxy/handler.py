@@ -150,9 +150,8 @@ class RequestHandler:
             return "several-sequences"
         if messages.is_stateful(request.fields):
             return "stateful"
-        if request.tokens <= self.context.config.disaggregate_above:
-            return None if messages.header(request.headers, b"x-pdbench-disaggregate") == b"always" else "short"
-        return None
+        may_stay = messages.header(request.headers, b"x-pdbench-disaggregate") != b"always"
+        return "short" if may_stay and request.tokens <= self.context.config.disaggregate_above else None
 
     async def _try_instances(self) -> None:
         """A stage that fails before a byte was passed on is tried again at another instance."""

@@ -39,12 +39,11 @@ def serve(config: ProxyConfig) -> None:
         raise UserError("--connector none has no prefill: name every instance with --decode")
     if not config.decode:
         raise UserError("no decode instance: add --decode URL")
-    if config.return_kv and not PROTOCOLS[config.connector].returns_kv:
-        raise UserError(f"--connector {config.connector} cannot bring KV back to prefill: leave --return-kv out")
-    if config.disaggregate_above and not PROTOCOLS[config.connector].decode_can_prefill:
-        raise UserError(
-            f"--connector {config.connector} cannot let decode compute a prompt: leave --disaggregate-above out"
-        )
+    protocol, connector = PROTOCOLS[config.connector], f"--connector {config.connector}"
+    if config.return_kv and not protocol.returns_kv:
+        raise UserError(f"{connector} cannot bring KV back to prefill: leave --return-kv out")
+    if config.disaggregate_above and not protocol.decode_can_prefill:
+        raise UserError(f"{connector} cannot let decode compute a prompt: leave --disaggregate-above out")
     if config.workers > 256:
         raise UserError(f"--workers {config.workers} is more than 256: name fewer")
     table = InstanceTable(config.workers)
@@ -94,9 +93,8 @@ def _listen(config: ProxyConfig) -> list[socket.socket]:
             listener.listen(4096)
             port = listener.getsockname()[1]
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port} ({error}): free the port or name another"
-        ) from None
+        where = f"{config.host}:{config.port}"
+        raise UserError(f"cannot listen on {where} ({error}): free the port or name another") from None
     return listeners
 
 

@@ -161,10 +161,8 @@ class UpstreamRequest:
         if connection is not None and connection.uses > 1 and self.status is None:
             # An idle connection that the instance was closing: nothing was served, so send it again over a new one.
             self._task = asyncio.create_task(self._connect())
-        elif self.status is None:
-            self.fail("the connection closed before an answer")
         else:
-            self.fail("the connection closed before the end of the answer")
+            self.fail(f"the connection closed before {'an answer' if self.status is None else 'the end of the answer'}")
 
     def fail(self, error: str) -> None:
         """End with a failure that counts against the instance."""
