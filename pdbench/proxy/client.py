@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -84,19 +85,20 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        headers = self._headers  # each request has a list of its own
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._refuse(400, "only HTTP/1.1 is spoken here: send no Upgrade")
         except httptools.HttpParserError as error:
             self._refuse(400, f"not a valid HTTP/1.1 request: {str(error)[:100]}")
-        if self._in_message and not self._head_done:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._head_limit:
-                self._refuse(431, f"the request's head is larger than {self._head_limit} bytes")
-        elif self._in_message:
+        if (
+            self._in_message and self._headers is headers
+        ):  # what begins behind an earlier request counts from the next piece on
             self._raw_bytes += len(data)
-            if self._raw_bytes > 2 * self._body_limit + 65536:
+            if not self._head_done and self._raw_bytes > self._head_limit:
+                self._refuse(431, f"the request's head is larger than {self._head_limit} bytes")
+            elif self._raw_bytes > 2 * self._body_limit + 65536:
                 self._refuse(413, "the request's chunks carry too little data")
         if self._refusal is not None:
             self._refuse_and_close(self._refusal)
@@ -139,18 +141,14 @@ class ClientConnection(asyncio.Protocol):
     # httptools calls the next six, in this order, for each request.
 
     def on_message_begin(self) -> None:
-        self._begin()
         self._in_message = True
 
     def on_url(self, url: bytes) -> None:
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._head_done:  # trailers after a body count towards the limit and are not forwarded
+        if not self._head_done:  # trailers after a body are not forwarded
             self._headers.append((name.lower(), value))
-        self._head_bytes += len(name) + len(value)
-        if len(self._headers) > MAX_HEADERS or self._head_bytes > self._head_limit:
-            self._refuse(431, f"the head is larger than {self._head_limit} bytes or {MAX_HEADERS} headers")
 
     def on_headers_complete(self) -> None:
         """Refuse what can be refused before the body is read."""
@@ -158,6 +156,8 @@ class ClientConnection(asyncio.Protocol):
         names = [name for name, _ in self._headers]
         version = self._parser.get_http_version()
         length = messages.header(self._headers, b"content-length")
+        if len(names) > MAX_HEADERS or sum(map(len, chain.from_iterable(self._headers))) > self._head_limit:
+            self._refuse(431, f"the head is larger than {self._head_limit} bytes or {MAX_HEADERS} headers")
         if version not in ("1.0", "1.1"):
             self._refuse(505, "only HTTP/1.1 is spoken here")
         elif self._parser.should_upgrade():
@@ -204,7 +204,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self) -> None:
         self._in_message = self._head_done = False
-        self._head_bytes = self._raw_bytes = self._body_bytes = 0
+        self._raw_bytes = self._body_bytes = 0
         self._sending_s = 0.0
         self._target = b""
         self._headers: Headers = []

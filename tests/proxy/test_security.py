@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,6 +93,26 @@ def test_large_body_or_head_is_refused(guarded):
     assert server.send(POST + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n").status == 431
     tiny = b"1;" + b"e" * 100 + b"\r\nx\r\n"
     assert server.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * 1000).status == 413
+
+
+def test_head_within_the_limit_is_served_however_it_is_cut(guarded, tmp_path):
+    head = POST + b"X: " + b"x" * 3000 + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+    with (
+        proxy(tmp_path, "--max-header-kib", "4", decode=[guarded[1]]) as server,
+        server.connect() as connection,
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(head), 1000):
+            connection.sendall(head[start : start + 1000])
+            time.sleep(0.05)
+        connection.sendall(BODY)
+        assert read_answer(connection).status == 200
+        # Sent ahead: the end of a large body, and the beginning of the next head.
+        large = b'{"model":"m","prompt":"%b"}' % (b"x" * 9000)
+        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(large) + large + head[:1000])
+        assert read_answer(connection).status == 200
+        connection.sendall(head[1000:] + BODY)
+        assert read_answer(connection).status == 200
 
 
 def test_client_that_sends_on_sees_the_refusal_instead_of_a_reset(guarded):
