@@ -29,12 +29,21 @@ def extra_body(config: LoadConfig) -> dict[str, Any]:
     if needed := _NEEDED_FIELDS & dropped:
         raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
     try:
-        extra = json.loads(config.extra_body) if config.extra_body else {}
+        # NaN would be sent as null.
+        extra = json.loads(config.extra_body, parse_constant=_no_json) if config.extra_body else {}
     except NOT_JSON as error:
         raise UserError(f"--extra-body is not JSON: {error}") from None
     if not isinstance(extra, dict):
         raise UserError("--extra-body must be a JSON object, as in '{\"top_k\": 1}'")
+    if own := _NEEDED_FIELDS & extra.keys():
+        raise UserError(
+            f"--extra-body sets {' '.join(sorted(own))}, which the load sets: give --model, --prompt-file or --input-tokens"
+        )
     return {name: value for name, value in extra.items() if name not in dropped}
+
+
+def _no_json(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def request_body(
