@@ -67,6 +67,7 @@ class Response:
         self._chunks = self._status = 0
         self._finished = self._done = self._streaming = False
         self._aborted: str | None = None
+        self._location = ""
         self._finals: dict[int, tuple[str, list[int]] | None] = {}
         self._now_s = record.sent_s or 0.0
         self._token_ids = record.canary.token_ids if record.canary else None
@@ -128,6 +129,8 @@ class Response:
             self._content_type = value.lower()
         elif name == b"content-encoding":
             self._encoding = value.strip().lower()
+        elif name == b"location":
+            self._location = f"sent on to {value.decode('latin-1')}, which is not followed: give that server as --url"
 
     def on_headers_complete(self) -> None:
         if self.complete:
@@ -319,7 +322,7 @@ class Response:
             remedy = "the request says Accept-Encoding: identity: switch compression off in the server or gateway"
             self.fail("encoded", f"the body is compressed ({name}); {remedy}", at_s)
         elif not self._good:
-            self.fail(f"http_{self._status}", error_text(body), at_s)
+            self.fail(f"http_{self._status}", (self._status < 400 and self._location) or error_text(body), at_s)
         elif not self._streaming:
             self._no_stream(body, at_s)
         elif self._finished or self._counter.usage_ended:

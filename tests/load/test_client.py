@@ -185,6 +185,14 @@ def test_http_errors_carry_status_and_message(status):
     assert record.error.kind == f"http_{status[:3].decode()}" and record.error.message == "prompt is too long"
 
 
+def test_redirection_says_where_to():
+    head = b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://elsewhere/v1/completions\r\nContent-Length: 0\r\n\r\n"
+    record = ask(lambda peer: peer.write(head))
+    assert record.error.kind == "http_307" and record.error.message.startswith(
+        "sent on to http://elsewhere/v1/completions"
+    )
+
+
 def test_response_without_stream_or_tokens_fails():
     plain = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     assert ask(lambda peer: peer.write(plain)).error.kind == "not_a_stream"
