@@ -166,7 +166,9 @@ class Counter:
             record.counted_by = used[0] if len(used) == 1 else "mixed"
         usage = self._plausible_usage(instants, texts, asked)
         if record.error is not None:
-            record.output_tokens = usage
+            # A count that came before the last token is of another answer than the one that was cut.
+            at_end = (self.usage_ended or self._finished) and not self._recounted
+            record.output_tokens = usage if at_end and (usage or 0) >= instants else None
         else:
             record.output_tokens = self._output_tokens(instants, usage, texts, asked)
         if asked.tokens and (record.output_tokens or 0) > asked.tokens + 1:  # some count the end of text

@@ -104,6 +104,23 @@ def test_stream_cut_before_its_finish_fails(unfinished):
     assert response.record.error is not None and response.record.error.kind == "reset"
 
 
+@pytest.mark.parametrize(
+    ("payloads", "output_tokens"),
+    [
+        ([token("a ", None), token("b ", None), usage(5, 8)], 8),  # said at the end, of these tokens
+        ([usage(5, 128), token("a ", None), token("b ", None)], None),  # said of what was to come
+        ([token("a ", None, usage=usage(5, 128)["usage"]) for _ in range(2)], None),
+        ([token("a ", None), token("b ", None), usage(5, 1)], None),  # fewer than came
+    ],
+)
+def test_tokens_of_an_answer_that_was_cut_are_those_that_came(payloads, output_tokens):
+    record = RequestRecord(id="r", planned_s=0.0, sent_s=0.0)
+    response = Response(record, b'{"max_tokens": 128}')
+    for piece in (SSE_HEAD, *(chunk(event(payload)) for payload in payloads), chunk(event({"error": "engine died"}))):
+        response.feed(piece, 1.0)
+    assert (record.error.kind, len(record.token_s), record.output_tokens) == ("server_error", 2, output_tokens)
+
+
 def test_finish_replaces_a_missing_done_but_not_an_error_after_it():
     record = response_to(
         [SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")]
