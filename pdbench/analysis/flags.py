@@ -36,7 +36,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
-    "kv-not-external", "queue-grows",
+    "kv-not-external", "queue-grows", "other-traffic",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 

@@ -20,6 +20,8 @@ vary as an exponential does; at 1.4 in 63 of 100 runs of 120 requests and in all
 QUEUE_READINGS = 12
 MOST_COMPUTED = 0.01
 """Share of a load's prompt tokens that decode may compute itself beside one per request."""
+MOST_OTHERS, OTHER_TOKENS = 0.05, 256
+"""Share of a load's output tokens, and tokens, that its servers may generate beside them: health checks, a token that nobody sees."""
 CLOCK_ERROR_S = 0.01
 WHOLE = (
     "preemptions", "prompt_tokens", "external_tokens", "output_tokens", "kv_transfers", "kv_failures", "kv_bytes"
@@ -226,6 +228,7 @@ def server_flags(run: Run) -> Iterator[Flag]:
     loads, options = loads_of(run), run.config.get("load") or {}
     if not (run.config.get("serve") or {}).get("disaggregate_above"):  # else decode computes short prompts on purpose
         yield from _computed_by_decode(run, loads)
+    yield from _others_served(run, loads)
     steady = options.get("rate") and not any(options.get(name) for name in ("trace", "stages", "ramp_to"))
     for series in run.servers:
         yield from _preempted(series, loads)
@@ -277,6 +280,27 @@ def _computed_by_decode(run: Run, loads: Sequence[Load]) -> Iterator[Flag]:
         if tokens - others - load.requests > MOST_COMPUTED * tokens:
             what = f"trial {load.trial + 1}: decode computed {tokens - others:.0f} of {tokens:.0f} prompt tokens itself, their KV did not come"
             yield Flag("kv-not-external", f"{what} from prefill: read the logs of prefill and decode")
+
+
+def _others_served(run: Run, loads: Sequence[Load]) -> Iterator[Flag]:
+    """Servers that generated more than this load's answers have: somebody else used them, and shared what is measured."""
+    counting = [series for series in run.servers if series.role != "prefill"]
+    for load in loads:
+        generated = [_counted(series, "output_tokens", load) for series in counting]
+        ours = [request for request in run.requests if request.trial == load.trial and not request.warmup]
+        lengths = [len(request.token_s) if request.output_tokens is None else request.output_tokens for request in ours]
+        # Of an answer that was cut off, more was generated than came; of chunks without a count, nobody knows.
+        cut = sum(request.error is not None for request in ours)
+        unknown = any(request.error is None and request.output_tokens is None for request in ours)
+        if not counting or None in generated or unknown:
+            continue
+        tokens, most = sum(filter(None, generated)), sum(lengths) + cut * max(lengths)
+        if tokens > (1 + MOST_OTHERS) * most + OTHER_TOKENS:
+            yield Flag(
+                "other-traffic",
+                f"trial {load.trial + 1}: the servers generated {tokens:.0f} tokens, this load's answers have {sum(lengths)}: somebody else uses "
+                "them, and latencies, throughput and energy are of both; measure again while nobody does",
+            )
 
 
 def _preempted(series: ServerSeries, loads: Sequence[Load]) -> Iterator[Flag]:

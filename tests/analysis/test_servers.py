@@ -178,6 +178,26 @@ def test_prompts_that_decode_computed_are_flagged_by_trial_unless_it_may_compute
     assert not list(server_flags(run))
 
 
+@pytest.mark.parametrize(("more", "flagged"), [(0, False), (200, False), (400, True)])
+def test_servers_that_somebody_else_uses_are_flagged(more: int, flagged: bool) -> None:
+    run = build_run("single", trials=2)
+    (a, b), (c, d) = spans(run)
+    warm_up(run, 0)
+    warm_up(run, 1)
+    ours = [sum(each.output_tokens or 0 for each in run.requests if each.trial == trial) for trial in (0, 1)]
+    counts = [50.0, 50 + ours[0], 90 + ours[0], 90 + sum(ours) + more]
+    run.servers = [
+        ServerSeries(
+            server="single-0",
+            role="single",
+            t_s=[a - 0.05, b + 0.05, c - 0.05, d + 0.05],
+            values={"output_tokens": counts},
+        )
+    ]
+    found = [flag.detail for flag in server_flags(run) if flag.name == "other-traffic"]
+    assert [detail.startswith("trial 2: the servers generated") for detail in found] == [True] * flagged
+
+
 def test_runs_saved_before_servers_were_recorded_have_none(tmp_path) -> None:
     (tmp_path / "single_results.json").write_bytes((ROOT / "tests/data/recorded_single_cpu_results.json").read_bytes())
     analysis = analyze(load_run(tmp_path))
