@@ -113,7 +113,7 @@ def get(url: str | ServerUrl, path: str, timeout_s: float = 10.0, *, verify_tls:
 
 
 def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True) -> str:
-    """`model`, by default the first that the server offers. Raises UserError when nothing answers or it names none."""
+    """`model`, by default the one that the server offers. Raises UserError when nothing answers, or it names none or several."""
     server = split_url(url, verify_tls=verify_tls)
     address = f"{'https' if server.tls else 'http'}://{server.authority}{server.base}/v1/models"
     try:
@@ -139,9 +139,15 @@ def offered_model(url: str, model: str | None = None, *, verify_tls: bool = True
             f"{address} answers 503, its servers are not ready: try again once they are, or give --model NAME"
         )
     try:
-        name = str(json.loads(body)["data"][0]["id"])
-    except (*NOT_JSON, LookupError, TypeError):
+        # Adapters have a parent; names of one model have a root in common.
+        offered = [each for each in json.loads(body)["data"] if not each.get("parent")]
+        names = [str(each["id"]) for each in offered if each["id"] is not None]
+        name, several = names[0], len({str(each.get("root") or each["id"]) for each in offered}) > 1
+    except (*NOT_JSON, LookupError, TypeError, AttributeError):
         raise UserError(f"{address} answers {status} and names no model: give --model NAME") from None
     if not (name.isprintable() and 0 < len(name) <= 500):  # it stands in terminals, pages and pictures
         raise UserError(f"{address} names a model {name[:40]!a}, which cannot be shown: give --model NAME")
+    if several:
+        listed = "".join(letter if letter.isprintable() else " " for letter in ", ".join(names)[:200])
+        raise UserError(f"{address} offers several models ({listed}): say which by --model NAME")
     return name

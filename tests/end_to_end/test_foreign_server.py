@@ -213,13 +213,28 @@ def test_answers_nested_without_end_are_no_traceback(tmp_path: Path) -> None:
             lambda peer: peer.respond({"data": [{"id": "a\x1b[2J"}]}),
             r"names a model 'a\\x1b\[2J', which cannot be shown",
         ),
+        (lambda peer: peer.respond({"data": [{"id": None}]}), "names no model"),
+        (
+            lambda peer: peer.respond({"data": [{"id": "a"}, {"id": "b"}]}),
+            r"offers several models \(a, b\): say which by",
+        ),
     ],
-    ids=["key", "path", "starting", "nobody", "nested", "letters"],
+    ids=["key", "path", "starting", "nobody", "nested", "letters", "null", "several"],
 )
 def test_server_without_a_model_is_one_line_with_the_remedy(answer, message) -> None:
     with ScriptedServer(answer) as server, pytest.raises(UserError, match=message) as raised:
         offered_model(server.url)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_adapters_and_other_names_of_a_model_are_no_other_model() -> None:
+    offered = [
+        {"id": "m", "root": "/m", "parent": None},
+        {"id": "alias", "root": "/m"},
+        {"id": "lora", "root": "/l", "parent": "m"},
+    ]
+    with ScriptedServer(lambda peer: peer.respond({"object": "list", "data": offered})) as server:
+        assert offered_model(server.url) == "m"
 
 
 def test_password_in_the_url_is_refused_and_not_repeated() -> None:
