@@ -119,6 +119,9 @@ class InputFile:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
         try:
             columns = [column.strip() for column in next(filter(None, reader), ())]
+            names = [column.lower() for column in columns if column]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise self.error(reader.line_num, f"two columns are called {in_line(twice)}: leave one out")
             if check:
                 check(columns)
             for values in reader:

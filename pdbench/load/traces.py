@@ -55,6 +55,7 @@ _SESSION = ("session_id", "conversation_id", "chat_id")
 _SUFFIXES = {"": "", "_s": "s", "_sec": "s", "_seconds": "s", "_ms": "ms", "_us": "us", "_ns": "ns"}
 _TIME_UNITS = {f"{name}{suffix}": unit for name in _TIME for suffix, unit in _SUFFIXES.items()}
 """The unit that the key of an arrival time names, "" where it names none."""
+_TIME_RANK = {f"{name}{suffix}": rank for rank, name in enumerate(_TIME) for suffix in _SUFFIXES}
 _IDS = {int, str, float, bool}
 _FITTING_SHARE, _LEAST_IDS = 0.95, 8
 _BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -191,7 +192,7 @@ def _columns_of(row: tuple[Any, ...]) -> _Columns:
         "own" if form == "Mooncake" and any(unit for _, unit in times) else form,
         prompt,
         output,
-        tuple(sorted(times, key=lambda time: -1 if time[1] else _TIME.index(time[0]))),
+        tuple(sorted(times, key=lambda time: (_TIME_RANK[time[0]], not time[1]))),
         tuple(key for key in _BLOCKS if key in present),
         tuple(key for key in _SESSION if key in present),
         prompt is None and output is None and bool(present & {"schema", "block_size"}),

@@ -182,6 +182,7 @@ def test_packed_trace_that_is_cut_short_is_named(tmp_path):
         ("", "holds no request: known are"),
         (AZURE, "holds no request"),
         (AZURE + "0,5,0\n", "none of its 1 rows has input and output tokens"),
+        ("timestamp,input_tokens,Input_Tokens,output_tokens\n0,10,20,3\n", "two columns are called input_tokens"),
         ("PAR1\x15\x04", "a Parquet file: write it as JSON Lines"),
         ('[{"timestamp": 1,\n "input_length": }]', "row 2: no JSON"),
     ],
@@ -229,6 +230,11 @@ def test_requests_that_come_all_at_once_and_a_long_first_gap_are_no_wrong_unit(t
     assert len(notes(tmp_path, *[mooncake(0)] * 50).rows) == 50
     rows = [{"arrival_s": at, "input_tokens": 1, "output_tokens": 1} for at in (0, 86400, 86400.3, 86400.9)]
     assert notes(tmp_path, *rows).rows[1].arrival_s == 86400
+
+
+def test_time_that_says_more_of_arrival_counts_whatever_unit_another_names(tmp_path):
+    rows = [{"timestamp": at, "request_time_ms": 300 - at, "input_tokens": 1, "output_tokens": 1} for at in range(3)]
+    assert [row.arrival_s for row in notes(tmp_path, *rows).rows] == [0, 1, 2]
 
 
 def test_what_a_trace_leaves_out_and_reorders_is_noted(tmp_path):
