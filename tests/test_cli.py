@@ -344,3 +344,9 @@ def test_help_has_every_option_of_the_command_under_a_heading(command: str) -> N
         for option in fields(config):
             flag = f"│ --{option.name.replace('_', '-')} "
             assert sum(flag in panel for panel in panels) == 1, flag
+
+
+@pytest.mark.parametrize("option", ["--nonce", "--model", "--out"])
+def test_argument_that_is_no_text_is_one_line(tmp_path, option):
+    done = call_pdbench("bench", "--url", "http://127.0.0.1:9", option, os.fsdecode(b"a\xff"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "pdbench: 'a\\udcff' is not UTF-8: write it in other letters\n"

@@ -51,6 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        for word in arguments:
+            try:
+                word.encode()
+            except UnicodeEncodeError:  # no results file could hold it
+                raise UserError(f"{word!a} is not UTF-8: write it in other letters", exit_code=2) from None
         app.config = _recipe_settings(arguments)
         ended: SystemExit | None = None
         try:

@@ -353,6 +353,10 @@ def _content(value: Any, name: str) -> Prompt:
     if value == [] or (isinstance(value, str) and blank(value)):
         raise _NoQuestionError("empty prompts")
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} holds half of a character: {value!a:.80}") from None
         return value
     if isinstance(value, list):
         if all(type(part) is int and part >= 0 for part in value):
@@ -366,5 +370,5 @@ def _content(value: Any, name: str) -> Prompt:
             words = "".join(text for text in texts if isinstance(text, str))
             if blank(words):
                 raise _NoQuestionError("prompts without text")
-            return words
+            return _content(words, name)
     raise ValueError(f"{name} is {short(value)}")

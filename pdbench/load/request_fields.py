@@ -31,6 +31,7 @@ def extra_body(config: LoadConfig) -> dict[str, Any]:
     try:
         # NaN would be sent as null.
         extra = json.loads(config.extra_body, parse_constant=_no_json) if config.extra_body else {}
+        msgspec.json.encode(extra)
     except NOT_JSON as error:
         raise UserError(f"--extra-body is not JSON: {error}") from None
     if not isinstance(extra, dict):

@@ -297,6 +297,7 @@ def test_request_bodies():
         {"extra_body": "[1]"},
         {"extra_body": "{"},
         {"extra_body": '{"top_k": NaN}'},
+        {"extra_body": '{"user": "\\ud83d"}'},
         {"extra_body": '{"prompt": "the same for all"}'},
         {"extra_body": '{"stream": false}'},
         {"stages": "1:x"},

@@ -103,6 +103,7 @@ def test_what_a_file_leaves_out_is_counted_and_described(tmp_path):
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": 5}', "row 2: prompt is 5"),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": [1, -2]}', r"row 2: prompt is \[1, -2\]"),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": "\0"}', "row 2: a NUL byte"),
+        ("a.jsonl", '{"prompt": "1"}\n{"prompt": "\\ud83d"}', "row 2: prompt holds half of a character"),
         ("a.jsonl", '{"prompt": "1"}\nnull', "row 2: the prompt is null"),
         ("a.json", '[{"conversations": [5]}]', "row 1: 5 among the turns is no turn"),
         ("a.json", '[{"conversations": []}]', r"holds no prompt \(1 conversations without"),
