@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits, weighted_quantiles
-from pdbench.plan.simulate import simulate
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Handoff, Layout, Limits
+from pdbench.plan.simulate import simulate, weighted_quantiles
 
 COSTS = Costs(
     host_decode_s=0.0025,
@@ -28,7 +28,7 @@ COSTS = Costs(
     gpu_per_prompt_token_s=1e-5,
     join_s=0.001,
     ingress_s=0.007,
-    noise=(1.0, 1.1, 0.9),
+    noise=((1.0, 1.1, 0.9),),
 )
 LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=256, captured=128, kv_cache_tokens=1_000_000)
 
@@ -48,30 +48,25 @@ def main() -> None:
     )
     engine, half = Engine(costs=COSTS, limits=LIMITS), options.gpus // 2
     deployments = {
-        f"replicas:{options.gpus}": Deployment(
-            kind="replicas", engines={"replica": engine}, instances={"replica": options.gpus}
-        ),
-        f"{half}p{half}d": Deployment(
-            kind="disaggregated",
+        "replicas": Deployment(layout=Layout("replicas", {"replica": options.gpus}), engines={"replica": engine}),
+        "disaggregated": Deployment(
+            layout=Layout("disaggregated", {"prefill": half, "decode": half}),
             engines={"prefill": engine, "decode": engine},
-            instances={"prefill": half, "decode": half},
-            handoff_s=0.02,
+            handoff=Handoff(steps=4.0),
         ),
     }
     table = Table(
         "", "requests", "tokens", "CPU s", "µs/request", "events", "TTFT p99, ms", "TBT p99, ms", "peak, MiB", "yardstick, ms",
         title="Simulated",
     )  # fmt: skip
-    for name, deployment in deployments.items():
-        if deployment.kind not in options.kinds:
-            continue
+    for deployment in (deployments[kind] for kind in options.kinds):
         before_s = yardstick_s()
         begin_s = time.process_time()
         result = simulate(deployment, demand)
         cpu_s = time.process_time() - begin_s
         tbt_s = weighted_quantiles(result.gap_s, result.gap_count, {"p99": 0.99})["p99"]
         table.add_row(
-            name,
+            deployment.layout.name,
             f"{count:,}",
             f"{int(demand.output_tokens.sum()):,}",
             f"{cpu_s:.1f}",

@@ -16,7 +16,8 @@ from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
 from pdbench.plan.demand import demand_of_load, for_search, with_requests
-from pdbench.plan.predict import Wanted, parse_deployment, predict
+from pdbench.plan.deployment import parse_layout
+from pdbench.plan.predict import predict
 from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
@@ -46,7 +47,7 @@ def plan(
     """
     _check_no_measured_search(out)
     predicted: list[Prediction] = []
-    wanted = [parse_deployment(words) for words in deployments]
+    wanted = [parse_layout(words) for words in deployments]
     if most_gpus is not None:
         if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
             raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
@@ -100,7 +101,7 @@ def plan(
         save(document.FILE, result)
         show(report.search(result, on_gpus=found.on_gpus))
         drawn.append(partial(report.search_chart, result, on_gpus=found.on_gpus))
-        best = {each.kind: Wanted(each.kind, each.instances) for each in reversed(result.candidates) if each.met}
+        best = {each.layout.kind: each.layout for each in reversed(result.candidates) if each.met}
         wanted += [each for each in reversed(best.values()) if each not in wanted]
     if wanted:
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import itemgetter
 
 import numpy as np
@@ -44,26 +45,25 @@ class Tokens:
         return self.counted
 
 
-class Costed:
-    """An engine with its decode steps' costs by number of sequences, and the requests as it gets them: tokens of each prompt, how many
-    need no computing, tokens to generate. A decode instance gets all but the last token of a prompt computed."""
+class Pool:
+    """What all instances of a role share: the engine with its decode steps' costs by number of sequences, and the requests as the role
+    gets them: tokens of each prompt, how many need no computing, tokens to generate. A decode instance gets all but the last token of a
+    prompt computed."""
 
     def __init__(self, engine: Engine, role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> None:
         costs, limits = engine.costs, engine.limits
-        self.engine, self.role, self.sizes, self.cached, self.outputs = engine, role, sizes, cached, outputs
+        self.engine, self.box, self.role = engine, engine.box, role
+        self.sizes, self.cached, self.outputs = sizes, cached, outputs
         self.most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.host_s = [
             costs.host_decode_s if n <= limits.captured else costs.host_prefill_s for n in range(self.most + 1)
         ]
-        self.gpu_s = [engine.gpu_decode_s(n) for n in range(self.most + 1)]
+        self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
+        self.gpu_s = costs.gpu_step_s(np.arange(self.most + 1)).tolist()
+        self.noise = list(chain.from_iterable(costs.noise)) or [1.0]
         self.budget, self.block, self.captured = limits.max_num_batched_tokens, limits.block_size, limits.captured
         self.joins, self.per_context_s = role == "decode", costs.gpu_per_context_token_s
         self.scheduled_s = [math.nan] * len(sizes)  # when each request's first step here was scheduled
-        box = engine.box
-        self.most_prompt: float = box.prompt_tokens if box else math.inf
-        self.most_sequences: float = box.sequences if box else math.inf
-        self.most_context: float = box.context_tokens if box else math.inf
-        self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
         self.blocks: float = math.inf
         self.most_blocks = [0] * len(sizes)  # of each request at its end
         if limits.kv_cache_tokens is not None:
@@ -80,13 +80,25 @@ class Batch:
     """An engine's sequences before step `k`. Its subclass has their time."""
 
     __slots__ = (
-        "base", "blocked", "costed", "ending", "handouts", "k", "lag", "order", "partial", "preemptions", "reserved", "resumed", "running",
+        "base",
+        "blocked",
+        "ending",
+        "handouts",
+        "k",
+        "lag",
+        "order",
+        "partial",
+        "pool",
+        "preemptions",
+        "reserved",
+        "resumed",
+        "running",
         "waiting",
     )  # fmt: skip
 
-    def __init__(self, costed: Costed) -> None:
-        self.costed = costed
-        self.lag = 2 if costed.engine.limits.async_scheduling else 1  # boundaries until a step's tokens are handed out
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.lag = pool.engine.limits.lag  # boundaries until a step's tokens are handed out
         self.k = self.order = 0
         self.running: list[Sequence] = []  # those that decode, in order
         self.base = 0  # the sum of their bases
@@ -102,7 +114,7 @@ class Batch:
         self.handouts: list[tuple[int, int, int]] = []
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.costed.engine.limits.block_size)
+        return -(-tokens // self.pool.block)
 
     def _free(self, steps: int) -> float:
         """KV blocks that are free once every decoding sequence has computed `steps` tokens more."""
@@ -111,7 +123,7 @@ class Batch:
         held += [base + end - 1 for end, _, _, base in self.ending.values()]
         if self.partial:
             held.append(self.partial[1])
-        return self.costed.blocks - sum(map(self._blocks, held))
+        return self.pool.blocks - sum(map(self._blocks, held))
 
     def _steps_that_fit(self, limit: int) -> int:
         """How many of `limit` decode steps the KV cache has blocks for."""
@@ -127,7 +139,7 @@ class Batch:
         """A sequence that lost its blocks is the first that waits, and computes all its tokens again."""
         self.partial = None
         self.waiting.insert(0, request)
-        self.reserved -= self.costed.most_blocks[request]
+        self.reserved -= self.pool.most_blocks[request]
         self.preemptions += 1
 
     def _preempt(self) -> None:
@@ -150,7 +162,7 @@ class Batch:
                     continue
                 self.running.remove(victim)
                 self.base -= base
-                self.resumed[request] = base + k - self.costed.sizes[request]
+                self.resumed[request] = base + k - self.pool.sizes[request]
                 self.handouts.append((k - 1 + self.lag, request, PAUSES))
                 self._put_back(request)
             if queue:

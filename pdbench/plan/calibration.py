@@ -1,4 +1,4 @@
-"""A calibration: the costs of every role's engine and of what lies between them, from saved runs; engines drawn from what is sure."""
+"""A calibration: the costs of every role's engine and of what lies between them, from saved runs."""
 
 import shlex
 from collections import defaultdict
@@ -8,15 +8,14 @@ from typing import Any, get_args
 
 import msgspec
 import numpy as np
-from scipy import special
 
+from pdbench.analysis.arrivals import Array
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
-from pdbench.plan.engine import COSTS, Box, Engine, Kind, Limits, Role
-from pdbench.plan.handoff import between, proxy_s
+from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, taken_s, trials_of, visits_of
+from pdbench.plan.parts import Part, parts_of, trials_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import merged_share
 from pdbench.records import Run
@@ -41,11 +40,6 @@ MOST_CACHED, MOST_MERGED = 0.02, 0.05
 """Shares of prefill's prompt tokens from its cache, and of tokens that came with the one before, above which steps are not known."""
 USUAL_INGRESS_S = 0.007
 """From sending to the engine's scheduler, where no instance was measured that shows it."""
-DECODE_ERROR = 0.02
-"""Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
-DAYS, DAYS_WEIGH = 0.15, 2
-"""Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and 62 ms
-in three runs recorded on two H200 (docs/results/plan)."""
 
 
 def calibrate(runs: Mapping[Path, Run]) -> Calibration:
@@ -74,9 +68,13 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
             missing.append(f"{role}: {error}")
     if not roles:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
-    known = between(by_role, roles["decode"].engine if "decode" in roles else None)
-    missing += _missing(roles, known, [*runs.values()])
-    return Calibration(sources=sources, roles=roles, missing=missing, drift=_drift(roles), **known)
+    handoff = handoff_of(by_role["decode"], roles["decode"].engine) if "decode" in roles else None
+    missing += _missing(roles, handoff, [*runs.values()])
+    # The largest ratio of two trials' speeds, of steps with prompts or without.
+    series = [each for role in roles.values() for each in (role.speeds, role.decode_speeds) if each]
+    drift = max(max(each) / min(each) for each in series)
+    between_s = proxy_s(by_role["prefill"] or by_role["replica"])
+    return Calibration(sources=sources, roles=roles, missing=missing, drift=drift, handoff=handoff, proxy_s=between_s)
 
 
 def check_suitable(path: Path, run: Run) -> None:
@@ -135,73 +133,58 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     limits, sizes, assumed = limits_of(parts[0].run, role)
     trials = [part.trial for part in parts]
     prompts = [stream.prompt_tokens for part in parts for stream in part.streams]
-    lengths = int(min(prompts)), int(max(prompts))
     colocated = known.get("single") or known.get("replica")
-    if role == "prefill":
-        taken = [wait_s for part in parts for wait_s in taken_s(part)]
-        if taken:
-            ingress = float(np.median(taken))
-        elif colocated:
-            ingress = colocated.engine.costs.ingress_s
-        else:
-            ingress = USUAL_INGRESS_S
-            assumed.append(f"{1e3 * ingress:.0f} ms from sending to scheduling (a single instance's run would show it)")
-        visits = [visits_of(part) for part in parts]
-        prefill = fit.prefill_alone(visits, limits, ingress)
-        costs = fit.costs_of(prefill.values, ingress)
-        box = Box(prompt_tokens=max(visit.largest_step() for visit in visits), sequences=10**9, context_tokens=10**12)
-        return _role(
-            Engine(costs=costs, limits=limits, box=box), prefill, assumed, lengths, _power(parts, limits, ingress)
-        )
     steps = [part.steps for part in parts if part.steps is not None]
-    decode = fit.decode_costs(steps, sizes)
-    box = Box(
-        prompt_tokens=0,
-        sequences=max(int(part.sequences.max()) for part in steps),
-        context_tokens=max(int(part.context.max()) for part in steps),
-    )
-    watts = _power(parts, limits)
-    if role == "decode":
-        host = colocated.engine.costs.host_decode_s if colocated else 0.7 * min(decode.gpu_s.values())
-        values = np.array([0.0, 0.0, 0.0, 0.0, host])
-        costs = msgspec.structs.replace(fit.costs_of(values, 0.0, decode), join_s=fit.join_cost(steps, decode))
-        nothing = fit.Prefill(values, values[None], [1.0], [])
-        return _role(Engine(costs=costs, limits=limits, box=box), nothing, assumed, lengths, watts, decode)
-    chains = fit.chains(steps, trials, limits, decode)
-    prefill = fit.prefill_costs(chains, limits, decode)
-    sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
-    ingress = fit.most_common(
-        np.array([row for part in steps for row in fit.schedulable(part, sent_s, limits).values()])
-    )
-    box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
-    if role == "replica":
-        ingress -= proxy_s(parts)
-    engine = Engine(costs=fit.costs_of(prefill.values, ingress, decode), limits=limits, box=box)
-    return _role(engine, prefill, assumed, lengths, watts, decode)
-
-
-def _role(
-    engine: Engine,
-    prefill: fit.Prefill,
-    assumed: list[str],
-    lengths: tuple[int, int],
-    watts: PowerCosts | None,
-    decode: fit.Decode | None = None,
-) -> RoleCalibration:
+    visits = [part.visits for part in parts if part.visits is not None]
+    decode = fit.decode_costs(steps, sizes) if steps else None
+    if decode is None:
+        if ways_in_s := [way_in_s for visit in visits for way_in_s in visit.ways_in_s()]:
+            ingress_s = float(np.median(ways_in_s))
+        elif colocated:
+            ingress_s = colocated.engine.costs.ingress_s
+        else:
+            ingress_s = USUAL_INGRESS_S
+            assumed.append(
+                f"{1e3 * ingress_s:.0f} ms from sending to scheduling (a single instance's run would show it)"
+            )
+        prefill = fit.prefill_alone(visits, trials, limits, ingress_s)
+        costs, box = prefill.costs, Box(prompt_tokens=max(visit.largest_step() for visit in visits))
+    else:
+        box = Box(
+            prompt_tokens=0,
+            sequences=max(int(part.sequences.max()) for part in steps),
+            context_tokens=max(int(part.context.max()) for part in steps),
+        )
+        if role == "decode":
+            fastest_s = min(decode.costs.gpu_decode_s.values())
+            host_s = colocated.engine.costs.host_decode_s if colocated else 0.7 * fastest_s
+            join_s = fit.join_cost(steps, decode.costs)
+            costs = msgspec.structs.replace(decode.costs, host_decode_s=host_s, join_s=join_s)
+            prefill = fit.Prefill(costs, np.array([[0.0, 0.0, 0.0, 0.0, host_s]]), [1.0])
+        else:
+            engine = Engine(costs=decode.costs, limits=limits)
+            chains = fit.chains(steps, trials, engine)
+            prefill = fit.prefill_costs(chains, engine)
+            sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
+            ingress_s = fit.most_common(
+                np.array([row for part in steps for row in fit.schedulable(part, sent_s, limits).values()])
+            )
+            ingress_s -= proxy_s(parts) if role == "replica" else 0.0
+            costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s)
+            box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
     return RoleCalibration(
-        engine=engine,
+        engine=Engine(costs=costs, limits=limits, box=box),
         samples=prefill.samples.tolist(),
         speeds=prefill.speeds,
-        noise=prefill.noise,
         assumed=assumed,
-        prompt_lengths=lengths,
-        power=watts,
-        jitter=list(decode.jitter) if decode else [],
-        decode_speeds=list(decode.speeds) if decode else [],
+        prompt_lengths=(int(min(prompts)), int(max(prompts))),
+        power=_power(parts, limits, costs.ingress_s),
+        jitter=decode.jitter if decode else [],
+        decode_speeds=decode.speeds if decode else [],
     )
 
 
-def _power(parts: list[Part], limits: Limits, ingress_s: float = 0.0) -> PowerCosts | None:
+def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | None:
     """Of the devices that are one per instance."""
     measured = []
     for part in parts:
@@ -212,27 +195,75 @@ def _power(parts: list[Part], limits: Limits, ingress_s: float = 0.0) -> PowerCo
         if part.steps is not None:
             use = power.use_of_steps(part.steps, limits, edges)
         else:
-            use = power.use_of_visits(visits_of(part), ingress_s, edges)
+            assert part.visits is not None
+            use = power.use_of_visits(part.visits, ingress_s, edges)
         measured.append((part.device, edges, use))
     return power.fit_power(measured)
 
 
-def _drift(roles: Mapping[Role, RoleCalibration]) -> float:
-    """The largest ratio of two trials' speeds, of steps with prompts or without."""
-    series = [each for role in roles.values() for each in (role.speeds, role.decode_speeds) if each]
-    return max((max(each) / min(each) for each in series), default=1.0)
+def handoff_of(parts: list[Part], decode: Engine) -> Handoff | None:
+    """What lies between prefill and decode, measured in steps of `decode`, which takes a request in, asks for its KV cache, hears that it
+    came and schedules it in one step after the other: what takes so many steps does so at any load. None where no handoff is seen."""
+    rates = [
+        (span[1] - span[0]) / request.prompt_tokens
+        for part in parts
+        for request in part.requests.values()
+        if (span := request.phases.get("kv_transfer")) and request.prompt_tokens
+    ]
+    per_token_s = float(np.median(rates)) if rates else 0.0
+    series = [steps for part in parts if len(steps := _handoffs_in_steps(part, decode, per_token_s))]
+    if not series:
+        return None
+    opened = [
+        part.ways[stream.id].first_token_s is not None
+        for part in parts
+        for stream in part.streams
+        if len(part.requests[stream.id].token_s) > 1
+    ]
+    usual = float(np.median(np.concatenate(series)))
+    noise = tuple(tuple((steps / usual).tolist()) for steps in series)
+    return Handoff(steps=usual, noise=noise, per_token_s=per_token_s, prefill_opens=float(np.mean(opened or [True])))
 
 
-def _missing(roles: Mapping[Role, RoleCalibration], known: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def _handoffs_in_steps(part: Part, decode: Engine, per_token_s: float) -> Array:
+    """How many decode steps, as long as they were when prefill had answered, each handoff took; in order of these answers."""
+    assert part.steps is not None
+    steps, costs = part.steps, decode.costs
+    came_s = {
+        name: float(way.first_token_s or way.prefill_done_s or np.nan)
+        for name, way in part.ways.items()
+        if name in part.requests and not part.requests[name].warmup
+    }
+    steps_s = np.maximum(costs.gpu_step_s(np.maximum(steps.sequences, 1), steps.context), costs.host_decode_s)
+    rows = []
+    for name, (earliest_s, latest_s) in fit.schedulable(steps, came_s, decode.limits).items():
+        running = min(int(np.searchsorted(steps.handed_s, came_s[name])), steps.first_step[name] - 1)
+        waited_s = (earliest_s + latest_s) / 2 - per_token_s * (part.requests[name].prompt_tokens or 0)
+        rows.append((came_s[name], waited_s / steps_s[running]))
+    return np.array([taken for _, taken in sorted(rows) if taken > 0])
+
+
+def proxy_s(parts: list[Part]) -> float:
+    """The client's and the proxy's share of the way in."""
+    took = [
+        (way.prefill_sent_s or way.decode_sent_s or np.nan) - (request.sent_s or np.nan)
+        for part in parts
+        for name, request in part.requests.items()
+        if (way := part.ways.get(name))
+    ]
+    return float(np.nanmedian(took)) if took else 0.0
+
+
+def _missing(roles: Mapping[Role, RoleCalibration], handoff: Handoff | None, runs: Sequence[Run]) -> list[str]:
     """What would make predictions possible, or surer, and last the command that measures it."""
     wanted = []
-    computing = {name: role for name, role in roles.items() if role.noise}
+    computing = {name: role for name, role in roles.items() if role.computes}
     unsure = [name for name, role in computing.items() if not role.knows_lengths]
     if unsure:
         wanted.append(f"{', '.join(unsure)}: what a prompt token costs, which lengths that differ show")
     if not computing:
         wanted.append("what a prompt costs, which prompts show that meet running streams, or an idle prefill instance")
-    if "handoff_steps" not in known:
+    if handoff is None:
         wanted.append("the handoff from prefill to decode, which a run of disaggregated shows")
     if any(len(role.speeds) < 3 for role in computing.values()):
         wanted.append("how the machine's speed differs from trial to trial, which five trials show")
@@ -261,70 +292,3 @@ def calibrate_command(runs: Sequence[Run]) -> str:
         elif value is not None and value != default:
             words.append(f"--{flag}={value}")
     return shlex.join(words)
-
-
-def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
-    """A role's engine: measured, or put together from roles that were. Raises UserError with what must be measured."""
-    roles = calibration.roles
-    if role in roles:
-        return roles[role]
-    both = roles.get("single") or roles.get("replica")
-    if both is not None:
-        return both  # one engine does prefill and decode alike
-    if role in ("single", "replica") and "prefill" in roles and "decode" in roles:
-        prefill, decode = roles["prefill"], roles["decode"]
-        costs = msgspec.structs.replace(
-            decode.engine.costs,
-            **{name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "ingress_s")},
-            join_s=0.0,
-        )
-        assert prefill.engine.box is not None and decode.engine.box is not None
-        box = msgspec.structs.replace(decode.engine.box, prompt_tokens=prefill.engine.box.prompt_tokens)
-        engine = Engine(costs=costs, limits=prefill.engine.limits, box=box)
-        watts = prefill.power and decode.power
-        if watts and prefill.power:
-            prompts = prefill.power.prefill_w, prefill.power.prompt_token_j
-            watts = msgspec.structs.replace(watts, prefill_w=prompts[0], prompt_token_j=prompts[1])
-        assumed = [*prefill.assumed, "put together from prefill and decode"]
-        return msgspec.structs.replace(
-            prefill,
-            engine=engine,
-            power=watts,
-            jitter=decode.jitter,
-            decode_speeds=decode.decode_speeds,
-            assumed=assumed,
-        )
-    raise UserError(
-        f"no run shows a {role} engine: measure one with `pdbench run --against "
-        f"{'disaggregated' if role in ('prefill', 'decode') else 'single'} --rate R`"
-    )
-
-
-def another_speed(speeds: Sequence[float], share: float) -> float:
-    """The quantile `share` of another day's speed over the mean of these trials, a t distribution.
-
-    What the trials say of its spread is pooled with `DAYS`, which weighs as much as `DAYS_WEIGH` more trials: two that are alike say little,
-    and one says nothing.
-    """
-    count = len(speeds)
-    of_trials = (count - 1) * float(np.var(np.log(speeds), ddof=1)) if count > 1 else 0.0
-    degrees = count - 1 + DAYS_WEIGH
-    deviation = max(DAYS, float(np.sqrt((of_trials + DAYS_WEIGH * DAYS**2) / degrees)))
-    reach = float(special.stdtrit(degrees, share)) * deviation * np.sqrt(1 + 1 / count)
-    return float(np.exp(np.clip(reach, -2, 2)))
-
-
-def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> Engine:
-    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the quantile `share` of another day's speed."""
-    costs = role.engine.costs
-    values = role.samples[int(random.integers(len(role.samples)))]
-    costs = msgspec.structs.replace(costs, **dict(zip(COSTS, values, strict=True)))
-    spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
-    factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
-    costs = msgspec.structs.replace(
-        costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
-    )
-    if role.noise:
-        costs = msgspec.structs.replace(costs, noise=role.noise[int(random.integers(len(role.noise)))])
-        costs = fit.at_speed(costs, another_speed(role.speeds, share))
-    return msgspec.structs.replace(role.engine, costs=costs)

@@ -10,11 +10,12 @@ import numpy as np
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
-from pdbench.plan.calibration import ALIKE, role_of, source_of
-from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Role
+from pdbench.plan.calibration import ALIKE, source_of
+from pdbench.plan.deployment import role_of
+from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Layout, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, visits_of
-from pdbench.plan.predict import DRAWS, Wanted, predict
+from pdbench.plan.parts import Part, parts_of
+from pdbench.plan.predict import DRAWS, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run
 
@@ -34,7 +35,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         counts[part.role] = max(
             counts.get(part.role, 0), sum(p.role == part.role and p.index == part.index for p in parts)
         )
-    wanted = Wanted(cast(Kind, run.name), counts)
+    layout = Layout(cast(Kind, run.name), counts)
     demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
     differs = []
     for role in counts:
@@ -44,7 +45,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
     words = f"the arrivals of {path}"
-    blind = predict(calibration, wanted, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
+    blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
     factors: dict[tuple[int, Role], tuple[float, tuple[float, ...]] | None] = {
         (index, role): own_speed(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
         for index in trials
@@ -59,7 +60,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
                 engines[role] = _at(calibration, role, engine, *factor)
         return msgspec.structs.replace(deployment, engines=engines)
 
-    known = predict(calibration, wanted, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
+    known = predict(calibration, layout, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
     measured = {name: figure.value for name, figure in analysis.figures.items()}
     of_trials = {
         name: [min(figure.trials.values()), max(figure.trials.values())]
@@ -121,14 +122,12 @@ def own_speed(calibration: Calibration, parts: Sequence[Part]) -> tuple[float, t
     for part in parts:
         engine = role_of(calibration, part.role).engine
         costs = engine.costs
-        if part.role == "prefill":
-            visits = visits_of(part)
-            alone = visits.alone()
+        if part.visits is not None:
+            visits, alone = part.visits, part.visits.alone()
             took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
         else:
             assert part.steps is not None
-            table = fit.Decode(costs.gpu_decode_s, costs.gpu_per_sequence_s, costs.gpu_per_context_token_s)
-            chains = fit.chains([part.steps], [0], engine.limits, table)
+            chains = fit.chains([part.steps], [0], engine)
             holds = (chains.prompt > 0) & (chains.took_s > 0)
             holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
             took_s, tokens = chains.took_s[holds], chains.prompt[holds]
@@ -147,6 +146,6 @@ def _at(calibration: Calibration, role: Role, engine: Engine, speed: float, nois
         engine.costs,
         host_prefill_s=usual.host_prefill_s,
         host_per_prompt_token_s=usual.host_per_prompt_token_s,
-        noise=noise,
+        noise=(noise,),
     )
     return msgspec.structs.replace(engine, costs=fit.at_speed(costs, speed))

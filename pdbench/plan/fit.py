@@ -1,6 +1,6 @@
 """Costs of a role's engine from a run: decode steps by regression, prefill steps and the way in from how tokens arrived around them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
 from pdbench.analysis.arrivals import Array, IntArray
-from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
+from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Steps, Visits
 
@@ -16,7 +16,7 @@ ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
 PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
-JITTER_SHARES = tuple((np.arange(500) + 0.5) / 500)
+JITTER_SHARES = (np.arange(500) + 0.5) / 500
 """Fine enough for the slowest of a machine's pauses in one step of a hundred: where handoffs take most of the last hundredth, p99 shows them."""
 REPLAYED = 4
 """Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
@@ -27,27 +27,21 @@ LEAST_STEPS = 5
 
 @dataclass(frozen=True)
 class Decode:
-    """GPU seconds of decode steps by graph size, per sequence beyond the largest, and per token of context; `jitter` are quantiles of
-    what steps took beyond that, as shares of it, `speeds` the instances' trials' medians of what they took over it."""
+    """`costs` of decode steps; `jitter` are quantiles of what steps took beyond them, as shares of them, `speeds` the instances' trials'
+    medians of what they took over them."""
 
-    gpu_s: dict[int, float]
-    per_sequence_s: float
-    per_context_token_s: float
-    jitter: tuple[float, ...] = ()
-    speeds: tuple[float, ...] = ()
+    costs: Costs
+    jitter: list[float]
+    speeds: list[float]
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """`values` are seconds (`COSTS`), `samples` rows of them that the data leave possible.
+    """`costs` of steps with prompts too; `samples` are rows of `COSTS` that the data leave possible, `speeds` the trials' factors on the host's part."""
 
-    `speeds` are the trials' factors on the host's part, `noise` each trial's series of factors beyond that.
-    """
-
-    values: Array
+    costs: Costs
     samples: Array
     speeds: list[float]
-    noise: list[tuple[float, ...]]
 
 
 def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
@@ -80,15 +74,16 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
     slower = float(took_s[of_seen].sum() / usual_s[of_seen].sum())
     usual_s *= slower
     solution *= slower
-    jitter = tuple(np.quantile(np.maximum(took_s / usual_s, 1e-3)[of_seen] - 1, JITTER_SHARES).tolist())
+    jitter = np.quantile(np.maximum(took_s / usual_s, 1e-3)[of_seen] - 1, JITTER_SHARES).tolist()
     here = [of_seen & (place == each) for each in range(len(calm))]
-    speeds = tuple(float(np.median(took_s[each] / usual_s[each])) for each in here if each.sum() >= LEAST_STEPS)
-    if not sizes:
-        first = float(solution[0] + solution[1])
-        return Decode({1: first}, float(solution[1]), float(solution[2]), jitter, speeds)
-    table = dict(zip(map(int, seen), solution[:-1].tolist(), strict=True))
-    slope = (table[int(seen[-1])] - table[int(seen[0])]) / max(int(seen[-1] - seen[0]), 1)
-    return Decode(table, float(slope), float(solution[-1]), jitter, speeds)
+    speeds = [float(np.median(took_s[each] / usual_s[each])) for each in here if each.sum() >= LEAST_STEPS]
+    if sizes:
+        table = dict(zip(map(int, seen), solution[:-1].tolist(), strict=True))
+        slope = (table[int(seen[-1])] - table[int(seen[0])]) / max(int(seen[-1] - seen[0]), 1)
+    else:
+        table, slope = {1: float(solution[0] + solution[1])}, float(solution[1])
+    costs = Costs(gpu_decode_s=table, gpu_per_sequence_s=slope, gpu_per_context_token_s=float(solution[-1]))
+    return Decode(costs, jitter, speeds)
 
 
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
@@ -119,11 +114,10 @@ class Chains:
     trial: IntArray
 
 
-def chains(steps: Sequence[Steps], trials: Sequence[int], limits: Limits, decode: Decode) -> Chains:
-    """The chains of instances that compute prompts while streams run; `trials` names each Steps' trial."""
+def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Chains:
+    """The chains of instances that compute prompts while streams run; `trials` names each Steps' trial. Of the engine only decode's costs count."""
     rows: list[tuple[Array, IntArray, Array, int]] = []
-    sizes = np.array(sorted(decode.gpu_s))
-    lag = 2 if limits.async_scheduling else 1  # step k is scheduled as step k - lag is handed out
+    limits, lag = engine.limits, engine.limits.lag
     for part, trial in zip(steps, trials, strict=True):
         since = part.since_begin()
         running = part.sequences - part.firsts
@@ -132,12 +126,9 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], limits: Limits, decode
             over = max(0, int(prompt[k] - max(0, limits.max_num_batched_tokens - running[k])))
             prompt[k] -= over
             prompt[k - 1] += over
-        near = np.minimum(np.searchsorted(sizes, running), len(sizes) - 1)
-        gpu_s = np.array([decode.gpu_s[int(size)] for size in sizes])[near] + decode.per_context_token_s * part.context
-        gpu_s = np.where(running > 0, gpu_s, 0.0)
+        gpu_s = engine.costs.gpu_step_s(running, part.context)
         k = 0
-        starts = np.flatnonzero(prompt > 0)
-        for start in starts:
+        for start in np.flatnonzero(prompt > 0):
             if start < k or since[start] < lag + 2 or prompt[start - 1] or running[start] < 1:
                 continue
             end = start + 1
@@ -154,34 +145,34 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], limits: Limits, decode
     return Chains(took_s, tokens, decode_s, np.array([row[3] for row in rows], dtype=int))
 
 
-def prefill_costs(observed: Chains, limits: Limits, decode: Decode) -> Prefill:
+def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     """Costs of steps with prompts by least squares of the logarithms of all steps' durations in chains, the trials' speeds apart.
 
-    The host launches a decode step in the time of the fastest of `decode` at most. Which prompts were in which step is known from the tokens; the durations follow from the recursion of `plan.engine`, each step
-    from the instant at which it was really scheduled. Raises ValueError without a chain.
+    The host launches a decode step in the time of the engine's fastest at most. Which prompts were in which step is known from the tokens; the durations
+    follow from the recursion of `plan.engine`, each step from the instant at which it was really scheduled. Raises ValueError without a chain.
     """
     if not len(observed.took_s):
         raise ValueError("no prompt was computed while streams ran")
-    trials = np.unique(observed.trial)
-    which = np.searchsorted(trials, observed.trial)
+    trials, which = np.unique(observed.trial, return_inverse=True)
     valid = observed.took_s > 0
     is_prefill = observed.prompt > 0
     tokens = observed.prompt.astype(float)
-
-    fastest_s = min(decode.gpu_s.values())
+    fastest_s = min(engine.costs.gpu_decode_s.values())
 
     def values_of(logs: Array) -> Array:
         values = np.exp(logs[..., :5])
         values[..., 4] = np.minimum(values[..., 4], fastest_s)
         return values
 
+    def speeds_of(logs: Array) -> Array:
+        return np.exp(np.append(logs[5:], -logs[5:].sum()))
+
     def predicted(logs: Array) -> tuple[Array, Array]:
         """Every step's duration, and the host's part of it."""
         host, host_token, gpu, gpu_token, host_decode = values_of(logs)
-        factor = np.exp(np.append(logs[5:], -logs[5:].sum()))[which][:, None]
-        launch = np.where(is_prefill, factor * (host + host_token * tokens), host_decode)
+        launch = np.where(is_prefill, speeds_of(logs)[which][:, None] * (host + host_token * tokens), host_decode)
         work = observed.decode_s + np.where(is_prefill, gpu + gpu_token * tokens, 0.0)
-        if not limits.async_scheduling:
+        if not engine.limits.async_scheduling:
             return np.maximum(launch, work), launch
         took = np.empty_like(work)
         behind = work[:, 0]  # how far the GPU is behind the scheduling
@@ -193,21 +184,19 @@ def prefill_costs(observed: Chains, limits: Limits, decode: Decode) -> Prefill:
     def misfit(logs: Array) -> Array:
         return np.log(observed.took_s[valid] / predicted(logs)[0][valid])
 
-    typical, short = (
-        float(np.median(observed.took_s[is_prefill & valid])),
-        float(np.median(observed.took_s[valid & ~is_prefill])),
-    )
+    typical = float(np.median(observed.took_s[is_prefill & valid]))
+    short = float(np.median(observed.took_s[valid & ~is_prefill]))
     per_token = typical / float(np.median(tokens[is_prefill & valid]))
     prior = np.log([0.8 * typical, 0.02 * per_token, 1e-3, 0.5 * per_token, 0.7 * short])
     starts = [prior + np.log([1, a, 1, b, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
     logs, samples = fit_logs(misfit, starts, prior, count=5)
-    speeds = np.exp(np.append(logs[5:], -logs[5:].sum()))
     took, launch = predicted(logs)
     of_host = is_prefill & valid & (launch >= took)
     ratio = observed.took_s / np.where(took > 0, took, 1)
-    noise = [tuple(ratio[of_host & (which == place)[:, None]].tolist()) for place in range(len(trials))]
-    return Prefill(values_of(logs), values_of(samples), speeds.tolist(), noise)
+    noise = tuple(tuple(ratio[of_host & (which == place)[:, None]].tolist()) for place in range(len(trials)))
+    costs = msgspec.structs.replace(with_values(engine.costs, values_of(logs)), noise=noise)
+    return Prefill(costs, values_of(samples), speeds_of(logs).tolist())
 
 
 def fit_logs(
@@ -260,8 +249,7 @@ def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> di
     With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
     the scheduling before. Between its instants nothing is known.
     """
-    lag = 2 if limits.async_scheduling else 1
-    since, handed = steps.since_begin(), steps.handed_s
+    lag, since, handed = limits.lag, steps.since_begin(), steps.handed_s
     return {
         name: (float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name])
         for name, k in steps.first_step.items()
@@ -278,86 +266,74 @@ def most_common(intervals: Array) -> float:
     return float(middles[best].mean())
 
 
-def prefill_alone(visits: Sequence[Visits], limits: Limits, ingress: float) -> Prefill:
+def prefill_alone(visits: Sequence[Visits], trials: Sequence[int], limits: Limits, ingress_s: float) -> Prefill:
     """Costs of an instance that only prefills: its queue is replayed by the simulator until the answers' times fit.
 
-    Speeds and noise are those of prompts that were alone. Raises ValueError with fewer than `LEAST_STEPS` of them.
+    `trials` names each Visits' trial. Speeds and noise are those of prompts that were alone. Raises ValueError with fewer than
+    `LEAST_STEPS` of them.
     """
-    trials = sorted({visit.trial for visit in visits})
-    rows = [
-        (visit.done_s - visit.sent_s - ingress, visit.prompt, np.full(len(visit.prompt), trials.index(visit.trial)))
-        for visit in visits
-    ]
-    took_s, tokens, which = (
-        np.concatenate([row[part][visit.alone()] for row, visit in zip(rows, visits, strict=True)]) for part in range(3)
-    )
+    names, places = np.unique(trials, return_inverse=True)
+    alone = [visit.alone() for visit in visits]
+    took_s = np.concatenate([(v.done_s - v.sent_s - ingress_s)[a] for v, a in zip(visits, alone, strict=True)])
+    tokens = np.concatenate([visit.prompt[of_visit] for visit, of_visit in zip(visits, alone, strict=True)])
+    which = np.repeat(places, [of_visit.sum() for of_visit in alone])
     if len(took_s) < LEAST_STEPS or (took_s <= 0).any():
         raise ValueError("hardly any prompt was alone at its prefill instance")
-    slope = (
-        np.polyfit(tokens, took_s, 1) if np.ptp(tokens) > 0.2 * tokens.mean() else np.array([0.0, np.median(took_s)])
-    )
-    ratio = np.log(took_s / np.maximum(np.polyval(slope, tokens), 0.1 * took_s.min()))
-    alone = np.bincount(which, minlength=len(trials))
-    told = np.flatnonzero(alone >= min(LEAST_STEPS, alone.max()))  # a burst's prompts are hardly ever alone
+    line = np.polyfit(tokens, took_s, 1) if np.ptp(tokens) > 0.2 * tokens.mean() else np.array([0.0, np.median(took_s)])
+    ratio = np.log(took_s / np.maximum(np.polyval(line, tokens), 0.1 * took_s.min()))
+    counts = np.bincount(which, minlength=len(names))
+    told = np.flatnonzero(counts >= min(LEAST_STEPS, counts.max()))  # a burst's prompts are hardly ever alone
     logs = np.array([np.median(ratio[which == place]) for place in told])
-    logs_of_speed = np.zeros(len(trials))
-    logs_of_speed[told] = logs - logs.mean()
-    speeds = np.exp(logs_of_speed)
-    noise = [tuple(np.exp(ratio[which == place] - log).tolist()) for place, log in zip(told, logs, strict=True)]
-    typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(slope, tokens))), float(np.median(tokens))
-    replayed = visits[:REPLAYED]
-    demands = [
-        Demand(
-            t_s=v.sent_s - v.sent_s[0],
-            prompt_tokens=v.prompt,
-            output_tokens=np.ones_like(v.prompt),
-            cached_tokens=np.zeros_like(v.prompt),
-        )
-        for v in replayed
-    ]
-    measured = np.concatenate([visit.done_s - visit.sent_s for visit in replayed])
-
-    def misfit(logs: Array) -> Array:
-        answers = []
-        for visit, demand in zip(replayed, demands, strict=True):
-            costs = costs_of(np.exp(np.append(logs, np.log(1e-3))), ingress)
-            engine = Engine(costs=at_speed(costs, float(speeds[trials.index(visit.trial)])), limits=limits)
-            single = Deployment(kind="single", engines={"single": engine}, instances={"single": 1})
-            answers.append(simulate(single, demand).ttft_s)
-        return np.log(measured / np.concatenate(answers))
-
+    speed_logs = np.zeros(len(names))
+    speed_logs[told] = logs - logs.mean()
+    speeds = np.exp(speed_logs)
+    noise = tuple(tuple(np.exp(ratio[which == place] - log).tolist()) for place, log in zip(told, logs, strict=True))
+    typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(line, tokens))), float(np.median(tokens))
     prior = np.log([0.9 * typical, 0.02 * typical / middle, 1e-3, 0.5 * typical / middle])
 
     def misfit_alone(logs: Array) -> Array:
         """Prompts that were alone tell the longer of the two parts."""
         host, host_token, gpu, gpu_token = np.exp(logs)
-        return ratio_s - np.log(np.maximum(host + host_token * tokens, gpu + gpu_token * tokens))
+        return (
+            np.log(took_s)
+            - speed_logs[which]
+            - np.log(np.maximum(host + host_token * tokens, gpu + gpu_token * tokens))
+        )
 
-    ratio_s = np.log(took_s) - logs_of_speed[which]
+    replayed = list(zip(visits, places, strict=True))[:REPLAYED]
+    demands = [
+        Demand(
+            t_s=visit.sent_s - visit.sent_s[0],
+            prompt_tokens=visit.prompt,
+            output_tokens=np.ones_like(visit.prompt),
+            cached_tokens=np.zeros_like(visit.prompt),
+        )
+        for visit, _ in replayed
+    ]
+    measured_s = np.concatenate([visit.done_s - visit.sent_s for visit, _ in replayed])
+    layout = Layout("single", {"single": 1})
+
+    def costs_of(logs: Array, host_decode_s: float) -> Costs:
+        return with_values(Costs(ingress_s=ingress_s), [*np.exp(logs), host_decode_s])
+
+    def misfit(logs: Array) -> Array:
+        answers_s = []
+        for (_, place), demand in zip(replayed, demands, strict=True):
+            engine = Engine(costs=at_speed(costs_of(logs, 1e-3), float(speeds[place])), limits=limits)
+            answers_s.append(simulate(Deployment(layout=layout, engines={"single": engine}), demand).ttft_s)
+        return np.log(measured_s / np.concatenate(answers_s))
+
     starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.9), (10.0, 0.4), (1.0, 1.9))]
     first, _ = fit_logs(misfit_alone, starts, prior, count=4)
     best, samples = fit_logs(misfit, [first], prior, count=4, rough=True)
     no_host_decode = np.zeros((SAMPLES, 1))
-    return Prefill(
-        np.exp(np.append(best, -np.inf)), np.hstack([np.exp(samples), no_host_decode]), speeds[told].tolist(), noise
-    )
+    costs = msgspec.structs.replace(costs_of(best, 0.0), noise=noise)
+    return Prefill(costs, np.hstack([np.exp(samples), no_host_decode]), speeds[told].tolist())
 
 
-def costs_of(values: Array, ingress: float, decode: Decode | None = None) -> Costs:
-    """Costs from the values named in `COSTS`; without `decode`, of an instance that only prefills."""
-    decode = decode or Decode({1: 1e-6}, 0.0, 0.0)
-    host, host_token, gpu, gpu_token, host_decode = map(float, values)
-    return Costs(
-        host_prefill_s=host,
-        host_per_prompt_token_s=host_token,
-        gpu_prefill_s=gpu,
-        gpu_per_prompt_token_s=gpu_token,
-        host_decode_s=host_decode,
-        gpu_decode_s=decode.gpu_s,
-        gpu_per_sequence_s=decode.per_sequence_s,
-        gpu_per_context_token_s=decode.per_context_token_s,
-        ingress_s=ingress,
-    )
+def with_values(costs: Costs, values: Iterable[float]) -> Costs:
+    """With those that are named in `COSTS`."""
+    return msgspec.structs.replace(costs, **dict(zip(COSTS, map(float, values), strict=True)))
 
 
 def at_speed(costs: Costs, factor: float) -> Costs:
@@ -369,14 +345,13 @@ def at_speed(costs: Costs, factor: float) -> Costs:
     )
 
 
-def join_cost(steps: Sequence[Steps], decode: Decode) -> float:
+def join_cost(steps: Sequence[Steps], costs: Costs) -> float:
     """How much later a step's tokens come for each sequence that joins from prefill; 0 without enough such steps."""
-    sizes, extra = np.array(sorted(decode.gpu_s)), []
+    extra: list[float] = []
     for part in steps:
-        since, until, handed = part.since_begin(), part.until_end(), part.handed_s
-        for k in np.flatnonzero((part.firsts > 0) & (since > 3) & (until > 1)):
-            if not part.firsts[[k - 2, k - 1, k + 1]].any():
-                size = sizes[min(int(np.searchsorted(sizes, part.sequences[k])), len(sizes) - 1)]
-                usual = decode.gpu_s[int(size)] + decode.per_context_token_s * float(part.context[k])
-                extra.append((handed[k] - handed[k - 1] - usual) / part.firsts[k])
+        since, until, handed, firsts = part.since_begin(), part.until_end(), part.handed_s, part.firsts
+        usual_s = costs.gpu_step_s(part.sequences, part.context)
+        for k in np.flatnonzero((firsts > 0) & (since > 3) & (until > 1)):
+            if not firsts[[k - 2, k - 1, k + 1]].any():
+                extra.append((handed[k] - handed[k - 1] - usual_s[k]) / firsts[k])
     return max(0.0, float(np.median(extra))) if len(extra) >= LEAST_STEPS else 0.0

@@ -7,47 +7,49 @@ The rules are those of vLLM's scheduler; tests/plan compares every token with a 
 import math
 from bisect import insort
 
-from pdbench.plan.batch import LAST, ONLY, PAUSES, Batch, Costed, Tokens
-from pdbench.plan.engine import InstanceUse
+from pdbench.plan.batch import LAST, ONLY, PAUSES, Batch, Pool, Tokens
 
 
 class Instance(Batch):
-    """An engine at the boundary before step `k`, at `s`; the step before is done at `d`. It wants to be woken at `wake_s`."""
+    """An engine at the boundary before step `k`, at `s`; the step before is done at `d`. It wants to be woken at `wake_s`.
+
+    What it did, for its power and for trust: `prefill_s` is the time in steps with prompt tokens, `decode_s` in steps without; the rest it
+    was idle. `sequence_s` is the integral of its running sequences over time. `outside_s` maps a field of `Box` to the time in steps beyond
+    it (a step beyond two counts for both).
+    """
 
     __slots__ = (
         "before_d", "before_s", "costs", "d", "decode_s", "extended", "first_s", "gaps", "next_d", "next_s", "noise_at", "opening",
-        "output_tokens", "outside_s", "prefill_s", "prompt_tokens", "s", "sequence_s", "steps", "tokens", "version", "wake_s", "weight",
+        "output_tokens", "outside_s", "prefill_s", "prompt_tokens", "role", "s", "sequence_s", "steps", "tokens", "version", "wake_s", "weight",
     )  # fmt: skip
 
-    def __init__(self, costed: Costed, tokens: Tokens, noise_at: int) -> None:
-        super().__init__(costed)
-        self.costs, self.tokens, self.noise_at, self.version = costed.engine.costs, tokens, noise_at, 0
+    def __init__(self, pool: Pool, tokens: Tokens, noise_at: int) -> None:
+        super().__init__(pool)
+        self.costs, self.role, self.tokens, self.noise_at, self.version = (
+            pool.engine.costs,
+            pool.role,
+            tokens,
+            noise_at,
+            0,
+        )
         self.prefill_s = self.decode_s = self.sequence_s = 0.0
         self.prompt_tokens = self.output_tokens = 0
         self.outside_s: dict[str, float] = {}
         self.s = self.d = self.wake_s = 0.0
         self.weight = 0  # sequences that got a token in the last step and in the one before it
-        self.opening: list[
-            int
-        ] = []  # first tokens of the last step that others follow: handed out at the boundary k + lag - 1
+        # First tokens of the last step that others follow: handed out at the boundary k + lag - 1.
+        self.opening: list[int] = []
         # The planned decode steps: how many, s and d after them, s after the first, their gaps. If `extended`, the step in which those
         # that end are missing begins at `before_s`.
         self.steps, self.extended = 0, False
         self.next_s = self.next_d = self.first_s = self.before_s = self.before_d = 0.0
         self.gaps: list[float] = []
 
-    @property
-    def use(self) -> InstanceUse:
-        return InstanceUse(
-            role=self.costed.role, prefill_s=self.prefill_s, decode_s=self.decode_s, sequence_s=self.sequence_s,
-            prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens, preemptions=self.preemptions, outside_s=self.outside_s,
-        )  # fmt: skip
-
     def step_s(self) -> float:
         """A decode step's time now."""
-        n, costed = len(self.running), self.costed
+        n, pool = len(self.running), self.pool
         one = n or 1
-        return max(costed.host_s[one], costed.gpu_s[one] + costed.per_context_s * (self.base + n * self.k))
+        return max(pool.host_s[one], pool.gpu_s[one] + pool.per_context_s * (self.base + n * self.k))
 
     def add(self, request: int, now_s: float) -> bool:
         """A request arrives; is `wake_s` another one now?"""
@@ -74,7 +76,7 @@ class Instance(Batch):
         if lag == 1 and self.opening:
             self._open(self.s)
         ended = self._advance() if self.steps else []
-        k, handouts, running, costed = self.k, self.handouts, self.running, self.costed
+        k, handouts, running, pool = self.k, self.handouts, self.running, self.pool
         while running and running[0][0] == k:
             sequence = running.pop(0)
             self.base -= sequence[3]
@@ -82,21 +84,21 @@ class Instance(Batch):
             handouts.append((k - 1 + lag, sequence[2], LAST))
         while handouts and handouts[0][0] <= k:
             _, request, token = handouts.pop(0)
-            if token == ONLY and costed.role != "prefill":
-                self.tokens.opens(request, self.s + self.costs.egress_s)
-            self.tokens.last_s[request] = self.s + self.costs.egress_s
+            if token == ONLY and self.role != "prefill":
+                self.tokens.opens(request, self.s)
+            self.tokens.last_s[request] = self.s
             if token != PAUSES:
                 ended.append(request)
                 self.ending.pop(request, None)
         if ended:
             self.blocked = False
             for request in ended:
-                self.reserved -= costed.most_blocks[request]
-        if self.reserved > costed.blocks and self._free(1) < 0:
+                self.reserved -= pool.most_blocks[request]
+        if self.reserved > pool.blocks and self._free(1) < 0:
             self._preempt()
         elif self.partial or (self.waiting and not self.blocked):
             self._schedule()
-        tight = self.reserved > costed.blocks
+        tight = self.reserved > pool.blocks
         waits = self.partial or (self.waiting and not self.blocked)
         if (waits and self.k > k) or (handouts and handouts[0][0] == self.k):
             self.steps, self.wake_s = 0, self.s
@@ -121,7 +123,7 @@ class Instance(Batch):
     def _plan(self, limit: int, until_s: float, *, extend: bool) -> None:
         """Plan decode steps from here until `until_s`, at most `limit`; `extend`: and the step without the sequences that end with
         these. The context's growth is in the gaps' mean only."""
-        s, d, n, weight, costed = self.s, self.d, len(self.running), self.weight, self.costed
+        s, d, n, weight, pool = self.s, self.d, len(self.running), self.weight, self.pool
         gaps = self.gaps
         gaps.clear()
         if not n and not weight:  # nothing but last tokens to wait for
@@ -129,9 +131,9 @@ class Instance(Batch):
             self.next_s = self.first_s = self.wake_s = d if d > s else s
             self.next_d = d
             return
-        steps, first_s, per_context_s = 0, s, costed.per_context_s
-        host, growth = costed.host_s[n], per_context_s * n
-        gpu = costed.gpu_s[n] + per_context_s * (self.base + n * self.k)
+        steps, first_s, per_context_s = 0, s, pool.per_context_s
+        host, growth = pool.host_s[n], per_context_s * n
+        gpu = pool.gpu_s[n] + per_context_s * (self.base + n * self.k)
         if self.lag == 1:
             while steps < limit and s < until_s:
                 count = limit - steps
@@ -188,8 +190,8 @@ class Instance(Batch):
             end, rest, base = self.k + limit, n, self.base
             for sequence in self.running:
                 if sequence[0] > end:
-                    host = costed.host_s[rest]
-                    gpu = costed.gpu_s[rest] + per_context_s * (base + rest * end)
+                    host = pool.host_s[rest]
+                    gpu = pool.gpu_s[rest] + per_context_s * (base + rest * end)
                     break
                 rest -= 1
                 base -= sequence[3]
@@ -217,8 +219,8 @@ class Instance(Batch):
             self.decode_s += took
             self.sequence_s += n * took
             self.output_tokens += n * steps
-            costed, context = self.costed, self.base + n * self.k
-            if n > costed.most_sequences or context + n * steps > costed.most_context:
+            pool, context = self.pool, self.base + n * self.k
+            if n > pool.box.sequences or context + n * steps > pool.box.context_tokens:
                 self._note_box(took, n, 0, context, n * steps)
         self.weight = n
         self.k += steps
@@ -226,37 +228,35 @@ class Instance(Batch):
         if not self.extended:
             return []
         self.extended = False
-        last_s = next_s + self.costs.egress_s
         ended = []
         k = running[0][0]
         while running and running[0][0] == k:
             _, _, request, base = running.pop(0)
             self.base -= base
             ended.append(request)
-            tokens.last_s[request] = last_s
+            tokens.last_s[request] = next_s
         self.weight = len(running)
         self.output_tokens -= len(ended)  # none in the last step
         self.sequence_s -= len(ended) * (next_d - self.before_d)
         return ended
 
     def _open(self, at_s: float) -> None:
-        at_s += self.costs.egress_s
         for request in self.opening:
             self.tokens.opens(request, at_s)
         self.opening = []
 
     def _schedule(self) -> None:
         """One step with as many prompt tokens and joining sequences as there is room for; no step if there is room for none."""
-        k, running, costed, costs, waiting = self.k, self.running, self.costed, self.costs, self.waiting
+        k, running, pool, costs, waiting = self.k, self.running, self.pool, self.costs, self.waiting
         n, opening = len(running), list[int]()
-        room, before = costed.budget - n, self.order
+        room, before = pool.budget - n, self.order
         prompt_tokens = prompts = joining = 0
         context = self.base + n * k
         while room > 0 and (self.partial or waiting):
             if self.partial:
                 request, computed, size = self.partial
                 needed = self._blocks(min(size, computed + room)) - self._blocks(computed)
-                if self.reserved > costed.blocks and needed > self._free(1):
+                if self.reserved > pool.blocks and needed > self._free(1):
                     self._put_back(request)
                     break
                 self.partial = None
@@ -264,22 +264,22 @@ class Instance(Batch):
             else:
                 request = waiting[0]
                 again = self.resumed.get(request) if self.resumed else None
-                size = costed.sizes[request] + (again or 0)
-                if len(running) + len(self.ending) >= costed.most:
+                size = pool.sizes[request] + (again or 0)
+                if len(running) + len(self.ending) >= pool.most:
                     self.blocked = True
                     break
-                reserved = self.reserved + costed.most_blocks[request]
-                if reserved > costed.blocks and self._blocks(size) > self._free(1):
+                reserved = self.reserved + pool.most_blocks[request]
+                if reserved > pool.blocks and self._blocks(size) > self._free(1):
                     self.blocked = True
                     break
                 self.reserved = reserved
                 waiting.pop(0)
                 computed = 0
                 if again is None:
-                    costed.scheduled_s[request] = self.s
-                    computed = costed.cached[request]
+                    pool.scheduled_s[request] = self.s
+                    computed = pool.cached[request]
                 count = size - computed
-                if costed.joins and again is None:
+                if pool.joins and again is None:
                     joining += 1
                     context += size
                     count = 0
@@ -293,7 +293,7 @@ class Instance(Batch):
                 prompt_tokens += count
                 room -= count
             self.order += 1
-            end = k + costed.outputs[request]
+            end = k + pool.outputs[request]
             if self.resumed:
                 end -= self.resumed.get(request, 0)
             sequence = (end, self.order, request, size - k)
@@ -306,13 +306,12 @@ class Instance(Batch):
             self.base += size - k
         if not prompt_tokens and not joining:
             return
-        host, gpu = costs.host_decode_s, costed.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
-        if n + joining + prompt_tokens > costed.captured:
+        host, gpu = costs.host_decode_s, pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
+        if n + joining + prompt_tokens > pool.captured:
             host = costs.host_prefill_s
             if prompt_tokens:
-                if costs.noise:
-                    host *= costs.noise[self.noise_at % len(costs.noise)]
-                    self.noise_at += 1
+                host *= pool.noise[self.noise_at % len(pool.noise)]
+                self.noise_at += 1
                 host += costs.host_per_prompt_token_s * prompt_tokens
         if prompt_tokens:
             gpu += costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens
@@ -334,14 +333,14 @@ class Instance(Batch):
         else:
             self.decode_s += done - begins
         sequences = n + joining + prompts
-        if prompt_tokens > costed.most_prompt or sequences > costed.most_sequences or context > costed.most_context:
+        box = pool.box
+        if prompt_tokens > box.prompt_tokens or sequences > box.sequences or context > box.context_tokens:
             self._note_box(done - begins, sequences, prompt_tokens, context, 0)
         self.sequence_s += sequences * (done - begins)
 
     def _note_box(self, took_s: float, sequences: int, prompt_tokens: int, context: int, growth: int) -> None:
         """Time in steps beyond the calibrated box; the context grew from `context` by `growth`."""
-        box, outside = self.costed.engine.box, self.outside_s
-        assert box is not None
+        box, outside = self.pool.box, self.outside_s
         over = context + growth - box.context_tokens
         shares = {
             "prompt_tokens": float(prompt_tokens > box.prompt_tokens),

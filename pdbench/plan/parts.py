@@ -1,5 +1,7 @@
 """The instances of a run's trials: what each was sent, when it answered, which steps it did."""
 
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -16,7 +18,8 @@ LEAST_REQUESTS, MOST_FAILED = 30, 0.1
 
 
 class Part(msgspec.Struct):
-    """One instance during one trial. `index` is the trial's place in its run, `trial` counts over all runs."""
+    """One instance during one trial. `index` is the trial's place in its run, `trial` counts over all runs. One that only prefills has
+    `visits`, the others `steps`."""
 
     run: Run
     index: int
@@ -26,6 +29,7 @@ class Part(msgspec.Struct):
     requests: dict[str, RequestRecord]
     ways: dict[str, ProxyEvent]
     steps: Steps | None = None
+    visits: Visits | None = None
     device: DeviceRecord | None = None
 
 
@@ -61,7 +65,10 @@ def parts_of(path: Path, run: Run, first_trial: int = 0) -> list[Part]:
         by_id = {request.id: request for request in requests}
         for (role, address), streams in instances:
             part = Part(run, place, role, first_trial + place, streams, by_id, ways)
-            part.steps = rebuild(streams) if role != "prefill" else None
+            if role == "prefill":
+                part.visits = visits_of(run, streams, ways)
+            else:
+                part.steps = rebuild(streams)
             addresses = [other for (its_role, other), _ in instances if its_role == role]
             devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]
             if len(devices) == len(addresses):  # instances take the GPUs in the order of their ports
@@ -70,32 +77,17 @@ def parts_of(path: Path, run: Run, first_trial: int = 0) -> list[Part]:
     return parts
 
 
-def visits_of(part: Part) -> Visits:
+def visits_of(run: Run, streams: Sequence[Stream], ways: Mapping[str, ProxyEvent]) -> Visits:
     """A prefill instance's prompts, as the proxy saw them come and go."""
-    rows = [(way.prefill_sent_s, way.prefill_done_s, stream.computed) for way, stream in _visitors(part)]
-    sent_s, done_s, prompt = (np.array(column) for column in zip(*rows, strict=True))
-    return Visits(sent_s, done_s, prompt, part.trial)
-
-
-def _visitors(part: Part) -> list[tuple[ProxyEvent, Stream]]:
-    pairs = [
-        (way, stream)
-        for stream in part.streams
-        if (way := part.ways.get(stream.id)) and way.prefill_sent_s is not None and way.prefill_done_s is not None
-    ]
-    return sorted(pairs, key=lambda pair: (pair[0].prefill_sent_s, pair[0].prefill_done_s))
-
-
-def taken_s(part: Part) -> list[float]:
-    """From the proxy's sending until prefill's engine took the prompt, of the prompts whose server said so. An engine that is busy takes none
-    before its step ends, so only those that met an idle one tell."""
-    taken = {
+    taken_s = {
         event.transfer_id: event.taken_s
-        for event in part.run.events
+        for event in run.events
         if isinstance(event, PromptEvent) and event.server.startswith("prefill")
     }
-    return [
-        at_s - way.prefill_sent_s
-        for (way, _), idle in zip(_visitors(part), visits_of(part).idle(), strict=True)
-        if idle and way.prefill_sent_s is not None and (at_s := taken.get(way.transfer_id)) is not None
+    rows = [
+        (way.prefill_sent_s, way.prefill_done_s, taken_s.get(way.transfer_id), stream.computed)
+        for stream in streams
+        if (way := ways.get(stream.id)) and way.prefill_sent_s is not None and way.prefill_done_s is not None
     ]
+    sent_s, done_s, at_s, prompt = zip(*sorted(rows, key=itemgetter(0, 1)), strict=True)
+    return Visits(np.array(sent_s), np.array(at_s, dtype=float), np.array(done_s), np.array(prompt))

@@ -8,10 +8,10 @@ from scipy.optimize import nnls
 from pdbench.analysis.arrivals import Array
 from pdbench.analysis.energy import ENGINE_READY
 from pdbench.analysis.meter import Meter, union
-from pdbench.plan.engine import InstanceUse, Limits
-from pdbench.plan.fit import Visits
+from pdbench.plan.engine import Limits
+from pdbench.plan.instance import Instance
 from pdbench.plan.records import PowerCosts
-from pdbench.plan.steps import Steps
+from pdbench.plan.steps import Steps, Visits
 from pdbench.records import DeviceRecord, Interval
 
 WINDOW_S = 1.0
@@ -25,8 +25,7 @@ def windows_in(trial: Interval) -> Array:
 
 def use_of_steps(steps: Steps, limits: Limits, edges: Array) -> Array:
     """Rows of (decode share, sequences, prefill share, prompt tokens per second), one per window, of an instance that decodes."""
-    lag = 2 if limits.async_scheduling else 1
-    since, handed = steps.since_begin(), steps.handed_s
+    lag, since, handed = limits.lag, steps.since_begin(), steps.handed_s
     running = since >= 1
     ends, begins = handed[running], handed[np.flatnonzero(running) - 1]
     # A prompt's step k takes the time from its scheduling, as step k - lag was handed out, to the next one's.
@@ -94,7 +93,7 @@ def fit_power(measured: Sequence[tuple[DeviceRecord, Array, Array]]) -> PowerCos
     )
 
 
-def joules(use: InstanceUse, costs: PowerCosts, span_s: float) -> float:
+def joules(use: Instance, costs: PowerCosts, span_s: float) -> float:
     """What an instance draws over a simulated span."""
     return (
         costs.idle_w * span_s

@@ -1,6 +1,5 @@
 """A prediction: many simulations of what may be, their figures with intervals, or the reason why nothing can be said."""
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -10,22 +9,18 @@ import numpy as np
 
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
-from pdbench.plan.calibration import drawn, role_of
-from pdbench.plan.engine import Demand, Deployment, Kind, Role, Simulated, weighted_quantiles
+from pdbench.plan.deployment import deployment_of, role_of, unfit
+from pdbench.plan.engine import Demand, Deployment, Layout, Role
 from pdbench.plan.records import Calibration, Figure, Prediction
-from pdbench.plan.simulate import simulate
+from pdbench.plan.simulate import Simulated, simulate, weighted_quantiles
 
 DRAWS, LEAST_DRAWS, BUDGET_S = 60, 12, 30.0
 """Simulations per prediction; fewer where they would take more seconds of CPU than this."""
 OUTSIDE = 0.05
 """Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
-DRIFT = 1.5
-"""Above this ratio of two trials' speeds a machine is too restless to predict."""
 POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
 GOLDEN = (5**0.5 - 1) / 2
-HANDOFF_ERROR = 0.1
-"""Standard deviation of the logarithm of a handoff's steps from one run to another (docs/results/plan)."""
 PAUSES_ERROR = 0.2
 """Standard deviation of the logarithm of pauses, as shares of a step, from one run to another: the slowest 0.25 % of steps took 2.3 to 3.3 times a
 step on top in 19 of 25 runs, 1.9 to 4.0 times in all (docs/results/plan)."""
@@ -40,57 +35,9 @@ _LARGER = {
 }
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """A deployment asked for: `instances` per role."""
-
-    kind: Kind
-    instances: dict[Role, int]
-
-
-def parse_deployment(text: str) -> Wanted:
-    """single, replicas:N, or NpMd. Raises UserError for anything else."""
-    if match := re.fullmatch(r"(\d+)p(\d+)d", text.lower()):
-        wanted = Wanted("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
-    elif match := re.fullmatch(r"replicas:(\d+)", text):
-        wanted = Wanted("replicas", {"replica": int(match[1])})
-    else:
-        wanted = Wanted("single", {"single": int(text == "single")})
-    if all(wanted.instances.values()):
-        return wanted
-    raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
-
-
-def deployment_of(
-    calibration: Calibration, wanted: Wanted, random: np.random.Generator | None = None, share: float = 0.5
-) -> Deployment:
-    """The deployment with engines as calibrated, or with `random` as they may be on a day whose speed is the quantile `share`. Raises UserError
-    with what was not measured."""
-    if wanted.kind == "disaggregated" and calibration.handoff_steps is None:
-        raise UserError(
-            "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
-        )
-    roles = {role: role_of(calibration, role) for role in wanted.instances}
-    engines = {role: drawn(each, random, share) if random is not None else each.engine for role, each in roles.items()}
-    series, steps = calibration.handoff_noise, calibration.handoff_steps or 0.0
-    if random is not None and wanted.kind == "disaggregated":
-        series = [series[int(random.integers(len(series)))]] if series else []
-        steps *= float(np.exp(random.normal(0, HANDOFF_ERROR)))
-    return Deployment(
-        kind=wanted.kind,
-        engines=engines,
-        instances=wanted.instances,
-        first_token=calibration.first_token,
-        prefill_opens=calibration.prefill_opens,
-        handoff_steps=steps,
-        handoff_noise=tuple(chain.from_iterable(series)),
-        handoff_per_token_s=calibration.handoff_per_token_s,
-        proxy_s=calibration.proxy_s,
-    )
-
-
 def predict(
     calibration: Calibration,
-    wanted: Wanted,
+    layout: Layout,
     demands: Callable[[int], Sequence[Demand]],
     load: str,
     *,
@@ -105,21 +52,20 @@ def predict(
     mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
     """
     begin_s = time.process_time()
+    prediction = Prediction(layout=layout, load=load)
     try:
-        deployment = deployment_of(calibration, wanted)
+        usual = deployment_of(calibration, layout)
     except UserError as error:
-        return Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load, refusal=str(error))
-    prediction = Prediction(kind=wanted.kind, instances=dict(wanted.instances), load=load)
-    refusal = unfit(calibration, wanted, demands(0)) if speeds is None else None
+        return msgspec.structs.replace(prediction, refusal=str(error))
+    refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
     rows: list[dict[str, float]] = []
     outside: list[dict[str, float]] = []
-    simulated_s = 0.0
     preempted = 0
     random = np.random.default_rng(0)
     while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.process_time() - begin_s < BUDGET_S):
         results = []
         # One day for all trials. Days' speeds decide most: multiples of the golden ratio spread them evenly, however many draws there are.
-        deployment = deployment_of(calibration, wanted, random, (0.5 + GOLDEN * len(rows)) % 1)
+        deployment = deployment_of(calibration, layout, random, (0.5 + GOLDEN * len(rows)) % 1)
         for trial, demand in enumerate(demands(len(rows))):
             of_trial = deployment if speeds is None else speeds(deployment, trial)
             results.append(simulate(of_trial, demand, seed=len(rows)))
@@ -129,15 +75,13 @@ def predict(
         rows.append(figures_of(results, calibration, slo, pauses=float(np.exp(random.normal(0, PAUSES_ERROR)))))
         outside.append(outside_of(results))
         preempted += any(use.preemptions for result in results for use in result.instances)
-        simulated_s += sum(result.span_s for result in results)
     shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
     names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
     figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
     refusal = refusal or beyond(shares, preempted > len(rows) / 2, figures)
-    usual, given = deployment_of(calibration, wanted), demands(0)
-    engines = [usual if speeds is None else speeds(usual, trial) for trial in range(len(given))]
     parts = seconds.of_simulated(
-        usual, [simulate(engine, demand) for engine, demand in zip(engines, given, strict=True)]
+        usual.way_in_s,
+        [simulate(speeds(usual, trial) if speeds else usual, demand) for trial, demand in enumerate(demands(0))],
     )
     saturated = bool(np.median([row["growth"] for row in rows]) > 2)
     figures.pop("growth")
@@ -149,7 +93,6 @@ def predict(
         saturated=saturated,
         seconds_ms={} if refusal and not anyway else parts,
         draws=len(rows),
-        simulated_s=simulated_s,
     )
 
 
@@ -176,11 +119,10 @@ def figures_of(
         np.concatenate([getattr(result, name) for result in results]) for name in ("ttft_s", "e2e_s", "mean_tbt_s")
     )
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
-    streaming = role_of(calibration, next(use.role for use in reversed(results[0].instances)))
+    streaming = role_of(calibration, results[0].instances[-1].role)
     gap_s, counts = (np.concatenate([getattr(result, name) for result in results]) for name in ("gap_s", "gap_count"))
-    engine, box = streaming.engine, streaming.engine.box
-    assert box is not None
-    slowest_s = engine.gpu_decode_s(box.sequences) + engine.costs.gpu_per_context_token_s * box.context_tokens
+    box = streaming.engine.box
+    slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
     jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
     quantiles_s = weighted_quantiles(gap_s, counts, _SHARES, jitter or (0.0,), slowest_s)
     figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
@@ -226,29 +168,6 @@ def _figure(name: str, values: Sequence[float]) -> Figure:
     return Figure(float(value), float(low), float(high))
 
 
-def unfit(calibration: Calibration, wanted: Wanted, demands: Sequence[Demand]) -> str | None:
-    """Why the calibration itself does not carry this load."""
-    if calibration.drift > DRIFT:
-        return (
-            f"this machine drifts: the same step was {calibration.drift:.2f} times slower in one trial than in another; "
-            "measure again on a quiet machine, at least five trials (`pdbench run --pairs 5`)"
-        )
-    for role in wanted.instances:
-        if role == "decode":
-            continue
-        calibrated = role_of(calibration, role)
-        shortest, longest = calibrated.prompt_lengths
-        lengths = np.concatenate([demand.prompt_tokens for demand in demands])
-        low, high = np.quantile(lengths, (0.05, 0.95))
-        if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
-            length = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
-            return (
-                f"prompts of {length} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
-                "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
-            )
-    return None
-
-
 def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:
     """Why the simulated steps are a guess."""
     worst = max(shares, key=lambda name: shares[name], default=None)
@@ -261,7 +180,7 @@ def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, F
     if preempted:
         return "the KV cache would be full and requests preempted: no run shows what that costs"
     ttft = figures.get("ttft_p50_ms")
-    if ttft and ttft.low and ttft.high and ttft.high > TOO_WIDE * ttft.low:
+    if ttft and ttft.high > TOO_WIDE * ttft.low:
         return (
             f"TTFT p50 anywhere from {ttft.low:.0f} to {ttft.high:.0f} ms: the runs do not show what decides it; measure spread "
             "lengths and more trials"

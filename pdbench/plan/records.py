@@ -1,13 +1,11 @@
 """What calibration and prediction are saved as: versioned JSON. Unknown is None. Seconds, watts and joules as named."""
 
-from typing import Literal
-
 import msgspec
 import numpy as np
 
-from pdbench.plan.engine import COSTS, Engine, Kind, Role
+from pdbench.plan.engine import COSTS, Engine, Handoff, Layout, Role
 
-SCHEMA = "pdbench-plan/3"
+SCHEMA = "pdbench-plan/4"
 UNSURE = 0.3
 """A cost whose logarithm has a larger standard deviation is not known."""
 
@@ -43,8 +41,8 @@ class PowerCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
-    """One role's engine as fitted. `samples` are rows of `fit.COSTS` that the data leave possible. `speeds` are the trials' factors on
-    prefill's launches, `noise` the trials' series of residual factors of prefill steps. `assumed` says what was not recorded and what was taken for it,
+    """One role's engine as fitted. `samples` are rows of `COSTS` that the data leave possible. `speeds` are the trials' factors on
+    prefill's launches. `assumed` says what was not recorded and what was taken for it,
     `prompt_lengths` are the shortest and the longest prompt. `jitter` are quantiles of what calm steps took beyond their cost, as the
     client saw them and as shares of it: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
     """
@@ -52,12 +50,16 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     engine: Engine
     samples: list[list[float]]
     speeds: list[float]
-    noise: list[tuple[float, ...]]
     assumed: list[str] = []
     prompt_lengths: tuple[int, int] = (0, 0)
     power: PowerCosts | None = None
     jitter: list[float] = []
     decode_speeds: list[float] = []
+
+    @property
+    def computes(self) -> bool:
+        """Does it show what prompts cost? Decode's engine does not."""
+        return bool(self.engine.costs.noise)
 
     @property
     def knows_lengths(self) -> bool:
@@ -73,19 +75,14 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a prediction needs, from one or several runs. A handoff takes `handoff_steps` decode steps times a factor of one of the
-    series in `handoff_noise` (one series per trial and decode instance), and `handoff_per_token_s`. `drift` is the largest ratio of two trials' speeds; `missing`
-    says what was not measured and the command that measures it."""
+    """Everything that a prediction needs, from one or several runs; `handoff` is None where no run shows it. `drift` is the largest ratio of
+    two trials' speeds; `missing` says what was not measured and the command that measures it."""
 
     schema: str = SCHEMA
     sources: list[Source]
     roles: dict[Role, RoleCalibration]
-    handoff_steps: float | None = None
-    handoff_noise: list[tuple[float, ...]] = []
-    handoff_per_token_s: float = 0.0
+    handoff: Handoff | None = None
     proxy_s: float = 0.0
-    first_token: Literal["prefill", "decode"] = "prefill"
-    prefill_opens: float = 1.0
     drift: float = 1.0
     missing: list[str] = []
 
@@ -96,11 +93,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """A predicted figure with the bounds of its 90 % interval; None: no interval (too few trials)."""
+    """A predicted figure with the bounds of its 90 % interval."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,8 +109,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     schema: str = SCHEMA
-    kind: str
-    instances: dict[Role, int]
+    layout: Layout
     load: str
     figures: dict[str, Figure] = {}
     outside: dict[str, float] = {}
@@ -121,25 +117,19 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     saturated: bool = False
     seconds_ms: dict[str, float] = {}
     draws: int = 0
-    simulated_s: float = 0.0
 
 
 class Candidate(msgspec.Struct, kw_only=True):
     """A deployment that a search tried: figures of each simulated load, at the costs' best estimate. `refusal`: why they are a guess.
     `tie`: no dearer than the cheapest, as far as these loads tell."""
 
-    kind: Kind
-    instances: dict[Role, int]
+    layout: Layout
     met_pct: list[float] = []
     j_per_output_token: list[float] = []
     ttft_p99_ms: list[float] = []
     tbt_p99_ms: list[float] = []
     refusal: str | None = None
     tie: bool = False
-
-    @property
-    def gpus(self) -> int:
-        return sum(self.instances.values())
 
     @property
     def met(self) -> bool:

@@ -1,15 +1,13 @@
 """The cheapest deployment that keeps an SLO at a load: floors by arithmetic, then few simulations, then the best ones with other seeds."""
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 
-import msgspec
 import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.plan.calibration import role_of
-from pdbench.plan.engine import Demand, Deployment, Engine, Role
-from pdbench.plan.predict import Wanted, beyond, deployment_of, figures_of, outside_of, unfit
+from pdbench.plan.deployment import deployment_of, role_of, unfit
+from pdbench.plan.engine import Demand, Layout, Role
+from pdbench.plan.predict import beyond, figures_of, outside_of
 from pdbench.plan.records import Calibration, Candidate, Search
 from pdbench.plan.simulate import simulate
 
@@ -40,13 +38,13 @@ class Trials:
             self.demands[seed] = self.make_demand(seed)
         return self.demands[seed]
 
-    def candidate(self, wanted: Wanted, seeds: int = 1) -> Candidate:
+    def candidate(self, wanted: Layout, seeds: int = 1) -> Candidate:
         key = (len(wanted.kind), *wanted.instances.values())
-        found = self.tried.setdefault(key, Candidate(kind=wanted.kind, instances=wanted.instances))
+        found = self.tried.setdefault(key, Candidate(layout=wanted))
         while len(found.met_pct) < seeds:
             seed = len(found.met_pct)
             self.simulations += 1
-            result = simulate(self.typical(wanted), self.demand(seed), seed)
+            result = simulate(deployment_of(self.calibration, wanted), self.demand(seed), seed)
             figures = figures_of([result], self.calibration, self.slo)
             found.met_pct.append(figures["slo_met_pct"])
             found.ttft_p99_ms.append(figures["ttft_p99_ms"])
@@ -60,16 +58,7 @@ class Trials:
             found.refusal = beyond(mean, self.preempted[key] > len(shares) / 2, {})
         return found
 
-    def typical(self, wanted: Wanted) -> Deployment:
-        """Its engines at their mean speed, with the noise of all trials."""
-        deployment = deployment_of(self.calibration, wanted)
-        engines = dict[Role, Engine]()
-        for role, engine in deployment.engines.items():
-            noise = tuple(chain.from_iterable(role_of(self.calibration, role).noise))
-            engines[role] = msgspec.structs.replace(engine, costs=msgspec.structs.replace(engine.costs, noise=noise))
-        return msgspec.structs.replace(deployment, engines=engines)
-
-    def may(self, wanted: Wanted) -> bool:
+    def may(self, wanted: Layout) -> bool:
         """Does the calibration carry this kind of deployment under this load?"""
         try:
             deployment_of(self.calibration, wanted)
@@ -77,7 +66,7 @@ class Trials:
         except UserError as error:
             refusal = str(error)
         if refusal is not None:
-            self.refused.append(Candidate(kind=wanted.kind, instances=wanted.instances, refusal=refusal))
+            self.refused.append(Candidate(layout=wanted, refusal=refusal))
         return refusal is None
 
     def work_s(self, role: Role, *, prompts: bool, tokens: bool) -> float:
@@ -95,8 +84,9 @@ class Trials:
             )
         if tokens:
             slo_s = np.inf if self.slo[1] is None else self.slo[1] / 1e3
-            largest = min(limits.max_num_seqs, engine.box.sequences if engine.box else limits.max_num_seqs)
-            steps = [(max(engine.gpu_decode_s(n), costs.host_decode_s), n) for n in range(1, largest + 1)]
+            largest = min(limits.max_num_seqs, engine.box.sequences)
+            n = np.arange(1, largest + 1)
+            steps = list(zip(np.maximum(costs.gpu_step_s(n), costs.host_decode_s).tolist(), n.tolist(), strict=True))
             work_s += float(demand.output_tokens.mean()) * min(
                 (took / n for took, n in steps if took <= slo_s), default=steps[0][0]
             )
@@ -141,7 +131,7 @@ class Trials:
         # Arrivals of a finite load may be slower than their rate, and queues may outlast it: a floor that is surely too low costs little.
         return min(max(1, int(0.8 * rate * work_s)), self.most)
 
-    def met(self, wanted: Wanted) -> bool:
+    def met(self, wanted: Layout) -> bool:
         return self.candidate(wanted).met
 
 
@@ -169,31 +159,31 @@ def search(
 
     def cost(candidate: Candidate) -> tuple[float, ...]:
         joules = float(np.mean(candidate.j_per_output_token)) if candidate.j_per_output_token else 0.0
-        return (joules, candidate.gpus) if by_joules else (candidate.gpus, joules)
+        return (joules, candidate.layout.gpus) if by_joules else (candidate.layout.gpus, joules)
 
     near: list[Candidate] = []
     for kind in ("single", "replicas", "disaggregated"):
-        best = min((each for each in starts if each.kind == kind and each.met), key=cost, default=None)
+        best = min((each for each in starts if each.layout.kind == kind and each.met), key=cost, default=None)
         while best is not None:
-            tried = [trial.candidate(wanted, SEEDS) for wanted in _around(best, most_gpus)]
+            tried = [trial.candidate(wanted, SEEDS) for wanted in _around(best.layout, most_gpus)]
             near += [each for each in tried if each not in near]
-            if any(each.met for each in tried) or best.gpus >= most_gpus:
+            if any(each.met for each in tried) or best.layout.gpus >= most_gpus:
                 break
             # One load was luck: with one GPU more the others may agree.
             more = (
-                _split(best.instances["prefill"], best.instances["decode"] + 1)
+                _split(best.layout.instances["prefill"], best.layout.instances["decode"] + 1)
                 if kind == "disaggregated"
-                else _replicas(best.gpus + 1)
+                else _replicas(best.layout.gpus + 1)
             )
             best = trial.candidate(more) if more.kind == kind else None
     # What one load finds cheaper must show it in the others too.
     limit = min((cost(each) for each in near if each.met), default=(np.inf,))
     for each in [each for each in starts if each not in near and each.met and cost(each) < limit]:
-        near.append(trial.candidate(Wanted(each.kind, each.instances), SEEDS))
+        near.append(trial.candidate(each.layout, SEEDS))
     ranked = sorted((each for each in near if each.met), key=cost)
     if ranked:
         for other in ranked[1:]:
-            other.tie = (by_joules or other.gpus == ranked[0].gpus) and _overlap(other, ranked[0])
+            other.tie = (by_joules or other.layout.gpus == ranked[0].layout.gpus) and _overlap(other, ranked[0])
     shown = {id(each): each for each in [*ranked, *near, *starts]}
     rest = sorted(
         (each for each in shown.values() if not each.met), key=lambda each: (each.refusal is not None, *cost(each))
@@ -232,19 +222,19 @@ def _overlap(one: Candidate, other: Candidate) -> bool:
     return not len(differences) or bool(differences.min() <= 0 <= differences.max())
 
 
-def _wanted(kind: str, **instances: int) -> Wanted:
-    return Wanted(kind, instances)  # type: ignore[arg-type]
+def _wanted(kind: str, **instances: int) -> Layout:
+    return Layout(kind, instances)  # type: ignore[arg-type]
 
 
-def _replicas(count: int) -> Wanted:
+def _replicas(count: int) -> Layout:
     return _wanted("single", single=1) if count == 1 else _wanted("replicas", replica=count)
 
 
-def _split(prefill: int, decode: int) -> Wanted:
+def _split(prefill: int, decode: int) -> Layout:
     return _wanted("disaggregated", prefill=prefill, decode=decode)
 
 
-def _around(best: Candidate, most_gpus: int) -> Iterable[Wanted]:
+def _around(best: Layout, most_gpus: int) -> Iterable[Layout]:
     """The deployment and its neighbours."""
     if best.kind != "disaggregated":
         for count in (best.gpus, best.gpus - 1, best.gpus + 1):

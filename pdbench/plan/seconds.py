@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdbench.analysis.arrivals import Array
-from pdbench.plan.engine import Deployment, Simulated
+from pdbench.plan.simulate import Simulated
 from pdbench.records import Run
 
 PARTS = ("way_in", "queue", "compute", "handoff", "decode_wait", "decode")
@@ -13,19 +13,14 @@ PARTS = ("way_in", "queue", "compute", "handoff", "decode_wait", "decode")
 decode's steps."""
 
 
-def of_simulated(deployment: Deployment, results: Sequence[Simulated]) -> dict[str, float]:
-    """Of all requests of some trials."""
-    instants = []
-    front = next(iter(deployment.instances))
-    way_in_s = deployment.engines[front].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
-    for result in results:
-        sent_s, split = result.sent_s, deployment.kind == "disaggregated"
-        computed_s = result.computed_s if split else sent_s + result.ttft_s
-        instants.append(
-            (sent_s, result.scheduled_s, computed_s, result.ready_s, result.joined_s, sent_s + result.e2e_s)
-        )
-    sent_s, scheduled_s, computed_s, ready_s, joined_s, end_s = map(np.concatenate, zip(*instants, strict=True))
-    return _means([sent_s, sent_s + way_in_s, scheduled_s, computed_s, ready_s, joined_s, end_s])
+def of_simulated(way_in_s: float, results: Sequence[Simulated]) -> dict[str, float]:
+    """Of all requests of some trials of one deployment."""
+    rows = []
+    for each in results:
+        came_s = np.where(np.isnan(each.computed_s), each.sent_s + each.ttft_s, each.computed_s)
+        way_s = each.sent_s, each.sent_s + way_in_s, each.scheduled_s
+        rows.append([*way_s, came_s, each.ready_s, each.joined_s, each.sent_s + each.e2e_s])
+    return _means([*np.concatenate(rows, axis=1)])
 
 
 def of_run(run: Run, names: set[str]) -> dict[str, float]:

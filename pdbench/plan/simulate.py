@@ -6,29 +6,53 @@ One queue holds the instants at which something changes; between them the instan
 import gc
 import math
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain
 
 import numpy as np
 
-from pdbench.plan.batch import Costed, Tokens
-from pdbench.plan.engine import Demand, Deployment, Policy, Role, Simulated
+from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.plan.batch import Pool, Tokens
+from pdbench.plan.engine import Demand, Deployment, Role
 from pdbench.plan.instance import Instance
 
 _ARRIVES, _JOINS, _WAKES = range(3)
 _BITS = 40
-_LOWER = (1 << _BITS) - 1
 _GAPS = 1 << 15
 
 
-class Balance:
-    """The choice of `proxy.instances.choose` among instances of one role, by the same loads, in time that does not grow with their number.
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One entry per request in the order of `Demand`, seconds. NaN: a request that can never run (its prompt and output exceed the KV cache).
 
-    Every prompt has a prefix of its own: prefix-affinity then has a random order of instances for each.
+    `sent_s` is when it was sent; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
+    `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
+    was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
+    weighted histogram (values in any order, equal ones may repeat). `span_s` ends with the last token.
     """
 
-    def __init__(self, policy: Policy, count: int, generator: random.Random, *, by_tokens: bool) -> None:
-        self.policy, self.generator, self.by_tokens = policy, generator, by_tokens
-        self.instances, self.turn, self.requests = count, generator.randrange(count), 0
+    sent_s: Array
+    ttft_s: Array
+    e2e_s: Array
+    mean_tbt_s: Array
+    scheduled_s: Array
+    computed_s: Array
+    ready_s: Array
+    joined_s: Array
+    gap_s: Array
+    gap_count: IntArray
+    instances: list[Instance]
+    span_s: float
+    events: int
+
+
+class Balance:
+    """Least work first among instances of one role, as `proxy.instances.choose` has it, in time that does not grow with their number."""
+
+    def __init__(self, count: int, generator: random.Random, *, by_tokens: bool) -> None:
+        self.instances, self.turn, self.by_tokens = count, generator.randrange(count), by_tokens
         self.bits = [1 << index for index in range(count)]
         self.loads = [0] * count  # what counts first in the upper bits, so that loads compare as numbers
         self.holders = {0: (1 << count) - 1}  # load -> the instances that have it, as bits
@@ -36,20 +60,10 @@ class Balance:
         self.room = 4 * count + 1000
 
     def choose(self) -> int:
-        count = self.instances
-        if count == 1:
+        if self.instances == 1:
             return 0
-        turn = self.turn % count
+        turn = self.turn % self.instances
         self.turn += 1
-        if self.policy == "round-robin":
-            return turn
-        if self.policy == "prefix-affinity":
-            limit = 2 * self.requests / count + 1
-            while True:
-                index = self.generator.randrange(count)
-                load = self.loads[index]
-                if (load & _LOWER if self.by_tokens else load >> _BITS) <= limit:
-                    return index
         while self.rising[0] not in self.holders:
             heappop(self.rising)
         least = self.holders[self.rising[0]]
@@ -58,7 +72,6 @@ class Balance:
 
     def count(self, index: int, requests: int, tokens: int) -> None:
         """Add to an instance's requests and prompt tokens in flight."""
-        self.requests += requests
         before, holders, bit = self.loads[index], self.holders, self.bits[index]
         if left := holders.pop(before) ^ bit:
             holders[before] = left
@@ -75,7 +88,7 @@ class Balance:
 
 
 def simulate(deployment: Deployment, demand: Demand, seed: int = 0) -> Simulated:
-    """Exact in the costs and rules of engine.py. Deterministic in `seed`, which decides where each instance begins in `Costs.noise`
+    """Exact in the costs and rules of engine.py. Deterministic in `seed`, which decides where instances and handoffs begin in their noise
     and whose turn is first."""
     collecting = gc.isenabled()
     gc.disable()  # millions of tuples, none in a circle
@@ -91,33 +104,32 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     prompts, outputs, due = demand.prompt_tokens.tolist(), demand.output_tokens.tolist(), demand.t_s.tolist()
     cached = np.minimum(demand.cached_tokens, demand.prompt_tokens - 1).tolist()
     tokens = Tokens([math.nan] * total, [math.nan] * total)
-    split = deployment.kind == "disaggregated"
+    layout, handoff, way_in_s = deployment.layout, deployment.handoff, deployment.way_in_s
+    split = layout.kind == "disaggregated"
 
-    def pool(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
-        costed = Costed(deployment.engines[role], role, sizes, cached, outputs)
-        starts = len(costed.engine.costs.noise) or 1
-        return [Instance(costed, tokens, generator.randrange(starts)) for _ in range(deployment.instances[role])]
+    def instances_of(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
+        pool = Pool(deployment.engines[role], role, sizes, cached, outputs)
+        return [Instance(pool, tokens, generator.randrange(len(pool.noise))) for _ in range(layout.instances[role])]
 
     # Prefill's token is the client's first where the proxy passes it on, and where it is not the last one too.
-    may_open = split and deployment.first_token == "prefill"
-    opens_early = [may_open and count > 1 and generator.random() < deployment.prefill_opens for count in outputs]
-    early = np.array(opens_early, np.int64)
+    opens = handoff.prefill_opens if split else 0.0
+    opens_early = [opens > 0 and count > 1 and generator.random() < opens for count in outputs]
     if split:
-        front = pool("prefill", prompts, cached, [1] * total)
+        early = np.array(opens_early, np.int64)
+        front = instances_of("prefill", prompts, cached, [1] * total)
         sizes = (demand.prompt_tokens + early).tolist()
-        back = pool("decode", sizes, [size - 1 for size in sizes], (demand.output_tokens - early).tolist())
-        fronts = Balance(deployment.prefill_policy, len(front), generator, by_tokens=True)
-        backs = Balance(deployment.decode_policy, len(back), generator, by_tokens=False)
+        back = instances_of("decode", sizes, [size - 1 for size in sizes], (demand.output_tokens - early).tolist())
+        fronts = Balance(len(front), generator, by_tokens=True)
+        backs = Balance(len(back), generator, by_tokens=False)
     else:
-        front, back = pool("single" if deployment.kind == "single" else "replica", prompts, cached, outputs), []
-        fronts = backs = Balance(deployment.decode_policy, len(front), generator, by_tokens=False)
+        front, back = instances_of(layout.front, prompts, cached, outputs), []
+        fronts = backs = Balance(len(front), generator, by_tokens=False)
     instances = front + back
-    can_run = np.logical_and.reduce([pool[0].costed.fits for pool in (front, back) if pool]).tolist()
-    way_in_s = instances[0].costs.ingress_s + (deployment.proxy_s if deployment.kind != "single" else 0.0)
+    can_run = np.logical_and.reduce([each[0].pool.fits for each in (front, back) if each]).tolist()
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
     computed, ready = [math.nan] * total, [math.nan] * total
-    noise = deployment.handoff_noise
+    noise = list(chain.from_iterable(handoff.noise))
     noise_at = generator.randrange(len(noise)) if noise else 0
     # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those
     # that wait for a stream.
@@ -175,13 +187,11 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
                     if opens_early[request]:
                         tokens.first_s[request] = tokens.last_s[request]
                     computed[request] = now_s
-                    handoff_s = deployment.handoff_s
-                    if deployment.handoff_steps:
-                        handoff_s += deployment.handoff_steps * instances[decoders_begin + decoder[request]].step_s()
+                    took_s = handoff.steps * instances[decoders_begin + decoder[request]].step_s()
                     if noise:
-                        handoff_s *= noise[noise_at % len(noise)]
+                        took_s *= noise[noise_at % len(noise)]
                         noise_at += 1
-                    ready[request] = now_s + (handoff_s + deployment.handoff_per_token_s * prompts[request])
+                    ready[request] = now_s + (took_s + handoff.per_token_s * prompts[request])
                     heappush(queue, (ready[request], _JOINS, request, 0))
                 continue
             for request in gone:
@@ -217,11 +227,36 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         mean_tbt_s=mean_tbt_s,
         gap_s=np.array(list(gaps), float) / 1e6,
         gap_count=np.array(list(gaps.values()), np.int64),
-        scheduled_s=np.array(front[0].costed.scheduled_s),
+        scheduled_s=np.array(front[0].pool.scheduled_s),
         computed_s=np.array(computed),
         ready_s=np.array(ready),
-        joined_s=np.array(back[0].costed.scheduled_s) if split else np.full(total, math.nan),
-        instances=[instance.use for instance in instances],
+        joined_s=np.array(back[0].pool.scheduled_s) if split else np.full(total, math.nan),
+        instances=instances,
         span_s=float(last_s[done].max()) if done.any() else 0.0,
         events=events,
     )
+
+
+def weighted_quantiles(
+    values: Array,
+    counts: IntArray,
+    shares: Mapping[str, float],
+    jitter: Sequence[float] = (0.0,),
+    most: float = 1e9,
+) -> dict[str, float]:
+    """Quantiles of values that stand for `counts` equal ones each, to any of which any of `jitter` is added, as a share (over -1) of the
+    value, or of `most` where that is less; NaN without any."""
+    order = np.argsort(values)
+    values, below = values[order], np.append(0, np.cumsum(counts[order]))
+    if not len(values):
+        return dict.fromkeys(shares, float("nan"))
+    parts, found = np.sort(jitter), {}
+    for name, share in shares.items():
+        low, high = 0.0, float(values[-1] * (1 + max(parts[-1], 0.0)))
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            largest = np.where(middle <= most * (1 + parts), middle / (1 + parts), middle - most * parts)
+            reached = below[np.searchsorted(values, largest, side="right")].mean() >= share * below[-1]
+            low, high = (low, middle) if reached else (middle, high)
+        found[name] = high
+    return found

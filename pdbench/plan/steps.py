@@ -151,12 +151,18 @@ def _misfit(tokens: Array, steps: Array) -> float:
 
 @dataclass(frozen=True)
 class Visits:
-    """Prompts at an instance that only prefills, in order of `sent_s` (by the proxy), answered at `done_s`."""
+    """Prompts at an instance that only prefills, in order of `sent_s` (by the proxy), taken by its engine at `taken_s` (NaN: it did not say)
+    and answered at `done_s`."""
 
     sent_s: Array
+    taken_s: Array
     done_s: Array
     prompt: IntArray
-    trial: int
+
+    def ways_in_s(self) -> list[float]:
+        """From the proxy's sending until the engine took a prompt. An engine that is busy takes none before its step ends, so only
+        prompts that met an idle one tell."""
+        return (self.taken_s - self.sent_s)[self.idle() & ~np.isnan(self.taken_s)].tolist()
 
     def idle(self) -> BoolArray:
         """Was nobody else there when it was sent?"""

@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from pdbench.plan.engine import Box
-from pdbench.plan.predict import Wanted
-from pdbench.plan.records import Calibration, Candidate, Check, Figure, Prediction, RoleCalibration, Search
+from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
@@ -29,13 +27,6 @@ SECONDS = {
 }
 
 
-def deployment_name(of: Wanted | Prediction | Candidate) -> str:
-    """As --deployment takes it."""
-    if of.kind == "disaggregated":
-        return f"{of.instances['prefill']}p{of.instances['decode']}d"
-    return of.kind if of.kind == "single" else f"{of.kind}:{of.instances['replica']}"
-
-
 def _load(of: Prediction) -> str:
     """The load in words, which was saved as parts with commas between."""
     return _(", ").join(map(_, of.load.split(", ")))
@@ -47,12 +38,8 @@ def calibration(found: Calibration) -> Table:
     def per_thousand(cost: str) -> Callable[[RoleCalibration], Value]:
         return lambda role: 1e6 * getattr(role.engine.costs, cost) if role.knows_lengths else _("not known")
 
-    def box(role: RoleCalibration) -> Box:
-        assert role.engine.box is not None
-        return role.engine.box
-
     roles = found.roles
-    computing = [name for name, role in roles.items() if role.noise]  # decode computes no prompts
+    computing = [name for name, role in roles.items() if role.computes]  # decode computes no prompts
     decoding = [name for name in roles if name != "prefill"]
     described: list[tuple[str, Iterable[str], Callable[[RoleCalibration], Value]]] = [
         (_("a prompt's step, host, ms"), computing, lambda role: 1e3 * role.engine.costs.host_prefill_s),
@@ -69,8 +56,8 @@ def calibration(found: Calibration) -> Table:
             lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values()),
         ),
         (_("on the way in, ms"), computing, lambda role: 1e3 * role.engine.costs.ingress_s),
-        (_("most prompt tokens in a step"), computing, lambda role: box(role).prompt_tokens),
-        (_("most sequences in a step"), decoding, lambda role: box(role).sequences),
+        (_("most prompt tokens in a step"), computing, lambda role: role.engine.box.prompt_tokens),
+        (_("most sequences in a step"), decoding, lambda role: role.engine.box.sequences),
         (_("prompt lengths"), roles, lambda role: "{:,}-{:,}".format(*role.prompt_lengths)),
         (_("trials"), computing, lambda role: len(role.speeds)),
         (_("slowest trial over fastest"), computing, lambda role: max(role.speeds) / min(role.speeds)),
@@ -84,9 +71,9 @@ def calibration(found: Calibration) -> Table:
     ]
     notes = sorted({note for role in found.roles.values() for note in role.assumed})
     lines = [_("Assumed: {0}", _("; ").join(map(_, notes)))] if notes else []
-    if found.handoff_steps is not None:
+    if found.handoff is not None:
         words = "Handoff from prefill to decode: {0} decode steps + {1} ms per 1,000 prompt tokens"
-        lines.append(_(words, text.number(found.handoff_steps), text.number(1e6 * found.handoff_per_token_s)))
+        lines.append(_(words, text.number(found.handoff.steps), text.number(1e6 * found.handoff.per_token_s)))
     lines += [_("Missing: {0}", _(reason)) for reason in found.missing]
     return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 
@@ -103,7 +90,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     ]
     lines = []
     for each in of:
-        name = deployment_name(each)
+        name = each.layout.name
         if each.refusal:
             lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
         if each.saturated:
@@ -113,8 +100,8 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
         _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
     )
     one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
-    counts = [sum(each.instances.values()) for each in of]
-    names = [_(one if n == 1 else several, deployment_name(each), n) for each, n in zip(of, counts, strict=True)]
+    counts = [each.layout.gpus for each in of]
+    names = [_(one if n == 1 else several, each.layout.name, n) for each, n in zip(of, counts, strict=True)]
     title = _("Predicted: {0}", _load(of[0]))
     if not rows:
         return Table(title=title, note="\n".join(lines[:-1]))
@@ -126,7 +113,7 @@ def search(of: Search, *, on_gpus: bool) -> Table:
     rows: list[list[Value]] = []
     styles, lines = [], []
     for place, each in enumerate(of.candidates):
-        name = deployment_name(each)
+        name = each.layout.name
         if each.refusal:
             verdict = _("refused")
             lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
@@ -135,7 +122,7 @@ def search(of: Search, *, on_gpus: bool) -> Table:
         else:
             verdict = _("not met")
         figures = (each.met_pct, each.ttft_p99_ms, each.tbt_p99_ms, each.j_per_output_token)
-        rows.append([name, each.gpus, verdict, *map(_over_loads, figures)])
+        rows.append([name, each.layout.gpus, verdict, *map(_over_loads, figures)])
         styles.append("better" if each.met and not place else "" if each.met else "worse")
     slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
     limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
@@ -162,13 +149,11 @@ def _over_loads(values: Sequence[float]) -> Value:
 
 
 def _with_interval(figure: Figure | None) -> Value:
-    if figure is None or figure.low is None or figure.high is None:
-        return figure.value if figure else None
-    return _bounded(figure.value, figure.low, figure.high)
+    return None if figure is None else _bounded(figure.value, figure.low, figure.high)
 
 
 def _is_inside(figure: Figure, measured: float) -> bool:
-    return figure.low is not None and figure.high is not None and figure.low <= measured <= figure.high
+    return figure.low <= measured <= figure.high
 
 
 def _compared(of: Check) -> dict[str, tuple[Figure, float, Figure | None]]:
@@ -191,7 +176,7 @@ def check(of: Check) -> Table:
         errors = error(figure, measured), error(own, measured)
         rows.append([text.label(name), words, _with_interval(figure), _("yes") if inside else _("no"), *errors])
         styles.append("" if inside else "worse")
-    name = deployment_name(of.predicted)
+    name = of.predicted.layout.name
     lines = []
     if rows:
         lines.append(_("Measured: all trials together, and the trials' least and most."))
@@ -219,7 +204,7 @@ def overview(of: Sequence[Check]) -> Table:
         for name in OVERVIEW:
             figure, measured, own = compared.get(name, (None, 0.0, None))
             errors.append(f"{error(figure, measured)} ({error(own, measured) or '–'})" if figure else None)
-        name = f"{each.path}, {deployment_name(each.predicted)}"
+        name = f"{each.path}, {each.predicted.layout.name}"
         verdict = _("refused") if each.predicted.refusal else ""
         held_out = _("yes") if each.held_out else _("no")
         rows.append([name, held_out, verdict, _("{0} of {1}", inside, len(compared)), *errors])
@@ -234,7 +219,7 @@ def error(figure: Figure | None, measured: float) -> Value:
 
 def checks_chart(of: Sequence[Check]) -> Chart:
     """Every latency of every check with its interval, and at the run's own speed, against the measured one: exact on the diagonal."""
-    names = [f"{deployment_name(each.predicted)}: {each.path}" for each in of]
+    names = [f"{each.predicted.layout.name}: {each.path}" for each in of]
     panels = []
     for title, at_own_speed in ((_("From its arrivals alone"), False), (_("At its own speed"), True)):
         drawn: list[Series] = []
@@ -266,12 +251,12 @@ def checks_chart(of: Sequence[Check]) -> Chart:
 
 def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) -> Chart:
     """The mean request's seconds, stacked: a panel per check, with what was measured where its servers told, and one of all predictions."""
-    bars = {deployment_name(each): each.seconds_ms for each in predictions}
+    bars = {each.layout.name: each.seconds_ms for each in predictions}
     panels = [_parts("", bars)] if bars else []
     for check in checks:
         own = check.at_own_speed.seconds_ms if check.at_own_speed else {}
         of_check = {_("measured"): check.seconds_ms, _("predicted"): check.predicted.seconds_ms, _("own speed"): own}
-        name = deployment_name(check.predicted)
+        name = check.predicted.layout.name
         panels.append(_parts(f"{name}: {check.path}", of_check))
     panels = [panel for panel in panels if panel.series]
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
@@ -299,14 +284,13 @@ def steps_chart(found: Calibration) -> Chart:
     panels = []
     for name, role in found.roles.items():
         engine, box = role.engine, role.engine.box
-        assert box is not None
         if name != "prefill":
             context = box.context_tokens / max(box.sequences, 1)
-            n = list(range(1, 2 * box.sequences + 1))
-            took = [1e3 * (engine.gpu_decode_s(k) + engine.costs.gpu_per_context_token_s * context * k) for k in n]
+            n = np.arange(1, 2 * box.sequences + 1)
+            took = (1e3 * engine.costs.gpu_step_s(n, np.asarray(context * n, float))).tolist()
             sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
-            panels.append(_reached(_("{0}: a decode step", _(name)), n, took, box.sequences, sizes))
-        if role.noise:
+            panels.append(_reached(_("{0}: a decode step", _(name)), n.tolist(), took, box.sequences, sizes))
+        if role.computes:
             p, costs = np.linspace(1, 2 * box.prompt_tokens, 60).tolist(), engine.costs
             host = [costs.host_prefill_s + costs.host_per_prompt_token_s * tokens for tokens in p]
             gpu = [costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * tokens for tokens in p]
@@ -321,21 +305,20 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
     panels = []
     limited = any("slo_met_pct" in each.figures for each in of)
-    most = max(sum(each.instances.values()) for each in of)
+    most = max(each.layout.gpus for each in of)
     # The names of the deployments stand at the right.
     x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.2 * most, integer=True)
     for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
         drawn = []
         for each in (each for each in of if metric in each.figures):
             met, figure = each.figures.get("slo_met_pct"), each.figures[metric]
-            bounds = [met.value if bound is None else bound for bound in (met.low, met.high)] if met else []
-            shade = GREY if not bounds else GOOD if min(bounds) >= 99 else BAD if max(bounds) < 99 else ORANGE
-            gpus = [float(sum(each.instances.values()))]
+            shade = GREY if not met else GOOD if met.low >= 99 else BAD if met.high < 99 else ORANGE
+            gpus = [float(each.layout.gpus)]
             drawn.append(_bars(gpus, [figure], shade))
-            drawn.append(Series(x=gpus, y=[figure.value], labels=[deployment_name(each)], shade=shade, marker="o"))
+            drawn.append(Series(x=gpus, y=[figure.value], labels=[each.layout.name], shade=shade, marker="o"))
         y = Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None)
         panels += [Panel(title="", series=drawn, x=x, y=y)] if drawn else []
-    refused = [deployment_name(each) for each in of if each.refusal]
+    refused = [each.layout.name for each in of if each.refusal]
     caption = _("Bars are 90 % intervals.")
     words = "Green: 99 % of the requests within the SLO; red: fewer; orange: the interval does not decide."
     caption += " " + _(words) if limited else ""
@@ -356,14 +339,14 @@ def search_chart(of: Search, *, on_gpus: bool) -> Chart:
         known = [each for each in candidates if each.j_per_output_token]
         if not known:
             continue
-        gpus, joules = [float(each.gpus) for each in known], [each.j_per_output_token for each in known]
+        gpus, joules = [float(each.layout.gpus) for each in known], [each.j_per_output_token for each in known]
         figures = [Figure(float(np.mean(of_loads)), min(of_loads), max(of_loads)) for of_loads in joules]
         drawn.append(_bars(gpus, figures, shade))
         means = [figure.value for figure in figures]
         drawn.append(
             Series(kind="points", name=name, x=gpus, y=means, shade=shade, marker=marker, hollow=hollow, size=9)
         )
-        points += zip(gpus, means, map(deployment_name, known), strict=True)
+        points += zip(gpus, means, (each.layout.name for each in known), strict=True)
     named: list[tuple[float, float, str]] = []
     for gpus_here, value, name in sorted(points):  # one label for points that nearly coincide
         if named and gpus_here == named[-1][0] and value - named[-1][1] < 0.05 * max(point[1] for point in points):
@@ -382,8 +365,7 @@ def search_chart(of: Search, *, on_gpus: bool) -> Chart:
 
 def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
     at = [place for value in x for place in (value, value, np.nan)]
-    bounds = [(f.value if f.low is None else f.low, f.value if f.high is None else f.high) for f in figures]
-    ends = [end for low, high in bounds for end in (low, high, np.nan)]
+    ends = [end for figure in figures for end in (figure.low, figure.high, np.nan)]
     return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)
 
 

@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from pdbench.plan.engine import Demand, Deployment, Engine, Role
@@ -67,8 +68,7 @@ class SlowEngine:
 
     def boundary(self) -> list[Sequence]:
         """Hand out a step's tokens and schedule the next step at `s`; returns who got a token."""
-        lag = 2 if self.limits.async_scheduling else 1
-        got = self.in_flight.pop(0) if len(self.in_flight) == lag else []
+        got = self.in_flight.pop(0) if len(self.in_flight) == self.limits.lag else []
         for sequence in got:
             sequence.known += 1
             if sequence.known == sequence.output and sequence in self.running:
@@ -138,11 +138,11 @@ class SlowEngine:
             captured = decoding + prompt_tokens <= self.limits.captured
             host = self.costs.host_decode_s
             if not captured:
-                noise = self.costs.noise
+                noise = list(itertools.chain(*self.costs.noise))
                 factor = noise[self.noise_at % len(noise)] if noise and prompt_tokens else 1.0
                 self.noise_at += prompt_tokens > 0
                 host = self.costs.host_prefill_s * factor + self.costs.host_per_prompt_token_s * prompt_tokens
-            gpu = self.engine.gpu_decode_s(decoding) + self.costs.gpu_per_context_token_s * context
+            gpu = float(self.costs.gpu_step_s(np.array(decoding), context))
             if prompt_tokens:
                 gpu += self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens
             self.steps.append((self.s, scheduled))
@@ -158,32 +158,29 @@ def step_by_step(
 ) -> tuple[list[list[float]], list[SlowEngine]]:
     """Every request's instants of tokens at the client, from the load's start."""
     generator = random.Random(seed)
-    split = deployment.kind == "disaggregated"
-    after_prefill = [
-        split and deployment.first_token == "prefill" and int(tokens) > 1 for tokens in demand.output_tokens
-    ]
-    opens_early = [after and generator.random() < deployment.prefill_opens for after in after_prefill]
-    roles: list[Role] = ["prefill", "decode"] if split else ["single" if deployment.kind == "single" else "replica"]
+    layout = deployment.layout
+    split = layout.kind == "disaggregated"
+    opens = deployment.handoff.prefill_opens if split else 0
+    opens_early = [opens > 0 and int(tokens) > 1 and generator.random() < opens for tokens in demand.output_tokens]
+    roles: list[Role] = ["prefill", "decode"] if split else ["single" if layout.kind == "single" else "replica"]
     engines: dict[Role, list[SlowEngine]] = {}
     for role in roles:
-        engines[role] = [SlowEngine(deployment.engines[role], role) for _ in range(deployment.instances[role])]
+        engines[role] = [SlowEngine(deployment.engines[role], role) for _ in range(layout.instances[role])]
         for engine in engines[role]:  # in the order in which simulate() draws
-            engine.noise_at = generator.randrange(len(engine.costs.noise) or 1)
+            engine.noise_at = generator.randrange(sum(map(len, engine.costs.noise)) or 1)
     table = proxy.InstanceTable()
     turns = {}
     for role in roles:
         turns["prefill" if role == "prefill" else "decode"] = itertools.count(
-            generator.randrange(deployment.instances[role])
+            generator.randrange(layout.instances[role])
         )
     monkeypatch.setattr(proxy, "_turns", turns)
     for role in roles:
-        for number in range(deployment.instances[role]):
+        for number in range(layout.instances[role]):
             name = "prefill" if role == "prefill" else "decode"
             table.passed(table.add(name, proxy.Address(f"{role}-{number}", 1, "kv", 1)))
     slots = {role: table.ready("prefill" if role == "prefill" else "decode") for role in roles}
-    way_in_s = deployment.engines[roles[0]].costs.ingress_s + (
-        deployment.proxy_s if deployment.kind != "single" else 0.0
-    )
+    way_in_s = deployment.engines[roles[0]].costs.ingress_s + (deployment.proxy_s if layout.kind != "single" else 0.0)
 
     columns = zip(demand.prompt_tokens, demand.cached_tokens, demand.output_tokens, strict=True)
     requests = [Request(i, int(p), min(int(c), int(p) - 1), int(o)) for i, (p, c, o) in enumerate(columns)]
@@ -213,15 +210,14 @@ def step_by_step(
                 continue
             arrivals.pop(0)
             name = "prefill" if split else "decode"
-            policy = deployment.prefill_policy if split else deployment.decode_policy
-            instance = proxy.choose(policy, name, table, b"", set())
+            instance = proxy.choose("least-work", name, table, b"", set())
             assert instance is not None
             table.count(instance, 1, request.prompt)
             counted[request.number] = instance
             size = Sequence(request, request.prompt, 1 if split else request.output)
             engines[roles[0]][slots[roles[0]].index(instance)].add(size, now_s)
             if split:
-                decode = proxy.choose(deployment.decode_policy, "decode", table, b"", set())
+                decode = proxy.choose("least-work", "decode", table, b"", set())
                 assert decode is not None
                 chosen[request.number] = slots["decode"].index(decode)
                 table.count(decode, 1, request.prompt)
@@ -230,15 +226,14 @@ def step_by_step(
         role, number, engine = soonest
         now_s = engine.s
         for sequence in engine.boundary():
-            request, out_s = sequence.request, now_s + engine.costs.egress_s
+            request = sequence.request
             if role == "prefill":
                 table.count(counted[request.number], -1, -request.prompt)
                 if opens_early[request.number]:
-                    request.token_s.append(out_s)
-                handoff_s = deployment.handoff_s + deployment.handoff_per_token_s * request.prompt
-                joins.append((now_s + handoff_s, 1, request))
+                    request.token_s.append(now_s)
+                joins.append((now_s + deployment.handoff.per_token_s * request.prompt, 1, request))
                 continue
-            request.token_s.append(out_s)
+            request.token_s.append(now_s)
             if sequence.known == sequence.output:
                 instance = slots["decode"][number] if split else counted[request.number]
                 table.count(instance, -1, -request.prompt)

@@ -9,9 +9,10 @@ import pytest
 from pdbench.cli import app
 from pdbench.errors import UserError
 from pdbench.events import EngineFacts, PromptEvent, ProxyEvent
-from pdbench.plan.calibration import DAYS, another_speed, calibrate, calibrate_command
+from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.check import check
-from pdbench.plan.parts import Part, taken_s
+from pdbench.plan.deployment import DAYS, another_speed
+from pdbench.plan.parts import visits_of
 from pdbench.plan.steps import Stream
 from pdbench.records import Clock, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
@@ -152,10 +153,9 @@ def test_prefill_itself_says_when_it_took_a_prompt_that_met_it_idle() -> None:
     }
     run = Run(name="disaggregated", clock=Clock(0.0, 0.0), config={}, host={}, versions={})
     streams = [Stream(name, [1.2], 9, 9) for name in ways]
-    part = Part(run, 0, "prefill", 0, streams, {}, ways)
-    assert not taken_s(part)
+    assert not visits_of(run, streams, ways).ways_in_s()
     run.events = [
         PromptEvent(server="prefill-0", request_id=name, transfer_id=name, taken_s=at_s)
         for name, at_s in (("first", 1.004), ("second", 1.05))  # the second waits for the first one's step
     ]
-    assert taken_s(part) == [pytest.approx(0.004)]
+    assert visits_of(run, streams, ways).ways_in_s() == [pytest.approx(0.004)]

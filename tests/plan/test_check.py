@@ -5,7 +5,7 @@ import pytest
 
 from pdbench.events import ProxyEvent
 from pdbench.plan.check import own_speed
-from pdbench.plan.parts import Part
+from pdbench.plan.parts import Part, visits_of
 from pdbench.plan.steps import Stream
 from pdbench.records import Clock, Run
 from tests.plan.test_predict import calibration
@@ -19,7 +19,7 @@ def prefill_part(took_s: float) -> Part:
         for number in range(10)
     }
     streams = [Stream(name, [float(name) + took_s], 1000, 1000) for name in ways]
-    return Part(run, 0, "prefill", 0, streams, {}, ways)
+    return Part(run, 0, "prefill", 0, streams, {}, ways, visits=visits_of(run, streams, ways))
 
 
 def test_own_speed_is_that_of_all_instances_of_a_role() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pdbench.plan import fit
-from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Limits, weighted_quantiles
+from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.limits import flag_value
-from pdbench.plan.simulate import simulate
+from pdbench.plan.simulate import simulate, weighted_quantiles
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild
 
 HOST, HOST_TOKEN, GPU, GPU_TOKEN, HOST_DECODE = 0.012, 2e-6, 0.001, 8e-6, 0.002
@@ -67,6 +67,10 @@ def steps() -> list[Steps]:
     return [rebuild(engine_run(seed)[0]) for seed in (1, 2)]
 
 
+def values_of(prefill: fit.Prefill) -> list[float]:
+    return [getattr(prefill.costs, name) for name in COSTS]
+
+
 def spread_of(prefill: fit.Prefill) -> float:
     return float(np.std(np.log(prefill.samples[:, COSTS.index("gpu_per_prompt_token_s")])))
 
@@ -81,8 +85,8 @@ def test_steps_are_those_of_the_engine() -> None:
 def test_decode_costs_are_found_again(steps: list[Steps]) -> None:
     decode = fit.decode_costs(steps, SIZES)
     for size in (2, 4, 8):
-        assert decode.gpu_s[size] == pytest.approx(TABLE[size], rel=0.05)
-    assert decode.per_context_token_s == pytest.approx(CONTEXT, rel=0.3)
+        assert decode.costs.gpu_decode_s[size] == pytest.approx(TABLE[size], rel=0.05)
+    assert decode.costs.gpu_per_context_token_s == pytest.approx(CONTEXT, rel=0.3)
 
 
 def test_rare_pauses_count_in_the_mean_step_and_in_the_tail() -> None:
@@ -91,9 +95,9 @@ def test_rare_pauses_count_in_the_mean_step_and_in_the_tail() -> None:
     plain, paused = (
         fit.decode_costs([rebuild([each])], SIZES) for each in (Stream("one", np.arange(1, 4001) * 0.004, 1, 1), stream)
     )
-    assert paused.gpu_s[1] - plain.gpu_s[1] == pytest.approx(0.03 / 67, rel=0.1)
+    assert paused.costs.gpu_decode_s[1] - plain.costs.gpu_decode_s[1] == pytest.approx(0.03 / 67, rel=0.1)
     shares = {"p50": 0.5, "p98": 0.98, "p99": 0.99}
-    quantiles_s = weighted_quantiles(np.array([paused.gpu_s[1]]), np.array([1000]), shares, paused.jitter)
+    quantiles_s = weighted_quantiles(np.array([paused.costs.gpu_decode_s[1]]), np.array([1000]), shares, paused.jitter)
     assert quantiles_s == pytest.approx({"p50": 0.004, "p98": 0.004, "p99": 0.034}, rel=0.02)
 
 
@@ -117,26 +121,35 @@ def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
     observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
-    prefill = fit.prefill_costs(observed, LIMITS, fit.Decode({1: 0.003}, 0.0, 0.0))
-    assert prefill.values[4] <= 0.003 and prefill.samples[:, 4].max() <= 0.003
+    prefill = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.003}), limits=LIMITS))
+    assert prefill.costs.host_decode_s <= 0.003 and prefill.samples[:, 4].max() <= 0.003
 
 
 def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
-    decode = fit.decode_costs(steps, SIZES)
-    prefill = fit.prefill_costs(fit.chains(steps, [0, 1], LIMITS, decode), LIMITS, decode)
+    engine = Engine(costs=fit.decode_costs(steps, SIZES).costs, limits=LIMITS)
+    prefill = fit.prefill_costs(fit.chains(steps, [0, 1], engine), engine)
     for tokens in (500, 2000, 3000):
-        host, host_token, gpu, gpu_token, _ = prefill.values
+        host, host_token, gpu, gpu_token, _ = values_of(prefill)
         assert host + host_token * tokens == pytest.approx(HOST + HOST_TOKEN * tokens, rel=0.06)
         assert gpu + gpu_token * tokens == pytest.approx(GPU + GPU_TOKEN * tokens, rel=0.10)
     assert spread_of(prefill) < 0.1
     assert prefill.speeds == pytest.approx([1, 1], abs=0.03)
 
 
+def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:
+    """Its decode steps are a line, which goes on beyond the one size of its table."""
+    costs = Costs(gpu_decode_s={1: 0.004}, gpu_per_sequence_s=0.001)
+    tokens_s = np.arange(1, 60) * 0.02
+    streams = [Stream(str(n), (tokens_s if n < 9 else tokens_s[20:]).tolist(), 100, 100) for n in range(10)]
+    found = fit.chains([rebuild(streams)], [0], Engine(costs=costs, limits=LIMITS))
+    assert found.decode_s[0, 0] == pytest.approx(0.004 + 8 * 0.001)
+
+
 def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
     observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
-    assert spread_of(fit.prefill_costs(observed, LIMITS, fit.Decode({1: 0.004}, 0.0, 0.0))) > 0.3
+    assert spread_of(fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=LIMITS))) > 0.3
 
 
 def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
@@ -146,12 +159,12 @@ def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
     demand = Demand(
         t_s=np.cumsum(random.exponential(0.03, 150)), prompt_tokens=prompt, output_tokens=one, cached_tokens=0 * one
     )
-    costs = fit.costs_of(np.array([HOST, HOST_TOKEN, GPU, GPU_TOKEN, 1e-3]), ingress=0.005)
+    costs = fit.with_values(Costs(ingress_s=0.005), [HOST, HOST_TOKEN, GPU, GPU_TOKEN, 1e-3])
     engine = Engine(costs=costs, limits=LIMITS)
-    answered = simulate(Deployment(kind="single", engines={"single": engine}, instances={"single": 1}), demand)
+    answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
-    prefill = fit.prefill_alone([Visits(answered.sent_s, done_s, prompt, 0)], LIMITS, ingress=0.005)
-    host, host_token, gpu, gpu_token, _ = prefill.values
+    visits = Visits(answered.sent_s, np.full(150, np.nan), done_s, prompt)
+    host, host_token, gpu, gpu_token, _ = values_of(fit.prefill_alone([visits], [0], LIMITS, 0.005))
     for tokens in (300, 1500, 6000):
         took = max(HOST + HOST_TOKEN * tokens, GPU + GPU_TOKEN * tokens)
         assert max(host + host_token * tokens, gpu + gpu_token * tokens) == pytest.approx(took, rel=0.05)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pdbench.events import ProxyEvent
-from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
-from pdbench.plan.handoff import between
+from pdbench.plan.calibration import handoff_of
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Handoff, Layout, Limits
 from pdbench.plan.parts import Part
 from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Stream, rebuild
@@ -17,8 +17,7 @@ LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16)
 
 def engine(step_s: float) -> Engine:
     costs = Costs(
-        host_decode_s=0.001, host_prefill_s=0.03, host_per_prompt_token_s=0.0, gpu_decode_s={16: step_s}, gpu_per_sequence_s=0.0,
-        gpu_per_context_token_s=0.0, gpu_prefill_s=0.001, gpu_per_prompt_token_s=1e-6,
+        host_decode_s=0.001, host_prefill_s=0.03, gpu_decode_s={16: step_s}, gpu_prefill_s=0.001, gpu_per_prompt_token_s=1e-6
     )  # fmt: skip
     return Engine(costs=costs, limits=LIMITS)
 
@@ -45,10 +44,10 @@ def decode_part(step_s: float, steps_each: list[int]) -> Part:
 
 @pytest.mark.parametrize("step_s", [0.004, 0.012])
 def test_handoff_is_a_number_of_decode_steps(step_s: float) -> None:
-    facts = between({"decode": [decode_part(step_s, [4, 4, 2, 4, 6, 4, 4])]}, engine(step_s))
-    assert facts["handoff_steps"] == pytest.approx(4, abs=0.01)
-    assert facts["handoff_noise"] == [pytest.approx((1, 1, 0.5, 1, 1.5, 1, 1), abs=0.01)]
-    assert facts["first_token"] == "prefill"
+    handoff = handoff_of([decode_part(step_s, [4, 4, 2, 4, 6, 4, 4])], engine(step_s))
+    assert handoff and handoff.steps == pytest.approx(4, abs=0.01)
+    assert handoff.noise == (pytest.approx((1, 1, 0.5, 1, 1.5, 1, 1), abs=0.01),)
+    assert handoff.prefill_opens > 0.8
 
 
 def test_simulated_handoff_takes_as_many_steps_of_any_length() -> None:
@@ -62,13 +61,14 @@ def test_simulated_handoff_takes_as_many_steps_of_any_length() -> None:
     took_ms = []
     for step_s in (0.004, 0.012):
         deployment = Deployment(
-            kind="disaggregated", engines={"prefill": engine(0.004), "decode": engine(step_s)},
-            instances={"prefill": 1, "decode": 1}, handoff_steps=4.0,
+            layout=Layout("disaggregated", {"prefill": 1, "decode": 1}),
+            engines={"prefill": engine(0.004), "decode": engine(step_s)}, handoff=Handoff(steps=4.0),
         )  # fmt: skip
         result = simulate(deployment, load)
         assert result.ready_s - result.computed_s == pytest.approx(4 * step_s)
         assert (result.joined_s >= result.ready_s).all()
-        noisy = simulate(msgspec.structs.replace(deployment, handoff_noise=(0.5, 1.0, 2.0)), load)
+        handoff = Handoff(steps=4.0, noise=((0.5, 1.0), (2.0,)))
+        noisy = simulate(msgspec.structs.replace(deployment, handoff=handoff), load)
         assert sorted(noisy.ready_s - noisy.computed_s)[::20] == pytest.approx([2 * step_s, 4 * step_s, 8 * step_s])
         took_ms.append(1e3 * (result.joined_s - result.computed_s).mean())
     assert took_ms[1] == pytest.approx(3 * took_ms[0], rel=0.2)

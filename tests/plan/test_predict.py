@@ -10,10 +10,10 @@ from rich.console import Console
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.plan.calibration import role_of
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.engine import Box, Costs, Engine, Limits
-from pdbench.plan.predict import deployment_of, parse_deployment, predict
+from pdbench.plan.deployment import deployment_of, parse_layout, role_of
+from pdbench.plan.engine import Box, Costs, Engine, Handoff, Limits, Role
+from pdbench.plan.predict import predict
 from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
 from pdbench.plan.seconds import PARTS, of_simulated
 from pdbench.plan.simulate import simulate
@@ -33,25 +33,26 @@ COSTS = Costs(
     gpu_per_prompt_token_s=1e-5,
     ingress_s=0.005,
 )
+HANDOFF = Handoff(steps=4.0)
 WATTS = PowerCosts(idle_w=120, decode_w=320, sequence_w=2, prefill_w=70, prompt_token_j=0.006, windows=60, residual_w=9)
 
 
-def role(sure: float = 0.05, **costs: float) -> RoleCalibration:
+def role(sure: float = 0.05, **costs: object) -> RoleCalibration:
     """An engine whose price of a prompt token is known to `sure`."""
     engine = Engine(
-        costs=msgspec.structs.replace(COSTS, **costs),
+        costs=msgspec.structs.replace(COSTS, **({"noise": ((1.0, 1.1, 0.9, 1.0),)} | costs)),
         limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16),
         box=Box(prompt_tokens=4096, sequences=16, context_tokens=40_000),
     )
     samples = [[0.03, 1e-6, 0.001, 1e-5 * float(np.exp(sure * step)), 0.002] for step in np.linspace(-1.7, 1.7, 21)]
-    noise = [(1.0, 1.1, 0.9, 1.0)]
     return RoleCalibration(
-        engine=engine, samples=samples, speeds=[0.98, 1.0, 1.02], noise=noise, power=WATTS, prompt_lengths=(900, 2100)
+        engine=engine, samples=samples, speeds=[0.98, 1.0, 1.02], power=WATTS, prompt_lengths=(900, 2100)
     )
 
 
 def calibration(**changes: object) -> Calibration:
-    made = Calibration(sources=[], roles={"prefill": role(), "decode": role(), "single": role()}, handoff_steps=4.0)
+    roles: dict[Role, RoleCalibration] = {"prefill": role(), "decode": role(ingress_s=0.0), "single": role()}
+    made = Calibration(sources=[], roles=roles, handoff=HANDOFF)
     return msgspec.structs.replace(made, **changes)
 
 
@@ -60,27 +61,24 @@ def predicted(
 ) -> Prediction:
     config = LoadConfig(rate=rate, requests=80, input_tokens=input_tokens, output_tokens=load.pop("output_tokens", 32))
     return predict(
-        found, parse_deployment(wanted), lambda draw: [demand_of_load(config, draw)], "", slo=(400.0, None), draws=12
+        found, parse_layout(wanted), lambda draw: [demand_of_load(config, draw)], "", slo=(400.0, None), draws=12
     )
 
 
 def test_few_draws_have_the_usual_day_in_their_middle() -> None:
     """A day's speed is spread evenly over the draws: their median is no matter of luck."""
-    usual = calibration(
-        roles={"single": msgspec.structs.replace(role(), noise=[(1.0,)], samples=role().samples[10:11])}
-    )
+    usual = calibration(roles={"single": msgspec.structs.replace(role(noise=((1.0,),)), samples=role().samples[10:11])})
     answer = predicted(usual, rate=0.1).figures["ttft_p50_ms"]
     config = LoadConfig(rate=0.1, requests=80, input_tokens=1500, output_tokens=32)
-    of_usual = simulate(deployment_of(usual, parse_deployment("single")), demand_of_load(config, 0))
+    of_usual = simulate(deployment_of(usual, parse_layout("single")), demand_of_load(config, 0))
     assert answer.value == pytest.approx(1e3 * np.median(of_usual.ttft_s), rel=0.015)
-    assert answer.high and answer.high > 1.2 * answer.value
+    assert answer.high > 1.2 * answer.value
 
 
 def test_pauses_of_another_run_are_in_the_interval_of_the_slowest_gaps() -> None:
     def width(jitter: list[float]) -> float:
         roles = {"single": msgspec.structs.replace(role(), jitter=jitter)}
         figure = predicted(calibration(roles=roles), rate=0.1).figures["tbt_p99_ms"]
-        assert figure.low and figure.high
         return figure.high / figure.low
 
     assert width([0.0] * 95 + [3.0] * 5) > 1.15 * width([0.0] * 100)
@@ -91,7 +89,6 @@ def test_figures_lie_in_their_intervals() -> None:
     assert answer.refusal is None
     assert not answer.saturated
     for figure in answer.figures.values():
-        assert figure.low is not None and figure.high is not None
         assert figure.low <= figure.value <= figure.high
     # 5 ms on the way in, 31.5 ms of launch: what a lone request waits at least.
     assert 36 < answer.figures["ttft_p50_ms"].value < 50
@@ -131,17 +128,17 @@ def test_restless_machine_is_refused() -> None:
 
 
 def test_unmeasured_handoff_is_refused() -> None:
-    answer = predicted(calibration(handoff_steps=None), "1p1d")
+    answer = predicted(calibration(handoff=None), "1p1d")
     assert answer.refusal and "handoff" in answer.refusal
     assert not answer.figures
 
 
 def test_command_fails_where_no_deployment_is_predicted_and_keeps_its_tables(tmp_path: Path) -> None:
     load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32)
-    for handoff_steps, fails in ((4.0, False), (None, True)):
-        folder = tmp_path / str(handoff_steps)
+    for handoff, fails in ((HANDOFF, False), (None, True)):
+        folder = tmp_path / str(fails)
         folder.mkdir()
-        (folder / CALIBRATION).write_bytes(msgspec.json.encode(calibration(handoff_steps=handoff_steps)))
+        (folder / CALIBRATION).write_bytes(msgspec.json.encode(calibration(handoff=handoff)))
         with pytest.raises(UserError, match="no deployment is predicted") if fails else nullcontext():
             plan([folder], (), ["1p1d"], load, folder, Console(quiet=True))
         assert "1p1d" in (folder / "plan.md").read_text().lower()
@@ -149,7 +146,7 @@ def test_command_fails_where_no_deployment_is_predicted_and_keeps_its_tables(tmp
 
 def test_plan_leaves_nothing_of_an_earlier_call_and_all_of_a_measured_search(tmp_path: Path) -> None:
     load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32, slo_ttft_ms=5000.0)
-    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration(handoff_steps=4.0)))
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration()))
     out = tmp_path / "plan"
     plan([tmp_path], (), [], load, out, Console(quiet=True), most_gpus=2)
     assert (out / "search.json").exists() and (out / "search.png").exists()
@@ -186,13 +183,13 @@ def test_single_engine_is_put_together_from_prefill_and_decode() -> None:
     [("single", {"single": 1}), ("replicas:4", {"replica": 4}), ("3p5d", {"prefill": 3, "decode": 5})],
 )
 def test_deployment_is_read(words: str, instances: dict[str, int]) -> None:
-    assert parse_deployment(words).instances == instances
+    assert parse_layout(words).instances == instances
 
 
 @pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d"])
 def test_other_deployments_are_refused(words: str) -> None:
     with pytest.raises(UserError):
-        predict(calibration(), parse_deployment(words), lambda draw: [], "")
+        predict(calibration(), parse_layout(words), lambda draw: [], "")
 
 
 def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
@@ -206,13 +203,16 @@ def test_saved_calibration_is_read_again(tmp_path: Path) -> None:
             read_calibration([tmp_path], Console(quiet=True))
 
 
-@pytest.mark.parametrize(("wanted", "first_token"), [("single", "prefill"), ("2p1d", "prefill"), ("1p2d", "decode")])
-def test_parts_of_the_mean_request_add_up(wanted: str, first_token: str) -> None:
-    found = calibration(first_token=first_token, proxy_s=0.002)
+@pytest.mark.parametrize(("wanted", "opens"), [("single", 1.0), ("2p1d", 1.0), ("1p2d", 0.0)])
+def test_parts_of_the_mean_request_add_up(wanted: str, opens: float) -> None:
+    found = calibration(handoff=Handoff(steps=4.0, prefill_opens=opens), proxy_s=0.002)
     config = LoadConfig(rate=6.0, requests=80, input_tokens=1500, output_tokens=32)
-    demand, deployment = demand_of_load(config, 0), deployment_of(found, parse_deployment(wanted))
+    demand, layout = demand_of_load(config, 0), parse_layout(wanted)
+    # A run that is checked names its roles in any order.
+    layout = msgspec.structs.replace(layout, instances=dict(reversed(layout.instances.items())))
+    deployment = deployment_of(found, layout)
     result = simulate(deployment, demand)
-    parts = of_simulated(deployment, [result])
+    parts = of_simulated(deployment.way_in_s, [result])
     assert sum(parts.values()) == pytest.approx(1e3 * result.e2e_s.mean(), rel=1e-6)
     assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
     assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0

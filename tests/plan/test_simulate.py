@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Limits
+from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Handoff, Layout, Limits
 from pdbench.plan.simulate import Balance, simulate
 from tests.plan.step_by_step import step_by_step
 
@@ -17,7 +17,7 @@ def engine(*, host_bound: bool = True, **limits: object) -> Engine:
     costs = Costs(
         host_decode_s=0.0036 if host_bound else 0.0005, host_prefill_s=0.05 if host_bound else 0.004, host_per_prompt_token_s=1e-7,
         gpu_decode_s=GRAPHS, gpu_per_sequence_s=0.00005, gpu_per_context_token_s=3e-8, gpu_prefill_s=0.002,
-        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, egress_s=0.0004, noise=(1.0, 1.2, 0.9, 1.1),
+        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, noise=((1.0, 1.2), (0.9, 1.1)),
     )  # fmt: skip
     return Engine(costs=costs, limits=Limits(**(fields | limits)))  # type: ignore[arg-type]
 
@@ -35,15 +35,15 @@ def demand(count: int, rate: float, seed: int = 0, prompt: int = 1000, output: i
     )  # fmt: skip
 
 
-def of_kind(kind: str, own: Engine, **fields: object) -> Deployment:
+def of_kind(kind: str, own: Engine, **handoff: float) -> Deployment:
     if kind == "3p2d":
         return Deployment(
-            kind="disaggregated", engines={"prefill": own, "decode": own}, instances={"prefill": 3, "decode": 2},
-            **({"handoff_s": 0.02, "handoff_per_token_s": 1e-6, "proxy_s": 0.001} | fields),
-        )  # type: ignore[arg-type]  # fmt: skip
+            layout=Layout("disaggregated", {"prefill": 3, "decode": 2}), engines={"prefill": own, "decode": own},
+            handoff=Handoff(per_token_s=2e-5, **handoff), proxy_s=0.001,
+        )  # fmt: skip
     if kind == "single":
-        return Deployment(kind="single", engines={"single": own}, instances={"single": 1})
-    return Deployment(kind="replicas", engines={"replica": own}, instances={"replica": 3}, proxy_s=0.001)
+        return Deployment(layout=Layout("single", {"single": 1}), engines={"single": own})
+    return Deployment(layout=Layout("replicas", {"replica": 3}), engines={"replica": own}, proxy_s=0.001)
 
 
 def assert_equal(deployment: Deployment, load: Demand, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -96,19 +96,9 @@ def test_limits_of_a_step_hold(limits: dict[str, int], monkeypatch: pytest.Monke
     assert_equal(of_kind("single", engine(**limits)), demand(100, 6.0, prompt=300), monkeypatch)
 
 
-@pytest.mark.parametrize("policy", ["least-work", "round-robin"])
-@pytest.mark.parametrize(("first_token", "prefill_opens"), [("prefill", 1.0), ("prefill", 0.5), ("decode", 1.0)])
-def test_proxy_chooses_as_the_proxy_does(
-    policy: str, first_token: str, prefill_opens: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {
-        "first_token": first_token,
-        "prefill_opens": prefill_opens,
-        "prefill_policy": policy,
-        "decode_policy": policy,
-    }
-    deployment = of_kind("3p2d", engine(), **fields)
-    assert_equal(deployment, demand(150, 20.0), monkeypatch)
+@pytest.mark.parametrize("prefill_opens", [1.0, 0.5, 0.0])
+def test_proxy_chooses_as_the_proxy_does(prefill_opens: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equal(of_kind("3p2d", engine(), prefill_opens=prefill_opens), demand(150, 20.0), monkeypatch)
 
 
 def test_request_that_no_cache_can_hold_has_no_times() -> None:
@@ -151,17 +141,10 @@ def test_tokens_and_time_add_up(kind: str) -> None:
         assert 0 < use.prefill_s + use.decode_s < simulated.span_s
 
 
-def test_prefix_affinity_keeps_within_twice_the_mean_load() -> None:
-    deployment = of_kind("3p2d", engine(), decode_policy="prefix-affinity")
-    simulated = simulate(deployment, demand(400, 12.0))
-    first, second = (use.output_tokens for use in simulated.instances if use.role == "decode")
-    assert 0.5 < first / second < 2
-
-
 @pytest.mark.parametrize("by_tokens", [True, False], ids=["tokens", "requests"])
 def test_least_loaded_of_many_is_the_next_in_turn(by_tokens: bool) -> None:
     generator = random.Random(1)
-    balance = Balance("least-work", 100, generator, by_tokens=by_tokens)
+    balance = Balance(100, generator, by_tokens=by_tokens)
     loads, turn = [(0, 0)] * 100, balance.turn
     for _ in range(2000):
         least = min(range(100), key=lambda index: (loads[index], (index - turn) % 100))

@@ -82,9 +82,8 @@ class VllmEngine(SlowEngine):
     def boundary(self) -> list[Sequence]:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        lag = 2 if self.limits.async_scheduling else 1
         got = []
-        if len(self.in_flight) == lag:
+        if len(self.in_flight) == self.limits.lag:
             got, output = self.in_flight.pop(0), self.outputs.pop(0)
             names = list(output.num_scheduled_tokens)
             getting = {str(sequence.request.number) for sequence in got}

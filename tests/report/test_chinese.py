@@ -14,6 +14,7 @@ from pdbench.load import plan
 from pdbench.load.request_fields import refusal_flags
 from pdbench.load.self_check import NOTES, REMEDY, REMEDY_OF_ONE
 from pdbench.plan.calibration import _missing
+from pdbench.plan.engine import Layout
 from pdbench.plan.predict import _LARGER, beyond
 from pdbench.plan.records import Figure, Prediction
 from pdbench.report import plan as report
@@ -79,7 +80,7 @@ def test_refused_predictions_say_why_in_chinese():
     draws = predicted(calibration())
     refusals = [
         predicted(calibration(drift=1.7)).refusal,
-        predicted(calibration(handoff_steps=None), "1p1d").refusal,
+        predicted(calibration(handoff=None), "1p1d").refusal,
         predicted(calibration(roles={"decode": role()})).refusal,
         predicted(calibration(roles={"single": role(sure=1.0)}), input_tokens=4000).refusal,
         *(beyond({name: 0.5}, False, {}) for name in _LARGER),
@@ -90,7 +91,7 @@ def test_refused_predictions_say_why_in_chinese():
     with text.language("zh"):
         for refusal in refusals:
             of = Prediction(
-                kind="single", instances={"single": 1}, load="12 requests/s, 1,000 requests", refusal=refusal
+                layout=Layout("single", {"single": 1}), load="12 requests/s, 1,000 requests", refusal=refusal
             )
             table = report.predictions([of], on_gpus=True)
             assert not english_in(table.note) and not english_in(table.title), table.note
@@ -100,7 +101,7 @@ def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
     bare = msgspec.structs.replace(
         role(sure=9.0), speeds=[1.0], power=None, assumed=["--max-num-seqs 1024 (vLLM's default)", "5 ms from sending to scheduling (a single instance's run would show it)"]
     )  # fmt: skip
-    found = calibration(roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, {}, []))
+    found = calibration(roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, None, []))
     with text.language("zh"):
         note = report.calibration(found).note
     assert not english_in(note) and note.count("缺少") == len(found.missing) >= 5
@@ -121,6 +122,6 @@ def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
 def test_predicted_load_is_said_in_both_languages(load, english, chinese):
     words = plan.describe(LoadConfig(**load, nonce="n")).partition(", after a warm-up")[0]
     assert words == english
-    of = Prediction(kind="single", instances={"single": 1}, load=words, refusal="no run shows a x engine")
+    of = Prediction(layout=Layout("single", {"single": 1}), load=words, refusal="no run shows a x engine")
     with text.language("zh"):
         assert report.predictions([of], on_gpus=True).title == f"预测：{chinese}"

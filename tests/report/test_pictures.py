@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pdbench.analysis.compare import compare, comparisons
 from pdbench.analysis.run_analysis import analyze, load_analysis
-from pdbench.plan.engine import Role
+from pdbench.plan.engine import Layout
 from pdbench.plan.records import Figure, Prediction
 from pdbench.records import DeviceRecord, DeviceSample, Flag, save_devices, save_run
 from pdbench.report import charts, commands, mpl, page, tables, text
@@ -236,11 +236,11 @@ def test_labels_of_points_that_nearly_coincide_do_not_overlap():
 
 @pytest.mark.parametrize(
     ("met", "shade"),
-    [((99.5, 83.0, 100.0), ORANGE), ((99.6, 99.2, 100.0), GOOD), ((90.0, 83.0, 98.0), BAD), ((99.5, None, None), GOOD)],
+    [((99.5, 83.0, 100.0), ORANGE), ((99.6, 99.2, 100.0), GOOD), ((90.0, 83.0, 98.0), BAD)],
 )
 def test_predicted_deployment_is_undecided_where_the_interval_crosses_the_limit(met, shade):
     figures = {"tbt_p99_ms": Figure(9.0, 8.0, 10.0), "slo_met_pct": Figure(*met)}
-    of = [Prediction(kind="single", instances={"single": 1}, load="", figures=figures)]
+    of = [Prediction(layout=Layout("single", {"single": 1}), load="", figures=figures)]
     chart = predictions_chart(of, on_gpus=True)
     assert {series.shade for panel in chart.panels for series in panel.series} == {shade}
     assert "orange: the interval does not decide" in chart.caption
@@ -248,11 +248,8 @@ def test_predicted_deployment_is_undecided_where_the_interval_crosses_the_limit(
 
 def test_names_of_predicted_deployments_are_not_cut_off():
     figures = {name: Figure(250.0, 200.0, 300.0) for name in ("ttft_p99_ms", "tbt_p99_ms")}
-    shapes: dict[str, dict[Role, int]] = {
-        "disaggregated": {"prefill": 1, "decode": 1},
-        "replicas": {"replica": 6},
-    }
-    predictions = [Prediction(kind=kind, instances=of, load="", figures=figures) for kind, of in shapes.items()]
+    layouts = Layout("disaggregated", {"prefill": 1, "decode": 1}), Layout("replicas", {"replica": 6})
+    predictions = [Prediction(layout=layout, load="", figures=figures) for layout in layouts]
     figure = drawn(mpl.chart, predictions_chart(predictions, on_gpus=True), 14, 7.4)
     for axes in figure.axes:
         assert [label.get_text() for label in axes.texts] == ["1p1d", "replicas:6"]

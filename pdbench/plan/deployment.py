@@ -1,0 +1,143 @@
+"""The deployment that a calibration says: its engines as calibrated or put together, or as they may be on another day; or why there is none."""
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from scipy import special
+
+from pdbench.errors import UserError
+from pdbench.plan import fit
+from pdbench.plan.engine import COSTS, Demand, Deployment, Engine, Handoff, Layout, Role
+from pdbench.plan.records import Calibration, RoleCalibration
+
+DECODE_ERROR = 0.02
+"""Standard deviation of decode steps' logarithms from one deployment or day to the next (docs/results/plan)."""
+DAYS, DAYS_WEIGH = 0.15, 2
+"""Least standard deviation of another day's speed (logarithm), however alike a run's trials are: the same prompt's step took 45, 57 and 62 ms
+in three runs recorded on two H200 (docs/results/plan)."""
+DRIFT = 1.5
+"""Above this ratio of two trials' speeds a machine is too restless to predict."""
+HANDOFF_ERROR = 0.1
+"""Standard deviation of the logarithm of a handoff's steps from one run to another (docs/results/plan)."""
+
+
+def parse_layout(text: str) -> Layout:
+    """single, replicas:N, or NpMd. Raises UserError for anything else."""
+    if match := re.fullmatch(r"(\d+)p(\d+)d", text.lower()):
+        layout = Layout("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
+    elif match := re.fullmatch(r"replicas:(\d+)", text):
+        layout = Layout("replicas", {"replica": int(match[1])})
+    else:
+        layout = Layout("single", {"single": int(text == "single")})
+    if all(layout.instances.values()):
+        return layout
+    raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
+
+
+def deployment_of(
+    calibration: Calibration, layout: Layout, random: np.random.Generator | None = None, share: float = 0.5
+) -> Deployment:
+    """At the costs' best estimate, with the noise of all trials; or with `random` as it may be on a day whose speed is the quantile `share`. Raises
+    UserError with what was not measured."""
+    handoff = calibration.handoff or Handoff()
+    if layout.kind == "disaggregated" and calibration.handoff is None:
+        raise UserError(
+            "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
+        )
+    roles = {role: role_of(calibration, role) for role in layout.instances}
+    engines = {role: drawn(each, random, share) if random is not None else each.engine for role, each in roles.items()}
+    if random is not None and layout.kind == "disaggregated":
+        series = handoff.noise and (handoff.noise[int(random.integers(len(handoff.noise)))],)
+        steps = handoff.steps * float(np.exp(random.normal(0, HANDOFF_ERROR)))
+        handoff = msgspec.structs.replace(handoff, steps=steps, noise=series)
+    return Deployment(layout=layout, engines=engines, handoff=handoff, proxy_s=calibration.proxy_s)
+
+
+def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
+    """A role's engine: measured, or put together from roles that were. Raises UserError with what must be measured."""
+    roles = calibration.roles
+    if role in roles:
+        return roles[role]
+    both = roles.get("single") or roles.get("replica")
+    if both is not None:
+        return both  # one engine does prefill and decode alike
+    if role in ("single", "replica") and "prefill" in roles and "decode" in roles:
+        prefill, decode = roles["prefill"], roles["decode"]
+        costs = msgspec.structs.replace(
+            decode.engine.costs,
+            **{name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "ingress_s", "noise")},
+            join_s=0.0,
+        )
+        box = msgspec.structs.replace(decode.engine.box, prompt_tokens=prefill.engine.box.prompt_tokens)
+        engine = Engine(costs=costs, limits=prefill.engine.limits, box=box)
+        watts = prefill.power and decode.power
+        if watts and prefill.power:
+            prompts = prefill.power.prefill_w, prefill.power.prompt_token_j
+            watts = msgspec.structs.replace(watts, prefill_w=prompts[0], prompt_token_j=prompts[1])
+        assumed = [*prefill.assumed, "put together from prefill and decode"]
+        return msgspec.structs.replace(
+            prefill,
+            engine=engine,
+            power=watts,
+            jitter=decode.jitter,
+            decode_speeds=decode.decode_speeds,
+            assumed=assumed,
+        )
+    raise UserError(
+        f"no run shows a {role} engine: measure one with `pdbench run --against "
+        f"{'disaggregated' if role in ('prefill', 'decode') else 'single'} --rate R`"
+    )
+
+
+def another_speed(speeds: Sequence[float], share: float) -> float:
+    """The quantile `share` of another day's speed over the mean of these trials, a t distribution.
+
+    What the trials say of its spread is pooled with `DAYS`, which weighs as much as `DAYS_WEIGH` more trials: two that are alike say little,
+    and one says nothing.
+    """
+    count = len(speeds)
+    of_trials = (count - 1) * float(np.var(np.log(speeds), ddof=1)) if count > 1 else 0.0
+    degrees = count - 1 + DAYS_WEIGH
+    deviation = max(DAYS, float(np.sqrt((of_trials + DAYS_WEIGH * DAYS**2) / degrees)))
+    reach = float(special.stdtrit(degrees, share)) * deviation * np.sqrt(1 + 1 / count)
+    return float(np.exp(np.clip(reach, -2, 2)))
+
+
+def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> Engine:
+    """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the quantile `share` of another day's speed."""
+    series = role.engine.costs.noise
+    costs = fit.with_values(role.engine.costs, role.samples[int(random.integers(len(role.samples)))])
+    spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
+    factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
+    costs = msgspec.structs.replace(
+        costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
+    )
+    if role.computes:
+        costs = msgspec.structs.replace(costs, noise=(series[int(random.integers(len(series)))],))
+        costs = fit.at_speed(costs, another_speed(role.speeds, share))
+    return msgspec.structs.replace(role.engine, costs=costs)
+
+
+def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -> str | None:
+    """Why the calibration itself does not carry this load."""
+    if calibration.drift > DRIFT:
+        return (
+            f"this machine drifts: the same step was {calibration.drift:.2f} times slower in one trial than in another; "
+            "measure again on a quiet machine, at least five trials (`pdbench run --pairs 5`)"
+        )
+    for role in layout.instances:
+        if role == "decode":
+            continue
+        calibrated = role_of(calibration, role)
+        shortest, longest = calibrated.prompt_lengths
+        lengths = np.concatenate([demand.prompt_tokens for demand in demands])
+        low, high = np.quantile(lengths, (0.05, 0.95))
+        if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
+            length = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
+            return (
+                f"prompts of {length} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
+                "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
+            )
+    return None
