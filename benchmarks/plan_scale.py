@@ -1,8 +1,8 @@
 """From what load on replicas, pairs of one prefill and one decode GPU, or xPyD win, at 8 to 1,000 GPUs: predicted from recorded runs.
 
 Every deployment has all the GPUs and the same load. Of xPyD every eighth is tried. The winner of a figure has the least one in every draw
-of costs, speeds and arrivals, all deployments beside each other in each. Writes a table (Markdown) and a picture.
-Try: python benchmarks/plan_scale.py --runs docs/results/h200x2-replicas --out docs/results/plan/scale-vllm-0.33
+of costs, days and arrivals, all deployments beside each other in each. Writes a table (Markdown) and a picture.
+Try: python benchmarks/plan_scale.py --runs docs/results/h200x2-replicas --out docs/results/plan/scale
 """
 
 import argparse
@@ -12,57 +12,50 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from pdbench.config import LoadConfig
 from pdbench.files import write_whole
-from pdbench.plan.calibration import calibrate, drawn, role_of
+from pdbench.plan.calibration import calibrate
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.engine import Demand, Deployment
-from pdbench.plan.predict import Wanted, beyond, deployment_of, figures_of, outside_of, unfit
+from pdbench.plan.deployment import deployment_of, unfit
+from pdbench.plan.engine import Demand, Deployment, Layout
+from pdbench.plan.predict import GROWTH, Draw, beyond, days_of, draw_of
 from pdbench.plan.records import Calibration
 from pdbench.plan.simulate import simulate
 from pdbench.records import load_run
 from pdbench.report import mpl, tables, text
 from pdbench.report.chart_types import BLUE, GREEN, GREY, PURPLE, Axis, Chart, Panel, Series
-from pdbench.report.plan import deployment_name
 
 METRICS = ("ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 KINDS = {"replicas": PURPLE, "1P1D pairs": GREEN, "xPyD": BLUE}
 SECONDS = 4.0
 """Length of a load: several times a request's time, and more where 1,000 requests take longer."""
-GROWTH = 2.0
-"""TTFT of the last third of a load over the first's, above which a deployment does not carry it: its figures would be the load's length."""
-OVERLOADED = "its queue grows"
 
 
 @dataclass
 class Option:
-    """A deployment of all GPUs. `parts` of them stand side by side, each with its own proxy and its share of the load."""
+    """A deployment of all GPUs. `parts` of them stand side by side, each with its own proxy and its share of the load. `figures` are those
+    of each draw."""
 
     kind: str
-    wanted: Wanted
+    layout: Layout
     parts: int = 1
-    refusal: str | None = None
     figures: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        name = deployment_name(self.wanted)
-        return name if self.parts == 1 else f"{self.parts} x {name}"
 
     def median(self, metric: str) -> float:
         return float(np.median([row[metric] for row in self.figures]))
 
 
 def options_of(gpus: int) -> Iterator[Option]:
-    yield Option("replicas", Wanted("replicas", {"replica": gpus}))
-    yield Option("1P1D pairs", Wanted("disaggregated", {"prefill": 1, "decode": 1}), gpus // 2)
+    yield Option("replicas", Layout("replicas", {"replica": gpus}))
+    yield Option("1P1D pairs", Layout("disaggregated", {"prefill": 1, "decode": 1}), gpus // 2)
     for prefill in dict.fromkeys(round(gpus * eighth / 8) for eighth in range(1, 8)):
-        yield Option("xPyD", Wanted("disaggregated", {"prefill": prefill, "decode": gpus - prefill}))
+        yield Option("xPyD", Layout("disaggregated", {"prefill": prefill, "decode": gpus - prefill}))
 
 
 class Study:
@@ -73,82 +66,69 @@ class Study:
         self.tried = Counter[str]()
         self.refused = Counter[tuple[str, str]]()
 
-    def demand(self, rate: float, draw: int) -> Demand:
-        count = max(1000, round(SECONDS * rate))
-        return demand_of_load(LoadConfig(rate=rate, requests=count, input_tokens=2048, output_tokens=128), draw)
+    def demand(self, rate: float, number: int) -> Demand:
+        load = LoadConfig(rate=rate, requests=max(1000, round(SECONDS * rate)), input_tokens=2048, output_tokens=128)
+        return demand_of_load(load, number)
 
-    def simulate(self, option: Option, rate: float, draw: int | None) -> None:
-        """At the costs' best estimate, or as they may be: draw n has the same luck for every role and deployment."""
-        demand = self.demand(rate / option.parts, draw or 0)
-        deployment: Deployment = deployment_of(self.calibration, option.wanted)
-        if draw is not None:
-            engines = {
-                role: drawn(
-                    role_of(self.calibration, role), np.random.default_rng(draw), np.random.default_rng(draw).uniform()
-                )
-                for role in deployment.engines
-            }
-            deployment = msgspec.structs.replace(deployment, engines=engines)
-        result = simulate(deployment, demand, draw or 0)
+    def draw(self, deployment: Deployment, demand: Demand, number: int = 0, pauses: float = 1.0) -> Draw:
         self.requests += len(demand)
-        if draw is None:
-            preempted = any(use.preemptions for use in result.instances)
-            option.refusal = unfit(self.calibration, option.wanted, [demand]) or beyond(
-                outside_of([result]), preempted, {}
-            )
-        option.figures.append(figures_of([result], self.calibration))
-        if draw is None and option.figures[-1]["growth"] > GROWTH:
-            option.refusal = OVERLOADED
+        return draw_of([simulate(deployment, demand, number)], self.calibration, pauses=pauses)
 
     def point(self, gpus: int, rate: float) -> list[Option]:
-        """The deployments of each kind that are best in some figure, with `draws` rows of figures; refused ones with none."""
-        options = list(options_of(gpus))
-        for option in options:
-            self.simulate(option, rate, None)
-            self.tried[option.kind] += 1
-            if option.refusal:
-                words = option.refusal.partition(" % of the busy time has ")[2] or option.refusal
-                self.refused[option.kind, words.partition(":")[0]] += 1
+        """The deployments of each kind that are best in some figure at the costs' best estimate, with their draws' figures."""
         best: list[Option] = []
-        for kind in KINDS:
-            of_kind = [option for option in options if option.kind == kind]
-            sure = [option for option in of_kind if option.refusal is None]
-            chosen = (
-                [min(sure, key=lambda option: option.median(metric)) for metric in METRICS] if sure else of_kind[:1]
-            )
-            best += [option for place, option in enumerate(chosen) if option not in chosen[:place]]
+        for kind, of_kind in groupby(options_of(gpus), key=lambda option: option.kind):
+            sure: list[tuple[Option, Draw]] = []
+            for option in of_kind:
+                demand = self.demand(rate / option.parts, 0)
+                usual = self.draw(deployment_of(self.calibration, option.layout), demand)
+                refusal = unfit(self.calibration, option.layout, [demand])
+                refusal = refusal or beyond(usual.outside, usual.preempted, {})
+                refusal = "its queue grows" if usual.growth > GROWTH else refusal
+                self.tried[kind] += 1
+                if refusal:
+                    words = refusal.partition(" % of the busy time has ")[2] or refusal
+                    self.refused[kind, words.partition(":")[0]] += 1
+                else:
+                    sure.append((option, usual))
+            if sure:
+                figures = np.array([[usual.figures[metric] for metric in METRICS] for _, usual in sure])
+                best += [sure[place][0] for place in dict.fromkeys(figures.argmin(axis=0))]
         for option in best:
-            option.figures.clear()
-            for draw in range(self.draws if option.refusal is None else 0):
-                self.simulate(option, rate, draw)
+            for day in islice(days_of(self.calibration, option.layout), self.draws):
+                demand = self.demand(rate / option.parts, day.number)
+                option.figures.append(self.draw(day.deployment, demand, day.number, day.pauses).figures)
         return best
 
 
 @dataclass
 class Verdict:
-    """Of one figure at one point: the kinds' best, the winner, and whether it is that in every draw."""
+    """Of one figure at one point: the best of each kind that is known, the winner, and whether it is that in every draw."""
 
-    winner: Option | None
-    sure: bool
     best: dict[str, Option]
+    winner: Option | None = None
+    sure: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.winner is None:
+            return "nothing known"
+        if len(self.best) == 1:
+            return f"only {self.winner.kind} known"
+        return self.winner.kind if self.sure else "not decided"
 
 
 def judge(options: Sequence[Option], metric: str) -> Verdict:
-    best = {}
-    for kind in KINDS:
-        known = [option for option in options if option.kind == kind and option.figures]
-        if known:
-            best[kind] = min(known, key=lambda option: option.median(metric))
+    best = {
+        kind: min((option for option in options if option.kind == kind), key=lambda option: option.median(metric))
+        for kind in dict.fromkeys(option.kind for option in options)
+    }
     if not best:
-        return Verdict(None, False, best)
+        return Verdict(best)
     winner = min(best.values(), key=lambda option: option.median(metric))
     others = [option for option in best.values() if option is not winner]
-    sure = bool(others) and all(
-        row[metric] < other_row[metric]
-        for other in others
-        for row, other_row in zip(winner.figures, other.figures, strict=True)
-    )
-    return Verdict(winner, sure, best)
+    pairs = [pair for other in others for pair in zip(winner.figures, other.figures, strict=True)]
+    return Verdict(best, winner, bool(others) and all(own[metric] < other[metric] for own, other in pairs))
 
 
 Points = dict[tuple[int, float], list[Option]]
@@ -166,13 +146,10 @@ def table_of(points: Points, metric: str) -> tables.Table:
                 continue
             values = [row[metric] for row in option.figures]
             words = f"{text.number(option.median(metric))} ({text.number(min(values))}-{text.number(max(values))})"
-            cells.append(f"{words}, {option.name}" if kind == "xPyD" else words)
-        if verdict.winner is None:
-            outcome = "not known"
-        elif len(verdict.best) == 1:
-            outcome = f"only {verdict.winner.kind} known"
-        else:
-            outcome = verdict.winner.kind if verdict.sure else f"not decided ({verdict.winner.kind})"
+            cells.append(f"{words}, {option.layout.name}" if kind == "xPyD" else words)
+        outcome = verdict.words
+        if verdict.winner and len(verdict.best) > 1:
+            outcome += "" if verdict.sure else f" ({verdict.winner.kind})"
             outcome += "" if len(verdict.best) == len(KINDS) else ", of those known"
         rows.append([f"{gpus:,}", f"{load:g}", *cells, outcome])
     return tables.Table(title=text.label(metric), header=["GPUs", "requests/s per GPU", *KINDS, "least"], rows=rows)
@@ -182,24 +159,14 @@ def summary_of(points: Points) -> tables.Table:
     """For each figure and number of GPUs: which kind is least from which load on."""
     rows: list[list[tables.Value]] = []
     for metric in METRICS:
-        for gpus in dict.fromkeys(gpus for gpus, _ in points):
-            stretches: list[tuple[str, float, float]] = []
-            for (of_gpus, load), options in points.items():
-                if of_gpus != gpus:
-                    continue
-                verdict = judge(options, metric)
-                if verdict.winner is None:
-                    word = "nothing known"
-                elif len(verdict.best) == 1:
-                    word = f"only {verdict.winner.kind} known"
-                else:
-                    word = verdict.winner.kind if verdict.sure else "not decided"
-                if stretches and stretches[-1][0] == word:
-                    stretches[-1] = word, stretches[-1][1], load
-                else:
-                    stretches.append((word, load, load))
-            words = [f"{word} {low:g}-{high:g}" if high > low else f"{word} {low:g}" for word, low, high in stretches]
-            rows.append([text.label(metric), f"{gpus:,}", "; ".join(words)])
+        for gpus, of_gpus in groupby(points.items(), key=lambda point: point[0][0]):
+            words = [(judge(options, metric).words, load) for (_, load), options in of_gpus]
+            stretches = [(word, [load for _, load in group]) for word, group in groupby(words, key=itemgetter(0))]
+            parts = [
+                f"{word} {'-'.join(f'{load:g}' for load in dict.fromkeys((loads[0], loads[-1])))}"
+                for word, loads in stretches
+            ]
+            rows.append([text.label(metric), f"{gpus:,}", "; ".join(parts)])
     return tables.Table(title="Least at which load", header=["figure", "GPUs", "requests/s per GPU"], rows=rows)
 
 
@@ -268,7 +235,7 @@ def main() -> None:
     boxes = [
         f"{role} up to {known.engine.box.sequences} sequences, {known.engine.box.prompt_tokens:,} prompt tokens in a step"
         for role, known in calibration.roles.items()
-        if known.engine.box and role != "prefill"
+        if role != "prefill"
     ]
     words = (
         f"{study.requests:,} requests simulated in {time.process_time() - begin_s:.0f} s of CPU, {options.draws} draws. "

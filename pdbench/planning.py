@@ -54,9 +54,11 @@ def plan(
         if not loads.is_open_loop(load):
             raise UserError("--search needs a load that comes by a clock: give --rate, --stages or --trace")
         load = for_search(load)
+    words = ""
     if wanted or most_gpus is not None:
         load = with_requests(load)
         demand_of_load(load, 0)
+        words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
     shown: list[tables.Table] = []
 
     written: list[str] = []
@@ -96,16 +98,19 @@ def plan(
     slo = load.slo_ttft_ms, load.slo_tbt_ms
     if most_gpus is not None:
         result = search(
-            found, lambda seed: demand_of_load(load, seed), slo=slo, most_gpus=most_gpus, by_joules=by_joules
+            found, lambda draw: demand_of_load(load, draw), words, slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
         save(document.FILE, result)
         show(report.search(result, on_gpus=found.on_gpus))
         drawn.append(partial(report.search_chart, result, on_gpus=found.on_gpus))
-        best = {each.layout.kind: each.layout for each in reversed(result.candidates) if each.met}
-        wanted += [each for each in reversed(best.values()) if each not in wanted]
-    if wanted:
-        words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
-        predicted = [predict(found, each, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for each in wanted]
+        # The best of each kind with all its figures.
+        best = {each.layout.kind: each for each in reversed(result.candidates) if not each.refusal}
+        predicted += [each for each in result.candidates if each in best.values()]
+    wanted = [layout for layout in wanted if layout not in [each.layout for each in predicted]]
+    predicted += [
+        predict(found, layout, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for layout in wanted
+    ]
+    if predicted:
         save("predictions.json", predicted)
         show(report.predictions(predicted, on_gpus=found.on_gpus))
         drawn.append(partial(report.predictions_chart, predicted, on_gpus=found.on_gpus))

@@ -47,8 +47,8 @@ def deployment_of(
             "no run shows the handoff of KV caches: measure one with `pdbench run --against disaggregated --rate R`"
         )
     roles = {role: role_of(calibration, role) for role in layout.instances}
-    engines = {role: drawn(each, random, share) if random is not None else each.engine for role, each in roles.items()}
-    if random is not None and layout.kind == "disaggregated":
+    engines = {role: drawn(each, random, share) if random else each.engine for role, each in roles.items()}
+    if random and layout.kind == "disaggregated":
         series = handoff.noise and (handoff.noise[int(random.integers(len(handoff.noise)))],)
         steps = handoff.steps * float(np.exp(random.normal(0, HANDOFF_ERROR)))
         handoff = msgspec.structs.replace(handoff, steps=steps, noise=series)
@@ -107,15 +107,13 @@ def another_speed(speeds: Sequence[float], share: float) -> float:
 
 def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> Engine:
     """An engine as it may be another time: costs as the data leave them possible, a trial's noise, the quantile `share` of another day's speed."""
-    series = role.engine.costs.noise
     costs = fit.with_values(role.engine.costs, role.samples[int(random.integers(len(role.samples)))])
     spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
     factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
-    costs = msgspec.structs.replace(
-        costs, gpu_decode_s={size: factor * cost for size, cost in costs.gpu_decode_s.items()}
-    )
+    table_s = {size: factor * cost for size, cost in costs.gpu_decode_s.items()}
+    costs = msgspec.structs.replace(costs, gpu_decode_s=table_s)
     if role.computes:
-        costs = msgspec.structs.replace(costs, noise=(series[int(random.integers(len(series)))],))
+        costs = msgspec.structs.replace(costs, noise=(costs.noise[int(random.integers(len(costs.noise)))],))
         costs = fit.at_speed(costs, another_speed(role.speeds, share))
     return msgspec.structs.replace(role.engine, costs=costs)
 

@@ -1,16 +1,18 @@
 """A prediction: many simulations of what may be, their figures with intervals, or the reason why nothing can be said."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
 
 import msgspec
 import numpy as np
 
+from pdbench.analysis.arrivals import Array
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, unfit
-from pdbench.plan.engine import Demand, Deployment, Layout, Role
+from pdbench.plan.engine import Demand, Deployment, Layout
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import Simulated, simulate, weighted_quantiles
 
@@ -20,12 +22,16 @@ OUTSIDE = 0.05
 """Above this share of the busy time in steps larger than any that was measured, a prediction is refused."""
 POWER_ERROR = 0.05
 """Standard deviation of what power models of one run say of another (docs/results/plan), boards' gains included."""
+GROWTH = 2.0
+"""Above this ratio a queue grows (`Draw`): the deployment does not carry the load, and the figures are its length's."""
 GOLDEN = (5**0.5 - 1) / 2
 PAUSES_ERROR = 0.2
 """Standard deviation of the logarithm of pauses, as shares of a step, from one run to another: the slowest 0.25 % of steps took 2.3 to 3.3 times a
 step on top in 19 of 25 runs, 1.9 to 4.0 times in all (docs/results/plan)."""
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
+Slo = tuple[float | None, float | None]
+"""Limits of TTFT and mean TBT, ms."""
 _NORMAL_95 = 1.645
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _LARGER = {
@@ -35,13 +41,36 @@ _LARGER = {
 }
 
 
+@dataclass(frozen=True)
+class Day:
+    """A deployment as it may be: on a day whose speed is the quantile `speed`, with decode's pauses `pauses` times as long as calibrated."""
+
+    number: int
+    speed: float
+    deployment: Deployment
+    pauses: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
+    calibrated box, by what is beyond; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT of the last third of the requests over the first third's: above `GROWTH` the
+    queue grows."""
+
+    figures: dict[str, float]
+    outside: dict[str, float]
+    preempted: bool
+    seconds_ms: dict[str, float]
+    growth: float
+
+
 def predict(
     calibration: Calibration,
     layout: Layout,
     demands: Callable[[int], Sequence[Demand]],
     load: str,
     *,
-    slo: tuple[float | None, float | None] = (None, None),
+    slo: Slo = (None, None),
     speeds: Callable[[Deployment, int], Deployment] | None = None,
     draws: int = DRAWS,
     anyway: bool = False,
@@ -52,120 +81,125 @@ def predict(
     mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
     """
     begin_s = time.process_time()
-    prediction = Prediction(layout=layout, load=load)
+    drawn: list[Draw] = []
     try:
-        usual = deployment_of(calibration, layout)
+        for day in days_of(calibration, layout):
+            results = [
+                simulate(speeds(day.deployment, trial) if speeds else day.deployment, demand, seed=day.number)
+                for trial, demand in enumerate(demands(day.number))
+            ]
+            drawn.append(draw_of(results, calibration, slo, pauses=day.pauses))
+            is_late = len(drawn) >= LEAST_DRAWS and time.process_time() - begin_s > BUDGET_S
+            if is_late or len(drawn) >= draws:
+                break
     except UserError as error:
-        return msgspec.structs.replace(prediction, refusal=str(error))
+        return Prediction(layout=layout, load=load, refusal=str(error))
+    usual = deployment_of(calibration, layout)
+    results = [simulate(speeds(usual, trial) if speeds else usual, demand) for trial, demand in enumerate(demands(0))]
     refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
-    rows: list[dict[str, float]] = []
-    outside: list[dict[str, float]] = []
-    preempted = 0
+    prediction = prediction_of(layout, load, drawn, draw_of(results, calibration, slo), refusal)
+    if prediction.refusal and not anyway:
+        return msgspec.structs.replace(prediction, figures={}, seconds_ms={})
+    return prediction
+
+
+def days_of(calibration: Calibration, layout: Layout) -> Iterator[Day]:
+    """Endless. Raises UserError for a deployment of which nothing was measured."""
     random = np.random.default_rng(0)
-    while len(rows) < draws and (len(rows) < LEAST_DRAWS or time.process_time() - begin_s < BUDGET_S):
-        results = []
-        # One day for all trials. Days' speeds decide most: multiples of the golden ratio spread them evenly, however many draws there are.
-        deployment = deployment_of(calibration, layout, random, (0.5 + GOLDEN * len(rows)) % 1)
-        for trial, demand in enumerate(demands(len(rows))):
-            of_trial = deployment if speeds is None else speeds(deployment, trial)
-            results.append(simulate(of_trial, demand, seed=len(rows)))
-        if any(np.isnan(result.e2e_s).any() for result in results):
-            words = "a request does not fit into the KV cache: serve with a smaller model length, or more memory"
-            return msgspec.structs.replace(prediction, refusal=words)
-        rows.append(figures_of(results, calibration, slo, pauses=float(np.exp(random.normal(0, PAUSES_ERROR)))))
-        outside.append(outside_of(results))
-        preempted += any(use.preemptions for result in results for use in result.instances)
-    shares = {name: float(np.median([draw[name] for draw in outside])) for name in _LARGER}
-    names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
-    figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
-    refusal = refusal or beyond(shares, preempted > len(rows) / 2, figures)
-    parts = seconds.of_simulated(
-        usual.way_in_s,
-        [simulate(speeds(usual, trial) if speeds else usual, demand) for trial, demand in enumerate(demands(0))],
-    )
-    saturated = bool(np.median([row["growth"] for row in rows]) > 2)
-    figures.pop("growth")
-    return msgspec.structs.replace(
-        prediction,
-        figures={} if refusal and not anyway else figures,
-        outside=shares,
-        refusal=refusal,
-        saturated=saturated,
-        seconds_ms={} if refusal and not anyway else parts,
-        draws=len(rows),
-    )
+    for number in count():
+        # Days' speeds decide most: multiples of the golden ratio spread them evenly, however many draws there are.
+        speed = (0.5 + GOLDEN * number) % 1
+        deployment = deployment_of(calibration, layout, random, speed)
+        yield Day(number, speed, deployment, pauses=float(np.exp(random.normal(0, PAUSES_ERROR))))
 
 
-def outside_of(results: Sequence[Simulated]) -> dict[str, float]:
-    """The share of the busy time in steps beyond the calibrated box, by what is beyond."""
-    uses = [use for result in results for use in result.instances]
-    busy_s = sum(use.prefill_s + use.decode_s for use in uses)
-    return {name: sum(use.outside_s.get(name, 0.0) for use in uses) / busy_s for name in _LARGER}
+def draw_of(
+    results: Sequence[Simulated], calibration: Calibration, slo: Slo = (None, None), *, pauses: float = 1.0
+) -> Draw:
+    """Several trials' figures together; power and energy where they were calibrated. Decode's pauses are `pauses` times as long as calibrated.
 
-
-def figures_of(
-    results: Sequence[Simulated],
-    calibration: Calibration,
-    slo: tuple[float | None, float | None] = (None, None),
-    *,
-    pauses: float = 1.0,
-) -> dict[str, float]:
-    """Several trials' figures together, named as a run's; power and energy where they were calibrated. Decode's pauses are `pauses` times
-    as long as calibrated.
-
-    `growth` is the mean TTFT of the last third of the requests over the first third's: above 2 the queue grows.
+    Raises UserError where a request can never run.
     """
-    ttft_s, e2e_s, tbt_s = (
-        np.concatenate([getattr(result, name) for result in results]) for name in ("ttft_s", "e2e_s", "mean_tbt_s")
+    ttft_s, e2e_s, tbt_s, gap_s, gap_count = (
+        np.concatenate([getattr(result, name) for result in results])
+        for name in ("ttft_s", "e2e_s", "mean_tbt_s", "gap_s", "gap_count")
     )
+    if np.isnan(e2e_s).any():
+        raise UserError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
-    streaming = role_of(calibration, results[0].instances[-1].role)
-    gap_s, counts = (np.concatenate([getattr(result, name) for result in results]) for name in ("gap_s", "gap_count"))
+    instances = [(instance, result.span_s) for result in results for instance in result.instances]
+    roles = dict.fromkeys(instance.role for instance, _ in instances)
+    streaming = role_of(calibration, [*roles][-1])
     box = streaming.engine.box
     slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
     jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
-    quantiles_s = weighted_quantiles(gap_s, counts, _SHARES, jitter or (0.0,), slowest_s)
+    quantiles_s = weighted_quantiles(gap_s, gap_count, _SHARES, jitter or (0.0,), slowest_s)
     figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
     if np.isfinite(tbt_s).any():
         figures["mean_tbt_p50_ms"] = 1e3 * float(np.nanmedian(tbt_s))
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
     span_s = sum(result.span_s for result in results)
-    tokens = sum(int(result.gap_count.sum()) + len(result.ttft_s) for result in results)
+    tokens = int(gap_count.sum()) + len(ttft_s)
     figures["output_tokens_per_s"] = tokens / span_s
+    good = 0
     if any(limit is not None for limit in slo):
-        good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))
-        figures["goodput_requests_per_s"] = float(good.sum()) / span_s
-        figures["slo_met_pct"] = 100 * float(good.mean())
-    by_role: dict[Role, float | None] = {}
-    for result in results:
-        for use in result.instances:
-            costs = role_of(calibration, use.role).power
-            total = by_role.get(use.role, 0.0)
-            by_role[use.role] = (
-                None if costs is None or total is None else total + power.joules(use, costs, result.span_s)
-            )
-    known = {role: joules for role, joules in by_role.items() if joules is not None}
-    if len(known) == len(by_role):
-        energy_j = sum(known.values())
-        figures |= {"j_per_output_token": energy_j / tokens, "mean_power_w": energy_j / span_s}
-        if len(known) > 1:
-            figures |= {f"{role}_power_w": joules / span_s for role, joules in known.items()}
-        if "slo_met_pct" in figures and good.any():
-            figures["j_per_good_request"] = energy_j / float(good.sum())
+        good = int(np.sum((1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))))
+        figures["goodput_requests_per_s"] = good / span_s
+        figures["slo_met_pct"] = 100 * good / len(ttft_s)
+    watts = {role: costs for role in roles if (costs := role_of(calibration, role).power)}
+    if len(watts) == len(roles):
+        energy_j = {
+            role: sum(power.joules(instance, costs, of_s) for instance, of_s in instances if instance.role == role)
+            for role, costs in watts.items()
+        }
+        total_j = sum(energy_j.values())
+        figures |= {"j_per_output_token": total_j / tokens, "mean_power_w": total_j / span_s}
+        if len(energy_j) > 1:
+            figures |= {f"{role}_power_w": of_role_j / span_s for role, of_role_j in energy_j.items()}
+        if good:
+            figures["j_per_good_request"] = total_j / good
+    busy_s = sum(instance.prefill_s + instance.decode_s for instance, _ in instances)
+    outside = {name: sum(each.outside_s.get(name, 0.0) for each, _ in instances) / busy_s for name in _LARGER}
     third = max(1, len(results[0].ttft_s) // 3)
-    figures["growth"] = float(
-        np.mean([result.ttft_s[-third:].mean() / result.ttft_s[:third].mean() for result in results])
+    growth = np.mean([result.ttft_s[-third:].mean() / result.ttft_s[:third].mean() for result in results])
+    is_preempted = any(instance.preemptions for instance, _ in instances)
+    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth))
+
+
+def prediction_of(
+    layout: Layout, load: str, drawn: Sequence[Draw], usual: Draw, refusal: str | None = None
+) -> Prediction:
+    """The draws' medians and intervals, the seconds of `usual`; refused for `refusal`, or where their steps are a guess."""
+    rows = [draw.figures for draw in drawn]
+    names = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(chain.from_iterable(rows))}
+    figures = {name: _figure(name, values) for name, values in names.items() if len(values) > 0.9 * len(rows)}
+    outside = {name: float(np.median([draw.outside[name] for draw in drawn])) for name in _LARGER}
+    is_preempted = sum(draw.preempted for draw in drawn) > len(drawn) / 2
+    return Prediction(
+        layout=layout,
+        load=load,
+        figures=figures,
+        outside=outside,
+        refusal=refusal or beyond(outside, is_preempted, figures),
+        saturated=bool(np.median([draw.growth for draw in drawn]) > GROWTH),
+        seconds_ms=usual.seconds_ms,
+        draws=len(drawn),
     )
-    return figures
+
+
+def interval_of(values: Array | Sequence[float]) -> tuple[float, float]:
+    """Which 90 % of the draws are in."""
+    low, high = np.quantile(values, (0.05, 0.95))
+    return float(low), float(high)
 
 
 def _figure(name: str, values: Sequence[float]) -> Figure:
     """Median and 5 and 95 % of the draws; of power and energy, with the power model's own error."""
-    low, value, high = np.quantile(values, (0.05, 0.5, 0.95))
+    value, (low, high) = float(np.quantile(values, 0.5)), interval_of(values)
     if name.startswith("j_") or name.endswith("_w"):
         reach = [float(np.hypot(np.log(end / value), _NORMAL_95 * POWER_ERROR)) for end in (low, high)]
-        low, high = value * np.exp(-reach[0]), value * np.exp(reach[1])
-    return Figure(float(value), float(low), float(high))
+        low, high = float(value * np.exp(-reach[0])), float(value * np.exp(reach[1]))
+    return Figure(value, low, high)
 
 
 def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, Figure]) -> str | None:

@@ -1,11 +1,15 @@
 """What calibration and prediction are saved as: versioned JSON. Unknown is None. Seconds, watts and joules as named."""
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 
 from pdbench.plan.engine import COSTS, Engine, Handoff, Layout, Role
 
 SCHEMA = "pdbench-plan/4"
+ATTAIN_PCT = 99.0
+"""Share of the requests that must be within the SLO."""
 UNSURE = 0.3
 """A cost whose logarithm has a larger standard deviation is not known."""
 
@@ -118,28 +122,20 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     seconds_ms: dict[str, float] = {}
     draws: int = 0
 
-
-class Candidate(msgspec.Struct, kw_only=True):
-    """A deployment that a search tried: figures of each simulated load, at the costs' best estimate. `refusal`: why they are a guess.
-    `tie`: no dearer than the cheapest, as far as these loads tell."""
-
-    layout: Layout
-    met_pct: list[float] = []
-    j_per_output_token: list[float] = []
-    ttft_p99_ms: list[float] = []
-    tbt_p99_ms: list[float] = []
-    refusal: str | None = None
-    tie: bool = False
-
     @property
-    def met(self) -> bool:
-        """Do 99 % of the requests keep the SLO, in steps that the calibration knows?"""
-        return self.refusal is None and bool(self.met_pct) and sum(self.met_pct) >= 99 * len(self.met_pct)
+    def verdict(self) -> Literal["met", "not decided", "not met", "refused"] | None:
+        """Does the deployment keep the SLO (None: there was none)? Only where the whole interval says so."""
+        if self.refusal:
+            return "refused"
+        met = self.figures.get("slo_met_pct")
+        if met is None:
+            return None
+        return "met" if met.low >= ATTAIN_PCT else "not met" if met.high < ATTAIN_PCT else "not decided"
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """What was tried to find the cheapest deployment: that one first if it is `met`, then others that keep the SLO, then those that
-    do not, then refused ones. `simulations` of `requests` each."""
+    """What was judged to find the cheapest deployment: that one first if it is met, then others that keep the SLO, then those of which the interval
+    does not decide, those that do not, refused ones. `ties` names those that are no dearer than the first, as far as the draws tell. `simulations` of `requests` each."""
 
     schema: str = SCHEMA
     slo_ttft_ms: float | None
@@ -148,7 +144,8 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     by_joules: bool
     requests: int
     simulations: int
-    candidates: list[Candidate]
+    candidates: list[Prediction]
+    ties: list[str]
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

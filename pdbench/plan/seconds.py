@@ -13,12 +13,12 @@ PARTS = ("way_in", "queue", "compute", "handoff", "decode_wait", "decode")
 decode's steps."""
 
 
-def of_simulated(way_in_s: float, results: Sequence[Simulated]) -> dict[str, float]:
+def of_simulated(results: Sequence[Simulated]) -> dict[str, float]:
     """Of all requests of some trials of one deployment."""
     rows = []
     for each in results:
         came_s = np.where(np.isnan(each.computed_s), each.sent_s + each.ttft_s, each.computed_s)
-        way_s = each.sent_s, each.sent_s + way_in_s, each.scheduled_s
+        way_s = each.sent_s, each.sent_s + each.way_in_s, each.scheduled_s
         rows.append([*way_s, came_s, each.ready_s, each.joined_s, each.sent_s + each.e2e_s])
     return _means([*np.concatenate(rows, axis=1)])
 

@@ -27,12 +27,13 @@ _GAPS = 1 << 15
 class Simulated:
     """One entry per request in the order of `Demand`, seconds. NaN: a request that can never run (its prompt and output exceed the KV cache).
 
-    `sent_s` is when it was sent; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
+    `sent_s` is when it was sent, its engine might schedule it `way_in_s` later; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
     `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
     weighted histogram (values in any order, equal ones may repeat). `span_s` ends with the last token.
     """
 
+    way_in_s: float
     sent_s: Array
     ttft_s: Array
     e2e_s: Array
@@ -221,6 +222,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_tbt_s = np.where(demand.output_tokens > 1, (last_s - first_s) / (demand.output_tokens - 1), np.nan)
     return Simulated(
+        way_in_s=way_in_s,
         sent_s=sent_s,
         ttft_s=first_s - sent_s,
         e2e_s=last_s - sent_s,

@@ -15,8 +15,10 @@ FIGURES = (
     *LATENCIES, "mean_tbt_p50_ms", "output_tokens_per_s", "goodput_requests_per_s", "slo_met_pct", "mean_power_w", "prefill_power_w",
     "decode_power_w", "j_per_output_token", "j_per_good_request",
 )  # fmt: skip
+SEARCHED = ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")
 OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 TITLES = {"prefill_power_w": "Power of prefill, W", "decode_power_w": "Power of decode, W"}
+VERDICTS: dict[str | None, str] = {"met": GOOD, "not decided": ORANGE, "not met": BAD}
 SECONDS = {
     "way_in": "way in",
     "queue": "queue",
@@ -113,26 +115,30 @@ def search(of: Search, *, on_gpus: bool) -> Table:
     rows: list[list[Value]] = []
     styles, lines = [], []
     for place, each in enumerate(of.candidates):
-        name = each.layout.name
+        verdict = _(each.verdict or "")
         if each.refusal:
-            verdict = _("refused")
-            lines.append(_("{0}: refused: {1}", name, _(each.refusal)))
-        elif each.met:
-            verdict = _("cheapest") if not place else _("tie") if each.tie else _("met")
-        else:
-            verdict = _("not met")
-        figures = (each.met_pct, each.ttft_p99_ms, each.tbt_p99_ms, each.j_per_output_token)
-        rows.append([name, each.layout.gpus, verdict, *map(_over_loads, figures)])
-        styles.append("better" if each.met and not place else "" if each.met else "worse")
+            lines.append(_("{0}: refused: {1}", each.layout.name, _(each.refusal)))
+        elif each.verdict == "met":
+            verdict = _("cheapest") if not place else _("tie") if each.layout.name in of.ties else verdict
+        figures = (_with_interval(each.figures.get(name)) for name in SEARCHED)
+        rows.append([each.layout.name, each.layout.gpus, verdict, *figures])
+        styles.append(
+            "better"
+            if place == 0 and each.verdict == "met"
+            else "worse"
+            if each.refusal or each.verdict == "not met"
+            else ""
+        )
     slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
     limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
-    if not of.candidates or not of.candidates[0].met:
-        words = "No deployment of at most {0} GPUs keeps the SLO in steps that the runs have reached."
+    if not of.candidates or of.candidates[0].verdict != "met":
+        words = "No deployment of at most {0} GPUs surely keeps the SLO in steps that the runs have reached."
         words = words if on_gpus else words.replace("GPUs", "instances")
         lines.insert(0, _(words, f"{of.most_gpus:,}"))
-    words = "{0} simulations of {1} requests; with several loads: mean (least-most)."
+    words = "{0} simulations of {1} requests. In brackets: 90 % intervals."
     lines.append(_(words, f"{of.simulations:,}", f"{of.requests:,}"))
-    labels = map(text.label, ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token"))
+    lines.append(_("Met: the whole interval is at 99 % or above; not decided: 99 % lies in it."))
+    labels = map(text.label, SEARCHED)
     header = ["", _("GPUs" if on_gpus else "instances"), "", *labels]
     title = _("Search: 99 % of requests within {0}", limits)
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
@@ -140,12 +146,6 @@ def search(of: Search, *, on_gpus: bool) -> Table:
 
 def _bounded(value: float, low: float, high: float) -> str:
     return f"{text.number(value)} ({text.number(low)}-{text.number(high)})"
-
-
-def _over_loads(values: Sequence[float]) -> Value:
-    if len(values) < 2:
-        return values[0] if values else None
-    return _bounded(sum(values) / len(values), min(values), max(values))
 
 
 def _with_interval(figure: Figure | None) -> Value:
@@ -311,8 +311,7 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
     for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
         drawn = []
         for each in (each for each in of if metric in each.figures):
-            met, figure = each.figures.get("slo_met_pct"), each.figures[metric]
-            shade = GREY if not met else GOOD if met.low >= 99 else BAD if met.high < 99 else ORANGE
+            shade, figure = VERDICTS.get(each.verdict, GREY), each.figures[metric]
             gpus = [float(each.layout.gpus)]
             drawn.append(_bars(gpus, [figure], shade))
             drawn.append(Series(x=gpus, y=[figure.value], labels=[each.layout.name], shade=shade, marker="o"))
@@ -329,18 +328,21 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
 def search_chart(of: Search, *, on_gpus: bool) -> Chart:
     """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
     groups = (
-        (_("keeps the SLO"), GOOD, "o", False, [each for each in of.candidates if each.met]),
-        (_("does not"), BAD, "x", False, [each for each in of.candidates if not each.met and not each.refusal]),
-        (_("refused"), GREY, "o", True, [each for each in of.candidates if each.refusal]),
+        ("met", _("keeps the SLO"), GOOD, "o", False),
+        ("not decided", _("not decided"), ORANGE, "o", False),
+        ("not met", _("does not"), BAD, "x", False),
+        ("refused", _("refused"), GREY, "o", True),
     )
     drawn = []
     points: list[tuple[float, float, str]] = []
-    for name, shade, marker, hollow, candidates in groups:
-        known = [each for each in candidates if each.j_per_output_token]
+    for verdict, name, shade, marker, hollow in groups:
+        known = [each for each in of.candidates if each.verdict == verdict and "j_per_output_token" in each.figures]
         if not known:
             continue
-        gpus, joules = [float(each.layout.gpus) for each in known], [each.j_per_output_token for each in known]
-        figures = [Figure(float(np.mean(of_loads)), min(of_loads), max(of_loads)) for of_loads in joules]
+        gpus, figures = (
+            [float(each.layout.gpus) for each in known],
+            [each.figures["j_per_output_token"] for each in known],
+        )
         drawn.append(_bars(gpus, figures, shade))
         means = [figure.value for figure in figures]
         drawn.append(
@@ -359,7 +361,7 @@ def search_chart(of: Search, *, on_gpus: bool) -> Chart:
     most = max([gpus_here for gpus_here, _value, _name in points], default=1.0)
     x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.15 * most, integer=True)
     panel = Panel(title="", series=drawn, x=x, y=Axis(label=text.label("j_per_output_token"), low=0))
-    caption = _("Bars: from the least to the most of several loads.")
+    caption = _("Bars are 90 % intervals.")
     return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)
 
 

@@ -212,7 +212,7 @@ def test_parts_of_the_mean_request_add_up(wanted: str, opens: float) -> None:
     layout = msgspec.structs.replace(layout, instances=dict(reversed(layout.instances.items())))
     deployment = deployment_of(found, layout)
     result = simulate(deployment, demand)
-    parts = of_simulated(deployment.way_in_s, [result])
+    parts = of_simulated([result])
     assert sum(parts.values()) == pytest.approx(1e3 * result.e2e_s.mean(), rel=1e-6)
     assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
     assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0
