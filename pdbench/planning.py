@@ -15,7 +15,7 @@ from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
-from pdbench.plan.demand import demand_of_load, for_search, with_requests
+from pdbench.plan.demand import demand_of_load, with_requests
 from pdbench.plan.deployment import parse_layout
 from pdbench.plan.predict import predict
 from pdbench.plan.records import Calibration, Prediction
@@ -27,6 +27,8 @@ from pdbench.report.text import translate as _
 from pdbench.search import document
 
 CALIBRATION = "calibration.json"
+SEARCHED_S = 10.0
+"""Length of a load that is searched without one: queues can grow."""
 
 
 def plan(
@@ -53,10 +55,9 @@ def plan(
             raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
         if not loads.is_open_loop(load):
             raise UserError("--search needs a load that comes by a clock: give --rate, --stages or --trace")
-        load = for_search(load)
     words = ""
     if wanted or most_gpus is not None:
-        load = with_requests(load)
+        load = with_requests(load, least_s=0.0 if most_gpus is None else SEARCHED_S)
         demand_of_load(load, 0)
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
     shown: list[tables.Table] = []

@@ -110,6 +110,17 @@ def test_arrivals_are_those_of_bench() -> None:
     assert not np.array_equal(first.prompt_tokens, other.prompt_tokens)
 
 
+def test_blocks_that_were_cut_off_a_trace_are_in_no_cache(tmp_path: Path) -> None:
+    rows = [([1, 2], 1024), ([2], 512), ([1, 3], 1024)]
+    records = [
+        {"timestamp": 1000 * at, "input_length": tokens, "output_length": 4, "hash_ids": blocks}
+        for at, (blocks, tokens) in enumerate(rows)
+    ]
+    (tmp_path / "trace.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, records)))
+    config = LoadConfig(trace=str(tmp_path / "trace.jsonl"), max_input_tokens=512)
+    assert demand_of_load(config, 0).cached_tokens.tolist() == [0, 0, 512]
+
+
 def test_larger_batches_than_measured_are_refused() -> None:
     refusal = predicted(calibration(), rate=16.0, output_tokens=400).refusal
     assert refusal and "sequences" in refusal and "--rate" in refusal
