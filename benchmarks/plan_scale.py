@@ -22,9 +22,9 @@ from pdbench.config import LoadConfig
 from pdbench.files import write_whole
 from pdbench.plan.calibration import calibrate
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.deployment import deployment_of, unfit
-from pdbench.plan.engine import Demand, Deployment, Layout
-from pdbench.plan.predict import GROWTH, Draw, beyond, days_of, draw_of
+from pdbench.plan.deployment import unfit
+from pdbench.plan.engine import Demand, Layout
+from pdbench.plan.predict import GROWTH, Day, Draw, beyond, days_of, draw_of, usual_day
 from pdbench.plan.records import Calibration
 from pdbench.plan.simulate import simulate
 from pdbench.records import load_run
@@ -70,9 +70,10 @@ class Study:
         load = LoadConfig(rate=rate, requests=max(1000, round(SECONDS * rate)), input_tokens=2048, output_tokens=128)
         return demand_of_load(load, number)
 
-    def draw(self, deployment: Deployment, demand: Demand, number: int = 0, pauses: float = 1.0) -> Draw:
+    def draw(self, day: Day, rate: float) -> Draw:
+        demand = self.demand(rate, day.number)
         self.requests += len(demand)
-        return draw_of([simulate(deployment, demand, number)], self.calibration, pauses=pauses)
+        return draw_of([simulate(day.deployment, demand, day.number)], self.calibration, pauses=day.pauses)
 
     def point(self, gpus: int, rate: float) -> list[Option]:
         """The deployments of each kind that are best in some figure at the costs' best estimate, with their draws' figures."""
@@ -80,9 +81,8 @@ class Study:
         for kind, of_kind in groupby(options_of(gpus), key=lambda option: option.kind):
             sure: list[tuple[Option, Draw]] = []
             for option in of_kind:
-                demand = self.demand(rate / option.parts, 0)
-                usual = self.draw(deployment_of(self.calibration, option.layout), demand)
-                refusal = unfit(self.calibration, option.layout, [demand])
+                usual = self.draw(usual_day(self.calibration, option.layout), rate / option.parts)
+                refusal = unfit(self.calibration, option.layout, [self.demand(rate / option.parts, 0)])
                 refusal = refusal or beyond(usual.outside, usual.preempted, {})
                 refusal = "its queue grows" if usual.growth > GROWTH else refusal
                 self.tried[kind] += 1
@@ -96,8 +96,7 @@ class Study:
                 best += [sure[place][0] for place in dict.fromkeys(figures.argmin(axis=0))]
         for option in best:
             for day in islice(days_of(self.calibration, option.layout), self.draws):
-                demand = self.demand(rate / option.parts, day.number)
-                option.figures.append(self.draw(day.deployment, demand, day.number, day.pauses).figures)
+                option.figures.append(self.draw(day, rate / option.parts).figures)
         return best
 
 

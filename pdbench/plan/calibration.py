@@ -15,9 +15,8 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of, trials_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
-from pdbench.plan.steps import merged_share
+from pdbench.plan.steps import Part, merged_share, parts_of, trials_of
 from pdbench.records import Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")

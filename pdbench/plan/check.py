@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
@@ -12,11 +12,11 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, source_of
 from pdbench.plan.deployment import role_of
-from pdbench.plan.engine import Demand, Deployment, Engine, Kind, Layout, Role
+from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
 from pdbench.plan.limits import limits_of
-from pdbench.plan.parts import Part, parts_of
 from pdbench.plan.predict import DRAWS, predict
 from pdbench.plan.records import Calibration, Check
+from pdbench.plan.steps import Part, parts_of
 from pdbench.records import Run
 
 
@@ -46,18 +46,20 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
     words = f"the arrivals of {path}"
     blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
-    factors: dict[tuple[int, Role], tuple[float, tuple[float, ...]] | None] = {
-        (index, role): own_speed(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
-        for index in trials
+    launches: dict[tuple[int, Role], dict[str, Any]] = {
+        (trial, role): own_launches(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
+        for trial, index in enumerate(trials)
         for role in counts
         if role != "decode"
     }
 
     def own(deployment: Deployment, trial: int) -> Deployment:
-        engines = dict(deployment.engines)
-        for role, engine in engines.items():
-            if factor := factors.get((trials[trial], role)):
-                engines[role] = _at(calibration, role, engine, *factor)
+        engines = {
+            role: msgspec.structs.replace(
+                engine, costs=msgspec.structs.replace(engine.costs, **launches.get((trial, role), {}))
+            )
+            for role, engine in deployment.engines.items()
+        }
         return msgspec.structs.replace(deployment, engines=engines)
 
     known = predict(calibration, layout, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
@@ -115,9 +117,9 @@ def demand_of(run: Run, part: Part) -> Demand:
     )
 
 
-def own_speed(calibration: Calibration, parts: Sequence[Part]) -> tuple[float, tuple[float, ...]] | None:
-    """How much slower than calibrated the prefill steps of a trial's instances of one role were launched, and their series around that,
-    one instance's after the other's; None if too few show it."""
+def own_launches(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]:
+    """Fields of `Costs` with the speed at which the prefill steps of a trial's instances of one role were launched, and their series around
+    it, one instance's after the other's; none if too few show it."""
     ratios = []
     for part in parts:
         engine = role_of(calibration, part.role).engine
@@ -134,18 +136,6 @@ def own_speed(calibration: Calibration, parts: Sequence[Part]) -> tuple[float, t
         ratios.append(took_s / (costs.host_prefill_s + costs.host_per_prompt_token_s * tokens))
     ratio = np.concatenate(ratios)
     if len(ratio) < fit.LEAST_STEPS:
-        return None
+        return {}
     speed = float(np.median(ratio))
-    return speed, tuple((ratio / speed).tolist())
-
-
-def _at(calibration: Calibration, role: Role, engine: Engine, speed: float, noise: tuple[float, ...]) -> Engine:
-    """The drawn engine with the launch costs as calibrated, at this speed, with this noise."""
-    usual = role_of(calibration, role).engine.costs
-    costs = msgspec.structs.replace(
-        engine.costs,
-        host_prefill_s=usual.host_prefill_s,
-        host_per_prompt_token_s=usual.host_per_prompt_token_s,
-        noise=(noise,),
-    )
-    return msgspec.structs.replace(engine, costs=fit.at_speed(costs, speed))
+    return fit.launches(costs, speed) | {"noise": (tuple((ratio / speed).tolist()),)}

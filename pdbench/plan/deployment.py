@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -110,12 +111,11 @@ def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> E
     costs = fit.with_values(role.engine.costs, role.samples[int(random.integers(len(role.samples)))])
     spread = float(np.std(np.log(role.decode_speeds))) if role.decode_speeds else 0.0
     factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
-    table_s = {size: factor * cost for size, cost in costs.gpu_decode_s.items()}
-    costs = msgspec.structs.replace(costs, gpu_decode_s=table_s)
+    changed: dict[str, Any] = {"gpu_decode_s": {size: factor * cost for size, cost in costs.gpu_decode_s.items()}}
     if role.computes:
-        costs = msgspec.structs.replace(costs, noise=(costs.noise[int(random.integers(len(costs.noise)))],))
-        costs = fit.at_speed(costs, another_speed(role.speeds, share))
-    return msgspec.structs.replace(role.engine, costs=costs)
+        changed["noise"] = (costs.noise[int(random.integers(len(costs.noise)))],)
+        changed |= fit.launches(costs, another_speed(role.speeds, share))
+    return msgspec.structs.replace(role.engine, costs=msgspec.structs.replace(costs, **changed))
 
 
 def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -319,7 +320,9 @@ def prefill_alone(visits: Sequence[Visits], trials: Sequence[int], limits: Limit
     def misfit(logs: Array) -> Array:
         answers_s = []
         for (_, place), demand in zip(replayed, demands, strict=True):
-            engine = Engine(costs=at_speed(costs_of(logs, 1e-3), float(speeds[place])), limits=limits)
+            costs = costs_of(logs, 1e-3)
+            costs = msgspec.structs.replace(costs, **launches(costs, float(speeds[place])))
+            engine = Engine(costs=costs, limits=limits)
             answers_s.append(simulate(Deployment(layout=layout, engines={"single": engine}), demand).ttft_s)
         return np.log(measured_s / np.concatenate(answers_s))
 
@@ -336,13 +339,10 @@ def with_values(costs: Costs, values: Iterable[float]) -> Costs:
     return msgspec.structs.replace(costs, **dict(zip(COSTS, map(float, values), strict=True)))
 
 
-def at_speed(costs: Costs, factor: float) -> Costs:
-    """The same engine on a host that launches prompts' steps so many times slower."""
-    return msgspec.structs.replace(
-        costs,
-        host_prefill_s=costs.host_prefill_s * factor,
-        host_per_prompt_token_s=costs.host_per_prompt_token_s * factor,
-    )
+def launches(costs: Costs, factor: float) -> dict[str, Any]:
+    """Fields of `Costs` of the same engine on a host that launches prompts' steps so many times slower."""
+    names = ("host_prefill_s", "host_per_prompt_token_s")
+    return {name: factor * getattr(costs, name) for name in names}
 
 
 def join_cost(steps: Sequence[Steps], costs: Costs) -> float:

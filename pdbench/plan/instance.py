@@ -20,7 +20,7 @@ class Instance(Batch):
 
     __slots__ = (
         "before_d", "before_s", "costs", "d", "decode_s", "extended", "first_s", "gaps", "next_d", "next_s", "noise_at", "opening",
-        "output_tokens", "outside_s", "prefill_s", "prompt_tokens", "role", "s", "sequence_s", "steps", "tokens", "version", "wake_s", "weight",
+        "outside_s", "prefill_s", "prompt_tokens", "role", "s", "sequence_s", "steps", "tokens", "version", "wake_s", "weight",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, tokens: Tokens, noise_at: int) -> None:
@@ -33,7 +33,7 @@ class Instance(Batch):
             0,
         )
         self.prefill_s = self.decode_s = self.sequence_s = 0.0
-        self.prompt_tokens = self.output_tokens = 0
+        self.prompt_tokens = 0
         self.outside_s: dict[str, float] = {}
         self.s = self.d = self.wake_s = 0.0
         self.weight = 0  # sequences that got a token in the last step and in the one before it
@@ -218,7 +218,6 @@ class Instance(Batch):
             took = next_d - (self.d if self.d > self.s else self.s)
             self.decode_s += took
             self.sequence_s += n * took
-            self.output_tokens += n * steps
             pool, context = self.pool, self.base + n * self.k
             if n > pool.box.sequences or context + n * steps > pool.box.context_tokens:
                 self._note_box(took, n, 0, context, n * steps)
@@ -236,8 +235,7 @@ class Instance(Batch):
             ended.append(request)
             tokens.last_s[request] = next_s
         self.weight = len(running)
-        self.output_tokens -= len(ended)  # none in the last step
-        self.sequence_s -= len(ended) * (next_d - self.before_d)
+        self.sequence_s -= len(ended) * (next_d - self.before_d)  # not in the last step
         return ended
 
     def _open(self, at_s: float) -> None:
@@ -249,7 +247,7 @@ class Instance(Batch):
         """One step with as many prompt tokens and joining sequences as there is room for; no step if there is room for none."""
         k, running, pool, costs, waiting = self.k, self.running, self.pool, self.costs, self.waiting
         n, opening = len(running), list[int]()
-        room, before = pool.budget - n, self.order
+        room = pool.budget - n
         prompt_tokens = prompts = joining = 0
         context = self.base + n * k
         while room > 0 and (self.partial or waiting):
@@ -326,7 +324,6 @@ class Instance(Batch):
             self._open(after)
         self.opening = opening
         self.s, self.d, self.weight, self.k = after, done, n, k + 1
-        self.output_tokens += n + self.order - before
         if prompt_tokens:
             self.prompt_tokens += prompt_tokens
             self.prefill_s += done - begins

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from pdbench.analysis.arrivals import Array
+from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.analysis.energy import ENGINE_READY
 from pdbench.analysis.meter import Meter, union
 from pdbench.plan.engine import Limits
@@ -34,9 +34,9 @@ def use_of_steps(steps: Steps, limits: Limits, edges: Array) -> Array:
     prefill = holds[lag - 1 :][: len(handed)][running]
     return np.stack(
         [
-            _share(begins[~prefill], ends[~prefill], np.ones((~prefill).sum()), edges),
-            _share(begins, ends, steps.sequences[running].astype(float), edges),
-            _share(begins[prefill], ends[prefill], np.ones(prefill.sum()), edges),
+            _share(begins[~prefill], ends[~prefill], 1.0, edges),
+            _share(begins, ends, steps.sequences[running], edges),
+            _share(begins[prefill], ends[prefill], 1.0, edges),
             np.histogram(handed, edges, weights=steps.prompt)[0] / WINDOW_S,
         ],
         axis=1,
@@ -48,19 +48,17 @@ def use_of_visits(visits: Visits, ingress_s: float, edges: Array) -> Array:
     busy = np.array(union(list(zip(visits.sent_s + ingress_s, visits.done_s, strict=True)))).reshape(-1, 2)
     nothing = np.zeros(len(edges) - 1)
     tokens = np.histogram(visits.done_s, edges, weights=visits.prompt)[0] / WINDOW_S
-    return np.stack([nothing, nothing, _share(busy[:, 0], busy[:, 1], np.ones(len(busy)), edges), tokens], axis=1)
+    return np.stack([nothing, nothing, _share(busy[:, 0], busy[:, 1], 1.0, edges), tokens], axis=1)
 
 
-def _share(begins: Array, ends: Array, weights: Array, edges: Array) -> Array:
-    """Of each window the weighted share that the intervals cover."""
-    edge_area = np.zeros(len(edges))
-    order = np.argsort(begins)
-    begins, ends, weights = begins[order], ends[order], weights[order]
-    area = np.concatenate([[0.0], np.cumsum((ends - begins) * weights)])
-    for place, edge in enumerate(edges):
-        before = int(np.searchsorted(begins, edge))
-        edge_area[place] = area[before] - (max(0.0, ends[before - 1] - edge) * weights[before - 1] if before else 0.0)
-    return np.diff(edge_area) / WINDOW_S
+def _share(begins: Array, ends: Array, weights: Array | IntArray | float, edges: Array) -> Array:
+    """Of each window the weighted share that the intervals, which follow each other, cover."""
+    if not len(begins):
+        return np.zeros(len(edges) - 1)
+    parts = (ends - begins) * weights
+    covered = np.cumsum(parts)
+    before = np.interp(edges, np.stack([begins, ends], 1).ravel(), np.stack([covered - parts, covered], 1).ravel(), 0.0)
+    return np.diff(before) / WINDOW_S
 
 
 def fit_power(measured: Sequence[tuple[DeviceRecord, Array, Array]]) -> PowerCosts | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain, count, islice
 
 import msgspec
 import numpy as np
@@ -82,25 +82,32 @@ def predict(
     """
     begin_s = time.process_time()
     drawn: list[Draw] = []
+
+    def draw(day: Day) -> Draw:
+        results = [
+            simulate(speeds(day.deployment, trial) if speeds else day.deployment, demand, seed=day.number)
+            for trial, demand in enumerate(demands(day.number))
+        ]
+        return draw_of(results, calibration, slo, pauses=day.pauses)
+
     try:
-        for day in days_of(calibration, layout):
-            results = [
-                simulate(speeds(day.deployment, trial) if speeds else day.deployment, demand, seed=day.number)
-                for trial, demand in enumerate(demands(day.number))
-            ]
-            drawn.append(draw_of(results, calibration, slo, pauses=day.pauses))
-            is_late = len(drawn) >= LEAST_DRAWS and time.process_time() - begin_s > BUDGET_S
-            if is_late or len(drawn) >= draws:
+        usual = draw(usual_day(calibration, layout))
+        for day in islice(days_of(calibration, layout), draws):
+            if len(drawn) >= LEAST_DRAWS and time.process_time() - begin_s > BUDGET_S:
                 break
+            drawn.append(draw(day))
     except UserError as error:
         return Prediction(layout=layout, load=load, refusal=str(error))
-    usual = deployment_of(calibration, layout)
-    results = [simulate(speeds(usual, trial) if speeds else usual, demand) for trial, demand in enumerate(demands(0))]
     refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
-    prediction = prediction_of(layout, load, drawn, draw_of(results, calibration, slo), refusal)
+    prediction = prediction_of(layout, load, drawn, usual, refusal)
     if prediction.refusal and not anyway:
         return msgspec.structs.replace(prediction, figures={}, seconds_ms={})
     return prediction
+
+
+def usual_day(calibration: Calibration, layout: Layout) -> Day:
+    """At the costs' best estimate. Raises UserError for a deployment of which nothing was measured."""
+    return Day(0, 0.5, deployment_of(calibration, layout), pauses=1.0)
 
 
 def days_of(calibration: Calibration, layout: Layout) -> Iterator[Day]:

@@ -2,16 +2,17 @@
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.plan.deployment import deployment_of, unfit
+from pdbench.plan.deployment import unfit
 from pdbench.plan.engine import Demand, Kind, Layout
-from pdbench.plan.predict import Day, Draw, Slo, beyond, days_of, draw_of, interval_of, prediction_of
+from pdbench.plan.predict import Day, Draw, Slo, beyond, days_of, draw_of, interval_of, prediction_of, usual_day
 from pdbench.plan.records import ATTAIN_PCT, Calibration, Prediction, Search
 from pdbench.plan.simulate import simulate
 
@@ -23,20 +24,19 @@ class Trials:
     """Simulations of one load, each done once. `demands` gives the load of draw n, `load` says it in words."""
 
     def __init__(self, calibration: Calibration, demands: Callable[[int], Demand], load: str, slo: Slo) -> None:
-        self.calibration, self.demand, self.load, self.slo = calibration, cache(demands), load, slo
-        self.usual = dict[str, Draw]()
+        self.calibration, self.demand, self.load, self.slo, self.simulations = calibration, cache(demands), load, slo, 0
+        self.usual, self.judged = dict[str, Draw](), dict[str, Prediction]()  # by layouts' names
         self.drawn = defaultdict[str, dict[int, Draw]](dict)
-        self.judged = dict[str, Prediction]()
 
-    @property
-    def simulations(self) -> int:
-        return len(self.usual) + sum(map(len, self.drawn.values()))
+    def draw(self, day: Day) -> Draw:
+        self.simulations += 1
+        result = simulate(day.deployment, self.demand(day.number), seed=day.number)
+        return draw_of([result], self.calibration, self.slo, pauses=day.pauses)
 
     def once(self, layout: Layout) -> Draw:
         """At the costs' best estimate."""
         if layout.name not in self.usual:
-            result = simulate(deployment_of(self.calibration, layout), self.demand(0))
-            self.usual[layout.name] = draw_of([result], self.calibration, self.slo)
+            self.usual[layout.name] = self.draw(usual_day(self.calibration, layout))
         return self.usual[layout.name]
 
     def may_keep(self, layout: Layout) -> bool:
@@ -44,30 +44,28 @@ class Trials:
         draw = self.once(layout)
         return draw.figures["slo_met_pct"] >= ATTAIN_PCT and not beyond(draw.outside, draw.preempted, {})
 
-    def keeps(self, layout: Layout) -> bool:
-        """Is the interval within the SLO? Slow days are simulated first, and no further ones once the answer is no."""
-        if not self.may_keep(layout):
-            return False
-        drawn, met_pct = self.drawn[layout.name], np.full(DRAWS, 100.0)
+    def slowest_first(self, layout: Layout) -> Iterator[tuple[int, Draw]]:
+        """(number, draw) of each day."""
+        drawn = self.drawn[layout.name]
         for day in sorted(islice(days_of(self.calibration, layout), DRAWS), key=lambda day: -day.speed):
             if day.number not in drawn:
                 drawn[day.number] = self.draw(day)
-            met_pct[day.number] = drawn[day.number].figures["slo_met_pct"]
+            yield day.number, drawn[day.number]
+
+    def keeps(self, layout: Layout) -> bool:
+        """Is the interval within the SLO? No further days are simulated once the answer is no."""
+        if not self.may_keep(layout):
+            return False
+        met_pct = np.full(DRAWS, 100.0)
+        for number, draw in self.slowest_first(layout):
+            met_pct[number] = draw.figures["slo_met_pct"]
             if interval_of(met_pct)[0] < ATTAIN_PCT:
                 return False
         return self.judge(layout).verdict == "met"
 
-    def draw(self, day: Day) -> Draw:
-        result = simulate(day.deployment, self.demand(day.number), seed=day.number)
-        return draw_of([result], self.calibration, self.slo, pauses=day.pauses)
-
     def judge(self, layout: Layout) -> Prediction:
         if layout.name not in self.judged:
-            drawn = self.drawn[layout.name]
-            for day in islice(days_of(self.calibration, layout), DRAWS):
-                if day.number not in drawn:
-                    drawn[day.number] = self.draw(day)
-            draws = [drawn[number] for number in range(DRAWS)]
+            draws = [draw for _, draw in sorted(self.slowest_first(layout), key=itemgetter(0))]
             self.judged[layout.name] = prediction_of(layout, self.load, draws, self.once(layout))
         return self.judged[layout.name]
 
@@ -145,7 +143,6 @@ def search(
         if smallest.gpus > most_gpus:
             continue
         try:
-            deployment_of(calibration, smallest)
             refusal = unfit(calibration, smallest, [trials.demand(0)])
             trials.once(smallest)
         except UserError as error:

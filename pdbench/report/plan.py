@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
@@ -18,7 +19,14 @@ FIGURES = (
 SEARCHED = ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")
 OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
 TITLES = {"prefill_power_w": "Power of prefill, W", "decode_power_w": "Power of decode, W"}
-VERDICTS: dict[str | None, str] = {"met": GOOD, "not decided": ORANGE, "not met": BAD}
+VERDICTS: dict[str | None, tuple[str, str, str]] = {
+    "met": ("keeps the SLO", GOOD, "o"),
+    "not decided": ("not decided", ORANGE, "o"),
+    "not met": ("does not", BAD, "x"),
+    "refused": ("refused", GREY, "o"),
+    None: ("", GREY, "o"),
+}
+"""Of a deployment: its words, its colour and its point."""
 SECONDS = {
     "way_in": "way in",
     "queue": "queue",
@@ -122,13 +130,7 @@ def search(of: Search, *, on_gpus: bool) -> Table:
             verdict = _("cheapest") if not place else _("tie") if each.layout.name in of.ties else verdict
         figures = (_with_interval(each.figures.get(name)) for name in SEARCHED)
         rows.append([each.layout.name, each.layout.gpus, verdict, *figures])
-        styles.append(
-            "better"
-            if place == 0 and each.verdict == "met"
-            else "worse"
-            if each.refusal or each.verdict == "not met"
-            else ""
-        )
+        styles.append({"met": "" if place else "better", "not decided": ""}.get(each.verdict or "", "worse"))
     slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
     limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
     if not of.candidates or of.candidates[0].verdict != "met":
@@ -283,86 +285,66 @@ def steps_chart(found: Calibration) -> Chart:
     """GPU time of decode steps against their sequences, and a prompt's step against its tokens, with what the runs reached shaded."""
     panels = []
     for name, role in found.roles.items():
-        engine, box = role.engine, role.engine.box
+        costs, box = role.engine.costs, role.engine.box
         if name != "prefill":
             context = box.context_tokens / max(box.sequences, 1)
             n = np.arange(1, 2 * box.sequences + 1)
-            took = (1e3 * engine.costs.gpu_step_s(n, np.asarray(context * n, float))).tolist()
+            took_s = costs.gpu_step_s(n, np.asarray(context * n, float))
             sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
-            panels.append(_reached(_("{0}: a decode step", _(name)), n.tolist(), took, box.sequences, sizes))
+            panels.append(_reached(_("{0}: a decode step", _(name)), n, took_s, box.sequences, sizes))
         if role.computes:
-            p, costs = np.linspace(1, 2 * box.prompt_tokens, 60).tolist(), engine.costs
-            host = [costs.host_prefill_s + costs.host_per_prompt_token_s * tokens for tokens in p]
-            gpu = [costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * tokens for tokens in p]
-            took = [1e3 * max(each) for each in zip(host, gpu, strict=True)]
+            p = np.linspace(1, 2 * box.prompt_tokens, 60)
+            host_s = costs.host_prefill_s + costs.host_per_prompt_token_s * p
+            gpu_s = costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * p
             tokens = Axis(label=_("prompt tokens in the step"), low=0)
-            panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took, box.prompt_tokens, tokens))
+            took_s = np.maximum(host_s, gpu_s)
+            panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took_s, box.prompt_tokens, tokens))
     caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
     return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
 
 
 def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
-    """Energy per token, TTFT p99 and TBT p99 against the number of GPUs; refused ones are named below."""
-    panels = []
-    limited = any("slo_met_pct" in each.figures for each in of)
-    most = max(each.layout.gpus for each in of)
-    # The names of the deployments stand at the right.
-    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.2 * most, integer=True)
-    for metric in ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct"):
-        drawn = []
-        for each in (each for each in of if metric in each.figures):
-            shade, figure = VERDICTS.get(each.verdict, GREY), each.figures[metric]
-            gpus = [float(each.layout.gpus)]
-            drawn.append(_bars(gpus, [figure], shade))
-            drawn.append(Series(x=gpus, y=[figure.value], labels=[each.layout.name], shade=shade, marker="o"))
-        y = Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None)
-        panels += [Panel(title="", series=drawn, x=x, y=y)] if drawn else []
+    """Energy per token, TTFT p99, TBT p99 and the share within the SLO against the number of GPUs; refused ones are named below."""
+    metrics = ("j_per_output_token", "ttft_p99_ms", "tbt_p99_ms", "slo_met_pct")
+    panels = [_by_gpus(of, metric, on_gpus=on_gpus) for metric in metrics]
     refused = [each.layout.name for each in of if each.refusal]
     caption = _("Bars are 90 % intervals.")
     words = "Green: 99 % of the requests within the SLO; red: fewer; orange: the interval does not decide."
-    caption += " " + _(words) if limited else ""
+    caption += " " + _(words) if any(each.verdict in ("met", "not met", "not decided") for each in of) else ""
     caption += " " + _("Refused: {0}.", ", ".join(refused)) if refused else ""
+    panels = [panel for panel in panels if panel.series]
     return Chart(key="deployments", title=_("Predicted: {0}", _load(of[0])), panels=panels, caption=caption)
 
 
 def search_chart(of: Search, *, on_gpus: bool) -> Chart:
     """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
-    groups = (
-        ("met", _("keeps the SLO"), GOOD, "o", False),
-        ("not decided", _("not decided"), ORANGE, "o", False),
-        ("not met", _("does not"), BAD, "x", False),
-        ("refused", _("refused"), GREY, "o", True),
-    )
-    drawn = []
-    points: list[tuple[float, float, str]] = []
-    for verdict, name, shade, marker, hollow in groups:
-        known = [each for each in of.candidates if each.verdict == verdict and "j_per_output_token" in each.figures]
-        if not known:
-            continue
-        gpus, figures = (
-            [float(each.layout.gpus) for each in known],
-            [each.figures["j_per_output_token"] for each in known],
-        )
-        drawn.append(_bars(gpus, figures, shade))
-        means = [figure.value for figure in figures]
-        drawn.append(
-            Series(kind="points", name=name, x=gpus, y=means, shade=shade, marker=marker, hollow=hollow, size=9)
-        )
-        points += zip(gpus, means, (each.layout.name for each in known), strict=True)
-    named: list[tuple[float, float, str]] = []
-    for gpus_here, value, name in sorted(points):  # one label for points that nearly coincide
-        if named and gpus_here == named[-1][0] and value - named[-1][1] < 0.05 * max(point[1] for point in points):
-            named[-1] = gpus_here, named[-1][1], f"{named[-1][2]}, {name}"
-        else:
-            named.append((gpus_here, value, f" {name}"))
-    if named:
-        at, value_of, labels = zip(*named, strict=True)
-        drawn.append(Series(x=at, y=value_of, labels=labels, shade=MUTED, width=0))
-    most = max([gpus_here for gpus_here, _value, _name in points], default=1.0)
-    x = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=1.15 * most, integer=True)
-    panel = Panel(title="", series=drawn, x=x, y=Axis(label=text.label("j_per_output_token"), low=0))
+    panel = _by_gpus(of.candidates, "j_per_output_token", on_gpus=on_gpus)
     caption = _("Bars are 90 % intervals.")
     return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)
+
+
+def _by_gpus(of: Sequence[Prediction], metric: str, *, on_gpus: bool) -> Panel:
+    """A figure of the deployments that have it, by their verdict."""
+    drawn = []
+    for verdict, (words, shade, marker) in VERDICTS.items():
+        known = [each for each in of if each.verdict == verdict and metric in each.figures]
+        if known:
+            x, figures = [float(each.layout.gpus) for each in known], [each.figures[metric] for each in known]
+            y, labels, hollow = (
+                [figure.value for figure in figures],
+                [each.layout.name for each in known],
+                verdict == "refused",
+            )
+            drawn.append(_bars(x, figures, shade))
+            drawn.append(
+                Series(kind="points", name=_(words), x=x, y=y, shade=shade, marker=marker, hollow=hollow, size=8)
+            )
+            drawn.append(Series(x=x, y=y, labels=labels, shade=shade, width=0))
+    # The names of the deployments stand at the right.
+    most = 1.2 * max((each.layout.gpus for each in of), default=1)
+    x_axis = Axis(label=_("GPUs" if on_gpus else "instances"), low=0, high=most, integer=True)
+    y_axis = Axis(label=text.label(metric), low=0, high=105 if metric == "slo_met_pct" else None)
+    return Panel(title="", series=drawn, x=x_axis, y=y_axis)
 
 
 def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
@@ -371,8 +353,8 @@ def _bars(x: Sequence[float], figures: Sequence[Figure], shade: str) -> Series:
     return Series(x=at, y=ends, shade=shade, width=2.5, opacity=0.45)
 
 
-def _reached(title: str, x: Sequence[float], took_ms: Sequence[float], reached: float, axis: Axis) -> Panel:
-    high = 1.1 * max(took_ms)
+def _reached(title: str, x: Array | IntArray, took_s: Array, reached: float, axis: Axis) -> Panel:
+    high = 1.1e3 * float(took_s.max())
     shaded = Series(kind="area", x=[0, reached], y=[high, high], shade=FAINT, opacity=0.6)
-    line = Series(x=x, y=took_ms, shade=SHADES["decode"], width=2)
+    line = Series(x=x.tolist(), y=(1e3 * took_s).tolist(), shade=SHADES["decode"], width=2)
     return Panel(title=title, series=[shaded, line], x=axis, y=Axis(label="ms", low=0, high=high))

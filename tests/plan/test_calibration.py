@@ -12,8 +12,7 @@ from pdbench.events import EngineFacts, PromptEvent, ProxyEvent
 from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
-from pdbench.plan.parts import visits_of
-from pdbench.plan.steps import Stream
+from pdbench.plan.steps import Stream, visits_of
 from pdbench.records import Clock, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 

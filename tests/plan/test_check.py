@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from pdbench.events import ProxyEvent
-from pdbench.plan.check import own_speed
-from pdbench.plan.parts import Part, visits_of
-from pdbench.plan.steps import Stream
+from pdbench.plan.check import own_launches
+from pdbench.plan.steps import Part, Stream, visits_of
 from pdbench.records import Clock, Run
 from tests.plan.test_predict import calibration
 
@@ -25,8 +24,10 @@ def prefill_part(took_s: float) -> Part:
 def test_own_speed_is_that_of_all_instances_of_a_role() -> None:
     usual_s = 0.005 + 0.03 + 0.001  # way in, host, host's part per token
     fast, slow = prefill_part(usual_s), prefill_part(0.005 + 2 * 0.031)
-    alone = own_speed(calibration(), [slow])
-    both = own_speed(calibration(), [fast, slow])
-    assert alone and alone[0] == pytest.approx(2)
-    assert both and 1 < both[0] < 2
-    assert sorted(np.multiply(both[0], both[1])) == pytest.approx([1.0] * 10 + [2.0] * 10)
+    costs = calibration().roles["prefill"].engine.costs
+    alone = own_launches(calibration(), [slow])
+    both = own_launches(calibration(), [fast, slow])
+    assert alone["host_prefill_s"] == pytest.approx(2 * costs.host_prefill_s)
+    speed = both["host_prefill_s"] / costs.host_prefill_s
+    assert 1 < speed < 2
+    assert sorted(np.multiply(speed, both["noise"][0])) == pytest.approx([1.0] * 10 + [2.0] * 10)

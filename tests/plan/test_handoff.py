@@ -7,9 +7,8 @@ import pytest
 from pdbench.events import ProxyEvent
 from pdbench.plan.calibration import handoff_of
 from pdbench.plan.engine import Costs, Demand, Deployment, Engine, Handoff, Layout, Limits
-from pdbench.plan.parts import Part
 from pdbench.plan.simulate import simulate
-from pdbench.plan.steps import Stream, rebuild
+from pdbench.plan.steps import Part, Stream, rebuild
 from pdbench.records import Clock, RequestRecord, Run
 
 LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16)

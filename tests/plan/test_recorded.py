@@ -93,3 +93,9 @@ def test_disaggregation_is_refused_without_a_handoff(single: Calibration, runs: 
     answer = check(single, Path("disaggregated"), runs["disaggregated"], draws=DRAWS)
     assert answer.predicted.refusal and "handoff" in answer.predicted.refusal
     assert answer.at_own_speed is None
+
+
+def test_way_in_of_disaggregation_is_that_of_prefill(disaggregated: Calibration, runs: dict[str, Run]) -> None:
+    answer = check(disaggregated, Path("disaggregated"), runs["disaggregated"], draws=2)
+    costs = disaggregated.roles["prefill"].engine.costs
+    assert answer.predicted.seconds_ms["way_in"] == pytest.approx(1e3 * (costs.ingress_s + disaggregated.proxy_s))

@@ -134,9 +134,6 @@ def test_tokens_and_time_add_up(kind: str) -> None:
         sum(use.prompt_tokens for use in uses)
         == (load.prompt_tokens - np.minimum(load.cached_tokens, load.prompt_tokens - 1)).sum()
     )
-    generated = sum(use.output_tokens for use in uses if use.role != "prefill")
-    # Decode computes the tokens after prefill's, and an answer of one token.
-    assert generated == load.output_tokens.sum() - (kind == "3p2d") * (load.output_tokens > 1).sum()
     for use in uses:
         assert 0 < use.prefill_s + use.decode_s < simulated.span_s
 
