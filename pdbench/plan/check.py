@@ -1,5 +1,6 @@
 """A prediction beside what was measured: another run's arrivals, replayed."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -31,10 +32,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     parts = parts_of(path, run)
     trials = sorted({part.index for part in parts})
     counts: dict[Role, int] = {}
-    for part in parts:
-        counts[part.role] = max(
-            counts.get(part.role, 0), sum(p.role == part.role and p.index == part.index for p in parts)
-        )
+    for (role, _), number in Counter((part.role, part.index) for part in parts).items():
+        counts[role] = max(counts.get(role, 0), number)
     layout = Layout(cast(Kind, run.name), counts)
     demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
     differs = []

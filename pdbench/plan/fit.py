@@ -90,7 +90,7 @@ def decode_costs(steps: Sequence[Steps], sizes: Sequence[int]) -> Decode:
 def _calm(steps: Steps, sizes: Sequence[int]) -> tuple[IntArray, IntArray, Array]:
     """(graph size, context, seconds) of the steps far from any prompt."""
     began = np.flatnonzero(steps.firsts)
-    calm = steps.since_begin() > 3
+    calm = steps.since > 3
     for shift in range(-1, 4):  # a prompt's step k changes the hand-outs of k-1 to k+1, and those of a chunk before it
         calm[np.clip(began + shift, 0, len(calm) - 1)] = False
     places = np.flatnonzero(calm)
@@ -120,7 +120,7 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Cha
     rows: list[tuple[Array, IntArray, Array, int]] = []
     limits, lag = engine.limits, engine.limits.lag
     for part, trial in zip(steps, trials, strict=True):
-        since = part.since_begin()
+        since = part.since
         running = part.sequences - part.firsts
         prompt = part.prompt.copy()
         for k in range(len(prompt) - 1, 0, -1):  # what is over the budget was a chunk in the step before
@@ -250,7 +250,7 @@ def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> di
     With asynchronous scheduling step k is scheduled as step k-2 is handed out, else as step k-1 is; a request of step k came after
     the scheduling before. Between its instants nothing is known.
     """
-    lag, since, handed = limits.lag, steps.since_begin(), steps.handed_s
+    lag, since, handed = limits.lag, steps.since, steps.handed_s
     return {
         name: (float(handed[k - lag - 1]) - came_s[name], float(handed[k - lag]) - came_s[name])
         for name, k in steps.first_step.items()
@@ -349,9 +349,9 @@ def join_cost(steps: Sequence[Steps], costs: Costs) -> float:
     """How much later a step's tokens come for each sequence that joins from prefill; 0 without enough such steps."""
     extra: list[float] = []
     for part in steps:
-        since, until, handed, firsts = part.since_begin(), part.until_end(), part.handed_s, part.firsts
+        since, handed, firsts = part.since, part.handed_s, part.firsts
         usual_s = costs.gpu_step_s(part.sequences, part.context)
-        for k in np.flatnonzero((firsts > 0) & (since > 3) & (until > 1)):
+        for k in np.flatnonzero((firsts[:-2] > 0) & (since[:-2] > 3) & (since[1:-1] > 0) & (since[2:] > 0)):
             if not firsts[[k - 2, k - 1, k + 1]].any():
                 extra.append((handed[k] - handed[k - 1] - usual_s[k]) / firsts[k])
     return max(0.0, float(np.median(extra))) if len(extra) >= LEAST_STEPS else 0.0

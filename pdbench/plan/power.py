@@ -25,7 +25,7 @@ def windows_in(trial: Interval) -> Array:
 
 def use_of_steps(steps: Steps, limits: Limits, edges: Array) -> Array:
     """Rows of (decode share, sequences, prefill share, prompt tokens per second), one per window, of an instance that decodes."""
-    lag, since, handed = limits.lag, steps.since_begin(), steps.handed_s
+    lag, since, handed = limits.lag, steps.since, steps.handed_s
     running = since >= 1
     ends, begins = handed[running], handed[np.flatnonzero(running) - 1]
     # A prompt's step k takes the time from its scheduling, as step k - lag was handed out, to the next one's.

@@ -31,7 +31,8 @@ class Steps:
     """Consecutive steps of one instance. One entry per step: `handed_s` (its first token's arrival), `sequences` (tokens),
     `context` (their prompts and earlier tokens, summed), `firsts` (streams that begin), `prompt` (those streams' computed prompt tokens).
 
-    `first_step` maps a request's id to the step of its first token here. Between segments (`begins` lists their first steps) the engine may have rested.
+    `first_step` maps a request's id to the step of its first token here. `since` counts from 0 where a segment begins: before it the engine may
+    have rested.
     """
 
     handed_s: Array
@@ -39,19 +40,8 @@ class Steps:
     context: IntArray
     firsts: IntArray
     prompt: IntArray
-    begins: IntArray
+    since: IntArray
     first_step: dict[str, int]
-
-    def since_begin(self) -> IntArray:
-        """Steps since the segment's begin, per step."""
-        index = np.arange(len(self.handed_s))
-        return index - self.begins[np.searchsorted(self.begins, index, side="right") - 1]
-
-    def until_end(self) -> IntArray:
-        """Steps that follow in the segment, per step."""
-        index = np.arange(len(self.handed_s))
-        ends = np.append(self.begins[1:], len(index))
-        return ends[np.searchsorted(self.begins, index, side="right") - 1] - 1 - index
 
 
 @dataclass(frozen=True)
@@ -191,7 +181,7 @@ def rebuild(streams: Sequence[Stream]) -> Steps:
         context=context,
         firsts=firsts,
         prompt=prompt,
-        begins=np.array(begins, dtype=int),
+        since=np.arange(count) - np.repeat(begins, np.diff([*begins, count])),
         first_step={stream.id: place for place, stream in places},
     )
 
