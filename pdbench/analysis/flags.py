@@ -20,6 +20,7 @@ SHORT_S = 30.0
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
+FEW_SHARE = 0.1
 POWER_STILL_S = 10.0
 """No GPU under load draws the same power this long, to the milliwatt."""
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
@@ -36,7 +37,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
-    "kv-not-external", "queue-grows", "other-traffic",
+    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 
@@ -54,6 +55,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *prefix_cache_flags(run, cache),
         *cold_start(run, timings),
         *together(run, timings),
+        *few_per_stream(run, timings),
         *waits_for_host(run, timings, meters, windows),
         *servers,
     ]
@@ -119,6 +121,27 @@ def together(run: Run, timings: Timings) -> Iterator[Flag]:
             "tokens-together",
             f"{share_pct:.0f} % of the tokens came with the one before: the server or a gateway sends several at a time, or drafts were accepted; "
             "TBT p50 and p90 say nothing: read the mean TBT",
+        )
+
+
+def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A closed loop in whose windows far fewer requests ended than their work amounts to: streams begin together, so that nothing ends
+    at first, and of the last requests only the first to end counts."""
+    load, requests = run.config.get("load") or {}, timings.requests
+    if any(load.get(name) for name in ("rate", "stages", "trace")):
+        return
+    ended, worked = 0, 0.0
+    for start, end in timings.windows:
+        here_s = np.minimum(requests.end_s, end) - np.maximum(requests.sent_s, start)
+        lasted_s = np.maximum(requests.end_s - requests.sent_s, 1e-9)
+        worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
+        ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
+    if worked - ended > FEW_SHARE * worked:
+        off_pct = 100 * (1 - ended / worked)
+        yield Flag(
+            "few-per-stream",
+            f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
+            f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
         )
 
 

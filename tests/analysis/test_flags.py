@@ -1,12 +1,18 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
+from dataclasses import asdict
+
 import msgspec
 import pytest
 
 from pdbench.analysis.run_analysis import analyze
+from pdbench.config import LoadConfig
 from pdbench.events import EngineFacts, ProxyEvent, ServerSeries
+from pdbench.load.clients import run_load
+from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
 from tests.support.runs import build_run
+from tests.support.servers import ScriptedServer, stream, tokens
 
 
 def a_run(
@@ -190,3 +196,16 @@ def test_tokens_that_come_together_are_flagged_unless_drafts_were_accepted() -> 
     assert flag.name == "tokens-together" and "76 % of the tokens" in flag.detail
     assert names(arriving(2)) == ["tokens-together"] and names(arriving(2, drafts=0.0)) == ["tokens-together"]
     assert names(arriving(2, drafts=70.0)) == [] and names(arriving(1)) == [] and names(arriving(4, share=0.3)) == []
+
+
+@pytest.mark.parametrize(("requests", "flagged"), [(16, True), (120, False)])
+def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagged: bool) -> None:
+    """8 streams begin together: of 16 requests 9 end while all streams are in flight."""
+    load = LoadConfig(concurrency=8, requests=requests, warmup=0)
+    with ScriptedServer(stream(tokens(5), pause_s=0.02)) as server:
+        result = run_load(TrialLoad(load, server.url, "m", Clock.start()))
+    run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
+    run.trials, run.requests = [result.trial], result.requests
+    assert ("few-per-stream" in names(run)) == flagged
+    run.config["load"]["rate"] = 8.0
+    assert "few-per-stream" not in names(run)
