@@ -37,7 +37,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
-    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream",
+    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 
@@ -56,6 +56,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *cold_start(run, timings),
         *together(run, timings),
         *few_per_stream(run, timings),
+        *ramps_in_window(run, timings),
         *waits_for_host(run, timings, meters, windows),
         *servers,
     ]
@@ -143,6 +144,29 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
             f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
             f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
         )
+
+
+def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A trial without a time at full load, whose window is the whole run, and a good part of that was filling and draining."""
+    load, requests = run.config.get("load") or {}, timings.requests
+    if not any(load.get(name) for name in ("rate", "stages", "trace")) and (load.get("concurrency") or 1) == 1:
+        return
+    for trial in run.trials:
+        here = requests.ok & (requests.trial == trial.index)
+        length_s = trial.end_s - trial.start_s
+        if not str(trial.client.get("window", "")).startswith("whole run") or here.sum() < 2:
+            continue
+        partly_s = min(
+            length_s,
+            float(requests.end_s[here].min() - trial.start_s) + trial.end_s - float(requests.sent_s[here].max()),
+        )
+        if partly_s > FEW_SHARE * length_s:
+            yield Flag(
+                "ramps-in-window",
+                f"trial {trial.index + 1}: no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling "
+                "and draining: requests/s, tokens/s and energy are of less than this load; raise --requests",
+            )
+            return
 
 
 def _speculates(server: ServerSeries) -> bool:

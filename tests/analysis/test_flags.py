@@ -209,3 +209,16 @@ def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagge
     assert ("few-per-stream" in names(run)) == flagged
     run.config["load"]["rate"] = 8.0
     assert "few-per-stream" not in names(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "flagged"),
+    [({"rate": 50.0}, True), ({"concurrency": 5}, True), ({"concurrency": 1}, False), ({"concurrency": 2}, False)],
+)
+def test_window_that_is_mostly_filling_and_draining_is_flagged(options: dict, flagged: bool) -> None:
+    load = LoadConfig(requests=6, warmup=0, arrival="constant", **options)
+    with ScriptedServer(stream(tokens(5), pause_s=0.05)) as server:
+        result = run_load(TrialLoad(load, server.url, "m", Clock.start()))
+    run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
+    run.trials, run.requests = [result.trial], result.requests
+    assert ("ramps-in-window" in names(run)) == flagged
