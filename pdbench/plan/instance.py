@@ -25,13 +25,8 @@ class Instance(Batch):
 
     def __init__(self, pool: Pool, tokens: Tokens, noise_at: int) -> None:
         super().__init__(pool)
-        self.costs, self.role, self.tokens, self.noise_at, self.version = (
-            pool.engine.costs,
-            pool.role,
-            tokens,
-            noise_at,
-            0,
-        )
+        self.costs, self.role, self.tokens = pool.engine.costs, pool.role, tokens
+        self.noise_at, self.version = noise_at, 0
         self.prefill_s = self.decode_s = self.sequence_s = 0.0
         self.prompt_tokens = 0
         self.outside_s: dict[str, float] = {}
