@@ -30,6 +30,7 @@ Role = Literal["single", "replica", "prefill", "decode"]
 COSTS = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "host_decode_s")
 """Those of `Costs` that steps with prompts tell."""
 ANY = 10**12
+"""Of what `Box` does not bound."""
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from operator import itemgetter
 
@@ -93,23 +93,22 @@ def fewest(kind: Kind, most: int, test: Callable[[Layout], bool]) -> list[Layout
         numbers = (1, 1) if kind == "single" else (2, most)
         count = least_that(lambda n: test(_replicas(n)), *numbers)
         return [] if count is None else [_replicas(count)]
+
+    def fewest_decode(prefill: int, high: int) -> int | None:
+        passes = high > 0 and test(_split(prefill, high))
+        return least_that(lambda n: test(_split(prefill, n)), 1, high) if passes else None
+
     # With more decode instances than there may be: what is missing then is prefill.
     least = least_that(lambda n: test(_split(n, most)), 1, most - 1)
-    found, highest = list[Layout](), most
+    found, high = list[Layout](), most
     for prefill in range(least or most, most):
-        highest = min(highest, most - prefill)
-        if test(_split(prefill, highest)):
-            found.append(_split(prefill, least_that(partial(_passes, test, prefill), 1, highest) or highest))
-            highest = found[-1].instances["decode"] - 1
+        decode = fewest_decode(prefill, min(high, most - prefill))
+        if decode is not None:
+            found.append(_split(prefill, decode))
+            high = decode - 1
         elif found:
             break
-        if not highest:
-            break
     return found
-
-
-def _passes(test: Callable[[Layout], bool], prefill: int, decode: int) -> bool:
-    return test(_split(prefill, decode))
 
 
 def search(
