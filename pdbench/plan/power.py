@@ -57,7 +57,8 @@ def _share(begins: Array, ends: Array, weights: Array | IntArray | float, edges:
         return np.zeros(len(edges) - 1)
     parts = (ends - begins) * weights
     covered = np.cumsum(parts)
-    before = np.interp(edges, np.stack([begins, ends], 1).ravel(), np.stack([covered - parts, covered], 1).ravel(), 0.0)
+    at_s = np.maximum.accumulate(np.stack([begins, ends], axis=1).ravel())
+    before = np.interp(edges, at_s, np.stack([covered - parts, covered], axis=1).ravel(), left=0.0)
     return np.diff(before) / WINDOW_S
 
 
