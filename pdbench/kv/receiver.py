@@ -28,7 +28,7 @@ from pdbench.kv.channel import (
     why_ended,
 )
 from pdbench.kv.ranks import Share
-from pdbench.kv.scheduler import Fetch, StepPlan, Transfer
+from pdbench.kv.scheduler import Fetch, StepPlan
 from pdbench.kv.transports import Link, open_link
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -130,13 +130,13 @@ class Receiver:
                     self._give_up(receive, "another request of this instance already receives this transfer id")
                     continue
                 self._receives[receive.transfer_id] = receive
-                self._place(self._instance(transfer), receive)
+                self._place(receive.instance, receive)
             for transfer, reason in plan.cancelled:
                 ours = self._receives.get(transfer.transfer_id)
                 if ours is not None and ours.fetch.transfer.request_id == transfer.request_id:
                     self._cancel(ours, reason)
                 elif ours is None and transfer.host:
-                    self._place(self._instance(transfer), Cancel(transfer.transfer_id, reason))
+                    self._place((transfer.host, transfer.port), Cancel(transfer.transfer_id, reason))
 
     def take_reports(self, failures: bool = True) -> tuple[set[str], dict[str, list[int]]]:
         """Requests whose fetches ended since the last call, and the blocks of those that failed. The caller holds the lock.
@@ -180,17 +180,19 @@ class Receiver:
 
     # Fetches; the caller holds the lock
 
-    def _instance(self, transfer: Transfer) -> _Instance:
-        """The prefill instance of a transfer; one that is not known is asked how many ranks it has."""
-        address = (transfer.host, transfer.port)
+    def _place(self, address: Address, item: _Receive | Cancel) -> None:
+        """Ask all workers of a prefill instance that send to this one for a fetch, or tell them that it is not needed.
+
+        An instance that is not known is first asked how many ranks it has.
+        """
         instance = self._instances.get(address)
         if instance is None:
             instance = self._instances[address] = _Instance(address)
-            self._context.start_thread("kv-receive", self._until_lost, instance, self._meet)
-        return instance
-
-    def _place(self, instance: _Instance, item: _Receive | Cancel) -> None:
-        """Ask all workers of a prefill instance that send to this one for a fetch, or tell them that it is not needed."""
+            try:
+                self._context.start_thread("kv-receive", self._until_lost, instance, self._meet)
+            except RuntimeError as error:  # no more threads on this machine
+                self._lose(instance, str(error))
+                return
         if instance.peers is None:
             instance.unplaced.append(item)
             return
@@ -210,7 +212,7 @@ class Receiver:
         sending = [address for address, part in receive.parts.items() if not part.is_over and address != by]
         self._give_up(receive, reason)
         if instance.peers is None:
-            self._place(instance, message)
+            instance.unplaced.append(message)
         else:
             for address in sending:
                 self._post(instance, instance.peers[address], message)
@@ -277,7 +279,7 @@ class Receiver:
             with self._changed:
                 peers = instance.peers = {(host, port + share.rank): _Peer(share) for share in shares}
                 for item in instance.unplaced:
-                    self._place(instance, item)
+                    self._place(instance.address, item)
                 instance.unplaced.clear()
             for address in peers.keys() - {instance.address}:
                 self._context.start_thread("kv-receive", self._until_lost, instance, self._run, address)

@@ -305,7 +305,6 @@ class Sender:
             if self._closed:
                 peer.link.close()
         logger.info("decode worker %s is connected", channel.peer)
-        self._context.start_thread("kv-send", self._until_lost, peer, self._write)
         self._until_lost(peer, self._read)
 
     def _until_lost(self, peer: _Peer, loop: Callable[[_Peer], None]) -> None:
@@ -324,6 +323,7 @@ class Sender:
                 self._end(send, reason, by=peer)
 
     def _read(self, peer: _Peer) -> None:
+        self._context.start_thread("kv-send", self._until_lost, peer, self._write)
         while True:
             message = peer.link.channel.receive(FetchRequest | Cancel, idle=True)
             with self._changed:

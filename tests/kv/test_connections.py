@@ -157,6 +157,28 @@ def test_reader_error_disconnects_the_peer(monkeypatch, caplog):
         assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("side", ["decode", "prefill"])
+def test_machine_without_more_threads_fails_the_fetch_and_not_the_engine(monkeypatch, side):
+    with instances(lambda: Instance("prefill", free_port()), lambda: Instance("decode")) as (p, d):
+        p.step()
+        start = threading.Thread.start
+
+        def refuse(thread):
+            if thread.name == ("kv-receive" if side == "decode" else "kv-send"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as limited:
+            limited.setattr(threading.Thread, "start", refuse)
+            failing = new_transfer(8)
+            fetch(d, failing, [10, 11], p.port)
+            d.until(lambda: d.failed == [failing.request_id])
+        good = new_transfer(8)
+        prefill(p, good, [1, 2])
+        fetch(d, good, [10, 11], p.port)
+        settled(p, d, good)
+
+
 def connected(p):
     """A channel to a prefill instance, after the handshake."""
     return connect(("127.0.0.1", p.port), 0, p.worker._sender._context)[0]
