@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -372,4 +372,5 @@ class Listener:
             return
         finally:
             self._unauthenticated.release()
-        self._serve(channel, decode, found)
+        with closing(channel):
+            self._serve(channel, decode, found)

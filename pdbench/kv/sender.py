@@ -285,19 +285,16 @@ class Sender:
         """One decode worker, from handshake to its end; `shares` is what this worker sends to all of its instance's."""
         share = next((share for share in shares if share.reader == decode.rank), None)
         if share is None:  # it only asked how many ranks there are
-            channel.close()
             return
         with self._changed:
             # While vLLM captures CUDA graphs, which is over at its first step, no kernel may run and nothing be allocated on a GPU.
             self._changed.wait_for(lambda: self._stepped_s is not None or self._closed, self._timeout_s)
             if self._stepped_s is None or self._closed:
-                channel.close()
                 return
         try:
             link = open_link(self._context, channel, share, sends=True)
         except Exception as error:
             logger.warning("no link to decode worker %s: %s", channel.peer, error)
-            channel.close()
             return
         peer = _Peer(link, decode.rank, decode.tensor_parallel, len(shares))
         with self._changed:
@@ -335,7 +332,7 @@ class Sender:
                     self._end(send, message.reason, by=peer)
 
     def _write(self, peer: _Peer) -> None:
-        while (task := peer.work.get()) is not None:
+        for task in iter(peer.work.get, None):
             task()
 
     def _push(self, send: _Send, reader: _Reader) -> None:
@@ -356,13 +353,12 @@ class Sender:
             finally:
                 with self._changed:
                     send.gathering -= 1
-                    if send.ended:
+                    if ended := send.ended:
                         self._settle(send)
                     self._changed.notify_all()
+            if ended:
+                return
             packed_s = time.monotonic()
-            with self._changed:
-                if send.ended:
-                    return
             seconds = link.send(Blocks(send.transfer_id, start, stop - start, count), count)
             with self._changed:
                 reader.sent = stop
