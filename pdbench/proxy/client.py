@@ -92,9 +92,8 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(400, "only HTTP/1.1 is spoken here: send no Upgrade")
         except httptools.HttpParserError as error:
             self._refuse(400, f"not a valid HTTP/1.1 request: {str(error)[:100]}")
-        if (
-            self._in_message and self._headers is headers
-        ):  # what begins behind an earlier request counts from the next piece on
+        # A request that begins behind an earlier one's end counts from the next piece on.
+        if self._in_message and self._headers is headers:
             self._raw_bytes += len(data)
             if not self._head_done and self._raw_bytes > self._head_limit:
                 self._refuse(431, f"the request's head is larger than {self._head_limit} bytes")
