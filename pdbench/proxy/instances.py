@@ -231,7 +231,7 @@ def choose(
         return (tokens, requests) if role == "prefill" else (requests, tokens)
 
     def affinity(instance: Instance) -> bytes:
-        return blake2b(prefix, key=instance.address.url.encode()[:64], digest_size=8).digest()
+        return blake2b(b"%b %b" % (instance.address.url.encode(), prefix), digest_size=8).digest()
 
     turn = next(_turns[role])
     if policy == "round-robin":

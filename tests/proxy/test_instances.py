@@ -146,6 +146,14 @@ def test_prefix_affinity_holds_until_the_instance_is_overloaded(table):
     assert choose("prefix-affinity", "prefill", table, b"a", set()) != first
 
 
+def test_prefixes_are_spread_over_instances_whose_long_names_begin_alike():
+    table, host = InstanceTable(), f"node-1.{'gpus.' * 12}example.com"
+    for port in (8100, 8101, 8102):
+        table.passed(table.add("decode", parse_address(f"http://{host}:{port}", 0)))
+    chosen = {choose("prefix-affinity", "decode", table, b"prompt %d" % number, set()) for number in range(50)}
+    assert len(chosen) == 3
+
+
 def test_only_ready_instances_are_chosen(table):
     first, second, third = table.all()
     table.set_state(first, State.DRAINING)
