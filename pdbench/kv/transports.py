@@ -168,7 +168,10 @@ class NcclLink(Link):
         self.channel.close()
         if not self._closed.is_set():
             self._closed.set()
-            self._start_thread("kv-nccl-abort", self._abort)
+            try:
+                self._start_thread("kv-nccl-abort", self._abort)
+            except RuntimeError:  # no more threads on this machine
+                self._abort()
 
     def _open_in_time(self) -> None:
         """Open in a thread of its own and wait for it. Raises ChannelClosedError when that fails or does not end."""

@@ -92,6 +92,17 @@ def test_close_aborts_the_communicator_once(library, channel):
         link.send({}, 10)
 
 
+def test_close_aborts_where_no_thread_can_start(library, channel, monkeypatch):
+    link = opened(channel, Threads())
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    link.close()
+    assert library.aborted == ["comm"]
+
+
 def test_open_that_hangs_is_given_up_and_its_late_communicator_aborted(library, channel, monkeypatch):
     threads, before = Threads(), set(threading.enumerate())
     monkeypatch.setattr(transports, "NCCL_OPEN_TIMEOUT_S", 0.1)
