@@ -172,7 +172,6 @@ class Receiver:
                     self._cancel(receive, f"no sign of the transfer from {peer} in {self._timeout_s:g} s")
 
     def close(self) -> None:
-        """Disconnect all peers."""
         with self._changed:
             self._closed = True
             for instance in self._instances.values():

@@ -325,7 +325,6 @@ def fingerprint(token_ids: Sequence[int], *more: object) -> str:
 
 
 def _blocks_at(tables: Sequence[Sequence[int]], places: Sequence[Place]) -> list[int]:
-    """The blocks at these places of a request's block tables."""
     blocks = [tables[place.group][place.entry] for place in places]
     # Block 0 stands where a request has none (any more): wrong tokens would be the alternative.
     assert 0 not in blocks, f"vLLM keeps other blocks of a prompt than this connector expects: {places}, {blocks}"

@@ -197,7 +197,6 @@ class Sender:
                             reader.peer.post(Waiting(send.transfer_id))
 
     def close(self) -> None:
-        """Stop listening and disconnect all peers."""
         self._listener.close()
         with self._changed:
             self._closed = True
@@ -336,7 +335,6 @@ class Sender:
             task()
 
     def _push(self, send: _Send, reader: _Reader) -> None:
-        """Send all blocks that are ready, piece by piece."""
         link, request = reader.peer.link, reader.request
         while True:
             with self._changed:

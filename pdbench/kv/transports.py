@@ -112,8 +112,6 @@ def open_link(context: WorkerContext, channel: Channel, share: Share, sends: boo
 
 
 class TcpLink(Link):
-    """Link over the control connection."""
-
     def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel) -> None:
         on_gpu = packer.device.type != "cpu"
         super().__init__(packer, channel, on_gpu, context.staging_bytes)
@@ -134,8 +132,6 @@ class TcpLink(Link):
 
 
 class NcclLink(Link):
-    """Link over an NCCL communicator of two."""
-
     def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel, sends: bool) -> None:
         super().__init__(packer, channel, True, 1)
         self._sends, self._start_thread = sends, context.start_thread

@@ -135,7 +135,6 @@ class KvWorker:
         self._passes_before = self._mark() if plan.fetches and not self._new_blocks_idle else None
 
     def load(self, plan: StepPlan) -> None:
-        """Start and cancel fetches, which threads carry out."""
         if self._sender is not None and plan.offers:
             # Before the fetches, whose ends withdraw them. Their blocks come in `after_forward`: this step may still write them.
             self._sender.step(StepPlan(expected=plan.offers), None)
@@ -176,7 +175,6 @@ class KvWorker:
             return self._sender.asked(transfer_id) if self._sender is not None else None
 
     def close(self) -> None:
-        """End all transfers and threads."""
         self._closed.set()
         if self._sender is not None:
             self._sender.close()

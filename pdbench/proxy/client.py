@@ -59,7 +59,6 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being served or read."""
         return self._task is not None or self._in_message
 
     @property
@@ -263,7 +262,6 @@ class EventStream:
         self._write = client.transport.write
 
     def begin(self, events: bytes) -> None:
-        """Write the head, unless it is written, and the first events."""
         self._write(self._head + self._frame(events))
         self._head = b""
 

@@ -61,7 +61,6 @@ class ProxyContext:
             raise
 
     def leave(self) -> None:
-        """Give the place back."""
         self._places.release()
         self.requests -= 1
 

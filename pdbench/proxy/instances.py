@@ -31,8 +31,6 @@ class State(IntEnum):
 
 
 class Address(NamedTuple):
-    """Where an instance listens for HTTP and for KV."""
-
     host: str
     port: int
     kv_host: str

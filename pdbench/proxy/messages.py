@@ -64,7 +64,6 @@ class ClientRequest:
 
     @property
     def path(self) -> bytes:
-        """The target without its query."""
         return self.target.split(b"?", 1)[0]
 
     @property

@@ -21,7 +21,6 @@ _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 
 async def serve(context: ProxyContext, request: ClientRequest, client: ClientConnection) -> None:
-    """Answer one request."""
     try:
         access, methods = find(request.path)
         if request.method not in methods:
@@ -147,7 +146,6 @@ async def _add_instance(context: ProxyContext, request: ClientRequest, client: C
 
 
 async def _change_instance(context: ProxyContext, request: ClientRequest, client: ClientConnection) -> None:
-    """Removes, drains or resumes it."""
     name = request.path.split(b"/")[2].decode("latin-1")
     instance = next((instance for instance in context.table.all() if instance.id == name), None)
     if instance is None:

@@ -62,7 +62,6 @@ class Telemetry:
         self._render_counters = partial(prometheus.generate_latest, registry)
 
     def record(self, event: ProxyEvent) -> None:
-        """Log and count a request that has ended."""
         if self._event_log is not None:
             try:
                 os.write(self._event_log, msgspec.json.encode(event) + b"\n")
