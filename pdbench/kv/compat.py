@@ -91,10 +91,9 @@ def _vllm_version() -> tuple[str, tuple[int, int]]:
 
 
 def hybrid_base() -> Any:
-    """What the connector's class must inherit for vLLM to give it several groups of blocks; a class of no effect before 0.32."""
-    if _vllm_version()[1] < HYBRID:
-        return type("OneGroup", (), {})
-    return import_module("vllm.distributed.kv_transfer.kv_connector.v1.base").SupportsHMA
+    """What the connector's class must inherit for vLLM to give it several groups of blocks; of no effect before 0.32."""
+    base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
+    return base.SupportsHMA if _vllm_version()[1] >= HYBRID else object
 
 
 def check_deployment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

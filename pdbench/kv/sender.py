@@ -16,6 +16,7 @@ import msgspec
 
 from pdbench.events import TransferEvent
 from pdbench.kv.channel import (
+    Address,
     Blocks,
     Cancel,
     Channel,
@@ -95,7 +96,7 @@ class Sender:
     Raises OSError when `address` is taken or not this host's.
     """
 
-    def __init__(self, address: tuple[str, int], context: WorkerContext) -> None:
+    def __init__(self, address: Address, context: WorkerContext) -> None:
         self._context, self._changed, self._timeout_s = context, context.changed, context.timeout_s
         self._by_request: dict[str, _Send] = {}  # prefills whose blocks may be in use
         self._by_transfer: dict[str, _Send] = {}  # transfers that have not ended
