@@ -59,9 +59,9 @@ def _check_administrator(context: ProxyContext, request: ClientRequest, client: 
             text = "/instances needs the key of PDBENCH_PROXY_ADMIN_KEY: send it as Authorization: Bearer KEY"
             raise RequestError(401, text)
         return
-    peer = client.transport.get_extra_info("peername")[0]
+    peer = client.transport.get_extra_info("peername")[0].partition("%")[0].removeprefix("::ffff:")  # IPv4 at --host ::
     forwarded = any(header(request.headers, name) is not None for name in _FORWARDED)
-    if forwarded or not ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
+    if forwarded or not ipaddress.ip_address(peer).is_loopback:
         text = "/instances is open to the proxy's own host only: set PDBENCH_PROXY_ADMIN_KEY to use it from others"
         raise RequestError(403, text)
 

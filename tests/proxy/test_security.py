@@ -228,6 +228,12 @@ def test_keys_open_what_they_are_for(tmp_path):
         assert "user-key" not in server.log.read_text()
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs a socket for IPv4 and IPv6")
+def test_instances_path_is_open_to_this_host_on_both_families(guarded, tmp_path):
+    with proxy(tmp_path, "--host", "::", decode=[guarded[1]]) as server:  # which the test asks at 127.0.0.1
+        assert server.request("GET", "/instances").status == 200
+
+
 @pytest.mark.parametrize("header", ["Forwarded", "X_Forwarded_For", "X_Real_IP", "Via"])
 def test_instances_path_refuses_forwarded_requests(guarded, header):
     server, _ = guarded
