@@ -18,7 +18,7 @@ from pathlib import Path
 GRACE_S = 8.0
 """How long a server may take to end after SIGTERM before its supervisor kills it."""
 CLOSE_S = GRACE_S + 5
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -102,7 +102,7 @@ def main() -> int:
     supervisor = os.getpid()
 
     def end_with_supervisor() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != supervisor:  # it was killed between the fork and here
             os._exit(1)
 

@@ -1,6 +1,7 @@
 """The proxy's processes: options, the port, one worker or several, and their end."""
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -25,6 +26,7 @@ from pdbench.proxy.handler import ProxyContext
 from pdbench.proxy.instances import InstanceTable, parse_address
 from pdbench.proxy.kv_protocols import PROTOCOLS
 from pdbench.proxy.upstream import watch_health
+from pdbench.supervisor import PR_SET_PDEATHSIG
 
 log = logging.getLogger("pdbench.proxy")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -110,6 +112,7 @@ def _supervise(
     def work(index: int) -> None:
         table.worker = index
         try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a parent that is killed leaves no worker behind
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the worker has its own handlers
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             uvloop.run(_work(ProxyContext(config, table, event_log, metrics_dir), listeners[index]))

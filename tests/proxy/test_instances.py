@@ -267,6 +267,15 @@ def test_health_without_instances_is_live_but_not_ready(dead):
     assert dead.complete().status == 503
 
 
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    with instance(tmp_path, "d") as decode:
+        with proxy(tmp_path, "--workers", "2", decode=[decode]) as server:
+            workers = psutil.Process(server.process.pid).children()
+            server.kill()
+            _, alive = psutil.wait_procs(workers, 60)
+            assert len(workers) == 2 and not alive
+
+
 def test_workers_share_port_and_instances(tmp_path):
     with instance(tmp_path, "p") as prefill, instance(tmp_path, "d") as decode, ThreadPoolExecutor(16) as threads:
         options = ("--workers", "3", "--health-interval-s", "0.2")
