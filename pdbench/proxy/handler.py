@@ -123,7 +123,7 @@ class RequestHandler:
             self.event.prompt_tokens = request.tokens = messages.prompt_tokens(prompt)
             if protocol.has_prefill and protocol.decode_can_prefill:
                 self.event.decode_alone = self._why_decode_alone()
-            may_open = protocol.first_token and context.config.first_token != "decode"
+            may_open = protocol.is_pdbench and context.config.first_token != "decode"
             self.wants_first_token = may_open and self.event.decode_alone is None and first_token.is_exact(request)
             await context.admit()
             try:
@@ -223,7 +223,7 @@ class RequestHandler:
         body = prefill_body(request, protocol, handoff, wants_token=self.wants_first_token)
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv
-        if protocol.concurrent_dispatch and not prefill_first:
+        if protocol.is_pdbench and not prefill_first:
             body = decode_body(request, protocol.decode_params(handoff, b""))
             sent = self._send_to_decode(request, decode, body)
             await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)

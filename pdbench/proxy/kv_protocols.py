@@ -43,22 +43,19 @@ class Handoff(NamedTuple):
 class KvProtocol(NamedTuple):
     """How requests look with one connector; the first two give the kv_transfer_params, None for none.
 
-    `decode_params` also gets prefill's answer, empty with `concurrent_dispatch`: decode may be sent its request before
-    prefill has answered. `addresses_in_id`: the request id names both instances. `decode_can_prefill`: decode computes
-    the prompt of a request without handoff. `first_token`: decode accepts a prompt whose last token, which prefill
-    sampled, has no KV. `compares_prompts`: decode takes no KV of another prompt than its own. `returns_kv`: prefill can fetch what
-    decode has of a prompt.
+    `decode_params` also gets prefill's answer, which is empty where decode is sent its request before. `addresses_in_id`: the request
+    id names both instances. `decode_can_prefill`: decode computes the prompt of a request without handoff.
+
+    `is_pdbench`: decode may be sent its request before prefill has answered, accepts a prompt whose last token, which prefill sampled,
+    has no KV, takes no KV of another prompt than its own, and lets prefill fetch what it has of a prompt.
     """
 
     prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
     decode_params: Callable[[Handoff, bytes], bytes | None] = lambda handoff, prefill_answer: None
     has_prefill: bool = True
     addresses_in_id: bool = False
-    concurrent_dispatch: bool = False
     decode_can_prefill: bool = True
-    first_token: bool = False
-    compares_prompts: bool = False
-    returns_kv: bool = False
+    is_pdbench: bool = False
 
 
 def prefill_body(request: ClientRequest, protocol: KvProtocol, handoff: Handoff, *, wants_token: bool) -> bytes:
@@ -76,7 +73,7 @@ def prefill_body(request: ClientRequest, protocol: KvProtocol, handoff: Handoff,
     else:
         # An end of the text as the one token would be no handoff for NIXL, which hands over what reached its limit.
         fields["ignore_eos"] = msgspec.Raw(b"true")
-        if protocol.compares_prompts:  # what a chat template may tell the model can go, too
+        if protocol.is_pdbench:  # what a chat template may tell the model can go, too
             fields.pop("response_format", None)
             # vLLM may answer 500 when a tool call must fit into one token; the tools themselves are part of the prompt.
             choice = value_of(fields, "tool_choice")
@@ -119,14 +116,7 @@ def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
 
 
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
-_PDBENCH = KvProtocol(
-    _pdbench_prefill,
-    _pdbench_decode,
-    concurrent_dispatch=True,
-    first_token=True,
-    compares_prompts=True,
-    returns_kv=True,
-)
+_PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, is_pdbench=True)
 PROTOCOLS = {
     "p2p-nccl": _PDBENCH,
     "tcp": _PDBENCH,

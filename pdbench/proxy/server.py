@@ -42,7 +42,7 @@ def serve(config: ProxyConfig) -> None:
     if not config.decode:
         raise UserError("no decode instance: add --decode URL")
     protocol, connector = PROTOCOLS[config.connector], f"--connector {config.connector}"
-    if config.return_kv and not protocol.returns_kv:
+    if config.return_kv and not protocol.is_pdbench:
         raise UserError(f"{connector} cannot bring KV back to prefill: leave --return-kv out")
     if config.disaggregate_above and not protocol.decode_can_prefill:
         raise UserError(f"{connector} cannot let decode compute a prompt: leave --disaggregate-above out")
