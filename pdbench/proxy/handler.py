@@ -201,11 +201,12 @@ class RequestHandler:
             table.count(decode, 1, tokens)
         self.reserved = decode
 
-    def _send_to_decode(self, request: ClientRequest, decode: Instance, body: bytes) -> UpstreamRequest:
+    def _send_to_decode(self, request: ClientRequest, decode: Instance, params: bytes | None = None) -> UpstreamRequest:
         self._reserve(None)  # it counts as sent from here on
         self.check = None
         if self.stream is not None:  # decode continues after prefill's token
             self.stream.edit = first_token.event_editor(request)
+        body = decode_body(request, params)
         self.decode = self.context.send(request, decode, "decode", body, self.context.config.decode_timeout_s)
         return self.decode
 
@@ -215,7 +216,7 @@ class RequestHandler:
         protocol = context.protocol
         if prefill is None:
             self.event.transfer_id = None
-            return self._send_to_decode(request, decode, decode_body(request))
+            return self._send_to_decode(request, decode)
         handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address, return_kv=config.return_kv)
         self.event.transfer_id = handoff.transfer_id
         if protocol.addresses_in_id:
@@ -224,8 +225,7 @@ class RequestHandler:
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv
         if protocol.is_pdbench and not prefill_first:
-            body = decode_body(request, protocol.decode_params(handoff, b""))
-            sent = self._send_to_decode(request, decode, body)
+            sent = self._send_to_decode(request, decode, protocol.decode_params(handoff, b""))
             await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)
             if not self.prefill.finished.done():
                 return sent
@@ -253,11 +253,11 @@ class RequestHandler:
         if self.decode is not None:
             return self.decode
         try:
-            body = decode_body(request, protocol.decode_params(handoff, self.prefill.body))
+            params = protocol.decode_params(handoff, self.prefill.body)
         except ValueError:
             raise StageError("prefill", prefill.slot, "prefill's answer is not JSON") from None
         self.decode_after_prefill = True
-        return self._send_to_decode(request, decode, body)
+        return self._send_to_decode(request, decode, params)
 
     async def _answer(self, upstream: UpstreamRequest) -> None:
         """Pass an answer on: events as they come, anything else whole, so that it can still become an error."""
@@ -277,8 +277,7 @@ class RequestHandler:
             if self.check is not None and self.check.differs:
                 # Decode chose another first token: it continues from prefill's, with the prompt in its prefix cache.
                 self.event.first_tokens_differ = True
-                again = self._send_to_decode(self.request, upstream.instance, decode_body(self.request))
-                await self._answer(again)
+                await self._answer(self._send_to_decode(self.request, upstream.instance))
                 return
             error = stream.close()
             if error is not None:

@@ -85,7 +85,7 @@ def prefill_body(request: ClientRequest, protocol: KvProtocol, handoff: Handoff,
     return msgspec.json.encode(fields)
 
 
-def decode_body(request: ClientRequest, kv_transfer_params: bytes | None = None) -> bytes:
+def decode_body(request: ClientRequest, kv_transfer_params: bytes | None) -> bytes:
     """The client's body, byte for byte, with the proxy's kv_transfer_params added; without them decode prefills."""
     body = request.body
     if "kv_transfer_params" in request.fields:
