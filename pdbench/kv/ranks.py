@@ -26,6 +26,11 @@ class Identity(msgspec.Struct, frozen=True):
     kv_heads: int
     drafts: str = ""
 
+    @property
+    def heads(self) -> range:
+        """Those of the KV heads that it holds; empty where that is not known."""
+        return held(self.kv_heads, self.tensor_parallel, self.rank) if self.kv_heads else range(0)
+
 
 @dataclass(frozen=True)
 class Share:

@@ -18,7 +18,7 @@ from vllm.distributed.device_communicators import pynccl_wrapper as pynccl
 
 from pdbench.kv.blocks import BlockPacker
 from pdbench.kv.channel import Blocks, Channel, WorkerContext
-from pdbench.kv.ranks import Share, held
+from pdbench.kv.ranks import Share
 
 # A communicator takes a second or two to make; a peer that dies meanwhile would block NCCL for good.
 NCCL_OPEN_TIMEOUT_S = 60.0
@@ -98,10 +98,8 @@ def open_link(context: WorkerContext, channel: Channel, share: Share, sends: boo
 
     Raises ChannelClosedError, or whatever a GPU without room raises.
     """
-    identity = context.identity
-    first_head = held(identity.kv_heads, identity.tensor_parallel, identity.rank).start if identity.kv_heads else 0
-    packer = context.packer.share(share, first_head)
-    if identity.transport == "tcp":
+    packer = context.packer.share(share, context.identity.heads.start)
+    if context.identity.transport == "tcp":
         link: Link = TcpLink(context, packer, channel)
     else:
         link = NcclLink(context, packer, channel, sends)

@@ -19,7 +19,6 @@ from pdbench.kv.blocks import make_packer
 from pdbench.kv.channel import FetchRequest, Identity, WorkerContext
 from pdbench.kv.compat import Options, UnsupportedError, shared_secret
 from pdbench.kv.metrics import TransferRecorder
-from pdbench.kv.ranks import held
 from pdbench.kv.receiver import Receiver
 from pdbench.kv.scheduler import PrefillProgress, StepPlan
 from pdbench.kv.sender import Sender
@@ -93,8 +92,7 @@ class KvWorker:
         new_blocks_idle: bool = False,
         drafts: Collection[str] = (),
     ) -> None:
-        heads = identity.kv_heads and len(held(identity.kv_heads, identity.tensor_parallel, identity.rank))
-        packer = make_packer(kv_caches, blocks, heads, drafts)
+        packer = make_packer(kv_caches, blocks, len(identity.heads), drafts)
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
