@@ -20,7 +20,7 @@ from pdbench.serving import machine
 from pdbench.site import Site
 from tests.support.fake_nvml import child, environment
 from tests.support.processes import ROOT, call_pdbench, run_pdbench
-from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, completions, refusal, stream, tokens
 
 TREE = """
 import socket, subprocess, sys
@@ -299,3 +299,40 @@ def test_gpu_that_falls_off_the_bus_during_a_load_is_flagged(
     assert detail.startswith("gpu1: nothing could be read after") and "(GPU is lost)" in detail
     assert analysis.summary.energy.total_j is None and analysis.summary.energy.not_measured == "gpu1: GPU is lost"
     assert analysis.summary.devices["gpu0"].energy.energy_j
+
+
+@pytest.mark.parametrize("foreign", [0, 400])
+def test_tokens_for_somebody_else_are_flagged(tmp_path: Path, foreign: int) -> None:
+    """The server counts them: here another client's answers come with each of the load's."""
+    counted = 0
+
+    def answer(peer: Peer) -> bool:
+        nonlocal counted
+        if peer.path.startswith("/metrics"):
+            body = f'vllm:generation_tokens_total{{engine="0"}} {counted}.0\n'.encode()
+            peer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            return True
+        if peer.method == "POST" and peer.json.get("stream"):
+            counted += 3 + foreign
+        return completions()(peer)
+
+    with ScriptedServer(answer) as server:
+        load = (
+            "--url",
+            server.url,
+            "--requests",
+            "4",
+            "--warmup",
+            "0",
+            "--output-tokens",
+            "3",
+            "--trials",
+            "1",
+            "--no-power",
+        )
+        done = call_pdbench("bench", *load, "--out", "own", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [flag.name for flag in load_analysis(tmp_path / "own/bench_results").flags]
+    assert ("other-traffic" in found) == bool(foreign)
