@@ -89,9 +89,10 @@ class Response:
         before = self._chunks
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.complete:
-                self._bad_http(f"not HTTP/1.1: {error}", at_s)
+                upgrade = isinstance(error, httptools.HttpParserUpgrade)
+                self._bad_http(f"not HTTP/1.1: {'it switches protocols' if upgrade else error}", at_s)
             self.keep_alive = False
         if self._chunks > before + 1:
             self.merged_reads += 1

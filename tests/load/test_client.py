@@ -194,6 +194,8 @@ def test_redirection_says_where_to():
 
 
 def test_response_without_stream_or_tokens_fails():
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    assert ask(lambda peer: peer.write(switch)).error.kind == "bad_http"
     plain = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     assert ask(lambda peer: peer.write(plain)).error.kind == "not_a_stream"
     assert ask(stream([])).error.kind == "empty"
