@@ -207,7 +207,9 @@ def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagge
     run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
     run.trials, run.requests = [result.trial], result.requests
     assert ("few-per-stream" in names(run)) == flagged
-    run.config["load"]["rate"] = 8.0
+    run.config["load"]["phase"] = "decode"
+    assert "few-per-stream" not in names(run)
+    run.config["load"] |= {"phase": "both", "rate": 8.0}
     assert "few-per-stream" not in names(run)
 
 
