@@ -99,8 +99,12 @@ class InputFile:
             raise self.error(row, f"no JSON ({error}) in {in_line(lines[row - 1].strip())}") from None
         around: dict[str, Any] = {}
         if isinstance(whole, dict):
-            name = next((key for key in _ROWS if isinstance(whole.get(key), list)), None)
+            names = [key for key in _ROWS if isinstance(whole.get(key), list)]
+            filled = [key for key in names if whole[key]]
+            name = next(iter(filled or names), None)
             if name is not None and not {"chat_id", "custom_id", "prompt"} & whole.keys():
+                if len(filled) > 1:
+                    raise self.error(1, f"rows under {' and under '.join(filled)}: keep those that are meant")
                 around = {key: value for key, value in whole.items() if key != name}
                 whole = whole[name]
             elif _is_table(whole):

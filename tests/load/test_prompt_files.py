@@ -109,6 +109,11 @@ def test_what_a_file_leaves_out_is_counted_and_described(tmp_path):
         ("a.json", '[{"conversations": []}]', r"holds no prompt \(1 conversations without"),
         ("a.txt", "", "holds no prompt"),
         ("b.json", "[1]", "row 1: the prompt is 1"),
+        (
+            "b.json",
+            '{"train": [{"prompt": "a"}, {"prompt": "b"}], "test": [{"prompt": "c"}, {"prompt": "d"}]}',
+            "rows under train and under test",
+        ),
         ("b.csv", "id,x\n1,2\n", "row 2: no prompt among the keys id, x"),
     ],
 )
