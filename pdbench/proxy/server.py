@@ -112,6 +112,7 @@ def _supervise(
     def work(index: int) -> None:
         table.worker = index
         try:
+            os.setpgid(0, 0)  # Ctrl-C in a terminal is for the parent; a second signal would end requests at once
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a parent that is killed leaves no worker behind
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the worker has its own handlers
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

@@ -267,6 +267,20 @@ def test_health_without_instances_is_live_but_not_ready(dead):
     assert dead.complete().status == 503
 
 
+def test_ctrl_c_in_a_terminal_lets_requests_of_workers_end(tmp_path):
+    """It is sent to all processes of the group, and the parent forwards its own."""
+    with instance(tmp_path, "d") as decode, ThreadPoolExecutor() as threads:
+        with proxy(tmp_path, "--workers", "2", decode=[decode]) as server:
+            running = threads.submit(server.complete, stream=True, max_tokens=40, decode={"delay": 0.05})
+            wait_until(server.in_flight)
+            processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()]
+            group = [each for each in processes if os.getpgid(each.pid) == os.getpgid(server.process.pid)]
+            for process in reversed(group):
+                process.send_signal(signal.SIGINT)
+            assert running.result().events[-1] == b"[DONE]"
+            assert server.process.wait(60) == 0
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     with instance(tmp_path, "d") as decode:
         with proxy(tmp_path, "--workers", "2", decode=[decode]) as server:
