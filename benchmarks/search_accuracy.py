@@ -285,12 +285,16 @@ def main() -> None:
     )
     parser.add_argument("--only", action="append", choices=SEARCHES, help="one tool by its name; may be repeated")
     parser.add_argument(
+        "--server", choices=[server.name.split(",")[0] for server in SERVERS], help="one server by its law"
+    )
+    parser.add_argument(
         "--peers", type=Path, help="folder of the peers' virtual environments; default: a temporary one"
     )
     parser.add_argument("--out", type=Path, help="file for what every run found, as JSON")
     options = parser.parse_args()
     until_s = time.monotonic() + 60 * options.minutes
-    truths = {server.name: server.truth() for server in SERVERS}
+    servers = [server for server in SERVERS if server.name.startswith(options.server or "")]
+    truths = {server.name: server.truth() for server in servers}
     found: dict[Key, list[Found | str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         tools = stream_tools.tools(options.peers or Path(temporary) / "peers", Path(temporary))
@@ -298,7 +302,7 @@ def main() -> None:
         for tool in tools:
             tool.install()
         names = {tool.key: tool.name for tool in tools}
-        turns = {(names[tool.key], server.name): (tool, server) for server in SERVERS for tool in tools}
+        turns = {(names[tool.key], server.name): (tool, server) for server in servers for tool in tools}
         tried, spent_s, longest_s = dict.fromkeys(turns, 0), dict.fromkeys(turns, 0.0), dict.fromkeys(turns, 0.0)
         while True:
             begin_s = time.monotonic()

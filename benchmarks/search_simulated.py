@@ -1,0 +1,192 @@
+"""What `pdbench search` decides on the laws of search_accuracy.py, in simulated time: its error, its load, what it called held.
+
+The search's own code (rates, when a load ends, what it counted) sends its loads to the law as a function, which takes seconds per search instead of
+minutes and has no machine in it. Printed are, per server, over all seeds: how many searches were within 3 %, how many intervals
+cover the truth, and how many loads were called held at a rate above the truth (not held at one below).
+Try: python benchmarks/search_simulated.py --searches 200 --processes 2
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from search_accuracy import ATTAIN, REQUESTS, SERVERS, TOKENS, Server
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pdbench import slo_search
+from pdbench.config import LoadConfig, Options
+from pdbench.load import plan
+from pdbench.load.generator import Progress
+from pdbench.records import Clock, RequestError, RequestRecord, Run
+from pdbench.search.document import Held, Point
+from pdbench.search.rates import Search
+from pdbench.slo_loads import Deployment, LoadJudge, Loads, outcome_of
+
+slo_search.SCALES = ()  # not looked at here, and slow
+PROGRESS_S = 0.25
+PRECISION = 0.03
+
+
+def records_of(server: Server, load: LoadConfig) -> list[RequestRecord]:
+    """What the law answers, all requests to their end."""
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
+    records, prefill_free_s, slot_free_s = [], 0.0, [0.0] * server.slots
+    itl_s = server.itl_ms / 1e3
+    for index, at_s in enumerate(arrivals):
+        first_s = prefill_free_s = max(at_s, prefill_free_s) + server.prefill_ms / 1e3
+        # Equal durations in the order of arrival: the slots take turns.
+        decode_s = max(first_s, slot_free_s[index % server.slots])
+        slot_free_s[index % server.slots] = decode_s + (TOKENS - 1) * itl_s
+        token_s = [first_s, *(decode_s + itl_s * place for place in range(1, TOKENS))]
+        records.append(
+            RequestRecord(
+                id=f"x-0-{index:06d}", planned_s=at_s, due_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[-1]
+            )
+        )
+    return records
+
+
+def sent(records: list[RequestRecord], judge: LoadJudge | None) -> tuple[list[RequestRecord], float]:
+    """The records as the client leaves them, and when the load ended."""
+    ends = sorted(records, key=lambda record: record.end_s or 0.0)
+    last_s, now_s, place = ends[-1].end_s or 0.0, 0.0, 0
+    while judge and now_s < last_s:
+        now_s += PROGRESS_S
+        first = place
+        while place < len(ends) and (ends[place].end_s or 0.0) <= now_s:
+            place += 1
+        arrived = int(np.searchsorted([each.planned_s for each in records], now_s, side="right"))
+        judge.on_progress(Progress(0, None, arrived - place, 0, ends[first:place], now_s))
+        if judge.decided():
+            for record in records:
+                if (record.end_s or 0.0) > now_s:  # cut off
+                    record.token_s = [at_s for at_s in record.token_s if at_s <= now_s]
+                    record.end_s, record.error = now_s, RequestError("interrupted", "the load was stopped")
+            return [each for each in records if each.planned_s <= now_s], now_s
+    return records, last_s
+
+
+class LawLoads(Loads):
+    """Loads sent to a law; nothing is saved."""
+
+    def __init__(self, server: Server, load: LoadConfig) -> None:
+        deployment = Deployment(
+            "law", Options(load=load), lambda options, folder, judge: Run("", Clock(0, 0), {}, {}, {})
+        )
+        super().__init__(deployment, ATTAIN, Path(), Console(quiet=True), [], [])
+        self.server = server
+
+    def send(
+        self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Any = None
+    ) -> tuple[Run, Point]:
+        records, end_s = sent(records_of(self.server, load), judge)
+        run = Run(name="law", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={}, requests=records)
+        outcome = outcome_of(run, load.rate or 0.0, judge.held if judge else None)
+        share = float(outcome.missed.mean()) if len(outcome.missed) else 0.0
+        point = Point(
+            deployment="law",
+            run=f"{name}/run",
+            rate_per_s=load.rate,
+            requests=len(outcome.missed),
+            attained_pct=100 * (1 - share),
+            held=judge.held if judge else None,
+            slo_used=None,
+            limited_by=None,
+            client_limited=False,
+            load_s=end_s - records[0].planned_s,
+        )
+        self.points.append(point)
+        return run, point
+
+
+def searched(server: Server, seed: int) -> dict[str, Any]:
+    """One search: what it found, and its loads."""
+    load = LoadConfig(
+        slo_ttft_ms=server.ttft_ms,
+        slo_tbt_ms=server.tbt_ms,
+        output_tokens=TOKENS,
+        requests=REQUESTS,
+        seed=seed,
+        nonce="n",
+    )
+    loads, entry = LawLoads(server, load), Held(name="law")
+    alone_s = (server.prefill_ms + server.itl_ms * (TOKENS - 1)) / 1e3
+    # As if the request that is alone had taken a little less or more: no search is to depend on where the first rate happens to lie.
+    first_rate = 0.5 / (server.prefill_ms / 1e3) * 2 ** np.random.default_rng(seed).uniform(-0.5, 0.5)
+    unit_s = slo_search._unit_arrivals(load)
+    search = Search(1 - ATTAIN, first_rate, unit_s)
+    slo_search._search_rate(loads, search, slo_search.Goal(ATTAIN, PRECISION, inf), load, alone_s, entry, lambda: None)
+    points = [[p.rate_per_s, p.held, p.requests, p.attained_pct, p.load_s] for p in loads.points]
+    return {
+        "seed": seed,
+        "rate": entry.rate_per_s,
+        "low": entry.low,
+        "high": entry.high,
+        "load_s": entry.load_s,
+        "requests": entry.requests,
+        "loads": len(search.outcomes),
+        "confirmed_pct": entry.attained_pct,
+        "points": points,
+    }
+
+
+def _job(job: tuple[Server, int]) -> tuple[str, dict[str, Any]]:
+    return job[0].name, searched(*job)
+
+
+def row(server: Server, truth: float, searches: list[dict[str, Any]]) -> str:
+    """The table's."""
+    errors = 100 * np.abs([(each["rate"] or 0.0) / truth - 1 for each in searches])
+    covers = sum(each["low"] <= truth <= (each["high"] or inf) for each in searches)
+    load_s, requests = ([each[key] for each in searches] for key in ("load_s", "requests"))
+    judged = [point for each in searches for point in each["points"][:-1] if point[1] is not None]
+    held = [point[0] for point in judged if point[1]]
+    lost = [point[0] for point in judged if not point[1]]
+    wrong_held = [rate for rate in held if rate > truth]
+    wrong_lost = [rate for rate in lost if rate < truth]
+    span = " ".join(f"{value:.0f}" for value in np.quantile(load_s, (0.5, 0.9, 1.0)))
+    return (
+        f"| {server.name} | {len(searches)} | {(errors <= 3).sum()} | {np.median(errors):.1f} {np.quantile(errors, 0.9):.1f} {errors.max():.1f}"
+        f" | {covers} | {span} | {np.median(requests):.0f} | {np.median([each['loads'] for each in searches]):.0f} {max(each['loads'] for each in searches)}"
+        f" | {len(wrong_held)} of {len(held)}, {sum(rate > 1.03 * truth for rate in wrong_held)} by 3 %"
+        f" | {len(wrong_lost)} of {len(lost)}, {sum(rate < 0.97 * truth for rate in wrong_lost)} by 3 % |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--searches", type=int, default=200, help="of each server")
+    parser.add_argument("--first", type=int, default=1, help="the first seed's number")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--server", choices=[server.name.split(",")[0] for server in SERVERS], help="one server by its law"
+    )
+    parser.add_argument("--out", type=Path, help="file for every search and its loads, as JSON")
+    options = parser.parse_args()
+    servers = [server for server in SERVERS if server.name.startswith(options.server or "")]
+    numbers = range(options.first, options.first + options.searches)
+    # Seeds of loads and searches must not meet.
+    jobs = [(server, 100 * number) for number in numbers for server in servers]
+    found: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
+    with multiprocessing.Pool(options.processes) as pool:
+        for name, each in pool.imap(_job, jobs):
+            found[name].append(each)
+            if options.out:
+                options.out.write_text(json.dumps(found) + "\n")
+    print(
+        "| server | searches | within 3 % | error %: median, 90 %, largest | intervals that cover | load s: median, 90 %, longest | requests | loads: median, most | held above the truth | not held below it |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for server in servers:
+        print(row(server, server.truth(), found[server.name]))
+
+
+if __name__ == "__main__":
+    main()
