@@ -231,7 +231,7 @@ def _search_rate(
             found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s)
             last_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) if search.outcomes else 0.0
             until_s = goal.until_s - last_s
-            if answer.width <= goal.precision or (answer.low == 0 and lost and rate < QUIET / alone_s):
+            if search.found(goal.precision) or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
             if time.monotonic() + loads.beside_s >= until_s:
                 but = " but for the run at the rate found" if answer.low > 0 else ""

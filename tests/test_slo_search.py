@@ -61,8 +61,9 @@ class Law:
             records.append(
                 RequestRecord(id=name, planned_s=due_s, due_s=due_s, sent_s=due_s, token_s=token_s, end_s=token_s[-1])
             )
+        begin_s = self.spent_s
         end_s = self.send(records, judge)
-        self.spent_s += end_s
+        self.spent_s = begin_s + end_s
         for record in records:
             assert record.end_s
             if record.end_s > end_s:  # cut off, as the client leaves it
@@ -80,6 +81,7 @@ class Law:
         left = sorted(records, key=lambda record: record.end_s or 0.0)
         while now_s < last_s:
             now_s += 0.25
+            self.spent_s += 0.25
             ended = [record for record in left if (record.end_s or 0.0) <= now_s]
             left = left[len(ended) :]
             flying = sum(record.planned_s <= now_s for record in left)

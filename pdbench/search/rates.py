@@ -19,11 +19,15 @@ INTERVAL = 0.97
 """Of what is possible lies in an interval that covers 95 %: it is looked at after every load, which stops when it is narrow."""
 FACTOR = 2.0
 """From rate to rate, until one was held and one was not."""
+REACH = FACTOR**2
+"""A rate is judged among those so near. All that lie above are the prior's: they would call the first rate held by a few good requests."""
 SIDES = (0.15, 0.85)
 """Loads run at these quantiles of what is possible in turns: two rates tell the slope, one never does."""
 CELLS, DECADES = 500, 9.0
 SLOPES = np.geomspace(1.0, 250.0, 24)
 USUAL_SLOPE, SLOPE_SPREAD = 10.0, 1.2
+NEAR, NEAR_LOADS = 3.0, 2
+"""No rate is found before so many loads ran within so many times the precision of it: from farther away, the curve is only believed."""
 NEAR_SHARE = 0.5
 """Loads in which more was missed have no steady state that a virtual queue could follow."""
 
@@ -101,6 +105,15 @@ class Search:
         share = self._held(weights, rate)
         return True if share > SURE else False if share < 1 - SURE else None
 
+    def found(self, precision: float) -> bool:
+        """Is the rate known this well, and by loads near it?"""
+        answer = self.answer()
+        if answer.width > precision:
+            return False
+        reach = NEAR * precision
+        near = [abs(log(each.rate / answer.rate)) <= reach and each.share_missed < NEAR_SHARE for each in self.outcomes]
+        return sum(near) >= NEAR_LOADS
+
     def answer(self) -> Answer:
         tail = (1 - INTERVAL) / 2
         low, high = (self._quantile(share) for share in (tail, 1 - tail))
@@ -153,8 +166,10 @@ class Search:
         return each.requests * (each.missed * special.log_expit(odds) + (1 - each.missed) * special.log_expit(-odds))
 
     def _held(self, weights: Array, rate: float) -> float:
-        mass = np.exp(weights - weights.max()).sum(axis=1)
-        return float(mass[self._logs >= log(rate)].sum() / mass.sum())
+        distance = abs(self._logs - log(rate))
+        near = distance <= max(log(REACH), distance.min())  # where all that is possible is farther, the nearest of it
+        mass = np.exp(weights[near] - weights[near].max()).sum(axis=1)
+        return float(mass[self._logs[near] >= log(rate)].sum() / mass.sum())
 
     def _quantile(self, share: float) -> float:
         mass = np.exp(self._weights).sum(axis=1).cumsum()
