@@ -5,6 +5,7 @@ arrivals' doing, and those are known: a control variate (Lavenberg and Welch 198
 that were sent to what it does with very many like them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import nan
@@ -19,6 +20,8 @@ MOST_WORTH = 8.0
 """Independent requests that one whose luck is known can be worth at most: which queue follows the scores best is uncertain too."""
 HIGHEST = 3.0
 """Scores count up to this when a queue is sought: failed requests have none, and overloads would outweigh the rest."""
+SERVERS, ALIKE = (1, 2, 3, 4, 6, 8, 12, 16), 0.1
+"""So many at once are tried where works differ by at most this share of their mean: elsewhere, whose turn it is need not be free."""
 ROUGH, FINE = 60, 40
 """Services tried: one pass over all that are possible, a second around the best of it."""
 FULL = 0.99
@@ -86,14 +89,18 @@ def inflation(residuals: Sequence[Array]) -> float:
     return (tau * power + USUAL_INFLATION * USUAL_REQUESTS) / (power + USUAL_REQUESTS)
 
 
-def waits(arrival_s: Array, service_s: Array) -> Array:
-    """Waiting times of a queue with one server (Lindley 1952)."""
-    before = np.concatenate([[0.0], np.cumsum(service_s)[:-1]])
-    return np.maximum.accumulate(arrival_s - before) + before - arrival_s
+def waits(arrival_s: Array, service_s: Array, servers: int = 1) -> Array:
+    """Waiting times of a queue whose servers take turns (Lindley 1952); where all services are equal, whoever is free would be next."""
+    waited = np.empty_like(arrival_s)
+    for turn in range(servers):
+        arrivals, before = arrival_s[turn::servers], np.cumsum(service_s[turn::servers]) - service_s[turn::servers]
+        waited[turn::servers] = np.maximum.accumulate(arrivals - before) + before - arrivals
+    return waited
 
 
 class VirtualQueue:
-    """The one-server queue whose waiting times follow the scores best: `seconds` of service for a request of mean work."""
+    """The queue whose waiting times follow the scores best: `servers` take turns, so that together they need `seconds` per request of
+    mean work."""
 
     def __init__(self, outcomes: Sequence[Outcome], unit_s: Array) -> None:
         """`unit_s` are very many arrivals of the same kind, 1 per second."""
@@ -112,13 +119,17 @@ class VirtualQueue:
         self._capped = sum(int((each.score > HIGHEST).sum()) for each in outcomes)
         slowest, fastest = min(each.rate for each in outcomes), max(each.rate for each in outcomes)
         rough = np.geomspace(0.1 / fastest, 1.2 / slowest, ROUGH)
-        best, step = max(rough, key=self._follows), rough[1] / rough[0]
-        best = max(np.geomspace(best / step, best * step, FINE), key=self._follows)
-        self.seconds = float(best) if self._follows(best) > 0 else 0.0
+        servers = SERVERS if seen.std() <= ALIKE * seen.mean() else SERVERS[:1]
+        best, self.servers = max(itertools.product(rough, servers), key=lambda queue: self._follows(*queue))
+        step = rough[1] / rough[0]
+        best = max(
+            np.geomspace(best / step, best * step, FINE), key=lambda seconds: self._follows(seconds, self.servers)
+        )
+        self.seconds = float(best) if self._follows(best, self.servers) > 0 else 0.0
 
-    def _follows(self, seconds: float) -> float:
+    def _follows(self, seconds: float, servers: int) -> float:
         """The correlation, within the loads, of a queue's waits with the scores."""
-        virtual = [waits(each.arrival_s, seconds * each.work) for each in self.outcomes]
+        virtual = [waits(each.arrival_s, seconds * servers * each.work, servers) for each in self.outcomes]
         if self._capped:  # scores have a cap: so have the waits
             longest = np.partition(np.concatenate(virtual), -self._capped)[-self._capped]
             virtual = [np.minimum(each, longest) for each in virtual]
@@ -133,7 +144,8 @@ class VirtualQueue:
         total = int(sum(each.sum() for each in missed))
         if not self.seconds or total < LEAST_MISSED:
             return None
-        virtual = [waits(each.arrival_s, self.seconds * each.work) for each in self.outcomes]
+        service_s = self.seconds * self.servers
+        virtual = [waits(each.arrival_s, service_s * each.work, self.servers) for each in self.outcomes]
         rising = np.sort(np.concatenate(virtual))
         limit_s = (rising[-total] + rising[-total - 1]) / 2
         late = [(wait > limit_s).astype(float) for wait in virtual]
@@ -167,9 +179,9 @@ class VirtualQueue:
         """The share of waits over a limit among very many arrivals at a rate, and the variance of its error."""
         if self.seconds * rate > FULL:
             return 1.0, 0.0
-        shares = []
+        shares, service_s = [], self.seconds * self.servers
         for unit_s, work in self._parts:
-            virtual = waits(unit_s / rate, self.seconds * work)[int(SETTLE * len(unit_s)) :]
+            virtual = waits(unit_s / rate, service_s * work, self.servers)[int(SETTLE * len(unit_s)) :]
             shares.append((virtual > limit_s).mean())
         return float(np.mean(shares)), float(np.var(shares, ddof=1)) / PARTS
 
