@@ -6,6 +6,7 @@ COMMAND...` runs one command with that guarantee. Only the standard library: it 
 
 import contextlib
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 GRACE_S = 8.0
 """How long a server may take to end after SIGTERM before its supervisor kills it."""
 CLOSE_S = GRACE_S + 5
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -85,6 +86,13 @@ def held_by_parent(parent: int, *wake: int) -> bool:
     return os.getppid() == parent and not (0 in readable and not os.read(0, 4096))
 
 
+def end_with(parent: int, number: int) -> None:
+    """Have the kernel send this process the signal `number` when its parent ends, or at once where it has ended already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
 def main() -> int:
     """Run the command; returns its exit code, 128 + N when signal N ended it."""
     grace_s, command, parent = float(sys.argv[1]), sys.argv[2:], os.getppid()
@@ -99,14 +107,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    supervisor = os.getpid()
-
-    def end_with_supervisor() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:  # it was killed between the fork and here
-            os._exit(1)
-
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_supervisor)
+    end = functools.partial(end_with, os.getpid(), signal.SIGKILL)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end)
     while process.returncode is None and not stops and held_by_parent(parent, wake_read):
         with contextlib.suppress(BlockingIOError):
             os.read(wake_read, 4096)

@@ -4,7 +4,6 @@ All start at one instant of the run's clock, so the merged records are those of 
 """
 
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import queue
@@ -24,12 +23,12 @@ from pdbench.load import plan, request_fields, self_check
 from pdbench.load.generator import ClientResult, OnProgress, Progress, interruption, run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, Flag, RequestRecord, Trial
+from pdbench.supervisor import end_with
 
 _POLL_S = 0.1
 _PROBLEM_S = 0.25
 _STOP_TIMEOUT_S = 10.0
 _EXIT_TIMEOUT_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -277,7 +276,9 @@ class LocalClient:
 
 def _client_process(pipe: Connection, load: TrialLoad, index: int) -> None:
     """The terminal's Ctrl-C reaches this process too, but only its parent's SIGTERM counts, so that it stops once."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with(parent.pid, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupted = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: interrupted.set())

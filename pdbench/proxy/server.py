@@ -1,7 +1,6 @@
 """The proxy's processes: options, the port, one worker or several, and their end."""
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -26,7 +25,7 @@ from pdbench.proxy.handler import ProxyContext
 from pdbench.proxy.instances import InstanceTable, parse_address
 from pdbench.proxy.kv_protocols import PROTOCOLS
 from pdbench.proxy.upstream import watch_health
-from pdbench.supervisor import PR_SET_PDEATHSIG
+from pdbench.supervisor import end_with
 
 log = logging.getLogger("pdbench.proxy")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -107,13 +106,13 @@ def _supervise(
     signals = {*STOP_SIGNALS, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait
     workers: dict[int, int] = {}
-    starting, stopping = list(range(config.workers)), False
+    starting, stopping, parent = list(range(config.workers)), False, os.getpid()
 
     def work(index: int) -> None:
         table.worker = index
         try:
             os.setpgid(0, 0)  # Ctrl-C in a terminal is for the parent; a second signal would end requests at once
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a parent that is killed leaves no worker behind
+            end_with(parent, signal.SIGTERM)  # a parent that is killed leaves no worker behind
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the worker has its own handlers
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             uvloop.run(_work(ProxyContext(config, table, event_log, metrics_dir), listeners[index]))
