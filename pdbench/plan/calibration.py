@@ -21,6 +21,8 @@ from pdbench.records import Run
 
 ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
+ALIKE_LIMITS = ("max_num_batched_tokens", "max_num_seqs", "async_scheduling", "captured")
+"""Fields of `Limits` in which one role's engines of a calibration must be alike."""
 NOT_MODELLED = (
     "--speculative",
     "--enable-lora",
@@ -51,13 +53,17 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
         of_run = parts_of(path, run, first_trial=sum(source.trials for source in sources))
         sources.append(source_of(path, run, of_run))
         parts += of_run
-    for name in ALIKE:
-        values = sorted({str(getattr(source, name)) for source in sources})
-        if len(values) > 1:
-            raise UserError(f"the runs differ in {name}, {' and '.join(values)}: calibrate with runs of one")
     by_role: dict[Role, list[Part]] = defaultdict(list)
     for part in parts:
         by_role[part.role].append(part)
+    compared = {name: [getattr(source, name) for source in sources] for name in ALIKE}
+    for role, of_role in by_role.items():
+        limits = [limits_of(part.run, role)[0] for part in of_role]
+        compared |= {f"{role}'s {name}": [getattr(limit, name) for limit in limits] for name in ALIKE_LIMITS}
+    for name, said in compared.items():
+        values = sorted(set(map(str, said)))
+        if len(values) > 1:
+            raise UserError(f"the runs differ in {name}, {' and '.join(values)}: calibrate with runs of one")
     roles: dict[Role, RoleCalibration] = {}
     missing: list[str] = []
     for role in sorted(by_role, key=("single", "replica", "decode", "prefill").index):
@@ -79,7 +85,8 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
 def check_suitable(path: Path, run: Run) -> None:
     """Raises UserError for engines that the simulator does not know, and for records that do not show their steps."""
     serve = run.config.get("serve") or {}
-    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", "prefill_args", "decode_args"))
+    of_kind = {"single": ("single_args",), "replicas": ("replica_args",)}.get(run.name, ("prefill_args", "decode_args"))
+    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", *of_kind))
     named = [flag for flag in NOT_MODELLED if flag in words]
     named += [f"{name} above 1" for name in serve if name.endswith("tensor_parallel") and (serve[name] or 1) > 1]
     named += ["several instances on one GPU"] if serve.get("sharing") else []

@@ -105,6 +105,22 @@ def test_runs_of_two_models_are_refused() -> None:
         calibrate({Path("a"): recorded_run(), Path("b"): recorded_run(model="n")})
 
 
+def test_runs_of_one_role_whose_engines_schedule_otherwise_are_refused() -> None:
+    other = recorded_run()
+    other.engines["single"] = msgspec.structs.replace(other.engines["single"], max_num_batched_tokens=512)
+    with pytest.raises(UserError, match="differ in single's max_num_batched_tokens, 512 and 8192"):
+        calibrate({Path("a"): recorded_run(), Path("b"): other})
+
+
+def test_arguments_of_other_kinds_of_deployment_are_no_reason_to_refuse() -> None:
+    run = recorded_run()
+    run.config["serve"] = {"decode_args": "--speculative-config {}"}
+    assert calibrate({Path("a"): run}).roles
+    run.config["serve"] = {"single_args": "--speculative-config {}"}
+    with pytest.raises(UserError, match="--speculative"):
+        calibrate({Path("a"): run})
+
+
 @pytest.mark.parametrize(
     "serve", [{"tensor_parallel": 2}, {"decode_tensor_parallel": 2}, {"vllm_args": "--speculative-config {}"}]
 )
