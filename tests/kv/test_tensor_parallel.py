@@ -65,7 +65,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     arguments = SMALL_CHUNKS if grouped else ()  # vLLM on CPU computes MLA in one chunk
     planned = commands("disaggregated", config)[:2]
-    servers = [Server(command, folder, arguments, kv_role="kv_both") for command in planned]
+    # On two cores the four workers take longer than usual to come to each of 64 requests.
+    servers = [Server(command, folder, arguments, PATIENCE_S / 2, kv_role="kv_both") for command in planned]
     for server in servers:
         server.fields = {"logprobs": 5, "return_tokens_as_token_ids": True}
     try:

@@ -234,11 +234,11 @@ class Server:
 
     fields: ClassVar[dict[str, object]] = {}
 
-    def __init__(self, command, log_dir, arguments=SMALL_CHUNKS, **transfer_options):
+    def __init__(self, command, log_dir, arguments=SMALL_CHUNKS, timeout_s=TRANSFER_TIMEOUT_S, **transfer_options):
         index = command.argv.index("--kv-transfer-config") + 1
         transfer = json.loads(command.argv[index]) | transfer_options
         transfer["kv_connector_extra_config"] |= {
-            "transfer_timeout_s": TRANSFER_TIMEOUT_S,
+            "transfer_timeout_s": timeout_s,
             "return_wait_s": RETURN_WAIT_S,
         }
         self.argv = [*command.argv[:index], json.dumps(transfer), *command.argv[index + 1 :]]
