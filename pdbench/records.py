@@ -271,7 +271,7 @@ def save_devices(path: Path, role: str, devices: list[DeviceRecord]) -> None:
 
 def load_devices(path: Path) -> list[DeviceRecord]:
     """The devices of one `*_gpu_data.json`. Raises UserError when pdbench did not write it."""
-    return _read_devices(path).devices
+    return _read_devices(path)[0].devices
 
 
 def load_run(folder: Path | str) -> Run:
@@ -291,14 +291,16 @@ def load_run(folder: Path | str) -> Run:
 
 
 def _load(folder: Path, path: Path) -> Run:
-    run = _read_run(path)
+    run, is_edited = _read_run(path)
+    edited = [path.name] * is_edited
     validation.check_run(run, path)
     in_place = {file.name: file for file in files.device_files(folder)}
     moving, unfinished = files.swapped_in(folder, f"{run.run_id}-{run.revision}")
     for name, file in sorted((in_place | moving).items()):
-        part = _read_devices(file)
+        part, is_edited = _read_devices(file)
         if (part.run_id, part.revision) == (run.run_id, run.revision if run.run_id else part.revision):
-            run.devices.extend(part.devices)
+            run.devices += part.devices
+            edited += [name] * is_edited
         elif not (unfinished and name not in run.device_files):  # else it is the earlier run's, not removed yet
             raise UserError(
                 f"{file} is of {_title(part)} and {path.name} of {_title(run)}: restore the file that belongs to it, or "
@@ -309,10 +311,9 @@ def _load(folder: Path, path: Path) -> Run:
         detail = f"{', '.join(missing)} of this run are not in its folder: power and energy are not known"
         run.flags.append(Flag("device-files-missing", detail))
     elif missing:
-        raise UserError(
-            f"{folder} lacks {', '.join(missing)} of {_title(run)}: restore what is missing, or measure again"
-        )
-    validation.flag_edited(run, [path, *in_place.values()])
+        lacks = f"{', '.join(missing)} of {_title(run)}"
+        raise UserError(f"{folder} lacks {lacks}: restore what is missing, or measure again")
+    validation.flag_edited(run, edited)
     validation.check_distinct(run.devices, folder)
     validation.drop_impossible_counters(run)
     return run
@@ -331,7 +332,7 @@ def _results_file(folder: Path) -> Path:
         remedy = f"unpack {packed.name}" if packed else f"run `pdbench run` or `pdbench bench --out {folder}` first"
         raise UserError(f"no *_results.json in {folder}: {remedy}")
     if len(paths) > 1 and len(set(map(files.read_whole, paths))) > 1:
-        both = " and ".join(f"{path.name} of {_title(_read_run(path))}" for path in paths[:2])
+        both = " and ".join(f"{path.name} of {_title(_read_run(path)[0])}" for path in paths[:2])
         raise UserError(f"{folder} holds {both}: give each run a folder of its own, with its device files")
     return paths[0]
 
@@ -356,8 +357,8 @@ def _encode(run: Run) -> bytes:
     return files.sealed(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
-def _read_run(path: Path) -> Run:
-    """The run of a results file, unchecked. Raises UserError when pdbench did not write it."""
+def _read_run(path: Path) -> tuple[Run, bool]:
+    """The run of a results file, unchecked, and whether the file was edited. Raises UserError when pdbench did not write it."""
     saved = files.read_whole(path)
     try:
         run = msgspec.json.decode(saved, type=Run)
@@ -373,27 +374,27 @@ def _read_run(path: Path) -> Run:
             raise UserError(
                 f"{path} does not hold a whole run ({error}): measure again, or restore the file"
             ) from error
-    if schema not in READABLE:
-        raise UserError(
-            f"{path} has schema {validation.shown(str(schema))}, this pdbench reads {SCHEMA}: measure again with this version"
-        )
+    _check_schema(schema, path)
     validation.check_keys(saved, run, path)
     if schema != SCHEMA:
         # Its keys meant other things; the figures are derived again from the requests.
         run.summary, run.schema = {}, SCHEMA
-    return run
+    return run, files.is_edited(saved)
 
 
-def _read_devices(path: Path) -> _DeviceFile:
+def _read_devices(path: Path) -> tuple[_DeviceFile, bool]:
+    saved = files.read_whole(path)
     try:
-        content = msgspec.json.decode(files.read_whole(path), type=_DeviceFile)
+        content = msgspec.json.decode(saved, type=_DeviceFile)
     except NOT_JSON as error:
-        raise UserError(
-            f"{path} holds no device samples ({error}): name a *_gpu_data.json or monitor's own file"
-        ) from error
-    if content.schema not in READABLE:
-        raise UserError(
-            f"{path} has schema {validation.shown(content.schema)}, this pdbench reads {SCHEMA}: measure again with this version"
-        )
+        remedy = "name a *_gpu_data.json or monitor's own file"
+        raise UserError(f"{path} holds no device samples ({error}): {remedy}") from error
+    _check_schema(content.schema, path)
     validation.check_devices(content.devices, path)
-    return content
+    return content, files.is_edited(saved)
+
+
+def _check_schema(schema: Any, path: Path) -> None:
+    if schema not in READABLE:
+        found = validation.shown(str(schema))
+        raise UserError(f"{path} has schema {found}, this pdbench reads {SCHEMA}: measure again with this version")

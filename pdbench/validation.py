@@ -98,11 +98,10 @@ def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
     _check_distinct(folder, "device", [(device.id, device.host) for device in devices])
 
 
-def flag_edited(run: "Run", paths: Sequence[Path]) -> None:
+def flag_edited(run: "Run", edited: Sequence[str]) -> None:
     """Flag a run whose files somebody changed: its figures cannot be told from measured ones."""
     from pdbench.records import Flag
 
-    edited = [path.name for path in paths if files.is_edited(files.read_whole(path))]
     if edited and "edited" not in {flag.name for flag in run.flags}:
         changed = f"{', '.join(edited)} changed after pdbench wrote it: figures are of what it holds now, not of what was measured"
         run.flags.append(Flag("edited", changed))

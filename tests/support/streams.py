@@ -55,7 +55,7 @@ class Truth:
 class Case:
     """`pieces` are the body's, cut as they are written. `frame`: chunked, length, or close. `late_end`: the end waits too.
 
-    `choices` are asked for; `early` comes before the response's head.
+    The request has n = `choices`; `early` comes before the response's head.
     """
 
     name: str
