@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pdbench import failures
+from pdbench.analysis.arrivals import is_open_loop
 from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
@@ -129,7 +130,7 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
     """A closed loop in whose windows far fewer requests ended than their work amounts to: streams begin together, so that nothing ends
     at first, and of the last requests only the first to end counts."""
     load, requests = run.config.get("load") or {}, timings.requests
-    if any(load.get(name) for name in ("rate", "stages", "trace")) or load.get("phase") == "decode":
+    if is_open_loop(load) or load.get("phase") == "decode":
         return  # one batch that decodes together ends after its window
     ended, worked = 0, 0.0
     for start, end in timings.windows:
@@ -149,7 +150,7 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
 def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
     """A trial without a time at full load, whose window is the whole run, and a good part of that was filling and draining."""
     load, requests = run.config.get("load") or {}, timings.requests
-    if not any(load.get(name) for name in ("rate", "stages", "trace")) and (load.get("concurrency") or 1) == 1:
+    if not is_open_loop(load) and (load.get("concurrency") or 1) == 1:
         return
     for trial in run.trials:
         here = requests.ok & (requests.trial == trial.index)

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import msgspec
 import numpy as np
 
+from pdbench.analysis.arrivals import is_open_loop
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
@@ -103,7 +104,7 @@ def demand_of(run: Run, part: Part) -> Demand:
     """A trial's measured requests as they were sent; a closed loop as its streams."""
     requests = [request for request in part.requests.values() if not request.warmup]
     load: Mapping[str, object] = run.config.get("load") or {}
-    is_open = any(load.get(name) for name in ("rate", "stages", "trace"))
+    is_open = is_open_loop(load)
     sent_s = np.array([request.sent_s for request in requests], dtype=float)
     split = run.name == "disaggregated"
     streams = load.get("concurrency")
