@@ -36,7 +36,7 @@ PRECISION = 0.03
 
 def records_of(server: Server, load: LoadConfig) -> list[RequestRecord]:
     """What the law answers, all requests to their end."""
-    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, 0)]
     records, prefill_free_s, slot_free_s = [], 0.0, [0.0] * server.slots
     itl_s = server.itl_ms / 1e3
     for index, at_s in enumerate(arrivals):

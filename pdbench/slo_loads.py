@@ -55,7 +55,7 @@ class LoadJudge:
         """`settle_s` into the load a rate may be called held: servers that were idle meet every SLO at first."""
         self._search, self._rate, self._load, self._until_s = search, load.rate or 0.0, load, until_s
         self._settle_s, self._longest_s = settle_s, _longest_s(load)
-        self._arrivals = [*islice(plan.planned_instants(load, None, 0), load.requests)]  # constant ones never end
+        self._arrivals = [*islice(plan.planned_instants(load, 0), load.requests)]  # constant ones never end
         self._good: dict[int, bool] = {}
         self._known = self._missed = 0
         self._begin_s: float | None = None

@@ -345,7 +345,7 @@ def _unit_arrivals(load: LoadConfig) -> Array | None:
     if load.arrival == "constant":
         return None
     unit = replace(load, rate=1.0, requests=LONG, duration_s=None)
-    return np.array([at_s or 0.0 for at_s in plan.planned_instants(unit, None, -1)])
+    return np.array([at_s or 0.0 for at_s in plan.planned_instants(unit, -1)])
 
 
 def _confirmed(load: LoadConfig, rate: float, span_s: float) -> LoadConfig:

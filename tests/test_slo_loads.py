@@ -30,7 +30,7 @@ def test_load_whose_time_is_up_ends_only_once_a_request_has_ended() -> None:
 def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     load = dataclasses.replace(LOAD, rate=2.0)
     judge = LoadJudge(Search(0.05, 2.0), load, float("inf"))
-    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)]
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, 0)]
 
     def record(index: int, ttft_s: float) -> RequestRecord:
         at_s = arrivals[index]
@@ -49,7 +49,7 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
 def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_still_take_longer() -> None:
     load = dataclasses.replace(LOAD, rate=20.0, slo_tbt_ms=15.0, output_tokens=128)  # 2.2 s within the SLO
     judge = LoadJudge(Search(0.05, 20.0), load, float("inf"))
-    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, None, 0)][:8]
+    arrivals = [at_s or 0.0 for at_s in plan.planned_instants(load, 0)][:8]
     quick = [
         RequestRecord(id=f"x-0-{index:06d}", planned_s=at_s, sent_s=at_s, token_s=[at_s + 0.1], end_s=at_s + 0.5)
         for index, at_s in enumerate(arrivals)

@@ -111,7 +111,7 @@ def test_search_finds_the_rates_and_their_order(tmp_path: Path) -> None:
     assert all((a.seed, a.nonce) == (b.seed, b.nonce) for a, b in pairs) and len({a.nonce for a in slow.loads}) == len(
         slow.loads
     )
-    instants = [list(plan.planned_instants(load, None, 0)) for load in (pairs[1][0], pairs[1][1])]
+    instants = [list(plan.planned_instants(load, 0)) for load in (pairs[1][0], pairs[1][1])]
     scale = pairs[1][0].rate / pairs[1][1].rate  # type: ignore[operator]
     assert [at_s * scale for at_s in instants[0]] == pytest.approx(instants[1])  # type: ignore[operator]
     analyses = present(document, tmp_path, CONSOLE)

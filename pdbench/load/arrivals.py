@@ -3,18 +3,14 @@
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from pdbench.errors import UserError
 
 
 def poisson(rate: float, seed: int | str) -> Iterator[float]:
     """Endless arrivals of a Poisson process, `rate` per second."""
-    generator = random.Random(f"arrivals/{seed}")
-    unit = 0.0
-    while True:
-        unit -= math.log(1.0 - generator.random())
-        yield unit / rate
+    return gamma(rate, 1.0, seed)
 
 
 def constant(rate: float) -> Iterator[float]:
@@ -28,11 +24,10 @@ def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
     As in `vllm bench serve`.
     """
     generator = random.Random(f"arrivals/{seed}")
-    scale = 1.0 / (rate * burstiness)
-    now_s = 0.0
+    unit = 0.0
     while True:
-        now_s += generator.gammavariate(burstiness, scale)
-        yield now_s
+        unit += generator.gammavariate(burstiness, 1.0 / burstiness)
+        yield unit / rate
 
 
 def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[float]:
@@ -43,33 +38,22 @@ def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[flo
     return (instant * factor for instant in first[:-1])
 
 
-def ramp(start_rate: float, end_rate: float, over_s: float, seed: int | str) -> Iterator[float]:
-    """Endless Poisson arrivals whose rate goes linearly from `start_rate` to `end_rate` over `over_s`, then stays."""
-    slope = (end_rate - start_rate) / over_s
-    at_end = (start_rate + end_rate) / 2 * over_s
-    for unit in poisson(1.0, seed):
-        if unit >= at_end:
-            yield over_s + (unit - at_end) / end_rate
-        elif slope == 0:
-            yield unit / start_rate
-        else:
-            yield (math.sqrt(start_rate**2 + 2 * slope * unit) - start_rate) / slope
-
-
-def staged(stages: Sequence[tuple[float, float]], seed: int | str) -> Iterator[float]:
-    """Poisson arrivals through stages of (requests per second, seconds); ends with the last stage."""
+def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> Iterator[float]:
+    """Poisson arrivals whose rate goes linearly through phases of (first rate, last rate, seconds); ends with the last phase."""
     begin_s, summed = 0.0, 0.0
     units = poisson(1.0, seed)
     unit = next(units)
-    for rate, length_s in stages:
-        while unit < summed + rate * length_s:
-            yield begin_s + (unit - summed) / rate
+    for first, last, length_s in phases:
+        slope, expected = (last - first) / length_s, (first + last) / 2 * length_s
+        while unit < summed + expected:
+            left = unit - summed
+            yield begin_s + ((math.sqrt(first**2 + 2 * slope * left) - first) / slope if slope else left / first)
             unit = next(units)
-        begin_s, summed = begin_s + length_s, summed + rate * length_s
+        begin_s, summed = begin_s + length_s, summed + expected
 
 
-def read_stages(text: str) -> list[tuple[float, float]]:
-    """Stages out of "RATE:SECONDS,..." as in "2:30,20:5,2:30". Raises UserError naming the part that is wrong."""
+def read_stages(text: str) -> list[tuple[float, float, float]]:
+    """Phases of "RATE:SECONDS,..." as in "2:30,20:5,2:30". Raises UserError naming the part that is wrong."""
     stages = []
     for part in text.split(","):
         try:
@@ -78,5 +62,5 @@ def read_stages(text: str) -> list[tuple[float, float]]:
             raise UserError(f"--stages: {part!r} is not RATE:SECONDS, as in 2:30,20:5,2:30") from None
         if not (math.isfinite(rate) and math.isfinite(length_s)) or rate < 0 or length_s <= 0:
             raise UserError(f"--stages: {part!r} needs a rate of 0 or more and a length above 0 seconds")
-        stages.append((rate, length_s))
+        stages.append((rate, rate, length_s))
     return stages

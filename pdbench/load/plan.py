@@ -18,7 +18,7 @@ from pdbench.load import arrivals, prompts, request_fields
 from pdbench.load.input_files import read_duration, span
 from pdbench.load.prompts import FilePrompt, Prompt, prompt_file_of
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer, template_tokens
-from pdbench.load.traces import Trace, read_trace, trace_of
+from pdbench.load.traces import read_trace, trace_of
 from pdbench.records import Clock, Flag
 
 DEFAULT_REQUESTS = 16
@@ -86,7 +86,7 @@ def check(config: LoadConfig) -> None:
         spread = getattr(config, f"{side}_spread")
         if getattr(config, f"{side}_distribution") == "uniform" and spread > 1:
             raise UserError(f"--{side}-spread {spread:g}: uniform lengths spread by 1 at most")
-    if (config.rate or config.stages) and next(planned_instants(config, None, 0), None) is None:
+    if (config.rate or config.stages) and next(planned_instants(config, 0), None) is None:
         raise UserError("this load sends no request: give a higher --rate, other --stages or a longer --duration-s")
     for name in ("trace_from", "trace_for", "trace_unit", "trace_block_tokens"):
         value, option = getattr(config, name), f"--{name.replace('_', '-')}"
@@ -146,7 +146,7 @@ def warmup_size(config: LoadConfig) -> int:
     if not is_open_loop(config):
         return max(2, config.concurrency or 1)
     stages = arrivals.read_stages(config.stages) if config.stages else []
-    rates = [config.rate or 0.0, config.ramp_to or 0.0, *(rate for rate, _ in stages)]
+    rates = [config.rate or 0.0, config.ramp_to or 0.0, *(rate for rate, *_ in stages)]
     in_flight = math.ceil(_ANSWER_S * max(rates)) or _TRACE_WARMUP
     return min(config.concurrency or MOST_WARMUP, MOST_WARMUP, max(2, in_flight))
 
@@ -222,8 +222,7 @@ def describe_files(config: LoadConfig) -> list[str]:
 
 def request_count(config: LoadConfig, trial: int) -> int:
     """How many requests a trial that is not endless will measure."""
-    trace = trace_of(config) if config.trace else None
-    return sum(1 for _ in itertools.islice(planned_instants(config, trace, trial), request_limit(config)))
+    return sum(1 for _ in itertools.islice(planned_instants(config, trial), request_limit(config)))
 
 
 def is_open_loop(config: LoadConfig) -> bool:
@@ -245,17 +244,13 @@ def planned_requests(
     config: LoadConfig, tokenizer: Tokenizer | None, trial: int, client: int = 0, clients: int = 1
 ) -> Iterator[PlannedRequest]:
     """The measured requests in order, of several clients' every `clients`-th. Endless only where a closed loop ends by time."""
-    trace = trace_of(config) if config.trace else None
-    instants = itertools.islice(planned_instants(config, trace, trial), request_limit(config))
-    contents = _contents(config, tokenizer, trial, itertools.count(client, clients))
-    planned = zip(itertools.islice(enumerate(instants), client, None, clients), contents, strict=False)
-    return (PlannedRequest(index, arrival_s, *content) for (index, arrival_s), content in planned)
+    instants = itertools.islice(planned_instants(config, trial), request_limit(config))
+    return _planned(config, tokenizer, trial, itertools.islice(enumerate(instants), client, None, clients))
 
 
 def requests_at(config: LoadConfig, tokenizer: Tokenizer | None, trial: int, at: Sequence[int]) -> list[PlannedRequest]:
     """The measured requests at these places, without their arrivals."""
-    contents = _contents(config, tokenizer, trial, at)
-    return [PlannedRequest(place, None, *content) for place, content in zip(at, contents, strict=True)]
+    return list(_planned(config, tokenizer, trial, ((index, None) for index in at)))
 
 
 def warmup_requests(
@@ -265,11 +260,11 @@ def warmup_requests(
 
     They begin one after the other within 0.2 s, so that batches grow to their largest; the rest follow when a stream is free.
     """
-    places = range(client, count := warmup_size(config), clients)
-    contents = _contents(config, tokenizer, trial, places, "warmup-")
+    count = warmup_size(config)
     at_once = min(count, streams(config) or count)
     gap_s = min(0.01, 0.2 / at_once) if count else 0.0
-    return [PlannedRequest(index, min(index, at_once) * gap_s, *next(contents)) for index in places]
+    arrivals_s = ((index, min(index, at_once) * gap_s) for index in range(client, count, clients))
+    return list(_planned(config, tokenizer, trial, arrivals_s, "warmup-"))
 
 
 def load_tokenizer_for(load: TrialLoad) -> tuple[Tokenizer | None, list[Flag]]:
@@ -310,49 +305,50 @@ def find_tokenizer(config: LoadConfig, model: str, url: str | None = None) -> To
     return tokenizer
 
 
-def planned_instants(config: LoadConfig, trace: Trace | None, trial: int) -> Iterator[float | None]:
+def planned_instants(config: LoadConfig, trial: int) -> Iterator[float | None]:
     """When each request is due, in seconds of the load; None is when a stream is free. A rate's end at --duration-s, a ramp's at its top."""
     seed, end_s = f"{config.seed}/{trial}", config.duration_s
     instants: Iterator[float]
-    if trace:
-        instants = (row.arrival_s * config.time_scale for row in trace.rows)
+    if config.trace:
+        instants = (row.arrival_s * config.time_scale for row in trace_of(config).rows)
     elif config.stages:
-        instants = arrivals.staged(arrivals.read_stages(config.stages), seed)
+        instants = arrivals.changing(arrivals.read_stages(config.stages), seed)
     elif config.rate is None:
         return itertools.repeat(None)
     elif config.ramp_to is not None:
-        instants = arrivals.ramp(config.rate, config.ramp_to, config.ramp_s, seed)
+        top = config.ramp_to
+        instants = arrivals.changing([(config.rate, top, config.ramp_s), (top, top, math.inf)], seed)
         if end_s is None and config.requests is None and config.steady_s is None:
             end_s = config.ramp_s
     elif config.arrival == "constant":
         instants = arrivals.constant(config.rate)
     else:
-        is_gamma, rate = config.arrival == "gamma", config.rate
-        instants = arrivals.gamma(rate, config.burstiness, seed) if is_gamma else arrivals.poisson(rate, seed)
+        rate, burstiness = config.rate, config.burstiness if config.arrival == "gamma" else 1.0
+        instants = arrivals.gamma(rate, burstiness, seed)
         if config.steady_s is None:
             span_s = config.duration_s or (config.requests or DEFAULT_REQUESTS) / rate
             instants = arrivals.scaled(instants, round(span_s * rate), span_s)
     return itertools.takewhile(lambda at_s: end_s is None or at_s < end_s, instants)
 
 
-def _contents(
+def _planned(
     config: LoadConfig,
     tokenizer: Tokenizer | None,
     trial: int,
-    places: Iterable[int],
+    arrivals_s: Iterable[tuple[int, float | None]],
     part: str = "",
-) -> Iterator[tuple[Prompt, int | None, int, int]]:
-    """(prompt, its tokens, tokens to generate, tokens shared on purpose) at these ascending places of a trial or its warm-up.
+) -> Iterator[PlannedRequest]:
+    """The requests at these (place, arrival), in ascending order, of a trial or its warm-up.
 
     Lengths depend on the seed alone, texts on the nonce too. What prompts share, they share within their trial and its warm-up.
     """
     group = f"{config.seed}/{config.nonce}/{trial}"
     trace = trace_of(config) if config.trace and not part else None
     seen, seen_rows = set[Any](), 0
-    texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file and not trace else []
+    texts: list[FilePrompt] = prompt_file_of(config).prompts if config.prompt_file else []
     output = config.output_tokens, config.output_distribution, config.output_spread
     text: Prompt
-    for index in places:
+    for index, arrival_s in arrivals_s:
         seed, text_seed = f"{config.seed}/{part}{trial}/{index}", f"{config.seed}/{config.nonce}/{part}{trial}/{index}"
         tokens: int | None = None
         shared, most = 0, config.max_input_tokens
@@ -395,5 +391,6 @@ def _contents(
             text = prompts.built_in(index, text_seed)
         if tokens is None and tokenizer and isinstance(text, str):
             tokens = tokenizer.count(text)
-        output_tokens = min(output_tokens, config.max_output_tokens or output_tokens)
-        yield text, tokens, 1 if config.phase == "prefill" else output_tokens, shared
+        most_output = 1 if config.phase == "prefill" else config.max_output_tokens
+        output_tokens = min(output_tokens, most_output or output_tokens)
+        yield PlannedRequest(index, arrival_s, text, tokens, output_tokens, shared)

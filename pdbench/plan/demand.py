@@ -24,8 +24,7 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
     plan.check(config)
     if plan.is_endless(config):
         raise UserError("a closed loop that ends by time has no known number of requests: give --requests")
-    trace = trace_of(config) if config.trace else None
-    instants = islice(plan.planned_instants(config, trace, trial), plan.request_limit(config))
+    instants = islice(plan.planned_instants(config, trial), plan.request_limit(config))
     rows = [(at_s or 0.0, *lengths) for at_s, lengths in zip(instants, _lengths(config, trial), strict=False)]
     t_s, *lengths = zip(*rows, strict=True)
     tokens, outputs, cached = np.array(lengths, dtype=int)

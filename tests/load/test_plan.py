@@ -86,7 +86,8 @@ def test_constant_gaps():
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 20.0), (20.0, 2.0), (5.0, 5.0)])
 def test_ramp_arrivals_follow_the_integral_of_the_rate(start, end):
-    instants = list(itertools.takewhile(lambda at_s: at_s < 300.0, arrivals.ramp(start, end, 200.0, 3)))
+    phases = [(start, end, 200.0), (end, end, math.inf)]
+    instants = list(itertools.takewhile(lambda at_s: at_s < 300.0, arrivals.changing(phases, 3)))
     for until_s in (100.0, 200.0, 300.0):
         rate = start + (end - start) * min(until_s, 200.0) / 200.0
         expected = (start + rate) / 2 * min(until_s, 200.0) + end * max(0.0, until_s - 200.0)
@@ -95,7 +96,7 @@ def test_ramp_arrivals_follow_the_integral_of_the_rate(start, end):
 
 
 def test_stages_have_their_rates_and_end():
-    instants = list(arrivals.staged(arrivals.read_stages("10:100,0:50,40:50"), 2))
+    instants = list(arrivals.changing(arrivals.read_stages("10:100,0:50,40:50"), 2))
     counts = [
         sum(start <= at_s < start + length for at_s in instants) for start, length in [(0, 100), (100, 50), (150, 50)]
     ]
