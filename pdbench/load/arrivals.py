@@ -47,7 +47,7 @@ def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> I
         slope, expected = (last - first) / length_s, (first + last) / 2 * length_s
         while unit < summed + expected:
             left = unit - summed
-            yield begin_s + ((math.sqrt(first**2 + 2 * slope * left) - first) / slope if slope else left / first)
+            yield begin_s + 2 * left / (first + math.sqrt(first**2 + 2 * slope * left))
             unit = next(units)
         begin_s, summed = begin_s + length_s, summed + expected
 

@@ -95,6 +95,11 @@ def test_ramp_arrivals_follow_the_integral_of_the_rate(start, end):
     assert instants == sorted(instants)
 
 
+def test_a_ramp_that_hardly_rises_sends_as_its_constant_rate_does():
+    level, rising = (list(arrivals.changing([(8.0, top, 10.0)], 0)) for top in (8.0, 8.000000000000002))
+    assert len(level) > 50 and rising == pytest.approx(level)
+
+
 def test_stages_have_their_rates_and_end():
     instants = list(arrivals.changing(arrivals.read_stages("10:100,0:50,40:50"), 2))
     counts = [
