@@ -16,8 +16,8 @@ DONE = object()
 _IDLE_WORDS = {
     "ping", "keepalive", "keep-alive", "keep_alive", "heartbeat", "processing", "pong", "alive", "ok", "queued",
 }  # fmt: skip
-_HARMLESS = {"info", "information", "warning", "notice", "debug", "log", "message"}
-"""Types of documents whose `message` is no error."""
+_HARMLESS = ("info", "information", "warning", "notice", "debug", "log", "message")
+"""Types of documents whose `message` is no error; no set, as a server may send a list for one."""
 _REASONING = ("reasoning", "reasoning_content", "thinking", "reasoning_text", "reasoning_details")
 _FAILED = re.compile(
     "abort|cancel|error|exception|fail|time.?out|timed.?out|disconnect|insufficient|unavailable|overload|shut.?down|"
@@ -166,7 +166,7 @@ def _error(document: dict) -> str | None:
     if document.get("detail") or document.get("success") is False:
         return error_text(document)
     if isinstance(message, str) and message and message.lower() not in _IDLE_WORDS:
-        harmless = max(numbers, default=-1) >= 0 or not _HARMLESS.isdisjoint((document.get("object"), kind))
+        harmless = max(numbers, default=-1) >= 0 or document.get("object") in _HARMLESS or kind in _HARMLESS
         return None if harmless else error_text(document)
     return None
 

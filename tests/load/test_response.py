@@ -131,6 +131,13 @@ def test_finish_replaces_a_missing_done_but_not_an_error_after_it():
     assert record.error is not None and record.error.kind == "server_error"
 
 
+@pytest.mark.parametrize("odd", [{"object": ["x"]}, {"type": {"of": 1}}, {"object": [], "type": []}])
+def test_an_error_whose_type_is_no_text_is_the_servers(odd):
+    record = RequestRecord(id="r", planned_s=0.0)
+    Response(record).feed(SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(odd | {"message": "boom"})), 1.0)
+    assert record.error is not None and (record.error.kind, record.error.message) == ("server_error", "boom")
+
+
 def test_error_messages_of_all_forms():
     for body, text in [
         (json.dumps({"error": {"message": "a"}}).encode(), "a"),
