@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measure again what docs/results says of GPUs, on a host with four of them.
+# Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
-# GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes), tensor-parallel (about 25) or fleet
-# (about 25); default: all.
+# GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
+# after the other, about 25), tensor-parallel (about 25) or fleet (about 25); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -82,22 +82,36 @@ two_gpu_b() {
 
 connector_a() {
     sweep first-token-either 330 gpu-1p1d-graphs --against disaggregated --first-token either
-    step wire 480 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
-        --requests 1000 --limit-s 450 "--vllm-args=$alone"
+    step wire 420 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
+        --requests 1000 --limit-s 390 "--vllm-args=$alone"
 }
 
-connector_b() {
-    cost
-    step tests-gpu 480 env CUDA_VISIBLE_DEVICES=2,3 "$python" -m pytest -q -m gpu tests/gpu/test_kv_nccl.py
+connector_b() { # connector_b LANE: options that choose its two GPUs
+    cost $1
+    kv_tests $1
+}
+
+kv_tests() { # both halves at once: they take a fifth of each GPU's memory and measure nothing
+    local gpus=0,1
+    [ $# -gt 0 ] && gpus=2,3
+    step tests-gpu-caches 420 env CUDA_VISIBLE_DEVICES=$gpus "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k other_caches &
+    step tests-gpu 480 env CUDA_VISIBLE_DEVICES=$gpus "$python" -m pytest -v -p no:cacheprovider -m gpu tests/gpu/test_kv_nccl.py -k "not other_caches"
+    wait $!
+}
+
+second_turn() {
+    step second-turn 240 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/second_turn.py --connector p2p-nccl --model "$model" --conversations 10 \
+        --prompt 2048 --answer 384 --new 64 "--vllm-args=--load-format dummy $alone"
 }
 
 cost() { # what counters, canaries and a watched page cost the other requests
-    local serve
-    "$python" -m pdbench serve recipes/gpu-1p1d-graphs.toml --model "$model" --load-format dummy $lane_b --log-dir "$out/logs/cost" \
+    local serve port=8000
+    [ $# -gt 0 ] && port=9000
+    "$python" -m pdbench serve recipes/gpu-1p1d-graphs.toml --model "$model" --load-format dummy "$@" --log-dir "$out/logs/cost" \
         "--vllm-args=$alone" >"$out/cost-serve.log" 2>&1 &
     serve=$!
     until grep -q "^ready: " "$out/cost-serve.log" || ! kill -0 $serve 2>/dev/null || [ "$(left)" -lt 60 ]; do sleep 1; done
-    step cost 330 "$python" benchmarks/record_cost.py --url http://127.0.0.1:9000 --rounds 6 --rate 8 --requests 56 --input-tokens 2048 --output-tokens 128
+    step cost 330 "$python" benchmarks/record_cost.py --url http://127.0.0.1:$port --rounds 6 --rate 8 --requests 56 --input-tokens 2048 --output-tokens 128
     kill -INT $serve 2>/dev/null
     wait $serve
 }
@@ -129,9 +143,16 @@ for group in "$@"; do
         wait
         ;;
     connector)
-        connector_a &
-        connector_b &
-        wait
+        if [ "$(nvidia-smi --list-gpus | wc -l)" -lt 4 ]; then
+            cost
+            connector_a
+            kv_tests
+        else
+            connector_a &
+            connector_b "$lane_b" &
+            wait
+        fi
+        second_turn
         ;;
     tensor-parallel) tensor_parallel ;;
     fleet) fleet ;;

@@ -1,8 +1,10 @@
 """What a second turn costs: time to first token and bytes, with and without decode's KV going back to prefill (--return-kv).
 
-A prefill and a decode instance on CPU (tcp), a random Qwen2, and in front of them three proxies that the conversations take in turn. A
-second turn is the first one's prompt and answer, and new text. Two cores do all of it: the answer's first token competes with prefill.
+A prefill and a decode instance, and in front of them three proxies that the conversations take in turn. A second turn is the first one's
+prompt and answer, and new text.
+On CPU (tcp, a random Qwen2; two cores do all of it, so the answer's first token competes with prefill):
     python benchmarks/second_turn.py [--conversations 20] [--prompt 512] [--answer 384] [--new 64]        (about 3 minutes)
+On two GPUs: the same with --connector p2p-nccl --model FOLDER [--vllm-args="..."]
 """
 
 import argparse
@@ -68,14 +70,23 @@ def main() -> None:
     counts = {"conversations": 20, "prompt": 512, "answer": 384, "new": 64, "layers": 8}
     for name, count in counts.items():
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--connector", choices=("tcp", "p2p-nccl"), default="tcp")
+    parser.add_argument("--model", help="model folder (default: a random Qwen2 of --layers)")
+    parser.add_argument("--vllm-args", default="--block-size 32", help="more vLLM arguments")
     options = parser.parse_args()
     numbers = random.Random(1)
     with tempfile.TemporaryDirectory() as text, ExitStack() as stack:
         folder = Path(text)
-        model = str(tiny_qwen2(folder / "model", options.layers))
+        model = options.model or str(tiny_qwen2(folder / "model", options.layers))
         length = options.prompt + 2 * options.answer + options.new
         config = serve_config(
-            folder, connector="tcp", model=model, max_model_len=length, return_kv=True, vllm_args="--block-size 32"
+            folder,
+            connector=options.connector,
+            model=model,
+            max_model_len=length,
+            return_kv=True,
+            enforce_eager=options.connector == "tcp",
+            vllm_args=options.vllm_args,
         )
         deployment = stack.enter_context(closing(Site().deployment("disaggregated", config))).start()
         info, log = deployment.info(), Path(config.log_dir)
@@ -89,7 +100,7 @@ def main() -> None:
             place = folder / f"proxy-{len(proxies)}"
             place.mkdir()
             pair = {"prefill": servers[:1], "decode": servers[1:]}
-            proxies[mode] = stack.enter_context(proxy(place, "--connector", "tcp", *more, **pair))  # type: ignore[arg-type]
+            proxies[mode] = stack.enter_context(proxy(place, "--connector", options.connector, *more, **pair))  # type: ignore[arg-type]
         ttft_ms: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
         seconds: dict[str, list[str]] = {mode: [] for mode in MODES}
         for number in range(-WARM_UP, options.conversations):
