@@ -83,7 +83,7 @@ two_gpu_b() {
 connector_a() {
     sweep first-token-either 330 gpu-1p1d-graphs --against disaggregated --first-token either
     step wire 420 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
-        --requests 1000 --limit-s 390 "--vllm-args=$alone"
+        --requests 1000 --limit-s 390 "--vllm-args=--load-format dummy $alone"
 }
 
 connector_b() { # connector_b LANE: options that choose its two GPUs
@@ -119,7 +119,7 @@ cost() { # what counters, canaries and a watched page cost the other requests
 tensor_parallel() {
     step tests-tensor-parallel 420 "$python" -m pytest -q -m slow tests/kv/test_tensor_parallel.py
     step wire-tp2 300 "$python" benchmarks/kv_transfer.py --out "$out/wire-tp2" --connectors p2p-nccl --tensor-parallel 2 --model "$model" --requests 500 \
-        --limit-s 270 "--vllm-args=$alone"
+        --limit-s 270 "--vllm-args=--load-format dummy $alone"
     vllm=$alone measure tp2 1000 sweep gpu-1p1d-graphs --tensor-parallel 2 --against single,replicas,disaggregated --vary rate=8,16 --trials 3 \
         --duration-s 33 $slo
 }

@@ -137,7 +137,8 @@ def read_answer(connection: socket.socket) -> Answer:
 @contextmanager
 def _running(log: Path, argv: list[str], errors: Path, **environment: str) -> Iterator[Server]:
     """A process that prints its port, or a URL that ends with it, on its first line."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PYTHONPATH": path} | environment
     with errors.open("w") as file:
         command = ending_with_tests([sys.executable, *argv])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=env)
