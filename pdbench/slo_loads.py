@@ -31,6 +31,8 @@ PROBE = 8
 TIME_UP = "the time is up"
 GROWN_SHARE = 0.25
 """Overload: this share of what arrived in the second half of a load was added to the requests in flight."""
+RAMP = 8
+"""A load lasts as many times as long as its first answers before its requests in flight are judged."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ class LoadJudge:
 
     def _grows(self, now_s: float, in_flight: int) -> bool:
         """Did the second half of the load add more to the requests in flight than chance and its own answers explain?"""
-        if len(self._answers_s) < PROBE or now_s < 4 * statistics.median(self._answers_s[:PROBE]):
+        # Where a limit says how long a request may take, those that are overdue have missed: no need to guess.
+        if isfinite(self._longest_s) or len(self._answers_s) < PROBE:
             return False
-        # Within the SLO answers may take longer than on idle servers: until then more in flight is no overload.
-        if isfinite(self._longest_s) and now_s < 2 * self._longest_s:
+        # On servers that were idle, ever more are in flight until answers take as long as they do under this load.
+        if now_s < RAMP * statistics.median(self._answers_s[:PROBE]):
             return False
-        arrived = self._rate * now_s / 2
+        arrived = sum(now_s / 2 < (at_s or 0.0) <= now_s for at_s in self._arrivals)
         before = next(count for at_s, count in self._flight if at_s >= now_s / 2)
         return in_flight - before > max(GROWN_SHARE * arrived, 4 * arrived**0.5, 10)
 

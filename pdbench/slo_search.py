@@ -261,7 +261,7 @@ def _search_rate(
                     break
                 continue
             limited = 0
-            search.add(outcome_of(run, rate, point.held))
+            search.add(replace(outcome_of(run, rate, point.held), settled=point.load_s >= least_s))
             _enter(entry, search.answer(), loads.points)
             keep()
             _say(loads.console, point, search.answer(), goal)

@@ -44,7 +44,8 @@ class Outcome:
     missed; inf: failed or overdue).
 
     `held` is what stopped it: the rate was surely held (True) or not (False); None where it came to its end. `overload`: its queue
-    grew until it was stopped, though hardly any of its requests had missed yet.
+    grew until it was stopped, though hardly any of its requests had missed yet. `settled` False: it was stopped as not held before it could
+    become steady.
     """
 
     rate: float
@@ -53,6 +54,7 @@ class Outcome:
     score: Array
     held: bool | None = None
     overload: bool = False
+    settled: bool = True
 
     @property
     def missed(self) -> NDArray[np.bool_]:
@@ -66,12 +68,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The share missed at a rate, as if seen on so many independent requests; `held` as in `Outcome`."""
+    """The share missed at a rate, `at_least` or just so much, as if seen on so many independent requests."""
 
     rate: float
     missed: float
     requests: float
-    held: bool | None = None
+    at_least: bool = False
 
 
 def inflation(residuals: Sequence[Array]) -> float:
@@ -170,9 +172,11 @@ class VirtualQueue:
                 float(residual @ residual) / n, 0.5 * sum(float(r @ r) for r in residuals) / sum(map(len, residuals))
             )
             spread = max(share * (1 - share), 0.2 / n)  # none was missed: a few more might have been
-            noise = max(noise * grown + factor**2 * blur * requests, spread / MOST_WORTH)
+            # Nor do they say less of it than without a queue: where much was missed, there is more to explain.
+            noise = min(noise * grown, spread / alone)
+            noise = max(noise + factor**2 * blur * requests, spread / MOST_WORTH)
             worth = spread / noise if self.seconds * outcome.rate <= FULL else min(spread / noise, alone)
-            found.append(Evidence(outcome.rate, share, n * worth, outcome.held))
+            found.append(Evidence(outcome.rate, share, n * worth))
         return found
 
     def _often(self, rate: float, limit_s: float) -> tuple[float, float]:
@@ -191,7 +195,10 @@ def plain(outcomes: Sequence[Outcome]) -> list[Evidence]:
     grown = inflation([each.missed.astype(float) for each in outcomes if each.held is None])
     return [
         Evidence(
-            each.rate, each.share_missed, (LEAST_REQUESTS if each.overload else len(each.score)) / grown, each.held
+            each.rate,
+            each.share_missed,
+            (LEAST_REQUESTS if each.overload else len(each.score)) / grown,
+            not each.settled,
         )
         for each in outcomes
     ]

@@ -1,18 +1,26 @@
 """Which rate to load next, when a load has told enough, and what all loads together say of the highest rate that is held.
 
 The share of missed requests rises with the rate: its log odds are taken as linear in the log of the rate near the rate where it equals
-what may be missed. Both, that rate and the slope, are unknown, and every load is evidence on them (Bayes on a grid). A load is Wald's
-sequential test: it ends as soon as its rate is surely held or surely not (`SURE`), or with its last request.
+what may be missed. Both, that rate and the slope, are unknown, and every load is evidence on them (Bayes on a grid). So is how much that
+rate differs from load to load: servers have moods. A load is Wald's sequential test: it ends as soon as its rate is surely held or surely not (`SURE`), or with its last request.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log
 
 import numpy as np
 from scipy import special
 
-from pdbench.search.evidence import LEAST_REQUESTS, USUAL_INFLATION, Array, Evidence, Outcome, VirtualQueue, plain
+from pdbench.search.evidence import (
+    LEAST_REQUESTS,
+    USUAL_INFLATION,
+    Array,
+    Evidence,
+    Outcome,
+    VirtualQueue,
+    inflation,
+    plain,
+)
 
 SURE = 0.98
 INTERVAL = 0.97
@@ -23,9 +31,12 @@ REACH = FACTOR**2
 """A rate is judged among those so near. All that lie above are the prior's: they would call the first rate held by a few good requests."""
 SIDES = (0.15, 0.85)
 """Loads run at these quantiles of what is possible in turns: two rates tell the slope, one never does."""
-CELLS, DECADES = 500, 9.0
-SLOPES = np.geomspace(1.0, 250.0, 24)
+CELLS, DECADES = 300, 9.0
+SLOPES = np.geomspace(1.0, 250.0, 16)
 USUAL_SLOPE, SLOPE_SPREAD = 10.0, 1.2
+MOODS = (0.0, 0.03, 0.1, 0.3)
+"""Standard deviations, from load to load, of the log of the rate that is held; each is believed to be e**MOOD times less likely than the one before."""
+MOOD = 1.5
 NEAR, NEAR_LOADS = 3.0, 2
 """No rate is found before so many loads ran within so many times the precision of it: from farther away, the curve is only believed."""
 NEAR_SHARE = 0.5
@@ -57,44 +68,34 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._prior = -0.5 * ((np.log(SLOPES) - log(USUAL_SLOPE)) / SLOPE_SPREAD) ** 2
+        slopes = -0.5 * ((np.log(SLOPES) - log(USUAL_SLOPE)) / SLOPE_SPREAD) ** 2
+        self._prior = np.concatenate([slopes - MOOD * place for place in range(len(MOODS))])
         self._inflation = USUAL_INFLATION
-        self._learn()
+        self._update()
 
     def add(self, outcome: Outcome) -> None:
         ended_by_queue = outcome.held is False and not outcome.share_missed > self.may_miss
         self.outcomes.append(replace(outcome, overload=ended_by_queue))
-        self._learn()
-
-    def _learn(self) -> None:
-        """From all loads; where they contradict each other, as on a machine with moods, each says less (Birge 1932)."""
-        evidence = self.evidence()
-        self._update(evidence)
-        row, column = np.unravel_index(int(self._weights.argmax()), self._weights.shape)
-        excess, loads = 0.0, 0
-        for each in evidence:
-            if each.missed < NEAR_SHARE:
-                odds = special.logit(self.may_miss) + SLOPES[column] * (log(each.rate) - self._logs[row])
-                expected = float(np.clip(special.expit(odds), 1e-4, 1 - 1e-4))
-                excess += each.requests * (each.missed - expected) ** 2 / (expected * (1 - expected))
-                loads += 1
-        ratio = excess / max(1, loads - 2)
-        if loads > 2 and ratio > 1:
-            self._inflation *= ratio
-            self._update([replace(each, requests=each.requests / ratio) for each in evidence])
+        self._update()
 
     def next_rate(self) -> float:
         """The rate that tells most: a little below and above what is most likely, once one rate was held and one was not."""
-        held = [each.rate for each in self.outcomes if each.held]
-        lost = [each.rate for each in self.outcomes if each.held is False]
         if not self.outcomes:
             return self.first_rate
-        if any(each.held is None for each in self.outcomes) or (held and lost):
-            sent = [each.rate for each in self.outcomes]
-            likely = self._quantile(SIDES[len(self.outcomes) % len(SIDES)])
-            # What is far from all loads is only believed.
-            return min(max(likely, min(sent) / FACTOR), max(sent) * FACTOR)
-        return max(held) * FACTOR if held else min(lost) / FACTOR
+        sent = [each.rate for each in self.outcomes]
+        held = [each.rate for each in self.outcomes if each.held]
+        lost = [each.rate for each in self.outcomes if each.held is False]
+        if not any(each.held is None for each in self.outcomes) and not (held and lost):
+            return max(held) * FACTOR if held else min(lost) / FACTOR
+        side = SIDES[len(self.outcomes) % len(SIDES)]
+        # What is far from all loads is only believed.
+        rate = min(max(self._quantile(side), min(sent) / FACTOR), max(sent) * FACTOR)
+        # Nor is what is known already sent again, unless other loads have made it doubtful.
+        middle = self._quantile(0.5)
+        low = max((each for each in held if each < middle), default=min(rate, middle))
+        high = min((each for each in lost if each > middle), default=max(rate, middle))
+        first, last = (low * (high / low) ** share for share in SIDES)
+        return min(max(rate, first), last)
 
     def decided(self, rate: float, missed: int, known: int) -> bool | None:
         """Is this rate surely held, or surely not, by what is known of its load so far and by all loads before?"""
@@ -120,7 +121,10 @@ class Search:
         # Only loads bound the answer, never what was believed before them.
         if not any(each.held is not False and each.share_missed <= self.may_miss for each in self.outcomes):
             low = 0.0
-        if not any(each.held is not True and each.share_missed >= self.may_miss for each in self.outcomes):
+        # A rate that was missed bounds nothing once higher ones were held.
+        if not any(
+            each.held is not True and each.share_missed >= self.may_miss and each.rate >= low for each in self.outcomes
+        ):
             # What is believed above the highest rate that was sent is no measurement.
             low = max((each.rate for each in self.outcomes if each.share_missed <= self.may_miss), default=0.0)
             return Answer(low, low, np.inf)
@@ -135,35 +139,44 @@ class Search:
 
     def evidence(self) -> list[Evidence]:
         """What each load says; near the rate that is sought, with luck in the arrivals taken out."""
-        near = [each for each in self.outcomes if each.share_missed < NEAR_SHARE]
-        far = [each for each in self.outcomes if each.share_missed >= NEAR_SHARE]
+        near = [each for each in self.outcomes if each.share_missed < NEAR_SHARE and each.settled]
+        far = [each for each in self.outcomes if not (each.share_missed < NEAR_SHARE and each.settled)]
         without = plain(near) if near else []
-        if without:
-            self._inflation = len(near[0].score) / without[0].requests
         adjusted = VirtualQueue(near, self.unit_s).evidence() if self.unit_s is not None and near else None
         return (adjusted or without) + plain(far)
 
-    def _update(self, evidence: Sequence[Evidence]) -> None:
-        """Log weights of every (log rate, slope), on a grid as fine as what is known."""
+    def _update(self) -> None:
+        """Log weights of every (log rate, mood and slope), by all loads, on a grid as fine as what is known."""
+        evidence = self.evidence()
+        settled = [each.missed.astype(float) for each in self.outcomes if each.held is None]
+        self._inflation = inflation(settled)
         low, high = log(self.first_rate) - DECADES, log(self.first_rate) + DECADES
         for _ in range(3):
             self._logs = np.linspace(low, high, CELLS)
-            weights = np.broadcast_to(self._prior, (CELLS, len(SLOPES))).copy()
+            distance = self._logs[:, None] - self._logs
+            self._moods = [np.exp(-0.5 * (distance / mood) ** 2) for mood in MOODS if mood]
+            self._moods = [mood / mood.sum(axis=1, keepdims=True) for mood in self._moods]
+            weights = np.broadcast_to(self._prior, (CELLS, len(self._prior))).copy()
             for each in evidence:
                 weights += self._of(each)
             self._weights = weights - weights.max()
-            step, possible = self._logs[1] - self._logs[0], np.flatnonzero(self._weights.max(axis=1) > -14)
+            step, possible = self._logs[1] - self._logs[0], np.flatnonzero(self._weights.max(axis=1) > -10)
             low, high = self._logs[possible[0]] - step, self._logs[possible[-1]] + step
 
     def _of(self, each: Evidence) -> Array:
-        """Log likelihood of one load; of one that was overloaded, of at least so many misses: it never became steady."""
+        """Log likelihood of one load; of one that never became steady, of at least so many misses."""
         odds = special.logit(self.may_miss) + SLOPES * (log(each.rate) - self._logs[:, None])
         odds = np.clip(odds, -14, 14)
-        if each.missed >= NEAR_SHARE:
-            missed = NEAR_SHARE * each.requests
+        if each.at_least or each.missed >= NEAR_SHARE:
+            missed = min(each.missed, NEAR_SHARE) * each.requests
             chance = special.betainc(max(missed, 0.5), each.requests - missed + 1, special.expit(odds))
-            return np.log(np.maximum(chance, 1e-12))
-        return each.requests * (each.missed * special.log_expit(odds) + (1 - each.missed) * special.log_expit(-odds))
+            likely = np.log(np.maximum(chance, 1e-12))
+        else:
+            likely = each.missed * special.log_expit(odds) + (1 - each.missed) * special.log_expit(-odds)
+            likely *= each.requests
+        # In its mood the load had another rate, as far from the usual one as moods go.
+        chance, most = np.exp(likely - likely.max()), likely.max()
+        return np.hstack([likely, *(np.log(np.maximum(mood @ chance, 1e-300)) + most for mood in self._moods)])
 
     def _held(self, weights: Array, rate: float) -> float:
         distance = abs(self._logs - log(rate))
@@ -172,5 +185,6 @@ class Search:
         return float(mass[self._logs[near] >= log(rate)].sum() / mass.sum())
 
     def _quantile(self, share: float) -> float:
-        mass = np.exp(self._weights).sum(axis=1).cumsum()
-        return exp(float(np.interp(share * mass[-1], mass, self._logs)))
+        mass = np.exp(self._weights).sum(axis=1)
+        below = mass.cumsum() - mass / 2
+        return exp(float(np.interp(share * mass.sum(), below, self._logs)))
