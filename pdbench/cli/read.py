@@ -148,6 +148,7 @@ def report(
     ----------
     folders
         Results folders; the first is the baseline. Default: those of single_results, replicas_results and disaggregated_results that are here.
+        Or folders of `pdbench search`: their answers as one, with search.json and its picture.
     out
         Folder for report.html, report.md, requests.csv and the pictures.
     sort_by
@@ -159,9 +160,20 @@ def report(
     lang
         Language of page and tables.
     """
+    from pdbench.files import check_writable
     from pdbench.report import commands, text
+    from pdbench.report import search as found
+    from pdbench.search.document import FILE
 
     with text.language(lang):
+        if any((folder / FILE).exists() for folder in folders):
+            if sort_by or llm_d or otlp:
+                raise UserError("--sort-by, --llm-d and --otlp are for results folders, not for those of a search")
+            document = found.joined(folders, out)
+            check_writable(out)
+            out.mkdir(parents=True, exist_ok=True)  # the runs are found from there
+            found.present(document, out, console)
+            return
         commands.report(folders, out, sort_by, console, llm_d=llm_d, otlp=otlp)
 
 
