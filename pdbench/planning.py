@@ -10,7 +10,7 @@ from rich.console import Console
 from pdbench import failures
 from pdbench.config import LoadConfig
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import read_whole, remove_earlier, write_whole
+from pdbench.files import is_edited, read_whole, remove_earlier, sealed, write_whole
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -76,7 +76,7 @@ def plan(
         console.print(tables.Terminal(table))
 
     found = read_calibration(sources, console)
-    save(CALIBRATION, found)
+    write(CALIBRATION, sealed(msgspec.json.format(msgspec.json.encode(found), indent=1)))
     show(report.calibration(found))
     drawn = [partial(report.steps_chart, found)]
     checks = []
@@ -144,13 +144,17 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
     """Of runs' folders, or the one saved in a folder of `pdbench plan`. Raises UserError for what is neither."""
     if len(sources) == 1 and (saved := sources[0] / CALIBRATION).is_file():
         try:
-            found = msgspec.json.decode(read_whole(saved), type=Calibration)
+            content = read_whole(saved)
+            found = msgspec.json.decode(content, type=Calibration)
         except NOT_JSON as error:
             raise UserError(f"{saved} is no calibration ({error}): calibrate by its runs again") from None
         if found.schema != records.SCHEMA:
             raise UserError(
                 f"{saved} has schema {found.schema}, this pdbench reads {records.SCHEMA}: calibrate by its runs again"
             )
+        if is_edited(content):  # among what is missing, where every later copy keeps it
+            edited = f"a calibration as measured: {saved} was edited after it was saved; calibrate by its runs again"
+            return msgspec.structs.replace(found, missing=[edited, *found.missing])
         return found
     if not sources:
         raise UserError(

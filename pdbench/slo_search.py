@@ -13,7 +13,6 @@ from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from msgspec import structs
 from rich.console import Console
@@ -22,14 +21,13 @@ from pdbench import sweep
 from pdbench.analysis.metrics import SLO, timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import LoadConfig, Options
-from pdbench.errors import NOT_JSON, UserError
+from pdbench.errors import UserError
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
-from pdbench.report import text
-from pdbench.report.search import save
+from pdbench.report import search_files, text
 from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.document import FILE, Choice, Closest, Document, Held, Point, Scaled, Tuned
 from pdbench.search.evidence import LEAST_REQUESTS, Array
@@ -131,11 +129,9 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
     slo = {name: limit for name in SLO if (limit := getattr(load, name)) is not None}
     document = Document(command=json.loads(json.dumps(command)), slo=slo, attain_pct=100 * goal.attain)
     try:
-        saved = msgspec.json.decode((out / FILE).read_bytes(), type=Document)
+        saved = search_files.load(out)
     except FileNotFoundError:
         return document, []
-    except (OSError, *NOT_JSON) as error:  # to begin again would delete the loads that it names
-        raise UserError(f"{out / FILE} cannot be read ({error}): move it away, or give another --out") from None
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(
@@ -175,7 +171,7 @@ def find(
             def keep() -> None:
                 walked = {point.run for point in document.points}
                 points = document.points + [point for point in earlier if point.run not in walked]
-                save(structs.replace(document, points=points), out)
+                search_files.save(structs.replace(document, points=points), out)
 
             console.print(f"[bold]{deployment.name}[/bold]: search")
             load = deployment.options.load

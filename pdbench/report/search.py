@@ -1,12 +1,9 @@
 """What `pdbench search` found: its sentence, tables and pictures, out of search.json and the saved runs."""
 
-import os
-from collections.abc import Sequence
 from math import inf
 from operator import attrgetter
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from msgspec import structs
 from rich.console import Console
@@ -14,10 +11,10 @@ from rich.text import Text
 
 from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
-from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import write_whole
 from pdbench.report import tables, text
 from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
+from pdbench.report.search_files import save
 from pdbench.report.text import translate as _
 from pdbench.search.document import FILE, Choice, Document, Held
 
@@ -36,45 +33,6 @@ COLUMNS = {
 }
 MOST_USED = 1.5
 """Settings are drawn up to so many times the SLO."""
-
-
-def save(document: Document, out: Path) -> None:
-    write_whole(out / FILE, msgspec.json.format(msgspec.json.encode(document), indent=1))
-
-
-def joined(folders: Sequence[Path], out: Path) -> Document:
-    """The answers of several searches with one SLO as one, whose runs stay where they are; to be presented in `out`.
-
-    Raises UserError where one cannot be read, or they do not compare.
-    """
-    found: list[Document] = []
-    for folder in folders:
-        try:
-            found.append(msgspec.json.decode((folder / FILE).read_bytes(), type=Document))
-        except (OSError, *NOT_JSON) as error:
-            raise UserError(f"{folder / FILE} cannot be read ({error}): searches are reported by themselves") from None
-    goals = [(each.slo, each.attain_pct) for each in found]
-    if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
-        raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")
-    names = [entry.name for each in found for entry in each.deployments]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{twice} was searched in several of these folders: give one of them")
-    for folder, each in zip(folders, found, strict=True):
-        here = os.path.relpath(folder, out)
-        for named in (*each.points, *each.deployments, *(entry.closest for entry in each.deployments)):
-            if named and named.run:
-                named.run = f"{here}/{named.run}"
-        for _name, tuned in each.tuned():
-            for choice in (tuned, tuned.before):
-                if choice and choice.run:
-                    choice.run = f"{here}/{choice.run}"
-    return Document(
-        command={"joined": [each.command for each in found]},
-        slo=found[0].slo,
-        attain_pct=found[0].attain_pct,
-        deployments=[entry for each in found for entry in each.deployments],
-        points=[point for each in found for point in each.points],
-    )
 
 
 def present(document: Document, out: Path, console: Console) -> list[RunAnalysis]:

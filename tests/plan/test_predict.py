@@ -242,3 +242,16 @@ def test_runs_that_do_not_count_or_count_twice_are_refused(tmp_path: Path) -> No
     save_run(run, tmp_path / "a")
     with pytest.raises(UserError, match="a: canary-failed: a wrong answer; its figures do not count: leave it out"):
         read_calibration([tmp_path / "a"], Console(quiet=True))
+
+
+def test_calibration_that_somebody_edited_says_so_in_every_later_copy(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration()))
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    plan([tmp_path], (), [], LoadConfig(), saved, Console(quiet=True))
+    written = (saved / CALIBRATION).read_bytes()
+    assert not read_calibration([saved], Console(quiet=True)).missing
+    (saved / CALIBRATION).write_bytes(written.replace(b'"drift": 1.', b'"drift": 1.0'))
+    assert (saved / CALIBRATION).read_bytes() != written
+    plan([saved], (), [], LoadConfig(), again, Console(quiet=True))
+    (told,) = read_calibration([again], Console(quiet=True)).missing
+    assert "was edited after it was saved" in told

@@ -74,4 +74,13 @@ def test_results_folder_among_searches_is_named(tmp_path: Path) -> None:
     search = searched(tmp_path / "a", "single", 10.0)
     (tmp_path / "single_results").mkdir()
     done = call_pdbench("report", str(search), "single_results", cwd=tmp_path)
-    assert done.returncode != 0 and "single_results/search.json cannot be read" in done.stderr
+    assert done.returncode != 0 and "single_results holds no search" in done.stderr
+
+
+def test_search_that_somebody_edited_is_refused(tmp_path: Path) -> None:
+    searched(tmp_path / "a", "single", 10.0)
+    assert call_pdbench("report", "a", "--out", "b", cwd=tmp_path).returncode == 0
+    path = tmp_path / "b" / FILE
+    path.write_bytes(path.read_bytes().replace(b'"attained_pct": 99.0', b'"attained_pct": 99.9'))
+    done = call_pdbench("report", "b", "--out", "c", cwd=tmp_path)
+    assert done.returncode != 0 and "was edited after it was saved" in done.stderr

@@ -1,0 +1,66 @@
+"""search.json: written, read, and several of them as one answer."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from pdbench.errors import NOT_JSON, UserError
+from pdbench.files import is_edited, sealed, write_whole
+from pdbench.search.document import FILE, Document
+
+
+def save(document: Document, out: Path) -> None:
+    write_whole(out / FILE, sealed(msgspec.json.format(msgspec.json.encode(document), indent=1)))
+
+
+def load(folder: Path) -> Document:
+    """Raises UserError where the saved answer cannot be read or was edited, FileNotFoundError where there is none."""
+    try:
+        content = (folder / FILE).read_bytes()
+        found = msgspec.json.decode(content, type=Document)
+    except FileNotFoundError:
+        raise
+    except (OSError, *NOT_JSON) as error:  # to begin again would delete the loads that it names
+        raise UserError(f"{folder / FILE} cannot be read ({error}): move it away, or give another --out") from None
+    if is_edited(content):
+        raise UserError(
+            f"{folder / FILE} was edited after it was saved: restore it, or search again with another --out"
+        )
+    return found
+
+
+def joined(folders: Sequence[Path], out: Path) -> Document:
+    """The answers of several searches with one SLO as one, whose runs stay where they are; to be presented in `out`.
+
+    Raises UserError where one cannot be read, or they do not compare.
+    """
+    found: list[Document] = []
+    for folder in folders:
+        try:
+            found.append(load(folder))
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no search: searches are reported by themselves") from None
+    goals = [(each.slo, each.attain_pct) for each in found]
+    if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
+        raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")
+    names = [entry.name for each in found for entry in each.deployments]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} was searched in several of these folders: give one of them")
+    for folder, each in zip(folders, found, strict=True):
+        here = os.path.relpath(folder, out)
+        for named in (*each.points, *each.deployments, *(entry.closest for entry in each.deployments)):
+            if named and named.run:
+                named.run = f"{here}/{named.run}"
+        for _name, tuned in each.tuned():
+            for choice in (tuned, tuned.before):
+                if choice and choice.run:
+                    choice.run = f"{here}/{choice.run}"
+    return Document(
+        command={"joined": [each.command for each in found]},
+        slo=found[0].slo,
+        attain_pct=found[0].attain_pct,
+        deployments=[entry for each in found for entry in each.deployments],
+        points=[point for each in found for point in each.points],
+    )
