@@ -163,11 +163,10 @@ def report(
     from pdbench.files import check_writable
     from pdbench.report import commands, text
     from pdbench.report import search as found
-    from pdbench.report.search_files import joined
-    from pdbench.search.document import FILE
+    from pdbench.report.search_files import is_search, joined
 
     with text.language(lang):
-        if any((folder / FILE).exists() for folder in folders):
+        if any(map(is_search, folders)):
             if sort_by or llm_d or otlp:
                 raise UserError("--sort-by, --llm-d and --otlp are for results folders, not for those of a search")
             document = joined(folders, out)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,13 @@ import msgspec
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import is_edited, sealed, write_whole
 from pdbench.search.document import FILE, Document
+
+
+def is_search(folder: Path) -> bool:
+    """Not where it may not be looked at."""
+    with suppress(OSError):
+        return (folder / FILE).is_file()
+    return False
 
 
 def save(document: Document, out: Path) -> None:
