@@ -273,9 +273,18 @@ def _complete(folder: Path, token: str) -> None:
 
 
 def read_whole(path: Path) -> bytes:
-    """Raises UserError, for a missing file because of FileNotFoundError, when it cannot be read or is packed."""
+    """Raises UserError as `read_head`."""
+    return read_head(path, -1)
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """The first `size` bytes, -1: all.
+
+    Raises UserError, for a missing file because of FileNotFoundError, when it cannot be read or is packed.
+    """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(size)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}: `pdbench monitor --out FILE` and `pdbench run` write such files") from error
     except OSError as error:
@@ -306,7 +315,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def run_ids(folder: Path) -> list[str]:
     """Which run the results files of `folder` hold, by their first lines."""
-    found = [re.search(rb'"run_id": ?"([0-9a-f]+)"', read_whole(path)[:400]) for path in results_files(folder)]
+    found = [re.search(rb'"run_id": ?"([0-9a-f]+)"', read_head(path, 400)) for path in results_files(folder)]
     return [match[1].decode() if match else "" for match in found]
 
 

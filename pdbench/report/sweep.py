@@ -150,7 +150,7 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
     return Panel(
         title=title,
         series=drawn,
-        x=Axis(label=text.option(option) if by_option else text.label("output_tokens_per_s"), integer=integer),
+        x=Axis(label=text.option_label(option) if by_option else text.label("output_tokens_per_s"), integer=integer),
         y=Axis(label=text.label(metric), low=0, high=high or None),
         not_measured=text.NEEDS_SLO if metric.startswith("goodput") else "",
     )

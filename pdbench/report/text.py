@@ -181,6 +181,14 @@ def option(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("_", " ")
 
 
+def option_label(key: str) -> str:
+    """Option and unit, where its name does not say it: rate, requests/s."""
+    name = option(key)
+    units = {"rate": "requests/s", "ramp to": "requests/s", "concurrency": "requests", "clock": "MHz", "cap": "W"}
+    unit = next((unit for words, unit in units.items() if name == words or name.endswith(f" {words}")), "")
+    return ", ".join(filter(None, (name, unit)))
+
+
 def option_value(value: Any) -> str:
     """An option's value: 16 for the number 16.0."""
     return f"{value:g}" if isinstance(value, float) else str(value)

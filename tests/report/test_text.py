@@ -177,3 +177,17 @@ def test_headline_of_runs_on_one_gpu_each_says_so(lang):
     with text.language(lang):
         line = answer.headline(compare(*runs.values(), names=("a", "b")), runs)
     assert ("b against a, 1 GPU each" if lang == "en" else "各用 1 个 GPU") in line
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("load.rate", "rate, requests/s"),
+        ("load.concurrency", "concurrency, requests"),
+        ("power.prefill_clock", "prefill clock, MHz"),
+        ("load.input_tokens", "input tokens"),
+        ("load.drain_rate_of", "drain rate of"),
+    ],
+)
+def test_axis_of_an_option_has_its_unit(key: str, label: str) -> None:
+    assert text.option_label(key) == label
