@@ -158,7 +158,8 @@ class Batch:
                 victim = queue.pop()
                 end, _, request, base = victim
                 free += self._blocks(base + min(k, end) - 1)
-                if self.ending.pop(request, None):
+                if self.ending.pop(request, None):  # nothing is computed again, but vLLM counts it
+                    self.preemptions += 1
                     continue
                 self.running.remove(victim)
                 self.base -= base

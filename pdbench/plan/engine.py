@@ -2,8 +2,9 @@
 
 An engine runs one step after the other. Step k is scheduled at s_k; then the host launches it and the GPU computes it, side by side:
 
-    host(k) = host_decode_s                                    at most `Limits.captured` tokens: replayed as a CUDA graph
-              host_prefill_s * noise + host_per_prompt_token_s * p   more tokens: a prefill step, launched piece by piece
+    host(k) = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph
+              host_prefill_s * noise + host_per_prompt_token_s * p   else launched piece by piece: beside a prompt vLLM's graphs, however
+                                                                     long, leave attention out
     gpu(k)  = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
               + gpu_prefill_s + gpu_per_prompt_token_s * p            p > 0 prompt tokens in the step
     done(k) = max(max(done(k-1), s_k) + gpu(k), s_k + host(k))

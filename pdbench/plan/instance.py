@@ -300,14 +300,13 @@ class Instance(Batch):
         if not prompt_tokens and not joining:
             return
         host, gpu = costs.host_decode_s, pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
-        if n + joining + prompt_tokens > pool.captured:
-            host = costs.host_prefill_s
-            if prompt_tokens:
-                host *= pool.noise[self.noise_at % len(pool.noise)]
-                self.noise_at += 1
-                host += costs.host_per_prompt_token_s * prompt_tokens
         if prompt_tokens:
+            host = costs.host_prefill_s * pool.noise[self.noise_at % len(pool.noise)]
+            self.noise_at += 1
+            host += costs.host_per_prompt_token_s * prompt_tokens
             gpu += costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens
+        elif n + joining > pool.captured:
+            host = costs.host_prefill_s
         s, d = self.s, self.d
         begins, launched = (d if d > s else s), s + host
         done = begins + gpu if begins + gpu > launched else launched

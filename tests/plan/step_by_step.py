@@ -135,9 +135,8 @@ class SlowEngine:
                 getting.append(sequence)
         host = gpu = 0.0
         if members:
-            captured = decoding + prompt_tokens <= self.limits.captured
             host = self.costs.host_decode_s
-            if not captured:
+            if prompt_tokens or decoding > self.limits.captured:  # graphs of whole steps hold no prompts
                 noise = list(itertools.chain(*self.costs.noise))
                 factor = noise[self.noise_at % len(noise)] if noise and prompt_tokens else 1.0
                 self.noise_at += prompt_tokens > 0

@@ -85,13 +85,16 @@ def test_answers_of_a_queue_of_prompts_come_in_time(kind: str, monkeypatch: pyte
 def test_full_kv_cache_preempts_the_same_sequences(
     kind: str, async_scheduling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = demand(150, 12.0, prompt=300, output=120)
-    most = int((load.prompt_tokens + load.output_tokens).max())
-    own = engine(async_scheduling=async_scheduling, kv_cache_tokens=(most // 16 + 2) * 16)
-    assert assert_equal(of_kind(kind, own), load, monkeypatch) > 10
+    for seed in (0, 4):  # 4: one that only waits for its last token loses its blocks
+        load = demand(150, 12.0, seed, prompt=300, output=120)
+        most = int((load.prompt_tokens + load.output_tokens).max())
+        own = engine(async_scheduling=async_scheduling, kv_cache_tokens=(most // 16 + 2) * 16)
+        assert assert_equal(of_kind(kind, own), load, monkeypatch) > 10
 
 
-@pytest.mark.parametrize("limits", [{"max_num_seqs": 3}, {"max_num_batched_tokens": 64}, {"captured": 0}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{"max_num_seqs": 3}, {"max_num_batched_tokens": 64}, {"captured": 0}, {"captured": 4096}], ids=str
+)
 def test_limits_of_a_step_hold(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(of_kind("single", engine(**limits)), demand(100, 6.0, prompt=300), monkeypatch)
 
