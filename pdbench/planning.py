@@ -23,6 +23,7 @@ from pdbench.plan.search import search
 from pdbench.records import Run, load_run
 from pdbench.report import mpl, tables
 from pdbench.report import plan as report
+from pdbench.report.search_files import check_no_measured_search
 from pdbench.report.text import translate as _
 from pdbench.search import document
 
@@ -47,7 +48,7 @@ def plan(
 
     Raises UserError for runs that calibrate nothing, and options that contradict each other.
     """
-    _check_no_measured_search(out)
+    check_no_measured_search(out)
     predicted: list[Prediction] = []
     wanted = [parse_layout(words) for words in deployments]
     if most_gpus is not None:
@@ -127,17 +128,6 @@ def plan(
     console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
         raise UserError("no deployment is predicted: the tables say what to measure first")
-
-
-def _check_no_measured_search(out: Path) -> None:
-    """Raises UserError where `pdbench search` keeps its loads, by a document of the same name."""
-    try:
-        msgspec.json.decode((out / document.FILE).read_bytes(), type=document.Document)
-    except (OSError, *NOT_JSON):
-        return
-    raise UserError(
-        f"{out} holds what `pdbench search` measured, and its {document.FILE} would be replaced: give another --out"
-    )
 
 
 def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:

@@ -163,13 +163,14 @@ def report(
     from pdbench.files import check_writable
     from pdbench.report import commands, text
     from pdbench.report import search as found
-    from pdbench.report.search_files import is_search, joined
+    from pdbench.report.search_files import check_no_measured_search, is_search, joined
 
     with text.language(lang):
         if any(map(is_search, folders)):
             if sort_by or llm_d or otlp:
                 raise UserError("--sort-by, --llm-d and --otlp are for results folders, not for those of a search")
             document = joined(folders, out)
+            check_no_measured_search(out)
             check_writable(out)
             out.mkdir(parents=True, exist_ok=True)  # the runs are found from there
             found.present(document, out, console)

@@ -11,6 +11,9 @@ from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import is_edited, sealed, write_whole
 from pdbench.search.document import FILE, Document
 
+JOINED = "joined"
+"""The command's key of an answer that was put together."""
+
 
 def is_search(folder: Path) -> bool:
     """Not where it may not be looked at."""
@@ -37,6 +40,18 @@ def load(folder: Path) -> Document:
             f"{folder / FILE} was edited after it was saved: restore it, or search again with another --out"
         )
     return found
+
+
+def check_no_measured_search(out: Path) -> None:
+    """Raises UserError where `pdbench search` keeps its loads, by a document of the same name."""
+    try:
+        found = msgspec.json.decode((out / FILE).read_bytes(), type=Document)
+    except (OSError, *NOT_JSON):
+        return
+    if JOINED not in found.command:
+        raise UserError(
+            f"{out} holds what `pdbench search` measured, and its {FILE} would be replaced: give another --out"
+        )
 
 
 def joined(folders: Sequence[Path], out: Path) -> Document:
@@ -66,7 +81,7 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
                 if choice and choice.run:
                     choice.run = f"{here}/{choice.run}"
     return Document(
-        command={"joined": [each.command for each in found]},
+        command={JOINED: [each.command for each in found]},
         slo=found[0].slo,
         attain_pct=found[0].attain_pct,
         deployments=[entry for each in found for entry in each.deployments],

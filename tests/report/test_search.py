@@ -84,3 +84,13 @@ def test_search_that_somebody_edited_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"attained_pct": 99.0', b'"attained_pct": 99.9'))
     done = call_pdbench("report", "b", "--out", "c", cwd=tmp_path)
     assert done.returncode != 0 and "was edited after it was saved" in done.stderr
+
+
+def test_measured_search_is_not_replaced(tmp_path: Path) -> None:
+    folders = [searched(tmp_path / "a", "single", 10.0), searched(tmp_path / "b", "replicas", 20.0)]
+    measured = (folders[0] / FILE).read_bytes()
+    done = call_pdbench("report", *folders, "--out", "a", cwd=tmp_path)
+    assert done.returncode != 0 and "holds what `pdbench search` measured" in done.stderr
+    assert (folders[0] / FILE).read_bytes() == measured
+    for _ in range(2):  # its own answer is
+        assert call_pdbench("report", *folders, "--out", "both", cwd=tmp_path).returncode == 0
