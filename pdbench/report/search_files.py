@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from pdbench.analysis.compare import mismatches_of
+from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import is_edited, sealed, write_whole
 from pdbench.search.document import FILE, Document
@@ -71,15 +73,13 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     names = [entry.name for each in found for entry in each.deployments]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} was searched in several of these folders: give one of them")
+    _check_measured_alike(folders, found)
     for folder, each in zip(folders, found, strict=True):
-        here = os.path.relpath(folder, out)
-        for named in (*each.points, *each.deployments, *(entry.closest for entry in each.deployments)):
+        chosen = [choice for _name, tuned in each.tuned() for choice in (tuned, tuned.before)]
+        closest = [entry.closest for entry in each.deployments]
+        for named in (*each.points, *each.deployments, *closest, *chosen):
             if named and named.run:
-                named.run = f"{here}/{named.run}"
-        for _name, tuned in each.tuned():
-            for choice in (tuned, tuned.before):
-                if choice and choice.run:
-                    choice.run = f"{here}/{choice.run}"
+                named.run = os.path.relpath(folder / named.run, out)
     return Document(
         command={JOINED: [each.command for each in found]},
         slo=found[0].slo,
@@ -87,3 +87,15 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
         deployments=[entry for each in found for entry in each.deployments],
         points=[point for each in found for point in each.points],
     )
+
+
+def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> None:
+    """Raises UserError where the searches' first loads, which are alike in one search, had other requests, GPUs, hosts or models."""
+    loaded = [(folder, each.points[0].run) for folder, each in zip(folders, found, strict=True) if each.points]
+    analyses = [load_analysis(folder / run) for folder, run in loaded]
+    for (folder, _run), analysis in zip(loaded[1:], analyses[1:], strict=True):
+        refused = [str(each) for each in mismatches_of(analyses[0], analysis) if each.refused]
+        if refused:
+            raise UserError(
+                f"{loaded[0][0]} and {folder} were not measured alike ({'; '.join(refused)}): report them apart"
+            )

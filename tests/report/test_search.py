@@ -1,5 +1,6 @@
 """`pdbench report` of searches: several answers as one."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -9,12 +10,13 @@ from pdbench.search.document import FILE, Closest, Document, Held, Point
 from tests.support.processes import ROOT, call_pdbench
 
 
-def searched(folder: Path, name: str, rate: float, ttft_ms: float = 300.0) -> Path:
+def searched(folder: Path, name: str, rate: float, ttft_ms: float = 300.0, **load: object) -> Path:
     """The folder of a search that held this rate, whose only load is a recorded run."""
     run = f"{name}/confirmed/single_results"
     (folder / run).mkdir(parents=True)
-    saved = (ROOT / "tests/data/recorded_single_cpu_results.json").read_bytes()
-    (folder / run / "single_results.json").write_bytes(saved)
+    saved = json.loads((ROOT / "tests/data/recorded_single_cpu_results.json").read_bytes())
+    saved["config"]["load"] |= load
+    (folder / run / "single_results.json").write_text(json.dumps(saved))
     held = Held(
         name=name,
         rate_per_s=rate,
@@ -94,3 +96,10 @@ def test_measured_search_is_not_replaced(tmp_path: Path) -> None:
     assert (folders[0] / FILE).read_bytes() == measured
     for _ in range(2):  # its own answer is
         assert call_pdbench("report", *folders, "--out", "both", cwd=tmp_path).returncode == 0
+
+
+def test_searches_with_other_requests_are_not_one_answer(tmp_path: Path) -> None:
+    folders = [searched(tmp_path / "a", "single", 10.0), searched(tmp_path / "b", "replicas", 20.0, input_tokens=7)]
+    done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
+    assert done.returncode != 0 and "were not measured alike (load, input_tokens" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "both").exists()
