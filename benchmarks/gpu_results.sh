@@ -16,7 +16,7 @@ model=${MODEL:-$out/deepseek-v2-lite}
 [ -e "$model/config.json" ] || "$python" -m pdbench.serving.models deepseek-v2-lite "$model" || exit 1
 
 # Graphs for every batch of decode and for one or two prompts of 2,048 tokens with it: others are launched kernel by kernel.
-graphs="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 256 512 1024 2048 2080 2112 2176 4096 4160 4224"
+graphs=$(sed -n 's/^vllm_args = "\(.*\)"$/\1/p' recipes/gpu-1p1d-graphs.toml)
 alone="$graphs --kv-cache-memory-bytes 33000000000"
 resident="$graphs --kv-cache-memory-bytes 4000000000"
 lane_b="--prefill-gpus 2 --decode-gpus 3 --prefill-port 9100 --decode-port 9200 --proxy-port 9000 --single-port 9000 --kv-port 22001"
