@@ -114,7 +114,7 @@ def curves(rows: Sequence[Row]) -> Chart:
     parts = ttft_parts({", ".join([run.name, *_settings(varied)]): run for varied, run in by_deployment}).panels[0]
     panels += [parts] if parts.series else []
     keys = [*map(text.option, rows[0][0])]
-    caption = f"numbers at the points: {keys[0]}"
+    caption = f"numbers at the points: {text.option_label(next(iter(rows[0][0])))}"
     return Chart(key="sweep", title=f"Sweep over {', '.join(keys)}", panels=panels, caption=caption)
 
 
