@@ -59,25 +59,25 @@ pairs() { # pairs NAME RECIPE OPTIONS...
         --gpu-memory-utilization 0.92 "$@"
 }
 
-search() { # search NAME RECIPE RATE OPTIONS...
-    local name=$1 recipe=$2 rate=$3
-    shift 3
-    vllm=$alone measure "$name" 330 search "$recipe" $slo --precision 5% --nonce 7c31d5aa --rate "$rate" --max-minutes 4.5 "$@"
+search() { # search NAME RECIPE RATE MINUTES OPTIONS...
+    local name=$1 recipe=$2 rate=$3 minutes=$4
+    shift 4
+    vllm=$alone measure "$name" 330 search "$recipe" $slo --precision 5% --nonce 7c31d5aa --rate "$rate" --max-minutes "$minutes" "$@"
 }
 
 two_gpu_a() {
     sweep rates 620 gpu-1p1d-graphs --against replicas,disaggregated
     pairs pairs gpu-1p1d-graphs
-    search search-1p1d gpu-1p1d-graphs 20 --against disaggregated
+    search search-1p1d gpu-1p1d-graphs 20 4.5 --against disaggregated
 }
 
 two_gpu_b() {
     sweep rates-chunks-512 420 gpu-1p1d-chunks $lane_b --against replicas
     sweep rates-single 330 gpu-1p1d-graphs $lane_b --single-gpus 2 --against single &
-    search search-single gpu-1p1d-graphs 6 --prefill-gpus 3 --decode-gpus 2 --single-gpus 3 --single-port 9400 --against single &
+    search search-single gpu-1p1d-graphs 6 4.5 --prefill-gpus 3 --decode-gpus 2 --single-gpus 3 --single-port 9400 --against single &
     wait
     pairs pairs-chunks-512 gpu-1p1d-chunks $lane_b
-    search search-replicas gpu-1p1d-graphs 14 $lane_b --against replicas
+    search search-replicas gpu-1p1d-graphs 14 4.5 $lane_b --against replicas
 }
 
 connector_a() {
@@ -125,13 +125,16 @@ tensor_parallel() {
 }
 
 fleet() {
-    local x
-    for x in 1 2 3; do
-        search "search-${x}p$((4 - x))d" gpu-1p1d-graphs 32 --prefill-instances "$x" --decode-instances $((4 - x)) --against disaggregated --client-processes 2
-    done
-    search search-4-replicas gpu-1p1d-graphs 24 --prefill-instances 2 --decode-instances 2 --against replicas --client-processes 2
-    step fleet-faults 400 "$python" benchmarks/fleet_faults.py --out "$out/fleet-faults" -- recipes/gpu-1p1d-graphs.toml --load-format dummy --model "$model" \
+    local two_each="--prefill-instances 2 --decode-instances 2" short="--input-tokens 512 --output-tokens 512"
+    search search-2p2d gpu-1p1d-graphs 40 3.8 $two_each --against disaggregated
+    search search-4-replicas gpu-1p1d-graphs 40 3.8 $two_each --against replicas
+    search search-3p1d gpu-1p1d-graphs 30 3.8 --prefill-instances 3 --against disaggregated
+    search search-1p3d gpu-1p1d-graphs 20 3.3 --decode-instances 3 --against disaggregated
+    step fleet-faults 300 "$python" benchmarks/fleet_faults.py --out "$out/fleet-faults" -- recipes/gpu-1p1d-graphs.toml --load-format dummy --model "$model" \
         "--vllm-args=$alone"
+    local alone="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 576 640 768 1024 1152 1280 2048 --kv-cache-memory-bytes 33000000000"
+    search search-512-2p2d gpu-1p1d-graphs 40 4 $two_each $short --against disaggregated
+    search search-512-4-replicas gpu-1p1d-graphs 30 4 $two_each $short --against replicas
 }
 
 [ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet
