@@ -11,7 +11,7 @@ from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.stalls import server_stalled
-from pdbench.events import ServerSeries, ways_of
+from pdbench.events import PromptEvent, ServerSeries, ways_of
 from pdbench.records import Flag, Interval, Run
 
 COLD_FACTOR = 2.0
@@ -30,13 +30,20 @@ HOST_FACTOR = 2.5
 STEP_FACTOR = 1.5
 """... where prefill computes for this many times as long as its GPU is busy, prompts that share a step counted once. Measured on H100 and
 H200: 1.6 to 4.4 without graphs of the prompts' length, 1.1 with."""
+BEYOND_PCT, BEYOND_FACTOR = 5.0, 1.3
+"""So many prompts in steps of more tokens than any CUDA graph, which take so many times as long per token. Measured on four H100s with graphs
+of two prompts: steps of one and two took 18 and 14 us per token, of three and four 19 to 25."""
+FRONT_STEPS, FRONT_MS, FRONT_FEWEST = 4.0, 20.0, 20
+"""An engine takes what has come once per step. Measured on H100s: decode's requests waited 0.9 to 2 steps for it (p50), 8 where its API
+server was at its limit."""
 RESIDUAL_LIMIT_PCT = 3.0
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
 
 DERIVED = {
-    "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "server-stalled", "clocks-set", "device-lost",
+    "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
+    "api-server-busy", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window",
 }  # fmt: skip
@@ -59,6 +66,8 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *few_per_stream(run, timings),
         *ramps_in_window(run, timings),
         *waits_for_host(run, timings, meters, windows),
+        *beyond_graphs(run, windows),
+        *api_server_busy(run, timings, windows),
         *servers,
     ]
     flags += [flag for flag in found if flag.name not in names]
@@ -205,6 +214,66 @@ def waits_for_host(run: Run, timings: Timings, meters: Sequence[Meter], windows:
             f"a prompt of {np.nanmedian(tokens):.0f} tokens takes prefill {compute_ms:.0f} ms and keeps its GPU busy for {busy_ms:.0f}: "
             f"{graphs}, so the host launches its kernels one by one; with graphs of its length ({remedy}) TTFT may be far lower",
         )
+
+
+def beyond_graphs(run: Run, windows: Sequence[Interval]) -> Iterator[Flag]:
+    """Prompts that fit into a CUDA graph, computed in steps that do not: they take longer per token, so that a queue keeps itself long."""
+    largest = {name: max(engine.graph_sizes) for name, engine in run.engines.items() if engine.graph_sizes}
+    steps: dict[tuple[str, float], tuple[float, int, int]] = {}
+    for event in _prompt_events(run):
+        if event.prompt_tokens <= largest.get(event.server, 0):
+            for begin_s, end_s, tokens in zip(event.begin_s, event.end_s, event.tokens, strict=False):
+                if _in_one(begin_s, windows):
+                    _, others, prompts = steps.get((event.server, begin_s), (end_s, 0, 0))
+                    steps[event.server, begin_s] = end_s, others + tokens, prompts + 1
+    for role in dict.fromkeys(engine.role for engine in run.engines.values()):
+        # Per prompt token, by whether the step fits into a graph: milliseconds of the steps and how many prompts they had.
+        rows: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+        for (server, begin_s), (end_s, tokens, prompts) in steps.items():
+            if run.engines[server].role == role != "decode" and tokens:
+                rows[tokens <= largest[server]].append((1e3 * (end_s - begin_s) / tokens, prompts))
+        if not rows[True] or not rows[False]:
+            continue
+        fullest = max(prompts for _, prompts in rows[True])
+        within_ms = float(np.median([ms for ms, prompts in rows[True] if prompts == fullest]))
+        beyond_ms, beyond = float(np.median([ms for ms, _ in rows[False]])), sum(prompts for _, prompts in rows[False])
+        share_pct = 100 * beyond / (beyond + sum(prompts for _, prompts in rows[True]))
+        if share_pct > BEYOND_PCT and beyond_ms > BEYOND_FACTOR * within_ms:
+            limit = min(largest[server] for server, _ in steps if run.engines[server].role == role)
+            yield Flag(
+                "steps-beyond-graphs",
+                f"{role}: {share_pct:.0f} % of the prompts were computed in steps of more than {limit} tokens, where the CUDA graphs end, and which "
+                f"took {beyond_ms / within_ms:.1f} times as long per token: give --max-num-batched-tokens {limit} (or larger "
+                "--cudagraph-capture-sizes) in --vllm-args",
+            )
+
+
+def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> Iterator[Flag]:
+    """Decode instances whose engine gets requests many steps late: their API server is at its limit, the GPU is not."""
+    gaps_ms = timings.tbt_ms[timings.tbt_ms > 0]
+    waits_ms: dict[str, list[float]] = {}
+    for event in _prompt_events(run):
+        at_s, taken_s = event.arrived_s, event.taken_s
+        if event.server.startswith("decode") and at_s is not None and taken_s is not None and _in_one(at_s, windows):
+            waits_ms.setdefault(event.server, []).append(1e3 * (taken_s - at_s))
+    medians_ms = {server: float(np.median(waits)) for server, waits in waits_ms.items() if len(waits) >= FRONT_FEWEST}
+    if not medians_ms or not len(gaps_ms):
+        return
+    worst, step_ms = max(medians_ms, key=medians_ms.__getitem__), float(np.median(gaps_ms))
+    if medians_ms[worst] > max(FRONT_MS, FRONT_STEPS * step_ms):
+        yield Flag(
+            "api-server-busy",
+            f"{worst}: half of the requests came to its engine over {medians_ms[worst]:.0f} ms late, where a step takes {step_ms:.0f}: its API server is at "
+            "its limit, not its GPU: use more decode instances",
+        )
+
+
+def _prompt_events(run: Run) -> Iterator[PromptEvent]:
+    return (event for event in run.events if isinstance(event, PromptEvent))
+
+
+def _in_one(instant_s: float, windows: Sequence[Interval]) -> bool:
+    return any(start <= instant_s <= end for start, end in windows)
 
 
 def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:

@@ -168,8 +168,8 @@ def sentence(document: Document) -> str:
 
 
 def _named(entry: Held) -> str:
-    """With 2P2D where a deployment has several instances of a phase, which its GPUs alone do not say."""
-    return entry.name if entry.layout in (None, "1P1D") else f"{entry.name} {entry.layout}"
+    """With 2P2D where a deployment has several instances of a phase, which neither its GPUs nor its name say."""
+    return entry.name if entry.layout in (None, "1P1D", entry.name) else f"{entry.name} {entry.layout}"
 
 
 def _limit(entry: Held | Choice) -> str:

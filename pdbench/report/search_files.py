@@ -70,6 +70,7 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     goals = [(each.slo, each.attain_pct) for each in found]
     if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
         raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")
+    _name_by_layout(found)
     names = [entry.name for each in found for entry in each.deployments]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} was searched in several of these folders: give one of them")
@@ -87,6 +88,19 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
         deployments=[entry for each in found for entry in each.deployments],
         points=[point for each in found for point in each.points],
     )
+
+
+def _name_by_layout(found: Sequence[Document]) -> None:
+    """Deployments of one name but 2P2D and 3P1D are called so."""
+    layouts: dict[str, set[str | None]] = {}
+    for entry in (entry for each in found for entry in each.deployments):
+        layouts.setdefault(entry.name, set()).add(entry.layout)
+    for each in found:
+        for entry in each.deployments:
+            if entry.layout and len(layouts[entry.name]) > 1:
+                for point in each.points:
+                    point.deployment = entry.layout if point.deployment == entry.name else point.deployment
+                entry.name, entry.layout = entry.layout, None
 
 
 def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> None:

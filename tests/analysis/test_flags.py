@@ -7,7 +7,7 @@ import pytest
 
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig
-from pdbench.events import EngineFacts, ProxyEvent, ServerSeries
+from pdbench.events import EngineFacts, PromptEvent, ProxyEvent, ServerSeries
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
@@ -123,6 +123,57 @@ def test_prompts_in_one_step_and_those_of_decode_alone_do_not_wait_for_the_host(
             ProxyEvent(request_id=f"alone{i}", decode="http://d", decode_sent_s=at_s, decode_alone="short")
         )
     assert ("prefill-waits-for-host" in names(run)) == flagged
+
+
+@pytest.mark.parametrize(
+    ("together", "ms_of_three", "budget", "flagged"),
+    [
+        (3, 150.0, 4096, True),  # 24 us per token, 13 in a step of two
+        (3, 90.0, 4096, False),  # as long per token as in a step of two
+        (2, 150.0, 4096, False),
+        (3, 150.0, 8192, False),  # the graphs reach
+    ],
+)
+def test_steps_of_more_prompts_than_a_graph_holds_are_flagged_where_they_take_longer(
+    together: int, ms_of_three: float, budget: int, flagged: bool
+) -> None:
+    run = a_run(40)
+    run.engines = {"prefill-0": EngineFacts(role="prefill", graph_sizes=[1, budget])}
+    for step in range(100):
+        at_s, prompts = step * 0.3, together if step % 4 == 0 else 2
+        took_s = (ms_of_three if prompts == 3 else 53.0) / 1e3
+        run.events += [
+            PromptEvent(
+                server="prefill-0", request_id=f"{step}-{i}", prompt_tokens=2048, begin_s=[at_s], end_s=[at_s + took_s], tokens=[2048]
+            )
+            for i in range(prompts)
+        ]  # fmt: skip
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "steps-beyond-graphs"]
+    expected = "prefill: 33 % of the prompts were computed in steps of more than 4096 tokens, where the CUDA graphs end, and which took 1.9 times"
+    assert [detail[: len(expected)] for detail in details] == [expected] * flagged
+
+
+@pytest.mark.parametrize(("server", "late_s", "flagged"), [("decode-0", 0.1, True), ("decode-0", 0.015, False), ("prefill-0", 0.1, False)])  # fmt: skip
+def test_decode_whose_engine_gets_requests_many_steps_late_is_flagged(
+    server: str, late_s: float, flagged: bool
+) -> None:
+    run = a_run(40)
+    run.requests = [
+        RequestRecord(
+            id=str(i), planned_s=i / 4, sent_s=i / 4, token_s=[i / 4 + 0.01 * n for n in range(1, 20)], end_s=i / 4 + 0.2, prompt_tokens=2048,
+            output_tokens=19,
+        )
+        for i in range(100)
+    ]  # fmt: skip
+    run.events = [
+        PromptEvent(server=server, request_id=str(i), arrived_s=i / 4, taken_s=i / 4 + late_s) for i in range(100)
+    ]
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "api-server-busy"]
+    assert len(details) == flagged
+    assert (
+        not flagged
+        or "decode-0: half of the requests came to its engine over 100 ms late, where a step takes 10" in details[0]
+    )
 
 
 def slow_start(first: int, factor: float, concurrency: int = 8, **load: object) -> Run:
