@@ -10,7 +10,9 @@ from pdbench.search.document import FILE, Closest, Document, Held, Point
 from tests.support.processes import ROOT, call_pdbench
 
 
-def searched(folder: Path, name: str, rate: float, ttft_ms: float = 300.0, **load: object) -> Path:
+def searched(
+    folder: Path, name: str, rate: float, ttft_ms: float = 300.0, layout: str | None = None, **load: object
+) -> Path:
     """The folder of a search that held this rate, whose only load is a recorded run."""
     run = f"{name}/confirmed/single_results"
     (folder / run).mkdir(parents=True)
@@ -19,6 +21,7 @@ def searched(folder: Path, name: str, rate: float, ttft_ms: float = 300.0, **loa
     (folder / run / "single_results.json").write_text(json.dumps(saved))
     held = Held(
         name=name,
+        layout=layout,
         rate_per_s=rate,
         low=0.9 * rate,
         high=1.1 * rate,
@@ -51,6 +54,21 @@ def test_answers_of_several_searches_are_one(tmp_path: Path) -> None:
     assert [entry.name for entry in both.deployments] == ["single", "replicas"]
     assert all((tmp_path / "both" / point.run / "single_results.json").exists() for point in both.points)
     assert (tmp_path / "both/search.png").exists()
+    again = call_pdbench("report", "both", "--out", "again", cwd=tmp_path)
+    assert again.returncode == 0 and done.stdout.split("answer:")[0] == again.stdout.split("answer:")[0]
+
+
+def test_searches_of_one_deployment_are_told_apart_by_their_instances(tmp_path: Path) -> None:
+    folders = [
+        searched(tmp_path / "a", "disaggregated", 30.0, layout="3P1D"),
+        searched(tmp_path / "b", "disaggregated", 50.0, layout="2P2D"),
+    ]
+    done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2P2D carries 50.0 requests/s (45.0 to 55.0), 3P1D 30.0 (27.0 to 33.0)" in " ".join(done.stdout.split())
+    both = msgspec.json.decode((tmp_path / "both" / FILE).read_bytes(), type=Document)
+    assert [(entry.name, entry.rate_per_s) for entry in both.deployments] == [("3P1D", 30.0), ("2P2D", 50.0)]
+    assert [(point.deployment, point.rate_per_s) for point in both.points] == [("3P1D", 30.0), ("2P2D", 50.0)]
     again = call_pdbench("report", "both", "--out", "again", cwd=tmp_path)
     assert again.returncode == 0 and done.stdout.split("answer:")[0] == again.stdout.split("answer:")[0]
 
