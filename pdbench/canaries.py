@@ -2,24 +2,22 @@
 
 Before a trial the prompts of a few of its requests are sent to an instance that answers alone. It names the likeliest tokens at every
 place, and gets another cache salt than the load, so that no prefix cache knows these prompts when the load sends them.
-Batches change sums in the last bits, and with them choices between tokens that nearly tie: a canary may part from the reference there, and
-the reference then goes on from the canary's own tokens. Any other difference is wrong (docs/correctness.md has the error rates).
 """
 
-import functools
 import hashlib
 import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from pdbench.answers import LIKELIEST, Answer, compare, follow, read, too_many
 from pdbench.config import LoadConfig
-from pdbench.errors import NOT_JSON, UserError
+from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent
 from pdbench.http import request
 from pdbench.load import plan, request_fields
@@ -31,11 +29,6 @@ LEAST = 4
 """Canaries of a trial, however few a share of its requests would be."""
 TOKENS = 16
 """Tokens of an answer that are compared, as many as the gate compares."""
-NEAR_TIE_NATS = 0.5
-"""Up to this difference of log probabilities another batch may choose the other token: docs/correctness.md has what was measured."""
-MOST_UNDECIDED, FEWEST_UNDECIDED = 0.5, 3
-"""More than this share of a trial's canaries, and so many at least, part at near ties too often for chance."""
-_LIKELIEST = 5
 _TEMPLATE_TOKENS = 32
 """Tokens at a prompt's front that a cache may hold for every prompt of a chat endpoint."""
 _GROWTH, _ENDLESS = 1.5, 24
@@ -43,22 +36,6 @@ _GROWTH, _ENDLESS = 1.5, 24
 # Fields that a server may not know: it is asked without the first ones, then without both.
 _OWN_FIELDS = ("cache_salt", "return_tokens_as_token_ids", "return_token_ids")
 _LOGPROBS = ("logprobs", "top_logprobs")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A reference's answer: its text and tokens, and at each place the log probabilities of the likeliest tokens.
-
-    Tokens are "token_id:N" where the server says so, else texts; there are none where it gives no logprobs.
-    """
-
-    text: str
-    tokens: list[str] = field(default_factory=list)
-    likeliest: list[dict[str, float]] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    prompt_ids: list[int] = field(default_factory=list)
-    salted: bool = True
-
 
 References = dict[tuple[int, int], tuple[str, Answer]]
 """By trial and place of the request: who answered first, and what."""
@@ -153,7 +130,7 @@ class Canaries:
         digest = hashlib.sha256(f"{salt} {config.nonce}".encode()).hexdigest()[:32]
         salt = f"pdbench {salt.split()[0]} {digest}"
         body |= {"stream": False, "cache_salt": salt, "return_tokens_as_token_ids": True}
-        body |= {"logprobs": True, "top_logprobs": _LIKELIEST} if chat else {"logprobs": _LIKELIEST}
+        body |= {"logprobs": True, "top_logprobs": LIKELIEST} if chat else {"logprobs": LIKELIEST}
         body.pop("stream_options", None)
         path = "/v1/chat/completions" if chat else "/v1/completions"
         for left_out in ((), _OWN_FIELDS, _OWN_FIELDS + _LOGPROBS):
@@ -171,29 +148,16 @@ class Canaries:
         return read(answer, salted=not left_out)
 
     def _follow(self, load: TrialLoad, known: _Asked, canary: Canary) -> None:
-        """Judge what came after a near tie: the reference is asked to go on from the canary's own tokens, as often as they part."""
-        answer, ids = known.answer, canary.token_ids[: len(known.answer.token_ids)]
+        """Judge what came after a near tie."""
         load = replace(load, config=replace(load.config, endpoint="completions"))
-        place = canary.equal_tokens
-        while answer.prompt_ids and ids and answer.likeliest and place is not None:
-            begun, rest = ids[: place + 1], ids[place + 1 :]
-            if not rest:
-                canary.verdict = "near-tie"
-                return
-            planned = replace(known.planned, prompt=(*answer.prompt_ids, *begun))
-            try:
-                second = self._ask(load, planned, "before", len(rest))
-            except OSError:
-                return
-            verdict, equal, gap = compare(second, rest, "")
-            if not second.token_ids or not second.likeliest:
-                return
-            if verdict != "undecided":
-                canary.verdict = "near-tie" if verdict == "equal" else verdict
-                if verdict == "wrong":
-                    canary.equal_tokens, canary.gap_nats = len(begun) + (equal or 0), gap
-                return
-            place = len(begun) + (equal or 0)
+
+        def ask(prompt: Sequence[int], tokens: int) -> Answer:
+            return self._ask(load, replace(known.planned, prompt=tuple(prompt)), "before", tokens)
+
+        verdict, equal, gap = follow(known.answer, canary.token_ids, canary.equal_tokens, ask)
+        canary.verdict = verdict
+        if verdict == "wrong":
+            canary.equal_tokens, canary.gap_nats = equal, gap
 
     def _ask_again(self, load: TrialLoad, known: _Asked, record: RequestRecord, canary: Canary) -> None:
         """Is it the reference that was wrong? Only an instance that is not the way of the load can tell."""
@@ -243,7 +207,7 @@ class Canaries:
         for trial in sorted({record.trial for record, _ in judged}):
             verdicts = [canary.verdict for record, canary in judged if record.trial == trial]
             undecided = verdicts.count("undecided") + verdicts.count("near-tie")
-            if undecided >= FEWEST_UNDECIDED and undecided > MOST_UNDECIDED * len(verdicts):
+            if too_many(undecided, len(verdicts)):
                 yield Flag(
                     "canary-failed",
                     f"trial {trial + 1}: {undecided} of {len(verdicts)} answers under load part from those of {self.source}: each alone may "
@@ -258,67 +222,6 @@ class Canaries:
         missing = {f"{p} -> {d}" for p, d in itertools.product(prefill, decode)} - visited
         if judged and missing and not self.info.config.get("disaggregate_above"):
             yield Flag("pair-unchecked", f"no answer under load was checked of {', '.join(sorted(missing))}")
-
-
-def read(body: bytes, *, salted: bool = True) -> Answer:
-    """The answer in a whole (not streamed) response of either endpoint. Raises OSError for anything else."""
-    try:
-        document = json.loads(body)
-        choice = document["choices"][0]
-        logprobs = choice.get("logprobs") or {}
-        if "message" in choice:
-            text, places = choice["message"].get("content") or "", logprobs.get("content") or []
-            tokens = [str(each["token"]) for each in places]
-            likeliest = [
-                {str(each["token"]): float(each["logprob"]) for each in place["top_logprobs"]} for place in places
-            ]
-        else:
-            text, tokens = choice.get("text") or "", [str(token) for token in logprobs.get("tokens") or []]
-            likeliest = [dict(place or {}) for place in logprobs.get("top_logprobs") or []]
-        prompt_ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids") or []
-        return Answer(text, tokens, likeliest, list(choice.get("token_ids") or []), list(prompt_ids), salted)
-    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
-        raise OSError(f"an answer that cannot be read ({type(error).__name__})") from None
-
-
-def compare(answer: Answer, token_ids: Sequence[int], text: str) -> tuple[str, int | None, float | None]:
-    """(verdict, equal tokens before the first difference, gap there in nats) of another answer to the same prompt; see Canary.
-
-    By token ids where both have them, else by text.
-    """
-    if answer.token_ids and token_ids:
-        for place, (theirs, other) in enumerate(zip(answer.token_ids, token_ids, strict=False)):
-            if theirs != other:
-                return _parted(answer, place, f"token_id:{other}".__eq__)
-        return "equal", min(len(answer.token_ids), len(token_ids)), None
-    whole = answer.text.rstrip("\ufffd")  # half a character, which the next token would complete
-    if text.startswith(whole) or whole.startswith(text):
-        return "equal", None, None
-    at = 0
-    if "".join(answer.tokens) == answer.text:
-        for place, token in enumerate(answer.tokens):
-            if not text.startswith(token, at):
-                return _parted(answer, place, functools.partial(_begins, text[at:]))
-            at += len(token)
-    return "undecided", None, None
-
-
-def _begins(text: str, token: str) -> bool:
-    """Can this token be the text's first? Of one without a text of its own nobody can say."""
-    return not token.strip("\ufffd") or text.startswith(token)
-
-
-def _parted(answer: Answer, place: int, chosen: Callable[[str], bool]) -> tuple[str, int, float | None]:
-    """The verdict on an answer whose token at `place`, which `chosen` recognises, is not the reference's."""
-    likeliest = answer.likeliest[place] if place < len(answer.likeliest) else {}
-    own = likeliest.get(answer.tokens[place]) if place < len(answer.tokens) else None
-    if own is None:
-        return "undecided", place, None
-    gaps = [own - logprob for token, logprob in likeliest.items() if token != answer.tokens[place] and chosen(token)]
-    gap = min(gaps, default=None)
-    # A token that is not among the likeliest is less likely than all of them: with five near ties that says nothing.
-    least = own - min(likeliest.values()) if gap is None else gap
-    return "undecided" if least <= NEAR_TIE_NATS else "wrong", place, gap
 
 
 def _places(config: LoadConfig, trial: int, least: int) -> list[int]:

@@ -5,12 +5,17 @@ itself) as the load's requests do, so that what is checked is what is measured. 
 how much of the prompts came as external KV.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+from pdbench.answers import LIKELIEST, Answer, compare, follow, read, too_many
 from pdbench.errors import UserError
+from pdbench.http import request
 from pdbench.load.client import fetch
-from pdbench.records import Gate, RequestRecord
+from pdbench.records import Canary, Gate, RequestRecord
 from pdbench.server_metrics import scrape, total
 from pdbench.serving.deployment import DeploymentInfo
 
@@ -23,25 +28,34 @@ _TEXTS = (
 )
 # Also where --disaggregate-above lets decode compute prompts as short as these: the transfer is what is checked.
 _THROUGH_PREFILL = {"X-Pdbench-Disaggregate": "always"}
+PATIENCE_S = 120.0
+SOUND = ("equal", "near-tie")
 _EXTERNAL_KV = ("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"')
 
 
-def run(running: DeploymentInfo, nonce: int, reference: Sequence[str] | None) -> tuple[Gate, list[str]]:
-    """Send the prompts through `running`; returns the verdict and the outputs, which may be the next check's reference.
+def run(
+    running: DeploymentInfo, nonce: int, reference: Sequence[RequestRecord] | None
+) -> tuple[Gate, list[RequestRecord]]:
+    """Send the prompts through `running`; returns the verdict and the answers, which may be the next check's reference.
 
     `nonce` must be new for every check. Raises UserError when a request fails or a decode server does not report its counters.
     """
     before = _external_kv_tokens(running.urls("decode"))
-    records = _outputs(running.url, running.model_name, nonce)
+    outputs = _outputs(running.url, running.model_name, nonce)
     after = _external_kv_tokens(running.urls("decode"))
-    direct = running.urls("prefill")
-    if reference is None and direct and running.config.get("connector_used") != "builtin-p2p-nccl":
-        # Prefill alone can answer too, but not with vLLM's own P2P connector, which wants both addresses in every request id.
-        reference = [record.text for record in _outputs(direct[0], running.model_name, nonce)]
+    # Prefill alone can answer too, but not with vLLM's own P2P connector, which wants both addresses in every request id.
+    direct = running.urls("prefill") if running.config.get("connector_used") != "builtin-p2p-nccl" else []
+    if reference is None and direct:
+        reference = _outputs(direct[0], running.model_name, nonce)
+    verdicts = None
+    if reference is not None:
+        bodies = [_body(running.model_name, text, nonce) for text in _TEXTS]
+        triples = zip(bodies, outputs, reference, strict=True)
+        found = [_verdict(direct[0] if direct else None, *each) for each in triples]
+        verdicts = [each if each in SOUND else f"prompt {number} {each}" for number, each in enumerate(found, 1)]
     external = None if after is None else after - (before or 0)
-    tokens = sum(record.prompt_tokens or 0 for record in records)
-    outputs = [record.text for record in records]
-    return check(outputs, reference, tokens, external, needs_kv=running.name == "disaggregated"), outputs
+    tokens = sum(record.prompt_tokens or 0 for record in outputs)
+    return check(len(outputs), verdicts, tokens, external, needs_kv=running.name == "disaggregated"), outputs
 
 
 def check_key() -> None:
@@ -52,27 +66,30 @@ def check_key() -> None:
 
 
 def check(
-    outputs: Sequence[str],
-    reference: Sequence[str] | None,
+    prompts: int,
+    verdicts: Sequence[str] | None,
     prompt_tokens: int,
     external_kv_tokens: int | None,
     *,
     needs_kv: bool,
 ) -> Gate:
-    """Judge `outputs` by `reference` and, with `needs_kv`, by how far decode's counter of external KV grew over them."""
-    prompts = len(outputs)
-    equal = None if reference is None else sum(a == b for a, b in zip(outputs, reference, strict=True))
+    """Judge outputs by their verdicts ("equal", "near-tie", else what is wrong; None: no reference) and, with `needs_kv`, by how far decode's
+    counter of external KV grew over them."""
+    equal = None if verdicts is None else verdicts.count("equal")
+    wrong = [each for each in verdicts or () if each not in SOUND]
+    near_ties = 0 if verdicts is None else verdicts.count("near-tie")
     problems, unknown = [], []
     if equal is None:
         unknown.append("no reference to compare outputs with")
-    elif equal < prompts:
-        problems.append(f"only {equal} of {prompts} greedy outputs equal the reference's")
+    elif wrong or too_many(near_ties, prompts):
+        why = wrong[0] if wrong else "each alone may be a near tie, so many are not"
+        problems.append(f"only {equal} of {prompts} greedy outputs equal the reference's ({why})")
     if needs_kv and external_kv_tokens is None:
         unknown.append("this vLLM has no counter of external KV tokens")
     elif needs_kv and (external_kv_tokens or 0) < prompt_tokens - prompts:  # decode may recompute one token per prompt
         taken = f"{external_kv_tokens} of {prompt_tokens} prompt tokens"
         problems.append(f"decode took {taken} from prefill and computed the rest itself")
-    detail = f"{equal} of {prompts} greedy outputs equal"
+    detail = f"{equal} of {prompts} greedy outputs equal" + (f", {near_ties} but for near ties" if near_ties else "")
     if external_kv_tokens is not None:
         detail += f"; {external_kv_tokens} of {prompt_tokens} prompt tokens came to decode as external KV"
     return Gate(
@@ -85,10 +102,54 @@ def check(
     )
 
 
+def _body(model: str, text: str, nonce: int) -> dict[str, Any]:
+    prompt = text.format(nonce=nonce)
+    return {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "seed": 0}
+
+
+def _verdict(url: str | None, body: dict[str, Any], output: RequestRecord, reference: RequestRecord) -> str:
+    """ "equal", "near-tie", or what is wrong. Where they differ, the instance at `url` says how likely tokens are."""
+    if output.text == reference.text:
+        return "equal"
+    ids = [record.canary.token_ids if record.canary else [] for record in (output, reference)]
+    if (
+        url is None or not ids[0] or len(ids[0]) != len(ids[1]) or ids[0] == ids[1]
+    ):  # too short, or another text of the same tokens
+        return "has another answer"
+    try:
+        answer = _explained(url, body)
+        for record, token_ids in zip((output, reference), ids, strict=True):
+            verdict, place, gap = compare(answer, token_ids, record.text)
+            if verdict == "undecided":
+                ask = partial(_go_on, url, body)
+                verdict, place, gap = follow(answer, token_ids, place, ask)
+            if verdict not in SOUND:
+                apart = f", {gap:.1f} nats apart" if gap is not None else ""
+                return "has another answer" + (f" from token {place + 1} on{apart}" if place is not None else "")
+    except OSError as error:
+        return f"has another answer, perhaps at a near tie: {error}"
+    return "near-tie"
+
+
+def _go_on(url: str, body: dict[str, Any], prompt: Sequence[int], tokens: int) -> Answer:
+    return _explained(url, body | {"prompt": prompt, "max_tokens": tokens})
+
+
+def _explained(url: str, body: dict[str, Any]) -> Answer:
+    """The greedy answer with the likeliest tokens at every place. Raises OSError where there is none."""
+    asked = {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    status, content = request(url, "/v1/completions", timeout_s=PATIENCE_S, body=json.dumps(body | asked).encode())
+    if status != 200:
+        raise OSError(f"{url} answers {status}")
+    return read(content)
+
+
 def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
-    """The greedy outputs to the prompts, one request at a time."""
-    options = {"model": model, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "seed": 0}
-    records = [fetch(url, {"prompt": text.format(nonce=nonce), **options}, header=_THROUGH_PREFILL) for text in _TEXTS]
+    """The greedy outputs to the prompts, one request at a time, each by another pair of instances."""
+    records = [
+        fetch(url, _body(model, text, nonce), header=_THROUGH_PREFILL, canary=Canary(number=number))
+        for number, text in enumerate(_TEXTS)
+    ]
     for record in records:
         if record.error or record.prompt_tokens is None:
             reason = f"{record.error.kind}: {record.error.message}" if record.error else "no prompt_tokens in its usage"

@@ -48,8 +48,8 @@ class Judge(Protocol):
 
 
 def check_outputs(
-    info: DeploymentInfo, nonce: int, reference: list[str] | None, servers: Servers
-) -> tuple[Gate, list[str]]:
+    info: DeploymentInfo, nonce: int, reference: list[RequestRecord] | None, servers: Servers
+) -> tuple[Gate, list[RequestRecord]]:
     """The correctness check. Raises UserError, which names the server that died, if one did."""
     try:
         return correctness.run(info, nonce, reference)

@@ -19,7 +19,7 @@ from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power.idle import ENGINE_READY
-from pdbench.records import Clock, Flag, Gate, Run, load_run
+from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, load_run
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, States
 from pdbench.site import Site
@@ -96,7 +96,7 @@ class Servers:
 
     With `stay` they stay up from one `experiment.run` to the next, for as long as the next needs the same. `starts` is the number of
     the last start, `flags` what was found before the first, `idle` what the GPUs drew without load (device id -> kind -> watts), `gates` the last start's check by deployment,
-    `reference` the outputs that it is judged by; all runs on these servers have one `clock`.
+    `reference` the answers that it is judged by; all runs on these servers have one `clock`.
     """
 
     def __init__(self, site: Site, console: Console, *, stay: bool = False) -> None:
@@ -108,7 +108,7 @@ class Servers:
         self.flags: list[Flag] = []
         self.idle: dict[str, dict[str, float | None]] = {}
         self.gates: dict[DeploymentKind, Gate] = {}
-        self.reference: list[str] | None = None
+        self.reference: list[RequestRecord] | None = None
         self._served: ServeConfig | None = None
 
     @property

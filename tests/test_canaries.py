@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pdbench import canaries, experiment
+from pdbench import canaries, correctness, experiment
 from pdbench.analysis.run_analysis import analyze
-from pdbench.canaries import Answer, compare
+from pdbench.answers import Answer, compare
 from pdbench.config import LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.load.plan import TrialLoad
@@ -230,6 +230,24 @@ def test_too_many_near_ties_are_no_chance(tmp_path: Path) -> None:
         run = bench(server.url, tmp_path)
     assert verdicts(run) == ["near-tie"] * 4
     assert "4 of 4 answers under load part" in flags(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("deployment", "passed", "detail"),
+    [
+        (Model(tie=lambda number: number == 2), True, "3 of 4 greedy outputs equal, 1 but for near ties"),
+        (Model(derails=lambda number: number == 2), False, "(prompt 2 has another answer from token 4 on)"),
+        (Model(corrupt=lambda number, _: number == 2), False, "(prompt 2 has another answer from token 1 on"),
+        (Model(tie=lambda number: number != 2), False, "only 1 of 4 greedy outputs equal the reference's (each alone may be"),
+    ],
+    ids=["one near tie", "nonsense after one", "another answer", "too many near ties"],
+)  # fmt: skip
+def test_gate_tells_near_ties_from_wrong_answers(deployment: Model, passed: bool, detail: str) -> None:
+    with ScriptedServer(Model()) as prefill, ScriptedServer(deployment) as server:
+        servers = [ServerInfo(name="prefill-0", role="prefill", url=prefill.url)]
+        info = DeploymentInfo(name="prefill and another", url=server.url, model_name="m", servers=servers)
+        gate, _ = correctness.run(info, 7, None)
+    assert gate.passed == passed and detail in gate.detail
 
 
 @pytest.fixture

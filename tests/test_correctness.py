@@ -8,12 +8,12 @@ from pdbench.records import Gate
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from tests.support.servers import Peer, ScriptedServer, completions, refusal
 
-TEXTS = [f"text {i}" for i in range(4)]
+EQUAL = ["equal"] * 4
 TOKENS = 80
 
 
-def verdict(reference: list[str] | None = TEXTS, external: int | None = TOKENS, *, outputs: list[str] = TEXTS) -> Gate:
-    return correctness.check(outputs, reference, TOKENS, external, needs_kv=True)
+def verdict(verdicts: list[str] | None = EQUAL, external: int | None = TOKENS) -> Gate:
+    return correctness.check(4, verdicts, TOKENS, external, needs_kv=True)
 
 
 def test_equal_outputs_and_all_kv_external_pass() -> None:
@@ -28,9 +28,17 @@ def test_decode_may_recompute_one_token_per_prompt_and_no_more() -> None:
 
 
 def test_one_different_output_fails() -> None:
-    failed = verdict(["other", *TEXTS[1:]])
+    failed = verdict([*EQUAL[1:], "prompt 4 has another answer"])
     assert not failed.passed
     assert failed.equal_outputs == 3
+    assert failed.detail == "only 3 of 4 greedy outputs equal the reference's (prompt 4 has another answer)"
+
+
+@pytest.mark.parametrize(("near_ties", "passed"), [(1, True), (2, True), (3, False)])
+def test_a_few_near_ties_pass_and_are_named(near_ties: int, passed: bool) -> None:
+    gate = verdict(["near-tie"] * near_ties + EQUAL[near_ties:])
+    assert (gate.passed, gate.equal_outputs) == (passed, 4 - near_ties)
+    assert not passed or f"{4 - near_ties} of 4 greedy outputs equal, {near_ties} but for near ties" in gate.detail
 
 
 def test_what_could_not_be_checked_is_reported_and_not_counted() -> None:

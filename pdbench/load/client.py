@@ -19,7 +19,7 @@ from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
 from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps, words
 from pdbench.load.response import Response
-from pdbench.records import RequestRecord
+from pdbench.records import Canary, RequestRecord
 
 _DEADLINE_CHECK_S = 0.05
 _CLOCK_REFRESH_S = 1.0
@@ -203,12 +203,16 @@ class Client:
 
 
 def fetch(
-    url: str, body: dict[str, Any], config: LoadConfig | None = None, header: dict[str, str] | None = None
+    url: str,
+    body: dict[str, Any],
+    config: LoadConfig | None = None,
+    header: dict[str, str] | None = None,
+    canary: Canary | None = None,
 ) -> RequestRecord:
     """Send one request, wait, return its record; the body's `stream` and `return_token_ids` are set here."""
     whole = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, **body}
     with Client(url, config, header=header) as client:
-        record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now())
+        record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now(), canary=canary)
         client.start(record, msgspec.json.encode(whole))
         while not client.poll(client.clock.now() + 1.0):
             pass
