@@ -264,7 +264,7 @@ def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> 
         yield Flag(
             "api-server-busy",
             f"{worst}: half of the requests came to its engine over {medians_ms[worst]:.0f} ms late, where a step takes {step_ms:.0f}: its API server is at "
-            "its limit, not its GPU: use more decode instances",
+            'its limit, not its GPU: --decode-args "--api-server-count 2", or more decode instances',
         )
 
 

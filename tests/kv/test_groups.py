@@ -22,13 +22,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-    create_kv_cache_views,
-)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -83,6 +77,8 @@ def config_of(role):
 
 def layers_of(config, specs):
     """The caches that vLLM makes of one kind of layer per name, filled with random numbers, and the number of each layer's group."""
+    from vllm.v1.kv_cache_interface import create_kv_cache_views  # vLLM before 0.29 has none
+
     cache = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, dict(specs)), 1 << 20)
     group_of = {name: number for number, group in enumerate(cache.kv_cache_groups) for name in group.layer_names}
     memory = torch.randn(cache.kv_cache_tensors[0].size // 4).view(torch.int8)
