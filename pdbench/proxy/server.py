@@ -29,6 +29,7 @@ from pdbench.supervisor import end_with
 
 log = logging.getLogger("pdbench.proxy")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_RETRY_S = 1.0
 
 
 def serve(config: ProxyConfig) -> None:
@@ -125,15 +126,25 @@ def _supervise(
     _say(text)
     with tempfile.TemporaryDirectory(prefix="pdbench-proxy-", ignore_cleanup_errors=True) as metrics_dir:
         while starting or workers:
+            refused: list[int] = []
             for index in starting:
-                process_id = os.fork()
+                try:
+                    process_id = os.fork()
+                except OSError as error:  # too many processes, or no memory
+                    if not workers:
+                        raise UserError(
+                            f"cannot start a worker process ({error.strerror}): allow more processes"
+                        ) from None
+                    log.error("worker %d cannot be started (%s): trying again", index, error.strerror)
+                    refused.append(index)
+                    continue
                 if process_id == 0:
                     work(index)
                 workers[process_id] = index
-            starting = []
-            number = signal.sigwait(signals)
-            if number in STOP_SIGNALS:
-                stopping = True
+            starting = refused
+            came = signal.sigtimedwait(signals, _RETRY_S) if starting else signal.sigwaitinfo(signals)
+            if came and (number := came.si_signo) in STOP_SIGNALS:
+                stopping, starting = True, []
                 for process_id in workers:
                     os.kill(process_id, number)
             while workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
