@@ -83,7 +83,7 @@ def check(
         unknown.append("no reference to compare outputs with")
     elif wrong or too_many(near_ties, prompts):
         why = wrong[0] if wrong else "each alone may be a near tie, so many are not"
-        problems.append(f"only {equal} of {prompts} greedy outputs equal the reference's ({why})")
+        problems += [f"only {equal} of {prompts} greedy outputs equal the reference's", why]
     if needs_kv and external_kv_tokens is None:
         unknown.append("this vLLM has no counter of external KV tokens")
     elif needs_kv and (external_kv_tokens or 0) < prompt_tokens - prompts:  # decode may recompute one token per prompt

@@ -236,9 +236,9 @@ def test_too_many_near_ties_are_no_chance(tmp_path: Path) -> None:
     ("deployment", "passed", "detail"),
     [
         (Model(tie=lambda number: number == 2), True, "3 of 4 greedy outputs equal, 1 but for near ties"),
-        (Model(derails=lambda number: number == 2), False, "(prompt 2 has another answer from token 4 on)"),
-        (Model(corrupt=lambda number, _: number == 2), False, "(prompt 2 has another answer from token 1 on"),
-        (Model(tie=lambda number: number != 2), False, "only 1 of 4 greedy outputs equal the reference's (each alone may be"),
+        (Model(derails=lambda number: number == 2), False, "reference's; prompt 2 has another answer from token 4 on"),
+        (Model(corrupt=lambda number, _: number == 2), False, "reference's; prompt 2 has another answer from token 1 on"),
+        (Model(tie=lambda number: number != 2), False, "only 1 of 4 greedy outputs equal the reference's; each alone may be"),
     ],
     ids=["one near tie", "nonsense after one", "another answer", "too many near ties"],
 )  # fmt: skip

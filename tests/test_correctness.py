@@ -31,7 +31,7 @@ def test_one_different_output_fails() -> None:
     failed = verdict([*EQUAL[1:], "prompt 4 has another answer"])
     assert not failed.passed
     assert failed.equal_outputs == 3
-    assert failed.detail == "only 3 of 4 greedy outputs equal the reference's (prompt 4 has another answer)"
+    assert failed.detail == "only 3 of 4 greedy outputs equal the reference's; prompt 4 has another answer"
 
 
 @pytest.mark.parametrize(("near_ties", "passed"), [(1, True), (2, True), (3, False)])

@@ -19,7 +19,7 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import StartError, UserError
 from pdbench.records import Flag, save_run
-from pdbench.report import mpl
+from pdbench.report import mpl, text
 from pdbench.report import sweep as sweeps
 from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
@@ -328,6 +328,15 @@ def test_curves_have_integer_ticks_and_name_the_slo():
     assert places == [1, 2, 3]
     heading = figure.texts[0].get_window_extent()
     assert not any(axis.title.get_window_extent().overlaps(heading) for axis in figure.axes)
+
+
+def test_table_and_curves_are_in_the_language_asked_for():
+    rows = [({"load.rate": rate}, analyze(build_run(trials=1, requests=4))) for rate in (1.0, 2.0, 4.0)]
+    with text.language("zh"):
+        chart, table = sweeps.curves(rows), sweeps.table(rows)
+    assert chart.title == table.title == "扫描 rate" and chart.caption == "点旁的数字：rate, requests/s"
+    assert [panel.title for panel in chart.panels][:2] == ["TTFT p99 与吞吐", "TBT p99（每个间隔）与吞吐"]
+    assert "部署" in table.header and table.note.startswith("有效吞吐：需要 --slo-ttft-ms")
 
 
 def test_flags_and_failures_are_marked_and_listed_once():

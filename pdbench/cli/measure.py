@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -187,6 +187,7 @@ def sweep(
     slo: str = "",
     fresh_servers: bool = False,
     out: Path = Path("sweep"),
+    lang: Literal["en", "zh"] = "en",
     options: Options = DEFAULTS,
     cluster: ClusterConfig | None = None,
     live: LiveConfig | None = None,
@@ -210,9 +211,11 @@ def sweep(
         options change, one deployment after the other.
     out
         Folder of the points, the summary table and the curves.
+    lang
+        Language of table and pictures.
     """
     from pdbench import experiment, sweep, turns
-    from pdbench.report import commands
+    from pdbench.report import commands, text
     from pdbench.report import sweep as sweeps
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
@@ -242,7 +245,8 @@ def sweep(
         for point in points:
             site.check_load(point.options.load)
         measured = sweep.run(points, out, measure, console, context, parts)
-        rows = sweeps.present(measured, out, console, progress)
+        with text.language(lang):
+            rows = sweeps.present(measured, out, console, progress)
     for varied, analysis in rows:
         commands.exit_on_flags([analysis], sweep.Point(varied, options).name)
 

@@ -13,6 +13,7 @@ from pdbench.files import write_whole
 from pdbench.report import commands, mpl, tables, text
 from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import ttft_parts
+from pdbench.report.text import translate as _
 
 CURVES, TABLE = "sweep_curves.png", "sweep_summary.csv"
 Row = tuple[Mapping[str, Any], RunAnalysis]
@@ -53,7 +54,7 @@ def present(
             console.print(tables.Terminal(table(rows)))
             if drawn < len(rows):
                 draw()
-            commands.say(console, f"curves: {out / CURVES}  table: {out / TABLE}")
+            commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
     return rows
 
 
@@ -73,14 +74,14 @@ def table(rows: Sequence[Row]) -> tables.Table:
         cells.append([*(text.option_value(varied[key]) for key in keys), run.name, *figures])
     notes = []
     if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
-        notes.append(f"goodput {text.NEEDS_SLO}")
+        notes.append(_("goodput {0}", _(text.NEEDS_SLO)))
     marked = [bool(run.flags or run.summary.requests.failed) for _varied, run in rows]
     if any(marked):
         flags = sorted({flag.name for _varied, run in rows for flag in run.flags})
-        notes.append(f"red: failed requests, or flags ({', '.join(flags) or 'none'}); the CSV says which")
+        notes.append(_("red: failed requests, or flags ({0}); the CSV says which", ", ".join(flags) or _("none")))
     return tables.Table(
-        title=f"Sweep over {', '.join(map(text.option, keys))}",
-        header=[*(text.option(key).replace(" ", "\n") for key in keys), "deployment", *columns],
+        title=_("Sweep over {0}", ", ".join(map(text.option, keys))),
+        header=[*(text.option(key).replace(" ", "\n") for key in keys), _("deployment"), *map(_, columns)],
         rows=cells,
         left=range(len(keys) + 1),
         styles=["worse" if mark else "" for mark in marked],
@@ -102,20 +103,30 @@ def curves(rows: Sequence[Row]) -> Chart:
     metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
     cost = "j_per_output_token" if metered else "output_tokens_per_s"
     limits = text.slo(rows[0][1].config.get("load") or {})
-    within = " and ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items())
+    within = _(" and ").join(f"{_(name)} ≤ {limit:g} ms" for name, limit in limits.items())
     panels = [
-        _panel(rows, "ttft_p99_ms", "TTFT p99 against throughput"),
-        _panel(rows, "tbt_p99_ms", "TBT p99 (every gap) against throughput"),
-        _panel(rows, "goodput_requests_per_s", f"Goodput: requests/s with {within or 'the SLO met'}", by_option=True),
-        _panel(rows, cost, text.title(cost) + ("" if metered else " (energy is not measured)"), by_option=True),
+        _panel(rows, "ttft_p99_ms", _("TTFT p99 against throughput")),
+        _panel(rows, "tbt_p99_ms", _("TBT p99 (every gap) against throughput")),
+        _panel(
+            rows,
+            "goodput_requests_per_s",
+            _("Goodput: requests/s with {0}", within or _("the SLO met")),
+            by_option=True,
+        ),
+        _panel(
+            rows,
+            cost,
+            text.title(cost) if metered else _("{0} (energy is not measured)", text.title(cost)),
+            by_option=True,
+        ),
     ]
     names = [run.name for _varied, run in rows]
     by_deployment = sorted(rows, key=lambda row: names.index(row[1].name))
     parts = ttft_parts({", ".join([run.name, *_settings(varied)]): run for varied, run in by_deployment}).panels[0]
     panels += [parts] if parts.series else []
     keys = [*map(text.option, rows[0][0])]
-    caption = f"numbers at the points: {text.option_label(next(iter(rows[0][0])))}"
-    return Chart(key="sweep", title=f"Sweep over {', '.join(keys)}", panels=panels, caption=caption)
+    caption = _("numbers at the points: {0}", text.option_label(next(iter(rows[0][0]))))
+    return Chart(key="sweep", title=_("Sweep over {0}", ", ".join(keys)), panels=panels, caption=caption)
 
 
 def _settings(varied: Mapping[str, Any]) -> list[str]:
@@ -144,7 +155,7 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         knees += [] if bend is None else [(x[bend], y[bend])]
     if knees:
         x, y = zip(*knees, strict=True)
-        drawn.append(Series(kind="points", name="knee", x=x, y=y, shade=BAD, size=15, hollow=True))
+        drawn.append(Series(kind="points", name=_("knee"), x=x, y=y, shade=BAD, size=15, hollow=True))
     integer = all(isinstance(at, int) for points in groups.values() for at, _value, _label in points)
     high = max((1.15 * value for points in groups.values() for _at, value, _label in points), default=None)
     return Panel(
@@ -152,7 +163,7 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         series=drawn,
         x=Axis(label=text.option_label(option) if by_option else text.label("output_tokens_per_s"), integer=integer),
         y=Axis(label=text.label(metric), low=0, high=high or None),
-        not_measured=text.NEEDS_SLO if metric.startswith("goodput") else "",
+        not_measured=_(text.NEEDS_SLO) if metric.startswith("goodput") else "",
     )
 
 

@@ -372,39 +372,3 @@ def test_proxy_whose_output_is_not_taken_serves(workers):
         wait_until(lambda: running.poll() is not None or get(f"http://127.0.0.1:{port}", "/metrics"))
         assert running.poll() is None
         running.terminate()
-
-
-NO_FORKS = """
-import errno, os, sys
-from pdbench.__main__ import main
-fork, calls = os.fork, []
-def refusing():
-    calls.append(1)
-    if len(calls) in {refused}:
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-    return fork()
-os.fork = refusing
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize(("refused", "starts"), [({2, 3}, True), ({1}, False)])
-def test_worker_that_cannot_be_started_is_tried_again(tmp_path, refused, starts):
-    """Not where it is the first: then nothing would serve."""
-    port, code = free_port(), NO_FORKS.replace("{refused}", str(refused))
-    command = [sys.executable, "-c", code, "proxy", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
-    command += ["--port", str(port), "--workers", "2"]
-    with (tmp_path / "log").open("w") as log:
-        running = subprocess.Popen(ending_with_tests(command), stderr=log)
-    if starts:
-        wait_until(lambda: (tmp_path / "log").read_text().count("worker 1 cannot be started") == 2)
-        wait_until(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 2)
-        assert get(f"http://127.0.0.1:{port}", "/metrics")
-        running.terminate()
-        assert running.wait(20) == 0
-    else:
-        assert running.wait(20) != 0
-        assert (
-            "cannot start a worker process (Resource temporarily unavailable): allow more"
-            in (tmp_path / "log").read_text()
-        )

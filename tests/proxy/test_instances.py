@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,10 +14,11 @@ import pytest
 
 from pdbench.config import ProxyConfig
 from pdbench.errors import UserError
+from pdbench.http import get
 from pdbench.proxy.instances import InstanceTable, State, choose, parse_address
 from pdbench.proxy.messages import prompt_tokens
 from pdbench.proxy.upstream import ConnectionPool, InstanceConnection, UpstreamRequest
-from tests.support.processes import wait_until
+from tests.support.processes import ending_with_tests, free_port, wait_until
 from tests.support.proxy_processes import instance, proxy
 
 
@@ -316,3 +319,39 @@ def test_workers_share_port_and_instances(tmp_path):
             assert {server.complete().status for _ in range(9)} == {200}
             server.signal(signal.SIGTERM)
             assert server.process.wait(60) == 0
+
+
+NO_FORKS = """
+import errno, os, sys
+from pdbench.__main__ import main
+fork, calls = os.fork, []
+def refusing():
+    calls.append(1)
+    if len(calls) in {refused}:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = refusing
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("refused", "starts"), [({2, 3}, True), ({1}, False)])
+def test_worker_that_cannot_be_started_is_tried_again(tmp_path, refused, starts):
+    """Not where it is the first: then nothing would serve."""
+    port, code = free_port(), NO_FORKS.replace("{refused}", str(refused))
+    command = [sys.executable, "-c", code, "proxy", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    command += ["--port", str(port), "--workers", "2"]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(ending_with_tests(command), stderr=log)
+    if starts:
+        wait_until(lambda: (tmp_path / "log").read_text().count("worker 1 cannot be started") == 2)
+        wait_until(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 2)
+        assert get(f"http://127.0.0.1:{port}", "/metrics")
+        running.terminate()
+        assert running.wait(20) == 0
+    else:
+        assert running.wait(20) != 0
+        assert (
+            "cannot start a worker process (Resource temporarily unavailable): allow more"
+            in (tmp_path / "log").read_text()
+        )
