@@ -2,7 +2,7 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 25) or fleet (about 25); default: all.
+# after the other, about 25), tensor-parallel (about 25), fleet (about 26) or fleet-tuned (about 24); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -62,7 +62,7 @@ pairs() { # pairs NAME RECIPE OPTIONS...
 search() { # search NAME RECIPE RATE MINUTES OPTIONS...
     local name=$1 recipe=$2 rate=$3 minutes=$4
     shift 4
-    vllm=$alone measure "$name" 330 search "$recipe" $slo --precision 5% --nonce 7c31d5aa --rate "$rate" --max-minutes "$minutes" "$@"
+    vllm=$alone measure "$name" 420 search "$recipe" $slo --precision 5% --nonce 7c31d5aa --rate "$rate" --max-minutes "$minutes" "$@"
 }
 
 two_gpu_a() {
@@ -137,7 +137,15 @@ fleet() {
     search search-512-4-replicas gpu-1p1d-graphs 30 4 $two_each $short --against replicas
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet
+fleet_tuned() { # with the remedies of what ended the searches of fleet: steps within the graphs, two API servers for decode
+    local alone="$alone --max-num-batched-tokens 4224" two_each="--prefill-instances 2 --decode-instances 2" servers="--decode-args=--api-server-count=2"
+    search tuned-2p2d gpu-1p1d-graphs 50 6 $two_each "$servers" --against disaggregated
+    search tuned-4-replicas gpu-1p1d-graphs 50 6 $two_each --against replicas
+    search tuned-3p1d gpu-1p1d-graphs 35 6 --prefill-instances 3 "$servers" --against disaggregated
+    search tuned-1p3d gpu-1p1d-graphs 25 6 --decode-instances 3 --against disaggregated
+}
+
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -159,8 +167,9 @@ for group in "$@"; do
         ;;
     tensor-parallel) tensor_parallel ;;
     fleet) fleet ;;
+    fleet-tuned) fleet_tuned ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, fleet" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, fleet, fleet-tuned" >&2
         exit 2
         ;;
     esac
