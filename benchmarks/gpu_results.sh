@@ -20,6 +20,8 @@ graphs=$(sed -n 's/^vllm_args = "\(.*\)"$/\1/p' recipes/gpu-1p1d-graphs.toml)
 alone="$graphs --kv-cache-memory-bytes 33000000000"
 resident="$graphs --kv-cache-memory-bytes 4000000000"
 lane_b="--prefill-gpus 2 --decode-gpus 3 --prefill-port 9100 --decode-port 9200 --proxy-port 9000 --single-port 9000 --kv-port 22001"
+short="--input-tokens 512 --output-tokens 512"
+short_graphs="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 576 640 768 1024 1152 1280 2048"
 slo="--slo ttft=300,tbt=15"
 slo_run="--slo-ttft-ms 300 --slo-tbt-ms 15"
 
@@ -125,24 +127,26 @@ tensor_parallel() {
 }
 
 fleet() {
-    local two_each="--prefill-instances 2 --decode-instances 2" short="--input-tokens 512 --output-tokens 512"
+    local two_each="--prefill-instances 2 --decode-instances 2"
     search search-2p2d gpu-1p1d-graphs 40 3.8 $two_each --against disaggregated
     search search-4-replicas gpu-1p1d-graphs 40 3.8 $two_each --against replicas
     search search-3p1d gpu-1p1d-graphs 30 3.8 --prefill-instances 3 --against disaggregated
     search search-1p3d gpu-1p1d-graphs 20 3.3 --decode-instances 3 --against disaggregated
     step fleet-faults 300 "$python" benchmarks/fleet_faults.py --out "$out/fleet-faults" -- recipes/gpu-1p1d-graphs.toml --load-format dummy --model "$model" \
         "--vllm-args=$alone"
-    local alone="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 576 640 768 1024 1152 1280 2048 --kv-cache-memory-bytes 33000000000"
+    local alone="$short_graphs --kv-cache-memory-bytes 33000000000"
     search search-512-2p2d gpu-1p1d-graphs 40 4 $two_each $short --against disaggregated
     search search-512-4-replicas gpu-1p1d-graphs 30 4 $two_each $short --against replicas
 }
 
 fleet_tuned() { # with the remedies of what ended the searches of fleet: steps within the graphs, two API servers for decode
     local alone="$alone --max-num-batched-tokens 4224" two_each="--prefill-instances 2 --decode-instances 2" servers="--decode-args=--api-server-count=2"
-    search tuned-2p2d gpu-1p1d-graphs 50 6 $two_each "$servers" --against disaggregated
-    search tuned-4-replicas gpu-1p1d-graphs 50 6 $two_each --against replicas
-    search tuned-3p1d gpu-1p1d-graphs 35 6 --prefill-instances 3 "$servers" --against disaggregated
-    search tuned-1p3d gpu-1p1d-graphs 25 6 --decode-instances 3 --against disaggregated
+    search tuned-2p2d gpu-1p1d-graphs 50 4.5 $two_each "$servers" --against disaggregated
+    search tuned-4-replicas gpu-1p1d-graphs 50 4.5 $two_each --against replicas
+    search tuned-3p1d gpu-1p1d-graphs 35 4 --prefill-instances 3 "$servers" --against disaggregated
+    alone="$short_graphs --max-num-batched-tokens 2048 --kv-cache-memory-bytes 33000000000"
+    search tuned-512-2p2d gpu-1p1d-graphs 25 5.5 $two_each $short "$servers" --against disaggregated
+    search tuned-512-4-replicas gpu-1p1d-graphs 38 5.5 $two_each $short --against replicas
 }
 
 [ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned

@@ -108,6 +108,7 @@ def _supervise(
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait
     workers: dict[int, int] = {}
     starting, stopping, parent = list(range(config.workers)), False, os.getpid()
+    served = False
 
     def work(index: int) -> None:
         table.worker = index
@@ -131,7 +132,7 @@ def _supervise(
                 try:
                     process_id = os.fork()
                 except OSError as error:  # too many processes, or no memory
-                    if not workers:
+                    if not served:
                         raise UserError(
                             f"cannot start a worker process ({error.strerror}): allow more processes"
                         ) from None
@@ -140,7 +141,7 @@ def _supervise(
                     continue
                 if process_id == 0:
                     work(index)
-                workers[process_id] = index
+                workers[process_id], served = index, True
             starting = refused
             came = signal.sigtimedwait(signals, _RETRY_S) if starting else signal.sigwaitinfo(signals)
             if came and (number := came.si_signo) in STOP_SIGNALS:
