@@ -126,9 +126,8 @@ def compare_folders(
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
     _check_distinct((a, b), paths)
-    names = (a.name, b.name) if a.name != b.name else (str(paths[0]), str(paths[1]))
-    if names[0] == names[1]:
-        names = f"{names[0]} A", f"{names[0]} B"
+    first, second = names_of((a, b), paths)
+    names = first, second
     runs = dict(zip(names, (a, b), strict=True))
     for name, run in runs.items() if conditions and not anyway else ():
         if why := failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
@@ -260,12 +259,16 @@ def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables
 
 
 def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[str]:
-    """Each run's deployment; where runs share it, their folders below the one that holds them all; numbers where those repeat."""
-    plain = [analysis.name for analysis in analyses]
+    """Each run's deployment; where runs share it, their instances (2P2D); where these repeat too, their folders below the one that holds
+    them all, with numbers where those repeat."""
+    plain, layouts = [analysis.name for analysis in analyses], list(map(text.layout, analyses))
     paths = [folder.absolute() for folder in folders]
     above = os.path.commonpath([path.parent for path in paths])
-    runs = zip(plain, paths, strict=True)
-    names = [name if plain.count(name) == 1 else "_".join(path.relative_to(above).parts) for name, path in runs]
+    names = []
+    for name, layout, path in zip(plain, layouts, paths, strict=True):
+        if plain.count(name) > 1:
+            name = layout if layout and layouts.count(layout) == 1 else "_".join(path.relative_to(above).parts)
+        names.append(name)
     return _distinct(names)
 
 

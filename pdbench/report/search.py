@@ -75,10 +75,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis) -> None:
-    goodput, serve = analysis.summary.goodput, analysis.config.get("serve") or {}
+    goodput = analysis.summary.goodput
     entry.gpus = analysis.gpus
-    if analysis.name == "disaggregated" and serve:
-        entry.layout = f"{serve['prefill_instances']}P{serve['decode_instances']}D"
+    entry.layout = text.layout(analysis)
     entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
     entry.goodput_per_s = goodput.requests_per_s
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device

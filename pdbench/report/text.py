@@ -289,6 +289,14 @@ def gates(runs: Runs) -> list[tuple[str, str]]:
     return lines[:4] or [("", _("Correctness check not run: nothing here shows that the outputs are right"))]
 
 
+def layout(analysis: RunAnalysis) -> str | None:
+    """2P1D of a run with several instances; None where its options do not say."""
+    serve = analysis.config.get("serve") or {}
+    if analysis.name != "disaggregated" or not serve:
+        return None
+    return f"{serve['prefill_instances']}P{serve['decode_instances']}D"
+
+
 def flag_names(analysis: RunAnalysis) -> list[str]:
     return list(dict.fromkeys(flag.name for flag in analysis.flags))
 

@@ -69,6 +69,15 @@ def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
     assert len(set(commands.names_of(runs, [*folders, folders[0]]))) == 3
 
 
+def test_runs_of_one_deployment_are_named_by_their_instances_where_these_differ(tmp_path):
+    runs = [analyze(build_run("disaggregated", trials=1, requests=2)) for _ in range(3)]
+    for run, (prefill, decode) in zip(runs, [(3, 1), (2, 2), (2, 2)], strict=True):
+        run.config["serve"] = {"prefill_instances": prefill, "decode_instances": decode}
+    folders = [tmp_path / name / "disaggregated_results" for name in "abc"]
+    assert commands.names_of(runs[:2], folders[:2]) == ["3P1D", "2P2D"]
+    assert commands.names_of(runs, folders) == ["3P1D", "b_disaggregated_results", "c_disaggregated_results"]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
     folders = [tmp_path / name for name in ("a?", "a*", "a_ 1", "l" * 250, "a!")]
