@@ -15,6 +15,8 @@ NEAR_TIE_NATS = 0.5
 """Up to this difference of log probabilities another batch may choose the other token: docs/correctness.md has what was measured."""
 MOST_UNDECIDED, FEWEST_UNDECIDED = 0.5, 3
 """More than this share of the answers, and so many at least, part at near ties too often for chance."""
+TOKENS = 16
+"""Tokens of an answer that are compared, by the gate and of canaries."""
 LIKELIEST = 5
 """How many of the likeliest tokens a reference names at every place."""
 

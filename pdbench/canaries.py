@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from pdbench.answers import LIKELIEST, Answer, compare, follow, read, too_many
+from pdbench.answers import LIKELIEST, TOKENS, Answer, compare, follow, read, too_many
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.events import Event, ProxyEvent
@@ -27,8 +27,6 @@ from pdbench.serving.deployment import DeploymentInfo
 
 LEAST = 4
 """Canaries of a trial, however few a share of its requests would be."""
-TOKENS = 16
-"""Tokens of an answer that are compared, as many as the gate compares."""
 _TEMPLATE_TOKENS = 32
 """Tokens at a prompt's front that a cache may hold for every prompt of a chat endpoint."""
 _GROWTH, _ENDLESS = 1.5, 24

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pdbench.answers import LIKELIEST, Answer, compare, follow, read, too_many
+from pdbench.answers import LIKELIEST, TOKENS, Answer, compare, follow, read, too_many
 from pdbench.errors import UserError
 from pdbench.http import request
 from pdbench.load.client import fetch
@@ -104,7 +104,7 @@ def check(
 
 def _body(model: str, text: str, nonce: int) -> dict[str, Any]:
     prompt = text.format(nonce=nonce)
-    return {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "seed": 0}
+    return {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "seed": 0}
 
 
 def _verdict(url: str | None, body: dict[str, Any], output: RequestRecord, reference: RequestRecord) -> str:

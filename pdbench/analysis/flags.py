@@ -220,12 +220,13 @@ def beyond_graphs(run: Run, windows: Sequence[Interval]) -> Iterator[Flag]:
     """Prompts that fit into a CUDA graph, computed in steps that do not: they take longer per token, so that a queue keeps itself long."""
     largest = {name: max(engine.graph_sizes) for name, engine in run.engines.items() if engine.graph_sizes}
     steps: dict[tuple[str, float], tuple[float, int, int]] = {}
-    for event in _prompt_events(run):
-        if event.prompt_tokens <= largest.get(event.server, 0):
+    for event in run.events:
+        if isinstance(event, PromptEvent) and event.prompt_tokens <= largest.get(event.server, 0):
             for begin_s, end_s, tokens in zip(event.begin_s, event.end_s, event.tokens, strict=False):
-                if _in_one(begin_s, windows):
-                    _, others, prompts = steps.get((event.server, begin_s), (end_s, 0, 0))
-                    steps[event.server, begin_s] = end_s, others + tokens, prompts + 1
+                _, others, prompts = steps.get((event.server, begin_s), (end_s, 0, 0))
+                steps[event.server, begin_s] = end_s, others + tokens, prompts + 1
+    here = inside(np.array([begin_s for _, begin_s in steps]), windows)
+    steps = {key: step for (key, step), measured in zip(steps.items(), here, strict=True) if measured}
     for role in dict.fromkeys(engine.role for engine in run.engines.values()):
         # Per prompt token, by whether the step fits into a graph: milliseconds of the steps and how many prompts they had.
         rows: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
@@ -251,11 +252,16 @@ def beyond_graphs(run: Run, windows: Sequence[Interval]) -> Iterator[Flag]:
 def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> Iterator[Flag]:
     """Decode instances whose engine gets requests many steps late: their API server is at its limit, the GPU is not."""
     gaps_ms = timings.tbt_ms[timings.tbt_ms > 0]
+    arrived = [
+        (event.server, event.arrived_s, event.taken_s)
+        for event in run.events
+        if isinstance(event, PromptEvent) and event.server.startswith("decode") and event.arrived_s and event.taken_s
+    ]
+    here = inside(np.array([at_s for _, at_s, _ in arrived]), windows)
     waits_ms: dict[str, list[float]] = {}
-    for event in _prompt_events(run):
-        at_s, taken_s = event.arrived_s, event.taken_s
-        if event.server.startswith("decode") and at_s is not None and taken_s is not None and _in_one(at_s, windows):
-            waits_ms.setdefault(event.server, []).append(1e3 * (taken_s - at_s))
+    for (server, at_s, taken_s), measured in zip(arrived, here, strict=True):
+        if measured:
+            waits_ms.setdefault(server, []).append(1e3 * (taken_s - at_s))
     medians_ms = {server: float(np.median(waits)) for server, waits in waits_ms.items() if len(waits) >= FRONT_FEWEST}
     if not medians_ms or not len(gaps_ms):
         return
@@ -266,14 +272,6 @@ def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> 
             f"{worst}: half of the requests came to its engine over {medians_ms[worst]:.0f} ms late, where a step takes {step_ms:.0f}: its API server is at "
             'its limit, not its GPU: --decode-args "--api-server-count 2", or more decode instances',
         )
-
-
-def _prompt_events(run: Run) -> Iterator[PromptEvent]:
-    return (event for event in run.events if isinstance(event, PromptEvent))
-
-
-def _in_one(instant_s: float, windows: Sequence[Interval]) -> bool:
-    return any(start <= instant_s <= end for start, end in windows)
 
 
 def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
