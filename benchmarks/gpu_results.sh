@@ -139,14 +139,15 @@ fleet() {
     search search-512-4-replicas gpu-1p1d-graphs 30 4 $two_each $short --against replicas
 }
 
-fleet_tuned() { # with the remedies of what ended the searches of fleet: steps within the graphs, two API servers for decode
-    local alone="$alone --max-num-batched-tokens 4224" two_each="--prefill-instances 2 --decode-instances 2" servers="--decode-args=--api-server-count=2"
-    search tuned-2p2d gpu-1p1d-graphs 50 4.5 $two_each "$servers" --against disaggregated
-    search tuned-4-replicas gpu-1p1d-graphs 50 4.5 $two_each --against replicas
-    search tuned-3p1d gpu-1p1d-graphs 35 4 --prefill-instances 3 "$servers" --against disaggregated
+fleet_tuned() { # with the remedies of what ended the searches of fleet: steps within the graphs, two API servers where tokens are sent
+    local alone="$alone --max-num-batched-tokens 4224" two_each="--prefill-instances 2 --decode-instances 2"
+    local servers="--decode-args=--api-server-count=2 --replica-args=--api-server-count=2"
+    search tuned-2p2d gpu-1p1d-graphs 50 4.5 $two_each $servers --against disaggregated
+    search tuned-4-replicas gpu-1p1d-graphs 50 4.5 $two_each $servers --against replicas
+    search tuned-3p1d gpu-1p1d-graphs 35 4 --prefill-instances 3 $servers --against disaggregated
     alone="$short_graphs --max-num-batched-tokens 2048 --kv-cache-memory-bytes 33000000000"
-    search tuned-512-2p2d gpu-1p1d-graphs 25 5.5 $two_each $short "$servers" --against disaggregated
-    search tuned-512-4-replicas gpu-1p1d-graphs 38 5.5 $two_each $short --against replicas
+    search tuned-512-2p2d gpu-1p1d-graphs 25 5.5 $two_each $short $servers --against disaggregated
+    search tuned-512-4-replicas gpu-1p1d-graphs 38 5.5 $two_each $short $servers --against replicas
 }
 
 [ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned
