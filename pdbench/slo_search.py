@@ -246,9 +246,7 @@ def _search_rate(
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            # Behind a client that stood still requests come as a burst: the servers may have missed the SLO by that alone.
-            stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
-            if stood_still or (point.client_limited and point.held is not False):
+            if _client_was_the_limit(run, point):
                 limited += 1
                 words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
                 loads.console.print(f"  the client was the limit: {words}")
@@ -326,6 +324,12 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
     if not found:
         tuned.attained_pct, tuned.limited_by = mine[0].attained_pct, mine[0].limited_by
     entry.tuned = tuned
+
+
+def _client_was_the_limit(run: Run, point: Point) -> bool:
+    """Behind a client that stood still requests come as a burst: the servers may have missed the SLO by that alone."""
+    stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
+    return stood_still or (point.client_limited and point.held is not False)
 
 
 def _pace(run: Run) -> tuple[float, float]:

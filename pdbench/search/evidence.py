@@ -28,6 +28,8 @@ FULL = 0.99
 """A queue busier than that is overloaded: its waits grow without end."""
 LEAST_EXPLAINED = 0.2
 """Of the misses' variance, for a queue to be followed."""
+GROWN_DEVIATIONS = 4.0
+"""Of as many arrivals by chance: what is beyond is a queue's growth."""
 PARTS = 8
 SETTLE = 0.05
 """So much of very many arrivals comes before the queue is as it stays."""
@@ -141,10 +143,10 @@ class VirtualQueue:
         return float(flat @ centred) / power**0.5 if power else 0.0
 
     def evidence(self) -> list[Evidence] | None:
-        """Of each outcome; None where no queue follows the scores."""
+        """Of each outcome; None where no queue follows the scores, or only one that grew in a load which was held all the same."""
         missed = [each.missed.astype(float) for each in self.outcomes]
         total = int(sum(each.sum() for each in missed))
-        if not self.seconds or total < LEAST_MISSED:
+        if not self.seconds or total < LEAST_MISSED or any(map(self._grew_unseen, self.outcomes)):
             return None
         service_s = self.seconds * self.servers
         virtual = [waits(each.arrival_s, service_s * each.work, self.servers) for each in self.outcomes]
@@ -178,6 +180,12 @@ class VirtualQueue:
             worth = spread / noise if self.seconds * outcome.rate <= FULL else min(spread / noise, alone)
             found.append(Evidence(outcome.rate, share, n * worth))
         return found
+
+    def _grew_unseen(self, outcome: Outcome) -> bool:
+        """Did more requests come to wait in this queue than chance explains, of a load that was held or missed nothing?"""
+        count, last_s = len(outcome.arrival_s), float(outcome.arrival_s[-1]) if len(outcome.arrival_s) else 0.0
+        grew = count - last_s / self.seconds > GROWN_DEVIATIONS * count**0.5
+        return grew and (outcome.held is True or not outcome.missed.any())
 
     def _often(self, rate: float, limit_s: float) -> tuple[float, float]:
         """The share of waits over a limit among very many arrivals at a rate, and the variance of its error."""

@@ -19,7 +19,13 @@ from pdbench.errors import NOT_JSON, UserError
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
 _WEIGHTS_BYTES, _SHAPE_BYTES = "pdbench_weights_bytes", 31_412_968_448
 """What dummy weights take, in the config of a model without weights; of DeepSeek-V2-Lite (15,706,484,224 parameters of 16 bits)."""
-_CHARACTERS = (range(0x80, 0x800), range(0x2010, 0x2070), range(0x3000, 0x3100), range(0x4E00, 0xA000), range(0xFF00, 0xFFF0))
+_CHARACTERS = (
+    range(0x80, 0x800),
+    range(0x2010, 0x2070),
+    range(0x3000, 0x3100),
+    range(0x4E00, 0xA000),
+    range(0xFF00, 0xFFF0),
+)
 """Code points: those of two bytes, punctuation, kana, Chinese characters, full-width forms."""
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -122,7 +128,9 @@ def shape_model(folder: Path) -> Path:
     # As in a trained vocabulary, nearly every token is text: every byte, common characters that are not ASCII, pairs and triples of
     # printable ASCII. A model of random weights repeats a prompt's last token: were that a piece of a character, the answer had no text.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str  # bytes as a vocabulary writes them
+    write = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    ).pre_tokenize_str  # bytes as a vocabulary writes them
     characters = [write(chr(code))[0][0] for code in itertools.chain(*_CHARACTERS)]
     pieces = {(each[:end], each[end]): None for each in characters for end in range(1, len(each))}
     printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # the space as U+0120

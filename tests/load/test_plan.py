@@ -212,7 +212,9 @@ def test_same_seed_and_nonce_give_the_same_long_prompts(tmp_path):
     assert digests == PROMPT_DIGESTS
     assert {tokenizer.count(text) for text in texts[0.0]} == {2048}
     lasts = {tokenizer.decode(tokenizer.encode(text)[-1:]) for part in texts.values() for text in part}
-    assert all("\ufffd" not in last for last in lasts), "a model that repeats a piece of a character answers without text"
+    assert all("\ufffd" not in last for last in lasts), (
+        "a model that repeats a piece of a character answers without text"
+    )
 
 
 def trained(kind: str) -> Tokenizer:

@@ -35,6 +35,25 @@ def test_rate_that_was_held_is_not_sent_again() -> None:
     assert search.answer().low > 18.0 and search.next_rate() > 21.0
 
 
+FILLING = [  # four replicas, 512 tokens in and out: rate, requests, held, scores of the first and the other parts
+    (38.0, 1003, True, (0.67, 0.74, 0.76, 0.77, 0.77, 0.77)), (76.0, 249, False, (0.78, 0.89, 0.94, 0.96, 0.99, 1.02)),
+    (46.83, 1202, True, (0.69, 0.80, 0.83, 0.84, 0.84, 0.82)), (69.75, 1401, False, (0.79, 0.92, 0.935, 0.945, 0.975, 1.015)),
+]  # fmt: skip
+
+
+def test_queue_that_grew_in_loads_which_were_held_is_not_that_of_the_servers() -> None:
+    # Scores rise while idle servers fill, as if a queue grew in every load: by that one no rate at all was held.
+    unit_s = np.cumsum(np.random.default_rng(7).exponential(size=60_000))
+    search = Search(0.05, 38.0, unit_s)
+    for seed, (rate, count, held, parts) in enumerate(FILLING):
+        generator = np.random.default_rng(seed)
+        score = np.interp(np.linspace(0, 5, count), np.arange(6), parts) + generator.normal(0, 0.006, count)
+        arrival_s = np.cumsum(generator.exponential(size=count)) / rate
+        search.add(Outcome(rate, arrival_s, np.ones(count), score, held, settled=rate != 76.0))
+    answer = search.answer()
+    assert 46.83 < answer.low < answer.rate < answer.high < 76.0
+
+
 def test_requests_in_flight_that_grow_while_none_is_overdue_are_no_overload() -> None:
     # 28/s: few arrivals, then many; answers take up to 1.9 s of the 2.2 s that the limits leave.
     load = LoadConfig(rate=28.0, requests=400, output_tokens=128, slo_ttft_ms=300.0, slo_tbt_ms=15.0)
