@@ -139,7 +139,7 @@ def sentence(document: Document) -> str:
         words = _("No rate is known yet within {0}", slo(document))
     if len(found) > 1:
         best, second = found[:2]
-        gain = f"{rate_of(best) / rate_of(second):.2g}"
+        gain = f"{rate_of(best) / rate_of(second):.3g}"
         words += _(": {0} times {1} per GPU" if per_gpu else ": {0} times {1}", gain, second.name)
         low_of_best, high_of_second = (
             (bound or 0.0) / ((entry.gpus or 1) if per_gpu else 1)

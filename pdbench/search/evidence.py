@@ -146,7 +146,7 @@ class VirtualQueue:
         """Of each outcome; None where no queue follows the scores, or only one that grew in a load which was held all the same."""
         missed = [each.missed.astype(float) for each in self.outcomes]
         total = int(sum(each.sum() for each in missed))
-        if not self.seconds or total < LEAST_MISSED or any(map(self._grew_unseen, self.outcomes)):
+        if not self.seconds or total < LEAST_MISSED or self._is_refuted():
             return None
         service_s = self.seconds * self.servers
         virtual = [waits(each.arrival_s, service_s * each.work, self.servers) for each in self.outcomes]
@@ -181,11 +181,15 @@ class VirtualQueue:
             found.append(Evidence(outcome.rate, share, n * worth))
         return found
 
-    def _grew_unseen(self, outcome: Outcome) -> bool:
-        """Did more requests come to wait in this queue than chance explains, of a load that was held or missed nothing?"""
-        count, last_s = len(outcome.arrival_s), float(outcome.arrival_s[-1]) if len(outcome.arrival_s) else 0.0
-        grew = count - last_s / self.seconds > GROWN_DEVIATIONS * count**0.5
-        return grew and (outcome.held is True or not outcome.missed.any())
+    def _is_refuted(self) -> bool:
+        """Is it overloaded in the slowest load, which missed nothing, or did more requests come to wait in it than chance explains, of a
+        load that was held or missed nothing? Scores rise while idle servers fill, as if such a queue grew."""
+        slowest = min(self.outcomes, key=lambda each: each.rate)
+        if self.seconds * slowest.rate > FULL and not slowest.missed.any():
+            return True
+        calm = [each for each in self.outcomes if len(each.score) and (each.held or not each.missed.any())]
+        waiting = [(len(each.score), len(each.score) - each.arrival_s[-1] / self.seconds) for each in calm]
+        return any(more > GROWN_DEVIATIONS * count**0.5 for count, more in waiting)
 
     def _often(self, rate: float, limit_s: float) -> tuple[float, float]:
         """The share of waits over a limit among very many arrivals at a rate, and the variance of its error."""

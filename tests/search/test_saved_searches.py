@@ -1,6 +1,7 @@
 """Searches of real GPUs (H100, vLLM 0.33, TTFT 300 ms, TBT 15 ms), from the counts of their loads."""
 
 import numpy as np
+import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.load.generator import Progress
@@ -41,12 +42,13 @@ FILLING = [  # four replicas, 512 tokens in and out: rate, requests, held, score
 ]  # fmt: skip
 
 
-def test_queue_that_grew_in_loads_which_were_held_is_not_that_of_the_servers() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.15], ids=["as long as measured", "short"])
+def test_queue_that_grew_in_loads_which_were_held_is_not_that_of_the_servers(share: float) -> None:
     # Scores rise while idle servers fill, as if a queue grew in every load: by that one no rate at all was held.
     unit_s = np.cumsum(np.random.default_rng(7).exponential(size=60_000))
     search = Search(0.05, 38.0, unit_s)
-    for seed, (rate, count, held, parts) in enumerate(FILLING):
-        generator = np.random.default_rng(seed)
+    for seed, (rate, measured, held, parts) in enumerate(FILLING, start=10):
+        generator, count = np.random.default_rng(seed), measured if rate == 76.0 else int(share * measured)
         score = np.interp(np.linspace(0, 5, count), np.arange(6), parts) + generator.normal(0, 0.006, count)
         arrival_s = np.cumsum(generator.exponential(size=count)) / rate
         search.add(Outcome(rate, arrival_s, np.ones(count), score, held, settled=rate != 76.0))
