@@ -2,7 +2,7 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 25), fleet (about 26) or fleet-tuned (about 24); default: all.
+# after the other, about 25), tensor-parallel (about 25), fleet (about 26), fleet-tuned (about 24) or fleet-512 (about 16); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -22,6 +22,7 @@ resident="$graphs --kv-cache-memory-bytes 4000000000"
 lane_b="--prefill-gpus 2 --decode-gpus 3 --prefill-port 9100 --decode-port 9200 --proxy-port 9000 --single-port 9000 --kv-port 22001"
 short="--input-tokens 512 --output-tokens 512"
 short_graphs="--cudagraph-capture-sizes 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 576 640 768 1024 1152 1280 2048"
+short_tuned="$short_graphs --max-num-batched-tokens 2048 --kv-cache-memory-bytes 33000000000"
 slo="--slo ttft=300,tbt=15"
 slo_run="--slo-ttft-ms 300 --slo-tbt-ms 15"
 
@@ -145,12 +146,19 @@ fleet_tuned() { # with the remedies of what ended the searches of fleet: steps w
     search tuned-2p2d gpu-1p1d-graphs 50 4.5 $two_each $servers --against disaggregated
     search tuned-4-replicas gpu-1p1d-graphs 50 4.5 $two_each $servers --against replicas
     search tuned-3p1d gpu-1p1d-graphs 35 4 --prefill-instances 3 $servers --against disaggregated
-    alone="$short_graphs --max-num-batched-tokens 2048 --kv-cache-memory-bytes 33000000000"
+    alone="$short_tuned"
     search tuned-512-2p2d gpu-1p1d-graphs 25 5.5 $two_each $short $servers --against disaggregated
     search tuned-512-4-replicas gpu-1p1d-graphs 38 5.5 $two_each $short $servers --against replicas
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned
+fleet_512() { # as many tokens out as in: what fleet-tuned left
+    local alone="$short_tuned" servers="--decode-args=--api-server-count=4 --replica-args=--api-server-count=4"
+    search short-1p3d gpu-1p1d-graphs 50 5.5 --decode-instances 3 $short $servers --against disaggregated
+    search short-4-replicas gpu-1p1d-graphs 60 5.5 --prefill-instances 2 --decode-instances 2 $short $servers --against replicas
+    search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
+}
+
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned fleet-512
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -173,8 +181,9 @@ for group in "$@"; do
     tensor-parallel) tensor_parallel ;;
     fleet) fleet ;;
     fleet-tuned) fleet_tuned ;;
+    fleet-512) fleet_512 ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, fleet, fleet-tuned" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, fleet, fleet-tuned, fleet-512" >&2
         exit 2
         ;;
     esac
