@@ -128,7 +128,9 @@ class Search:
             # What is believed above the highest rate that was sent is no measurement.
             low = max((each.rate for each in self.outcomes if each.share_missed <= self.may_miss), default=0.0)
             return Answer(low, low, np.inf)
-        return Answer(self._quantile(0.5), low, high)
+        # Nor is what is believed far above a rate that was surely missed.
+        lost = [each.rate for each in self.outcomes if each.held is False and each.rate >= low]
+        return Answer(self._quantile(0.5), low, min([high, *(REACH * rate for rate in lost)]))
 
     def at_scale(self, scale: float) -> Answer:
         """What the same loads say of the SLO with all its limits times `scale`."""

@@ -242,6 +242,15 @@ def test_without_a_rate_that_is_missed_there_is_no_upper_bound() -> None:
     assert search.answer().high == np.inf and search.answer().low > 0 and search.next_rate() == 16.0
 
 
+def test_few_requests_of_a_rate_that_was_missed_bound_the_answer_all_the_same() -> None:
+    search = Search(0.05, 50.0, UNIT_S)
+    for rate, known, missed, held in ((50.0, 398, 0, True), (100.0, 17, 13, False)):
+        score = np.where(np.arange(known) < known - missed, 0.5, 1.2)
+        search.add(Outcome(rate, np.arange(known) / rate, np.ones(known), score, held, settled=held))
+    answer = search.answer()
+    assert 50.0 < answer.low < answer.rate < answer.high <= 400.0
+
+
 @pytest.mark.parametrize("known", [0, 30])
 def test_load_ended_by_its_growing_queue_bounds_the_rate_before_anything_missed(known: int) -> None:
     search = Search(0.05, 8.0, UNIT_S)
