@@ -244,7 +244,7 @@ def test_without_a_rate_that_is_missed_there_is_no_upper_bound() -> None:
 
 def test_few_requests_of_a_rate_that_was_missed_bound_the_answer_all_the_same() -> None:
     search = Search(0.05, 50.0, UNIT_S)
-    for rate, known, missed, held in ((50.0, 398, 0, True), (100.0, 17, 13, False)):
+    for rate, known, missed, held in ((50.0, 398, 0, True), (100.0, 6, 2, False)):
         score = np.where(np.arange(known) < known - missed, 0.5, 1.2)
         search.add(Outcome(rate, np.arange(known) / rate, np.ones(known), score, held, settled=held))
     answer = search.answer()
