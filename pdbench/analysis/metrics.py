@@ -269,7 +269,7 @@ def timings_of(run: Run) -> Timings:
     until_ms = (np.where(cut & np.isfinite(arrivals.first_s), arrivals.first_s, end_s) - sent_s) * 1e3
     reached = {
         "slo_ttft_ms": np.where(cut, until_ms, requests.ttft_ms),
-        "slo_tbt_ms": requests.mean_tbt_ms,
+        "slo_tbt_ms": np.where(cut, _least_mean_tbt_ms(run, end_s - arrivals.first_s), requests.mean_tbt_ms),
         "slo_tbt_p90_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.9),
         "slo_tbt_p99_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.99),
         "slo_e2e_ms": np.where(cut, (end_s - sent_s) * 1e3, requests.e2e_ms),
@@ -296,6 +296,17 @@ def timings_of(run: Run) -> Timings:
         token_weight=arrivals.weight[request],
         inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
     )
+
+
+def _least_mean_tbt_ms(run: Run, decoding_s: Array) -> Array:
+    """Of requests that were cut off so long after their first token: as if all tokens that were asked for had come by then, ms.
+
+    NaN where the run's configuration does not say how many each could have.
+    """
+    load = run.config.get("load") or {}
+    varies = load.get("output_distribution", "fixed") != "fixed" or load.get("trace") or load.get("reply_lengths")
+    gaps = 0 if varies or load.get("phase") == "prefill" else (load.get("output_tokens") or 0) - 1
+    return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
 
 
 def _quantile_of_each(values: Array, group: IntArray, groups: int, share: float) -> Array:

@@ -74,6 +74,22 @@ def test_goodput_counts_a_failed_request_as_missing_the_slo():
     assert good.met_pct == pytest.approx(100 / 3, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("more", "known"),
+    [({}, 2), ({"output_distribution": "lognormal"}, 1), ({"trace": "azure.csv"}, 1)],
+    ids=["as many tokens as asked for", "of many lengths", "of a trace"],
+)
+def test_stream_that_was_cut_off_has_missed_its_mean_tbt_once_no_further_token_can_help(more, known):
+    stopped = RequestError("interrupted", "the load was stopped")
+    slow = request(1, token_s=[1.2, 2.0], end_s=2.3, error=stopped)  # 1.1 s so far, for at most 10 gaps of 100 ms
+    young = request(2, token_s=[1.2, 1.6], end_s=2.0, error=stopped)
+    run = tiny_run(request(), slow, young, trials=[Trial(index=0, start_s=1.0, end_s=3.0)])
+    run.config = {"load": {"slo_ttft_ms": 300.0, "slo_tbt_ms": 100.0, "output_tokens": 11} | more}
+    timings = timings_of(run)
+    assert timings.slo_known.sum() == known and timings.in_slo.tolist() == [True, False, False]
+    assert summarize(run).goodput.met_pct == pytest.approx(100 / known)
+
+
 @pytest.mark.parametrize("requests", [0, 1])
 def test_empty_and_one_request_runs_have_a_summary(requests):
     summary = summarize(tiny_run(*([request()] * requests)))
