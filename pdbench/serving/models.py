@@ -128,12 +128,10 @@ def shape_model(folder: Path) -> Path:
     # As in a trained vocabulary, nearly every token is text: every byte, common characters that are not ASCII, pairs and triples of
     # printable ASCII. A model of random weights repeats a prompt's last token: were that a piece of a character, the answer had no text.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    write = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    ).pre_tokenize_str  # bytes as a vocabulary writes them
-    characters = [write(chr(code))[0][0] for code in itertools.chain(*_CHARACTERS)]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters = [byte_level.pre_tokenize_str(chr(code))[0][0] for code in itertools.chain(*_CHARACTERS)]
     pieces = {(each[:end], each[end]): None for each in characters for end in range(1, len(each))}
-    printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # the space as U+0120
+    printable = ["\u0120", *map(chr, range(0x21, 0x7F))]  # a byte-level vocabulary writes the space as U+0120
     pairs = itertools.product(printable, repeat=2)
     triples = ((first + second, third) for first, second, third in itertools.product(printable, repeat=3))
     count = config["vocab_size"] - len(special) - len(alphabet)
