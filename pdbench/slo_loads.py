@@ -201,7 +201,8 @@ def _longest_s(load: LoadConfig) -> float:
     limits = [inf]
     if load.slo_e2e_ms:
         limits.append(load.slo_e2e_ms)
-    if load.slo_ttft_ms and load.slo_tbt_ms and load.output_distribution == "fixed" and not load.reply_lengths:
+    is_bounded = load.output_distribution == "fixed" and load.max_tokens_field not in load.drop_fields
+    if load.slo_ttft_ms and load.slo_tbt_ms and is_bounded and not load.reply_lengths:
         limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (load.output_tokens - 1))
     return min(limits) / 1e3
 

@@ -305,7 +305,8 @@ def _least_mean_tbt_ms(run: Run, decoding_s: Array) -> Array:
     """
     load = run.config.get("load") or {}
     varies = load.get("output_distribution", "fixed") != "fixed" or load.get("trace") or load.get("reply_lengths")
-    gaps = 0 if varies or load.get("phase") == "prefill" else (load.get("output_tokens") or 0) - 1
+    varies = varies or load.get("phase") == "prefill" or load.get("max_tokens_field") in (load.get("drop_fields") or ())
+    gaps = 0 if varies else (load.get("output_tokens") or 0) - 1
     return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
 
 
