@@ -39,6 +39,19 @@ def answer_of(document: Document, folder: Path, load: LoadConfig, name: str) -> 
     return search.answer() if search.outcomes else None
 
 
+def again(folder: Path) -> None:
+    """Raises OSError or UserError for a folder that lacks the answer or its loads."""
+    document = search_files.load(folder)
+    if search_files.JOINED in document.command:
+        raise UserError("several searches' answers in one, without their loads")
+    load = msgspec.convert(document.command["options"][0]["load"], LoadConfig)
+    for entry in document.searched():
+        found = answer_of(document, folder, load, entry.name)
+        if found:
+            saved = Answer(entry.rate_per_s or 0.0, entry.low or 0.0, inf if entry.high is None else entry.high)
+            print(f"{folder} {entry.name}: saved {shown(saved)}, again {shown(found)}")
+
+
 def shown(answer: Answer) -> str:
     return f"{answer.rate:.4g} ({answer.low:.4g} to {answer.high:.4g})"
 
@@ -48,15 +61,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     for folder in parser.parse_args().folders:
         try:
-            document = search_files.load(folder)
+            again(folder)
         except (OSError, UserError) as error:
-            raise SystemExit(f"{folder}: {error}: give folders of `pdbench search`") from None
-        load = msgspec.convert(document.command["options"][0]["load"], LoadConfig)
-        for entry in document.searched():
-            found = answer_of(document, folder, load, entry.name)
-            if found:
-                saved = Answer(entry.rate_per_s or 0.0, entry.low or 0.0, inf if entry.high is None else entry.high)
-                print(f"{folder} {entry.name}: saved {shown(saved)}, again {shown(found)}")
+            raise SystemExit(f"{folder}: {error}: give whole folders of `pdbench search`") from None
 
 
 if __name__ == "__main__":
