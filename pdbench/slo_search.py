@@ -327,7 +327,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
 
 
 def _client_was_the_limit(run: Run, point: Point) -> bool:
-    """Behind a client that stood still requests come as a burst: the servers may have missed the SLO by that alone."""
+    """Does the load say nothing of the servers: did the client stand still or lag behind, or send a burst afterwards that missed the SLO?"""
     stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
     return stood_still or (point.client_limited and point.held is not False)
 

@@ -187,7 +187,7 @@ class VirtualQueue:
         slowest = min(self.outcomes, key=lambda each: each.rate)
         if self.seconds * slowest.rate > FULL and not slowest.missed.any():
             return True
-        calm = [each for each in self.outcomes if len(each.score) and (each.held or not each.missed.any())]
+        calm = [each for each in self.outcomes if each.held or not each.missed.any()]
         waiting = [(len(each.score), len(each.score) - each.arrival_s[-1] / self.seconds) for each in calm]
         return any(more > GROWN_DEVIATIONS * count**0.5 for count, more in waiting)
 
