@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from pdbench.analysis.metrics import Timings, timings_of, timings_of_requests
-from pdbench.config import LoadConfig, Options
+from pdbench.config import LoadConfig, Options, most_output_tokens
 from pdbench.errors import UserError
 from pdbench.failures import INTERRUPTED
 from pdbench.files import begin_again
@@ -201,9 +201,9 @@ def _longest_s(load: LoadConfig) -> float:
     limits = [inf]
     if load.slo_e2e_ms:
         limits.append(load.slo_e2e_ms)
-    is_bounded = load.output_distribution == "fixed" and load.max_tokens_field not in load.drop_fields
-    if load.slo_ttft_ms and load.slo_tbt_ms and is_bounded and not load.reply_lengths:
-        limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (load.output_tokens - 1))
+    most = most_output_tokens(dataclasses.asdict(load))
+    if load.slo_ttft_ms and load.slo_tbt_ms and most:
+        limits.append(load.slo_ttft_ms + load.slo_tbt_ms * (most - 1))
     return min(limits) / 1e3
 
 

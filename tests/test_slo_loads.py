@@ -46,6 +46,14 @@ def test_judge_counts_requests_in_the_order_of_arrival() -> None:
     assert late and (judge._known, judge._missed) == (2 + late, 1 + late)
 
 
+def test_request_is_overdue_only_by_a_limit_of_tokens_that_is_sent() -> None:
+    record = RequestRecord(id="x-0-000001", planned_s=0.1, sent_s=0.1, token_s=[0.2], end_s=0.2)
+    for extra_body, is_overdue in (("", True), ('{"max_tokens": 500}', False)):
+        judge = LoadJudge(Search(0.05, 5.0), dataclasses.replace(LOAD, rate=5.0, extra_body=extra_body), until_s=100.0)
+        judge.on_progress(Progress(1, None, 1, 0, [record], 1.1))  # the first has no answer yet
+        assert (judge._missed > 0) == is_overdue
+
+
 def test_load_that_begins_on_idle_servers_is_no_overload_while_its_answers_may_still_take_longer() -> None:
     load = dataclasses.replace(LOAD, rate=20.0, slo_tbt_ms=15.0, output_tokens=128)  # 2.2 s within the SLO
     judge = LoadJudge(Search(0.05, 20.0), load, float("inf"))

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
+from pdbench.config import most_output_tokens
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
 from pdbench.records import Clock, Interval, RequestRecord, Run
@@ -303,10 +304,7 @@ def _least_mean_tbt_ms(run: Run, decoding_s: Array) -> Array:
 
     NaN where the run's configuration does not say how many each could have.
     """
-    load = run.config.get("load") or {}
-    varies = load.get("output_distribution", "fixed") != "fixed" or load.get("trace") or load.get("reply_lengths")
-    varies = varies or load.get("phase") == "prefill" or load.get("max_tokens_field") in (load.get("drop_fields") or ())
-    gaps = 0 if varies else (load.get("output_tokens") or 0) - 1
+    gaps = (most_output_tokens(run.config.get("load") or {}) or 1) - 1
     return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
 
 

@@ -1,7 +1,8 @@
 """What is sent."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cyclopts import Parameter
 
@@ -122,3 +123,12 @@ class LoadConfig:
     """And if it took at most this from sending to its end."""
     primary: Statistics[str | None] = None
     """Metric judged at 5 % alone, the others as a family; default: goodput with an SLO, else E2E p50."""
+
+
+def most_output_tokens(load: Mapping[str, Any]) -> int | None:
+    """What each request of a load, given as saved, generates at most; None where requests differ, or its fields may say otherwise."""
+    varies = load.get("output_distribution", "fixed") != "fixed" or load.get("trace") or load.get("reply_lengths")
+    limit, extra = load.get("max_tokens_field", "max_tokens"), load.get("extra_body") or ""
+    if varies or limit in (load.get("drop_fields") or ()) or "max_tokens" in extra or "max_completion_tokens" in extra:
+        return None
+    return 1 if load.get("phase") == "prefill" else load.get("output_tokens")
