@@ -224,7 +224,7 @@ def _search_rate(
         while number < MOST_LOADS:
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
-            found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s)
+            found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s, least_s)
             last_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) if search.outcomes else 0.0
             until_s = goal.until_s - last_s
             if search.found(goal.precision) or (answer.low == 0 and lost and rate < QUIET / alone_s):
@@ -260,7 +260,7 @@ def _search_rate(
             keep()
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
-            found = _confirmed(load, search.answer().rate, goal.until_s - begin_s)
+            found = _confirmed(load, search.answer().rate, goal.until_s - begin_s, least_s)
             _, point = loads.send("confirmed", found)
             entry.attained_pct, entry.run = point.attained_pct, point.run
         entry.slo_scale = _scales(search)
@@ -348,11 +348,12 @@ def _unit_arrivals(load: LoadConfig) -> Array | None:
     return np.array([at_s or 0.0 for at_s in plan.planned_instants(unit, -1)])
 
 
-def _confirmed(load: LoadConfig, rate: float, span_s: float) -> LoadConfig:
-    """The run at the rate found: as long as a load may be, but for a share of the time that the whole search has."""
+def _confirmed(load: LoadConfig, rate: float, span_s: float, least_s: float) -> LoadConfig:
+    """The run at the rate found: so long that servers that were idle show what they do, but for a share of the time that the search has."""
     rate = float(f"{rate:.4g}")
     most = max(LEAST_REQUESTS, CONFIRMED_SHARE * span_s * rate)
-    return replace(load, rate=rate, requests=int(min(load.requests or REQUESTS, most)), seed=load.seed + MOST_LOADS)
+    requests = min(max(load.requests or REQUESTS, ceil(least_s * rate)), most)
+    return replace(load, rate=rate, requests=int(requests), seed=load.seed + MOST_LOADS)
 
 
 def _enter(entry: Held, answer: Answer, points: Sequence[Point]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from msgspec import structs
 from rich.console import Console
 
 from pdbench import cli, slo_search
@@ -18,10 +17,10 @@ from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
-from pdbench.report import commands, mpl
+from pdbench.report import commands
 from pdbench.report import search as found
-from pdbench.report.search import chart, present, sentence
-from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
+from pdbench.report.search import present, sentence
+from pdbench.search.document import FILE, Document
 from pdbench.search.rates import Search
 from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s
 from pdbench.slo_search import Goal
@@ -239,6 +238,31 @@ def test_run_at_the_rate_found_leaves_time_for_the_loads_of_slow_servers(
     assert entry.low < TRUTH / 10 < entry.high and law.loads[-1].requests < 100
 
 
+def test_run_at_the_rate_found_lasts_until_idle_servers_are_busy(tmp_path: Path) -> None:
+    law, load = Law(prefill_s=0.01, itl_s=1.0), dataclasses.replace(LOAD, slo_tbt_ms=1200.0, requests=40)
+    (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.3)).deployments
+    last = law.loads[-1]
+    assert entry.rate_per_s == pytest.approx(last.rate, rel=1e-3)
+    assert last.requests / last.rate >= settle_s(load, 3.0) > 15 > 40 / last.rate
+
+
+def test_run_at_the_rate_found_that_was_too_short_confirms_nothing(tmp_path: Path) -> None:
+    short = Law(flags=lambda rate: [Flag("ramps-in-window", "trial 1: its window is shorter than a request")])
+    document = search(tmp_path, short, Law())
+    present(document, tmp_path, CONSOLE)
+    entry, whole = document.deployments
+    assert (
+        entry.attained_pct is None
+        and entry.goodput_per_s is None
+        and entry.rate_per_s_per_gpu == whole.rate_per_s_per_gpu
+    )
+    assert whole.attained_pct is not None and whole.goodput_per_s is not None
+    assert document.sentence.endswith("; the confirming run of d0 was too short to say.")
+    entry.attained_pct = 40.0
+    present(document, tmp_path, CONSOLE)
+    assert document.sentence.endswith("; d0's confirming run kept it for 40.0 % of its requests.")
+
+
 def test_time_that_is_up_before_a_load_tells_anything_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,59 +352,6 @@ def test_search_through_the_command_on_a_server(tmp_path: Path, capsys: pytest.C
         printed = "".join(capsys.readouterr().err.split("\n"))
         assert "load-01/bench_results: bench: canary-failed: a wrong answer" in printed
         assert not any(peer.method == "POST" for peer in server.requests[sent:])
-
-
-def test_picture_of_two_deployments_on_gpus() -> None:
-    document = Document(
-        command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0,
-        deployments=[
-            Held(name=name, rate_per_s=rate, low=0.95 * rate, high=1.05 * rate, gpus=2, rate_per_s_per_gpu=rate / 2, j_per_good_request=joules,
-                 slo_scale=[Scaled(scale=scale, rate_per_s=rate * scale, low=0.0, high=99.0) for scale in (0.8, 1.0, 1.3)])
-            for name, rate, joules in (("disaggregated", 20.0, 30.0), ("replicas", 10.0, 40.0))
-        ],
-        points=[
-            Point(deployment=name, run="", rate_per_s=rate, attained_pct=100 - rate, j_per_good_request=40 - rate, requests=500,
-                  slo_used=None, held=None, limited_by=None, client_limited=False, load_s=9.0)
-            for name in ("disaggregated", "replicas") for rate in (5.0, 10.0, 20.0)
-        ],
-    )  # fmt: skip
-    assert sentence(document) == (
-        "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
-        "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
-    )
-    known = sentence(document)
-    document.deployments[0].layout = "2P2D"
-    assert sentence(document) == known.replace("disaggregated (", "disaggregated 2P2D (")
-    document.deployments[0].layout = "1P1D"
-    document.deployments[0].attained_pct = 94.97  # as it is printed: 95.0
-    assert sentence(document) == known
-    for attained, words in ((89.2, "89.2"), (0.0, "0")):
-        document.deployments[0].attained_pct = attained
-        assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
-    closest = Closest(rate_per_s=None, attained_pct=100.0, run="")
-    overloaded = Held(name="single", low=0.0, high=8.54, closest=closest)
-    assert sentence(structs.replace(document, deployments=[*document.deployments, overloaded])).endswith(
-        "; single carries less than 8.54; single was not loaded for long enough."
-    )
-    assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
-    assert {panel.y.label for panel in chart(document).panels if "Energy" in panel.title} == {"J per good request"}
-    titles = [
-        "Requests within the SLO",
-        "Energy per request within the SLO",
-        "Goodput per GPU against the SLO's scale",
-        "Energy per request within the SLO against its scale",
-    ]
-    assert [panel.title for panel in chart(document).panels] == titles[:2]  # no scale is known
-    scaled = Scaled(scale=1.0, rate_per_s=9.0, low=8.0, high=9.0, goodput_per_s_per_gpu=4.0, j_per_good_request=30.0)
-    document.deployments[0].slo_scale = [scaled]
-    assert [panel.title for panel in chart(document).panels] == titles
-    assert chart(document).caption == "bars: 95 % intervals; ringed: energy at the rate found"
-    labels = mpl.chart(chart(document), 16, 9).axes[0].texts
-    assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
-    assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
-    for each in [*document.points, *document.deployments, scaled]:
-        each.j_per_good_request = None
-    assert [panel.title for panel in chart(document).panels] == titles[::2]
 
 
 def test_each_deployment_is_tuned_by_the_options_of_its_roles() -> None:

@@ -44,12 +44,14 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 
     analyses = []
     for point in document.points:
-        goodput = load_analysis(out / point.run).summary.goodput
-        point.j_per_good_request, point.goodput_per_s = goodput.j_per_good_request, goodput.requests_per_s
+        analysis = load_analysis(out / point.run)
+        goodput = analysis.summary.goodput
+        point.goodput_per_s = goodput.requests_per_s
+        point.j_per_good_request = goodput.j_per_good_request if _settled(analysis) else None
     for entry in document.deployments:
         if entry.run:
             analyses.append(load_analysis(out / entry.run))
-            _enter_figures(entry, analyses[-1])
+            _enter_figures(entry, analyses[-1], document.attain_pct)
         _enter_scales(entry, document)
         if entry.tuned and entry.tuned.run:
             analyses.append(load_analysis(out / entry.tuned.run))
@@ -74,15 +76,24 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     return analyses
 
 
-def _enter_figures(entry: Held, analysis: RunAnalysis) -> None:
+def _settled(analysis: RunAnalysis) -> bool:
+    """Do goodput and energy say anything of the run's load: was there a time at which the servers were as busy as it makes them?"""
+    return "ramps-in-window" not in {flag.name for flag in analysis.flags}
+
+
+def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
+    """Of the confirming run. One that ended before its servers were busy confirms nothing, though it may refute."""
     goodput = analysis.summary.goodput
     entry.gpus = analysis.gpus
     entry.layout = text.layout(analysis)
     entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
-    entry.goodput_per_s = goodput.requests_per_s
-    entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device
-    entry.j_per_good_request = goodput.j_per_good_request
-    entry.goodput_per_w = analysis.summary.energy.goodput_per_w
+    settled = _settled(analysis)
+    if not settled and (entry.attained_pct or 0.0) >= attain_pct:
+        entry.attained_pct = None
+    entry.goodput_per_s = goodput.requests_per_s if settled else None
+    entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device if settled else None
+    entry.j_per_good_request = goodput.j_per_good_request if settled else None
+    entry.goodput_per_w = analysis.summary.energy.goodput_per_w if settled else None
 
 
 def _enter_scales(entry: Held, document: Document) -> None:
@@ -161,6 +172,8 @@ def sentence(document: Document) -> str:
         if entry.rate_per_s and entry.attained_pct is not None and round(entry.attained_pct, 1) < document.attain_pct:
             share = text.number(entry.attained_pct)
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
+        elif entry.rate_per_s and entry.run and entry.attained_pct is None:
+            words += _("; the confirming run of {0} was too short to say", entry.name)
         if entry.client_limited:
             words += _("; the client was the limit of {0}, which may carry more", entry.name)
     return _(" ").join(filter(None, (words and words + _("."), _clocks_sentence(document))))

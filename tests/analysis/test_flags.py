@@ -266,12 +266,20 @@ def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagge
 
 @pytest.mark.parametrize(
     ("options", "flagged"),
-    [({"rate": 50.0}, True), ({"concurrency": 5}, True), ({"concurrency": 1}, False), ({"concurrency": 2}, False)],
+    [
+        ({"rate": 50.0}, "whole run"),
+        ({"rate": 50.0, "requests": 20}, "shorter than a request"),
+        ({"rate": 50.0, "requests": 60}, ""),
+        ({"concurrency": 5}, "whole run"),
+        ({"concurrency": 1}, ""),
+        ({"concurrency": 2}, ""),
+    ],
 )
-def test_window_that_is_mostly_filling_and_draining_is_flagged(options: dict, flagged: bool) -> None:
-    load = LoadConfig(requests=6, warmup=0, arrival="constant", **options)
+def test_window_of_filling_and_draining_is_flagged(options: dict, flagged: str) -> None:
+    load = LoadConfig(**({"requests": 6, "warmup": 0, "arrival": "constant"} | options))
     with ScriptedServer(stream(tokens(5), pause_s=0.05)) as server:
         result = run_load(TrialLoad(load, server.url, "m", Clock.start()))
     run = Run(name="r", clock=Clock(0, 0), config={"load": asdict(load)}, host={}, versions={})
     run.trials, run.requests = [result.trial], result.requests
-    assert ("ramps-in-window" in names(run)) == flagged
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
+    assert [flagged in detail for detail in details] == [True] * bool(flagged)

@@ -1,12 +1,15 @@
-"""`pdbench report` of searches: several answers as one."""
+"""`pdbench report` of searches: the sentence, the picture, several answers as one."""
 
 import json
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import structs
 
-from pdbench.search.document import FILE, Closest, Document, Held, Point
+from pdbench.report import mpl
+from pdbench.report.search import chart, sentence
+from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from tests.support.processes import ROOT, call_pdbench
 
 
@@ -121,3 +124,56 @@ def test_searches_with_other_requests_are_not_one_answer(tmp_path: Path) -> None
     done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
     assert done.returncode != 0 and "were not measured alike (load, input_tokens" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "both").exists()
+
+
+def test_picture_of_two_deployments_on_gpus() -> None:
+    document = Document(
+        command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0,
+        deployments=[
+            Held(name=name, rate_per_s=rate, low=0.95 * rate, high=1.05 * rate, gpus=2, rate_per_s_per_gpu=rate / 2, j_per_good_request=joules,
+                 slo_scale=[Scaled(scale=scale, rate_per_s=rate * scale, low=0.0, high=99.0) for scale in (0.8, 1.0, 1.3)])
+            for name, rate, joules in (("disaggregated", 20.0, 30.0), ("replicas", 10.0, 40.0))
+        ],
+        points=[
+            Point(deployment=name, run="", rate_per_s=rate, attained_pct=100 - rate, j_per_good_request=40 - rate, requests=500,
+                  slo_used=None, held=None, limited_by=None, client_limited=False, load_s=9.0)
+            for name in ("disaggregated", "replicas") for rate in (5.0, 10.0, 20.0)
+        ],
+    )  # fmt: skip
+    assert sentence(document) == (
+        "Within TTFT 300 ms for 95 % of requests, disaggregated (2 GPUs) carries 20.0 requests/s (19.0 to 21.0), replicas (2 GPUs) "
+        "10.0 (9.50 to 10.5): 2 times replicas per GPU, for 25% less energy per good request."
+    )
+    known = sentence(document)
+    document.deployments[0].layout = "2P2D"
+    assert sentence(document) == known.replace("disaggregated (", "disaggregated 2P2D (")
+    document.deployments[0].layout = "1P1D"
+    document.deployments[0].attained_pct = 94.97  # as it is printed: 95.0
+    assert sentence(document) == known
+    for attained, words in ((89.2, "89.2"), (0.0, "0")):
+        document.deployments[0].attained_pct = attained
+        assert sentence(document).endswith(f"; disaggregated's confirming run kept it for {words} % of its requests.")
+    closest = Closest(rate_per_s=None, attained_pct=100.0, run="")
+    overloaded = Held(name="single", low=0.0, high=8.54, closest=closest)
+    assert sentence(structs.replace(document, deployments=[*document.deployments, overloaded])).endswith(
+        "; single carries less than 8.54; single was not loaded for long enough."
+    )
+    assert mpl.picture(mpl.chart, chart(document), 16, 9).startswith(b"\x89PNG")
+    assert {panel.y.label for panel in chart(document).panels if "Energy" in panel.title} == {"J per good request"}
+    titles = [
+        "Requests within the SLO",
+        "Energy per request within the SLO",
+        "Goodput per GPU against the SLO's scale",
+        "Energy per request within the SLO against its scale",
+    ]
+    assert [panel.title for panel in chart(document).panels] == titles[:2]  # no scale is known
+    scaled = Scaled(scale=1.0, rate_per_s=9.0, low=8.0, high=9.0, goodput_per_s_per_gpu=4.0, j_per_good_request=30.0)
+    document.deployments[0].slo_scale = [scaled]
+    assert [panel.title for panel in chart(document).panels] == titles
+    assert chart(document).caption == "bars: 95 % intervals; ringed: energy at the rate found"
+    labels = mpl.chart(chart(document), 16, 9).axes[0].texts
+    assert [label.get_text() for label in labels] == ["10.0/s", "20.0/s"]
+    assert labels[0].xyann[1] > labels[1].xyann[1] + 10  # apart from each other also where rates are near
+    for each in [*document.points, *document.deployments, scaled]:
+        each.j_per_good_request = None
+    assert [panel.title for panel in chart(document).panels] == titles[::2]
