@@ -2,7 +2,8 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 25), fleet (about 26), fleet-tuned (about 24) or fleet-512 (about 16); default: all.
+# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24) or fleet-512 (about 16);
+# default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -120,9 +121,12 @@ cost() { # what counters, canaries and a watched page cost the other requests
 }
 
 tensor_parallel() {
-    step tests-tensor-parallel 420 "$python" -m pytest -q -m slow tests/kv/test_tensor_parallel.py
+    step tests-tensor-parallel 660 "$python" -m pytest -q -m slow tests/kv/test_tensor_parallel.py
     step wire-tp2 300 "$python" benchmarks/kv_transfer.py --out "$out/wire-tp2" --connectors p2p-nccl --tensor-parallel 2 --model "$model" --requests 500 \
         --limit-s 270 "--vllm-args=--load-format dummy $alone"
+}
+
+tensor_parallel_load() {
     vllm=$alone measure tp2 1000 sweep gpu-1p1d-graphs --tensor-parallel 2 --against single,replicas,disaggregated --vary rate=8,16 --trials 3 \
         --duration-s 33 $slo
 }
@@ -158,7 +162,7 @@ fleet_512() { # as many tokens out as in: what fleet-tuned left
     search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel fleet fleet-tuned fleet-512
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -179,11 +183,12 @@ for group in "$@"; do
         second_turn
         ;;
     tensor-parallel) tensor_parallel ;;
+    tensor-parallel-load) tensor_parallel_load ;;
     fleet) fleet ;;
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, fleet, fleet-tuned, fleet-512" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512" >&2
         exit 2
         ;;
     esac
