@@ -2,8 +2,8 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24) or fleet-512 (about 16);
-# default: all.
+# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16) or
+# rivals (on two GPUs, about 17; needs nixl); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -103,6 +103,11 @@ kv_tests() { # both halves at once: they take a fifth of each GPU's memory and m
     wait $!
 }
 
+rivals() {
+    step rivals 1300 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors p2p-nccl,nixl,nixl-push --model "$model" \
+        --requests 2000 --limit-s 1200 "--vllm-args=--load-format dummy $alone"
+}
+
 second_turn() {
     step second-turn 240 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/second_turn.py --connector p2p-nccl --model "$model" --conversations 10 \
         --prompt 2048 --answer 384 --new 64 "--vllm-args=--load-format dummy $alone"
@@ -162,7 +167,7 @@ fleet_512() { # as many tokens out as in: what fleet-tuned left
     search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -187,8 +192,9 @@ for group in "$@"; do
     fleet) fleet ;;
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
+    rivals) rivals ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals" >&2
         exit 2
         ;;
     esac

@@ -1,6 +1,6 @@
 """Prefill and decode servers for benchmarks/kv_transfer.py, and a small client that speaks each connector's protocol.
 
-Only the standard library: it runs wherever vLLM does. A decode server without transfer parameters is the single instance to
+Nothing but the standard library and psutil, which vLLM needs: it runs wherever vLLM does. A decode server without transfer parameters is the single instance to
 compare with: the same process, device and CUDA graphs.
 """
 
@@ -14,14 +14,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.processes import free_port
 
-CONNECTORS = ("p2p-nccl", "tcp", "nixl", "builtin-p2p-nccl")
+NIXL = {"nixl": "NixlConnector", "nixl-push": "NixlPushConnector"}
+"""vLLM's own: decode reads KV, or prefill writes it."""
+CONNECTORS = ("p2p-nccl", "tcp", *NIXL, "builtin-p2p-nccl")
 
 
 @dataclass
@@ -65,6 +70,16 @@ class Pair:
         """Send a signal to all processes of one server."""
         os.killpg(self.processes[index].pid, number)
 
+    def cpu_s(self) -> float:
+        """Seconds of CPU that both servers have taken so far, with their engines and workers."""
+        total = 0.0
+        for server in self.processes:
+            for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
+
     def stop(self) -> None:
         """End both process groups: the engine outlives the API server otherwise."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -93,7 +108,7 @@ class Pair:
             both = f"___prefill_addr_{self.kv[0]}___decode_addr_{self.kv[1]}_{name}"
             await plain(self.urls[0], prompt, None, {"X-Request-Id": both})
             return await streamed(self.urls[1], prompt, output_tokens, None, name, begun_s, {"X-Request-Id": both})
-        if self.connector == "nixl":
+        if self.connector in NIXL:
             parameters = {"do_remote_decode": True, "do_remote_prefill": False}
             answer = await plain(self.urls[0], prompt, parameters)
             return await streamed(self.urls[1], prompt, output_tokens, answer["kv_transfer_params"], name, begun_s)
@@ -112,7 +127,7 @@ class Pair:
 
 def available(connector: str) -> bool:
     """Can this Python import what the connector needs?"""
-    return connector != "nixl" or importlib.util.find_spec("nixl") is not None
+    return connector not in NIXL or importlib.util.find_spec("nixl") is not None
 
 
 def start(
@@ -184,8 +199,8 @@ def start(
 
 def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, timeout_s: float) -> dict[str, object]:
     """vLLM's --kv-transfer-config for one side."""
-    if connector == "nixl":
-        return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    if connector in NIXL:
+        return {"kv_connector": NIXL[connector], "kv_role": "kv_both"}
     side: dict[str, object] = {"kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_port": kv_port}
     if connector == "builtin-p2p-nccl":
         size = 8e9 if role == "decode" else 1e1

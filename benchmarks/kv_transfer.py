@@ -1,7 +1,7 @@
 """How fast KV moves, and what it costs decode: pdbench's connector beside vLLM's own, in one table and one JSON file.
 
-On a host with two GPUs (starts and stops its servers; NixlConnector's rows come when nixl can be imported):
-    python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl --requests 1000 --limit-s 480
+On a host with two GPUs (starts and stops its servers; NIXL's columns, by reading and by writing, come when nixl can be imported):
+    python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl,nixl,nixl-push --limit-s 1200
 With tensor parallelism on both sides (four GPUs), beside a single instance as wide:
     python benchmarks/kv_transfer.py --out kv-transfer-tp2 --connectors p2p-nccl --tensor-parallel 2 --requests 500
 With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
@@ -26,7 +26,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_healthy
+from kv_servers import CONNECTORS, NIXL, Pair, Timed, available, metrics, start, wait_healthy
 
 from pdbench.config import LoadConfig
 from pdbench.http import get
@@ -166,7 +166,7 @@ class Measurement:
 
     async def ttft(self) -> None:
         """One at a time, through the proxy and by the decode server alone in turn."""
-        for tokens in (512, 2048):
+        for tokens in (512, 2048, self.options.long):
             sides: dict[str, list[float]] = {"disaggregated": [], "single": []}
             for _ in range(3):
                 for side, url in (("disaggregated", self.proxy_url), ("single", self.pair.urls[1])):
@@ -210,9 +210,9 @@ class Measurement:
             ),
             (f"decode alone, {many} streams", self.pair.urls[1], many, many, 64, self.options.stream_tokens // 3),
         ):
-            before = await asyncio.to_thread(metrics, self.pair.urls[1])
+            before, cpu_s = await asyncio.to_thread(metrics, self.pair.urls[1]), self.pair.cpu_s()
             done = await self.driven(url, concurrency, requests, tokens, output)
-            after = await asyncio.to_thread(metrics, self.pair.urls[1])
+            after, cpu_s = await asyncio.to_thread(metrics, self.pair.urls[1]), self.pair.cpu_s() - cpu_s
             ttfts, gaps, seconds = done.pop("ttfts"), done.pop("gaps"), done.pop("second_gaps")
             steps = after["vllm:iteration_tokens_total_count"] - before["vllm:iteration_tokens_total_count"]
             self.results[name] = done | {
@@ -222,6 +222,7 @@ class Measurement:
                 "second_token_p50_ms": quantile(seconds, 0.5),
                 "second_token_p99_ms": quantile(seconds, 0.99),
                 "decode_steps": steps,
+                "servers_cpu_ms_per_request": 1e3 * cpu_s / done["sent"],
             }
 
     async def arrivals_without_kv(self) -> None:
@@ -259,6 +260,7 @@ class Measurement:
         measured = [request for request in result.requests if not request.warmup]
         good = [request for request in measured if request.error is None]
         return {
+            "sent": len(result.requests),
             "requests": len(measured),
             "failed": len(measured) - len(good),
             "first_error": next((str(request.error) for request in measured if request.error), None),
@@ -273,7 +275,8 @@ class Measurement:
 @contextmanager
 def proxy(pair: Pair, *options: str) -> Iterator[str]:
     """pdbench's proxy in front of the pair; its URL."""
-    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector, *options]
+    connector = "nixl" if pair.connector in NIXL else pair.connector  # one protocol
+    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", connector, *options]
     for side, url, kv in zip(("--prefill", "--decode"), pair.urls, pair.kv, strict=True):
         command += [side, f"{url}@{kv}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -310,30 +313,43 @@ def judged(
 
     share = ratio(of_rank("wire 2048"), copies.get("2048"))
     long = ratio(of_rank(f"wire {options.long}"), copies.get("8192"))
-    extra = difference(get("ttft 512", "disaggregated_ms_p50"), get("ttft 512", "single_ms_p50"))
-    tail = ratio(get(many, "tbt_p99_ms"), get("load 1 at a time", "tbt_p99_ms"))
+    extra = {
+        tokens: difference(get(f"ttft {tokens}", "disaggregated_ms_p50"), get(f"ttft {tokens}", "single_ms_p50"))
+        for tokens in (512, 2048, options.long)
+    }
     late = get(f"{many}, decode's first token", "tbt_p99_ms")
     alone = get(f"decode alone, {options.concurrency} streams", "tbt_p99_ms")
     arriving = get("arrivals without KV", "tbt_p99_ms")
+    tail = ratio(get(many, "tbt_p99_ms"), arriving)
     cost = ratio(get("tbt with transfers", "p50_ms"), get("tbt without transfers", "p50_ms"))
     at_once = f"{options.concurrency} at a time"
     return [
         ("wire GB/s, 2048 tokens", get("wire 2048", "gb_per_s_p50"), None, None),
         ("wire GB/s of one rank, 2048 tokens", of_rank("wire 2048"), None, None),
-        ("wire / plain copy, 2048 tokens", share, 0.8, None),
-        (f"wire / plain copy, {options.long} tokens", long, 0.8, None),
-        ("handoff p50 ms, 2048 tokens", get("wire 2048", "handoff_ms_p50"), None, 3),
+        ("wire / plain copy, 2048 tokens", share, 0.9, None),
+        (f"wire / plain copy, {options.long} tokens", long, 0.9, None),
+        ("handoff p50 ms, 2048 tokens", get("wire 2048", "handoff_ms_p50"), None, 2),
         ("handoff p99 ms, 2048 tokens", get("wire 2048", "handoff_ms_p99"), None, None),
-        ("TTFT p50 ms more than single, 512 tokens", extra, None, 5),
+        *((f"TTFT p50 ms more than single, {n} tokens", extra[n], None, 1 if n == 512 else None) for n in extra),
         (f"failed of {options.requests}, {at_once}", get(many, "failed"), None, 0),
-        (f"TBT p99, {at_once} / 1 at a time", tail, None, 1.3),
+        (f"TBT p99, {at_once} / as many arrivals without KV", tail, None, 1.15),
         (f"TBT p99 ms, {at_once}", get(many, "tbt_p99_ms"), None, None),
         (f"TBT p99 ms, {at_once}, decode's first token", late, None, None),
         ("TBT p99 ms, as many arrivals without KV", arriving, None, None),
         (f"TBT p99 ms, {options.concurrency} streams and no transfers", alone, None, None),
-        (f"first to second token p50 ms, {at_once}", get(many, "second_token_p50_ms"), None, None),
+        *(
+            (
+                f"first to second token p50 ms, {n} at a time",
+                get(f"load {n} at a time", "second_token_p50_ms"),
+                None,
+                None,
+            )
+            for n in (1, options.concurrency)
+        ),
         ("TBT p50 with / without transfers", cost, 0.95, 1.05),
         (f"requests per second, {at_once}", get(many, "requests_per_s"), None, None),
+        (f"CPU ms of both servers per request, {at_once}", get(many, "servers_cpu_ms_per_request"), None, None),
+        ("GB/s by NIXL's own counters, all lengths", get("nixl's own rate", "gb_per_s"), None, None),
     ]
 
 
