@@ -2,8 +2,8 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16) or
-# rivals (on two GPUs, about 17; needs nixl); default: all.
+# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16),
+# on two GPUs rivals (about 17; needs nixl) or dense (about 10); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -108,6 +108,12 @@ rivals() {
         --requests 2000 --limit-s 1200 "--vllm-args=--load-format dummy $alone"
 }
 
+dense() { # another shape, for the planner
+    local model=$out/llama-3.1-8b
+    [ -e "$model/config.json" ] || "$python" -m pdbench.serving.models llama-3.1-8b "$model" || return
+    vllm=$alone measure dense 900 sweep gpu-1p1d-graphs --against replicas,disaggregated --vary rate=2,4,8 --duration-s 36 $slo
+}
+
 second_turn() {
     step second-turn 240 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/second_turn.py --connector p2p-nccl --model "$model" --conversations 10 \
         --prompt 2048 --answer 384 --new 64 "--vllm-args=--load-format dummy $alone"
@@ -167,7 +173,7 @@ fleet_512() { # as many tokens out as in: what fleet-tuned left
     search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals dense
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -193,8 +199,9 @@ for group in "$@"; do
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
     rivals) rivals ;;
+    dense) dense ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, dense" >&2
         exit 2
         ;;
     esac

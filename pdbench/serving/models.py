@@ -1,7 +1,8 @@
-"""Models that need no download: a tiny DeepSeek-V2 for the CPU, and DeepSeek-V2-Lite's shape for real speed on GPUs.
+"""Models that need no download: a tiny DeepSeek-V2 for the CPU, and the shapes of trained ones, for real speed on GPUs.
 
 python -m pdbench.serving.models tiny                            prints the tiny model's folder
-python -m pdbench.serving.models deepseek-v2-lite FOLDER         writes the shape into FOLDER
+python -m pdbench.serving.models deepseek-v2-lite FOLDER         writes the shape into FOLDER (MLA, mixture of experts)
+python -m pdbench.serving.models llama-3.1-8b FOLDER             the same (grouped heads, dense)
 """
 
 import itertools
@@ -17,8 +18,11 @@ from typing import Any
 from pdbench.errors import NOT_JSON, UserError
 
 _REVISION = "3"  # changes whenever the tiny model does, so that an older one in the cache is not taken for it
-_WEIGHTS_BYTES, _SHAPE_BYTES = "pdbench_weights_bytes", 31_412_968_448
-"""What dummy weights take, in the config of a model without weights; of DeepSeek-V2-Lite (15,706,484,224 parameters of 16 bits)."""
+SHAPES = {path.stem: path for path in sorted(Path(__file__).with_name("shapes").glob("*.json"))}
+"""Published config.json files without the entries that name remote code; special tokens are the last two of the vocabulary that is written.
+From `transformers_version` 5 on, transformers does not take the vocabulary for one of Mistral's with a known fault."""
+_WEIGHTS_BYTES = "pdbench_weights_bytes"
+"""What dummy weights take (two bytes per parameter), in the config of a model without weights."""
 _CHARACTERS = (
     range(0x80, 0x800),
     range(0x2010, 0x2070),
@@ -115,15 +119,13 @@ def weights_mib(model: str, *, halve_float32: bool) -> float | None:
         return None
 
 
-def shape_model(folder: Path) -> Path:
-    """Write DeepSeek-V2-Lite without its weights into `folder` (a few MB), for `--load-format dummy`; returns it."""
+def shape_model(folder: Path, shape: str = "deepseek-v2-lite") -> Path:
+    """Write one of SHAPES, a model without its weights, into `folder` (a few MB), for `--load-format dummy`; returns it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
-    # The published config.json without the entries that name remote code; its special tokens are the last two written here.
-    shutil.copy(Path(__file__).with_name("deepseek-v2-lite.json"), folder / "config.json")
-    config = json.loads((folder / "config.json").read_text()) | {_WEIGHTS_BYTES: _SHAPE_BYTES}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copy(SHAPES[shape], folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
     special = ["<|begin_of_sentence|>", "<|end_of_sentence|>"]
     # As in a trained vocabulary, nearly every token is text: every byte, common characters that are not ASCII, pairs and triples of
     # printable ASCII. A model of random weights repeats a prompt's last token: were that a piece of a character, the answer had no text.
@@ -164,7 +166,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tiny"]:
             print(tiny_model())
-        case ["deepseek-v2-lite", folder]:
-            print(shape_model(Path(folder)))
+        case [shape, folder] if shape in SHAPES:
+            print(shape_model(Path(folder), shape))
         case _:
             sys.exit(__doc__)
