@@ -135,7 +135,7 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(
-            f"{out} holds a search with other options ({differs}): repeat its command, or give another --out"
+            f"{out} holds a search with other options or on another machine ({differs}): repeat its command, or give another --out"
         )
     return document, saved.points
 

@@ -22,6 +22,7 @@ from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, results_files, run_ids, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
+from pdbench.serving import machine
 
 _SWEEP = "sweep.json"
 _LONGEST_NAME = 100
@@ -138,8 +139,8 @@ def run(
     results folders. Each part goes through all points with the same options of serving before the next does, so that servers need few
     starts; servers that did not start for one point are not started for its others. `context` is what is measured beside the options, as
     the deployments. What fails is reported and left out; the others go on.
-    Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context or of
-    other options.
+    Raises UserError at the end when something failed, and before anything is measured when `out` has a point of another context, of
+    other options, or of another host, other GPUs or other versions.
 
     All points have one nonce, also when the sweep is resumed. Where points share a server, whose cache knows what was sent ("url" in
     `context`, or parts), a point's nonce is this one with the point's name, and another draw for a point of a "url" that is
@@ -153,7 +154,8 @@ def run(
         groups.setdefault(point.options.serve, []).append(point)
     steps = [(point, part) for group in groups.values() for part in parts for point in group]
     # What a point.json must say for its point to count, as it is read back: tuples are lists.
-    wanted = [json.loads(json.dumps({"context": context, "options": point.options.plain()})) for point, _ in steps]
+    fixed = {"context": context, "machine": machine.own_identity()}
+    wanted = [json.loads(json.dumps(fixed | {"options": point.options.plain()})) for point, _ in steps]
     results = [_results(out / point.name, keys, part) for (point, part), keys in zip(steps, wanted, strict=True)]
     write_whole(out / _SWEEP, json.dumps({"nonce": nonce}).encode())
     spent_s: list[float] = []
@@ -248,7 +250,7 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
         raise UserError(f"{folder} holds another run than was measured there: put its own back, or delete {folder}")
     if differs := differences(before, now):
         raise UserError(
-            f"{folder} was measured with other options ({differs}): repeat its command, give another --out, or delete {folder}"
+            f"{folder} was measured with other options or on another machine ({differs}): repeat its command there, give another --out, or delete {folder}"
         )
     return folders
 

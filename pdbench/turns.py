@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench import failures
+from pdbench import failures, sweep
 from pdbench.analysis.flags import DERIVED
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig, ServeConfig
 from pdbench.errors import UserError
@@ -229,7 +229,7 @@ def saved_runs(
 
     Raises UserError for those of another command, host or version: their trials would be taken for the same.
     """
-    host, versions = machines.host_facts()["name"], machines.versions()
+    here = machines.own_identity()
     runs: dict[DeploymentKind, Run] = {}
     for kind, folder in folders.items():
         if not any(folder.glob("*_results.json")):
@@ -250,8 +250,10 @@ def saved_runs(
             raise UserError(
                 f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
             )
-        if (run.host.get("name"), run.versions) != (host, versions):
-            raise UserError(f"--resume: {folder} holds a run of another host or of other versions: give another --out")
+        if differs := sweep.differences(machines.identity(run.host, run.versions), here):
+            raise UserError(
+                f"--resume: {folder} holds a run of another host or of other versions ({differs}): give another --out"
+            )
         cut = [flag for flag in run.flags if flag.name in ("interrupted", *failures.CUT_SHORT)]
         left_out = {trial.index for trial in run.trials[-1:] if any(flag.name != "server-died" for flag in cut)}
         # With --restarts, others may have followed.

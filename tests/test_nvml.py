@@ -34,7 +34,12 @@ def test_inventory_has_name_driver_memory_and_uuid(nvml_library: Path) -> None:
         "processes": 2,
     }
     assert found["facts"]["driver"] == "580.0"
-    assert found["facts"]["gpus"][0] == {"index": 0, "name": "Scripted GPU", "memory_mib": 141 * 1024.0}
+    assert found["facts"]["gpus"][0] == {
+        "index": 0,
+        "name": "Scripted GPU",
+        "memory_mib": 141 * 1024.0,
+        "uuid": found["gpus"][0]["uuid"],
+    }
 
 
 def test_gpu_whose_memory_is_not_reported_is_in_the_inventory(nvml_library: Path) -> None:

@@ -163,7 +163,7 @@ def test_search_resumes_without_sending_again(tmp_path: Path) -> None:
     sent = len(law.loads)
     assert search(tmp_path, law).deployments == document.deployments and len(law.loads) == sent
     with pytest.raises(
-        UserError, match=r"other options \(slo_ttft_ms 300.0 instead of 400.0\).*--out"
+        UserError, match=r"other options or on another machine \(slo_ttft_ms 300.0 instead of 400.0\).*--out"
     ):  # another question
         search(tmp_path, law, load=dataclasses.replace(LOAD, slo_ttft_ms=400.0))
     assert search(tmp_path, law).deployments == document.deployments and len(law.loads) == sent

@@ -21,6 +21,7 @@ from pdbench.errors import StartError, UserError
 from pdbench.records import Flag, save_run
 from pdbench.report import mpl, text
 from pdbench.report import sweep as sweeps
+from pdbench.serving import machine
 from tests.support.processes import call_pdbench, free_port
 from tests.support.runs import build_run
 from tests.support.servers import Peer, ScriptedServer, stream, tokens
@@ -94,7 +95,7 @@ def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):
         list(sweep.run(sweep.points(OPTIONS, ["concurrency=2"]), tmp_path, measure, CONSOLE))
 
 
-def test_points_of_other_options_are_refused_and_kept_before_anything_is_measured(tmp_path):
+def test_points_of_other_options_are_refused_and_kept_before_anything_is_measured(tmp_path, monkeypatch):
     calls: list[int | None] = []
 
     def measure(options: Options, folder: Path, part: str) -> list[Path]:
@@ -115,8 +116,18 @@ def test_points_of_other_options_are_refused_and_kept_before_anything_is_measure
         (more, context | {"url": "http://b"}, "url http://a instead of http://b"),
         (more, {"trials": 1}, "url http://a instead of None"),
     ):
-        with pytest.raises(UserError, match=rf"concurrency=1 was measured with other options \({differs}\): .*--out"):
+        with pytest.raises(
+            UserError,
+            match=rf"concurrency=1 was measured with other options or on another machine \({differs}\): .*--out",
+        ):
             list(sweep.run(points, tmp_path, measure, CONSOLE, where))
+    own = machine.own_identity()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(machine, "own_identity", lambda: own | {"gpus": {"GPU 0": "GPU-b"}})
+        with pytest.raises(
+            UserError, match=r"on another machine \(GPU 0 None instead of GPU-b\): repeat its command there"
+        ):
+            list(sweep.run(more, tmp_path, measure, CONSOLE, context))
     assert calls == [1] and {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == kept
     list(sweep.run(more, tmp_path, measure, CONSOLE, context))
     assert calls == [1, 2]

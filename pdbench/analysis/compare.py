@@ -221,6 +221,9 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         for what, left, right in zip(("prompt", "output"), *lengths, strict=True)
         if left and right and max(left, right) > (1 + NOTABLE) * min(left, right)
     ]
+    a_has, b_has = ({gpu["uuid"] for gpu in run.host.get("gpus") or [] if gpu.get("uuid")} for run in (a, b))
+    if a_has and b_has and not a_has & b_has:  # hosts may have one name
+        differing.append(Mismatch("GPUs of the host", ", ".join(sorted(a_has)), ", ".join(sorted(b_has)), refused=True))
     a_ran, b_ran = ({id for id, device in run.summary.devices.items() if device.kind == "gpu"} for run in (a, b))
     if a_ran - b_ran and b_ran - a_ran:  # one instance runs on some of the GPUs of two
         differing.append(Mismatch("ran on", ", ".join(sorted(a_ran)), ", ".join(sorted(b_ran)), refused=False))

@@ -72,6 +72,7 @@ def search(
     from pdbench.analysis.run_analysis import load_analysis
     from pdbench.report import commands, text
     from pdbench.report import search as found
+    from pdbench.serving import machine
 
     begin_s, progress = time.monotonic(), progress_to(live)
     options = sweep.with_slo(options, slo)
@@ -112,6 +113,7 @@ def search(
         deployments = [deployment(kind, point) for kind, point in ordered]
         nodes = cluster and asdict(cluster)
         command = {"url": url, "cluster": nodes, "options": [each.options.plain() for each in deployments]}
+        command["machine"] = machine.own_identity()
         document, earlier = slo_search.start(out, command, goal, points[0].options.load)
         try:
             slo_search.find(deployments, goal, out, progress, document, earlier)

