@@ -260,7 +260,8 @@ def chart(document: Document) -> Chart:
     attained, joules, scaled, scaled_joules = (list[Series]() for _panel in range(4))
     for entry in sorted(entries, key=lambda entry: entry.rate_per_s or 0.0):  # for their labels
         name, shade, gpus = entry.name, colours[entry.name], entry.gpus or 1 if per_gpu else 1
-        points = document.loads(name)
+        # A confirming run that was too short says nothing of its rate.
+        points = [each for each in document.loads(name) if each[1].run != entry.run or entry.attained_pct is not None]
         if points:
             at, shares = [rate for rate, _point in points], [point.attained_pct for _rate, point in points]
             attained.append(Series(kind="points", name=name, x=at, y=shares, shade=shade, opacity=0.6, size=6))
