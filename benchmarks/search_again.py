@@ -12,14 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from pdbench import slo_search
+from pdbench import failures, slo_search
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.records import load_run
 from pdbench.report import search_files
 from pdbench.search.document import Document
 from pdbench.search.rates import Answer, Search
-from pdbench.slo_loads import outcome_of, settle_s
+from pdbench.slo_loads import client_was_the_limit, outcome_of, settle_s
 
 
 def answer_of(document: Document, folder: Path, load: LoadConfig, name: str) -> Answer | None:
@@ -33,7 +33,7 @@ def answer_of(document: Document, folder: Path, load: LoadConfig, name: str) -> 
     for point in points:
         if point.rate_per_s and Path(point.run).parent.name.startswith("load-"):
             run = load_run(folder / point.run)
-            if not slo_search._client_was_the_limit(run, point):
+            if not failures.void(run.flags, None, 0) and not client_was_the_limit(run, point):
                 settled = point.load_s >= settle_s(load, alone_s)
                 search.add(replace(outcome_of(run, point.rate_per_s, point.held), settled=settled))
     return search.answer() if search.outcomes else None

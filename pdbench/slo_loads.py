@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pdbench import failures
 from pdbench.analysis.metrics import Timings, timings_of, timings_of_requests
 from pdbench.config import LoadConfig, Options, most_output_tokens
 from pdbench.errors import UserError
-from pdbench.failures import INTERRUPTED
 from pdbench.files import begin_again
 from pdbench.load import plan
 from pdbench.load.generator import Progress
@@ -173,6 +173,7 @@ class Loads:
             held=held,
             limited_by=_limit(timings),
             client_limited=any(flag.name == "client-limited" for flag in run.flags),
+            void=failures.void(run.flags, None, 0),
             load_s=max(each.end_s or 0.0 for each in run.requests) - min(each.planned_s for each in run.requests),
         )
         if self.sent:  # servers may start for the first one
@@ -182,12 +183,18 @@ class Loads:
         return run, point
 
 
+def client_was_the_limit(run: Run, point: Point) -> bool:
+    """Does the load say nothing of the servers: did the client stand still or lag behind, or send a burst afterwards that missed the SLO?"""
+    stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
+    return stood_still or (point.client_limited and point.held is not False)
+
+
 def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
     """What a load came to, up to the first request that was cut off before it had missed."""
     timings = timings_of(run)
     unknown = np.flatnonzero(~timings.slo_known)
     end = int(unknown[0]) if len(unknown) else len(timings.slo_known)
-    cut = np.array([kind == INTERRUPTED for kind in timings.requests.error], dtype=bool)
+    cut = np.array([kind == failures.INTERRUPTED for kind in timings.requests.error], dtype=bool)
     worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in timings.slo_ratios.values()], axis=0)
     score = np.where(timings.requests.ok | cut, worst, inf)[:end]
     tokens = timings.requests.prompt_tokens

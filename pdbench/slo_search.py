@@ -22,6 +22,7 @@ from pdbench.analysis.metrics import SLO, timings_of
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
+from pdbench.failures import VOID
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.load.input_files import span
@@ -32,12 +33,12 @@ from pdbench.search.clocks import Setting, axes, cheapest
 from pdbench.search.document import FILE, Choice, Closest, Document, Held, Point, Scaled, Tuned
 from pdbench.search.evidence import LEAST_REQUESTS, Array
 from pdbench.search.rates import Answer, Search
-from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, outcome_of, settle_s
+from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, client_was_the_limit, outcome_of, settle_s
 
 REQUESTS = 500  # per load
 MOST_LOADS = 30
 MOST_LIMITED = 2
-"""Loads in a row in which the client was the limit: one may be by what else the host does."""
+"""Loads in a row that say nothing, as the client was the limit or answers were wrong: one may be by what else the host does."""
 MOST_CONFIRMED = 3
 """Settings, from the cheapest on, that a run with other arrivals may refuse."""
 CONFIRMED_SHARE = 0.25
@@ -246,12 +247,14 @@ def _search_rate(
             if judge.reason == TIME_UP and point.load_s < least_s:  # servers that were idle meet every SLO at first
                 loads.points.pop()
                 continue
-            if _client_was_the_limit(run, point):
+            if point.void or client_was_the_limit(run, point):
                 limited += 1
                 words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
-                loads.console.print(f"  the client was the limit: {words}")
+                loads.console.print(
+                    f"  {point.void or f'the client was the limit: {words}'}", markup=False, soft_wrap=True
+                )
                 if limited == MOST_LIMITED:
-                    entry.client_limited = True
+                    entry.client_limited = not point.void
                     break
                 continue
             limited = 0
@@ -282,7 +285,7 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
         """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
         words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
         run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
-        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled"}
+        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled", *VOID}
         point.kept = point.held is not False and point.attained_pct >= 100 * goal.attain and not refused
         point.refused = sorted(refused)
         point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request
@@ -326,12 +329,6 @@ def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callabl
     entry.tuned = tuned
 
 
-def _client_was_the_limit(run: Run, point: Point) -> bool:
-    """Does the load say nothing of the servers: did the client stand still or lag behind, or send a burst afterwards that missed the SLO?"""
-    stood_still = any(flag.name in ("client-stalled", "host-slept") for flag in run.flags)
-    return stood_still or (point.client_limited and point.held is not False)
-
-
 def _pace(run: Run) -> tuple[float, float]:
     """(seconds of one request that is alone, the rate to begin with): half of what one prefill at a time could do."""
     requests = timings_of(run).requests
@@ -358,7 +355,7 @@ def _confirmed(load: LoadConfig, rate: float, span_s: float, least_s: float) -> 
 
 def _enter(entry: Held, answer: Answer, points: Sequence[Point]) -> None:
     """The part of an answer that loads alone give. Without a rate that is held: the closest load."""
-    mine = [point for point in points if point.deployment == entry.name and not point.setting]
+    mine = [point for point in points if point.deployment == entry.name and not point.setting and not point.void]
     above = [point for point in mine if point.limited_by and (point.rate_per_s or 0) >= answer.rate]
     breaking = min(above, key=lambda point: point.rate_per_s or 0, default=None)
     closest = max(mine, key=lambda point: point.attained_pct, default=None)

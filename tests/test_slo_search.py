@@ -199,8 +199,11 @@ def test_rate_at_which_the_client_was_the_limit_is_not_held(tmp_path: Path) -> N
     assert "the client was the limit of d0" in sentence(document)
 
 
-@pytest.mark.parametrize(("flag", "prefill_s"), [("client-limited", 0.1), ("client-stalled", 1.0)])
-def test_load_in_which_the_client_was_at_fault_is_sent_again(tmp_path: Path, flag: str, prefill_s: float) -> None:
+@pytest.mark.parametrize(
+    ("flag", "prefill_s"),
+    [("client-limited", 0.1), ("client-stalled", 1.0), ("gate-failed", 1.0), ("gate-failed", 0.001)],
+)
+def test_load_that_says_nothing_of_the_servers_is_sent_again(tmp_path: Path, flag: str, prefill_s: float) -> None:
     flagged: list[float] = []
 
     def once(rate: float) -> list[Flag]:
@@ -211,10 +214,21 @@ def test_load_in_which_the_client_was_at_fault_is_sent_again(tmp_path: Path, fla
         return []
 
     law = Law(flags=once)
-    (entry,) = search(tmp_path, law).deployments
+    document = search(tmp_path, law)
+    (entry,) = document.deployments
     assert flagged == [5.0] and not entry.client_limited and entry.low < TRUTH < entry.high
+    assert ("loads of d0 that do not count: 1 (gate-failed)" in sentence(document)) == (flag == "gate-failed")
     (again,) = search(tmp_path, Law()).deployments  # all of it saved
     assert again == entry
+
+
+def test_answers_that_stay_wrong_end_a_search_without_a_rate(tmp_path: Path) -> None:
+    law = Law(flags=lambda rate: [Flag("gate-failed", "3 of 4 answers")] if rate else [])
+    document = search(tmp_path, law)
+    (entry,) = document.deployments
+    assert len(document.points) == 3 and entry.rate_per_s is None and not entry.client_limited
+    assert sentence(document).endswith("; loads of d0 that do not count: 2 (gate-failed).")
+    present(document, tmp_path, CONSOLE)
 
 
 def test_time_that_is_up_leaves_a_wider_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +271,9 @@ def test_run_at_the_rate_found_that_was_too_short_confirms_nothing(tmp_path: Pat
         and entry.rate_per_s_per_gpu == whole.rate_per_s_per_gpu
     )
     assert whole.attained_pct is not None and whole.goodput_per_s is not None
-    assert document.sentence.endswith("; the confirming run of d0 was too short to say.")
+    assert document.sentence.endswith(
+        "; the confirming run of d0 confirms nothing, as it was too short or does not count."
+    )
     entry.attained_pct = 40.0
     present(document, tmp_path, CONSOLE)
     assert document.sentence.endswith("; d0's confirming run kept it for 40.0 % of its requests.")

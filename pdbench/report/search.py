@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
+from pdbench.failures import VOID
 from pdbench.files import write_whole
 from pdbench.report import tables, text
 from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
@@ -77,12 +78,12 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 
 
 def _settled(analysis: RunAnalysis) -> bool:
-    """Do goodput and energy say anything of the run's load: was there a time at which the servers were as busy as it makes them?"""
-    return "ramps-in-window" not in {flag.name for flag in analysis.flags}
+    """Do goodput and energy say anything of the run's load: were its answers right, and servers at some time as busy as it makes them?"""
+    return not {"ramps-in-window", *VOID} & {flag.name for flag in analysis.flags}
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
-    """Of the confirming run. One that ended before its servers were busy confirms nothing, though it may refute."""
+    """Of the confirming run. One that ended before its servers were busy, or had wrong answers, confirms nothing, though it may refute."""
     goodput = analysis.summary.goodput
     entry.gpus = analysis.gpus
     entry.layout = text.layout(analysis)
@@ -173,7 +174,13 @@ def sentence(document: Document) -> str:
             share = text.number(entry.attained_pct)
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
         elif entry.rate_per_s and entry.run and entry.attained_pct is None:
-            words += _("; the confirming run of {0} was too short to say", entry.name)
+            words += _(
+                "; the confirming run of {0} confirms nothing, as it was too short or does not count", entry.name
+            )
+        void = [point.void for point in document.points if point.void and point.deployment == entry.name]
+        if void:
+            reasons = _(", ").join(sorted({each.partition(":")[0] for each in void}))
+            words += _("; loads of {0} that do not count: {1} ({2})", entry.name, len(void), reasons)
         if entry.client_limited:
             words += _("; the client was the limit of {0}, which may carry more", entry.name)
     return _(" ").join(filter(None, (words and words + _("."), _clocks_sentence(document))))

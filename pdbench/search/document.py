@@ -11,7 +11,8 @@ FILE = "search.json"
 
 class Point(msgspec.Struct, kw_only=True):
     """One load: `run` is its results folder below the search's. `rate_per_s` None: one request at a time. `slo_used`: 1 where the share
-    that must be within the SLO just was. `kept` (with a `setting` that is compared): was the SLO kept, and nothing in `refused` flagged?"""
+    that must be within the SLO just was. `kept` (with a `setting` that is compared): was the SLO kept, and nothing in `refused` flagged?
+    `void`: why the load does not count: its answers were wrong, say."""
 
     deployment: str
     run: str
@@ -23,6 +24,7 @@ class Point(msgspec.Struct, kw_only=True):
     limited_by: str | None
     client_limited: bool
     load_s: float
+    void: str | None = None
     setting: Setting | None = None
     kept: bool | None = None
     refused: list[str] = []
@@ -120,10 +122,10 @@ class Document(msgspec.Struct, kw_only=True):
         return [(entry.name, entry.tuned) for entry in self.deployments if entry.tuned]
 
     def loads(self, name: str, *, clocks: bool = False) -> list[tuple[float, Point]]:
-        """(rate, load) of a deployment, by rate: those at rates, or at one rate with other clocks."""
+        """(rate, load) of a deployment that count, by rate: those at rates, or at one rate with other clocks."""
         found = [
             (point.rate_per_s, point)
             for point in self.points
-            if point.deployment == name and point.rate_per_s and bool(point.setting) == clocks
+            if point.deployment == name and point.rate_per_s and bool(point.setting) == clocks and not point.void
         ]
         return sorted(found, key=lambda each: each[0])
