@@ -143,6 +143,10 @@ class Measurement:
                 size / max(rank["wire_s"] for rank in ranks) / 1e9 for size, (_, ranks) in zip(sizes, both, strict=True)
             ]
             by_rank = [rank["bytes"] / rank["wire_s"] / 1e9 for _, ranks in both for rank in ranks]
+            # Of one rank, the slowest: how long its KV was copied on either side.
+            copies = [
+                [max(rank["copy_s"] for rank in ranks) * 1e3 for ranks in side] for side in zip(*both, strict=True)
+            ]
             handoffs = [
                 (max(rank["reported_s"] for rank in ranks) - max(rank["ready_s"] for rank in sends)) * 1e3
                 for sends, ranks in both
@@ -152,6 +156,10 @@ class Measurement:
                 "rank_gb_per_s_p50": quantile(by_rank, 0.5),
                 "handoff_ms_p50": quantile(handoffs, 0.5),
                 "handoff_ms_p99": quantile(handoffs, 0.99),
+                "wire_ms_p50": quantile([max(rank["wire_s"] for rank in ranks) * 1e3 for _, ranks in both], 0.5),
+                **{
+                    f"{what}_ms_p50": quantile(ms, 0.5) for what, ms in zip(("gather", "scatter"), copies, strict=False)
+                },
                 "bytes": sizes[0] if sizes else None,
                 "transfers": len(both),
                 "failed": sum(timed.error is not None for timed in requests),
@@ -330,6 +338,10 @@ def judged(
         (f"wire / plain copy, {options.long} tokens", long, 0.9, None),
         ("handoff p50 ms, 2048 tokens", get("wire 2048", "handoff_ms_p50"), None, 2),
         ("handoff p99 ms, 2048 tokens", get("wire 2048", "handoff_ms_p99"), None, None),
+        *(
+            (f"of it {what} p50 ms", get("wire 2048", f"{what}_ms_p50"), None, None)
+            for what in ("gather", "wire", "scatter")
+        ),
         *((f"TTFT p50 ms more than single, {n} tokens", extra[n], None, 1 if n == 512 else None) for n in extra),
         (f"failed of {options.requests}, {at_once}", get(many, "failed"), None, 0),
         (f"TBT p99, {at_once} / as many arrivals without KV", tail, None, 1.15),

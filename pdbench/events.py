@@ -51,7 +51,8 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
 class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="event"):
     """One finished KV transfer on one side ("send" or "receive"). Instants are None for what never happened.
 
-    `wire_s` is the time in which its bytes moved; `ready_s` (send side): its last forward pass was over; `reported_s`
+    `wire_s` is the time in which its bytes moved, `copy_s` that in which they were gathered from the cache (send side, once its forward pass
+    was over) or written into it; `ready_s` (send side): its last forward pass was over; `reported_s`
     (receive side): vLLM was told, from then on it can schedule the request. `direction`: a "handoff" goes from prefill to decode, a
     "return" brings prefill what decode has of the same request's prompt.
     """
@@ -71,6 +72,7 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
     end_s: Instant = None
     reported_s: Instant = None
     wire_s: float | None = None
+    copy_s: float | None = None
     error: str | None = None
 
     @property
@@ -79,14 +81,15 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
             return None
         return self.first_byte_s - self.asked_s
 
-    def moved(self, count: int, blocks: int, begun_s: float, seconds: float) -> None:
-        """Count one piece that took `seconds` on the wire."""
+    def moved(self, count: int, blocks: int, begun_s: float, wire_s: float, copy_s: float) -> None:
+        """Count one piece that moved within `wire_s` and was copied from or to the cache within `copy_s`."""
         if self.first_byte_s is None:
             self.first_byte_s = begun_s
         self.bytes += count
         self.blocks += blocks
         self.pieces += 1
-        self.wire_s = (self.wire_s or 0.0) + seconds
+        self.wire_s = (self.wire_s or 0.0) + wire_s
+        self.copy_s = (self.copy_s or 0.0) + copy_s
 
 
 class LogLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,7 +66,7 @@ def test_a_transfer_lasts_until_its_last_rank_has_all(order: int) -> None:
 def test_every_instant_of_an_event_is_on_the_runs_clock_and_no_duration_is() -> None:
     transfer = {"event": "kv_transfer", "side": "receive", "transfer_id": "t1", "bytes": 11, "error": None}
     transfer |= {"asked_s": 11.0, "ready_s": None, "first_byte_s": 12.0, "end_s": 13.0, "reported_s": 14.0}
-    transfer |= {"wire_s": 0.5}
+    transfer |= {"wire_s": 0.5, "copy_s": 0.25}
     request = {"event": "request", "request_id": "r1", "received_s": 11.0, "admitted_s": 12.0, "status": 200}
     steps = {"begin_s": [12.0, 13.0], "end_s": [13.0, 14.0], "tokens": [11, 12]}
     prompt = {"event": "prompt", "server": "s", "request_id": "r", "arrived_s": 11.0, **steps, "first_token_s": 14.0}

@@ -357,6 +357,7 @@ class Receiver:
             if start != part.record.blocks or start + message.count > len(blocks):
                 raise ChannelClosedError(f"blocks {message.start}+{message.count} came out of order")
             part.writing, part.alive_s = True, time.monotonic()
+        received_s = time.monotonic()
         try:
             link.unpack(message.bytes, blocks[start : start + message.count], receive.event)
         except BaseException as error:
@@ -367,6 +368,6 @@ class Receiver:
             raise
         with self._changed:
             part.writing, part.alive_s = False, time.monotonic()
-            part.record.moved(message.bytes, message.count, begun_s, seconds)
+            part.record.moved(message.bytes, message.count, begun_s, seconds, part.alive_s - received_s)
             if receive.given_up is not None or part.record.blocks == len(blocks):
                 self._end(receive, part)

@@ -362,7 +362,7 @@ class Sender:
             with self._changed:
                 reader.sent = stop
                 reader.record.ready_s = ready_s
-                reader.record.moved(count, stop - start, packed_s, seconds)
+                reader.record.moved(count, stop - start, packed_s, seconds, packed_s - ready_s)
                 if last and not send.ended:
                     reader.done = True
                     self._context.finish(reader.record)

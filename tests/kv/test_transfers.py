@@ -280,10 +280,10 @@ def test_event_log_and_statistics_of_both_sides(tmp_path):
         assert line["event"] == "kv_transfer" and line["transfer_id"] == transfer.transfer_id and line["error"] is None
         assert (line["bytes"], line["tokens"], line["blocks"]) == (3 * LAYERS * BLOCK * 8 * 4, 10, 3)
         assert line["asked_s"] <= line["first_byte_s"] <= line["end_s"]
-        assert line["wire_s"] > 0
+        assert line["wire_s"] > 0 and 0 <= line["copy_s"] < line["end_s"] - line["asked_s"]
     assert (send["side"], receive["side"]) == ("send", "receive")
     assert receive["reported_s"] >= receive["end_s"] and send["ready_s"] <= send["end_s"]
-    assert failure["error"] and failure["wire_s"] is None and failure["bytes"] == 0
+    assert failure["error"] and failure["wire_s"] is failure["copy_s"] is None and failure["bytes"] == 0
 
 
 def test_event_log_that_cannot_be_written_is_logged_once_and_holds_nothing(caplog):
