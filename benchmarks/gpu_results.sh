@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
-# GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 15 minutes; on two GPUs connector's lanes come one
-# after the other, about 25), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16),
-# on two GPUs rivals (about 17; needs nixl) or dense (about 10); default: all.
+# GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
+# after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16),
+# on two GPUs rivals (about 17; needs nixl), first-token (about 10) or dense (about 10); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -85,7 +85,6 @@ two_gpu_b() {
 }
 
 connector_a() {
-    sweep first-token-either 330 gpu-1p1d-graphs --against disaggregated --first-token either
     step wire 420 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/wire" --connectors p2p-nccl --model "$model" \
         --requests 1000 --limit-s 390 "--vllm-args=--load-format dummy $alone"
 }
@@ -106,6 +105,10 @@ kv_tests() { # both halves at once: they take a fifth of each GPU's memory and m
 rivals() {
     step rivals 1300 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors p2p-nccl,nixl,nixl-push --model "$model" \
         --requests 2000 --limit-s 1200 "--vllm-args=--load-format dummy $alone"
+}
+
+first_token() {
+    vllm=$alone measure first-token 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=4,8,16 first_token=prefill,either --duration-s 36 $slo
 }
 
 dense() { # another shape, for the planner
@@ -173,7 +176,7 @@ fleet_512() { # as many tokens out as in: what fleet-tuned left
     search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals dense
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals first-token dense
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -199,9 +202,10 @@ for group in "$@"; do
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
     rivals) rivals ;;
+    first-token) first_token ;;
     dense) dense ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, dense" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, first-token, dense" >&2
         exit 2
         ;;
     esac
