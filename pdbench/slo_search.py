@@ -226,7 +226,8 @@ def _search_rate(
             answer, rate = search.answer(), float(f"{search.next_rate():.4g}")
             lost = [each for each in search.outcomes if each.held is False]
             found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s, least_s)
-            last_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) if search.outcomes else 0.0
+            takes_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) + alone_s
+            last_s = takes_s if search.outcomes else 0.0
             until_s = goal.until_s - last_s
             if search.found(goal.precision) or (answer.low == 0 and lost and rate < QUIET / alone_s):
                 break
