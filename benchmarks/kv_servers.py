@@ -74,8 +74,8 @@ class Pair:
         """Seconds of CPU that both servers have taken so far, with their engines and workers."""
         total = 0.0
         for server in self.processes:
-            for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
-                with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess):
+                for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
                     times = process.cpu_times()
                     total += times.user + times.system
         return total

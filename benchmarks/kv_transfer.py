@@ -328,7 +328,8 @@ def judged(
     late = get(f"{many}, decode's first token", "tbt_p99_ms")
     alone = get(f"decode alone, {options.concurrency} streams", "tbt_p99_ms")
     arriving = get("arrivals without KV", "tbt_p99_ms")
-    tail = ratio(get(many, "tbt_p99_ms"), arriving)
+    # One gap in 127 is a handoff, which the gaps without KV lack: p99 of all is about p99.8 of the others.
+    tail = ratio(get(many, "tbt_p99_ms"), get("arrivals without KV", "tbt_p99.8_ms"))
     cost = ratio(get("tbt with transfers", "p50_ms"), get("tbt without transfers", "p50_ms"))
     at_once = f"{options.concurrency} at a time"
     return [
@@ -344,7 +345,7 @@ def judged(
         ),
         *((f"TTFT p50 ms more than single, {n} tokens", extra[n], None, 1 if n == 512 else None) for n in extra),
         (f"failed of {options.requests}, {at_once}", get(many, "failed"), None, 0),
-        (f"TBT p99, {at_once} / as many arrivals without KV", tail, None, 1.15),
+        (f"TBT p99, {at_once} / p99.8 of as many arrivals without KV", tail, None, 1.15),
         (f"TBT p99 ms, {at_once}", get(many, "tbt_p99_ms"), None, None),
         (f"TBT p99 ms, {at_once}, decode's first token", late, None, None),
         ("TBT p99 ms, as many arrivals without KV", arriving, None, None),

@@ -131,13 +131,22 @@ class Loads:
     beside_s: float = 0.0  # what the last load took beside itself: prompts, reference answers, checks, saving
 
     def send(
-        self, name: str, load: LoadConfig, judge: LoadJudge | None = None, setting: Setting | None = None
+        self,
+        name: str,
+        load: LoadConfig,
+        judge: LoadJudge | None = None,
+        setting: Setting | None = None,
+        least_s: float = 0.0,
     ) -> tuple[Run, Point]:
-        """The run and its point. Raises UserError for a load that cannot be judged."""
+        """The run and its point. A saved one is sent again if it does not count, or lasted neither `least_s` nor as long as this one would.
+
+        Raises UserError for a load that cannot be judged.
+        """
         deployment, options = self.deployment, self.deployment.options
         folder = self.out / deployment.name / name
         point = next((each for each in self.saved if Path(each.run).parent == Path(deployment.name, name)), None)
-        if point is not None and point.rate_per_s == load.rate:
+        long_s = min(least_s, (load.requests or 0) / (load.rate or inf))
+        if point is not None and point.rate_per_s == load.rate and not point.void and point.load_s >= long_s:
             self.console.print(f"  {name}: already measured")
             self.points.append(point)
             return load_run(self.out / point.run), point

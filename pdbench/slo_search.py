@@ -38,7 +38,7 @@ from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, clie
 REQUESTS = 500  # per load
 MOST_LOADS = 30
 MOST_LIMITED = 2
-"""Loads in a row that say nothing, as the client was the limit or answers were wrong: one may be by what else the host does."""
+"""Loads in a row that say nothing, as the client was the limit or they do not count: one may be by what else the host does."""
 MOST_CONFIRMED = 3
 """Settings, from the cheapest on, that a run with other arrivals may refuse."""
 CONFIRMED_SHARE = 0.25
@@ -133,6 +133,7 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
         saved = search_files.load(out)
     except FileNotFoundError:
         return document, []
+    saved.command.setdefault("machine", document.command.get("machine"))  # before it was recorded
     before, now = ({key: getattr(each, key) for key in ("command", "slo", "attain_pct")} for each in (saved, document))
     if saved.points and (differs := sweep.differences(before, now)):
         raise UserError(
@@ -265,7 +266,7 @@ def _search_rate(
             _say(loads.console, point, search.answer(), goal)
         if search.answer().low > 0:
             found = _confirmed(load, search.answer().rate, goal.until_s - begin_s, least_s)
-            _, point = loads.send("confirmed", found)
+            _, point = loads.send("confirmed", found, least_s=least_s)
             entry.attained_pct, entry.run = point.attained_pct, point.run
         entry.slo_scale = _scales(search)
     finally:

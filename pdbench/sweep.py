@@ -239,6 +239,7 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
     try:
         done = json.loads((folder / _done(part)).read_bytes())
         folders = [folder / check_name(name, "a results folder") for name in done["results"]]
+        done.setdefault("machine", keys["machine"])  # before it was recorded
         before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
         if not all(map(results_files, folders)):
             return None

@@ -227,9 +227,8 @@ def saved_runs(
 ) -> dict[DeploymentKind, Run]:
     """The runs to go on with. Turns that Ctrl-C or a death cut short are left out, to be measured again.
 
-    Raises UserError for those of another command, host or version: their trials would be taken for the same.
+    Raises UserError for those of another command, host or version, or other GPUs: their trials would be taken for the same.
     """
-    here = machines.own_identity()
     runs: dict[DeploymentKind, Run] = {}
     for kind, folder in folders.items():
         if not any(folder.glob("*_results.json")):
@@ -250,9 +249,10 @@ def saved_runs(
             raise UserError(
                 f"--resume: {folder} holds a run with other options: repeat its command, or give another --out"
             )
-        if differs := sweep.differences(machines.identity(run.host, run.versions), here):
+        was = machines.identity(run.host, run.versions)
+        if differs := sweep.differences(was, machines.own_identity(run.host)):
             raise UserError(
-                f"--resume: {folder} holds a run of another host or of other versions ({differs}): give another --out"
+                f"--resume: {folder} holds a run of another host, other GPUs or other versions ({differs}): give another --out"
             )
         cut = [flag for flag in run.flags if flag.name in ("interrupted", *failures.CUT_SHORT)]
         left_out = {trial.index for trial in run.trials[-1:] if any(flag.name != "server-died" for flag in cut)}

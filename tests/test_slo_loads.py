@@ -12,7 +12,7 @@ from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import RequestRecord, Run
 from pdbench.search.rates import Search
-from pdbench.slo_loads import LoadJudge
+from pdbench.slo_loads import LoadJudge, settle_s
 from pdbench.slo_search import Goal
 from tests.test_slo_search import Law, search
 
@@ -93,3 +93,11 @@ def test_time_that_loads_take_before_they_begin_counts(tmp_path: Path, monkeypat
         goal = Goal(0.95, 0.005, until_s=begin_s + until_s)
         (entry,) = search(tmp_path / str(until_s), law, goal=goal).deployments
         assert entry.run and time.monotonic() - begin_s < until_s + 15
+
+
+def test_run_at_the_rate_found_lasts_until_idle_servers_are_busy(tmp_path: Path) -> None:
+    law, load = Law(prefill_s=0.01, itl_s=1.0), dataclasses.replace(LOAD, slo_tbt_ms=1200.0, requests=40)
+    (entry,) = search(tmp_path, law, load=load, goal=Goal(0.95, 0.3)).deployments
+    last = law.loads[-1]
+    assert entry.rate_per_s == pytest.approx(last.rate, rel=1e-3)
+    assert last.requests / last.rate >= settle_s(load, 3.0) > 15 > 40 / last.rate

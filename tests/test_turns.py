@@ -238,12 +238,12 @@ def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gat
     [
         (lambda run: run.config["serve"].update(vllm_args="--seed 7"), "other options"),
         (lambda run: run.config["pairs"].update(resident=True), "other options"),
-        (lambda run: run.host.update(name="elsewhere"), "another host or of other versions"),
+        (lambda run: run.host.update(name="elsewhere"), "another host, other GPUs or other versions"),
         (
             lambda run: run.host.update(gpus=[{"index": 0, "name": "H", "uuid": "GPU-b"}]),
-            "another host .*GPU 0 GPU-b instead of None",
+            "another host, .*GPU 0 GPU-b instead of None",
         ),
-        (lambda run: run.versions.update(vllm="0.1"), "another host or of other versions .*vllm 0.1 instead of"),
+        (lambda run: run.versions.update(vllm="0.1"), "other versions .*vllm 0.1 instead of"),
     ],
     ids=["servers", "design", "host", "gpus", "version"],
 )

@@ -197,7 +197,8 @@ def _starts(a: RunAnalysis, b: RunAnalysis) -> Starts:
 
 
 def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
-    """Every difference of schema, host, GPUs, driver, model, load (refused), of settings, SLO, versions, lengths and the very GPUs (noted)."""
+    """Every difference of schema, host, GPUs, driver, model, load, and of a host's GPUs if all are others (refused); of settings, SLO, versions,
+    lengths and which of a host's GPUs were used (noted)."""
     sides, lengths = [], []
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.

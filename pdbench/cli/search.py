@@ -66,7 +66,8 @@ def search(
     lang
         Language of sentence, tables and pictures.
     out
-        Folder of the loads, search.json and the picture. --requests (default 500) limits each load.
+        Folder of the loads, search.json and the picture. --requests (default 500) limits each load,
+        but for what it takes to fill the servers.
     """
     from pdbench import experiment, slo_loads, slo_search, sweep, turns
     from pdbench.analysis.run_analysis import load_analysis

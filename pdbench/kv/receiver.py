@@ -360,6 +360,7 @@ class Receiver:
         received_s = time.monotonic()
         try:
             link.unpack(message.bytes, blocks[start : start + message.count], receive.event)
+            copy_s = time.monotonic() - received_s
         except BaseException as error:
             with self._changed:
                 part.writing = False
@@ -368,6 +369,6 @@ class Receiver:
             raise
         with self._changed:
             part.writing, part.alive_s = False, time.monotonic()
-            part.record.moved(message.bytes, message.count, begun_s, seconds, part.alive_s - received_s)
+            part.record.moved(message.bytes, message.count, begun_s, seconds, copy_s)
             if receive.given_up is not None or part.record.blocks == len(blocks):
                 self._end(receive, part)

@@ -349,6 +349,7 @@ class Sender:
                 send.gathering += 1
             try:
                 count, ready_s = link.pack(block_ids, event)
+                copy_s = time.monotonic() - ready_s
             finally:
                 with self._changed:
                     send.gathering -= 1
@@ -362,7 +363,7 @@ class Sender:
             with self._changed:
                 reader.sent = stop
                 reader.record.ready_s = ready_s
-                reader.record.moved(count, stop - start, packed_s, seconds, packed_s - ready_s)
+                reader.record.moved(count, stop - start, packed_s, seconds, copy_s)
                 if last and not send.ended:
                     reader.done = True
                     self._context.finish(reader.record)

@@ -47,8 +47,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     for point in document.points:
         analysis = load_analysis(out / point.run)
         goodput = analysis.summary.goodput
-        point.goodput_per_s = goodput.requests_per_s
-        point.j_per_good_request = goodput.j_per_good_request if _settled(analysis) else None
+        settled = _settled(analysis)
+        point.goodput_per_s = goodput.requests_per_s if settled else None
+        point.j_per_good_request = goodput.j_per_good_request if settled else None
     for entry in document.deployments:
         if entry.run:
             analyses.append(load_analysis(out / entry.run))
@@ -83,13 +84,13 @@ def _settled(analysis: RunAnalysis) -> bool:
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
-    """Of the confirming run. One that ended before its servers were busy, or had wrong answers, confirms nothing, though it may refute."""
+    """Of the confirming run. One that does not count says nothing; one that ended before its servers were busy may refute, but not confirm."""
     goodput = analysis.summary.goodput
     entry.gpus = analysis.gpus
     entry.layout = text.layout(analysis)
     entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
-    settled = _settled(analysis)
-    if not settled and (entry.attained_pct or 0.0) >= attain_pct:
+    settled, void = _settled(analysis), {flag.name for flag in analysis.flags} & {*VOID}
+    if void or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
         entry.attained_pct = None
     entry.goodput_per_s = goodput.requests_per_s if settled else None
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device if settled else None
@@ -139,11 +140,11 @@ def sentence(document: Document) -> str:
         bounds = _("({0} to {1})", low, high) if entry.high is not None else _("or more")
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))
     words = _("Within {0}, {1}", slo(document), _(", ").join(parts)) if parts else ""
-    # Every load kept the SLO, and none says which rate does.
+    # Every load that counts kept the SLO, and none says which rate does.
     unknown = [
         entry
         for entry in entries
-        if not entry.rate_per_s and entry.closest and entry.closest.attained_pct >= document.attain_pct
+        if not entry.rate_per_s and not (entry.closest and entry.closest.attained_pct < document.attain_pct)
     ]
     if not parts and len(unknown) < len(entries):
         words = _("No rate keeps {0}", slo(document))
@@ -162,10 +163,11 @@ def sentence(document: Document) -> str:
         if best.j_per_good_request and second.j_per_good_request:
             words += _(", for {0} energy per good request", _change(best.j_per_good_request, second.j_per_good_request))
     for entry in ordered:
+        void = [point.void for point in document.points if point.void and point.deployment == entry.name]
         if entry in unknown:
             if entry.high:
                 words += _("; {0} carries less than {1}", entry.name, text.number(entry.high))
-            words += "" if entry.client_limited else _("; {0} was not loaded for long enough", entry.name)
+            words += "" if entry.client_limited or void else _("; {0} was not loaded for long enough", entry.name)
         elif not entry.rate_per_s and (near := entry.closest):
             at = _("{0} requests/s", text.number(near.rate_per_s)) if near.rate_per_s else _("one at a time")
             share, limit = text.number(near.attained_pct), _limit(entry)
@@ -174,10 +176,7 @@ def sentence(document: Document) -> str:
             share = text.number(entry.attained_pct)
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
         elif entry.rate_per_s and entry.run and entry.attained_pct is None:
-            words += _(
-                "; the confirming run of {0} confirms nothing, as it was too short or does not count", entry.name
-            )
-        void = [point.void for point in document.points if point.void and point.deployment == entry.name]
+            words += _("; no run confirms {0}'s rate: its last one was too short, or does not count", entry.name)
         if void:
             reasons = _(", ").join(sorted({each.partition(":")[0] for each in void}))
             words += _("; loads of {0} that do not count: {1} ({2})", entry.name, len(void), reasons)
@@ -206,6 +205,9 @@ def _clocks_sentence(document: Document) -> str:
     parts = []
     for name, found in entries:
         at, before = _("{0} requests/s", text.number(found.rate_per_s)), found.before
+        if found.setting is None and found.limited_by is None:
+            parts.append(_("{0} at {1}: no setting could be judged", name, at))
+            continue
         if found.setting is None:
             parts.append(_("{0} keeps {1} at {2} with no clock: {3} breaks it", name, slo(document), at, _limit(found)))
             continue
@@ -220,7 +222,9 @@ def _clocks_sentence(document: Document) -> str:
             share = text.number(found.attained_pct)
             words += _(", but the confirming run kept the SLO for {0} % of its requests", share)
         elif not found.kept:
-            words += _(", but the confirming run did not hold these clocks, or its client was the limit")
+            words += _(
+                ", but the confirming run did not hold these clocks, its client was the limit, or its answers were wrong"
+            )
         parts.append(words)
     known = [(name, found.rate_per_s, found.j_per_good_request) for name, found in entries if found.j_per_good_request]
     if len(known) > 1 and len({rate for _name, rate, _joules in known}) == 1:

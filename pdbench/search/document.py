@@ -12,7 +12,7 @@ FILE = "search.json"
 class Point(msgspec.Struct, kw_only=True):
     """One load: `run` is its results folder below the search's. `rate_per_s` None: one request at a time. `slo_used`: 1 where the share
     that must be within the SLO just was. `kept` (with a `setting` that is compared): was the SLO kept, and nothing in `refused` flagged?
-    `void`: why the load does not count: its answers were wrong, say."""
+    `void`: why the load does not count: its answers were wrong, or a server died."""
 
     deployment: str
     run: str

@@ -139,11 +139,15 @@ def versions() -> dict[str, str | None]:
 
 
 def identity(host: Mapping[str, Any], versions: Mapping[str, str | None]) -> dict[str, Any]:
-    """Of facts of a host, or those in a run's record: what must stay the same for measurements to be put together. {"host": its name, "gpus":
-    their UUIDs, "versions": versions}."""
-    gpus = {f"GPU {gpu['index']}": gpu.get("uuid") for gpu in host.get("gpus") or []}
-    return {"host": host.get("name"), "gpus": gpus, "versions": dict(versions)}
+    """Of a host's facts, or those in a run's record: what must stay the same for measurements to be put together: its GPUs' UUIDs (a container's
+    name may change), where none is known its name; and the versions."""
+    gpus = {f"GPU {gpu['index']}": gpu["uuid"] for gpu in host.get("gpus") or [] if gpu.get("uuid")}
+    return ({"gpus": gpus} if gpus else {"host": host.get("name")}) | {"versions": dict(versions)}
 
 
-def own_identity() -> dict[str, Any]:
-    return identity(host_facts(), versions())
+def own_identity(like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """This machine's; beside the facts `like` of a run that knew no UUIDs by its name."""
+    here = host_facts()
+    if like is not None and "gpus" not in identity(like, {}):
+        here["gpus"] = []
+    return identity(here, versions())
