@@ -1,5 +1,6 @@
 """What a reader must know wherever a run's figures appear: the run's own flags (a failed gate among them), and its devices'."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -273,10 +274,13 @@ def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> 
         return
     worst, step_ms = max(medians_ms, key=medians_ms.__getitem__), float(np.median(gaps_ms))
     if medians_ms[worst] > max(FRONT_MS, FRONT_STEPS * step_ms):
+        serve = run.config.get("serve") or {}
+        given = re.findall(r"--api-server-count[= ](\d+)", f"{serve.get('vllm_args')} {serve.get('decode_args')}")
+        count = int(given[-1]) if given else 1
         yield Flag(
             "api-server-busy",
             f"{worst}: half of the requests came to its engine over {medians_ms[worst]:.0f} ms late, where a step takes {step_ms:.0f}: its API server is at "
-            'its limit, not its GPU: --decode-args "--api-server-count 2", or more decode instances',
+            f'its limit, not its GPU: --decode-args "--api-server-count {2 * count}", or more decode instances',
         )
 
 
