@@ -363,3 +363,13 @@ def test_flags_and_failures_are_marked_and_listed_once():
     assert row["flags"].split().count("throttled") == 1 and row["failed"] == "2"
     tbt = rows[0][1].summary
     assert float(row["tbt_p99_ms"]) == tbt.tbt_ms.p99 and float(row["mean_tbt_p99_ms"]) == tbt.mean_tbt_ms.p99
+
+
+def test_points_that_do_not_count_are_on_no_curve_and_curves_go_by_the_options_value() -> None:
+    rows = []
+    for rate in (8.0, 16.0, 1.0, 2.0, 4.0):
+        run = build_run(trials=1, requests=4, flags=[Flag("gate-failed", "3 of 4")] * (rate == 16.0))
+        rows.append(({"load.rate": rate}, analyze(run)))
+    panel = sweeps.curves(rows).panels[3]
+    assert [list(series.x) for series in panel.series] == [[1.0, 2.0, 4.0, 8.0], [16.0]]
+    assert panel.series[1].name == "does not count"

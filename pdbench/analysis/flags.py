@@ -180,6 +180,15 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
             lasts_s = float(np.median(requests.e2e_ms[here])) / 1e3
             flagged = window.startswith("first completion") and length_s < lasts_s  # an open loop's
             why = f"its window of {length_s:.1f} s is shorter than a request ({lasts_s:.1f} s, p50): most of what ended in it began on emptier servers"
+            sent, ended = (
+                int(np.count_nonzero(here & inside(at_s, [(trial.start_s, trial.end_s)])))
+                for at_s in (requests.sent_s, requests.end_s)
+            )
+            in_flight = float(np.nanmean(requests.e2e_ms[here])) / 1e3 * sent / length_s
+            is_level = bool(load.get("rate")) and not load.get("ramp_to")
+            if not flagged and is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
+                flagged = window.startswith("first completion")
+                why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
         if flagged:
             off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
             yield Flag("ramps-in-window", f"trial {trial.index + 1}: {why}: {off}")

@@ -119,12 +119,13 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What some windows held. None: not measured (energy, tokens), no SLO (good requests), no GPU (device seconds)."""
+    """What some windows held. None: not measured (energy, tokens; requests of one batch that decodes, which ends after its window), no SLO
+    (good requests), no GPU (device seconds)."""
 
     window_s: float
     device_s: float | None
     output_tokens: int | None
-    requests: int
+    requests: int | None
     good_requests: int | None
     energy_j: float | None
 
@@ -172,6 +173,7 @@ class Timings:
     """
 
     windows: list[Interval]
+    is_batch: bool
     requests: Requests
     first_s: Array
     in_slo: BoolArray | None
@@ -211,8 +213,8 @@ class Timings:
             window_s=window_s,
             device_s=window_s * gpus if gpus else None,
             output_tokens=None if np.isnan(tokens) else round(tokens),
-            requests=int(np.count_nonzero(ended & self.requests.ok)),
-            good_requests=None if self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
+            requests=None if self.is_batch else int(np.count_nonzero(ended & self.requests.ok)),
+            good_requests=None if self.is_batch or self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
             energy_j=energy_j,
         )
 
@@ -265,15 +267,16 @@ def timings_of(run: Run) -> Timings:
         counted_by=[record.counted_by for record in records],
     )
     tbt_ms, tbt_request = (np.diff(token_s) * 1e3)[is_gap], request[1:][is_gap]
-    # A request that was cut off when the load was stopped took at least this long.
+    # A request that was cut off when the load was stopped took at least this long; a repeated canary, too, took what it took.
     cut = np.array([kind == INTERRUPTED for kind in requests.error], dtype=bool)
-    until_ms = (np.where(cut & np.isfinite(arrivals.first_s), arrivals.first_s, end_s) - sent_s) * 1e3
+    until_s = np.where(np.isfinite(arrivals.first_s), arrivals.first_s, end_s)
+    first_ms, took_ms = (np.where(cut | ok, (at_s - sent_s) * 1e3, np.nan) for at_s in (until_s, end_s))
     reached = {
-        "slo_ttft_ms": np.where(cut, until_ms, requests.ttft_ms),
+        "slo_ttft_ms": first_ms,
         "slo_tbt_ms": np.where(cut, _least_mean_tbt_ms(run, end_s - arrivals.first_s), requests.mean_tbt_ms),
         "slo_tbt_p90_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.9),
         "slo_tbt_p99_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.99),
-        "slo_e2e_ms": np.where(cut, (end_s - sent_s) * 1e3, requests.e2e_ms),
+        "slo_e2e_ms": took_ms,
     }
     slo = {name: limit for name in SLO if (limit := (run.config.get("load") or {}).get(name)) is not None}
     # NaN is above no limit: a request of one token has no TBT to miss. Where tokens could not be counted, nobody knows.
@@ -283,6 +286,7 @@ def timings_of(run: Run) -> Timings:
     missed = np.any([ratio > 1 for ratio in ratios.values()], axis=0) if ratios else np.zeros(len(records), dtype=bool)
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
+        is_batch=(run.config.get("load") or {}).get("phase") == "decode",
         requests=requests,
         first_s=arrivals.first_s,
         in_slo=ok & ~missed if slo and not uncounted else None,
@@ -300,10 +304,7 @@ def timings_of(run: Run) -> Timings:
 
 
 def _least_mean_tbt_ms(run: Run, decoding_s: Array) -> Array:
-    """Of requests that were cut off so long after their first token: as if all tokens that were asked for had come by then, ms.
-
-    NaN where the run's configuration does not say how many each could have.
-    """
+    """Of requests cut off so long after their first token: as if all tokens that were asked for had come, ms; NaN where nobody knows how many."""
     gaps = (most_output_tokens(run.config.get("load") or {}) or 1) - 1
     return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
 

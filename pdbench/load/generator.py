@@ -149,6 +149,7 @@ class _Loop:
         client = self.client
         client.take_counters()
         self._done, self._tokens_ended, self._told = 0, 0, len(self.result.requests)
+        self._answered = False
         self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
         free_s = deque([begin_s] * (streams or 0))
         ahead = deque(itertools.islice(planned, 1))
@@ -247,13 +248,15 @@ class _Loop:
             return False
         self.result.requests.append(record)
         self._tokens_ended += len(record.token_s)
+        self._answered |= not record.warmup and record.error is None
         self._done += 1
         return True
 
     def _stop_sending(self, now_s: float, begin_s: float) -> bool:
         """Has the load's time passed, or has it held steady for long enough?"""
         config = self.config
-        if config.steady_s is not None and now_s >= self._sample_at_s:
+        # Before the first answer has ended the load only fills, however steady its tokens come.
+        if config.steady_s is not None and self._answered and now_s >= self._sample_at_s:
             self._sample_at_s = now_s + _STEADY_SAMPLE_S
             tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
             self._samples.append((now_s, tokens, len(self._in_flight)))

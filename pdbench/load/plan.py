@@ -243,9 +243,12 @@ def streams(config: LoadConfig) -> int | None:
 def planned_requests(
     config: LoadConfig, tokenizer: Tokenizer | None, trial: int, client: int = 0, clients: int = 1
 ) -> Iterator[PlannedRequest]:
-    """The measured requests in order, of several clients' every `clients`-th. Endless only where a closed loop ends by time."""
-    instants = itertools.islice(planned_instants(config, trial), request_limit(config))
-    return _planned(config, tokenizer, trial, itertools.islice(enumerate(instants), client, None, clients))
+    """The measured requests in order; of several clients in an open loop every `clients`-th, in a closed loop those of a client's streams
+    (stream s is client s's, modulo `clients`). Endless only where a closed loop ends by time."""
+    instants = enumerate(itertools.islice(planned_instants(config, trial), request_limit(config)))
+    count = None if is_open_loop(config) else config.concurrency or 1
+    mine = ((index, at_s) for index, at_s in instants if (index % count if count else index) % clients == client)
+    return _planned(config, tokenizer, trial, mine)
 
 
 def requests_at(config: LoadConfig, tokenizer: Tokenizer | None, trial: int, at: Sequence[int]) -> list[PlannedRequest]:

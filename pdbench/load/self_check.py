@@ -5,7 +5,7 @@ Pure functions over records and counters. Beyond the bounds below a run is flagg
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import inf, nextafter
 from typing import Any
 
 import numpy
@@ -146,15 +146,16 @@ def flags(client: dict[str, Any]) -> list[Flag]:
 def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, float, str]:
     """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where there is none.
 
-    Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from the
-    first completion (until then the system only fills) to the last sending.
+    Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from after the
+    first completion (until then the system only fills; a failure may come at once) to the last sending.
     """
     requests = [request for result in results for request in result.requests]
     sent, ended = _instants(requests, "sent_s"), _instants(requests, "end_s")
     if not sent or not ended:
         return 0.0, 0.0, "empty: no request was sent"
     if open_loop:
-        start_s, end_s, name = ended[0], sent[-1], "first completion to last sending"
+        well = _instants([request for request in requests if request.error is None], "end_s") or ended
+        start_s, end_s, name = nextafter(well[0], inf), sent[-1], "first completion to last sending"
         enough = sum(start_s <= at_s <= end_s for at_s in ended) >= 2
     else:
         start_s, end_s, streams = -inf, inf, 0

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pdbench import failures
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.files import write_whole
 from pdbench.report import commands, mpl, tables, text
@@ -135,24 +136,32 @@ def _settings(varied: Mapping[str, Any]) -> list[str]:
 
 
 def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False) -> Panel:
-    """`metric` against throughput with each curve's knee, or against the first option. A curve per deployment and other options."""
+    """`metric` against throughput with each curve's knee, or against the first option. A curve per deployment and other options, without
+    the points whose figures do not count."""
     option, *others = rows[0][0]
     groups: dict[str, list[tuple[Any, float, str]]] = {}
-    for varied, run in rows:
+    void: list[tuple[Any, float]] = []
+    for varied, run in sorted(rows, key=lambda row: _order(row[0][option])):
         at = varied[option] if by_option else text.value(run, "output_tokens_per_s")
         value = text.value(run, metric)
-        if at is not None and value is not None:
-            name = " ".join([run.name, *_settings({key: varied[key] for key in others})])
-            groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
+        if at is None or value is None:
+            continue
+        if failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
+            void.append((at, value))
+            continue
+        name = " ".join([run.name, *_settings({key: varied[key] for key in others})])
+        groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
     drawn: list[Series] = []
     knees: list[tuple[float, float]] = []
     for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):
         x, y, labels = zip(*points, strict=True)
-        if not all(isinstance(at, int | float) and not isinstance(at, bool) for at in x):
-            x = tuple(map(str, x))
+        x = _places(x)
         drawn.append(Series(name=name, x=x, y=y, shade=shade, marker="o", labels=() if by_option else labels))
         bend = None if by_option else knee(x, y)
         knees += [] if bend is None else [(x[bend], y[bend])]
+    if void:
+        x, y = zip(*void, strict=True)
+        drawn.append(Series(kind="points", name=_("does not count"), x=_places(x), y=y, shade=BAD, size=6))
     if knees:
         x, y = zip(*knees, strict=True)
         drawn.append(Series(kind="points", name=_("knee"), x=x, y=y, shade=BAD, size=15, hollow=True))
@@ -165,6 +174,20 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         y=Axis(label=text.label(metric), low=0, high=high or None),
         not_measured=_(text.NEEDS_SLO) if metric.startswith("goodput") else "",
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _order(value: Any) -> tuple[bool, float]:
+    """Numbers rise along a curve; other values stay in the order in which they were given."""
+    return not _is_number(value), float(value) if _is_number(value) else 0.0
+
+
+def _places(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """On an axis: numbers, else words."""
+    return values if all(map(_is_number, values)) else tuple(map(str, values))
 
 
 def knee(throughput: Sequence[float], latency: Sequence[float]) -> int | None:

@@ -283,3 +283,24 @@ def test_window_of_filling_and_draining_is_flagged(options: dict, flagged: str) 
     run.trials, run.requests = [result.trial], result.requests
     details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
     assert [flagged in detail for detail in details] == [True] * bool(flagged)
+
+
+@pytest.mark.parametrize(
+    ("lasts_s", "count", "flagged"),
+    [((10.0,), 300, False), ((1.0, 10.0, 30.0), 200, True), ((1.0, 10.0, 30.0), 2000, False)],
+    ids=["alike", "mixed", "mixed, long"],
+)
+def test_open_loop_in_which_long_answers_had_no_time_to_end_is_flagged(
+    lasts_s: tuple[float, ...], count: int, flagged: bool
+) -> None:
+    run = Run(name="r", clock=Clock(0, 0), config={"load": {"rate": 10.0}}, host={}, versions={})
+    for index in range(count):
+        sent_s, lasts = index / 10, lasts_s[index % len(lasts_s)]
+        token_s = [sent_s + 0.1 * lasts, sent_s + lasts]
+        run.requests.append(
+            RequestRecord(id=str(index), planned_s=sent_s, sent_s=sent_s, token_s=token_s, end_s=token_s[-1])
+        )
+    window = {"window": "first completion to last sending"}
+    run.trials = [Trial(index=0, start_s=min(lasts_s), end_s=(count - 1) / 10, client=window)]
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
+    assert ["ever more were in flight" in detail for detail in details] == [True] * flagged

@@ -6,7 +6,7 @@ import pytest
 from pdbench.analysis.metrics import mean_ttft_parts_ms, rising, spread, timings_of
 from pdbench.analysis.run_analysis import analyze
 from pdbench.events import ProxyEvent
-from pdbench.records import Clock, RequestError, RequestRecord, Run, Trial
+from pdbench.records import Canary, Clock, RequestError, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 
 
@@ -263,3 +263,23 @@ def test_first_answer_token_and_choices_are_counted_apart():
     speculative = request(token_s=[1.1, 1.1, 1.1, 1.4], first_tokens=3, counted_by="token_ids", output_tokens=4)
     unsent = request(1, token_s=[1.1, 1.2], unsent_tokens=98, counted_by="chunks", output_tokens=100)
     assert timings_of(tiny_run(speculative, unsent)).requests.mean_tbt_ms == pytest.approx([300, 100])
+
+
+def test_repeated_canary_that_missed_the_slo_has_missed_it() -> None:
+    canary = Canary(number=0, repeated=True)
+    late = [request(number, token_s=[1.5, 1.6], end_s=1.7, canary=canary) for number in range(4)]
+    for limit in ({"slo_ttft_ms": 400.0}, {"slo_e2e_ms": 600.0}):
+        run = tiny_run(*late, request(9))
+        run.config["load"], run.trials = limit, [Trial(index=0, start_s=0.0, end_s=2.0)]
+        summary = summarize(run)
+        assert summary.goodput.met_pct == 20 and summary.goodput.requests_per_s == 0.5
+        assert summary.ttft_ms.count == 1  # of others it says nothing: a cache may know its prompt
+
+
+def test_batch_that_decodes_together_ends_after_its_window() -> None:
+    run = tiny_run(request(), request(1))
+    run.config["load"] = {"phase": "decode", "slo_ttft_ms": 1000.0}
+    run.trials = [Trial(index=0, start_s=1.2, end_s=1.4)]
+    summary = summarize(run)
+    assert summary.throughput.requests_per_s is None and summary.goodput.requests_per_s is None
+    assert summary.throughput.output_tokens_per_s == pytest.approx(8 / 0.2)

@@ -1,5 +1,7 @@
 """The client's check of itself: windows, steadiness, and when a run is flagged."""
 
+from math import inf, nextafter
+
 import numpy
 import pytest
 
@@ -24,7 +26,7 @@ def test_windows_leave_out_ramp_up_and_drain():
     assert self_check.window([result_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
     assert "whole run" in self_check.window([result_of(closed[:3], 2)], False)[2]
     opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
-    assert self_check.window([result_of(opened, None)], True)[:2] == (2.5, 9.0)
+    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(2.5, inf), 9.0)
     assert self_check.window([result_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
     assert self_check.window([result_of([warmup], 1)], False)[2].startswith("empty")
     lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
@@ -114,3 +116,9 @@ def test_decode_window_excludes_prefill_and_drain() -> None:
     assert self_check.decode_window(batch) == (3.0, 7.0, "every request of the batch decodes")
     assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0, token_s=[8.0])]) is None
     assert self_check.decode_window([*batch, RequestRecord(id="x", planned_s=0.0)]) is None
+
+
+def test_window_of_an_open_loop_does_not_begin_at_a_failure() -> None:
+    refused = record(0, 0.0, 0.001, error=RequestError("http_503", "full"))
+    opened = [refused, *(record(index, index * 1.0, index + 2.5) for index in range(1, 10))]
+    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(3.5, inf), 9.0)
