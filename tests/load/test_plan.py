@@ -285,7 +285,9 @@ def test_plan_is_the_same_for_every_process(tokenizer):
 def test_streams_of_a_closed_loop_get_as_many_requests_in_several_processes() -> None:
     config = LoadConfig(concurrency=5, requests=40)
     shares = [[each.index for each in plan.planned_requests(config, None, 0, client, 4)] for client in range(4)]
-    assert [len(share) for share in shares] == [16, 8, 8, 8] and sorted(index for share in shares for index in share) == [*range(40)]
+    assert [len(share) for share in shares] == [16, 8, 8, 8] and sorted(
+        index for share in shares for index in share
+    ) == [*range(40)]
 
 
 def test_request_bodies():
