@@ -158,8 +158,8 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
 
 
 def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A trial whose window says nothing of its load: the whole run, of which a good part was filling and draining, or, of an open loop, shorter
-    than a request, so that most of what ended in it had begun on emptier servers."""
+    """A trial whose window says nothing of its load: the whole run, of which a good part was filling and draining; or, of an open loop, shorter
+    than a request, so that most of what ended in it had begun on emptier servers, or one in which far fewer requests ended than were sent."""
     load, requests = run.config.get("load") or {}, timings.requests
     if not is_open_loop(load) and (load.get("concurrency") or 1) == 1:
         return
@@ -177,14 +177,15 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
             flagged = partly_s > FEW_SHARE * length_s
             why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
         else:
-            lasts_s = float(np.median(requests.e2e_ms[here])) / 1e3
+            lasted_s = (requests.end_s - requests.sent_s)[here]
+            lasts_s = float(np.median(lasted_s))
             flagged = window.startswith("first completion") and length_s < lasts_s  # an open loop's
             why = f"its window of {length_s:.1f} s is shorter than a request ({lasts_s:.1f} s, p50): most of what ended in it began on emptier servers"
             sent, ended = (
                 int(np.count_nonzero(here & inside(at_s, [(trial.start_s, trial.end_s)])))
                 for at_s in (requests.sent_s, requests.end_s)
             )
-            in_flight = float(np.nanmean(requests.e2e_ms[here])) / 1e3 * sent / length_s
+            in_flight = float(lasted_s.mean()) * sent / length_s
             is_level = bool(load.get("rate")) and not load.get("ramp_to")
             if not flagged and is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
                 flagged = window.startswith("first completion")

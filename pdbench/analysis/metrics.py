@@ -161,7 +161,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """All of a run's measured instants and durations; `windows` are its trials'.
+    """All of a run's measured instants and durations; `windows` are its trials'; `is_batch`: its requests decode together and end after those.
 
     One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `slo_ratios` (option -> figure over limit,
     above 1 missed; of a request that was cut off, what it had reached), `slo_known` (cut off before it missed: unknown),

@@ -10,7 +10,7 @@ from pdbench.config import LoadConfig
 from pdbench.events import EngineFacts, PromptEvent, ProxyEvent, ServerSeries
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
+from pdbench.records import Canary, Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
 
@@ -304,3 +304,7 @@ def test_open_loop_in_which_long_answers_had_no_time_to_end_is_flagged(
     run.trials = [Trial(index=0, start_s=min(lasts_s), end_s=(count - 1) / 10, client=window)]
     details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
     assert ["ever more were in flight" in detail for detail in details] == [True] * flagged
+    run.trials[0].end_s = run.trials[0].start_s + 0.4 * max(lasts_s)
+    for each in run.requests:
+        each.canary = Canary(number=0, repeated=True)  # which have no E2E of their own
+    assert "ramps-in-window" in names(run)
