@@ -32,9 +32,13 @@ class Measured:
         wait_until(lambda: self.process.poll() is not None or b"/metrics" in self.log.read_bytes(), 60)
         text = self.log.read_text()
         self.page, self.metrics = (re.findall(pattern, text)[0] for pattern in (r"live: (\S+)", r"Prometheus: (\S+)"))
-        self.viewer = next(
-            p for p in psutil.Process(self.process.pid).children() if "pdbench.live.viewer" in p.cmdline()
-        )
+        wait_until(
+            lambda: self._viewers() or self.process.poll() is not None
+        )  # it may start after its addresses are printed
+        (self.viewer,) = self._viewers()
+
+    def _viewers(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process(self.process.pid).children() if "pdbench.live.viewer" in p.cmdline()]
 
 
 @pytest.fixture
