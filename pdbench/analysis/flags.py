@@ -166,31 +166,24 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
     for trial in run.trials:
         here = requests.ok & (requests.trial == trial.index)
         length_s = trial.end_s - trial.start_s
-        window = str(trial.client.get("window", ""))
+        window, why = str(trial.client.get("window", "")), None
         if here.sum() < 2 or length_s <= 0:
             continue
+        sent_s, end_s = requests.sent_s[here], requests.end_s[here]
         if window.startswith("whole run"):
-            partly_s = min(
-                length_s,
-                float(requests.end_s[here].min() - trial.start_s) + trial.end_s - float(requests.sent_s[here].max()),
-            )
-            flagged = partly_s > FEW_SHARE * length_s
-            why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
-        else:
-            lasted_s = (requests.end_s - requests.sent_s)[here]
-            lasts_s = float(np.median(lasted_s))
-            flagged = window.startswith("first completion") and length_s < lasts_s  # an open loop's
-            why = f"its window of {length_s:.1f} s is shorter than a request ({lasts_s:.1f} s, p50): most of what ended in it began on emptier servers"
-            sent, ended = (
-                int(np.count_nonzero(here & inside(at_s, [(trial.start_s, trial.end_s)])))
-                for at_s in (requests.sent_s, requests.end_s)
-            )
-            in_flight = float(lasted_s.mean()) * sent / length_s
-            is_level = bool(load.get("rate")) and not load.get("ramp_to")
-            if not flagged and is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
-                flagged = window.startswith("first completion")
+            partly_s = min(length_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
+            if partly_s > FEW_SHARE * length_s:
+                why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
+        elif window.startswith("first completion"):  # an open loop's
+            lasts_s, span = end_s - sent_s, [(trial.start_s, trial.end_s)]
+            sent, ended = (int(np.count_nonzero(inside(at_s, span))) for at_s in (sent_s, end_s))
+            median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / length_s
+            is_level = load.get("rate") and not load.get("ramp_to")
+            if length_s < median_s:
+                why = f"its window of {length_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
+            elif is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
                 why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
-        if flagged:
+        if why:
             off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
             yield Flag("ramps-in-window", f"trial {trial.index + 1}: {why}: {off}")
             return

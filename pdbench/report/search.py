@@ -9,9 +9,9 @@ from msgspec import structs
 from rich.console import Console
 from rich.text import Text
 
+from pdbench import failures
 from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
-from pdbench.failures import VOID
 from pdbench.files import write_whole
 from pdbench.report import tables, text
 from pdbench.report.chart_types import BAD, MUTED, Axis, Chart, Panel, Series, shades
@@ -79,8 +79,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 
 
 def _settled(analysis: RunAnalysis) -> bool:
-    """Do goodput and energy say anything of the run's load: were its answers right, and servers at some time as busy as it makes them?"""
-    return not {"ramps-in-window", *VOID} & {flag.name for flag in analysis.flags}
+    """Do goodput and energy say anything of the run's load: does it count, and were servers at some time as busy as it makes them?"""
+    ramps = any(flag.name == "ramps-in-window" for flag in analysis.flags)
+    return not ramps and not failures.void(analysis.flags, None, 0)
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
@@ -89,8 +90,8 @@ def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> Non
     entry.gpus = analysis.gpus
     entry.layout = text.layout(analysis)
     entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
-    settled, void = _settled(analysis), {flag.name for flag in analysis.flags} & {*VOID}
-    if void or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
+    settled = _settled(analysis)
+    if failures.void(analysis.flags, None, 0) or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
         entry.attained_pct = None
     entry.goodput_per_s = goodput.requests_per_s if settled else None
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device if settled else None
