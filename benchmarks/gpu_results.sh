@@ -2,19 +2,21 @@
 # Measure again what docs/results says of GPUs, on a host with four of them (connector: two are enough).
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
-# after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 17), fleet (about 26), fleet-tuned (about 24), fleet-512 (about 16),
-# on two GPUs rivals (about 17; needs nixl), first-token (about 10) or dense (about 10); default: all.
+# after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
+# fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 17; needs nixl), first-token (about 8) or dense (about 10); default: all.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
 out=$(mkdir -p "${1:?usage: benchmarks/gpu_results.sh OUT SECONDS [GROUP...]}" && cd "$1" && pwd)
 end=$(($(date +%s) + ${2:?how many seconds it may take}))
 shift 2
+[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load dense-lanes fleet fleet-tuned fleet-512 rivals
 cd "$(dirname "$0")/.." || exit 1
 python=${PDBENCH_PYTHON:-python3}
 export PYTHONUNBUFFERED=1 COLUMNS=140
 model=${MODEL:-$out/deepseek-v2-lite}
 [ -e "$model/config.json" ] || "$python" -m pdbench.serving.models deepseek-v2-lite "$model" || exit 1
+case "$*" in *dense*) "$python" -m pdbench.serving.models llama-3.1-8b "$out/llama-3.1-8b" || exit 1 ;; esac
 
 # Graphs for every batch of decode and for one or two prompts of 2,048 tokens with it: others are launched kernel by kernel.
 graphs=$(sed -n 's/^vllm_args = "\(.*\)"$/\1/p' recipes/gpu-1p1d-graphs.toml)
@@ -107,14 +109,19 @@ rivals() {
         --requests 2000 --limit-s 1200 "--vllm-args=--load-format dummy $alone"
 }
 
-first_token() {
-    vllm=$alone measure first-token 700 sweep gpu-1p1d-graphs --against disaggregated --vary rate=4,8,16 first_token=prefill,either --duration-s 36 $slo
+first_token() { # first_token [LANE]
+    vllm=$alone measure first-token 700 sweep gpu-1p1d-graphs $1 --against disaggregated --vary rate=4,8,16 first_token=prefill,either --duration-s 33 $slo
 }
 
-dense() { # another shape, for the planner
+dense() { # dense NAME DEPLOYMENTS [LANE]: another shape, for the planner
     local model=$out/llama-3.1-8b
-    [ -e "$model/config.json" ] || "$python" -m pdbench.serving.models llama-3.1-8b "$model" || return
-    vllm=$alone measure dense 900 sweep gpu-1p1d-graphs --against replicas,disaggregated --vary rate=2,4,8 --duration-s 36 $slo
+    vllm=$alone measure "$1" 900 sweep gpu-1p1d-graphs $3 --against "$2" --vary rate=2,4,8 --duration-s 24 $slo
+}
+
+dense_lanes() {
+    dense dense-replicas replicas "" &
+    dense dense-1p1d disaggregated "$lane_b"
+    wait
 }
 
 second_turn() {
@@ -141,8 +148,12 @@ tensor_parallel() {
 }
 
 tensor_parallel_load() {
-    vllm=$alone measure tp2 1000 sweep gpu-1p1d-graphs --tensor-parallel 2 --against single,replicas,disaggregated --vary rate=8,16 --trials 3 \
-        --duration-s 33 $slo
+    local load="--tensor-parallel 2 --vary rate=8,16 --trials 3 --duration-s 30 $slo"
+    vllm=$alone measure tp2-single 560 sweep gpu-1p1d-graphs --against single $load &
+    first_token "$lane_b" # on the two GPUs that the single instance leaves
+    wait
+    vllm=$alone measure tp2 900 sweep gpu-1p1d-graphs --against replicas,disaggregated $load
+    step tests-mla-1-2 240 "$python" -m pytest -v -p no:cacheprovider -m slow tests/kv/test_tensor_parallel.py -k mla-1-2
 }
 
 fleet() {
@@ -176,7 +187,6 @@ fleet_512() { # as many tokens out as in: what fleet-tuned left
     search short-3p1d gpu-1p1d-graphs 15 4.5 --prefill-instances 3 $short $servers --against disaggregated
 }
 
-[ $# -eq 0 ] && set -- two-gpu connector tensor-parallel tensor-parallel-load fleet fleet-tuned fleet-512 rivals first-token dense
 for group in "$@"; do
     case $group in
     two-gpu)
@@ -202,10 +212,11 @@ for group in "$@"; do
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
     rivals) rivals ;;
-    first-token) first_token ;;
-    dense) dense ;;
+    first-token) first_token "" ;;
+    dense) dense dense replicas,disaggregated "" ;;
+    dense-lanes) dense_lanes ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, first-token, dense" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, first-token, dense, dense-lanes" >&2
         exit 2
         ;;
     esac
