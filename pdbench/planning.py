@@ -54,7 +54,7 @@ def plan(
     if most_gpus is not None:
         if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
             raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
-        if not loads.is_open_loop(load):
+        if not load.open_loop:
             raise UserError("--search needs a load that comes by a clock: give --rate, --stages or --trace")
     words = ""
     if wanted or most_gpus is not None:

@@ -4,7 +4,7 @@ Where a server gives no token ids, an instant is a chunk's and usage says how ma
 and divides the time from first to last, but it makes no gaps between tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -20,11 +20,6 @@ COARSE_SHARE = 0.05
 """Chunks of an answer are its tokens if there are at most this share more tokens than chunks (a marker, an end token)."""
 COARSE_REQUESTS = 0.01
 """Above this share of answers in larger chunks, no gap of a run is one between tokens."""
-
-
-def is_open_loop(load: Mapping[str, object]) -> bool:
-    """Did the requests of a saved `load` come by a clock, not each when an earlier one had ended?"""
-    return any(load.get(name) for name in ("rate", "stages", "trace"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from pdbench.analysis.metrics import METRICS, SLO, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
 from pdbench.analysis.statistics import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, is_open_loop
 from pdbench.errors import UserError
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
@@ -26,6 +26,8 @@ NOTED_OPTIONS = ("enforce_eager", "dtype", "load_format", "max_model_len", "gpu_
 NOTED_POWER = tuple(f"{role}_{what}" for role in ("single", "prefill", "decode") for what in ("clock", "power_cap"))
 SLO_OPTIONS = (*SLO, "primary")
 """Limits by which requests are counted, not what is sent: without them only goodput cannot be compared."""
+SET_BY_ARRIVALS = ("goodput_requests_per_s", "output_tokens_per_s", "output_tokens_per_s_per_device")
+"""In an open loop the arrivals set these, and a difference within 5 % may be that of the windows' ends, to which answers of other lengths fall."""
 COUNTED_BY = "tokens counted by"
 """Gaps between tokens are not compared with gaps between chunks."""
 MOST_RUNS = 9
@@ -152,8 +154,16 @@ def compare(
     other_count = any(mismatch.what == COUNTED_BY for mismatch in mismatches)
     other_slo = any(mismatch.what.startswith("load, slo_") for mismatch in mismatches)
     stopped_by = (b.config.get("pairs") or {}).get("until", "").partition("<")[0].strip()
+    by_arrivals = SET_BY_ARRIVALS if is_open_loop(b.config.get("load") or {}) else ()
     lines = [
-        judge(metric, a.figures[name], b.figures[name], design, STOPPING_CONFIDENCE if name == stopped_by else 0.95)
+        judge(
+            metric,
+            a.figures[name],
+            b.figures[name],
+            design,
+            confidence=STOPPING_CONFIDENCE if name == stopped_by else 0.95,
+            within_is_same=name in by_arrivals,
+        )
         for name, metric in METRICS.items()
         if name in a.figures and name in b.figures
         if not (other_slo and name.startswith("goodput_")) and not (other_count and metric.latency == "tbt")
@@ -274,8 +284,11 @@ def _gpus_found(run: RunAnalysis) -> dict[str, Any]:
     return found
 
 
-def judge(metric: Metric, a: Figure, b: Figure, design: Design, confidence: float = 0.95) -> Difference:
-    """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it; else unclear."""
+def judge(
+    metric: Metric, a: Figure, b: Figure, design: Design, confidence: float = 0.95, within_is_same: bool = False
+) -> Difference:
+    """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it (and, unless `within_is_same`, contains it);
+    else unclear."""
     common = sorted(a.trials.keys() & b.trials.keys())
     left, right = (
         np.array(list(figure.trials.values()) if design == "apart" else [figure.trials[index] for index in common])
@@ -295,10 +308,11 @@ def judge(metric: Metric, a: Figure, b: Figure, design: Design, confidence: floa
     bounds = change.interval(confidence)
     ratio = ConfidenceInterval(exp(bounds.value), exp(bounds.low), exp(bounds.high))
     verdict: Verdict = "unclear"
-    if not ratio.low <= 1 <= ratio.high:
-        verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
-    elif ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
+    contains_1 = ratio.low <= 1 <= ratio.high
+    if (contains_1 or within_is_same) and ratio.low >= 1 / (1 + NOTABLE) and ratio.high <= 1 + NOTABLE:
         verdict = "same"
+    elif not contains_1:
+        verdict = "better" if (ratio.value < 1) == metric.lower_is_better else "worse"
     return replace(
         seen,
         a=exp(logs[0].mean()),

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pdbench import failures
-from pdbench.analysis.arrivals import is_open_loop
 from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.stalls import server_stalled
+from pdbench.config import is_open_loop
 from pdbench.events import PromptEvent, ServerSeries, ways_of
 from pdbench.records import Flag, Interval, Run
 

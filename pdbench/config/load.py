@@ -124,6 +124,15 @@ class LoadConfig:
     primary: Statistics[str | None] = None
     """Metric judged at 5 % alone, the others as a family; default: goodput with an SLO, else E2E p50."""
 
+    @property
+    def open_loop(self) -> bool:
+        return is_open_loop(vars(self))
+
+
+def is_open_loop(load: Mapping[str, Any]) -> bool:
+    """Do the requests of a load, given as saved, arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
+    return any(load.get(name) for name in ("rate", "stages", "trace"))
+
 
 def most_output_tokens(load: Mapping[str, Any]) -> int | None:
     """What each request of a load, given as saved, generates at most; None where requests differ, or its fields may say otherwise."""

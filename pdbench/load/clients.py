@@ -323,13 +323,13 @@ def _client_process(pipe: Connection, load: TrialLoad, index: int) -> None:
 
 def merge(load: TrialLoad, results: Sequence[ClientResult]) -> LoadResult:
     """One result of all clients', in the order of the one plan."""
-    config, open_loop = load.config, plan.is_open_loop(load.config)
+    config = load.config
     requests = [request for result in results for request in result.requests]
     requests.sort(key=lambda request: (not request.warmup, request.id))
     measured = [request for request in requests if not request.warmup]
-    client = self_check.describe(results, measured, streams=plan.streams(config), open_loop=open_loop)
+    client = self_check.describe(results, measured, streams=plan.streams(config), open_loop=config.open_loop)
     flags = self_check.flags(client)
-    start_s, end_s, window = self_check.window(results, open_loop)
+    start_s, end_s, window = self_check.window(results, config.open_loop)
     decode_window = self_check.decode_window(measured) if config.phase == "decode" else None
     steady_window = results[0].steady_window
     if steady_window:

@@ -113,7 +113,7 @@ def run_client(
         streams = streams // clients + (client < streams % clients)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = most - sum(1 for _ in Path("/proc/self/fd").iterdir()) - _OWN_FILES
-        needed = 0 if plan.is_open_loop(config) else min(streams, total or streams)
+        needed = 0 if config.open_loop else min(streams, total or streams)
         if most >= 0 and room < needed:  # -1: no limit
             words = f"{needed} streams in a process, and `ulimit -n` {most} has room for {room}"
             raise UserError(f"{words}: raise it, or lower --concurrency")

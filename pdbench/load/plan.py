@@ -76,7 +76,7 @@ def check(config: LoadConfig) -> None:
     if config.steady_s is not None and config.client_processes > 1:
         raise UserError("--steady-s needs one client process, which sees the whole load: use --duration-s")
     batch = config.requests or DEFAULT_REQUESTS
-    if config.phase == "decode" and (is_open_loop(config) or batch > (config.concurrency or 1)):
+    if config.phase == "decode" and (config.open_loop or batch > (config.concurrency or 1)):
         raise UserError(
             "--phase decode measures one batch that decodes together: give --requests N --concurrency N alike, no --rate"
         )
@@ -125,7 +125,7 @@ def describe(config: LoadConfig) -> str:
         words = [f"{config.rate:g}{f' to {config.ramp_to:g}' if config.ramp_to else ''} requests/s"]
     else:
         words = [f"{config.concurrency or 1} at a time"]
-    if is_open_loop(config) and config.concurrency:
+    if config.open_loop and config.concurrency:
         words.append(f"at most {config.concurrency} at a time")
     limit = request_limit(config)
     if config.steady_s is not None:
@@ -143,7 +143,7 @@ def warmup_size(config: LoadConfig) -> int:
     """How many requests warm up; by default as many as will be in flight, so that no batch size is met first in the load."""
     if config.warmup is not None:
         return config.warmup
-    if not is_open_loop(config):
+    if not config.open_loop:
         return max(2, config.concurrency or 1)
     stages = arrivals.read_stages(config.stages) if config.stages else []
     rates = [config.rate or 0.0, config.ramp_to or 0.0, *(rate for rate, *_ in stages)]
@@ -225,19 +225,14 @@ def request_count(config: LoadConfig, trial: int) -> int:
     return sum(1 for _ in itertools.islice(planned_instants(config, trial), request_limit(config)))
 
 
-def is_open_loop(config: LoadConfig) -> bool:
-    """Do requests arrive by a clock (rate, stages, trace), or each when an earlier one has ended?"""
-    return bool(config.rate or config.stages or config.trace)
-
-
 def is_endless(config: LoadConfig) -> bool:
     """Does sending go on until a time has passed, whatever the number of requests?"""
-    return config.steady_s is not None if config.duration_s is None else not is_open_loop(config)
+    return config.steady_s is not None if config.duration_s is None else not config.open_loop
 
 
 def streams(config: LoadConfig) -> int | None:
     """Most requests in flight at once; None is no limit."""
-    return config.concurrency if is_open_loop(config) else config.concurrency or 1
+    return config.concurrency if config.open_loop else config.concurrency or 1
 
 
 def planned_requests(
@@ -246,7 +241,7 @@ def planned_requests(
     """The measured requests in order; of several clients in an open loop every `clients`-th, in a closed loop those of a client's streams
     (stream s is client s's, modulo `clients`). Endless only where a closed loop ends by time."""
     instants = enumerate(itertools.islice(planned_instants(config, trial), request_limit(config)))
-    count = None if is_open_loop(config) else config.concurrency or 1
+    count = None if config.open_loop else config.concurrency or 1
     mine = ((index, at_s) for index, at_s in instants if (index % count if count else index) % clients == client)
     return _planned(config, tokenizer, trial, mine)
 

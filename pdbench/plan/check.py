@@ -8,8 +8,8 @@ from typing import Any, cast, get_args
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import is_open_loop
 from pdbench.analysis.run_analysis import analyze
+from pdbench.config import is_open_loop
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, source_of

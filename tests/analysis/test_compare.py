@@ -55,6 +55,19 @@ def test_unclear_difference_names_the_trials_that_would_show_five_percent():
     assert ttft.verdict == "unclear" and ttft.trials == 3 and ttft.trials_needed > 3
 
 
+@pytest.mark.parametrize(("open_loop", "verdict"), [(True, "same"), (False, "better")])
+def test_rates_that_the_arrivals_set_differ_by_more_than_the_windows_ends(open_loop, verdict):
+    rate = {"rate": 4.0, "concurrency": None} if open_loop else {"concurrency": 1}
+    runs = [
+        build_run(name, ttft_ms=ttft_ms, spread=1e-6, trial_spread=1e-6, load=rate)
+        for name, ttft_ms in (("a", 40), ("b", 38))
+    ]
+    comparison = compare_runs(*runs)
+    tokens = line_of(comparison, "output_tokens_per_s")
+    assert tokens.ratio.low > 1 and tokens.ratio.high < 1.05 and tokens.verdict == verdict
+    assert line_of(comparison, "ttft_p50_ms").verdict == "better"
+
+
 def test_values_shown_are_geometric_means_so_that_their_ratio_is_the_ratio_shown():
     line = judge(ENERGY, figure(1.0, 4.0), figure(2.0, 9.0), "pairs")
     assert (line.a, line.b) == (pytest.approx(2.0), pytest.approx(18**0.5))
