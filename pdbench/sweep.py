@@ -187,7 +187,7 @@ def run(
             # An unfinished measurement's files must not be taken for this one's; the folder says that the point's prompts may have been sent.
             begin_again(folder, folder / f"{part}_results" if part else folder)
             folders = measure(options, folder, part)
-            done = keys | {"results": [str(path.relative_to(folder)) for path in folders]}
+            done = keys | {"varied": point.varied, "results": [str(path.relative_to(folder)) for path in folders]}
             done["runs"] = [run_ids(path) for path in folders]
             write_whole(folder / _done(part), json.dumps(done, indent=1).encode())
         except WriteError:  # the next point's would be lost, too
@@ -222,6 +222,40 @@ def saved(out: Path) -> str:
     return f"{done} {words} saved in {out}, the same command resumes the sweep" if done else ""
 
 
+def is_sweep(folder: Path) -> bool:
+    """Not where it may not be looked at."""
+    with suppress(OSError):
+        return (folder / _SWEEP).is_file()
+    return False
+
+
+def load(folder: Path) -> list[tuple[Mapping[str, Any], list[Path]]]:
+    """The varied options and results folders of a saved sweep's points, in the order in which they were measured.
+
+    Raises UserError where there is none, one cannot be read, or its results are another run's.
+    """
+    found: list[tuple[Mapping[str, Any], list[Path]]] = []
+    for path in sorted(folder.glob("*/point*.json"), key=lambda path: (path.stat().st_mtime, path)):
+        results = _results(path.parent, {}, path.stem.removeprefix("point").removeprefix("-"))
+        if results is None:
+            raise UserError(
+                f"{path.parent} lacks results of {path.name}, or they cannot be read: restore them, or delete {path}"
+            )
+        varied = json.loads(path.read_bytes()).get("varied")
+        found.append((varied or _varied(path.parent), results))
+    if not found:
+        raise UserError(f"{folder} is a sweep of which no point was measured: repeat its command")
+    return found
+
+
+def _varied(folder: Path) -> dict[str, Any]:
+    """From the name of a point's folder, for points saved before they said it."""
+    if len(folder.name) > _LONGEST_NAME:
+        raise UserError(f"{folder}: this point was saved before points named their options: report its results folders")
+    texts = (pair.partition("=") for pair in folder.name.split(","))
+    return {key: _parsed(key, value, "--vary")[1] for key, _equals, value in texts}
+
+
 def _nonce(points: Sequence[Point], out: Path) -> str:
     """The nonce of the sweep in `out`: the given one, else that with which it began."""
     given = [point.options.load.nonce for point in points if point.options.load.nonce]
@@ -239,7 +273,7 @@ def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None
     try:
         done = json.loads((folder / _done(part)).read_bytes())
         folders = [folder / check_name(name, "a results folder") for name in done["results"]]
-        done.setdefault("machine", keys["machine"])  # before it was recorded
+        done.setdefault("machine", keys.get("machine"))  # before it was recorded
         before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
         if not all(map(results_files, folders)):
             return None

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,8 @@ def report(
     ----------
     folders
         Results folders; the first is the baseline. Default: those of single_results, replicas_results and disaggregated_results that are here.
-        Or folders of `pdbench search`: their answers as one, with search.json and its picture.
+        Or folders of `pdbench search`: their answers as one, with search.json and its picture. Or of `pdbench sweep`: their points in one table and
+        one picture.
     out
         Folder for report.html, report.md, requests.csv and the pictures.
     sort_by
@@ -164,11 +166,18 @@ def report(
     from pdbench.report import commands, text
     from pdbench.report import search as found
     from pdbench.report.search_files import check_no_measured_search, is_search, joined
+    from pdbench.sweep import is_sweep
 
     with text.language(lang):
+        several = any(is_search(folder) or is_sweep(folder) for folder in folders)
+        if several and (sort_by or llm_d or otlp):
+            raise UserError(
+                "--sort-by, --llm-d and --otlp are for results folders, not for those of a search or a sweep"
+            )
+        if any(map(is_sweep, folders)):
+            _report_sweeps(folders, out)
+            return
         if any(map(is_search, folders)):
-            if sort_by or llm_d or otlp:
-                raise UserError("--sort-by, --llm-d and --otlp are for results folders, not for those of a search")
             document = joined(folders, out)
             check_no_measured_search(out)
             check_writable(out)
@@ -176,6 +185,20 @@ def report(
             found.present(document, out, console)
             return
         commands.report(folders, out, sort_by, console, llm_d=llm_d, otlp=otlp)
+
+
+def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
+    from pdbench import sweep
+    from pdbench.files import check_writable
+    from pdbench.report import sweep as report
+
+    if other := next((folder for folder in folders if not sweep.is_sweep(folder)), None):
+        raise UserError(f"{other} holds no sweep: sweeps are reported by themselves")
+    if len(set(folders)) < len(folders):
+        raise UserError("a sweep is named twice: name it once")
+    rows = report.joined({folder: sweep.load(folder) for folder in folders})
+    check_writable(out)
+    report.show(rows, out, console)
 
 
 @app.command

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.console import Console
 
 from pdbench import failures
+from pdbench.analysis.compare import mismatches_of
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
+from pdbench.errors import UserError
 from pdbench.files import write_whole
 from pdbench.report import commands, mpl, tables, text
 from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
@@ -33,10 +36,6 @@ def present(
     these at the end."""
     rows: list[Row] = []
     drawn, due_s = 0, 0.0
-
-    def draw() -> None:
-        write_whole(out / CURVES, mpl.chart_picture(lambda: curves(rows), 16, lambda lines: 5 * lines))
-
     try:
         for varied, folders in measured:
             analyses = {folder: load_analysis(folder) for folder in folders}
@@ -48,15 +47,72 @@ def present(
             begin_s = time.monotonic()
             if begin_s >= due_s:  # points that were measured before come at once
                 drawn = len(rows)
-                draw()
+                _draw(rows, out)
                 due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
     finally:
         if rows:
             console.print(tables.Terminal(table(rows)))
             if drawn < len(rows):
-                draw()
+                _draw(rows, out)
             commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
     return rows
+
+
+def show(rows: Sequence[Row], out: Path, console: Console) -> None:
+    """Table and curves of runs that are saved, the files in `out`."""
+    write_whole(out / TABLE, csv_of(rows).encode())
+    _draw(rows, out)
+    console.print(tables.Terminal(table(rows)))
+    commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
+
+
+def _draw(rows: Sequence[Row], out: Path) -> None:
+    write_whole(out / CURVES, mpl.chart_picture(lambda: curves(rows), 16, lambda lines: 5 * lines))
+
+
+def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path]]]]) -> list[Row]:
+    """The runs of all points of saved sweeps, by the sweeps' folders; deployments of one name in several of them get their instances' number
+    (2P2D) or the folder's name.
+
+    Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same.
+    """
+    rows = {
+        sweep: [(varied, load_analysis(folder)) for varied, folders in points for folder in folders]
+        for sweep, points in sweeps.items()
+    }
+    ids = [run.run_id for of in rows.values() for _varied, run in of if run.run_id]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{' and '.join(map(str, rows))} hold the same runs: name these once")
+    first, *others = rows
+    for other in others:
+        a, b = rows[first][0], rows[other][0]
+        if [*a[0]] != [*b[0]]:
+            raise UserError(f"{first} varies {', '.join(a[0])} and {other} {', '.join(b[0])}: report them apart")
+        b = next((row for row in rows[other] if row[0] == a[0]), b)
+        refused = [
+            each for each in mismatches_of(a[1], b[1]) if each.refused and each.what.removeprefix("load, ") not in a[0]
+        ]
+        if refused:
+            raise UserError(
+                f"{first} and {other} were not measured alike ({'; '.join(map(str, refused))}): report them apart"
+            )
+    layouts: dict[str, dict[Path, str | None]] = {}
+    for sweep, of in rows.items():
+        for _varied, run in of:
+            layouts.setdefault(run.name, {})[sweep] = text.layout(run)
+    return [
+        (varied, msgspec.structs.replace(run, name=_name_among(layouts[run.name], sweep, run.name)))
+        for sweep, of in rows.items()
+        for varied, run in of
+    ]
+
+
+def _name_among(layouts: Mapping[Path, str | None], sweep: Path, name: str) -> str:
+    """A deployment's name where each of `layouts` has one of that name."""
+    if len(layouts) == 1:
+        return name
+    layout = layouts[sweep]
+    return layout if layout and [*layouts.values()].count(layout) == 1 else f"{name} {sweep.name}"
 
 
 def table(rows: Sequence[Row]) -> tables.Table:
@@ -72,7 +128,7 @@ def table(rows: Sequence[Row]) -> tables.Table:
     cells: list[list[tables.Value]] = []
     for varied, run in rows:
         figures = ["/".join(text.number(text.value(run, metric)) for metric in group) for group in columns.values()]
-        cells.append([*(text.option_value(varied[key]) for key in keys), run.name, *figures])
+        cells.append([*(text.option_value(varied[key]) for key in keys), _with_gpus(run.name, [run], rows), *figures])
     notes = []
     if all(text.value(run, "goodput_requests_per_s") is None for _varied, run in rows):
         notes.append(_("goodput {0}", _(text.NEEDS_SLO)))
@@ -91,10 +147,10 @@ def table(rows: Sequence[Row]) -> tables.Table:
 
 
 def csv_of(rows: Sequence[Row]) -> str:
-    lines: list[list[Any]] = [[*rows[0][0], "deployment", *COLUMNS, "flags"]]
+    lines: list[list[Any]] = [[*rows[0][0], "deployment", "gpus", *COLUMNS, "flags"]]
     for varied, run in rows:
         figures = (text.value(run, metric) for metric in COLUMNS)
-        lines.append([*varied.values(), run.name, *figures, " ".join(text.flag_names(run))])
+        lines.append([*varied.values(), run.name, run.gpus, *figures, " ".join(text.flag_names(run))])
     return tables.csv_text(lines)
 
 
@@ -140,6 +196,7 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
     the points whose figures do not count."""
     option, *others = rows[0][0]
     groups: dict[str, list[tuple[Any, float, str]]] = {}
+    runs: dict[str, list[RunAnalysis]] = {}
     void: list[tuple[Any, float]] = []
     for varied, run in sorted(rows, key=lambda row: _order(row[0][option])):
         at = varied[option] if by_option else text.value(run, "output_tokens_per_s")
@@ -151,12 +208,22 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
             continue
         name = " ".join([run.name, *_settings({key: varied[key] for key in others})])
         groups.setdefault(name, []).append((at, value, text.option_value(varied[option])))
+        runs.setdefault(name, []).append(run)
     drawn: list[Series] = []
     knees: list[tuple[float, float]] = []
     for (name, points), shade in zip(groups.items(), shades([*groups]), strict=True):
         x, y, labels = zip(*points, strict=True)
         x = _places(x)
-        drawn.append(Series(name=name, x=x, y=y, shade=shade, marker="o", labels=() if by_option else labels))
+        drawn.append(
+            Series(
+                name=_with_gpus(name, runs[name], rows),
+                x=x,
+                y=y,
+                shade=shade,
+                marker="o",
+                labels=() if by_option else labels,
+            )
+        )
         bend = None if by_option else knee(x, y)
         knees += [] if bend is None else [(x[bend], y[bend])]
     if void:
@@ -174,6 +241,15 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         y=Axis(label=text.label(metric), low=0, high=high or None),
         not_measured=_(text.NEEDS_SLO) if metric.startswith("goodput") else "",
     )
+
+
+def _with_gpus(name: str, runs: Sequence[RunAnalysis], rows: Sequence[Row]) -> str:
+    """With their number of GPUs where that is not the same in all rows."""
+    numbers = {run.gpus for run in runs}
+    if len({run.gpus for _varied, run in rows}) == 1 or len(numbers) > 1 or None in numbers:
+        return name
+    (number,) = numbers
+    return _("{0} (1 GPU)" if number == 1 else "{0} ({1} GPUs)", name, number)
 
 
 def _is_number(value: Any) -> bool:

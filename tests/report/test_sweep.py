@@ -1,0 +1,81 @@
+"""Saved sweeps, one or several, as one table and one picture."""
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pdbench import sweep
+from pdbench.analysis.run_analysis import analyze
+from pdbench.config import Options
+from pdbench.records import load_run, save_run
+from pdbench.report import sweep as sweeps
+from pdbench.report import text
+from tests.support.processes import call_pdbench
+from tests.support.runs import build_run
+
+
+def saved_sweep(out: Path, vary: str, runs: Mapping[str, Mapping[str, Any]]) -> Path:
+    """A sweep of these deployments' runs, built by these arguments."""
+
+    def measure(options: Options, folder: Path, part: str) -> list[Path]:
+        load = {"concurrency": options.load.concurrency, "slo_ttft_ms": 50.0}
+        seed = zlib.crc32(f"{out.name} {part} {load}".encode())
+        save_run(build_run(part, seed=seed, **{"load": load} | runs[part]), folder / f"{part}_results")
+        return [folder / f"{part}_results"]
+
+    list(sweep.run(sweep.points(Options(), [vary]), out, measure, Console(quiet=True), parts=[*runs]))
+    return out
+
+
+def test_saved_sweeps_are_reported_as_one(tmp_path):
+    one = saved_sweep(tmp_path / "one", "concurrency=2,1", {"single": {}})
+    both = saved_sweep(tmp_path / "both", "concurrency=1,2", {"replicas": {}, "disaggregated": {}})
+    for older in one.glob("*/point*.json"):
+        known = json.loads(older.read_text())
+        older.write_text(json.dumps({key: value for key, value in known.items() if key != "varied"}))
+    out = tmp_path / "out"
+    told = call_pdbench("report", one, both, "--out", out, cwd=tmp_path)
+    assert told.returncode == 0 and (out / "sweep_curves.png").stat().st_size > 10_000
+    assert "single (1 GPU)" in told.stdout and "disaggregated (2 GPUs)" in told.stdout
+    rows = [*csv.DictReader(io.StringIO((out / "sweep_summary.csv").read_text()))]
+    order = [(row["concurrency"], row["deployment"]) for row in rows]
+    single = [("2", "single"), ("1", "single")]
+    assert order == single + [(count, name) for name in ("replicas", "disaggregated") for count in "12"]
+    for row in rows:
+        folder = (one if row["deployment"] == "single" else both) / f"concurrency={row['concurrency']}"
+        run = analyze(load_run(folder / f"{row['deployment']}_results"))
+        assert float(row["tbt_p99_ms"]) == text.value(run, "tbt_p99_ms")
+
+
+def test_deployments_of_one_name_keep_their_curves(tmp_path):
+    def rows(name: str) -> list[str]:
+        made = []
+        for count in (1, 2):
+            serve = {"prefill_instances": count, "decode_instances": 1}
+            made.append(saved_sweep(tmp_path / f"{name}-{count}", "concurrency=1,2", {name: {"serve": serve}}))
+        return [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})]
+
+    assert rows("disaggregated") == ["1P1D", "1P1D", "2P1D", "2P1D"]
+    assert rows("single") == ["single single-1", "single single-1", "single single-2", "single single-2"]
+
+
+@pytest.mark.parametrize(
+    ("vary", "built", "words"),
+    [
+        ("seed=1,2", {}, "one varies concurrency and .*other seed: report them apart"),
+        ("concurrency=1,2", {"model": "another"}, "not measured alike .*model"),
+    ],
+)
+def test_sweeps_that_do_not_compare_are_refused(tmp_path, vary, built, words):
+    one = saved_sweep(tmp_path / "one", "concurrency=1,2", {"single": {}})
+    other = saved_sweep(tmp_path / "other", vary, {"replicas": built})
+    told = call_pdbench("report", one, other, "--out", "out", cwd=tmp_path)
+    assert told.returncode == 1 and re.search(words, told.stderr) and not (tmp_path / "out").exists()
