@@ -14,7 +14,7 @@ from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
-from pdbench.plan.limits import limits_of
+from pdbench.plan.limits import gpus_each, limits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import Part, merged_share, parts_of, trials_of
 from pdbench.records import Run
@@ -34,6 +34,7 @@ NOT_MODELLED = (
 SERVED = (
     "model", "max_model_len", "gpu_memory_utilization", "enforce_eager", "dtype", "load_format", "vllm_args",
     "prefill_args", "decode_args", "single_args", "replica_args", "connector", "first_token",
+    "tensor_parallel", "prefill_tensor_parallel", "decode_tensor_parallel",
 )  # fmt: skip
 SENT = ("input_tokens", "output_tokens", "max_input_tokens", "max_output_tokens")
 """Options of serving and of the load that a calibration shares with the runs that lack something."""
@@ -60,6 +61,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
     for role, of_role in by_role.items():
         limits = [limits_of(part.run, role)[0] for part in of_role]
         compared |= {f"{role}'s {name}": [getattr(limit, name) for limit in limits] for name in ALIKE_LIMITS}
+        compared[f"{role}'s GPUs per instance"] = [gpus_each(part.run, role) for part in of_role]
     for name, said in compared.items():
         values = sorted(set(map(str, said)))
         if len(values) > 1:
@@ -88,7 +90,6 @@ def check_suitable(path: Path, run: Run) -> None:
     of_kind = {"single": ("single_args",), "replicas": ("replica_args",)}.get(run.name, ("prefill_args", "decode_args"))
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", *of_kind))
     named = [flag for flag in NOT_MODELLED if flag in words]
-    named += [f"{name} above 1" for name in serve if name.endswith("tensor_parallel") and (serve[name] or 1) > 1]
     named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
         raise UserError(
@@ -185,16 +186,17 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         assumed=assumed,
         prompt_lengths=(int(min(prompts)), int(max(prompts))),
         power=_power(parts, limits, costs.ingress_s),
+        gpus=gpus_each(parts[0].run, role),
         jitter=decode.jitter if decode else [],
         decode_speeds=decode.speeds if decode else [],
     )
 
 
 def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | None:
-    """Of the devices that are one per instance."""
+    """Of instances whose devices are known."""
     measured = []
     for part in parts:
-        if part.device is None:
+        if not part.devices:
             continue
         trial = part.run.trials[part.index]
         edges = power.windows_in((trial.start_s, trial.end_s))
@@ -203,7 +205,7 @@ def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | 
         else:
             assert part.visits is not None
             use = power.use_of_visits(part.visits, ingress_s, edges)
-        measured.append((part.device, edges, use))
+        measured.append((part.devices, edges, use))
     return power.fit_power(measured)
 
 

@@ -13,9 +13,9 @@ from pdbench.config import is_open_loop
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, source_of
-from pdbench.plan.deployment import role_of
+from pdbench.plan.deployment import role_of, sized
 from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
-from pdbench.plan.limits import limits_of
+from pdbench.plan.limits import gpus_each, limits_of
 from pdbench.plan.predict import DRAWS, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.plan.steps import Part, parts_of
@@ -41,6 +41,11 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     for role in counts:
         calibration, is_alike = _as_served(calibration, run, role)
         differs += [] if is_alike else [f"the limits of {role}"]
+        differs += (
+            [f"{role}'s GPUs per instance"]
+            if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role)
+            else []
+        )
     analysis = analyze(run)
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")

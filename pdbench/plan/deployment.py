@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -37,6 +38,15 @@ def parse_layout(text: str) -> Layout:
     raise UserError(f"--deployment {text}: write single, replicas:N, or NpMd, as in 3p5d")
 
 
+def sized(calibration: Calibration, layout: Layout) -> Layout:
+    """With its instances' GPUs, as far as these were calibrated."""
+    each: dict[Role, int] = {}
+    for role in layout.instances:
+        with suppress(UserError):  # deployment_of says what is missing
+            each[role] = role_of(calibration, role).gpus
+    return msgspec.structs.replace(layout, gpus_each=each)
+
+
 def deployment_of(
     calibration: Calibration, layout: Layout, random: np.random.Generator | None = None, share: float = 0.5
 ) -> Deployment:
@@ -64,8 +74,8 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
     both = roles.get("single") or roles.get("replica")
     if both is not None:
         return both  # one engine does prefill and decode alike
-    if role in ("single", "replica") and "prefill" in roles and "decode" in roles:
-        prefill, decode = roles["prefill"], roles["decode"]
+    prefill, decode = roles.get("prefill"), roles.get("decode")
+    if role in ("single", "replica") and prefill and decode and prefill.gpus == decode.gpus:
         costs = msgspec.structs.replace(
             decode.engine.costs,
             **{name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "ingress_s", "noise")},

@@ -103,13 +103,19 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
 class Layout(msgspec.Struct, frozen=True):
     """Which instances stand where: of `kind` single or replicas those of the role "single" or "replica", of disaggregated those of
-    "prefill" and "decode". An instance has one GPU."""
+    "prefill" and "decode". `gpus_each` are an instance's GPUs where they are not one."""
 
     kind: Kind
     instances: dict[Role, int]
+    gpus_each: dict[Role, int] = {}
 
     @property
     def gpus(self) -> int:
+        return sum(count * self.gpus_each.get(role, 1) for role, count in self.instances.items())
+
+    @property
+    def size(self) -> int:
+        """How many instances."""
         return sum(self.instances.values())
 
     @property

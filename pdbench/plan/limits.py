@@ -52,6 +52,13 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
     return limits, sizes, assumed
 
 
+def gpus_each(run: Run, role: Role) -> int:
+    """How many GPUs an instance of this role had; 1 on a host without."""
+    serve = run.config.get("serve") or {}
+    width = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
+    return int(width) if run.host.get("gpus") else 1
+
+
 def flag_value(words: str, flag: str) -> str | None:
     """The last value that a command line gives a flag."""
     found = None

@@ -62,19 +62,24 @@ def _share(begins: Array, ends: Array, weights: Array | IntArray | float, edges:
     return np.diff(before) / WINDOW_S
 
 
-def fit_power(measured: Sequence[tuple[DeviceRecord, Array, Array]]) -> PowerCosts | None:
-    """Least squares without negative costs; `measured` are (device, window edges, use of the windows). None with too few windows."""
+def fit_power(measured: Sequence[tuple[Sequence[DeviceRecord], Array, Array]]) -> PowerCosts | None:
+    """Least squares without negative costs; `measured` are (an instance's devices, window edges, use of the windows). None with too few
+    windows."""
     watts, rows, idle = [], [], []
-    for device, edges, use in measured:
-        meter = Meter(device)
+    for devices, edges, use in measured:
+        meters = [Meter(device) for device in devices]
         for place, row in enumerate(use):
-            power_w = meter.energy_in([(float(edges[place]), float(edges[place + 1]))]).mean_power_w
-            if power_w is not None:
-                watts.append(power_w)
+            window = [(float(edges[place]), float(edges[place + 1]))]
+            powers_w = [meter.energy_in(window).mean_power_w for meter in meters]
+            known_w = [power_w for power_w in powers_w if power_w is not None]
+            if len(known_w) == len(devices):
+                watts.append(sum(known_w))
                 rows.append(row)
-        ready_w = device.idle_power_w.get(ENGINE_READY)
-        if ready_w is not None:
-            idle.append(ready_w)
+        ready_w = [
+            watts_ready for device in devices if (watts_ready := device.idle_power_w.get(ENGINE_READY)) is not None
+        ]
+        if len(ready_w) == len(devices):
+            idle.append(sum(ready_w))
     if len(rows) < LEAST_WINDOWS or not idle:
         return None
     idle_w, matrix = float(np.mean(idle)), np.array(rows)

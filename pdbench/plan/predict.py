@@ -11,7 +11,7 @@ import numpy as np
 from pdbench.analysis.arrivals import Array
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
-from pdbench.plan.deployment import deployment_of, role_of, unfit
+from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
 from pdbench.plan.engine import Demand, Deployment, Layout
 from pdbench.plan.records import Calibration, Figure, Prediction
 from pdbench.plan.simulate import Simulated, simulate, weighted_quantiles
@@ -81,6 +81,7 @@ def predict(
     mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
     """
     begin_s = time.process_time()
+    layout = sized(calibration, layout)
     drawn: list[Draw] = []
 
     def draw(day: Day) -> Draw:

@@ -10,7 +10,7 @@ from operator import itemgetter
 import numpy as np
 
 from pdbench.errors import UserError
-from pdbench.plan.deployment import unfit
+from pdbench.plan.deployment import sized, unfit
 from pdbench.plan.engine import Demand, Kind, Layout
 from pdbench.plan.predict import Day, Draw, Slo, beyond, days_of, draw_of, interval_of, prediction_of, usual_day
 from pdbench.plan.records import ATTAIN_PCT, Calibration, Prediction, Search
@@ -65,6 +65,7 @@ class Trials:
 
     def judge(self, layout: Layout) -> Prediction:
         if layout.name not in self.judged:
+            layout = sized(self.calibration, layout)
             draws = [draw for _, draw in sorted(self.slowest_first(layout), key=itemgetter(0))]
             self.judged[layout.name] = prediction_of(layout, self.load, draws, self.once(layout))
         return self.judged[layout.name]
@@ -126,6 +127,10 @@ def search(
     neighbours. A tie: as many GPUs (by joules: any number), and joules per token that are lower in one draw and higher in another.
     """
     trials = Trials(calibration, demands, load, slo)
+    each = {gpus for layout in (_replicas(1), _split(1, 1)) for gpus in sized(calibration, layout).gpus_each.values()}
+    if len(each) > 1:
+        raise UserError("the runs' instances have unequal numbers of GPUs: name deployments with --deployment, as 2p1d")
+    most = most_gpus // max(each, default=1)
 
     def cost_of(layout: Layout, joules: float) -> tuple[float, ...]:
         return (joules, layout.gpus) if by_joules else (layout.gpus, joules)
@@ -139,7 +144,8 @@ def search(
 
     judged, refused = dict[str, Prediction](), list[Prediction]()
     for smallest in (_replicas(1), _replicas(2), _split(1, 1)):
-        if smallest.gpus > most_gpus:
+        smallest = sized(calibration, smallest)
+        if smallest.size > most:
             continue
         try:
             refusal = unfit(calibration, smallest, [trials.demand(0)])
@@ -149,11 +155,11 @@ def search(
         if refusal is not None:
             refused.append(Prediction(layout=smallest, load=load, refusal=refusal))
             continue
-        usual = fewest(smallest.kind, most_gpus, trials.may_keep) or [trials.closest(smallest.kind, most_gpus)]
+        usual = fewest(smallest.kind, most, trials.may_keep) or [trials.closest(smallest.kind, most)]
         cheapest = min(usual, key=usual_cost)
-        kept = fewest(smallest.kind, most_gpus, trials.keeps)
+        kept = fewest(smallest.kind, most, trials.keeps)
         best = min((trials.judge(layout) for layout in kept), key=cost, default=None)
-        around = _around(best.layout if best else cheapest, most_gpus)
+        around = _around(best.layout if best else cheapest, most)
         judged |= {layout.name: trials.judge(layout) for layout in [cheapest, *kept, *around]}
     order = ("met", "not decided", "not met", "refused")
 
@@ -196,14 +202,14 @@ def _split(prefill: int, decode: int) -> Layout:
     return Layout("disaggregated", {"prefill": prefill, "decode": decode})
 
 
-def _around(best: Layout, most_gpus: int) -> Iterable[Layout]:
+def _around(best: Layout, most: int) -> Iterable[Layout]:
     """The deployment and its neighbours."""
     if best.kind != "disaggregated":
-        for number in (best.gpus, best.gpus - 1, best.gpus + 1):
-            if 1 <= number <= most_gpus and (best.kind == "single") == (number == 1):
+        for number in (best.size, best.size - 1, best.size + 1):
+            if 1 <= number <= most and (best.kind == "single") == (number == 1):
                 yield _replicas(number)
         return
     x, y = best.instances["prefill"], best.instances["decode"]
     for dx, dy in ((0, 0), (-1, 0), (0, -1), (1, 0), (0, 1), (1, -1), (-1, 1)):
-        if x + dx > 0 and y + dy > 0 and x + dx + y + dy <= most_gpus:
+        if x + dx > 0 and y + dy > 0 and x + dx + y + dy <= most:
             yield _split(x + dx, y + dy)

@@ -6,7 +6,7 @@ which its arrivals fit those of the streams before it. No log of the scheduler i
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.errors import UserError
 from pdbench.events import PromptEvent, ProxyEvent, ways_of
 from pdbench.plan.engine import Role
+from pdbench.plan.limits import gpus_each
 from pdbench.records import DeviceRecord, RequestRecord, Run
 
 _WINDOW = 4
@@ -98,7 +99,7 @@ class Part:
     ways: dict[str, ProxyEvent]
     steps: Steps | None = None
     visits: Visits | None = None
-    device: DeviceRecord | None = None
+    devices: list[DeviceRecord] = field(default_factory=list)
 
 
 def merged_share(requests: Sequence[RequestRecord]) -> float:
@@ -229,8 +230,10 @@ def parts_of(path: Path, run: Run, first_trial: int = 0) -> list[Part]:
                 part.steps = rebuild(streams)
             addresses = [other for (its_role, other), _ in instances if its_role == role]
             devices = [device for device in run.devices if device.role == role and device.kind == "gpu"]
-            if len(devices) == len(addresses):  # instances take the GPUs in the order of their ports
-                part.device = sorted(devices, key=lambda device: device.index or 0)[addresses.index(address)]
+            each = gpus_each(run, role)
+            if len(devices) == each * len(addresses):  # instances take the GPUs in the order of their ports
+                first = each * addresses.index(address)
+                part.devices = sorted(devices, key=lambda device: device.index or 0)[first : first + each]
             parts.append(part)
     return parts
 

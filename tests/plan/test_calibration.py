@@ -121,12 +121,21 @@ def test_arguments_of_other_kinds_of_deployment_are_no_reason_to_refuse() -> Non
         calibrate({Path("a"): run})
 
 
-@pytest.mark.parametrize(
-    "serve", [{"tensor_parallel": 2}, {"decode_tensor_parallel": 2}, {"vllm_args": "--speculative-config {}"}]
-)
-def test_engine_that_is_not_modelled_is_refused(serve: dict[str, object]) -> None:
+def test_gpus_of_an_instance_are_those_of_its_run() -> None:
+    run, other = recorded_run(), recorded_run()
+    run.config["serve"] = {"tensor_parallel": 2}
+    assert calibrate({Path("a"): run}).roles["single"].gpus == 2
+    other.config["serve"] = {"tensor_parallel": 1}
+    with pytest.raises(UserError, match="differ in tensor_parallel"):
+        calibrate({Path("a"): run, Path("b"): other})
+    assert "single's GPUs per instance" in check(calibrate({Path("b"): other}), Path("a"), run, draws=2).differs
+    run.host = {}
+    assert calibrate({Path("a"): run}).roles["single"].gpus == 1
+
+
+def test_engine_that_is_not_modelled_is_refused() -> None:
     run = recorded_run()
-    run.config["serve"] = serve
+    run.config["serve"] = {"vllm_args": "--speculative-config {}"}
     with pytest.raises(UserError, match="does not model"):
         calibrate({Path("a"): run})
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.deployment import deployment_of, parse_layout, role_of
+from pdbench.plan.deployment import deployment_of, parse_layout, role_of, sized
 from pdbench.plan.engine import Box, Costs, Engine, Handoff, Limits, Role
 from pdbench.plan.predict import predict
 from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
@@ -93,6 +93,14 @@ def test_figures_lie_in_their_intervals() -> None:
     # 5 ms on the way in, 31.5 ms of launch: what a lone request waits at least.
     assert 36 < answer.figures["ttft_p50_ms"].value < 50
     assert answer.figures["slo_met_pct"].value > 95
+
+
+def test_an_engine_of_more_gpus_is_not_put_together_from_fewer() -> None:
+    roles = {name: msgspec.structs.replace(role(), gpus=gpus) for name, gpus in (("prefill", 1), ("decode", 2))}
+    found = calibration(roles=roles)
+    assert sized(found, parse_layout("3p2d")).gpus == 7
+    with pytest.raises(UserError, match="no run shows a single engine"):
+        role_of(found, "single")
 
 
 def test_disaggregation_sums_the_power_of_all_its_instances() -> None:

@@ -1,15 +1,17 @@
 """The search finds what trying every deployment finds, with fewer simulations."""
 
+from collections.abc import Callable
 from itertools import chain
 
 import msgspec
 import pytest
 
 from pdbench.config import LoadConfig
+from pdbench.errors import UserError
 from pdbench.plan import search as plan_search
 from pdbench.plan.demand import demand_of_load
 from pdbench.plan.engine import Box, Demand, Layout
-from pdbench.plan.records import Prediction, Search
+from pdbench.plan.records import Calibration, Prediction, Search
 from pdbench.plan.search import Trials, least_that, search
 from pdbench.report import plan as report
 from pdbench.report.chart_types import GOOD, ORANGE
@@ -112,3 +114,27 @@ def test_no_deployment_within_the_limit_is_said() -> None:
 def test_least_number_is_found(answer: int) -> None:
     assert least_that(lambda number: number >= answer, 3, 40) == answer
     assert least_that(lambda number: number >= answer, 3, answer - 1) is None
+
+
+def with_gpus(**gpus: int) -> Calibration:
+    """Engines whose instances stand on so many GPUs."""
+    made = calibration()
+    return calibration(
+        roles={name: msgspec.structs.replace(each, gpus=gpus.get(name, 1)) for name, each in made.roles.items()}
+    )
+
+
+def demands_of(rate: float) -> Callable[[int], Demand]:
+    return lambda draw: demand_of_load(LoadConfig(rate=rate, requests=60, input_tokens=1500, output_tokens=48), draw)
+
+
+def test_instances_of_several_gpus_are_counted_by_their_gpus() -> None:
+    made = with_gpus(single=2, prefill=2, decode=2)
+    result = search(made, demands_of(3.0), "", slo=SLO, most_gpus=MOST)
+    assert {each.layout.gpus for each in result.candidates} <= {2, 4, 6}
+    assert {"single": 2}.items() <= {each.layout.name: each.layout.gpus for each in result.candidates}.items()
+
+
+def test_search_over_instances_of_unequal_size_is_refused() -> None:
+    with pytest.raises(UserError, match="unequal numbers of GPUs"):
+        search(with_gpus(decode=2), demands_of(3.0), "", slo=SLO, most_gpus=MOST)

@@ -1,0 +1,32 @@
+"""Power of an instance from its devices: the costs that were put in are found again."""
+
+import numpy as np
+import pytest
+
+from pdbench.plan.power import fit_power, windows_in
+from pdbench.records import DeviceRecord, DeviceSample
+
+
+def device(index: int, watts: list[float], idle_w: float | None) -> DeviceRecord:
+    """One second of each of these powers, sampled ten times a second."""
+    samples = [
+        DeviceSample(t_s=0.1 * tenth, power_w=watts[min(tenth // 10, len(watts) - 1)])
+        for tenth in range(10 * len(watts) + 1)
+    ]
+    idle = {} if idle_w is None else {"engine_ready": idle_w}
+    return DeviceRecord(id=f"gpu{index}", kind="gpu", name="G", index=index, samples=samples, idle_power_w=idle)
+
+
+def test_an_instance_draws_what_all_of_its_devices_do() -> None:
+    use = np.zeros((40, 4))
+    use[::2, 0] = 1.0  # it decodes in every other second
+    edges = windows_in((0.0, 40.0))
+    first, second = (
+        [idle + more * (step % 2 == 0) for step in range(40)] for idle, more in ((100.0, 200.0), (120.0, 240.0))
+    )
+    pair = [device(0, first, 100.0), device(1, second, 120.0)]
+    both = fit_power([(pair, edges, use)])
+    assert both is not None and both.idle_w == 220.0 and both.decode_w == pytest.approx(660.0, rel=0.05)
+    one = fit_power([(pair[:1], edges, use)])
+    assert one is not None and one.decode_w == pytest.approx(300.0, rel=0.05)
+    assert fit_power([([pair[0], device(1, second, None)], edges, use)]) is None
