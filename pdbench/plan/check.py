@@ -51,8 +51,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
     words = f"the arrivals of {path}"
     blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
-    launches: dict[tuple[int, Role], dict[str, Any]] = {
-        (trial, role): own_launches(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
+    speeds: dict[tuple[int, Role], dict[str, Any]] = {
+        (trial, role): own_speed(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
         for trial, index in enumerate(trials)
         for role in counts
         if role != "decode"
@@ -61,7 +61,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     def own(deployment: Deployment, trial: int) -> Deployment:
         engines = {
             role: msgspec.structs.replace(
-                engine, costs=msgspec.structs.replace(engine.costs, **launches.get((trial, role), {}))
+                engine, costs=msgspec.structs.replace(engine.costs, **speeds.get((trial, role), {}))
             )
             for role, engine in deployment.engines.items()
         }
@@ -122,8 +122,8 @@ def demand_of(run: Run, part: Part) -> Demand:
     )
 
 
-def own_launches(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]:
-    """Fields of `Costs` with the speed at which the prefill steps of a trial's instances of one role were launched, and their series around
+def own_speed(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]:
+    """Fields of `Costs` with the speed of the prefill steps of a trial's instances of one role, and their series around
     it, one instance's after the other's; none if too few show it."""
     ratios = []
     for part in parts:
@@ -132,15 +132,17 @@ def own_launches(calibration: Calibration, parts: Sequence[Part]) -> dict[str, A
         if part.visits is not None:
             visits, alone = part.visits, part.visits.alone()
             took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
+            usual_s = np.maximum(costs.host_prompt_s(tokens), costs.gpu_prompt_s(tokens))
         else:
             assert part.steps is not None
             chains = fit.chains([part.steps], [0], engine)
             holds = (chains.prompt > 0) & (chains.took_s > 0)
             holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
-            took_s, tokens = chains.took_s[holds], chains.prompt[holds]
-        ratios.append(took_s / (costs.host_prefill_s + costs.host_per_prompt_token_s * tokens))
+            holds &= costs.host_prompt_s(chains.prompt) > chains.decode_s  # else it waited for decode's step
+            took_s, usual_s = chains.took_s[holds], costs.host_prompt_s(chains.prompt[holds])
+        ratios.append(took_s / usual_s)
     ratio = np.concatenate(ratios)
     if len(ratio) < fit.LEAST_STEPS:
         return {}
     speed = float(np.median(ratio))
-    return fit.launches(costs, speed) | {"noise": (tuple((ratio / speed).tolist()),)}
+    return fit.at_speed(costs, speed) | {"noise": (tuple((ratio / speed).tolist()),)}

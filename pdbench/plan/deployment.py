@@ -124,7 +124,7 @@ def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> E
     changed: dict[str, Any] = {"gpu_decode_s": {size: factor * cost for size, cost in costs.gpu_decode_s.items()}}
     if role.computes:
         changed["noise"] = (costs.noise[int(random.integers(len(costs.noise)))],)
-        changed |= fit.launches(costs, another_speed(role.speeds, share))
+        changed |= fit.at_speed(costs, another_speed(role.speeds, share))
     return msgspec.structs.replace(role.engine, costs=msgspec.structs.replace(costs, **changed))
 
 

@@ -6,7 +6,7 @@ An engine runs one step after the other. Step k is scheduled at s_k; then the ho
               host_prefill_s * noise + host_per_prompt_token_s * p   else launched piece by piece: beside a prompt vLLM's graphs, however
                                                                      long, leave attention out
     gpu(k)  = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
-              + gpu_prefill_s + gpu_per_prompt_token_s * p            p > 0 prompt tokens in the step
+              + (gpu_prefill_s + gpu_per_prompt_token_s * p) * noise  p > 0 prompt tokens in the step
     done(k) = max(max(done(k-1), s_k) + gpu(k), s_k + host(k))
 
 With asynchronous scheduling, s_(k+1) = max(s_k + host(k), done(k-1)), where the tokens of step k-1 are handed out: those of step k one
@@ -39,8 +39,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
     `gpu_decode_s` maps a captured graph size to the GPU's time for a decode step of up to so many sequences, rising sizes; beyond the
     largest, each further sequence adds `gpu_per_sequence_s`. `ingress_s` is from the client's sending until the engine may schedule the
-    request (HTTP, tokenizing). `noise` are factors on `host_prefill_s`, one per successive prefill step, in the order they were measured
-    (they have memory): a series per trial, one after the other; empty: no noise.
+    request (HTTP, tokenizing). `noise` are factors on a prompt's part of a step, one per successive prefill step, in the order they were
+    measured (they have memory): a series per trial, one after the other; empty: no noise.
     """
 
     host_decode_s: float = 0.0
@@ -54,6 +54,14 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     join_s: float = 0.0
     ingress_s: float = 0.0
     noise: tuple[tuple[float, ...], ...] = ()
+
+    def host_prompt_s(self, tokens: IntArray) -> Array:
+        """The host's time to launch steps of so many prompt tokens, without noise."""
+        return self.host_prefill_s + self.host_per_prompt_token_s * tokens.astype(np.float64)
+
+    def gpu_prompt_s(self, tokens: IntArray) -> Array:
+        """The GPU's time for so many prompt tokens, without noise."""
+        return self.gpu_prefill_s + self.gpu_per_prompt_token_s * tokens.astype(np.float64)
 
     def gpu_step_s(self, sequences: IntArray, context: Array | IntArray | int = 0) -> Array:
         """The GPU's time for decode steps of so many sequences with so much context; none for steps without sequences."""

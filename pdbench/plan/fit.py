@@ -168,22 +168,22 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     def speeds_of(logs: Array) -> Array:
         return np.exp(np.append(logs[5:], -logs[5:].sum()))
 
-    def predicted(logs: Array) -> tuple[Array, Array]:
-        """Every step's duration, and the host's part of it."""
+    def predicted(logs: Array) -> Array:
+        """Every step's duration."""
         host, host_token, gpu, gpu_token, host_decode = values_of(logs)
         launch = np.where(is_prefill, speeds_of(logs)[which][:, None] * (host + host_token * tokens), host_decode)
         work = observed.decode_s + np.where(is_prefill, gpu + gpu_token * tokens, 0.0)
         if not engine.limits.async_scheduling:
-            return np.maximum(launch, work), launch
+            return np.maximum(launch, work)
         took = np.empty_like(work)
         behind = work[:, 0]  # how far the GPU is behind the scheduling
         for step in range(work.shape[1]):
             took[:, step] = np.maximum(launch[:, step], behind)
             behind = np.maximum(behind + work[:, step] - observed.took_s[:, step], 0.0)
-        return took, launch
+        return took
 
     def misfit(logs: Array) -> Array:
-        return np.log(observed.took_s[valid] / predicted(logs)[0][valid])
+        return np.log(observed.took_s[valid] / predicted(logs)[valid])
 
     typical = float(np.median(observed.took_s[is_prefill & valid]))
     short = float(np.median(observed.took_s[valid & ~is_prefill]))
@@ -192,12 +192,17 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     starts = [prior + np.log([1, a, 1, b, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
     logs, samples = fit_logs(misfit, starts, prior, count=5)
-    took, launch = predicted(logs)
-    of_host = is_prefill & valid & (launch >= took)
-    ratio = observed.took_s / np.where(took > 0, took, 1)
-    noise = tuple(tuple(ratio[of_host & (which == place)[:, None]].tolist()) for place in range(len(trials)))
-    costs = msgspec.structs.replace(with_values(engine.costs, values_of(logs)), noise=noise)
-    return Prefill(costs, values_of(samples), speeds_of(logs).tolist())
+    # A prompt's noise is seen where it is launched, in its own step, or where its work on the GPU holds up the next one, whichever is longer.
+    costs = with_values(engine.costs, values_of(logs))
+    usual_s = np.where(valid, predicted(logs), 1.0)
+    ratio, told = observed.took_s / usual_s, is_prefill & valid
+    by_gpu = told & (costs.gpu_prompt_s(observed.prompt) > costs.host_prompt_s(observed.prompt))
+    waits = np.zeros_like(valid)
+    waits[:, :-1] = valid[:, 1:] & (usual_s[:, 1:] > usual_s[:, :-1])
+    ratio[:, :-1] = np.where(by_gpu[:, :-1], ratio[:, 1:], ratio[:, :-1])
+    told &= waits | ~by_gpu
+    noise = tuple(tuple(ratio[told & (which == place)[:, None]].tolist()) for place in range(len(trials)))
+    return Prefill(msgspec.structs.replace(costs, noise=noise), values_of(samples), speeds_of(logs).tolist())
 
 
 def fit_logs(
@@ -321,7 +326,7 @@ def prefill_alone(visits: Sequence[Visits], trials: Sequence[int], limits: Limit
         answers_s = []
         for (_, place), demand in zip(replayed, demands, strict=True):
             costs = costs_of(logs, 1e-3)
-            costs = msgspec.structs.replace(costs, **launches(costs, float(speeds[place])))
+            costs = msgspec.structs.replace(costs, **at_speed(costs, float(speeds[place])))
             engine = Engine(costs=costs, limits=limits)
             answers_s.append(simulate(Deployment(layout=layout, engines={"single": engine}), demand).ttft_s)
         return np.log(measured_s / np.concatenate(answers_s))
@@ -339,9 +344,9 @@ def with_values(costs: Costs, values: Iterable[float]) -> Costs:
     return msgspec.structs.replace(costs, **dict(zip(COSTS, map(float, values), strict=True)))
 
 
-def launches(costs: Costs, factor: float) -> dict[str, Any]:
-    """Fields of `Costs` of the same engine on a host that launches prompts' steps so many times slower."""
-    names = ("host_prefill_s", "host_per_prompt_token_s")
+def at_speed(costs: Costs, factor: float) -> dict[str, Any]:
+    """Fields of `Costs` of the same engine where steps with prompts take so many times as long, launched by the host or computed by the GPU."""
+    names = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s")
     return {name: factor * getattr(costs, name) for name in names}
 
 

@@ -301,10 +301,10 @@ class Instance(Batch):
             return
         host, gpu = costs.host_decode_s, pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
         if prompt_tokens:
-            host = costs.host_prefill_s * pool.noise[self.noise_at % len(pool.noise)]
+            noise = pool.noise[self.noise_at % len(pool.noise)]
             self.noise_at += 1
-            host += costs.host_per_prompt_token_s * prompt_tokens
-            gpu += costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens
+            host = costs.host_prefill_s * noise + costs.host_per_prompt_token_s * prompt_tokens
+            gpu += (costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens) * noise
         elif n + joining > pool.captured:
             host = costs.host_prefill_s
         s, d = self.s, self.d

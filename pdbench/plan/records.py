@@ -46,7 +46,7 @@ class PowerCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     """One role's engine as fitted. `samples` are rows of `COSTS` that the data leave possible. `speeds` are the trials' factors on
-    prefill's launches. `gpus` are an instance's, and `power` is of all of them. `assumed` says what was not recorded and what was taken for it,
+    the time of steps with prompts. `gpus` are an instance's, and `power` is of all of them. `assumed` says what was not recorded and what was taken for it,
     `prompt_lengths` are the shortest and the longest prompt. `jitter` are quantiles of what calm steps took beyond their cost, as the
     client saw them and as shares of it: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
     """

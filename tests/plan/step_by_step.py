@@ -134,6 +134,7 @@ class SlowEngine:
                 sequence.tokens += 1
                 getting.append(sequence)
         host = gpu = 0.0
+        factor = 1.0
         if members:
             host = self.costs.host_decode_s
             if prompt_tokens or decoding > self.limits.captured:  # graphs of whole steps hold no prompts
@@ -143,7 +144,7 @@ class SlowEngine:
                 host = self.costs.host_prefill_s * factor + self.costs.host_per_prompt_token_s * prompt_tokens
             gpu = float(self.costs.gpu_step_s(np.array(decoding), context))
             if prompt_tokens:
-                gpu += self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens
+                gpu += (self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens) * factor
             self.steps.append((self.s, scheduled))
         done = max(max(self.d, self.s) + gpu, self.s + host)
         self.s = max(self.s + host, self.d) if self.limits.async_scheduling else done

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pdbench.events import ProxyEvent
-from pdbench.plan.check import own_launches
+from pdbench.plan.check import own_speed
 from pdbench.plan.steps import Part, Stream, visits_of
 from pdbench.records import Clock, Run
 from tests.plan.test_predict import calibration
@@ -25,8 +25,8 @@ def test_own_speed_is_that_of_all_instances_of_a_role() -> None:
     usual_s = 0.005 + 0.03 + 0.001  # way in, host, host's part per token
     fast, slow = prefill_part(usual_s), prefill_part(0.005 + 2 * 0.031)
     costs = calibration().roles["prefill"].engine.costs
-    alone = own_launches(calibration(), [slow])
-    both = own_launches(calibration(), [fast, slow])
+    alone = own_speed(calibration(), [slow])
+    both = own_speed(calibration(), [fast, slow])
     assert alone["host_prefill_s"] == pytest.approx(2 * costs.host_prefill_s)
     speed = both["host_prefill_s"] / costs.host_prefill_s
     assert 1 < speed < 2

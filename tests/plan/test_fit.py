@@ -117,6 +117,22 @@ def test_pauses_are_as_many_times_longer_as_steps_are() -> None:
     assert paused[1].jitter == pytest.approx(paused[0].jitter, abs=1e-3)
 
 
+def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
+    """Launched by the host in its own step, or computed by the GPU while the next one waits."""
+    decode_s, tokens = np.full((60, 3), 0.005), np.array([[0, 2000, 0]] * 60)
+    engine = Engine(
+        costs=Costs(gpu_decode_s={1: 0.005}), limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=8192)
+    )
+    factors = np.exp(np.random.default_rng(0).normal(0, 0.1, 60))
+    for host_s, gpu_s in ((0.08, 0.01), (0.006, 0.05)):
+        took_s = np.full((60, 3), 0.005)
+        took_s[:, 1] = np.maximum(host_s * (factors if host_s > gpu_s else 1.0), 0.005)
+        took_s[:, 2] = np.maximum(0.005, 0.005 + gpu_s * factors - took_s[:, 1] + 0.005)
+        found = fit.prefill_costs(fit.Chains(took_s, tokens, decode_s, np.zeros(60, dtype=int)), engine)
+        spread = float(np.std(np.log(found.costs.noise[0])))
+        assert len(found.costs.noise[0]) == 60 and 0.06 < spread < 0.14, (host_s, spread)
+
+
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))

@@ -103,6 +103,15 @@ def test_an_engine_of_more_gpus_is_not_put_together_from_fewer() -> None:
         role_of(found, "single")
 
 
+def test_another_day_is_another_day_for_the_gpu_too() -> None:
+    """With CUDA graphs of a prompt's length its step is the GPU's work, and what differs between trials is that."""
+    on_gpu = {"host_prefill_s": 0.002, "host_per_prompt_token_s": 0.0, "gpu_per_prompt_token_s": 2e-5}
+    samples = [[0.002, 0.0, 0.001, 2e-5, 0.002]]
+    found = calibration(roles={"single": msgspec.structs.replace(role(**on_gpu), samples=samples)})
+    ttft = predicted(found).figures["ttft_p50_ms"]
+    assert ttft.high > 1.2 * ttft.low
+
+
 def test_disaggregation_sums_the_power_of_all_its_instances() -> None:
     figures = predicted(calibration(), "2p1d").figures
     assert 3 * 120 < figures["mean_power_w"].value < 3 * 420
