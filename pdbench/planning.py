@@ -17,7 +17,7 @@ from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
 from pdbench.plan.demand import demand_of_load, with_requests
 from pdbench.plan.deployment import parse_layout
-from pdbench.plan.predict import predict
+from pdbench.plan.predict import NO_LIMITS, predict
 from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
@@ -51,7 +51,12 @@ def plan(
     check_no_measured_search(out)
     predicted: list[Prediction] = []
     wanted = [parse_layout(words) for words in deployments]
+    if unknown := next((name for name in NO_LIMITS if getattr(load, name) is not None), None):
+        option = "--" + unknown.replace("_", "-")
+        raise UserError(f"plan counts by --slo-ttft-ms and --slo-tbt-ms, not by {option}: leave it out")
     if most_gpus is not None:
+        if load.concurrency:
+            raise UserError("--search asks what carries a load that comes by a clock: leave --concurrency out")
         if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
             raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
         if not load.open_loop:
@@ -63,21 +68,17 @@ def plan(
         words = loads.describe(loads.resolved(load)).partition(", after a warm-up")[0]
     shown: list[tables.Table] = []
 
-    written: list[str] = []
-
-    def write(name: str, data: bytes) -> None:
-        write_whole(out / name, data)
-        written.append(name)
+    files: dict[str, bytes] = {}  # written at the end, so that no folder holds half of an answer
 
     def save(name: str, content: object) -> None:
-        write(name, msgspec.json.format(msgspec.json.encode(content), indent=1))
+        files[name] = msgspec.json.format(msgspec.json.encode(content), indent=1)
 
     def show(table: tables.Table) -> None:
         shown.append(table)
         console.print(tables.Terminal(table))
 
     found = read_calibration(sources, console)
-    write(CALIBRATION, sealed(msgspec.json.format(msgspec.json.encode(found), indent=1)))
+    files[CALIBRATION] = sealed(msgspec.json.format(msgspec.json.encode(found), indent=1))
     show(report.calibration(found))
     drawn = [partial(report.steps_chart, found)]
     checks = []
@@ -108,7 +109,8 @@ def plan(
         # The best of each kind with all its figures.
         best = {each.layout.kind: each for each in reversed(result.candidates) if not each.refusal}
         predicted += [each for each in result.candidates if each in best.values()]
-    wanted = [layout for layout in wanted if layout not in [each.layout for each in predicted]]
+    shown_already = {each.layout.name for each in predicted}
+    wanted = [layout for name, layout in {each.name: each for each in wanted}.items() if name not in shown_already]
     predicted += [
         predict(found, layout, lambda draw: [demand_of_load(load, draw)], words, slo=slo) for layout in wanted
     ]
@@ -117,14 +119,16 @@ def plan(
         show(report.predictions(predicted, on_gpus=found.on_gpus))
         drawn.append(partial(report.predictions_chart, predicted, on_gpus=found.on_gpus))
     drawn.append(partial(report.seconds_chart, checks, predicted))
-    write("plan.md", ("\n\n".join(map(tables.markdown, shown)) + "\n").encode())
+    files["plan.md"] = ("\n\n".join(map(tables.markdown, shown)) + "\n").encode()
     mpl.say_when_english(console)
     for describe in drawn:
         if (chart := describe()).drawable:
             width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
-            write(f"{chart.key}.png", picture)
-    remove_earlier(out, "plan", written)
+            files[f"{chart.key}.png"] = picture
+    for name, data in files.items():
+        write_whole(out / name, data)
+    remove_earlier(out, "plan", [*files])
     console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
         raise UserError("no deployment is predicted: the tables say what to measure first")

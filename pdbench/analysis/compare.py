@@ -169,6 +169,10 @@ def compare(
         if not (other_slo and name.startswith("goodput_")) and not (other_count and metric.latency == "tbt")
     ]
     by_name = {line.metric.name: line for line in lines}
+    if primary and primary not in by_name:
+        raise UserError(
+            f"--primary {primary}: {names[0]} and {names[1]} do not both have it: name a metric that both were measured by"
+        )
     wanted = (primary, (a.config.get("load") or {}).get("primary"), "goodput_requests_per_s", "e2e_p50_ms")
     first = next((name for name in wanted if name in by_name), "")
     family = [line for line in lines if line.effect and line.metric.name != first]

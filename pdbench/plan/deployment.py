@@ -27,9 +27,9 @@ HANDOFF_ERROR = 0.1
 
 def parse_layout(text: str) -> Layout:
     """single, replicas:N, or NpMd. Raises UserError for anything else."""
-    if match := re.fullmatch(r"(\d+)p(\d+)d", text.lower()):
+    if match := re.fullmatch(r"([0-9]{1,6})p([0-9]{1,6})d", text.lower()):
         layout = Layout("disaggregated", {"prefill": int(match[1]), "decode": int(match[2])})
-    elif match := re.fullmatch(r"replicas:(\d+)", text):
+    elif match := re.fullmatch(r"replicas:([0-9]{1,6})", text):
         layout = Layout("replicas", {"replica": int(match[1])})
     else:
         layout = Layout("single", {"single": int(text == "single")})
@@ -136,16 +136,25 @@ def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -
             "measure again on a quiet machine, at least five trials (`pdbench run --pairs 5`)"
         )
     for role in layout.instances:
+        longest = role_of(calibration, role).engine.limits.max_model_len
+        whole = np.concatenate([demand.prompt_tokens + demand.output_tokens for demand in demands])
+        if longest and (beyond := int(np.sum(whole > longest))):
+            return (
+                f"{beyond:,} of {len(whole):,} requests are longer than the {longest:,} tokens of --max-model-len, and would be refused: "
+                "calibrate with a larger one, or give --max-input-tokens and --max-output-tokens"
+            )
+    for role in layout.instances:
         if role == "decode":
             continue
         calibrated = role_of(calibration, role)
         shortest, longest = calibrated.prompt_lengths
-        lengths = np.concatenate([demand.prompt_tokens for demand in demands])
+        lengths = np.concatenate([demand.prompt_tokens - demand.cached_tokens for demand in demands])
         low, high = np.quantile(lengths, (0.05, 0.95))
         if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
             length = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
+            computed = " to compute" if any(demand.cached_tokens.any() for demand in demands) else ""
             return (
-                f"prompts of {length} tokens, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
+                f"prompts of {length} tokens{computed}, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
                 "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
             )
     return None

@@ -18,6 +18,7 @@ and `max_num_seqs` last; a prompt that does not fit goes on in the next step (ch
 token.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     async_scheduling: bool = True
     captured: int = 0
+    max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     block_size: int = 16
 
@@ -183,6 +185,9 @@ class Demand:
 
     `streams`: at most so many in flight at the client (None: no limit); with all `t_s` 0 that is a closed loop. A request is sent at
     max(t_s, a stream is free), and its times count from there.
+
+    `blocks` are what a request shares with others, in order, `block_tokens` prompt tokens each: those that the instance which computes the prompt
+    knows need no computing, up to the first that it does not. `cached_tokens` then are what one cache of all instances would have.
     """
 
     t_s: Array
@@ -190,6 +195,12 @@ class Demand:
     output_tokens: IntArray
     cached_tokens: IntArray
     streams: int | None = None
+    blocks: Sequence[Sequence[Hashable]] | None = None
+    block_tokens: IntArray | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.streams is not None and not self.t_s.any()
 
     def __len__(self) -> int:
         return len(self.t_s)

@@ -46,6 +46,7 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
         max_num_seqs=max_num_seqs,
         async_scheduling=is_async,
         captured=max(sizes, default=0),
+        max_model_len=serve.get("max_model_len"),
         kv_cache_tokens=logged.kv_cache_tokens,
         block_size=logged.block_size or 16,
     )

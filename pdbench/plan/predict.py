@@ -8,7 +8,7 @@ from itertools import chain, count, islice
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import Array
+from pdbench.analysis.arrivals import Array, BoolArray
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
@@ -32,6 +32,8 @@ TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 Slo = tuple[float | None, float | None]
 """Limits of TTFT and mean TBT, ms."""
+NO_LIMITS = ("slo_tbt_p90_ms", "slo_tbt_p99_ms", "slo_e2e_ms")
+"""Options that limit what predictions do not count by."""
 _NORMAL_95 = 1.645
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _LARGER = {
@@ -54,8 +56,8 @@ class Day:
 @dataclass(frozen=True)
 class Draw:
     """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
-    calibrated box, by what is beyond; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT of the last third of the requests over the first third's: above `GROWTH` the
-    queue grows."""
+    calibrated box, by what is beyond; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the wait for a stream, of the last third of the requests over the first third's: above
+    `GROWTH` the queue grows."""
 
     figures: dict[str, float]
     outside: dict[str, float]
@@ -146,32 +148,59 @@ def draw_of(
     if np.isfinite(tbt_s).any():
         figures["mean_tbt_p50_ms"] = 1e3 * float(np.nanmedian(tbt_s))
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
-    span_s = sum(result.span_s for result in results)
+    # As a run is measured: in the window at full load, an answer's tokens spread evenly between its first and last.
+    window_s = sum(result.window[1] - result.window[0] for result in results)
     tokens = int(gap_count.sum()) + len(ttft_s)
-    figures["output_tokens_per_s"] = tokens / span_s
-    good = 0
+    share = np.concatenate([_share_within(result) for result in results])
+    tokens_here = tokens * float(
+        np.average(share, weights=np.concatenate([result.output_tokens for result in results]))
+    )
+    figures["output_tokens_per_s"] = tokens_here / window_s
+    good_here = 0
     if any(limit is not None for limit in slo):
-        good = int(np.sum((1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))))
-        figures["goodput_requests_per_s"] = good / span_s
-        figures["slo_met_pct"] = 100 * good / len(ttft_s)
+        good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))
+        ended_here = np.concatenate([_ended_within(result) for result in results])
+        good_here = int(np.sum(good & ended_here))
+        figures["goodput_requests_per_s"] = good_here / window_s
+        figures["slo_met_pct"] = 100 * float(np.mean(good))
     watts = {role: costs for role in roles if (costs := role_of(calibration, role).power)}
     if len(watts) == len(roles):
+        # Idle power for the window's time, the work's joules by the tokens that came in it.
+        counts = {role: sum(instance.role == role for instance in results[0].instances) for role in watts}
         energy_j = {
-            role: sum(power.joules(instance, costs, of_s) for instance, of_s in instances if instance.role == role)
+            role: counts[role] * costs.idle_w * window_s
+            + sum(power.joules(instance, costs, 0.0) for instance, _ in instances if instance.role == role)
+            * (tokens_here / tokens)
             for role, costs in watts.items()
         }
         total_j = sum(energy_j.values())
-        figures |= {"j_per_output_token": total_j / tokens, "mean_power_w": total_j / span_s}
+        figures |= {"j_per_output_token": total_j / tokens_here, "mean_power_w": total_j / window_s}
         if len(energy_j) > 1:
-            figures |= {f"{role}_power_w": of_role_j / span_s for role, of_role_j in energy_j.items()}
-        if good:
-            figures["j_per_good_request"] = total_j / good
+            figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
+        if good_here:
+            figures["j_per_good_request"] = total_j / good_here
     busy_s = sum(instance.prefill_s + instance.decode_s for instance, _ in instances)
     outside = {name: sum(each.outside_s.get(name, 0.0) for each, _ in instances) / busy_s for name in _LARGER}
     third = max(1, len(results[0].ttft_s) // 3)
-    growth = np.mean([result.ttft_s[-third:].mean() / result.ttft_s[:third].mean() for result in results])
+    taken = [result.ttft_s + result.waited_s for result in results]
+    growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
     is_preempted = any(instance.preemptions for instance, _ in instances)
     return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth))
+
+
+def _share_within(result: Simulated) -> Array:
+    """Of each request the share of its answer's time that lies in the window; of an answer of one token whether it does."""
+    first_s, last_s = result.sent_s + result.ttft_s, result.sent_s + result.e2e_s
+    begin_s, end_s = result.window
+    overlap_s = np.minimum(last_s, end_s) - np.maximum(first_s, begin_s)
+    lasted_s = np.maximum(last_s - first_s, 1e-9)
+    return np.asarray(np.clip(np.where(last_s > first_s, overlap_s / lasted_s, overlap_s >= 0), 0.0, 1.0))
+
+
+def _ended_within(result: Simulated) -> BoolArray:
+    ended_s = result.sent_s + result.e2e_s
+    begin_s, end_s = result.window
+    return (ended_s > begin_s) & (ended_s <= end_s)
 
 
 def prediction_of(

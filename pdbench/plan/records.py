@@ -7,7 +7,7 @@ import numpy as np
 
 from pdbench.plan.engine import COSTS, Engine, Handoff, Layout, Role
 
-SCHEMA = "pdbench-plan/4"
+SCHEMA = "pdbench-plan/5"
 ATTAIN_PCT = 99.0
 """Share of the requests that must be within the SLO."""
 UNSURE = 0.3
@@ -15,7 +15,7 @@ UNSURE = 0.3
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A run that a calibration was made from. `gpu` is the model name, `vllm` the version, `clocks` those that were held; `trials` those that were used."""
+    """A run that a calibration was made from. `gpu` is the model name, `vllm` the version, `precision` its dtype and what is narrower, `clocks` those that were held; `trials` those that were used."""
 
     run_id: str | None
     path: str
@@ -24,6 +24,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     gpu: str | None
     vllm: str | None
     tensor_parallel: int
+    precision: str
     clocks: str
     trials: int
     requests: int

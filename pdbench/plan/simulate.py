@@ -6,10 +6,10 @@ One queue holds the instants at which something changes; between them the instan
 import gc
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain
+from itertools import chain, takewhile
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.plan.batch import Pool, Tokens
 from pdbench.plan.engine import Demand, Deployment, Role
 from pdbench.plan.instance import Instance
+from pdbench.records import Interval
 
 _ARRIVES, _JOINS, _WAKES = range(3)
 _BITS = 40
@@ -30,7 +31,9 @@ class Simulated:
     `sent_s` is when it was sent, its engine might schedule it `way_in_s` later; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
     `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
-    weighted histogram (values in any order, equal ones may repeat). `span_s` ends with the last token.
+    weighted histogram (values in any order, equal ones may repeat). `span_s` ends with the last token. `window` is the part of it at full load, as
+    `load.self_check.window` has it: from the first completion to the last sending, or while all streams are in flight. `waited_s` is from a
+    request's instant in the load to its sending (0 in a closed loop).
     """
 
     way_in_s: float
@@ -46,6 +49,9 @@ class Simulated:
     gap_count: IntArray
     instances: list[Instance]
     span_s: float
+    window: Interval
+    waited_s: Array
+    output_tokens: IntArray
     events: int
 
 
@@ -126,6 +132,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         front, back = instances_of(layout.front, prompts, cached, outputs), []
         fronts = backs = Balance(len(front), generator, by_tokens=False)
     instances = front + back
+    knows: list[set[Hashable]] | None = None if demand.blocks is None else [set() for _ in front]
     can_run = np.logical_and.reduce([each[0].pool.fits for each in (front, back) if each]).tolist()
 
     sent, ended, decoder = [math.nan] * total, [False] * total, [0] * total
@@ -205,6 +212,8 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         if what == _ARRIVES:
             number = fronts.choose()
             fronts.count(number, 1, prompts[request])
+            if knows is not None:
+                front[0].pool.cached[request] = _cached(demand, request, knows[number], front[0].pool.block)
             if split:
                 decoder[request] = backs.choose()
                 backs.count(decoder[request], 1, prompts[request])
@@ -235,8 +244,37 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         joined_s=np.array(back[0].pool.scheduled_s) if split else np.full(total, math.nan),
         instances=instances,
         span_s=float(last_s[done].max()) if done.any() else 0.0,
+        window=_window(demand, sent_s[done], last_s[done]),
+        output_tokens=demand.output_tokens,
+        waited_s=np.zeros(total) if demand.is_closed else sent_s - demand.t_s,
         events=events,
     )
+
+
+def _cached(demand: Demand, request: int, known: set[Hashable], block: int) -> int:
+    """Prompt tokens of a request that its instance has, whole KV blocks of them; it has the others from now on."""
+    assert demand.blocks is not None and demand.block_tokens is not None
+    hits = sum(1 for _ in takewhile(known.__contains__, demand.blocks[request]))
+    known.update(demand.blocks[request])
+    whole = int(hits * demand.block_tokens[request]) // block * block
+    return min(whole, int(demand.prompt_tokens[request]) - 1)
+
+
+def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:
+    """The whole span where there is no time at full load."""
+    if not len(sent_s):
+        return 0.0, 0.0
+    if demand.is_closed:
+        sent, ended = np.sort(sent_s), np.sort(ended_s)
+        begin_s = sent[min(demand.streams or 1, len(sent)) - 1]
+        end_s = next((at_s for at_s in ended if at_s > sent[-1]), sent[-1])
+        counted = len(sent) // 2 // (demand.streams or 1)
+    else:
+        begin_s, end_s = ended_s.min(), sent_s.max()
+        counted = int(np.count_nonzero((ended_s > begin_s) & (ended_s <= end_s))) // 2
+    if not counted or end_s <= begin_s:
+        return 0.0, float(ended_s.max())
+    return float(begin_s), float(end_s)
 
 
 def weighted_quantiles(

@@ -121,7 +121,7 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     if comparison.equal_hardware and b.gpus:
         where = _("{0}, 1 GPU each" if b.gpus == 1 else "{0}, {1} GPUs each", where, b.gpus)
     elif not comparison.equal_hardware:
-        counts = (number(count, _("no GPU")) for count in comparison.gpus)
+        counts = (number(count or 0) for count in comparison.gpus)
         where = _("Scaling, not a verdict: {0} ({2} GPUs against {1})", where, *counts)
     lines = {line.metric.name: line for line in comparison.differences}
     shown = [lines[name] for name in dict.fromkeys((comparison.primary, *HEADLINE)) if name in lines]

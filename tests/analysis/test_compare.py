@@ -44,6 +44,12 @@ def test_verdicts_go_the_right_way(slower_first_token_faster_tokens):
     assert line_of(slower_first_token_faster_tokens, "output_tokens_per_s").verdict == "better"
 
 
+def test_a_primary_metric_that_was_not_measured_is_refused():
+    a, b = (analyze(build_run(name, gpu=False)) for name in ("single", "disaggregated"))
+    with pytest.raises(UserError, match=r"--primary j_per_output_token: .* do not both have it"):
+        compare(a, b, primary="j_per_output_token")
+
+
 def test_run_against_itself_shows_no_difference():
     run = build_run(seed=4)
     assert {line.verdict for line in compare_runs(run, run).differences} <= {"same", "unclear", "unjudged"}

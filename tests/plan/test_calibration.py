@@ -90,7 +90,7 @@ def test_run_of_a_smaller_token_budget_is_predicted_with_it() -> None:
     usual = check(found, Path("a"), run, draws=2)
     run.engines["single"] = msgspec.structs.replace(run.engines["single"], max_num_batched_tokens=512)
     chunked = check(found, Path("a"), run, draws=2)
-    assert not usual.differs and chunked.differs == ["the limits of single"]
+    assert not usual.differs and chunked.differs == ["single's max_num_batched_tokens"]
     # Every chunk is launched for as long as a whole prompt.
     assert chunked.predicted.figures["ttft_p50_ms"].value > 2 * usual.predicted.figures["ttft_p50_ms"].value
 

@@ -112,6 +112,58 @@ def test_another_day_is_another_day_for_the_gpu_too() -> None:
     assert ttft.high > 1.2 * ttft.low
 
 
+def test_prompts_of_which_little_is_computed_are_outside_the_lengths() -> None:
+    unsure = calibration(roles={"single": role(sure=1.0)})
+    shared = LoadConfig(rate=2.0, requests=80, input_tokens=1500, output_tokens=32, shared_prefix=0.9)
+    found = predict(unsure, parse_layout("single"), lambda draw: [demand_of_load(shared, draw)], "", draws=4)
+    assert found.refusal and "prompts of 150 tokens to compute" in found.refusal
+
+
+def test_requests_longer_than_the_servers_take_are_refused() -> None:
+    made = role()
+    limits = msgspec.structs.replace(made.engine.limits, max_model_len=1520)
+    engine = msgspec.structs.replace(made.engine, limits=limits)
+    refusal = predicted(calibration(roles={"single": msgspec.structs.replace(made, engine=engine)})).refusal
+    assert refusal and "80 of 80 requests are longer than the 1,520 tokens of --max-model-len" in refusal
+
+
+def test_instances_have_prefix_caches_of_their_own() -> None:
+    config = LoadConfig(rate=5.0, requests=400, input_tokens=1600, output_tokens=4, shared_prefix=0.5, prefix_groups=50)
+    load, made = demand_of_load(config, 0), calibration()
+    cached = {
+        count: sum(simulate(deployment_of(made, parse_layout(f"replicas:{count}")), load).instances[0].pool.cached)
+        for count in (1, 8)
+    }
+    assert cached[1] == load.cached_tokens.sum() == 350 * 800
+    assert cached[8] < 0.6 * cached[1]
+
+
+def test_rates_and_joules_are_of_the_time_at_full_load() -> None:
+    """As `bench` measures them: short loads, whose filling and draining take as long as they, say the same as long ones."""
+    short, long = (
+        predict(
+            calibration(),
+            parse_layout("replicas:2"),
+            lambda draw, count=count: [
+                demand_of_load(LoadConfig(rate=8.0, requests=count, input_tokens=1500, output_tokens=200), draw)
+            ],
+            "",
+            slo=(5000.0, None),
+            draws=8,
+            anyway=True,
+        ).figures
+        for count in (40, 1000)
+    )
+    for name in ("output_tokens_per_s", "goodput_requests_per_s", "j_per_output_token", "mean_power_w"):
+        assert short[name].value == pytest.approx(long[name].value, rel=0.12), name
+
+
+def test_a_load_that_waits_for_streams_grows() -> None:
+    load = LoadConfig(rate=20.0, concurrency=1, requests=300, input_tokens=1500, output_tokens=32)
+    found = predict(calibration(), parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)
+    assert found.saturated
+
+
 def test_disaggregation_sums_the_power_of_all_its_instances() -> None:
     figures = predicted(calibration(), "2p1d").figures
     assert 3 * 120 < figures["mean_power_w"].value < 3 * 420
@@ -172,6 +224,35 @@ def test_command_fails_where_no_deployment_is_predicted_and_keeps_its_tables(tmp
         assert "1p1d" in (folder / "plan.md").read_text().lower()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slo_e2e_ms": 900.0}, "not by --slo-e2e-ms"),
+        ({"slo_tbt_p99_ms": 9.0}, "not by --slo-tbt-p99-ms"),
+        ({"slo_ttft_ms": 900.0, "concurrency": 2}, "leave --concurrency out"),
+    ],
+)
+def test_limits_that_predictions_do_not_count_by_are_refused(tmp_path: Path, options: dict, words: str) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration()))
+    load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32, **options)
+    with pytest.raises(UserError, match=words):
+        plan([tmp_path], (), [], load, tmp_path / "out", Console(quiet=True), most_gpus=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration(drift=1.1)))
+    out = tmp_path / "out"
+    load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32)
+    plan([tmp_path], (), ["single", "single"], load, out, Console(quiet=True))
+    assert len(msgspec.json.decode((out / "predictions.json").read_bytes())) == 1
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration(drift=1.2)))
+    with pytest.raises(UserError, match=r"no \*_results.json"):
+        plan([tmp_path], (tmp_path / "nothing",), [], load, out, Console(quiet=True))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_plan_leaves_nothing_of_an_earlier_call_and_all_of_a_measured_search(tmp_path: Path) -> None:
     load = LoadConfig(rate=2.0, requests=40, input_tokens=1500, output_tokens=32, slo_ttft_ms=5000.0)
     (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration()))
@@ -214,7 +295,7 @@ def test_deployment_is_read(words: str, instances: dict[str, int]) -> None:
     assert parse_layout(words).instances == instances
 
 
-@pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d"])
+@pytest.mark.parametrize("words", ["", "replicas", "p2d", "0p1d", "99999999999p1d", "٣p1d"])
 def test_other_deployments_are_refused(words: str) -> None:
     with pytest.raises(UserError):
         predict(calibration(), parse_layout(words), lambda draw: [], "")
