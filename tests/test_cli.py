@@ -142,6 +142,11 @@ def test_option_of_a_sweep_is_named_only_if_it_changes_no_point(tmp_path: Path) 
     assert "--prefix-groups 2 has" in call_pdbench(*command, "--vary", "concurrency=1,2", cwd=tmp_path).stdout
 
 
+def test_option_that_changes_no_prediction_is_named(tmp_path: Path) -> None:
+    done = call_pdbench("plan", "nothing", "--rate", "8", "--burstiness", "0.2", cwd=tmp_path)
+    assert done.returncode == 1 and "--burstiness 0.2 has no effect: it needs --arrival gamma" in done.stdout
+
+
 def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("prefill_port = 8111\n[serve]\nmax_model_len = 128\n[load]\nrate = 2.0\n")
     done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)

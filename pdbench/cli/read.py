@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import app, console
+from pdbench.cli.app import app, console, say_without_effect
 from pdbench.config import LiveConfig, LoadConfig
 from pdbench.config.types import Count, Interval, Positive
 from pdbench.errors import UserError
@@ -239,6 +239,8 @@ def plan(
     from pdbench import planning
     from pdbench.report import text
 
+    if load:
+        say_without_effect([load])
     with text.language(lang):
         planning.plan(
             runs,
