@@ -144,7 +144,8 @@ def draw_of(
     slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
     jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
     quantiles_s = weighted_quantiles(gap_s, gap_count, _SHARES, jitter or (0.0,), slowest_s)
-    figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
+    if len(gap_s):
+        figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
     if np.isfinite(tbt_s).any():
         figures["mean_tbt_p50_ms"] = 1e3 * float(np.nanmedian(tbt_s))
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
