@@ -17,7 +17,7 @@ from pdbench.plan.calibration import calibrate, check_suitable
 from pdbench.plan.check import check
 from pdbench.plan.demand import demand_of_load, with_requests
 from pdbench.plan.deployment import parse_layout
-from pdbench.plan.predict import NO_LIMITS, predict
+from pdbench.plan.predict import UNCOUNTED_SLO, predict
 from pdbench.plan.records import Calibration, Prediction
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
@@ -51,12 +51,14 @@ def plan(
     check_no_measured_search(out)
     predicted: list[Prediction] = []
     wanted = [parse_layout(words) for words in deployments]
-    if unknown := next((name for name in NO_LIMITS if getattr(load, name) is not None), None):
+    if unknown := next((name for name in UNCOUNTED_SLO if getattr(load, name) is not None), None):
         option = "--" + unknown.replace("_", "-")
         raise UserError(f"plan counts by --slo-ttft-ms and --slo-tbt-ms, not by {option}: leave it out")
     if most_gpus is not None:
         if load.concurrency:
-            raise UserError("--search asks what carries a load that comes by a clock: leave --concurrency out")
+            raise UserError(
+                "--search needs an open loop without a limit of requests in flight: leave --concurrency out"
+            )
         if load.slo_ttft_ms is None and load.slo_tbt_ms is None:
             raise UserError("--search needs an SLO: give --slo-ttft-ms, --slo-tbt-ms or both")
         if not load.open_loop:

@@ -230,12 +230,12 @@ def is_sweep(folder: Path) -> bool:
 
 
 def load(folder: Path) -> list[tuple[Mapping[str, Any], list[Path]]]:
-    """The varied options and results folders of a saved sweep's points, in the order in which they were measured.
+    """The varied options and results folders of a saved sweep's points.
 
     Raises UserError where there is none, one cannot be read, or its results are another run's.
     """
     found: list[tuple[Mapping[str, Any], list[Path]]] = []
-    for path in sorted(folder.glob("*/point*.json"), key=lambda path: (path.stat().st_mtime, path)):
+    for path in sorted(folder.glob("*/point*.json")):
         results = _results(path.parent, {}, path.stem.removeprefix("point").removeprefix("-"))
         if results is None:
             raise UserError(

@@ -196,9 +196,15 @@ def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
         raise UserError(f"{other} holds no sweep: sweeps are reported by themselves")
     if len(set(folders)) < len(folders):
         raise UserError("a sweep is named twice: name it once")
+    if sweep.is_sweep(out) and [out] != [*folders]:
+        raise UserError(
+            f"{out} holds a sweep of its own, whose table and picture would be replaced: give another --out"
+        )
     rows = report.joined({folder: sweep.load(folder) for folder in folders})
     check_writable(out)
     report.show(rows, out, console)
+    for line in report.missing(rows):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command

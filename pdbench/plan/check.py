@@ -16,10 +16,12 @@ from pdbench.plan.calibration import ALIKE, ALIKE_LIMITS, source_of
 from pdbench.plan.deployment import role_of, sized
 from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
 from pdbench.plan.limits import gpus_each, limits_of
-from pdbench.plan.predict import DRAWS, NO_LIMITS, predict
+from pdbench.plan.predict import DRAWS, UNCOUNTED_SLO, predict
 from pdbench.plan.records import Calibration, Check
 from pdbench.plan.steps import Part, parts_of
 from pdbench.records import Run
+
+LIMIT_WORDS = {"captured": "largest CUDA graph"}
 
 
 def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) -> Check:
@@ -40,7 +42,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     differs = []
     for role in counts:
         calibration, limited = _as_served(calibration, run, role)
-        differs += [f"{role}'s {name}" for name in limited]
+        differs += [f"{role}'s {LIMIT_WORDS.get(name, name)}" for name in limited]
         differs += (
             [f"{role}'s GPUs per instance"]
             if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role)
@@ -49,7 +51,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     analysis = analyze(run)
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")
-    if any(slo.get(name) for name in NO_LIMITS):
+    if any(slo.get(name) for name in UNCOUNTED_SLO):
         limits = None, None  # the run's goodput is within those, too
     words = f"the arrivals of {path}"
     blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
@@ -87,7 +89,7 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         trials=of_trials,
         seconds_ms=seconds.of_run(run, {name for part in parts for name in part.requests}),
         predicted=blind,
-        at_own_speed=known if blind.figures else None,
+        at_own_speed=known if blind.figures and all(speeds.values()) else None,
     )
 
 
@@ -132,16 +134,16 @@ def own_speed(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]
         if part.visits is not None:
             visits, alone = part.visits, part.visits.alone()
             took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
-            usual_s = np.maximum(costs.host_prompt_s(tokens), costs.gpu_prompt_s(tokens))
+            ratios.append(took_s / np.maximum(costs.host_prompt_s(tokens), costs.gpu_prompt_s(tokens)))
         else:
             assert part.steps is not None
             chains = fit.chains([part.steps], [0], engine)
-            holds = (chains.prompt > 0) & (chains.took_s > 0)
-            holds[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
-            holds &= costs.host_prompt_s(chains.prompt) > chains.decode_s  # else it waited for decode's step
-            took_s, usual_s = chains.took_s[holds], costs.host_prompt_s(chains.prompt[holds])
-        ratios.append(took_s / usual_s)
-    ratio = np.concatenate(ratios)
+            if not len(chains.took_s):
+                continue
+            factors, measured = fit.prompt_factors(chains, costs, engine.limits)
+            measured[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
+            ratios.append(factors[measured])
+    ratio = np.concatenate([np.empty(0), *ratios])
     if len(ratio) < fit.LEAST_STEPS:
         return {}
     speed = float(np.median(ratio))

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
-from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.simulate import simulate
 from pdbench.plan.steps import Steps, Visits
@@ -168,19 +168,11 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     def speeds_of(logs: Array) -> Array:
         return np.exp(np.append(logs[5:], -logs[5:].sum()))
 
+    def costs_of(logs: Array) -> Costs:
+        return with_values(engine.costs, values_of(logs))
+
     def predicted(logs: Array) -> Array:
-        """Every step's duration."""
-        host, host_token, gpu, gpu_token, host_decode = values_of(logs)
-        launch = np.where(is_prefill, speeds_of(logs)[which][:, None] * (host + host_token * tokens), host_decode)
-        work = observed.decode_s + np.where(is_prefill, gpu + gpu_token * tokens, 0.0)
-        if not engine.limits.async_scheduling:
-            return np.maximum(launch, work)
-        took = np.empty_like(work)
-        behind = work[:, 0]  # how far the GPU is behind the scheduling
-        for step in range(work.shape[1]):
-            took[:, step] = np.maximum(launch[:, step], behind)
-            behind = np.maximum(behind + work[:, step] - observed.took_s[:, step], 0.0)
-        return took
+        return durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which])
 
     def misfit(logs: Array) -> Array:
         return np.log(observed.took_s[valid] / predicted(logs)[valid])
@@ -192,17 +184,56 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     starts = [prior + np.log([1, a, 1, b, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
     logs, samples = fit_logs(misfit, starts, prior, count=5)
-    # A prompt's noise is seen where it is launched, in its own step, or where its work on the GPU holds up the next one, whichever is longer.
-    costs = with_values(engine.costs, values_of(logs))
-    usual_s = np.where(valid, predicted(logs), 1.0)
-    ratio, told = observed.took_s / usual_s, is_prefill & valid
-    by_gpu = told & (costs.gpu_prompt_s(observed.prompt) > costs.host_prompt_s(observed.prompt))
-    waits = np.zeros_like(valid)
-    waits[:, :-1] = valid[:, 1:] & (usual_s[:, 1:] > usual_s[:, :-1])
-    ratio[:, :-1] = np.where(by_gpu[:, :-1], ratio[:, 1:], ratio[:, :-1])
-    told &= waits | ~by_gpu
-    noise = tuple(tuple(ratio[told & (which == place)[:, None]].tolist()) for place in range(len(trials)))
-    return Prefill(msgspec.structs.replace(costs, noise=noise), values_of(samples), speeds_of(logs).tolist())
+    costs, speeds = costs_of(logs), speeds_of(logs)
+    factors, measured = prompt_factors(observed, costs, engine.limits, speeds[which])
+    usual = np.median(tokens[is_prefill & valid])
+    if measured.any() and costs.gpu_prompt_s(usual) > costs.host_prompt_s(
+        usual
+    ):  # the trials' speeds are the GPU's, not its host's
+        own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
+        logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
+        speeds = np.exp(np.nan_to_num(logs_of_trials - np.nanmean(logs_of_trials)))
+        factors = factors / speeds[which][:, None]
+    noise = tuple(tuple(factors[measured & (which == place)[:, None]].tolist()) for place in range(len(trials)))
+    return Prefill(msgspec.structs.replace(costs, noise=noise), values_of(samples), speeds.tolist())
+
+
+def durations(observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0) -> Array:
+    """How long each step of chains takes by the recursion of `plan.engine`, from the instant at which it was really scheduled; the host launches
+    a row's prompts in `speeds` times as long."""
+    speed, is_prefill = np.broadcast_to(speeds, len(observed.trial))[:, None], observed.prompt > 0
+    launch = np.where(is_prefill, speed * costs.host_prompt_s(observed.prompt), costs.host_decode_s)
+    work = observed.decode_s + np.where(is_prefill, costs.gpu_prompt_s(observed.prompt), 0.0)
+    if not limits.async_scheduling:
+        return np.asarray(np.maximum(launch, work))
+    took = np.empty_like(work)
+    behind = work[:, 0]  # how far the GPU is behind the scheduling
+    for step in range(work.shape[1]):
+        took[:, step] = np.maximum(launch[:, step], behind)
+        behind = np.maximum(behind + work[:, step] - observed.took_s[:, step], 0.0)
+    return took
+
+
+def prompt_factors(
+    observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0
+) -> tuple[Array, BoolArray]:
+    """How many times as long as `costs` and `speeds` say the prompt of each step took, and of which steps that is seen.
+
+    Where the host launches a prompt for longer than the GPU computes it, its own step shows that; else what is over in it and, with asynchronous
+    scheduling, in the next one, which waits for the GPU.
+    """
+    usual_s, valid = durations(observed, costs, limits, speeds), observed.took_s > 0
+    speed = np.broadcast_to(speeds, len(observed.trial))[:, None]
+    host_s, gpu_s = speed * costs.host_prompt_s(observed.prompt), costs.gpu_prompt_s(observed.prompt)
+    over_s, shown = np.where(valid, observed.took_s - usual_s, 0.0), valid.copy()
+    if limits.async_scheduling:
+        over_s[:, :-1] += over_s[:, 1:].copy()
+        shown[:, :-1] &= valid[:, 1:] & (usual_s[:, 1:] > observed.decode_s[:, 1:])
+        shown[:, -1] = False
+    by_gpu = gpu_s > host_s
+    factors = np.where(by_gpu, 1 + over_s / gpu_s, observed.took_s / np.maximum(usual_s, 1e-9))
+    by_host = valid & (usual_s <= host_s + 1e-9)
+    return np.maximum(factors, 0.1), (observed.prompt > 0) & np.where(by_gpu, shown, by_host)
 
 
 def fit_logs(

@@ -32,7 +32,7 @@ TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 Slo = tuple[float | None, float | None]
 """Limits of TTFT and mean TBT, ms."""
-NO_LIMITS = ("slo_tbt_p90_ms", "slo_tbt_p99_ms", "slo_e2e_ms")
+UNCOUNTED_SLO = ("slo_tbt_p90_ms", "slo_tbt_p99_ms", "slo_e2e_ms")
 """Options that limit what predictions do not count by."""
 _NORMAL_95 = 1.645
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -195,13 +195,13 @@ def _share_within(result: Simulated) -> Array:
     begin_s, end_s = result.window
     overlap_s = np.minimum(last_s, end_s) - np.maximum(first_s, begin_s)
     lasted_s = np.maximum(last_s - first_s, 1e-9)
-    return np.asarray(np.clip(np.where(last_s > first_s, overlap_s / lasted_s, overlap_s >= 0), 0.0, 1.0))
+    return np.asarray(np.clip(np.where(last_s > first_s, overlap_s / lasted_s, _ended_within(result)), 0.0, 1.0))
 
 
 def _ended_within(result: Simulated) -> BoolArray:
     ended_s = result.sent_s + result.e2e_s
     begin_s, end_s = result.window
-    return (ended_s > begin_s) & (ended_s <= end_s)
+    return np.asarray((begin_s <= ended_s) & (ended_s <= end_s))
 
 
 def prediction_of(

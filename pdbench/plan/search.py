@@ -131,6 +131,8 @@ def search(
     if len(each) > 1:
         raise UserError("the runs' instances have unequal numbers of GPUs: name deployments with --deployment, as 2p1d")
     most = most_gpus // max(each, default=1)
+    if not most:
+        raise UserError(f"--max-gpus {most_gpus}: an instance of these runs has {max(each)} GPUs: give as many or more")
 
     def cost_of(layout: Layout, joules: float) -> tuple[float, ...]:
         return (joules, layout.gpus) if by_joules else (layout.gpus, joules)

@@ -256,24 +256,24 @@ def _cached(demand: Demand, request: int, known: set[Hashable], block: int) -> i
     assert demand.blocks is not None and demand.block_tokens is not None
     hits = sum(1 for _ in takewhile(known.__contains__, demand.blocks[request]))
     known.update(demand.blocks[request])
-    whole = int(hits * demand.block_tokens[request]) // block * block
-    return min(whole, int(demand.prompt_tokens[request]) - 1)
+    had = min(int(hits * demand.block_tokens[request]), int(demand.prompt_tokens[request]) - 1)
+    return had // block * block
 
 
 def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:
-    """The whole span where there is no time at full load."""
+    """As `load.self_check.window` has it; from the first sending to the last end where there is no time at full load."""
     if not len(sent_s):
         return 0.0, 0.0
     if demand.is_closed:
-        sent, ended = np.sort(sent_s), np.sort(ended_s)
-        begin_s = sent[min(demand.streams or 1, len(sent)) - 1]
+        sent, ended, streams = np.sort(sent_s), np.sort(ended_s), demand.streams or 1
+        begin_s = sent[min(streams, len(sent)) - 1]
         end_s = next((at_s for at_s in ended if at_s > sent[-1]), sent[-1])
-        counted = len(sent) // 2 // (demand.streams or 1)
+        is_long = len(sent) >= 2 * streams
     else:
-        begin_s, end_s = ended_s.min(), sent_s.max()
-        counted = int(np.count_nonzero((ended_s > begin_s) & (ended_s <= end_s))) // 2
-    if not counted or end_s <= begin_s:
-        return 0.0, float(ended_s.max())
+        begin_s, end_s = np.nextafter(ended_s.min(), math.inf), sent_s.max()
+        is_long = bool(np.count_nonzero((begin_s <= ended_s) & (ended_s <= end_s)) >= 2)
+    if not is_long or end_s <= begin_s:
+        return float(sent_s.min()), float(max(ended_s.max(), sent_s.max()))
     return float(begin_s), float(end_s)
 
 

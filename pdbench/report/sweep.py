@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -12,6 +12,7 @@ from rich.console import Console
 from pdbench import failures
 from pdbench.analysis.compare import mismatches_of
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
+from pdbench.config import DeploymentKind
 from pdbench.errors import UserError
 from pdbench.files import write_whole
 from pdbench.report import commands, mpl, tables, text
@@ -66,12 +67,27 @@ def show(rows: Sequence[Row], out: Path, console: Console) -> None:
     commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
 
 
+def missing(rows: Sequence[Row]) -> list[str]:
+    """A line for each deployment that lacks points which another of the rows has, none where there are the same of all."""
+    points = {
+        name: [varied for varied, run in rows if run.name == name]
+        for name in dict.fromkeys(run.name for _varied, run in rows)
+    }
+    every = [varied for varied, _run in rows]
+    lines = []
+    for name, own in points.items():
+        lacking = dict.fromkeys(", ".join(_settings(varied)) for varied in every if varied not in own)
+        if lacking:
+            lines.append(_("not measured of {0}: {1}", name, "; ".join(lacking)))
+    return lines
+
+
 def _draw(rows: Sequence[Row], out: Path) -> None:
     write_whole(out / CURVES, mpl.chart_picture(lambda: curves(rows), 16, lambda lines: 5 * lines))
 
 
 def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path]]]]) -> list[Row]:
-    """The runs of all points of saved sweeps, by the sweeps' folders; deployments of one name in several of them get their instances' number
+    """The runs of all points of saved sweeps, by the sweeps' folders, each sweep's by deployment and values; deployments of one name in several of them get their instances' number
     (2P2D) or the folder's name.
 
     Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same.
@@ -80,13 +96,21 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
         sweep: [(varied, load_analysis(folder)) for varied, folders in points for folder in folders]
         for sweep, points in sweeps.items()
     }
+    kinds = [*get_args(DeploymentKind)]
+    for of in rows.values():
+        of.sort(
+            key=lambda row: (
+                kinds.index(row[1].name) if row[1].name in kinds else len(kinds),
+                [*map(_order, row[0].values())],
+            )
+        )
     ids = [run.run_id for of in rows.values() for _varied, run in of if run.run_id]
     if len(set(ids)) < len(ids):
         raise UserError(f"{' and '.join(map(str, rows))} hold the same runs: name these once")
     first, *others = rows
     for other in others:
         a, b = rows[first][0], rows[other][0]
-        if [*a[0]] != [*b[0]]:
+        if {*a[0]} != {*b[0]}:
             raise UserError(f"{first} varies {', '.join(a[0])} and {other} {', '.join(b[0])}: report them apart")
         b = next((row for row in rows[other] if row[0] == a[0]), b)
         refused = [
@@ -96,23 +120,32 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
             raise UserError(
                 f"{first} and {other} were not measured alike ({'; '.join(map(str, refused))}): report them apart"
             )
-    layouts: dict[str, dict[Path, str | None]] = {}
+    named: dict[str, dict[Path, set[str | None]]] = {}
     for sweep, of in rows.items():
         for _varied, run in of:
-            layouts.setdefault(run.name, {})[sweep] = text.layout(run)
+            named.setdefault(run.name, {}).setdefault(sweep, set()).add(text.layout(run))
+    keys = [*rows[first][0][0]]
     return [
-        (varied, msgspec.structs.replace(run, name=_name_among(layouts[run.name], sweep, run.name)))
+        (
+            {key: varied[key] for key in keys},
+            msgspec.structs.replace(run, name=_name_among(named[run.name], sweep, run.name)),
+        )
         for sweep, of in rows.items()
         for varied, run in of
     ]
 
 
-def _name_among(layouts: Mapping[Path, str | None], sweep: Path, name: str) -> str:
-    """A deployment's name where each of `layouts` has one of that name."""
+def _name_among(layouts: Mapping[Path, set[str | None]], sweep: Path, name: str) -> str:
+    """A deployment's name where each of `layouts` has one of that name: its instances where that tells them apart, else the sweep's folder."""
     if len(layouts) == 1:
         return name
-    layout = layouts[sweep]
-    return layout if layout and [*layouts.values()].count(layout) == 1 else f"{name} {sweep.name}"
+    if all(len(each) == 1 for each in layouts.values()):
+        of_sweep = {folder: next(iter(each)) for folder, each in layouts.items()}
+        layout = of_sweep[sweep]
+        if layout and [*of_sweep.values()].count(layout) == 1:
+            return layout
+    names = [folder.resolve().name for folder in layouts]
+    return f"{name} {sweep.resolve().name if len(set(names)) == len(names) else sweep}"
 
 
 def table(rows: Sequence[Row]) -> tables.Table:

@@ -12,8 +12,8 @@ from pdbench.events import EngineFacts, PromptEvent, ProxyEvent
 from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
-from pdbench.plan.steps import Stream, visits_of
-from pdbench.records import Clock, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
+from pdbench.plan.steps import Stream, parts_of, visits_of
+from pdbench.records import Clock, DeviceRecord, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
 INGRESS = 0.006
@@ -125,6 +125,10 @@ def test_gpus_of_an_instance_are_those_of_its_run() -> None:
     run, other = recorded_run(), recorded_run()
     run.config["serve"] = {"tensor_parallel": 2}
     assert calibrate({Path("a"): run}).roles["single"].gpus == 2
+    run.devices = [DeviceRecord(id=f"gpu{index}", kind="gpu", name="G", role="single", index=index) for index in (1, 0)]
+    assert {tuple(device.index for device in part.devices) for part in parts_of(Path("a"), run)} == {(0, 1)}
+    run.devices = run.devices[:1]
+    assert not any(part.devices for part in parts_of(Path("a"), run))
     other.config["serve"] = {"tensor_parallel": 1}
     with pytest.raises(UserError, match="differ in tensor_parallel"):
         calibrate({Path("a"): run, Path("b"): other})

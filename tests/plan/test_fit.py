@@ -124,7 +124,7 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
         costs=Costs(gpu_decode_s={1: 0.005}), limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=8192)
     )
     factors = np.exp(np.random.default_rng(0).normal(0, 0.1, 60))
-    for host_s, gpu_s in ((0.08, 0.01), (0.006, 0.05)):
+    for host_s, gpu_s in ((0.08, 0.01), (0.006, 0.05), (0.03, 0.05)):
         took_s = np.full((60, 3), 0.005)
         took_s[:, 1] = np.maximum(host_s * (factors if host_s > gpu_s else 1.0), 0.005)
         took_s[:, 2] = np.maximum(0.005, 0.005 + gpu_s * factors - took_s[:, 1] + 0.005)

@@ -158,6 +158,23 @@ def test_rates_and_joules_are_of_the_time_at_full_load() -> None:
         assert short[name].value == pytest.approx(long[name].value, rel=0.12), name
 
 
+@pytest.mark.parametrize(("count", "outputs"), [(1, 200), (16, 1)])
+def test_requests_that_keep_the_limits_and_tokens_are_counted_alike(count: int, outputs: int) -> None:
+    load = LoadConfig(rate=2.0, requests=count, input_tokens=1500, output_tokens=outputs)
+    figures = predict(
+        calibration(),
+        parse_layout("single"),
+        lambda draw: [demand_of_load(load, draw)],
+        "",
+        slo=(5000.0, None),
+        draws=4,
+    ).figures
+    tokens_per_s, goodput = (figures[name].value for name in ("output_tokens_per_s", "goodput_requests_per_s"))
+    assert tokens_per_s == pytest.approx(outputs * goodput)
+    if count == 1:
+        assert tokens_per_s == pytest.approx(1e3 * outputs / figures["e2e_p50_ms"].value, rel=0.02)
+
+
 def test_a_load_that_waits_for_streams_grows() -> None:
     load = LoadConfig(rate=20.0, concurrency=1, requests=300, input_tokens=1500, output_tokens=32)
     found = predict(calibration(), parse_layout("single"), lambda draw: [demand_of_load(load, draw)], "", draws=4)

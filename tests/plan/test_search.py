@@ -135,6 +135,11 @@ def test_instances_of_several_gpus_are_counted_by_their_gpus() -> None:
     assert {"single": 2}.items() <= {each.layout.name: each.layout.gpus for each in result.candidates}.items()
 
 
+def test_fewer_gpus_than_an_instance_has_are_refused() -> None:
+    with pytest.raises(UserError, match="--max-gpus 1: an instance of these runs has 2 GPUs"):
+        search(with_gpus(single=2, prefill=2, decode=2), demands_of(3.0), "", slo=SLO, most_gpus=1)
+
+
 def test_search_over_instances_of_unequal_size_is_refused() -> None:
     with pytest.raises(UserError, match="unequal numbers of GPUs"):
         search(with_gpus(decode=2), demands_of(3.0), "", slo=SLO, most_gpus=MOST)

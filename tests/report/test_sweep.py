@@ -47,7 +47,7 @@ def test_saved_sweeps_are_reported_as_one(tmp_path):
     assert "single (1 GPU)" in told.stdout and "disaggregated (2 GPUs)" in told.stdout
     rows = [*csv.DictReader(io.StringIO((out / "sweep_summary.csv").read_text()))]
     order = [(row["concurrency"], row["deployment"]) for row in rows]
-    single = [("2", "single"), ("1", "single")]
+    single = [("1", "single"), ("2", "single")]
     assert order == single + [(count, name) for name in ("replicas", "disaggregated") for count in "12"]
     for row in rows:
         folder = (one if row["deployment"] == "single" else both) / f"concurrency={row['concurrency']}"
@@ -79,3 +79,23 @@ def test_sweeps_that_do_not_compare_are_refused(tmp_path, vary, built, words):
     other = saved_sweep(tmp_path / "other", vary, {"replicas": built})
     told = call_pdbench("report", one, other, "--out", "out", cwd=tmp_path)
     assert told.returncode == 1 and re.search(words, told.stderr) and not (tmp_path / "out").exists()
+
+
+def test_sweep_over_a_layout_keeps_its_points_apart_from_another_sweeps(tmp_path):
+    def runs(*counts):
+        serve = {"prefill_instances": counts[0], "decode_instances": 1}
+        return {"disaggregated": {"serve": serve}}
+
+    made = [saved_sweep(tmp_path / name / "s", "concurrency=1,2", runs(count)) for name, count in (("a", 1), ("b", 1))]
+    names = [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})]
+    assert names == [f"disaggregated {made[0]}"] * 2 + [f"disaggregated {made[1]}"] * 2
+
+
+def test_points_that_are_missing_are_named_and_no_other_sweep_is_replaced(tmp_path):
+    both = saved_sweep(tmp_path / "both", "concurrency=1,2", {"replicas": {}, "disaggregated": {}})
+    (both / "concurrency=2" / "point-replicas.json").unlink()
+    told = call_pdbench("report", "both", "--out", "out", cwd=tmp_path)
+    assert told.returncode == 0 and "not measured of replicas: concurrency 2" in told.stdout
+    saved_sweep(tmp_path / "one", "concurrency=1,2", {"single": {}})
+    told = call_pdbench("report", "both", "one", "--out", "one", cwd=tmp_path)
+    assert told.returncode == 1 and "one holds a sweep of its own" in told.stderr
