@@ -43,11 +43,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     for role in counts:
         calibration, limited = _as_served(calibration, run, role)
         differs += [f"{role}'s {LIMIT_WORDS.get(name, name)}" for name in limited]
-        differs += (
-            [f"{role}'s GPUs per instance"]
-            if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role)
-            else []
-        )
+        if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role):
+            differs.append(f"{role}'s GPUs per instance")
     analysis = analyze(run)
     slo = run.config.get("load") or {}
     limits = slo.get("slo_ttft_ms"), slo.get("slo_tbt_ms")

@@ -187,9 +187,8 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     costs, speeds = costs_of(logs), speeds_of(logs)
     factors, measured = prompt_factors(observed, costs, engine.limits, speeds[which])
     usual = np.median(tokens[is_prefill & valid])
-    if measured.any() and costs.gpu_prompt_s(usual) > costs.host_prompt_s(
-        usual
-    ):  # the trials' speeds are the GPU's, not its host's
+    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual)
+    if by_gpu and measured.any():  # then trials differ by the GPU's speed, not by that of its host
         own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
         logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
         speeds = np.exp(np.nan_to_num(logs_of_trials - np.nanmean(logs_of_trials)))

@@ -165,7 +165,7 @@ def draw_of(
         figures["goodput_requests_per_s"] = good_here / window_s
         figures["slo_met_pct"] = 100 * float(np.mean(good))
     watts = {role: costs for role in roles if (costs := role_of(calibration, role).power)}
-    if len(watts) == len(roles):
+    if len(watts) == len(roles) and tokens_here:
         # Idle power for the window's time, the work's joules by the tokens that came in it.
         counts = {role: sum(instance.role == role for instance in results[0].instances) for role in watts}
         energy_j = {
