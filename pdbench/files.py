@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -79,16 +79,23 @@ def _hash(body: bytes) -> bytes:
     return blake2b(body, digest_size=16).hexdigest().encode()
 
 
-def remove_earlier(folder: Path, of: str, written: Collection[str]) -> None:
-    """Remove what an earlier call of the command `of` wrote into `folder` and this one, which wrote `written`, did not: a reader would
-    take it for this one's. Raises WriteError."""
+def holds(folder: Path, name: str) -> bool:
+    """Is this file there, as far as one may look?"""
+    with suppress(OSError):
+        return (folder / name).is_file()
+    return False
+
+
+def write_all(folder: Path, of: str, files: Mapping[str, bytes]) -> None:
+    """Write a command's files, in the place of what its earlier call wrote: a reader would take that for this one's. Raises WriteError."""
+    for name, data in files.items():
+        write_whole(folder / name, data)
     listing = folder / f".{of}-files"
     with suppress(OSError, UnicodeDecodeError):
-        for name in set(listing.read_text().splitlines()) - set(written):
-            # A folder may be somebody else's: its list names nothing that was measured, and nothing elsewhere.
-            if _DRAWN.fullmatch(name):
-                (folder / name).unlink(missing_ok=True)
-    write_whole(listing, "\n".join(written).encode())
+        # A folder may be somebody else's: its list names nothing that was measured, and nothing elsewhere.
+        for name in filter(_DRAWN.fullmatch, set(listing.read_text().splitlines()) - set(files)):
+            (folder / name).unlink(missing_ok=True)
+    write_whole(listing, "\n".join(files).encode())
 
 
 def save_somewhere(save: Callable[[Path], object], path: Path) -> tuple[Path, WriteError | None]:

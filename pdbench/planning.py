@@ -10,7 +10,7 @@ from rich.console import Console
 from pdbench import failures
 from pdbench.config import LoadConfig
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import is_edited, read_whole, remove_earlier, sealed, write_whole
+from pdbench.files import is_edited, read_whole, sealed, write_all
 from pdbench.load import plan as loads
 from pdbench.plan import records
 from pdbench.plan.calibration import calibrate, check_suitable
@@ -128,9 +128,7 @@ def plan(
             width = 17 if chart.key == "seconds" else 14  # names of its bars stand at the left
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
             files[f"{chart.key}.png"] = picture
-    for name, data in files.items():
-        write_whole(out / name, data)
-    remove_earlier(out, "plan", [*files])
+    write_all(out, "plan", files)
     console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
         raise UserError("no deployment is predicted: the tables say what to measure first")

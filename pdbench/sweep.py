@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
-from pdbench.files import begin_again, check_name, check_writable, results_files, run_ids, write_whole
+from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
 from pdbench.load.input_files import span
 from pdbench.serving import machine
@@ -223,10 +223,7 @@ def saved(out: Path) -> str:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Not where it may not be looked at."""
-    with suppress(OSError):
-        return (folder / _SWEEP).is_file()
-    return False
+    return holds(folder, _SWEEP)
 
 
 def load(folder: Path) -> list[tuple[Mapping[str, Any], list[Path]]]:
@@ -236,13 +233,13 @@ def load(folder: Path) -> list[tuple[Mapping[str, Any], list[Path]]]:
     """
     found: list[tuple[Mapping[str, Any], list[Path]]] = []
     for path in sorted(folder.glob("*/point*.json")):
-        results = _results(path.parent, {}, path.stem.removeprefix("point").removeprefix("-"))
-        if results is None:
+        saved = _saved_point(path)
+        if saved is None:
             raise UserError(
                 f"{path.parent} lacks results of {path.name}, or they cannot be read: restore them, or delete {path}"
             )
-        varied = json.loads(path.read_bytes()).get("varied")
-        found.append((varied or _varied(path.parent), results))
+        done, results = saved
+        found.append((done.get("varied") or _varied(path.parent), results))
     if not found:
         raise UserError(f"{folder} is a sweep of which no point was measured: repeat its command")
     return found
@@ -270,24 +267,34 @@ def _set_nonce(options: Options, nonce: str) -> Options:
 
 def _results(folder: Path, keys: dict[str, Any], part: str) -> list[Path] | None:
     """The results of a point that was measured whole, None where it was not. Raises UserError for one that was measured otherwise."""
-    try:
-        done = json.loads((folder / _done(part)).read_bytes())
-        folders = [folder / check_name(name, "a results folder") for name in done["results"]]
-        done.setdefault("machine", keys.get("machine"))  # before it was recorded
-        before, now = ({key: each.get(key) for key in keys} for each in (done, keys))
-        if not all(map(results_files, folders)):
-            return None
-        runs = [run_ids(path) for path in folders]
-        other = done.get("runs", runs) != runs
-    except (OSError, *NOT_JSON, KeyError, TypeError, UserError):
+    found = _saved_point(folder / _done(part))
+    if found is None:
         return None
-    if other:
-        raise UserError(f"{folder} holds another run than was measured there: put its own back, or delete {folder}")
-    if differs := differences(before, now):
+    done, folders = found
+    done.setdefault("machine", keys["machine"])  # before it was recorded
+    if differs := differences({key: done.get(key) for key in keys}, keys):
         raise UserError(
             f"{folder} was measured with other options or on another machine ({differs}): repeat its command there, give another --out, or delete {folder}"
         )
     return folders
+
+
+def _saved_point(path: Path) -> tuple[dict[str, Any], list[Path]] | None:
+    """What a point's file says and its results folders; None where either cannot be read. Raises UserError where they hold other runs."""
+    try:
+        done = json.loads(path.read_bytes())
+        folders = [path.parent / check_name(name, "a results folder") for name in done["results"]]
+        if not all(map(results_files, folders)):
+            return None
+        runs = [run_ids(folder) for folder in folders]
+        is_other = done.get("runs", runs) != runs
+    except (OSError, *NOT_JSON, KeyError, TypeError, UserError):
+        return None
+    if is_other:
+        raise UserError(
+            f"{path.parent} holds another run than was measured there: put its own back, or delete {path.parent}"
+        )
+    return done, folders
 
 
 def differences(before: Any, now: Any) -> str:

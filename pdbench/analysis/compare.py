@@ -4,9 +4,10 @@ One metric is declared primary and judged at 5 %; any other is better or worse o
 metrics (Holm), else "for this metric alone". See docs/statistics.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import exp
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -248,6 +249,14 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         for what in left | right
         if left.get(what) != right.get(what) and not (what.startswith(_FOUND) and _alike(what, left[what], right[what]))
     ]
+
+
+def check_alike(a: tuple[Path, RunAnalysis], b: tuple[Path, RunAnalysis], varied: Collection[str] = ()) -> None:
+    """Raises UserError where runs of two folders cannot be reported together: other requests, GPUs, hosts or models, but for `varied` options."""
+    refused = [each for each in mismatches_of(a[1], b[1]) if each.refused]
+    others = [str(each) for each in refused if each.what.removeprefix("load, ") not in varied]
+    if others:
+        raise UserError(f"{a[0]} and {b[0]} were not measured alike ({'; '.join(others)}): report them apart")
 
 
 def _alike(what: str, a: Any, b: Any) -> bool:

@@ -3,16 +3,19 @@
 Pure functions over records and counters. Beyond the bounds below a run is flagged "client-limited", with the remedy.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import inf, nextafter
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from pdbench.load.generator import ClientResult
-from pdbench.records import Flag, RequestRecord
+from pdbench.records import Flag, Interval, RequestRecord
 
+Instants = Sequence[float] | NDArray[numpy.float64]
 SEND_DELAY_P99_MS = 10.0
 READ_DELAY_P99_MS = 20.0
 MERGED_READ_DELAY_P99_MS = 5.0
@@ -155,25 +158,38 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
         return 0.0, 0.0, "empty: no request was sent"
     if open_loop:
         well = _instants([request for request in requests if request.error is None], "end_s") or ended
-        start_s, end_s, name = nextafter(well[0], inf), sent[-1], "first completion to last sending"
-        enough = sum(start_s <= at_s <= end_s for at_s in ended) >= 2
+        found, name = open_window(sent, ended, well[0]), "first completion to last sending"
     else:
-        start_s, end_s, streams = -inf, inf, 0
-        for result in results:
-            count = result.streams or 1
-            own_sent, own_ended = _instants(result.requests, "sent_s"), _instants(result.requests, "end_s")
-            if own_ended and len(own_sent) >= count:
-                start_s = max(start_s, own_sent[count - 1])
-                end_s = min(end_s, next((at_s for at_s in own_ended if at_s > own_sent[-1]), own_sent[-1]))
-            else:
-                start_s = inf  # they never were in flight all at once
-            streams += count
-        name = f"all {streams} streams in flight"
-        enough = len(sent) >= 2 * streams
-    if not enough or end_s <= start_s:
+        clients = [
+            (_instants(result.requests, "sent_s"), _instants(result.requests, "end_s"), result.streams or 1)
+            for result in results
+        ]
+        found, name = closed_window(clients), f"all {sum(streams for *_, streams in clients)} streams in flight"
+    if found is None:
         name = "whole run, ramp-up and drain included: too few requests for a time at full load"
         return sent[0], max(ended[-1], sent[-1]), name
-    return start_s, end_s, name
+    return *found, name
+
+
+def open_window(sent: Instants, ended: Instants, first_end_s: float) -> Interval | None:
+    """An open loop's time at full load, from sorted instants, in one of which a request ended well first; None with hardly any end in it."""
+    start_s, end_s = nextafter(first_end_s, inf), float(sent[-1])
+    ends = bisect_right(ended, end_s) - bisect_left(ended, start_s)
+    return (start_s, end_s) if ends >= 2 and start_s < end_s else None
+
+
+def closed_window(clients: Sequence[tuple[Instants, Instants, int]]) -> Interval | None:
+    """A closed loop's time at full load, from each client's sorted instants of sending and end, and its streams; None where not all streams
+    were in flight at once, or for too few requests."""
+    start_s, end_s = -inf, inf
+    for sent, ended, streams in clients:
+        if not len(ended) or len(sent) < streams:
+            return None
+        after = bisect_right(ended, sent[-1])
+        start_s = max(start_s, float(sent[streams - 1]))
+        end_s = min(end_s, float(ended[after] if after < len(ended) else sent[-1]))
+    is_long = sum(len(sent) for sent, *_ in clients) >= 2 * sum(streams for *_, streams in clients)
+    return (start_s, end_s) if is_long and start_s < end_s else None
 
 
 def _instants(records: Iterable[RequestRecord], name: str) -> list[float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count, islice, takewhile
+from itertools import count, islice
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan, prompts
 from pdbench.load.traces import trace_of
-from pdbench.plan.engine import Demand
+from pdbench.plan.engine import Demand, known_first
 
 REQUESTS = 1000
 """Requests of a prediction where the options do not say how many."""
@@ -69,7 +69,6 @@ def _lengths(config: LoadConfig, trial: int) -> Iterator[tuple[int, int, int, in
             )
             block_tokens = round(tokens * config.shared_prefix)
             blocks = (index % config.prefix_groups,) if block_tokens else ()
-        cached = min(tokens, block_tokens * sum(1 for _ in takewhile(seen.__contains__, blocks)))
-        seen.update(blocks)
+        cached = min(tokens, block_tokens * known_first(blocks, seen))
         outputs = 1 if config.phase == "prefill" else min(outputs, config.max_output_tokens or outputs)
         yield tokens, outputs, cached, block_tokens, blocks

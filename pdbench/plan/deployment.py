@@ -135,9 +135,9 @@ def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -
             f"this machine drifts: the same step was {calibration.drift:.2f} times slower in one trial than in another; "
             "measure again on a quiet machine, at least five trials (`pdbench run --pairs 5`)"
         )
+    whole = np.concatenate([demand.prompt_tokens + demand.output_tokens for demand in demands])
     for role in layout.instances:
         longest = role_of(calibration, role).engine.limits.max_model_len
-        whole = np.concatenate([demand.prompt_tokens + demand.output_tokens for demand in demands])
         if longest and (beyond := int(np.sum(whole > longest))):
             return (
                 f"{beyond:,} of {len(whole):,} requests are longer than the {longest:,} tokens of --max-model-len, and would be refused: "

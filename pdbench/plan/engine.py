@@ -20,6 +20,7 @@ token.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import msgspec
@@ -204,3 +205,10 @@ class Demand:
 
     def __len__(self) -> int:
         return len(self.t_s)
+
+
+def known_first(blocks: Sequence[Hashable], known: set[Hashable]) -> int:
+    """How many of a request's blocks a prefix cache finds, those before the first that it does not know; it knows all from now on."""
+    count = sum(1 for _ in takewhile(known.__contains__, blocks))
+    known.update(blocks)
+    return count

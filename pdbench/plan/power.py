@@ -97,11 +97,10 @@ def fit_power(measured: Sequence[tuple[Sequence[DeviceRecord], Array, Array]]) -
     )
 
 
-def joules(use: Instance, costs: PowerCosts, span_s: float) -> float:
-    """What an instance draws over a simulated span."""
+def work_joules(use: Instance, costs: PowerCosts) -> float:
+    """What an instance draws for its simulated work, its idle power apart."""
     return (
-        costs.idle_w * span_s
-        + (costs.decode_w - costs.idle_w) * use.decode_s
+        (costs.decode_w - costs.idle_w) * use.decode_s
         + costs.sequence_w * use.sequence_s
         + costs.prefill_w * use.prefill_s
         + costs.prompt_token_j * use.prompt_tokens

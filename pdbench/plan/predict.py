@@ -137,8 +137,8 @@ def draw_of(
     if np.isnan(e2e_s).any():
         raise UserError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
     figures = {f"ttft_{name}_ms": 1e3 * float(np.quantile(ttft_s, share)) for name, share in _SHARES.items()}
-    instances = [(instance, result.span_s) for result in results for instance in result.instances]
-    roles = dict.fromkeys(instance.role for instance, _ in instances)
+    instances = [instance for result in results for instance in result.instances]
+    roles = dict.fromkeys(instance.role for instance in instances)
     streaming = role_of(calibration, [*roles][-1])
     box = streaming.engine.box
     slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
@@ -170,7 +170,7 @@ def draw_of(
         counts = {role: sum(instance.role == role for instance in results[0].instances) for role in watts}
         energy_j = {
             role: counts[role] * costs.idle_w * window_s
-            + sum(power.joules(instance, costs, 0.0) for instance, _ in instances if instance.role == role)
+            + sum(power.work_joules(instance, costs) for instance in instances if instance.role == role)
             * (tokens_here / tokens)
             for role, costs in watts.items()
         }
@@ -180,12 +180,12 @@ def draw_of(
             figures |= {f"{role}_power_w": of_role_j / window_s for role, of_role_j in energy_j.items()}
         if good_here:
             figures["j_per_good_request"] = total_j / good_here
-    busy_s = sum(instance.prefill_s + instance.decode_s for instance, _ in instances)
-    outside = {name: sum(each.outside_s.get(name, 0.0) for each, _ in instances) / busy_s for name in _LARGER}
+    busy_s = sum(instance.prefill_s + instance.decode_s for instance in instances)
+    outside = {name: sum(each.outside_s.get(name, 0.0) for each in instances) / busy_s for name in _LARGER}
     third = max(1, len(results[0].ttft_s) // 3)
     taken = [result.ttft_s + result.waited_s for result in results]
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
-    is_preempted = any(instance.preemptions for instance, _ in instances)
+    is_preempted = any(instance.preemptions for instance in instances)
     return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth))
 
 

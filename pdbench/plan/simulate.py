@@ -9,13 +9,14 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain, takewhile
+from itertools import chain
 
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.load.self_check import closed_window, open_window
 from pdbench.plan.batch import Pool, Tokens
-from pdbench.plan.engine import Demand, Deployment, Role
+from pdbench.plan.engine import Demand, Deployment, Role, known_first
 from pdbench.plan.instance import Instance
 from pdbench.records import Interval
 
@@ -31,8 +32,8 @@ class Simulated:
     `sent_s` is when it was sent, its engine might schedule it `way_in_s` later; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
     `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
-    weighted histogram (values in any order, equal ones may repeat). `span_s` ends with the last token. `window` is the part of it at full load, as
-    `load.self_check.window` has it: from the first completion to the last sending, or while all streams are in flight. `waited_s` is from a
+    weighted histogram (values in any order, equal ones may repeat). `window` is the time at full load, as
+    `load.self_check` has it. `waited_s` is from a
     request's instant in the load to its sending (0 in a closed loop).
     """
 
@@ -48,7 +49,6 @@ class Simulated:
     gap_s: Array
     gap_count: IntArray
     instances: list[Instance]
-    span_s: float
     window: Interval
     waited_s: Array
     output_tokens: IntArray
@@ -243,7 +243,6 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         ready_s=np.array(ready),
         joined_s=np.array(back[0].pool.scheduled_s) if split else np.full(total, math.nan),
         instances=instances,
-        span_s=float(last_s[done].max()) if done.any() else 0.0,
         window=_window(demand, sent_s[done], last_s[done]),
         output_tokens=demand.output_tokens,
         waited_s=np.zeros(total) if demand.is_closed else sent_s - demand.t_s,
@@ -254,27 +253,21 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
 def _cached(demand: Demand, request: int, known: set[Hashable], block: int) -> int:
     """Prompt tokens of a request that its instance has, whole KV blocks of them; it has the others from now on."""
     assert demand.blocks is not None and demand.block_tokens is not None
-    hits = sum(1 for _ in takewhile(known.__contains__, demand.blocks[request]))
-    known.update(demand.blocks[request])
+    hits = known_first(demand.blocks[request], known)
     had = min(int(hits * demand.block_tokens[request]), int(demand.prompt_tokens[request]) - 1)
     return had // block * block
 
 
 def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:
-    """As `load.self_check.window` has it; from the first sending to the last end where there is no time at full load."""
+    """From the first sending to the last end where there is no time at full load."""
     if not len(sent_s):
         return 0.0, 0.0
+    sent, ended = np.sort(sent_s), np.sort(ended_s)
     if demand.is_closed:
-        sent, ended, streams = np.sort(sent_s), np.sort(ended_s), demand.streams or 1
-        begin_s = sent[min(streams, len(sent)) - 1]
-        end_s = next((at_s for at_s in ended if at_s > sent[-1]), sent[-1])
-        is_long = len(sent) >= 2 * streams
+        found = closed_window([(sent, ended, demand.streams or 1)])
     else:
-        begin_s, end_s = np.nextafter(ended_s.min(), math.inf), sent_s.max()
-        is_long = bool(np.count_nonzero((begin_s <= ended_s) & (ended_s <= end_s)) >= 2)
-    if not is_long or end_s <= begin_s:
-        return float(sent_s.min()), float(max(ended_s.max(), sent_s.max()))
-    return float(begin_s), float(end_s)
+        found = open_window(sent, ended, ended[0])
+    return found or (float(sent[0]), float(max(ended[-1], sent[-1])))
 
 
 def weighted_quantiles(

@@ -20,7 +20,7 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
 from pdbench.errors import UserError, WriteError
-from pdbench.files import device_files, read_whole, remove_earlier, results_files, write_whole
+from pdbench.files import device_files, read_whole, results_files, write_all, write_whole
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
 from pdbench.report.text import translate as _
@@ -234,9 +234,7 @@ def _write_report(
             files[COMPARISON] = mpl.picture(mpl.comparison, runs, compared)
     for name, run in zip(_file_names(runs), runs.values(), strict=True) if llm_d else ():
         files[f"{name}_llm-d.json"] = json.dumps(llmd.report(run), indent=1).encode()
-    for name, data in files.items():
-        write_whole(out / name, data)
-    remove_earlier(out, "report", files)
+    write_all(out, "report", files)
     return compared, files
 
 

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from pdbench.analysis.compare import mismatches_of
+from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.files import is_edited, sealed, write_whole
+from pdbench.files import holds, is_edited, sealed, write_whole
 from pdbench.search.document import FILE, Document
 
 JOINED = "joined"
@@ -18,10 +17,7 @@ JOINED = "joined"
 
 
 def is_search(folder: Path) -> bool:
-    """Not where it may not be looked at."""
-    with suppress(OSError):
-        return (folder / FILE).is_file()
-    return False
+    return holds(folder, FILE)
 
 
 def save(document: Document, out: Path) -> None:
@@ -108,8 +104,4 @@ def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) ->
     loaded = [(folder, each.points[0].run) for folder, each in zip(folders, found, strict=True) if each.points]
     analyses = [load_analysis(folder / run) for folder, run in loaded]
     for (folder, _run), analysis in zip(loaded[1:], analyses[1:], strict=True):
-        refused = [str(each) for each in mismatches_of(analyses[0], analysis) if each.refused]
-        if refused:
-            raise UserError(
-                f"{loaded[0][0]} and {folder} were not measured alike ({'; '.join(refused)}): report them apart"
-            )
+        check_alike((loaded[0][0], analyses[0]), (folder, analysis))

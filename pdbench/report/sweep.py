@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from pdbench import failures
-from pdbench.analysis.compare import mismatches_of
+from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.config import DeploymentKind
 from pdbench.errors import UserError
@@ -52,18 +52,21 @@ def present(
                 due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
     finally:
         if rows:
-            console.print(tables.Terminal(table(rows)))
-            if drawn < len(rows):
-                _draw(rows, out)
-            commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
+            _finish(rows, out, console, drawn)
     return rows
 
 
 def show(rows: Sequence[Row], out: Path, console: Console) -> None:
     """Table and curves of runs that are saved, the files in `out`."""
     write_whole(out / TABLE, csv_of(rows).encode())
-    _draw(rows, out)
+    _finish(rows, out, console)
+
+
+def _finish(rows: Sequence[Row], out: Path, console: Console, drawn: int = 0) -> None:
+    """Show the table, and draw the curves where `drawn`, the number of rows that they have, is not all."""
     console.print(tables.Terminal(table(rows)))
+    if drawn < len(rows):
+        _draw(rows, out)
     commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
 
 
@@ -87,8 +90,8 @@ def _draw(rows: Sequence[Row], out: Path) -> None:
 
 
 def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path]]]]) -> list[Row]:
-    """The runs of all points of saved sweeps, by the sweeps' folders, each sweep's by deployment and values; deployments of one name in several of them get their instances' number
-    (2P2D) or the folder's name.
+    """The runs of all points of saved sweeps, by the sweeps' folders, each sweep's by deployment and values; deployments of one name in several of
+    them get their instances' number (2P2D) or the folder's name.
 
     Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same.
     """
@@ -113,13 +116,7 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
         if {*a[0]} != {*b[0]}:
             raise UserError(f"{first} varies {', '.join(a[0])} and {other} {', '.join(b[0])}: report them apart")
         b = next((row for row in rows[other] if row[0] == a[0]), b)
-        refused = [
-            each for each in mismatches_of(a[1], b[1]) if each.refused and each.what.removeprefix("load, ") not in a[0]
-        ]
-        if refused:
-            raise UserError(
-                f"{first} and {other} were not measured alike ({'; '.join(map(str, refused))}): report them apart"
-            )
+        check_alike((first, a[1]), (other, b[1]), a[0])
     named: dict[str, dict[Path, set[str | None]]] = {}
     for sweep, of in rows.items():
         for _varied, run in of:
