@@ -26,6 +26,9 @@ _CLOCK_REFRESH_S = 1.0
 # uvicorn closes idle connections after 5 s: one that is older could be closed while it is used again (as the proxy's).
 _IDLE_S = 4.0
 _PROBE_TIMEOUT_S = 2.0
+# A stream is free this long after `[DONE]`, or after a finish without it, also where the server leaves the body open: another connection
+# takes the next request then.
+_OPEN_AFTER_DONE_S, _OPEN_AFTER_FINISH_S = 0.001, 0.25
 # --request-timeout-s is for an answer of at most this many tokens; a longer one has proportionally more time.
 _TIMEOUT_TOKENS = 256
 # epoll_wait counts whole milliseconds: what remains of a wait is left to select(2), which counts microseconds.
@@ -52,8 +55,9 @@ class Client:
         self.clock = ArrivalClock(time.monotonic() if zero_s is None else zero_s)
         self.busy_s = array("d")
         self.merged_reads = 0
-        # When the streams of records became free whose connection was held open after their end.
+        # Since when the streams of these requests are free, although their records are still to come: the servers leave the bodies open.
         self.freed_s: dict[str, float] = {}
+        self._open: deque[tuple[float, Response]] = deque()
         server = split_url(url, verify_tls=config.tls_verify)
         addresses, self._tls, self._server_name = _reachable_addresses(server), server.tls, server.host
         self.addresses = [address[1][0] for address in addresses]
@@ -111,12 +115,12 @@ class Client:
             self._settle(connection, connection.broken)
 
     def poll(self, until_s: float) -> list[RequestRecord]:
-        """Handle what arrives until a request ends or `until_s` (run's clock) has come; the requests that ended."""
+        """Handle what arrives until a request ends, a stream is free or `until_s` (run's clock) has come; the requests that ended."""
         monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._wait, self.busy_s.append
-        connections = self._connections
+        connections, open_ = self._connections, self._open
         now_s = monotonic() - zero_s
         while not self._finished:
-            ready = wait(min(until_s, self._check_at_s) - now_s)
+            ready = wait(min(until_s, self._check_at_s, open_[0][0] if open_ else until_s) - now_s)
             began_s = monotonic() - zero_s
             for number, events in ready:
                 connection = connections[number]
@@ -124,13 +128,17 @@ class Client:
                 response = connection.response
                 if connection.broken is not None or (response is not None and response.complete):
                     self._settle(connection, connection.broken)
+                elif response is not None and response.done and not response.freed:
+                    open_.append((began_s + _OPEN_AFTER_DONE_S, response))
             now_s = monotonic() - zero_s
             if ready:
                 busy(now_s - began_s)
+            if open_ and now_s >= open_[0][0]:
+                self._free(open_.popleft()[1])
             if now_s >= self._check_at_s:
                 self._check_deadlines(now_s)
                 break
-            if now_s >= until_s:
+            if now_s >= until_s or self.freed_s:
                 break
         finished, self._finished = self._finished, []
         return finished
@@ -161,13 +169,18 @@ class Client:
             if response is None:
                 self._idle.remove(connection)
             else:
-                now_s = self.clock.now()
-                response.closed(now_s, *(failure or ("closed", "")))
-                if response.record.error is None:
-                    self.freed_s[response.record.id] = now_s
+                response.closed(self.clock.now(), *(failure or ("closed", "")))
         if response is not None:
             self.merged_reads += response.merged_reads
             self._finished.append(response.record)
+
+    def _free(self, response: Response) -> None:
+        """The answer is whole, only its body is still open: its stream can have the next request."""
+        if not response.complete and not response.freed and response.whole_s is not None:
+            response.freed = True
+            self.freed_s[response.record.id] = response.whole_s
+            if not response.done:
+                response.record.notes.append("held-open")
 
     def _check_deadlines(self, now_s: float) -> None:
         self._check_at_s = now_s + _DEADLINE_CHECK_S
@@ -179,9 +192,11 @@ class Client:
             response, byte_s = connection.response, connection.last_byte_s
             if response is None or response.record.sent_s is None:
                 continue
-            grace_s, tokens = response.grace_s, response.record.token_s
+            tokens = response.record.token_s
             waited_s = now_s - response.record.sent_s
-            if grace_s is not None and byte_s is not None and now_s - byte_s > grace_s:
+            if response.whole_s is not None and now_s - response.whole_s > _OPEN_AFTER_FINISH_S:
+                self._free(response)
+            if now_s > response.given_up_s:
                 self._settle(connection, ("closed", ""))
             elif waited_s > limit_s and not tokens:
                 self._settle(connection, ("timeout", f"no token after {limit_s:g} s"))
@@ -215,7 +230,7 @@ def fetch(
         record = RequestRecord(id=os.urandom(8).hex(), planned_s=client.clock.now(), canary=canary)
         client.start(record, msgspec.json.encode(whole))
         while not client.poll(client.clock.now() + 1.0):
-            pass
+            client.freed_s.clear()
     return record
 
 

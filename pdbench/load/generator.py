@@ -39,7 +39,7 @@ STALL_S = 0.25
 
 class Progress(msgspec.Struct, tag=True):
     """How far the load is, a few times a second: requests ended of `total` (None where time ends the trial), those in flight,
-    tokens so far, and the requests that ended since the last progress. Everything that ended before `at_s` (run's clock) is reported."""
+    tokens so far (of a chunk with several, one until its answer has ended), and the requests that ended since the last progress. Everything that ended before `at_s` (run's clock) is reported."""
 
     done: int
     total: int | None
@@ -139,6 +139,7 @@ class _Loop:
         self._run_id = f"{int(load.clock.unix_s * 1e3):x}-{load.trial}"
         self._canaries = {place: number for number, place in enumerate(load.canaries)}
         self._in_flight: dict[str, tuple[RequestRecord, PlannedRequest, tuple[str, ...]]] = {}
+        self._freed: set[str] = set()  # of these, the answers are whole
         self._progress_at_s = self._sample_at_s = 0.0
         self._samples: list[tuple[float, int, int]] = []
 
@@ -148,7 +149,7 @@ class _Loop:
         """Send `planned` from `begin_s` on, at most `streams` at once (None: no bound), and wait for all responses."""
         client = self.client
         client.take_counters()
-        self._done, self._tokens_ended, self._told = 0, 0, len(self.result.requests)
+        self._done, self._instants_ended, self._tokens_beyond, self._told = 0, 0, 0, len(self.result.requests)
         self._answered = False
         self._began_s, self._began_cpu_s = time.monotonic(), time.thread_time()
         free_s = deque([begin_s] * (streams or 0))
@@ -178,10 +179,15 @@ class _Loop:
                 self._send(ahead.popleft(), due_s if arrival_s is None else earliest_s, due_s, warmup)
                 if not ahead:
                     ahead.extend(itertools.islice(planned, 1))
-            for record in client.poll(next_s):
-                end_s = client.freed_s.pop(record.id, record.end_s)
-                if self._ended(record):
-                    free_s.append(end_s if end_s is not None else now_s)
+            ended = client.poll(next_s)
+            free_s.extend(client.freed_s.values())
+            self._freed |= client.freed_s.keys()
+            client.freed_s.clear()
+            for record in ended:
+                was_free = record.id in self._freed
+                self._freed.discard(record.id)
+                if self._ended(record) and not was_free:
+                    free_s.append(record.end_s if record.end_s is not None else now_s)
             if 0 < len(ahead) <= _LOOKAHEAD:
                 ahead.extend(itertools.islice(planned, 1))
             if self.on_progress and now_s >= self._progress_at_s:
@@ -192,13 +198,17 @@ class _Loop:
 
     def _progress(self) -> Progress:
         now_s = self.client.clock.now()
-        tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
         ended = self.result.requests[self._told :]
         self._told += len(ended)
         if self.on_partial and ended:  # it carries the requests
             self.on_partial(self.take_result())
             self._told, ended = 0, []
-        return Progress(self._done, self.total, len(self._in_flight), tokens, ended, now_s)
+        tokens = self._arrived() + self._tokens_beyond
+        return Progress(self._done, self.total, len(self._in_flight) - len(self._freed), tokens, ended, now_s)
+
+    def _arrived(self) -> int:
+        """The instants at which tokens came so far."""
+        return self._instants_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
 
     def take_result(self) -> ClientResult:
         """What was measured since the last call."""
@@ -247,7 +257,8 @@ class _Loop:
             self._send(planned, record.planned_s, record.due_s, record.warmup)
             return False
         self.result.requests.append(record)
-        self._tokens_ended += len(record.token_s)
+        self._instants_ended += len(record.token_s)
+        self._tokens_beyond += max(0, (record.output_tokens or 0) - len(record.token_s))
         self._answered |= not record.warmup and record.error is None
         self._done += 1
         return True
@@ -258,8 +269,7 @@ class _Loop:
         # Before the first answer has ended the load only fills, however steady its tokens come.
         if config.steady_s is not None and self._answered and now_s >= self._sample_at_s:
             self._sample_at_s = now_s + _STEADY_SAMPLE_S
-            tokens = self._tokens_ended + sum(len(record.token_s) for record, _, _ in self._in_flight.values())
-            self._samples.append((now_s, tokens, len(self._in_flight)))
+            self._samples.append((now_s, self._arrived(), len(self._in_flight) - len(self._freed)))
             start_s = steady_since(self._samples, config.steady_s)
             if start_s is not None:
                 self.result.steady_window = (start_s, now_s)

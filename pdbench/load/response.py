@@ -5,6 +5,7 @@ How tokens are counted is decided in `counting`. Tokens of one chunk share its i
 """
 
 import zlib
+from math import inf
 from typing import Any
 
 import httptools
@@ -14,13 +15,12 @@ from pdbench.load import chunks, counting
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
 from pdbench.load.plain import plain_end
-from pdbench.load.sse import EventReader, InflatingReader, is_done
+from pdbench.load.sse import EventReader, InflatingReader, is_done, looks_like_stream
 from pdbench.records import RequestError, RequestRecord
 
 _ERROR_BODY_BYTES = 4096
-_FIELDS = (b"data:", b"event:", b":", b"id:", b"retry:")
 _LINES = (b"ndjson", b"jsonl", b"json-lines", b"stream+json", b"json-seq")
-# How long a connection is kept for what may follow `[DONE]` (the body's end) or a finish reason (usage, `[DONE]`).
+# How long a connection is kept for what may follow `[DONE]` (the body's end) or a finish reason (usage, `[DONE]`). Its stream is free before.
 _AFTER_DONE_S, _AFTER_FINISH_S = 0.25, 5.0
 
 
@@ -52,12 +52,13 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class Response:
     """The response to one request. `feed` takes bytes, `closed` the connection's end; `complete` says that the record is final.
 
-    `body` is the request's, which says how many tokens were asked for. `reused` says that its connection had an earlier request.
+    `body` is the request's, which says how many tokens were asked for. `reused` says that its connection had an earlier request, `done` that
+    `[DONE]` has come, `freed` that its stream is free already, although its body is open.
     """
 
     def __init__(self, record: RequestRecord, body: bytes = b"") -> None:
         self.record, self.body = record, body
-        self.complete = self.keep_alive = self.begun = self.reused = False
+        self.complete = self.keep_alive = self.begun = self.reused = self.freed = False
         self.merged_reads = 0
         self._parser: Any = httptools.HttpResponseParser(self)
         self._events: EventReader = EventReader()
@@ -65,7 +66,8 @@ class Response:
         self._texts: list[str] = []
         self._body = self._content_type = self._encoding = b""
         self._chunks = self._status = 0
-        self._finished = self._done = self._streaming = False
+        self.whole_s: float | None = None  # when the server said last that the answer is whole
+        self._finished = self.done = self._streaming = False
         self._aborted: str | None = None
         self._location = ""
         self._finals: dict[int, tuple[str, list[int]] | None] = {}
@@ -77,9 +79,9 @@ class Response:
         return counting.asked(self.body).tokens
 
     @property
-    def grace_s(self) -> float | None:
-        """The seconds of silence after which nothing more is to come; None while the answer is not whole."""
-        return _AFTER_DONE_S if self._done else _AFTER_FINISH_S if self._finished else None
+    def given_up_s(self) -> float:
+        """The instant at which nothing more is waited for; infinite while the answer is not whole."""
+        return inf if self.whole_s is None else self.whole_s + (_AFTER_DONE_S if self.done else _AFTER_FINISH_S)
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
@@ -167,7 +169,7 @@ class Response:
                     self.fail("encoded", f"the body is not in {self._encoding.decode('latin-1')}: {error}", self._now_s)
         elif not self.complete:
             self._body += body
-            if self._good and not self._encoding and _looks_like_stream(self._body):
+            if self._good and not self._encoding and looks_like_stream(self._body):
                 self._streaming, body, self._body = True, self._body, b""
                 self._take(self._events.feed(body))
             elif len(self._body) > _ERROR_BODY_BYTES:
@@ -232,6 +234,8 @@ class Response:
         """An event in any other form; one that is none of these fails the request unless the answer has already ended."""
         if not payload or payload.isspace():
             return
+        if self._finished:
+            self.whole_s = self._now_s
         if is_done(payload):
             self._stop(done=True)
             return
@@ -247,7 +251,7 @@ class Response:
                     elif not self.complete:
                         self._take_event(chunks.read(part))
         except ValueError as error:
-            if self._finished and not self._done:
+            if self._finished and not self.done:
                 self.record.notes.append("malformed-after-finish")
             elif not self._finished:
                 self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
@@ -255,10 +259,10 @@ class Response:
     def _take_event(self, event: Event) -> None:
         record, counter = self.record, self._counter
         if event.error is not None:
-            if not self._done or record.finish_reason is None:
+            if not self.done or record.finish_reason is None:
                 self.fail("server_error", event.error, self._now_s)
             return
-        if not self._done:
+        if not self.done:
             counter.tools |= event.tools
             for part in event.parts:
                 self._take_part(part, event)
@@ -304,7 +308,7 @@ class Response:
 
     def _stop(self, *, done: bool = False) -> None:
         """The answer is whole as far as the server says; what still comes is looked at with more care."""
-        self._finished, self._done = True, self._done or done
+        self._finished, self.done, self.whole_s = True, self.done or done, self._now_s
         self._events.hold = self._events.pending = True
 
     def _end_of_body(self, at_s: float) -> None:
@@ -355,7 +359,7 @@ class Response:
 
     def _end(self) -> None:
         """The stream came to its end: a success unless it was aborted, empty or shorter than it had to be."""
-        counter, at_s = self._counter, self._now_s
+        counter, at_s = self._counter, self._now_s if self.whole_s is None else self.whole_s
         if self._aborted is not None:
             self.fail("aborted", f"finish_reason {self._aborted}", at_s)
             return
@@ -366,11 +370,13 @@ class Response:
         asked = counting.asked(self.body)
         counter.settle(self._texts, asked)
         short = counter.short(asked)
-        if not self._done and 0 < counter.finished < asked.choices:
+        if 0 < counter.finished < asked.choices:
             self.fail("truncated", f"{counter.finished} of {asked.choices} choices finished", at_s)
         elif short is not None:
             self.fail("short", short, at_s)
         else:
+            if not self._finished:
+                self.record.notes.append("ended-by-usage")
             self._close(at_s)
 
     def _close(self, at_s: float) -> None:
@@ -386,14 +392,3 @@ class Response:
         self.complete = True
         # The parser holds this object: without this the garbage collector would have to find every response.
         self._parser, self._texts, self.body = None, [], b""
-
-
-def _looks_like_stream(body: bytes) -> bool:
-    """Does a body without a stream's content type begin as one: with a field of an event, or a line that is a chunk?"""
-    body = body.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if body.startswith(_FIELDS):
-        return True
-    first, line_end, _ = body.partition(b"\n")
-    return (
-        bool(line_end) and first.startswith(b"{") and (b'"delta"' in first or b".chunk" in first or b'"done"' in first)
-    )

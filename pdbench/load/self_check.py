@@ -36,6 +36,9 @@ NOTES = {
     "prompt-tokens-differ": "the server counts over 2 % more or fewer prompt tokens than the tokenizer: it cuts prompts, or is of "
     "another model (--tokenizer); lengths are the server's",
     "malformed-after-finish": "an event after the finish_reason could not be read",
+    "ended-by-usage": "neither finish_reason nor [DONE], only a usage event at the end: they may have been cut",
+    "held-open": "the server ended neither the stream ([DONE]) nor the response after the finish_reason: the client waited 0.25 s each time "
+    "before it used the stream again, so that requests/s and tokens/s of a closed loop are too low; latencies hold",
 }
 """What is said of each of `RequestRecord.notes`."""
 REMEDY = (

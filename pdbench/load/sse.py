@@ -146,3 +146,14 @@ class InflatingReader(EventReader):
             if self._inflate.eof:
                 self._inflate = None
         return data
+
+
+def looks_like_stream(body: bytes) -> bool:
+    """Does a body without a stream's content type begin as one: with a field of an event, or a line that is a chunk?"""
+    body = body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if body.startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
+        return True
+    first, line_end, _ = body.partition(b"\n")
+    return (
+        bool(line_end) and first.startswith(b"{") and (b'"delta"' in first or b".chunk" in first or b'"done"' in first)
+    )

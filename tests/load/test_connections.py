@@ -4,15 +4,18 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from pdbench.load import client as client_module
+from pdbench.load import response
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
 from tests.load.test_client import BODY, finish
+from tests.load.test_generator import load
 from tests.support.processes import ROOT
-from tests.support.servers import Peer, ScriptedServer, stream, tokens
+from tests.support.servers import Peer, ScriptedServer, event, stream, tokens, usage
 
 
 def test_request_asks_for_no_compression():
@@ -102,3 +105,31 @@ def test_host_without_a_free_port_is_told_with_the_remedy() -> None:
     assert done.stdout.startswith("connect [Errno 99] Cannot assign requested address: no local port is free: "), (
         done.stderr
     )
+
+
+@pytest.mark.parametrize("end", [[b"[DONE]"], [], [usage(5, 3)]], ids=["done", "finish", "usage"])
+def test_stream_is_free_once_its_answer_is_whole(monkeypatch, end: list):
+    """A server that ends no response before the next request has come: the client must not wait for the end."""
+    arrived = [threading.Event() for _ in range(4)]
+    places = iter(range(4))
+
+    def answer(peer: Peer) -> bool:
+        place = next(places)
+        arrived[place].set()
+        body = b"".join(event(payload) for payload in [*tokens(3), *end])
+        peer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1000)
+        )
+        peer.write(body)
+        for later in arrived[place + 1 : place + 2]:
+            later.wait(60)
+        return False
+
+    for name in ("_AFTER_DONE_S", "_AFTER_FINISH_S"):
+        monkeypatch.setattr(response, name, 30.0)
+    with ScriptedServer(answer) as server:
+        result = load(server, concurrency=1, requests=4, warmup=0)
+    first, second = sorted(result.requests, key=lambda record: record.id)[:2]
+    assert [record.error for record in result.requests] == [None] * 4
+    assert second.due_s == first.end_s < second.sent_s
+    assert ("held-open" in {flag.name for flag in result.flags}) == (end != [b"[DONE]"])

@@ -11,14 +11,14 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
-from pdbench.load import generator, response
+from pdbench.load import generator
 from pdbench.load.client import Client
 from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.generator import run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, RequestRecord
 from tests.support.processes import wait_until
-from tests.support.servers import Peer, ScriptedServer, event, refusal, stream, token, tokens, usage
+from tests.support.servers import Peer, ScriptedServer, refusal, stream, token, tokens, usage
 
 
 def load(server: ScriptedServer, on_progress=None, **options) -> LoadResult:
@@ -291,22 +291,14 @@ def test_request_is_sent_again_without_token_ids_only_once():
     assert [record.error.kind for record in result.requests] == ["http_400"]
 
 
-def test_connection_held_open_after_the_end_is_not_charged_to_the_client(monkeypatch):
-    """The server announces more bytes than it sends: the stream is free only when the client gives the connection up."""
-
-    def answer(peer: Peer) -> bool:
-        body = b"".join(event(payload) for payload in tokens(3)) + event(b"[DONE]")
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1000)
-        peer.write(head + body)
-        peer.sock.recv(1)
-        return False
-
-    monkeypatch.setattr(response, "_AFTER_DONE_S", 3.0)
-    with ScriptedServer(answer) as server:
-        result = load(server, concurrency=1, requests=2, warmup=0)
-    assert all(record.error is None for record in result.requests)
-    assert all(record.end_s - record.token_s[-1] < 2.5 for record in result.requests)
-    assert result.trial.client["send_delay_ms"]["max"] < 2500
+def test_progress_counts_the_tokens_of_chunks_by_usage():
+    done = []
+    with ScriptedServer(
+        stream([token("a few words ", None), token("and more ", None, "stop"), usage(5, 8), b"[DONE]"])
+    ) as server:
+        load(server, done.append, concurrency=2, requests=6, warmup=0)
+    assert done[-1].tokens == 6 * 8
+    assert [progress.tokens for progress in done] == sorted(progress.tokens for progress in done)
 
 
 def test_odd_answers_are_counted_in_flags():

@@ -171,7 +171,7 @@ case("no count of the prompt: 0", [*FIVE, sse(text("", "stop"), usage(5, 9), usa
 case("alone between tokens, then cut", [FIVE[0], sse(usage(1)), FIVE[1], sse(usage(2))], Truth(error="truncated"))
 case("choices null beside usage", [*FIVE, sse(text("", "stop"), {"choices": None,
      "usage": usage(5)["usage"]}) + DONE], GOOD)
-case("no finish, no [DONE], but the final usage", [*FIVE, sse(usage(5))], GOOD)
+case("no finish, no [DONE], but the final usage", [*FIVE, sse(usage(5))], replace(GOOD, note="ended-by-usage"))
 
 GROUP = "errors"
 for _name, _error in {"error object": {"error": {"message": "engine died", "code": 500}},
@@ -227,6 +227,8 @@ case("finish on every chunk, token ids", [*(sse(text("x ", "length", token_ids=[
      sse(usage(5)) + DONE], GOOD)
 case("final chunk repeats all as text", [*FIVE, sse(text("t0 t1 t2 t3 t4 ", "stop")) + DONE], replace(GOOD_UNTOLD,
      text="t0 t1 t2 t3 t4 "))
+case("one of two choices, then [DONE]", [FIVE[0], sse(text("", "stop")), DONE], Truth(error="truncated", tokens=1), choices=2,
+     max_tokens=4)
 case("one of two choices, then cut", [FIVE[0], sse(text("", "stop"))], Truth(error="truncated", tokens=1), choices=2,
      end="cut")
 case("finish twice", [*FIVE, sse(text("", "stop"), text("", "length"), usage(5)) + DONE], GOOD)
