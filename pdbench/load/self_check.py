@@ -3,7 +3,7 @@
 Pure functions over records and counters. Beyond the bounds below a run is flagged "client-limited", with the remedy.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import inf, nextafter
@@ -153,7 +153,7 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
     """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where there is none.
 
     Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from after the
-    first completion (until then the system only fills; a failure may come at once) to the last sending.
+    first completion (until then the system only fills; a failure may come at once) to the last one before the last sending.
     """
     requests = [request for result in results for request in result.requests]
     sent, ended = _instants(requests, "sent_s"), _instants(requests, "end_s")
@@ -161,7 +161,7 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
         return 0.0, 0.0, "empty: no request was sent"
     if open_loop:
         well = _instants([request for request in requests if request.error is None], "end_s") or ended
-        found, name = open_window(sent, ended, well[0]), "first completion to last sending"
+        found, name = open_window(sent, ended, well[0]), "first completion to the last one before the last sending"
     else:
         clients = [
             (_instants(result.requests, "sent_s"), _instants(result.requests, "end_s"), result.streams or 1)
@@ -175,10 +175,12 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
 
 
 def open_window(sent: Instants, ended: Instants, first_end_s: float) -> Interval | None:
-    """An open loop's time at full load, from sorted instants, in one of which a request ended well first; None with hardly any end in it."""
-    start_s, end_s = nextafter(first_end_s, inf), float(sent[-1])
-    ends = bisect_right(ended, end_s) - bisect_left(ended, start_s)
-    return (start_s, end_s) if ends >= 2 and start_s < end_s else None
+    """An open loop's time at full load, from sorted instants, in one of which a request ended well first; None with hardly any end in it.
+
+    It begins after an end and ends with one: n ends in the n intervals between them, whatever the arrivals.
+    """
+    begin, end = bisect_right(ended, first_end_s), bisect_right(ended, sent[-1])
+    return (nextafter(first_end_s, inf), float(ended[end - 1])) if end - begin >= 2 else None
 
 
 def closed_window(clients: Sequence[tuple[Instants, Instants, int]]) -> Interval | None:

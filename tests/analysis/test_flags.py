@@ -9,7 +9,9 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig
 from pdbench.events import EngineFacts, PromptEvent, ProxyEvent, ServerSeries
 from pdbench.load.clients import run_load
+from pdbench.load.generator import ClientResult
 from pdbench.load.plan import TrialLoad
+from pdbench.load.self_check import window
 from pdbench.records import Canary, Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
 from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
@@ -285,6 +287,21 @@ def test_window_of_filling_and_draining_is_flagged(options: dict, flagged: str) 
     assert [flagged in detail for detail in details] == [True] * bool(flagged)
 
 
+@pytest.mark.parametrize(("count", "flagged"), [(3, "only 3"), (6, "only 4"), (9, "only 7"), (10, ""), (16, "")])
+def test_open_loop_of_very_few_requests_is_flagged(count: int, flagged: str) -> None:
+    """Of three the window is the whole run, which holds three answers in little more than two intervals."""
+    run = Run(name="r", clock=Clock(0, 0), config={"load": {"rate": 1.0}}, host={}, versions={})
+    for index in range(count):
+        token_s = [index + 0.02, index + 0.05]
+        run.requests.append(
+            RequestRecord(id=str(index), planned_s=index, sent_s=index, token_s=token_s, end_s=token_s[-1])
+        )
+    start_s, end_s, name = window([ClientResult(requests=run.requests)], True)
+    run.trials = [Trial(index=0, start_s=start_s, end_s=end_s, client={"window": name})]
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
+    assert [flagged in detail for detail in details] == [True] * bool(flagged)
+
+
 @pytest.mark.parametrize(
     ("lasts_s", "count", "flagged"),
     [((10.0,), 300, False), ((1.0, 10.0, 30.0), 200, True), ((1.0, 10.0, 30.0), 2000, False)],
@@ -300,8 +317,8 @@ def test_open_loop_in_which_long_answers_had_no_time_to_end_is_flagged(
         run.requests.append(
             RequestRecord(id=str(index), planned_s=sent_s, sent_s=sent_s, token_s=token_s, end_s=token_s[-1])
         )
-    window = {"window": "first completion to last sending"}
-    run.trials = [Trial(index=0, start_s=min(lasts_s), end_s=(count - 1) / 10, client=window)]
+    kind = {"window": "first completion to last sending"}
+    run.trials = [Trial(index=0, start_s=min(lasts_s), end_s=(count - 1) / 10, client=kind)]
     details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
     assert ["ever more were in flight" in detail for detail in details] == [True] * flagged
     run.trials[0].end_s = run.trials[0].start_s + 0.4 * max(lasts_s)

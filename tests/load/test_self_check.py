@@ -26,7 +26,7 @@ def test_windows_leave_out_ramp_up_and_drain():
     assert self_check.window([result_of(closed[:3], 2)], False)[:2] == (0.0, 5.0)
     assert "whole run" in self_check.window([result_of(closed[:3], 2)], False)[2]
     opened = [record(index, index * 1.0, index + 2.5) for index in range(10)]
-    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(2.5, inf), 9.0)
+    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(2.5, inf), 8.5)
     assert self_check.window([result_of(opened[:2], None)], True)[:2] == (0.0, 3.5)
     assert self_check.window([result_of([warmup], 1)], False)[2].startswith("empty")
     lone = [record(0, 1.0, 2.0), record(1, 2.0, 3.0)]
@@ -121,4 +121,31 @@ def test_decode_window_excludes_prefill_and_drain() -> None:
 def test_window_of_an_open_loop_does_not_begin_at_a_failure() -> None:
     refused = record(0, 0.0, 0.001, error=RequestError("http_503", "full"))
     opened = [refused, *(record(index, index * 1.0, index + 2.5) for index in range(1, 10))]
-    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(3.5, inf), 9.0)
+    assert self_check.window([result_of(opened, None)], True)[:2] == (nextafter(3.5, inf), 8.5)
+
+
+def open_rate(sent_s: numpy.ndarray, lasts_s: numpy.ndarray) -> tuple[int, float]:
+    """Requests that ended in an open loop's window, and its seconds."""
+    records = [record(index, *span) for index, span in enumerate(zip(sent_s, sent_s + lasts_s, strict=True))]
+    start_s, end_s, name = self_check.window([result_of(records, None)], True)
+    assert name.startswith("first completion")
+    return sum(start_s <= each.end_s <= end_s for each in records), end_s - start_s
+
+
+@pytest.mark.parametrize("count", [4, 6, 16, 50, 200])
+@pytest.mark.parametrize("lasts", [0.05, 0.4, 0.95, 1.5, 5.3, 20.0])
+def test_even_open_loop_has_its_rate_however_few_its_requests(count: int, lasts: float) -> None:
+    if lasts > count - 3:
+        return  # the window is the whole run
+    ended, length_s = open_rate(numpy.arange(count) / 10, numpy.full(count, lasts / 10))
+    assert ended / length_s == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("count", "lasts"), [(16, 0.05), (16, 0.4), (16, 1.5), (50, 5.3), (200, 20.0)])
+def test_poisson_open_loop_has_its_rate_over_many_seeds(count: int, lasts: float) -> None:
+    random = numpy.random.default_rng(count)
+    parts = [
+        open_rate(numpy.cumsum(random.exponential(0.1, count)), numpy.full(count, lasts / 10)) for _ in range(2000)
+    ]
+    ended, length_s = numpy.sum(parts, axis=0)
+    assert ended / length_s == pytest.approx(10.0, rel=0.02)
