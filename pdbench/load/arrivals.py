@@ -31,11 +31,12 @@ def gamma(rate: float, burstiness: float, seed: int | str) -> Iterator[float]:
 
 
 def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[float]:
-    """The first `count` arrivals, stretched so that the one after them comes at `span_s`: luck in their number is no part of a
-    trial. Of Poisson arrivals, what is left is as random as before: uniform instants in order."""
+    """The first `count` arrivals, stretched so that the span begins and ends half-way into a gap: their distances are span_s / count in the
+    mean, as of even arrivals, and luck in their number is no part of a trial."""
     first = list(itertools.islice(instants, count + 1))
-    factor = span_s / first[-1]
-    return (instant * factor for instant in first[:-1])
+    begin = first[0] / 2
+    end = (first[-1] + first[-2]) / 2 if count else first[-1]
+    return ((instant - begin) * span_s / (end - begin) for instant in first[:-1])
 
 
 def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> Iterator[float]:

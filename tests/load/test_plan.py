@@ -70,6 +70,16 @@ def test_scaled_poisson_arrivals_are_uniform_in_their_span():
     assert stats.kstest(instants, stats.uniform(0, 40).cdf).pvalue > 0.01
 
 
+@pytest.mark.parametrize("count", [4, 16, 100])
+def test_scaled_arrivals_have_their_rate_between_the_first_and_the_last(count):
+    """Uniform in their span they would come 1 / count too close together: 16 requests at 10.6/s for 10."""
+    gap_s = [
+        numpy.diff(list(arrivals.scaled(arrivals.poisson(3.0, trial), count, count / 10))) for trial in range(4000)
+    ]
+    assert numpy.mean(gap_s) == pytest.approx(0.1, rel=0.03)
+    assert list(arrivals.scaled(arrivals.poisson(3.0, 1), 0, 1.0)) == []
+
+
 def test_poisson_gaps_are_exponential():
     assert stats.kstest(gaps(arrivals.poisson(5.0, 1)), stats.expon(scale=0.2).cdf).pvalue > 0.01
 
