@@ -215,6 +215,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
     """Every difference of schema, host, GPUs, driver, model, load, and of a host's GPUs if all are others (refused); of settings, SLO, versions,
     lengths and which of a host's GPUs were used (noted)."""
     sides, lengths = [], []
+    versions = ("pdbench",) if a.is_foreign or b.is_foreign else NOTED_VERSIONS  # a foreign server's are not known
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
         load = asdict(LoadConfig()) | (run.config.get("load") or {})
@@ -226,7 +227,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted[COUNTED_BY] = run.summary.tokens.counted_by
         noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in NOTED_POWER}
-        noted |= {f"{name} version": run.versions.get(name) for name in NOTED_VERSIONS}
+        noted |= {f"{name} version": run.versions.get(name) for name in versions}
         noted["input files"] = run.config.get("inputs") or None
         noted |= _gpus_found(run)
         sides.append((refused, noted))

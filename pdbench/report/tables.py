@@ -326,10 +326,12 @@ def energy_parts(role: RoleEnergy) -> dict[str, float]:
 
 
 def configuration(runs: text.Runs) -> tuple[Table, Table]:
-    """Options, host and versions: those that differ between the runs, and the others."""
-    columns = [
-        _flat("config", run.config) | _flat("host", run.host) | _flat("version", run.versions) for run in runs.values()
-    ]
+    """Options, host and versions (the client's where the server was given by its URL): those that differ between the runs, and the others."""
+    columns = []
+    for run in runs.values():
+        whose = "client." if run.is_foreign else ""
+        facts = _flat(f"{whose}host", run.host) | _flat(f"{whose}version", run.versions)
+        columns.append(_flat("config", run.config) | facts)
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [[key, *(column.get(key, "") for column in columns)] for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]

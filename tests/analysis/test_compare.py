@@ -326,3 +326,12 @@ def test_token_gaps_are_not_compared_between_runs_that_counted_differently():
     assert any(str(mismatch) == "tokens counted by: token_ids against chunks" for mismatch in compared.mismatches)
     with pytest.raises(UserError, match=r"not compared .*chunks"):
         thresholds.evaluate(compared, [thresholds.parse("tbt_p99_ms > +5%")])
+
+
+def test_versions_of_a_server_given_by_its_url_are_not_compared() -> None:
+    a, b = build_run("bench"), build_run("bench")
+    a.config["serve"] = b.config["serve"] = None
+    b.versions["vllm"] = "0.99.0"
+    assert compare_runs(a, b).mismatches == []
+    b.versions["pdbench"] = "9.9"
+    assert [str(found) for found in compare_runs(a, b).mismatches] == ["pdbench version: 0.1.0 against 9.9"]

@@ -32,6 +32,19 @@ def test_figures_are_those_of_the_run(gpu):
     assert labels == {"prefill", "decode"}
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_nothing_of_this_host_is_said_of_a_server_given_by_its_url(gpu):
+    """What is known of it is what was measured: its GPUs where they are here."""
+    run = build_run("bench", gpu=gpu)
+    assert llmd.report(analyze(run))["scenario"]["stack"][0]["standardized"]["tool_version"] == "0.26.0"
+    run.config["serve"] = None
+    (server,) = llmd.report(analyze(run))["scenario"]["stack"]
+    known = server["standardized"]
+    assert (known["tool"], known["tool_version"]) == ("unknown", "unknown") and server["native"]["config"] == {}
+    accelerator = known["accelerator"]
+    assert accelerator["model"] == ("Synthetic H200" if gpu else "unknown") and accelerator["parallelism"] == {}
+
+
 def test_run_whose_requests_were_never_sent_has_a_report():
     run = build_run("single", trials=1, requests=3)
     for request in run.requests:
@@ -50,9 +63,11 @@ def test_report_is_written_beside_the_page(folders, tmp_path):
 
 @pytest.mark.skipif(find_spec("llmd_benchmark_report") is None, reason="pip install llmd-benchmark-report")
 @pytest.mark.parametrize("gpu", [True, False])
-@pytest.mark.parametrize("name", ["single", "disaggregated"])
+@pytest.mark.parametrize("name", ["single", "disaggregated", "bench"])
 def test_report_passes_llm_ds_own_check(name, gpu):
     from llmd_benchmark_report import load_benchmark_report
 
-    loaded = load_benchmark_report(llmd.report(analyze(build_run(name, gpu=gpu))))
+    run = build_run(name, gpu=gpu)
+    run.config["serve"] = None if name == "bench" else run.config["serve"]
+    loaded = load_benchmark_report(llmd.report(analyze(run)))
     assert loaded.version == llmd.VERSION and loaded.results.request_performance.aggregate.requests.total > 0

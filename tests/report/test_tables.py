@@ -124,6 +124,19 @@ def test_heading_says_once_what_runs_share():
     assert " · a: 1 x Synthetic H200; b: 2 x Synthetic H200 · " in text.machines(runs)
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_versions_and_machine_of_a_server_given_by_its_url_are_not_this_hosts(gpu):
+    run = build_run("bench", gpu=gpu)
+    run.config["serve"] = None
+    runs = {"a": analyze(run)}
+    heading = text.machines(runs)
+    assert "vllm" not in heading and "torch" not in heading and "pdbench" in heading
+    assert ("1 x Synthetic H200" if gpu else "the server's machine is unknown") in heading
+    _, same = tables.configuration(runs)
+    keys = {str(row[0]) for row in same.rows}
+    assert "client.version.vllm" in keys and not [key for key in keys if key.startswith(("version.", "host."))]
+
+
 def test_energy_is_given_by_role_or_one_line_says_why_not(analyses):
     html = page_of(analyses)
     assert "no meter splits them" in html and "Prefill, J per prompt token" in html
