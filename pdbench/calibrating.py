@@ -213,8 +213,6 @@ def _send(
 def saved(out: Path) -> str:
     """What is left of a calibration that was interrupted, for its last line."""
     done = len([*out.glob("*/point-*.json")])
-    return (
-        f"{done} {'load is' if done == 1 else 'loads are'} saved: `pdbench plan {out}/*/*_results` reads them, the same command goes on"
-        if done
-        else ""
-    )
+    words = f"{done} {'load is' if done == 1 else 'loads are'} saved"
+    whole = f"{words}: `pdbench plan {out}/*/*_results` reads them, the same command goes on" if done else ""
+    return "; ".join(filter(None, (whole, sweep.cut_short(out))))

@@ -144,7 +144,8 @@ def start(out: Path, command: Mapping[str, Any], goal: Goal, load: LoadConfig) -
 
 def saved(out: Path) -> str:
     """What a search that was interrupted leaves, for its last line."""
-    return f"what is known is in {out / FILE}, the same command goes on" if (out / FILE).exists() else ""
+    known = f"what is known is in {out / FILE}, the same command goes on"
+    return known if (out / FILE).exists() else sweep.cut_short(out, "*/*/*_results")
 
 
 def find(

@@ -219,7 +219,21 @@ def saved(out: Path) -> str:
     """What a sweep that was interrupted leaves in `out`, for its last line; empty when that is nothing."""
     done = len([*out.glob("*/point*.json")])
     words = "point is" if done == 1 else "points are"
-    return f"{done} {words} saved in {out}, the same command resumes the sweep" if done else ""
+    whole = f"{done} {words} saved in {out}, the same command resumes the sweep" if done else ""
+    return "; ".join(filter(None, (whole, cut_short(out))))
+
+
+def cut_short(out: Path, pattern: str = "*/*_results") -> str:
+    """Which results in `out` belong to no point that was measured whole, in words; empty when there are none."""
+    folders = []
+    for folder in sorted(out.glob(pattern)):
+        parts = "", folder.name.removesuffix("_results")
+        if results_files(folder) and not any((folder.parent / _done(part)).exists() for part in parts):
+            folders.append(str(folder))
+    words = (
+        f"{', '.join(folders)} {'has' if len(folders) == 1 else 'have'} what was measured of a point that was cut short"
+    )
+    return f"{words}: `pdbench report` reads it, the same command measures it again" if folders else ""
 
 
 def is_sweep(folder: Path) -> bool:
@@ -241,7 +255,8 @@ def load(folder: Path) -> list[tuple[Mapping[str, Any], list[Path]]]:
         done, results = saved
         found.append((done.get("varied") or _varied(path.parent), results))
     if not found:
-        raise UserError(f"{folder} is a sweep of which no point was measured: repeat its command")
+        words = f"{folder} is a sweep of which no point was measured whole: repeat its command"
+        raise UserError("; ".join(filter(None, (words, cut_short(folder)))))
     return found
 
 

@@ -100,11 +100,11 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
 
     def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
         sent.append((kind, folder.name))
-        if len(sent) == stop:
-            raise KeyboardInterrupt
         results = folder / f"{kind}_results"
         results.mkdir()
         (results / f"{kind}_results.json").write_text("{}")
+        if len(sent) == stop:
+            raise KeyboardInterrupt
         load = options.load
         assert (load.concurrency is None) == folder.name.startswith("load=ramp")
         assert (load.phase == "prefill") == (folder.name == "load=burst")
@@ -117,7 +117,9 @@ def test_it_resumes_and_stops_when_the_time_is_up(tmp_path: Path) -> None:
         run(3600)
     loads = ["load=full", "load=ramp-1", "load=ramp-2", "load=full", "load=burst", "load=ramp-1", "load=ramp-2"]
     assert [name for _, name in sent] == loads[:6]
-    assert "5 loads are saved" in calibrating.saved(tmp_path)
+    words = calibrating.saved(tmp_path)
+    cut_short = tmp_path / "load=ramp-1" / f"{KINDS[-1]}_results"
+    assert "5 loads are saved" in words and f"{cut_short} has what was measured" in words
     found = run(3600)
     assert [path.parent.name for path in found] == loads
     assert [name for _, name in sent[6:]] == loads[5:]
