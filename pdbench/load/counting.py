@@ -48,9 +48,13 @@ class Asked(msgspec.Struct, gc=False):
         return most * self.choices if most is not None and most > 0 else None
 
     @property
-    def forced(self) -> bool:
-        """Must the answer have all of these tokens?"""
-        return bool(self.ignore_eos) or (count(self.min_tokens) or 0) >= (count(self.max_tokens) or 1)
+    def fewest(self) -> int | None:
+        """The fewest tokens that all choices together must have; None where any number will do."""
+        least, most = count(self.min_tokens) or 0, self.tokens
+        if self.ignore_eos and most is not None:
+            return most
+        least *= self.choices
+        return (least if most is None else min(least, most)) if least > 0 else None
 
 
 _decode = msgspec.json.Decoder(Asked).decode
@@ -192,21 +196,21 @@ class Counter:
 
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
-        if not asked.forced:
-            return None
-        record, most = self.record, asked.tokens
-        if most is None or record.output_tokens is None or record.output_tokens >= most:
+        record, fewest = self.record, asked.fewest
+        if fewest is None or record.output_tokens is None or record.output_tokens >= fewest:
             return None
         certain = record.counted_by in ("token_ids", "logprobs", "usage") or self.usage is not None
-        if (
-            not certain
-            and record.finish_reason is not None
-            and record.finish_reason.lower() in ("length", "max_tokens")
-        ):
+        reached = (record.finish_reason or "").lower() in ("length", "max_tokens")
+        # Chunks may hold several tokens: then only an end before the limit that must be reached shows that some are missing.
+        if not certain and (reached or fewest != asked.tokens):
             return None
+        why = (
+            "ignore_eos (--no-ignore-eos for servers that do not know it)"
+            if asked.ignore_eos
+            else f"min_tokens {asked.min_tokens}, which the server did not keep"
+        )
         return (
-            f"{record.output_tokens} of {most} tokens, finish_reason {record.finish_reason}: the request says ignore_eos "
-            "(--no-ignore-eos for servers that do not know it)"
+            f"{record.output_tokens} of {fewest} tokens, finish_reason {record.finish_reason}: the request says {why}"
         )
 
     def _tokens_without_ids(self, part: Part, usage: Usage | None, at_s: float) -> int:

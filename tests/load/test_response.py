@@ -163,3 +163,38 @@ def test_stamps_that_a_stepped_clock_made_too_early_do_not_run_backwards():
     for piece, at_s in zip(pieces, (0.95, 1.5, 1.45, 1.6, 1.7, 1.8), strict=True):
         response.feed(piece, at_s)
     assert record.error is None and record.token_s == [1.5, 1.5, 1.6]
+
+
+LIMITS = {"max_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("asked", "came", "fewest"),
+    [
+        (LIMITS | {"min_tokens": 4}, 3, 4),
+        (LIMITS | {"min_tokens": 4}, 4, None),
+        (LIMITS | {"min_tokens": 4}, 6, None),
+        (LIMITS | {"min_tokens": 8}, 6, 8),
+        (LIMITS | {"min_tokens": 0}, 1, None),
+        (LIMITS | {"min_tokens": 4, "ignore_eos": True}, 6, 8),
+        ({"max_completion_tokens": 8, "min_tokens": 4}, 6, None),
+        ({"max_completion_tokens": 8, "min_tokens": 4}, 3, 4),
+        ({"min_tokens": 4}, 3, 4),
+        ({"min_tokens": 4}, 6, None),
+        (LIMITS | {"min_tokens": 4, "n": 2}, 7, 8),
+        (LIMITS, 1, None),
+    ],
+)
+@pytest.mark.parametrize("by_ids", [True, False], ids=["token ids", "chunks"])
+def test_answer_of_fewer_tokens_than_it_must_have_is_short(asked, came, fewest, by_ids):
+    """Chunks may hold several tokens: of them only what ends before a limit that must be reached is known to be short."""
+    record = RequestRecord(id="r", planned_s=0.0, sent_s=0.0)
+    payloads = [token("a", [1] if by_ids else None) for _ in range(came)]
+    body = b"".join(map(event, [*payloads, token("", [] if by_ids else None, "stop")])) + event(b"[DONE]")
+    Response(record, json.dumps(asked).encode()).feed(SSE_HEAD + chunk(body) + chunk(b""), 1.0)
+    is_known = fewest is not None and (by_ids or (fewest == 8 and "n" not in asked))
+    assert (record.error is not None) == is_known
+    assert record.error is None or (record.error.kind, f"{came} of {fewest} tokens" in record.error.message) == (
+        "short",
+        True,
+    )
