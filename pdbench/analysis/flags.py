@@ -140,8 +140,8 @@ def together(run: Run, timings: Timings) -> Iterator[Flag]:
 
 
 def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A closed loop in whose windows far fewer requests ended than their work amounts to: streams begin together, so that nothing ends
-    at first, and of the last requests only the first to end counts."""
+    """A closed loop in whose windows far fewer or more requests ended than their work amounts to: streams begin together, and of requests
+    that end at about the same time only the first counts at the end."""
     load, requests = run.config.get("load") or {}, timings.requests
     if is_open_loop(load) or load.get("phase") == "decode":
         return  # one batch that decodes together ends after its window
@@ -151,8 +151,8 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
         lasted_s = np.maximum(requests.end_s - requests.sent_s, 1e-9)
         worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
         ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
-    if worked - ended > FEW_SHARE * worked:
-        off_pct = 100 * (1 - ended / worked)
+    if worked and abs(worked - ended) > FEW_SHARE * worked:
+        off_pct = 100 * abs(1 - ended / worked)
         yield Flag(
             "few-per-stream",
             f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "

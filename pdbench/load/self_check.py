@@ -3,7 +3,7 @@
 Pure functions over records and counters. Beyond the bounds below a run is flagged "client-limited", with the remedy.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import inf, nextafter
@@ -152,7 +152,7 @@ def flags(client: dict[str, Any]) -> list[Flag]:
 def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, float, str]:
     """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where there is none.
 
-    Closed loop: from the instant all streams were in flight to the first that stayed empty, in any process. Open loop: from after the
+    Closed loop: from after the first completion with all streams in flight to the first that stayed empty, in any process. Open loop: from after the
     first completion (until then the system only fills; a failure may come at once) to the last one before the last sending.
     """
     requests = [request for result in results for request in result.requests]
@@ -185,7 +185,10 @@ def open_window(sent: Instants, ended: Instants, first_end_s: float) -> Interval
 
 def closed_window(clients: Sequence[tuple[Instants, Instants, int]]) -> Interval | None:
     """A closed loop's time at full load, from each client's sorted instants of sending and end, and its streams; None where not all streams
-    were in flight at once, or for too few requests."""
+    were in flight at once, or for too few requests.
+
+    Several streams begin together and end together, the first time at least: it begins after an end, as it ends with one.
+    """
     start_s, end_s = -inf, inf
     for sent, ended, streams in clients:
         if not len(ended) or len(sent) < streams:
@@ -193,8 +196,11 @@ def closed_window(clients: Sequence[tuple[Instants, Instants, int]]) -> Interval
         after = bisect_right(ended, sent[-1])
         start_s = max(start_s, float(sent[streams - 1]))
         end_s = min(end_s, float(ended[after] if after < len(ended) else sent[-1]))
-    is_long = sum(len(sent) for sent, *_ in clients) >= 2 * sum(streams for *_, streams in clients)
-    return (start_s, end_s) if is_long and start_s < end_s else None
+    total = sum(streams for *_, streams in clients)
+    if total > 1:
+        later = [ended[place] for _, ended, _ in clients if (place := bisect_left(ended, start_s)) < len(ended)]
+        start_s = nextafter(min(later, default=inf), inf)
+    return (start_s, end_s) if sum(len(sent) for sent, *_ in clients) >= 2 * total and start_s < end_s else None
 
 
 def _instants(records: Iterable[RequestRecord], name: str) -> list[float]:
