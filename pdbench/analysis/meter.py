@@ -10,6 +10,8 @@ from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
 EDGE_S, HOLE_S = 0.25, 1.0
+UNKNOWN_SHARE = 0.01
+"""Of a window's joules: up to this may lie in holes that its edges cut, where only a hole's total is known. It bounds the error."""
 STILL_S = 1.0
 """A counter that rests this long, and longer than it usually does between two moves, stands still: every device draws power."""
 JUMP, CREEP, MOST_W = 3.0, 10.0, 10_000.0
@@ -22,7 +24,8 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
 
     `energy_j` is `counter_j` where there is a counter, else `integral_j`, the area of the power curve; `residual_pct` is
     100 (integral - counter) / counter. The integral stands in where the counter jumped (`counter_resets` times; back, or by more
-    than the device can have used) and where it stood still (`counter_still_s` seconds). A counter that never counts is none.
+    than the device can have used) and where it stood still (`counter_still_s` seconds). A counter that never counts is none, nor
+    is one that says only of a longer time what was used: a window's edge lies in a hole of readings and curve (UNKNOWN_SHARE).
     """
 
     duration_s: float
@@ -61,8 +64,16 @@ class Meter:
             self._steps[i] = self._curve.energy_j(self._t[i], self._t[i + 1]) or np.nan
         if wrong.all():
             self._t = self._t[:0]
+        self._beyond_s, self._unknown = 0.0, np.zeros(len(self._steps), dtype=bool)
+        if len(self._t) > 1:
+            passed_s = np.diff(self._t)
+            self._beyond_s = 1.5 * float(np.median(passed_s))
+            # Ticks are caught now and then, the closest ones one refresh apart.
+            usual_s = float(passed_s.min() if len(ticks) > 1 else np.median(passed_s))
+            self._t, self._steps, self._unknown = _around_holes(
+                self._t, self._steps, self._curve, max(HOLE_S, 3 * usual_s)
+            )
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
-        self._beyond_s = 1.5 * float(np.median(np.diff(self._t))) if len(self._t) > 1 else 0.0
 
     def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
         """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
@@ -74,6 +85,8 @@ class Meter:
             integral_j = None  # RAPL's power is its counter's slope; no GPU draws 0 W
         counter_j = total([self._counter_j(start, end) for start, end in windows])
         if still_s > 0.99 * duration_s:
+            counter_j = None
+        if counter_j is not None and self._unknown_j(windows) > UNKNOWN_SHARE * counter_j:
             counter_j = None
         energy_j = integral_j if counter_j is None else counter_j
         residual_pct = None
@@ -137,6 +150,14 @@ class Meter:
         parts += [self._curve.energy_j(max(start, t[-1]), end)] if end > t[-1] else []
         return total(parts)
 
+    def _unknown_j(self, windows: Sequence[Interval]) -> float:
+        """The joules of holes in which an edge of the windows lies."""
+        edges = np.array(windows, dtype=float).ravel()
+        place = np.searchsorted(self._t, edges)
+        within = (place > 0) & (place < len(self._t)) & (place == np.searchsorted(self._t, edges, side="right"))
+        cut = np.unique(place[within] - 1)
+        return float(self._steps[cut][self._unknown[cut]].sum())
+
     def _counted_j(self, i: int, t: float) -> float:
         """Joules from the first reading to an instant in (or beyond) the stretch after reading i, spread as the curve is shaped."""
         low, high = self._t[i], self._t[i + 1]
@@ -176,22 +197,49 @@ def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array
     )
 
 
+def _around_holes(t: Array, steps: Array, curve: "_Curve", hole_s: float) -> tuple[Array, Array, BoolArray]:
+    """The readings of a counter and its steps, and which of these are unknown within: longer than `hole_s`, and the curve does not
+    shape them, but for a moment. Where it tells the joules at the ends of a step, these are cut off as steps of their own."""
+    unknown = np.zeros(len(steps), dtype=bool)
+    for i in np.flatnonzero((np.diff(t) > hole_s) & np.isfinite(steps))[::-1]:
+        low, high = float(t[i]), float(t[i + 1])
+        if curve.energy_j(low, high):
+            continue
+        missing = intersection([(low, high)], curve.missing) or [(low, high)]
+        begin, end = missing[0][0], missing[-1][1]
+        if end - begin <= EDGE_S:
+            continue
+        ends_j = np.array([curve.energy_j(low, begin) or 0.0, curve.energy_j(end, high) or 0.0])
+        ends_j *= min(1.0, steps[i] / max(ends_j.sum(), 1e-9))
+        t = np.insert(t, i + 1, [begin, end])
+        steps = np.insert(steps, [i, i + 1], ends_j)
+        steps[i + 1] -= ends_j.sum()
+        unknown = np.insert(unknown, [i, i + 1], [False, False])
+        unknown[i + 1] = True
+    return t, steps, unknown
+
+
 class _Curve:
-    """Power over time as straight lines between points; energy is their area."""
+    """Power over time as straight lines between points; energy is their area. `missing`: where points are missing, a hole
+    inside, or more than a moment before the first and after the last one."""
 
     def __init__(self, points: Array) -> None:
         self.t, self.w = points.T
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
         hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
-        self.holes = [(self.t[i], self.t[i + 1]) for i in np.flatnonzero(steps > hole_s)]
+        self.missing: list[Interval] = [(-np.inf, np.inf)]
+        if len(steps):
+            holes = np.flatnonzero(steps > hole_s)
+            self.missing = [
+                (-np.inf, float(self.t[0]) - EDGE_S),
+                *zip(self.t[holes].tolist(), self.t[holes + 1].tolist(), strict=True),
+                (float(self.t[-1]) + EDGE_S, np.inf),
+            ]
 
     def energy_j(self, start: float, end: float) -> float | None:
-        """Joules between two instants, the edges interpolated; None where points are missing: a hole inside, or more than a
-        moment at either edge."""
-        if len(self.t) < 2 or start < self.t[0] - EDGE_S or end > self.t[-1] + EDGE_S:
-            return None
-        if any(hole_start < end and start < hole_end for hole_start, hole_end in self.holes):
+        """Joules between two instants, the edges interpolated; None where points are missing."""
+        if any(missing_start < end and start < missing_end for missing_start, missing_end in self.missing):
             return None
         return self._until(end) - self._until(start)
 
@@ -200,7 +248,7 @@ class _Curve:
         if len(self.t) < 2:
             return np.full(max(len(t) - 1, 0), np.nan)
         drawn_j = np.diff(np.interp(t, self.t, self.area, left=np.nan, right=np.nan))
-        for start, end in self.holes:
+        for start, end in self.missing:
             drawn_j[(t[:-1] < end) & (t[1:] > start)] = np.nan
         return drawn_j
 
