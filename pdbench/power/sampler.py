@@ -21,7 +21,8 @@ from pdbench.records import DeviceRecord, DeviceSample
 BUFFER_S = 1.0
 POLL_S = 0.0005
 RETRY_S = 0.1
-ANCHOR_S = 5.0
+ANCHOR_S, UNSHAPED_S = 5.0, 0.2
+"""A counter is read so often, between two readings the power curve has its joules' shape; ... and where no power can be read."""
 _LEAD_S = 0.005
 _STILL_S = 1.0
 _FIRST_EDGES_S = 0.5
@@ -47,12 +48,13 @@ class CounterEdgeTracker:
 
     A counter that moves every 100 ms is up to 100 ms old when it is read at any other moment, which is 10 % of a 1 s window.
     The tracker polls until it sees the counter move, learns the period, sleeps, and wakes shortly before a later move. Each
-    reading kept is good to about one poll. `due_s` is when it wants a reading; `edges` are (monotonic s, joules).
+    reading kept is good to about one poll. `due_s` is when it wants a reading, `anchor_s` apart at most; `edges` are (monotonic s,
+    joules).
     """
 
     def __init__(self) -> None:
         self.edges: list[tuple[float, float]] = []
-        self.due_s = 0.0
+        self.due_s, self.anchor_s = 0.0, ANCHOR_S
         self.finishing = False
         self.period_s: float | None = None  # None before two edges
         self._last: tuple[float, float] | None = None
@@ -74,7 +76,7 @@ class CounterEdgeTracker:
             self._edge((self._last[0] + at_s) / 2, energy_j)
         elif at_s - self._awake_s > _STILL_S:
             # It does not move at all: any moment is as good as an edge.
-            self._keep(at_s, energy_j, at_s + ANCHOR_S)
+            self._keep(at_s, energy_j, at_s + self.anchor_s)
         else:
             self._last, self.due_s = (at_s, energy_j), now_s + POLL_S
 
@@ -96,7 +98,7 @@ class CounterEdgeTracker:
             self._keep(edge_s, energy_j, edge_s + POLL_S)
             return
         # The period is known better after every stride, so the strides may grow.
-        self._stride = min(2 * self._stride, max(1, round(ANCHOR_S / self.period_s)))
+        self._stride = min(2 * self._stride, max(1, round(self.anchor_s / self.period_s)))
         self._keep(edge_s, energy_j, edge_s + self._stride * self.period_s - _LEAD_S)
 
     def _keep(self, at_s: float, energy_j: float, due_s: float) -> None:
@@ -284,6 +286,7 @@ class _Device:
         after = self._time.monotonic()
         if not values:
             return
+        self.counter.anchor_s = ANCHOR_S if {"power_w", "power_average_w"} & values.keys() else UNSHAPED_S
         if self._new_counter_j is not None:
             values.setdefault("energy_j", self._new_counter_j)
             self._new_counter_j = None

@@ -160,6 +160,18 @@ def test_counter_without_a_power_curve_that_stands_still_is_no_energy(nvml_libra
     assert flag_names(device, 2, 35) == ["energy-counter-still"]
 
 
+NO_POWER = "0:DeviceGetFieldValues:3{0} 0:DeviceGetPowerUsage:3{0} 0:DeviceGetSamples:3{0}"
+
+
+@pytest.mark.parametrize("from_s", ["", ":5.0"])
+def test_counter_without_a_power_curve_is_read_often(nvml_library: Path, from_s: str) -> None:
+    """Read every 5 s, nothing says where in them the load began and ended."""
+    steps = "20 0:120 11.5:120 11.5:600 20:600"
+    [device] = sampled(nvml_library, 41.0, {"decode": [0]}, fail=NO_POWER.format(from_s), power_0=steps)
+    window = energy_over(device, 31.5, 40.0)
+    assert window.energy_j == window.counter_j == pytest.approx(8.5 * 600, rel=0.01)
+
+
 @pytest.mark.parametrize("jump", ["15.0:100000000", "15.0:500000", "15.0:30000"])
 def test_counter_that_jumps_ahead_is_flagged_and_bridged_by_the_curve(nvml_library: Path, jump: str) -> None:
     [device] = sampled(nvml_library, 40.0, {"decode": [0]}, jump=jump, power_0=wave_text("square"))
