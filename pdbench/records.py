@@ -144,8 +144,8 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; empty where there is none.
     `energy_ticks` holds the energy counter as (t_s, energy_j), each at the instant the counter moved.
     `not_measured` maps a field to the reason; `sampling` reports the achieved interval (p50_ms, p99_ms, largest_gap_ms,
-    missed_ticks, stale_repeats); `statistics` maps a field to its avg, min and max over all samples, idle and warm-up
-    included (a run's summary has means over the measured windows). `settings` of a GPU: persistence, ecc, mig (on or off), max_sm_clock_mhz.
+    missed_ticks, stale_repeats); `statistics` maps a field to its avg (None of a power: joules over time tell it), min and max over all
+    samples, idle and warm-up included (a run's summary has means over the measured windows). `settings` of a GPU: persistence, ecc, mig (on or off), max_sm_clock_mhz.
     """
 
     id: str

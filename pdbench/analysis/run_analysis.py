@@ -100,7 +100,9 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True):
-    mean: float
+    """Of samples; the mean of a power is its energy over time, None where that is not known."""
+
+    mean: float | None
     min: float
     max: float
 
@@ -329,10 +331,15 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
 
 def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
     device, during, readings = meter.device, meter.samples_in(windows), {}
+    energy, scopes = meter.energy_in(windows), meter.scopes_in(windows)
+    mean_w = {f"{scope}_power_w": used.mean_power_w for scope, used in scopes.items()} | {
+        "power_w": energy.mean_power_w
+    }
     for field in READINGS:
         values = [value for sample in during if (value := getattr(sample, field)) is not None]
         if values:
-            readings[field] = Range(mean=float(np.mean(values)), min=min(values), max=max(values))
+            mean = mean_w[field] if field in mean_w else float(np.mean(values))
+            readings[field] = Range(mean=mean, min=min(values), max=max(values))
     reasons = [sample.throttle for sample in during if sample.throttle is not None]
     capped = sum(not POWER_CAPS.isdisjoint(of_sample) for of_sample in reasons)
     silent = meter.why_silent(windows)
@@ -341,8 +348,8 @@ def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
         kind=device.kind,
         role=device.role,
         samples=len(during),
-        energy=meter.energy_in(windows),
-        scopes=meter.scopes_in(windows),
+        energy=energy,
+        scopes=scopes,
         readings=readings,
         default_power_limit_w=device.default_power_limit_w,
         settings=device.settings,

@@ -73,7 +73,7 @@ def monitor(
     out
         File for what was read: .json (everything, the fine power curve too) or .csv (the samples).
     """
-    from pdbench.power import monitor as room
+    from pdbench.live import monitor as room
     from pdbench.site import stop_on_signals
 
     with stop_on_signals():

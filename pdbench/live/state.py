@@ -12,7 +12,7 @@ from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
 from pdbench.live.publisher import Buckets, Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
-from pdbench.records import DeviceRecord, Flag, RequestRecord
+from pdbench.records import DeviceRecord, DeviceSample, Flag, RequestRecord
 
 WINDOW_S, MOST_REQUESTS = 10.0, 1000
 """Figures are of so many seconds, latencies of so many requests at most: more would cost the servers CPU time and add little."""
@@ -226,8 +226,9 @@ class State:
         if before is None:
             return
         first, last = before.samples[-1], device.samples[-1]
-        if first.power_w is not None and last.power_w is not None and 0 < last.t_s - first.t_s <= STALE_S:
-            joules = (last.t_s - first.t_s) * (first.power_w + last.power_w) / 2
+        first_w, last_w = _mean_w(first), _mean_w(last)
+        if first_w is not None and last_w is not None and 0 < last.t_s - first.t_s <= STALE_S:
+            joules = (last.t_s - first.t_s) * (first_w + last_w) / 2
             self.energy_j[key] = self.energy_j.get(key, 0.0) + joules
 
     def _power_w(self) -> float | None:
@@ -235,9 +236,14 @@ class State:
         by_kind: dict[str, list[float | None]] = {}
         for key, device in self.devices.items():
             if self.now_s - self._seen_s[key] <= STALE_S:
-                by_kind.setdefault(device.kind, []).append(device.samples[-1].power_w)
+                by_kind.setdefault(device.kind, []).append(_mean_w(device.samples[-1]))
         powers = by_kind.get("gpu") or [*by_kind.get("cpu", []), *by_kind.get("dram", [])]
         return sum(powers) if powers and None not in powers else None  # type: ignore[arg-type]
+
+
+def _mean_w(sample: DeviceSample) -> float | None:
+    """The device's own mean over a second, where it gives one: instants may all meet one phase of a load's steps."""
+    return sample.power_w if sample.power_average_w is None else sample.power_average_w
 
 
 def device_id(device: DeviceRecord) -> str:

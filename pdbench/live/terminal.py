@@ -12,8 +12,8 @@ from rich.spinner import Spinner
 
 from pdbench.analysis.metrics import spread, timings_of_requests
 from pdbench.live import publisher
+from pdbench.live.monitor import live_table
 from pdbench.load.generator import OnProgress, Progress
-from pdbench.power.monitor import live_table
 from pdbench.records import DeviceRecord, RequestRecord
 
 LINE_EVERY_S = 10.0

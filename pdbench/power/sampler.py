@@ -29,6 +29,7 @@ _FIRST_EDGES_S = 0.5
 _LAST_EDGE_S = 0.25
 _STAMP_ERROR_S = 0.01
 _COUNTS = {"missed_ticks", "stale_repeats"}
+_POWERS = {"power_w", "power_average_w", "module_power_w", "memory_power_w"}
 _NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
 
@@ -234,7 +235,9 @@ def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -
     for field in (name for name in DeviceSample.__struct_fields__ if name not in _NOT_STATISTICS):
         values = [value for sample in samples if (value := getattr(sample, field)) is not None]
         if values:
-            statistics[field] = {"avg": float(np.mean(values)), "min": float(min(values)), "max": float(max(values))}
+            # The mean of power is energy over time (analysis/meter.py); samples meet a load of their own period in one phase.
+            mean = None if field in _POWERS else float(np.mean(values))
+            statistics[field] = {"avg": mean, "min": float(min(values)), "max": float(max(values))}
     return msgspec.structs.replace(
         pieces[-1],
         samples=samples,

@@ -226,7 +226,6 @@ def windows(analysis: RunAnalysis) -> Table:
 def devices(analysis: RunAnalysis) -> Table:
     """Means of one run's devices over the measured windows, and their energy."""
     columns = {
-        _("power, W"): ("power_w",),
         _("use, %"): ("gpu_utilization_pct", "cpu_utilization_pct"),
         _("clock, MHz"): ("sm_clock_mhz", "cpu_clock_mhz"),
         "°C": ("temperature_c",),
@@ -235,10 +234,10 @@ def devices(analysis: RunAnalysis) -> Table:
     for name, device in analysis.summary.devices.items():
         means = {field: reading.mean for field, reading in device.readings.items()}
         found = [next((means[field] for field in fields if field in means), None) for fields in columns.values()]
-        rows.append([name, device.role or "", *found, device.energy.energy_j])
+        rows.append([name, device.role or "", device.energy.mean_power_w, *found, device.energy.energy_j])
         wider = ((scope, used) for scope, used in device.scopes.items() if scope != "gpu")
         rows += [[f"{name}, {_(s)}", "", used.mean_power_w, None, None, None, used.energy_j] for s, used in wider]
-    header = [_("device"), _("role"), *columns, _("energy, J")]
+    header = [_("device"), _("role"), _("power, W"), *columns, _("energy, J")]
     return Table(title=_("Devices over the measured windows"), header=header, rows=rows, left=(0, 1))
 
 

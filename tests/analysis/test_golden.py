@@ -100,6 +100,8 @@ def test_devices_of_recorded_run_keep_their_numbers(analyses, name):
         del energy["total_j"]
         assert_equal(device["energy"], energy, identity)
         readings = {key: value for key, value in golden.items() if isinstance(value, dict) and "mean" in value}
+        if "power_w" in readings:  # the samples' own mean was up to 0.7 % from it
+            readings["power_w"] |= {"mean": energy["mean_power_w"]}
         assert_equal(device["readings"], readings, identity)
 
 

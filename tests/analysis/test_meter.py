@@ -8,6 +8,7 @@ import pytest
 from pdbench.analysis.meter import Meter
 from pdbench.analysis.run_analysis import analyze
 from pdbench.records import DeviceRecord, DeviceSample, Interval
+from pdbench.report import tables
 from tests.analysis.test_energy import disaggregated
 from tests.support.runs import energy_over
 
@@ -117,3 +118,20 @@ def test_rapl_at_any_interval_is_measured(interval_s: float) -> None:
     meter = Meter(device)
     for window in ((0.4 * interval_s, 50.0), (33.3, 77.7)):
         assert meter.energy_in([window]).energy_j == pytest.approx(60 * (window[1] - window[0]))
+
+
+def test_mean_power_is_the_joules_over_the_time_and_not_of_the_samples() -> None:
+    """A load whose steps take as long as the sampling's: each sample meets 339 W, the counter has 396."""
+    run = disaggregated()
+    for device in run.devices:
+        device.samples = [DeviceSample(t_s=i / 10, power_w=339.0, energy_j=396 * i / 10) for i in range(201)]
+    analysis = analyze(run)
+    for device in analysis.summary.devices.values():
+        assert device.energy.mean_power_w == device.readings["power_w"].mean == pytest.approx(396)
+        assert (device.readings["power_w"].min, device.readings["power_w"].max) == (339, 339)
+    assert [row[2] for row in tables.devices(analysis).rows] == pytest.approx([396, 396])
+    for device in run.devices:
+        device.samples = [sample for sample in device.samples if not 4 < sample.t_s < 8]
+    analysis = analyze(run)
+    assert [device.readings["power_w"].mean for device in analysis.summary.devices.values()] == [None, None]
+    assert [row[2] for row in tables.devices(analysis).rows] == [None, None]

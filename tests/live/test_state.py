@@ -49,6 +49,21 @@ def test_figures_are_of_the_last_ten_seconds():
     assert ("power_w", "single gpu0") not in state.latest  # not heard of for eleven seconds
 
 
+def test_joules_are_of_the_devices_own_means_where_it_gives_them():
+    """Instants that all meet one phase of a load's steps say little."""
+    state = State(0.0)
+    state.take(Turn("single", 0, {}), 0.0)
+    for second in range(3):
+        device = gpu(float(second), 339.0)
+        device.samples[0].power_average_w = 396.0
+        state.take(Devices([device]), float(second))
+        state.take(Progress(second, 9, 3, 10 * second, []), float(second))
+    state.tick(2.0)
+    assert state.energy_j["single gpu0"] == pytest.approx(792)
+    assert state.latest["j_per_output_token", "single"] == pytest.approx(39.6)
+    assert state.latest["power_w", "single gpu0"] == 339
+
+
 def test_failed_requests_have_no_latency_and_are_counted():
     state = State(0.0)
     state.take(Turn("single", 0, {}), 0.0)

@@ -251,7 +251,7 @@ def test_merged_records_of_two_samplers_are_one_device(nvml_library: Path) -> No
     [both] = merge_records([first, second])
     assert energy_over(both, 1, 3).energy_j == pytest.approx(200, rel=0.005)
     assert energy_over(both, 11, 13).energy_j == pytest.approx(600, rel=0.005)
-    assert both.statistics["power_w"] == {"avg": pytest.approx(200, rel=0.02), "min": 100, "max": 300}
+    assert both.statistics["power_w"] == {"avg": None, "min": 100, "max": 300}
     assert energy_over(both, 3, 12).integral_j is None, "nobody measured the time between"
 
 

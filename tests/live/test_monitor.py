@@ -10,8 +10,9 @@ import pytest
 from matplotlib import image
 
 from pdbench.cli import main
-from pdbench.power.monitor import as_csv
-from pdbench.records import DeviceRecord, load_devices
+from pdbench.live.monitor import as_csv, summary_table
+from pdbench.power.sampler import merge_records
+from pdbench.records import DeviceRecord, DeviceSample, load_devices
 from pdbench.report.commands import read_devices
 from tests.support.fake_nvml import environment, sampled, wave_text
 from tests.support.runs import energy_over
@@ -35,6 +36,17 @@ def test_monitor_writes_what_plot_draws(nvml_library: Path, tmp_path: Path) -> N
     assert drawn.returncode == 0, drawn.stderr
     pixels = image.imread(tmp_path / "power.png")
     assert pixels.shape[:2] == (1000, 1500) and pixels[..., :3].std() > 0.05
+
+
+def test_mean_power_of_the_summary_is_that_of_its_joules() -> None:
+    """Where every sample meets the same phase of a load; a superchip's module has no counter."""
+    samples = [DeviceSample(t_s=i / 10, power_w=339.0, power_average_w=395.0, module_power_w=500.0) for i in range(101)]
+    ticks = [(i / 2, 198.0 * i) for i in range(21)]
+    record = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, energy_ticks=ticks)
+    table = summary_table(merge_records([record]))
+    shown = dict(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
+    assert (shown["power W"], shown["energy J"]) == ("396 (339 - 339)", "3960 in 10.0 s")
+    assert (shown["1 s mean W"], shown["module W"]) == ("- (395 - 395)", "500 (500 - 500)")
 
 
 def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> None:

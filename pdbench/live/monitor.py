@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from pdbench.analysis.meter import EnergyWindow, Meter
 from pdbench.errors import UserError
 from pdbench.files import check_writable, hold, save_somewhere, write_whole
 from pdbench.power.device import open_host
@@ -87,14 +88,22 @@ def as_csv(records: Sequence[DeviceRecord]) -> bytes:
 
 
 def summary_table(records: Sequence[DeviceRecord]) -> Table:
-    """One column per device: each field's mean and range, the counter's joules, the achieved interval."""
+    """One column per device: each field's mean and range, the joules, the achieved interval."""
     table = _columns([record.id for record in records], "mean (min - max) over the whole record")
+    meters = [Meter(record) for record in records]
+    used = [meter.energy_in(meter.whole()) for meter in meters]
+    # A mean of power is that of the joules below it, not of the samples.
+    mean_w: list[dict[str, float | None]] = [{"power_w": energy.mean_power_w} for energy in used]
+    for of_device, meter in zip(mean_w, meters, strict=True):
+        scopes = meter.scopes_in(meter.whole()).items()
+        of_device |= {f"{scope}_power_w": part.mean_power_w for scope, part in scopes if scope != "gpu"}
     for field, label in COLUMNS.items():
         statistics = [record.statistics.get(field) for record in records]
         if any(statistics):
-            cells = (f"{s['avg']:.0f} ({s['min']:.0f} - {s['max']:.0f})" if s else "-" for s in statistics)
-            table.add_row(label, *cells)
-    table.add_row("energy J", *map(_joules, records))
+            pairs = zip(mean_w, statistics, strict=True)
+            means = [of_device.get(field, s["avg"]) if s else None for of_device, s in pairs]
+            table.add_row(label, *map(_spread, means, statistics))
+    table.add_row("energy J", *map(_joules, used))
     labels = {"p50_ms": "interval p50 ms", "p99_ms": "interval p99 ms", "largest_gap_ms": "largest gap ms"}
     for name, label in labels.items():
         values = [record.sampling.get(name) for record in records]
@@ -102,14 +111,17 @@ def summary_table(records: Sequence[DeviceRecord]) -> Table:
     return table
 
 
-def _joules(record: DeviceRecord) -> str:
-    readings = record.energy_ticks or [(s.t_s, s.energy_j) for s in record.samples if s.energy_j is not None]
-    if len(readings) < 2:
+def _spread(mean: float | None, statistics: dict[str, float | None] | None) -> str:
+    if not statistics:
         return "-"
-    (start_s, start_j), *_, (end_s, end_j) = readings
-    if end_j == start_j:
-        return "stands still"
-    return f"{end_j - start_j:.0f} in {end_s - start_s:.1f} s"
+    shown = "-" if mean is None else f"{mean:.0f}"
+    return f"{shown} ({statistics['min']:.0f} - {statistics['max']:.0f})"
+
+
+def _joules(used: EnergyWindow) -> str:
+    if used.energy_j is None or not used.duration_s:
+        return "stands still" if used.counter_still_s else "-"
+    return f"{used.energy_j:.0f} in {used.duration_s:.1f} s"
 
 
 def live_table(latest: Sequence[DeviceRecord]) -> Table:
