@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pdbench import failures
-from pdbench.analysis.meter import Meter, intersection, length_s, union
+from pdbench.analysis.meter import EDGE_S, Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.stalls import server_stalled
@@ -48,7 +48,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
-    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
+    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
@@ -316,9 +316,10 @@ def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
 
 
 def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
-    """A device that was lost, counter and integral that differ by more than 3 %, a counter that jumped or stood still, short windows,
-    throttling."""
+    """A device that was lost, counter and integral that differ by more than 3 %, a counter that jumped or stood still, power that stood
+    still or was not read, short windows, throttling."""
     device, energy = meter.device, meter.energy_in(windows)
+    gaps = [] if "device" in device.not_measured else meter.power_gaps(windows)
     if device.samples and (reason := device.not_measured.get("device")):
         last_s = device.samples[-1].t_s
         yield Flag(
@@ -341,6 +342,13 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
             "power-still",
             f"{device.id}: the power stood at one value for {stood_s:.0f} s and no energy counter checks it: its meter is not refreshed, "
             "do not trust its energy",
+        )
+    if (gaps_s := length_s(gaps)) > EDGE_S and (device.kind == "gpu" or not energy.counter_still_s):
+        known = "energy is not known" if energy.energy_j is None else "energy is the counter's alone, nothing checks it"
+        yield Flag(
+            "power-gaps",
+            f"{device.id}: no power was read for {gaps_s:.1f} s of the measured windows, from {gaps[0][0]:.0f} s of the run on: peaks and the energy of "
+            f"phases there are not known; {known}",
         )
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:

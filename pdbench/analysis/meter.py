@@ -128,6 +128,10 @@ class Meter:
         edges = np.concatenate([[0], np.flatnonzero(np.diff(w)) + 1, [len(w)]])
         return float(np.max(t[edges[1:] - 1] - t[edges[:-1]]))
 
+    def power_gaps(self, windows: Sequence[Interval]) -> list[Interval]:
+        """Where in the windows no power was read; none of a device that never gave any."""
+        return intersection(windows, self._curve.missing) if len(self._curve.t) > 1 else []
+
     def why_silent(self, windows: Sequence[Interval]) -> str | None:
         """Why there is no energy though readings came: the counter, which is all there is, does not count, or the power reads 0 W."""
         energy = self.energy_in(windows)

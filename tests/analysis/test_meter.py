@@ -5,10 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pdbench.analysis.flags import device_flags
 from pdbench.analysis.meter import Meter
 from pdbench.analysis.run_analysis import analyze
 from pdbench.records import DeviceRecord, DeviceSample, Interval
-from pdbench.report import tables
+from pdbench.report import tables, text
 from tests.analysis.test_energy import disaggregated
 from tests.support.runs import energy_over
 
@@ -135,3 +136,27 @@ def test_mean_power_is_the_joules_over_the_time_and_not_of_the_samples() -> None
     analysis = analyze(run)
     assert [device.readings["power_w"].mean for device in analysis.summary.devices.values()] == [None, None]
     assert [row[2] for row in tables.devices(analysis).rows] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        (loaded(), None),
+        (loaded(power=None), None),  # it never gave any, which stands in not_measured
+        (loaded((1, 19)), None),
+        (loaded(power_until_s=60.0, ticks=False), ("19.8 s", "from 60 s", "counter's alone")),
+        (loaded((30, 45)), ("15.0 s", "from 30 s", "counter's alone")),
+        (loaded((70, 95)), ("10.0 s", "from 70 s", "energy is not known")),
+    ],
+)
+def test_power_that_was_not_read_in_a_part_of_the_window_is_flagged(
+    device: DeviceRecord, words: tuple[str, ...] | None
+) -> None:
+    details = [flag.detail for flag in device_flags(Meter(device), [BUSY]) if flag.name == "power-gaps"]
+    assert len(details) == (words is not None)
+    for detail in details:
+        assert all(word in detail for word in words or ())
+        with text.language("zh"):
+            assert "没有读到功率" in text.translate(detail) and " the " not in text.translate(detail)
+    device.not_measured["device"] = "GPU is lost"
+    assert "power-gaps" not in [flag.name for flag in device_flags(Meter(device), [BUSY])]
