@@ -22,7 +22,7 @@ from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
-from pdbench.power.idle import Cooldown, idle_before_start
+from pdbench.power.idle import Cooldown, Idle, idle_before_start
 from pdbench.power.tenants import in_use
 from pdbench.records import Clock, Flag, Run, save_run
 from pdbench.serving import deployment as deployments
@@ -153,8 +153,10 @@ def run(
                     if trial.index == pair:
                         trial.start = servers.starts
                 for device in result.devices:
-                    device.idle_power_w = servers.idle.get(device.id, {}) | device.idle_power_w
-                    servers.idle[device.id] = dict(device.idle_power_w)
+                    before = servers.idle.get(device.id, Idle({}, {}))
+                    device.idle_power_w = before.power_w | device.idle_power_w
+                    device.idle_utilization_pct = before.utilization_pct | device.idle_utilization_pct
+                    servers.idle[device.id] = Idle(dict(device.idle_power_w), dict(device.idle_utilization_pct))
                 _save(result, folders[kind], runs)
             turns_done += 1
         if 0 < turns_done < left:

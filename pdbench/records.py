@@ -141,11 +141,10 @@ class DeviceSample(msgspec.Struct, kw_only=True):
 class DeviceRecord(msgspec.Struct, kw_only=True):
     """One device over a run. `kind` is gpu, process (CPU use of a role's processes), cpu or dram (RAPL).
 
-    `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; empty where there is none.
-    `energy_ticks` holds the energy counter as (t_s, energy_j), each at the instant the counter moved.
-    `not_measured` maps a field to the reason; `sampling` reports the achieved interval (p50_ms, p99_ms, largest_gap_ms,
-    missed_ticks, stale_repeats); `statistics` maps a field to its avg (None of a power: joules over time tell it), min and max over all
-    samples, idle and warm-up included (a run's summary has means over the measured windows). `settings` of a GPU: persistence, ecc, mig (on or off), max_sm_clock_mhz.
+    `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; `energy_ticks` the energy counter as (t_s,
+    energy_j), each at the instant the counter moved. `not_measured` maps a field to the reason; `sampling` reports the achieved interval
+    (docs/power.md); `statistics` maps a field to its avg (None of a power: joules over time tell it), min and max over all samples, idle and
+    warm-up included; `idle_utilization_pct` a kind of idle power to the GPU's mean utilisation meanwhile. `settings`: of a GPU.
     """
 
     id: str
@@ -161,6 +160,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     sampling: dict[str, float | None] = {}
     statistics: dict[str, dict[str, float | None]] = {}
     idle_power_w: dict[str, float | None] = {}
+    idle_utilization_pct: dict[str, float | None] = {}
     default_power_limit_w: float | None = None
     settings: dict[str, bool | float] = {}
 

@@ -18,7 +18,7 @@ from pdbench.errors import UserError
 from pdbench.live import publisher, terminal
 from pdbench.load import plan
 from pdbench.load.input_files import span
-from pdbench.power.idle import ENGINE_READY
+from pdbench.power.idle import ENGINE_READY, Idle
 from pdbench.records import Clock, Flag, Gate, RequestRecord, Run, load_run
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, States
@@ -106,7 +106,7 @@ class Servers:
         self._unused: set[DeploymentKind] = set()
         self.stay, self.starts, self.clock = stay, -1, Clock.start()
         self.flags: list[Flag] = []
-        self.idle: dict[str, dict[str, float | None]] = {}
+        self.idle: dict[str, Idle] = {}
         self.gates: dict[DeploymentKind, Gate] = {}
         self.reference: list[RequestRecord] | None = None
         self._served: ServeConfig | None = None
@@ -150,8 +150,9 @@ class Servers:
     def close(self) -> None:
         self._running.clear()
         self.gates.clear()
-        for watts in self.idle.values():
-            watts.pop(ENGINE_READY, None)
+        for idle in self.idle.values():
+            for of_kind in idle:
+                of_kind.pop(ENGINE_READY, None)
         self._up.close()
 
 

@@ -85,6 +85,7 @@ def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
         read["fine_power"] = [power_w for _, power_w in device.fine_power]
         read["energy_ticks"] = [energy_j for _, energy_j in device.energy_ticks]
         read["idle_power_w"] = [*device.idle_power_w.values()]
+        read["idle_utilization_pct"] = [*device.idle_utilization_pct.values()]
         read["settings"] = [*device.settings.values()]
         for name, values in read.items():
             least, most, what = _LIMITS.get(name, _READING)

@@ -41,6 +41,8 @@ FRONT_STEPS, FRONT_MS, FRONT_FEWEST = 4.0, 20.0, 20
 """An engine takes what has come once per step. Measured on H100s: decode's requests waited 0.9 to 2 steps for it (p50), 8 where its API
 server was at its limit."""
 RESIDUAL_LIMIT_PCT = 3.0
+IDLE_BUSY_PCT = 5.0
+"""Idle GPUs show 0 %, those with an idle engine too (44 runs on H100 and H200); at 5 % idle power is too high by up to 5 % of a load's."""
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
 HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 """Clock event reasons that are no sign of a device held below the clock that was set."""
@@ -48,7 +50,7 @@ HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
-    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
+    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
@@ -350,6 +352,13 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
             f"{device.id}: no power was read for {gaps_s:.1f} s of the measured windows, from {gaps[0][0]:.0f} s of the run on: peaks and the energy of "
             f"phases there are not known; {known}",
         )
+    for kind, busy_pct in device.idle_utilization_pct.items():
+        if busy_pct is not None and busy_pct > IDLE_BUSY_PCT:
+            yield Flag(
+                "idle-busy",
+                f"{device.id}: the GPU was busy for {busy_pct:.0f} % of the time in which its {kind} idle power was measured: that is too high, and what "
+                "lies above idle too low; measure again while nobody computes there",
+            )
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
         needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pdbench import supervisor
 from pdbench.power.device import Reader, open_gpu
@@ -20,8 +21,15 @@ WITHIN_C = 2.0
 _SETTLE_S = 1.0
 
 
-def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str, float | None]]:
-    """Device id -> mean watts over `seconds` each, bare and with a CUDA context; None where not measured. The GPUs must be free."""
+class Idle(NamedTuple):
+    """Of each kind the mean watts, and how busy the GPU was meanwhile; None where not measured."""
+
+    power_w: dict[str, float | None]
+    utilization_pct: dict[str, float | None]
+
+
+def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, Idle]:
+    """Device id -> its idle power over `seconds` each, bare and with a CUDA context. The GPUs must be free."""
     sampler = Sampler([open_gpu(index, None) for index in gpus], 0.1)
     with sampler:
         sampler.idle(BARE, seconds)
@@ -35,7 +43,10 @@ def idle_before_start(gpus: Sequence[int], seconds: float) -> dict[str, dict[str
         finally:
             holder.close()
     unknown = dict.fromkeys((BARE, CONTEXT))
-    return {record.id: unknown | record.idle_power_w for record in merge_records(sampler.take())}
+    return {
+        record.id: Idle(unknown | record.idle_power_w, unknown | record.idle_utilization_pct)
+        for record in merge_records(sampler.take())
+    }
 
 
 class Cooldown:

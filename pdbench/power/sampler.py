@@ -29,6 +29,8 @@ _FIRST_EDGES_S = 0.5
 _LAST_EDGE_S = 0.25
 _STAMP_ERROR_S = 0.01
 _COUNTS = {"missed_ticks", "stale_repeats"}
+_LOOKS_BACK_S = 1.0
+"""A GPU's utilisation is of up to so long before it is read."""
 _POWERS = {"power_w", "power_average_w", "module_power_w", "memory_power_w"}
 _NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
@@ -247,6 +249,7 @@ def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -
         statistics=statistics,
         not_measured={field: reason for piece in pieces for field, reason in piece.not_measured.items()},
         idle_power_w={kind: power_w for piece in pieces for kind, power_w in piece.idle_power_w.items()},
+        idle_utilization_pct={kind: pct for piece in pieces for kind, pct in piece.idle_utilization_pct.items()},
     )
 
 
@@ -354,4 +357,10 @@ class _Device:
                 windows = ([power_w for t_s, power_w in curve if start_s <= t_s <= end_s] for curve in curves)
                 powers = next(filter(None, windows), None)
                 record.idle_power_w[name] = float(np.mean(powers)) if powers else None
+                busy_pct = [
+                    sample.gpu_utilization_pct
+                    for sample in self.samples
+                    if start_s + _LOOKS_BACK_S <= sample.t_s <= end_s and sample.gpu_utilization_pct is not None
+                ]
+                record.idle_utilization_pct[name] = float(np.mean(busy_pct)) if busy_pct else None
         return record

@@ -13,6 +13,7 @@ from pdbench.load.generator import ClientResult
 from pdbench.load.plan import TrialLoad
 from pdbench.load.self_check import window
 from pdbench.records import Canary, Clock, DeviceRecord, DeviceSample, Flag, Gate, RequestRecord, Run, Trial
+from pdbench.report import text
 from tests.support.runs import build_run
 from tests.support.servers import ScriptedServer, stream, tokens
 
@@ -50,6 +51,19 @@ def test_window_under_30_s_is_flagged_as_short_for_energy() -> None:
 
 def test_counter_and_integral_that_disagree_are_flagged() -> None:
     assert names(a_run(40, counter_w=110.0)) == ["energy-residual"]
+
+
+@pytest.mark.parametrize(("busy_pct", "flagged"), [(None, False), (0.0, False), (4.0, False), (30.0, True)])
+def test_idle_power_of_a_gpu_at_work_is_flagged(busy_pct: float | None, flagged: bool) -> None:
+    run = a_run(40)
+    run.devices[0].idle_power_w = {"bare": 71.0, "engine_ready": 240.0}
+    run.devices[0].idle_utilization_pct = {"bare": 0.0, "engine_ready": busy_pct}
+    details = [flag.detail for flag in analyze(run).flags if flag.name == "idle-busy"]
+    assert len(details) == flagged
+    for detail in details:
+        assert "busy for 30 % of the time in which its engine_ready idle power" in detail
+        with text.language("zh"):
+            assert "请在无人使用该 GPU 时重新测量" in text.translate(detail) and "busy" not in text.translate(detail)
 
 
 def test_device_without_a_meter_has_no_energy_flag() -> None:

@@ -98,7 +98,7 @@ def test_links_are_those_of_nvidia_smi() -> None:
 
 
 def test_idle_power_has_both_kinds() -> None:
-    idle = idle_before_start([0], 2.0)["gpu0"]
+    idle = idle_before_start([0], 2.0)["gpu0"].power_w
     print(idle)
     assert idle["bare"] and idle["context"]
     assert 20 < idle["bare"] < idle["context"] + 5 < 300

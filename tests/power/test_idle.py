@@ -49,7 +49,15 @@ def test_cooldown_leaves_out_a_gpu_without_thermometer() -> None:
 
 def test_idle_power_without_cuda_is_bare_alone(nvml_library: Path) -> None:
     code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 0.3))"
-    assert child(nvml_library, code) == "{'gpu0': {'bare': 100.0, 'context': None}}\n"
+    expected = (
+        "{'gpu0': Idle(power_w={'bare': 100.0, 'context': None}, utilization_pct={'bare': None, 'context': None})}"
+    )
+    assert child(nvml_library, code).strip() == expected  # too short to say how busy the GPU was
+
+
+def test_idle_power_says_how_busy_the_gpu_was(nvml_library: Path) -> None:
+    code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 1.5)['gpu0'].utilization_pct['bare'])"
+    assert child(nvml_library, code) == "14.0\n"
 
 
 def test_idle_power_with_cuda_has_both_kinds(nvml_library: Path, tmp_path: Path) -> None:
@@ -60,6 +68,6 @@ def test_idle_power_with_cuda_has_both_kinds(nvml_library: Path, tmp_path: Path)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", nvml_library / "libcuda.so.1", source], check=True)
     try:
         code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 0.3))"
-        assert child(nvml_library, code) == "{'gpu0': {'bare': 100.0, 'context': 100.0}}\n"
+        assert "power_w={'bare': 100.0, 'context': 100.0}" in child(nvml_library, code)
     finally:
         (nvml_library / "libcuda.so.1").unlink()
