@@ -113,6 +113,14 @@ class ServerSeries(msgspec.Struct, kw_only=True):
     lines: list[LogLine] = []
 
 
+class PrefixCacheCounts(msgspec.Struct, frozen=True):
+    """What one instance counted during a load, its warm-up left out: prompt tokens, and those that its prefix cache had."""
+
+    role: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
 class EngineFacts(msgspec.Struct, kw_only=True):
     """An engine's limits as vLLM resolved them: from its log and /metrics; None where neither says."""
 

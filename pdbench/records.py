@@ -12,7 +12,7 @@ import msgspec
 
 from pdbench import files, validation
 from pdbench.errors import NOT_JSON, UserError
-from pdbench.events import EngineFacts, Event, ServerSeries
+from pdbench.events import EngineFacts, Event, PrefixCacheCounts, ServerSeries
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)
@@ -163,14 +163,6 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     idle_utilization_pct: dict[str, float | None] = {}
     default_power_limit_w: float | None = None
     settings: dict[str, bool | float] = {}
-
-
-class PrefixCacheCounts(msgspec.Struct, frozen=True):
-    """What one instance counted during a load, its warm-up left out: prompt tokens, and those that its prefix cache had."""
-
-    role: str
-    prompt_tokens: int
-    cached_tokens: int
 
 
 class Trial(msgspec.Struct, kw_only=True):

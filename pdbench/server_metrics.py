@@ -13,9 +13,9 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from pdbench.events import EngineFacts, ServerSeries
+from pdbench.events import EngineFacts, PrefixCacheCounts, ServerSeries
 from pdbench.http import ServerUrl, get, split_url
-from pdbench.records import Clock, PrefixCacheCounts
+from pdbench.records import Clock
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, at_once
 
 TIMEOUT_S = 3.0

@@ -8,10 +8,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pdbench.config import LoadConfig
-from pdbench.events import EngineFacts, ServerSeries
+from pdbench.events import EngineFacts, PrefixCacheCounts, ServerSeries
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, PrefixCacheCounts
+from pdbench.records import Clock
 from pdbench.server_metrics import ServerMetrics, figures, join_series, parse_facts, scrape, total
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from tests.support.processes import wait_until

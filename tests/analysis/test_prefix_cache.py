@@ -4,7 +4,8 @@ import pytest
 
 from pdbench.analysis.compare import compare
 from pdbench.analysis.run_analysis import RunAnalysis, analyze
-from pdbench.records import PrefixCacheCounts, Run
+from pdbench.events import PrefixCacheCounts
+from pdbench.records import Run
 from pdbench.report import tables, text
 from tests.support.runs import build_run
 

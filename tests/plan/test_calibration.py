@@ -8,12 +8,12 @@ import pytest
 
 from pdbench.cli import app
 from pdbench.errors import UserError
-from pdbench.events import EngineFacts, PromptEvent, ProxyEvent
+from pdbench.events import EngineFacts, PrefixCacheCounts, PromptEvent, ProxyEvent
 from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
 from pdbench.plan.steps import Stream, parts_of, visits_of
-from pdbench.records import Clock, DeviceRecord, PrefixCacheCounts, RequestError, RequestRecord, Run, Trial
+from pdbench.records import Clock, DeviceRecord, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
 
 INGRESS = 0.006
