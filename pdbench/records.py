@@ -19,6 +19,8 @@ READABLE = ("pdbench/1", SCHEMA)
 Interval = tuple[float, float]
 SAME_BOOT_S = 1.0
 """The wall clock drifts against the monotonic one by less than this while a host is up."""
+COARSE_SHARE = 0.05
+"""Chunks of an answer are its tokens if there are at most this share more tokens than instants (a marker, an end token)."""
 
 
 class Clock(msgspec.Struct, frozen=True):
@@ -29,7 +31,6 @@ class Clock(msgspec.Struct, frozen=True):
 
     @classmethod
     def start(cls) -> "Clock":
-        """A clock whose zero is now."""
         return cls(monotonic_s=time.monotonic(), unix_s=time.time())
 
     def resumed(self) -> "Clock":
@@ -38,7 +39,6 @@ class Clock(msgspec.Struct, frozen=True):
         return self if abs(zero_s - self.monotonic_s) < SAME_BOOT_S else Clock(zero_s, self.unix_s)
 
     def now(self) -> float:
-        """Seconds since the run's zero."""
         return time.monotonic() - self.monotonic_s
 
     def of_monotonic(self, monotonic_s: float) -> float:
@@ -110,6 +110,14 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     token_choice: list[int] = []
     notes: list[str] = []
     canary: Canary | None = None
+
+    @property
+    def coarse(self) -> bool:
+        """Were more tokens sent than there are instants, so that gaps between these are none between tokens?"""
+        if self.output_tokens is None:
+            return self.counted_by in ("chunks", "mixed")
+        sent = self.output_tokens - self.unsent_tokens
+        return self.counted_by is not None and sent - len(self.token_s) > max(1, COARSE_SHARE * sent)
 
 
 class DeviceSample(msgspec.Struct, kw_only=True):

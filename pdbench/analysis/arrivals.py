@@ -1,7 +1,7 @@
 """When tokens arrived, as arrays: first and last ones, gaps, and how many tokens an instant stands for.
 
-Where a server gives no token ids, an instant is a chunk's and usage says how many tokens the answer has: it weighs the instants
-and divides the time from first to last, but it makes no gaps between tokens.
+Where there are more tokens than instants (a server without token ids, or one that holds tokens back), an instant is a chunk's and usage
+says how many tokens the answer has: it weighs the instants and divides the time from first to last, but it makes no gaps between tokens.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,6 @@ from pdbench.records import RequestRecord
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-COARSE_SHARE = 0.05
-"""Chunks of an answer are its tokens if there are at most this share more tokens than chunks (a marker, an end token)."""
 COARSE_REQUESTS = 0.01
 """Above this share of answers in larger chunks, no gap of a run is one between tokens."""
 
@@ -83,7 +81,7 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_tbt_ms = np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
-        coarse = ok & chunks & ~(output_tokens - counts <= np.maximum(1, COARSE_SHARE * output_tokens))
+    coarse = ok & np.array([record.coarse for record in records], dtype=bool)
     # A few answers in larger chunks are left out; where there are more, the run has none.
     coarse |= coarse.sum() > COARSE_REQUESTS * ok.sum()
     return Arrivals(

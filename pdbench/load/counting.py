@@ -14,7 +14,7 @@ from pdbench.load.chunks import Part, Usage, count
 from pdbench.records import RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
-LONGER, OTHER_PROMPT = "answers-too-long", "prompt-tokens-differ"
+LONGER, OTHER_PROMPT, HELD_BACK = "answers-too-long", "prompt-tokens-differ", "tokens-held-back"
 _MOST_PROMPT_TOKENS = 10_000_000
 _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
@@ -193,6 +193,8 @@ class Counter:
             self._note(REFUSED)
         elif self._reasoning_chunks and total == instants:
             record.reasoning_tokens = self._reasoning_chunks
+        if record.error is None and record.coarse and not self.by_chunks:
+            self._note(HELD_BACK)
 
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
@@ -275,11 +277,15 @@ class Counter:
 
     def _output_tokens(self, instants: int, usage: int | None, texts: list[str], asked: Asked) -> int | None:
         """The answer's tokens; None where nobody knows."""
+        sent = (usage or 0) - min(self._reasoning, usage or 0)
+        too_many = ((usage or 0) > (asked.tokens or 0) or self._recounted) and sent > max(
+            instants, _size(texts)
+        ) + _UNSEEN_TOKENS
         if self.record.counted_by in ("token_ids", "logprobs"):
             # A parser on the server may hold back tokens that it counts: only then are there more than came.
             if usage is None or usage == instants:
                 return instants
-            if usage > instants and (self.tools or self._reasoning_chunks):
+            if usage > instants and (self.tools or self._reasoning_chunks or self._reasoning) and not too_many:
                 return usage
             self._note(CONTRADICTS)
             return instants
@@ -290,10 +296,6 @@ class Counter:
                 self._note(UNKNOWN)
                 return None
             return instants
-        sent = usage - min(self._reasoning, usage)
-        too_many = (usage > (asked.tokens or 0) or self._recounted) and sent > max(
-            instants, _size(texts)
-        ) + _UNSEEN_TOKENS
         if too_many or instants - usage > max(1, instants // 50):
             self._note(CONTRADICTS)
             return None

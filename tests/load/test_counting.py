@@ -1,0 +1,105 @@
+"""Scripted streams whose chunks are not one token each: how many tokens they are said to have, and which figures follow.
+
+Token i of an answer is due GAP_S * i after the first one; a chunk comes when its last token is due.
+"""
+
+import json
+
+import pytest
+
+from pdbench.analysis.metrics import Timings, timings_of_requests
+from pdbench.load.response import Response
+from pdbench.records import RequestRecord
+from tests.support.servers import SSE_HEAD, chunk, event, token, usage
+from tests.support.streams import delta
+
+GAP_S = 0.01
+Piece = tuple[int, dict]
+"""The tokens that its chunk has, and the chunk."""
+
+
+def record_of(pieces: list[Piece], *ends: dict, number: int = 0, **body: object) -> RequestRecord:
+    """The record of an answer of these chunks; usage and the like end it."""
+    record = RequestRecord(id=f"r{number}", planned_s=0.0, sent_s=0.0)
+    response = Response(record, json.dumps({"max_tokens": 500} | body).encode())
+    at_s = 1.0
+    response.feed(SSE_HEAD, at_s)
+    for tokens, piece in pieces:
+        at_s += tokens * GAP_S
+        response.feed(chunk(event(piece)), at_s)
+    response.feed(b"".join(chunk(event(end)) for end in (*ends, b"[DONE]")) + chunk(b""), at_s)
+    assert record.error is None, record.error
+    return record
+
+
+def timings(*records: RequestRecord) -> Timings:
+    return timings_of_requests(list(records), {})
+
+
+def ids(count: int, name: str = "content") -> list[Piece]:
+    """Tokens of a chat, each with its id."""
+    return [(1, delta(choice={"token_ids": [index]}, **{name: "word "})) for index in range(count)]
+
+
+CALL = [{"index": 0, "id": "c", "function": {"name": "get_weather", "arguments": json.dumps({"city": "Oslo" * 60})}}]
+HELD_CALL = (60, delta(tool_calls=CALL, choice={"token_ids": [7]}))
+HELD_THOUGHT = (60, delta(reasoning="so it is " * 20, choice={"token_ids": [7]}))
+FINISH = delta("stop", choice={"token_ids": []})
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[*ids(50), HELD_CALL], [HELD_CALL, *ids(50)], [HELD_THOUGHT, *ids(50)], [*ids(25), HELD_CALL, *ids(25)]],
+    ids=["text, call", "call, text", "reasoning, text", "call between"],
+)
+def test_tokens_that_a_parser_held_back_make_no_gap_between_tokens(pieces):
+    record = record_of(pieces, FINISH, usage(5, 110))
+    assert (record.counted_by, len(record.token_s), record.output_tokens) == ("token_ids", 51, 110)
+    assert record.notes == ["tokens-held-back"]
+    figures = timings(record)
+    assert not len(figures.tbt_ms) and len(figures.inter_chunk_ms) == 50
+
+
+def test_a_few_held_calls_leave_the_other_answers_their_gaps():
+    plain = [record_of(ids(10), FINISH, usage(5, 10), number=number) for number in range(200)]
+    figures = timings(*plain, record_of([*ids(50), HELD_CALL], FINISH, usage(5, 110), number=200))
+    assert len(figures.tbt_ms) == 200 * 9 and figures.tbt_ms.max() == pytest.approx(10)
+
+
+def test_a_marker_that_has_no_id_changes_nothing():
+    thought = [(1, delta(reasoning="so ", choice={"token_ids": [1]}))]
+    record = record_of([*thought, *ids(30)], FINISH, usage(5, 32))
+    assert record.notes == [] and record.output_tokens == 32
+    assert len(timings(record).tbt_ms) == 30
+
+
+def test_tokens_of_one_chunk_that_has_their_ids_still_share_its_instant():
+    pieces = [(1, token("a ", [1])), (4, token("b c d e ", [2, 3, 4, 5])), (1, token("f ", [6]))]
+    record = record_of(pieces, token("", [], "stop"), usage(5, 6))
+    assert record.notes == [] and timings(record).tbt_ms == pytest.approx([40, 0, 0, 0, 10])
+
+
+def test_logprobs_and_usage_on_chunks_are_held_back_alike():
+    by_logprobs = [(1, delta(content="a ", choice={"logprobs": {"content": [{"token": "a"}]}}))] * 5
+    call = (60, delta(tool_calls=CALL, choice={"logprobs": {"content": [{"token": "{"}]}}))
+    by_usage = [(1, token("a ", None, usage={"prompt_tokens": 5, "completion_tokens": i + 1})) for i in range(5)]
+    for way, pieces in {"logprobs": [*by_logprobs, call], "usage": by_usage}.items():
+        record = record_of(pieces, delta("stop"), usage(5, 65))
+        assert (record.counted_by, record.output_tokens, record.notes) == (way, 65, ["tokens-held-back"])
+        assert not len(timings(record).tbt_ms)
+
+
+def test_usage_beyond_what_a_tool_call_can_hold_is_not_believed():
+    call = [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]
+    pieces = [*ids(50), (1, delta(tool_calls=call, choice={"token_ids": [7]}))]
+    record = record_of(pieces, FINISH, usage(5, 480), max_tokens=100)
+    assert record.output_tokens == 51 and record.notes == ["usage-contradicts"]
+
+
+def test_reasoning_that_was_counted_and_not_sent_is_counted_with_ids_too():
+    reasoning = {"completion_tokens_details": {"reasoning_tokens": 400}}
+    ends = FINISH, {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 410, **reasoning}}
+    record = record_of(ids(10), *ends)
+    assert (record.output_tokens, record.unsent_tokens, record.notes) == (410, 400, [])
+    figures = timings(record)
+    assert len(figures.tbt_ms) == 9 and figures.requests.mean_tbt_ms == pytest.approx([10])
