@@ -72,12 +72,13 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     output_tokens = np.where(np.isnan(reported) & ~(chunks & answered), counts, reported)
     # From the first instant to the last there are all tokens but those that came at the first, or were never sent.
     span_s = np.bincount(request[head], token_s[tail] - token_s[head], minlength=len(records))
+    sent = np.where(counted, output_tokens - column(records, "unsent_tokens"), counts)
     heads = column(records, "first_tokens")
     for row in (row for row, record in enumerate(records) if record.token_choice):
         sequences = np.flatnonzero(request[head] == row)
-        heads[row] = sum(np.count_nonzero(token_s[head[i] : tail[i] + 1] == token_s[head[i]]) for i in sequences)
-    later = np.where(counted, output_tokens - column(records, "unsent_tokens"), counts)
-    later = later - heads
+        instants = sum(np.count_nonzero(token_s[head[i] : tail[i] + 1] == token_s[head[i]]) for i in sequences)
+        heads[row] = instants * (sent[row] / counts[row] if records[row].coarse else 1)
+    later = sent - heads
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_tbt_ms = np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)

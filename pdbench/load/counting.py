@@ -76,6 +76,7 @@ class Counter:
         self.by_token_ids = self.by_chunks = self.by_logprobs = self.by_usage = self.by_messages = self.tools = False
         self.usage: int | None = None
         self._finished: set[int] = set()
+        self._first_text: str | None = None  # of the chunk with the first token; None: the answer's first text
         self._choices: list[tuple[int, int]] = []  # (place in token_s, choice) of those that are not choice 0's
         self._seen: set[int] = set()
         self._steps: list[tuple[int, bool, float]] | None = []  # the chunks counted by usage; None: it does not count
@@ -114,6 +115,8 @@ class Counter:
             self.by_token_ids |= tokens > 0
         else:
             self.by_logprobs = True
+        if tokens and not self.record.token_s:
+            self._first_text = part.text
         if tokens:
             self._add(tokens, part.choice, at_s, reasoning=part.reasoning, filled=part.filled)
         return tokens
@@ -161,6 +164,7 @@ class Counter:
             prompt = msgspec.json.decode(asked.prompt)
             if isinstance(prompt, str) and texts[0].strip() == prompt.strip():
                 del record.token_s[0]
+                texts, self._first_text = texts[1:], None
         instants = len(record.token_s)
         ways = {
             "token_ids": self.by_token_ids, "logprobs": self.by_logprobs, "usage": self.by_usage, "chunks": self.by_chunks,
@@ -193,8 +197,10 @@ class Counter:
             self._note(REFUSED)
         elif self._reasoning_chunks and total == instants:
             record.reasoning_tokens = self._reasoning_chunks
-        if record.error is None and record.coarse and not self.by_chunks:
-            self._note(HELD_BACK)
+        if record.error is None and record.coarse:
+            record.first_tokens = self._first_tokens(instants, texts)
+            if not self.by_chunks:
+                self._note(HELD_BACK)
 
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
@@ -300,6 +306,13 @@ class Counter:
             self._note(CONTRADICTS)
             return None
         return usage
+
+    def _first_tokens(self, instants: int, texts: list[str]) -> int:
+        """The tokens of the first chunk where chunks hold several: by its share of the text, as every later instant has one at least."""
+        known, sent = self.record.first_tokens, (self.record.output_tokens or 0) - self.record.unsent_tokens
+        first, size = texts[:1] if self._first_text is None else [self._first_text], _size(texts)
+        share = _size(first) / size if size else 1 / instants
+        return max(known, min(round(share * sent), sent - (instants - known)))
 
     def _note(self, note: str) -> None:
         if note not in self.record.notes:

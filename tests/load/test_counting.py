@@ -103,3 +103,55 @@ def test_reasoning_that_was_counted_and_not_sent_is_counted_with_ids_too():
     assert (record.output_tokens, record.unsent_tokens, record.notes) == (410, 400, [])
     figures = timings(record)
     assert len(figures.tbt_ms) == 9 and figures.requests.mean_tbt_ms == pytest.approx([10])
+
+
+def chunked(sizes: list[int], word: str = "word ") -> list[Piece]:
+    """Chunks of so many tokens each, a word per token, without ids."""
+    return [(size, token(word * size, None)) for size in sizes]
+
+
+def mean_tbt_ms(pieces: list[Piece], tokens: int, **body: object) -> float:
+    return float(timings(record_of(pieces, token("", None, "stop"), usage(5, tokens), **body)).requests.mean_tbt_ms[0])
+
+
+@pytest.mark.parametrize(
+    "sizes", [[4, 4, 4], [4, 4], [8] * 20, [1, 4, 4, 4], [30, 1, 1, 1], [1, 1, 1, 30], [2, 5, 3, 7, 1]], ids=str
+)
+def test_mean_tbt_leaves_out_the_tokens_of_the_first_chunk(sizes):
+    assert mean_tbt_ms(chunked(sizes), sum(sizes)) == pytest.approx(10)
+
+
+def test_mean_tbt_is_about_right_where_tokens_are_not_equally_long():
+    texts = ["One instance reads the", " prompt, another", " writes the answer,", " token by token"]
+    pieces = [(4, token(text, None)) for text in texts]
+    assert mean_tbt_ms(pieces, 16) == pytest.approx(10, rel=0.2)
+
+
+def test_mean_tbt_of_chunks_that_are_tokens_is_as_before():
+    for sent, counted, later in ((10, 10, 9), (10, 11, 10), (40, 42, 41), (10, 9, 8)):
+        pieces = [(1, token("a longer first word " if not index else "w ", None)) for index in range(sent)]
+        assert mean_tbt_ms(pieces, counted) == pytest.approx(10 * (sent - 1) / later)
+
+
+def test_chunks_without_text_have_equal_shares():
+    audio = [(4, delta(audio={"id": "a", "data": "AAAA"})) for _ in range(5)]
+    assert mean_tbt_ms(audio, 20) == pytest.approx(10)
+
+
+def test_mean_tbt_of_choices_in_larger_chunks():
+    pieces = []
+    for _ in range(5):
+        for choice in (0, 1):
+            piece = token("word " * 4, None)
+            piece["choices"][0]["index"] = choice
+            pieces.append((4 if choice == 0 else 0, piece))
+    ends = [{"choices": [{"index": index, "text": "", "finish_reason": "stop"}]} for index in (0, 1)]
+    record = record_of(pieces, *ends, usage(5, 40), n=2)
+    assert timings(record).requests.mean_tbt_ms == pytest.approx([10])
+
+
+def test_mean_tbt_of_a_held_back_start_leaves_its_tokens_out():
+    record = record_of([HELD_THOUGHT, *ids(50)], FINISH, usage(5, 110))
+    assert timings(record).requests.mean_tbt_ms == pytest.approx([10], rel=0.25)
+    record = record_of([*ids(50), HELD_CALL], FINISH, usage(5, 110))
+    assert timings(record).requests.mean_tbt_ms == pytest.approx([10], rel=0.05)

@@ -101,9 +101,9 @@ case("index as a string", [sse(text("a ", index="0")), sse(text("b ", index="0")
 
 GROUP = "several tokens per chunk"
 case("four tokens per chunk, usage last", [*(sse(text("a b c d ")) for _ in range(5)), sse(text("", "length"),
-     usage(20)) + DONE], Truth(tokens=20, last=4))
+     usage(20)) + DONE], Truth(tokens=20, last=4, in_first=4))
 case("four per chunk, usage in the finish chunk", [*(sse(text("a b c d ")) for _ in range(5)), sse(text("", "stop",
-     usage={"prompt_tokens": 5, "completion_tokens": 20})) + DONE], Truth(tokens=20, last=4))
+     usage={"prompt_tokens": 5, "completion_tokens": 20})) + DONE], Truth(tokens=20, last=4, in_first=4))
 case("four per chunk, token ids", [*(sse(text("a b c d ", token_ids=[1, 2, 3, 4])) for _ in range(5)), sse(text("",
      "length", token_ids=[]), usage(20)) + DONE], Truth(tokens=20, last=4, in_first=4))
 case("four per chunk, nothing says how many", [*(sse(text("a b c d ")) for _ in range(5)), sse(text("",
