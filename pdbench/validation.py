@@ -252,7 +252,7 @@ def _drop_impossible(request: "RequestRecord") -> list[str]:
     for name in _COUNTS:
         count = getattr(request, name)
         if count is not None and not 0 <= count <= MOST_TOKENS:
-            setattr(request, name, 0 if name in ("unsent_tokens", "shared_prompt_tokens") else None)
+            setattr(request, name, 0 if name == "shared_prompt_tokens" else None)
             dropped.append(name)
     for name, span in request.phases.items():
         if span is not None and not EARLIEST_DEVICE_S <= span[0] <= span[1] <= LATEST_S:

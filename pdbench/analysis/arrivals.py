@@ -23,7 +23,7 @@ COARSE_REQUESTS = 0.01
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """One entry per request: `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
-    `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `output_tokens`, `weight` (tokens per instant); NaN is unknown.
+    `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant); NaN is unknown.
 
     One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
     `coarse_gap` (between chunks of several tokens).
@@ -36,6 +36,7 @@ class Arrivals:
     answer_s: Array
     mean_tbt_ms: Array
     output_tokens: Array
+    sent_tokens: Array
     weight: Array
     token_s: Array
     request: IntArray
@@ -93,6 +94,7 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         answer_s=answer_s,
         mean_tbt_ms=mean_tbt_ms,
         output_tokens=output_tokens,
+        sent_tokens=sent,
         weight=weight,
         token_s=token_s,
         request=request,

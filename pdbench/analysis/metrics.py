@@ -280,7 +280,7 @@ def timings_of(run: Run) -> Timings:
     }
     slo = {name: limit for name in SLO if (limit := (run.config.get("load") or {}).get(name)) is not None}
     # NaN is above no limit: a request of one token has no TBT to miss. Where tokens could not be counted, nobody knows.
-    uncounted = slo.get("slo_tbt_ms") is not None and bool(np.isnan(arrivals.output_tokens[ok]).any())
+    uncounted = slo.get("slo_tbt_ms") is not None and bool(np.isnan(arrivals.sent_tokens[ok]).any())
     uncounted |= bool({"slo_tbt_p90_ms", "slo_tbt_p99_ms"} & slo.keys()) and bool(arrivals.coarse_gap.any())
     ratios = {name: reached[name] / limit for name, limit in slo.items()}
     missed = np.any([ratio > 1 for ratio in ratios.values()], axis=0) if ratios else np.zeros(len(records), dtype=bool)

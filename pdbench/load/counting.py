@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from pdbench.load.chunks import Part, Usage, count
-from pdbench.records import RequestRecord
+from pdbench.records import COARSE_SHARE, RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
 LONGER, OTHER_PROMPT, HELD_BACK = "answers-too-long", "prompt-tokens-differ", "tokens-held-back"
+REASONING = "reasoning-unknown"
 _MOST_PROMPT_TOKENS = 10_000_000
 _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
@@ -22,7 +23,8 @@ _UNSEEN_TOKENS = 16
 """Markers and special tokens that a server may count beside the text that it sends."""
 _OTHER_SHARE = 0.02
 """By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
-_TOKEN_BYTES = 16
+_TOKEN_BYTES, _MEAN_TOKEN_BYTES = 16, 8
+"""Few tokens are longer than the one, no text's are on average longer than the other."""
 _TWO_WORDS = re.compile(r"\w\s+\w")
 
 
@@ -190,9 +192,9 @@ class Counter:
         total = record.output_tokens
         if self._reasoning and total is not None and self._reasoning <= total:
             record.reasoning_tokens = self._reasoning
-            # Reasoning that was counted but not sent took its time before the first token.
-            if not self._reasoning_chunks and instants <= total - self._reasoning:
-                record.unsent_tokens = self._reasoning
+            record.unsent_tokens = self._unsent_tokens(instants, total, texts)
+            if record.unsent_tokens is None:
+                self._note(REASONING)
         elif self._reasoning:
             self._note(REFUSED)
         elif self._reasoning_chunks and total == instants:
@@ -307,9 +309,24 @@ class Counter:
             return None
         return usage
 
+    def _unsent_tokens(self, instants: int, total: int, texts: list[str]) -> int | None:
+        """Of `total` tokens, the reasoning that was counted but not sent: its time was before the first token. None where nothing
+        tells: chunks of several tokens are as few as tokens without the reasoning."""
+        rest, size = total - self._reasoning, _size(texts)
+        if instants > rest and total - instants <= max(1, COARSE_SHARE * total):
+            return 0
+        if size < total:  # a token has a byte at least: none came, or a summary
+            return None if self._reasoning_chunks else self._reasoning
+        words = len("".join(texts).split())
+        if self._reasoning_chunks or max(instants, words) > rest or size > _TOKEN_BYTES * rest:
+            return 0
+        if rest - instants <= max(1, COARSE_SHARE * rest) and size <= _MEAN_TOKEN_BYTES * rest:  # a chunk is a token
+            return self._reasoning
+        return None if self._reasoning > max(1, COARSE_SHARE * total) else 0
+
     def _first_tokens(self, instants: int, texts: list[str]) -> int:
         """The tokens of the first chunk where chunks hold several: by its share of the text, as every later instant has one at least."""
-        known, sent = self.record.first_tokens, (self.record.output_tokens or 0) - self.record.unsent_tokens
+        known, sent = self.record.first_tokens, (self.record.output_tokens or 0) - (self.record.unsent_tokens or 0)
         first, size = texts[:1] if self._first_text is None else [self._first_text], _size(texts)
         share = _size(first) / size if size else 1 / instants
         return max(known, min(round(share * sent), sent - (instants - known)))

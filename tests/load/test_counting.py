@@ -21,7 +21,7 @@ Piece = tuple[int, dict]
 def record_of(pieces: list[Piece], *ends: dict, number: int = 0, **body: object) -> RequestRecord:
     """The record of an answer of these chunks; usage and the like end it."""
     record = RequestRecord(id=f"r{number}", planned_s=0.0, sent_s=0.0)
-    response = Response(record, json.dumps({"max_tokens": 500} | body).encode())
+    response = Response(record, json.dumps({"max_tokens": 2000} | body).encode())
     at_s = 1.0
     response.feed(SSE_HEAD, at_s)
     for tokens, piece in pieces:
@@ -155,3 +155,54 @@ def test_mean_tbt_of_a_held_back_start_leaves_its_tokens_out():
     assert timings(record).requests.mean_tbt_ms == pytest.approx([10], rel=0.25)
     record = record_of([*ids(50), HELD_CALL], FINISH, usage(5, 110))
     assert timings(record).requests.mean_tbt_ms == pytest.approx([10], rel=0.05)
+
+
+def with_reasoning(pieces: list[Piece], tokens: int, reasoning: int) -> RequestRecord:
+    details = {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+    counts = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens, **details}}
+    return record_of(pieces, token("", None, "stop"), counts)
+
+
+@pytest.mark.parametrize("word", ["word ", "a ", "x\n"], ids=["words", "letters", "lines"])
+@pytest.mark.parametrize(
+    ("sizes", "reasoning"),
+    [([4] * 10, 20), ([2] * 20, 20), ([4] * 10, 36), ([3] * 50, 60), ([8] * 5, 39), ([1] * 40, 20)],
+)
+def test_reasoning_sent_as_content_is_not_taken_for_unsent(sizes, reasoning, word):
+    """Chunks of several tokens are fewer than the tokens without the reasoning, as if that had not come."""
+    record = with_reasoning(chunked(sizes, word), sum(sizes), reasoning)
+    assert record.unsent_tokens == 0 and record.notes == []
+    assert timings(record).requests.mean_tbt_ms == pytest.approx([10])
+
+
+@pytest.mark.parametrize(
+    ("word", "visible", "reasoning"),
+    [("word ", 50, 1000), ("word ", 50, 20), ("一句", 50, 20), ("x", 3, 97), ("word ", 1, 50)],
+)
+def test_reasoning_that_was_not_sent_divides_nothing(word, visible, reasoning):
+    record = with_reasoning(chunked([1] * visible, word), visible + reasoning, reasoning)
+    assert record.unsent_tokens == reasoning and record.notes == []
+    means_ms = timings(record).requests.mean_tbt_ms
+    assert means_ms == pytest.approx([10] if visible > 1 else [float("nan")], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "word", "reasoning"),
+    [([4] * 10, "一句", 20), ([2] * 20, "一句", 20), ([4] * 10, "wo", 20), ([4] * 10, "some", 8)],
+    ids=["Chinese", "Chinese, as many chunks as visible tokens", "no spaces", "a little reasoning"],
+)
+def test_mean_tbt_is_unknown_where_nothing_tells_whether_reasoning_was_sent(sizes, word, reasoning):
+    """Either all tokens in chunks, or fewer in smaller ones: there are too few chunks to tell, and too little text."""
+    record = with_reasoning(chunked(sizes, word), sum(sizes), reasoning)
+    assert record.unsent_tokens is None and record.notes == ["reasoning-unknown"]
+    assert record.output_tokens == sum(sizes) and record.coarse
+    figures = timings_of_requests([record], {"slo_tbt_ms": 50.0})
+    assert figures.requests.mean_tbt_ms == pytest.approx([float("nan")], nan_ok=True)
+    assert figures.in_slo is None, "nobody knows whether it met the limit"
+
+
+def test_a_summary_of_reasoning_leaves_mean_tbt_unknown():
+    """The servers of some models send a summary as reasoning, and count all that was thought."""
+    pieces = [(1, delta(reasoning="so ")), *((1, delta(content="word ")) for _ in range(20))]
+    record = with_reasoning(pieces, 1020, 1000)
+    assert record.unsent_tokens is None and record.notes == ["reasoning-unknown"]
