@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pdbench.load.chunks import Part, Usage, count
+from pdbench.load.chunks import Part, Usage, count, failed
 from pdbench.records import COARSE_SHARE, RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
@@ -79,6 +79,8 @@ class Counter:
         self.usage: int | None = None
         self._finished: set[int] = set()
         self._first_text: str | None = None  # of the chunk with the first token; None: the answer's first text
+        self._finals: dict[int, tuple[str, list[int]] | None] = {}  # each choice's; None: all its chunks have a reason
+        self._repeats: list[tuple[Part, Usage | None, float]] = []
         self._choices: list[tuple[int, int]] = []  # (place in token_s, choice) of those that are not choice 0's
         self._seen: set[int] = set()
         self._steps: list[tuple[int, bool, float]] | None = []  # the chunks counted by usage; None: it does not count
@@ -101,6 +103,31 @@ class Counter:
         self._finished.add(choice)
         first = {0} if len(self.record.token_s) > len(self._choices) else set()
         return self._finished >= self._seen | first
+
+    def is_repeat(self, part: Part, usage: Usage | None, at_s: float, texts: list[str]) -> bool:
+        """Is this the final chunk once more? It is kept: what comes after it, or `settle`, may say that it was another token."""
+        final, known = (part.text, part.token_ids), self._finals.get(part.choice)
+        if known is not None and part.filled and known != final:  # the server gives every chunk a finish reason
+            self._take_repeats(texts)
+            self._finals[part.choice] = known = None
+        if part.finish is None or failed(part.finish):
+            return False
+        if known != final:
+            self._finals.setdefault(part.choice, final if self.record.token_s else None)
+        elif part.filled or part.tokens:
+            self._repeats.append((part, usage, at_s))
+        return known == final
+
+    def _take_repeats(self, texts: list[str], most: int | None = None) -> None:
+        """Count what was kept as repeats, up to `most` tokens; not of several choices, as now it would come out of order."""
+        repeats, self._repeats = self._repeats, []
+        for part, usage, at_s in repeats:
+            if self._choices or (most is not None and len(self.record.token_s) >= most):
+                break
+            texts.append(part.text)
+            if self.record.canary:
+                self.record.canary.token_ids += part.token_ids
+            self.take_part(part, usage, at_s)
 
     def take_part(self, part: Part, usage: Usage | None, at_s: float) -> int:
         """Count a choice's part, which came at `at_s`; its tokens, as far as they are known."""
@@ -162,6 +189,10 @@ class Counter:
         """Decide what the answer's counts are; once, at its end."""
         record = self.record
         self.settled = True
+        # A final chunk comes twice at most, unless usage counts otherwise; one more in chunks of several tokens says nothing.
+        repeated = sum(part.tokens or 1 for part, _, _ in self._repeats)
+        if len(self._repeats) > 1 or (self.usage is not None and self.usage - len(record.token_s) == repeated):
+            self._take_repeats(texts, self.usage)
         if asked.echo is True and record.token_s and texts and self.by_chunks and not self.by_token_ids:
             prompt = msgspec.json.decode(asked.prompt)
             if isinstance(prompt, str) and texts[0].strip() == prompt.strip():

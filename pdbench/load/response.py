@@ -70,7 +70,6 @@ class Response:
         self._finished = self.done = self._streaming = False
         self._aborted: str | None = None
         self._location = ""
-        self._finals: dict[int, tuple[str, list[int]] | None] = {}
         self._now_s = record.sent_s or 0.0
         self._token_ids = record.canary.token_ids if record.canary else None
 
@@ -280,14 +279,10 @@ class Response:
 
     def _take_part(self, part: Part, event: Event) -> None:
         counter, record = self._counter, self.record
-        if part.finish is not None:
-            final = (part.text, part.token_ids)
-            if self._finals.get(part.choice) == final and not chunks.failed(part.finish):
-                return  # the final chunk once more
-            # Not where every chunk has a finish reason: the same text may come again.
-            self._finals.setdefault(part.choice, final if self._chunks else None)
-            if part.text and part.tokens is None and len(self._texts) > 1 and part.text == "".join(self._texts):
-                part.message = True
+        if counter.is_repeat(part, event.usage, self._now_s, self._texts):
+            return
+        if part.finish and part.text and part.tokens is None and len(self._texts) > 1:
+            part.message = part.message or part.text == "".join(self._texts)
         if part.message and self._texts:
             part = counting.message_rest(part, self._texts, by_messages=counter.by_messages)
         elif part.message:

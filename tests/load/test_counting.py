@@ -206,3 +206,66 @@ def test_a_summary_of_reasoning_leaves_mean_tbt_unknown():
     pieces = [(1, delta(reasoning="so ")), *((1, delta(content="word ")) for _ in range(20))]
     record = with_reasoning(pieces, 1020, 1000)
     assert record.unsent_tokens is None and record.notes == ["reasoning-unknown"]
+
+
+def finals(*texts: str, ids: bool = False, **more: object) -> list[Piece]:
+    """Chunks of a server that gives all after the first a finish reason."""
+    return [
+        (1, token(text, [7] if ids else None, "stop" if index else None, **more)) for index, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    "texts",
+    [[" a", *[" the"] * 9], [" a", " the", " the", " cat", " the", " the", " the"], [" a", " the", " b", " the"]],
+)
+def test_equal_chunks_with_a_finish_reason_are_tokens(texts, counted, ids):
+    record = record_of(finals(*texts, ids=ids), *[usage(5, len(texts))] * counted)
+    assert record.text == "".join(texts) and len(record.token_s) == record.output_tokens == len(texts)
+    figures = timings(record)
+    assert figures.tbt_ms == pytest.approx([10] * (len(texts) - 1))
+    assert figures.requests.mean_tbt_ms == pytest.approx([10])
+
+
+def test_equal_chunks_of_several_tokens_with_a_finish_reason_are_chunks():
+    pieces = [(4, token("a b c d ", None, "stop" if index else None)) for index in range(10)]
+    record = record_of(pieces, usage(5, 40))
+    assert len(record.token_s) == 10 and timings(record).requests.mean_tbt_ms == pytest.approx([10])
+
+
+def test_usage_on_every_chunk_tells_repeats_from_tokens():
+    pieces = [
+        (1, token(" the", None, "stop" if index else None, usage={"prompt_tokens": 5, "completion_tokens": index + 1}))
+        for index in range(5)
+    ]
+    record = record_of(pieces)
+    assert record.counted_by == "usage" and len(record.token_s) == 5 and record.text == " the" * 5
+    record = record_of([*pieces, (0, pieces[-1][1])])
+    assert len(record.token_s) == 5 and record.text == " the" * 5
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_final_chunk_that_is_sent_twice_is_one(counted, ids):
+    last = [7] if ids else None
+    pieces = [(1, token("a ", last)), (1, token("b ", last)), *[(1, token("c ", last, "stop"))] * 2]
+    record = record_of(pieces, *[usage(5, 3)] * counted)
+    assert record.text == "a b c " and len(record.token_s) == record.output_tokens == 3
+
+
+def test_one_more_equal_chunk_is_a_token_where_usage_counts_it():
+    record = record_of([(1, token("a ", None)), *[(1, token("so ", None, "stop"))] * 2], usage(5, 3))
+    assert record.text == "a so so " and len(record.token_s) == 3
+
+
+def test_each_choice_may_send_its_final_chunk_twice():
+    def piece(choice: int, finish: str | None = None) -> Piece:
+        made = token("x ", None, finish)
+        made["choices"][0]["index"] = choice
+        return 1, made
+
+    pieces = [piece(0), piece(1), *[piece(0, "stop")] * 2, *[piece(1, "stop")] * 2]
+    record = record_of(pieces, usage(5, 4), n=2)
+    assert record.token_choice == [0, 1, 0, 1] and record.output_tokens == 4
