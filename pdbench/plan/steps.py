@@ -118,6 +118,7 @@ def usable(run: Run, trial: int) -> list[RequestRecord]:
         and request.sent_s is not None
         and request.prompt_tokens
         and request.counted_by == "token_ids"
+        and not request.coarse
         and not request.token_choice
         and request.token_s
     ]

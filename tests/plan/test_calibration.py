@@ -98,6 +98,11 @@ def test_run_of_a_smaller_token_budget_is_predicted_with_it() -> None:
 def test_run_without_token_instants_calibrates_nothing() -> None:
     with pytest.raises(UserError, match="token by token"):
         calibrate({Path("a"): recorded_run(counted_by="chunks")})
+    held_back = recorded_run()
+    for request in held_back.requests:
+        request.output_tokens = 2 * len(request.token_s)
+    with pytest.raises(UserError, match="token by token"):
+        calibrate({Path("a"): held_back})
 
 
 def test_runs_of_two_models_are_refused() -> None:
