@@ -208,7 +208,7 @@ def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array
 
 def _around_holes(t: Array, steps: Array, curve: "_Curve", hole_s: float) -> tuple[Array, Array, BoolArray]:
     """The readings of a counter and its steps, and which of these are unknown within: longer than `hole_s`, and the curve does not
-    shape them, but for a moment. Where it tells the joules at the ends of a step, these are cut off as steps of their own."""
+    shape them whole. Where it tells the joules at the ends of a step, these are cut off as steps of their own."""
     unknown = np.zeros(len(steps), dtype=bool)
     for i in np.flatnonzero((np.diff(t) > hole_s) & np.isfinite(steps))[::-1]:
         low, high = float(t[i]), float(t[i + 1])
@@ -216,8 +216,6 @@ def _around_holes(t: Array, steps: Array, curve: "_Curve", hole_s: float) -> tup
             continue
         missing = intersection([(low, high)], curve.missing) or [(low, high)]
         begin, end = missing[0][0], missing[-1][1]
-        if end - begin <= EDGE_S:
-            continue
         ends_j = np.array([curve.energy_j(low, begin) or 0.0, curve.energy_j(end, high) or 0.0])
         ends_j *= min(1.0, steps[i] / max(ends_j.sum(), 1e-9))
         t = np.insert(t, i + 1, [begin, end])

@@ -190,7 +190,10 @@ def test_answer_of_fewer_tokens_than_it_must_have_is_short(asked, came, fewest, 
     """Chunks may hold several tokens: of them only what ends before a limit that must be reached is known to be short."""
     record = RequestRecord(id="r", planned_s=0.0, sent_s=0.0)
     payloads = [token("a", [1] if by_ids else None) for _ in range(came)]
-    body = b"".join(map(event, [*payloads, token("", [] if by_ids else None, "stop")])) + event(b"[DONE]")
+    payloads += [
+        {"choices": [{"index": choice, "text": "", "finish_reason": "stop"}]} for choice in range(asked.get("n", 1))
+    ]
+    body = b"".join(map(event, payloads)) + event(b"[DONE]")
     Response(record, json.dumps(asked).encode()).feed(SSE_HEAD + chunk(body) + chunk(b""), 1.0)
     is_known = fewest is not None and (by_ids or (fewest == 8 and "n" not in asked))
     assert (record.error is not None) == is_known
