@@ -3,7 +3,7 @@
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
-# fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 17; needs nixl), first-token (about 8) or dense (about 10); default: all but the last two.
+# fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and mooncake), first-token (about 8) or dense (about 10); default: all but the last two.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -105,8 +105,8 @@ kv_tests() { # both halves at once: they take a fifth of each GPU's memory and m
 }
 
 rivals() {
-    step rivals 1300 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors p2p-nccl,nixl,nixl-push --model "$model" \
-        --requests 2000 --limit-s 1200 "--vllm-args=--load-format dummy $alone"
+    step rivals 1700 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors p2p-nccl,mooncake,nixl,nixl-push \
+        --model "$model" --requests 2000 --limit-s 1600 "--vllm-args=--load-format dummy $alone"
 }
 
 first_token() { # first_token [LANE]

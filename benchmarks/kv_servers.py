@@ -26,7 +26,7 @@ from tests.support.processes import free_port
 
 NIXL = {"nixl": "NixlConnector", "nixl-push": "NixlPushConnector"}
 """vLLM's own: decode reads KV, or prefill writes it."""
-CONNECTORS = ("p2p-nccl", "tcp", *NIXL, "builtin-p2p-nccl")
+CONNECTORS = ("p2p-nccl", "tcp", *NIXL, "mooncake", "builtin-p2p-nccl")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Pair:
             process.wait()
 
     async def ask(self, prompt: list[int], output_tokens: int, timeout_s: float = 120.0) -> Timed:
-        """One streamed request through prefill and decode; PdKvConnector takes both at once, the others one after the other."""
+        """One streamed request through prefill and decode; PdKvConnector and Mooncake take both at once, the others one after the other."""
         name = secrets.token_hex(12)
         begun_s = time.monotonic()
         try:
@@ -114,7 +114,11 @@ class Pair:
             return await streamed(self.urls[1], prompt, output_tokens, answer["kv_transfer_params"], name, begun_s)
         host, port = self.kv[0].rsplit(":", 1)
         prefill = asyncio.create_task(plain(self.urls[0], prompt, {"transfer_id": name, "do_remote_decode": True}))
-        there = {"transfer_id": name, "do_remote_prefill": True, "remote_host": host, "remote_port": int(port)}
+        there: dict[str, object] = {"transfer_id": name, "do_remote_prefill": True}
+        if self.connector == "mooncake":
+            there |= {"remote_engine_id": self.kv[0], "remote_bootstrap_addr": f"http://{self.kv[0]}"}
+        else:
+            there |= {"remote_host": host, "remote_port": int(port)}
         try:
             return await streamed(self.urls[1], prompt, output_tokens, there, name, begun_s)
         finally:
@@ -127,7 +131,8 @@ class Pair:
 
 def available(connector: str) -> bool:
     """Can this Python import what the connector needs?"""
-    return connector not in NIXL or importlib.util.find_spec("nixl") is not None
+    library = "nixl" if connector in NIXL else connector
+    return library not in ("nixl", "mooncake") or importlib.util.find_spec(library) is not None
 
 
 def start(
@@ -167,6 +172,12 @@ def start(
             [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         )
         environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_ports[index]), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+        if connector == "mooncake":
+            environment |= {
+                "MC_TCP_BIND_ADDRESS": "127.0.0.1",
+                "MC_FORCE_TCP" if cpu else "MC_INTRANODE_NVLINK": "true",
+            }
+            environment["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(kv_ports[0])
         if connector == "builtin-p2p-nccl":
             environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
         if tensor_parallel > 1:
@@ -202,6 +213,9 @@ def _transfer(connector: str, role: str, kv_port: int, port: int, folder: Path, 
     if connector in NIXL:
         return {"kv_connector": NIXL[connector], "kv_role": "kv_both"}
     side: dict[str, object] = {"kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_port": kv_port}
+    if connector == "mooncake":
+        engine = {"engine_id": f"127.0.0.1:{kv_port}"} if role == "prefill" else {}
+        return {"kv_connector": "MooncakeConnector", "kv_role": side["kv_role"], **engine}
     if connector == "builtin-p2p-nccl":
         size = 8e9 if role == "decode" else 1e1
         extra = {"http_port": str(port), "send_type": "PUT_ASYNC"}

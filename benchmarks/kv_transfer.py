@@ -1,7 +1,8 @@
 """How fast KV moves, and what it costs decode: pdbench's connector beside vLLM's own, in one table and one JSON file.
 
-On a host with two GPUs (starts and stops its servers; NIXL's columns, by reading and by writing, come when nixl can be imported):
-    python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl,nixl,nixl-push --limit-s 1200
+On a host with two GPUs (starts and stops its servers; the columns of NIXL, by reading and by writing, and of Mooncake come when their libraries can be
+imported; Mooncake moves KV over NVLink as CUDA's copies between processes):
+    python benchmarks/kv_transfer.py --out kv-transfer --connectors p2p-nccl,nixl,nixl-push,mooncake --limit-s 1200
 With tensor parallelism on both sides (four GPUs), beside a single instance as wide:
     python benchmarks/kv_transfer.py --out kv-transfer-tp2 --connectors p2p-nccl --tensor-parallel 2 --requests 500
 With the vLLM that still has P2pNcclConnector (0.10.2 - 0.23), into the same table:
@@ -86,6 +87,17 @@ def transfers(pair: Pair, requests: list[Timed], ranks: int) -> list[tuple[list[
     return [(send, receive) for send, receive in both if len(send) == len(receive) == ranks]
 
 
+def own_counters(pair: Pair) -> tuple[float, float]:
+    """Bytes moved and seconds taken by the counters that vLLM's NIXL and Mooncake connectors keep, on whichever side does the work."""
+    pages = [metrics(url) for url in pair.urls]
+    names = [
+        ("nixl_bytes_transferred", "mooncake_bytes_transferred"),
+        ("nixl_xfer_time_seconds", "mooncake_xfer_time_seconds"),
+    ]
+    moved, seconds = (sum(page.get(f"vllm:{name}_sum", 0.0) for page in pages for name in each) for each in names)
+    return moved, seconds
+
+
 class Measurement:
     """All stages for one connector; `results` is what they measured, by name."""
 
@@ -133,7 +145,7 @@ class Measurement:
     async def handoff(self) -> None:
         """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs. All ranks together move a
         request's bytes in the time of the slowest, and it is handed over when the last of them has said so."""
-        before = await asyncio.to_thread(metrics, self.pair.urls[1])
+        before = await asyncio.to_thread(own_counters, self.pair)
         for tokens in (512, 2048, self.options.long):
             requests = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
             await asyncio.sleep(0.5)
@@ -164,13 +176,10 @@ class Measurement:
                 "transfers": len(both),
                 "failed": sum(timed.error is not None for timed in requests),
             }
-        after = await asyncio.to_thread(metrics, self.pair.urls[1])
-        moved, seconds = (
-            after.get(name, 0.0) - before.get(name, 0.0)
-            for name in ("vllm:nixl_bytes_transferred_sum", "vllm:nixl_xfer_time_seconds_sum")
-        )
+        after = await asyncio.to_thread(own_counters, self.pair)
+        moved, seconds = (b - a for a, b in zip(before, after, strict=True))
         if seconds > 0:
-            self.results["nixl's own rate"] = {"gb_per_s": moved / seconds / 1e9}
+            self.results["own rate"] = {"gb_per_s": moved / seconds / 1e9}
 
     async def ttft(self) -> None:
         """One at a time, through the proxy and by the decode server alone in turn."""
@@ -362,7 +371,7 @@ def judged(
         ("TBT p50 with / without transfers", cost, 0.95, 1.05),
         (f"requests per second, {at_once}", get(many, "requests_per_s"), None, None),
         (f"CPU ms of both servers per request, {at_once}", get(many, "servers_cpu_ms_per_request"), None, None),
-        ("GB/s by NIXL's own counters, all lengths", get("nixl's own rate", "gb_per_s"), None, None),
+        ("GB/s by vLLM's own counters, all lengths", get("own rate", "gb_per_s"), None, None),
     ]
 
 

@@ -34,11 +34,20 @@ NAMES: dict[str, tuple[str, ...]] = {
     "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
     "queued": ("vllm:request_queue_time_seconds_count", "sglang:queue_time_seconds_count"),
     "queued_s": ("vllm:request_queue_time_seconds_sum", "sglang:queue_time_seconds_sum"),
-    "kv_transfers": ("vllm:pdbench_kv_transfers_total", "vllm:nixl_xfer_time_seconds_count"),
-    "kv_bytes": ("vllm:pdbench_kv_bytes_total", "vllm:nixl_bytes_transferred_sum"),
+    "kv_transfers": (
+        "vllm:pdbench_kv_transfers_total",
+        "vllm:nixl_xfer_time_seconds_count",
+        "vllm:mooncake_xfer_time_seconds_count",
+    ),
+    "kv_bytes": (
+        "vllm:pdbench_kv_bytes_total",
+        "vllm:nixl_bytes_transferred_sum",
+        "vllm:mooncake_bytes_transferred_sum",
+    ),
     "kv_failures": (
         "vllm:pdbench_kv_failures_total",
         "vllm:nixl_num_failed_transfers_total",
+        "vllm:mooncake_num_failed_recvs_total",
         "sglang:num_transfer_failed_reqs_total",
     ),
 }

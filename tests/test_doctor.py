@@ -7,7 +7,7 @@ import pytest
 
 from pdbench import doctor, nvml
 from pdbench.cluster.placement import Node
-from pdbench.config import ServeConfig
+from pdbench.config import Connector, ServeConfig
 from pdbench.doctor import NodeFacts
 from pdbench.errors import UserError
 from pdbench.serving import machine
@@ -40,12 +40,17 @@ def test_one_gpu_is_enough_for_what_shares_it(monkeypatch: pytest.MonkeyPatch) -
     assert any(finding.text.startswith("connector tcp") for finding in findings)
 
 
-def test_missing_nixl_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, config = machine.Machine("0.32.0", (), nixl=False), ServeConfig(connector="nixl")
+@pytest.mark.parametrize(
+    ("connector", "package"), [("nixl", "nixl"), ("mooncake", "mooncake-transfer-engine-cuda13")], ids=str
+)
+def test_missing_kv_library_is_found_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, connector: Connector, package: str
+) -> None:
+    here, config = machine.Machine("0.32.0", (), lacks=frozenset({connector})), ServeConfig(connector=connector)
     monkeypatch.setattr(machine, "installed_version", lambda name: "0.32.0")
     wrong = [finding.text for finding in doctor.examine(config, here) if finding.state == doctor.WRONG]
-    assert any("pip install nixl, or use --connector auto" in text for text in wrong)
-    with pytest.raises(UserError, match="connector nixl needs the package nixl"):
+    assert any(f"pip install {package}, or use --connector auto" in text for text in wrong)
+    with pytest.raises(UserError, match=f"connector {connector} needs the package {package}"):
         Site(here).deployment("disaggregated", config)
 
 

@@ -224,7 +224,7 @@ class RequestHandler:
         body = prefill_body(request, protocol, handoff, wants_token=self.wants_first_token)
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv
-        if protocol.is_pdbench and not prefill_first:
+        if protocol.at_once and not prefill_first:
             sent = self._send_to_decode(request, decode, protocol.decode_params(handoff, b""))
             await asyncio.wait((self.prefill.finished, sent.started), return_when=asyncio.FIRST_COMPLETED)
             if not self.prefill.finished.done():

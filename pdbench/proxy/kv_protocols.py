@@ -44,10 +44,11 @@ class KvProtocol(NamedTuple):
     """How requests look with one connector; the first two give the kv_transfer_params, None for none.
 
     `decode_params` also gets prefill's answer, which is empty where decode is sent its request before. `addresses_in_id`: the request
-    id names both instances. `decode_can_prefill`: decode computes the prompt of a request without handoff.
+    id names both instances. `decode_can_prefill`: decode computes the prompt of a request without handoff. `at_once`: decode may be
+    sent its request before prefill has answered.
 
-    `is_pdbench`: decode may be sent its request before prefill has answered, accepts a prompt whose last token, which prefill sampled,
-    has no KV, takes no KV of another prompt than its own, and lets prefill fetch what it has of a prompt.
+    `is_pdbench`: decode accepts a prompt whose last token, which prefill sampled, has no KV, takes no KV of another prompt than its own,
+    and lets prefill fetch what it has of a prompt.
     """
 
     prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
@@ -55,6 +56,7 @@ class KvProtocol(NamedTuple):
     has_prefill: bool = True
     addresses_in_id: bool = False
     decode_can_prefill: bool = True
+    at_once: bool = False
     is_pdbench: bool = False
 
 
@@ -115,8 +117,22 @@ def _nixl_decode(handoff: Handoff, prefill_answer: bytes) -> bytes | None:
     return None if params == b"null" else params
 
 
+def _mooncake_prefill(handoff: Handoff) -> bytes:
+    return msgspec.json.encode(
+        {"transfer_id": handoff.transfer_id, "do_remote_decode": True, "do_remote_prefill": False}
+    )
+
+
+def _mooncake_decode(handoff: Handoff, prefill_answer: bytes) -> bytes:
+    """Prefill's engine id is its KV address, under which its bootstrap server listens: what starts it has to name it so."""
+    source = {"remote_engine_id": handoff.prefill.kv, "remote_bootstrap_addr": f"http://{handoff.prefill.kv}"}
+    return msgspec.json.encode(
+        {"transfer_id": handoff.transfer_id, "do_remote_decode": False, "do_remote_prefill": True, **source}
+    )
+
+
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
-_PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, is_pdbench=True)
+_PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, at_once=True, is_pdbench=True)
 PROTOCOLS = {
     "p2p-nccl": _PDBENCH,
     "tcp": _PDBENCH,
@@ -124,5 +140,7 @@ PROTOCOLS = {
     # prompts stay. Every decode request waits for KV: one whose prefill never happened hangs the engine for good.
     "builtin-p2p-nccl": KvProtocol(addresses_in_id=True, decode_can_prefill=False),
     "nixl": KvProtocol(lambda handoff: _NIXL_PREFILL, _nixl_decode),
+    # vLLM's MooncakeConnector: decode asks prefill, which writes into decode's memory, as soon as it knows the request.
+    "mooncake": KvProtocol(_mooncake_prefill, _mooncake_decode, at_once=True),
     "none": KvProtocol(has_prefill=False),
 }

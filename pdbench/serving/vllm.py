@@ -17,6 +17,8 @@ from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec, shared_gpus
 
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-V2-Lite"
+PACKAGES = {"nixl": "nixl", "mooncake": "mooncake-transfer-engine-cuda13"}
+"""Which packages bring the libraries of vLLM's own connectors; for CUDA 12 it is mooncake-transfer-engine, on CPU ...-non-cuda."""
 BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
 ALL_ADDRESSES = ("0.0.0.0", "::")
@@ -99,11 +101,12 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"--return-kv needs connector p2p-nccl or tcp and one GPU per instance, not {connector} and {widths[0]} and {widths[1]}: "
             "leave it out"
         )
-    if connector == "nixl" and not machine.nixl:
+    if connector in machine.lacks:
         raise UserError(
-            "connector nixl needs the package nixl, which this environment lacks: pip install nixl, or use --connector auto"
+            f"connector {connector} needs the package {PACKAGES[connector]}, which this environment lacks: pip install {PACKAGES[connector]}, "
+            "or use --connector auto"
         )
-    if connector in ("p2p-nccl", "builtin-p2p-nccl") and not machine.on_gpu:
+    if connector in ("p2p-nccl", "builtin-p2p-nccl", "mooncake") and not machine.on_gpu:
         raise UserError(
             f"connector {connector} moves KV between GPUs and this machine serves on CPU: use --connector tcp"
         )
@@ -243,7 +246,10 @@ def _kv_transfer(
             transfer["kv_buffer_device"] = "cpu"
         environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": config.kv_ip, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.kv_port)}
         return transfer, environment
-    side = {"kv_role": "kv_producer" if spec.role == "prefill" else "kv_consumer", "kv_port": spec.kv_port}
+    side: dict[str, Any] = {
+        "kv_role": "kv_producer" if spec.role == "prefill" else "kv_consumer",
+        "kv_port": spec.kv_port,
+    }
     if connector == "builtin-p2p-nccl":
         environment = {"VLLM_HOST_IP": config.kv_ip}
         if (machine.vllm or (0,)) >= REQUEST_ID_RANDOMIZED_SINCE:
@@ -252,6 +258,15 @@ def _kv_transfer(
         transfer = {"kv_connector": "P2pNcclConnector", "kv_buffer_size": 8e9 if spec.role == "decode" else 1e1}
         extra = {"http_port": str(spec.port), "send_type": "PUT_ASYNC"}
         return transfer | side | {"kv_connector_extra_config": extra}, environment
+    if connector == "mooncake":
+        # Decode is told prefill's engine and bootstrap server by prefill's KV address (proxy/kv_protocols.py).
+        environment = {"VLLM_HOST_IP": config.kv_ip, "MC_TCP_BIND_ADDRESS": config.kv_ip}
+        if config.kv_ip == ServeConfig.kv_ip:  # on one host; elsewhere RDMA, or TCP without an adapter for it
+            environment["MC_INTRANODE_NVLINK"] = "true"
+        if spec.role == "prefill" and spec.kv_port is not None:
+            environment["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(spec.kv_port)
+            side["engine_id"] = netloc(config.kv_ip, spec.kv_port)
+        return side | {"kv_connector": "MooncakeConnector"}, environment
     extra = {
         "transport": "nccl" if connector == "p2p-nccl" else "tcp",
         "kv_ip": config.kv_ip,  # vLLM's own field for it is gone since 0.32

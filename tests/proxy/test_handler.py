@@ -340,6 +340,17 @@ def test_nixl_protocol_hands_prefills_parameters_to_decode(pair, tmp_path: Path)
         assert handed == {"remote_engine_id": "e", "remote_block_ids": [1, 2], "received": request}
 
 
+def test_mooncake_protocol_names_prefill_to_decode(pair, tmp_path: Path):
+    with proxy(tmp_path, "--connector", "mooncake", prefill=[pair[0]], decode=[pair[1]]) as server:
+        answer = server.complete(stream=True)
+        request, handed = (instance.received(answer.request_id)[1]["kv_transfer_params"] for instance in pair)
+        address = handed.pop("remote_engine_id")
+        assert handed.pop("remote_bootstrap_addr") == f"http://{address}" and address.startswith("127.0.0.1:")
+        assert request == {"transfer_id": handed["transfer_id"], "do_remote_decode": True, "do_remote_prefill": False}
+        assert handed == {"transfer_id": request["transfer_id"], "do_remote_decode": False, "do_remote_prefill": True}
+        assert server.event(answer.request_id)["first_token_s"] is None, "decode computes the first token"
+
+
 def test_openai_client_works_unchanged(server):
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:

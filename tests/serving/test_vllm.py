@@ -59,7 +59,13 @@ def test_vllm_outside_the_connectors_range_is_refused_before_anything_starts(
 
 @pytest.mark.parametrize(
     ("version", "gpus", "connector"),
-    [("0.26.0", 2, "builtin-p2p-nccl"), ("0.23.0", 2, "p2p-nccl"), ("0.24.0", 2, "auto"), ("0.32.0", 0, "p2p-nccl")],
+    [
+        ("0.26.0", 2, "builtin-p2p-nccl"),
+        ("0.23.0", 2, "p2p-nccl"),
+        ("0.24.0", 2, "auto"),
+        ("0.32.0", 0, "p2p-nccl"),
+        ("0.33.0", 0, "mooncake"),
+    ],
 )
 def test_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpus: int, connector: str) -> None:
     with pytest.raises(UserError, match=r"--connector|install"):
@@ -276,6 +282,20 @@ def test_proxy_finds_instances_at_ipv6_addresses() -> None:
     address = parse_address(option(proxy, "--prefill"), 1)
     assert address == ("fd00::2", config.prefill_port, "fd00::3", config.kv_port)
     assert (prefill.url, proxy.url) == ("http://[fd00::2]:8100", "http://[fd00::2]:8000")
+
+
+def test_mooncake_is_found_by_prefills_kv_address() -> None:
+    config = ServeConfig(connector="mooncake", kv_port=23000)
+    prefill, decode, proxy = commands("disaggregated", config, machine("0.33.0", 2))
+    transfers = [json.loads(option(server, "--kv-transfer-config") or "") for server in (prefill, decode)]
+    assert [transfer["kv_connector"] for transfer in transfers] == ["MooncakeConnector"] * 2
+    assert [transfer["kv_role"] for transfer in transfers] == ["kv_producer", "kv_consumer"]
+    assert transfers[0]["engine_id"] == "127.0.0.1:23000" and "engine_id" not in transfers[1]
+    assert prefill.environment["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == "23000"
+    assert all(server.environment["MC_INTRANODE_NVLINK"] == "true" for server in (prefill, decode))
+    assert parse_address(option(proxy, "--prefill"), 1).kv == "127.0.0.1:23000"
+    across = commands("disaggregated", ServeConfig(connector="mooncake", kv_ip="10.0.0.2"), machine("0.33.0", 2))
+    assert not any("MC_INTRANODE_NVLINK" in server.environment for server in across)
 
 
 def test_kv_returns_to_prefill_on_request() -> None:
