@@ -151,7 +151,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
 
     `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; `energy_ticks` the energy counter as (t_s,
     energy_j), each at the instant the counter moved. `not_measured` maps a field to the reason; `sampling` reports the achieved interval
-    (docs/power.md); `statistics` maps a field to its avg (None of a power: joules over time tell it), min and max over all samples, idle and
+    (docs/power.md); `statistics` maps a field to its avg (of a power: energy over time), min and max over all samples, idle and
     warm-up included; `idle_utilization_pct` a kind of idle power to the GPU's mean utilisation meanwhile. `settings`: of a GPU.
     """
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from pdbench import correctness, failures
 from pdbench import events as event_logs
+from pdbench.analysis.meter import with_mean_power
 from pdbench.canaries import Canaries, References
 from pdbench.config import Options
 from pdbench.errors import UserError
@@ -122,7 +123,7 @@ def measure(
                 servers.check()
     finally:
         devices = measurement.devices()
-        run.devices = merge_records(run.devices + devices)
+        run.devices = [with_mean_power(device) for device in merge_records(run.devices + devices)]
         run.config["clocks_held"] = [asdict(lock) for lock in locks]
         run.host |= measurement.host_facts()
         flagged = {flag.name for flag in run.flags}

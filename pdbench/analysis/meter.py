@@ -178,6 +178,20 @@ class Meter:
         return float(self._total[i] + self._steps[i] * share)
 
 
+def with_mean_power(device: DeviceRecord) -> DeviceRecord:
+    """The device with the mean of its powers over the whole record in `statistics`: energy over time, as in every window. Samples of a load
+    whose period is a multiple of theirs all meet one phase of it."""
+    meter = Meter(device)
+    whole = meter.whole()
+    means = {f"{scope}_power_w": part.mean_power_w for scope, part in meter.scopes_in(whole).items()}
+    means["power_w"] = meter.energy_in(whole).mean_power_w
+    statistics = {
+        field: {**figures, "avg": means.get(field)} if field.endswith("power_w") else figures
+        for field, figures in device.statistics.items()
+    }
+    return msgspec.structs.replace(device, statistics=statistics)
+
+
 def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array, list[Interval]]:
     """The steps of a counter that are not to be believed, the instants at which it jumped, and the stretches in which it stood still."""
     moves = np.flatnonzero(steps)

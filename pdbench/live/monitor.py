@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from pdbench.analysis.meter import EnergyWindow, Meter
+from pdbench.analysis.meter import EnergyWindow, Meter, with_mean_power
 from pdbench.errors import UserError
 from pdbench.files import check_writable, hold, save_somewhere, write_whole
 from pdbench.power.device import open_host
@@ -57,7 +57,7 @@ def monitor(
             while time.monotonic() < end:
                 live.update(live_table(sampler.latest()))
                 time.sleep(max(0.0, min(0.25, end - time.monotonic())))
-        records = merge_records(sampler.take(), clock.of_monotonic)
+        records = [with_mean_power(record) for record in merge_records(sampler.take(), clock.of_monotonic)]
         console.print(summary_table(records))
         for record in records:
             for field, reason in record.not_measured.items():
@@ -90,20 +90,12 @@ def as_csv(records: Sequence[DeviceRecord]) -> bytes:
 def summary_table(records: Sequence[DeviceRecord]) -> Table:
     """One column per device: each field's mean and range, the joules, the achieved interval."""
     table = _columns([record.id for record in records], "mean (min - max) over the whole record")
-    meters = [Meter(record) for record in records]
-    used = [meter.energy_in(meter.whole()) for meter in meters]
-    # A mean of power is that of the joules below it, not of the samples.
-    mean_w: list[dict[str, float | None]] = [{"power_w": energy.mean_power_w} for energy in used]
-    for of_device, meter in zip(mean_w, meters, strict=True):
-        scopes = meter.scopes_in(meter.whole()).items()
-        of_device |= {f"{scope}_power_w": part.mean_power_w for scope, part in scopes if scope != "gpu"}
     for field, label in COLUMNS.items():
         statistics = [record.statistics.get(field) for record in records]
         if any(statistics):
-            pairs = zip(mean_w, statistics, strict=True)
-            means = [of_device.get(field, s["avg"]) if s else None for of_device, s in pairs]
-            table.add_row(label, *map(_spread, means, statistics))
-    table.add_row("energy J", *map(_joules, used))
+            table.add_row(label, *map(_spread, statistics))
+    meters = [Meter(record) for record in records]
+    table.add_row("energy J", *(_joules(meter.energy_in(meter.whole())) for meter in meters))
     labels = {"p50_ms": "interval p50 ms", "p99_ms": "interval p99 ms", "largest_gap_ms": "largest gap ms"}
     for name, label in labels.items():
         values = [record.sampling.get(name) for record in records]
@@ -111,10 +103,10 @@ def summary_table(records: Sequence[DeviceRecord]) -> Table:
     return table
 
 
-def _spread(mean: float | None, statistics: dict[str, float | None] | None) -> str:
+def _spread(statistics: dict[str, float | None] | None) -> str:
     if not statistics:
         return "-"
-    shown = "-" if mean is None else f"{mean:.0f}"
+    shown = "-" if statistics["avg"] is None else f"{statistics['avg']:.0f}"
     return f"{shown} ({statistics['min']:.0f} - {statistics['max']:.0f})"
 
 

@@ -237,7 +237,7 @@ def _merged(pieces: list[DeviceRecord], move: Callable[[float], float] | None) -
     for field in (name for name in DeviceSample.__struct_fields__ if name not in _NOT_STATISTICS):
         values = [value for sample in samples if (value := getattr(sample, field)) is not None]
         if values:
-            # The mean of power is energy over time (analysis/meter.py); samples meet a load of their own period in one phase.
+            # The mean of power is energy over time, which analysis/meter.py fills in.
             mean = None if field in _POWERS else float(np.mean(values))
             statistics[field] = {"avg": mean, "min": float(min(values)), "max": float(max(values))}
     return msgspec.structs.replace(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
+from pdbench.analysis.meter import with_mean_power
 from pdbench.cli import main
 from pdbench.live.monitor import as_csv, summary_table
 from pdbench.power.sampler import merge_records
@@ -43,7 +44,7 @@ def test_mean_power_of_the_summary_is_that_of_its_joules() -> None:
     samples = [DeviceSample(t_s=i / 10, power_w=339.0, power_average_w=395.0, module_power_w=500.0) for i in range(101)]
     ticks = [(i / 2, 198.0 * i) for i in range(21)]
     record = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, energy_ticks=ticks)
-    table = summary_table(merge_records([record]))
+    table = summary_table([with_mean_power(each) for each in merge_records([record])])
     shown = dict(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
     assert (shown["power W"], shown["energy J"]) == ("396 (339 - 339)", "3960 in 10.0 s")
     assert (shown["1 s mean W"], shown["module W"]) == ("- (395 - 395)", "500 (500 - 500)")
