@@ -7,6 +7,7 @@ from scipy.optimize import nnls
 
 from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.analysis.energy import ENGINE_READY
+from pdbench.analysis.flags import IDLE_BUSY_PCT
 from pdbench.analysis.meter import Meter, union
 from pdbench.plan.engine import Limits
 from pdbench.plan.instance import Instance
@@ -64,7 +65,7 @@ def _share(begins: Array, ends: Array, weights: Array | IntArray | float, edges:
 
 def fit_power(measured: Sequence[tuple[Sequence[DeviceRecord], Array, Array]]) -> PowerCosts | None:
     """Least squares without negative costs; `measured` are (an instance's devices, window edges, use of the windows). None with too few
-    windows."""
+    windows, or without the idle power of a GPU that was idle."""
     watts, rows, idle = [], [], []
     for devices, edges, use in measured:
         meters = [Meter(device) for device in devices]
@@ -76,7 +77,10 @@ def fit_power(measured: Sequence[tuple[Sequence[DeviceRecord], Array, Array]]) -
                 watts.append(sum(known_w))
                 rows.append(row)
         ready_w = [
-            watts_ready for device in devices if (watts_ready := device.idle_power_w.get(ENGINE_READY)) is not None
+            watts_ready
+            for device in devices
+            if (watts_ready := device.idle_power_w.get(ENGINE_READY)) is not None
+            and (device.idle_utilization_pct.get(ENGINE_READY) or 0.0) <= IDLE_BUSY_PCT
         ]
         if len(ready_w) == len(devices):
             idle.append(sum(ready_w))

@@ -30,3 +30,8 @@ def test_an_instance_draws_what_all_of_its_devices_do() -> None:
     one = fit_power([(pair[:1], edges, use)])
     assert one is not None and one.decode_w == pytest.approx(300.0, rel=0.05)
     assert fit_power([([pair[0], device(1, second, None)], edges, use)]) is None
+    pair[1].idle_utilization_pct = {"engine_ready": 40.0}  # somebody else computed there meanwhile
+    assert fit_power([(pair, edges, use)]) is None
+    again = [device(0, first, 100.0), device(1, second, 120.0)]
+    mended = fit_power([(pair, edges, use), (again, edges, use)])
+    assert mended is not None and mended.idle_w == 220.0
