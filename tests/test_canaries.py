@@ -121,7 +121,11 @@ class Model:
             ids = tokens_of(body, other=wrong, tie=self.tie(number) or derails, derails=derails)
             last = len(ids) - 1
             pieces = [token(f"t{n} ", [n], "length" if place == last else None) for place, n in enumerate(ids)]
-            return stream([*pieces, usage(5, len(ids))], pause_s=self.pause_s)(peer)
+            others = [
+                {"choices": [{"index": choice, "text": "", "finish_reason": "length"}]}
+                for choice in range(1, body.get("n", 1))
+            ]
+            return stream([*pieces, *others, usage(5, len(ids))], pause_s=self.pause_s)(peer)
         finally:
             with self.lock:
                 self.in_flight -= 1
