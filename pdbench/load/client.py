@@ -17,7 +17,7 @@ import msgspec
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
-from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps, words
+from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps, files_left, words
 from pdbench.load.response import Response
 from pdbench.records import Canary, RequestRecord
 
@@ -26,9 +26,9 @@ _CLOCK_REFRESH_S = 1.0
 # uvicorn closes idle connections after 5 s: one that is older could be closed while it is used again (as the proxy's).
 _IDLE_S = 4.0
 _PROBE_TIMEOUT_S = 2.0
-# A stream is free this long after `[DONE]`, or after a finish without it, also where the server leaves the body open: another connection
-# takes the next request then.
-_OPEN_AFTER_DONE_S, _OPEN_AFTER_FINISH_S = 0.001, 0.25
+# A stream is free this long after `[DONE]`, or after finish and usage without it, also where the server leaves the body open: another
+# connection takes the next request then.
+_OPEN_AFTER_DONE_S, _OPEN_AFTER_USAGE_S = 0.001, 0.25
 # --request-timeout-s is for an answer of at most this many tokens; a longer one has proportionally more time.
 _TIMEOUT_TOKENS = 256
 # epoll_wait counts whole milliseconds: what remains of a wait is left to select(2), which counts microseconds.
@@ -58,6 +58,7 @@ class Client:
         # Since when the streams of these requests are free, although their records are still to come: the servers leave the bodies open.
         self.freed_s: dict[str, float] = {}
         self._open: deque[tuple[float, Response]] = deque()
+        self._most = files_left()
         server = split_url(url, verify_tls=config.tls_verify)
         addresses, self._tls, self._server_name = _reachable_addresses(server), server.tls, server.host
         self.addresses = [address[1][0] for address in addresses]
@@ -119,8 +120,9 @@ class Client:
         monotonic, zero_s, wait, busy = time.monotonic, self.clock.zero_s, self._wait, self.busy_s.append
         connections, open_ = self._connections, self._open
         now_s = monotonic() - zero_s
-        while not self._finished:
-            ready = wait(min(until_s, self._check_at_s, open_[0][0] if open_ else until_s) - now_s)
+        while True:
+            next_s = now_s if self._finished else min(until_s, self._check_at_s, open_[0][0] if open_ else until_s)
+            ready = wait(next_s - now_s)
             began_s = monotonic() - zero_s
             for number, events in ready:
                 connection = connections[number]
@@ -134,11 +136,12 @@ class Client:
             if ready:
                 busy(now_s - began_s)
             if open_ and now_s >= open_[0][0]:
-                self._free(open_.popleft()[1])
+                _, response = open_.popleft()
+                self._free(response, response.whole_s or now_s)
             if now_s >= self._check_at_s:
                 self._check_deadlines(now_s)
                 break
-            if now_s >= until_s or self.freed_s:
+            if now_s >= until_s or self._finished or self.freed_s:
                 break
         finished, self._finished = self._finished, []
         return finished
@@ -169,18 +172,19 @@ class Client:
             if response is None:
                 self._idle.remove(connection)
             else:
-                response.closed(self.clock.now(), *(failure or ("closed", "")))
+                now_s = self.clock.now()
+                if response.whole_s is not None and not response.freed:
+                    self.freed_s[response.record.id] = now_s
+                response.closed(now_s, *(failure or ("closed", "")))
         if response is not None:
             self.merged_reads += response.merged_reads
             self._finished.append(response.record)
 
-    def _free(self, response: Response) -> None:
-        """The answer is whole, only its body is still open: its stream can have the next request."""
-        if not response.complete and not response.freed and response.whole_s is not None:
+    def _free(self, response: Response, at_s: float) -> None:
+        """The answer is whole, only its body is still open: its stream can have the next request, if there are descriptors for both."""
+        if not response.complete and not response.freed and len(self._connections) < self._most:
             response.freed = True
-            self.freed_s[response.record.id] = response.whole_s
-            if not response.done:
-                response.record.notes.append("held-open")
+            self.freed_s[response.record.id] = at_s
 
     def _check_deadlines(self, now_s: float) -> None:
         self._check_at_s = now_s + _DEADLINE_CHECK_S
@@ -194,8 +198,12 @@ class Client:
                 continue
             tokens = response.record.token_s
             waited_s = now_s - response.record.sent_s
-            if response.whole_s is not None and now_s - response.whole_s > _OPEN_AFTER_FINISH_S:
-                self._free(response)
+            is_late = now_s > response.told_all_s + _OPEN_AFTER_USAGE_S
+            is_held = (is_late or now_s > response.given_up_s) and not response.freed
+            if is_held and "held-open" not in response.record.notes:
+                response.record.notes.append("held-open")
+            if is_late:
+                self._free(response, now_s)
             if now_s > response.given_up_s:
                 self._settle(connection, ("closed", ""))
             elif waited_s > limit_s and not tokens:

@@ -7,11 +7,14 @@ Documentation/networking/timestamping.rst). TLS runs over memory buffers, so tha
 import contextlib
 import errno
 import os
+import resource
 import socket
 import ssl
 import struct
 import time
 from array import array
+from math import inf
+from pathlib import Path
 from select import EPOLLIN, EPOLLOUT, epoll
 
 from pdbench.load.response import Response
@@ -29,6 +32,8 @@ _REMEDIES = {
 }
 # A stamp this little in the future is the two clocks' reading error, not a stepped clock.
 _CLOCK_ERROR_S = 1e-4
+_OWN_FILES = 8
+"""That a client opens besides its connections."""
 _STEP_S = 0.02
 """From a delay like this on, the offset of the wall clock is measured again before the stamp is believed."""
 
@@ -86,6 +91,13 @@ class ArrivalClock:
             return now_s, False
         self.read_delays_s.append(delay_s)
         return at_s, True
+
+
+def files_left() -> float:
+    """How many connections this process may open: descriptors up to `ulimit -n`, without those in use and a few that it needs besides."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    in_use = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    return inf if most == resource.RLIM_INFINITY else most - in_use - _OWN_FILES
 
 
 class Connection:

@@ -24,7 +24,7 @@ _UNSEEN_TOKENS = 16
 _OTHER_SHARE = 0.02
 """By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
 _TOKEN_BYTES, _MEAN_TOKEN_BYTES = 16, 8
-"""Few tokens are longer than the one, no text's are on average longer than the other."""
+"""Few tokens are longer than the one, hardly a text's are on average longer than the other (of some Russian ones they are)."""
 _TWO_WORDS = re.compile(r"\w\s+\w")
 
 
@@ -107,14 +107,15 @@ class Counter:
     def is_repeat(self, part: Part, usage: Usage | None, at_s: float, texts: list[str]) -> bool:
         """Is this the final chunk once more? It is kept: what comes after it, or `settle`, may say that it was another token."""
         final, known = (part.text, part.token_ids), self._finals.get(part.choice)
-        if known is not None and part.filled and known != final:  # the server gives every chunk a finish reason
+        counts = part.filled or bool(part.tokens)
+        if known is not None and counts and (known != final or part.finish is None):  # every chunk has a finish reason
             self._take_repeats(texts)
             self._finals[part.choice] = known = None
         if part.finish is None or failed(part.finish):
             return False
         if known != final:
             self._finals.setdefault(part.choice, final if self.record.token_s else None)
-        elif part.filled or part.tokens:
+        elif counts:
             self._repeats.append((part, usage, at_s))
         return known == final
 
@@ -190,8 +191,10 @@ class Counter:
         record = self.record
         self.settled = True
         # A final chunk comes twice at most, unless usage counts otherwise; one more in chunks of several tokens says nothing.
-        repeated = sum(part.tokens or 1 for part, _, _ in self._repeats)
-        if len(self._repeats) > 1 or (self.usage is not None and self.usage - len(record.token_s) == repeated):
+        repeated = sum(part.tokens or 1 for part, usage, _ in self._repeats if usage is None)
+        if len(self._repeats) > 1 or (
+            repeated and self.usage is not None and self.usage - len(record.token_s) == repeated
+        ):
             self._take_repeats(texts, self.usage)
         if asked.echo is True and record.token_s and texts and self.by_chunks and not self.by_token_ids:
             prompt = msgspec.json.decode(asked.prompt)
@@ -316,10 +319,8 @@ class Counter:
 
     def _output_tokens(self, instants: int, usage: int | None, texts: list[str], asked: Asked) -> int | None:
         """The answer's tokens; None where nobody knows."""
-        sent = (usage or 0) - min(self._reasoning, usage or 0)
-        too_many = ((usage or 0) > (asked.tokens or 0) or self._recounted) and sent > max(
-            instants, _size(texts)
-        ) + _UNSEEN_TOKENS
+        said, most = usage or 0, max(instants, _size(texts)) + _UNSEEN_TOKENS
+        too_many = (said > (asked.tokens or 0) or self._recounted) and said - min(self._reasoning, said) > most
         if self.record.counted_by in ("token_ids", "logprobs"):
             # A parser on the server may hold back tokens that it counts: only then are there more than came.
             if usage is None or usage == instants:
@@ -344,6 +345,8 @@ class Counter:
         """Of `total` tokens, the reasoning that was counted but not sent: its time was before the first token. None where nothing
         tells: chunks of several tokens are as few as tokens without the reasoning."""
         rest, size = total - self._reasoning, _size(texts)
+        if self.record.counted_by in ("token_ids", "logprobs"):
+            return 0 if self._reasoning_chunks else min(self._reasoning, total - instants)
         if instants > rest and total - instants <= max(1, COARSE_SHARE * total):
             return 0
         if size < total:  # a token has a byte at least: none came, or a summary

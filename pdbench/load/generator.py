@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ import msgspec
 from pdbench.errors import UserError
 from pdbench.load import plan, request_fields
 from pdbench.load.client import Client
+from pdbench.load.connection import files_left
 from pdbench.load.plan import PlannedRequest, TrialLoad
 from pdbench.records import Canary, Flag, RequestRecord
 
@@ -26,8 +26,6 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN_S = 3.0
 """After the first Ctrl-C: a key pressed twice, or a SIGTERM that follows, is the same wish."""
 _SHORT_PROMPT = 200
-_OWN_FILES = 8
-"""That the client itself opens after its start."""
 _LOOKAHEAD = 64
 _PROGRESS_S = 0.25
 _STEADY_SAMPLE_S = 0.25
@@ -111,10 +109,9 @@ def run_client(
     streams = plan.streams(config)
     if streams is not None:
         streams = streams // clients + (client < streams % clients)
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        room = most - sum(1 for _ in Path("/proc/self/fd").iterdir()) - _OWN_FILES
-        needed = 0 if config.open_loop else min(streams, total or streams)
-        if most >= 0 and room < needed:  # -1: no limit
+        room, needed = files_left(), 0 if config.open_loop else min(streams, total or streams)
+        if room < needed:
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             words = f"{needed} streams in a process, and `ulimit -n` {most} has room for {room}"
             raise UserError(f"{words}: raise it, or lower --concurrency")
     with Client(load.url, config, zero_s=clock.monotonic_s) as sender, _undelayed() as real_time:
@@ -159,6 +156,7 @@ class _Loop:
             if self.interrupted.is_set():
                 for record in client.abandon("interrupted", "the load was stopped"):
                     self._ended(record)
+                self._freed.clear()
                 break
             now_s = client.clock.now()
             if now_s - turned_s > STALL_S:

@@ -82,6 +82,14 @@ class Response:
         """The instant at which nothing more is waited for; infinite while the answer is not whole."""
         return inf if self.whole_s is None else self.whole_s + (_AFTER_DONE_S if self.done else _AFTER_FINISH_S)
 
+    @property
+    def told_all_s(self) -> float:
+        """Since when the server has said all but `[DONE]`: every choice's finish, and usage; infinite before."""
+        counter = self._counter
+        if self.whole_s is None or (not self.done and counter.usage is None):
+            return inf
+        return self.whole_s if self.done or counter.finished >= counting.asked(self.body).choices else inf
+
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
         # Kernel stamps are of the wall clock: where it was stepped back a little, they are too early for a second.
@@ -233,7 +241,7 @@ class Response:
         """An event in any other form; one that is none of these fails the request unless the answer has already ended."""
         if not payload or payload.isspace():
             return
-        if self._finished:
+        if self._finished and not self.done:
             self.whole_s = self._now_s
         if is_done(payload):
             self._stop(done=True)

@@ -40,7 +40,7 @@ NOTES = {
     "reasoning-unknown": "usage counts reasoning, and neither text nor chunks tell whether it was sent: mean TBT of these answers is unknown",
     "malformed-after-finish": "an event after the finish_reason could not be read",
     "ended-by-usage": "neither finish_reason nor [DONE], only a usage event at the end: they may have been cut",
-    "held-open": "the server ended neither the stream ([DONE]) nor the response after the finish_reason: the client waited 0.25 s each time "
+    "held-open": "the server ended neither the stream ([DONE]) nor the response after the finish_reason: the client waited 0.25 to 5 s each time "
     "before it used the stream again, so that requests/s and tokens/s of a closed loop are too low; latencies hold",
 }
 """What is said of each of `RequestRecord.notes`."""

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -15,7 +17,7 @@ from pdbench.records import RequestRecord
 from tests.load.test_client import BODY, finish
 from tests.load.test_generator import load
 from tests.support.processes import ROOT
-from tests.support.servers import Peer, ScriptedServer, event, stream, tokens, usage
+from tests.support.servers import Peer, ScriptedServer, chunk, event, stream, tokens, usage
 
 
 def test_request_asks_for_no_compression():
@@ -107,8 +109,12 @@ def test_host_without_a_free_port_is_told_with_the_remedy() -> None:
     )
 
 
-@pytest.mark.parametrize("end", [[b"[DONE]"], [], [usage(5, 3)]], ids=["done", "finish", "usage"])
-def test_stream_is_free_once_its_answer_is_whole(monkeypatch, end: list):
+@pytest.mark.parametrize(
+    ("end", "given_up_after_s"),
+    [([b"[DONE]"], 30.0), ([usage(5, 3)], 30.0), ([], 0.1)],
+    ids=["done", "usage", "finish"],
+)
+def test_stream_is_free_once_its_answer_is_whole(monkeypatch, end: list, given_up_after_s: float):
     """A server that ends no response before the next request has come: the client must not wait for the end."""
     arrived = [threading.Event() for _ in range(4)]
     places = iter(range(4))
@@ -126,10 +132,84 @@ def test_stream_is_free_once_its_answer_is_whole(monkeypatch, end: list):
         return False
 
     for name in ("_AFTER_DONE_S", "_AFTER_FINISH_S"):
-        monkeypatch.setattr(response, name, 30.0)
+        monkeypatch.setattr(response, name, given_up_after_s)
     with ScriptedServer(answer) as server:
         result = load(server, concurrency=1, requests=4, warmup=0)
     first, second = sorted(result.requests, key=lambda record: record.id)[:2]
+    is_done, flags = end == [b"[DONE]"], {flag.name for flag in result.flags}
     assert [record.error for record in result.requests] == [None] * 4
-    assert second.due_s == first.end_s < second.sent_s
-    assert ("held-open" in {flag.name for flag in result.flags}) == (end != [b"[DONE]"])
+    assert first.end_s < second.sent_s and (second.due_s == first.end_s) == is_done
+    assert ("held-open" in flags) == (not is_done) and "client-limited" not in flags
+
+
+def in_answer(serve: Callable[[Peer], bool], most: list[int]) -> Callable[[Peer], bool]:
+    """The server, with the most answers that it gave at once noted."""
+    now, lock = [0], threading.Lock()
+
+    def answer(peer: Peer) -> bool:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        kept = serve(peer)
+        with lock:
+            now[0] -= 1
+        return kept
+
+    return answer
+
+
+def test_finish_of_one_choice_frees_no_stream():
+    """Choices one after the other, with a pause that is longer than the client waits after finish and usage."""
+
+    def serve(peer: Peer) -> bool:
+        peer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for choice in (0, 1):
+            time.sleep(0.4)
+            said = {"usage": {"prompt_tokens": 5, "completion_tokens": choice + 1}}
+            one = {"choices": [{"index": choice, "text": "a", "token_ids": [1], "finish_reason": "stop"}], **said}
+            peer.write(chunk(event(one)))
+        peer.write(chunk(event(b"[DONE]")) + chunk(b""))
+        return True
+
+    most = [0]
+    with ScriptedServer(in_answer(serve, most)) as server:
+        result = load(server, concurrency=2, requests=6, warmup=0, extra_body='{"n": 2}')
+    assert [record.error for record in result.requests] == [None] * 6 and most == [2]
+    assert "held-open" not in {flag.name for flag in result.flags}
+
+
+def test_what_comes_after_done_is_no_part_of_the_answer():
+    def serve(peer: Peer) -> bool:
+        peer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        peer.write(chunk(b"".join(event(payload) for payload in [*tokens(3), b"[DONE]"])))
+        for _ in range(100):
+            time.sleep(0.01)
+            try:
+                peer.write(chunk(event({"type": "ping"})))
+            except OSError:
+                break
+        return False
+
+    with ScriptedServer(serve) as server:
+        result = load(server, concurrency=2, requests=6, warmup=0)
+    assert all(record.error is None and record.end_s == record.token_s[-1] for record in result.requests)
+
+
+def test_open_bodies_take_no_descriptor_that_a_stream_needs(monkeypatch):
+    monkeypatch.setattr(client_module, "files_left", lambda: 6)
+
+    def serve(peer: Peer) -> bool:
+        body = b"".join(event(payload) for payload in [*tokens(3), b"[DONE]"])
+        peer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1000)
+        )
+        peer.write(body)
+        peer.sock.recv(1)  # until the client gives up
+        return False
+
+    most = [0]
+    with ScriptedServer(in_answer(serve, most)) as server:
+        result = load(server, concurrency=4, requests=16, warmup=0)
+    assert most[0] <= 6
+    assert [record.error for record in result.requests] == [None] * 16
+    assert "held-open" in {flag.name for flag in result.flags}

@@ -269,3 +269,21 @@ def test_each_choice_may_send_its_final_chunk_twice():
     pieces = [piece(0), piece(1), *[piece(0, "stop")] * 2, *[piece(1, "stop")] * 2]
     record = record_of(pieces, usage(5, 4), n=2)
     assert record.token_choice == [0, 1, 0, 1] and record.output_tokens == 4
+
+
+def test_ids_tell_reasoning_that_was_not_sent_however_long_the_words_are():
+    """Russian words have more bytes than most tokens."""
+    pieces = [(1, token("пятьсот ", [index])) for index in range(40)]
+    hidden = {"completion_tokens_details": {"reasoning_tokens": 64}}
+    record = record_of(pieces, token("", [], "stop"), {"choices": [], "usage": {"completion_tokens": 104} | hidden})
+    assert (record.output_tokens, record.unsent_tokens, record.notes) == (104, 64, [])
+    assert timings(record).requests.mean_tbt_ms[0] == pytest.approx(1e3 * GAP_S)
+
+
+@pytest.mark.parametrize(
+    "after", [token("", [9], "length"), token(" the", [7])], ids=["half a character", "equal, no finish"]
+)
+def test_instants_stay_in_order_after_equal_chunks_with_a_finish_reason(after):
+    pieces = [(1, token(" a", [1], "length")), *[(1, token(" the", [7], "length"))] * 2, (1, after)]
+    record = record_of([*pieces, (1, token(" b", [2], "length"))])
+    assert record.token_s == sorted(record.token_s) and len(record.token_s) == 5
