@@ -23,6 +23,8 @@ WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
 FEW_SHARE = 0.1
+OPEN_WINDOWS = ("completion to completion", "first completion")
+"""What the windows of open loops are called, now and before."""
 FEW_ENDED = 8
 """With fewer ends in an open loop's window requests/s are off by over 5 % in the mean: even over many seeds, 6 Poisson requests that last
 1.5 times their distance have 10 % too many."""
@@ -143,7 +145,8 @@ def together(run: Run, timings: Timings) -> Iterator[Flag]:
 
 def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
     """A closed loop in whose windows far fewer or more requests ended than their work amounts to: streams begin together, and of requests
-    that end at about the same time only the first counts at the end."""
+    that end at about the same time only the first counts at the end. Or one of few rounds and very unequal requests, of which short ones
+    end first: of renewals with the coefficient of variation c there are about c^2 / 2 too many per stream (Cox, Renewal Theory, 1962)."""
     load, requests = run.config.get("load") or {}, timings.requests
     if is_open_loop(load) or load.get("phase") == "decode":
         return  # one batch that decodes together ends after its window
@@ -160,6 +163,22 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
             f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
             f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
         )
+        return
+    streams, order = load.get("concurrency") or 1, np.argsort(requests.sent_s)
+    if streams == 1 or not ended:
+        return
+    order = order[requests.ok[order]]
+    # Not of each trial's first ones: they began together, and may have met cold servers.
+    later = np.concatenate([order[requests.trial[order] == trial.index][streams:] for trial in run.trials])
+    lasted_s = (requests.end_s - requests.sent_s)[later]
+    if len(later) and (mean_s := float(lasted_s.mean())) > 0:
+        too_many = len(timings.windows) * streams * float(lasted_s.var()) / mean_s**2 / 2
+        if too_many > FEW_SHARE * ended:
+            yield Flag(
+                "few-per-stream",
+                f"requests last very unequally and only {ended / streams / len(timings.windows):.1f} per stream ended in a window: short ones end first, so "
+                f"that requests/s, goodput and energy per request may be off by {100 * too_many / ended:.0f} %, tokens/s are not; raise --requests",
+            )
 
 
 def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
@@ -174,6 +193,7 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
         length_s = trial.end_s - trial.start_s
         window, why = str(trial.client.get("window", "")), None
         off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
+        maybe_off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
         if here.sum() < 2 or length_s <= 0:
             continue
         sent_s, end_s = requests.sent_s[here], requests.end_s[here]
@@ -183,7 +203,7 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
             partly_s = min(length_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
             if partly_s > FEW_SHARE * length_s:
                 why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
-        elif window.startswith("first completion"):  # an open loop's
+        elif window.startswith(OPEN_WINDOWS):
             lasts_s = end_s - sent_s
             median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / length_s
             is_level = load.get("rate") and not load.get("ramp_to")
@@ -191,14 +211,10 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
                 why = f"its window of {length_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
             elif is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
                 why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
-        if (
-            not why
-            and ended < FEW_ENDED
-            and is_open_loop(load)
-            and window.startswith(("whole run", "first completion"))
-        ):
-            why = f"only {ended} requests ended in its window"
-            off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
+            elif ended - sent > max(FEW_SHARE * sent, 3 * in_flight**0.5):
+                why, off = f"{ended} requests ended in its window and {sent} were sent in it", maybe_off
+        if not why and ended < FEW_ENDED and is_open_loop(load) and window.startswith(("whole run", *OPEN_WINDOWS)):
+            why, off = f"only {ended} requests ended in its window", maybe_off
         if why:
             yield Flag("ramps-in-window", f"trial {trial.index + 1}: {why}: {off}")
             return

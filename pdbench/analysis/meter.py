@@ -76,9 +76,11 @@ class Meter:
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
 
     def whole(self) -> list[Interval]:
-        """From the counter's first reading to its last one, or the power curve's where there is no counter; empty without either."""
+        """The time from the counter's first reading to its last one, or the power curve's where there is no counter, without that in which
+        no power was read (between turns others may use the device); empty without either."""
         t = self._t if len(self._t) > 1 else self._curve.t
-        return [(float(t[0]), float(t[-1]))] if len(t) > 1 else []
+        span = [(float(t[0]), float(t[-1]))] if len(t) > 1 else []
+        return difference(span, self._curve.missing) if len(self._curve.t) > 1 else span
 
     def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
         """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""

@@ -36,7 +36,8 @@ def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[flo
     first = list(itertools.islice(instants, count + 1))
     begin = first[0] / 2
     end = (first[-1] + first[-2]) / 2 if count else first[-1]
-    return ((instant - begin) * span_s / (end - begin) for instant in first[:-1])
+    factor = span_s / (end - begin) if end > begin else 0.0  # extremely bursty ones may all come at once
+    return ((instant - begin) * factor for instant in first[:-1])
 
 
 def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> Iterator[float]:

@@ -26,6 +26,8 @@ RATE_SHARE = 0.95
 SHARE_OVER_S = 0.5
 STALLED_SHARE = 0.01
 REFUSED_SHARE = 0.01
+FILLED_SHARE, LEAST_ENDS = 0.9, 8
+"""An open loop is full after this quantile of its requests' durations, where at least so many ends come later."""
 _OWN = ("timeout", "stall", "interrupted")
 """Classes of failures that a slow client could have caused, or the user; in all others, a server failed at once."""
 NOTES = {
@@ -155,19 +157,31 @@ def flags(client: dict[str, Any]) -> list[Flag]:
 def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, float, str]:
     """(start_s, end_s, what it is): the time at full load, without ramp-up and drain; the whole run where there is none.
 
-    Closed loop: from after the first completion with all streams in flight to the first that stayed empty, in any process. Open loop: from after the
-    first completion (until then the system only fills; a failure may come at once) to the last one before the last sending.
+    Closed loop: from after the first completion with all streams in flight, whole rounds of them, to before the first that stayed empty, in any
+    process. Open loop: from after the first completion, or after nine tenths of the requests' time (until then the system only fills), to one of
+    the last before the last sending.
     """
     requests = [request for result in results for request in result.requests]
     sent, ended = _instants(requests, "sent_s"), _instants(requests, "end_s")
     if not sent or not ended:
         return 0.0, 0.0, "empty: no request was sent"
     if open_loop:
-        well = _instants([request for request in requests if request.error is None], "end_s") or ended
-        found, name = open_window(sent, ended, well[0]), "first completion to the last one before the last sending"
+        well = _instants(filter(_ended_well, requests), "end_s") or ended
+        good = filter(_ended_well, requests)
+        lasted_s = [each.end_s - each.sent_s for each in good if each.end_s is not None and each.sent_s is not None]
+        filled_s = sent[0] + (float(numpy.quantile(lasted_s, FILLED_SHARE)) if lasted_s else 0.0)
+        found, name = (
+            open_window(sent, ended, well[0], filled_s),
+            "completion to completion at full load",
+        )
     else:
         clients = [
-            (_instants(result.requests, "sent_s"), _instants(result.requests, "end_s"), result.streams or 1)
+            (
+                _instants(result.requests, "sent_s"),
+                _instants(result.requests, "end_s"),
+                _instants(filter(_ended_well, result.requests), "end_s"),
+                result.streams or 1,
+            )
             for result in results
         ]
         found, name = closed_window(clients), f"all {sum(streams for *_, streams in clients)} streams in flight"
@@ -177,33 +191,59 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
     return *found, name
 
 
-def open_window(sent: Instants, ended: Instants, first_end_s: float) -> Interval | None:
+def open_window(sent: Instants, ended: Instants, first_end_s: float, filled_s: float) -> Interval | None:
     """An open loop's time at full load, from sorted instants, in one of which a request ended well first; None with hardly any end in it.
 
-    It begins after an end and ends with one: n ends in the n intervals between them, whatever the arrivals.
+    It begins after an end and ends with one: n ends in the n intervals between them. It begins after `filled_s`, when the longest requests
+    are in flight, too, if half of the ends come later. Of the ends in the last quarter it takes one after which about as many requests are
+    in flight as at its beginning: then as many were sent as ended, also where arrivals come in bursts.
     """
-    begin, end = bisect_right(ended, first_end_s), bisect_right(ended, sent[-1])
-    return (nextafter(first_end_s, inf), float(ended[end - 1])) if end - begin >= 2 else None
+
+    def in_flight(place: int) -> int:
+        return bisect_right(sent, ended[place]) - bisect_right(ended, ended[place])
+
+    begin, last = bisect_right(ended, first_end_s) - 1, bisect_right(ended, sent[-1]) - 1
+    filled = bisect_left(ended, filled_s)
+    if filled > begin and last - filled >= max(LEAST_ENDS, (last - begin) / 2):
+        begin = filled
+    if last - begin < 2:
+        return None
+    at_first, quarter = in_flight(begin), max(begin + 2, last - (last - begin) // 4)
+    end = min(range(last, quarter - 1, -1), key=lambda place: 2 * abs(in_flight(place) - at_first) + last - place)
+    return nextafter(float(ended[begin]), inf), float(ended[end])
 
 
-def closed_window(clients: Sequence[tuple[Instants, Instants, int]]) -> Interval | None:
-    """A closed loop's time at full load, from each client's sorted instants of sending and end, and its streams; None where not all streams
-    were in flight at once, or for too few requests.
+def closed_window(clients: Sequence[tuple[Instants, Instants, Instants, int]]) -> Interval | None:
+    """A closed loop's time at full load, from each client's sorted instants of sending, end and good end, and its streams; None where not all
+    streams were in flight at once, or for too few requests.
 
-    Several streams begin together and end together, the first time at least: it begins after an end, as it ends with one.
+    It ends before the first stream stays empty. Several streams begin together: it begins after an end, a good one, as the first failure
+    may come at once, and ends with one, a number of whole rounds later, so that it cuts no round of streams that stay in step.
     """
-    start_s, end_s = -inf, inf
-    for sent, ended, streams in clients:
+    start_s, end_s, every, good = -inf, inf, [], []
+    for sent, ended, well, streams in clients:
         if not len(ended) or len(sent) < streams:
             return None
-        after = bisect_right(ended, sent[-1])
+        # Each request but the first ones follows an end.
+        empty = len(sent) - streams
         start_s = max(start_s, float(sent[streams - 1]))
-        end_s = min(end_s, float(ended[after] if after < len(ended) else sent[-1]))
+        end_s = min(end_s, float(ended[empty] if empty < len(ended) else sent[-1]))
+        every += list(ended)
+        good += list(well)
     total = sum(streams for *_, streams in clients)
     if total > 1:
-        later = [ended[place] for _, ended, _ in clients if (place := bisect_left(ended, start_s)) < len(ended)]
-        start_s = nextafter(min(later, default=inf), inf)
+        every.sort()
+        first_s = min((at_s for at_s in good or every if at_s >= start_s), default=inf)
+        begin, last = bisect_left(every, first_s), bisect_right(every, end_s) - 1
+        if last <= begin:
+            return None
+        rounds = (last - begin) // total
+        start_s, end_s = nextafter(first_s, inf), float(every[begin + rounds * total if rounds else last])
     return (start_s, end_s) if sum(len(sent) for sent, *_ in clients) >= 2 * total and start_s < end_s else None
+
+
+def _ended_well(record: RequestRecord) -> bool:
+    return not record.warmup and record.error is None
 
 
 def _instants(records: Iterable[RequestRecord], name: str) -> list[float]:

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, IntArray
-from pdbench.load.self_check import closed_window, open_window
+from pdbench.load.self_check import FILLED_SHARE, closed_window, open_window
 from pdbench.plan.batch import Pool, Tokens
 from pdbench.plan.engine import Demand, Deployment, Role, known_first
 from pdbench.plan.instance import Instance
@@ -264,9 +264,10 @@ def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:
         return 0.0, 0.0
     sent, ended = np.sort(sent_s), np.sort(ended_s)
     if demand.is_closed:
-        found = closed_window([(sent, ended, demand.streams or 1)])
+        found = closed_window([(sent, ended, ended, demand.streams or 1)])
     else:
-        found = open_window(sent, ended, ended[0])
+        filled_s = sent[0] + float(np.quantile(ended_s - sent_s, FILLED_SHARE))
+        found = open_window(sent, ended, ended[0], filled_s)
     return found or (float(sent[0]), float(max(ended[-1], sent[-1])))
 
 

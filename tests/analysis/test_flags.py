@@ -1,5 +1,6 @@
 """Devices that were throttled, measured too briefly, or whose meters disagree are flagged; silent ones are not."""
 
+import heapq
 from dataclasses import asdict
 
 import msgspec
@@ -279,6 +280,20 @@ def test_closed_loop_of_few_requests_per_stream_is_flagged(requests: int, flagge
     assert "few-per-stream" not in names(run)
     run.config["load"] |= {"phase": "both", "rate": 8.0}
     assert "few-per-stream" not in names(run)
+
+
+@pytest.mark.parametrize(("lasted_s", "flagged"), [((0.1, 0.1, 0.1, 4.0), True), ((1.0, 1.0, 1.2), False)])
+def test_closed_loop_of_very_unequal_requests_is_flagged(lasted_s: tuple[float, ...], flagged: bool) -> None:
+    """Four streams take the next request as soon as they are free."""
+    run, free_s = Run(name="r", clock=Clock(0, 0), config={"load": {"concurrency": 4}}, host={}, versions={}), [0.0] * 4
+    for index in range(32):
+        sent_s = heapq.heappop(free_s)
+        end_s = sent_s + lasted_s[index % len(lasted_s)]
+        heapq.heappush(free_s, end_s)
+        run.requests.append(RequestRecord(id=str(index), planned_s=0.0, sent_s=sent_s, token_s=[end_s], end_s=end_s))
+    start_s, end_s, name = window([ClientResult(requests=run.requests, streams=4)], False)
+    run.trials = [Trial(index=0, start_s=start_s, end_s=end_s, client={"window": name})]
+    assert any("very unequally" in flag.detail for flag in analyze(run).flags) == flagged
 
 
 @pytest.mark.parametrize(

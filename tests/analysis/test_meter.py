@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdbench.analysis.flags import device_flags
-from pdbench.analysis.meter import Meter
+from pdbench.analysis.meter import Meter, with_mean_power
 from pdbench.analysis.run_analysis import analyze
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 from pdbench.report import tables, text
@@ -160,3 +160,15 @@ def test_power_that_was_not_read_in_a_part_of_the_window_is_flagged(
             assert "没有读到功率" in text.translate(detail) and " the " not in text.translate(detail)
     device.not_measured["device"] = "GPU is lost"
     assert "power-gaps" not in [flag.name for flag in device_flags(Meter(device), [BUSY])]
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["counter and curve", "curve"])
+def test_mean_power_of_a_record_leaves_out_what_others_drew_between_its_turns(counted: bool) -> None:
+    """Two turns of 20 s at 300 W, and 40 s between them in which somebody else drew 700 W."""
+    samples = [DeviceSample(t_s=begin + i / 10, power_w=300.0) for begin in (0, 60) for i in range(201)]
+    drawn = {0.0: 0.0, 20.0: 6000.0, 60.0: 34000.0, 80.0: 40000.0}
+    device = DeviceRecord(
+        id="gpu0", kind="gpu", name="G", samples=samples, energy_ticks=list(drawn.items()) if counted else []
+    )
+    device.statistics = {"power_w": {"avg": None, "min": 300.0, "max": 300.0}}
+    assert with_mean_power(device).statistics["power_w"]["avg"] == pytest.approx(300.0)

@@ -133,7 +133,7 @@ def open_rate(sent_s: numpy.ndarray, lasts_s: numpy.ndarray) -> tuple[int, float
     """Requests that ended in an open loop's window, and its seconds."""
     records = [record(index, *span) for index, span in enumerate(zip(sent_s, sent_s + lasts_s, strict=True))]
     start_s, end_s, name = self_check.window([result_of(records, None)], True)
-    assert name.startswith("first completion")
+    assert name.startswith("completion to completion")
     return sum(start_s <= each.end_s <= end_s for each in records), end_s - start_s
 
 
@@ -153,7 +153,7 @@ def test_poisson_open_loop_has_its_rate_over_many_seeds(count: int, lasts: float
         open_rate(numpy.cumsum(random.exponential(0.1, count)), numpy.full(count, lasts / 10)) for _ in range(2000)
     ]
     ended, length_s = numpy.sum(parts, axis=0)
-    assert ended / length_s == pytest.approx(10.0, rel=0.02)
+    assert ended / length_s == pytest.approx(10.0, rel=0.03)
 
 
 @pytest.mark.parametrize("streams", [1, 4, 16])
@@ -174,3 +174,55 @@ def test_closed_loop_has_its_rate_although_its_streams_begin_together(streams, s
         ended += sum(first_s <= each.end_s <= last_s for each in records)
         length_s += last_s - first_s
     assert ended / length_s == pytest.approx(streams, rel=within)
+
+
+def in_step(requests: int, streams: int) -> list[RequestRecord]:
+    """A batch of 1 s per round: all streams end in one step, each 20 us after the one before, and send again 1 ms later."""
+    records = []
+    for index in range(requests):
+        begin_s, behind_s = index // streams * 1.001, index % streams * 20e-6
+        records.append(record(index, begin_s + behind_s, begin_s + behind_s + 1.0))
+    return records
+
+
+@pytest.mark.parametrize(("streams", "requests"), [(8, 17), (8, 20), (8, 49), (16, 100), (64, 200)])
+def test_window_of_streams_in_step_cuts_no_round(streams: int, requests: int) -> None:
+    """Where the last round is not full, it had counted 44 % too few or 50 % too many requests."""
+    start_s, end_s, _ = self_check.window([result_of(in_step(requests, streams), streams)], False)
+    ended = sum(start_s <= each.end_s <= end_s for each in in_step(requests, streams))
+    assert ended % streams == 0 and ended / (end_s - start_s) == pytest.approx(streams, rel=0.002)
+    assert end_s < requests // streams * 1.001 + 0.002, "no stream is empty"
+
+
+def test_window_of_a_closed_loop_does_not_begin_at_a_failure() -> None:
+    whole = in_step(160, 16)
+    refused = record(999, 1e-3, 2e-3, error=RequestError("http_503", "full"))
+    windows = [self_check.window([result_of(records, 16)], False) for records in (whole, [refused, *whole[1:]])]
+    assert windows[0][0] == pytest.approx(windows[1][0], abs=1e-3)
+
+
+@pytest.mark.parametrize("bursts", [6, 10, 20])
+def test_window_of_bursts_has_as_many_ends_as_sendings(bursts: int) -> None:
+    """A window from the first end of a burst to the last one of another had 10 to 22 % too many."""
+    records = [
+        record(burst * 32 + index, at_s := burst * 10 + index * 0.02, at_s + 1.3)
+        for burst in range(bursts)
+        for index in range(32)
+    ]
+    start_s, end_s, _ = self_check.window([result_of(records, None)], True)
+    ended = sum(start_s <= each.end_s <= end_s for each in records)
+    assert ended / (end_s - start_s) == pytest.approx(3.2, rel=0.01)
+
+
+def test_window_begins_when_the_long_requests_are_in_flight_too() -> None:
+    """Of lognormal durations, the first to end is a short one: tokens/s had been 17 % too low."""
+    random, shares = numpy.random.default_rng(1), []
+    for _ in range(100):
+        sent_s, lasts_s = numpy.arange(200) / 8, 1.3 * numpy.exp(random.standard_normal(200) - 0.5)
+        records = [
+            record(i, at_s, at_s + lasted_s) for i, (at_s, lasted_s) in enumerate(zip(sent_s, lasts_s, strict=True))
+        ]
+        start_s, end_s, _ = self_check.window([result_of(records, None)], True)
+        worked = sum(max(0.0, min(each.end_s, end_s) - max(each.sent_s, start_s)) for each in records)
+        shares.append(worked / (end_s - start_s) / (8 * 1.3))
+    assert numpy.mean(shares) > 0.94
