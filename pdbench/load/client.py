@@ -182,7 +182,7 @@ class Client:
 
     def _free(self, response: Response, at_s: float) -> None:
         """The answer is whole, only its body is still open: its stream can have the next request, if there are descriptors for both."""
-        if not response.complete and not response.freed and len(self._connections) < self._most:
+        if not response.complete and not response.freed and (self._idle or len(self._connections) < self._most):
             response.freed = True
             self.freed_s[response.record.id] = at_s
 

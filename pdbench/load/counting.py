@@ -13,9 +13,8 @@ import msgspec
 from pdbench.load.chunks import Part, Usage, count, failed
 from pdbench.records import COARSE_SHARE, RequestRecord
 
-REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
+REFUSED, CONTRADICTS, UNKNOWN, REASONING = "usage-refused", "usage-contradicts", "tokens-unknown", "reasoning-unknown"
 LONGER, OTHER_PROMPT, HELD_BACK = "answers-too-long", "prompt-tokens-differ", "tokens-held-back"
-REASONING = "reasoning-unknown"
 _MOST_PROMPT_TOKENS = 10_000_000
 _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
@@ -241,18 +240,18 @@ class Counter:
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
         record, fewest = self.record, asked.fewest
-        if fewest is None or record.output_tokens is None or record.output_tokens >= fewest:
+        if fewest is None or record.output_tokens is None or max(record.output_tokens, len(record.token_s)) >= fewest:
             return None
-        certain = record.counted_by in ("token_ids", "logprobs", "usage") or self.usage is not None
-        reached = (record.finish_reason or "").lower() in ("length", "max_tokens")
+        if self.usage is None and (self.tools or self._reasoning_chunks):
+            return None  # a parser may have held tokens back
+        certain = self.usage is not None or record.counted_by in ("token_ids", "logprobs", "usage")
         # Chunks may hold several tokens: then only an end before the limit that must be reached shows that some are missing.
+        reached = (record.finish_reason or "").lower() in ("length", "max_tokens")
         if not certain and (reached or fewest != asked.tokens):
             return None
-        why = (
-            "ignore_eos (--no-ignore-eos for servers that do not know it)"
-            if asked.ignore_eos
-            else f"min_tokens {asked.min_tokens}, which the server did not keep"
-        )
+        why = f"min_tokens {asked.min_tokens}, which the server did not keep"
+        if asked.ignore_eos:
+            why = "ignore_eos (--no-ignore-eos for servers that do not know it)"
         return (
             f"{record.output_tokens} of {fewest} tokens, finish_reason {record.finish_reason}: the request says {why}"
         )
@@ -325,7 +324,8 @@ class Counter:
             # A parser on the server may hold back tokens that it counts: only then are there more than came.
             if usage is None or usage == instants:
                 return instants
-            if usage > instants and (self.tools or self._reasoning_chunks or self._reasoning) and not too_many:
+            may_hold = self.tools or self._reasoning_chunks or self._reasoning or usage == instants + 1  # a marker
+            if usage > instants and may_hold and not too_many:
                 return usage
             self._note(CONTRADICTS)
             return instants

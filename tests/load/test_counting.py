@@ -287,3 +287,17 @@ def test_instants_stay_in_order_after_equal_chunks_with_a_finish_reason(after):
     pieces = [(1, token(" a", [1], "length")), *[(1, token(" the", [7], "length"))] * 2, (1, after)]
     record = record_of([*pieces, (1, token(" b", [2], "length"))])
     assert record.token_s == sorted(record.token_s) and len(record.token_s) == 5
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends", "output_tokens"),
+    [
+        ([*ids(5), HELD_CALL], [FINISH], 6),
+        (ids(99), [FINISH, usage(5, 100)], 100),
+        ([(1, delta(content="word ")) for _ in range(100)], [delta("stop"), usage(5, 99)], 99),
+    ],
+    ids=["a held call and no usage", "a marker without id", "usage leaves one out"],
+)
+def test_answers_that_may_have_all_their_tokens_are_not_short(pieces, ends, output_tokens):
+    record = record_of(pieces, *ends, max_tokens=100, ignore_eos=True)
+    assert record.output_tokens == output_tokens and record.notes == []
