@@ -150,10 +150,9 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
     load, requests = run.config.get("load") or {}, timings.requests
     if is_open_loop(load) or load.get("phase") == "decode":
         return  # one batch that decodes together ends after its window
-    ended, worked = 0, 0.0
+    ended, worked, lasted_s = 0, 0.0, np.maximum(requests.end_s - requests.sent_s, 1e-9)
     for start, end in timings.windows:
         here_s = np.minimum(requests.end_s, end) - np.maximum(requests.sent_s, start)
-        lasted_s = np.maximum(requests.end_s - requests.sent_s, 1e-9)
         worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
         ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
     if worked and abs(worked - ended) > FEW_SHARE * worked:
@@ -170,9 +169,9 @@ def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
     order = order[requests.ok[order]]
     # Not of each trial's first ones: they began together, and may have met cold servers.
     later = np.concatenate([order[requests.trial[order] == trial.index][streams:] for trial in run.trials])
-    lasted_s = (requests.end_s - requests.sent_s)[later]
-    if len(later) and (mean_s := float(lasted_s.mean())) > 0:
-        too_many = len(timings.windows) * streams * float(lasted_s.var()) / mean_s**2 / 2
+    if len(later):
+        variation = float(lasted_s[later].std() / lasted_s[later].mean())
+        too_many = len(timings.windows) * streams * variation**2 / 2
         if too_many > FEW_SHARE * ended:
             yield Flag(
                 "few-per-stream",

@@ -180,15 +180,19 @@ class Meter:
         return float(self._total[i] + self._steps[i] * share)
 
 
+def mean_powers_w(energy: EnergyWindow, scopes: dict[str, PowerScope]) -> dict[str, float | None]:
+    """The mean of each field of the samples that is a power, by what a meter says of some windows."""
+    return {"power_w": energy.mean_power_w} | {f"{scope}_power_w": part.mean_power_w for scope, part in scopes.items()}
+
+
 def with_mean_power(device: DeviceRecord) -> DeviceRecord:
     """The device with the mean of its powers over the whole record in `statistics`: energy over time, as in every window. Samples of a load
     whose period is a multiple of theirs all meet one phase of it."""
     meter = Meter(device)
     whole = meter.whole()
-    means = {f"{scope}_power_w": part.mean_power_w for scope, part in meter.scopes_in(whole).items()}
-    means["power_w"] = meter.energy_in(whole).mean_power_w
+    means = mean_powers_w(meter.energy_in(whole), meter.scopes_in(whole))
     statistics = {
-        field: {**figures, "avg": means.get(field)} if field.endswith("power_w") else figures
+        field: {**figures, "avg": means[field]} if field in means else figures
         for field, figures in device.statistics.items()
     }
     return msgspec.structs.replace(device, statistics=statistics)

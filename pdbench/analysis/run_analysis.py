@@ -16,7 +16,7 @@ from pdbench import __version__
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.energy import ROLE_ORDER, Energy, device_name, energy_of, joules, metered
 from pdbench.analysis.flags import POWER_CAPS, flags_of
-from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope
+from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
     METRICS,
     SLO,
@@ -332,9 +332,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
 def _device(meter: Meter, windows: list[Interval]) -> DeviceSummary:
     device, during, readings = meter.device, meter.samples_in(windows), {}
     energy, scopes = meter.energy_in(windows), meter.scopes_in(windows)
-    mean_w = {f"{scope}_power_w": used.mean_power_w for scope, used in scopes.items()} | {
-        "power_w": energy.mean_power_w
-    }
+    mean_w = mean_powers_w(energy, scopes)
     for field in READINGS:
         values = [value for sample in during if (value := getattr(sample, field)) is not None]
         if values:

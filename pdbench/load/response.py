@@ -67,7 +67,7 @@ class Response:
         self._body = self._content_type = self._encoding = b""
         self._chunks = self._status = 0
         self.whole_s: float | None = None  # when the server said last that the answer is whole
-        self._finished = self.done = self._streaming = False
+        self.done = self._streaming = False
         self._aborted: str | None = None
         self._location = ""
         self._now_s = record.sent_s or 0.0
@@ -86,9 +86,11 @@ class Response:
     def told_all_s(self) -> float:
         """Since when the server has said all but `[DONE]`: every choice's finish, and usage; infinite before."""
         counter = self._counter
-        if self.whole_s is None or (not self.done and counter.usage is None):
+        if self.whole_s is None:
             return inf
-        return self.whole_s if self.done or counter.finished >= counting.asked(self.body).choices else inf
+        if self.done or (counter.usage is not None and counter.finished >= counting.asked(self.body).choices):
+            return self.whole_s
+        return inf
 
     def feed(self, data: bytes, at_s: float) -> None:
         """The next bytes of the connection, which arrived at `at_s` on the run's clock."""
@@ -115,7 +117,7 @@ class Response:
             self._take(self._events.close())
         if self.complete:
             return
-        if self._finished:
+        if self.whole_s is not None:
             self._end()
         elif not self.begun and self.reused and kind in ("closed", "reset"):
             self.fail("reset_reused", f"{message}: the server closed an idle connection as it was used again", at_s)
@@ -154,17 +156,18 @@ class Response:
             self._events = InflatingReader()
 
     def on_body(self, body: bytes) -> None:
+        events = self._events
         # One whole event is nearly always what comes: its only line ends are the two at its end.
         if (
             self._streaming
-            and (not self._events.pending or (self._finished and self._events.hold and not self._events.partial))
+            and (not events.pending or (self.whole_s is not None and events.hold and not events.partial))
             and body.startswith((b"data: {", b"data: ["))
             and body.find(b"\n") == len(body) - 2
             and body.endswith(b"\n\n")
             and b"\r" not in body
             and not self.complete
         ):
-            if self._finished:
+            if self.whole_s is not None:
                 self._take_unusual(body[6:-2])
             else:
                 self._take_chunk(body[6:-2])
@@ -200,7 +203,7 @@ class Response:
         for payload in payloads:
             if self.complete:
                 return
-            if self._finished:
+            if self.whole_s is not None:
                 self._take_unusual(payload)
             else:
                 self._take_chunk(payload)
@@ -241,7 +244,7 @@ class Response:
         """An event in any other form; one that is none of these fails the request unless the answer has already ended."""
         if not payload or payload.isspace():
             return
-        if self._finished and not self.done:
+        if self.whole_s is not None and not self.done:
             self.whole_s = self._now_s
         if is_done(payload):
             self._stop(done=True)
@@ -258,9 +261,9 @@ class Response:
                     elif not self.complete:
                         self._take_event(chunks.read(part))
         except ValueError as error:
-            if self._finished and not self.done:
+            if self.whole_s is not None and not self.done:
                 self.record.notes.append("malformed-after-finish")
-            elif not self._finished:
+            elif self.whole_s is None:
                 self.fail("bad_json", f"{error} in {payload[:120]!r}", self._now_s)
 
     def _take_event(self, event: Event) -> None:
@@ -311,7 +314,7 @@ class Response:
 
     def _stop(self, *, done: bool = False) -> None:
         """The answer is whole as far as the server says; what still comes is looked at with more care."""
-        self._finished, self.done, self.whole_s = True, self.done or done, self._now_s
+        self.done, self.whole_s = self.done or done, self._now_s
         self._events.hold = self._events.pending = True
 
     def _end_of_body(self, at_s: float) -> None:
@@ -333,7 +336,7 @@ class Response:
             self.fail(f"http_{self._status}", (self._status < 400 and self._location) or error_text(body), at_s)
         elif not self._streaming:
             self._no_stream(body, at_s)
-        elif self._finished or self._counter.usage_ended:
+        elif self.whole_s is not None or self._counter.usage_ended:
             self._end()
         else:
             rest = self._events.rest()
@@ -355,7 +358,7 @@ class Response:
         self.fail("not_a_stream", f"{kind} where an event stream was expected, {what}: {body[:120]!r}", at_s)
 
     def _bad_http(self, message: str, at_s: float) -> None:
-        if self._finished:
+        if self.whole_s is not None:
             self._end()
         else:
             self.fail("bad_http", message, at_s)
@@ -378,7 +381,7 @@ class Response:
         elif short is not None:
             self.fail("short", short, at_s)
         else:
-            if not self._finished:
+            if self.whole_s is None:
                 self.record.notes.append("ended-by-usage")
             self._close(at_s)
 

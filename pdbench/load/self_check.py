@@ -166,14 +166,11 @@ def window(results: Sequence[ClientResult], open_loop: bool) -> tuple[float, flo
     if not sent or not ended:
         return 0.0, 0.0, "empty: no request was sent"
     if open_loop:
-        well = _instants(filter(_ended_well, requests), "end_s") or ended
-        good = filter(_ended_well, requests)
-        lasted_s = [each.end_s - each.sent_s for each in good if each.end_s is not None and each.sent_s is not None]
+        well = [each for each in requests if _ended_well(each)]
+        lasted_s = [each.end_s - each.sent_s for each in well if each.end_s is not None and each.sent_s is not None]
         filled_s = sent[0] + (float(numpy.quantile(lasted_s, FILLED_SHARE)) if lasted_s else 0.0)
-        found, name = (
-            open_window(sent, ended, well[0], filled_s),
-            "completion to completion at full load",
-        )
+        found = open_window(sent, ended, (_instants(well, "end_s") or ended)[0], filled_s)
+        name = "completion to completion at full load"
     else:
         clients = [
             (

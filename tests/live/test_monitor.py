@@ -16,24 +16,20 @@ from pdbench.power.sampler import merge_records
 from pdbench.records import DeviceRecord, DeviceSample, load_devices
 from pdbench.report.commands import read_devices
 from tests.support.fake_nvml import environment, sampled, wave_text
+from tests.support.processes import run_pdbench
 from tests.support.runs import energy_over
-
-
-def pdbench(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pdbench", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)  # type: ignore[call-overload,no-any-return]
 
 
 def test_monitor_writes_what_plot_draws(nvml_library: Path, tmp_path: Path) -> None:
     saved = tmp_path / "power.json"
     settings = environment(nvml_library, gpus="2", power_1=wave_text("square"))
-    done = pdbench("monitor", "--gpus", "0,1", "--duration", 2, "--out", saved, env=settings)
+    done = run_pdbench("monitor", "--gpus", "0,1", "--duration", "2", "--out", saved, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     assert "power W" in done.stdout and "gpu1" in done.stdout
     gpu0, gpu1, *_ = load_devices(saved)
     assert energy_over(gpu0, 0.5, 1.5).energy_j == pytest.approx(100, rel=0.25)
     assert gpu1.statistics["power_w"]["max"] is not None and gpu1.fine_power
-    drawn = pdbench("plot", saved)
+    drawn = run_pdbench("plot", saved, cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     pixels = image.imread(tmp_path / "power.png")
     assert pixels.shape[:2] == (1000, 1500) and pixels[..., :3].std() > 0.05
@@ -62,7 +58,7 @@ def test_monitor_without_gpu_ends_on_sigterm_with_its_file(tmp_path: Path) -> No
     rows = list(csv.DictReader(saved.read_text().splitlines()))
     assert rows and rows[-1]["device"] == "host" and float(rows[-1]["memory_used_mib"]) > 0
     assert rows[-1]["power_w"] == ""
-    assert pdbench("plot", saved, "--picture", tmp_path / "other.png").returncode == 0
+    assert run_pdbench("plot", saved, "--picture", tmp_path / "other.png", cwd=tmp_path).returncode == 0
     assert (tmp_path / "other.png").stat().st_size > 10_000
 
 
@@ -70,11 +66,11 @@ def test_second_monitor_into_a_file_is_refused_and_another_file_beside_it_is_not
     command = [sys.executable, "-m", "pdbench", "monitor", "--out", "a.csv"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as first:
         assert first.stdout and first.stdout.readline().startswith("watching")
-        refused = pdbench("monitor", "--duration", 1, "--out", tmp_path / "a.csv")
+        refused = run_pdbench("monitor", "--duration", "1", "--out", tmp_path / "a.csv", cwd=tmp_path)
         assert (
             refused.returncode == 1 and "another pdbench measures into" in refused.stderr and "a.csv" in refused.stderr
         )
-        other = pdbench("monitor", "--duration", 0.2, "--out", tmp_path / "b.csv")
+        other = run_pdbench("monitor", "--duration", "0.2", "--out", tmp_path / "b.csv", cwd=tmp_path)
         assert other.returncode == 0, other.stderr
         first.send_signal(signal.SIGINT)
         assert first.stdout.read() and first.wait(60) == 0

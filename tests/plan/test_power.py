@@ -33,5 +33,5 @@ def test_an_instance_draws_what_all_of_its_devices_do() -> None:
     pair[1].idle_utilization_pct = {"engine_ready": 40.0}  # somebody else computed there meanwhile
     assert fit_power([(pair, edges, use)]) is None
     again = [device(0, first, 100.0), device(1, second, 120.0)]
-    mended = fit_power([(pair, edges, use), (again, edges, use)])
-    assert mended is not None and mended.idle_w == 220.0
+    fitted = fit_power([(pair, edges, use), (again, edges, use)])
+    assert fitted is not None and fitted.idle_w == 220.0
