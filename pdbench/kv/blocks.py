@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
+from vllm.triton_utils import HAS_TRITON, tl, triton
 
 from pdbench.kv.compat import UnsupportedError
 from pdbench.kv.ranks import Share
 
 # Copies move whole words of this many bytes where a block's size allows: single bytes per thread would waste a GPU.
 _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
+# How many words of a block a program of the GPU's kernel copies at once.
+_CHUNK_WORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,12 @@ class BlockPacker:
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
         """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
         packed = out[: len(block_ids) * self.block_bytes]
-        _copy(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype), True)
+        self._copy(packed, block_ids, gather=True)
         return packed
 
     def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
-        _copy(list(self.parts), self._index(block_ids), packed.view(self.parts[0].dtype), False)
+        self._copy(packed, block_ids, gather=False)
 
     def share(self, share: Share, first_head: int) -> BlockPacker:
         """The packer of a share of the heads and layers; `first_head` is the first of the model's heads in this cache."""
@@ -71,17 +77,48 @@ class BlockPacker:
         for _ in range(3):
             self.scatter(self.gather([0], buffer), [0])
 
-    def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
-        index = torch.tensor(block_ids, dtype=torch.int64)
-        if self.device.type == "cpu":
-            return index
-        return index.pin_memory().to(self.device, non_blocking=True)
+    def _copy(self, packed: torch.Tensor, block_ids: Sequence[int], gather: bool) -> None:
+        words, index = packed.view(self.parts[0].dtype), torch.tensor(block_ids, dtype=torch.int64, device="cpu")
+        if self.device.type != "cpu":
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cuda" and HAS_TRITON:
+            _copy_kernel[len(block_ids), len(self.parts)](self._table, index, words, gather, _CHUNK_WORDS)
+        else:
+            _copy_layers(list(self.parts), index, words, gather)
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        """What the kernel must know of each part, all but the address in words: address, from block to block, words of a block, words that
+        stand together, from one such run to the next, and the words of a block of all parts before it."""
+        rows, words = [], [part[0].numel() for part in self.parts]
+        for part, count, before in zip(self.parts, words, accumulate(words, initial=0), strict=False):
+            run, step = count, count
+            if part.dim() == 4:  # some of the heads
+                run, step = part.shape[2] * part.shape[3], part.stride(1)
+            rows.append((part.data_ptr(), part.stride(0), count, run, step, before))
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+
+@triton.jit
+def _copy_kernel(table: Any, index: Any, packed: Any, gather: tl.constexpr, chunk: tl.constexpr) -> None:
+    """Copy one block of one part, by its row of `BlockPacker._table`, out of or into a packed buffer of as many blocks as programs."""
+    block, row = tl.program_id(0), table + tl.program_id(1) * 6
+    words, run, step = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    cache = tl.load(row).to(packed.dtype) + tl.load(index + block) * tl.load(row + 1)
+    packed += tl.load(row + 5) * tl.num_programs(0) + block * words
+    for start in range(0, words, chunk):
+        word = start + tl.arange(0, chunk)
+        place = cache + word // run * step + word % run
+        if gather:
+            tl.store(packed + word, tl.load(place, mask=word < words), mask=word < words)
+        else:
+            tl.store(place, tl.load(packed + word, mask=word < words), mask=word < words)
 
 
 # Scripted, a loop over all layers runs without the interpreter's lock: otherwise each layer's copy would wait for the engine's
 # thread to let go of it, and would make that thread wait in turn.
 @torch.jit.script
-def _copy(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor, gather: bool) -> None:
+def _copy_layers(parts: list[torch.Tensor], index: torch.Tensor, packed: torch.Tensor, gather: bool) -> None:
     start = 0
     for part in parts:
         shape = part.size()

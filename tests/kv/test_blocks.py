@@ -1,4 +1,4 @@
-"""Blocks of all layers gathered into one buffer and back, for every cache layout that vLLM makes."""
+"""Blocks of all layers gathered into one buffer and back, for every cache layout that vLLM makes; with -m gpu by the GPU's kernel."""
 
 import pytest
 import torch
@@ -10,6 +10,12 @@ from pdbench.kv.compat import UnsupportedError
 from pdbench.kv.ranks import Share
 
 BLOCKS = 10
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    with torch.device(request.param):
+        yield request.param
 
 
 def filled(shape, dtype=torch.float32, order=None):
@@ -36,7 +42,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_blocks_arrive_where_they_belong_and_nowhere_else(layout):
+def test_blocks_arrive_where_they_belong_and_nowhere_else(layout, device):
     here = {f"layer.{i}": filled(**layout) for i in range(3)}
     there = {name: filled(**layout) for name in here}
     before = {name: cache.clone() for name, cache in there.items()}
@@ -59,7 +65,7 @@ def test_blocks_arrive_where_they_belong_and_nowhere_else(layout):
         assert torch.equal(got[rest], old[rest])
 
 
-def test_layers_of_different_sizes_travel_together():
+def test_layers_of_different_sizes_travel_together(device):
     here = {"attention": filled((BLOCKS, 16, 576)), "indexer": filled((BLOCKS, 16, 33), torch.uint8)}
     there = {"attention": filled((BLOCKS, 16, 576)), "indexer": filled((BLOCKS, 16, 33), torch.uint8)}
     source, target = make_packer(here, BLOCKS), make_packer(there, BLOCKS)
@@ -77,6 +83,18 @@ def test_layers_that_share_a_cache_travel_once():
 def test_layouts_differ_when_the_caches_do():
     texts = {make_packer({"a": filled(**layout)}, BLOCKS).layout for layout in LAYOUTS.values()}
     assert len(texts) == len(LAYOUTS)
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_some_of_the_heads_go_where_these_are(head, device):
+    """A prefill rank with all four heads, a decode rank with two of them."""
+    here, there = filled((BLOCKS, 4, 16, 64), order=(0, 2, 1, 3)), filled((BLOCKS, 2, 16, 64), order=(0, 2, 1, 3))
+    source = make_packer({"a": here}, BLOCKS, heads=4).share(Share(0, 0, range(head, head + 2), 0, 1), 0)
+    target = make_packer({"a": there}, BLOCKS, heads=2)
+    before = there.clone()
+    target.scatter(source.gather([7, 2], torch.empty(4 * source.block_bytes, dtype=torch.uint8)), [0, 5])
+    assert torch.equal(there[[0, 5]].view(torch.uint8), here[[7, 2], head : head + 2].view(torch.uint8))
+    assert torch.equal(there[1:5].view(torch.uint8), before[1:5].view(torch.uint8))
 
 
 @pytest.mark.parametrize(
