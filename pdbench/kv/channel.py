@@ -31,6 +31,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 PROTOCOL = "pdbench-kv/4"
 MESSAGE_LIMIT_BYTES = 1 << 16
+READ_BYTES = 4096
 HANDSHAKE_TIMEOUT_S = 5.0
 # Connections that have not proved the secret yet; further ones are closed at once.
 UNAUTHENTICATED_LIMIT = 32
@@ -121,6 +122,7 @@ class Channel:
         self._users = 0
         self._closed = False
         self._send_lock = threading.Lock()
+        self._buffer, self._unread = memoryview(bytearray(READ_BYTES)), bytearray()
         self.set_timeout(timeout_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -155,32 +157,44 @@ class Channel:
 
     def receive(self, kind: Any = dict[str, Any], idle: bool = False) -> Any:
         """The next message, of a type in `kind`; with `idle` it may take any time to begin. Raises ChannelClosedError."""
-        head = bytearray(_LENGTH.size)
-        self.receive_into(memoryview(head), idle=idle)
-        (size,) = _LENGTH.unpack(head)
+        (size,) = _LENGTH.unpack(self._take(_LENGTH.size, idle))
         if size > MESSAGE_LIMIT_BYTES:
             raise self.failed(f"a message of {size} bytes, which is not {PROTOCOL}")
-        body = bytearray(size)
-        self.receive_into(memoryview(body))
+        body = self._take(size)
         try:
             return msgspec.json.decode(body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self.failed(f"not a message of {PROTOCOL} ({error})") from error
 
-    def receive_into(self, buffer: memoryview, idle: bool = False) -> None:
-        """Fill `buffer`; with `idle` its first byte may take any time. Raises ChannelClosedError."""
-        filled = 0
+    def receive_into(self, buffer: memoryview) -> None:
+        """Fill `buffer` with what follows a message. Raises ChannelClosedError."""
+        filled = min(len(buffer), len(self._unread))
+        buffer[:filled] = self._take(filled)
         while filled < len(buffer):
+            filled += self._read(buffer[filled:])
+
+    def _take(self, count: int, idle: bool = False) -> bytes:
+        """The next `count` bytes. A message is mostly read whole: each read may have to wait for the interpreter's lock."""
+        while len(self._unread) < count:
+            read = self._read(self._buffer, idle and not self._unread)
+            self._unread += self._buffer[:read]
+        taken = bytes(self._unread[:count])
+        del self._unread[:count]
+        return taken
+
+    def _read(self, buffer: memoryview, idle: bool = False) -> int:
+        """Read what has come into the front of `buffer`, one byte or more; returns how many."""
+        while True:
             try:
                 with self._using():
-                    count = self._socket.recv_into(buffer[filled:])
+                    count = self._socket.recv_into(buffer)
             except OSError as error:
-                if isinstance(error, TimeoutError) and idle and filled == 0:
+                if isinstance(error, TimeoutError) and idle:
                     continue
                 raise self.failed(error, "sent no data") from error
             if count == 0:
                 raise self.failed("the connection was closed by the other side")
-            filled += count
+            return count
 
     def set_timeout(self, timeout_s: float) -> None:
         """How long a read or write may stall from now on, and for how long a host may not answer at all (tcp(7)).
