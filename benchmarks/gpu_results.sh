@@ -5,7 +5,7 @@
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
 # fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and mooncake), first-token (about 8) or dense (about 10); default: all but the last two.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
-# MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
+# CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
 out=$(mkdir -p "${1:?usage: benchmarks/gpu_results.sh OUT SECONDS [GROUP...]}" && cd "$1" && pwd)
 end=$(($(date +%s) + ${2:?how many seconds it may take}))
@@ -105,7 +105,7 @@ kv_tests() { # both halves at once: they take a fifth of each GPU's memory and m
 }
 
 rivals() {
-    step rivals 1700 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors p2p-nccl,mooncake,nixl,nixl-push \
+    step rivals 1700 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/kv_transfer.py --out "$out/rivals" --connectors "${CONNECTORS:-p2p-nccl,mooncake,nixl,nixl-push}" \
         --model "$model" --requests 2000 --limit-s 1600 "--vllm-args=--load-format dummy $alone"
 }
 
