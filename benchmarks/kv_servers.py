@@ -58,9 +58,11 @@ class Pair:
     folder: Path
     commands: list[tuple[list[str], dict[str, str]]]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    push_source: dict[str, object] | None = None
 
     def launch(self, index: int) -> None:
         """Start server 0 (prefill) or 1 (decode), for the first time or again; its log goes on."""
+        self.push_source = None
         command, environment = self.commands[index]
         with (self.folder / f"{self.connector}-{('prefill', 'decode')[index]}.log").open("ab") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -94,7 +96,8 @@ class Pair:
             process.wait()
 
     async def ask(self, prompt: list[int], output_tokens: int, timeout_s: float = 120.0) -> Timed:
-        """One streamed request through prefill and decode; PdKvConnector and Mooncake take both at once, the others one after the other."""
+        """One streamed request through prefill and decode: NixlConnector and vLLM's own P2P connector take one after the other, the others
+        both at once, NixlPushConnector once prefill's first answer has said who it is."""
         name = secrets.token_hex(12)
         begun_s = time.monotonic()
         try:
@@ -110,8 +113,20 @@ class Pair:
             return await streamed(self.urls[1], prompt, output_tokens, None, name, begun_s, {"X-Request-Id": both})
         if self.connector in NIXL:
             parameters = {"do_remote_decode": True, "do_remote_prefill": False}
-            answer = await plain(self.urls[0], prompt, parameters)
-            return await streamed(self.urls[1], prompt, output_tokens, answer["kv_transfer_params"], name, begun_s)
+            both = {"X-Request-Id": name}  # NixlPushConnector's prefill writes to the decode request of the same id
+            if self.push_source is not None:
+                prefill = asyncio.create_task(plain(self.urls[0], prompt, parameters, both))
+                source = self.push_source | {"remote_request_id": name}
+                try:
+                    return await streamed(self.urls[1], prompt, output_tokens, source, name, begun_s, both)
+                finally:
+                    await prefill
+            answer = await plain(self.urls[0], prompt, parameters, both)
+            source = dict(answer["kv_transfer_params"])  # type: ignore[call-overload]
+            if self.connector == "nixl-push":
+                of_one_request = ("remote_block_ids", "remote_num_tokens")
+                self.push_source = {key: value for key, value in source.items() if key not in of_one_request}
+            return await streamed(self.urls[1], prompt, output_tokens, source, name, begun_s, both)
         host, port = self.kv[0].rsplit(":", 1)
         prefill = asyncio.create_task(plain(self.urls[0], prompt, {"transfer_id": name, "do_remote_decode": True}))
         there: dict[str, object] = {"transfer_id": name, "do_remote_prefill": True}
@@ -160,6 +175,8 @@ def start(
     secret = secrets.token_hex(16)
     for index, role in enumerate(("prefill", "decode")):
         transfer = _transfer(connector, role, kv_ports[index], ports[index], folder, transfer_timeout_s)
+        if connector in NIXL and cpu:
+            transfer["kv_buffer_device"] = "cpu"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--served-model-name", "m"]
         command += ["--host", "127.0.0.1", "--port", str(ports[index]), "--kv-transfer-config", json.dumps(transfer)]

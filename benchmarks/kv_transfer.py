@@ -27,7 +27,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from kv_servers import CONNECTORS, NIXL, Pair, Timed, available, metrics, start, wait_healthy
+from kv_servers import CONNECTORS, Pair, Timed, available, metrics, start, wait_healthy
 
 from pdbench.config import LoadConfig
 from pdbench.http import get
@@ -174,6 +174,7 @@ class Measurement:
                 },
                 "bytes": sizes[0] if sizes else None,
                 "transfers": len(both),
+                "ttft_ms_p50": quantile([timed.ttft_ms for timed in requests if timed.ttft_ms is not None], 0.5),
                 "failed": sum(timed.error is not None for timed in requests),
             }
         after = await asyncio.to_thread(own_counters, self.pair)
@@ -292,8 +293,7 @@ class Measurement:
 @contextmanager
 def proxy(pair: Pair, *options: str) -> Iterator[str]:
     """pdbench's proxy in front of the pair; its URL."""
-    connector = "nixl" if pair.connector in NIXL else pair.connector  # one protocol
-    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", connector, *options]
+    command = [sys.executable, "-m", "pdbench", "proxy", "--port", "0", "--connector", pair.connector, *options]
     for side, url, kv in zip(("--prefill", "--decode"), pair.urls, pair.kv, strict=True):
         command += [side, f"{url}@{kv}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -352,6 +352,7 @@ def judged(
             (f"of it {what} p50 ms", get("wire 2048", f"{what}_ms_p50"), None, None)
             for what in ("gather", "wire", "scatter")
         ),
+        ("TTFT p50 ms without a proxy, 2048 tokens", get("wire 2048", "ttft_ms_p50"), None, None),
         *((f"TTFT p50 ms more than single, {n} tokens", extra[n], None, 1 if n == 512 else None) for n in extra),
         (f"failed of {options.requests}, {at_once}", get(many, "failed"), None, 0),
         (f"TBT p99, {at_once} / p99.8 of as many arrivals without KV", tail, None, 1.15),

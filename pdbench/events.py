@@ -23,7 +23,7 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
 
     `received_s`: the request was read whole; `first_token_s`: prefill's token was passed on as the client's first;
     `first_byte_s`: first byte of decode's body; `error`: what failed. `prompt_tokens` is the proxy's estimate; `decode_alone`: why decode
-    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "prefill-failed");
+    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "unnamed", "prefill-failed");
     `first_tokens_differ`: decode's first token was not prefill's, which had opened the stream, and decode was sent the request again.
     """
 
@@ -272,9 +272,8 @@ def _client_names(event: PromptEvent, transfers: dict[str, str]) -> Iterator[str
         yield transfers[event.transfer_id]
         return
     name = event.request_id.partition("-")[2]
-    if name.startswith("___"):  # vLLM's own P2P connector: addresses and the transfer id
-        yield from (transfers[part] for part in re.split("[_-]", name) if part in transfers)
-        return
+    # With vLLM's own P2P connector and NixlPushConnector the transfer's id is a part of the name.
+    yield from (transfers[part] for part in re.split("[_-]", name) if part in transfers)
     yield name
     for _ in range(2):
         name = name.rpartition("-")[0]

@@ -41,7 +41,9 @@ def test_one_gpu_is_enough_for_what_shares_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("connector", "package"), [("nixl", "nixl"), ("mooncake", "mooncake-transfer-engine-cuda13")], ids=str
+    ("connector", "package"),
+    [("nixl", "nixl"), ("nixl-push", "nixl"), ("mooncake", "mooncake-transfer-engine-cuda13")],
+    ids=str,
 )
 def test_missing_kv_library_is_found_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, connector: Connector, package: str

@@ -206,9 +206,16 @@ def test_prompt_that_decode_computes_alone_has_a_queue_and_compute_of_its_own() 
     assert request.phases["decode"] is None and request.phases["decode_alone"] == (0.2, 0.9)
 
 
-def test_prompts_of_vllms_own_p2p_connector_are_found_by_the_transfer_in_their_names() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cmpl-___prefill_addr_10.0.0.1:14579___decode_addr_10.0.0.2:14580_t1-0",
+        "cmpl-run-000007-t1-0-764cb09f",
+        "chatcmpl-run-000007-t1",
+    ],
+)
+def test_prompts_are_found_by_the_transfer_in_their_names(name: str) -> None:
     request = request_at(0.9)
-    name = "cmpl-___prefill_addr_10.0.0.1:14579___decode_addr_10.0.0.2:14580_t1-0"
     way = ProxyEvent(**DISAGGREGATED, decode_sent_s=0.45)
     of_both = [prompt("prefill-0", name, 0.25, 0.3, 0.4), prompt("decode-0", name, 0.5, 0.6, 0.8)]
     events.join([request], [*of_both, way])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeVar
 from cyclopts import Group, Parameter
 
 T = TypeVar("T")
-Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "mooncake", "tcp"]
+Connector = Literal["auto", "p2p-nccl", "builtin-p2p-nccl", "nixl", "nixl-push", "mooncake", "tcp"]
 FirstToken = Literal["prefill", "either", "decode"]
 DeploymentKind = Literal["single", "replicas", "tensor-parallel", "disaggregated"]
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, show_default=False)]

@@ -22,7 +22,7 @@ class ProxyConfig:
     """Prefill instances."""
     decode: Words = ()
     """Decode instances; with --connector none: all instances."""
-    connector: Literal["p2p-nccl", "tcp", "builtin-p2p-nccl", "nixl", "mooncake", "none"] = "p2p-nccl"
+    connector: Literal["p2p-nccl", "tcp", "builtin-p2p-nccl", "nixl", "nixl-push", "mooncake", "none"] = "p2p-nccl"
     """KV connector of the instances; p2p-nccl and tcp are ours, none only balances over --decode."""
     kv_port: Port[int] = 14579
     """KV port of the first instance whose URL names none; each further instance takes the next one."""

@@ -84,7 +84,7 @@ class ServeConfig(ServerConfig):
     kv_port: Network[Port[int]] = 21001
     """KV port of the first prefill instance; each further instance takes the next one. Ray gives its workers 10002 to 19999."""
     connector: Network[Connector] = "auto"
-    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl, mooncake; auto chooses by vLLM version and GPUs."""
+    """How KV moves: p2p-nccl (ours), tcp (ours), builtin-p2p-nccl (vLLM 0.10.2 - 0.23), nixl (decode reads), nixl-push (prefill writes), mooncake; auto chooses by vLLM version and GPUs."""
     first_token: Network[FirstToken] = "prefill"
     """Whose token opens a stream where greedy sampling makes that exact (p2p-nccl and tcp): prefill's, decode's, or either's, with both asked at once."""
     disaggregate_above: Network[CountOrZero[int]] = 0

@@ -114,7 +114,7 @@ class RequestHandler:
         context, request, protocol = self.context, self.request, self.context.protocol
         self.event.request_id, self.event.received_s = request.request_id.decode("latin-1"), request.received_s
         try:
-            if protocol.addresses_in_id and not request.dialect.names_request:
+            if not (protocol.request_id is None or protocol.decode_can_prefill or request.dialect.names_request):
                 path, remedy = request.path.decode("latin-1"), "use /v1/chat/completions"
                 raise RequestError(404, f"{path} carries no KV transfer of vLLM's own connector: {remedy}")
             request.fields = messages.parse_fields(request.body)
@@ -149,6 +149,8 @@ class RequestHandler:
             return "several-sequences"
         if messages.is_stateful(request.fields):
             return "stateful"
+        if self.context.protocol.request_id is not None and not request.dialect.names_request:
+            return "unnamed"
         may_stay = messages.header(request.headers, b"x-pdbench-disaggregate") != b"always"
         return "short" if may_stay and request.tokens <= self.context.config.disaggregate_above else None
 
@@ -219,8 +221,8 @@ class RequestHandler:
             return self._send_to_decode(request, decode)
         handoff = Handoff(os.urandom(16).hex(), prefill.address, decode.address, return_kv=config.return_kv)
         self.event.transfer_id = handoff.transfer_id
-        if protocol.addresses_in_id:
-            request = replace(request, request_id=handoff.builtin_request_id)
+        if protocol.request_id is not None:
+            request = replace(request, request_id=protocol.request_id(handoff, request.request_id))
         body = prefill_body(request, protocol, handoff, wants_token=self.wants_first_token)
         self.prefill = context.send(request, prefill, "prefill", body, config.prefill_timeout_s)
         prefill_first = self.wants_first_token and config.first_token == "prefill" and not config.return_kv

@@ -35,17 +35,13 @@ class Handoff(NamedTuple):
     prefilled_tokens: int | None = None
     return_kv: bool = False
 
-    @property
-    def builtin_request_id(self) -> bytes:
-        return f"___prefill_addr_{self.prefill.kv}___decode_addr_{self.decode.kv}_{self.transfer_id}".encode()
-
 
 class KvProtocol(NamedTuple):
     """How requests look with one connector; the first two give the kv_transfer_params, None for none.
 
-    `decode_params` also gets prefill's answer, which is empty where decode is sent its request before. `addresses_in_id`: the request
-    id names both instances. `decode_can_prefill`: decode computes the prompt of a request without handoff. `at_once`: decode may be
-    sent its request before prefill has answered.
+    `decode_params` also gets prefill's answer, which is empty where decode is sent its request before. `request_id`: what both instances
+    are told to call the request, from what the client calls it; None where they need not agree. `decode_can_prefill`: decode computes the
+    prompt of a request without handoff. `at_once`: decode may be sent its request before prefill has answered.
 
     `is_pdbench`: decode accepts a prompt whose last token, which prefill sampled, has no KV, takes no KV of another prompt than its own,
     and lets prefill fetch what it has of a prompt.
@@ -54,7 +50,7 @@ class KvProtocol(NamedTuple):
     prefill_params: Callable[[Handoff], bytes | None] = lambda handoff: None
     decode_params: Callable[[Handoff, bytes], bytes | None] = lambda handoff, prefill_answer: None
     has_prefill: bool = True
-    addresses_in_id: bool = False
+    request_id: Callable[[Handoff, bytes], bytes] | None = None
     decode_can_prefill: bool = True
     at_once: bool = False
     is_pdbench: bool = False
@@ -131,6 +127,15 @@ def _mooncake_decode(handoff: Handoff, prefill_answer: bytes) -> bytes:
     )
 
 
+def _builtin_id(handoff: Handoff, name: bytes) -> bytes:
+    return f"___prefill_addr_{handoff.prefill.kv}___decode_addr_{handoff.decode.kv}_{handoff.transfer_id}".encode()
+
+
+def _nixl_push_id(handoff: Handoff, name: bytes) -> bytes:
+    """Prefill writes to the decode request of the same name, whoever sent it: a client's own name would let it read others' KV."""
+    return b"%b-%b" % (name, handoff.transfer_id.encode())
+
+
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.
 _PDBENCH = KvProtocol(_pdbench_prefill, _pdbench_decode, at_once=True, is_pdbench=True)
 PROTOCOLS = {
@@ -138,8 +143,11 @@ PROTOCOLS = {
     "tcp": _PDBENCH,
     # vLLM's P2pNcclConnector (0.9.2 to 0.23): both engines number a request's sequences alike, so `n` and a list of
     # prompts stay. Every decode request waits for KV: one whose prefill never happened hangs the engine for good.
-    "builtin-p2p-nccl": KvProtocol(addresses_in_id=True, decode_can_prefill=False),
+    "builtin-p2p-nccl": KvProtocol(request_id=_builtin_id, decode_can_prefill=False),
     "nixl": KvProtocol(lambda handoff: _NIXL_PREFILL, _nixl_decode),
+    # vLLM's NixlPushConnector (from 0.26 on): decode tells prefill which blocks to write to, and the names of both requests must be equal
+    # but for vLLM's random digits. Decode could be asked at once, but one that waits for a prefill that never ends waits for good.
+    "nixl-push": KvProtocol(lambda handoff: _NIXL_PREFILL, _nixl_decode, request_id=_nixl_push_id),
     # vLLM's MooncakeConnector: decode asks prefill, which writes into decode's memory, as soon as it knows the request.
     "mooncake": KvProtocol(_mooncake_prefill, _mooncake_decode, at_once=True),
     "none": KvProtocol(has_prefill=False),

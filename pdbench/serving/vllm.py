@@ -17,7 +17,10 @@ from pdbench.serving.machine import Machine
 from pdbench.serving.plan import ServerSpec, shared_gpus
 
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-V2-Lite"
-PACKAGES = {"nixl": "nixl", "mooncake": "mooncake-transfer-engine-cuda13"}
+NIXL: dict[Connector, str] = {"nixl": "NixlConnector", "nixl-push": "NixlPushConnector"}
+"""vLLM's connectors over NIXL: decode reads the KV, or prefill writes it."""
+NIXL_PUSH_SINCE = (0, 24)
+PACKAGES = {"nixl": "nixl", "nixl-push": "nixl", "mooncake": "mooncake-transfer-engine-cuda13"}
 """Which packages bring the libraries of vLLM's own connectors; for CUDA 12 it is mooncake-transfer-engine, on CPU ...-non-cuda."""
 BUILTIN_P2P_VERSIONS = ((0, 10, 2), (0, 24))
 """vLLM's own P2pNcclConnector: from the first version on, before the second (removed by vLLM pull request 44854)."""
@@ -86,6 +89,8 @@ def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
             f"connector {connector} works with vLLM {RANGE_TEXT}, this is {text}: "
             f"{remedy}install '{package}>={'.'.join(map(str, SUPPORTED[0]))},<{SUPPORTED[1][0]}.{SUPPORTED[1][1] + 1}'"
         )
+    if connector == "nixl-push" and version < NIXL_PUSH_SINCE:
+        raise UserError(f"vLLM {text} has no NixlPushConnector (0.24 and later have): use --connector nixl")
     if connector == "builtin-p2p-nccl" and config.disaggregate_above:
         raise UserError(
             "connector builtin-p2p-nccl cannot let decode compute a prompt: leave --disaggregate-above out, or use another connector"
@@ -240,8 +245,8 @@ def _kv_transfer(
     spec: ServerSpec, config: ServeConfig, machine: Machine, connector: Connector
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's --kv-transfer-config and the environment that goes with it."""
-    if connector == "nixl":
-        transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    if connector in NIXL:
+        transfer: dict[str, Any] = {"kv_connector": NIXL[connector], "kv_role": "kv_both"}
         if not machine.on_gpu:
             transfer["kv_buffer_device"] = "cpu"
         environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": config.kv_ip, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.kv_port)}

@@ -151,14 +151,14 @@ def test_dead_prefill_is_replaced_then_recomputed_by_decode(tmp_path, pair):
             assert "kv_transfer_params" not in pair[1].requests()[-1]["body"]
 
 
-@pytest.mark.parametrize("connector", ["p2p-nccl", "mooncake", "nixl", "builtin-p2p-nccl"])
+@pytest.mark.parametrize("connector", ["p2p-nccl", "mooncake", "nixl", "nixl-push", "builtin-p2p-nccl"])
 def test_stalled_prefill_is_a_504(tmp_path, pair, connector):
     with proxy(tmp_path, *FAST, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
         pair[0].signal(signal.SIGSTOP)
         answer = server.complete(decode=FOREVER)
         assert (answer.status, answer.json["error"]["stage"]) == (504, "prefill")
         server.wait_idle()
-        if connector in ("nixl", "builtin-p2p-nccl"):
+        if connector in ("nixl", "nixl-push", "builtin-p2p-nccl"):
             assert not pair[1].requests(), "decode must not hear of it"
         else:
             wait_until(pair[1].aborted)

@@ -340,6 +340,23 @@ def test_nixl_protocol_hands_prefills_parameters_to_decode(pair, tmp_path: Path)
         assert handed == {"remote_engine_id": "e", "remote_block_ids": [1, 2], "received": request}
 
 
+def test_nixl_push_protocol_gives_both_requests_one_name_that_no_client_can_choose(pair, tmp_path: Path):
+    with proxy(tmp_path, "--connector", "nixl-push", prefill=[pair[0]], decode=[pair[1]]) as server:
+        for _ in range(2):
+            assert server.request("POST", "/v1/completions", PROMPT, X_Request_Id="mine").status == 200
+        prefill, decode = ([request["headers"]["x-request-id"] for request in each.requests()[-2:]] for each in pair)
+        assert prefill == decode and len(set(prefill)) == 2
+        assert all(re.fullmatch(r"mine-[0-9a-f]{32}", name) for name in prefill)
+        request, handed = (each.received(prefill[1])[1]["kv_transfer_params"] for each in pair)
+        assert handed == {"remote_engine_id": "e", "remote_block_ids": [1, 2], "received": request}
+        event = server.event("mine")
+        assert event["prefill_done_s"] <= event["decode_sent_s"]
+
+        answer = server.request("POST", "/v1/responses", OTHER_APIS["/v1/responses"])  # vLLM chooses its name
+        event = server.event(answer.request_id)
+        assert (event["status"], event["prefill"], event["decode_alone"]) == (200, None, "unnamed")
+
+
 def test_mooncake_protocol_names_prefill_to_decode(pair, tmp_path: Path):
     with proxy(tmp_path, "--connector", "mooncake", prefill=[pair[0]], decode=[pair[1]]) as server:
         answer = server.complete(stream=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pdbench.config import DeploymentKind, Options, ServeConfig
+from pdbench.config import Connector, DeploymentKind, Options, ServeConfig
 from pdbench.errors import UserError
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.nvml import Gpu
@@ -65,6 +65,7 @@ def test_vllm_outside_the_connectors_range_is_refused_before_anything_starts(
         ("0.24.0", 2, "auto"),
         ("0.32.0", 0, "p2p-nccl"),
         ("0.33.0", 0, "mooncake"),
+        ("0.23.0", 2, "nixl-push"),
     ],
 )
 def test_connector_that_cannot_work_is_refused_with_the_remedy(version: str, gpus: int, connector: str) -> None:
@@ -282,6 +283,16 @@ def test_proxy_finds_instances_at_ipv6_addresses() -> None:
     address = parse_address(option(proxy, "--prefill"), 1)
     assert address == ("fd00::2", config.prefill_port, "fd00::3", config.kv_port)
     assert (prefill.url, proxy.url) == ("http://[fd00::2]:8100", "http://[fd00::2]:8000")
+
+
+@pytest.mark.parametrize(("connector", "name"), vllm.NIXL.items())
+def test_nixl_instances_listen_at_their_kv_address(connector: Connector, name: str) -> None:
+    config = ServeConfig(connector=connector, kv_port=23000)
+    prefill, decode, proxy = commands("disaggregated", config, machine("0.33.0", 2))
+    transfers = [json.loads(option(server, "--kv-transfer-config") or "") for server in (prefill, decode)]
+    assert [transfer["kv_connector"] for transfer in transfers] == [name] * 2
+    ports = [server.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] for server in (prefill, decode)]
+    assert ports == ["23000", "23001"] and option(proxy, "--connector") == connector
 
 
 def test_mooncake_is_found_by_prefills_kv_address() -> None:
