@@ -23,7 +23,7 @@ class ProxyEvent(msgspec.Struct, kw_only=True, tag="request", tag_field="event")
 
     `received_s`: the request was read whole; `first_token_s`: prefill's token was passed on as the client's first;
     `first_byte_s`: first byte of decode's body; `error`: what failed. `prompt_tokens` is the proxy's estimate; `decode_alone`: why decode
-    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "unnamed", "prefill-failed");
+    computed the prompt although there are prefill instances ("short", "several-sequences", "stateful", "unnamed", "prefill-failed", "prefill-refused");
     `first_tokens_differ`: decode's first token was not prefill's, which had opened the stream, and decode was sent the request again.
     """
 

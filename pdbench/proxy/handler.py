@@ -235,7 +235,13 @@ class RequestHandler:
         if self.decode is not None and self.decode.first_byte_s is not None and self.decode.status == 200:
             return self.decode
         if self.prefill.status is not None and 400 <= self.prefill.status < 500 and self.prefill.error is None:
-            return self.prefill
+            if not protocol.decode_can_prefill:
+                return self.prefill
+            # Prefill was sent a shorter request: decode says what is wrong with the client's.
+            if self.decode is not None:
+                self.decode.end("prefill refused the request")
+            self.event.decode_alone = "prefill-refused"
+            return self._send_to_decode(self.request, decode)
         check_answer(self.prefill)
         if self.wants_first_token:
             self.wants_first_token = False

@@ -164,6 +164,15 @@ def test_stalled_prefill_is_a_504(tmp_path, pair, connector):
             wait_until(pair[1].aborted)
 
 
+@pytest.mark.parametrize("connector", ["nixl", "builtin-p2p-nccl"])
+def test_what_prefill_refuses_is_decodes_to_answer_where_it_can(tmp_path, pair, connector):
+    with proxy(tmp_path, "--connector", connector, prefill=[pair[0]], decode=[pair[1]]) as server:
+        before = len(pair[1].requests())
+        answer = server.complete(max_tokens=4, prefill={"status": 400}, decode={"status": 422})
+        can = connector == "nixl"
+        assert (answer.status, len(pair[1].requests()) - before) == ((422, 1) if can else (400, 0))
+
+
 def test_dead_decode_is_replaced_before_the_first_byte(tmp_path, pair):
     with instance(tmp_path, "decode-2") as second:
         options = ("--decode-policy", "round-robin", "--health-interval-s", "60")

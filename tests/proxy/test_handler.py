@@ -250,9 +250,16 @@ def test_prompt_that_decode_computes_because_prefill_failed_says_so(pair, tmp_pa
         assert (answer.status, event["decode_alone"]) == (200, "prefill-failed")
 
 
+def test_what_prefill_refuses_is_decodes_to_answer(server, pair):
+    answer = server.complete(max_tokens=4, prefill={"status": 400}, decode={"first": 0.5, "status": 422})
+    assert (answer.status, answer.json["error"]["message"]) == (422, "scripted")
+    answer = server.complete(max_tokens=4, prefill={"status": 400}, decode={"first": 0.5})
+    event = server.event(answer.request_id)
+    assert (answer.status, event["decode_alone"], event["retries"]) == (200, "prefill-refused", 0)
+    assert "kv_transfer_params" not in pair[1].received(answer.request_id)[1]
+
+
 def test_refusal_of_an_instance_reaches_the_client(server):
-    answer = server.complete(max_tokens=4, prefill={"status": 400}, decode={"first": 30})
-    assert (answer.status, answer.json["error"]["message"]) == (400, "scripted")
     answer = server.complete(max_tokens=4, decode={"status": 422}, prefill={"first": 30})
     assert (answer.status, answer.json["error"]["message"]) == (422, "scripted")
 
