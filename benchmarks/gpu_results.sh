@@ -3,7 +3,8 @@
 #   benchmarks/gpu_results.sh OUT SECONDS [GROUP...]
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
-# fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and mooncake), first-token (about 8) or dense (about 10); default: all but the last two.
+# fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and
+# mooncake), wire (about 6), first-token (about 8) or dense (about 10); default: all but the last three.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -212,11 +213,12 @@ for group in "$@"; do
     fleet-tuned) fleet_tuned ;;
     fleet-512) fleet_512 ;;
     rivals) rivals ;;
+    wire) connector_a ;;
     first-token) first_token "" ;;
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, first-token, dense, dense-lanes" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes" >&2
         exit 2
         ;;
     esac
