@@ -11,7 +11,6 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate
 from math import prod
-from typing import Any
 
 import torch
 from vllm.triton_utils import HAS_TRITON, tl, triton
@@ -82,7 +81,8 @@ class BlockPacker:
         if self.device.type != "cpu":
             index = index.pin_memory().to(self.device, non_blocking=True)
         if self.device.type == "cuda" and HAS_TRITON:
-            _copy_kernel[len(block_ids), len(self.parts)](self._table, index, words, gather, _CHUNK_WORDS)
+            with torch.cuda.device(self.device):
+                _copy_kernel[len(block_ids), len(self.parts)](self._table, index, words, gather, _CHUNK_WORDS)
         else:
             _copy_layers(list(self.parts), index, words, gather)
 
@@ -100,7 +100,7 @@ class BlockPacker:
 
 
 @triton.jit
-def _copy_kernel(table: Any, index: Any, packed: Any, gather: tl.constexpr, chunk: tl.constexpr) -> None:
+def _copy_kernel(table, index, packed, gather: tl.constexpr, chunk: tl.constexpr):  # type: ignore[no-untyped-def]
     """Copy one block of one part, by its row of `BlockPacker._table`, out of or into a packed buffer of as many blocks as programs."""
     block, row = tl.program_id(0), table + tl.program_id(1) * 6
     words, run, step = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
