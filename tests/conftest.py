@@ -34,7 +34,12 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
-OWN_SERVERS = {"tests/kv/test_caches.py", "tests/kv/test_speculative.py", "tests/plan/test_vllm_scheduler.py"}
+OWN_SERVERS = {
+    "tests/kv/test_caches.py",
+    "tests/kv/test_nixl.py",
+    "tests/kv/test_speculative.py",
+    "tests/plan/test_vllm_scheduler.py",
+}
 """Files whose tests start vLLM for themselves."""
 
 
