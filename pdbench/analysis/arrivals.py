@@ -18,6 +18,8 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 COARSE_REQUESTS = 0.01
 """Above this share of answers in larger chunks, no gap of a run is one between tokens."""
+AT_ONCE = 0.05
+"""Within this share of an answer's mean gap of its first arrival, a token has come with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +74,23 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     chunks = np.array([record.counted_by in ("chunks", "mixed") for record in records], dtype=bool)
     output_tokens = np.where(np.isnan(reported) & ~(chunks & answered), counts, reported)
     # From the first instant to the last there are all tokens but those that came at the first, or were never sent.
-    span_s = np.bincount(request[head], token_s[tail] - token_s[head], minlength=len(records))
+    sequence, choices = np.cumsum(starts) - 1, np.bincount(request[head], minlength=len(records))
+    lasted_s = token_s[tail] - token_s[head]
+    span_s = np.bincount(request[head], lasted_s, minlength=len(records))
     sent = np.where(counted, output_tokens - column(records, "unsent_tokens"), counts)
-    heads = column(records, "first_tokens")
-    for row in (row for row, record in enumerate(records) if record.token_choice):
-        sequences = np.flatnonzero(request[head] == row)
-        instants = sum(np.count_nonzero(token_s[head[i] : tail[i] + 1] == token_s[head[i]]) for i in sequences)
-        heads[row] = instants * (sent[row] / counts[row] if records[row].coarse else 1)
+    coarse = ok & np.array([record.coarse for record in records], dtype=bool)
+    # A gateway that holds events back writes them as one piece or one right after the other; the last piece's are among those after the first.
+    at_once_s = AT_ONCE * lasted_s / np.maximum(tail - head, 1)
+    at_first = np.bincount(request, token_s - token_s[head][sequence] <= at_once_s[sequence], minlength=len(records))
+    first_chunk = column(records, "first_tokens")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_chunks = first_chunk + (at_first - 1) * (sent - first_chunk) / (counts - 1)
+        heads = np.where(coarse & chunks, of_chunks, np.maximum(first_chunk, at_first))
+        heads = np.where(choices > 1, at_first * np.where(coarse, sent / counts, 1.0), heads)
     later = sent - heads
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_tbt_ms = np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
-    coarse = ok & np.array([record.coarse for record in records], dtype=bool)
     # A few answers in larger chunks are left out; where there are more, the run has none.
     coarse |= coarse.sum() > COARSE_REQUESTS * ok.sum()
     return Arrivals(

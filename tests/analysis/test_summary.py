@@ -96,6 +96,25 @@ def test_stream_that_was_cut_off_has_missed_its_mean_tbt_once_no_further_token_c
     assert summarize(run).goodput.met_pct == pytest.approx(100 / known)
 
 
+@pytest.mark.parametrize("apart_s", [0.0, 50e-6], ids=["one piece", "one piece after the other"])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_mean_tbt_leaves_out_what_came_together_with_the_first_token(apart_s, choices):
+    """A gateway sends four events at a time: 16 of 20 tokens come after the first arrival, in 0.16 s."""
+    token_s = [1.1 + 0.04 * (i // 4) + apart_s * (i % 4) for i in range(20)]
+    record = request(
+        token_s=sorted(token_s * choices),
+        token_choice=[*range(choices)] * 20 if choices > 1 else [],
+        output_tokens=20 * choices,
+        counted_by="chunks",
+    )
+    assert timings_of(tiny_run(record)).requests.mean_tbt_ms == pytest.approx([10], rel=2e-3)
+
+
+def test_mean_tbt_of_tokens_that_came_one_by_one_is_from_the_first_to_the_last():
+    uneven = request(token_s=[1.1, 1.102, 1.13, 1.14], output_tokens=4, counted_by="token_ids")
+    assert timings_of(tiny_run(uneven)).requests.mean_tbt_ms == pytest.approx([40 / 3])
+
+
 @pytest.mark.parametrize("requests", [0, 1])
 def test_empty_and_one_request_runs_have_a_summary(requests):
     summary = summarize(tiny_run(*([request()] * requests)))

@@ -117,7 +117,15 @@ case("logprobs say how many", [*(sse(delta(content="a b ", choice={"logprobs": {
 case("logprobs of completions", [*(sse(text("a b ", logprobs={"tokens": ["a", " b"], "token_logprobs": [0,
      0]})) for _ in range(3)), sse(text("", "stop")) + DONE], Truth(tokens=6, last=2, in_first=2))
 case("all in one chunk", [sse(text("one two three", "stop"), usage(3)) + DONE], Truth(tokens=3, last=0))
-case("several events per segment", [FIVE[0] + FIVE[1], FIVE[2] + FIVE[3], FIVE[4], END], Truth(tokens=5, last=2))
+case("several events per segment", [FIVE[0] + FIVE[1], FIVE[2] + FIVE[3], FIVE[4], END], Truth(tokens=5, last=2,
+     in_first=2))
+case("four events per segment", [*([b"".join(FIVE[:4])] * 4), sse(text("", "length"), usage(16)) + DONE],
+     Truth(tokens=16, last=3, in_first=4))
+case("four events per segment, token ids", [*([sse(text("t ", token_ids=[1])) * 4] * 4), sse(text("", "length",
+     token_ids=[]), usage(16)) + DONE], Truth(tokens=16, last=3, in_first=4))
+case("the first token held back until the second", [FIVE[0] + FIVE[1], *FIVE[2:], END], Truth(tokens=5, last=3, in_first=2))
+case("two events of four tokens per segment", [*([sse(text("a b c d ")) * 2] * 4), sse(text("", "length"), usage(32)) + DONE],
+     Truth(tokens=32, last=3, in_first=8))
 case("a tool parser that holds tokens back", [sse(delta(role="assistant", content="")),
      sse(delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": "get_weather",
      "arguments": '{"city": "Oslo", "unit": "C"}'}}])), sse(delta("tool_calls"), usage(18)) + DONE], Truth(tokens=18,
@@ -270,7 +278,7 @@ case("BOM first", [b"\xef\xbb\xbf" + FIVE[0], *FIVE[1:], _stop], GOOD)
 case("JSON over several data lines", [b"data: " + json.dumps(text(f"t{i} "), indent=1).encode().replace(b"\n",
      b"\ndata: ") + b"\n\n" for i in range(5)]+ [_stop], GOOD)
 case("two objects in one event", [b"data: " + as_json(text("a ")) + b"\ndata: " + as_json(text("b ")) + b"\n\n", FIVE[2],
-     b"data: " + as_json(text("", "stop")) + as_json(usage(3)) + b"\n\n" + DONE], Truth(tokens=3, last=1))
+     b"data: " + as_json(text("", "stop")) + as_json(usage(3)) + b"\n\n" + DONE], Truth(tokens=3, last=1, in_first=2))
 case("[DONE] with trailing blanks", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [DONE]  \n\n"], GOOD)
 case("[done] in lower case", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [done]\n\n"], GOOD)
 case("[DONE] without a blank line", [*FIVE, sse(text("", "stop"), usage(5)) + b"data: [DONE]\n"], GOOD)
@@ -284,7 +292,7 @@ case("garbage after [DONE]", [*FIVE, sse(text("", "stop"), usage(5)) + DONE + b"
 case("garbage before the finish", [*FIVE[:2], b"data: {broken\n\n", *FIVE[2:], _stop], Truth(error="bad_json",
      tokens=2))
 case("cut inside characters and events", [(whole := sse(text("t0 é世 "), text("t1 😀 ")))[:70], whole[70:111],
-     whole[111:], *FIVE[2:], _stop], Truth(tokens=5, first=2, last=5))
+     whole[111:], *FIVE[2:], _stop], Truth(tokens=5, first=2, last=5, in_first=2))
 case("escapes and surrogates",
      [sse(b'{"choices":[{"index":0,"text":"\\ud83d\\ude00 \\u00e9 ","finish_reason":null}]}'),
      sse(b'{"choices":[{"index":0,"text":"\\ud83d","finish_reason":null}]}'),

@@ -18,7 +18,7 @@ GAP_S = 0.04
 class Truth:
     """`error` is pdbench's class of failure, None for a good answer. `tokens` None: nobody can know it from the stream.
 
-    `first`, `answer` and `last` are pieces; `in_first` of the tokens are in the first chunk (of each of `choices`). `cached` and `reasoning` are counts.
+    `first`, `answer` and `last` are pieces; `in_first` of the tokens come with the first one (of each of `choices`). `cached` and `reasoning` are counts.
     """
 
     error: str | None = None
