@@ -70,7 +70,7 @@ class LoadJudge:
         ended = [each for each in progress.ended if not each.warmup]
         if ended and self.reason is None:
             timings = timings_of_requests(ended, dataclasses.asdict(self._load))
-            good = timings.in_slo if timings.in_slo is not None else np.zeros(len(ended), dtype=bool)
+            good = timings.slo.in_slo if timings.slo.in_slo is not None else np.zeros(len(ended), dtype=bool)
             self._good |= {_index(name): bool(met) for name, met in zip(timings.requests.id, good, strict=True)}
             first = ended[0]
             self._begin_s = first.planned_s - (self._arrivals[_index(first.id)] or 0.0)
@@ -160,7 +160,8 @@ class Loads:
         run = deployment.measure(options, folder, judge)
         took_s = time.monotonic() - begin_s
         timings = timings_of(run)
-        if timings.in_slo is None:
+        slo = timings.slo
+        if slo.in_slo is None or not slo.goodput_known:
             raise UserError(
                 f"{deployment.name}: tokens could not be counted, so nobody knows what meets the SLO (docs/load.md)"
             )
@@ -168,7 +169,7 @@ class Loads:
             raise UserError(
                 f"connections were refused during {folder}, which is not counted: do the servers still run?"
             )
-        known, held = timings.slo_known, judge.held if judge else None
+        known, held = slo.known, judge.held if judge else None
         scores = outcome_of(run, load.rate or 0.0, held).score
         used = float(np.quantile(scores, self.attain, method="inverted_cdf")) if len(scores) else inf
         point = Point(
@@ -177,7 +178,7 @@ class Loads:
             rate_per_s=load.rate,
             setting=setting,
             requests=int(known.sum()),
-            attained_pct=100 * float(timings.in_slo.sum() / max(1, known.sum())),
+            attained_pct=100 * float(slo.in_slo.sum() / max(1, known.sum())),
             slo_used=used if isfinite(used) else None,
             held=held,
             limited_by=_limit(timings),
@@ -199,13 +200,14 @@ def client_was_the_limit(run: Run, point: Point) -> bool:
 
 
 def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
-    """What a load came to, up to the first request that was cut off before it had missed."""
+    """What a load came to, up to the first request that was cut off before it had missed. One that nobody can judge has missed."""
     timings = timings_of(run)
-    unknown = np.flatnonzero(~timings.slo_known)
-    end = int(unknown[0]) if len(unknown) else len(timings.slo_known)
+    slo, ok = timings.slo, timings.requests.ok & ~timings.slo.undecided
+    unknown = np.flatnonzero(~slo.known & ~slo.undecided)
+    end = int(unknown[0]) if len(unknown) else len(slo.known)
     cut = np.array([kind == failures.INTERRUPTED for kind in timings.requests.error], dtype=bool)
-    worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in timings.slo_ratios.values()], axis=0)
-    score = np.where(timings.requests.ok | cut, worst, inf)[:end]
+    worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in slo.ratios.values()], axis=0)
+    score = np.where(ok | cut, worst, inf)[:end]
     tokens = timings.requests.prompt_tokens
     work = np.where(np.isnan(tokens), np.nanmean(tokens) if np.isfinite(tokens).any() else 1.0, tokens)
     sent_s = timings.requests.sent_s
@@ -231,7 +233,7 @@ def settle_s(load: LoadConfig, alone_s: float) -> float:
 
 def _limit(timings: Timings) -> str | None:
     """The option that most requests missed; None where none was missed."""
-    misses = {name: int(np.count_nonzero(ratio > 1)) for name, ratio in timings.slo_ratios.items()}
+    misses = {name: int(np.count_nonzero(ratio > 1)) for name, ratio in timings.slo.ratios.items()}
     name = max(misses, key=lambda name: misses[name], default=None)
     return name if name and misses[name] else None
 

@@ -18,8 +18,9 @@ from msgspec import structs
 from rich.console import Console
 
 from pdbench import sweep
-from pdbench.analysis.metrics import SLO, timings_of
+from pdbench.analysis.metrics import timings_of
 from pdbench.analysis.run_analysis import load_analysis
+from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
 from pdbench.failures import VOID

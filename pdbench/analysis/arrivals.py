@@ -25,7 +25,8 @@ AT_ONCE = 0.05
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """One entry per request: `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
-    `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant); NaN is unknown.
+    `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `mean_tbt_bounds_ms` (the least and the most it can be where nobody knows how many
+    tokens were sent), `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant), `coarse` (chunks hold several tokens); NaN is unknown.
 
     One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
     `coarse_gap` (between chunks of several tokens).
@@ -37,9 +38,11 @@ class Arrivals:
     second_s: Array
     answer_s: Array
     mean_tbt_ms: Array
+    mean_tbt_bounds_ms: tuple[Array, Array]
     output_tokens: Array
     sent_tokens: Array
     weight: Array
+    coarse: BoolArray
     token_s: Array
     request: IntArray
     is_gap: BoolArray
@@ -87,26 +90,32 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         of_chunks = first_chunk + (at_first - 1) * (sent - first_chunk) / (counts - 1)
         heads = np.where(coarse & chunks, of_chunks, np.maximum(first_chunk, at_first))
         heads = np.where(choices > 1, at_first * np.where(coarse, sent / counts, 1.0), heads)
-    later = sent - heads
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean_tbt_ms = np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
+        # What is known to have come later: the instants at least, at most all tokens that the server counts.
+        fewest, most = counts - at_first, np.where(np.isnan(output_tokens), np.inf, output_tokens - at_first)
+        mean_tbt_ms, least_ms, most_ms = (
+            np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
+            for later in (sent - heads, most, fewest)
+        )
+        least_ms, most_ms = (np.where(np.isnan(sent), bound_ms, mean_tbt_ms) for bound_ms in (least_ms, most_ms))
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
     # A few answers in larger chunks are left out; where there are more, the run has none.
-    coarse |= coarse.sum() > COARSE_REQUESTS * ok.sum()
+    no_gaps = coarse | (coarse.sum() > COARSE_REQUESTS * ok.sum())
     return Arrivals(
         answered=answered,
         ok=ok,
         first_s=first_s,
-        second_s=np.where(coarse, np.nan, second_s),
+        second_s=np.where(no_gaps, np.nan, second_s),
         answer_s=answer_s,
         mean_tbt_ms=mean_tbt_ms,
+        mean_tbt_bounds_ms=(least_ms, most_ms),
         output_tokens=output_tokens,
         sent_tokens=sent,
         weight=weight,
+        coarse=coarse,
         token_s=token_s,
         request=request,
         is_gap=~starts[1:] & ok[request[1:]],
-        coarse_gap=coarse[request[1:]],
+        coarse_gap=no_gaps[request[1:]],
     )
 
 

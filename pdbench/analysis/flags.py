@@ -10,6 +10,7 @@ from pdbench import failures
 from pdbench.analysis.meter import EDGE_S, Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
+from pdbench.analysis.slo import undecided_flag
 from pdbench.analysis.stalls import server_stalled
 from pdbench.config import is_open_loop
 from pdbench.events import PromptEvent, ServerSeries, ways_of
@@ -53,7 +54,7 @@ DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
-    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window",
+    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window", "slo-undecided",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 
@@ -73,6 +74,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *together(run, timings),
         *few_per_stream(run, timings),
         *ramps_in_window(run, timings),
+        *undecided_flag(timings.slo),
         *waits_for_host(run, timings, meters, windows),
         *beyond_graphs(run, windows),
         *api_server_busy(run, timings, windows),

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
-from pdbench.config import most_output_tokens
+from pdbench.analysis.slo import Judged, judge
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
 from pdbench.records import Clock, Interval, RequestRecord, Run
@@ -57,16 +57,6 @@ METRICS = {
         Metric("mean_power_w", True),
     )
 }
-
-
-SLO = {
-    "slo_ttft_ms": "TTFT",
-    "slo_tbt_ms": "mean TBT",
-    "slo_tbt_p90_ms": "TBT p90 of a request",
-    "slo_tbt_p99_ms": "TBT p99 of a request",
-    "slo_e2e_ms": "E2E",
-}
-"""Option -> what it limits, for each request on its own."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,9 +153,7 @@ class Latency:
 class Timings:
     """All of a run's measured instants and durations; `windows` are its trials'; `is_batch`: its requests decode together and end after those.
 
-    One entry per request: `first_s` (first token), `in_slo` (met the SLO; None without one), `slo_ratios` (option -> figure over limit,
-    above 1 missed; of a request that was cut off, what it had reached), `slo_known` (cut off before it missed: unknown),
-    `phase_s` (phase -> rows of start, end).
+    One entry per request: `first_s` (first token), `slo` (which met the SLO), `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
     Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`. `token_s` holds every arrival, of
     failed requests too; `token_request` is its request's row, `token_weight` how many tokens it stands for (1 unless counted by chunks;
@@ -176,9 +164,7 @@ class Timings:
     is_batch: bool
     requests: Requests
     first_s: Array
-    in_slo: BoolArray | None
-    slo_ratios: dict[str, Array]
-    slo_known: BoolArray
+    slo: Judged
     phase_s: dict[str, Array]
     tbt_ms: Array
     tbt_request: IntArray
@@ -208,13 +194,14 @@ class Timings:
         """What windows held: tokens that arrived in them (failed requests' too), requests that ended in them."""
         ended = inside(self.requests.end_s, windows)
         tokens = float(self.token_weight[inside(self.token_s, windows)].sum())
+        good = None if self.is_batch or not self.slo.goodput_known else self.slo.in_slo
         window_s = sum((end - start for start, end in windows), 0.0)
         return Totals(
             window_s=window_s,
             device_s=window_s * gpus if gpus else None,
             output_tokens=None if np.isnan(tokens) else round(tokens),
             requests=None if self.is_batch else int(np.count_nonzero(ended & self.requests.ok)),
-            good_requests=None if self.is_batch or self.in_slo is None else int(np.count_nonzero(ended & self.in_slo)),
+            good_requests=None if good is None else int(np.count_nonzero(ended & good)),
             energy_j=energy_j,
         )
 
@@ -267,31 +254,13 @@ def timings_of(run: Run) -> Timings:
         counted_by=[record.counted_by for record in records],
     )
     tbt_ms, tbt_request = (np.diff(token_s) * 1e3)[is_gap], request[1:][is_gap]
-    # A request that was cut off when the load was stopped took at least this long; a repeated canary, too, took what it took.
     cut = np.array([kind == INTERRUPTED for kind in requests.error], dtype=bool)
-    until_s = np.where(np.isfinite(arrivals.first_s), arrivals.first_s, end_s)
-    first_ms, took_ms = (np.where(cut | ok, (at_s - sent_s) * 1e3, np.nan) for at_s in (until_s, end_s))
-    reached = {
-        "slo_ttft_ms": first_ms,
-        "slo_tbt_ms": np.where(cut, _least_mean_tbt_ms(run, end_s - arrivals.first_s), requests.mean_tbt_ms),
-        "slo_tbt_p90_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.9),
-        "slo_tbt_p99_ms": _quantile_of_each(tbt_ms, tbt_request, len(records), 0.99),
-        "slo_e2e_ms": took_ms,
-    }
-    slo = {name: limit for name in SLO if (limit := (run.config.get("load") or {}).get(name)) is not None}
-    # NaN is above no limit: a request of one token has no TBT to miss. Where tokens could not be counted, nobody knows.
-    uncounted = slo.get("slo_tbt_ms") is not None and bool(np.isnan(arrivals.sent_tokens[ok]).any())
-    uncounted |= bool({"slo_tbt_p90_ms", "slo_tbt_p99_ms"} & slo.keys()) and bool(arrivals.coarse_gap.any())
-    ratios = {name: reached[name] / limit for name, limit in slo.items()}
-    missed = np.any([ratio > 1 for ratio in ratios.values()], axis=0) if ratios else np.zeros(len(records), dtype=bool)
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         is_batch=(run.config.get("load") or {}).get("phase") == "decode",
         requests=requests,
         first_s=arrivals.first_s,
-        in_slo=ok & ~missed if slo and not uncounted else None,
-        slo_ratios=ratios,
-        slo_known=~cut | missed,
+        slo=judge(run.config.get("load") or {}, arrivals, sent_s, end_s, cut),
         phase_s=phase_s,
         tbt_ms=tbt_ms,
         tbt_request=tbt_request,
@@ -301,23 +270,6 @@ def timings_of(run: Run) -> Timings:
         token_weight=arrivals.weight[request],
         inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
     )
-
-
-def _least_mean_tbt_ms(run: Run, decoding_s: Array) -> Array:
-    """Of requests cut off so long after their first token: as if all tokens that were asked for had come, ms; NaN where nobody knows how many."""
-    gaps = (most_output_tokens(run.config.get("load") or {}) or 1) - 1
-    return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
-
-
-def _quantile_of_each(values: Array, group: IntArray, groups: int, share: float) -> Array:
-    """The quantile of each group's values, by linear interpolation; NaN for a group without any."""
-    ordered, counts = values[np.lexsort((values, group))], np.bincount(group, minlength=groups)
-    found, some = np.full(groups, np.nan), counts > 0
-    place = share * (counts[some] - 1)
-    begin, below = (np.cumsum(counts) - counts)[some], place.astype(np.int64)
-    low, high = ordered[begin + below], ordered[begin + np.minimum(below + 1, counts[some] - 1)]
-    found[some] = low + (place - below) * (high - low)
-    return found
 
 
 def _sender(way: ProxyEvent) -> str | None:

@@ -19,7 +19,6 @@ from pdbench.analysis.flags import POWER_CAPS, flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
     METRICS,
-    SLO,
     Array,
     Requests,
     Spread,
@@ -32,6 +31,7 @@ from pdbench.analysis.metrics import (
     timings_of,
 )
 from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
+from pdbench.analysis.slo import SLO
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_name, device_files, is_edited, results_files, sealed, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
@@ -283,7 +283,7 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
 
 
 def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, cache: PrefixCache | None) -> Summary:
-    requests, in_slo, load = timings.requests, timings.in_slo, run.config.get("load") or {}
+    requests, slo, load = timings.requests, timings.slo, run.config.get("load") or {}
     errors = Counter(error or "no_tokens" for error, ok in zip(requests.error, requests.ok, strict=True) if not ok)
     finished = Counter(reason or "none" for reason, ok in zip(requests.finish_reason, requests.ok, strict=True) if ok)
     ways = Counter(way for way, ok in zip(requests.counted_by, requests.ok, strict=True) if ok and way)
@@ -321,7 +321,9 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
             requests_per_s=totals.ratio("goodput_requests_per_s"),
             requests_per_s_per_device=totals.ratio("goodput_requests_per_s_per_device"),
             j_per_good_request=totals.ratio("j_per_good_request"),
-            met_pct=None if in_slo is None else per(100.0 * int(in_slo.sum()), int(timings.slo_known.sum())),
+            met_pct=per(100.0 * int(slo.in_slo.sum()), int(slo.known.sum()))
+            if slo.in_slo is not None and slo.goodput_known
+            else None,
         ),
         energy=energy_of(run, timings, meters, totals, cache),
         servers=servers_of(run),

@@ -36,8 +36,8 @@ class Metrics:
         for name, requests in new.items():
             timings = state.timings(requests)
             self._requests[name] += len(requests)
-            if timings.in_slo is not None:
-                self._good[name] += int(timings.in_slo.sum())
+            if timings.slo.in_slo is not None:
+                self._good[name] += int(timings.slo.in_slo.sum())
             values = (timings.requests.ttft_ms, timings.tbt_ms, timings.requests.e2e_ms)
             for figure, ms in zip(_HELP, values, strict=True):
                 seconds = ms[np.isfinite(ms)] / 1e3

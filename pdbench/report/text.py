@@ -11,8 +11,8 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from pdbench.analysis.flags import THROTTLED_PCT
-from pdbench.analysis.metrics import SLO
 from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.analysis.slo import SLO
 
 Runs = Mapping[str, RunAnalysis]
 """What a run is called in these tables and charts -> the run."""

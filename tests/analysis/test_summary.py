@@ -92,7 +92,7 @@ def test_stream_that_was_cut_off_has_missed_its_mean_tbt_once_no_further_token_c
     run = tiny_run(request(), slow, young, trials=[Trial(index=0, start_s=1.0, end_s=3.0)])
     run.config = {"load": {"slo_ttft_ms": 300.0, "slo_tbt_ms": 100.0, "output_tokens": 11} | more}
     timings = timings_of(run)
-    assert timings.slo_known.sum() == known and timings.in_slo.tolist() == [True, False, False]
+    assert timings.slo.known.sum() == known and timings.slo.in_slo.tolist() == [True, False, False]
     assert summarize(run).goodput.met_pct == pytest.approx(100 / known)
 
 
@@ -113,6 +113,42 @@ def test_mean_tbt_leaves_out_what_came_together_with_the_first_token(apart_s, ch
 def test_mean_tbt_of_tokens_that_came_one_by_one_is_from_the_first_to_the_last():
     uneven = request(token_s=[1.1, 1.102, 1.13, 1.14], output_tokens=4, counted_by="token_ids")
     assert timings_of(tiny_run(uneven)).requests.mean_tbt_ms == pytest.approx([40 / 3])
+
+
+@pytest.mark.parametrize(
+    ("limit_ms", "good"),
+    [(45.0, 20), (39.0, 19), (5.0, 0)],
+    ids=["the gaps between chunks meet it", "missed", "missed by all"],
+)
+def test_one_answer_in_chunks_is_judged_by_its_gaps_between_chunks(limit_ms, good):
+    """Four tokens per chunk, 40 ms apart, no ids: at most 3 of 4 gaps are 0, so that p90 and p99 are 40 ms."""
+    coarse = request(99, token_s=[1.1 + 0.04 * i for i in range(10)], output_tokens=40, counted_by="chunks")
+    plain = [request(i, token_s=[1.1 + 0.01 * j for j in range(10)], output_tokens=10) for i in range(19)]
+    run = tiny_run(*plain, coarse, trials=[Trial(index=0, start_s=0.0, end_s=10.0)])
+    for name in ("slo_tbt_p90_ms", "slo_tbt_p99_ms"):
+        run.config = {"load": {name: limit_ms}}
+        goodput = summarize(run).goodput
+        assert goodput.requests_per_s == pytest.approx(good / 10) and goodput.met_pct == pytest.approx(5 * good)
+
+
+def held_back(number: int) -> RequestRecord:
+    """50 tokens 10 ms apart, then 200 in one chunk after 600 ms: p90 is 0 if they came at once, 11 ms or more of the gaps between arrivals."""
+    token_s = [1.1 + 0.01 * i for i in range(50)]
+    return request(number, token_s=[*token_s, token_s[-1] + 0.6], output_tokens=250, counted_by="token_ids")
+
+
+@pytest.mark.parametrize(("few", "given"), [(1, True), (4, False)])
+def test_answers_that_nobody_can_judge_leave_goodput_a_lower_bound_or_none(few, given):
+    plain = [request(i, token_s=[1.1 + 0.01 * j for j in range(10)], output_tokens=10) for i in range(20)]
+    run = tiny_run(*plain, *(held_back(20 + i) for i in range(few)), trials=[Trial(index=0, start_s=0.0, end_s=10.0)])
+    run.config = {"load": {"slo_tbt_p99_ms": 20.0}}
+    analysis = analyze(run)
+    goodput = analysis.summary.goodput
+    assert (goodput.requests_per_s, goodput.met_pct) == ((2.0, 100.0) if given else (None, None))
+    (flag,) = [flag for flag in analysis.flags if flag.name == "slo-undecided"]
+    assert f"{few} of {20 + few} requests" in flag.detail
+    run.config = {"load": {"slo_tbt_p90_ms": 20.0, "slo_ttft_ms": 1000.0}}
+    assert summarize(run).goodput.met_pct == 100.0, "even its gaps between chunks meet it"
 
 
 @pytest.mark.parametrize("requests", [0, 1])
@@ -261,13 +297,14 @@ def test_chunks_that_usage_confirms_have_token_gaps():
 
 def test_unknown_token_counts_leave_what_depends_on_them_unknown():
     window = [Trial(index=0, start_s=1.0, end_s=2.5)]
-    slo = {"load": {"slo_tbt_ms": 50.0}}
     run = tiny_run(chunked(tokens=None), chunked(1), trials=window)
-    run.config = slo
+    run.config = {"load": {"slo_tbt_ms": 30.0}}
     summary = summarize(run)
     assert summary.throughput.output_tokens_per_s is None and summary.tokens.output is None
     assert summary.throughput.requests_per_s is not None and summary.mean_tbt_ms.count == 1
     assert summary.goodput.requests_per_s is None
+    run.config = {"load": {"slo_tbt_ms": 50.0}}
+    assert summarize(run).goodput.met_pct == 100.0, "chunks are 40 ms apart, and a token at least"
 
 
 def test_first_answer_token_and_choices_are_counted_apart():

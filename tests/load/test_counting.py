@@ -196,9 +196,17 @@ def test_mean_tbt_is_unknown_where_nothing_tells_whether_reasoning_was_sent(size
     record = with_reasoning(chunked(sizes, word), sum(sizes), reasoning)
     assert record.unsent_tokens is None and record.notes == ["reasoning-unknown"]
     assert record.output_tokens == sum(sizes) and record.coarse
-    figures = timings_of_requests([record], {"slo_tbt_ms": 50.0})
-    assert figures.requests.mean_tbt_ms == pytest.approx([float("nan")], nan_ok=True)
-    assert figures.in_slo is None, "nobody knows whether it met the limit"
+    span_ms, chunks = 1e3 * (record.token_s[-1] - record.token_s[0]), len(record.token_s)
+    least, most = span_ms / (sum(sizes) - 1), span_ms / (chunks - 1)
+    for limit, met, undecided in (
+        (0.9 * least, False, False),
+        ((least + most) / 2, False, True),
+        (1.1 * most, True, False),
+    ):
+        figures = timings_of_requests([record], {"slo_tbt_ms": limit})
+        assert figures.requests.mean_tbt_ms == pytest.approx([float("nan")], nan_ok=True)
+        assert (figures.slo.in_slo.tolist(), figures.slo.undecided.tolist()) == ([met], [undecided])
+        assert figures.slo.known.tolist() == [not undecided] and figures.slo.goodput_known is not undecided
 
 
 def test_a_summary_of_reasoning_leaves_mean_tbt_unknown():

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 import pdbench
 from pdbench.analysis.run_analysis import analyze
+from pdbench.analysis.slo import Judged, undecided_flag
 from pdbench.config import LoadConfig
 from pdbench.load import plan
 from pdbench.load.request_fields import refusal_flags
@@ -24,6 +26,11 @@ from tests.plan.test_predict import calibration, predicted, role
 
 PACKAGE = Path(pdbench.__file__).parent
 ENGLISH = re.compile(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}")
+
+
+def undecided(few: int) -> Judged:
+    rows = np.arange(20)
+    return Judged(in_slo=rows >= few, ratios={}, known=rows >= few, undecided=rows < few)
 
 
 def english_in(chinese: str) -> list[str]:
@@ -55,6 +62,7 @@ def test_flags_of_the_client_and_of_streams_are_translated():
     at_once = "40 of 40 answers came at one instant: something before the client holds streams back, their TTFT is the time of the whole "
     details = [
         *(f"3 responses: {note}" for note in NOTES.values()),
+        *(flag.detail for few in (1, 9) for flag in undecided_flag(undecided(few))),
         f"the client used 99% of its core (limit 90%): {REMEDY}",
         f"the client used 99% of its core (limit 90%): {REMEDY_OF_ONE}",
         *(flag.detail for tokens in (64, 2) for flag in analyze(arriving(tokens)).flags),
