@@ -5,12 +5,12 @@ it counts as one instant, and the answer's usage says how many tokens there were
 Counts that cannot be are refused, those that contradict what arrived leave `output_tokens` None; both are noted for a flag.
 """
 
-import re
 from typing import Any
 
 import msgspec
 
 from pdbench.load.chunks import Part, Usage, count, failed
+from pdbench.load.texts import TOKEN_BYTES, are_tokens, bytes_of, coarse, fewest_tokens
 from pdbench.records import COARSE_SHARE, RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN, REASONING = "usage-refused", "usage-contradicts", "tokens-unknown", "reasoning-unknown"
@@ -22,9 +22,6 @@ _UNSEEN_TOKENS = 16
 """Markers and special tokens that a server may count beside the text that it sends."""
 _OTHER_SHARE = 0.02
 """By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
-_TOKEN_BYTES, _MEAN_TOKEN_BYTES = 16, 8
-"""Few tokens are longer than the one, hardly a text's are on average longer than the other (of some Russian ones they are)."""
-_TWO_WORDS = re.compile(r"\w\s+\w")
 
 
 class Asked(msgspec.Struct, gc=False):
@@ -310,7 +307,7 @@ class Counter:
         junk = self._recounted and usage <= self._usage_on_chunks and usage < instants
         most = max(asked.tokens or 0, instants, _UNSEEN_TOKENS)
         if usage > _ORDER * most:
-            most = max(most, _size(texts))
+            most = max(most, bytes_of(texts))
         if junk or usage > _ORDER * most or (usage == 0 and instants):
             self._note(REFUSED)
             self.usage = None
@@ -318,7 +315,7 @@ class Counter:
 
     def _output_tokens(self, instants: int, usage: int | None, texts: list[str], asked: Asked) -> int | None:
         """The answer's tokens; None where nobody knows."""
-        said, most = usage or 0, max(instants, _size(texts)) + _UNSEEN_TOKENS
+        said, most = usage or 0, max(instants, bytes_of(texts)) + _UNSEEN_TOKENS
         too_many = (said > (asked.tokens or 0) or self._recounted) and said - min(self._reasoning, said) > most
         if self.record.counted_by in ("token_ids", "logprobs"):
             # A parser on the server may hold back tokens that it counts: only then are there more than came.
@@ -332,7 +329,7 @@ class Counter:
         if self.record.counted_by == "usage":
             return max(instants, usage or 0)
         if usage is None:
-            if _coarse(texts):
+            if coarse(texts):
                 self._note(UNKNOWN)
                 return None
             return instants
@@ -344,25 +341,24 @@ class Counter:
     def _unsent_tokens(self, instants: int, total: int, texts: list[str]) -> int | None:
         """Of `total` tokens, the reasoning that was counted but not sent: its time was before the first token. None where nothing
         tells: chunks of several tokens are as few as tokens without the reasoning."""
-        rest, size = total - self._reasoning, _size(texts)
+        rest, size = total - self._reasoning, bytes_of(texts)
         if self.record.counted_by in ("token_ids", "logprobs"):
             return 0 if self._reasoning_chunks else min(self._reasoning, total - instants)
         if instants > rest and total - instants <= max(1, COARSE_SHARE * total):
             return 0
         if size < total:  # a token has a byte at least: none came, or a summary
             return None if self._reasoning_chunks else self._reasoning
-        words = len("".join(texts).split())
-        if self._reasoning_chunks or max(instants, words) > rest or size > _TOKEN_BYTES * rest:
+        if self._reasoning_chunks or fewest_tokens(texts) > rest or size > TOKEN_BYTES * rest:
             return 0
-        if rest - instants <= max(1, COARSE_SHARE * rest) and size <= _MEAN_TOKEN_BYTES * rest:  # a chunk is a token
+        if rest - instants <= max(1, COARSE_SHARE * rest) and are_tokens(texts):
             return self._reasoning
         return None if self._reasoning > max(1, COARSE_SHARE * total) else 0
 
     def _first_tokens(self, instants: int, texts: list[str]) -> int:
         """The tokens of the first chunk where chunks hold several: by its share of the text, as every later instant has one at least."""
         known, sent = self.record.first_tokens, (self.record.output_tokens or 0) - (self.record.unsent_tokens or 0)
-        first, size = texts[:1] if self._first_text is None else [self._first_text], _size(texts)
-        share = _size(first) / size if size else 1 / instants
+        first, size = texts[:1] if self._first_text is None else [self._first_text], bytes_of(texts)
+        share = bytes_of(first) / size if size else 1 / instants
         return max(known, min(round(share * sent), sent - (instants - known)))
 
     def _note(self, note: str) -> None:
@@ -376,25 +372,3 @@ def message_rest(part: Part, texts: list[str], *, by_messages: bool) -> Part:
     if by_messages and not so_far.startswith(part.text):
         return msgspec.structs.replace(part, text=part.text.removeprefix(so_far))
     return msgspec.structs.replace(part, text="", filled=False, tokens=None)
-
-
-def joined(texts: list[str]) -> str:
-    """The text of an answer; halves of a character that came in two chunks are joined, what stays half is replaced."""
-    text = "".join(texts)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _size(texts: list[str]) -> int:
-    return len("".join(texts).encode("utf-8", "surrogatepass"))
-
-
-def _coarse(texts: list[str]) -> bool:
-    """Do most chunks hold more than a token: two words, or more bytes than tokens have?"""
-    texts = [text for text in texts if text]
-    several = sum(1 for text in texts if len(text) > _TOKEN_BYTES or _TWO_WORDS.search(text))
-    return 2 * several > len(texts)

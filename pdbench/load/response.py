@@ -11,7 +11,7 @@ from typing import Any
 import httptools
 import msgspec
 
-from pdbench.load import chunks, counting
+from pdbench.load import chunks, counting, texts
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
 from pdbench.load.plain import plain_end
@@ -390,7 +390,7 @@ class Response:
         if not self._counter.settled:
             self._counter.settle(self._texts, counting.asked(self.body))
         record.end_s = at_s
-        record.text = counting.joined(self._texts)
+        record.text = texts.joined(self._texts)
         if self.begun and record.stamp is None:
             record.stamp = "kernel"
         if record.sent_s is not None:

@@ -177,7 +177,7 @@ def test_reasoning_sent_as_content_is_not_taken_for_unsent(sizes, reasoning, wor
 
 @pytest.mark.parametrize(
     ("word", "visible", "reasoning"),
-    [("word ", 50, 1000), ("word ", 50, 20), ("一句", 50, 20), ("x", 3, 97), ("word ", 1, 50)],
+    [("word ", 50, 1000), ("word ", 50, 20), (" пятьсот", 50, 20), (" привет", 50, 50), ("x", 3, 97), ("word ", 1, 50)],
 )
 def test_reasoning_that_was_not_sent_divides_nothing(word, visible, reasoning):
     record = with_reasoning(chunked([1] * visible, word), visible + reasoning, reasoning)
@@ -188,8 +188,14 @@ def test_reasoning_that_was_not_sent_divides_nothing(word, visible, reasoning):
 
 @pytest.mark.parametrize(
     ("sizes", "word", "reasoning"),
-    [([4] * 10, "一句", 20), ([2] * 20, "一句", 20), ([4] * 10, "wo", 20), ([4] * 10, "some", 8)],
-    ids=["Chinese", "Chinese, as many chunks as visible tokens", "no spaces", "a little reasoning"],
+    [([4] * 10, "一句", 20), ([2] * 20, "一句", 20), ([2] * 20, "一", 20), ([4] * 10, "wo", 20), ([4] * 10, "some", 8)],
+    ids=[
+        "Chinese",
+        "Chinese, as many chunks as visible tokens",
+        "Chinese, short tokens",
+        "no spaces",
+        "a little reasoning",
+    ],
 )
 def test_mean_tbt_is_unknown_where_nothing_tells_whether_reasoning_was_sent(sizes, word, reasoning):
     """Either all tokens in chunks, or fewer in smaller ones: there are too few chunks to tell, and too little text."""
@@ -207,6 +213,50 @@ def test_mean_tbt_is_unknown_where_nothing_tells_whether_reasoning_was_sent(size
         assert figures.requests.mean_tbt_ms == pytest.approx([float("nan")], nan_ok=True)
         assert (figures.slo.in_slo.tolist(), figures.slo.undecided.tolist()) == ([met], [undecided])
         assert figures.slo.known.tolist() == [not undecided] and figures.slo.goodput_known is not undecided
+
+
+CODE = [
+    "def",
+    " step",
+    "(self",
+    ",",
+    " now",
+    "_s",
+    ":",
+    " float",
+    ")",
+    " ->",
+    " None",
+    ":\n",
+    "   ",
+    " self",
+    ".",
+    "queue",
+    "[",
+    "0",
+    "]",
+    " +=",
+    " 1",
+    "\n",
+]
+CHINESE = ["一台", "机器", "处理", "提示", "，", "另一台", "写", "出", "回答", "。", "这", "是否", "更", "快", "？"]
+
+
+@pytest.mark.parametrize("tokens", [CODE, CHINESE], ids=["code", "Chinese"])
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_code_and_chinese_tell_whether_reasoning_was_sent_or_leave_it_unknown(tokens, is_sent):
+    """As many chunks of two tokens as there are tokens without the reasoning, or these alone."""
+    tokens = tokens * 8
+    half = len(tokens) // 2
+    pieces = [(2, token(first + second, None)) for first, second in zip(tokens[::2], tokens[1::2], strict=True)]
+    record = with_reasoning(
+        pieces if is_sent else [(1, token(text, None)) for text in tokens[half:]], len(tokens), half
+    )
+    right = 0 if is_sent else half
+    assert record.unsent_tokens in ((right, None) if tokens[0] == CHINESE[0] else (right,))
+    if record.unsent_tokens is not None:
+        assert timings(record).requests.mean_tbt_ms == pytest.approx([10], rel=0.02)
+    assert record.unsent_tokens is not None or is_sent
 
 
 def test_a_summary_of_reasoning_leaves_mean_tbt_unknown():

@@ -1,0 +1,55 @@
+"""What an answer's text tells of its tokens where nothing else does: bounds, as no tokenizer is at hand."""
+
+import re
+from collections.abc import Sequence
+
+TOKEN_BYTES = 16
+"""Few tokens are longer."""
+_TWO_WORDS = re.compile(r"\w\s+\w")
+_LETTERS = r"[A-Za-z\x80-\U0010ffff]"
+# Tokenizers first split texts into such pieces (GPT-2's pattern and its heirs; SentencePiece's are no larger), and no token spans two.
+# All that is no ASCII counts as letters, so that no script has too many.
+_PIECES = re.compile(
+    rf"[^\sA-Za-z0-9\x80-\U0010ffff]?{_LETTERS}+(?:'[a-z]{{1,2}})?|[0-9]+|[^\sA-Za-z0-9\x80-\U0010ffff]+"
+)
+_BLIND = 2.5
+"""Where more chunks than this make one piece (scripts without spaces), pieces do not show whether a chunk holds two tokens."""
+_ODD = 1.02
+"""A few chunks may hold two tokens all the same, as where a character comes in parts."""
+_SINGLE_SHARE = 0.1
+"""In such scripts one letter in so many chunks, at least, is a chunk of its own, if these are tokens; chunks of two tokens hardly ever are one."""
+
+
+def bytes_of(texts: Sequence[str]) -> int:
+    return len("".join(texts).encode("utf-8", "surrogatepass"))
+
+
+def fewest_tokens(texts: Sequence[str]) -> int:
+    """A lower bound for the tokens in chunks of these texts: their pieces, one for each chunk at least."""
+    return sum(max(1, len(_PIECES.findall(text))) for text in texts if text)
+
+
+def are_tokens(texts: Sequence[str]) -> bool:
+    """Does each chunk hold one piece, where two tokens would often be two?"""
+    texts = [text for text in texts if text]
+    pieces = len(_PIECES.findall("".join(texts)))
+    shows = len(texts) <= _BLIND * pieces or sum(len(text) == 1 for text in texts) >= _SINGLE_SHARE * len(texts)
+    return shows and fewest_tokens(texts) <= _ODD * len(texts)
+
+
+def coarse(texts: Sequence[str]) -> bool:
+    """Do most chunks hold more than a token: two words, or more bytes than tokens have?"""
+    texts = [text for text in texts if text]
+    several = sum(1 for text in texts if len(text) > TOKEN_BYTES or _TWO_WORDS.search(text))
+    return 2 * several > len(texts)
+
+
+def joined(texts: Sequence[str]) -> str:
+    """The text of an answer; halves of a character that came in two chunks are joined, what stays half is replaced."""
+    text = "".join(texts)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
