@@ -12,7 +12,7 @@ from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.slo import undecided_flag
 from pdbench.analysis.stalls import server_stalled
-from pdbench.config import is_open_loop
+from pdbench.analysis.windows import few_per_stream, ramps_in_window, rate_uncertain
 from pdbench.events import PromptEvent, ServerSeries, ways_of
 from pdbench.records import Flag, Interval, Run
 
@@ -23,12 +23,6 @@ SHORT_S = 30.0
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
 THROTTLED_PCT = 1.0
-FEW_SHARE = 0.1
-OPEN_WINDOWS = ("completion to completion", "first completion")
-"""What the windows of open loops are called, now and before."""
-FEW_ENDED = 8
-"""With fewer ends in an open loop's window requests/s are off by over 5 % in the mean: even over many seeds, 6 Poisson requests that last
-1.5 times their distance have 10 % too many."""
 POWER_STILL_S = 10.0
 """No GPU under load draws the same power this long, to the milliwatt."""
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
@@ -54,7 +48,7 @@ DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
     "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
-    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window", "slo-undecided",
+    "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window", "slo-undecided", "rate-uncertain",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 
@@ -74,6 +68,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         *together(run, timings),
         *few_per_stream(run, timings),
         *ramps_in_window(run, timings),
+        *rate_uncertain(run, timings),
         *undecided_flag(timings.slo),
         *waits_for_host(run, timings, meters, windows),
         *beyond_graphs(run, windows),
@@ -143,82 +138,6 @@ def together(run: Run, timings: Timings) -> Iterator[Flag]:
             f"{share_pct:.0f} % of the tokens came with the one before: the server or a gateway sends several at a time, or drafts were accepted; "
             "TBT p50 and p90 say nothing: read the mean TBT",
         )
-
-
-def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A closed loop in whose windows far fewer or more requests ended than their work amounts to: streams begin together, and of requests
-    that end at about the same time only the first counts at the end. Or one of few rounds and very unequal requests, of which short ones
-    end first: of renewals with the coefficient of variation c there are about c^2 / 2 too many per stream (Cox, Renewal Theory, 1962)."""
-    load, requests = run.config.get("load") or {}, timings.requests
-    if is_open_loop(load) or load.get("phase") == "decode":
-        return  # one batch that decodes together ends after its window
-    ended, worked, lasted_s = 0, 0.0, np.maximum(requests.end_s - requests.sent_s, 1e-9)
-    for start, end in timings.windows:
-        here_s = np.minimum(requests.end_s, end) - np.maximum(requests.sent_s, start)
-        worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
-        ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
-    if worked and abs(worked - ended) > FEW_SHARE * worked:
-        off_pct = 100 * abs(1 - ended / worked)
-        yield Flag(
-            "few-per-stream",
-            f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
-            f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
-        )
-        return
-    streams, order = load.get("concurrency") or 1, np.argsort(requests.sent_s)
-    if streams == 1 or not ended:
-        return
-    order = order[requests.ok[order]]
-    # Not of each trial's first ones: they began together, and may have met cold servers.
-    later = np.concatenate([order[requests.trial[order] == trial.index][streams:] for trial in run.trials])
-    if len(later):
-        variation = float(lasted_s[later].std() / lasted_s[later].mean())
-        too_many = len(timings.windows) * streams * variation**2 / 2
-        if too_many > FEW_SHARE * ended:
-            yield Flag(
-                "few-per-stream",
-                f"requests last very unequally and only {ended / streams / len(timings.windows):.1f} per stream ended in a window: short ones end first, so "
-                f"that requests/s, goodput and energy per request may be off by {100 * too_many / ended:.0f} %, tokens/s are not; raise --requests",
-            )
-
-
-def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A trial whose window says nothing of its load: the whole run, of which a good part was filling and draining; or, of an open loop, shorter
-    than a request, so that most of what ended in it had begun on emptier servers, or one in which far fewer requests ended than were sent, or
-    hardly any."""
-    load, requests = run.config.get("load") or {}, timings.requests
-    if not is_open_loop(load) and (load.get("concurrency") or 1) == 1:
-        return
-    for trial in run.trials:
-        here = requests.ok & (requests.trial == trial.index)
-        length_s = trial.end_s - trial.start_s
-        window, why = str(trial.client.get("window", "")), None
-        off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
-        maybe_off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
-        if here.sum() < 2 or length_s <= 0:
-            continue
-        sent_s, end_s = requests.sent_s[here], requests.end_s[here]
-        span = [(trial.start_s, trial.end_s)]
-        sent, ended = (int(np.count_nonzero(inside(at_s, span))) for at_s in (sent_s, end_s))
-        if window.startswith("whole run"):
-            partly_s = min(length_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
-            if partly_s > FEW_SHARE * length_s:
-                why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
-        elif window.startswith(OPEN_WINDOWS):
-            lasts_s = end_s - sent_s
-            median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / length_s
-            is_level = load.get("rate") and not load.get("ramp_to")
-            if length_s < median_s:
-                why = f"its window of {length_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
-            elif is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
-                why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
-            elif ended - sent > max(FEW_SHARE * sent, 3 * in_flight**0.5):
-                why, off = f"{ended} requests ended in its window and {sent} were sent in it", maybe_off
-        if not why and ended < FEW_ENDED and is_open_loop(load) and window.startswith(("whole run", *OPEN_WINDOWS)):
-            why, off = f"only {ended} requests ended in its window", maybe_off
-        if why:
-            yield Flag("ramps-in-window", f"trial {trial.index + 1}: {why}: {off}")
-            return
 
 
 def _speculates(server: ServerSeries) -> bool:

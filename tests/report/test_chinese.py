@@ -22,6 +22,7 @@ from pdbench.plan.records import Figure, Prediction
 from pdbench.report import plan as report
 from pdbench.report import text
 from tests.analysis.test_flags import arriving
+from tests.analysis.test_windows import open_run
 from tests.plan.test_predict import calibration, predicted, role
 
 PACKAGE = Path(pdbench.__file__).parent
@@ -62,6 +63,7 @@ def test_flags_of_the_client_and_of_streams_are_translated():
     at_once = "40 of 40 answers came at one instant: something before the client holds streams back, their TTFT is the time of the whole "
     details = [
         *(f"3 responses: {note}" for note in NOTES.values()),
+        *(flag.detail for flag in analyze(open_run(32, 0, 4.0, 1.0)).flags),
         *(flag.detail for few in (1, 9) for flag in undecided_flag(undecided(few))),
         f"the client used 99% of its core (limit 90%): {REMEDY}",
         f"the client used 99% of its core (limit 90%): {REMEDY_OF_ONE}",

@@ -1,0 +1,134 @@
+"""What the windows of a load say of its rates: too few requests, ramps in them, chance."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pdbench.analysis.metrics import Array, Timings, inside
+from pdbench.config import is_open_loop
+from pdbench.records import Flag, Run
+
+FEW_SHARE = 0.1
+OPEN_WINDOWS = ("completion to completion", "first completion")
+"""What the windows of open loops are called, now and before."""
+FEW_ENDED = 8
+"""With fewer ends in an open loop's window requests/s are off by over 5 % in the mean: even over many seeds, 6 Poisson requests that last
+1.5 times their distance have 10 % too many."""
+FILLING_SHARE = 0.03
+"""Requests that were in flight in a window fall short of what a load without a beginning has by so much."""
+UNCERTAIN_SHARE = 0.1
+"""Rates that a load's seed changes by more than this (standard error) are said to."""
+
+
+def few_per_stream(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A closed loop in whose windows far fewer or more requests ended than their work amounts to: streams begin together, and of requests
+    that end at about the same time only the first counts at the end. Or one of few rounds and very unequal requests, of which short ones
+    end first: of renewals with the coefficient of variation c there are about c^2 / 2 too many per stream (Cox, Renewal Theory, 1962)."""
+    load, requests = run.config.get("load") or {}, timings.requests
+    if is_open_loop(load) or load.get("phase") == "decode":
+        return  # one batch that decodes together ends after its window
+    ended, worked, lasted_s = 0, 0.0, np.maximum(requests.end_s - requests.sent_s, 1e-9)
+    for start, end in timings.windows:
+        here_s = np.minimum(requests.end_s, end) - np.maximum(requests.sent_s, start)
+        worked += float(np.nansum((np.maximum(here_s, 0.0) / lasted_s)[requests.ok]))
+        ended += int(np.count_nonzero(requests.ok & inside(requests.end_s, [(start, end)])))
+    if worked and abs(worked - ended) > FEW_SHARE * worked:
+        off_pct = 100 * abs(1 - ended / worked)
+        yield Flag(
+            "few-per-stream",
+            f"{ended} requests ended in the windows, {worked:.0f} requests' work was done there: requests/s, goodput and energy per request are "
+            f"off by {off_pct:.0f} %, tokens/s are not; raise --requests, ten per stream or more",
+        )
+        return
+    streams, order = load.get("concurrency") or 1, np.argsort(requests.sent_s)
+    if streams == 1 or not ended:
+        return
+    order = order[requests.ok[order]]
+    # Not of each trial's first ones: they began together, and may have met cold servers.
+    later = np.concatenate([order[requests.trial[order] == trial.index][streams:] for trial in run.trials])
+    if len(later):
+        variation = float(lasted_s[later].std() / lasted_s[later].mean())
+        too_many = len(timings.windows) * streams * variation**2 / 2
+        if too_many > FEW_SHARE * ended:
+            yield Flag(
+                "few-per-stream",
+                f"requests last very unequally and only {ended / streams / len(timings.windows):.1f} per stream ended in a window: short ones end first, so "
+                f"that requests/s, goodput and energy per request may be off by {100 * too_many / ended:.0f} %, tokens/s are not; raise --requests",
+            )
+
+
+def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A trial whose window says nothing of its load: the whole run, of which a good part was filling and draining; or, of an open loop, shorter
+    than a request, so that most of what ended in it had begun on emptier servers, or one in which far fewer requests ended than were sent, or
+    hardly any."""
+    load, requests = run.config.get("load") or {}, timings.requests
+    if not is_open_loop(load) and (load.get("concurrency") or 1) == 1:
+        return
+    for trial in run.trials:
+        here = requests.ok & (requests.trial == trial.index)
+        length_s = trial.end_s - trial.start_s
+        window, why = str(trial.client.get("window", "")), None
+        off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
+        maybe_off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
+        if here.sum() < 2 or length_s <= 0:
+            continue
+        sent_s, end_s = requests.sent_s[here], requests.end_s[here]
+        span = [(trial.start_s, trial.end_s)]
+        sent, ended = (int(np.count_nonzero(inside(at_s, span))) for at_s in (sent_s, end_s))
+        if window.startswith("whole run"):
+            partly_s = min(length_s, float(end_s.min() - trial.start_s) + trial.end_s - float(sent_s.max()))
+            if partly_s > FEW_SHARE * length_s:
+                why = f"no time at full load, its window is the whole run, of which {100 * partly_s / length_s:.0f} % was filling and draining"
+        elif window.startswith(OPEN_WINDOWS):
+            lasts_s = end_s - sent_s
+            median_s, in_flight = float(np.median(lasts_s)), float(lasts_s.mean()) * sent / length_s
+            is_level = load.get("rate") and not load.get("ramp_to")
+            if length_s < median_s:
+                why = f"its window of {length_s:.1f} s is shorter than a request ({median_s:.1f} s, p50): most of what ended in it began on emptier servers"
+            elif is_level and sent - ended > max(FEW_SHARE * sent, 3 * in_flight**0.5):
+                why = f"{sent} requests were sent in its window and {ended} ended: ever more were in flight"
+            elif ended - sent > max(FEW_SHARE * sent, 3 * in_flight**0.5):
+                why, off = f"{ended} requests ended in its window and {sent} were sent in it", maybe_off
+            if not why and is_level:
+                filling = filling_share(lasts_s, trial.start_s - float(sent_s.min()), trial.end_s - float(sent_s.min()))
+                if filling > FILLING_SHARE:
+                    why = f"the longest requests were not all in flight when its window began: tokens/s are about {100 * filling:.0f} % too low"
+                    off = "requests/s may be, too; raise --requests or --duration-s"
+        if not why and ended < FEW_ENDED and is_open_loop(load) and window.startswith(("whole run", *OPEN_WINDOWS)):
+            why, off = f"only {ended} requests ended in its window", maybe_off
+        if why:
+            yield Flag("ramps-in-window", f"trial {trial.index + 1}: {why}: {off}")
+            return
+
+
+def filling_share(lasted_s: Array, start_s: float, end_s: float) -> float:
+    """The share of the requests in flight that a window lacks, `start_s` to `end_s` after the first sending, as nothing was in flight before that:
+    at the time t the part of requests' time that lies beyond their first t seconds is still missing."""
+    missing = (np.maximum(lasted_s - start_s, 0) ** 2 - np.maximum(lasted_s - end_s, 0) ** 2).sum() / 2
+    return float(missing / ((end_s - start_s) * lasted_s.sum()))
+
+
+def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
+    """A steady rate whose random arrivals (and lengths) make few requests' figures a matter of luck: n ends of intervals with the coefficient
+    of variation c have a rate with the relative standard error c / sqrt(n); tokens/s add the variation of what a request's time is."""
+    load, requests = run.config.get("load") or {}, timings.requests
+    if not load.get("rate") or load.get("ramp_to") or load.get("phase") == "decode":
+        return
+    ended = int(np.count_nonzero(requests.ok & inside(requests.end_s, timings.windows)))
+    apart_s = np.concatenate([np.diff(np.sort(requests.sent_s[requests.trial == trial.index])) for trial in run.trials])
+    lasted_s = (requests.end_s - requests.sent_s)[requests.ok]
+    if not ended or len(apart_s) < 2:
+        return
+    arrivals, lengths = _variation(apart_s), _variation(lasted_s)
+    of_requests, of_tokens = (100 * variation / ended**0.5 for variation in (arrivals, np.hypot(arrivals, lengths)))
+    if of_tokens > 100 * UNCERTAIN_SHARE:
+        yield Flag(
+            "rate-uncertain",
+            f"{ended} requests ended in the windows: another seed's requests/s would differ by about {of_requests:.0f} %, its tokens/s by {of_tokens:.0f} % (standard "
+            "error); runs of the same arrivals can be compared; raise --requests or --trials",
+        )
+
+
+def _variation(values: Array) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.std() / values.mean()) if len(values) and values.mean() > 0 else 0.0
