@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pdbench.load.chunks import Part, Usage, count, failed
-from pdbench.load.texts import TOKEN_BYTES, are_tokens, bytes_of, coarse, fewest_tokens
+from pdbench.load.texts import TOKEN_BYTES, are_tokens, bytes_of, coarse, echoed_chunks, fewest_tokens
 from pdbench.records import COARSE_SHARE, RequestRecord
 
 REFUSED, CONTRADICTS, UNKNOWN, REASONING = "usage-refused", "usage-contradicts", "tokens-unknown", "reasoning-unknown"
@@ -20,6 +20,8 @@ _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
 _UNSEEN_TOKENS = 16
 """Markers and special tokens that a server may count beside the text that it sends."""
+_LIMITS = ("length", "max_tokens")
+"""Finish reasons of answers that reached their limit."""
 _OTHER_SHARE = 0.02
 """By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
 
@@ -193,10 +195,10 @@ class Counter:
         ):
             self._take_repeats(texts, self.usage)
         if asked.echo is True and record.token_s and texts and self.by_chunks and not self.by_token_ids:
-            prompt = msgspec.json.decode(asked.prompt)
-            if isinstance(prompt, str) and texts[0].strip() == prompt.strip():
-                del record.token_s[0]
-                texts, self._first_text = texts[1:], None
+            echoed = 0 if self._choices else echoed_chunks(texts, msgspec.json.decode(asked.prompt))
+            if echoed:
+                del record.token_s[:echoed]
+                texts, self._first_text = texts[echoed:], None
         instants = len(record.token_s)
         ways = {
             "token_ids": self.by_token_ids, "logprobs": self.by_logprobs, "usage": self.by_usage, "chunks": self.by_chunks,
@@ -229,6 +231,10 @@ class Counter:
             self._note(REFUSED)
         elif self._reasoning_chunks and total == instants:
             record.reasoning_tokens = self._reasoning_chunks
+        ended = (record.finish_reason or "length").lower() not in _LIMITS
+        if not self._reasoning and not self._reasoning_chunks and not self.tools and ended and total is not None:
+            # The token that ends the text is counted, but no chunk holds it.
+            record.unsent_tokens = total - instants if 0 < total - instants <= max(1, self.finished) else 0
         if record.error is None and record.coarse:
             record.first_tokens = self._first_tokens(instants, texts)
             if not self.by_chunks:
@@ -243,7 +249,7 @@ class Counter:
             return None  # a parser may have held tokens back
         certain = self.usage is not None or record.counted_by in ("token_ids", "logprobs", "usage")
         # Chunks may hold several tokens: then only an end before the limit that must be reached shows that some are missing.
-        reached = (record.finish_reason or "").lower() in ("length", "max_tokens")
+        reached = (record.finish_reason or "").lower() in _LIMITS
         if not certain and (reached or fewest != asked.tokens):
             return None
         why = f"min_tokens {asked.min_tokens}, which the server did not keep"

@@ -37,6 +37,18 @@ def are_tokens(texts: Sequence[str]) -> bool:
     return shows and fewest_tokens(texts) <= _ODD * len(texts)
 
 
+def echoed_chunks(texts: Sequence[str], prompt: object) -> int:
+    """How many of the first chunks repeat the prompt; 0 where the first ones are not it."""
+    so_far, wanted = "", prompt.strip() if isinstance(prompt, str) else ""
+    for place, text in enumerate(texts, 1):
+        so_far += text
+        if wanted and so_far.strip() == wanted:
+            return place
+        if len(so_far) > len(str(prompt)):
+            break
+    return 0
+
+
 def coarse(texts: Sequence[str]) -> bool:
     """Do most chunks hold more than a token: two words, or more bytes than tokens have?"""
     texts = [text for text in texts if text]

@@ -128,9 +128,25 @@ def test_mean_tbt_is_about_right_where_tokens_are_not_equally_long():
 
 
 def test_mean_tbt_of_chunks_that_are_tokens_is_as_before():
-    for sent, counted, later in ((10, 10, 9), (10, 11, 10), (40, 42, 41), (10, 9, 8)):
+    for sent, counted, later in ((10, 10, 9), (10, 11, 9), (40, 42, 41), (10, 9, 8)):
         pieces = [(1, token("a longer first word " if not index else "w ", None)) for index in range(sent)]
         assert mean_tbt_ms(pieces, counted) == pytest.approx(10 * (sent - 1) / later)
+
+
+@pytest.mark.parametrize(("finish", "later"), [("stop", 5), ("length", 6), ("max_tokens", 6)])
+def test_mean_tbt_leaves_out_the_end_of_the_text_that_is_counted_and_not_sent(finish, later):
+    """Of six tokens it made a sixth."""
+    record = record_of(chunked([1] * 6), token("", None, finish), usage(5, 7))
+    assert record.output_tokens == 7
+    assert timings(record).requests.mean_tbt_ms == pytest.approx([50 / later])
+
+
+@pytest.mark.parametrize("parts", [["Tell me"], ["Tell", " me"], ["T", "ell", " me"]])
+def test_a_prompt_that_is_echoed_in_chunks_is_no_answer(parts):
+    echo = [(1, token(text, None)) for text in parts]
+    record = record_of([*echo, *chunked([1] * 6)], token("", None, "length"), usage(5, 6), prompt="Tell me", echo=True)
+    assert record.notes == [] and record.output_tokens == len(record.token_s) == 6
+    assert record.token_s[0] == pytest.approx(1.0 + GAP_S * (len(parts) + 1))
 
 
 def test_chunks_without_text_have_equal_shares():
