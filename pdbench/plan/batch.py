@@ -56,7 +56,7 @@ class Pool:
         self.sizes, self.cached, self.outputs = sizes, cached, outputs
         self.most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.host_s = [
-            costs.host_decode_s if n <= limits.captured else costs.host_prefill_s for n in range(self.most + 1)
+            costs.host_decode_s if n <= limits.captured else costs.beyond_graphs_s for n in range(self.most + 1)
         ]
         self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
         self.gpu_s = costs.gpu_step_s(np.arange(self.most + 1)).tolist()

@@ -16,6 +16,7 @@ from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
 from pdbench.plan.limits import flag_value, gpus_each, limits_of
+from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import Part, merged_share, parts_of, trials_of
 from pdbench.records import Run
@@ -78,6 +79,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
             missing.append(f"{role}: {error}")
     if not roles:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
+    share_eager(roles)
     handoff = handoff_of(by_role["decode"], roles["decode"].engine) if "decode" in roles else None
     missing += _missing(roles, handoff, [*runs.values()])
     # The largest ratio of two trials' speeds, of steps with prompts or without.
@@ -168,8 +170,8 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             assumed.append(
                 f"{1e3 * ingress_s:.0f} ms from sending to scheduling (a single instance's run would show it)"
             )
-        prefill = fit.prefill_alone(visits, trials, limits, ingress_s)
-        costs, box = prefill.costs, Box(prompt_tokens=max(visit.largest_step() for visit in visits))
+        prefill = prefill_alone(visits, trials, limits, ingress_s)
+        costs, box = prefill.costs, Box(prompt_tokens=max(int(visit.steps()[0].max()) for visit in visits))
     else:
         box = Box(
             prompt_tokens=0,
@@ -204,6 +206,22 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         jitter=decode.jitter if decode else [],
         decode_speeds=decode.speeds if decode else [],
     )
+
+
+def share_eager(roles: dict[Role, RoleCalibration]) -> None:
+    """A role whose runs had no steps beyond the CUDA graphs launches them as another role does: it is the same model on the same kind of host."""
+    seen = [role.engine.costs.host_eager_s for role in roles.values() if role.engine.costs.host_eager_s is not None]
+    for name, role in roles.items():
+        captured = role.engine.limits.captured
+        if not role.computes or role.engine.costs.host_eager_s is not None or role.prompt_lengths[0] > captured:
+            continue
+        if seen:
+            costs = msgspec.structs.replace(role.engine.costs, host_eager_s=float(np.median(seen)))
+            roles[name] = msgspec.structs.replace(role, engine=msgspec.structs.replace(role.engine, costs=costs))
+        elif role.engine.limits.max_num_batched_tokens > captured:
+            role.assumed.append(
+                f"steps of more than {captured:,} tokens, beyond the CUDA graphs, are launched as fast as others (no run had enough)"
+            )
 
 
 def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | None:

@@ -78,7 +78,9 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
     if role in ("single", "replica") and prefill and decode and prefill.gpus == decode.gpus:
         costs = msgspec.structs.replace(
             decode.engine.costs,
-            **{name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "ingress_s", "noise")},
+            **{
+                name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "host_eager_s", "ingress_s", "noise")
+            },
             join_s=0.0,
         )
         box = msgspec.structs.replace(decode.engine.box, prompt_tokens=prefill.engine.box.prompt_tokens)

@@ -3,8 +3,9 @@
 An engine runs one step after the other. Step k is scheduled at s_k; then the host launches it and the GPU computes it, side by side:
 
     host(k) = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph
-              host_prefill_s * noise + host_per_prompt_token_s * p   else launched piece by piece: beside a prompt vLLM's graphs, however
-                                                                     long, leave attention out
+              host_prefill_s * noise + host_per_prompt_token_s * p   p prompt tokens beside them, within the graphs: these leave attention out,
+                                                                     which is launched piece by piece
+              host_eager_s * noise + host_per_prompt_token_s * p     beyond the graphs, with a prompt or without: kernel by kernel
     gpu(k)  = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
               + (gpu_prefill_s + gpu_per_prompt_token_s * p) * noise  p > 0 prompt tokens in the step
     done(k) = max(max(done(k-1), s_k) + gpu(k), s_k + host(k))
@@ -26,7 +27,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 
 Kind = Literal["single", "replicas", "disaggregated"]
 Role = Literal["single", "replica", "prefill", "decode"]
@@ -37,7 +38,8 @@ ANY = 10**12
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step costs, in seconds (see the module); 0 for a phase that the engine does not run.
+    """What a step costs, in seconds (see the module); 0 for a phase that the engine does not run. Without `host_eager_s` (no run showed steps
+    on either side of the graphs' end) all steps with prompts are launched in `host_prefill_s`.
 
     `gpu_decode_s` maps a captured graph size to the GPU's time for a decode step of up to so many sequences, rising sizes; beyond the
     largest, each further sequence adds `gpu_per_sequence_s`. `ingress_s` is from the client's sending until the engine may schedule the
@@ -47,6 +49,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
     host_decode_s: float = 0.0
     host_prefill_s: float = 0.0
+    host_eager_s: float | None = None
     host_per_prompt_token_s: float = 0.0
     gpu_decode_s: dict[int, float] = msgspec.field(default_factory=lambda: {1: 0.0})
     gpu_per_sequence_s: float = 0.0
@@ -57,9 +60,14 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     ingress_s: float = 0.0
     noise: tuple[tuple[float, ...], ...] = ()
 
-    def host_prompt_s(self, tokens: IntArray) -> Array:
-        """The host's time to launch steps of so many prompt tokens, without noise."""
-        return self.host_prefill_s + self.host_per_prompt_token_s * tokens.astype(np.float64)
+    @property
+    def beyond_graphs_s(self) -> float:
+        return self.host_prefill_s if self.host_eager_s is None else self.host_eager_s
+
+    def host_prompt_s(self, tokens: IntArray, beyond: BoolArray) -> Array:
+        """The host's time to launch steps of so many prompt tokens, some `beyond` the graphs, without noise."""
+        launch_s = np.where(beyond, self.beyond_graphs_s, self.host_prefill_s)
+        return np.asarray(launch_s + self.host_per_prompt_token_s * tokens.astype(np.float64))
 
     def gpu_prompt_s(self, tokens: IntArray) -> Array:
         """The GPU's time for so many prompt tokens, without noise."""

@@ -9,9 +9,8 @@ import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray
-from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
-from pdbench.plan.simulate import simulate
-from pdbench.plan.steps import Steps, Visits
+from pdbench.plan.engine import COSTS, Costs, Engine, Limits
+from pdbench.plan.steps import Steps
 
 ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
@@ -19,8 +18,6 @@ PRIOR_SD = 2.0
 """Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
 JITTER_SHARES = (np.arange(500) + 0.5) / 500
 """Fine enough for the slowest of a machine's pauses in one step of a hundred: where handoffs take most of the last hundredth, p99 shows them."""
-REPLAYED = 4
-"""Instances' trials whose queue is replayed, at most; speeds and noise are of all."""
 SAMPLES = 40
 LEAST_STEPS = 5
 """A graph size with fewer steps than this is not calibrated."""
@@ -106,18 +103,19 @@ class Chains:
     """Runs of steps around prompts, one row each: from the calm step before the first prompt until prompts are gone.
 
     `took_s` is from a step's scheduling to the next one's (0 beyond a chain's end), `prompt` its prompt tokens, `decode_s` the GPU's
-    time for the running streams' part, `trial` the row's trial.
+    time for the running streams' part, `trial` the row's trial; `beyond` the CUDA graphs are steps of more tokens than these hold.
     """
 
     took_s: Array
     prompt: IntArray
+    beyond: BoolArray
     decode_s: Array
     trial: IntArray
 
 
 def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Chains:
     """The chains of instances that compute prompts while streams run; `trials` names each Steps' trial. Of the engine only decode's costs count."""
-    rows: list[tuple[Array, IntArray, Array, int]] = []
+    rows: list[tuple[Array, IntArray, Array, BoolArray, int]] = []
     limits, lag = engine.limits, engine.limits.lag
     for part, trial in zip(steps, trials, strict=True):
         since = part.since
@@ -138,12 +136,13 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Cha
             k = end
             here = np.arange(start - 1, end)
             took_s = part.handed_s[here - lag + 1] - part.handed_s[here - lag]
-            rows.append((took_s, prompt[here], gpu_s[here], trial))
+            rows.append((took_s, prompt[here], gpu_s[here], prompt[here] + running[here] > limits.captured, trial))
     shape = len(rows), max((len(row[0]) for row in rows), default=0)
-    took_s, decode_s, tokens = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
-    for place, row in enumerate(rows):
-        took_s[place, : len(row[0])], tokens[place, : len(row[1])], decode_s[place, : len(row[2])] = row[:3]
-    return Chains(took_s, tokens, decode_s, np.array([row[3] for row in rows], dtype=int))
+    took_s, decode_s, tokens, beyond = np.zeros(shape), np.zeros(shape), np.zeros(shape, int), np.zeros(shape, bool)
+    for place, (of_row_s, *others, _) in enumerate(rows):
+        steps_here = place, slice(len(of_row_s))
+        took_s[steps_here], (tokens[steps_here], decode_s[steps_here], beyond[steps_here]) = of_row_s, others
+    return Chains(took_s, tokens, beyond, decode_s, np.array([row[4] for row in rows], dtype=int))
 
 
 def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
@@ -159,6 +158,8 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     is_prefill = observed.prompt > 0
     tokens = observed.prompt.astype(float)
     fastest_s = min(engine.costs.gpu_decode_s.values())
+    within, beyond = (observed.took_s[is_prefill & valid & where] for where in (~observed.beyond, observed.beyond))
+    fixed = msgspec.structs.replace(engine.costs, host_eager_s=eager_s(beyond, len(within)))
 
     def values_of(logs: Array) -> Array:
         values = np.exp(logs[..., :5])
@@ -169,7 +170,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
         return np.exp(np.append(logs[5:], -logs[5:].sum()))
 
     def costs_of(logs: Array) -> Costs:
-        return with_values(engine.costs, values_of(logs))
+        return with_values(fixed, values_of(logs))
 
     def predicted(logs: Array) -> Array:
         return durations(observed, costs_of(logs), engine.limits, speeds_of(logs)[which])
@@ -187,7 +188,7 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     costs, speeds = costs_of(logs), speeds_of(logs)
     factors, measured = prompt_factors(observed, costs, engine.limits, speeds[which])
     usual = np.median(tokens[is_prefill & valid])
-    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual)
+    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual, usual > engine.limits.captured)
     if by_gpu and measured.any():  # then trials differ by the GPU's speed, not by that of its host
         own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
         logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
@@ -201,7 +202,7 @@ def durations(observed: Chains, costs: Costs, limits: Limits, speeds: Array | fl
     """How long each step of chains takes by the recursion of `plan.engine`, from the instant at which it was really scheduled; the host launches
     a row's prompts in `speeds` times as long."""
     speed, is_prefill = np.broadcast_to(speeds, len(observed.trial))[:, None], observed.prompt > 0
-    launch = np.where(is_prefill, speed * costs.host_prompt_s(observed.prompt), costs.host_decode_s)
+    launch = np.where(is_prefill, speed * costs.host_prompt_s(observed.prompt, observed.beyond), costs.host_decode_s)
     work = observed.decode_s + np.where(is_prefill, costs.gpu_prompt_s(observed.prompt), 0.0)
     if not limits.async_scheduling:
         return np.asarray(np.maximum(launch, work))
@@ -223,7 +224,7 @@ def prompt_factors(
     """
     usual_s, valid = durations(observed, costs, limits, speeds), observed.took_s > 0
     speed = np.broadcast_to(speeds, len(observed.trial))[:, None]
-    host_s, gpu_s = speed * costs.host_prompt_s(observed.prompt), costs.gpu_prompt_s(observed.prompt)
+    host_s, gpu_s = speed * costs.host_prompt_s(observed.prompt, observed.beyond), costs.gpu_prompt_s(observed.prompt)
     over_s, shown = np.where(valid, observed.took_s - usual_s, 0.0), valid.copy()
     if limits.async_scheduling:
         over_s[:, :-1] += over_s[:, 1:].copy()
@@ -238,7 +239,7 @@ def prompt_factors(
 def fit_logs(
     misfit: Callable[[Array], Array], starts: Sequence[Array], prior: Array, *, count: int, rough: bool = False
 ) -> tuple[Array, Array]:
-    """The parameters of the best of several fits, and `SAMPLES` draws (rows) of the first `count` from what the data leave possible.
+    """The parameters of the best of several fits (`rough`: of one, from the best of `starts`), and `SAMPLES` draws (rows) of the first `count` from what the data leave possible.
 
     `prior` is where the first parameters are without data. Draws come from the curvature at the best and are drawn again by their
     likelihood: where the data only bound a cost from above, as the host's launch hides the GPU's work, the curvature alone misleads.
@@ -252,9 +253,10 @@ def fit_logs(
         return float(np.sum(np.sqrt(1 + both(logs) ** 2) - 1))
 
     if rough:  # slopes mislead where a small change of a cost moves a prompt into another step
-        simplex = starts[0] + np.vstack([np.zeros(len(prior)), 0.2 * np.eye(len(prior))])
+        start = min(starts, key=cost)
+        simplex = start + np.vstack([np.zeros(len(prior)), 0.2 * np.eye(len(prior))])
         options = {"initial_simplex": simplex, "maxfev": 200, "xatol": 0.005, "fatol": 0.01}
-        best = minimize(cost, starts[0], method="Nelder-Mead", options=options).x
+        best = minimize(cost, start, method="Nelder-Mead", options=options).x
         slopes = np.stack(
             [(both(best + shift) - both(best - shift)) / 0.1 for shift in 0.05 * np.eye(len(best))], axis=1
         )
@@ -302,71 +304,9 @@ def most_common(intervals: Array) -> float:
     return float(middles[best].mean())
 
 
-def prefill_alone(visits: Sequence[Visits], trials: Sequence[int], limits: Limits, ingress_s: float) -> Prefill:
-    """Costs of an instance that only prefills: its queue is replayed by the simulator until the answers' times fit.
-
-    `trials` names each Visits' trial. Speeds and noise are those of prompts that were alone. Raises ValueError with fewer than
-    `LEAST_STEPS` of them.
-    """
-    names, places = np.unique(trials, return_inverse=True)
-    alone = [visit.alone() for visit in visits]
-    took_s = np.concatenate([(v.done_s - v.sent_s - ingress_s)[a] for v, a in zip(visits, alone, strict=True)])
-    tokens = np.concatenate([visit.prompt[of_visit] for visit, of_visit in zip(visits, alone, strict=True)])
-    which = np.repeat(places, [of_visit.sum() for of_visit in alone])
-    if len(took_s) < LEAST_STEPS or (took_s <= 0).any():
-        raise ValueError("hardly any prompt was alone at its prefill instance")
-    line = np.polyfit(tokens, took_s, 1) if np.ptp(tokens) > 0.2 * tokens.mean() else np.array([0.0, np.median(took_s)])
-    ratio = np.log(took_s / np.maximum(np.polyval(line, tokens), 0.1 * took_s.min()))
-    counts = np.bincount(which, minlength=len(names))
-    told = np.flatnonzero(counts >= min(LEAST_STEPS, counts.max()))  # a burst's prompts are hardly ever alone
-    logs = np.array([np.median(ratio[which == place]) for place in told])
-    speed_logs = np.zeros(len(names))
-    speed_logs[told] = logs - logs.mean()
-    speeds = np.exp(speed_logs)
-    noise = tuple(tuple(np.exp(ratio[which == place] - log).tolist()) for place, log in zip(told, logs, strict=True))
-    typical, middle = float(np.exp(logs.mean()) * np.median(np.polyval(line, tokens))), float(np.median(tokens))
-    prior = np.log([0.9 * typical, 0.02 * typical / middle, 1e-3, 0.5 * typical / middle])
-
-    def misfit_alone(logs: Array) -> Array:
-        """Prompts that were alone tell the longer of the two parts."""
-        host, host_token, gpu, gpu_token = np.exp(logs)
-        return (
-            np.log(took_s)
-            - speed_logs[which]
-            - np.log(np.maximum(host + host_token * tokens, gpu + gpu_token * tokens))
-        )
-
-    replayed = list(zip(visits, places, strict=True))[:REPLAYED]
-    demands = [
-        Demand(
-            t_s=visit.sent_s - visit.sent_s[0],
-            prompt_tokens=visit.prompt,
-            output_tokens=np.ones_like(visit.prompt),
-            cached_tokens=np.zeros_like(visit.prompt),
-        )
-        for visit, _ in replayed
-    ]
-    measured_s = np.concatenate([visit.done_s - visit.sent_s for visit, _ in replayed])
-    layout = Layout("single", {"single": 1})
-
-    def costs_of(logs: Array, host_decode_s: float) -> Costs:
-        return with_values(Costs(ingress_s=ingress_s), [*np.exp(logs), host_decode_s])
-
-    def misfit(logs: Array) -> Array:
-        answers_s = []
-        for (_, place), demand in zip(replayed, demands, strict=True):
-            costs = costs_of(logs, 1e-3)
-            costs = msgspec.structs.replace(costs, **at_speed(costs, float(speeds[place])))
-            engine = Engine(costs=costs, limits=limits)
-            answers_s.append(simulate(Deployment(layout=layout, engines={"single": engine}), demand).ttft_s)
-        return np.log(measured_s / np.concatenate(answers_s))
-
-    starts = [prior + np.log([1, a, 1, b]) for a, b in ((1.0, 0.9), (10.0, 0.4), (1.0, 1.9))]
-    first, _ = fit_logs(misfit_alone, starts, prior, count=4)
-    best, samples = fit_logs(misfit, [first], prior, count=4, rough=True)
-    no_host_decode = np.zeros((SAMPLES, 1))
-    costs = msgspec.structs.replace(costs_of(best, 0.0), noise=noise)
-    return Prefill(costs, np.hstack([np.exp(samples), no_host_decode]), speeds[told].tolist())
+def eager_s(beyond_s: Sequence[float] | Array, within: int) -> float | None:
+    """What steps beyond the CUDA graphs took: the host launches every kernel. None where too few were beyond, or as few (`within`) were not."""
+    return float(np.median(beyond_s)) if min(len(beyond_s), within) >= LEAST_STEPS else None
 
 
 def with_values(costs: Costs, values: Iterable[float]) -> Costs:
@@ -376,8 +316,8 @@ def with_values(costs: Costs, values: Iterable[float]) -> Costs:
 
 def at_speed(costs: Costs, factor: float) -> dict[str, Any]:
     """Fields of `Costs` of the same engine where steps with prompts take so many times as long, launched by the host or computed by the GPU."""
-    names = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s")
-    return {name: factor * getattr(costs, name) for name in names}
+    names = ("host_prefill_s", "host_eager_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s")
+    return {name: factor * value for name in names if (value := getattr(costs, name)) is not None}
 
 
 def join_cost(steps: Sequence[Steps], costs: Costs) -> float:

@@ -303,10 +303,11 @@ class Instance(Batch):
         if prompt_tokens:
             noise = pool.noise[self.noise_at % len(pool.noise)]
             self.noise_at += 1
-            host = costs.host_prefill_s * noise + costs.host_per_prompt_token_s * prompt_tokens
+            launch = costs.host_prefill_s if prompt_tokens + n <= pool.captured else costs.beyond_graphs_s
+            host = launch * noise + costs.host_per_prompt_token_s * prompt_tokens
             gpu += (costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens) * noise
         elif n + joining > pool.captured:
-            host = costs.host_prefill_s
+            host = costs.beyond_graphs_s
         s, d = self.s, self.d
         begins, launched = (d if d > s else s), s + host
         done = begins + gpu if begins + gpu > launched else launched

@@ -78,11 +78,21 @@ class Visits:
         """Was no other prompt there meanwhile?"""
         return self.idle() & (self.done_s < np.append(self.sent_s[1:], np.inf))
 
-    def largest_step(self) -> int:
-        """Most prompt tokens that were answered at one time."""
+    def steps(self) -> tuple[IntArray, Array, Array]:
+        """Prompts that were answered at one time were in one step: of each step their tokens, when the last of them was sent, and when they were answered."""
         order = np.argsort(self.done_s)
-        step = np.cumsum(np.diff(self.done_s[order], prepend=self.done_s[order[0]]) > SAME_STEP_S)
-        return int(np.bincount(step, self.prompt[order]).max())
+        done_s = self.done_s[order]
+        begins = np.append(True, np.diff(done_s) > SAME_STEP_S)
+        step = np.cumsum(begins) - 1
+        sent_s = np.maximum.reduceat(self.sent_s[order], np.flatnonzero(begins))
+        return np.bincount(step, self.prompt[order]).astype(int), sent_s, done_s[begins]
+
+    def launches(self, lag: int) -> tuple[IntArray, Array]:
+        """Of steps whose prompts were there before they could be scheduled: tokens, and from then until the next step could be (`Limits.lag`)."""
+        tokens, sent_s, done_s = self.steps()
+        scheduled_s, next_s = done_s[:-lag], done_s[1 : len(done_s) - lag + 1]
+        waited = sent_s[lag:] < scheduled_s
+        return tokens[lag:][waited], (next_s - scheduled_s)[waited]
 
 
 @dataclass

@@ -48,11 +48,16 @@ def calibration(found: Calibration) -> Table:
     def per_thousand(cost: str) -> Callable[[RoleCalibration], Value]:
         return lambda role: 1e6 * getattr(role.engine.costs, cost) if role.knows_lengths else _("not known")
 
+    def eager_ms(role: RoleCalibration) -> Value:
+        eager_s = role.engine.costs.host_eager_s
+        return None if eager_s is None else 1e3 * eager_s
+
     roles = found.roles
     computing = [name for name, role in roles.items() if role.computes]  # decode computes no prompts
     decoding = [name for name in roles if name != "prefill"]
     described: list[tuple[str, Iterable[str], Callable[[RoleCalibration], Value]]] = [
         (_("a prompt's step, host, ms"), computing, lambda role: 1e3 * role.engine.costs.host_prefill_s),
+        (_("a step beyond the CUDA graphs, host, ms"), computing, eager_ms),
         (_("and per 1,000 prompt tokens, host, ms"), computing, per_thousand("host_per_prompt_token_s")),
         (_("per 1,000 prompt tokens, GPU, ms"), computing, per_thousand("gpu_per_prompt_token_s")),
         (
@@ -293,9 +298,8 @@ def steps_chart(found: Calibration) -> Chart:
             sizes = Axis(label=_("sequences in the step"), low=0, integer=True)
             panels.append(_reached(_("{0}: a decode step", _(name)), n, took_s, box.sequences, sizes))
         if role.computes:
-            p = np.linspace(1, 2 * box.prompt_tokens, 60)
-            host_s = costs.host_prefill_s + costs.host_per_prompt_token_s * p
-            gpu_s = costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * p
+            p = np.arange(1, 2 * box.prompt_tokens, max(1, box.prompt_tokens // 200))
+            host_s, gpu_s = costs.host_prompt_s(p, p > role.engine.limits.captured), costs.gpu_prompt_s(p)
             tokens = Axis(label=_("prompt tokens in the step"), low=0)
             took_s = np.maximum(host_s, gpu_s)
             panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took_s, box.prompt_tokens, tokens))

@@ -141,7 +141,9 @@ class SlowEngine:
                 noise = list(itertools.chain(*self.costs.noise))
                 factor = noise[self.noise_at % len(noise)] if noise and prompt_tokens else 1.0
                 self.noise_at += prompt_tokens > 0
-                host = self.costs.host_prefill_s * factor + self.costs.host_per_prompt_token_s * prompt_tokens
+                eager = prompt_tokens + decoding > self.limits.captured
+                launch = self.costs.beyond_graphs_s if eager else self.costs.host_prefill_s
+                host = launch * factor + self.costs.host_per_prompt_token_s * prompt_tokens
             gpu = float(self.costs.gpu_step_s(np.array(decoding), context))
             if prompt_tokens:
                 gpu += (self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens) * factor

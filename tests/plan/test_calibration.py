@@ -9,10 +9,12 @@ import pytest
 from pdbench.cli import app
 from pdbench.errors import UserError
 from pdbench.events import EngineFacts, PrefixCacheCounts, PromptEvent, ProxyEvent
-from pdbench.plan.calibration import calibrate, calibrate_command
+from pdbench.plan.calibration import calibrate, calibrate_command, share_eager
 from pdbench.plan.check import check
 from pdbench.plan.deployment import DAYS, another_speed
+from pdbench.plan.engine import Costs, Engine, Limits, Role
 from pdbench.plan.limits import limits_of
+from pdbench.plan.records import RoleCalibration
 from pdbench.plan.steps import Stream, parts_of, visits_of
 from pdbench.records import Clock, DeviceRecord, RequestError, RequestRecord, Run, Trial
 from tests.plan.test_fit import HOST, HOST_TOKEN, SIZES, TABLE, engine_run
@@ -157,6 +159,22 @@ def test_gpus_of_an_instance_are_those_of_its_run() -> None:
     assert "single's GPUs per instance" in check(calibrate({Path("b"): other}), Path("a"), run, draws=2).differs
     run.host = {}
     assert calibrate({Path("a"): run}).roles["single"].gpus == 1
+
+
+def test_role_without_steps_beyond_the_graphs_launches_them_as_another_role() -> None:
+    def role(eager_s: float | None) -> RoleCalibration:
+        costs = Costs(host_prefill_s=0.025, host_eager_s=eager_s, noise=((1.0,),))
+        limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=4224)
+        return RoleCalibration(
+            engine=Engine(costs=costs, limits=limits), samples=[], speeds=[1.0], prompt_lengths=(2048, 2048), assumed=[]
+        )
+
+    roles: dict[Role, RoleCalibration] = {"replica": role(None), "prefill": role(0.084)}
+    share_eager(roles)
+    assert roles["replica"].engine.costs.host_eager_s == 0.084 and not roles["replica"].assumed
+    alone: dict[Role, RoleCalibration] = {"replica": role(None)}
+    share_eager(alone)
+    assert alone["replica"].engine.costs.host_eager_s is None and "4,224 tokens" in alone["replica"].assumed[0]
 
 
 def test_engine_that_is_not_modelled_is_refused() -> None:

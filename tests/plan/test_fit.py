@@ -6,6 +6,7 @@ import pytest
 from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.limits import flag_value
+from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.simulate import simulate, weighted_quantiles
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild
 
@@ -128,7 +129,7 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
         took_s = np.full((60, 3), 0.005)
         took_s[:, 1] = np.maximum(host_s * (factors if host_s > gpu_s else 1.0), 0.005)
         took_s[:, 2] = np.maximum(0.005, 0.005 + gpu_s * factors - took_s[:, 1] + 0.005)
-        found = fit.prefill_costs(fit.Chains(took_s, tokens, decode_s, np.zeros(60, dtype=int)), engine)
+        found = fit.prefill_costs(fit.Chains(took_s, tokens, tokens > 8192, decode_s, np.zeros(60, dtype=int)), engine)
         spread = float(np.std(np.log(found.costs.noise[0])))
         assert len(found.costs.noise[0]) == 60 and 0.06 < spread < 0.14, (host_s, spread)
 
@@ -136,7 +137,7 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
-    observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
+    observed = fit.Chains(took, prompt, prompt > 0, np.full(took.shape, 0.004), np.zeros(40, int))
     prefill = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.003}), limits=LIMITS))
     assert prefill.costs.host_decode_s <= 0.003 and prefill.samples[:, 4].max() <= 0.003
 
@@ -164,7 +165,7 @@ def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:
 def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
-    observed = fit.Chains(took, prompt, np.full(took.shape, 0.004), np.zeros(40, int))
+    observed = fit.Chains(took, prompt, prompt > 0, np.full(took.shape, 0.004), np.zeros(40, int))
     assert spread_of(fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=LIMITS))) > 0.3
 
 
@@ -180,10 +181,47 @@ def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
     answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
     visits = Visits(answered.sent_s, np.full(150, np.nan), done_s, prompt)
-    host, host_token, gpu, gpu_token, _ = values_of(fit.prefill_alone([visits], [0], LIMITS, 0.005))
+    host, host_token, gpu, gpu_token, _ = values_of(prefill_alone([visits], [0], LIMITS, 0.005))
     for tokens in (300, 1500, 6000):
         took = max(HOST + HOST_TOKEN * tokens, GPU + GPU_TOKEN * tokens)
         assert max(host + host_token * tokens, gpu + gpu_token * tokens) == pytest.approx(took, rel=0.05)
+
+
+@pytest.mark.parametrize("gpu_s", [0.012, 0.024])
+def test_launch_beyond_the_graphs_is_found_in_the_queue_of_prefill(gpu_s: float) -> None:
+    """Prompts of 2,048 tokens, graphs of two: three or four in a step take the host 80 ms."""
+    random = np.random.default_rng(7)
+    one = np.ones(400, dtype=int)
+    limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=4224)
+    demand = Demand(
+        t_s=np.cumsum(random.exponential(0.035, 400)),
+        prompt_tokens=2048 * one,
+        output_tokens=one,
+        cached_tokens=0 * one,
+    )
+    costs = fit.with_values(Costs(ingress_s=0.005, host_eager_s=0.08), [0.025, 1e-7, 0.005, gpu_s / 2048, 1e-3])
+    engine = Engine(costs=costs, limits=limits)
+    answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
+    done_s = answered.sent_s + answered.ttft_s + random.normal(0, 1e-4, 400)
+    visits = Visits(answered.sent_s, np.full(400, np.nan), done_s, demand.prompt_tokens)
+    found = prefill_alone([visits], [0], limits, 0.005).costs
+    assert found.host_eager_s == pytest.approx(0.08, rel=0.1)
+    again = simulate(
+        Deployment(layout=Layout("single", {"single": 1}), engines={"single": Engine(costs=found, limits=limits)}),
+        demand,
+    )
+    for share in (0.5, 0.9, 0.99):
+        assert np.quantile(again.ttft_s, share) == pytest.approx(np.quantile(answered.ttft_s, share), rel=0.1)
+
+
+def test_launch_beyond_the_graphs_is_found_beside_running_streams() -> None:
+    took_s, prompt = np.tile([0.004, 0.03, 0.004], (80, 1)), np.tile([0, 2048, 0], (80, 1))
+    took_s[::4, 1], prompt[::4, 1] = 0.085, 6144
+    limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=4224)
+    observed = fit.Chains(took_s, prompt, prompt > 4224, np.full(took_s.shape, 0.004), np.zeros(80, int))
+    found = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=limits)).costs
+    assert found.host_eager_s == pytest.approx(0.085)
+    assert found.host_prefill_s + 2048 * found.host_per_prompt_token_s < 0.035
 
 
 def test_last_value_of_a_flag_counts() -> None:

@@ -12,12 +12,12 @@ from tests.plan.step_by_step import step_by_step
 GRAPHS = {1: 0.0034, 2: 0.004, 4: 0.0038, 8: 0.0039, 16: 0.0041, 24: 0.0046, 32: 0.0048}
 
 
-def engine(*, host_bound: bool = True, **limits: object) -> Engine:
+def engine(*, host_bound: bool = True, eager_s: float | None = None, **limits: object) -> Engine:
     fields: dict[str, object] = {"max_num_batched_tokens": 2048, "max_num_seqs": 64, "captured": 32}
     costs = Costs(
         host_decode_s=0.0036 if host_bound else 0.0005, host_prefill_s=0.05 if host_bound else 0.004, host_per_prompt_token_s=1e-7,
         gpu_decode_s=GRAPHS, gpu_per_sequence_s=0.00005, gpu_per_context_token_s=3e-8, gpu_prefill_s=0.002,
-        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, noise=((1.0, 1.2), (0.9, 1.1)),
+        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, noise=((1.0, 1.2), (0.9, 1.1)), host_eager_s=eager_s,
     )  # fmt: skip
     return Engine(costs=costs, limits=Limits(**(fields | limits)))  # type: ignore[arg-type]
 
@@ -97,6 +97,15 @@ def test_full_kv_cache_preempts_the_same_sequences(
 )
 def test_limits_of_a_step_hold(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(of_kind("single", engine(**limits)), demand(100, 6.0, prompt=300), monkeypatch)
+
+
+@pytest.mark.parametrize("captured", [24, 1024], ids=["decode beyond graphs", "prompts beyond graphs"])
+def test_steps_beyond_the_graphs_are_launched_kernel_by_kernel(captured: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = engine(host_bound=False, eager_s=0.08, captured=captured)
+    load = demand(100, 8.0)
+    assert_equal(of_kind("single", own), load, monkeypatch)
+    fast, slow = (simulate(of_kind("single", each), load, 5).ttft_s for each in (engine(host_bound=False), own))
+    assert np.quantile(slow, 0.9) > np.quantile(fast, 0.9) + 0.05
 
 
 @pytest.mark.parametrize("prefill_opens", [1.0, 0.5, 0.0])
