@@ -25,9 +25,11 @@ POWER_ERROR = 0.05
 GROWTH = 2.0
 """Above this ratio a queue grows (`Draw`): the deployment does not carry the load, and the figures are its length's."""
 GOLDEN = (5**0.5 - 1) / 2
-PAUSES_ERROR = 0.2
-"""Standard deviation of the logarithm of pauses, as shares of a step, from one run to another: the slowest 0.25 % of steps took 2.3 to 3.3 times a
-step on top in 19 of 25 runs, 1.9 to 4.0 times in all (docs/results/plan)."""
+PAUSES_ERROR = 0.5
+"""Standard deviation of the logarithm of pauses, as shares of a step, from one start of a host to another: with CUDA graphs the slowest 1 % of decode's
+steps took 0.18 to 0.37 times a step on top on two H100s, 0.46 to 0.78 on four of another start (docs/results/plan)."""
+WINDOW_ERROR = 0.03
+"""Standard deviation of the logarithm of tokens/s and goodput over what was measured, in 41 runs: where the window begins and ends in the load."""
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 Slo = tuple[float | None, float | None]
@@ -232,10 +234,12 @@ def interval_of(values: Array | Sequence[float]) -> tuple[float, float]:
 
 
 def _figure(name: str, values: Sequence[float]) -> Figure:
-    """Median and 5 and 95 % of the draws; of power and energy, with the power model's own error."""
+    """Median and 5 and 95 % of the draws; of power and energy, with the power model's own error, of rates with the window's."""
     value, (low, high) = float(np.quantile(values, 0.5)), interval_of(values)
-    if name.startswith("j_") or name.endswith("_w"):
-        reach = [float(np.hypot(np.log(end / value), _NORMAL_95 * POWER_ERROR)) for end in (low, high)]
+    is_rate = name in ("output_tokens_per_s", "goodput_requests_per_s")
+    if value > 0 and low > 0 and (is_rate or name.startswith("j_") or name.endswith("_w")):
+        error = WINDOW_ERROR if is_rate else POWER_ERROR
+        reach = [float(np.hypot(np.log(end / value), _NORMAL_95 * error)) for end in (low, high)]
         low, high = float(value * np.exp(-reach[0])), float(value * np.exp(reach[1]))
     return Figure(value, low, high)
 
