@@ -221,7 +221,7 @@ def prediction_of(
         figures=figures,
         outside=outside,
         refusal=refusal or beyond(outside, is_preempted, figures),
-        saturated=bool(np.median([draw.growth for draw in drawn]) > GROWTH),
+        saturated=refusal is None and bool(np.median([draw.growth for draw in drawn]) > GROWTH),
         seconds_ms=usual.seconds_ms,
         draws=len(drawn),
     )

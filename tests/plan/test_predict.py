@@ -129,8 +129,10 @@ def test_requests_longer_than_the_servers_take_are_refused() -> None:
     made = role()
     limits = msgspec.structs.replace(made.engine.limits, max_model_len=1520)
     engine = msgspec.structs.replace(made.engine, limits=limits)
-    refusal = predicted(calibration(roles={"single": msgspec.structs.replace(made, engine=engine)})).refusal
-    assert refusal and "80 of 80 requests are longer than the 1,520 tokens of --max-model-len" in refusal
+    found = calibration(roles={"single": msgspec.structs.replace(made, engine=engine)})
+    answer = predicted(found, rate=1000.0)
+    assert answer.refusal and "80 of 80 requests are longer than the 1,520 tokens of --max-model-len" in answer.refusal
+    assert not answer.saturated, "nothing that would be refused makes a queue"
 
 
 def test_instances_have_prefix_caches_of_their_own() -> None:
