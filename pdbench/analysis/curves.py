@@ -7,8 +7,9 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
-from pdbench.analysis.meter import power_curve, sampled, union
+from pdbench.analysis.meter import union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
+from pdbench.analysis.power_curve import power_curve, sampled
 from pdbench.analysis.servers import marks_of
 from pdbench.records import Interval, RequestRecord, Run
 

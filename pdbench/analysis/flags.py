@@ -1,13 +1,13 @@
 """What a reader must know wherever a run's figures appear: the run's own flags (a failed gate among them), and its devices'."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pdbench import failures
-from pdbench.analysis.meter import EDGE_S, Meter, intersection, length_s, union
+from pdbench.analysis.device_flags import clocks_set, device_flags
+from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
 from pdbench.analysis.slo import undecided_flag
@@ -18,14 +18,8 @@ from pdbench.records import Flag, Interval, Run
 
 COLD_FACTOR = 2.0
 COLD_FIRST, COLD_OTHERS = 4, 8
-SHORT_S = 30.0
-"""Energy needs windows of at least this (MLPerf Power and ML.ENERGY ask for 30 s or more)."""
 WHOLE_PCT, WHOLE_TOKENS = 10.0, 4
 """Above this share of answers (of so many tokens or more) that came at one instant, something holds streams back."""
-THROTTLED_PCT = 1.0
-POWER_STILL_S = 10.0
-"""No GPU under load draws the same power this long, to the milliwatt."""
-CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
 HOST_FACTOR = 2.5
 """A prompt that takes this many times as long as it keeps prefill's GPU busy waits for the host. Prompts that share a step count it each."""
 STEP_FACTOR = 1.5
@@ -37,13 +31,6 @@ of two prompts: steps of one and two took 18 and 14 us per token, of three and f
 FRONT_STEPS, FRONT_MS, FRONT_FEWEST = 4.0, 20.0, 20
 """An engine takes what has come once per step. Measured on H100s: decode's requests waited 0.9 to 2 steps for it (p50), 8 where its API
 server was at its limit."""
-RESIDUAL_LIMIT_PCT = 3.0
-IDLE_BUSY_PCT = 5.0
-"""Idle GPUs show 0 %, those with an idle engine too (44 runs on H100 and H200); at 5 % idle power is too high by up to 5 % of a load's."""
-POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
-HARMLESS = {"gpu_idle", "clocks_setting", "display_clock_setting", "sync_boost"}
-"""Clock event reasons that are no sign of a device held below the clock that was set."""
-
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
@@ -236,72 +223,3 @@ def api_server_busy(run: Run, timings: Timings, windows: Sequence[Interval]) -> 
             f"{worst}: half of the requests came to its engine over {medians_ms[worst]:.0f} ms late, where a step takes {step_ms:.0f}: its API server is at "
             f'its limit, not its GPU: --decode-args "--api-server-count {2 * count}", or more decode instances',
         )
-
-
-def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
-    """A GPU whose clocks somebody had set before the run: the driver says so in half of the samples, and it never ran at its highest."""
-    during, most_mhz = meter.samples_in(windows), meter.device.settings.get("max_sm_clock_mhz")
-    clocks_mhz = [sample.sm_clock_mhz for sample in during if sample.sm_clock_mhz is not None]
-    told = sum("clocks_setting" in (sample.throttle or ()) for sample in during)
-    if not clocks_mhz or not most_mhz or 100 * told < CLOCKS_SET_PCT * len(during):
-        return
-    if max(clocks_mhz) < most_mhz - CLOCK_STEP_MHZ:
-        yield Flag(
-            "clocks-set",
-            f"{meter.device.id}: its clocks were set before the run, it ran at {max(clocks_mhz):.0f} of {most_mhz:.0f} MHz at most: "
-            "`sudo nvidia-smi -rgc` and `-rac` free them; else compare only with runs that had the same",
-        )
-
-
-def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
-    """A device that was lost, counter and integral that differ by more than 3 %, a counter that jumped or stood still, power that stood
-    still or was not read, short windows, throttling."""
-    device, energy = meter.device, meter.energy_in(windows)
-    gaps = [] if "device" in device.not_measured else meter.power_gaps(windows)
-    if device.samples and (reason := device.not_measured.get("device")):
-        last_s = device.samples[-1].t_s
-        yield Flag(
-            "device-lost",
-            f"{device.id}: nothing could be read after {last_s:.0f} s of the run ({reason}): energy is not known from then on; "
-            "`dmesg` says more (NVRM, Xid), and a GPU that fell off the bus needs a reset",
-        )
-    if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
-        both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
-        yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")
-    instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
-    if energy.counter_resets:
-        times = f"jumped {energy.counter_resets} times, back or by more than can be; {instead}"
-        yield Flag("energy-counter-reset", f"{device.id}: the energy counter {times}")
-    if energy.counter_still_s:
-        stood = f"stood still for {energy.counter_still_s:.1f} s while the device drew power; {instead}"
-        yield Flag("energy-counter-still", f"{device.id}: the energy counter {stood}")
-    if energy.counter_j is None and energy.integral_j and (stood_s := meter.power_still_s(windows)) > POWER_STILL_S:
-        yield Flag(
-            "power-still",
-            f"{device.id}: the power stood at one value for {stood_s:.0f} s and no energy counter checks it: its meter is not refreshed, "
-            "do not trust its energy",
-        )
-    if (gaps_s := length_s(gaps)) > EDGE_S and (device.kind == "gpu" or not energy.counter_still_s):
-        known = "energy is not known" if energy.energy_j is None else "energy is the counter's alone, nothing checks it"
-        yield Flag(
-            "power-gaps",
-            f"{device.id}: no power was read for {gaps_s:.1f} s of the measured windows, from {gaps[0][0]:.0f} s of the run on: peaks and the energy of "
-            f"phases there are not known; {known}",
-        )
-    for kind, busy_pct in device.idle_utilization_pct.items():
-        if busy_pct is not None and busy_pct > IDLE_BUSY_PCT:
-            yield Flag(
-                "idle-busy",
-                f"{device.id}: the GPU was busy for {busy_pct:.0f} % of the time in which its {kind} idle power was measured: that is too high, and what "
-                "lies above idle too low; measure again while nobody computes there",
-            )
-    shortest_s = min((end - start for start, end in windows), default=0.0)
-    if energy.energy_j is not None and shortest_s < SHORT_S:
-        needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"
-        yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is {needs}")
-    during = meter.samples_in(windows)
-    reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)
-    for reason, count in reasons.items():
-        share_pct = 100 * count / len(during)
-        if share_pct >= THROTTLED_PCT:
-            yield Flag("throttled", f"{device.id}: {reason} in {share_pct:.0f} % of the samples")

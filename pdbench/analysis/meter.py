@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Array, BoolArray, inside, per
+from pdbench.analysis.power_curve import HOLE_S, Curve, power_curve, sampled
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
-EDGE_S, HOLE_S = 0.25, 1.0
 UNKNOWN_SHARE = 0.01
 """Of a window's joules: up to this may lie in holes that its edges cut, where only a hole's total is known. It bounds the error."""
 STILL_S = 1.0
@@ -50,9 +50,9 @@ class Meter:
 
     def __init__(self, device: DeviceRecord) -> None:
         self.device = device
-        self._curve = _Curve(power_curve(device))
+        self._curve = Curve(power_curve(device))
         wider = {"module": "module_power_w", "memory": "memory_power_w"}
-        curves = {scope: _Curve(sampled(device, field)) for scope, field in wider.items()}
+        curves = {scope: Curve(sampled(device, field)) for scope, field in wider.items()}
         self._scopes = {scope: curve for scope, curve in curves.items() if len(curve.t)}
         # The counter on its own refreshes where the sampler caught them, else as the samples have it.
         ticks = np.array(sorted(device.energy_ticks), dtype=float).reshape(-1, 2)
@@ -198,7 +198,7 @@ def with_mean_power(device: DeviceRecord) -> DeviceRecord:
     return msgspec.structs.replace(device, statistics=statistics)
 
 
-def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array, list[Interval]]:
+def _doubtful(t: Array, steps: Array, curve: Curve) -> tuple[BoolArray, Array, list[Interval]]:
     """The steps of a counter that are not to be believed, the instants at which it jumped, and the stretches in which it stood still."""
     moves = np.flatnonzero(steps)
     rests = np.append(t[:1], t[moves + 1])  # from these instants on it rested, until the next move or the last reading
@@ -226,7 +226,7 @@ def _doubtful(t: Array, steps: Array, curve: "_Curve") -> tuple[BoolArray, Array
     )
 
 
-def _around_holes(t: Array, steps: Array, curve: "_Curve", hole_s: float) -> tuple[Array, Array, BoolArray]:
+def _around_holes(t: Array, steps: Array, curve: Curve, hole_s: float) -> tuple[Array, Array, BoolArray]:
     """The readings of a counter and its steps, and which of these are unknown within: longer than `hole_s`, and the curve does not
     shape them whole. Where it tells the joules at the ends of a step, these are cut off as steps of their own."""
     unknown = np.zeros(len(steps), dtype=bool)
@@ -244,73 +244,6 @@ def _around_holes(t: Array, steps: Array, curve: "_Curve", hole_s: float) -> tup
         unknown = np.insert(unknown, [i, i + 1], [False, False])
         unknown[i + 1] = True
     return t, steps, unknown
-
-
-class _Curve:
-    """Power over time as straight lines between points; energy is their area. `missing`: where points are missing, a hole
-    inside, or more than a moment before the first and after the last one."""
-
-    def __init__(self, points: Array) -> None:
-        self.t, self.w = points.T
-        steps = np.diff(self.t)
-        self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
-        hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
-        self.missing: list[Interval] = [(-np.inf, np.inf)]
-        if len(steps):
-            holes = np.flatnonzero(steps > hole_s)
-            self.missing = [
-                (-np.inf, float(self.t[0]) - EDGE_S),
-                *zip(self.t[holes].tolist(), self.t[holes + 1].tolist(), strict=True),
-                (float(self.t[-1]) + EDGE_S, np.inf),
-            ]
-
-    def energy_j(self, start: float, end: float) -> float | None:
-        """Joules between two instants, the edges interpolated; None where points are missing."""
-        if any(missing_start < end and start < missing_end for missing_start, missing_end in self.missing):
-            return None
-        return self._until(end) - self._until(start)
-
-    def between_j(self, t: Array) -> Array:
-        """About the joules between each instant and the next, for a check; NaN where points are missing."""
-        if len(self.t) < 2:
-            return np.full(max(len(t) - 1, 0), np.nan)
-        drawn_j = np.diff(np.interp(t, self.t, self.area, left=np.nan, right=np.nan))
-        for start, end in self.missing:
-            drawn_j[(t[:-1] < end) & (t[1:] > start)] = np.nan
-        return drawn_j
-
-    def _until(self, t: float) -> float:
-        i = max(int(np.searchsorted(self.t, t, side="right")) - 1, 0)
-        power = self.w[i]
-        if self.t[0] < t < self.t[-1]:
-            power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / (self.t[i + 1] - self.t[i])
-        return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
-
-
-def sampled(device: DeviceRecord, field: str) -> Array:
-    """Rows of (t_s, value) of a field of the samples, where it was measured."""
-    points = [(sample.t_s, value) for sample in device.samples if (value := getattr(sample, field)) is not None]
-    return np.array(sorted(points), dtype=float).reshape(-1, 2)
-
-
-def power_curve(device: DeviceRecord) -> Array:
-    """Rows of (t_s, power_w): the driver's own buffer where it reaches, the samples elsewhere; repeated values stay in.
-
-    An entry of the buffer is taken as the mean of the time since the entry before, so it stands in the middle of that time.
-    A device without instant power gives its average power instead.
-    """
-    instant = sampled(device, "power_w")
-    samples = instant if len(instant) else sampled(device, "power_average_w")
-    if len(device.fine_power) < 2:
-        return samples
-    fine = np.array(sorted(device.fine_power), dtype=float)
-    step_s = float(np.median(np.diff(fine[:, 0])))
-    fine[:, 0] -= step_s / 2
-    place = np.searchsorted(fine[:, 0], samples[:, 0])
-    edges = np.concatenate([[-np.inf], fine[:, 0], [np.inf]])
-    far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > 3 * step_s
-    merged = np.concatenate([fine, samples[far]])
-    return merged[np.argsort(merged[:, 0], kind="stable")]
 
 
 def length_s(windows: Sequence[Interval]) -> float:

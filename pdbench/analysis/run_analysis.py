@@ -14,8 +14,9 @@ import numpy as np
 
 from pdbench import __version__
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
+from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, device_name, energy_of, joules, metered
-from pdbench.analysis.flags import POWER_CAPS, flags_of
+from pdbench.analysis.flags import flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
     METRICS,

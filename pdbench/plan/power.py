@@ -6,8 +6,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.analysis.device_flags import IDLE_BUSY_PCT
 from pdbench.analysis.energy import ENGINE_READY
-from pdbench.analysis.flags import IDLE_BUSY_PCT
 from pdbench.analysis.meter import Meter, union
 from pdbench.plan.engine import Limits
 from pdbench.plan.instance import Instance

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from pdbench.analysis.flags import THROTTLED_PCT
+from pdbench.analysis.device_flags import THROTTLED_PCT
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.analysis.slo import SLO
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdbench.analysis.device_flags import device_flags
 from pdbench.analysis.energy import Energy, joules
-from pdbench.analysis.flags import device_flags
 from pdbench.analysis.meter import Meter, difference, intersection, length_s, union
 from pdbench.analysis.run_analysis import analyze
 from pdbench.events import ProxyEvent, TransferEvent

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pdbench.analysis.flags import device_flags
+from pdbench.analysis.device_flags import device_flags
 from pdbench.analysis.meter import Meter, with_mean_power
 from pdbench.analysis.run_analysis import analyze
 from pdbench.records import DeviceRecord, DeviceSample, Interval

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdbench import nvml
-from pdbench.analysis.meter import power_curve
+from pdbench.analysis.power_curve import power_curve
 from pdbench.power.device import open_gpu
 from pdbench.power.idle import idle_before_start
 from pdbench.power.sampler import Sampler, merge_records

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pdbench.analysis.flags import RESIDUAL_LIMIT_PCT, device_flags
+from pdbench.analysis.device_flags import RESIDUAL_LIMIT_PCT, device_flags
 from pdbench.analysis.meter import Meter
 from pdbench.power.sampler import merge_records
 from pdbench.records import DeviceRecord
