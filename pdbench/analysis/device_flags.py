@@ -13,7 +13,7 @@ THROTTLED_PCT = 1.0
 POWER_STILL_S = 10.0
 """No GPU under load draws the same power this long, to the milliwatt."""
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
-RESIDUAL_LIMIT_PCT = 3.0
+RESIDUAL_LIMIT_PCT = COARSE_PCT = 3.0
 IDLE_BUSY_PCT = 5.0
 """Idle GPUs show 0 %, those with an idle engine too (44 runs on H100 and H200); at 5 % idle power is too high by up to 5 % of a load's."""
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
@@ -51,6 +51,14 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
         both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
         yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")
+    if (uncertain_j := energy.uncertain_j) is not None:
+        coarse = f"{device.id}: the windows are short for how far its readings are apart"
+        if energy.energy_j is None:
+            yield Flag("energy-coarse", f"{coarse}; energy is not given")
+        elif 100 * uncertain_j > COARSE_PCT * energy.energy_j:
+            yield Flag(
+                "energy-coarse", f"{coarse}; energy may be off by up to {100 * uncertain_j / energy.energy_j:.0f} %"
+            )
     instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
     if energy.counter_resets:
         times = f"jumped {energy.counter_resets} times, back or by more than can be; {instead}"

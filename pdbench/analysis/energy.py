@@ -1,20 +1,22 @@
 """The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from pdbench.analysis.meter import Meter, difference, intersection, length_s, total, union
+from pdbench.analysis.meter import COARSE, Meter, difference, intersection, length_s, total, union
 from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
 from pdbench.analysis.servers import PrefixCache
 from pdbench.events import TransferEvent
-from pdbench.records import DeviceRecord, Interval, Run
+from pdbench.records import DeviceRecord, Flag, Interval, Run
 
 ENGINE_READY = "engine_ready"
 ROLE_ORDER = {"prefill": 0, "decode": 1}
 """The roles with a phase of their own, in the order of a request's way; all other roles come after."""
+PHASES_COARSE_SHARE = 0.1
+"""Phases whose edges leave more of their joules uncertain are flagged: those shorter than about five points of the power curve."""
 ALONE_S = 0.2
 """A power meter needs this much time with transfers and nothing else."""
 J_PER_KWH = 3.6e6
@@ -33,6 +35,7 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
     For prefill and decode, `active_j` and `idle_j` are of the `phase_s` seconds in which at least one request (failed ones too)
     was in the role's phase: what lies above the engine-ready idle draw, and that draw; `waiting_j` is all it drew in the other
     `waiting_s`. Other roles have no phase: phase_s, phase_j, waiting_s and waiting_j are None, the split is of the whole window.
+    `phase_uncertain_j` of phase_j may belong to waiting_j, at most, or the other way round; where that is over half, both are None.
     """
 
     devices: int
@@ -44,6 +47,7 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
     phase_j: float | None
     phase_s: float | None
     waiting_s: float | None
+    phase_uncertain_j: float | None = None
     idle_power_w: float | None
     j_per_output_token: float | None
 
@@ -91,6 +95,7 @@ class Joules(NamedTuple):
     energy_j: float | None
     active_j: float | None
     idle_j: float | None
+    uncertain_j: float | None
 
 
 def joules(meters: Sequence[Meter], windows: Sequence[Interval]) -> Joules:
@@ -99,11 +104,11 @@ def joules(meters: Sequence[Meter], windows: Sequence[Interval]) -> Joules:
     for meter in meters:
         window, idle_power_w = meter.energy_in(windows), meter.device.idle_power_w.get(ENGINE_READY)
         if window.energy_j is None or idle_power_w is None:
-            each.append(Joules(window.energy_j, None, None))
+            each.append(Joules(window.energy_j, None, None, window.uncertain_j))
         else:
             idle_j = min(idle_power_w * window.duration_s, window.energy_j)
-            each.append(Joules(window.energy_j, window.energy_j - idle_j, idle_j))
-    return Joules(*map(total, zip(*each, strict=True))) if each and windows else Joules(None, None, None)
+            each.append(Joules(window.energy_j, window.energy_j - idle_j, idle_j, window.uncertain_j))
+    return Joules(*map(total, zip(*each, strict=True))) if each and windows else Joules(*[None] * 4)
 
 
 def metered(meters: Sequence[Meter]) -> list[Meter]:
@@ -199,10 +204,24 @@ def _role_energy(
         waiting_j=waiting_j,
         phase_j=in_phase.energy_j if phase else None,
         phase_s=length_s(phase) if phase else None,
+        phase_uncertain_j=in_phase.uncertain_j if phase else None,
         waiting_s=length_s(windows) - length_s(phase) if phase else None,
         idle_power_w=total([meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]),
         j_per_output_token=per(whole.energy_j, totals.output_tokens),
     )
+
+
+def phase_flags(energy: Energy) -> Iterator[Flag]:
+    """Roles whose phases are too short for the power's readings."""
+    for name, role in energy.roles.items():
+        if role.phase_uncertain_j is None:
+            continue
+        detail = f"{name}: its phases are short for how far readings of power are apart"
+        if role.phase_j is None:
+            yield Flag("energy-coarse", f"{detail}; energy by phase is not given")
+        elif role.phase_uncertain_j > PHASES_COARSE_SHARE * role.phase_j:
+            share_pct = 100 * role.phase_uncertain_j / role.phase_j
+            yield Flag("energy-coarse", f"{detail}; its energy by phase may be off by up to {share_pct:.0f} %")
 
 
 def _transfer_energy(
@@ -215,15 +234,18 @@ def _transfer_energy(
     moved, returned = (sum(of_way) if of_way else None for of_way in sizes)
     alone = difference(intersection(phases["kv_transfer"], windows), [*phases["prefill"], *phases["decode"]])
     alone_s, why = length_s(alone), None
-    active_j = joules(meters, alone).active_j if alone_s >= ALONE_S else None
+    used = joules(meters, alone if alone_s >= ALONE_S else [])
     if not received and not phases["kv_transfer"]:
         why = "this connector reports no transfers"
     elif alone_s < ALONE_S:
         only = f"only {1000 * alone_s:.0f} ms of transfers ran with no request in prefill or decode"
         why = f"{only}: too short for a power meter"
-    elif active_j is None:
-        why = "power or engine-ready idle was not measured"
-    return TransferEnergy(bytes=moved, returned_bytes=returned, alone_s=alone_s, active_j=active_j, not_measured=why)
+    elif used.active_j is None:
+        is_coarse = used.energy_j is None and used.uncertain_j is not None
+        why = COARSE if is_coarse else "power or engine-ready idle was not measured"
+    return TransferEnergy(
+        bytes=moved, returned_bytes=returned, alone_s=alone_s, active_j=used.active_j, not_measured=why
+    )
 
 
 def _product(first: float | None, second: float | None) -> float | None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pdbench import failures
 from pdbench.analysis.device_flags import clocks_set, device_flags
+from pdbench.analysis.energy import Energy, phase_flags
 from pdbench.analysis.meter import Meter, intersection, length_s, union
 from pdbench.analysis.metrics import Timings, inside
 from pdbench.analysis.servers import PrefixCache, prefix_cache_flags, server_flags
@@ -34,13 +35,15 @@ server was at its limit."""
 DERIVED = {
     "prefix-cache-hit", "cold-start", "answers-at-once", "tokens-together", "prefill-waits-for-host", "steps-beyond-graphs",
     "api-server-busy", "server-stalled", "clocks-set", "device-lost",
-    "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
+    "energy-coarse", "energy-residual", "energy-counter-reset", "energy-counter-still", "power-still", "power-gaps", "idle-busy", "short-window", "throttled", "requests-failed", "preempted", "kv-full",
     "kv-not-external", "queue-grows", "other-traffic", "few-per-stream", "ramps-in-window", "slo-undecided", "rate-uncertain",
 }  # fmt: skip
 """Flags that come from what is saved alone: with more trials they hold other figures, and may not hold at all."""
 
 
-def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixCache | None) -> list[Flag]:
+def flags_of(
+    run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixCache | None, energy: Energy
+) -> list[Flag]:
     """The run's flags, each once, then those of its requests, servers and devices over the measured windows that it lacks yet."""
     windows = [(trial.start_s, trial.end_s) for trial in run.trials if trial.end_s > trial.start_s]
     servers = [*server_flags(run), *server_stalled(run, timings)]
@@ -73,6 +76,7 @@ def flags_of(run: Run, timings: Timings, meters: Sequence[Meter], cache: PrefixC
         if (meter.device.role, meter.device.index) not in ours:
             found += clocks_set(meter, windows)
         flags += [flag for flag in found if (flag.name, meter.device.id) not in present]
+    flags += [flag for flag in phase_flags(energy) if (flag.name, flag.detail.partition(":")[0]) not in present]
     return flags
 
 

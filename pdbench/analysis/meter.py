@@ -1,17 +1,21 @@
 """One device's joules over windows of time: those of its energy counter, and the area of its power curve beside them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Array, BoolArray, inside, per
-from pdbench.analysis.power_curve import HOLE_S, Curve, power_curve, sampled
+from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, sampled
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
 UNKNOWN_SHARE = 0.01
 """Of a window's joules: up to this may lie in holes that its edges cut, where only a hole's total is known. It bounds the error."""
+COARSE = "the windows are too short for readings so far apart"
+REFUSED_SHARE = 0.5
+"""Of a window's joules: where so many may lie on the other side of its edges, there is no energy."""
 STILL_S = 1.0
 """A counter that rests this long, and longer than it usually does between two moves, stands still: every device draws power."""
 JUMP, CREEP, MOST_W = 3.0, 10.0, 10_000.0
@@ -26,6 +30,9 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     100 (integral - counter) / counter. The integral stands in where the counter jumped (`counter_resets` times; back, or by more
     than the device can have used) and where it stood still (`counter_still_s` seconds). A counter that never counts is none, nor
     is one that says only of a longer time what was used: a window's edge lies in a hole of readings and curve (UNKNOWN_SHARE).
+
+    `uncertain_j`: so many joules at most may lie on the other side of the windows' edges, which fall between readings; where that is
+    over half of the energy, there is none (REFUSED_SHARE).
     """
 
     duration_s: float
@@ -36,6 +43,7 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
     mean_power_w: float | None
     counter_resets: int = 0
     counter_still_s: float = 0.0
+    uncertain_j: float | None = None
 
 
 class PowerScope(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +58,7 @@ class Meter:
 
     def __init__(self, device: DeviceRecord) -> None:
         self.device = device
-        self._curve = Curve(power_curve(device))
+        self._curve = curve_of(device)
         wider = {"module": "module_power_w", "memory": "memory_power_w"}
         curves = {scope: Curve(sampled(device, field)) for scope, field in wider.items()}
         self._scopes = {scope: curve for scope, curve in curves.items() if len(curve.t)}
@@ -64,6 +72,8 @@ class Meter:
             self._steps[i] = self._curve.energy_j(self._t[i], self._t[i + 1]) or np.nan
         if wrong.all():
             self._t = self._t[:0]
+        else:
+            self._t, self._steps = _moves(self._t, self._steps, wrong)
         self._beyond_s, self._unknown = 0.0, np.zeros(len(self._steps), dtype=bool)
         if len(self._t) > 1:
             passed_s = np.diff(self._t)
@@ -74,6 +84,8 @@ class Meter:
                 self._t, self._steps, self._curve, max(HOLE_S, 3 * usual_s)
             )
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
+        limits_w = [sample.power_limit_w for sample in device.samples if sample.power_limit_w is not None]
+        self._most_w = max([*limits_w, device.default_power_limit_w or 0.0]) or MOST_W
 
     def whole(self) -> list[Interval]:
         """The time from the counter's first reading to its last one, or the power curve's where there is no counter, without that in which
@@ -96,6 +108,9 @@ class Meter:
         if counter_j is not None and self._unknown_j(windows) > UNKNOWN_SHARE * counter_j:
             counter_j = None
         energy_j = integral_j if counter_j is None else counter_j
+        uncertain_j = None if energy_j is None else self._uncertain_j(windows, is_counted=counter_j is not None)
+        if energy_j is not None and uncertain_j is not None and uncertain_j > REFUSED_SHARE * energy_j:
+            energy_j = counter_j = integral_j = None
         residual_pct = None
         if counter_j is not None and integral_j is not None and counter_j > 0:
             residual_pct = 100 * (integral_j / counter_j - 1)
@@ -108,6 +123,7 @@ class Meter:
             mean_power_w=per(energy_j, duration_s),
             counter_resets=int(np.count_nonzero(inside(self._resets, windows))),
             counter_still_s=still_s,
+            uncertain_j=uncertain_j,
         )
 
     def scopes_in(self, windows: Sequence[Interval]) -> dict[str, PowerScope]:
@@ -139,6 +155,8 @@ class Meter:
         energy = self.energy_in(windows)
         if energy.energy_j is None and energy.counter_still_s > 0:
             return STANDS_STILL
+        if energy.energy_j is None and energy.uncertain_j is not None:
+            return COARSE
         zero = self.device.kind == "gpu" and len(self._curve.w) > 0 and not self._curve.w.any()
         return READS_ZERO if energy.energy_j is None and zero else None
 
@@ -160,6 +178,25 @@ class Meter:
         parts += [self._curve.energy_j(start, min(end, t[0]))] if start < t[0] else []
         parts += [self._curve.energy_j(max(start, t[-1]), end)] if end > t[-1] else []
         return total(parts)
+
+    def _uncertain_j(self, windows: Sequence[Interval], *, is_counted: bool) -> float:
+        """The joules that may lie on the other side of the windows' edges, at most; those of holes are in `_unknown_j`."""
+        edges = np.array(windows, dtype=float).ravel()
+        by_curve = self._curve.uncertain_j(edges)
+        if not is_counted or len(self._t) < 2:
+            return float(by_curve.sum())
+        place = np.clip(np.searchsorted(self._t, edges, side="right") - 1, 0, len(self._t) - 2)
+        joules, after_s, before_s = self._steps[place], edges - self._t[place], self._t[place + 1] - edges
+        # Spread evenly; in truth between all of a step's joules as early as the highest power allows, and as late.
+        spread_j = joules * after_s / np.maximum(after_s + before_s, 1e-9)
+        early_j, late_j = np.minimum(joules, self._most_w * after_s), np.maximum(0.0, joules - self._most_w * before_s)
+        even_j = np.maximum(early_j - spread_j, spread_j - late_j)
+        shaped_j = np.minimum(by_curve, self._curve.span_w * np.minimum(after_s, before_s))
+        shaped = {i: bool(self._curve.energy_j(self._t[i], self._t[i + 1])) for i in np.unique(place).tolist()}
+        bounds = np.where([shaped[i] for i in place.tolist()], shaped_j, even_j)
+        bounds[self._unknown[place]] = 0.0
+        outside = (edges < self._t[0]) | (edges > self._t[-1])
+        return float(np.where(outside, by_curve, bounds).sum())
 
     def _unknown_j(self, windows: Sequence[Interval]) -> float:
         """The joules of holes in which an edge of the windows lies."""
@@ -224,6 +261,15 @@ def _doubtful(t: Array, steps: Array, curve: Curve) -> tuple[BoolArray, Array, l
         t[moves[jumped] + 1],
         list(zip(rests[still].tolist(), ends[: len(rests)][still].tolist(), strict=True)),
     )
+
+
+def _moves(t: Array, steps: Array, wrong: BoolArray) -> tuple[Array, Array]:
+    """The instants at which the counter moved, and its joules between them: a reading that repeats the one before is as old as that. Where
+    the curve stands in, all readings stay."""
+    repeats = (steps == 0) & ~wrong
+    kept = np.flatnonzero(~np.append(len(steps) > 0 and repeats[0], repeats))
+    between = [float(steps[first:last].sum()) for first, last in pairwise(kept)]
+    return t[kept], np.array(between, dtype=float)
 
 
 def _around_holes(t: Array, steps: Array, curve: Curve, hole_s: float) -> tuple[Array, Array, BoolArray]:

@@ -6,29 +6,53 @@ from pdbench.analysis.metrics import Array
 from pdbench.records import DeviceRecord, Interval
 
 EDGE_S, HOLE_S = 0.25, 1.0
+"""The first and the last power hold for so long beyond them; points this far apart have a hole between them."""
+AVERAGED_S = 1.0
+"""What a device's average power is of, by NVML's documentation: the time before it."""
 
 
 class Curve:
     """Power over time as straight lines between points; energy is their area. `missing`: where points are missing, a hole
-    inside, or more than a moment before the first and after the last one."""
+    inside, or more than a moment before the first and after the last one. `means_s`: each point is the mean of so long (0: it is of an instant).
+    """
 
-    def __init__(self, points: Array) -> None:
+    def __init__(self, points: Array, means_s: float = 0.0) -> None:
         self.t, self.w = points.T
+        self._means_s = means_s
+        self.span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
-        hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
+        self._hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
         self.missing: list[Interval] = [(-np.inf, np.inf)]
         if len(steps):
-            holes = np.flatnonzero(steps > hole_s)
+            holes = np.flatnonzero(steps > self._hole_s)
             self.missing = [
                 (-np.inf, float(self.t[0]) - EDGE_S),
                 *zip(self.t[holes].tolist(), self.t[holes + 1].tolist(), strict=True),
                 (float(self.t[-1]) + EDGE_S, np.inf),
             ]
+        # As beyond the ends: what a moment before or after a hole was read holds a little into it.
+        self._unknown = [
+            (start, end) if np.isinf(end - start) else (start + EDGE_S, end - EDGE_S) for start, end in self.missing
+        ]
+
+    def uncertain_j(self, at_s: Array) -> Array:
+        """For each instant, how many joules may lie on the other side of it than the lines say, at most: where between two points the
+        power jumped is not known. The jump may be as high as the powers differ that were ever read."""
+        if len(self.t) < 2:
+            return np.full(len(at_s), np.inf)
+        place = np.clip(np.searchsorted(self.t, at_s, side="right"), 1, len(self.t) - 1)
+        before_s, after_s = self.t[place - 1], self.t[place]
+        apart_s = np.maximum(after_s - before_s, self._means_s)
+        # Means keep the joules of a jump, and a straight line is off by a quarter of it at most; by half between two instants.
+        within_s = apart_s / (4 if self._means_s else 2)
+        beyond_s = np.minimum(np.abs(at_s - before_s), np.abs(after_s - at_s))
+        alone = (apart_s > self._hole_s) | (at_s < before_s) | (at_s > after_s)
+        return self.span_w * np.where(alone, beyond_s, within_s)
 
     def energy_j(self, start: float, end: float) -> float | None:
         """Joules between two instants, the edges interpolated; None where points are missing."""
-        if any(missing_start < end and start < missing_end for missing_start, missing_end in self.missing):
+        if any(unknown_start < end and start < unknown_end for unknown_start, unknown_end in self._unknown):
             return None
         return self._until(end) - self._until(start)
 
@@ -45,7 +69,12 @@ class Curve:
         i = max(int(np.searchsorted(self.t, t, side="right")) - 1, 0)
         power = self.w[i]
         if self.t[0] < t < self.t[-1]:
-            power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / (self.t[i + 1] - self.t[i])
+            apart_s = self.t[i + 1] - self.t[i]
+            if apart_s > self._hole_s:  # from one end of a hole nothing leads to the other
+                if self.t[i + 1] - t < t - self.t[i]:
+                    return float(self.area[i + 1] - (self.t[i + 1] - t) * self.w[i + 1])
+            else:
+                power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / apart_s
         return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
 
 
@@ -59,17 +88,31 @@ def power_curve(device: DeviceRecord) -> Array:
     """Rows of (t_s, power_w): the driver's own buffer where it reaches, the samples elsewhere; repeated values stay in.
 
     An entry of the buffer is taken as the mean of the time since the entry before, so it stands in the middle of that time.
-    A device without instant power gives its average power instead.
+    A device without instant power gives its average power instead, which stands in the middle of its second, too.
     """
-    instant = sampled(device, "power_w")
-    samples = instant if len(instant) else sampled(device, "power_average_w")
+    samples = sampled(device, "power_w")
+    if not len(samples) and len(samples := sampled(device, "power_average_w")):
+        last = samples[-1:].copy()
+        samples[:, 0] -= AVERAGED_S / 2
+        return np.concatenate([samples, last])  # nothing tells the last half of a second better
     if len(device.fine_power) < 2:
         return samples
     fine = np.array(sorted(device.fine_power), dtype=float)
-    step_s = float(np.median(np.diff(fine[:, 0])))
+    step_s = fine_step_s(device)
     fine[:, 0] -= step_s / 2
     place = np.searchsorted(fine[:, 0], samples[:, 0])
     edges = np.concatenate([[-np.inf], fine[:, 0], [np.inf]])
     far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > 3 * step_s
     merged = np.concatenate([fine, samples[far]])
     return merged[np.argsort(merged[:, 0], kind="stable")]
+
+
+def fine_step_s(device: DeviceRecord) -> float:
+    """How far the entries of the driver's buffer are apart; 0 without one."""
+    times = np.array(sorted(t_s for t_s, _ in device.fine_power))
+    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+
+
+def curve_of(device: DeviceRecord) -> Curve:
+    averages = not any(sample.power_w is not None for sample in device.samples)
+    return Curve(power_curve(device), AVERAGED_S if averages else fine_step_s(device))

@@ -222,13 +222,14 @@ def analyze(run: Run) -> RunAnalysis:
 
     totals = totals_in(timings.windows)
     in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
+    summary = _summary(run, timings, meters, totals, cache)
     return RunAnalysis(
         run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
-        flags=flags_of(run, timings, meters, cache),
+        flags=flags_of(run, timings, meters, cache, summary.energy),
         starts={trial.index: trial.start for trial in run.trials},
         gpus=gpus or None,
-        summary=_summary(run, timings, meters, totals, cache),
+        summary=summary,
         figures=_figures(timings, totals, in_trial),
         curves=curves_of(run, timings),
         requests=timings.requests,

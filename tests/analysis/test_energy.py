@@ -71,9 +71,9 @@ def test_idle_is_kept_apart_and_never_exceeds_the_total() -> None:
     def parts(engine_ready: float | None) -> object:
         return pytest.approx(joules([Meter(gpu(idle_power_w={"engine_ready": engine_ready}))], [(0, 10)]))
 
-    assert parts(120) == (4000, 2800, 1200)
-    assert parts(500) == (4000, 0, 4000)
-    assert joules([Meter(gpu())], [(0, 10)]) == (pytest.approx(4000), None, None)
+    assert parts(120) == (4000, 2800, 1200, 0)
+    assert parts(500) == (4000, 0, 4000, 0)
+    assert joules([Meter(gpu())], [(0, 10)]) == (pytest.approx(4000), None, None, 0)
 
 
 intervals = st.lists(st.tuples(st.floats(0, 19), st.floats(0, 19)), max_size=8)
@@ -185,6 +185,9 @@ def test_parts_of_a_role_add_up_to_its_total() -> None:
     for run in (disaggregated(), build_run(seed=2), build_run("single", seed=2)):
         for role in energy(run).roles.values():
             parts = (role.active_j, role.idle_j, role.waiting_j)
+            if role.phase_s and role.phase_j is None:  # prefill of 21 ms, sampled every 100 ms
+                assert parts == (None, None, None)
+                continue
             assert sum(part for part in parts if part is not None) == pytest.approx(role.total_j)
             assert (role.waiting_j is None) == (run.name == "single")
 

@@ -1,0 +1,133 @@
+"""Windows whose edges fall between readings far apart: the bound of the error holds, is flagged, or there is no energy."""
+
+import numpy as np
+import pytest
+
+from pdbench.analysis.device_flags import device_flags
+from pdbench.analysis.energy import COARSE
+from pdbench.analysis.meter import EnergyWindow, Meter
+from pdbench.analysis.run_analysis import analyze
+from pdbench.records import DeviceRecord, DeviceSample, Interval, RequestRecord
+from pdbench.report import text
+from tests.analysis.test_energy import disaggregated
+from tests.analysis.test_meter import BUSY, drawn_j, loaded
+from tests.support.runs import energy_over
+
+BURST_W, REST_W = 600.0, 120.0
+
+
+def test_two_readings_of_a_counter_far_apart_are_no_energy() -> None:
+    """Spread evenly over 99 s, 30,000 J of the window were 19 % too few, without a flag."""
+    device = loaded(power=None)
+    device.default_power_limit_w = 700.0
+    device.energy_ticks = [(0.1, drawn_j(0.1)), (99.1, drawn_j(99.1))]
+    window = energy_over(device, *BUSY)
+    assert (window.energy_j, window.mean_power_w) == (None, None)
+    meter = Meter(device)
+    assert meter.why_silent([BUSY]) == COARSE
+    assert energy_over(device, 0.2, 99).energy_j == pytest.approx(drawn_j(99) - drawn_j(0.2), rel=0.01)
+    [flag] = device_flags(meter, [BUSY])
+    assert flag.name == "energy-coarse" and "not given" in flag.detail
+    with text.language("zh"):
+        assert "读数" in text.translate(flag.detail) and " the " not in text.translate(flag.detail)
+
+
+@pytest.mark.parametrize("every_s", [2.0, 5.0])
+def test_counter_alone_read_seldom_has_a_bound_that_holds(every_s: float) -> None:
+    device = loaded(power=None)
+    device.default_power_limit_w = 700.0
+    device.energy_ticks = [(at_s, drawn_j(at_s)) for at_s in np.arange(0.3, 100, every_s).tolist()]
+    window = energy_over(device, *BUSY)
+    assert window.energy_j and window.uncertain_j
+    assert 0.2 * window.uncertain_j < abs(window.energy_j - 30_000) <= window.uncertain_j
+    names = [flag.name for flag in device_flags(Meter(device), [BUSY])]
+    assert names == ["energy-coarse"] * (window.uncertain_j > 0.03 * window.energy_j)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_window_that_ends_soon_after_the_last_sample_before_a_pause_has_its_energy(counted: bool) -> None:
+    device = loaded((60, 90), ticks=False)
+    for sample in device.samples:
+        sample.energy_j = sample.energy_j if counted else None
+    for end_s in (60.05, 60.2):
+        window = energy_over(device, 20, end_s)
+        assert window.energy_j == pytest.approx(500 * (end_s - 20), rel=0.002)
+        assert window.uncertain_j is not None and window.uncertain_j < 0.01 * window.energy_j
+    assert energy_over(device, 20, 60.6).energy_j is None
+    assert energy_over(device, 89.9, 99).energy_j == pytest.approx(120 * 9.1, rel=0.01)
+
+
+def bursts(length_s: float, fine: bool, counted: bool) -> tuple[DeviceRecord, list[Interval]]:
+    """A minute with a burst at each odd moment, sampled every 100 ms, or every 20 ms as means."""
+    starts = np.cumsum(np.random.default_rng(1).uniform(0.7, 1.3, 50)).tolist()
+    windows = [(at_s, at_s + length_s) for at_s in starts]
+
+    def joules(t_s: float) -> float:
+        return REST_W * t_s + (BURST_W - REST_W) * sum(min(max(t_s - start, 0), length_s) for start in starts)
+
+    at = np.arange(0, 60, 0.1).tolist()
+    samples = [
+        DeviceSample(t_s=t_s, power_w=BURST_W if any(start <= t_s < end for start, end in windows) else REST_W)
+        for t_s in at
+    ]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", role="prefill", samples=samples)
+    if fine:
+        ends = np.arange(0.02, 60, 0.02).tolist()
+        device.fine_power = [(end, (joules(end) - joules(end - 0.02)) / 0.02) for end in ends]
+    if counted:
+        device.energy_ticks = [(t_s, joules(t_s)) for t_s in (0.1, 0.2, *range(1, 60, 5))]
+    return device, windows
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("fine", "interval_s"), [(True, 0.02), (False, 0.1)])
+@pytest.mark.parametrize("intervals", [0.5, 1, 2, 5, 10, 25])
+def test_bound_of_bursts_holds(intervals: float, fine: bool, interval_s: float, counted: bool) -> None:
+    if intervals * interval_s > 0.6:
+        return
+    device, windows = bursts(intervals * interval_s, fine, counted)
+    window: EnergyWindow = Meter(device).energy_in(windows)
+    assert window.uncertain_j is not None
+    if intervals < 1:
+        assert window.energy_j is None
+    if fine and intervals >= 2:
+        assert window.energy_j is not None
+    if window.energy_j is not None:
+        assert abs(window.energy_j - BURST_W * window.duration_s) <= window.uncertain_j + 1e-6
+        if fine and intervals > 5:
+            assert window.uncertain_j < 0.1 * window.energy_j
+    # What it used in all is as well known as ever.
+    whole = Meter(device).energy_in([(2.0, 58.0)])
+    assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.01 * whole.energy_j
+
+
+@pytest.mark.parametrize(("length_s", "words"), [(0.06, "is not given"), (0.3, "may be off by up to"), (2.0, None)])
+def test_phases_too_short_for_the_power_curve_are_flagged(length_s: float, words: str | None) -> None:
+    run = disaggregated()
+    run.trials[0].start_s, run.trials[0].end_s = 2.0, 18.0
+    for device in run.devices:
+        for sample in device.samples:
+            sample.energy_j = None
+            sample.power_w = BURST_W if sample.t_s % 4 < length_s else REST_W
+    run.requests = [
+        RequestRecord(
+            id=f"r{start}",
+            planned_s=start,
+            token_s=[start + 2.9],
+            end_s=start + 2.9,
+            prompt_tokens=10,
+            phases={"prefill": (start, start + length_s), "decode": (start + length_s, start + 2.9)},
+        )
+        for start in (4.0, 8.0, 12.0)
+    ]
+    analysis = analyze(run)
+    details = [flag.detail for flag in analysis.flags if flag.name == "energy-coarse"]
+    prefill = analysis.summary.energy.roles["prefill"]
+    assert (prefill.phase_j is None) == (words == "is not given")
+    assert prefill.total_j is not None
+    assert [detail for detail in details if detail.startswith("prefill")] == [
+        detail for detail in details if words and words in detail and detail.startswith("prefill")
+    ]
+    assert any(detail.startswith("prefill") for detail in details) == (words is not None)
+    with text.language("zh"):
+        assert all("阶段" in text.translate(detail) and " its " not in text.translate(detail) for detail in details)
