@@ -180,6 +180,18 @@ def test_counter_that_jumps_ahead_is_flagged_and_bridged_by_the_curve(nvml_libra
     assert window.energy_j == pytest.approx(exact_j("square", 2, 38), rel=0.01)
 
 
+@pytest.mark.parametrize("refresh_s", ["1.5", "2.0", "3.7", "8.0"])
+def test_counter_that_the_driver_refreshes_rarely_is_read_as_it_moves(nvml_library: Path, refresh_s: str) -> None:
+    """Read at any moment, 2 s of its joules were missing or too many: windows were off by up to a fifth."""
+    [device] = sampled(nvml_library, 60.0, {"decode": [0]}, refresh_s=refresh_s, power_0=wave_text("ramp"))
+    for start, end in ((8.3, 20.1), (17.9, 25.2), (15.0, 44.4), (3.0, 50.0)):
+        window = energy_over(device, start, end)
+        assert window.energy_j == pytest.approx(exact_j("ramp", start, end), rel=0.01)
+    moves = [second[0] for first, second in itertools.pairwise(device.energy_ticks) if first[1] != second[1]]
+    late = [abs((at - 0.037 + 0.5) % float(refresh_s) - 0.5) for at in moves]
+    assert max(late) < 0.06 and len(late) >= 3 and flag_names(device, 3, 50) == []
+
+
 @pytest.mark.parametrize("step", ["15.0:3600", "15.0:-3600", "15.0:1", "15.0:-1"])
 def test_wall_clock_that_is_set_moves_no_sample_of_the_driver(nvml_library: Path, step: str) -> None:
     no_counter = "0:DeviceGetTotalEnergyConsumption:3"

@@ -9,6 +9,7 @@
  *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)  FAKE_NVML_NAME="NVIDIA GH200 480GB"
  *   FAKE_NVML_SCOPES="1:1.5 2:0.1" (power scope: its power as a multiple of the GPU's; "all": a driver that knows no scopes)
  *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
+ *   FAKE_NVML_REFRESH_S=2 (the energy counter moves so rarely)
  *   FAKE_NVML_CLOCK_POWER="A B C" (instead of a script: A + B x^2 + C / x watts at x times the highest clock)
  *   FAKE_NVML_STEP="T:S" (the wall clock, not the scripted monotonic one, is set ahead by S seconds at T; negative: back)
  *   FAKE_NVML_LOST="GPU:FILE" (it is lost once there is such a file)
@@ -220,7 +221,7 @@ EXPORT int nvmlDeviceGetPowerUsage(void *device, unsigned *mw) {
 }
 EXPORT int nvmlDeviceGetTotalEnergyConsumption(void *device, u64 *mj) {
     TRY("DeviceGetTotalEnergyConsumption");
-    double tick = last_tick(GPU(device), 0.1), still_s = number("FAKE_NVML_STILL_S", 1e9), jump_s = 1e9, jump_j = 0;
+    double tick = last_tick(GPU(device), number("FAKE_NVML_REFRESH_S", 0.1)), still_s = number("FAKE_NVML_STILL_S", 1e9), jump_s = 1e9, jump_j = 0;
     if (tick > still_s) tick = still_s;
     if (getenv("FAKE_NVML_JUMP")) sscanf(getenv("FAKE_NVML_JUMP"), "%lf:%lf", &jump_s, &jump_j);
     double from = reset_s >= 0 && tick >= reset_s ? reset_s : -1000;
