@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import pynvml as nv
+
+from pdbench.errors import UserError
+from pdbench.patience import within
 
 _LOST = {
     nv.NVML_ERROR_GPU_IS_LOST,
@@ -49,6 +52,10 @@ _SETTINGS: dict[str, Callable[[Any], bool | float]] = {
     "mig": lambda handle: bool(nv.nvmlDeviceGetMigMode(handle)[0]),
     "max_sm_clock_mhz": lambda handle: float(nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_SM)),
 }
+ANSWER_S = 20.0
+"""A driver takes seconds to wake GPUs that nobody uses; one that hangs answers never."""
+P = ParamSpec("P")
+T = TypeVar("T")
 _VALUE_MEMBERS = {
     nv.NVML_VALUE_TYPE_DOUBLE: "dVal",
     nv.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
@@ -68,15 +75,33 @@ _PCIE_LINKS = {
 
 
 class GpuError(Exception):
-    """NVML refused a call: the GPU is `lost`, the call is `unsupported` there (for good), or it `needs_root`."""
+    """NVML refused a call: the GPU is `lost`, the call is `unsupported` there (for good), or it `needs_root`. None: it did not answer."""
 
     def __init__(self, error: Any) -> None:
-        self.lost, self.unsupported = error.value in _LOST, error.value in _UNSUPPORTED
-        self.needs_root = error.value == nv.NVML_ERROR_NO_PERMISSION
-        if error.value == nv.NVML_ERROR_LIBRARY_NOT_FOUND:
-            super().__init__("no NVIDIA driver here (libnvidia-ml.so.1 not found)")
-        else:
-            super().__init__("no permission: root may read it" if self.needs_root else str(error))
+        code = None if error is None else error.value
+        self.lost, self.unsupported = code is None or code in _LOST, code in _UNSUPPORTED
+        self.needs_root = code == nv.NVML_ERROR_NO_PERMISSION
+        texts = {
+            None: f"the NVIDIA driver did not answer within {ANSWER_S:g} s: `dmesg` may say why (NVRM, Xid)",
+            nv.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (libnvidia-ml.so.1 not found)",
+            nv.NVML_ERROR_NO_PERMISSION: "no permission: root may read it",
+        }
+        super().__init__(texts.get(code) or str(error))
+
+
+def bounded(call: Callable[P, T], otherwise: Callable[[], T] | None = None) -> Callable[P, T]:
+    """The call, given up after ANSWER_S: then it gives `otherwise()`, or raises GpuError."""
+
+    @wraps(call)
+    def answered(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return within(ANSWER_S, partial(call, *args, **kwargs))
+        except TimeoutError:
+            if otherwise is None:
+                raise GpuError(None) from None
+            return otherwise()
+
+    return answered
 
 
 @contextmanager
@@ -120,8 +145,7 @@ class Gpu:
     """That compute on it, as far as NVML sees them: in a container often none."""
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """All GPUs of this host that answer; none without NVML."""
+def _gpus() -> tuple[Gpu, ...]:
     inventory = []
     with suppress(GpuError), _session():
         driver = nv.nvmlSystemGetDriverVersion()
@@ -138,6 +162,18 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(inventory)
 
 
+gpus = bounded(_gpus, otherwise=tuple)  # all of this host that answer; none without NVML
+
+
+def check_answers() -> None:
+    """Raises UserError where the driver hangs; one that is not there, or refuses, answers."""
+    try:
+        within(ANSWER_S, _gpus)
+    except TimeoutError:
+        raise UserError(str(GpuError(None))) from None
+
+
+@partial(bounded, otherwise=dict)
 def links() -> dict[tuple[int, int], str]:
     """(GPU, GPU) -> their link in the words of `nvidia-smi topo -m`: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
     named: dict[tuple[int, int], str] = {}
@@ -162,6 +198,7 @@ def links() -> dict[tuple[int, int], str]:
     return named
 
 
+@partial(bounded, otherwise=set)
 def computing() -> set[tuple[int, int]]:
     """(GPU, process id) of all that computes; none where NVML does not say (it may know a container's processes by other ids)."""
     found = set()
@@ -324,27 +361,32 @@ def _gpu(index: int) -> Iterator[Any]:
         yield nv.nvmlDeviceGetHandleByIndex(index)
 
 
+@bounded
 def lock_sm_clock(index: int, mhz: int) -> None:
     """The driver may clamp `mhz`: read it back."""
     with _gpu(index) as gpu:
         nv.nvmlDeviceSetGpuLockedClocks(gpu, mhz, mhz)
 
 
+@bounded
 def unlock_sm_clock(index: int) -> None:
     with _gpu(index) as gpu:
         nv.nvmlDeviceResetGpuLockedClocks(gpu)
 
 
+@bounded
 def sm_clock_mhz(index: int) -> int:
     with _gpu(index) as gpu:
         return int(nv.nvmlDeviceGetClockInfo(gpu, nv.NVML_CLOCK_SM))
 
 
+@bounded
 def power_limit_w(index: int) -> float:
     with _gpu(index) as gpu:
         return float(nv.nvmlDeviceGetPowerManagementLimit(gpu)) / 1000
 
 
+@bounded
 def power_limit_range_w(index: int) -> tuple[float, float]:
     """The lowest and the highest limit that the board accepts."""
     with _gpu(index) as gpu:
@@ -352,6 +394,7 @@ def power_limit_range_w(index: int) -> tuple[float, float]:
         return low / 1000, high / 1000
 
 
+@bounded
 def set_power_limit(index: int, watts: float) -> None:
     with _gpu(index) as gpu:
         nv.nvmlDeviceSetPowerManagementLimit(gpu, round(1000 * watts))

@@ -333,7 +333,7 @@ def _cpu_time(process: psutil.Process) -> tuple[float, float]:
 def open_gpu(index: int, role: str | None) -> Reader:
     """One GPU of either maker; where it cannot be opened, the reason is in the reader's `not_measured`."""
     try:
-        return GpuReader(nvml.OpenGpu(index), index, role)
+        return GpuReader(nvml.bounded(nvml.OpenGpu)(index), index, role)
     except (nvml.GpuError, LookupError) as error:
         reason = str(error)
     smi, handles = _amd_gpus()
@@ -370,6 +370,7 @@ def open_host(gpus: Sequence[int] | None = None) -> list[Reader]:
 
     Raises UserError for a GPU that this host lacks.
     """
+    nvml.check_answers()
     present = gpu_indices()
     indices = present if gpus is None else gpus
     if missing := sorted(set(indices) - set(present)):

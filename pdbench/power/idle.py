@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pdbench import supervisor
+from pdbench import nvml, supervisor
 from pdbench.power.device import Reader, open_gpu
 from pdbench.power.sampler import Sampler, merge_records
 
@@ -68,7 +68,10 @@ class Cooldown:
         try:
             waited_s = 0.0
             while True:
-                readings = {reader.id: reader.read(time.monotonic()).get("temperature_c") for reader in readers}
+                readings = {
+                    reader.id: nvml.bounded(reader.read, dict)(time.monotonic()).get("temperature_c")
+                    for reader in readers
+                }
                 now_c = {gpu: float(celsius) for gpu, celsius in readings.items() if celsius is not None}
                 self._first_c = now_c | self._first_c
                 hot = any(celsius > self._first_c[gpu] + WITHIN_C for gpu, celsius in now_c.items())

@@ -29,6 +29,8 @@ _STILL_S, _STOPPED_S = 1.0, 10.0
 _FIRST_EDGES_S = 0.5
 _LAST_EDGE_S = 0.25
 _STAMP_ERROR_S = 0.01
+_SLOW_S, _HANGS_S = 0.25, 10.0
+"""A reading that took longer is of nobody knows which instant; ... a thread that takes longer for its last ones hangs in a driver."""
 _COUNTS = {"missed_ticks", "stale_repeats"}
 _LOOKS_BACK_S = 1.0
 """A GPU's utilisation is of up to so long before it is read."""
@@ -142,7 +144,10 @@ class Sampler:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_HANGS_S)
+        if self._thread.is_alive():
+            for device in self._devices:
+                device.give_up()
 
     def run(self) -> None:
         """The thread: reads what is due until it is stopped, and on until the end of the window is covered."""
@@ -283,6 +288,7 @@ class _Device:
         self.samples: list[DeviceSample] = []
         self.fine: list[tuple[float, float]] = []
         self._offset: float | None = None
+        self._busy_since_s: float | None = None
         self.counter = CounterEdgeTracker()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
@@ -295,7 +301,7 @@ class _Device:
         before = self._time.monotonic()
         values = self.guarded(lambda: self.reader.read(before))
         after = self._time.monotonic()
-        if not values:
+        if not values or after - before > _SLOW_S:
             return
         self.counter.anchor_s = ANCHOR_S if {"power_w", "power_average_w"} & values.keys() else UNSHAPED_S
         if self._new_counter_j is not None:
@@ -307,6 +313,9 @@ class _Device:
         before = self._time.monotonic()
         value = self.guarded(self.reader.counter_j)
         after = self._time.monotonic()
+        if value is not None and after - before > _SLOW_S:
+            self.counter.skip(after)
+            return
         if value is not None:
             self._new_counter_j = value
         if value is None and self.counter.settled and "energy_j" not in self.reader.not_measured:
@@ -332,11 +341,19 @@ class _Device:
 
     def guarded(self, call: Callable[[], Any]) -> Any:
         """A reader's bug or a driver's surprise loses that device, never the thread."""
+        self._busy_since_s = self._time.monotonic()
         try:
             return call()
         except Exception as error:
             self.reader.mark_failed(f"reading failed: {type(error).__name__}: {error}")
             return None
+        finally:
+            self._busy_since_s = None
+
+    def give_up(self) -> None:
+        """Where the thread still waits for this device's driver, it is lost."""
+        if (since_s := self._busy_since_s) is not None:
+            self.reader.mark_failed(f"its driver has not answered for {self._time.monotonic() - since_s:.0f} s")
 
     def record(self, samples: list[DeviceSample]) -> DeviceRecord:
         reader = self.reader

@@ -39,7 +39,11 @@ class Machine:
 
 
 def inspect() -> Machine:
-    """The GPUs are those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set."""
+    """The GPUs are those that CUDA_VISIBLE_DEVICES (indices or UUIDs) leaves to us, in its order; all where it is not set.
+
+    Raises UserError where the driver hangs.
+    """
+    nvml.check_answers()
     gpus, names = nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is not None:
         left: list[nvml.Gpu] = []

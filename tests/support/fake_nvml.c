@@ -9,6 +9,7 @@
  *   FAKE_NVML_STATE=FILE (clock locks, limits and zero, shared by processes)  FAKE_NVML_NAME="NVIDIA GH200 480GB"
  *   FAKE_NVML_SCOPES="1:1.5 2:0.1" (power scope: its power as a multiple of the GPU's; "all": a driver that knows no scopes)
  *   FAKE_NVML_STILL_S=T (the energy counter stands still from then on)  FAKE_NVML_JUMP="T:J" (it gets that much more at once)
+ *   FAKE_NVML_HANG="FUNCTION:T:S" (the first call after T does not answer for S seconds; of the real clock, every such call)
  *   FAKE_NVML_REFRESH_S=2 (the energy counter moves so rarely)
  *   FAKE_NVML_CLOCK_POWER="A B C" (instead of a script: A + B x^2 + C / x watts at x times the highest clock)
  *   FAKE_NVML_STEP="T:S" (the wall clock, not the scripted monotonic one, is set ahead by S seconds at T; negative: back)
@@ -150,6 +151,13 @@ static int fails(int gpu, const char *function) {
     char copy[1024], name[64];
     snprintf(copy, sizeof copy, "%s", getenv("FAKE_NVML_FAIL") ? getenv("FAKE_NVML_FAIL") : "");
     spend(2);
+    static int hung;
+    double hangs_from, hangs_s;
+    const char *hang = getenv("FAKE_NVML_HANG");
+    if (hang && sscanf(hang, "%63[^:]:%lf:%lf", name, &hangs_from, &hangs_s) == 3 && (!scripted || !hung) && now_s() >= hangs_from && !strcmp(name, function)) {
+        hung = 1;
+        spend((u64)(hangs_s * 1e6));
+    }
     const char *lost = getenv("FAKE_NVML_LOST"), *file = lost ? strchr(lost, ':') : 0;
     if (file && atoi(lost) == gpu && !access(file + 1, F_OK)) return 15;
     for (char *rest, *word = strtok_r(copy, " ", &rest); word; word = strtok_r(0, " ", &rest)) {
@@ -166,7 +174,7 @@ static int fails(int gpu, const char *function) {
 EXPORT int nvmlInitWithFlags(unsigned flags) { (void)flags; return fails(-2, "Init"); }
 EXPORT int nvmlInit_v2(void) { return 0; }
 EXPORT int nvmlShutdown(void) { return 0; }
-EXPORT int nvmlDeviceGetCount_v2(unsigned *count) { *count = gpus; return 0; }
+EXPORT int nvmlDeviceGetCount_v2(unsigned *count) { fails(-2, "DeviceGetCount"); *count = gpus; return 0; }
 EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
     *device = (void *)(long)(index + 1);
     return index < (unsigned)gpus ? 0 : 2;
