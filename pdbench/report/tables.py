@@ -318,7 +318,9 @@ def energy_roles(runs: text.Runs) -> dict[str, RoleEnergy]:
 
 
 def energy_parts(role: RoleEnergy) -> dict[str, float]:
-    """A role's joules in up to three parts; without a measured idle power its phase is not split."""
+    """A role's joules in up to three parts; without a measured idle power its phase is not split. None where its phase's are not known."""
+    if role.phase_s is not None and role.phase_j is None:
+        return {}
     active_j = next((joules for joules in (role.active_j, role.phase_j, role.total_j) if joules is not None), None)
     parts = {"active_j": active_j, "idle_j": role.idle_j, "waiting_j": role.waiting_j}
     return {name: joules for name, joules in parts.items() if joules is not None}

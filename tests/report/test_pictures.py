@@ -116,7 +116,7 @@ def test_trials_on_one_stretch_of_time_have_a_line_between_them():
 
 def test_pictures_name_the_flags(analyses):
     figure = drawn(mpl.performance_analysis, analyses[1], "disaggregated")
-    names = "requests-failed, client-limited, preempted, kv-full, server-error, short-window"
+    names = "requests-failed, client-limited, preempted, kv-full, server-error, short-window, energy-coarse"
     assert f"warnings: {names}" in [label.get_text() for label in figure.texts]
 
 
