@@ -19,7 +19,7 @@ from pdbench.errors import UserError
 
 T = TypeVar("T")
 _REFRESH_S = 1.0
-_STILL_S, _MOST_W = 1.0, 10_000.0
+_STILL_S, _MOST_W, _MOST_CPU_W = 1.0, 10_000.0, 1_000.0
 _MIG = "MIG is on: the board's meter is shared by its slices, and no slice has one"
 
 
@@ -192,7 +192,11 @@ class RaplReader(Reader):
     def __init__(self, zone: Path, device_id: str, kind: str, name: str) -> None:
         super().__init__(device_id, kind, name)
         self._counter = zone / "energy_uj"
-        self._range_uj = int((zone / "max_energy_range_uj").read_text())
+        self._range_uj = 0
+        try:
+            self._range_uj = int((zone / "max_energy_range_uj").read_text())
+        except (OSError, ValueError) as error:
+            self.mark_failed(f"{zone / 'max_energy_range_uj'} cannot be read: {error}")
         self._last: tuple[int, float] | None = None
         self._total_uj = 0
 
@@ -217,8 +221,9 @@ class RaplReader(Reader):
         for field in ("power_w", "energy_j"):
             self.not_measured.pop(field, None)
         step_uj += self._range_uj if step_uj < 0 else 0
-        if step_uj > _MOST_W * 1e6 * (passed_s + _STILL_S):
-            # It was set back (a guest that moved to another host), and did not wrap around: the total starts again, visibly.
+        if step_uj > _MOST_W * 1e6 * (passed_s + _STILL_S) or passed_s * _MOST_CPU_W * 1e6 > self._range_uj:
+            # It was set back (a guest that moved to another host) and did not wrap around, or it may have done so more than once
+            # (nobody read it for a minute or more): the total starts again, visibly.
             self._total_uj = 0
             return {"energy_j": 0.0}
         self._total_uj += step_uj

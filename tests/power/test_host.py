@@ -57,6 +57,28 @@ def test_rapl_that_cannot_be_read_has_a_reason(tmp_path: Path, monkeypatch: pyte
     assert reader.read(0.0) == {} and "root may" in reader.not_measured["device"]
 
 
+def test_rapl_that_nobody_read_for_longer_than_it_takes_to_wrap_around_starts_again(tmp_path: Path) -> None:
+    """A sampler that was stopped for ten minutes: how often 65 kJ went by is not known. It was taken for once, or not at all."""
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000, top_uj=65_532_610_987)
+    [reader] = open_rapl(tmp_path)
+    reader.read(10.0)
+    (folder / "energy_uj").write_text("15000000")
+    assert reader.read(10.1) == {"energy_j": 10.0, "power_w": pytest.approx(100)}
+    (folder / "energy_uj").write_text("20000000000")
+    assert reader.read(610.0) == {"energy_j": 0.0}
+    (folder / "energy_uj").write_text("20010000000")
+    assert reader.read(610.1) == {"energy_j": 10.0, "power_w": pytest.approx(100)}
+
+
+def test_package_that_cannot_be_read_leaves_no_total_of_the_other_alone(tmp_path: Path) -> None:
+    """It was left out in silence: half of the host's energy."""
+    for socket in range(2):
+        zone(tmp_path, f"intel-rapl:{socket}", f"package-{socket}", 5_000_000)
+    (tmp_path / "intel-rapl:1" / "max_energy_range_uj").unlink()
+    good, bad = open_rapl(tmp_path)
+    assert (good.lost, bad.lost) == (False, True) and "cannot be read" in bad.not_measured["energy_j"]
+
+
 AMDSMI = """
 class AmdSmiClkType: GFX, MEM = "gfx", "mem"
 class AmdSmiTemperatureType: HOTSPOT = 1
@@ -112,7 +134,7 @@ def test_process_tree_is_measured_without_gpu() -> None:
 
 
 def test_rapl_zone_that_stands_still_has_no_power_and_says_so(tmp_path: Path) -> None:
-    folder = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    folder = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000, top_uj=65_532_610_987)
     [reader] = open_rapl(tmp_path)
     for at_s in (10.0, 10.5, 11.5):
         assert reader.read(at_s) == {"energy_j": 0.0}
