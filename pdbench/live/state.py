@@ -19,7 +19,7 @@ WINDOW_S, MOST_REQUESTS = 10.0, 1000
 MOST_POINTS = 1200
 """Of a curve: beyond it every second one goes."""
 STALE_S = 3.0
-"""What was not heard of for so long is not drawn."""
+"""What was not heard of for so long is not drawn; of a device that is sampled more rarely, after 1.5 of its intervals."""
 DEVICE_FIELDS = {
     "power_w": "Power of each device",
     "gpu_utilization_pct": "Utilisation",
@@ -129,7 +129,8 @@ class State:
         self._recent: deque[tuple[float, RequestRecord]] = deque(maxlen=MOST_REQUESTS)
         self._tokens: deque[tuple[float, int]] = deque()
         self._power: deque[tuple[float, float | None]] = deque()
-        self._seen_s: dict[str, float] = {}
+        self._seen: dict[str, tuple[float, DeviceSample]] = {}
+        self._stale_s: dict[str, float] = {}
         self.energy_j: dict[str, float] = {}
 
     @property
@@ -142,8 +143,9 @@ class State:
             self.log.append((now_s, message))
         elif isinstance(message, Turn):
             self.turn, self.progress, self.failed_now = message, None, 0
-            self._recent.clear()
-            self._tokens.clear()
+            for of_earlier in (self._recent, self._tokens, self._power):
+                of_earlier.clear()
+            self._seen.clear()
         elif isinstance(message, TimeLeft):
             self.left = now_s, message.seconds
         elif isinstance(message, Progress):
@@ -161,8 +163,11 @@ class State:
         elif isinstance(message, Devices):
             for device in message.devices:
                 key = f"{device.role or ''} {device_id(device)}".strip()  # a GPU has a role in each deployment
-                self._add_joules(key, device)
-                self.devices[key], self._seen_s[key] = device, now_s
+                before_s, before = self._seen.get(key, (now_s, None))
+                if before is None or device.samples[-1].t_s > before.t_s:  # a lost one repeats its last sample
+                    self._add_joules(key, before, device)
+                    self.devices[key], self._seen[key] = device, (now_s, device.samples[-1])
+                    self._stale_s[key] = max(STALE_S, 1.5 * (now_s - before_s))
             self._power.append((now_s, self._power_w()))
         elif isinstance(message, ServerReading):
             self.instances.setdefault(message.server, Instance(message.server)).take(message, now_s)
@@ -185,9 +190,13 @@ class State:
             self.latest |= {key: value for key, value in values.items() if not self.turn or key[0] in SERVER_FIELDS}
         self._add_energy()
         for of, device in self.devices.items():
-            if now_s - self._seen_s[of] <= STALE_S:
+            if self._is_heard(of):
+                sample = device.samples[-1]
                 for name in DEVICE_FIELDS:
-                    if (value := getattr(device.samples[-1], name)) is not None:
+                    value = getattr(sample, name)
+                    if value is None and name == "power_w":
+                        value = sample.power_average_w
+                    if value is not None:
                         self.latest[name, of] = value
         for key, value in self.latest.items():
             if key not in self.lines:
@@ -212,30 +221,37 @@ class State:
             self.latest["output_tokens_per_s", name] = (last - first) / (last_s - first_s)
 
     def _add_energy(self) -> None:
-        """Power over tokens of the last seconds: of the load or, where others send it, of all servers together."""
+        """Power over tokens of the same last seconds: of the load or, where others send it, of all servers together."""
         _forget(self._power, self.now_s)
-        powers = [power_w for _, power_w in self._power if power_w is not None]
+        since_s = self._tokens[0][0] if self.turn and self._tokens else -inf
+        powers = [power_w for at_s, power_w in self._power if power_w is not None and at_s >= since_s]
         rates = [value for (figure, _), value in self.latest.items() if figure == "output_tokens_per_s"]
         joules = per(sum(powers) / len(powers), sum(rates)) if powers and rates else None
         if joules is not None:
             self.latest["j_per_output_token", self.deployment or "all servers"] = joules
 
-    def _add_joules(self, key: str, device: DeviceRecord) -> None:
-        """Of a device: power over the time between two samples, where they follow each other."""
-        before = self.devices.get(key)
-        if before is None:
+    def _is_heard(self, key: str) -> bool:
+        return key in self._seen and self.now_s - self._seen[key][0] <= self._stale_s[key]
+
+    def _add_joules(self, key: str, first: DeviceSample | None, device: DeviceRecord) -> None:
+        """Of a device between two samples of a turn: what its counter got where each sample has it (RAPL), else power over the time."""
+        if first is None:
             return
-        first, last = before.samples[-1], device.samples[-1]
+        last = device.samples[-1]
         first_w, last_w = _mean_w(first), _mean_w(last)
-        if first_w is not None and last_w is not None and 0 < last.t_s - first.t_s <= STALE_S:
+        joules = None
+        if device.kind != "gpu" and first.energy_j is not None and last.energy_j is not None:
+            joules = last.energy_j - first.energy_j if last.energy_j >= first.energy_j else None
+        elif first_w is not None and last_w is not None:
             joules = (last.t_s - first.t_s) * (first_w + last_w) / 2
+        if joules is not None:
             self.energy_j[key] = self.energy_j.get(key, 0.0) + joules
 
     def _power_w(self) -> float | None:
         """What the GPUs draw together or, without any, CPU packages and DRAM; as a run's energy counts them."""
         by_kind: dict[str, list[float | None]] = {}
         for key, device in self.devices.items():
-            if self.now_s - self._seen_s[key] <= STALE_S:
+            if self._is_heard(key):
                 by_kind.setdefault(device.kind, []).append(_mean_w(device.samples[-1]))
         powers = by_kind.get("gpu") or [*by_kind.get("cpu", []), *by_kind.get("dram", [])]
         return sum(powers) if powers and None not in powers else None  # type: ignore[arg-type]

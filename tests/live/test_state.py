@@ -206,3 +206,71 @@ def test_buckets_with_timestamps_are_counts():
 def test_quantile_without_values_is_unknown():
     assert quantile({0.1: 0.0, math.inf: 0.0}, 0.5) is None
     assert quantile({0.1: 0.0, math.inf: 4.0}, 0.5) == 0.1  # beyond the last bound: at least that
+
+
+@pytest.mark.parametrize("every_s", [0.25, 5.0, 10.0])
+def test_joules_are_of_every_interval_and_not_of_the_time_between_turns(every_s: float):
+    """Of samples over 3 s apart, /metrics had no joules."""
+    state = State(0.0)
+    for begin_s in (0.0, 100.0):
+        state.take(Turn("single", 0, {}), begin_s)
+        for step in range(161):
+            now_s = begin_s + step / 4
+            state.take(Devices([gpu(now_s // every_s * every_s, 300.0)]), now_s)
+            state.take(Progress(0, 9, 3, int(10 * step / 4)), now_s)
+            state.tick(now_s)
+            if step > 4 * every_s:
+                assert state.latest["power_w", "single gpu0"] == 300.0
+    assert state.energy_j["single gpu0"] == pytest.approx(2 * 40.0 * 300.0, rel=0.01)
+    assert state.latest["j_per_output_token", "single"] == pytest.approx(30.0, rel=0.05)
+
+
+def test_device_that_repeats_its_last_sample_is_no_longer_heard_of():
+    """A GPU that was lost, or whose driver hangs, drew its last power for ever."""
+    state = State(0.0)
+    state.take(Turn("single", 0, {}), 0.0)
+    for step in range(40):
+        now_s = step / 4
+        state.take(Devices([gpu(min(now_s, 2.0), 300.0)]), now_s)
+        state.take(Progress(0, 9, 3, 10 * step), now_s)
+        state.tick(now_s)
+        assert (("power_w", "single gpu0") in state.latest) == (now_s <= 5.0)
+    assert state.energy_j["single gpu0"] == pytest.approx(600.0)
+
+
+def test_power_of_another_turn_is_not_in_the_energy_per_token():
+    state = State(0.0)
+    state.take(Turn("replicas", 0, {}), 0.0)
+    state.take(Devices([gpu(0.0, 700.0, "replica")]), 0.0)
+    state.take(Turn("single", 0, {}), 1.0)
+    for second in range(1, 4):
+        # Before its first token the load was warming up.
+        state.take(Devices([gpu(float(second), 100.0 if second == 1 else 300.0)]), float(second))
+        if second > 1:
+            state.take(Progress(0, 9, 3, 10 * second), float(second) + 0.1)
+            state.take(Devices([gpu(second + 0.2, 300.0)]), second + 0.2)
+        state.tick(second + 0.3)
+    assert state.latest["j_per_output_token", "single"] == pytest.approx(30.0)
+
+
+def test_average_power_stands_in_and_a_counter_of_rapl_is_taken_as_it_is():
+    state = State(0.0)
+    state.take(Turn("single", 0, {}), 0.0)
+    for second in range(3):
+        old, cpu = gpu(float(second), 0.0), gpu(float(second), 20.0 * second)
+        old.samples[0].power_w, old.samples[0].power_average_w = None, 250.0
+        cpu.id, cpu.kind, cpu.samples[0].energy_j = "cpu-package-0", "cpu", 55.0 * second
+        state.take(Devices([old, cpu]), float(second))
+    metrics = Metrics()
+    state.tick(2.0)
+    metrics.update(state)
+    page = metrics.page()[0].decode()
+    values = {
+        (sample.name, sample.labels["device"]): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if "device" in sample.labels
+    }
+    assert values["pdbench_device_power_watts", "gpu0"] == 250.0
+    assert values["pdbench_device_energy_joules_total", "gpu0"] == pytest.approx(500.0)
+    assert values["pdbench_device_energy_joules_total", "cpu-package-0"] == pytest.approx(110.0)
