@@ -88,13 +88,15 @@ def effect(a: Array, b: Array, design: Design) -> Effect:
 
     Pairs: Student's paired t (Student 1908). Joined: of neighbouring pairs one side shares a server start, so the variance of the
     mean is at most (2k - 1) / k^2 times the mean squared step from pair to pair, whatever part of it the starts make (after
-    von Neumann 1941). Apart: Welch's t (Welch 1947).
+    von Neumann 1941). Apart: Welch's t (Welch 1947), on at most the degrees of two sides as short as the shorter: with 2 trials against 10
+    Welch's own gave 10 % false alarms, so 3 % (simulated, normal and equally varied; docs/statistics.md).
     """
     value = float(np.mean(b) - np.mean(a))
     if design == "apart":
         of_a, of_b = (float(np.var(side, ddof=1)) / len(side) for side in (a, b))
         total = of_a + of_b
         freedom = total**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)) if total else 1.0
+        freedom = min(freedom, 2.0 * (min(len(a), len(b)) - 1))
         pair = float(np.var(a, ddof=1) + np.var(b, ddof=1))
         return Effect(value, total, freedom, pair, len(a) + len(b) - 2, paired=False)
     pairs, changes = len(a), b - a

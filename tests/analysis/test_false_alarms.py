@@ -192,3 +192,12 @@ def test_intervals_that_end_a_run_cover_95_percent():
             interval = effect(np.zeros(pairs), logs[:pairs], "pairs").interval(0.97)
             covered.append(interval.low <= 0.1 <= interval.high)
     assert np.mean(covered) >= 0.945
+
+
+@pytest.mark.parametrize(("few", "many"), [(2, 10), (2, 20), (3, 10), (3, 20)])
+def test_few_trials_against_many_alarm_no_more_often(few: int, many: int) -> None:
+    random = np.random.default_rng(5)
+    alarms = sum(
+        effect(random.normal(0, 0.04, few), random.normal(0, 0.04, many), "apart").p < 0.05 for _ in range(EXPERIMENTS)
+    )
+    assert alarms / EXPERIMENTS <= LIMIT
