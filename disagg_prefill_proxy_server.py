@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The proxy alone: `pdbench proxy` with its defaults (:8000, prefill :8100, decode :8200).
+"""The proxy alone: `pdbench proxy`, with prefill on :8100 and decode on :8200 where neither options nor a recipe name instances.
 
-Usage: python disagg_prefill_proxy_server.py [--connector builtin-p2p-nccl] [OPTIONS of `pdbench proxy`]
+Usage: python disagg_prefill_proxy_server.py [RECIPE.toml] [--connector builtin-p2p-nccl] [OPTIONS of `pdbench proxy`]
 """
 
 import sys
@@ -10,6 +10,7 @@ from pdbench.__main__ import main
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    prefill = [] if "--prefill" in given else ["--prefill", "http://127.0.0.1:8100"]
-    decode = [] if "--decode" in given else ["--decode", "http://127.0.0.1:8200"]
-    main(["proxy", *prefill, *decode, *given])
+    named = {word.partition("=")[0] for word in given}
+    if not named & {"--prefill", "--decode", "--help"} and not any(word.endswith(".toml") for word in given):
+        given += ["--prefill", "http://127.0.0.1:8100", "--decode", "http://127.0.0.1:8200"]
+    main(["proxy", *given])
