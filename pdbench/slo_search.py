@@ -232,7 +232,8 @@ def _search_rate(
             takes_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) + alone_s
             last_s = takes_s if search.outcomes else 0.0
             until_s = goal.until_s - last_s
-            if search.found(goal.precision) or (answer.low == 0 and lost and rate < QUIET / alone_s):
+            entry.none_holds = answer.low == 0 and bool(lost) and rate < QUIET / alone_s
+            if search.found(goal.precision) or entry.none_holds:
                 break
             if time.monotonic() + loads.beside_s >= until_s:
                 but = " but for the run at the rate found" if answer.low > 0 else ""

@@ -186,7 +186,7 @@ def test_search_file_that_cannot_be_read_is_no_reason_to_begin_again(tmp_path: P
 def test_slo_that_no_rate_holds_names_the_closest_load_and_the_limit(tmp_path: Path) -> None:
     document = search(tmp_path, Law(itl_s=0.09))
     (entry,) = document.deployments
-    assert entry.rate_per_s is None and entry.low == 0 and entry.limited_by == "slo_tbt_ms"
+    assert entry.rate_per_s is None and entry.low == 0 and entry.none_holds and entry.limited_by == "slo_tbt_ms"
     assert "No rate keeps" in sentence(document) and "mean TBT breaks it" in sentence(document)
     present(document, tmp_path, CONSOLE)
 

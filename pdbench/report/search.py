@@ -43,17 +43,20 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     """
     from pdbench.report import mpl
 
-    analyses = []
+    analyses, warnings = [], []
     for point in document.points:
         analysis = load_analysis(out / point.run)
         goodput = analysis.summary.goodput
         settled = _settled(analysis)
+        point.flags = sorted({flag.name for flag in analysis.flags})
         point.goodput_per_s = goodput.requests_per_s if settled else None
         point.j_per_good_request = goodput.j_per_good_request if settled else None
     for entry in document.deployments:
         if entry.run:
             analyses.append(load_analysis(out / entry.run))
             _enter_figures(entry, analyses[-1], document.attain_pct)
+        if run := entry.run or (entry.closest and entry.closest.run):
+            warnings += tables.warnings(_named(entry), load_analysis(out / run))
         _enter_scales(entry, document)
         if entry.tuned and entry.tuned.run:
             analyses.append(load_analysis(out / entry.tuned.run))
@@ -72,6 +75,7 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     for shown in (table(document) if document.searched() else None, clocks_table(document)):
         if shown:
             console.print(tables.Terminal(shown))
+    console.print(*warnings, sep="\n", end="\n" if warnings else "", soft_wrap=True)
     if pictures:
         names = " ".join(str(out / name) for name in pictures)
         console.print(f"answer: {out / FILE}  picture: {names}", markup=False, soft_wrap=True)
@@ -142,11 +146,7 @@ def sentence(document: Document) -> str:
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))
     words = _("Within {0}, {1}", slo(document), _(", ").join(parts)) if parts else ""
     # Every load that counts kept the SLO, and none says which rate does.
-    unknown = [
-        entry
-        for entry in entries
-        if not entry.rate_per_s and not (entry.closest and entry.closest.attained_pct < document.attain_pct)
-    ]
+    unknown = [entry for entry in entries if not entry.rate_per_s and not entry.none_holds]
     if not parts and len(unknown) < len(entries):
         words = _("No rate keeps {0}", slo(document))
     elif not parts and unknown:
@@ -322,6 +322,8 @@ def chart(document: Document) -> Chart:
         caption += _("; ringed: energy at the rate found")
     if not joules:
         caption += _("; energy is not measured")
+    if flags := sorted({flag for point in document.points for flag in point.flags}):
+        caption += _("; flags of loads ({0} says which have them): {1}", FILE, ", ".join(flags))
     return Chart(key="search", title=title, panels=panels, caption=caption)
 
 

@@ -67,6 +67,7 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
         raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")
     _name_by_layout(found)
+    _name_by_folder(folders, found)
     names = [entry.name for each in found for entry in each.deployments]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} was searched in several of these folders: give one of them")
@@ -97,6 +98,17 @@ def _name_by_layout(found: Sequence[Document]) -> None:
                 for point in each.points:
                     point.deployment = entry.layout if point.deployment == entry.name else point.deployment
                 entry.name, entry.layout = entry.layout, None
+
+
+def _name_by_folder(folders: Sequence[Path], found: Sequence[Document]) -> None:
+    """Servers given by their URL are all called "bench": several are called by their folders."""
+    if [entry.name for each in found for entry in each.deployments].count("bench") > 1:
+        for folder, each in zip(folders, found, strict=True):
+            for named, attribute in [(entry, "name") for entry in each.deployments] + [
+                (p, "deployment") for p in each.points
+            ]:
+                if getattr(named, attribute) == "bench":
+                    setattr(named, attribute, folder.resolve().name)
 
 
 def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> None:

@@ -12,7 +12,7 @@ FILE = "search.json"
 class Point(msgspec.Struct, kw_only=True):
     """One load: `run` is its results folder below the search's. `rate_per_s` None: one request at a time. `slo_used`: 1 where the share
     that must be within the SLO just was. `kept` (with a `setting` that is compared): was the SLO kept, and nothing in `refused` flagged?
-    `void`: why the load does not count: its answers were wrong, or a server died."""
+    `void`: why the load does not count: its answers were wrong, or a server died. `flags`: the names of all that its run has."""
 
     deployment: str
     run: str
@@ -28,6 +28,7 @@ class Point(msgspec.Struct, kw_only=True):
     setting: Setting | None = None
     kept: bool | None = None
     refused: list[str] = []
+    flags: list[str] = []
     goodput_per_s: float | None = None
     j_per_good_request: float | None = None
 
@@ -79,7 +80,7 @@ class Closest(msgspec.Struct, kw_only=True):
 
 class Held(msgspec.Struct, kw_only=True):
     """What one deployment holds: the highest rate with its 95 % interval (`low` None: not searched; `high` None: no end is known), what
-    breaks beyond it, and the figures of the confirming `run` there. `layout`: 2P2D, of prefill and decode instances. `loads`, `load_s`
+    breaks beyond it, and the figures of the confirming `run` there. `none_holds`: loads at rates as low as makes no difference missed it. `layout`: 2P2D, of prefill and decode instances. `loads`, `load_s`
     and `requests` are what it took to find."""
 
     name: str
@@ -101,6 +102,7 @@ class Held(msgspec.Struct, kw_only=True):
     load_s: float = 0.0
     requests: int = 0
     closest: Closest | None = None
+    none_holds: bool = False
     slo_scale: list[Scaled] = []
     tuned: Tuned | None = None
 

@@ -76,6 +76,41 @@ def test_searches_of_one_deployment_are_told_apart_by_their_instances(tmp_path: 
     assert again.returncode == 0 and done.stdout.split("answer:")[0] == again.stdout.split("answer:")[0]
 
 
+def test_searches_of_servers_by_their_urls_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [searched(tmp_path / "a", "bench", 30.0), searched(tmp_path / "b", "bench", 50.0)]
+    done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "b carries 50.0 requests/s (45.0 to 55.0), a 30.0 (27.0 to 33.0)" in " ".join(done.stdout.split())
+
+
+def test_flags_of_the_runs_found_are_shown_and_saved(tmp_path: Path) -> None:
+    folder = searched(tmp_path / "a", "single", 10.0)
+    (results,) = folder.rglob("single_results.json")
+    saved = json.loads(results.read_bytes())
+    saved["flags"] = [{"name": "client-limited", "detail": "it sent late"}]
+    results.write_text(json.dumps(saved))
+    done = call_pdbench("report", str(folder), "--out", "it", cwd=tmp_path)
+    (point,) = msgspec.json.decode((tmp_path / "it" / FILE).read_bytes(), type=Document).points
+    assert point.flags == ["client-limited"] and "single, client-limited: it sent late" in done.stdout
+
+
+def test_one_slow_request_of_a_few_does_not_say_that_no_rate_holds(tmp_path: Path) -> None:
+    document = msgspec.json.decode((searched(tmp_path / "a", "single", 10.0) / FILE).read_bytes(), type=Document)
+    entry = document.deployments[0]
+    entry.rate_per_s, entry.low, entry.closest = (
+        None,
+        0.0,
+        Closest(rate_per_s=None, attained_pct=87.5, run=entry.run or ""),
+    )
+    assert sentence(document) == (
+        "No rate is known yet within TTFT 300 ms for 95 % of requests; single carries less than 11.0; single was not loaded for long enough."
+    )
+    entry.none_holds, entry.limited_by = True, "slo_ttft_ms"
+    assert sentence(document).startswith(
+        "No rate keeps TTFT 300 ms for 95 % of requests; single holds no rate: closest is 87.5 %"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "ttft_ms", "options", "words"),
     [
