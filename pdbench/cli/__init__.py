@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             ended = error
         if console.problem and not isinstance(console.problem, BrokenPipeError):  # who closed a pipe has read enough
             raise UserError(
-                f"not all that was said could be written ({console.problem.strerror}): make room, or another place for it"
+                f"not all that was said could be written ({console.problem.strerror}): make room, or another place for it",
+                exit_code=2 if arguments[:1] == ["compare"] else 1,  # there 1 says that a condition is met
             )
         if ended:
             raise ended

@@ -50,9 +50,10 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
         write_whole(picture_of(folder, name), drawn[-1])  # last: a disk that is full costs no table
     if len(analyses) > 1:
-        rows = list(map(tables.requests_csv, analyses.values()))
         named = dict(zip(names_of([*analyses.values()], [*analyses]), analyses.values(), strict=True))
-        compared, files = _write_report(named, rows, out / "report", None, drawn)
+        compared, files = _write_report(
+            named, list(map(tables.requests_csv, analyses.values())), out / "report", None, drawn
+        )
         for each in compared:
             _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
@@ -118,6 +119,7 @@ def compare_folders(
     thresholds.check_metric(primary, "--primary")
     if folders and len(folders) != 2:
         raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
+    _check_png(picture)
     measured = [path for path in DEFAULT_FOLDERS if results_files(path)]
     paths = list(folders) or (measured if len(measured) == 2 else [DEFAULT_FOLDERS[0], DEFAULT_FOLDERS[-1]])
     missing = [path for path in paths if not results_files(path)]
@@ -137,14 +139,19 @@ def compare_folders(
     warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
     _print_comparison(compared, runs, console)
     console.print(*warnings, sep="\n", end="\n" if warnings else "")
-    from pdbench.report import mpl  # matplotlib is most of the start-up
-
-    mpl.say_when_english(console)
-    write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
-    say(console, _("picture: {0}", picture))
     for result in results:
         style = {"fails": "bold red", "passes": "green", "uncertain": "yellow"}[result.outcome]
         console.print(Text.assemble((_(result.outcome), style), " ", answer.threshold(result)), soft_wrap=True)
+    from pdbench.report import mpl  # matplotlib is most of the start-up
+
+    mpl.say_when_english(console)
+    try:
+        write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
+        say(console, _("picture: {0}", picture))
+    except WriteError as error:
+        if not results:
+            raise
+        say(console, _("no picture: {0}", error))  # what the conditions came to is known, and the exit code says it
     return thresholds.exit_code(results)
 
 
@@ -190,6 +197,11 @@ def report(
         say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
 
 
+def _check_png(picture: Path) -> None:
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"--picture {picture}: pictures are PNG files: give a name that ends in .png")
+
+
 def _check_distinct(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> None:
     """Raises UserError where two folders hold one run; runs saved before they had ids cannot be told."""
     places: dict[str, Path] = {}
@@ -222,7 +234,7 @@ def _write_report(
     files = {
         "report.html": page(runs, compared, side_by_side).encode(),
         "report.md": _markdown(runs, compared, side_by_side).encode(),
-        "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *rows]).encode(),
+        "requests.csv": "".join([",".join(tables.REQUEST_COLUMNS) + "\n", *map(tables.of_run, runs, rows)]).encode(),
     }
     if len(runs) <= PICTURES:
         from pdbench.report import mpl
@@ -287,6 +299,8 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
     """Draw the devices of a file (.json or .csv) or a run's folder into a PNG, by default beside it."""
     from pdbench.report import charts, mpl
 
+    if picture:
+        _check_png(picture)
     devices = [device for device in read_devices(source) if device.samples]
     if not devices:
         raise UserError(f"{source} has no samples to draw: it was measured where no device could be read")

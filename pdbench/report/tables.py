@@ -47,6 +47,10 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 
 
+_RUN = "\ue000"
+"""Where a run's name goes, which is known when all runs are read; a letter of no script (Unicode's private use)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Title, header, rows of values (None: not measured), columns that hold words, a style per row, a note below.
@@ -133,11 +137,16 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return out.getvalue()
 
 
+def of_run(name: str, rows: str) -> str:
+    """Rows of `requests_csv` with the run's name."""
+    return rows.replace(_RUN, csv_text([[name]]).rstrip("\r\n"))
+
+
 def requests_csv(analysis: RunAnalysis) -> str:
-    """Rows of `REQUEST_COLUMNS`, one per measured request (no warm-up); an empty cell was not measured."""
+    """Rows of `REQUEST_COLUMNS` for `of_run`, one per measured request (no warm-up); an empty cell was not measured."""
     requests = analysis.requests
     phases = {f"{name}_ms": values for name, values in requests.phase_ms.items()}
-    columns: list[list[Any]] = [[analysis.name] * len(requests.id)]
+    columns: list[list[Any]] = [[_RUN] * len(requests.id)]
     for name in REQUEST_COLUMNS[1:]:
         values: Any = phases[name] if name in phases else getattr(requests, name)
         if isinstance(values, np.ndarray) and len(values):

@@ -1,8 +1,10 @@
 """What compare, report and the end of a measurement write, print and return."""
 
+import csv
 import io
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +13,7 @@ from pdbench.analysis import run_analysis
 from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.records import load_run, save_run
-from pdbench.report import commands, mpl, text
+from pdbench.report import commands, mpl, tables, text
 from tests.support.reports import gate
 from tests.support.runs import build_run
 
@@ -64,6 +66,9 @@ def test_runs_of_one_name_are_named_by_their_folders(tmp_path):
     folders = [tmp_path / "sweep" / point / "single_results" for point in ("concurrency=1", "concurrency=2")]
     runs = [analyze(build_run("single", trials=1, requests=2))] * 3
     names = commands.names_of(runs[:2], folders)
+    rows = [tables.of_run(name, tables.requests_csv(run)) for name, run in zip((*names, 'a "b", c'), runs, strict=True)]
+    found = [{cell[0] for cell in csv.reader(io.StringIO(each))} for each in rows]
+    assert found == [{names[0]}, {names[1]}, {'a "b", c'}]
     assert names == ["concurrency=1_single_results", "concurrency=2_single_results"]
     assert commands.names_of(runs[:1], folders[:1]) == ["single"]
     assert len(set(commands.names_of(runs, [*folders, folders[0]]))) == 3
@@ -225,3 +230,17 @@ def test_compare_returns_the_exit_code_of_the_conditions(folders, tmp_path):
     with text.language("zh"):
         assert commands.compare_folders(folders, ["tbt_p50_ms > +500%"], True, tmp_path / "picture.png", console) == 0
     assert "合格 tbt_p50_ms" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_picture_that_cannot_be_written_takes_no_verdict_away(folders, tmp_path):
+    console, nowhere = Console(file=io.StringIO(), width=200), Path("/proc/picture.png")
+    assert commands.compare_folders(folders, ["ttft_p50_ms > +5%"], True, nowhere, console) == 1
+    assert (
+        "fails ttft_p50_ms" in console.file.getvalue()
+        and "no picture: cannot write /proc/picture.png" in console.file.getvalue()
+    )
+    with pytest.raises(UserError, match=r"/proc/picture\.png"):
+        commands.compare_folders(folders, [], True, nowhere, console)
+    with pytest.raises(UserError, match=r"--picture p\.pdf: pictures are PNG files"):
+        commands.compare_folders(folders, [], True, Path("p.pdf"), console)
