@@ -230,8 +230,7 @@ def _search_rate(
             lost = [each for each in search.outcomes if each.held is False]
             found = _confirmed(load, answer.rate if answer.low > 0 else rate, goal.until_s - begin_s, least_s)
             takes_s = loads.beside_s + (found.requests or 0) / (found.rate or inf) + alone_s
-            last_s = takes_s if search.outcomes else 0.0
-            until_s = goal.until_s - last_s
+            until_s = goal.until_s - (takes_s if search.outcomes else 0.0)
             entry.none_holds = answer.low == 0 and bool(lost) and rate < QUIET / alone_s
             if search.found(goal.precision) or entry.none_holds:
                 break
