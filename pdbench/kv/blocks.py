@@ -45,15 +45,18 @@ class BlockPacker:
     def device(self) -> torch.device:
         return self.parts[0].device
 
-    def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-        """Copy blocks into the front of `out` (bytes, on the cache's device) and return that front. On the current stream."""
-        packed = out[: len(block_ids) * self.block_bytes]
-        self._copy(packed, block_ids, gather=True)
+    def gather(self, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Copy the blocks of these numbers into the front of `out` (bytes) and return that front. On the current stream.
+
+        Both are on the cache's device.
+        """
+        packed = out[: len(index) * self.block_bytes]
+        self._copy(packed, index, gather=True)
         return packed
 
-    def scatter(self, packed: torch.Tensor, block_ids: Sequence[int]) -> None:
-        """Copy a packed buffer (bytes, on the cache's device) into the blocks. On the current stream."""
-        self._copy(packed, block_ids, gather=False)
+    def scatter(self, packed: torch.Tensor, index: torch.Tensor) -> None:
+        """Copy a packed buffer (bytes) into the blocks of these numbers, both on the cache's device. On the current stream."""
+        self._copy(packed, index, gather=False)
 
     def share(self, share: Share, first_head: int) -> BlockPacker:
         """The packer of a share of the heads and layers; `first_head` is the first of the model's heads in this cache."""
@@ -73,16 +76,15 @@ class BlockPacker:
     def warm_up(self) -> None:
         """Run both copies, block 0, which vLLM gives to no request, onto itself, so that no transfer waits for kernels to be loaded."""
         buffer = torch.empty(3 * self.block_bytes, dtype=torch.uint8, device=self.device)
+        index = torch.zeros(1, dtype=torch.int64, device=self.device)
         for _ in range(3):
-            self.scatter(self.gather([0], buffer), [0])
+            self.scatter(self.gather(index, buffer), index)
 
-    def _copy(self, packed: torch.Tensor, block_ids: Sequence[int], gather: bool) -> None:
-        words, index = packed.view(self.parts[0].dtype), torch.tensor(block_ids, dtype=torch.int64, device="cpu")
-        if self.device.type != "cpu":
-            index = index.pin_memory().to(self.device, non_blocking=True)
+    def _copy(self, packed: torch.Tensor, index: torch.Tensor, gather: bool) -> None:
+        words = packed.view(self.parts[0].dtype)
         if self.device.type == "cuda" and HAS_TRITON:
             with torch.cuda.device(self.device):
-                _copy_kernel[len(block_ids), len(self.parts)](self._table, index, words, gather, _CHUNK_WORDS)
+                _copy_kernel[len(index), len(self.parts)](self._table, index, words, gather, _CHUNK_WORDS)
         else:
             _copy_layers(list(self.parts), index, words, gather)
 
@@ -97,6 +99,22 @@ class BlockPacker:
                 run, step = part.shape[2] * part.shape[3], part.stride(1)
             rows.append((part.data_ptr(), part.stride(0), count, run, step, before))
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+
+class BlockNumbers:
+    """Numbers of up to `most` blocks on their way to the cache's device, by memory that is made once: to pin some anew takes longer than to
+    copy the blocks, and each call of torch may have to wait for the interpreter's lock."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._here = torch.zeros(most, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        self._there = torch.empty(most, dtype=torch.int64, device=device)
+        self._numbers = self._here.numpy()
+
+    def put(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """The numbers as a tensor, by the current stream; whatever uses those of the last call must be over."""
+        self._numbers[: len(block_ids)] = block_ids
+        self._there.copy_(self._here, non_blocking=True)
+        return self._there[: len(block_ids)]
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from vllm.distributed.device_communicators import pynccl_wrapper as pynccl
 
-from pdbench.kv.blocks import BlockPacker
+from pdbench.kv.blocks import BlockNumbers, BlockPacker
 from pdbench.kv.channel import Blocks, Channel, WorkerContext
 from pdbench.kv.ranks import Share
 
@@ -35,19 +35,22 @@ class Link(ABC):
     _host: torch.Tensor | None = None
     """The buffer's twin in pinned memory, for a transport that sends from there."""
 
-    def __init__(self, packer: BlockPacker, channel: Channel, on_gpu: bool, staging_bytes: int) -> None:
+    def __init__(
+        self, packer: BlockPacker, channel: Channel, on_gpu: bool, staging_bytes: int, piece_blocks: int
+    ) -> None:
         self.channel, self._packer, self.block_bytes = channel, packer, packer.block_bytes
         # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
         self.stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
         # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
         self._passed: Any = torch.cuda.Event(blocking=True) if on_gpu else None
         self._staging = self._buffer(staging_bytes)
+        self._numbers = BlockNumbers(piece_blocks, packer.device)
 
     def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
         """Gather blocks, which may be overwritten then; returns the bytes, and when (time.monotonic()) the pass was over."""
         ready_s = time.monotonic()
         with self._on_stream(after):
-            packed = self._packer.gather(block_ids, self._staging)
+            packed = self._packer.gather(self._numbers.put(block_ids), self._staging)
             if self._host is not None:
                 self._host[: packed.numel()].copy_(packed, non_blocking=True)
         if self._passed is not None:
@@ -70,7 +73,7 @@ class Link(ABC):
         with self._on_stream(after):
             if self._host is not None:
                 packed.copy_(self._host[:count], non_blocking=True)
-            self._packer.scatter(packed, block_ids)
+            self._packer.scatter(packed, self._numbers.put(block_ids))
         if self._passed is not None:
             self._passed.synchronize()
 
@@ -112,7 +115,7 @@ def open_link(context: WorkerContext, channel: Channel, share: Share, sends: boo
 class TcpLink(Link):
     def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel) -> None:
         on_gpu = packer.device.type != "cpu"
-        super().__init__(packer, channel, on_gpu, context.staging_bytes)
+        super().__init__(packer, channel, on_gpu, context.staging_bytes, context.piece_blocks)
         # The socket reads and writes host memory directly.
         if on_gpu:
             self._host = torch.empty(context.staging_bytes, dtype=torch.uint8, pin_memory=True)
@@ -131,7 +134,7 @@ class TcpLink(Link):
 
 class NcclLink(Link):
     def __init__(self, context: WorkerContext, packer: BlockPacker, channel: Channel, sends: bool) -> None:
-        super().__init__(packer, channel, True, 1)
+        super().__init__(packer, channel, True, 1, context.piece_blocks)
         self._sends, self._start_thread = sends, context.start_thread
         self._library = pynccl.NCCLLibrary()
         self._using = threading.Lock()

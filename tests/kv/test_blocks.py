@@ -51,9 +51,9 @@ def test_blocks_arrive_where_they_belong_and_nowhere_else(layout, device):
     staging = torch.empty(64 << 10, dtype=torch.uint8)
     while staging.numel() < 4 * source.block_bytes:
         staging = torch.empty(2 * staging.numel(), dtype=torch.uint8)
-    packed = source.gather([7, 2, 9], staging)
+    packed = source.gather(torch.tensor([7, 2, 9]), staging)
     assert packed.numel() == 3 * source.block_bytes
-    target.scatter(packed, [0, 5, 3])
+    target.scatter(packed, torch.tensor([0, 5, 3]))
     blocks_first = (lambda c: c.transpose(0, 1)) if layout["shape"][0] == 2 else (lambda c: c)
     for name in here:
         shape = (BLOCKS, -1)
@@ -70,7 +70,7 @@ def test_layers_of_different_sizes_travel_together(device):
     there = {"attention": filled((BLOCKS, 16, 576)), "indexer": filled((BLOCKS, 16, 33), torch.uint8)}
     source, target = make_packer(here, BLOCKS), make_packer(there, BLOCKS)
     staging = torch.empty(4 * source.block_bytes, dtype=torch.uint8)
-    target.scatter(source.gather([1, 2], staging), [3, 4])
+    target.scatter(source.gather(torch.tensor([1, 2]), staging), torch.tensor([3, 4]))
     for name in here:
         assert torch.equal(here[name][[1, 2]].view(torch.uint8), there[name][[3, 4]].view(torch.uint8))
 
@@ -92,7 +92,10 @@ def test_some_of_the_heads_go_where_these_are(head, device):
     source = make_packer({"a": here}, BLOCKS, heads=4).share(Share(0, 0, range(head, head + 2), 0, 1), 0)
     target = make_packer({"a": there}, BLOCKS, heads=2)
     before = there.clone()
-    target.scatter(source.gather([7, 2], torch.empty(4 * source.block_bytes, dtype=torch.uint8)), [0, 5])
+    target.scatter(
+        source.gather(torch.tensor([7, 2]), torch.empty(4 * source.block_bytes, dtype=torch.uint8)),
+        torch.tensor([0, 5]),
+    )
     assert torch.equal(there[[0, 5]].view(torch.uint8), here[[7, 2], head : head + 2].view(torch.uint8))
     assert torch.equal(there[1:5].view(torch.uint8), before[1:5].view(torch.uint8))
 
@@ -119,7 +122,7 @@ def test_any_blocks_move_into_any_others(blocks, random):
     here, there = filled((BLOCKS, 2, 8)), filled((BLOCKS, 2, 8))
     source, target = make_packer({"a": here}, BLOCKS), make_packer({"a": there}, BLOCKS)
     staging = torch.empty(BLOCKS * source.block_bytes, dtype=torch.uint8)
-    target.scatter(source.gather(blocks, staging), targets)
+    target.scatter(source.gather(torch.tensor(blocks), staging), torch.tensor(targets))
     assert torch.equal(there[targets].view(torch.uint8), here[blocks].view(torch.uint8))
 
 

@@ -105,7 +105,7 @@ def test_block_of_a_group_is_that_of_all_its_layers(windows, layout):
     assert len(set(group_of.values())) > 1
     source, target = make_packer(here, blocks), make_packer(there, blocks)
     before = {name: cache.clone() for name, cache in there.items()}
-    target.scatter(source.gather([3, 5], torch.empty(1 << 20, dtype=torch.uint8)), [7, 4])
+    target.scatter(source.gather(torch.tensor([3, 5]), torch.empty(1 << 20, dtype=torch.uint8)), torch.tensor([7, 4]))
     for name, cache in there.items():
         assert torch.equal(cache[[7, 4]], here[name][[3, 5]])
         rest = [block for block in range(blocks) if block not in (7, 4)]

@@ -77,7 +77,7 @@ def channel():
 
 def opened(channel, threads):
     packer = SimpleNamespace(device=torch.device("cpu"), block_bytes=100)
-    context = SimpleNamespace(packer=packer, staging_bytes=1000, start_thread=threads.start)
+    context = SimpleNamespace(packer=packer, staging_bytes=1000, piece_blocks=4, start_thread=threads.start)
     return NcclLink(context, context.packer, channel, sends=True)
 
 

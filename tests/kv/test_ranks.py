@@ -71,7 +71,7 @@ def test_bytes_of_all_ranks_arrive_where_they_belong(heads, order):
             source = here[share.rank].share(share, held(heads, prefill, share.rank).start)
             target = there[share.reader].share(share, held(heads, decode, share.reader).start)
             buffer = torch.empty(2 * source.block_bytes, dtype=torch.uint8)
-            target.scatter(source.gather([2, 1], buffer), [0, 3])
+            target.scatter(source.gather(torch.tensor([2, 1]), buffer), torch.tensor([0, 3]))
         for rank, cache in enumerate(caches):
             expected = rank_caches(model, decode, rank, order)
             for name in cache:
