@@ -27,6 +27,7 @@ _DEAD = re.compile(
     r"(\S+\.)?EngineDeadError\b|EngineCore encountered a fatal error|(\[shutdown\] )?.{0,20}(engine core|worker) .{0,40}(exited|died) unexpectedly",
     re.IGNORECASE,
 )
+_SERVED = re.compile(r'"POST \S+ HTTP/[\d.]+" 200\b')
 _LONGEST = 300
 
 
@@ -66,9 +67,10 @@ def lines_of_load(log: str, t_s: float) -> list[LogLine]:
 def likely_cause(log: str) -> str | None:
     """The cause and, where it is known, the remedy, with the line of the log that says so; None when none does."""
     lines = [*_lines(log)]
-    if root := _root_error(lines):
+    last = lines[_survived(lines) :]
+    if root := _root_error(last):
         root = root._replace(text=_said(root, lines))
-    if found := _known(root, lines):
+    if found := _known(root, last, lines):
         cause, line = found
         return f"{cause} (line {line.number} of its log: {_short(line.text)})"
     return f"{_short(root.text)} (line {root.number} of its log)" if root else None
@@ -85,14 +87,23 @@ def _lines(log: str) -> Iterator[Line]:
         yield Line(number, level, process.startswith(("EngineCore", "Worker", "VllmWorker")), text.rstrip())
 
 
-def _known(root: Line | None, lines: list[Line]) -> tuple[str, Line] | None:
-    """A known sign in the root error itself; else anywhere but in what a logger calls harmless; else in any warning."""
-    serious = [line for line in lines if line.level in (None, "ERROR", "CRITICAL")]
+def _survived(lines: list[Line]) -> int:
+    """How many of the first lines a server survived: up to the last request that it answered well before it, or its engine, died."""
+    end = next(
+        (number for number, line in enumerate(lines) if line.level != "INFO" and _DEAD.match(line.text)), len(lines)
+    )
+    return next((number for number in range(end, 0, -1) if _SERVED.search(lines[number - 1].text)), 0)
+
+
+def _known(root: Line | None, last: list[Line], lines: list[Line]) -> tuple[str, Line] | None:
+    """A known sign in the root error itself; else anywhere but in what a logger calls harmless; else in any warning, of `lines` too, which
+    the server survived at first."""
+    serious = [line for line in last if line.level in (None, "ERROR", "CRITICAL")]
     for tables, among in (
         (("root", "any", "even_warnings"), [root] if root else []),
         (("any", "even_warnings"), serious),
         (("even_warnings",), lines),
-        (("otherwise",), [] if root else lines),
+        (("otherwise",), [] if root else last),
     ):
         for sign, cause in ((sign, cause) for table in tables for sign, cause in _KNOWN[table].items()):
             for line in among:

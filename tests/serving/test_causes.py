@@ -84,6 +84,15 @@ def test_package_that_was_missed_on_the_way_is_not_the_cause() -> None:
     assert cause == "ValueError: heads do not divide (line 3 of its log)"
 
 
+def test_error_that_the_server_survived_is_not_the_cause() -> None:
+    served = 'INFO:     127.0.0.1:5 - "POST /v1/completions HTTP/1.1" 200 OK\n'
+    error = "(APIServer pid=7) ERROR 11-28 13:13:13 [serving.py:500] ModuleNotFoundError: No module named 'lmformatenforcer'\n"
+    died = "(APIServer pid=7) WARNING 11-28 13:15:14 [core_client.py:817] [shutdown] MPClient: engine core exited unexpectedly\n"
+    assert "ended from outside" in (likely_cause(f"{error}{served}{died}") or "")
+    assert "(line 2 of its log" in (likely_cause(f"{served}{error}{died}{served}") or "")
+    assert "a package is missing" in (likely_cause(f"{served}{error}{died}{served}") or "")
+
+
 def test_engine_that_was_killed_is_dead_before_its_server(tmp_path: Path) -> None:
     (log := tmp_path / "single-0.log").write_text(
         "(APIServer pid=3) INFO 11-25 23:38:31 [c.py:3] EngineDeadError is a word\n"
