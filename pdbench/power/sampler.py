@@ -292,7 +292,7 @@ class _Device:
         self.counter = CounterEdgeTracker()
         self.idle_windows: dict[str, tuple[float, float]] = {}
         self._new_counter_j: float | None = None
-        self._taken = (0, 0, 0)
+        self._taken, self._slow = (0, 0, 0), 0
 
     def sample(self) -> None:
         """Read the quick fields once; a device that is lost gives no more samples."""
@@ -302,6 +302,7 @@ class _Device:
         values = self.guarded(lambda: self.reader.read(before))
         after = self._time.monotonic()
         if not values or after - before > _SLOW_S:
+            self._slow += bool(values)
             return
         self.counter.anchor_s = ANCHOR_S if {"power_w", "power_average_w"} & values.keys() else UNSHAPED_S
         if self._new_counter_j is not None:
@@ -370,6 +371,11 @@ class _Device:
         record.not_measured = dict(self.reader.not_measured)
         record.default_power_limit_w, record.settings = self.reader.default_power_limit_w, dict(self.reader.settings)
         if figures:
+            if self._slow and not self.samples:
+                reason = (
+                    f"each of {self._slow} readings took over {_SLOW_S:g} s: of which instant they are is not known"
+                )
+                record.not_measured |= dict.fromkeys(("device", "power_w", "energy_j"), reason)
             period_s = self.counter.period_s
             refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}
             record.sampling = _sampling_statistics(self.samples, self.fine) | figures | refresh

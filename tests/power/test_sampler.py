@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from pdbench.analysis.device_flags import RESIDUAL_LIMIT_PCT, device_flags
 from pdbench.analysis.meter import Meter
-from pdbench.power.sampler import merge_records
+from pdbench.power.device import Reader
+from pdbench.power.sampler import Sampler, merge_records
 from pdbench.records import DeviceRecord
 from tests.support.fake_nvml import WAVES, child, exact_j, sampled, wave_text
 from tests.support.runs import energy_over
@@ -303,3 +305,16 @@ def test_power_that_no_board_draws_is_no_reading(nvml_library: Path, power_w: in
     [device] = sampled(nvml_library, 3.0, {"decode": [0]}, power_0=f"1 0:{power_w} 1:{power_w}")
     assert device.samples[-1].power_w is None and device.samples[-1].temperature_c == 40
     assert device.fine_power == []
+
+
+def test_device_whose_readings_are_all_too_slow_says_so() -> None:
+    class Slow(Reader):
+        def read(self, now_s: float) -> dict[str, float]:
+            time.sleep(0.3)
+            return {"power_w": 100.0}
+
+    sampler = Sampler([Slow("gpu0", "gpu", "slow")], 0.1)
+    with sampler:
+        time.sleep(1.0)
+    (device,) = merge_records(sampler.take())
+    assert device.samples == [] and "readings took over 0.25 s" in device.not_measured["power_w"]
