@@ -72,15 +72,14 @@ class Canary(msgspec.Struct, kw_only=True):
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request as the client saw it; durations are derived from these instants in `analysis`.
 
-    `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent. `token_s` has one
-    instant per token, those of one chunk share theirs; counted by "chunks", it has one per chunk, and `output_tokens` the tokens (None:
-    nobody knows). `phases` maps a phase's name to [start_s, end_s] or None when it was not measured. `stamp` says which clock the
-    arrivals carry: "kernel" or "user"; `counted_by` how tokens were counted: "token_ids", "logprobs", "usage" (on every chunk), "chunks"
-    (one per chunk with something in it) or "mixed". `first_tokens` came with the first chunk. `token_choice` is the choice of every token
-    where there were several. `answer_index` is the place in `token_s` of the first token that is no reasoning, None where none came;
-    `unsent_tokens` of `output_tokens` were not sent: reasoning, the end of the text (None: nobody knows). `cached_prompt_tokens` is how many of `prompt_tokens` the server
-    says that it took from a cache; other prompts begin with the same `shared_prompt_tokens` on purpose. `notes` name what was odd about
-    the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
+    `planned_s` is when the schedule wanted it sent, `due_s` when a free stream allowed it, `sent_s` when it was sent. `token_s` has one instant per token,
+    those of one chunk share theirs; counted by "chunks", it has one per chunk, and `output_tokens` the tokens (None: nobody knows). `phases` maps a
+    phase's name to [start_s, end_s] or None when it was not measured. `stamp` says which clock the arrivals carry: "kernel" or "user"; `counted_by` how
+    tokens were counted: "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed". `first_tokens` came
+    with the first chunk; `later_tokens` holds the fewest and the most that came after it where nobody knows (empty: the instants tell all that is known).
+    `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the first token that is no
+    reasoning, None where none came; `unsent_tokens` of `output_tokens` were not sent: reasoning, the end of the text (None: nobody knows). `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; others begin with the same `shared_prompt_tokens` on purpose.
+    `notes` name what was odd about the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 
     id: str
@@ -107,6 +106,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     answer_index: int | None = 0
     first_tokens: int = 1
+    later_tokens: list[int] = []
     token_choice: list[int] = []
     notes: list[str] = []
     canary: Canary | None = None

@@ -230,6 +230,9 @@ def _what_is_wrong(request: "RequestRecord") -> str | None:
         return f"answer_index {request.answer_index} is no place in token_s"
     if not 0 <= request.first_tokens <= MOST_TOKENS:
         return f"first_tokens {shown(str(request.first_tokens))} is no count of tokens"
+    later = request.later_tokens
+    if later and not (len(later) == 2 and 0 <= later[0] <= later[1] <= MOST_TOKENS):
+        return "later_tokens is no pair of the fewest and the most"
     if choices and len(choices) != len(tokens):
         return "token_choice is not as long as token_s"
     if choices and not 0 <= min(choices) <= max(choices) <= 10**6:

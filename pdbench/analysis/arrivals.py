@@ -18,15 +18,17 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 COARSE_REQUESTS = 0.01
 """Above this share of answers in larger chunks, no gap of a run is one between tokens."""
-AT_ONCE = 0.05
-"""Within this share of an answer's mean gap of its first arrival, a token has come with it."""
+AT_ONCE, AT_ONCE_S = 0.05, (1e-4, 1e-3)
+"""Up to this share of an answer's usual gap (the median, or where that is one within pieces, the usual large one), and within these limits, an arrival is of the same piece as the one before it."""
+USUAL_LARGE = 0.95
+"""The quantile of an answer's gaps that is its usual large one: between the pieces of a gateway that holds back up to 20 events, and no single stall."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
     """One entry per request: `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
     `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `mean_tbt_bounds_ms` (the least and the most it can be where nobody knows how many
-    tokens were sent), `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant), `coarse` (chunks hold several tokens); NaN is unknown.
+    tokens came after the first arrival; else itself), `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant), `coarse` (chunks hold several tokens); NaN is unknown.
 
     One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
     `coarse_gap` (between chunks of several tokens).
@@ -77,26 +79,25 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     chunks = np.array([record.counted_by in ("chunks", "mixed") for record in records], dtype=bool)
     output_tokens = np.where(np.isnan(reported) & ~(chunks & answered), counts, reported)
     # From the first instant to the last there are all tokens but those that came at the first, or were never sent.
-    sequence, choices = np.cumsum(starts) - 1, np.bincount(request[head], minlength=len(records))
+    choices = np.bincount(request[head], minlength=len(records))
     lasted_s = token_s[tail] - token_s[head]
     span_s = np.bincount(request[head], lasted_s, minlength=len(records))
     sent = np.where(counted, output_tokens - column(records, "unsent_tokens"), counts)
     coarse = ok & np.array([record.coarse for record in records], dtype=bool)
-    # A gateway that holds events back writes them as one piece or one right after the other; the last piece's are among those after the first.
-    at_once_s = AT_ONCE * lasted_s / np.maximum(tail - head, 1)
-    at_first = np.bincount(request, token_s - token_s[head][sequence] <= at_once_s[sequence], minlength=len(records))
+    at_first = np.bincount(request[head], _in_first_piece(token_s, head, tail), minlength=len(records)).astype(float)
     first_chunk = column(records, "first_tokens")
     with np.errstate(divide="ignore", invalid="ignore"):
         of_chunks = first_chunk + (at_first - 1) * (sent - first_chunk) / (counts - 1)
-        heads = np.where(coarse & chunks, of_chunks, np.maximum(first_chunk, at_first))
+        heads = np.where(chunks, first_chunk + at_first - 1, np.maximum(first_chunk, at_first))
+        heads = np.where(coarse & chunks, of_chunks, heads)
         heads = np.where(choices > 1, at_first * np.where(coarse, sent / counts, 1.0), heads)
-        # What is known to have come later: the instants at least, at most all tokens that the server counts.
-        fewest, most = counts - at_first, np.where(np.isnan(output_tokens), np.inf, output_tokens - at_first)
+        fewest, most = _later_bounds(records, counts, at_first, choices, np.where(np.isnan(sent), output_tokens, sent))
+        estimated = np.isnan(sent) | coarse | chunks & (output_tokens > counts)
+        later = np.where(estimated, np.clip(sent - heads, fewest, most), sent - heads)
         mean_tbt_ms, least_ms, most_ms = (
-            np.where(ok & (span_s > 0) & (later > 0), span_s / later * 1e3, np.nan)
-            for later in (sent - heads, most, fewest)
+            np.where(ok & (span_s > 0) & (tokens > 0), span_s / tokens * 1e3, np.nan)
+            for tokens in (later, np.where(estimated, most, later), np.where(estimated, fewest, later))
         )
-        least_ms, most_ms = (np.where(np.isnan(sent), bound_ms, mean_tbt_ms) for bound_ms in (least_ms, most_ms))
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
     # A few answers in larger chunks are left out; where there are more, the run has none.
     no_gaps = coarse | (coarse.sum() > COARSE_REQUESTS * ok.sum())
@@ -117,6 +118,35 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         is_gap=~starts[1:] & ok[request[1:]],
         coarse_gap=no_gaps[request[1:]],
     )
+
+
+def _in_first_piece(token_s: Array, head: IntArray, tail: IntArray) -> IntArray:
+    """How many arrivals of each sequence came with its first: a gateway that holds events back writes them as one piece or one right after the
+    other. (The last piece's are among those after the first.)"""
+    count = np.ones(len(head), dtype=np.int64)
+    for row in np.flatnonzero((tail > head) & (token_s[np.minimum(head + 1, tail)] - token_s[head] <= AT_ONCE_S[1])):
+        gaps_s = np.diff(token_s[head[row] : tail[row] + 1])
+        median_s = np.quantile(gaps_s, 0.5, method="lower")
+        large_s = np.quantile(gaps_s, USUAL_LARGE, method="higher")
+        usual_s = median_s if median_s > AT_ONCE_S[1] else large_s  # most gaps are within pieces, or none is
+        limit_s = min(max(AT_ONCE * usual_s, min(AT_ONCE * gaps_s.mean(), AT_ONCE_S[0])), AT_ONCE_S[1])
+        later = gaps_s > limit_s
+        count[row] += later.argmax() if later.any() else len(gaps_s)
+    return count
+
+
+def _later_bounds(
+    records: Sequence[RequestRecord], counts: IntArray, at_first: Array, choices: IntArray, sent: Array
+) -> tuple[Array, Array]:
+    """How many tokens came after the first arrival: the instants at least, at most all others that were sent; or what the text says."""
+    fewest, most = counts - at_first, np.where(np.isnan(sent), np.inf, sent - at_first)
+    for row, record in enumerate(records):
+        if record.later_tokens:
+            least, beyond = record.later_tokens
+            more = at_first[row] - choices[row]  # pieces of the first arrival beside the first chunk
+            fewest[row] = max(fewest[row], least) if not more else fewest[row]
+            most[row] = max(fewest[row], beyond - more)
+    return fewest, most
 
 
 def column(records: Sequence[RequestRecord], name: str) -> Array:

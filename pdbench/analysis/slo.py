@@ -46,7 +46,7 @@ def undecided_flag(slo: Judged) -> Iterator[Flag]:
         )
         yield Flag(
             "slo-undecided",
-            f"{few} of {len(slo.undecided)} requests may be within the limits of TBT or not, as their chunks hold several tokens; {given}",
+            f"{few} of {len(slo.undecided)} requests may be within the limits of TBT or not, as nobody knows how many tokens their chunks hold; {given}",
         )
 
 

@@ -233,11 +233,12 @@ class Counter:
             record.reasoning_tokens = self._reasoning_chunks
         ended = (record.finish_reason or "length").lower() not in _LIMITS
         if not self._reasoning and not self._reasoning_chunks and not self.tools and ended and total is not None:
-            # The token that ends the text is counted, but no chunk holds it.
-            record.unsent_tokens = total - instants if 0 < total - instants <= max(1, self.finished) else 0
-        if record.error is None and record.coarse:
-            record.first_tokens = self._first_tokens(instants, texts)
-            if not self.by_chunks:
+            # The token that ends the text is counted, but no chunk holds it; text may show that a chunk holds one more instead.
+            missing = total - (max(instants, fewest_tokens(texts)) if self.by_chunks else instants)
+            record.unsent_tokens = max(0, missing) if total - instants <= max(1, self.finished) else 0
+        if record.error is None and total is not None and total > instants and (record.coarse or self.by_chunks):
+            self._bound_first(instants, texts, ended=ended)
+            if record.coarse and not self.by_chunks:
                 self._note(HELD_BACK)
 
     def short(self, asked: Asked) -> str | None:
@@ -360,12 +361,29 @@ class Counter:
             return self._reasoning
         return None if self._reasoning > max(1, COARSE_SHARE * total) else 0
 
-    def _first_tokens(self, instants: int, texts: list[str]) -> int:
-        """The tokens of the first chunk where chunks hold several: by its share of the text, as every later instant has one at least."""
-        known, sent = self.record.first_tokens, (self.record.output_tokens or 0) - (self.record.unsent_tokens or 0)
+    def _bound_first(self, instants: int, texts: list[str], *, ended: bool) -> None:
+        """The tokens of the first chunk where chunks may hold several: by its share of the text if they do, within what the text allows; and the
+        fewest and the most that came after it, where the one that ends the text may have been sent or not."""
+        record, known, total = self.record, self.record.first_tokens, self.record.output_tokens or 0
+        sent, most = total - (record.unsent_tokens or 0), total - (record.unsent_tokens or 0 if self._reasoning else 0)
         first, size = texts[:1] if self._first_text is None else [self._first_text], bytes_of(texts)
-        share = bytes_of(first) / size if size else 1 / instants
-        return max(known, min(round(share * sent), sent - (instants - known)))
+        least_first, first_size, choices = (
+            max(known, fewest_tokens(first)),
+            bytes_of(first),
+            len(set(record.token_choice)) or 1,
+        )
+        share = first_size / size if size else 1 / instants
+        later = max(instants - known, fewest_tokens(texts) - fewest_tokens(first))
+        record.first_tokens = max(
+            known, min(max(round(share * sent) if record.coarse else 1, least_first), sent - later)
+        )
+        if choices > 1:
+            record.later_tokens = [instants - choices, max(instants, most) - choices]
+        elif record.unsent_tokens is not None:
+            if first_size and not self.tools:  # a token has a byte at least
+                later = max(later, most - ended - max(known, first_size))
+            later = max(0, min(later, most - known))
+            record.later_tokens = [later, max(later, most - least_first)]
 
     def _note(self, note: str) -> None:
         if note not in self.record.notes:

@@ -39,14 +39,15 @@ def are_tokens(texts: Sequence[str]) -> bool:
 
 def echoed_chunks(texts: Sequence[str], prompt: object) -> int:
     """How many of the first chunks repeat the prompt; 0 where the first ones are not it."""
-    so_far, wanted = "", prompt.strip() if isinstance(prompt, str) else ""
+    echoed, so_far, wanted = 0, "", prompt.strip() if isinstance(prompt, str) else ""
     for place, text in enumerate(texts, 1):
         so_far += text
-        if wanted and so_far.strip() == wanted:
-            return place
-        if len(so_far) > len(str(prompt)):
+        # The whitespace at its end may come in chunks of its own, or not at all.
+        if wanted and so_far.strip() == wanted and (not echoed or str(prompt).lstrip().startswith(so_far.lstrip())):
+            echoed = place
+        elif echoed or len(so_far) > len(str(prompt)):
             break
-    return 0
+    return echoed
 
 
 def coarse(texts: Sequence[str]) -> bool:
