@@ -20,7 +20,7 @@ from pdbench.config import LoadConfig, is_open_loop
 from pdbench.errors import UserError
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
-Unjudged = Literal["one-trial", "few-values", "zero"]
+Unjudged = Literal["one-trial", "few-values", "zero", "slo-undecided"]
 Starts = Literal["each", "joined", "one", "unknown"]
 """Whether every trial had its own server start, some shared one, or all did."""
 LEVEL = 0.05
@@ -65,12 +65,15 @@ class Difference:
 
     @property
     def change(self) -> float | None:
-        """B / A as it was seen, whether or not an interval can be drawn; None where either is not positive."""
-        return self.b / self.a if self.a > 0 and self.b > 0 else None
+        """B / A as it was seen, whether or not an interval can be drawn; None where either is not positive, or is a bound."""
+        known = self.unjudged != "slo-undecided" and self.a > 0 and self.b > 0
+        return self.b / self.a if known else None
 
     @property
     def leaning(self) -> Verdict:
-        """What one trial hints at: better or worse when it changed by more than 5 %, else the same."""
+        """What one trial hints at: better or worse when it changed by more than 5 %, else the same; of bounds nothing."""
+        if self.unjudged == "slo-undecided":
+            return "unjudged"
         change = self.change
         if change is None or 1 / (1 + NOTABLE) <= change <= 1 + NOTABLE:
             return "same"
@@ -155,6 +158,7 @@ def compare(
         design = "joined"
     other_count = any(mismatch.what == COUNTED_BY for mismatch in mismatches)
     other_slo = any(mismatch.what.startswith("load, slo_") for mismatch in mismatches)
+    at_least = any(flag.name == "slo-undecided" for run in (a, b) for flag in run.flags)
     stopped_by = (b.config.get("pairs") or {}).get("until", "").partition("<")[0].strip()
     by_arrivals = SET_BY_ARRIVALS if is_open_loop(b.config.get("load") or {}) else ()
     lines = [
@@ -165,6 +169,7 @@ def compare(
             design,
             confidence=STOPPING_CONFIDENCE if name == stopped_by else 0.95,
             within_is_same=name in by_arrivals,
+            is_bound=at_least and name.startswith("goodput_"),
         )
         for name, metric in METRICS.items()
         if name in a.figures and name in b.figures
@@ -300,10 +305,16 @@ def _gpus_found(run: RunAnalysis) -> dict[str, Any]:
 
 
 def judge(
-    metric: Metric, a: Figure, b: Figure, design: Design, confidence: float = 0.95, within_is_same: bool = False
+    metric: Metric,
+    a: Figure,
+    b: Figure,
+    design: Design,
+    confidence: float = 0.95,
+    within_is_same: bool = False,
+    is_bound: bool = False,
 ) -> Difference:
     """Better or worse when the ratio's interval excludes 1; the same when it lies within 5 % of it (and, unless `within_is_same`, contains it);
-    else unclear."""
+    else unclear. Not judged where a figure `is_bound`: what it is at least."""
     common = sorted(a.trials.keys() & b.trials.keys())
     left, right = (
         np.array(list(figure.trials.values()) if design == "apart" else [figure.trials[index] for index in common])
@@ -311,6 +322,8 @@ def judge(
     )
     values = None if a.count is None or b.count is None else min(a.count, b.count)
     seen = Difference(metric=metric, a=a.value, b=b.value, trials=min(len(left), len(right)), values=values)
+    if is_bound:
+        return replace(seen, unjudged="slo-undecided")
     if seen.trials < 2:
         return replace(seen, unjudged="one-trial")
     if values is not None and values < (metric.values_needed or 0):

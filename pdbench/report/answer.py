@@ -38,6 +38,8 @@ def judgement(line: Difference) -> str:
         reason = _("not judged: it was zero in a trial")
         if line.unjudged == "few-values":
             reason = _("not judged: {0} values, needs {1}", line.values, line.metric.values_needed)
+        if line.unjudged == "slo-undecided":
+            reason = _("not judged: a lower bound (slo-undecided)")
         return f"{change}, {reason}" if change else reason
     if line.verdict in ("better", "worse"):
         return times(line.ratio)
@@ -137,6 +139,8 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     first = lines.get(comparison.primary)
     if first is not None and first.verdict == "unclear":
         parts.append(_("{0} not decided", title(first.metric.name)))
+    if first is not None and first.unjudged == "slo-undecided":
+        parts.append(f"{title(first.metric.name)} {judgement(first)}")
     if comparison.one_trial:
         parts = [_("one trial, nothing is decided")]
     names = list(dict.fromkeys(name for run in comparison.names for name in flag_names(runs[run])))

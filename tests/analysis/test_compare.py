@@ -11,6 +11,7 @@ from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.statistics import effect, holm
 from pdbench.errors import UserError
 from pdbench.records import Clock
+from pdbench.report import answer
 from tests.support.runs import build_run
 
 ENERGY = METRICS["j_per_output_token"]
@@ -184,6 +185,29 @@ def test_figure_that_is_zero_in_a_trial_has_a_difference_but_no_ratio():
     line = judge(METRICS["goodput_requests_per_s"], figure(0.0, 1.0, 0.5), figure(5.0, 6.0, 5.5), "pairs")
     assert (line.verdict, line.unjudged, line.ratio) == ("unjudged", "zero", None)
     assert line.difference.value == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("trials", [3, 1])
+@pytest.mark.parametrize("undecided_in", [0, 1])
+def test_goodput_that_is_a_lower_bound_is_not_judged(undecided_in, trials):
+    """Two runs of the same instants; in one the last half of every 20th answer came as one chunk, of which nobody knows the gaps."""
+    load = {"concurrency": 1, "requests": 80, "output_tokens": 64, "slo_tbt_p99_ms": 70.0}
+    runs = [build_run(name, requests=80, trials=trials, gpu=False, load=load) for name in ("a", "b")]
+    for record in runs[undecided_in].requests[::20]:
+        record.token_s, record.counted_by = [*record.token_s[:32], record.token_s[-1]], "token_ids"
+    compared = compare_runs(*runs)
+    line = line_of(compared, compared.primary)
+    assert line.metric.name == "goodput_requests_per_s" and abs(line.b / line.a - 1) > 0.04
+    assert (line.verdict, line.unjudged, line.change, line.leaning) == ("unjudged", "slo-undecided", None, "unjudged")
+    assert answer.verdict(line) == "not judged: a lower bound (slo-undecided)"
+    assert "Goodput" in {group: names for group, _, names in answer.groups(compared)}["unjudged"]
+    results = thresholds.evaluate(
+        compared, [thresholds.parse(f"goodput_requests_per_s < -{limit}%") for limit in (2, 50)]
+    )
+    assert [result.outcome for result in results] == ["uncertain"] * 2 and thresholds.exit_code(results) == 3
+    assert "slo-undecided" in answer.threshold(results[0])
+    if trials > 1:
+        assert line_of(compared, "output_tokens_per_s").verdict == "same"
 
 
 def test_runs_with_nothing_in_common_compare_to_nothing():
