@@ -161,15 +161,16 @@ class Loads:
         took_s = time.monotonic() - begin_s
         timings = timings_of(run)
         slo = timings.slo
-        if slo.in_slo is None or not slo.goodput_known:
+        if slo.in_slo is None or slo.nothing_judged:
+            why = "each may be within the limits of TBT or not, as its chunks hold several tokens (slo-undecided, docs/metrics.md)"
             raise UserError(
-                f"{deployment.name}: tokens could not be counted, so nobody knows what meets the SLO (docs/load.md)"
+                f"no request of {folder} could be judged: {why if slo.undecided.any() else 'there is no SLO'}"
             )
         if "refused" in timings.requests.error:
             raise UserError(
                 f"connections were refused during {folder}, which is not counted: do the servers still run?"
             )
-        known, held = slo.known, judge.held if judge else None
+        held, counted = judge.held if judge else None, int(slo.counted.sum())
         scores = outcome_of(run, load.rate or 0.0, held).score
         used = float(np.quantile(scores, self.attain, method="inverted_cdf")) if len(scores) else inf
         point = Point(
@@ -177,8 +178,8 @@ class Loads:
             run=str((folder / f"{run.name}_results").relative_to(self.out)),
             rate_per_s=load.rate,
             setting=setting,
-            requests=int(known.sum()),
-            attained_pct=100 * float(slo.in_slo.sum() / max(1, known.sum())),
+            requests=counted,
+            attained_pct=100 * float(slo.in_slo.sum() / max(1, counted)),
             slo_used=used if isfinite(used) else None,
             held=held,
             limited_by=_limit(timings),
@@ -203,8 +204,8 @@ def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
     """What a load came to, up to the first request that was cut off before it had missed. One that nobody can judge has missed."""
     timings = timings_of(run)
     slo, ok = timings.slo, timings.requests.ok & ~timings.slo.undecided
-    unknown = np.flatnonzero(~slo.known & ~slo.undecided)
-    end = int(unknown[0]) if len(unknown) else len(slo.known)
+    unknown = np.flatnonzero(~slo.counted)
+    end = int(unknown[0]) if len(unknown) else len(slo.counted)
     cut = np.array([kind == failures.INTERRUPTED for kind in timings.requests.error], dtype=bool)
     worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in slo.ratios.values()], axis=0)
     score = np.where(ok | cut, worst, inf)[:end]

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from pdbench import slo_search
+from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options
+from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import Progress
-from pdbench.records import RequestRecord, Run
+from pdbench.records import RequestRecord, Run, load_run
 from pdbench.search.rates import Search
 from pdbench.slo_loads import LoadJudge, settle_s
 from pdbench.slo_search import Goal
@@ -101,3 +103,42 @@ def test_run_at_the_rate_found_lasts_until_idle_servers_are_busy(tmp_path: Path)
     last = law.loads[-1]
     assert entry.rate_per_s == pytest.approx(last.rate, rel=1e-3)
     assert last.requests / last.rate >= settle_s(load, 3.0) > 15 > 40 / last.rate
+
+
+class InChunks(Law):
+    """Every `every`-th answer comes in two chunks 60 ms apart, and nobody says of how many tokens: the mean TBT is 60 ms or less."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every = every
+
+    def send(self, records: list[RequestRecord], judge: LoadJudge | None) -> float:
+        for record in records[:: self.every]:
+            record.token_s, record.counted_by = record.token_s[::3], "chunks"
+        return super().send(records, judge)
+
+
+def test_answers_that_nobody_can_judge_are_counted_as_missed_and_the_search_goes_on(tmp_path: Path) -> None:
+    (entry,) = (document := search(tmp_path, InChunks(10), goal=Goal(0.8, 0.2))).deployments
+    assert entry.low > 0 and entry.attained_pct is not None and 70 < entry.attained_pct <= 90
+    alone, confirmed = document.points[0], document.points[-1]
+    assert (alone.requests, alone.attained_pct) == (8, 87.5) and confirmed.attained_pct == entry.attained_pct
+
+
+def test_share_within_the_slo_is_that_of_the_search_and_of_goodput(tmp_path: Path) -> None:
+    """One of 30 answers cannot be judged, so that goodput is given: as what it is at least, like the share."""
+    document = search(tmp_path, InChunks(30), goal=Goal(0.8, 0.2))
+    point = document.points[-1]
+    run = load_run(tmp_path / point.run)
+    goodput = analyze(run).summary.goodput
+    assert point.attained_pct == goodput.met_pct < 100
+    assert len(run.requests) == point.requests
+    good = goodput.requests_per_s * (run.trials[0].end_s - run.trials[0].start_s)
+    assert good == pytest.approx(goodput.met_pct / 100 * len(run.requests))
+
+
+def test_load_of_which_nothing_can_be_judged_ends_the_search_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no request of .*one-at-a-time could be judged: .* chunks hold several tokens"
+    ):
+        search(tmp_path, InChunks(1))

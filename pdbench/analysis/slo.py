@@ -25,13 +25,18 @@ UNDECIDED = 0.05
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """One entry per request: `in_slo` (met the SLO for certain; None without one), `ratios` (option -> figure over limit, above 1 missed; the
-    least it can be where it is not known, and of a request that was cut off what it had reached), `known` (met or missed),
-    `undecided` (an answer that may be within the limits or not)."""
+    least it can be where it is not known, and of a request that was cut off what it had reached), `counted` (all but those cut off before
+    they had missed: what shares are of), `undecided` (an answer that may be within the limits or not: counted, as missed)."""
 
     in_slo: BoolArray | None
     ratios: dict[str, Array]
-    known: BoolArray
+    counted: BoolArray
     undecided: BoolArray
+
+    @property
+    def nothing_judged(self) -> bool:
+        """Is there no request of which it is known whether it met the limits?"""
+        return bool(self.undecided.any()) and not (self.counted & ~self.undecided).any()
 
     @property
     def goodput_known(self) -> bool:
@@ -73,7 +78,7 @@ def judge(load: dict[str, Any], arrivals: Arrivals, sent_s: Array, end_s: Array,
     return Judged(
         in_slo=ok & ~may_miss & ~missed if limits else None,
         ratios=ratios,
-        known=~cut & ~undecided | missed,
+        counted=~cut | missed,
         undecided=undecided,
     )
 

@@ -228,7 +228,11 @@ def test_mean_tbt_is_unknown_where_nothing_tells_whether_reasoning_was_sent(size
         figures = timings_of_requests([record], {"slo_tbt_ms": limit})
         assert figures.requests.mean_tbt_ms == pytest.approx([float("nan")], nan_ok=True)
         assert (figures.slo.in_slo.tolist(), figures.slo.undecided.tolist()) == ([met], [undecided])
-        assert figures.slo.known.tolist() == [not undecided] and figures.slo.goodput_known is not undecided
+        assert (
+            figures.slo.counted.all()
+            and figures.slo.nothing_judged is undecided
+            and figures.slo.goodput_known is not undecided
+        )
 
 
 CODE = [

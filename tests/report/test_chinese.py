@@ -31,7 +31,7 @@ ENGLISH = re.compile(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}")
 
 def undecided(few: int) -> Judged:
     rows = np.arange(20)
-    return Judged(in_slo=rows >= few, ratios={}, known=rows >= few, undecided=rows < few)
+    return Judged(in_slo=rows >= few, ratios={}, counted=rows >= 0, undecided=rows < few)
 
 
 def english_in(chinese: str) -> list[str]:
