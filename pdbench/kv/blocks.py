@@ -102,7 +102,7 @@ class BlockPacker:
 
 
 class BlockNumbers:
-    """Numbers of up to `most` blocks on their way to the cache's device, by memory that is made once: to pin some anew takes longer than to
+    """Numbers of up to `most` blocks on their way to the cache's device, by memory that is made once: to pin new memory takes longer than to
     copy the blocks, and each call of torch may have to wait for the interpreter's lock."""
 
     def __init__(self, most: int, device: torch.device) -> None:

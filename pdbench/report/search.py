@@ -43,9 +43,15 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     """
     from pdbench.report import mpl
 
-    analyses, warnings = [], []
+    loaded, analyses, warnings = dict[str, RunAnalysis](), [], []
+
+    def load(run: str) -> RunAnalysis:
+        if run not in loaded:
+            loaded[run] = load_analysis(out / run)
+        return loaded[run]
+
     for point in document.points:
-        analysis = load_analysis(out / point.run)
+        analysis = load(point.run)
         goodput = analysis.summary.goodput
         settled = _settled(analysis)
         point.flags = sorted({flag.name for flag in analysis.flags})
@@ -53,13 +59,13 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
         point.j_per_good_request = goodput.j_per_good_request if settled else None
     for entry in document.deployments:
         if entry.run:
-            analyses.append(load_analysis(out / entry.run))
+            analyses.append(load(entry.run))
             _enter_figures(entry, analyses[-1], document.attain_pct)
         if run := entry.run or (entry.closest and entry.closest.run):
-            warnings += tables.warnings(_named(entry), load_analysis(out / run))
+            warnings += tables.warnings(_named(entry), load(run))
         _enter_scales(entry, document)
         if entry.tuned and entry.tuned.run:
-            analyses.append(load_analysis(out / entry.tuned.run))
+            analyses.append(load(entry.tuned.run))
     document.sentence = sentence(document)
     save(document, out)
     pictures = {}

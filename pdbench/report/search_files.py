@@ -10,7 +10,7 @@ from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import holds, is_edited, sealed, write_whole
-from pdbench.search.document import FILE, Document
+from pdbench.search.document import FILE, Document, Held
 
 JOINED = "joined"
 """The command's key of an answer that was put together."""
@@ -95,20 +95,23 @@ def _name_by_layout(found: Sequence[Document]) -> None:
     for each in found:
         for entry in each.deployments:
             if entry.layout and len(layouts[entry.name]) > 1:
-                for point in each.points:
-                    point.deployment = entry.layout if point.deployment == entry.name else point.deployment
-                entry.name, entry.layout = entry.layout, None
+                _rename(each, entry, entry.layout)
+                entry.layout = None
 
 
 def _name_by_folder(folders: Sequence[Path], found: Sequence[Document]) -> None:
     """Servers given by their URL are all called "bench": several are called by their folders."""
     if [entry.name for each in found for entry in each.deployments].count("bench") > 1:
         for folder, each in zip(folders, found, strict=True):
-            for named, attribute in [(entry, "name") for entry in each.deployments] + [
-                (p, "deployment") for p in each.points
-            ]:
-                if getattr(named, attribute) == "bench":
-                    setattr(named, attribute, folder.resolve().name)
+            for entry in (entry for entry in each.deployments if entry.name == "bench"):
+                _rename(each, entry, folder.resolve().name)
+
+
+def _rename(document: Document, entry: Held, name: str) -> None:
+    """A deployment, and its loads with it."""
+    for point in document.points:
+        point.deployment = name if point.deployment == entry.name else point.deployment
+    entry.name = name
 
 
 def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> None:

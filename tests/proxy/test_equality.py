@@ -172,7 +172,7 @@ FIRST_TOKENS: dict[str, dict[str, Any]] = {
 def test_first_tokens_with_and_without_text(
     single: DeploymentInfo, disaggregated: DeploymentInfo, case: str, ids: bool
 ) -> None:
-    """Prefill's token opens a stream only where it is text by itself; the client cannot tell."""
+    """Prefill's token opens a stream only where its own text is not empty; the client sees no difference."""
     fields = GREEDY | STREAMS["stream"] | FIRST_TOKENS[case] | {"return_token_ids": ids}
     for number in range(10):
         prompt = f"{number} first tokens, of which prefill sends some, and decode the others."
