@@ -204,12 +204,13 @@ def test_instances_are_added_drained_and_removed_at_run_time(tmp_path):
             server.wait_all_healthy()
             assert server.request("POST", "/instances", {"role": "decode", "url": second.url}).status == 409
             assert server.request("POST", "/instances/decode-0/drain").json["state"] == "draining"
-            running = threads.submit(server.complete, stream=True, max_tokens=40, decode={"delay": 0.02})
+            running = threads.submit(server.complete, stream=True, decode={"until": str(tmp_path / "end")})
             wait_until(server.in_flight)
             assert server.request("DELETE", f"/instances/{name}").status == 202
             assert server.complete().status == 503
             assert server.request("POST", "/instances/decode-0/resume").json["state"] == "serving"
             assert server.complete().status == 200
+            (tmp_path / "end").touch()
             assert running.result().events[-1] == b"[DONE]"
             wait_until(lambda: len(server.instances()) == 1)
             assert [len(first.requests()), len(second.requests())] == [1, 1]
@@ -226,12 +227,14 @@ def test_requests_at_prefill_count_at_the_decode_that_was_chosen_for_them(tmp_pa
         proxy(tmp_path, prefill=[prefill], decode=[first, second]) as server,
     ):
         fields = {"stream": True, "max_tokens": 4, "temperature": 0}
-        slow = json.dumps({"decode": {"first": 4}})
-        running = [threads.submit(server.complete, user=slow, **fields)]
+        held = json.dumps({"decode": {"until": str(tmp_path / "decoded")}})
+        running = [threads.submit(server.complete, user=held, **fields)]
         wait_until(lambda: sorted(each["in_flight"] for each in server.instances()) == [0, 0, 1])
-        slow = json.dumps({"prefill": {"first": 2}})
-        running += [threads.submit(server.complete, user=slow, **fields) for _ in range(3)]
+        held = json.dumps({"prefill": {"until": str(tmp_path / "prefilled")}})
+        running += [threads.submit(server.complete, user=held, **fields) for _ in range(3)]
         wait_until(lambda: [each["in_flight"] for each in server.instances()] == [3, 2, 2])
+        for name in ("prefilled", "decoded"):
+            (tmp_path / name).touch()
         assert all(future.result().events[-1] == b"[DONE]" for future in running)
         server.wait_idle()
 
@@ -274,12 +277,14 @@ def test_ctrl_c_in_a_terminal_lets_requests_of_workers_end(tmp_path):
     """It is sent to all processes of the group, and the parent forwards its own."""
     with instance(tmp_path, "d") as decode, ThreadPoolExecutor() as threads:
         with proxy(tmp_path, "--workers", "2", decode=[decode]) as server:
-            running = threads.submit(server.complete, stream=True, max_tokens=40, decode={"delay": 0.05})
+            running = threads.submit(server.complete, stream=True, decode={"until": str(tmp_path / "end")})
             wait_until(server.in_flight)
             processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()]
             group = [each for each in processes if os.getpgid(each.pid) == os.getpgid(server.process.pid)]
             for process in reversed(group):
                 process.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # the signals have come before the request's end
+            (tmp_path / "end").touch()
             assert running.result().events[-1] == b"[DONE]"
             assert server.process.wait(60) == 0
 
@@ -299,9 +304,11 @@ def test_workers_share_port_and_instances(tmp_path):
         with proxy(tmp_path, *options, prefill=[prefill], decode=[decode]) as server:
             children = [child.pid for child in psutil.Process(server.process.pid).children()]
             assert len(children) == 3
-            futures = [threads.submit(server.complete, True, max_tokens=200, decode={"delay": 0.02}) for _ in range(12)]
+            held = {"until": str(tmp_path / "end")}
+            futures = [threads.submit(server.complete, True, decode=held) for _ in range(12)]
             # Requests at prefill count too, so the sum passes through 12 while streams begin: six equal answers end that.
             wait_until(lambda: {server.in_flight() for _ in range(6)} == {12})
+            (tmp_path / "end").touch()
             assert all(future.result().events[-1] == b"[DONE]" for future in futures)
             metrics = {server.request("GET", "/metrics").body.count(b"_requests_total{") for _ in range(6)}
             assert metrics == {1}

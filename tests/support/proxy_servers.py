@@ -1,6 +1,7 @@
 """A scripted vLLM instance for the proxy's tests: a process that can be killed and paused, with thousands of streams at once.
 
 A request says how it is to be answered, {"decode": {"tokens": 20, "delay": 0.01}}; requests and aborts are logged as JSON lines.
+{"until": PATH} keeps an answer, a stream's last token, until that file exists: for what must be seen while requests are in flight.
 Try: python -m tests.support.proxy_servers --port 8100 --log requests.jsonl
 """
 
@@ -33,6 +34,12 @@ def answered(body):
 
 def usage(prompt, completion):
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def wait_for(path):
+    """Return when `path` names a file; at once if there is none to wait for."""
+    while path and not Path(path).exists():
+        await asyncio.sleep(0.01)
 
 
 class Connection(asyncio.Protocol):
@@ -118,6 +125,7 @@ class Connection(asyncio.Protocol):
         if body.get("stream"):
             return await self.stream(script, body, path)
         await asyncio.sleep(script["delay"] * script["tokens"])
+        await wait_for(script.get("until"))
         if script["end"] == "cut-off":
             self.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
             await asyncio.sleep(0.05)
@@ -146,6 +154,8 @@ class Connection(asyncio.Protocol):
         for i in range(merged - 1, count):
             if i >= merged:
                 await asyncio.sleep(script["delay"])
+            if i == count - 1:
+                await wait_for(script.get("until"))
             numbers = range(before, before + merged) if i == merged - 1 else range(before + i, before + i + 1)
             text, ids = "".join(f" t{number}" for number in numbers), [FIRST_ID + number for number in numbers]
             if numbers[0] == 0:
