@@ -54,11 +54,13 @@ class _Answer(msgspec.Struct):
 
 
 class First(NamedTuple):
-    """Prefill's token: the client's first event, the request for the tokens after it, how many of its prompt's tokens have KV."""
+    """Prefill's token: the client's first event, the request for the tokens after it, how many of its prompt's tokens have KV,
+    how many tokens prompt and answer may have together, and the token."""
 
     event: bytes
     rest: ClientRequest
     prompt_tokens: int
+    total_tokens: int
     text: str
     token_id: int
 
@@ -102,12 +104,14 @@ def read(request: ClientRequest, answer_body: bytes) -> First | None:
         event_choice |= {"prompt_token_ids": choice.prompt_token_ids, "token_ids": choice.token_ids}
     event = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": answer.model}
     encoded = msgspec.json.encode({**event, "choices": [event_choice], "usage": None})
+    limit = _max_tokens(request.fields)
     fields: Fields = request.fields | {
         "prompt": msgspec.Raw(b"%b,%d]" % (prompt_ids.rstrip()[:-1], choice.token_ids[0])),
-        "max_tokens": msgspec.Raw(b"%d" % (_max_tokens(request.fields) - 1)),
+        "max_tokens": msgspec.Raw(b"%d" % (limit - 1)),
     }
     rest = replace(request, body=msgspec.json.encode(fields), fields=fields)
-    return First(b"data: %b\n\n" % encoded, rest, prompt_ids.count(b",") + 1, choice.text, choice.token_ids[0])
+    tokens = prompt_ids.count(b",") + 1
+    return First(b"data: %b\n\n" % encoded, rest, tokens, tokens + limit, choice.text, choice.token_ids[0])
 
 
 @dataclass(slots=True)

@@ -245,7 +245,9 @@ class RequestHandler:
         check_answer(self.prefill)
         if self.wants_first_token:
             self.wants_first_token = False
-            if first := first_token.read(request, self.prefill.body):
+            first, longest = first_token.read(request, self.prefill.body), context.table.max_model_len(decode)
+            # What decode will refuse, since the context does not hold it, must not begin.
+            if first and (longest is None or first.total_tokens <= longest):
                 # The client's stream opens with prefill's token; from here on `request` is for the tokens after it.
                 self._note_instants()
                 headers = [(b"content-type", _EVENT_STREAM), *self._timing_header()]

@@ -82,7 +82,7 @@ def parse_address(text: str, default_kv_port: int) -> Address:
 
 class _Slot(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("generation", "role", "state", "healthy", "failures")),
+        *((name, ctypes.c_int64) for name in ("generation", "role", "state", "healthy", "failures", "max_model_len")),
         ("address", ctypes.c_char * _ADDRESS_BYTES),
     )
 
@@ -120,7 +120,7 @@ class InstanceTable:
             slot = self._slots[index]
             slot.generation += 1
             slot.role = ROLES.index(role)
-            slot.healthy = slot.failures = 0
+            slot.healthy = slot.failures = slot.max_model_len = 0
             slot.address = f"{address.host} {address.port} {address.kv_host} {address.kv_port}".encode()
             for load in self._loads[index]:
                 load.requests = load.tokens = 0
@@ -145,10 +145,12 @@ class InstanceTable:
             if slot := self._slot(instance):
                 slot.state = state
 
-    def passed(self, instance: Instance) -> None:
-        """A health check passed: the instance is in."""
+    def passed(self, instance: Instance, max_model_len: int | None = None) -> None:
+        """A health check passed: the instance is in, and takes requests of up to this many tokens (None: as before)."""
         if slot := self._slot(instance):
             slot.failures, slot.healthy = 0, 1
+            if max_model_len is not None:
+                slot.max_model_len = max_model_len
 
     def failed(self, instance: Instance, limit: int) -> None:
         """A health check or a request failed there; `limit` failures in a row take the instance out."""
@@ -165,6 +167,10 @@ class InstanceTable:
 
     def healthy(self, instance: Instance) -> bool:
         return bool(self._slots[instance.slot].healthy)
+
+    def max_model_len(self, instance: Instance) -> int | None:
+        """The most tokens of prompt and output together that the instance takes, None where it does not say."""
+        return self._slots[instance.slot].max_model_len or None
 
     def state(self, instance: Instance) -> State:
         return State(self._slots[instance.slot].state)

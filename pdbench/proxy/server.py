@@ -179,7 +179,7 @@ async def _work(context: ProxyContext, listener: socket.socket) -> None:
     context.pool.relay.start()
     background = [asyncio.create_task(tick())]
     if context.table.worker == 0:
-        background.append(asyncio.create_task(watch_health(context.pool)))
+        background.append(asyncio.create_task(watch_health(context.pool, context.upstream_key)))
     connection = partial(ClientConnection, partial(routes.serve, context), config, clients)
     server = await loop.create_server(connection, sock=listener, backlog=4096)
     gc.collect()

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import httptools
+import msgspec
 
 from pdbench.config import ProxyConfig
 from pdbench.proxy.instances import Address, Instance, InstanceTable, State
@@ -24,6 +25,17 @@ MAX_BODY_BYTES = 256 * 2**20
 HEALTH_TIMEOUT_S = 5.0
 # Between checks of an instance that is out.
 _HEALTH_RETRY_S = 0.25
+
+
+class _Model(msgspec.Struct):
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_decode_models = msgspec.json.Decoder(_Models).decode
 
 
 class ConnectionPool:
@@ -297,8 +309,8 @@ class InstanceConnection(asyncio.Protocol):
         request.end(None)
 
 
-async def watch_health(pool: ConnectionPool) -> None:
-    """Check every instance forever, and remove those that have left. One worker does it for all."""
+async def watch_health(pool: ConnectionPool, key: bytes) -> None:
+    """Check every instance forever, and remove those that have left. One worker does it for all; `key` is for the instances."""
     checks: dict[Instance, asyncio.Task[None]] = {}
     while True:
         instances = pool.table.all()
@@ -306,26 +318,43 @@ async def watch_health(pool: ConnectionPool) -> None:
             if pool.table.state(instance) == State.LEAVING and pool.table.load(instance)[0] == 0:
                 pool.table.set_state(instance, State.REMOVED)
             elif instance not in checks or checks[instance].done():
-                checks[instance] = asyncio.create_task(_check_health(pool, instance))
+                checks[instance] = asyncio.create_task(_check_health(pool, instance, key))
         for removed in checks.keys() - set(instances):
             checks.pop(removed).cancel()
         await asyncio.sleep(min(_HEALTH_RETRY_S, pool.config.health_interval_s))
 
 
-async def _check_health(pool: ConnectionPool, instance: Instance) -> None:
+async def _check_health(pool: ConnectionPool, instance: Instance, key: bytes) -> None:
     """One check, and the wait before the next."""
     table, config = pool.table, pool.config
-    data = f"GET /health HTTP/1.1\r\nHost: {instance.address.netloc}\r\n\r\n".encode()
+    request = await _ask(pool, instance, b"/health", key)
+    if request.error is None and request.status is not None:
+        if request.status < 500:  # servers without a /health answer 404, and they are alive too
+            known = table.healthy(instance) or instance.role != "decode"
+            table.passed(instance, None if known else await _max_model_len(pool, instance, key))
+        else:
+            table.failed(instance, config.unhealthy_after)
+    wait_s = config.health_interval_s
+    await asyncio.sleep(wait_s if table.healthy(instance) else min(wait_s, _HEALTH_RETRY_S))
+
+
+async def _max_model_len(pool: ConnectionPool, instance: Instance, key: bytes) -> int:
+    """The most tokens of a request that the instance's models take, as vLLM lists them; 0 where it does not say."""
+    request = await _ask(pool, instance, b"/v1/models", key)
+    try:
+        return min(m.max_model_len for m in _decode_models(request.body).data if m.max_model_len)
+    except (msgspec.MsgspecError, ValueError):
+        return 0
+
+
+async def _ask(pool: ConnectionPool, instance: Instance, path: bytes, key: bytes) -> UpstreamRequest:
+    """A finished request of the proxy's own."""
+    authorization = b"Authorization: Bearer %b\r\n" % key if key else b""
+    data = b"GET %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (path, instance.address.netloc.encode(), authorization)
     request = UpstreamRequest(pool, instance, "health", data, tokens=0, timeout_s=HEALTH_TIMEOUT_S, requests=0)
     try:
         # Without the shield a cancelled check would cancel `finished`, and the request could not close its connection.
         await asyncio.shield(request.finished)
     finally:
         request.end("the check was cancelled")
-    if request.error is None and request.status is not None:
-        if request.status < 500:  # servers without a /health answer 404, and they are alive too
-            table.passed(instance)
-        else:
-            table.failed(instance, config.unhealthy_after)
-    wait_s = config.health_interval_s
-    await asyncio.sleep(wait_s if table.healthy(instance) else min(wait_s, _HEALTH_RETRY_S))
+    return request

@@ -43,8 +43,9 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "a choice": {"structured_outputs": {"choice": ["yes", "no"]}, "ignore_eos": False},
     "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5},
     "beyond the context": {"prompt": IDS * 200},
-    # In a stream that prefill opens it is an error event: docs/proxy.md.
-    "output beyond the context": {"max_tokens": 100000, "stream": False, "stream_options": None},
+    "output beyond the context": {"max_tokens": 100000},
+    "output just beyond the context": {"prompt": IDS, "max_tokens": 512 - len(IDS) + 1},
+    "output up to the context": {"prompt": IDS, "max_tokens": 512 - len(IDS)},
     "no tokens": {"max_tokens": 0},
     "a negative limit": {"max_tokens": -3},
     "a temperature that is none": {"temperature": -1},

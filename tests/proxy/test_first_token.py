@@ -195,6 +195,18 @@ def test_client_leaving_at_the_first_token_lets_decode_fetch_the_kv(early, pair)
     early.wait_idle()
 
 
+@pytest.mark.parametrize("mode", ["prefill", "either"])
+def test_answer_that_the_context_does_not_hold_is_decodes_to_refuse(pair, tmp_path, mode):
+    with (
+        instance(tmp_path, "short", "--max-model-len", "8") as short,
+        proxy(tmp_path, "--first-token", mode, prefill=[pair[0]], decode=[short]) as server,
+    ):
+        refused = server.complete(**GREEDY, **script(decode=LATER | {"status": 400}))  # 5 tokens and 4
+        assert (refused.status, refused.json["error"]["message"]) == (400, "scripted")
+        answer = server.complete(**GREEDY | {"max_tokens": 3}, **script(decode=LATER))
+        assert texts(answer) == TEXTS[:3] and server.event(answer.request_id)["first_token_s"] is not None
+
+
 # Long enough for prefill's token to come first on a busy machine.
 LATER = {"first": 1.0}
 

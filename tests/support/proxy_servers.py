@@ -43,8 +43,9 @@ async def wait_for(path):
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, log, health, same_answer):
-        self.log, self.health, self.same_answer = log, health, same_answer
+    def __init__(self, options, health):
+        self.log, self.same_answer, self.max_model_len = options.log, options.same_answer, options.max_model_len
+        self.health = health
         self.parser = httptools.HttpRequestParser(self)
         self.url, self.headers, self.body, self.task, self.request_id = b"", {}, b"", None, None
 
@@ -95,9 +96,10 @@ class Connection(asyncio.Protocol):
             if '"stream":true' not in request["body"].replace(" ", ""):
                 return self.respond(200, document)
             return self.write(SSE_HEAD, chunk(event(document) + event(b"[DONE]")), chunk(b""))
-        self.note({"event": "request", "at_s": time.monotonic(), **request})
         if path == "/v1/models":
-            return self.respond(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+            model = {"id": "m", "object": "model", "max_model_len": self.max_model_len}
+            return self.respond(200, {"object": "list", "data": [model]})
+        self.note({"event": "request", "at_s": time.monotonic(), **request})
         body = json.loads(request["body"])
         limit = body.get("max_output_tokens", body.get("max_tokens", 3))
         script = {
@@ -196,10 +198,11 @@ async def main():
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", required=True)
     parser.add_argument("--same-answer", action="store_true", help="answer every request alike, valid or not")
+    parser.add_argument("--max-model-len", type=int, help="the context that /v1/models lists")
     options = parser.parse_args()
     health = {"status": 200}
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(options.log, health, options.same_answer), "127.0.0.1", options.port, backlog=4096
+        lambda: Connection(options, health), "127.0.0.1", options.port, backlog=4096
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
