@@ -8,7 +8,6 @@ from typing import Any, cast, get_args
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import IntArray
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import is_open_loop
 from pdbench.errors import UserError
@@ -40,10 +39,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         counts[role] = max(counts.get(role, 0), number)
     layout = Layout(cast(Kind, run.name), counts)
     demands = [demand_of(run, next(part for part in parts if part.index == index)) for index in trials]
-    differs, computed = [], np.concatenate([demand.prompt_tokens - demand.cached_tokens for demand in demands])
-    why = None
+    differs = []
     for role in counts:
-        why = why or unmeasured(calibration, run, role, computed)
         calibration, limited = _as_served(calibration, run, role)
         differs += [f"{role}'s {LIMIT_WORDS.get(name, name)}" for name in limited]
         if sized(calibration, layout).gpus_each.get(role, 1) != gpus_each(run, role):
@@ -55,7 +52,6 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         limits = None, None  # the run's goodput is within those, too
     words = f"the arrivals of {path}"
     blind = predict(calibration, layout, lambda draw: demands, words, slo=limits, draws=draws, anyway=True)
-    blind = msgspec.structs.replace(blind, refusal=blind.refusal or why)
     speeds: dict[tuple[int, Role], dict[str, Any]] = {
         (trial, role): own_speed(calibration, [p for p in parts if (p.index, p.role) == (index, role)])
         for trial, index in enumerate(trials)
@@ -106,36 +102,6 @@ def _as_served(calibration: Calibration, run: Run, role: Role) -> tuple[Calibrat
     pairs = {name: (getattr(limits, name), getattr(before, name)) for name in (*ALIKE_LIMITS, "kv_cache_tokens")}
     others = [name for name, (now, then) in pairs.items() if now != then and None not in (now, then)]
     return msgspec.structs.replace(calibration, roles=roles), others
-
-
-def unmeasured(calibration: Calibration, run: Run, role: Role, prompts: IntArray) -> str | None:
-    """Why the steps of this run's `prompts` (tokens to compute) are of a kind that the calibration did not see: smaller chunks, or launched otherwise."""
-    try:
-        calibrated = role_of(calibration, role)
-    except UserError:
-        return None  # predict says what is missing
-    before, now = calibrated.engine.limits, limits_of(run, role)[0]
-    if not calibrated.computes:
-        return None
-    shortest, longest = calibrated.prompt_lengths
-    chunk = min(now.max_num_batched_tokens, round(float(np.quantile(prompts, 0.95))))
-    usual = min(before.max_num_batched_tokens, shortest)
-    if chunk < 0.8 * usual and not calibrated.knows_lengths:
-        return (
-            f"prompts are computed {chunk} tokens at a time, and {role} was calibrated with {usual} and more: what a token costs is not known; "
-            "measure spread lengths (`pdbench calibrate`), or calibrate with the same --max-num-batched-tokens"
-        )
-    if chunk <= now.captured and shortest > before.captured:
-        return (
-            f"steps of {chunk} tokens are within the CUDA graphs, and {role} was calibrated with prompts beyond them: "
-            "how long such a launch takes is not known; calibrate with the same graph sizes"
-        )
-    if chunk > now.captured and longest <= before.captured and calibrated.engine.costs.host_eager_s is None:
-        return (
-            f"steps of {chunk} tokens are beyond the CUDA graphs, and {role} was calibrated with prompts within them: "
-            "how long such a launch takes is not known; calibrate with the same graph sizes"
-        )
-    return None
 
 
 def demand_of(run: Run, part: Part) -> Demand:

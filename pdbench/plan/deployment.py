@@ -159,4 +159,16 @@ def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -
                 f"prompts of {length} tokens{computed}, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
                 "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
             )
+        limits, least = calibrated.engine.limits, calibrated.chunks[0]
+        chunks = [min(round(tokens), limits.max_num_batched_tokens) for tokens in (low, high)]
+        if chunks[1] < 0.8 * least and not calibrated.knows_lengths:
+            return (
+                f"prompts are computed {chunks[1]} tokens at a time, and {role} was calibrated with {least} and more: what a token costs is not known; "
+                "measure spread lengths (`pdbench calibrate`), or calibrate with the same --max-num-batched-tokens"
+            )
+        for launch in sorted({limits.launch(tokens) for tokens in chunks} - {*calibrated.launches}):
+            return (
+                f"prompts are {launch} the CUDA graphs, and those that calibrated {role} were not: how long such a launch takes is not known; "
+                "calibrate with the same graph sizes, and prompts of that length"
+            )
     return None

@@ -31,6 +31,8 @@ from pdbench.analysis.arrivals import Array, BoolArray, IntArray
 
 Kind = Literal["single", "replicas", "disaggregated"]
 Role = Literal["single", "replica", "prefill", "decode"]
+Launch = Literal["within", "beyond"]
+"""How a step is launched: as a CUDA graph, which leaves attention out where it holds a prompt, or beyond the graphs kernel by kernel."""
 COSTS = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "host_decode_s")
 """Those of `Costs` that steps with prompts tell."""
 ANY = 10**12
@@ -94,6 +96,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     block_size: int = 16
+
+    def launch(self, tokens: int) -> Launch:
+        return "within" if tokens <= self.captured else "beyond"
 
     @property
     def lag(self) -> int:

@@ -5,9 +5,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from pdbench.plan.engine import COSTS, Engine, Handoff, Layout, Role
+from pdbench.plan.engine import COSTS, Engine, Handoff, Launch, Layout, Role
 
-SCHEMA = "pdbench-plan/6"
+SCHEMA = "pdbench-plan/7"
 ATTAIN_PCT = 99.0
 """Share of the requests that must be within the SLO."""
 UNSURE = 0.3
@@ -48,7 +48,7 @@ class PowerCosts(msgspec.Struct, frozen=True, kw_only=True):
 class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     """One role's engine as fitted. `samples` are rows of `COSTS` that the data leave possible. `speeds` are the trials' factors on
     the time of steps with prompts. `gpus` are an instance's, and `power` is of all of them. `assumed` says what was not recorded and what was taken for it,
-    `prompt_lengths` are the shortest and the longest prompt. `jitter` are quantiles of what calm steps took beyond their cost, as the
+    `prompt_lengths` are the shortest and the longest prompt, `chunks` what of them a step computed, `launches` how such steps were launched. `jitter` are quantiles of what calm steps took beyond their cost, as the
     client saw them and as shares of it: a gap between tokens has it on top. `decode_speeds` are the instances' trials' factors on decode steps.
     """
 
@@ -57,6 +57,8 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
     speeds: list[float]
     assumed: list[str] = []
     prompt_lengths: tuple[int, int] = (0, 0)
+    chunks: tuple[int, int] = (0, 0)
+    launches: tuple[Launch, ...] = ("within", "beyond")
     power: PowerCosts | None = None
     gpus: int = 1
     jitter: list[float] = []

@@ -1,15 +1,13 @@
 """A run beside its prediction: what is taken of the run itself."""
 
-import msgspec
 import numpy as np
 import pytest
 
-from pdbench.events import EngineFacts, ProxyEvent
-from pdbench.plan.check import own_speed, unmeasured
-from pdbench.plan.engine import Limits
+from pdbench.events import ProxyEvent
+from pdbench.plan.check import own_speed
 from pdbench.plan.steps import Part, Stream, visits_of
 from pdbench.records import Clock, Run
-from tests.plan.test_predict import calibration, role
+from tests.plan.test_predict import calibration
 
 
 def prefill_part(took_s: float) -> Part:
@@ -33,37 +31,3 @@ def test_own_speed_is_that_of_all_instances_of_a_role() -> None:
     speed = both["host_prefill_s"] / costs.host_prefill_s
     assert 1 < speed < 2
     assert sorted(np.multiply(speed, both["noise"][0])) == pytest.approx([1.0] * 10 + [2.0] * 10)
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "known", "words"),
-    [
-        ({}, {}, False, None),
-        ({}, {"max_num_batched_tokens": 512}, False, "512 tokens at a time"),
-        ({}, {"max_num_batched_tokens": 512}, True, None),
-        ({}, {"captured": 2048}, True, "within the CUDA graphs"),
-        ({"captured": 2048}, {}, True, "beyond the CUDA graphs"),
-        ({"captured": 2048}, {"captured": 4096}, True, None),
-        ({"captured": 2048}, {"captured": 4096, "max_num_batched_tokens": 512}, True, None),
-    ],
-)
-def test_steps_of_a_kind_that_did_not_calibrate_are_refused(
-    then: dict[str, int], now: dict[str, int], known: bool, words: str | None
-) -> None:
-    """Chunks of prompts whose tokens' cost is not known, and launches on the other side of the CUDA graphs' end."""
-    usual = {"max_num_batched_tokens": 8192, "max_num_seqs": 64, "captured": 16}
-    engine = role().engine
-    engine = msgspec.structs.replace(engine, limits=Limits(**(usual | then)))
-    calibrated = msgspec.structs.replace(
-        role(sure=0.05 if known else 1.0), engine=engine, prompt_lengths=(1000, 2000) if known else (1500, 1500)
-    )
-    engines = {
-        "single-0": EngineFacts(role="single", graph_sizes=[(usual | now)["captured"]], **usual_facts(usual | now))
-    }
-    run = Run(name="single", clock=Clock(0.0, 0.0), config={}, host={"gpus": [{}]}, versions={}, engines=engines)
-    why = unmeasured(calibration(roles={"single": calibrated}), run, "single", np.array([1500] * 20))
-    assert why is None if words is None else why is not None and words in why
-
-
-def usual_facts(limits: dict[str, int]) -> dict[str, int]:
-    return {name: limits[name] for name in ("max_num_batched_tokens", "max_num_seqs")}

@@ -1,0 +1,37 @@
+"""What a calibration does not carry."""
+
+import msgspec
+import pytest
+
+from pdbench.config import LoadConfig
+from pdbench.plan.demand import demand_of_load
+from pdbench.plan.deployment import parse_layout, unfit
+from pdbench.plan.engine import Launch
+from tests.plan.test_predict import calibration, role
+
+
+@pytest.mark.parametrize(
+    ("launches", "sure", "limits", "words"),
+    [
+        (("beyond",), 1.0, {}, None),
+        (("beyond",), 1.0, {"max_num_batched_tokens": 512}, "512 tokens at a time"),
+        (("beyond",), 0.05, {"max_num_batched_tokens": 512}, None),
+        (("beyond",), 0.05, {"captured": 2048}, "within the CUDA graphs"),
+        (("within",), 0.05, {}, "beyond the CUDA graphs"),
+        (("within",), 0.05, {"captured": 4096}, None),
+        (("beyond", "within"), 0.05, {"captured": 4096}, None),
+    ],
+)
+def test_steps_of_a_kind_that_did_not_calibrate_are_refused(
+    launches: tuple[Launch, ...], sure: float, limits: dict[str, int], words: str | None
+) -> None:
+    """Chunks of prompts whose tokens' cost is not known, and launches on the other side of the CUDA graphs' end: --check takes a run's own limits."""
+    engine = role().engine
+    engine = msgspec.structs.replace(engine, limits=msgspec.structs.replace(engine.limits, **limits))
+    known = msgspec.structs.replace(role(sure), engine=engine, chunks=(900, 2100), launches=launches)
+    why = unfit(
+        calibration(roles={"single": known}),
+        parse_layout("single"),
+        [demand_of_load(LoadConfig(rate=2.0, requests=40, input_tokens=1500), 0)],
+    )
+    assert why is None if words is None else why is not None and words in why
