@@ -143,16 +143,24 @@ def test_stream_is_free_once_its_answer_is_whole(monkeypatch, end: list, given_u
 
 
 def in_answer(serve: Callable[[Peer], bool], most: list[int]) -> Callable[[Peer], bool]:
-    """The server, with the most answers that it gave at once noted."""
-    now, lock = [0], threading.Lock()
+    """The server, with the most answers that it gave at once noted: of connections that the client has not closed."""
+    answering, lock = set[socket.socket](), threading.Lock()
+
+    def is_open(sock: socket.socket) -> bool:
+        try:
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def answer(peer: Peer) -> bool:
         with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
+            answering.add(peer.sock)
+            most[0] = max(most[0], sum(map(is_open, answering)))
         kept = serve(peer)
         with lock:
-            now[0] -= 1
+            answering.remove(peer.sock)
         return kept
 
     return answer
