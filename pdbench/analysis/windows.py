@@ -110,16 +110,15 @@ def filling_share(lasted_s: Array, start_s: float, end_s: float) -> float:
 
 def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
     """A steady rate whose random arrivals (and lengths) make few requests' figures a matter of luck: n ends of intervals with the coefficient
-    of variation c have a rate with the relative standard error c / sqrt(n); tokens/s add the variation of what a request's time is."""
+    of variation c have a rate with the relative standard error c / sqrt(n); tokens/s add the variation of a request's output tokens."""
     load, requests = run.config.get("load") or {}, timings.requests
     if not load.get("rate") or load.get("ramp_to") or load.get("phase") == "decode":
         return
     ended = int(np.count_nonzero(requests.ok & inside(requests.end_s, timings.windows)))
     apart_s = np.concatenate([np.diff(np.sort(requests.sent_s[requests.trial == trial.index])) for trial in run.trials])
-    lasted_s = (requests.end_s - requests.sent_s)[requests.ok]
     if not ended or len(apart_s) < 2:
         return
-    arrivals, lengths = _variation(apart_s), _variation(lasted_s)
+    arrivals, lengths = _variation(apart_s), _variation(requests.output_tokens[requests.ok])
     of_requests, of_tokens = (100 * variation / ended**0.5 for variation in (arrivals, np.hypot(arrivals, lengths)))
     if of_tokens > 100 * UNCERTAIN_SHARE:
         yield Flag(

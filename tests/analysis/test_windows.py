@@ -12,13 +12,17 @@ from pdbench.records import Clock, Flag, RequestRecord, Run, Trial
 RATE = 2.0
 
 
-def open_run(count: int, seed: int, mean_s: float, sigma: float, arrival: str = "poisson") -> Run:
+def open_run(
+    count: int, seed: int, mean_s: float, sigma: float, arrival: str = "poisson", token_sigma: float = 0.0
+) -> Run:
+    """Durations of a request and its tokens, 20 in the mean, are lognormal."""
     random = np.random.default_rng(seed)
     apart_s = random.exponential(1 / RATE, count) if arrival == "poisson" else np.full(count, 1 / RATE)
     sent_s, lasts_s = np.cumsum(apart_s), mean_s * random.lognormal(-(sigma**2) / 2, sigma, count)
+    tokens = np.maximum(1, 20 * random.lognormal(-(token_sigma**2) / 2, token_sigma, count)).astype(int)
     run = Run(name="r", clock=Clock(0, 0), config={"load": {"rate": RATE}}, host={}, versions={})
     for index, (at_s, lasted_s) in enumerate(zip(sent_s.tolist(), lasts_s.tolist(), strict=True)):
-        token_s = np.linspace(at_s + 0.01, at_s + lasted_s, 20).tolist()
+        token_s = np.linspace(at_s + 0.01, at_s + lasted_s, tokens[index]).tolist()
         run.requests.append(
             RequestRecord(id=str(index), planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[-1])
         )
@@ -41,6 +45,23 @@ def test_rates_of_few_poisson_requests_are_said_to_be_uncertain_by_about_their_s
     ]
     assert len(said) == len(runs)
     assert np.median([float(share) for share in said]) == pytest.approx(100 * np.std(rates) / RATE, rel=0.4)
+
+
+@pytest.mark.parametrize("arrival", ["poisson", "constant"])
+@pytest.mark.parametrize(("count", "sigma", "token_sigma"), [(64, 0.7, 0.0), (32, 0.0, 0.7), (64, 0.7, 0.9)])
+def test_tokens_per_s_are_said_to_be_uncertain_by_the_tokens_and_not_by_the_durations(
+    count, sigma, token_sigma, arrival
+):
+    """Equal tokens of unequal durations were said to differ by 11 % where they do by 2, unequal tokens of equal durations had no flag."""
+    runs = [open_run(count, seed, 1.0, sigma, arrival, token_sigma) for seed in range(60)]
+    tokens_per_s = [analyze(run).summary.throughput.output_tokens_per_s for run in runs]
+    spread_pct = 100 * np.std(tokens_per_s) / np.mean(tokens_per_s)
+    details = [flag.detail for run in runs for flag in flags(run, "rate-uncertain")]
+    said_pct = [float(detail.partition("tokens/s by ")[2].partition(" %")[0]) for detail in details]
+    if spread_pct < 5:
+        assert not said_pct
+    else:
+        assert len(said_pct) > 30 and np.median(said_pct) == pytest.approx(spread_pct, rel=0.3)
 
 
 def test_even_arrivals_and_many_requests_are_not_said_to_be_uncertain():
