@@ -6,6 +6,7 @@ from collections.abc import Sequence
 TOKEN_BYTES = 16
 """Few tokens are longer."""
 _TWO_WORDS = re.compile(r"\w\s+\w")
+_SPLIT_WORD = re.compile(r"\w\0(?=\w)")
 _LETTERS = r"[A-Za-z\x80-\U0010ffff]"
 # Tokenizers first split texts into such pieces (GPT-2's pattern and its heirs; SentencePiece's are no larger), and no token spans two.
 # All that is no ASCII counts as letters, so that no script has too many.
@@ -18,6 +19,8 @@ _ODD = 1.02
 """A few chunks may hold two tokens all the same, as where a character comes in parts."""
 _SINGLE_SHARE = 0.1
 """In such scripts one letter in so many chunks, at least, is a chunk of its own, if these are tokens; chunks of two tokens hardly ever are one."""
+_SPLIT_SHARE = 0.02
+"""So many tokens, at least, go on in a word that the one before began. Chunks that never do may be whole words, of any number of tokens."""
 
 
 def bytes_of(texts: Sequence[str]) -> int:
@@ -30,11 +33,12 @@ def fewest_tokens(texts: Sequence[str]) -> int:
 
 
 def are_tokens(texts: Sequence[str]) -> bool:
-    """Does each chunk hold one piece, where two tokens would often be two?"""
+    """Does each chunk hold one piece, where two tokens would often be two, and are these not whole words?"""
     texts = [text for text in texts if text]
     pieces = len(_PIECES.findall("".join(texts)))
     shows = len(texts) <= _BLIND * pieces or sum(len(text) == 1 for text in texts) >= _SINGLE_SHARE * len(texts)
-    return shows and fewest_tokens(texts) <= _ODD * len(texts)
+    split = len(_SPLIT_WORD.findall("\0".join(texts)))
+    return shows and split >= _SPLIT_SHARE * len(texts) and fewest_tokens(texts) <= _ODD * len(texts)
 
 
 def echoed_chunks(texts: Sequence[str], prompt: object) -> int:

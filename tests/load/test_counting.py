@@ -192,14 +192,23 @@ def test_reasoning_sent_as_content_is_not_taken_for_unsent(sizes, reasoning, wor
 
 
 @pytest.mark.parametrize(
-    ("word", "visible", "reasoning"),
-    [("word ", 50, 1000), ("word ", 50, 20), (" пятьсот", 50, 20), (" привет", 50, 50), ("x", 3, 97), ("word ", 1, 50)],
+    ("texts", "reasoning"),
+    [
+        (["word "] * 50, 1000),
+        ([" pre", "fill"] * 25, 20),
+        ([" пять", "сот"] * 25, 20),
+        ([" при", "вет"] * 25, 50),
+        (["x"] * 3, 97),
+        (["word "], 50),
+    ],
+    ids=lambda value: "".join(value[:2]) if isinstance(value, list) else str(value),
 )
-def test_reasoning_that_was_not_sent_divides_nothing(word, visible, reasoning):
-    record = with_reasoning(chunked([1] * visible, word), visible + reasoning, reasoning)
+def test_reasoning_that_was_not_sent_divides_nothing(texts, reasoning):
+    pieces = [(1, token(text, None)) for text in texts]
+    record = with_reasoning(pieces, len(texts) + reasoning, reasoning)
     assert record.unsent_tokens == reasoning and record.notes == []
     means_ms = timings(record).requests.mean_tbt_ms
-    assert means_ms == pytest.approx([10] if visible > 1 else [float("nan")], nan_ok=True)
+    assert means_ms == pytest.approx([10] if len(texts) > 1 else [float("nan")], nan_ok=True)
 
 
 @pytest.mark.parametrize(
