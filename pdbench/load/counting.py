@@ -5,11 +5,10 @@ it counts as one instant, and the answer's usage says how many tokens there were
 Counts that cannot be are refused, those that contradict what arrived leave `output_tokens` None; both are noted for a flag.
 """
 
-from typing import Any
-
 import msgspec
 
-from pdbench.load.chunks import Part, Usage, count, failed
+from pdbench.load.asked import Asked
+from pdbench.load.chunks import Part, Usage, failed
 from pdbench.load.texts import TOKEN_BYTES, are_tokens, bytes_of, coarse, echoed_chunks, fewest_tokens
 from pdbench.records import COARSE_SHARE, RequestRecord
 
@@ -24,48 +23,6 @@ _LIMITS = ("length", "max_tokens")
 """Finish reasons of answers that reached their limit."""
 _OTHER_SHARE = 0.02
 """By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
-
-
-class Asked(msgspec.Struct, gc=False):
-    """What a request's body says about the answer's length."""
-
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    min_tokens: Any = None
-    ignore_eos: Any = None
-    n: Any = None
-    echo: Any = None
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
-
-    @property
-    def choices(self) -> int:
-        return max(1, count(self.n) or 1)
-
-    @property
-    def tokens(self) -> int | None:
-        """The most tokens of all choices together; None without a limit."""
-        most = count(self.max_tokens) or count(self.max_completion_tokens)
-        return most * self.choices if most is not None and most > 0 else None
-
-    @property
-    def fewest(self) -> int | None:
-        """The fewest tokens that all choices together must have; None where any number will do."""
-        least, most = count(self.min_tokens) or 0, self.tokens
-        if self.ignore_eos and most is not None:
-            return most
-        least *= self.choices
-        return (least if most is None else min(least, most)) if least > 0 else None
-
-
-_decode = msgspec.json.Decoder(Asked).decode
-
-
-def asked(body: bytes) -> Asked:
-    """What a request's body asked for; nothing where it is not JSON."""
-    try:
-        return _decode(body)
-    except msgspec.MsgspecError:
-        return Asked()
 
 
 class Counter:

@@ -12,6 +12,7 @@ import httptools
 import msgspec
 
 from pdbench.load import chunks, counting, texts
+from pdbench.load.asked import asked_of
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
 from pdbench.load.plain import plain_end
@@ -75,7 +76,7 @@ class Response:
 
     @property
     def asked_tokens(self) -> int | None:
-        return counting.asked(self.body).tokens
+        return asked_of(self.body).tokens
 
     @property
     def given_up_s(self) -> float:
@@ -88,7 +89,7 @@ class Response:
         counter = self._counter
         if self.whole_s is None:
             return inf
-        if self.done or (counter.usage is not None and counter.finished >= counting.asked(self.body).choices):
+        if self.done or (counter.usage is not None and counter.finished >= asked_of(self.body).choices):
             return self.whole_s
         return inf
 
@@ -373,12 +374,11 @@ class Response:
             usage = f", usage says {counter.usage}" if counter.usage else ""
             self.fail("empty", f"the stream finished without a token{usage}", at_s)
             return
-        asked = counting.asked(self.body)
+        asked = asked_of(self.body)
         counter.settle(self._texts, asked)
-        short = counter.short(asked)
         if 0 < counter.finished < asked.choices:
             self.fail("truncated", f"{counter.finished} of {asked.choices} choices finished", at_s)
-        elif short is not None:
+        elif (short := counter.short(asked)) is not None:
             self.fail("short", short, at_s)
         else:
             if self.whole_s is None:
@@ -388,7 +388,7 @@ class Response:
     def _close(self, at_s: float) -> None:
         record = self.record
         if not self._counter.settled:
-            self._counter.settle(self._texts, counting.asked(self.body))
+            self._counter.settle(self._texts, asked_of(self.body))
         record.end_s = at_s
         record.text = texts.joined(self._texts)
         if self.begun and record.stamp is None:
