@@ -78,7 +78,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     tokens were counted: "token_ids", "logprobs", "usage" (on every chunk), "chunks" (one per chunk with something in it) or "mixed". `first_tokens` came
     with the first chunk; `later_tokens` holds the fewest and the most that came after it where nobody knows (empty: the instants tell all that is known).
     `token_choice` is the choice of every token where there were several. `answer_index` is the place in `token_s` of the first token that is no
-    reasoning, None where none came; `unsent_tokens` of `output_tokens` were not sent: reasoning, the end of the text (None: nobody knows). `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; others begin with the same `shared_prompt_tokens` on purpose.
+    reasoning, None where none came; `unsent_tokens` of `output_tokens` were not sent: reasoning, the end of the text, other choices (None: nobody knows). `cached_prompt_tokens` is how many of `prompt_tokens` the server says that it took from a cache; others begin with the same `shared_prompt_tokens` on purpose.
     `notes` name what was odd about the counts or the stream. `prompt` is None where it was too long to be saved; `prompt_sha256` is of its UTF-8 bytes.
     """
 

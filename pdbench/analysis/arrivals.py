@@ -92,7 +92,8 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         heads = np.where(coarse & chunks, of_chunks, heads)
         heads = np.where(choices > 1, at_first * np.where(coarse, sent / counts, 1.0), heads)
         fewest, most = _later_bounds(records, counts, at_first, choices, np.where(np.isnan(sent), output_tokens, sent))
-        estimated = np.isnan(sent) | coarse | chunks & (output_tokens > counts)
+        bounded = np.array([bool(record.later_tokens) for record in records], dtype=bool)
+        estimated = np.isnan(sent) | coarse | bounded | chunks & (output_tokens > counts)
         later = np.where(estimated, np.clip(sent - heads, fewest, most), sent - heads)
         mean_tbt_ms, least_ms, most_ms = (
             np.where(ok & (span_s > 0) & (tokens > 0), span_s / tokens * 1e3, np.nan)
@@ -143,7 +144,9 @@ def _later_bounds(
     for row, record in enumerate(records):
         if record.later_tokens:
             least, beyond = record.later_tokens
-            more = at_first[row] - choices[row]  # pieces of the first arrival beside the first chunk
+            by_chunks = record.counted_by in ("chunks", "mixed")
+            first_chunk = choices[row] if by_chunks else max(choices[row], record.first_tokens)
+            more = max(0, at_first[row] - first_chunk)  # pieces of the first arrival beside it
             fewest[row] = max(fewest[row], least) if not more else fewest[row]
             most[row] = max(fewest[row], beyond - more)
     return fewest, most

@@ -9,20 +9,20 @@ import msgspec
 
 from pdbench.load.asked import Asked
 from pdbench.load.chunks import Part, Usage, failed
-from pdbench.load.texts import TOKEN_BYTES, are_tokens, bytes_of, coarse, echoed_chunks, fewest_tokens
-from pdbench.records import COARSE_SHARE, RequestRecord
+from pdbench.load.texts import bytes_of, coarse, echoed_chunks
+from pdbench.load.unsent import UNSEEN_TOKENS, Answer, bound_first, unsent_at_end, unsent_reasoning
+from pdbench.records import RequestRecord
 
-REFUSED, CONTRADICTS, UNKNOWN, REASONING = "usage-refused", "usage-contradicts", "tokens-unknown", "reasoning-unknown"
+REFUSED, CONTRADICTS, UNKNOWN = "usage-refused", "usage-contradicts", "tokens-unknown"
+REASONING, UNSENT = "reasoning-unknown", "unsent-unknown"
 LONGER, OTHER_PROMPT, HELD_BACK = "answers-too-long", "prompt-tokens-differ", "tokens-held-back"
 _MOST_PROMPT_TOKENS = 10_000_000
 _ORDER = 10
 """A count this many times beyond all that could be is nonsense."""
-_UNSEEN_TOKENS = 16
-"""Markers and special tokens that a server may count beside the text that it sends."""
 _LIMITS = ("length", "max_tokens")
 """Finish reasons of answers that reached their limit."""
 _OTHER_SHARE = 0.02
-"""By more than this and `_UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
+"""By more than this and `UNSEEN_TOKENS` the server's count of a prompt is not the tokenizer's."""
 
 
 class Counter:
@@ -41,7 +41,7 @@ class Counter:
         self._steps: list[tuple[int, bool, float]] | None = []  # the chunks counted by usage; None: it does not count
         self._recounted = self.settled = False
         self._usage_on_chunks = self._usage_at = -1
-        self._answer_index = self._reasoning = self._reasoning_chunks = 0
+        self._answer_index = self._reasoning = self._reasoning_chunks = self._ends_sent = 0
 
     @property
     def usage_ended(self) -> bool:
@@ -53,11 +53,20 @@ class Counter:
         """How many choices have their finish reason."""
         return len(self._finished)
 
+    @property
+    def _ended(self) -> int:
+        """How many choices have ended before their limit."""
+        return 0 if (self.record.finish_reason or "length").lower() in _LIMITS else self.finished
+
     def finish(self, choice: int) -> bool:
         """A choice has its finish reason; have all?"""
         self._finished.add(choice)
-        first = {0} if len(self.record.token_s) > len(self._choices) else set()
-        return self._finished >= self._seen | first
+        return self._finished >= self._seen | self._first_choice
+
+    @property
+    def _first_choice(self) -> set[int]:
+        """Choice 0, if it has a token: the response's fast path adds its tokens alone."""
+        return {0} if len(self.record.token_s) > len(self._choices) else set()
 
     def is_repeat(self, part: Part, usage: Usage | None, at_s: float, texts: list[str]) -> bool:
         """Is this the final chunk once more? It is kept: what comes after it, or `settle`, may say that it was another token."""
@@ -102,6 +111,7 @@ class Counter:
             self.by_logprobs = True
         if tokens and not self.record.token_s:
             self._first_text = part.text
+        self._ends_sent += bool(tokens and part.finish and not part.filled)
         if tokens:
             self._add(tokens, part.choice, at_s, reasoning=part.reasoning, filled=part.filled)
         return tokens
@@ -115,7 +125,7 @@ class Counter:
         record = self.record
         if usage.prompt is not None:
             planned, cached = record.prompt_tokens, max(0, usage.cached or 0)
-            slack = _UNSEEN_TOKENS + _OTHER_SHARE * (planned or 0)
+            slack = UNSEEN_TOKENS + _OTHER_SHARE * (planned or 0)
             differs = [
                 planned is not None and abs(count - planned) > slack for count in (usage.prompt, usage.prompt + cached)
             ]
@@ -145,6 +155,8 @@ class Counter:
         """Decide what the answer's counts are; once, at its end."""
         record = self.record
         self.settled = True
+        if self._steps and self._hidden(asked):
+            self._recount()  # it grows with choices that are not sent, too
         # A final chunk comes twice at most, unless usage counts otherwise; one more in chunks of several tokens says nothing.
         repeated = sum(part.tokens or 1 for part, usage, _ in self._repeats if usage is None)
         if len(self._repeats) > 1 or (
@@ -181,22 +193,40 @@ class Counter:
         total = record.output_tokens
         if self._reasoning and total is not None and self._reasoning <= total:
             record.reasoning_tokens = self._reasoning
-            record.unsent_tokens = self._unsent_tokens(instants, total, texts)
-            if record.unsent_tokens is None:
-                self._note(REASONING)
         elif self._reasoning:
             self._note(REFUSED)
         elif self._reasoning_chunks and total == instants:
             record.reasoning_tokens = self._reasoning_chunks
-        ended = (record.finish_reason or "length").lower() not in _LIMITS
-        if not self._reasoning and not self._reasoning_chunks and not self.tools and ended and total is not None:
-            # The token that ends the text is counted, but no chunk holds it; text may show that a chunk holds one more instead.
-            missing = total - (max(instants, fewest_tokens(texts)) if self.by_chunks else instants)
-            record.unsent_tokens = max(0, missing) if total - instants <= max(1, self.finished) else 0
-        if record.error is None and total is not None and total > instants and (record.coarse or self.by_chunks):
-            self._bound_first(instants, texts, ended=ended)
+        if total is not None and total > instants:
+            self._settle_unsent(total, texts, asked)
+
+    def _settle_unsent(self, total: int, texts: list[str], asked: Asked) -> None:
+        """Which of more tokens than instants were not sent, and what that leaves open of the others."""
+        record, marked = self.record, self._reasoning_chunks > 0
+        answer = Answer(
+            texts=texts,
+            first_text=next(iter(texts), "") if self._first_text is None else self._first_text,
+            reasoning=(record.reasoning_tokens or 0) if self._reasoning else 0,
+            marked=marked,
+            tools=self.tools,
+            ends=max(0, self._ended - (self._ends_sent if marked or self.tools else 0)),
+            end_tokens=asked.end_tokens,
+            hidden=self._hidden(asked),
+        )
+        reasoning = unsent_reasoning(record, answer, total)
+        at_end = None if reasoning is None else unsent_at_end(record, answer, total - reasoning)
+        record.unsent_tokens = None if reasoning is None or at_end is None else reasoning + at_end
+        if record.unsent_tokens is None:
+            self._note(REASONING if reasoning is None else UNSENT)
+        if record.error is None and (record.coarse or self.by_chunks or answer.parsed):
+            unsure = min(at_end or 0, answer.ends * answer.end_tokens)
+            bound_first(record, answer, total - (record.unsent_tokens or 0) + unsure)
             if record.coarse and not self.by_chunks:
                 self._note(HELD_BACK)
+
+    def _hidden(self, asked: Asked) -> bool:
+        """May usage count choices of which nothing came?"""
+        return asked.counted_choices > len(self._first_choice | {choice for _, choice in self._choices})
 
     def short(self, asked: Asked) -> str | None:
         """Why a whole answer is shorter than it had to be; None where it is not, or nobody knows."""
@@ -223,7 +253,7 @@ class Counter:
         if self._steps is not None and not (self.by_chunks or self.by_token_ids or self.by_logprobs):
             step = None if total is None or total < 0 else total - len(self.record.token_s)
             if part.filled:
-                if step is not None and 1 <= step <= 4 * len(part.text) + _UNSEEN_TOKENS:
+                if step is not None and 1 <= step <= 4 * len(part.text) + UNSEEN_TOKENS:
                     self.by_usage = True
                     self._usage_on_chunks = max(self._usage_on_chunks, total or 0)
                     self._steps.append((part.choice, part.reasoning, at_s))
@@ -234,7 +264,7 @@ class Counter:
                 if step is not None:
                     self._recount()
                 self._steps = None
-            elif self.by_usage and step is not None and 0 < step <= _UNSEEN_TOKENS:
+            elif self.by_usage and step is not None and 0 < step <= UNSEEN_TOKENS:
                 return step
         if part.filled:
             self.by_chunks = True
@@ -244,7 +274,7 @@ class Counter:
         """Usage on the chunks does not grow with them: one instant per chunk instead."""
         steps, self._steps = self._steps or [], None
         self.record.token_s[:], self._choices = [], []
-        self._answer_index = self._reasoning_chunks = 0
+        self._answer_index = self._reasoning_chunks = self._ends_sent = 0
         self.by_usage, self.by_chunks, self._recounted = False, True, True
         for choice, reasoning, at_s in steps:
             self._add(1, choice, at_s, reasoning=reasoning, filled=True)
@@ -269,7 +299,7 @@ class Counter:
         if usage is None:
             return None
         junk = self._recounted and usage <= self._usage_on_chunks and usage < instants
-        most = max(asked.tokens or 0, instants, _UNSEEN_TOKENS)
+        most = max(asked.tokens or 0, instants, UNSEEN_TOKENS)
         if usage > _ORDER * most:
             most = max(most, bytes_of(texts))
         if junk or usage > _ORDER * most or (usage == 0 and instants):
@@ -279,13 +309,14 @@ class Counter:
 
     def _output_tokens(self, instants: int, usage: int | None, texts: list[str], asked: Asked) -> int | None:
         """The answer's tokens; None where nobody knows."""
-        said, most = usage or 0, max(instants, bytes_of(texts)) + _UNSEEN_TOKENS
+        said, most = usage or 0, max(instants, bytes_of(texts)) + UNSEEN_TOKENS
         too_many = (said > (asked.tokens or 0) or self._recounted) and said - min(self._reasoning, said) > most
         if self.record.counted_by in ("token_ids", "logprobs"):
             # A parser on the server may hold back tokens that it counts: only then are there more than came.
             if usage is None or usage == instants:
                 return instants
-            may_hold = self.tools or self._reasoning_chunks or self._reasoning or usage == instants + 1  # a marker
+            may_hold = self.tools or self._reasoning_chunks or self._reasoning or self._hidden(asked)
+            may_hold = may_hold or usage - instants <= max(1, self._ended * asked.end_tokens)  # a marker, an end
             if usage > instants and may_hold and not too_many:
                 return usage
             self._note(CONTRADICTS)
@@ -301,46 +332,6 @@ class Counter:
             self._note(CONTRADICTS)
             return None
         return usage
-
-    def _unsent_tokens(self, instants: int, total: int, texts: list[str]) -> int | None:
-        """Of `total` tokens, the reasoning that was counted but not sent: its time was before the first token. None where nothing
-        tells: chunks of several tokens are as few as tokens without the reasoning."""
-        rest, size = total - self._reasoning, bytes_of(texts)
-        if self.record.counted_by in ("token_ids", "logprobs"):
-            return 0 if self._reasoning_chunks else min(self._reasoning, total - instants)
-        if instants > rest and total - instants <= max(1, COARSE_SHARE * total):
-            return 0
-        if size < total:  # a token has a byte at least: none came, or a summary
-            return None if self._reasoning_chunks else self._reasoning
-        if self._reasoning_chunks or fewest_tokens(texts) > rest or size > TOKEN_BYTES * rest:
-            return 0
-        if rest - instants <= max(1, COARSE_SHARE * rest) and are_tokens(texts):
-            return self._reasoning
-        return None if self._reasoning > max(1, COARSE_SHARE * total) else 0
-
-    def _bound_first(self, instants: int, texts: list[str], *, ended: bool) -> None:
-        """The tokens of the first chunk where chunks may hold several: by its share of the text if they do, within what the text allows; and the
-        fewest and the most that came after it, where the one that ends the text may have been sent or not."""
-        record, known, total = self.record, self.record.first_tokens, self.record.output_tokens or 0
-        sent, most = total - (record.unsent_tokens or 0), total - (record.unsent_tokens or 0 if self._reasoning else 0)
-        first, size = texts[:1] if self._first_text is None else [self._first_text], bytes_of(texts)
-        least_first, first_size, choices = (
-            max(known, fewest_tokens(first)),
-            bytes_of(first),
-            len(set(record.token_choice)) or 1,
-        )
-        share = first_size / size if size else 1 / instants
-        later = max(instants - known, fewest_tokens(texts) - fewest_tokens(first))
-        record.first_tokens = max(
-            known, min(max(round(share * sent) if record.coarse else 1, least_first), sent - later)
-        )
-        if choices > 1:
-            record.later_tokens = [instants - choices, max(instants, most) - choices]
-        elif record.unsent_tokens is not None:
-            if first_size and not self.tools:  # a token has a byte at least
-                later = max(later, most - ended - max(known, first_size))
-            later = max(0, min(later, most - known))
-            record.later_tokens = [later, max(later, most - least_first)]
 
     def _note(self, note: str) -> None:
         if note not in self.record.notes:

@@ -40,6 +40,8 @@ NOTES = {
     "tokens-held-back": "usage counts over 5 % more tokens than came: a parser of the server (tool calls, reasoning) sent several as one; gaps "
     "of these answers are not between tokens, they count as gaps between chunks",
     "reasoning-unknown": "usage counts reasoning, and neither text nor chunks tell whether it was sent: mean TBT of these answers is unknown",
+    "unsent-unknown": "usage counts more tokens than chunks came, and nothing tells whether chunks hold several or these were not sent (a stop string, "
+    "choices beside those sent): mean TBT of these answers is unknown",
     "malformed-after-finish": "an event after the finish_reason could not be read",
     "ended-by-usage": "neither finish_reason nor [DONE], only a usage event at the end: they may have been cut",
     "held-open": "the server ended neither the stream ([DONE]) nor the response after the finish_reason: the client waited 0.25 to 5 s each time "
