@@ -90,9 +90,10 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
             elif ended - sent > max(FEW_SHARE * sent, 3 * in_flight**0.5):
                 why, off = f"{ended} requests ended in its window and {sent} were sent in it", maybe_off
             if not why and is_level:
-                filling = filling_share(lasts_s, trial.start_s - float(sent_s.min()), trial.end_s - float(sent_s.min()))
-                if filling > FILLING_SHARE:
-                    why = f"the longest requests were not all in flight when its window began: tokens/s are about {100 * filling:.0f} % too low"
+                span_s = trial.start_s - float(sent_s.min()), trial.end_s - float(sent_s.min())
+                if filling_share(lasts_s, lasts_s, *span_s) > FILLING_SHARE:
+                    short = filling_share(lasts_s, np.nan_to_num(requests.output_tokens[here]), *span_s)
+                    why = f"the longest requests were not all in flight when its window began: tokens/s are about {100 * short:.0f} % too low"
                     off = "requests/s may be, too; raise --requests or --duration-s"
         if not why and ended < FEW_ENDED and is_open_loop(load) and window.startswith(("whole run", *OPEN_WINDOWS)):
             why, off = f"only {ended} requests ended in its window", maybe_off
@@ -101,11 +102,13 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
             return
 
 
-def filling_share(lasted_s: Array, start_s: float, end_s: float) -> float:
-    """The share of the requests in flight that a window lacks, `start_s` to `end_s` after the first sending, as nothing was in flight before that:
-    at the time t the part of requests' time that lies beyond their first t seconds is still missing."""
-    missing = (np.maximum(lasted_s - start_s, 0) ** 2 - np.maximum(lasted_s - end_s, 0) ** 2).sum() / 2
-    return float(missing / ((end_s - start_s) * lasted_s.sum()))
+def filling_share(lasted_s: Array, amount: Array, start_s: float, end_s: float) -> float:
+    """The share that a window lacks, `start_s` to `end_s` after the first sending, as nothing was in flight before that, of an amount that each
+    request has evenly over its time: of the requests in flight its time itself, of tokens/s its tokens. At the time t the part that lies beyond
+    requests' first t seconds is still missing. 0 where no amount is known."""
+    missing_s = (np.maximum(lasted_s - start_s, 0) ** 2 - np.maximum(lasted_s - end_s, 0) ** 2) / 2
+    missing = (missing_s * amount / np.maximum(lasted_s, 1e-9)).sum()
+    return float(missing / max((end_s - start_s) * amount.sum(), 1e-9))
 
 
 def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
