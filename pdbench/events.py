@@ -108,7 +108,7 @@ class ServerSeries(msgspec.Struct, kw_only=True):
     server: str
     role: str
     t_s: list[float] = []
-    values: dict[str, list[float | None]] = {}
+    values: dict[str, list[Annotated[float, msgspec.Meta(ge=0, le=1e18)] | None]] = {}
     missed: int = 0
     lines: list[LogLine] = []
 
@@ -117,8 +117,8 @@ class PrefixCacheCounts(msgspec.Struct, frozen=True):
     """What one instance counted during a load, its warm-up left out: prompt tokens, and those that its prefix cache had."""
 
     role: str
-    prompt_tokens: int
-    cached_tokens: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    cached_tokens: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 
 class EngineFacts(msgspec.Struct, kw_only=True):

@@ -6,13 +6,14 @@ All instants are seconds on the run's one monotonic clock, 0 at its start. Unkno
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from pdbench import files, validation
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.events import EngineFacts, Event, PrefixCacheCounts, ServerSeries
+from pdbench.validation import Energy, Power, Reading, Revision, RunId, RunInstant
 
 SCHEMA = "pdbench/2"
 READABLE = ("pdbench/1", SCHEMA)
@@ -26,8 +27,8 @@ COARSE_SHARE = 0.05
 class Clock(msgspec.Struct, frozen=True):
     """A run's clock: `monotonic_s` and `unix_s` are the two system clocks' readings at the run's zero."""
 
-    monotonic_s: float
-    unix_s: float
+    monotonic_s: Annotated[float, msgspec.Meta(ge=-1e11, le=1e11)]
+    unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
     @classmethod
     def start(cls) -> "Clock":
@@ -83,11 +84,11 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """
 
     id: str
-    planned_s: float
-    due_s: float | None = None
-    sent_s: float | None = None
-    token_s: list[float] = []
-    end_s: float | None = None
+    planned_s: RunInstant
+    due_s: RunInstant | None = None
+    sent_s: RunInstant | None = None
+    token_s: list[RunInstant] = []
+    end_s: RunInstant | None = None
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     shared_prompt_tokens: int = 0
@@ -128,22 +129,22 @@ class DeviceSample(msgspec.Struct, kw_only=True):
     """
 
     t_s: float
-    read_s: float | None = None
-    power_w: float | None = None
-    power_average_w: float | None = None
-    energy_j: float | None = None
-    sm_clock_mhz: float | None = None
-    memory_clock_mhz: float | None = None
-    gpu_utilization_pct: float | None = None
-    memory_utilization_pct: float | None = None
-    temperature_c: float | None = None
-    memory_used_mib: float | None = None
+    read_s: Reading | None = None
+    power_w: Power | None = None
+    power_average_w: Power | None = None
+    energy_j: Energy | None = None
+    sm_clock_mhz: Reading | None = None
+    memory_clock_mhz: Reading | None = None
+    gpu_utilization_pct: Reading | None = None
+    memory_utilization_pct: Reading | None = None
+    temperature_c: Reading | None = None
+    memory_used_mib: Reading | None = None
     throttle: list[str] | None = None
-    power_limit_w: float | None = None
-    cpu_utilization_pct: float | None = None
-    cpu_clock_mhz: float | None = None
-    module_power_w: float | None = None
-    memory_power_w: float | None = None
+    power_limit_w: Power | None = None
+    cpu_utilization_pct: Reading | None = None
+    cpu_clock_mhz: Reading | None = None
+    module_power_w: Power | None = None
+    memory_power_w: Power | None = None
 
 
 class DeviceRecord(msgspec.Struct, kw_only=True):
@@ -162,15 +163,15 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     host: str | None = None
     index: int | None = None
     samples: list[DeviceSample] = []
-    fine_power: list[tuple[float, float]] = []
-    energy_ticks: list[tuple[float, float]] = []
+    fine_power: list[tuple[float, Power]] = []
+    energy_ticks: list[tuple[float, Energy]] = []
     not_measured: dict[str, str] = {}
     sampling: dict[str, float | None] = {}
     statistics: dict[str, dict[str, float | None]] = {}
-    idle_power_w: dict[str, float | None] = {}
-    idle_utilization_pct: dict[str, float | None] = {}
+    idle_power_w: dict[str, Power | None] = {}
+    idle_utilization_pct: dict[str, Reading | None] = {}
     default_power_limit_w: float | None = None
-    settings: dict[str, bool | float] = {}
+    settings: dict[str, bool | Reading] = {}
 
 
 class Trial(msgspec.Struct, kw_only=True):
@@ -181,10 +182,10 @@ class Trial(msgspec.Struct, kw_only=True):
     own counts. `cpu_steal_pct` is the share of this host's cores that its hypervisor took during the load.
     """
 
-    index: int
+    index: Annotated[int, msgspec.Meta(ge=0, le=10**6)]
     start: int | None = None
-    start_s: float
-    end_s: float
+    start_s: RunInstant
+    end_s: RunInstant
     client: dict[str, Any] = {}
     start_temperature_c: dict[str, float] = {}
     prefix_cache: dict[str, PrefixCacheCounts] = {}
@@ -219,8 +220,8 @@ class Run(msgspec.Struct, kw_only=True):
     """
 
     schema: str = SCHEMA
-    run_id: str | None = None
-    revision: int = 0
+    run_id: RunId | None = None
+    revision: Revision = 0
     device_files: list[str] = []
     name: str
     clock: Clock
@@ -241,8 +242,8 @@ class Run(msgspec.Struct, kw_only=True):
 
 class _DeviceFile(msgspec.Struct, kw_only=True):
     schema: str = SCHEMA
-    run_id: str | None = None
-    revision: int = 0
+    run_id: RunId | None = None
+    revision: Revision = 0
     role: str
     devices: list[DeviceRecord]
 
@@ -338,9 +339,8 @@ def _results_file(folder: Path) -> Path:
 
 
 def _encode_devices(role: str, devices: list[DeviceRecord], run: Run | None = None) -> bytes:
-    content = _DeviceFile(role=role, devices=devices)
-    if run:
-        content.run_id, content.revision = run.run_id, run.revision
+    run_id, revision = (run.run_id, run.revision) if run else (None, 0)
+    content = _DeviceFile(run_id=run_id, revision=revision, role=role, devices=devices)
     return files.sealed(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 
@@ -387,7 +387,7 @@ def _read_devices(path: Path) -> tuple[_DeviceFile, bool]:
     try:
         content = msgspec.json.decode(saved, type=_DeviceFile)
     except NOT_JSON as error:
-        remedy = "name a *_gpu_data.json or monitor's own file"
+        remedy = "restore the file, or name a *_gpu_data.json or monitor's own file"
         raise UserError(f"{path} holds no device samples ({error}): {remedy}") from error
     _check_schema(content.schema, path)
     validation.check_devices(content.devices, path)

@@ -334,7 +334,9 @@ def read_devices(source: Path) -> list[DeviceRecord]:
             samples = devices.setdefault(row["device"], device).samples
             samples.append(msgspec.convert(cells, DeviceSample, strict=False))
     except (KeyError, UnicodeDecodeError, msgspec.ValidationError, csv.Error) as error:
-        raise UserError(f"{source} is not monitor's CSV ({error}): name a file that `pdbench monitor` wrote") from None
+        raise UserError(
+            f"{source} is not monitor's CSV ({error}): restore it, or name one that `pdbench monitor` wrote"
+        ) from None
     check_devices([*devices.values()], source)
     return [*devices.values()]
 
