@@ -119,9 +119,6 @@ def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
     return None
 
 
-terminal = Terminal
-
-
 def markdown(table: Table) -> str:
     """As GitHub Markdown, the title as a heading."""
     sides = ["---" if place in table.left else "---:" for place in range(len(table.header))]
