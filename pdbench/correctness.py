@@ -16,7 +16,7 @@ from pdbench.errors import UserError
 from pdbench.http import request
 from pdbench.load.client import fetch
 from pdbench.records import Canary, Gate, RequestRecord
-from pdbench.server_metrics import scrape, total
+from pdbench.server_metrics import figures, scrape
 from pdbench.serving.deployment import DeploymentInfo
 
 # The nonce stands at the front: a prefix that decode has cached from an earlier check would not have to come from prefill.
@@ -30,7 +30,6 @@ _TEXTS = (
 _THROUGH_PREFILL = {"X-Pdbench-Disaggregate": "always"}
 PATIENCE_S = 120.0
 SOUND = ("equal", "near-tie")
-_EXTERNAL_KV = ("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"')
 
 
 def run(
@@ -166,6 +165,6 @@ def _external_kv_tokens(urls: Sequence[str]) -> int | None:
         page = scrape(url, timeout_s=10.0)
         if page is None:
             raise UserError(f"{url}/metrics does not answer, so no KV can be proven to have come: read the logs")
-        counts.append(total(page, *_EXTERNAL_KV))
-    known = [count for count in counts if count is not None]
-    return int(sum(known)) if known else None
+        if (tokens := figures(page).get("external_tokens")) is not None:
+            counts.append(tokens)
+    return int(sum(counts)) if counts else None

@@ -88,12 +88,6 @@ def samples(page: str, prefixes: str | tuple[str, ...]) -> Iterator[tuple[str, s
                 yield match["name"], match["labels"] or "", value
 
 
-def total(page: str, name: str, label: str = "") -> float | None:
-    """The sum over a metric's series (one per engine) whose labels contain `label`; None where the page has none."""
-    values = [value for found, labels, value in samples(page, name) if found == name and label in labels]
-    return sum(values) if values else None
-
-
 def figures(page: str) -> dict[str, float]:
     """What a page says of `NAMES`; what it does not have is left out."""
     series: dict[str, list[float]] = {}

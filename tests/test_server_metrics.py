@@ -12,7 +12,7 @@ from pdbench.events import EngineFacts, PrefixCacheCounts, ServerSeries
 from pdbench.load.clients import run_load
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock
-from pdbench.server_metrics import ServerMetrics, figures, join_series, parse_facts, scrape, total
+from pdbench.server_metrics import ServerMetrics, figures, join_series, parse_facts, samples, scrape
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from tests.support.processes import wait_until
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
@@ -93,11 +93,10 @@ def info(url: str, *servers: tuple[str, str]) -> DeploymentInfo:
 
 
 def test_counters_are_summed_over_engines_and_picked_by_label() -> None:
-    assert total(PAGE, "vllm:prefix_cache_queries_total") == 200
-    assert total(PAGE, "vllm:prefix_cache_queries_total", 'engine="1"') == 50
-    assert total(PAGE, "vllm:prefix_cache_queries_total", 'engine="2"') is None
-    assert total(PAGE, "plain") == 3
-    assert total(PAGE, "vllm:prefix_cache") is None
+    assert figures(PAGE) == {"cache_queries": 200}
+    engines = {labels.split(",")[0]: value for _, labels, value in samples(PAGE, "vllm:prefix_cache_queries_total")}
+    assert engines == {'engine="0"': 150, 'engine="1"': 50}
+    assert [*samples(PAGE, "plain")] == [("plain", "", 3)]
 
 
 def test_timestamps_exemplars_and_odd_labels_are_no_values() -> None:
@@ -109,8 +108,7 @@ vllm:kv_cache_usage_perc{engine="0"} -1
 vllm:generation_tokens_total{engine="0"} +Inf
 """
     assert figures(page) == {"running": 7, "preemptions": 2, "waiting": 5}
-    assert total(page, "vllm:num_requests_running") == 7
-    assert total(page, "vllm:num_requests_running", 'engine="1"') == 4
+    assert [value for _, _, value in samples(page, "vllm:num_requests_running")] == [3, 4]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
