@@ -26,6 +26,7 @@ from pdbench.report import plan as report
 from pdbench.report.search_files import check_no_measured_search
 from pdbench.report.text import translate as _
 from pdbench.search import document
+from pdbench.validation import check_other_runs
 
 CALIBRATION = "calibration.json"
 SEARCHED_S = 10.0
@@ -155,10 +156,7 @@ def read_calibration(sources: Sequence[Path], console: Console) -> Calibration:
             "name the results folders of runs to calibrate by, as in `pdbench plan single_results disaggregated_results`"
         )
     runs = suitable_runs(sources, console) if len(sources) > 1 else {path: counting_run(path) for path in sources}
-    places: dict[str | None, Path] = {}
-    for path, run in runs.items():
-        if run.run_id is not None and (other := places.setdefault(run.run_id, path)) != path:
-            raise UserError(f"{other} and {path} hold the same run, which would count twice: name it once")
+    check_other_runs((run.run_id, path) for path, run in runs.items())
     return calibrate(runs)
 
 

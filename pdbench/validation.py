@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +79,16 @@ def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
 def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
     """Raises UserError when two records are of one device, whose energy would count twice."""
     _check_distinct(folder, "device", [(device.id, device.host) for device in devices])
+
+
+def check_other_runs(runs: Iterable[tuple[str | None, Path]]) -> None:
+    """Raises UserError where two of these folders hold one run, by its id; runs saved before they had ids cannot be told."""
+    places: dict[str, Path] = {}
+    for run_id, folder in runs:
+        if run_id in places:
+            raise UserError(f"{places[run_id]} and {folder} hold the same run, which would count twice: name it once")
+        if run_id is not None:
+            places[run_id] = folder
 
 
 def flag_edited(run: "Run", edited: Sequence[str]) -> None:

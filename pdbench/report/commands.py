@@ -24,7 +24,7 @@ from pdbench.files import device_files, read_whole, results_files, write_all, wr
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
 from pdbench.report.text import translate as _
-from pdbench.validation import check_devices
+from pdbench.validation import check_devices, check_other_runs
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
 DEFAULT_FOLDERS = (Path("single_results"), Path("replicas_results"), Path("disaggregated_results"))
@@ -127,7 +127,7 @@ def compare_folders(
         where = " and ".join(map(str, missing))
         raise UserError(f"nothing measured in {where}: run `./run_disaggregated_test.sh` (or `pdbench run`) first")
     a, b = map(load_analysis, paths)
-    _check_distinct((a, b), paths)
+    check_other_runs([(a.run_id, paths[0]), (b.run_id, paths[1])])
     first, second = names_of((a, b), paths)
     names = first, second
     runs = dict(zip(names, (a, b), strict=True))
@@ -183,7 +183,7 @@ def report(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
             loaded = list(pool.map(_load, folders))
     analyses, rows = zip(*loaded, strict=True)
-    _check_distinct(analyses, folders)
+    check_other_runs((analysis.run_id, folder) for analysis, folder in zip(analyses, folders, strict=True))
     if len(folders) <= PICTURES:
         from pdbench.report import mpl
 
@@ -200,19 +200,6 @@ def report(
 def _check_png(picture: Path) -> None:
     if picture.suffix.lower() != ".png":
         raise UserError(f"--picture {picture}: pictures are PNG files: give a name that ends in .png")
-
-
-def _check_distinct(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> None:
-    """Raises UserError where two folders hold one run; runs saved before they had ids cannot be told."""
-    places: dict[str, Path] = {}
-    for analysis, folder in zip(analyses, folders, strict=True):
-        if analysis.run_id in places:
-            other = places[analysis.run_id]
-            raise UserError(
-                f"{other} and {folder} hold the same run, which differs from itself in nothing: name it once"
-            )
-        if analysis.run_id is not None:
-            places[analysis.run_id] = folder
 
 
 def _load(folder: Path) -> tuple[RunAnalysis, str]:

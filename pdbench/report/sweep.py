@@ -19,6 +19,7 @@ from pdbench.report import commands, mpl, tables, text
 from pdbench.report.chart_types import BAD, Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import ttft_parts
 from pdbench.report.text import translate as _
+from pdbench.validation import check_other_runs
 
 CURVES, TABLE = "sweep_curves.png", "sweep_summary.csv"
 Row = tuple[Mapping[str, Any], RunAnalysis]
@@ -107,9 +108,7 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
                 [*map(_order, row[0].values())],
             )
         )
-    ids = [run.run_id for of in rows.values() for _varied, run in of if run.run_id]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{' and '.join(map(str, rows))} hold the same runs: name these once")
+    check_other_runs((run.run_id, sweep) for sweep, of in rows.items() for _varied, run in of)
     first, *others = rows
     for other in others:
         a, b = rows[first][0], rows[other][0]
