@@ -8,6 +8,7 @@ import numpy as np
 
 from pdbench.analysis.compare import Comparison
 from pdbench.analysis.curves import TimeAxis
+from pdbench.analysis.metrics import PHASES
 from pdbench.analysis.run_analysis import RunAnalysis
 from pdbench.records import DeviceRecord
 from pdbench.report import answer, tables, text
@@ -20,21 +21,6 @@ ENERGY_PARTS = {
     "active_j": ("active", colours.ORANGE, ""),
     "idle_j": ("idle draw", colours.GREY, ""),
     "waiting_j": ("waiting", colours.FAINT, "/"),
-}
-TTFT_PARTS = {
-    "send": "sending",
-    "proxy": "proxy",
-    "api_server": "API server",
-    "prefill": "prefill",
-    "queue": "queue",
-    "compute": "compute",
-    "handoff": "handoff",
-    "kv_transfer": "KV transfer",
-    "decode_wait": "decode's wait",
-    "decode_step": "decode's first step",
-    "decode": "decode to the first token",
-    "reply": "reply",
-    "other": "unattributed",
 }
 FEW_GAPS = 2000
 
@@ -70,11 +56,12 @@ def ttft_parts(runs: text.Runs) -> Chart:
     """The mean TTFT of each run split by the reported instants: a bar per part of one run, a stacked bar per run of several."""
     known = {name: parts for name, run in runs.items() if (parts := run.curves.ttft_parts_ms)}
     drawn = []
-    for key, part in TTFT_PARTS.items():
+    for key in (*PHASES, "other"):
         if any(parts.get(key) for parts in known.values()):
             values = [parts.get(key, 0.0) for parts in known.values()]
-            y, labels = (list(known), []) if len(runs) > 1 else ([_(part)], [f"{text.number(values[0])} ms"])
-            drawn.append(Series(kind="hbar", name=_(part), x=values, y=y, labels=labels, shade=SHADES[key]))
+            part = _("Unattributed") if key == "other" else text.title(f"{key}_ms")
+            y, labels = (list(known), []) if len(runs) > 1 else ([part], [f"{text.number(values[0])} ms"])
+            drawn.append(Series(kind="hbar", name=part, x=values, y=y, labels=labels, shade=SHADES[key]))
     title, rows = _("Where TTFT goes"), list(dict.fromkeys(row for bars in drawn for row in bars.y))
     missing = _("no proxy and no server reported this deployment's phases")
     x = _bar_axis(_("mean TTFT, ms"), drawn)

@@ -6,6 +6,7 @@ import numpy as np
 
 from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.plan.records import Calibration, Check, Figure, Prediction, RoleCalibration, Search
+from pdbench.plan.seconds import PARTS
 from pdbench.report import text
 from pdbench.report.chart_types import BAD, FAINT, GOOD, GREY, MUTED, ORANGE, SHADES, Axis, Chart, Panel, Series, shades
 from pdbench.report.tables import Table, Value
@@ -27,14 +28,8 @@ VERDICTS: dict[str | None, tuple[str, str, str]] = {
     None: ("", GREY, "o"),
 }
 """Of a deployment: its words, its colour and its point."""
-SECONDS = {
-    "way_in": "way in",
-    "queue": "queue",
-    "compute": "compute",
-    "handoff": "handoff",
-    "decode_wait": "decode's wait",
-    "decode": "decode's steps",
-}
+SECONDS = {"way_in": ("Way in", "send"), "decode": ("Decode's steps", "decode_step")}
+"""Parts of a request's time that are no phase of a run: their words, and the phase whose colour they have."""
 
 
 def _load(of: Prediction) -> str:
@@ -275,11 +270,12 @@ def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) ->
 def _parts(title: str, bars: Mapping[str, Mapping[str, float]]) -> Panel:
     known = {name: parts for name, parts in bars.items() if parts}
     drawn = []
-    for part, words in SECONDS.items():
+    for part in PARTS:
         if any(part in parts for parts in known.values()):
             values = [parts.get(part, 0.0) for parts in known.values()]
-            shade = SHADES[{"decode": "decode_step", "way_in": "send"}.get(part, part)]
-            drawn.append(Series(kind="hbar", name=_(words), x=values, y=[*known], shade=shade))
+            words, phase = SECONDS.get(part, ("", part))
+            name = _(words) if words else text.title(f"{part}_ms")
+            drawn.append(Series(kind="hbar", name=name, x=values, y=[*known], shade=SHADES[phase]))
     longest = max((sum(parts.values()) for parts in known.values()), default=1.0)
     # The names of the parts stand at the right.
     x = Axis(label=_("mean of the requests, ms"), low=0, high=1.4 * longest)
