@@ -258,15 +258,11 @@ def _markdown(runs: text.Runs, found: Sequence[Comparison], side_by_side: tables
 def names_of(analyses: Sequence[RunAnalysis], folders: Sequence[Path]) -> list[str]:
     """Each run's deployment; where runs share it, their instances (2P2D); where these repeat too, their folders below the one that holds
     them all, with numbers where those repeat."""
-    plain, layouts = [analysis.name for analysis in analyses], list(map(text.layout, analyses))
     paths = [folder.absolute() for folder in folders]
     above = os.path.commonpath([path.parent for path in paths])
-    names = []
-    for name, layout, path in zip(plain, layouts, paths, strict=True):
-        if plain.count(name) > 1:
-            name = layout if layout and layouts.count(layout) == 1 else "_".join(path.relative_to(above).parts)
-        names.append(name)
-    return _distinct(names)
+    places = ["_".join(path.relative_to(above).parts) for path in paths]
+    names = [analysis.name for analysis in analyses]
+    return _distinct(text.told_apart(names, list(map(text.layout, analyses)), places))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

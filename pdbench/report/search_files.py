@@ -10,6 +10,7 @@ from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import holds, is_edited, sealed, write_whole
+from pdbench.report import text
 from pdbench.search.document import FILE, Document, Held
 
 JOINED = "joined"
@@ -66,8 +67,7 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     goals = [(each.slo, each.attain_pct) for each in found]
     if other := next((folder for folder, goal in zip(folders, goals, strict=True) if goal != goals[0]), None):
         raise UserError(f"{other} was searched within another SLO than {folders[0]}: report them apart")
-    _name_by_layout(found)
-    _name_by_folder(folders, found)
+    _name_apart(folders, found)
     names = [entry.name for each in found for entry in each.deployments]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} was searched in several of these folders: give one of them")
@@ -87,24 +87,17 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     )
 
 
-def _name_by_layout(found: Sequence[Document]) -> None:
-    """Deployments of one name but 2P2D and 3P1D are called so."""
-    layouts: dict[str, set[str | None]] = {}
-    for entry in (entry for each in found for entry in each.deployments):
-        layouts.setdefault(entry.name, set()).add(entry.layout)
-    for each in found:
-        for entry in each.deployments:
-            if entry.layout and len(layouts[entry.name]) > 1:
-                _rename(each, entry, entry.layout)
-                entry.layout = None
-
-
-def _name_by_folder(folders: Sequence[Path], found: Sequence[Document]) -> None:
-    """Servers given by their URL are all called "bench": several are called by their folders."""
-    if [entry.name for each in found for entry in each.deployments].count("bench") > 1:
-        for folder, each in zip(folders, found, strict=True):
-            for entry in (entry for entry in each.deployments if entry.name == "bench"):
-                _rename(each, entry, folder.resolve().name)
+def _name_apart(folders: Sequence[Path], found: Sequence[Document]) -> None:
+    """Deployments of one name but 2P2D and 3P1D are called so; servers given by their URL, all called "bench", by their folders."""
+    entries = [(folder, each, entry) for folder, each in zip(folders, found, strict=True) for entry in each.deployments]
+    names = text.told_apart(
+        [entry.name for _folder, _each, entry in entries],
+        [entry.layout for _folder, _each, entry in entries],
+        [folder.resolve().name if entry.name == "bench" else entry.name for folder, _each, entry in entries],
+    )
+    for (_folder, each, entry), name in zip(entries, names, strict=True):
+        entry.layout = None if name == entry.layout else entry.layout
+        _rename(each, entry, name)
 
 
 def _rename(document: Document, entry: Held, name: str) -> None:

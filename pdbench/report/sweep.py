@@ -116,32 +116,22 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
             raise UserError(f"{first} varies {', '.join(a[0])} and {other} {', '.join(b[0])}: report them apart")
         b = next((row for row in rows[other] if row[0] == a[0]), b)
         check_alike((first, a[1]), (other, b[1]), a[0])
-    named: dict[str, dict[Path, set[str | None]]] = {}
+    layouts: dict[tuple[Path, str], set[str | None]] = {}
     for sweep, of in rows.items():
         for _varied, run in of:
-            named.setdefault(run.name, {}).setdefault(sweep, set()).add(text.layout(run))
-    keys = [*rows[first][0][0]]
+            layouts.setdefault((sweep, run.name), set()).add(text.layout(run))
+    unlike = len({sweep.resolve().name for sweep in rows}) == len(rows)
+    names = text.told_apart(
+        [name for _sweep, name in layouts],
+        [next(iter(each)) if len(each) == 1 else None for each in layouts.values()],
+        [f"{name} {sweep.resolve().name if unlike else sweep}" for sweep, name in layouts],
+    )
+    called, keys = dict(zip(layouts, names, strict=True)), [*rows[first][0][0]]
     return [
-        (
-            {key: varied[key] for key in keys},
-            msgspec.structs.replace(run, name=_name_among(named[run.name], sweep, run.name)),
-        )
+        ({key: varied[key] for key in keys}, msgspec.structs.replace(run, name=called[sweep, run.name]))
         for sweep, of in rows.items()
         for varied, run in of
     ]
-
-
-def _name_among(layouts: Mapping[Path, set[str | None]], sweep: Path, name: str) -> str:
-    """A deployment's name where each of `layouts` has one of that name: its instances where that tells them apart, else the sweep's folder."""
-    if len(layouts) == 1:
-        return name
-    if all(len(each) == 1 for each in layouts.values()):
-        of_sweep = {folder: next(iter(each)) for folder, each in layouts.items()}
-        layout = of_sweep[sweep]
-        if layout and [*of_sweep.values()].count(layout) == 1:
-            return layout
-    names = [folder.resolve().name for folder in layouts]
-    return f"{name} {sweep.resolve().name if len(set(names)) == len(names) else sweep}"
 
 
 def table(rows: Sequence[Row]) -> tables.Table:

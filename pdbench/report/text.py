@@ -298,6 +298,14 @@ def layout(analysis: RunAnalysis) -> str | None:
     return f"{serve['prefill_instances']}P{serve['decode_instances']}D"
 
 
+def told_apart(names: Sequence[str], layouts: Sequence[str | None], otherwise: Sequence[str]) -> list[str]:
+    """Each name as it is where no other is the same; else the instances (2P2D) where no other has those, else `otherwise`."""
+    return [
+        name if names.count(name) == 1 else layout if layout and layouts.count(layout) == 1 else other
+        for name, layout, other in zip(names, layouts, otherwise, strict=True)
+    ]
+
+
 def flag_names(analysis: RunAnalysis) -> list[str]:
     return list(dict.fromkeys(flag.name for flag in analysis.flags))
 
