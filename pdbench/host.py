@@ -13,6 +13,7 @@ import msgspec
 import psutil
 
 from pdbench.config import DeploymentKind, ServeConfig
+from pdbench.config.serving import option_of
 from pdbench.errors import UserError
 from pdbench.events import Event, LogLine, parse
 from pdbench.files import new_lines
@@ -209,7 +210,7 @@ class LocalHost:
     def _check_memory(self, commands: Sequence[Command], config: ServeConfig) -> None:
         """Raises UserError for what can be known not to fit on the GPUs."""
         needed, other_sizes = None, ("--quantization", "-q", "--cpu-offload-gb", "--hf-overrides")
-        words = {word.partition("=")[0].replace("_", "-") for command in commands for word in command.argv}
+        words = {option_of(word) for command in commands for word in command.argv}
         if words.isdisjoint(other_sizes):
             model = self._model(config)[0]
             needed = weights_mib(model, halve_float32=config.dtype not in ("float32", "float"))

@@ -1,7 +1,9 @@
 """What runs and where: models, instances, devices, ports, nodes."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 from cyclopts import Parameter
@@ -104,6 +106,18 @@ class ServeConfig(ServerConfig):
         return asdict(self) | {name: _without_keys(getattr(self, name)) for name in words}
 
 
+def option_of(word: str) -> str:
+    """The option that a word of vLLM's command line gives, which takes underscores for dashes."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+def last_value(words: Sequence[str], option: str) -> str | None:
+    """What vLLM takes of an option that may be there several times; None where it is not."""
+    pairs = zip_longest(words, words[1:], fillvalue="")
+    given = [word.partition("=")[2] or following for word, following in pairs if option_of(word) == option]
+    return given[-1] if given else None
+
+
 def _without_keys(arguments: str) -> str:
     """vLLM's arguments with HIDDEN in place of every key; those without a key as they are."""
     try:
@@ -112,10 +126,9 @@ def _without_keys(arguments: str) -> str:
         return arguments
     kept, hidden = [], False
     for word in words:
-        name, equals, _ = word.partition("=")
-        if name.replace("_", "-") in ("--api-key", "--hf-token"):
-            kept += [name, "HIDDEN"]
-            hidden = not equals  # as many words as follow
+        if option_of(word) in ("--api-key", "--hf-token"):
+            kept += [word.partition("=")[0], "HIDDEN"]
+            hidden = "=" not in word  # as many words as follow
         elif word.startswith("--") or not hidden:
             kept.append(word)
             hidden = False

@@ -12,10 +12,11 @@ import numpy as np
 from pdbench.analysis.arrivals import Array
 from pdbench.analysis.run_analysis import is_foreign
 from pdbench.config import LoadConfig, ServeConfig
+from pdbench.config.serving import last_value
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
 from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
-from pdbench.plan.limits import flag_value, gpus_each, limits_of
+from pdbench.plan.limits import gpus_each, limits_of
 from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
 from pdbench.plan.steps import Part, merged_share, parts_of, trials_of
@@ -133,8 +134,8 @@ def source_of(path: Path, run: Run, parts: list[Part]) -> Source:
     measured = [device.name for device in run.devices if device.kind == "gpu"]
     gpus = sorted(set(measured if foreign else [str(gpu["name"]) for gpu in run.host.get("gpus") or []]))
     held = {(lock.get("clock_mhz"), lock.get("power_cap_w")) for lock in run.config.get("clocks_held") or []}
-    words = _arguments(run)
-    narrower = [f"{name[2:]} {value}" for name in NARROWER if (value := flag_value(words, name))]
+    words = shlex.split(_arguments(run))
+    narrower = [f"{name[2:]} {value}" for name in NARROWER if (value := last_value(words, name))]
     clocks = "; ".join(f"{clock or 'free'} MHz, {cap or 'default'} W" for clock, cap in sorted(held, key=str))
     return Source(
         run_id=run.run_id,

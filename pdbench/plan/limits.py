@@ -1,10 +1,10 @@
 """How a run's engines schedule: as they logged it, else as their flags and vLLM's defaults have it."""
 
-import itertools
 import re
 import shlex
 
 from pdbench.analysis.run_analysis import is_foreign
+from pdbench.config.serving import last_value
 from pdbench.events import EngineFacts
 from pdbench.plan.engine import Limits, Role
 from pdbench.records import Run
@@ -17,7 +17,7 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
     """The limits of a run's engines of this role, their CUDA graph sizes, and what of it is assumed because it was not recorded."""
     logged = next((engine for engine in run.engines.values() if engine.role == role), EngineFacts(role=role))
     serve = run.config.get("serve") or {}
-    words = " ".join(str(serve.get(name) or "") for name in ("vllm_args", f"{role}_args"))
+    words = shlex.split(" ".join(str(serve.get(name) or "") for name in ("vllm_args", f"{role}_args")))
     foreign = is_foreign(run)  # then host and versions are the client's
     on_gpu = foreign or bool(run.host.get("gpus"))
     assumed = []
@@ -25,7 +25,7 @@ def limits_of(run: Run, role: Role) -> tuple[Limits, tuple[int, ...], list[str]]
         assumed.append("a server with a GPU")
 
     def known(name: str, recorded: int | None, default: int) -> int:
-        value = recorded or flag_value(words, f"--{name}") or serve.get(name.replace("-", "_"))
+        value = recorded or last_value(words, f"--{name}") or serve.get(name.replace("-", "_"))
         if value is None:
             assumed.append(f"--{name} {default} (vLLM's default)")
         return int(value or default)
@@ -66,13 +66,3 @@ def gpus_each(run: Run, role: Role) -> int:
     serve = run.config.get("serve") or {}
     width = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
     return int(width) if run.host.get("gpus") else 1
-
-
-def flag_value(words: str, flag: str) -> str | None:
-    """The last value that a command line gives a flag."""
-    found = None
-    parts = [part for word in shlex.split(words) for part in word.split("=", 1)]
-    for name, value in itertools.pairwise(parts):
-        if name == flag:
-            found = value
-    return found

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
 from pdbench.config import Connector
+from pdbench.config.serving import last_value
 from pdbench.errors import UserError
-from pdbench.serving import vllm
 from pdbench.serving.vllm import Command
 
 
@@ -35,10 +35,10 @@ def check_memory(commands: Sequence[Command], total_mib: Mapping[int, float | No
     shares = Counter[int]()
     for command in commands:
         try:
-            share = float(vllm.last_value(command, "--gpu-memory-utilization") or "")
+            share = float(last_value(command.argv, "--gpu-memory-utilization") or "")
         except ValueError:
             continue  # vLLM says what is wrong with it
-        if vllm.last_value(command, "--kv-cache-memory-bytes") is not None:
+        if last_value(command.argv, "--kv-cache-memory-bytes") is not None:
             continue  # then vLLM divides nothing
         shares.update(dict.fromkeys(command.gpus, share))
         room_mib = share * min((total_mib.get(gpu) or inf for gpu in command.gpus), default=inf)
@@ -66,7 +66,7 @@ def words(commands: Iterable[Command], connector: Connector | None) -> str | Non
     parts = []
     for gpu, servers in sorted(on_gpu.items()):
         if len(servers) > 1:
-            shares = (f"{vllm.last_value(each, '--gpu-memory-utilization')} ({each.name})" for each in servers)
+            shares = (f"{last_value(each.argv, '--gpu-memory-utilization')} ({each.name})" for each in servers)
             parts.append(f"GPU {gpu} is shared, its memory as {' and '.join(shares)}")
     if not parts:
         return None

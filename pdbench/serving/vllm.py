@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdbench.config import Connector, ServeConfig
+from pdbench.config.serving import last_value, option_of
 from pdbench.errors import UserError
 from pdbench.http import netloc
 from pdbench.kv.compat import RANGE_TEXT, SUPPORTED
@@ -172,11 +173,11 @@ def server_command(
             raise UserError(
                 f"{option}: {str(error).lower()}: write it as in a shell, inside one pair of quotes"
             ) from None
-        given = [remedy for word in words if (remedy := _OF_PDBENCH.get(word.partition("=")[0].replace("_", "-")))]
+        given = [remedy for word in words if (remedy := _OF_PDBENCH.get(option_of(word)))]
         if given:
             raise UserError(f"{option}: use {given[0]}")
         argv += words
-    own_scheduler = any(word.partition("=")[0].replace("_", "-") == "--scheduler-cls" for word in argv)
+    own_scheduler = "--scheduler-cls" in map(option_of, argv)
     logs_prompts = config.prompt_log and not own_scheduler and (machine.vllm or (0,)) >= PROMPT_LOG_SINCE
     if logs_prompts:
         argv += ["--scheduler-cls", "pdbench.kv.prompt_log.scheduler"]
@@ -194,24 +195,13 @@ def server_command(
     )
 
 
-def last_value(command: Command, option: str) -> str | None:
-    """What vLLM takes of an option that may be there several times; None where it is not."""
-    words = zip(command.argv, [*command.argv[1:], ""], strict=True)
-    given = [
-        word.partition("=")[2] or following
-        for word, following in words
-        if word.partition("=")[0].replace("_", "-") == option
-    ]
-    return given[-1] if given else None
-
-
 def sequences_at_once(commands: Iterable[Command]) -> int | None:
     """How many requests these servers work on at once, by their --max-num-seqs; None where vLLM's own default decides."""
     by_role: dict[str, int] = {}
     for command in commands:
         if command.role == "proxy":
             continue
-        given = last_value(command, "--max-num-seqs")
+        given = last_value(command.argv, "--max-num-seqs")
         if given is None or not given.isdecimal():
             return None
         by_role[command.role] = by_role.get(command.role, 0) + int(given)

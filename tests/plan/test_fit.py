@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from pdbench.config.serving import last_value
 from pdbench.plan import fit
 from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
-from pdbench.plan.limits import flag_value
 from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.simulate import simulate, weighted_quantiles
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild
@@ -225,5 +225,5 @@ def test_launch_beyond_the_graphs_is_found_beside_running_streams() -> None:
 
 
 def test_last_value_of_a_flag_counts() -> None:
-    assert flag_value("--max-num-seqs 4 --max-num-seqs=8", "--max-num-seqs") == "8"
-    assert flag_value("--max-num-seqs 4", "--max-model-len") is None
+    assert last_value(["--max-num-seqs", "4", "--max-num-seqs=8"], "--max-num-seqs") == "8"
+    assert last_value(["--max-num-seqs", "4"], "--max-model-len") is None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pdbench.config import Connector, DeploymentKind, Options, ServeConfig
+from pdbench.config.serving import last_value
 from pdbench.errors import UserError
 from pdbench.kv.prompt_log import LOG_VARIABLE
 from pdbench.nvml import Gpu
@@ -159,10 +160,10 @@ def test_deployments_on_one_gpu_divide_its_memory(kind: DeploymentKind, shares: 
     config = ServeConfig(prefill_gpus=(1,), decode_gpus=(1,), decode_args="--gpu_memory_utilization=0.5")
     servers = [command for command in commands(kind, config, machine("0.33.0", 2)) if command.role != "proxy"]
     assert [command.gpus for command in servers] == [(1,)] * shares
-    given = {command.name: vllm.last_value(command, "--gpu-memory-utilization") for command in servers}
+    given = {command.name: last_value(command.argv, "--gpu-memory-utilization") for command in servers}
     assert given.pop("decode-0", "0.5") == "0.5"
     assert set(given.values()) == {str(0.8 / shares)}
-    transports = [vllm.last_value(command, "--kv-transfer-config") or "" for command in servers]
+    transports = [last_value(command.argv, "--kv-transfer-config") or "" for command in servers]
     assert all('"transport": "tcp"' in text for text in transports) == (kind == "disaggregated")
 
 
