@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdbench import correctness, turns
-from pdbench.canaries import References
 from pdbench.config import DeploymentKind, LoadConfig, Options, PairConfig
 from pdbench.errors import UserError
 from pdbench.files import check_writable, results_files, save_somewhere
@@ -22,7 +21,7 @@ from pdbench.live import publisher
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
-from pdbench.power.idle import Cooldown, Idle, idle_before_start
+from pdbench.power.idle import Idle, idle_before_start
 from pdbench.power.tenants import in_use
 from pdbench.records import Clock, Flag, Run, save_run
 from pdbench.serving import deployment as deployments
@@ -30,7 +29,7 @@ from pdbench.serving import machine as machines
 from pdbench.serving.deployment import DeploymentInfo
 from pdbench.serving.watch import RunningServers
 from pdbench.site import Site
-from pdbench.trial import Judge, check_again, check_outputs, measure, record_gate
+from pdbench.trial import Judge, Shared, check_again, check_outputs, measure, record_gate
 
 SILENCE_S = 2.0
 """How long nothing is said while files are read."""
@@ -110,9 +109,8 @@ def run(
         console.print(f"measuring the idle power of GPU {', '.join(map(str, used))} for {2 * options.power.idle_s:g} s")
         servers.idle = idle_before_start(used, options.power.idle_s)  # before anything runs on them
     gate_nonce = int(clock.unix_s)
-    cooldown = _cooldown(options)
+    shared = Shared(options, console, site, judge)
     servers.starts = max([servers.starts, *(trial.start or 0 for run in measured.values() for trial in run.trials)])
-    references: References = {}
     begin_s, turns_done, starting_s = time.monotonic(), 0, 0.0
     for pair in range(design.most_pairs if enough else design.pairs):
         missing = [kind for kind in turns.order(kinds, pair) if (kind, pair) not in done]
@@ -134,19 +132,7 @@ def run(
             elif kind == "single" and servers.reference is None:
                 servers.reference = check_outputs(info, gate_nonce, None, deployment)[1]
             try:
-                measure(
-                    result,
-                    info,
-                    options,
-                    [pair],
-                    console,
-                    cooldown,
-                    site,
-                    deployment,
-                    references,
-                    idle=fresh,
-                    judge=judge,
-                )
+                measure(result, info, [pair], deployment, shared, idle=fresh)
                 check_again(result, info, console, deployment)
             finally:
                 for trial in result.trials:
@@ -216,8 +202,9 @@ def bench(
     servers = RunningServers(info, Path(options.serve.log_dir), verify_tls=options.load.tls_verify)
     if info.name == "disaggregated":
         record_gate(run, check_outputs(info, int(clock.unix_s), None, servers)[0], console)
+    shared = Shared(options, console, site, judge)
     try:
-        measure(run, info, options, list(range(trials)), console, _cooldown(options), site, servers, {}, judge=judge)
+        measure(run, info, list(range(trials)), servers, shared)
         check_again(run, info, console, servers)
     finally:
         _save(run, folder, runs)
@@ -256,10 +243,6 @@ def _check_lengths(load: LoadConfig, max_model_len: int | None) -> None:
             f"--input-tokens {load.input_tokens} and --output-tokens {load.output_tokens} are {longest} tokens and the model takes "
             f"{max_model_len}: ask for fewer, or serve with --max-model-len {longest}"
         )
-
-
-def _cooldown(options: Options) -> Cooldown:
-    return Cooldown(options.power.cooldown_s if options.power.power else 0.0)
 
 
 def _new_run(info: DeploymentInfo, clock: Clock, options: Options) -> Run:

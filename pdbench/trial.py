@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import inf
 from typing import Protocol
 
@@ -83,24 +84,27 @@ def check_again(run: Run, info: DeploymentInfo, console: Console, servers: Serve
             record_gate(run, structs.replace(gate, detail=f"after the load: {gate.detail}"), console)
 
 
-def measure(
-    run: Run,
-    info: DeploymentInfo,
-    options: Options,
-    trials: list[int],
-    console: Console,
-    cooldown: Cooldown,
-    site: Site,
-    servers: Servers,
-    references: References,
-    *,
-    idle: bool = True,
-    judge: Judge | None = None,
-) -> None:
-    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power.
+@dataclass(frozen=True)
+class Shared:
+    """What the turns of one command have in common. `references`: the answers that canaries are compared with, of all deployments that
+    have the same trials."""
 
-    `references` holds the answers that canaries are compared with, of all deployments that have the same trials.
-    """
+    options: Options
+    console: Console
+    site: Site
+    judge: Judge | None
+    references: References = field(default_factory=dict)
+
+    @cached_property
+    def cooldown(self) -> Cooldown:
+        return Cooldown(self.options.power.cooldown_s if self.options.power.power else 0.0)
+
+
+def measure(
+    run: Run, info: DeploymentInfo, trials: list[int], servers: Servers, shared: Shared, *, idle: bool = True
+) -> None:
+    """Run `trials` against `info` and add requests, devices, events and flags to `run`; before them, `idle`: the idle power."""
+    options, console, site = shared.options, shared.console, shared.site
     streams, taken = plan.streams(options.load), info.config.get("max_num_seqs")
     line = f"  load: {plan.describe(options.load)}"
     if streams and taken and streams > taken:
@@ -108,7 +112,7 @@ def measure(
     if not run.requests:  # all turns of a run have the same
         console.print(line, markup=False, soft_wrap=True)
     measurement = site.measurement(info, options.power, run.clock)
-    gpus, canaries = info.local_gpus(), Canaries(info, references)
+    gpus, canaries = info.local_gpus(), Canaries(info, shared.references)
     locks: list[clocks.ClockLock] = []
     try:
         with clocks.locked_clocks(options.power, gpus) as locks, measurement:
@@ -116,9 +120,9 @@ def measure(
                 measurement.idle(ENGINE_READY, options.power.idle_s)
             run.engines |= engine_facts(info, verify_tls=options.load.tls_verify)
             for trial in trials:
-                start_c = cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
+                start_c = shared.cooldown.wait(sorted({gpu for indices in gpus.values() for gpu in indices}))
                 with publisher.source(lambda: [publisher.Devices(measurement.latest())]):
-                    _run_trial(run, info, options, trial, console, site, servers, measurement.latest, judge, canaries)
+                    _run_trial(run, info, trial, servers, measurement.latest, canaries, shared)
                 run.trials[-1].start_temperature_c = start_c
                 servers.check()
     finally:
@@ -176,16 +180,13 @@ def _event_log_flags(
 def _run_trial(
     run: Run,
     info: DeploymentInfo,
-    options: Options,
     trial: int,
-    console: Console,
-    site: Site,
     servers: Servers,
     devices: Callable[[], list[DeviceRecord]],
-    judge: Judge | None,
     canaries: Canaries,
+    shared: Shared,
 ) -> None:
-    begin_s = time.monotonic()
+    begin_s, options, console, judge = time.monotonic(), shared.options, shared.console, shared.judge
     watch = Watch(servers.death)
     publisher.put(publisher.Turn(run.name, trial, asdict(options.load)))
     publisher.stage("{0}: trial {1}", run.name, trial + 1)
@@ -221,7 +222,7 @@ def _run_trial(
 
         with metrics:
             try:
-                result = site.run_load(load, progressed, begin, problem)
+                result = shared.site.run_load(load, progressed, begin, problem)
             except UserError:  # a client's, which may be because a server dies
                 if watch.problem_within(DEATH_S):
                     raise UserError(f"{watch.died}: no request was measured") from None
