@@ -37,7 +37,7 @@ def present(
     """Take (varied options, results folders) as they come; show and draw each once, keep table and curves in `out` up to date, show
     these at the end."""
     rows: list[Row] = []
-    drawn, due_s = 0, 0.0
+    due_s = 0.0
     try:
         for varied, folders in measured:
             analyses = {folder: load_analysis(folder) for folder in folders}
@@ -48,26 +48,19 @@ def present(
             write_whole(out / TABLE, csv_of(rows).encode())
             begin_s = time.monotonic()
             if begin_s >= due_s:  # points that were measured before come at once
-                drawn = len(rows)
                 _draw(rows, out)
                 due_s = time.monotonic() + 10 * (time.monotonic() - begin_s)
     finally:
         if rows:
-            _finish(rows, out, console, drawn)
+            show(rows, out, console)
     return rows
 
 
 def show(rows: Sequence[Row], out: Path, console: Console) -> None:
     """Table and curves of runs that are saved, the files in `out`."""
     write_whole(out / TABLE, csv_of(rows).encode())
-    _finish(rows, out, console)
-
-
-def _finish(rows: Sequence[Row], out: Path, console: Console, drawn: int = 0) -> None:
-    """Show the table, and draw the curves where `drawn`, the number of rows that they have, is not all."""
     console.print(tables.Terminal(table(rows)))
-    if drawn < len(rows):
-        _draw(rows, out)
+    _draw(rows, out)
     commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
 
 
