@@ -131,10 +131,7 @@ def own_speed(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]
         if part.visits is not None:
             visits, alone = part.visits, part.visits.alone()
             took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
-            ratios.append(
-                took_s
-                / np.maximum(costs.host_prompt_s(tokens, tokens > engine.limits.captured), costs.gpu_prompt_s(tokens))
-            )
+            ratios.append(took_s / costs.prompt_step_s(tokens, engine.limits.captured))
         else:
             assert part.steps is not None
             chains = fit.chains([part.steps], [0], engine)

@@ -75,6 +75,10 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         """The GPU's time for so many prompt tokens, without noise."""
         return self.gpu_prefill_s + self.gpu_per_prompt_token_s * tokens.astype(np.float64)
 
+    def prompt_step_s(self, tokens: IntArray, captured: int) -> Array:
+        """How long a step of prompts alone takes, without noise: as long as its launch or its computation, whichever is longer."""
+        return np.maximum(self.host_prompt_s(tokens, tokens > captured), self.gpu_prompt_s(tokens))
+
     def gpu_step_s(self, sequences: IntArray, context: Array | IntArray | int = 0) -> Array:
         """The GPU's time for decode steps of so many sequences with so much context; none for steps without sequences."""
         sizes, table_s = np.array([*self.gpu_decode_s]), np.array([*self.gpu_decode_s.values()])

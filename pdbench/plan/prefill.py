@@ -49,9 +49,8 @@ def prefill_alone(visits: Sequence[Visits], trials: Sequence[int], limits: Limit
 
     def misfit_alone(logs: Array) -> Array:
         """Prompts that were alone tell the longer of the two parts."""
-        costs = costs_of(logs, 0.0)
-        host_s = costs.host_prompt_s(tokens, tokens > limits.captured)
-        return np.asarray(np.log(took_s) - speed_logs[which] - np.log(np.maximum(host_s, costs.gpu_prompt_s(tokens))))
+        usual_s = costs_of(logs, 0.0).prompt_step_s(tokens, limits.captured)
+        return np.asarray(np.log(took_s) - speed_logs[which] - np.log(usual_s))
 
     replayed = list(zip(visits, places, strict=True))[:REPLAYED]
     demands = [

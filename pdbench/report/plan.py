@@ -295,9 +295,8 @@ def steps_chart(found: Calibration) -> Chart:
             panels.append(_reached(_("{0}: a decode step", _(name)), n, took_s, box.sequences, sizes))
         if role.computes:
             p = np.arange(1, 2 * box.prompt_tokens, max(1, box.prompt_tokens // 200))
-            host_s, gpu_s = costs.host_prompt_s(p, p > role.engine.limits.captured), costs.gpu_prompt_s(p)
+            took_s = costs.prompt_step_s(p, role.engine.limits.captured)
             tokens = Axis(label=_("prompt tokens in the step"), low=0)
-            took_s = np.maximum(host_s, gpu_s)
             panels.append(_reached(_("{0}: a step with prompts", _(name)), p, took_s, box.prompt_tokens, tokens))
     caption = _("What one step takes. Shaded: what the runs reached; beyond it a prediction is refused.")
     return Chart(key="steps", title=_("Calibrated steps"), panels=panels, caption=caption)
