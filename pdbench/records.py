@@ -315,7 +315,7 @@ def _load(folder: Path, path: Path) -> Run:
         lacks = f"{', '.join(missing)} of {_title(run)}"
         raise UserError(f"{folder} lacks {lacks}: restore what is missing, or measure again")
     validation.flag_edited(run, edited)
-    validation.check_distinct(run.devices, folder)
+    validation.check_distinct(folder, "device", [(device.id, device.host) for device in run.devices])
     validation.drop_impossible_counters(run)
     return run
 

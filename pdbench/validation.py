@@ -76,11 +76,6 @@ def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
             _check_order(path, f"{where}: {name}", [t_s for t_s, _ in getattr(device, name)])
 
 
-def check_distinct(devices: Sequence["DeviceRecord"], folder: Path) -> None:
-    """Raises UserError when two records are of one device, whose energy would count twice."""
-    _check_distinct(folder, "device", [(device.id, device.host) for device in devices])
-
-
 def check_other_runs(runs: Iterable[tuple[str | None, Path]]) -> None:
     """Raises UserError where two of these folders hold one run, by its id; runs saved before they had ids cannot be told."""
     places: dict[str, Path] = {}
@@ -151,14 +146,14 @@ def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
         if trial.end_s < trial.start_s:
             why = f"its end_s {trial.end_s:g} is before its start_s {trial.start_s:g}"
             raise _wrong(path, f"trial {trial.index}", why)
-    _check_distinct(path, "trial", [(trial.index,) for trial in trials])
+    check_distinct(path, "trial", [(trial.index,) for trial in trials])
     for before, after in pairwise(sorted(trials, key=lambda trial: (trial.start_s, trial.end_s))):
         if after.start_s < before.end_s - CLOCK_ERROR_S:
             raise _wrong(path, f"trials {before.index} and {after.index}", "they overlap")
 
 
 def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
-    _check_distinct(path, "server", [(series.server,) for series in servers])
+    check_distinct(path, "server", [(series.server,) for series in servers])
     for series in servers:
         where = f"server {shown(series.server)}"
         for name in (series.server, series.role):
@@ -176,7 +171,7 @@ def _check_servers(servers: Sequence["ServerSeries"], path: Path) -> None:
 def _check_requests(requests: Sequence["RequestRecord"], trials: set[int], path: Path) -> None:
     if trials and not requests:
         raise _wrong(path, "requests", f"there are none, and {len(trials)} trials")
-    _check_distinct(path, "request", [(request.id,) for request in requests])
+    check_distinct(path, "request", [(request.id,) for request in requests])
     foreign = {request.trial for request in requests} - trials
     if foreign:
         request = next(request for request in requests if request.trial in foreign)
@@ -243,7 +238,8 @@ def _check_words(path: Path, where: str, name: str) -> None:
         raise _wrong(path, where, f"{shown(name)} is no name")
 
 
-def _check_distinct(path: Path, kind: str, keys: Sequence[tuple[object, ...]]) -> None:
+def check_distinct(path: Path, kind: str, keys: Sequence[tuple[object, ...]]) -> None:
+    """Raises UserError when two are the same, whose figures would count twice."""
     if len(set(keys)) < len(keys):
         (twice, *_), _count = Counter(keys).most_common(1)[0]
         raise _wrong(path, f"{kind} {shown(str(twice))}", "it is there twice")
