@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -35,14 +35,9 @@ _GROWTH, _ENDLESS = 1.5, 24
 _OWN_FIELDS = ("cache_salt", "return_tokens_as_token_ids", "return_token_ids")
 _LOGPROBS = ("logprobs", "top_logprobs")
 
+Asked = tuple[PlannedRequest, Answer]
 References = dict[tuple[int, int], tuple[str, Answer]]
 """By trial and place of the request: who answered first, and what."""
-
-
-@dataclass
-class _Asked:
-    planned: PlannedRequest
-    answer: Answer
 
 
 class Canaries:
@@ -60,7 +55,7 @@ class Canaries:
             direct = []
         idle = f"the idle {'server' if info.name == 'bench' else info.name}"
         self.source, self._url = (direct[0].name, direct[0].url) if direct else (idle, info.url)
-        self._asked: dict[int, list[_Asked]] = {}
+        self._asked: dict[int, list[Asked]] = {}
         self._flags: list[Flag] = []
         self._left_out: tuple[str, ...] = ()
 
@@ -73,7 +68,7 @@ class Canaries:
             _check_greedy(load.config)
             tokenizer, _ = plan.load_tokenizer_for(load)
             planned = plan.requests_at(load.config, tokenizer, load.trial, places)
-            asked = [_Asked(each, self._ask(load, each, "before")) for each in planned]
+            asked = [(each, self._ask(load, each, "before")) for each in planned]
         except (UserError, OSError) as error:
             self._flags.append(Flag("canaries-off", f"no answer was checked under load: {error}"))
             return load
@@ -87,14 +82,14 @@ class Canaries:
         answered = [each for each in requests if not each.error]
         canaries = [(each, each.canary) for each in answered if each.canary and (each.text or each.canary.token_ids)]
         for record, canary in canaries:
-            known = asked[canary.number]
-            canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known.answer, canary.token_ids, record.text)
+            planned, known = asked[canary.number]
+            canary.verdict, canary.equal_tokens, canary.gap_nats = compare(known, canary.token_ids, record.text)
             cached = (record.cached_prompt_tokens or 0) - record.shared_prompt_tokens
-            canary.repeated = not known.answer.salted or (self._url == self.info.url and cached > _TEMPLATE_TOKENS)
+            canary.repeated = not known.salted or (self._url == self.info.url and cached > _TEMPLATE_TOKENS)
             if canary.verdict == "undecided" and servers_live:
-                self._follow(load, known, canary)
+                self._follow(load, planned, known, canary)
             if canary.verdict == "wrong" and servers_live:
-                self._ask_again(load, known, record, canary)
+                self._ask_again(load, planned, known, record, canary)
             canary.token_ids = canary.token_ids[:TOKENS]
         if not (verdicts := [canary.verdict for _, canary in canaries]):
             return None
@@ -145,25 +140,27 @@ class Canaries:
             raise OSError(f"{self._url} answers {status}: {answer[:200].decode('utf-8', 'replace')}")
         return read(answer, salted=not left_out)
 
-    def _follow(self, load: TrialLoad, known: _Asked, canary: Canary) -> None:
+    def _follow(self, load: TrialLoad, planned: PlannedRequest, known: Answer, canary: Canary) -> None:
         """Judge what came after a near tie."""
         load = replace(load, config=replace(load.config, endpoint="completions"))
 
         def ask(prompt: Sequence[int], tokens: int) -> Answer:
-            return self._ask(load, replace(known.planned, prompt=tuple(prompt)), "before", tokens)
+            return self._ask(load, replace(planned, prompt=tuple(prompt)), "before", tokens)
 
-        verdict, equal, gap = follow(known.answer, canary.token_ids, canary.equal_tokens, ask)
+        verdict, equal, gap = follow(known, canary.token_ids, canary.equal_tokens, ask)
         canary.verdict = verdict
         if verdict == "wrong":
             canary.equal_tokens, canary.gap_nats = equal, gap
 
-    def _ask_again(self, load: TrialLoad, known: _Asked, record: RequestRecord, canary: Canary) -> None:
+    def _ask_again(
+        self, load: TrialLoad, planned: PlannedRequest, known: Answer, record: RequestRecord, canary: Canary
+    ) -> None:
         """Is it the reference that was wrong? Only an instance that is not the way of the load can tell."""
         try:
-            second = self._ask(load, known.planned, f"again {record.id}")
+            second = self._ask(load, planned, f"again {record.id}")
         except OSError:
             return
-        changed = compare(known.answer, second.token_ids, second.text)[0] == "wrong"
+        changed = compare(known, second.token_ids, second.text)[0] == "wrong"
         again = compare(second, canary.token_ids, record.text)
         if changed and again[0] != "wrong" and self._url != self.info.url:
             canary.verdict, canary.equal_tokens, canary.gap_nats = again
@@ -172,13 +169,13 @@ class Canaries:
                      "before and after the load; under load the answer was its second")
             )  # fmt: skip
 
-    def _compare_references(self, trial: int, asked: Sequence[_Asked]) -> None:
+    def _compare_references(self, trial: int, asked: Sequence[Asked]) -> None:
         """With the first deployment that was asked the same prompts; one with more instances has other canaries."""
         own = self.info.name if self._url == self.info.url else f"{self.source} of {self.info.name}"
         verdicts, others = Counter[str](), set[str]()
-        for each in asked:
-            source, first = self._firsts.setdefault((trial, each.planned.index), (own, each.answer))
-            verdicts[compare(first, each.answer.token_ids, each.answer.text)[0]] += 1
+        for planned, answer in asked:
+            source, first = self._firsts.setdefault((trial, planned.index), (own, answer))
+            verdicts[compare(first, answer.token_ids, answer.text)[0]] += 1
             others.add(source)
         if wrong := verdicts["wrong"]:
             what = f"trial {trial + 1}: {' and '.join(sorted(others))} and {own} answer {wrong} of {len(asked)} prompts differently"
