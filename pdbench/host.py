@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class LocalHost:
         else:
             self._check_vllm()
             gpus = self.assign_gpus(specs, config)
-            share = config.gpu_memory_utilization / sharing.most_on_one_gpu(gpus.values())
+            instances = Counter(gpu for own in gpus.values() for gpu in own)
+            share = config.gpu_memory_utilization / max(instances.values(), default=1)
             config = dataclasses.replace(config, gpu_memory_utilization=share)
             commands = [self.command(spec, config, gpus[spec.name], setup) for spec in specs]
             self._check_memory(commands, config)

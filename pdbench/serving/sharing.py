@@ -10,11 +10,6 @@ from pdbench.errors import UserError
 from pdbench.serving.vllm import Command
 
 
-def most_on_one_gpu(gpus: Iterable[Sequence[int]]) -> int:
-    """Instances on the GPU that runs most of them; `gpus` are those of each instance."""
-    return max(Counter(gpu for own in gpus for gpu in own).values(), default=1)
-
-
 def starts(commands: Iterable[Command]) -> list[list[str]]:
     """Servers by their start: those of a GPU one after the other, each once the one before it is healthy.
 
