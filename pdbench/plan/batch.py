@@ -80,20 +80,8 @@ class Batch:
     """An engine's sequences before step `k`. Its subclass has their time."""
 
     __slots__ = (
-        "base",
-        "blocked",
-        "ending",
-        "handouts",
-        "k",
-        "lag",
-        "order",
-        "partial",
-        "pool",
-        "preemptions",
-        "reserved",
-        "resumed",
-        "running",
-        "waiting",
+        "base", "blocked", "ending", "handouts", "k", "lag", "order", "partial", "pool",
+        "preemptions", "reserved", "resumed", "running", "waiting",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
