@@ -35,6 +35,12 @@ _COUNTS = (
 """Of a request, as servers gave them."""
 
 
+class _Gpu(msgspec.Struct):
+    """Of the facts about a host: what must be known of each of its GPUs."""
+
+    name: str
+
+
 def check_keys(saved: bytes, run: "Run", path: Path) -> None:
     """Raises UserError for requests without token_s, which decoding takes for requests that got no token."""
     # In a string its quotes would be escaped.
@@ -120,25 +126,17 @@ def _check_config(run: "Run", path: Path) -> None:
     """The options and facts that figures and pages read have the types that pdbench gives them."""
     from pdbench.config import LoadConfig, PowerConfig
 
-    for section, options in (("load", LoadConfig), ("power", PowerConfig), ("serve", None)):
-        values = run.config.get(section)
-        if not isinstance(values, dict | None):
-            raise _wrong(path, f"config.{section}", "it is no table of options")
+    kinds = {"load": LoadConfig, "power": PowerConfig, "serve": dict, "inputs": list[str], "clocks_held": list[dict]}
+    facts = [(f"config.{name}", run.config.get(name), kind) for name, kind in kinds.items()]
+    for name, value, kind in [*facts, ("host.gpus", run.host.get("gpus"), list[_Gpu])]:
         try:
-            msgspec.convert(values or {}, options or dict)
+            msgspec.convert(value, kind | None)
         except msgspec.ValidationError as error:
-            raise _wrong(path, f"config.{section}", str(error)) from None
-        for key, value in (values or {}).items():
+            raise _wrong(path, name, str(error)) from None
+    for section in ("load", "power", "serve"):
+        for key, value in (run.config.get(section) or {}).items():
             if isinstance(value, float) and not abs(value) <= 1e15:
                 raise _wrong(path, f"config.{section}.{key}", f"{value:g} is no value of this option")
-    inputs, gpus = run.config.get("inputs") or [], run.host.get("gpus") or []
-    if not (isinstance(inputs, list) and all(isinstance(line, str) for line in inputs)):
-        raise _wrong(path, "config.inputs", "it is no list of sentences")
-    held = run.config.get("clocks_held") or []
-    if not (isinstance(held, list) and all(isinstance(lock, dict) for lock in held)):
-        raise _wrong(path, "config.clocks_held", "it is no list of clocks")
-    if not (isinstance(gpus, list) and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)):
-        raise _wrong(path, "host.gpus", "it is no list of GPUs with names")
 
 
 def _check_trials(trials: Sequence["Trial"], path: Path) -> None:
