@@ -19,7 +19,6 @@ FIGURES = (
 )  # fmt: skip
 SEARCHED = ("slo_met_pct", "ttft_p99_ms", "tbt_p99_ms", "j_per_output_token")
 OVERVIEW = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "j_per_output_token")
-TITLES = {"prefill_power_w": "Power of prefill, W", "decode_power_w": "Power of decode, W"}
 VERDICTS: dict[str | None, tuple[str, str, str]] = {
     "met": ("keeps the SLO", GOOD, "o"),
     "not decided": ("not decided", ORANGE, "o"),
@@ -91,10 +90,7 @@ def calibration(found: Calibration) -> Table:
 def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     """Figures with their intervals, a column per deployment; a refused one has its reason below."""
     rows: list[list[Value]] = [
-        [
-            _(TITLES[name]) if name in TITLES else text.label(name),
-            *(_with_interval(each.figures.get(name)) for each in of),
-        ]
+        [text.label(name), *(_with_interval(each.figures.get(name)) for each in of)]
         for name in FIGURES
         if any(name in each.figures for each in of)
     ]

@@ -49,6 +49,8 @@ METRICS = {
     "merged_pct": ("Gaps of 0 ms, in one chunk", "%", "tokens.merged_pct"),
     "cached_pct": ("Prompt tokens from a prefix cache", "%", "prefix_cache.cached_pct"),
     "mean_power_w": ("Mean power", "W", "energy.mean_power_w"),
+    "prefill_power_w": ("Power of prefill", "W", ""),
+    "decode_power_w": ("Power of decode", "W", ""),
     "j_per_output_token": ("Energy per output token", "J", "energy.j_per_output_token"),
     "j_per_computed_prompt_token": ("Prefill, J per prompt token", "", "energy.j_per_computed_prompt_token"),
     "decode_j_per_output_token": ("Decode, J per output token", "", "energy.decode_j_per_output_token"),
