@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,10 +214,8 @@ class Channel:
         """Close it; threads that wait in `receive` or `send` get ChannelClosedError."""
         with self._lock:
             self._closed = True
-            try:
+            with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             if not self._users:
                 self._socket.close()
 
@@ -346,10 +344,8 @@ class Listener:
     def close(self) -> None:
         """Accept no more connections; those that are open remain."""
         self._closing = True
-        try:
+        with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(), which would hold the port open
-        except OSError:
-            pass
         self._socket.close()
 
     def _accept(self) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -62,14 +63,12 @@ class LogWatch:
     def look(self) -> bool:
         """Is the engine dead, by the log?"""
         with self._looking:
-            try:
+            with suppress(FileNotFoundError):
                 if not self.engine_died:
                     new, self._seen = new_lines(self._log, self._seen)
                     text = new.decode(errors="replace")
                     self.engine_died = engine_died(text)
                     self._lines += lines_of_load(text, time.monotonic())[: _MOST_LINES - len(self._lines)]
-            except FileNotFoundError:
-                pass
             return self.engine_died
 
     def lines(self) -> list[LogLine]:
