@@ -15,7 +15,7 @@ import psutil
 import pynvml as nv
 
 from pdbench.errors import UserError
-from pdbench.patience import within
+from pdbench.patience import NoAnswerError, within
 
 _LOST = {
     nv.NVML_ERROR_GPU_IS_LOST,
@@ -96,7 +96,7 @@ def bounded(call: Callable[P, T], otherwise: Callable[[], T] | None = None) -> C
     def answered(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return within(ANSWER_S, partial(call, *args, **kwargs))
-        except TimeoutError:
+        except NoAnswerError:
             if otherwise is None:
                 raise GpuError(None) from None
             return otherwise()
@@ -169,7 +169,7 @@ def check_answers() -> None:
     """Raises UserError where the driver hangs; one that is not there, or refuses, answers."""
     try:
         within(ANSWER_S, _gpus)
-    except TimeoutError:
+    except NoAnswerError:
         raise UserError(str(GpuError(None))) from None
 
 

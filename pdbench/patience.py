@@ -2,14 +2,18 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+class NoAnswerError(Exception):
+    """The call has not ended in time. No TimeoutError: that may be a library's own, which answered."""
+
+
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; TimeoutError after `seconds`. Its thread cannot be ended, but is waited for no longer."""
+    """What `call` returns or raises; NoAnswerError after `seconds`. Its thread cannot be ended, but is waited for no longer."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -19,4 +23,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
             done.set_exception(error)
 
     threading.Thread(target=run, name="pdbench-patience", daemon=True).start()
-    return done.result(seconds)
+    if not wait([done], seconds).done:
+        raise NoAnswerError(f"no answer within {seconds:g} s")
+    return done.result()
