@@ -9,9 +9,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
+from math import inf
 from typing import Any, ParamSpec, TypeVar
 
-import psutil
 import pynvml as nv
 
 from pdbench.errors import UserError
@@ -51,7 +51,10 @@ _SETTINGS: dict[str, Callable[[Any], bool | float]] = {
     "ecc": lambda handle: bool(nv.nvmlDeviceGetEccMode(handle)[0]),
     "mig": lambda handle: bool(nv.nvmlDeviceGetMigMode(handle)[0]),
     "max_sm_clock_mhz": lambda handle: float(nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_SM)),
+    "compute_capability": lambda handle: float("{}.{}".format(*nv.nvmlDeviceGetCudaComputeCapability(handle))),
 }
+GA100 = 8.0
+"""The compute capability up to which nvmlDeviceGetPowerUsage gives an instant; newer ones the mean of a second (NVML's documentation)."""
 ANSWER_S = 20.0
 """A driver takes seconds to wake GPUs that nobody uses; one that hangs answers never."""
 P = ParamSpec("P")
@@ -209,21 +212,6 @@ def computing() -> set[tuple[int, int]]:
     return found
 
 
-def tree(processes: Iterable[int]) -> set[int]:
-    """These processes that live and all their descendants."""
-    trees = set()
-    for pid in processes:
-        with suppress(psutil.Error):
-            trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
-    return trees
-
-
-def gpus_of(processes: Iterable[int]) -> list[int]:
-    """The GPUs on which one of these processes, or of their descendants, computes."""
-    own = tree(processes)
-    return sorted({index for index, pid in computing() if pid in own})
-
-
 class OpenGpu:
     """One GPU, kept open to be read often; its methods raise GpuError. `settings` are DeviceRecord's.
 
@@ -279,7 +267,7 @@ class OpenGpu:
         powers = {field: query for field, query in self._powers.items() if field not in skip}
         if powers:
             calls = {tuple(powers): partial(_powers_w, list(powers.values()))} | calls
-        # A driver without these two has one power, an average.
+        # A driver without these two has one power.
         if powers.keys().isdisjoint(_POWER_FIELDS) and not self.mig:
             calls = {("plain_power",): lambda handle: (nv.nvmlDeviceGetPowerUsage(handle) / 1000,)} | calls
         values: dict[str, Any] = {}
@@ -293,7 +281,8 @@ class OpenGpu:
                 if error.value in _LOST:
                     break
         if isinstance(values.get("plain_power"), float):
-            values["power_average_w"] = values.pop("plain_power")
+            is_instant = self.settings.get("compute_capability", inf) <= GA100
+            values["power_w" if is_instant else "power_average_w"] = values.pop("plain_power")
         return values
 
     def energy_j(self) -> float:

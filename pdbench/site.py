@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from pdbench import doctor, nvml
+from pdbench import doctor
 from pdbench.config import ClusterConfig, DeploymentKind, LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.doctor import Finding
 from pdbench.errors import UserError
@@ -21,6 +21,7 @@ from pdbench.load.generator import OnProgress
 from pdbench.load.plan import TrialLoad
 from pdbench.power.device import gpu_indices
 from pdbench.power.sampler import merge_records
+from pdbench.power.tenants import gpus_of
 from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
@@ -190,7 +191,7 @@ class Site:
         server, url = ServerInfo(name="server", role="server", url=info.url), split_url(info.url)
         is_here = machines.is_this_host(url.host)
         pids = [process.pid for process in machines.listeners(url.port)] if is_here else []
-        gpus = nvml.gpus_of(pids)
+        gpus = gpus_of(pids)
         if named:
             words = " ".join(f"--single-gpus {index}" for index in named)
             if len(set(named)) < len(named) or not set(named) <= set(present):

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import inf, isfinite
 from typing import NamedTuple
@@ -19,6 +19,21 @@ EVERY_S = 5.0
 """Who stays for less may not be seen: each look costs some calls of the driver, which samplers of power also ask."""
 OTHERS_SHARE, IDLE_SHARE, LEAST_S = 0.1, 0.1, 10.0
 """Others' share of the cores from which on they count, where less than this is idle; shorter loads say too little."""
+
+
+def tree(processes: Iterable[int]) -> set[int]:
+    """These processes that live and all their descendants."""
+    trees = set()
+    for pid in processes:
+        with suppress(psutil.Error):
+            trees |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    return trees
+
+
+def gpus_of(processes: Iterable[int]) -> list[int]:
+    """The GPUs on which one of these processes, or of their descendants, computes."""
+    own = tree(processes)
+    return sorted({index for index, pid in nvml.computing() if pid in own})
 
 
 def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
@@ -46,7 +61,7 @@ class Newcomers:
         self.found: list[tuple[float, int, int]] = []
         self._gpus, self._roots = gpus, [os.getpid(), *roots]
         self._known = nvml.computing()
-        own = nvml.tree(self._roots)
+        own = tree(self._roots)
         if own & {pid for gpu, pid in self._known if gpu in gpus}:
             self._note(self._known, own)
         self._stop = threading.Event()
@@ -64,7 +79,7 @@ class Newcomers:
             ended = self._stop.wait(EVERY_S)  # and one look at the end
             if new := nvml.computing() - self._known:
                 self._known |= new
-                self._note(new, nvml.tree(self._roots))
+                self._note(new, tree(self._roots))
 
     def _note(self, seen: Collection[tuple[int, int]], own: Collection[int]) -> None:
         now_s = time.monotonic()
@@ -91,7 +106,7 @@ class Cores(NamedTuple):
 def cores_used(roots: Sequence[int]) -> Cores:
     """Until now; `own` are those of this process, of `roots` and of all their descendants, ended ones included."""
     times, own = psutil.cpu_times(), 0.0
-    for pid in nvml.tree([os.getpid(), *roots]):
+    for pid in tree([os.getpid(), *roots]):
         with suppress(psutil.Error):
             own += sum(psutil.Process(pid).cpu_times()[:4])  # with children that were waited for
     # Linux counts a guest's time in user and nice as well.

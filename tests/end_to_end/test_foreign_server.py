@@ -159,7 +159,7 @@ def test_server_is_the_listener_and_what_it_started(nvml_library: Path) -> None:
         assert process.stdin and process.stdout
         port, worker = map(int, process.stdout.readline().split())
         assert [listener.pid for listener in machine.listeners(port)] == [process.pid]
-        code = f"from pdbench import nvml; print(nvml.gpus_of([{process.pid}]))"
+        code = f"from pdbench.power.tenants import gpus_of; print(gpus_of([{process.pid}]))"
         assert (
             child(nvml_library, code, gpus="4", processes=f"0:{os.getpid()} 2:{worker} 3:{process.pid}") == "[2, 3]\n"
         )

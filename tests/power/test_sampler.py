@@ -129,6 +129,19 @@ def test_gpu_without_instant_power_is_integrated_over_its_average(nvml_library: 
     assert old.samples[-1].power_average_w == 100 and old.samples[-1].power_w is None
 
 
+def test_plain_power_of_old_gpus_is_an_instant(nvml_library: Path) -> None:
+    """NVML: a 1 s mean from Ampere on, but for GA100. Taken for one, readings stood half a second early: 1,712 J of 1,950."""
+    no_fields = "0:DeviceGetFieldValues:3 0:DeviceGetTotalEnergyConsumption:3"
+    steps = "6.0 0:120 3:120 3:650 6:650"
+    for capability, is_instant in (("70", True), ("80", True), ("86", False), ("90", False)):
+        [device] = sampled(nvml_library, 20.0, {"decode": [0]}, fail=no_fields, capability=capability, power_0=steps)
+        assert device.settings["compute_capability"] == int(capability) / 10
+        last = device.samples[-1]
+        assert (last.power_average_w is None, last.power_w is None) == (is_instant, not is_instant)
+        if is_instant:
+            assert energy_over(device, 9.0, 12.0).energy_j == pytest.approx(3 * 650, rel=0.02)
+
+
 def test_counter_reset_is_flagged_and_bridged_by_the_curve(nvml_library: Path) -> None:
     [device] = sampled(nvml_library, 20.0, {"decode": [0]}, reset_s="9.0", power_0=wave_text("square"))
     window = energy_over(device, 2, 18)

@@ -224,7 +224,8 @@ EXPORT int nvmlDeviceGetFieldValues(void *device, int count, field_t *fields) {
 }
 EXPORT int nvmlDeviceGetPowerUsage(void *device, unsigned *mw) {
     TRY("DeviceGetPowerUsage");
-    *mw = watts_to_mw(mean_w(GPU(device), last_tick(GPU(device), 0.1), 1.0));
+    double over_s = number("FAKE_NVML_CAPABILITY", 90) > 80 ? 1.0 : 0.001; // GA100 and older: an instant
+    *mw = watts_to_mw(mean_w(GPU(device), last_tick(GPU(device), 0.1), over_s));
     return 0;
 }
 EXPORT int nvmlDeviceGetTotalEnergyConsumption(void *device, u64 *mj) {
@@ -368,6 +369,11 @@ EXPORT int nvmlDeviceGetTopologyCommonAncestor(void *device, void *peer, unsigne
     (void)peer;
     TRY("DeviceGetTopologyCommonAncestor");
     *level = (unsigned)number("FAKE_NVML_TOPOLOGY", 50);
+    return 0;
+}
+EXPORT int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
+    (void)device;
+    *major = (int)number("FAKE_NVML_CAPABILITY", 90) / 10, *minor = (int)number("FAKE_NVML_CAPABILITY", 90) % 10;
     return 0;
 }
 EXPORT int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
