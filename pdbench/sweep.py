@@ -316,7 +316,8 @@ def differences(before: Any, now: Any) -> str:
     """The options that are not the same, each with both values, of two nested documents as JSON has them; empty where all are."""
     before, now = _flat(before), _flat(now)
     keys = [key for key in before | now if before.get(key) != now.get(key)]
-    named = [f"{key.rpartition('.')[2]} {before.get(key)} instead of {now.get(key)}" for key in keys[:3]]
+    before, now = ({key: "none" if side.get(key) is None else side[key] for key in keys} for side in (before, now))
+    named = [f"{key.rpartition('.')[2]} {before[key]} instead of {now[key]}" for key in keys[:3]]
     return ", ".join(named) + (f" and {len(keys) - 3} more" if keys[3:] else "")
 
 

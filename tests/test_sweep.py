@@ -115,7 +115,7 @@ def test_points_of_other_options_are_refused_and_kept_before_anything_is_measure
         (other, context, "seed 0 instead of 7"),
         (more, context | {"trials": 3}, "trials 1 instead of 3"),
         (more, context | {"url": "http://b"}, "url http://a instead of http://b"),
-        (more, {"trials": 1}, "url http://a instead of None"),
+        (more, {"trials": 1}, "url http://a instead of none"),
     ):
         with pytest.raises(
             UserError,
@@ -126,7 +126,7 @@ def test_points_of_other_options_are_refused_and_kept_before_anything_is_measure
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(machine, "own_identity", lambda: own | {"gpus": {"GPU 0": "GPU-b"}})
         with pytest.raises(
-            UserError, match=r"on another machine \(GPU 0 None instead of GPU-b\): repeat its command there"
+            UserError, match=r"on another machine \(GPU 0 none instead of GPU-b\): repeat its command there"
         ):
             list(sweep.run(more, tmp_path, measure, CONSOLE, context))
     assert calls == [1] and {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == kept

@@ -241,7 +241,7 @@ def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gat
         (lambda run: run.host.update(name="elsewhere"), "another host, other GPUs or other versions"),
         (
             lambda run: run.host.update(gpus=[{"index": 0, "name": "H", "uuid": "GPU-b"}]),
-            "another host, .*GPU 0 GPU-b instead of None",
+            "another host, .*GPU 0 GPU-b instead of none",
         ),
         (lambda run: run.versions.update(vllm="0.1"), "other versions .*vllm 0.1 instead of"),
     ],

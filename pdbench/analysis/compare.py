@@ -233,7 +233,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
         noted = {key: serve.get(key) for key in NOTED_OPTIONS} | {f"load, {key}": load[key] for key in SLO_OPTIONS}
         noted[COUNTED_BY] = run.summary.tokens.counted_by
         noted |= {f"power, {key}": (run.config.get("power") or {}).get(key) for key in NOTED_POWER}
-        noted |= {f"{name} version": run.versions.get(name) for name in versions}
+        noted |= {f"{name} version": run.versions.get(name, "unknown") for name in versions}
         noted["input files"] = run.config.get("inputs") or None
         noted |= _gpus_found(run)
         sides.append((refused, noted))

@@ -68,7 +68,7 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
         compared |= {f"{role}'s {name}": [getattr(limit, name) for limit in limits] for name in ALIKE_LIMITS}
         compared[f"{role}'s GPUs per instance"] = [gpus_each(part.run, role) for part in of_role]
     for name, said in compared.items():
-        values = sorted(set(map(str, said)))
+        values = sorted({"unknown" if value is None else str(value) for value in said})
         if len(values) > 1:
             raise UserError(f"the runs differ in {name}, {' and '.join(values)}: calibrate with runs of one")
     roles: dict[Role, RoleCalibration] = {}

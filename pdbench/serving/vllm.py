@@ -73,7 +73,7 @@ def is_local(model: str) -> bool:
 
 def choose_connector(config: ServeConfig, machine: Machine) -> Connector:
     """The connector to use. Raises UserError when it cannot work with this vLLM or these GPUs."""
-    version, text = machine.vllm or (0,), machine.vllm_text
+    version, text = machine.vllm or (0,), machine.vllm_text or "of an unknown version"
     builtin = BUILTIN_P2P_VERSIONS[0] <= version < BUILTIN_P2P_VERSIONS[1]
     connector, by_nccl = config.connector, machine.on_gpu and not shared_gpus(config)
     if connector == "auto":

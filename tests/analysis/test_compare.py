@@ -359,3 +359,9 @@ def test_versions_of_a_server_given_by_its_url_are_not_compared() -> None:
     assert compare_runs(a, b).mismatches == []
     b.versions["pdbench"] = "9.9"
     assert [str(found) for found in compare_runs(a, b).mismatches] == ["pdbench version: 0.1.0 against 9.9"]
+
+
+def test_version_that_a_run_does_not_hold_is_unknown() -> None:
+    a, b = build_run("single"), build_run("single")
+    del b.versions["vllm"]  # of an older pdbench
+    assert [str(found) for found in compare_runs(a, b).mismatches] == ["vllm version: 0.26.0 against unknown"]

@@ -129,6 +129,13 @@ def test_runs_of_two_models_are_refused() -> None:
         calibrate({Path("a"): recorded_run(), Path("b"): recorded_run(model="n")})
 
 
+def test_version_that_is_not_known_is_named_so() -> None:
+    other = recorded_run()
+    other.versions = {"pdbench": "0.1.0"}
+    with pytest.raises(UserError, match=r"differ in vllm, [0-9.]+ and unknown:"):
+        calibrate({Path("a"): recorded_run(), Path("b"): other})
+
+
 def test_runs_of_one_role_whose_engines_schedule_otherwise_are_refused() -> None:
     other = recorded_run()
     other.engines["single"] = msgspec.structs.replace(other.engines["single"], max_num_batched_tokens=512)

@@ -58,6 +58,11 @@ def test_vllm_outside_the_connectors_range_is_refused_before_anything_starts(
         vllm.choose_connector(ServeConfig(), machine(version, gpus))
 
 
+def test_version_that_is_not_known_is_named_so() -> None:
+    with pytest.raises(UserError, match=r"0\.26 to 0\.33, this is of an unknown version: install"):
+        vllm.choose_connector(ServeConfig(connector="tcp"), Machine(None, ()))
+
+
 @pytest.mark.parametrize(
     ("version", "gpus", "connector"),
     [
