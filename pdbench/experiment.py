@@ -167,6 +167,7 @@ def bench(
     A deployment of `pdbench serve` with the same --log-dir is recognised, and its model, devices and events with it.
     """
     _check_options(site, options, console)
+    site.check_gpus(options.serve, running=True)
     check_writable(out)
     info = deployments.find(Path(options.serve.log_dir), url)
     flags: list[Flag] = []

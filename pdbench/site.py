@@ -26,7 +26,7 @@ from pdbench.records import Clock, DeviceRecord, Flag
 from pdbench.serving import machine as machines
 from pdbench.serving.deployment import Deployment, DeploymentInfo, ServerHost, ServerInfo, at_once
 from pdbench.serving.machine import Machine
-from pdbench.serving.plan import ServerSpec
+from pdbench.serving.plan import ServerSpec, check_named_gpus
 
 
 class Host(ServerHost, Protocol):
@@ -157,6 +157,14 @@ class Site:
         """Raises UserError for options that contradict each other; reads no file, so that all loads of a command can be checked first."""
         plan.check(load)
 
+    def check_gpus(self, config: ServeConfig, *, running: bool = False) -> None:
+        """Raises UserError for a GPU that an option names and that is not here; `running`: for a server that runs, whatever CUDA_VISIBLE_DEVICES
+        leaves to ours."""
+        if config.prefill_gpus or config.decode_gpus or config.single_gpus:
+            machine = self._machine or machines.inspect()
+            ours = [gpu.index for gpu in machine.gpus] if machine.on_gpu else []
+            check_named_gpus(config, gpu_indices() if running else ours)
+
     def check(self) -> None:
         """Raises UserError when a host is lost."""
 
@@ -185,7 +193,7 @@ class Site:
 
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
         """Enter the devices of a server that pdbench did not start: the GPUs that --single-gpus names, else those of its
-        processes; a flag says why they cannot be measured. Raises UserError when a named GPU is not here."""
+        processes; a flag says why they cannot be measured. Raises UserError where it computes on one that is not named."""
         named = list(options.serve.single_gpus)
         present = list(gpu_indices())
         server, url = ServerInfo(name="server", role="server", url=info.url), split_url(info.url)
@@ -194,7 +202,7 @@ class Site:
         gpus = gpus_of(pids)
         if named:
             words = " ".join(f"--single-gpus {index}" for index in named)
-            if len(set(named)) < len(named) or not set(named) <= set(present):
+            if len(set(named)) < len(named):
                 raise UserError(f"{words}: name different ones of this host's GPUs, {present}")
             if unnamed := sorted(set(gpus) - set(named)):
                 raise UserError(

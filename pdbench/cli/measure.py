@@ -244,6 +244,7 @@ def sweep(
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         for point in points:
             site.check_load(point.options.load)
+            site.check_gpus(point.options.serve, running=url is not None)
         measured = sweep.run(points, out, measure, console, context, parts)
         with text.language(lang):
             rows = sweeps.present(measured, out, console, progress)

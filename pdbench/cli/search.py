@@ -89,6 +89,7 @@ def search(
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
         for point in points:
+            site.check_gpus(point.options.serve, running=url is not None)
             for load in slo_search.kinds_of_loads(point.options.load):
                 site.check_load(load)
 
@@ -161,6 +162,7 @@ def calibrate(
     options = replace(options, load=calibrating.spread(options.load, options.serve.max_model_len))
     analyses: list[RunAnalysis] = []
     with servers_stay(cluster, out, live, lambda: calibrating.saved(out)) as (site, servers):
+        site.check_gpus(options.serve)
 
         def measure(kind: DeploymentKind, options: Options, folder: Path, deadline: calibrating.Deadline) -> Path:
             with kept(lambda run, path: analyses.append(commands.keep(run, path))) as runs:

@@ -191,15 +191,19 @@ class RaySite(Cluster, Site):
 
     def deployment(self, kind: DeploymentKind, config: ServeConfig) -> Deployment:
         """Planned when it starts: until then its nodes are not known."""
-        if plan.shared_gpus(config):
-            raise UserError(
-                "--prefill-gpus and --decode-gpus name the same GPUs, and with --cluster Ray gives every instance its own: leave them out"
-            )
+        self.check_gpus(config)
         model = config.model
         if model and vllm.is_local(model):
             model = str(Path(model).expanduser().absolute())
         config = dataclasses.replace(config, model=model, log_dir=str(Path(config.log_dir).absolute()))
         return Deployment(kind, config, self, self.config.restarts)
+
+    def check_gpus(self, config: ServeConfig, *, running: bool = False) -> None:
+        for role in ("prefill", "decode", "single"):
+            if getattr(config, f"{role}_gpus"):
+                raise UserError(
+                    f"--{role}-gpus names GPUs of one host, and with --cluster Ray gives every instance its own: leave it out (--place names nodes)"
+                )
 
     def assign_devices(self, info: DeploymentInfo, options: Options) -> list[Flag]:
         """None: nothing says on which node a server runs that pdbench did not start."""

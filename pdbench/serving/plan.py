@@ -86,11 +86,26 @@ def shared_gpus(config: ServeConfig) -> tuple[int, ...]:
     return prefill
 
 
+def check_named_gpus(config: ServeConfig, present: Sequence[int]) -> None:
+    """Raises UserError for a GPU that an option names and that is not there."""
+    for role in ("prefill", "decode", "single"):
+        for gpu in getattr(config, f"{role}_gpus"):
+            if gpu not in present and present:
+                raise UserError(f"no GPU {gpu} here: --{role}-gpus takes indices of this host's GPUs, {list(present)}")
+            if gpu not in present:
+                raise UserError(
+                    f"no GPU {gpu} here: leave --{role}-gpus out, this host has no GPU that servers could use"
+                )
+
+
 def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machine) -> dict[str, tuple[int, ...]]:
-    """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough.
+    """Server name -> its GPU indices on `machine`; empty tuples on CPU. Raises UserError when there are not enough, or one is named that
+    is not there.
 
     Deployments that are compared get the same GPUs: those of prefill and decode, named or not, are the first that others get.
     """
+    present = [gpu.index for gpu in machine.gpus] if machine.on_gpu else []
+    check_named_gpus(config, present)
     if not machine.on_gpu:
         return {spec.name: () for spec in specs}
     roles = {
@@ -103,7 +118,6 @@ def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machi
                 f"{role} runs {len(members)} instance(s) of {members[0].width} GPU(s) and is given GPUs {list(named)}: "
                 f"name {count} different ones"
             )
-    present = [gpu.index for gpu in machine.gpus]
     shared = shared_gpus(config)
     free = [gpu for gpu in present if gpu not in config.decode_gpus or gpu in shared]
     prefill = list(config.prefill_gpus) or free[: config.prefill_instances * config.width("prefill")]
@@ -120,15 +134,13 @@ def assign_gpus(specs: Sequence[ServerSpec], config: ServeConfig, machine: Machi
     for role, members in roles.items():
         count = sum(spec.width for spec in members)
         gpus = by_role.get(role, others[:count])
-        missing = [gpu for gpu in gpus if gpu not in present]
-        if missing or len(gpus) < count:
+        if len(gpus) < count:
             beside = f" beside prefill's {len(prefill)}" if role == "decode" else ""
-            what = f"GPU {missing[0]}" if missing else f"{count} GPU(s){beside}"
             remedy = f"name others with --{role}-gpus, or " if hasattr(config, f"{role}_gpus") else ""
             if len(present) == 1 and not shared and members[0].width == 1:
                 remedy = f"give --prefill-gpus {present[0]} --decode-gpus {present[0]} so that all share it, or "
             raise UserError(
-                f"{role} wants {what} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
+                f"{role} wants {count} GPU(s){beside} and there {'is' if len(present) == 1 else 'are'} {len(present)} here ({present}): "
                 f"{remedy}run --against single alone"
             )
         for i, spec in enumerate(members):

@@ -63,3 +63,13 @@ def test_default_deployments_are_by_the_clusters_gpus(gpus: int, kinds: list[str
     cluster = object.__new__(RaySite)  # its constructor wants a cluster
     cluster.nodes = [Node("a" * 8, "10.0.0.1", "one", 8, 0), Node("b" * 8, "10.0.0.2", "two", 8, gpus)]
     assert cluster.kinds() == kinds
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "single"])
+def test_gpus_that_an_option_names_are_refused_with_a_cluster(role: str) -> None:
+    """Ray gives every instance its GPUs, and the option had been ignored."""
+    cluster = object.__new__(RaySite)
+    with pytest.raises(UserError, match=rf"--{role}-gpus names GPUs of one host, .*leave it out"):
+        cluster.deployment("single", ServeConfig(**{f"{role}_gpus": (0,)}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"--{role}-gpus"):
+        cluster.check_gpus(ServeConfig(**{f"{role}_gpus": (0,)}), running=True)  # type: ignore[arg-type]

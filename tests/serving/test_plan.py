@@ -52,5 +52,9 @@ def test_a_server_does_not_get_a_shared_gpu_twice(
     one = ServeConfig(prefill_gpus=(1,), decode_gpus=(1,), tensor_parallel=width)
     with pytest.raises(UserError, match=rf"{kind}-0 needs 2 different GPUs, and prefill and decode share \[1\]"):
         assign_gpus(servers(kind, one), one, here)
+    with pytest.raises(
+        UserError, match=r"no GPU 7 here: --decode-gpus takes indices of this host's GPUs, \[0, 1, 2, 3\]"
+    ):
+        assign_gpus(servers(kind, one), ServeConfig(decode_gpus=(7,)), here)
     two = ServeConfig(prefill_gpus=(1, 3), decode_gpus=(1, 3), tensor_parallel=2)
     assert assign_gpus(servers(kind, two), two, here) == {f"{kind}-0": (1, 3)}
