@@ -69,7 +69,8 @@ def points(options: Options, vary: Sequence[str]) -> list[Point]:
 
 
 def with_slo(options: Options, slo: str) -> Options:
-    """Options with the limits of "ttft=200,tbt=50" (milliseconds), for the goodput. Raises UserError for anything else.
+    """Options with the limits of "ttft=200,tbt=50" (milliseconds), for the goodput. Raises UserError for anything else, and where an option
+    has another limit already.
 
     Names are those of the options --slo-NAME-ms; tpot is another word for tbt, the mean of a request's gaps.
     """
@@ -84,7 +85,12 @@ def with_slo(options: Options, slo: str) -> Options:
         if names[name] in limits:
             raise UserError(f"--slo {slo}: it limits {name} twice")
         limits[names[name]] = number.strip()
-    return _point(options, limits, "--slo").options
+    limited = _point(options, limits, "--slo").options
+    for name in limits:
+        before, now = getattr(options.load, name), getattr(limited.load, name)
+        if before not in (None, now):
+            raise UserError(f"--slo {slo}: --{name.replace('_', '-')} {before:g} says otherwise: give one of them")
+    return limited
 
 
 def _point(options: Options, texts: Mapping[str, str], option: str = "--vary") -> Point:

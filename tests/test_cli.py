@@ -64,6 +64,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
             "--prefill-clock 1200: no prefill server",
         ),
         (["run", "--input-tokens", "500", "--output-tokens", "64"], "--max-model-len 564"),
+        (["search", "--slo", "ttft=300", "--slo-ttft-ms", "200"], "--slo-ttft-ms 200 says otherwise: give one of them"),
         (["run", "--prefill-gpus", "99"], "no GPU 99 here: leave --prefill-gpus out"),
         (["run", "--against", "single", "--decode-gpus", "1"], "no GPU 1 here: leave --decode-gpus out"),
         (["serve", "--single", "--single-gpus", "0"], "no GPU 0 here: leave --single-gpus out"),
@@ -116,6 +117,14 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     assert "--max-model-len 256" in done.stdout
     assert "--port 8111" in done.stdout
     assert done.stdout.count("(set PDBENCH_KV_SECRET to the same secret for all)") == 2
+
+
+def test_slo_of_a_flag_overrides_the_recipes_limits() -> None:
+    limits = {"slo_ttft_ms": 1.0, "slo_tbt_ms": 2.0, "slo": "tpot=3, e2e=4"}
+    for words in (["--slo", "ttft=5"], ["--slo=ttft=5"]):
+        assert recipe.without_replaced(limits, words) == {"slo_tbt_ms": 2.0, "slo": "tpot=3,e2e=4"}
+    for words in (["--slo-tbt-ms", "6"], ["--slo-tbt-ms=6"]):
+        assert recipe.without_replaced(limits, words)["slo"] == "e2e=4"
 
 
 @pytest.mark.parametrize(

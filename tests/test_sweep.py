@@ -68,6 +68,10 @@ def test_slo():
     for wrong in ("latency=3", "tbt=3,tpot=4", "ttft", "ttft=", "ttft=-1", "ttft=3ms", ","):
         with pytest.raises(UserError, match="--slo"):
             sweep.with_slo(OPTIONS, wrong)
+    limited = sweep.with_slo(OPTIONS, "ttft=200")
+    assert sweep.with_slo(limited, "ttft=200,tbt=50").load.slo_tbt_ms == 50.0
+    with pytest.raises(UserError, match=r"--slo ttft=300: --slo-ttft-ms 200 says otherwise: give one of them"):
+        sweep.with_slo(limited, "ttft=300")
 
 
 def test_a_sweep_resumes_where_it_stopped_and_goes_on_after_a_failure(tmp_path):

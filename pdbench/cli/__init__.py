@@ -29,9 +29,8 @@ def _recipe_settings(arguments: list[str]) -> list[Settings]:
         return []
     settings = recipe.read(paths[0], arguments[0])
     foreign = set.union(*(_options(command) for command in _WITH_RECIPE)) - _options(arguments[0])
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    replaced = {name for flag in flags for name in recipe.REPLACES.get(flag, ())} - flags
-    settings = {key: value for key, value in settings.items() if key not in foreign | replaced}
+    settings = {key: value for key, value in settings.items() if key not in foreign}
+    settings = recipe.without_replaced(settings, arguments)
     return [Settings(settings, use_commands_as_keys=False, source=str(paths[0]))]
 
 

@@ -2,7 +2,7 @@
 are given: a flag against a recipe, and options that others leave without effect."""
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import date, time
 from pathlib import Path
@@ -33,6 +33,25 @@ REPLACES = {
     "prompt_file": _TRACE,
 }
 """A flag takes the place of these options of a recipe; the recipe's would contradict it."""
+
+
+def without_replaced(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """A recipe's settings without those in whose place a command's flags are."""
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    replaced = {name for flag in flags for name in REPLACES.get(flag, ())} - flags
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--slo" or word.startswith("--slo="):
+            replaced |= _limits(word.partition("=")[2] or following).keys()
+    kept = {name: value for name, value in settings.items() if name not in replaced}
+    if isinstance(kept.get("slo"), str):
+        kept["slo"] = ",".join(part for option, part in _limits(kept["slo"]).items() if option not in flags)
+    return kept
+
+
+def _limits(slo: str) -> dict[str, str]:
+    """Option -> its part of "ttft=200,tbt=50"."""
+    parts = filter(None, map(str.strip, slo.split(",")))
+    return {f"slo_{part.partition('=')[0].strip().replace('tpot', 'tbt')}_ms": part for part in parts}
 
 
 def check(kind: Any, path: Path | None) -> None:
