@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Array, BoolArray, inside, per
-from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, sampled
+from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, highest_limit_w, sampled
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
@@ -84,8 +84,7 @@ class Meter:
                 self._t, self._steps, self._curve, max(HOLE_S, 3 * usual_s)
             )
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
-        limits_w = [sample.power_limit_w for sample in device.samples if sample.power_limit_w is not None]
-        self._most_w = max([*limits_w, device.default_power_limit_w or 0.0]) or MOST_W
+        self._most_w = highest_limit_w(device) or MOST_W
 
     def whole(self) -> list[Interval]:
         """The time from the counter's first reading to its last one, or the power curve's where there is no counter, without that in which
@@ -191,12 +190,19 @@ class Meter:
         spread_j = joules * after_s / np.maximum(after_s + before_s, 1e-9)
         early_j, late_j = np.minimum(joules, self._most_w * after_s), np.maximum(0.0, joules - self._most_w * before_s)
         even_j = np.maximum(early_j - spread_j, spread_j - late_j)
-        shaped_j = np.minimum(by_curve, self._curve.span_w * np.minimum(after_s, before_s))
-        shaped = {i: bool(self._curve.energy_j(self._t[i], self._t[i + 1])) for i in np.unique(place).tolist()}
-        bounds = np.where([shaped[i] for i in place.tolist()], shaped_j, even_j)
+        shaped_j = self._curve.uncertain_j(edges, np.minimum(after_s, before_s))
+        drawn_j = {i: self._curve.energy_j(self._t[i], self._t[i + 1]) for i in np.unique(place).tolist()}
+        shaped = np.array([bool(drawn_j[i]) for i in place.tolist()], dtype=bool)
+        bounds = np.where(shaped, shaped_j, even_j)
         bounds[self._unknown[place]] = 0.0
         outside = (edges < self._t[0]) | (edges > self._t[-1])
-        return float(np.where(outside, by_curve, bounds).sum())
+        # What the counter has of a step beyond (or below) what samples saw of it may lie on either side of the edges.
+        sampled_alone = shaped & ~outside & ~self._unknown[place] & self._curve.between_instants(edges)
+        unseen_j = 0.0
+        if self.device.kind == "gpu":  # RAPL's power is its counter's slope
+            cut = np.unique(place[sampled_alone]).tolist()
+            unseen_j = sum(abs(float(self._steps[i]) - (drawn_j[i] or 0.0)) for i in cut)
+        return float(np.where(outside, by_curve, bounds).sum()) + unseen_j
 
     def _unknown_j(self, windows: Sequence[Interval]) -> float:
         """The joules of holes in which an edge of the windows lies."""

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from pdbench.analysis.metrics import Array
+from pdbench.analysis.metrics import Array, BoolArray
 from pdbench.records import DeviceRecord, Interval
 
 EDGE_S, HOLE_S = 0.25, 1.0
 """The first and the last power hold for so long beyond them; points this far apart have a hole between them."""
+FAR = 3.0
+"""Steps of the driver's buffer: samples this far from its entries are points of the curve, too."""
 AVERAGED_S = 1.0
 """What a device's average power is of, by NVML's documentation: the time before it."""
 
@@ -14,12 +16,14 @@ AVERAGED_S = 1.0
 class Curve:
     """Power over time as straight lines between points; energy is their area. `missing`: where points are missing, a hole
     inside, or more than a moment before the first and after the last one. `means_s`: each point is the mean of so long (0: it is of an instant).
+    Between instants power may have been anything up to `most_w`.
     """
 
-    def __init__(self, points: Array, means_s: float = 0.0) -> None:
+    def __init__(self, points: Array, means_s: float = 0.0, most_w: float = 0.0) -> None:
         self.t, self.w = points.T
         self._means_s = means_s
-        self.span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
+        self._span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
+        self._most_w = max(most_w, self._span_w)
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
         self._hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
@@ -36,19 +40,27 @@ class Curve:
             (start, end) if np.isinf(end - start) else (start + EDGE_S, end - EDGE_S) for start, end in self.missing
         ]
 
-    def uncertain_j(self, at_s: Array) -> Array:
+    def uncertain_j(self, at_s: Array, known_s: Array | float = np.inf) -> Array:
         """For each instant, how many joules may lie on the other side of it than the lines say, at most: where between two points the
-        power jumped is not known. The jump may be as high as the powers differ that were ever read."""
+        power jumped is not known; a counter was read within `known_s`. Between means the jump may be as high as the powers differ that were
+        ever read, between instants power may go up to the highest limit and back."""
         if len(self.t) < 2:
             return np.full(len(at_s), np.inf)
         place = np.clip(np.searchsorted(self.t, at_s, side="right"), 1, len(self.t) - 1)
         before_s, after_s = self.t[place - 1], self.t[place]
-        apart_s = np.maximum(after_s - before_s, self._means_s)
+        instants = self.between_instants(at_s)
         # Means keep the joules of a jump, and a straight line is off by a quarter of it at most; by half between two instants.
-        within_s = apart_s / (4 if self._means_s else 2)
+        within_s = np.where(instants, (after_s - before_s) / 2, np.maximum(after_s - before_s, self._means_s) / 4)
         beyond_s = np.minimum(np.abs(at_s - before_s), np.abs(after_s - at_s))
-        alone = (apart_s > self._hole_s) | (at_s < before_s) | (at_s > after_s)
-        return self.span_w * np.where(alone, beyond_s, within_s)
+        alone = (after_s - before_s > self._hole_s) | (at_s < before_s) | (at_s > after_s)
+        return np.where(instants, self._most_w, self._span_w) * np.minimum(np.where(alone, beyond_s, within_s), known_s)
+
+    def between_instants(self, at_s: Array) -> BoolArray:
+        """Are the points around each instant themselves of instants: samples, where the driver's buffer does not reach?"""
+        if len(self.t) < 2:
+            return np.zeros(len(at_s), dtype=bool)
+        place = np.clip(np.searchsorted(self.t, at_s, side="right"), 1, len(self.t) - 1)
+        return np.asarray(self.t[place] - self.t[place - 1] > FAR * self._means_s)
 
     def energy_j(self, start: float, end: float) -> float | None:
         """Joules between two instants, the edges interpolated; None where points are missing."""
@@ -102,7 +114,7 @@ def power_curve(device: DeviceRecord) -> Array:
     fine[:, 0] -= step_s / 2
     place = np.searchsorted(fine[:, 0], samples[:, 0])
     edges = np.concatenate([[-np.inf], fine[:, 0], [np.inf]])
-    far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > 3 * step_s
+    far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > FAR * step_s
     merged = np.concatenate([fine, samples[far]])
     return merged[np.argsort(merged[:, 0], kind="stable")]
 
@@ -115,4 +127,10 @@ def fine_step_s(device: DeviceRecord) -> float:
 
 def curve_of(device: DeviceRecord) -> Curve:
     averages = not any(sample.power_w is not None for sample in device.samples)
-    return Curve(power_curve(device), AVERAGED_S if averages else fine_step_s(device))
+    return Curve(power_curve(device), AVERAGED_S if averages else fine_step_s(device), highest_limit_w(device))
+
+
+def highest_limit_w(device: DeviceRecord) -> float:
+    """The highest power limit that it had, or has by default; 0 where none is known."""
+    limits_w = [sample.power_limit_w for sample in device.samples if sample.power_limit_w is not None]
+    return max([*limits_w, device.default_power_limit_w or 0.0])

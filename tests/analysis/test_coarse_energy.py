@@ -101,6 +101,33 @@ def test_bound_of_bursts_holds(intervals: float, fine: bool, interval_s: float, 
     assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.01 * whole.energy_j
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_bursts_that_no_sample_meets_are_within_the_bound(counted: bool) -> None:
+    """The bound had been 0 J, as all samples were alike: a quarter of the bursts' joules, without a flag."""
+    starts = [float(at_s) + 0.02 for at_s in range(1, 59)]
+    windows = [(at_s, at_s + 0.06) for at_s in starts]
+    samples = [DeviceSample(t_s=t_s, power_w=REST_W) for t_s in np.arange(0, 60, 0.1).tolist()]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, default_power_limit_w=700.0)
+    if counted:
+        device.energy_ticks = [
+            (t_s, REST_W * t_s + (BURST_W - REST_W) * 0.06 * sum(at_s < t_s for at_s in starts))
+            for t_s in (0.5, *range(5, 60, 5))
+        ]
+    meter = Meter(device)
+    window = meter.energy_in(windows)
+    assert window.energy_j is None and window.uncertain_j is not None
+    assert window.uncertain_j > 0.06 * len(starts) * (BURST_W - REST_W)
+    assert "energy-coarse" in [flag.name for flag in device_flags(meter, windows)]
+    # Of longer phases without a counter the bound is of their edges alone; with one it is of all that samples did not see.
+    longer = [(at_s + 0.45, at_s + 5.45) for at_s in map(float, range(2, 52, 10))]
+    window = meter.energy_in(longer)
+    if counted:
+        truth_j = len(longer) * 5 * (REST_W + 0.06 * (BURST_W - REST_W))
+        assert window.energy_j and window.uncertain_j and abs(window.energy_j - truth_j) <= window.uncertain_j
+    whole = meter.energy_in([(2.5, 57.5)])
+    assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.07 * whole.energy_j
+
+
 @pytest.mark.parametrize(("length_s", "words"), [(0.06, "is not given"), (0.3, "may be off by up to"), (2.0, None)])
 def test_phases_too_short_for_the_power_curve_are_flagged(length_s: float, words: str | None) -> None:
     run = disaggregated()
