@@ -179,8 +179,10 @@ class Meter:
         return total(parts)
 
     def _uncertain_j(self, windows: Sequence[Interval], *, is_counted: bool) -> float:
-        """The joules that may lie on the other side of the windows' edges, at most; those of holes are in `_unknown_j`."""
+        """The joules that may lie on the other side of the windows' edges, at most; those of holes are in `_unknown_j`. Beyond the record's own
+        edges nothing was read that could belong inside."""
         edges = np.array(windows, dtype=float).ravel()
+        edges = edges[~np.isin(edges, np.array(self.whole()))]
         by_curve = self._curve.uncertain_j(edges)
         if not is_counted or len(self._t) < 2:
             return float(by_curve.sum())
@@ -234,6 +236,8 @@ def with_mean_power(device: DeviceRecord) -> DeviceRecord:
     meter = Meter(device)
     whole = meter.whole()
     means = mean_powers_w(meter.energy_in(whole), meter.scopes_in(whole))
+    if "power_w" not in device.statistics:  # the average is all that the device gives
+        means["power_average_w"] = means["power_w"]
     statistics = {
         field: {**figures, "avg": means[field]} if field in means else figures
         for field, figures in device.statistics.items()

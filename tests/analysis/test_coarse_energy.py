@@ -5,7 +5,7 @@ import pytest
 
 from pdbench.analysis.device_flags import device_flags
 from pdbench.analysis.energy import COARSE
-from pdbench.analysis.meter import EnergyWindow, Meter
+from pdbench.analysis.meter import EnergyWindow, Meter, with_mean_power
 from pdbench.analysis.run_analysis import analyze
 from pdbench.records import DeviceRecord, DeviceSample, Interval, RequestRecord
 from pdbench.report import text
@@ -126,6 +126,19 @@ def test_bursts_that_no_sample_meets_are_within_the_bound(counted: bool) -> None
         assert window.energy_j and window.uncertain_j and abs(window.energy_j - truth_j) <= window.uncertain_j
     whole = meter.energy_in([(2.5, 57.5)])
     assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.07 * whole.energy_j
+
+
+@pytest.mark.parametrize("powers", [(100.0, 300.0), (100.0, 600.0, 100.0)])
+@pytest.mark.parametrize("field", ["power_w", "power_average_w"])
+def test_record_of_a_few_samples_has_its_mean_power(field: str, powers: tuple[float, ...]) -> None:
+    """Its edges had counted as uncertain, by over half of so few joules."""
+    samples = [DeviceSample(t_s=float(place), **{field: power_w}) for place, power_w in enumerate(powers)]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples)
+    device.statistics = {field: {"avg": None, "min": min(powers), "max": max(powers)}}
+    mean_w = with_mean_power(device).statistics[field]["avg"]
+    assert mean_w is not None and min(powers) < mean_w < max(powers)
+    # A window within it has edges of its own.
+    assert energy_over(device, 0.4, 0.6).energy_j is None
 
 
 @pytest.mark.parametrize(("length_s", "words"), [(0.06, "is not given"), (0.3, "may be off by up to"), (2.0, None)])
