@@ -1,6 +1,7 @@
 """The energy of a run: what each role used over the trials' windows, what a token cost, what the KV transfers took."""
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import NamedTuple
 
 import msgspec
@@ -36,6 +37,7 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
     was in the role's phase: what lies above the engine-ready idle draw, and that draw; `waiting_j` is all it drew in the other
     `waiting_s`. Other roles have no phase: phase_s, phase_j, waiting_s and waiting_j are None, the split is of the whole window.
     `phase_uncertain_j` of phase_j may belong to waiting_j, at most, or the other way round; where that is over half, both are None.
+    `waiting_uncertain_j` is the same of waiting_j, which alone is None where that is over half of it.
     """
 
     devices: int
@@ -48,6 +50,7 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
     phase_s: float | None
     waiting_s: float | None
     phase_uncertain_j: float | None = None
+    waiting_uncertain_j: float | None = None
     idle_power_w: float | None
     j_per_output_token: float | None
 
@@ -192,9 +195,11 @@ def _role_energy(
 ) -> RoleEnergy:
     """A role's devices in the windows, in those of its own phase (empty: it has none), and in between."""
     whole, in_phase = joules(meters, windows), joules(meters, phase or windows)
-    waiting_j = None
+    between = difference(windows, phase) if phase else []
+    waiting, waiting_j = joules(meters, between), None
     if phase and whole.energy_j is not None and in_phase.energy_j is not None:
-        waiting_j = whole.energy_j - in_phase.energy_j
+        # As the parts add up to the total; the meters say whether it is known.
+        waiting_j = whole.energy_j - in_phase.energy_j if waiting.energy_j is not None or not between else None
     return RoleEnergy(
         devices=len(meters),
         window_s=length_s(windows),
@@ -205,6 +210,7 @@ def _role_energy(
         phase_j=in_phase.energy_j if phase else None,
         phase_s=length_s(phase) if phase else None,
         phase_uncertain_j=in_phase.uncertain_j if phase else None,
+        waiting_uncertain_j=waiting.uncertain_j,
         waiting_s=length_s(windows) - length_s(phase) if phase else None,
         idle_power_w=total([meter.device.idle_power_w.get(ENGINE_READY) for meter in meters]),
         j_per_output_token=per(whole.energy_j, totals.output_tokens),
@@ -212,16 +218,36 @@ def _role_energy(
 
 
 def phase_flags(energy: Energy) -> Iterator[Flag]:
-    """Roles whose phases are too short for the power's readings."""
+    """Roles whose phases, or the waits between them, are too short for the power's readings; one flag per role."""
     for name, role in energy.roles.items():
-        if role.phase_uncertain_j is None:
-            continue
-        detail = f"{name}: its phases are short for how far readings of power are apart"
-        if role.phase_j is None:
-            yield Flag("energy-coarse", f"{detail}; energy by phase is not given")
-        elif role.phase_uncertain_j > PHASES_COARSE_SHARE * role.phase_j:
-            share_pct = 100 * role.phase_uncertain_j / role.phase_j
-            yield Flag("energy-coarse", f"{detail}; its energy by phase may be off by up to {share_pct:.0f} %")
+        phase, waiting = (
+            _uncertain_share(used_j, uncertain_j)
+            for used_j, uncertain_j in (
+                (role.phase_j, role.phase_uncertain_j),
+                (role.waiting_j, role.waiting_uncertain_j),
+            )
+        )
+        words = "short for how far readings of power are apart"
+        if phase == inf:
+            yield Flag("energy-coarse", f"{name}: its phases are {words}; energy by phase is not given")
+        elif phase > PHASES_COARSE_SHARE:
+            share_pct = 100 * (phase if waiting == inf else max(phase, waiting))
+            detail = f"{name}: its phases are {words}; its energy by phase may be off by up to {share_pct:.0f} %"
+            yield Flag("energy-coarse", detail)
+        elif waiting == inf:
+            yield Flag("energy-coarse", f"{name}: its waits between phases are {words}; their energy is not given")
+        elif waiting > PHASES_COARSE_SHARE:
+            detail = (
+                f"{name}: its waits between phases are {words}; their energy may be off by up to {100 * waiting:.0f} %"
+            )
+            yield Flag("energy-coarse", detail)
+
+
+def _uncertain_share(used_j: float | None, uncertain_j: float | None) -> float:
+    """Of what was used; infinite where that is not given because so much is uncertain, 0 where no meter says."""
+    if uncertain_j is None:
+        return 0.0
+    return inf if used_j is None else uncertain_j / used_j if used_j else 0.0
 
 
 def _transfer_energy(

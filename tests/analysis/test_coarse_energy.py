@@ -1,5 +1,7 @@
 """Windows whose edges fall between readings far apart: the bound of the error holds, is flagged, or there is no energy."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,39 @@ def test_bound_of_bursts_holds(intervals: float, fine: bool, interval_s: float, 
     # What it used in all is as well known as ever.
     whole = Meter(device).energy_in([(2.0, 58.0)])
     assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.01 * whole.energy_j
+
+
+@pytest.mark.parametrize(("wait_s", "words"), [(0.06, "is not given"), (0.6, "may be off by up to"), (2.0, None)])
+def test_waits_too_short_for_the_power_curve_are_flagged(wait_s: float, words: str | None) -> None:
+    """They had joules that were uncertain by more than themselves, without a flag."""
+    run = disaggregated()
+    run.trials[0].start_s, run.trials[0].end_s = 2.0, 18.0
+    edges = [2.0, 6.0, 10.0, 14.0, 18.0]
+    for device in run.devices:
+        for sample in device.samples:
+            waits = any(edge <= sample.t_s < edge + wait_s for edge in edges)
+            sample.energy_j, sample.power_w = None, REST_W if waits and device.role == "prefill" else 300.0
+    run.requests = [
+        RequestRecord(
+            id=f"r{start}",
+            planned_s=start,
+            token_s=[end],
+            end_s=end,
+            prompt_tokens=10,
+            phases={"prefill": (start + wait_s, end), "decode": (start, end)},
+        )
+        for start, end in pairwise(edges)
+    ]
+    analysis = analyze(run)
+    prefill = analysis.summary.energy.roles["prefill"]
+    details = [flag.detail for flag in analysis.flags if flag.detail.startswith("prefill: its waits")]
+    assert prefill.phase_j is not None and prefill.total_j is not None and prefill.waiting_uncertain_j
+    assert (prefill.waiting_j is None) == (words == "is not given")
+    assert len(details) == (words is not None) and all(words in detail for detail in details if words)
+    if prefill.waiting_j is not None:
+        assert abs(prefill.waiting_j - 4 * wait_s * REST_W) <= prefill.waiting_uncertain_j
+    with text.language("zh"):
+        assert all("等待" in text.translate(detail) and "their" not in text.translate(detail) for detail in details)
 
 
 @pytest.mark.parametrize("counted", [True, False])
