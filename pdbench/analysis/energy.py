@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from pdbench.analysis.meter import COARSE, Meter, difference, intersection, length_s, total, union
+from pdbench.analysis.meter import COARSE, REFUSED_SHARE, Meter, difference, intersection, length_s, total, union
 from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
 from pdbench.analysis.servers import PrefixCache
 from pdbench.events import TransferEvent
@@ -21,6 +21,7 @@ PHASES_COARSE_SHARE = 0.1
 ALONE_S = 0.2
 """A power meter needs this much time with transfers and nothing else."""
 J_PER_KWH = 3.6e6
+NO_IDLE = "power or engine-ready idle was not measured"
 NO_GPU = "no GPU was sampled"
 ONE_INSTANCE = (
     "one instance does both phases on the same GPU and no meter splits them; "
@@ -58,12 +59,13 @@ class RoleEnergy(msgspec.Struct, frozen=True, kw_only=True):
 class TransferEnergy(msgspec.Struct, frozen=True, kw_only=True):
     """The KV transfers of the windows: bytes of all to decode, and of all back to prefill; joules above idle only of the `alone_s`
     seconds in which a transfer to decode ran and no request was in prefill or decode, and only where those are 0.2 s or more;
-    `not_measured` says why there are none."""
+    `uncertain_j` of them, at most, may lie outside of those seconds: over half of them, there are none. `not_measured` says why."""
 
     bytes: int | None
     returned_bytes: int | None = None
     alone_s: float
     active_j: float | None
+    uncertain_j: float | None = None
     not_measured: str | None
 
 
@@ -259,18 +261,26 @@ def _transfer_energy(
     sizes = ([event.bytes for event in arrived if event.direction == way] for way in ("handoff", "return"))
     moved, returned = (sum(of_way) if of_way else None for of_way in sizes)
     alone = difference(intersection(phases["kv_transfer"], windows), [*phases["prefill"], *phases["decode"]])
-    alone_s, why = length_s(alone), None
+    alone_s, why, active_j = length_s(alone), None, None
     used = joules(meters, alone if alone_s >= ALONE_S else [])
     if not received and not phases["kv_transfer"]:
         why = "this connector reports no transfers"
     elif alone_s < ALONE_S:
         only = f"only {1000 * alone_s:.0f} ms of transfers ran with no request in prefill or decode"
         why = f"{only}: too short for a power meter"
-    elif used.active_j is None:
-        is_coarse = used.energy_j is None and used.uncertain_j is not None
-        why = COARSE if is_coarse else "power or engine-ready idle was not measured"
+    elif used.active_j is None and (used.energy_j is not None or used.uncertain_j is None):
+        why = NO_IDLE
+    elif _uncertain_share(used.active_j, used.uncertain_j) > REFUSED_SHARE:
+        why = COARSE
+    else:
+        active_j = used.active_j
     return TransferEnergy(
-        bytes=moved, returned_bytes=returned, alone_s=alone_s, active_j=used.active_j, not_measured=why
+        bytes=moved,
+        returned_bytes=returned,
+        alone_s=alone_s,
+        active_j=active_j,
+        uncertain_j=used.uncertain_j,
+        not_measured=why,
     )
 
 

@@ -136,6 +136,17 @@ def test_waits_too_short_for_the_power_curve_are_flagged(wait_s: float, words: s
         assert all("等待" in text.translate(detail) and "their" not in text.translate(detail) for detail in details)
 
 
+def test_joules_of_transfers_that_are_less_than_they_are_uncertain_are_not_given() -> None:
+    run = disaggregated()
+    for device in run.devices:
+        for sample in device.samples:
+            sample.energy_j, sample.power_w = None, 600.0 if sample.t_s < 1 else 300.0
+        device.idle_power_w = {"engine_ready": 299.0}
+    transfers = analyze(run).summary.energy.kv_transfer
+    assert transfers and transfers.alone_s == pytest.approx(1) and transfers.uncertain_j
+    assert (transfers.active_j, transfers.not_measured) == (None, COARSE)
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_bursts_that_no_sample_meets_are_within_the_bound(counted: bool) -> None:
     """The bound had been 0 J, as all samples were alike: a quarter of the bursts' joules, without a flag."""
