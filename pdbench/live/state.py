@@ -10,6 +10,7 @@ from typing import Any
 from pdbench import failures
 from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
+from pdbench.analysis.power_curve import HOLE_S
 from pdbench.live.publisher import Buckets, Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, DeviceSample, Flag, RequestRecord
@@ -20,6 +21,8 @@ MOST_POINTS = 1200
 """Of a curve: beyond it every second one goes."""
 STALE_S = 3.0
 """What was not heard of for so long is not drawn; of a device that is sampled more rarely, after 1.5 of its intervals."""
+FIRST_STEP_S = 15.0
+"""Between a device's first two samples: --sample-interval-s is 10 at most. Later ones tell what is usual."""
 DEVICE_FIELDS = {
     "power_w": "Power of each device",
     "gpu_utilization_pct": "Utilisation",
@@ -131,6 +134,7 @@ class State:
         self._power: deque[tuple[float, float | None]] = deque()
         self._seen: dict[str, tuple[float, DeviceSample]] = {}
         self._stale_s: dict[str, float] = {}
+        self._step_s: dict[str, float] = {}
         self.energy_j: dict[str, float] = {}
 
     @property
@@ -234,16 +238,19 @@ class State:
         return key in self._seen and self.now_s - self._seen[key][0] <= self._stale_s[key]
 
     def _add_joules(self, key: str, first: DeviceSample | None, device: DeviceRecord) -> None:
-        """Of a device between two samples of a turn: what its counter got where each sample has it (RAPL), else power over the time."""
+        """Of a device between two samples of a turn: what its counter got where each sample has it (RAPL), else power over the time, but for
+        holes, as `analysis.power_curve` has them: nobody knows what it drew there."""
         if first is None:
             return
         last = device.samples[-1]
         first_w, last_w = _mean_w(first), _mean_w(last)
-        joules = None
+        step_s, joules = last.t_s - first.t_s, None
+        usual_s = self._step_s.get(key, FIRST_STEP_S / 3)
+        self._step_s[key] = min(step_s, self._step_s.get(key, inf))
         if device.kind != "gpu" and first.energy_j is not None and last.energy_j is not None:
             joules = last.energy_j - first.energy_j if last.energy_j >= first.energy_j else None
-        elif first_w is not None and last_w is not None:
-            joules = (last.t_s - first.t_s) * (first_w + last_w) / 2
+        elif first_w is not None and last_w is not None and step_s <= max(HOLE_S, 3 * usual_s):
+            joules = step_s * (first_w + last_w) / 2
         if joules is not None:
             self.energy_j[key] = self.energy_j.get(key, 0.0) + joules
 

@@ -7,6 +7,7 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdbench.analysis.meter import Meter
 from pdbench.live import pages
 from pdbench.live.prometheus import Metrics
 from pdbench.live.publisher import Devices, End, ServerReading, Stage, TimeLeft, Turn
@@ -236,6 +237,25 @@ def test_device_that_repeats_its_last_sample_is_no_longer_heard_of():
         state.tick(now_s)
         assert (("power_w", "single gpu0") in state.latest) == (now_s <= 5.0)
     assert state.energy_j["single gpu0"] == pytest.approx(600.0)
+
+
+@pytest.mark.parametrize("every_s", [0.25, 2.0])
+@pytest.mark.parametrize("lost_from_s", [4.0, 20.0])
+def test_joules_are_not_those_of_a_time_that_nobody_read(every_s: float, lost_from_s: float):
+    """A GPU that came back after 30 s had what it drew before for all of them: 15,000 J of 6,000."""
+    state, samples = State(0.0), dict[float, DeviceSample]()
+    state.take(Turn("single", 0, {}), 0.0)
+    for now_s in (step / 4 for step in range(201)):
+        read_s = now_s // every_s * every_s
+        if not lost_from_s < read_s < lost_from_s + 30.0:
+            device = gpu(read_s, 300.0)
+            samples[read_s] = device.samples[0]
+            state.take(Devices([device]), now_s)
+    assert state.energy_j["single gpu0"] == pytest.approx(20.0 * 300.0, rel=0.01)
+    device.samples = [*samples.values()]
+    assert Meter(device).energy_in([(0.0, 50.0)]).energy_j is None
+    read = [(0.0, lost_from_s), (lost_from_s + 30.0, 50.0)]
+    assert Meter(device).energy_in(read).energy_j == pytest.approx(20.0 * 300.0)
 
 
 def test_power_of_another_turn_is_not_in_the_energy_per_token():
