@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pdbench.records import Flag, RequestRecord
+from pdbench.records import Flag, RequestRecord, Run
 
 LIMIT_PCT = 1.0
 """Above this share of a run's measured requests its figures do not count, and the command ends with exit code 1."""
@@ -47,6 +47,14 @@ def void(flags: Sequence[Flag], errors: Mapping[str, int] | None, sent: int) -> 
         if flag.name == "requests-failed" and errors is not None and too_many(errors, sent):
             return f"{flag.name}: {flag.detail} (over {LIMIT_PCT:g} %, its figures do not count)"
     return None
+
+
+def cut_short(run: Run) -> set[int]:
+    """The trials that Ctrl-C or a death cut short: those that a flag names, of others the last one."""
+    named = {f"trial {trial.index + 1}": trial.index for trial in run.trials}
+    cut = [flag.detail.partition(":")[0] for flag in run.flags if flag.name in (INTERRUPTED, *CUT_SHORT)]
+    last = [trial.index for trial in run.trials[-1:] if any(not word.startswith("trial ") for word in cut)]
+    return {*last, *(named[word] for word in cut if word in named)}
 
 
 def remedy(kind: str) -> str:

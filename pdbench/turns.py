@@ -255,11 +255,8 @@ def saved_runs(
             raise UserError(
                 f"--resume: {folder} holds a run of another host, other GPUs or other versions ({differs}): give another --out"
             )
-        cut = [flag for flag in run.flags if flag.name in ("interrupted", *failures.CUT_SHORT)]
-        left_out = {trial.index for trial in run.trials[-1:] if any(flag.name != "server-died" for flag in cut)}
-        # With --restarts, others may have followed.
-        died = {flag.detail.partition(":")[0] for flag in cut if flag.name == "server-died"}
-        left_out |= {trial.index for trial in run.trials if f"trial {trial.index + 1}" in died}
+        cut = [flag for flag in run.flags if flag.name in (failures.INTERRUPTED, *failures.CUT_SHORT)]
+        left_out = failures.cut_short(run)
         run.trials = [trial for trial in run.trials if trial.index not in left_out]
         run.requests = [request for request in run.requests if request.trial not in left_out]
         run.flags = [flag for flag in run.flags if flag not in cut and flag.name not in DERIVED]

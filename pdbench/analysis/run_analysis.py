@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pdbench import __version__
+from pdbench import __version__, failures
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, device_name, energy_of, joules, metered
@@ -45,7 +45,8 @@ READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "pow
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric over all trials together and in each (trial index -> value); `count` values are behind a latency's quantile."""
+    """One metric over all trials together and in each (trial index -> value), but for those that were cut short beside others; `count` values
+    are behind a latency's quantile."""
 
     value: float
     trials: dict[int, float]
@@ -221,13 +222,15 @@ def analyze(run: Run) -> RunAnalysis:
         return timings.totals(windows, joules(metered(meters), windows).energy_j, gpus)
 
     totals = totals_in(timings.windows)
-    in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in run.trials}
+    cut = failures.cut_short(run)
+    whole = [trial for trial in run.trials if trial.index not in cut] or run.trials
+    in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in whole}
     summary = _summary(run, timings, meters, totals, cache)
     return RunAnalysis(
         run_schema=run.schema,
         **{name: getattr(run, name) for name in METADATA},
         flags=flags_of(run, timings, meters, cache, summary.energy),
-        starts={trial.index: trial.start for trial in run.trials},
+        starts={trial.index: trial.start for trial in whole},
         gpus=gpus or None,
         summary=summary,
         figures=_figures(timings, totals, in_trial),
@@ -281,7 +284,8 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
             latency, share = timings.latencies[metric.latency], np.array(metric.quantile)
             count = len(latency.rising)
             value = float(quantiles(latency.rising, share)) if count else None
-            each = {index: float(quantiles(values, share)) for index, values in latency.by_trial.items()}
+            by_trial = {index: values for index, values in latency.by_trial.items() if index in in_trial}
+            each = {index: float(quantiles(values, share)) for index, values in by_trial.items()}
         if value is not None:
             trials = {index: figure for index, figure in each.items() if figure is not None}
             figures[metric.name] = Figure(value=value, trials=trials, count=count)
