@@ -19,7 +19,8 @@ from pdbench.load.generator import Progress
 from pdbench.records import Clock, Flag, RequestError, RequestRecord, Run, Trial, load_run, save_run
 from pdbench.report import commands, search_files
 from pdbench.report import search as found
-from pdbench.report.search import present, sentence
+from pdbench.report.search import present
+from pdbench.report.search_sentence import sentence
 from pdbench.search.document import FILE, Document
 from pdbench.search.rates import Search
 from pdbench.slo_loads import Deployment, LoadJudge, outcome_of, settle_s

@@ -8,7 +8,8 @@ import pytest
 from msgspec import structs
 
 from pdbench.report import mpl
-from pdbench.report.search import chart, sentence
+from pdbench.report.search import chart
+from pdbench.report.search_sentence import sentence
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from tests.support.processes import ROOT, call_pdbench
 
