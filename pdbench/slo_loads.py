@@ -140,7 +140,7 @@ class Loads:
     ) -> tuple[Run, Point]:
         """The run and its point. A saved one is sent again if it does not count, or lasted neither `least_s` nor as long as this one would.
 
-        Raises UserError for a load that cannot be judged.
+        Raises UserError for a load that cannot be judged, but after one that could: it is one that missed then, as each of its requests is.
         """
         deployment, options = self.deployment, self.deployment.options
         folder = self.out / deployment.name / name
@@ -161,7 +161,8 @@ class Loads:
         took_s = time.monotonic() - begin_s
         timings = timings_of(run)
         slo = timings.slo
-        if slo.in_slo is None or slo.nothing_judged:
+        judged = any(each.deployment == deployment.name and each.undecided_pct != 100.0 for each in self.points)
+        if slo.in_slo is None or (slo.nothing_judged and not judged):
             why = "each may be within the limits of TBT or not, as its chunks hold several tokens (slo-undecided, docs/metrics.md)"
             raise UserError(
                 f"no request of {folder} could be judged: {why if slo.undecided.any() else 'there is no SLO'}"
@@ -180,6 +181,7 @@ class Loads:
             setting=setting,
             requests=counted,
             attained_pct=100 * float(slo.in_slo.sum() / max(1, counted)),
+            undecided_pct=100 * float(slo.undecided.sum() / max(1, counted)),
             slo_used=used if isfinite(used) else None,
             held=held,
             limited_by=_limit(timings),

@@ -13,6 +13,7 @@ from pdbench.errors import UserError
 from pdbench.load import plan
 from pdbench.load.generator import Progress
 from pdbench.records import RequestRecord, Run, load_run
+from pdbench.report.search_sentence import sentence
 from pdbench.search.rates import Search
 from pdbench.slo_loads import LoadJudge, settle_s
 from pdbench.slo_search import Goal
@@ -135,6 +136,29 @@ def test_share_within_the_slo_is_that_of_the_search_and_of_goodput(tmp_path: Pat
     assert len(run.requests) == point.requests
     good = goodput.requests_per_s * (run.trials[0].end_s - run.trials[0].start_s)
     assert good == pytest.approx(goodput.met_pct / 100 * len(run.requests))
+
+
+class InChunksUnderLoad(InChunks):
+    """No answer of a load faster than `rate` can be judged: the server sends several tokens at a time once it is busy."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(1)
+        self.rate = rate
+
+    def send(self, records: list[RequestRecord], judge: LoadJudge | None) -> float:
+        self.every = 1 if (self.loads[-1].rate or 0.0) > self.rate else len(records) + 1
+        return super().send(records, judge)
+
+
+def test_overload_of_which_nothing_can_be_judged_is_missed_and_the_search_goes_on(tmp_path: Path) -> None:
+    """It had ended the search, though lower rates were held."""
+    law, load = InChunksUnderLoad(3.0), dataclasses.replace(LOAD, rate=2.0)
+    document = search(tmp_path, law, load=load, goal=Goal(0.95, 0.2))
+    (entry,) = document.deployments
+    undecided = [point for point in document.points if point.undecided_pct == 100.0]
+    assert undecided and all(point.held is not True and (point.rate_per_s or 0) > 3 for point in undecided)
+    assert entry.rate_per_s is not None and entry.rate_per_s < 3.5 and entry.high is not None
+    assert "d0 may carry more: answers of which nobody knows" in sentence(document)
 
 
 def test_load_of_which_nothing_can_be_judged_ends_the_search_with_the_reason(tmp_path: Path) -> None:

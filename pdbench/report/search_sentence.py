@@ -47,7 +47,9 @@ def sentence(document: Document) -> str:
         )
         if low_of_best <= high_of_second:
             words += _(", which the intervals do not tell apart")
-        if best.j_per_good_request and second.j_per_good_request:
+        # Where answers cannot be judged, joules per good request are what they are at most.
+        judged = not {point.run for point in document.points if point.undecided_pct} & {best.run, second.run}
+        if best.j_per_good_request and second.j_per_good_request and judged:
             words += _(", for {0} energy per good request", _change(best.j_per_good_request, second.j_per_good_request))
     for entry in ordered:
         void = [point.void for point in document.points if point.void and point.deployment == entry.name]
@@ -64,6 +66,11 @@ def sentence(document: Document) -> str:
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
         elif entry.rate_per_s and entry.run and entry.attained_pct is None:
             words += _("; no run confirms {0}'s rate: its last one was too short, or does not count", entry.name)
+        if entry.rate_per_s and any(point.undecided_pct for _rate, point in document.loads(entry.name)):
+            words += _(
+                "; {0} may carry more: answers of which nobody knows whether they kept the SLO count as missed",
+                entry.name,
+            )
         if void:
             reasons = _(", ").join(sorted({each.partition(":")[0] for each in void}))
             words += _("; loads of {0} that do not count: {1} ({2})", entry.name, len(void), reasons)

@@ -12,13 +12,15 @@ FILE = "search.json"
 class Point(msgspec.Struct, kw_only=True):
     """One load: `run` is its results folder below the search's. `rate_per_s` None: one request at a time. `slo_used`: 1 where the share
     that must be within the SLO just was. `kept` (with a `setting` that is compared): was the SLO kept, and nothing in `refused` flagged?
-    `void`: why the load does not count: its answers were wrong, or a server died. `flags`: the names of all that its run has."""
+    `void`: why the load does not count: its answers were wrong, or a server died. `undecided_pct` of its requests may be within the SLO or not,
+    and count as missed. `flags`: the names of all that its run has."""
 
     deployment: str
     run: str
     rate_per_s: float | None
     requests: int
     attained_pct: float
+    undecided_pct: float | None = None
     slo_used: float | None
     held: bool | None
     limited_by: str | None
