@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, isfinite, nan
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,23 @@ from pdbench.analysis.run_analysis import load_analysis
 from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, Options
 from pdbench.errors import UserError
-from pdbench.failures import VOID
 from pdbench.files import check_writable
 from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
-from pdbench.report import search_files, text
-from pdbench.search.clocks import Setting, axes, cheapest
-from pdbench.search.document import FILE, Choice, Closest, Document, Held, Point, Scaled, Tuned
+from pdbench.report import search_files
+from pdbench.search.clocks import axes
+from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from pdbench.search.evidence import LEAST_REQUESTS, Array
 from pdbench.search.rates import Answer, Search
+from pdbench.slo_clocks import tune
 from pdbench.slo_loads import PROBE, TIME_UP, Deployment, LoadJudge, Loads, client_was_the_limit, outcome_of, settle_s
 
 REQUESTS = 500  # per load
 MOST_LOADS = 30
 MOST_LIMITED = 2
 """Loads in a row that say nothing, as the client was the limit or they do not count: one may be by what else the host does."""
-MOST_CONFIRMED = 3
-"""Settings, from the cheapest on, that a run with other arrivals may refuse."""
 CONFIRMED_SHARE = 0.25
 """Of a deployment's time, where that is limited, at most so much is for the run at the rate found."""
 LONG = 200_000
@@ -209,7 +207,8 @@ def _search_one(loads: Loads, goal: Goal, entry: Held, keep: Callable[[], None])
     if deployment.tune and rate:
         rate = float(f"{rate:.4g}")
         requests = max(load.requests or REQUESTS, ceil(2 * settle_s(load, alone_s) * rate))
-        _tune(loads, goal, replace(load, rate=rate, requests=requests), entry, keep)
+        load = replace(load, rate=rate, requests=requests, seed=load.seed + MOST_LOADS + 1)
+        tune(loads, goal.attain, goal.until_s, load, entry, keep)
         keep()
 
 
@@ -274,63 +273,6 @@ def _search_rate(
     finally:
         _enter(entry, search.answer(), loads.points)
         keep()
-
-
-def _tune(loads: Loads, goal: Goal, load: LoadConfig, entry: Held, keep: Callable[[], None]) -> None:
-    """The clocks and power caps with the least energy per request within the SLO at the load's rate, each with the same arrivals; then
-    runs with other arrivals, there and at the usual setting, which say what it saves."""
-    assert load.rate and load.requests
-    first, load_s = len(loads.points), load.requests / load.rate
-    tuned = Tuned(rate_per_s=load.rate, requests=load.requests)
-    load = replace(load, seed=load.seed + MOST_LOADS + 1)
-    usual = {key: getattr(loads.deployment.options.power, key) for key in loads.deployment.tune}
-
-    def send(prefix: str, load: LoadConfig, setting: Setting, judge: LoadJudge | None = None) -> Point:
-        """The point, with `kept`: was the SLO kept, and the setting that was requested held?"""
-        words = ",".join(f"{key}={value or 'none'}" for key, value in setting.items())
-        run, point = loads.send(f"{prefix}-{words}", load, judge, setting)
-        refused = {flag.name for flag in run.flags} & {"clock-clamped", "client-limited", "client-stalled", *VOID}
-        point.kept = point.held is not False and point.attained_pct >= 100 * goal.attain and not refused
-        point.refused = sorted(refused)
-        point.j_per_good_request = load_analysis(loads.out / point.run).summary.goodput.j_per_good_request
-        joules = f", {text.number(point.j_per_good_request)} J per request within the SLO" if point.kept else ""
-        missed = "".join(f", {name}" for name in sorted(refused)) or ", not kept"
-        loads.console.print(f"  {text.setting(setting)}: {point.attained_pct:.1f} % within the SLO{joules or missed}")
-        return point
-
-    def cost(setting: Setting) -> float | None:
-        if time.monotonic() > goal.until_s - 3 * (load_s + loads.beside_s):  # two runs with other arrivals follow
-            return None
-        judge = LoadJudge(Search(1 - goal.attain, load.rate or 0.0), load, goal.until_s, settle_s=inf)
-        point = send("clocks", load, setting, judge)
-        if judge.reason and judge.held is None:  # cut off by the time: it had other arrivals than the others
-            loads.points.pop()
-            return None
-        joules = point.j_per_good_request if point.kept else None
-        if joules and joules < (tuned.j_per_good_request or inf):
-            tuned.take(point)
-        entry.tuned = tuned
-        keep()
-        return joules or (nan if point.kept or point.refused else inf)
-
-    found = cheapest(loads.deployment.tune, cost)
-    if found:
-        again = replace(load, seed=load.seed + 1)
-        before = send("tuned", again, usual)
-        for setting in found[:MOST_CONFIRMED]:
-            point = before if setting == usual else send("tuned", again, setting)
-            if point.kept:
-                break
-        tuned.take(point)
-        tuned.before = Choice()
-        tuned.before.take(before)
-    mine = loads.points[first:]
-    if not mine:  # the time was up
-        return
-    tuned.loads, tuned.load_s = len(mine), sum(point.load_s for point in mine)
-    if not found:
-        tuned.attained_pct, tuned.limited_by = mine[0].attained_pct, mine[0].limited_by
-    entry.tuned = tuned
 
 
 def _pace(run: Run) -> tuple[float, float]:

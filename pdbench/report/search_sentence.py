@@ -96,6 +96,7 @@ def _change(value: float, base: float) -> str:
 def _clocks_sentence(document: Document) -> str:
     """What the cheapest clocks cost and save; where all deployments had the same rate, also the best beside the next."""
     entries = sorted(document.tuned(), key=lambda each: each[1].j_per_good_request or inf)
+    undecided = {point.deployment for point in document.points if point.setting and point.undecided_pct}
     parts = []
     for name, found in entries:
         at, before = _("{0} requests/s", text.number(found.rate_per_s)), found.before
@@ -112,6 +113,10 @@ def _clocks_sentence(document: Document) -> str:
         elif before.setting and before.setting != found.setting and before.j_per_good_request:
             change = _change(found.j_per_good_request or 0.0, before.j_per_good_request)
             words += _(", {0} than at {1}", change, text.setting(before.setting))
+        if name in undecided:
+            words += _(
+                ", chosen by joules that are what they are at most, as answers that nobody can judge count as missed"
+            )
         if (found.attained_pct or 0.0) < document.attain_pct:
             share = text.number(found.attained_pct)
             words += _(", but the confirming run kept the SLO for {0} % of its requests", share)
@@ -120,7 +125,11 @@ def _clocks_sentence(document: Document) -> str:
                 ", but the confirming run did not hold these clocks, its client was the limit, or its answers were wrong"
             )
         parts.append(words)
-    known = [(name, found.rate_per_s, found.j_per_good_request) for name, found in entries if found.j_per_good_request]
+    known = [
+        (name, found.rate_per_s, found.j_per_good_request)
+        for name, found in entries
+        if found.j_per_good_request and name not in undecided
+    ]
     if len(known) > 1 and len({rate for _name, rate, _joules in known}) == 1:
         (first, _rate, least), (second, _rate, more) = known[:2]
         parts.append(_("each at its own cheapest, {0} needs {1} than {2}", first, _change(least, more), second))
