@@ -2,7 +2,7 @@
 
 import math
 
-from pdbench.power.sampler import RETRY_S, CounterEdgeTracker
+from pdbench.power.counter import RETRY_S, CounterEdgeTracker
 
 
 def test_failed_read_does_not_end_the_counter() -> None:
