@@ -9,15 +9,17 @@ ANCHOR_S, UNSHAPED_S = 5.0, 0.2
 """A counter is read so often, between two readings the power curve has its joules' shape; ... and where no power can be read."""
 _LEAD_S, _LEAD_SHARE = 0.005, 0.05
 _STILL_S, _STOPPED_S = 1.0, 10.0
+_MOST_BLURRED, _USUAL_S = 4, 0.1
+"""So many moves that fell between readings far apart are passed over; then one counts: what is read is a period old at most, usually this."""
 
 
 class CounterEdgeTracker:
     """When to read an energy counter that its device refreshes at intervals of its own: at the moment it moves.
 
-    A counter that moves every 100 ms is up to 100 ms old when it is read at any other moment, which is 10 % of a 1 s window.
-    The tracker polls until it sees the counter move, learns the period, sleeps, and wakes shortly before a later move. Each
-    reading kept is good to about one poll; only of a counter that does not move for ten seconds any are kept. `due_s` is when it wants a reading, `anchor_s` apart at most; `edges` are (monotonic s,
-    joules).
+    A counter that moves every 100 ms is up to 100 ms old when it is read at any other moment, which is 10 % of a 1 s window. The tracker polls
+    until it sees the counter move, learns the period, sleeps, and wakes shortly before a later move. Each reading kept is good to about one
+    poll; only of a counter that does not move for ten seconds, or whose moves all fall into other readings, any are kept. `due_s` is when it
+    wants a reading, `anchor_s` apart at most; `edges` are (monotonic s, joules).
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,7 @@ class CounterEdgeTracker:
         self.period_s: float | None = None  # None before two edges
         self._last: tuple[float, float] | None = None
         self._awake_s = 0.0
-        self._stride = 1
+        self._stride, self._blurred = 1, 0
 
     @property
     def settled(self) -> bool:
@@ -41,7 +43,14 @@ class CounterEdgeTracker:
         elif self._last is None:
             self._last, self._awake_s, self.due_s = (at_s, energy_j), at_s, now_s + POLL_S
         elif energy_j != self._last[1]:
-            self._edge((self._last[0] + at_s) / 2, energy_j)
+            unread_s = at_s - self._last[0]
+            if unread_s <= SLOW_POLL_S * (2 if self._last[0] - self._awake_s > _STILL_S else 1):
+                self._edge((self._last[0] + at_s) / 2, energy_j)
+            elif self._blurred < _MOST_BLURRED:  # other devices were read meanwhile: its next move may be seen
+                self._last, self._awake_s, self.due_s = (at_s, energy_j), at_s, now_s + POLL_S
+                self._blurred += 1
+            else:
+                self._keep(at_s - min(unread_s, self.period_s or _USUAL_S) / 2, energy_j, at_s + self.anchor_s)
         elif at_s - self._awake_s > (_STILL_S if self.edges and self.edges[-1][1] == energy_j else _STOPPED_S):
             # It does not move at all. What it was first seen at is not known better than that; then any moment is as good.
             if not self.edges or self.edges[-1][1] != energy_j:
@@ -76,4 +85,4 @@ class CounterEdgeTracker:
     def _keep(self, at_s: float, energy_j: float, due_s: float) -> None:
         """One more edge, and sleep until the next is due."""
         self.edges.append((at_s, energy_j))
-        self.finishing, self._last, self.due_s = False, None, due_s
+        self.finishing, self._last, self.due_s, self._blurred = False, None, due_s, 0
