@@ -282,7 +282,9 @@ class OpenGpu:
                     break
         if isinstance(values.get("plain_power"), float):
             is_instant = self.settings.get("compute_capability", inf) <= GA100
-            values["power_w" if is_instant else "power_average_w"] = values.pop("plain_power")
+            field = "power_w" if is_instant else "power_average_w"
+            self._powers.pop(field, None)
+            values[field] = values.pop("plain_power")
         return values
 
     def energy_j(self) -> float:

@@ -84,6 +84,7 @@ class GpuReader(Reader):
                 continue  # some drivers answer with a type's largest number now and then
             else:
                 self._failures.pop(field, None)
+                self.not_measured.pop(field, None)  # the driver's one power stands in for its field
                 values[field] = value
         return values
 

@@ -142,6 +142,25 @@ def test_plain_power_of_old_gpus_is_an_instant(nvml_library: Path) -> None:
             assert energy_over(device, 9.0, 12.0).energy_j == pytest.approx(3 * 650, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("capability", "measured", "missing"), [("80", "power_w", "power_average_w"), ("86", "power_average_w", "power_w")]
+)
+def test_plain_power_is_measured_and_an_instant_has_the_drivers_buffer_beside_it(
+    nvml_library: Path, capability: str, measured: str, missing: str
+) -> None:
+    """The field that it stands in for was "Not Supported" all the same, and the buffer of a GA100 not read: 1,565 J of 1,540, with an edge known to 100 ms."""
+    no_fields = "0:DeviceGetFieldValues:3"
+    square = wave_text("square")
+    [device] = sampled(nvml_library, 8.0, {"decode": [0]}, fail=no_fields, capability=capability, power_0=square)
+    assert device.not_measured == {missing: "Not Supported"}
+    assert getattr(device.samples[-1], measured) is not None
+    assert bool(device.fine_power) == (measured == "power_w")
+    if measured == "power_w":
+        window = energy_over(device, 2, 6)
+        assert window.energy_j == pytest.approx(exact_j("square", 2, 6), rel=0.002)
+        assert window.integral_j == pytest.approx(exact_j("square", 2, 6), rel=0.002)
+
+
 def test_counter_reset_is_flagged_and_bridged_by_the_curve(nvml_library: Path) -> None:
     [device] = sampled(nvml_library, 20.0, {"decode": [0]}, reset_s="9.0", power_0=wave_text("square"))
     window = energy_over(device, 2, 18)
