@@ -27,7 +27,7 @@ _SLOW_S, _HANGS_S = 0.25, 10.0
 """A reading that took longer is of nobody knows which instant; ... a thread that takes longer for its last ones hangs in a driver."""
 _COUNTS = {"missed_ticks", "stale_repeats"}
 _LOOKS_BACK_S = 1.0
-"""A GPU's utilisation is of up to so long before it is read."""
+"""A GPU's utilisation, and its average power, are of up to so long before they are read."""
 _POWERS = {"power_w", "power_average_w", "module_power_w", "memory_power_w"}
 _NOT_STATISTICS = {"t_s", "read_s", "energy_j", "throttle"}
 
@@ -306,9 +306,13 @@ class _Device:
             refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}
             record.sampling = _sampling_statistics(self.samples, self.fine) | figures | refresh
             for name, (start_s, end_s) in self.idle_windows.items():
-                # The fine curve of a window of steady power, or the samples where there is none.
-                curves = (self.fine, [(s.t_s, s.power_w) for s in self.samples if s.power_w is not None])
-                windows = ([power_w for t_s, power_w in curve if start_s <= t_s <= end_s] for curve in curves)
+                # The fine curve of a window of steady power, or the samples where there is none; of a device that gives an average alone, that.
+                instants, averages = (
+                    [(sample.t_s, value) for sample in self.samples if (value := getattr(sample, field)) is not None]
+                    for field in ("power_w", "power_average_w")
+                )
+                curves = ((self.fine, start_s), (instants, start_s), (averages, start_s + _LOOKS_BACK_S))
+                windows = ([power_w for t_s, power_w in curve if since_s <= t_s <= end_s] for curve, since_s in curves)
                 powers = next(filter(None, windows), None)
                 record.idle_power_w[name] = float(np.mean(powers)) if powers else None
                 busy_pct = [

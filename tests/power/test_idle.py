@@ -4,6 +4,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pdbench.power.device import Reader
 from pdbench.power.idle import Cooldown
 from tests.support.fake_nvml import child
@@ -58,6 +60,14 @@ def test_idle_power_without_cuda_is_bare_alone(nvml_library: Path) -> None:
 def test_idle_power_says_how_busy_the_gpu_was(nvml_library: Path) -> None:
     code = "from pdbench.power.idle import idle_before_start; print(idle_before_start([0], 1.5)['gpu0'].utilization_pct['bare'])"
     assert child(nvml_library, code) == "14.0\n"
+
+
+@pytest.mark.parametrize(("seconds", "power_w"), [(1.5, "100.0"), (0.5, "None")])
+def test_idle_power_of_a_gpu_that_gives_an_average_alone(nvml_library: Path, seconds: float, power_w: str) -> None:
+    """It had none, and so no joules above idle. Its first second is of the time before."""
+    code = f"from pdbench.power.idle import idle_before_start; print(idle_before_start([0], {seconds})['gpu0'].power_w['bare'])"
+    fails = "0:DeviceGetFieldValues:3"
+    assert child(nvml_library, code, fail=fails, capability="86").strip() == power_w
 
 
 def test_idle_power_with_cuda_has_both_kinds(nvml_library: Path, tmp_path: Path) -> None:
