@@ -9,6 +9,8 @@ EDGE_S, HOLE_S = 0.25, 1.0
 """The first and the last power hold for so long beyond them; points this far apart have a hole between them."""
 FAR = 3.0
 """Steps of the driver's buffer: samples this far from its entries are points of the curve, too."""
+FEWEST_MOVES = 20
+"""So many moves of the power tell how often its meter is refreshed."""
 AVERAGED_S = 1.0
 """What a device's average power is of, by NVML's documentation: the time before it."""
 
@@ -23,7 +25,7 @@ class Curve:
         self.t, self.w = points.T
         self._means_s = means_s
         self._span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
-        self._most_w = max(most_w, self._span_w)
+        self._most_w, self._stands_s = max(most_w, self._span_w), stands_s(points)
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
         self._hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
@@ -53,7 +55,11 @@ class Curve:
         within_s = np.where(instants, (after_s - before_s) / 2, np.maximum(after_s - before_s, self._means_s) / 4)
         beyond_s = np.minimum(np.abs(at_s - before_s), np.abs(after_s - at_s))
         alone = (after_s - before_s > self._hole_s) | (at_s < before_s) | (at_s > after_s)
-        return np.where(instants, self._most_w, self._span_w) * np.minimum(np.where(alone, beyond_s, within_s), known_s)
+        # What is read may be as old as the meter's refresh: a late curve has a window's first jump late and the jump at its end in time.
+        late_j = self._span_w * np.minimum(self._stands_s / 2, known_s)
+        return late_j + np.where(instants, self._most_w, self._span_w) * np.minimum(
+            np.where(alone, beyond_s, within_s), known_s
+        )
 
     def between_instants(self, at_s: Array) -> BoolArray:
         """Are the points around each instant themselves of instants: samples, where the driver's buffer does not reach?"""
@@ -88,6 +94,17 @@ class Curve:
             else:
                 power = self.w[i] + (self.w[i + 1] - self.w[i]) * (t - self.t[i]) / apart_s
         return float(self.area[i] + (t - self.t[i]) * (self.w[i] + power) / 2)
+
+
+def stands_s(points: Array) -> float:
+    """How long a meter's power stands before it is refreshed, where it is read more often than that; else 0. Nine in ten times it stands
+    at least so long: an idle GPU may draw the same for longer. Powers that come back to the digit are a script's or rounded: they tell nothing."""
+    t, w = points.T
+    moves = np.flatnonzero(np.diff(w)) + 1
+    if len(moves) < FEWEST_MOVES or len(np.unique(w[moves])) < len(moves) / 2:
+        return 0.0
+    stood_s, step_s = float(np.quantile(np.diff(t[moves]), 0.1)), float(np.median(np.diff(t)))
+    return stood_s if stood_s > 1.5 * step_s else 0.0
 
 
 def sampled(device: DeviceRecord, field: str) -> Array:

@@ -174,6 +174,43 @@ def test_bursts_that_no_sample_meets_are_within_the_bound(counted: bool) -> None
     assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.07 * whole.energy_j
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("refresh_s", "interval_s"), [(0.1, 0.02), (0.1, 0.01), (0.1, 0.1), (0.5, 0.1), (1.0, 0.1)])
+@pytest.mark.parametrize("length_s", [0.15, 0.3, 0.6, 1.0, 3.0])
+def test_bound_of_a_meter_that_is_read_more_often_than_it_is_refreshed(
+    length_s: float, refresh_s: float, interval_s: float, counted: bool
+) -> None:
+    """Its edges had counted as known to the sampling's interval: phases of 0.3 s had 12 % too few joules, "off by up to 8 %", of 1 s 3 % without a flag."""
+    random = np.random.default_rng(1)
+    starts = np.cumsum(random.uniform(2, 3, 20) * length_s).tolist()
+    windows = [(at_s, at_s + length_s) for at_s in starts]
+    end_s = starts[-1] + 2 * length_s
+    noise_w = dict(enumerate(random.normal(0, 4, int(end_s / refresh_s) + 2).tolist()))
+
+    def joules(t_s: float) -> float:
+        return REST_W * t_s + (BURST_W - REST_W) * sum(min(max(t_s - start, 0), length_s) for start in starts)
+
+    samples = []
+    for t_s in np.arange(0, end_s, interval_s).tolist():
+        place = int(t_s / refresh_s)
+        busy = any(start <= place * refresh_s < end for start, end in windows)
+        samples.append(DeviceSample(t_s=t_s, power_w=(BURST_W if busy else REST_W) + noise_w[place]))
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, default_power_limit_w=700.0)
+    if counted:
+        device.energy_ticks = [(t_s, joules(t_s)) for t_s in (0.1, 0.2, *np.arange(1, end_s, 5).tolist())]
+    window = Meter(device).energy_in(windows)
+    assert window.uncertain_j is not None
+    if window.energy_j is not None:
+        assert abs(window.energy_j - BURST_W * window.duration_s) <= window.uncertain_j
+    # Of a whole run it is little.
+    whole = Meter(device).energy_in([(0.1, end_s - 0.1)])
+    assert whole.energy_j and whole.uncertain_j is not None
+    assert (
+        whole.uncertain_j
+        < 2 * (refresh_s / 2 + interval_s) * 700 + abs(whole.energy_j - joules(end_s - 0.1) + joules(0.1)) + 40
+    )
+
+
 @pytest.mark.parametrize("powers", [(100.0, 300.0), (100.0, 600.0, 100.0)])
 @pytest.mark.parametrize("field", ["power_w", "power_average_w"])
 def test_record_of_a_few_samples_has_its_mean_power(field: str, powers: tuple[float, ...]) -> None:
