@@ -257,7 +257,7 @@ def _doubtful(t: Array, steps: Array, curve: Curve) -> tuple[BoolArray, Array, l
     used_j = np.bincount(rest_of, drawn_j, len(rests))[: len(moves)]
     shares = steps[moves][used_j > 0] / used_j[used_j > 0]
     usual = max(float(np.median(shares)), 1.0) if len(shares) else 1.0
-    most_j = usual * (JUMP * used_j + 0.5 * curve.w.max(initial=0.0))
+    most_j = usual * (JUMP * used_j + 0.5 * curve.w.max(initial=0.0)) + curve.unseen_j(np.diff(rests))
     jumped = (steps[moves] < 0) | (steps[moves] > np.fmin(most_j, MOST_W * (np.diff(rests) + 1.0)))
     doubtful = still | np.append(jumped, np.zeros(len(rests) - len(moves), dtype=bool))
     doubtful[:-1] |= still[1:]  # the last move before it stood still may be a part of what was used

@@ -68,6 +68,11 @@ class Curve:
         place = np.clip(np.searchsorted(self.t, at_s, side="right"), 1, len(self.t) - 1)
         return np.asarray(self.t[place] - self.t[place - 1] > FAR * self._means_s)
 
+    def unseen_j(self, lengths_s: Array) -> Array:
+        """What may have been drawn in so long without any of the points showing it: up to the limit from one of them to the next."""
+        apart_s = float(np.median(np.diff(self.t))) if len(self.t) > 1 else 0.0
+        return self._most_w * np.minimum(lengths_s, apart_s)
+
     def energy_j(self, start: float, end: float) -> float | None:
         """Joules between two instants, the edges interpolated; None where points are missing."""
         if any(unknown_start < end and start < unknown_end for unknown_start, unknown_end in self._unknown):

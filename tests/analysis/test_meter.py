@@ -175,3 +175,19 @@ def test_mean_power_of_a_record_leaves_out_what_others_drew_between_its_turns(co
     )
     device.statistics = {"power_w": {"avg": None, "min": 300.0, "max": 300.0}}
     assert with_mean_power(device).statistics["power_w"]["avg"] == pytest.approx(300.0)
+
+
+@pytest.mark.parametrize("interval_s", [2.0, 5.0, 10.0])
+def test_counter_between_samples_far_apart_has_not_jumped(interval_s: float) -> None:
+    """Bursts that no sample met were taken for jumps of the counter, and samples of an idle GPU stood in: half of the joules."""
+    bursts = [(at_s + 0.3, at_s + 0.9 * interval_s) for at_s in np.arange(30, 70, interval_s).tolist()]
+
+    def joules(t_s: float) -> float:
+        return IDLE_W * t_s + (BUSY_W - IDLE_W) * sum(min(max(t_s - start, 0), end - start) for start, end in bursts)
+
+    samples = [DeviceSample(t_s=t_s, power_w=IDLE_W) for t_s in np.arange(0, 101, interval_s).tolist()]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, default_power_limit_w=700.0)
+    device.energy_ticks = [(t_s, joules(t_s)) for t_s in np.arange(0.1, 100, 2.5).tolist()]
+    window = energy_over(device, 5, 95)
+    assert (window.counter_resets, window.counter_still_s) == (0, 0)
+    assert window.energy_j == pytest.approx(joules(95) - joules(5), rel=0.01)
