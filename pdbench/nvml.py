@@ -258,6 +258,8 @@ class OpenGpu:
                 its_own = watts[power, scope] != watts[power, nv.NVML_POWER_SCOPE_GPU]
                 if isinstance(watts[power, scope], float) and its_own:
                     self._powers.setdefault(name, (_POWER_FIELDS[power][0], scope))
+            if self._powers.get(name, (None,))[0] == nv.NVML_FI_DEV_POWER_AVERAGE:
+                self.settings[f"{name}_averaged"] = True
             if name not in self._powers and _SUPERCHIP.search(self.name):
                 self.not_measured[name] = f"the driver does not give the power of the {name.split('_')[0]}"
 

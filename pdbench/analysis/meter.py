@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Array, BoolArray, inside, per
-from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, highest_limit_w, sampled
+from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, highest_limit_w, sampled, scope_of
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"
@@ -60,7 +60,7 @@ class Meter:
         self.device = device
         self._curve = curve_of(device)
         wider = {"module": "module_power_w", "memory": "memory_power_w"}
-        curves = {scope: Curve(sampled(device, field)) for scope, field in wider.items()}
+        curves = {scope: scope_of(device, field) for scope, field in wider.items()}
         self._scopes = {scope: curve for scope, curve in curves.items() if len(curve.t)}
         # The counter on its own refreshes where the sampler caught them, else as the samples have it.
         ticks = np.array(sorted(device.energy_ticks), dtype=float).reshape(-1, 2)

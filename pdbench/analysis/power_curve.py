@@ -126,9 +126,7 @@ def power_curve(device: DeviceRecord) -> Array:
     """
     samples = sampled(device, "power_w")
     if not len(samples) and len(samples := sampled(device, "power_average_w")):
-        last = samples[-1:].copy()
-        samples[:, 0] -= AVERAGED_S / 2
-        return np.concatenate([samples, last])  # nothing tells the last half of a second better
+        return _in_the_middle(samples)
     if len(device.fine_power) < 2:
         return samples
     fine = np.array(sorted(device.fine_power), dtype=float)
@@ -139,6 +137,18 @@ def power_curve(device: DeviceRecord) -> Array:
     far = np.minimum(samples[:, 0] - edges[place], edges[place + 1] - samples[:, 0]) > FAR * step_s
     merged = np.concatenate([fine, samples[far]])
     return merged[np.argsort(merged[:, 0], kind="stable")]
+
+
+def _in_the_middle(averages: Array) -> Array:
+    """Averages, each in the middle of its time; nothing tells the last half of a second better than the last one."""
+    return np.concatenate([averages - [AVERAGED_S / 2, 0.0], averages[-1:]])
+
+
+def scope_of(device: DeviceRecord, field: str) -> Curve:
+    """The curve of a superchip's power beyond the GPU's, of which some drivers give an average alone."""
+    points = sampled(device, field)
+    averages = bool(device.settings.get(f"{field}_averaged")) and len(points) > 0
+    return Curve(_in_the_middle(points) if averages else points, AVERAGED_S if averages else 0.0)
 
 
 def fine_step_s(device: DeviceRecord) -> float:

@@ -250,6 +250,17 @@ def test_superchips_module_and_memory_are_read_beside_the_gpu(nvml_library: Path
     assert device.not_measured == {}
 
 
+def test_memorys_power_that_is_an_average_stands_in_the_middle_of_its_second(nvml_library: Path) -> None:
+    """It had been taken for an instant, half a second late: 165 J of 195 in the 3 s after a step of load; what is left is the step's own second."""
+    steps = "6.0 0:120 3:120 3:650 6:650"
+    [device] = sampled(nvml_library, 20.0, {"decode": [0]}, fail="0:Field186:3", scopes="2:0.1", power_0=steps)
+    assert device.settings["memory_power_w_averaged"] is True
+    for start_s in (9.0, 15.0):
+        assert Meter(device).scopes_in([(start_s, start_s + 3)])["memory"].energy_j == pytest.approx(181.4, rel=0.01)
+    [instant] = sampled(nvml_library, 2.0, {"decode": [0]}, scopes="2:0.1", power_0=steps)
+    assert "memory_power_w_averaged" not in instant.settings
+
+
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
