@@ -7,7 +7,7 @@ load, always a valid answer; the same command goes on from there.
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, isfinite
 from pathlib import Path
@@ -100,8 +100,12 @@ def tuning(options: Options, tune: Sequence[str], kinds: Sequence[str]) -> dict[
     return found
 
 
-def check(load: LoadConfig) -> None:
-    """Raises UserError for a load whose rate cannot be searched."""
+def check(load: LoadConfig, varied: Iterable[str] = ()) -> None:
+    """Raises UserError for a load whose rate cannot be searched, and where --vary would give deployments of one answer other limits."""
+    if limit := next((name for name in varied if name in SLO), None):
+        raise UserError(
+            f"--vary {limit}: one search has one SLO, which its answer names: search within each, with an --out of its own"
+        )
     if not any(getattr(load, name) for name in SLO):
         raise UserError("a search needs limits: --slo ttft=300,tbt=15")
     # With a cap on streams, requests would wait in the client, where no limit sees them.

@@ -333,6 +333,7 @@ def test_constant_arrivals_end_with_the_requests(tmp_path: Path) -> None:
         (["--slo", "ttft=1", "--concurrency", "1"], "--concurrency"),
         (["--slo", "ttft=1", "--requests", "8"], "--requests 8"),
         (["--slo", "speed=1"], "--slo"),
+        (["--slo", "tbt=9", "--vary", "slo_ttft_ms=200,400"], "one search has one SLO"),
     ],
 )
 def test_wrong_options_are_refused(

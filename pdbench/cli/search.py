@@ -83,7 +83,7 @@ def search(
     if tune_at and not tune:
         raise UserError("--tune-at says where --tune compares: give --tune KEY=V1,V2,... too")
     for point in points:
-        slo_search.check(point.options.load)
+        slo_search.check(point.options.load, point.varied)
     say_without_effect([replace(point.options.load, rate=1.0) for point in points])
     if url is not None:
         experiment.check_answers(url, [point.options for point in points])
