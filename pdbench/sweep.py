@@ -17,7 +17,7 @@ import cyclopts
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench.config import LoadConfig, Options
+from pdbench.config import LoadConfig, Options, ServerConfig
 from pdbench.errors import NOT_JSON, StartError, UserError, WriteError
 from pdbench.files import begin_again, check_name, check_writable, holds, results_files, run_ids, write_whole
 from pdbench.live import publisher
@@ -91,6 +91,16 @@ def with_slo(options: Options, slo: str) -> Options:
         if before not in (None, now):
             raise UserError(f"--slo {slo}: --{name.replace('_', '-')} {before:g} says otherwise: give one of them")
     return limited
+
+
+def check_running(points: Sequence[Point]) -> None:
+    """Raises UserError where points differ in how servers are started, which changes nothing of one that runs already."""
+    ours = {field.name for field in dataclasses.fields(ServerConfig)}
+    fixed = [name for name in points[0].varied if name not in ours and hasattr(points[0].options.serve, name)]
+    if fixed:
+        raise UserError(
+            f"--vary {fixed[0]}: it changes nothing of the server that runs at --url: leave one of the two out"
+        )
 
 
 def _point(options: Options, texts: Mapping[str, str], option: str = "--vary") -> Point:

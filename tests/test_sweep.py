@@ -328,6 +328,14 @@ def test_no_server_at_the_url_ends_it_and_leaves_nothing(tmp_path: Path, command
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("command", ["sweep", "search"])
+def test_options_that_change_nothing_of_a_server_that_runs_are_no_points(tmp_path: Path, command: str) -> None:
+    server = ["--url", "http://127.0.0.1:9", "--vary", "concurrency=1" if command == "sweep" else "seed=1"]
+    done = call_pdbench(command, "--slo", "ttft=9", *server, "prefill_instances=1,2", "model=m", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "--vary prefill_instances: it changes nothing of the server" in done.stderr
+
+
 def test_curves_have_integer_ticks_and_name_the_slo():
     rows = [
         ({"load.concurrency": number}, analyze(build_run(name, trials=1, requests=4, load=load)))

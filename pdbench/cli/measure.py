@@ -240,6 +240,7 @@ def sweep(
     together = against if url is None and fresh_servers else None  # else each deployment of a point is kept apart
     context = {"against": together, "url": url, "trials": trials, "cluster": nodes}
     if url is not None:
+        sweep.check_running(points)
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         for point in points:
