@@ -65,6 +65,8 @@ def plan(
         if not load.open_loop:
             raise UserError("--search needs a load that comes by a clock: give --rate, --stages or --trace")
     words = ""
+    if load != LoadConfig() and not wanted and most_gpus is None:
+        raise UserError("a load is what deployments are predicted for: give --deployment or --search, or leave it out")
     if wanted or most_gpus is not None:
         load = with_requests(load, least_s=0.0 if most_gpus is None else SEARCHED_S)
         demand_of_load(load, 0)

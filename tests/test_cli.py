@@ -75,6 +75,9 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["serve", "--vllm-args", "'"], "no closing quotation"),
         (["sweep", "--vary", "concurrency=4,1", "--client-processes", "2"], "2 is more than --concurrency 1"),
         (["bench", "--url", "http://127.0.0.1:9"], "no OpenAI-compatible server answers"),
+        (["plan", "a", "--max-gpus", "4"], "--max-gpus limits a search"),
+        (["plan", "a", "--deployment", "single", "--cheapest", "joules"], "--cheapest limits a search"),
+        (["plan", "a", "--check", "b", "--rate", "4"], "give --deployment or --search"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_option_of_a_sweep_is_named_only_if_it_changes_no_point(tmp_path: Path) 
 
 
 def test_option_that_changes_no_prediction_is_named(tmp_path: Path) -> None:
-    done = call_pdbench("plan", "nothing", "--rate", "8", "--burstiness", "0.2", cwd=tmp_path)
+    done = call_pdbench("plan", "nothing", "--deployment", "single", "--rate", "8", "--burstiness", "0.2", cwd=tmp_path)
     assert done.returncode == 1 and "--burstiness 0.2 has no effect: it needs --arrival gamma" in done.stdout
 
 

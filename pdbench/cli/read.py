@@ -213,8 +213,8 @@ def plan(
     check: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     deployment: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     search: Annotated[bool, Parameter(negative="")] = False,
-    max_gpus: Count[int] = 8,
-    cheapest: Literal["gpus", "joules"] = "gpus",
+    max_gpus: Count[int | None] = None,
+    cheapest: Literal["gpus", "joules"] | None = None,
     out: Path = Path("plan"),
     lang: Literal["en", "zh"] = "en",
     load: LoadConfig | None = None,
@@ -234,9 +234,9 @@ def plan(
     search
         Find the cheapest deployment that keeps the load's SLO (--slo-ttft-ms, --slo-tbt-ms) for 99 % of the requests.
     max_gpus
-        How many GPUs it may have.
+        How many GPUs it may have; default: 8.
     cheapest
-        By number of GPUs, or by joules per token.
+        By number of GPUs (the default), or by joules per token.
     out
         Folder for the calibration, the tables and the pictures.
     lang
@@ -245,6 +245,9 @@ def plan(
     from pdbench import planning
     from pdbench.report import text
 
+    if not search and (max_gpus or cheapest):
+        option = "--max-gpus" if max_gpus else "--cheapest"
+        raise UserError(f"{option} limits a search: give --search too, or leave it out")
     if load:
         say_without_effect([load])
     with text.language(lang):
@@ -255,6 +258,6 @@ def plan(
             load or LoadConfig(),
             out,
             console,
-            most_gpus=max_gpus if search else None,
+            most_gpus=(max_gpus or 8) if search else None,
             by_joules=cheapest == "joules",
         )

@@ -274,7 +274,7 @@ def test_a_check_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in out.iterdir()}
     (tmp_path / CALIBRATION).write_bytes(msgspec.json.encode(calibration(drift=1.2)))
     with pytest.raises(UserError, match=r"no \*_results.json"):
-        plan([tmp_path], (tmp_path / "nothing",), [], load, out, Console(quiet=True))
+        plan([tmp_path], (tmp_path / "nothing",), [], LoadConfig(), out, Console(quiet=True))
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -284,7 +284,7 @@ def test_plan_leaves_nothing_of_an_earlier_call_and_all_of_a_measured_search(tmp
     out = tmp_path / "plan"
     plan([tmp_path], (), [], load, out, Console(quiet=True), most_gpus=2)
     assert (out / "search.json").exists() and (out / "search.png").exists()
-    plan([tmp_path], (), [], load, out, Console(quiet=True))
+    plan([tmp_path], (), [], LoadConfig(), out, Console(quiet=True))
     assert {path.name for path in out.iterdir()} <= {CALIBRATION, "plan.md", "steps.png", ".plan-files"}
     measured = msgspec.json.encode(Document(command={}, slo={}, attain_pct=99.0))
     (out / "search.json").write_bytes(measured)
