@@ -22,6 +22,8 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
     if config.prompt_file or (config.input_tokens is None and not config.trace):
         raise UserError("prompt lengths must be known: give --input-tokens, or a --trace")
     plan.check(config)
+    if option := next((option for option, is_given in _unknown(config).items() if is_given), None):
+        raise UserError(f"{option}: what plan predicts are whole answers of --output-tokens each: leave it out")
     if plan.is_endless(config):
         what = "--steady-s" if config.steady_s is not None else "a closed loop's --duration-s"
         raise UserError(f"{what} ends a load by time, after an unknown number of requests: give --requests instead")
@@ -38,6 +40,17 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
         blocks=blocks if any(blocks) else None,
         block_tokens=block_tokens,
     )
+
+
+def _unknown(config: LoadConfig) -> dict[str, bool]:
+    """Option -> does it make answers others than their lengths say, or measure a part of them?"""
+    stops = '"max_tokens"', '"max_completion_tokens"', '"n"', '"best_of"', '"stop"', '"stop_token_ids"', '"ignore_eos"'
+    return {
+        "--phase decode": config.phase == "decode",
+        "--no-ignore-eos": config.ignore_eos is False,
+        "--extra-body": any(name in config.extra_body for name in stops),
+        "--drop-fields": not {config.max_tokens_field, "ignore_eos"}.isdisjoint(config.drop_fields),
+    }
 
 
 def with_requests(config: LoadConfig, *, least_s: float = 0.0) -> LoadConfig:

@@ -1,6 +1,7 @@
 """Predictions: intervals, and what is refused with the measurement that is missing."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -202,6 +203,22 @@ def test_arrivals_are_those_of_bench() -> None:
     first, again, other = (demand_of_load(config, trial) for trial in (0, 0, 1))
     assert np.array_equal(first.t_s, again.t_s) and np.array_equal(first.prompt_tokens, again.prompt_tokens)
     assert not np.array_equal(first.prompt_tokens, other.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("phase", "decode", "--phase decode"),
+        ("ignore_eos", False, "--no-ignore-eos"),
+        ("extra_body", '{"max_tokens": 4}', "--extra-body"),
+        ("drop_fields", ("ignore_eos",), "--drop-fields"),
+    ],
+)
+def test_loads_of_which_answers_are_not_as_long_as_asked_are_refused(option: str, value: object, words: str) -> None:
+    load = LoadConfig(concurrency=4, requests=4, input_tokens=100, output_tokens=8)
+    assert len(demand_of_load(load, 0)) == 4
+    with pytest.raises(UserError, match=words):
+        demand_of_load(replace(load, **{option: value}), 0)
 
 
 def test_blocks_that_were_cut_off_a_trace_are_in_no_cache(tmp_path: Path) -> None:
