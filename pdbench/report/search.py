@@ -58,6 +58,8 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
         point.goodput_per_s = goodput.requests_per_s if settled else None
         point.j_per_good_request = goodput.j_per_good_request if settled else None
     for entry in document.deployments:
+        if sent := next((point.run for point in document.points if point.deployment == entry.name), None):
+            _enter_hardware(entry, load(sent))
         if entry.run:
             analyses.append(load(entry.run))
             _enter_figures(entry, analyses[-1], document.attain_pct)
@@ -94,12 +96,16 @@ def _settled(analysis: RunAnalysis) -> bool:
     return not ramps and not failures.void(analysis.flags, None, 0)
 
 
-def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
-    """Of the confirming run. One that does not count says nothing; one that ended before its servers were busy may refute, but not confirm."""
-    goodput = analysis.summary.goodput
+def _enter_hardware(entry: Held, analysis: RunAnalysis) -> None:
+    """Of any of its loads: all run on the same servers."""
     entry.gpus = analysis.gpus
     entry.layout = text.layout(analysis)
     entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
+
+
+def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
+    """Of the confirming run. One that does not count says nothing; one that ended before its servers were busy may refute, but not confirm."""
+    goodput = analysis.summary.goodput
     settled = _settled(analysis)
     if failures.void(analysis.flags, None, 0) or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
         entry.attained_pct = None

@@ -15,7 +15,7 @@ def slo(document: Document) -> str:
 def sentence(document: Document) -> str:
     """The answer: each deployment's rate with its interval, best first, and what the best gains on the next; then the cheapest clocks."""
     entries = document.searched()
-    per_gpu = all(entry.rate_per_s_per_gpu for entry in entries)
+    per_gpu = all(entry.rate_per_s_per_gpu for entry in entries if entry.rate_per_s)
 
     def rate_of(entry: Held) -> float:
         return (entry.rate_per_s_per_gpu if per_gpu else entry.rate_per_s) or 0.0

@@ -6,12 +6,15 @@ from pathlib import Path
 import msgspec
 import pytest
 from msgspec import structs
+from rich.console import Console
 
+from pdbench.records import save_run
 from pdbench.report import mpl
-from pdbench.report.search import chart
+from pdbench.report.search import chart, present
 from pdbench.report.search_sentence import sentence
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from tests.support.processes import ROOT, call_pdbench
+from tests.support.runs import build_run
 
 
 def searched(
@@ -160,6 +163,29 @@ def test_searches_with_other_requests_are_not_one_answer(tmp_path: Path) -> None
     done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
     assert done.returncode != 0 and "were not measured alike (load, input_tokens" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "both").exists()
+
+
+def test_rates_are_per_gpu_also_beside_a_deployment_that_holds_none() -> None:
+    small = Held(name="single", rate_per_s=10.0, low=9.5, high=10.5, gpus=1, rate_per_s_per_gpu=10.0)
+    large = Held(name="disaggregated", rate_per_s=15.0, low=14.0, high=16.0, gpus=2, rate_per_s_per_gpu=7.5)
+    closest = Closest(rate_per_s=None, attained_pct=10.0, run="")
+    none = Held(name="replicas", low=0.0, none_holds=True, limited_by="slo_ttft_ms", closest=closest)
+    document = Document(command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0, deployments=[small, large])
+    known = sentence(document)
+    assert "single (1 GPU) carries 10.0" in known and known.endswith(": 1.33 times disaggregated per GPU.")
+    document.deployments.append(none)
+    assert sentence(document).startswith(known.removesuffix("."))
+
+
+def test_gpus_are_known_of_a_deployment_without_a_confirming_run(tmp_path: Path) -> None:
+    folder = searched(tmp_path / "a", "single", 10.0)
+    save_run(build_run("single"), folder / "single/load-01/single_results")
+    document = msgspec.json.decode((folder / FILE).read_bytes(), type=Document)
+    document.deployments[0].run = None
+    document.points[0].run = "single/load-01/single_results"
+    present(document, folder, Console(quiet=True))
+    (entry,) = msgspec.json.decode((folder / FILE).read_bytes(), type=Document).deployments
+    assert entry.gpus == 1 and entry.rate_per_s_per_gpu == 10.0
 
 
 def test_picture_of_two_deployments_on_gpus() -> None:
