@@ -87,7 +87,7 @@ def evaluate(comparison: Comparison, conditions: list[Condition]) -> list[Thresh
         if condition.relative and change:
             change = ConfidenceInterval(*(100 * (bound - 1) for bound in astuple(change)))
         bounds = (change.low, change.high) if change else ()
-        beyond = {(bound > condition.limit) == condition.above for bound in bounds}
+        beyond = {bound > condition.limit if condition.above else bound < condition.limit for bound in bounds}
         outcome: Outcome = "uncertain" if len(beyond) != 1 else "fails" if True in beyond else "passes"
         results.append(ThresholdResult(condition, outcome, change, line))
     return results
