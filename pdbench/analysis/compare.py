@@ -259,8 +259,8 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
 
 
 def check_alike(a: tuple[Path, RunAnalysis], b: tuple[Path, RunAnalysis], varied: Collection[str] = ()) -> None:
-    """Raises UserError where runs of two folders cannot be reported together: other requests, GPUs, hosts or models, but for `varied` options."""
-    refused = [each for each in mismatches_of(a[1], b[1]) if each.refused]
+    """Raises UserError where runs of two folders cannot be reported together: other requests, limits, GPUs, hosts or models, but for `varied` options."""
+    refused = [each for each in mismatches_of(a[1], b[1]) if each.refused or each.what.startswith("load, slo_")]
     others = [str(each) for each in refused if each.what.removeprefix("load, ") not in varied]
     if others:
         raise UserError(f"{a[0]} and {b[0]} were not measured alike ({'; '.join(others)}): report them apart")

@@ -171,7 +171,8 @@ def curves(rows: Sequence[Row]) -> Chart:
     at every point."""
     metered = any(text.value(run, "j_per_output_token") is not None for _varied, run in rows)
     cost = "j_per_output_token" if metered else "output_tokens_per_s"
-    limits = text.slo(rows[0][1].config.get("load") or {})
+    load = rows[0][1].config.get("load") or {}
+    limits = text.slo({name: limit for name, limit in load.items() if name not in rows[0][0]})
     within = _(" and ").join(f"{_(name)} ≤ {limit:g} ms" for name, limit in limits.items())
     panels = [
         _panel(rows, "ttft_p99_ms", _("TTFT p99 against throughput")),

@@ -28,7 +28,8 @@ def saved_sweep(out: Path, vary: str, runs: Mapping[str, Mapping[str, Any]]) -> 
     def measure(options: Options, folder: Path, part: str) -> list[Path]:
         load = {"concurrency": options.load.concurrency, "slo_ttft_ms": 50.0}
         seed = zlib.crc32(f"{out.name} {part} {load}".encode())
-        save_run(build_run(part, seed=seed, **{"load": load} | runs[part]), folder / f"{part}_results")
+        built = runs[part] | {"load": load | runs[part].get("load", {})}
+        save_run(build_run(part, seed=seed, **built), folder / f"{part}_results")
         return [folder / f"{part}_results"]
 
     list(sweep.run(sweep.points(Options(), [vary]), out, measure, Console(quiet=True), parts=[*runs]))
@@ -72,6 +73,7 @@ def test_deployments_of_one_name_keep_their_curves(tmp_path):
     [
         ("seed=1,2", {}, "one varies concurrency and .*other seed: report them apart"),
         ("concurrency=1,2", {"model": "another"}, "not measured alike .*model"),
+        ("concurrency=1,2", {"load": {"slo_ttft_ms": 90.0}}, "not measured alike .*slo_ttft_ms: 50.0 against 90.0"),
     ],
 )
 def test_sweeps_that_do_not_compare_are_refused(tmp_path, vary, built, words):
@@ -79,6 +81,15 @@ def test_sweeps_that_do_not_compare_are_refused(tmp_path, vary, built, words):
     other = saved_sweep(tmp_path / "other", vary, {"replicas": built})
     told = call_pdbench("report", one, other, "--out", "out", cwd=tmp_path)
     assert told.returncode == 1 and re.search(words, told.stderr) and not (tmp_path / "out").exists()
+
+
+def test_title_names_no_limit_that_the_sweep_varies():
+    rows = []
+    for limit in (50.0, 90.0):
+        load = {"concurrency": 1, "requests": 16, "slo_ttft_ms": limit, "slo_tbt_ms": 9.0}
+        rows.append(({"slo_ttft_ms": limit}, analyze(build_run("single", load=load))))
+    titles = [panel.title for panel in sweeps.curves(rows).panels]
+    assert "Goodput: requests/s with mean TBT ≤ 9 ms" in titles
 
 
 def test_sweep_over_a_layout_keeps_its_points_apart_from_another_sweeps(tmp_path):
