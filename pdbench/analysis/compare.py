@@ -258,12 +258,17 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
     ]
 
 
-def check_alike(a: tuple[Path, RunAnalysis], b: tuple[Path, RunAnalysis], varied: Collection[str] = ()) -> None:
-    """Raises UserError where runs of two folders cannot be reported together: other requests, limits, GPUs, hosts or models, but for `varied` options."""
-    refused = [each for each in mismatches_of(a[1], b[1]) if each.refused or each.what.startswith("load, slo_")]
-    others = [str(each) for each in refused if each.what.removeprefix("load, ") not in varied]
+def check_alike(
+    a: tuple[Path, RunAnalysis], b: tuple[Path, RunAnalysis], varied: Collection[str] = ()
+) -> list[Mismatch]:
+    """What else differs between runs of two folders that are reported together, but which of a host's GPUs and how many tokens they had.
+
+    Raises UserError where runs of two folders cannot be reported together: other requests, limits, GPUs, hosts or models, but for `varied` options."""
+    found = [each for each in mismatches_of(a[1], b[1]) if each.what.rpartition(", ")[2] not in varied]
+    others = [str(each) for each in found if each.refused or each.what.startswith("load, slo_")]
     if others:
         raise UserError(f"{a[0]} and {b[0]} were not measured alike ({'; '.join(others)}): report them apart")
+    return [each for each in found if each.what != "ran on" and not each.what.endswith("per request")]
 
 
 def _alike(what: str, a: Any, b: Any) -> bool:

@@ -163,7 +163,7 @@ def report(
         Language of page and tables.
     """
     from pdbench.files import check_writable
-    from pdbench.report import commands, text
+    from pdbench.report import commands, tables, text
     from pdbench.report import search as found
     from pdbench.report.search_files import check_no_measured_search, is_search, joined
     from pdbench.sweep import is_sweep
@@ -178,11 +178,12 @@ def report(
             _report_sweeps(folders, out)
             return
         if any(map(is_search, folders)):
-            document = joined(folders, out)
+            document, differing = joined(folders, out)
             check_no_measured_search(out)
             check_writable(out)
             out.mkdir(parents=True, exist_ok=True)  # the runs are found from there
             found.present(document, out, console)
+            console.print(*tables.differing(differing), sep="\n", end="\n" if differing else "", soft_wrap=True)
             return
         commands.report(folders, out, sort_by, console, llm_d=llm_d, otlp=otlp)
 
@@ -191,6 +192,7 @@ def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
     from pdbench import sweep
     from pdbench.files import check_writable
     from pdbench.report import sweep as report
+    from pdbench.report import tables
 
     if other := next((folder for folder in folders if not sweep.is_sweep(folder)), None):
         raise UserError(f"{other} holds no sweep: sweeps are reported by themselves")
@@ -200,9 +202,10 @@ def _report_sweeps(folders: Sequence[Path], out: Path) -> None:
         raise UserError(
             f"{out} holds a sweep of its own, whose table and picture would be replaced: give another --out"
         )
-    rows = report.joined({folder: sweep.load(folder) for folder in folders})
+    rows, differing = report.joined({folder: sweep.load(folder) for folder in folders})
     check_writable(out)
     report.show(rows, out, console)
+    console.print(*tables.differing(differing), sep="\n", end="\n" if differing else "", soft_wrap=True)
     for line in report.missing(rows):
         console.print(line, markup=False, soft_wrap=True)
 

@@ -10,7 +10,7 @@ from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import holds, is_edited, sealed, write_whole
-from pdbench.report import text
+from pdbench.report import tables, text
 from pdbench.search.document import FILE, Document, Held
 
 JOINED = "joined"
@@ -53,8 +53,9 @@ def check_no_measured_search(out: Path) -> None:
         )
 
 
-def joined(folders: Sequence[Path], out: Path) -> Document:
-    """The answers of several searches with one SLO as one, whose runs stay where they are; to be presented in `out`.
+def joined(folders: Sequence[Path], out: Path) -> tuple[Document, list[tables.Differing]]:
+    """The answers of several searches with one SLO as one, whose runs stay where they are, to be presented in `out`; and what else differs
+    between the first one's runs and another's.
 
     Raises UserError where one cannot be read, or they do not compare.
     """
@@ -71,20 +72,21 @@ def joined(folders: Sequence[Path], out: Path) -> Document:
     names = [entry.name for each in found for entry in each.deployments]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} was searched in several of these folders: give one of them")
-    _check_measured_alike(folders, found)
+    differing = _check_measured_alike(folders, found)
     for folder, each in zip(folders, found, strict=True):
         chosen = [choice for _name, tuned in each.tuned() for choice in (tuned, tuned.before)]
         closest = [entry.closest for entry in each.deployments]
         for named in (*each.points, *each.deployments, *closest, *chosen):
             if named and named.run:
                 named.run = os.path.relpath(folder / named.run, out)
-    return Document(
+    document = Document(
         command={JOINED: [each.command for each in found]},
         slo=found[0].slo,
         attain_pct=found[0].attain_pct,
         deployments=[entry for each in found for entry in each.deployments],
         points=[point for each in found for point in each.points],
     )
+    return document, differing
 
 
 def _name_apart(folders: Sequence[Path], found: Sequence[Document]) -> None:
@@ -107,9 +109,12 @@ def _rename(document: Document, entry: Held, name: str) -> None:
     entry.name = name
 
 
-def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> None:
+def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> list[tables.Differing]:
     """Raises UserError where the searches' first loads, which are alike in one search, had other requests, GPUs, hosts or models."""
     loaded = [(folder, each.points[0].run) for folder, each in zip(folders, found, strict=True) if each.points]
     analyses = [load_analysis(folder / run) for folder, run in loaded]
-    for (folder, _run), analysis in zip(loaded[1:], analyses[1:], strict=True):
-        check_alike((loaded[0][0], analyses[0]), (folder, analysis))
+    return [
+        (loaded[0][0], folder, each)
+        for (folder, _run), analysis in zip(loaded[1:], analyses[1:], strict=True)
+        for each in check_alike((loaded[0][0], analyses[0]), (folder, analysis))
+    ]

@@ -83,9 +83,11 @@ def _draw(rows: Sequence[Row], out: Path) -> None:
     write_whole(out / CURVES, mpl.chart_picture(lambda: curves(rows), 16, lambda lines: 5 * lines))
 
 
-def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path]]]]) -> list[Row]:
+def joined(
+    sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path]]]],
+) -> tuple[list[Row], list[tables.Differing]]:
     """The runs of all points of saved sweeps, by the sweeps' folders, each sweep's by deployment and values; deployments of one name in several of
-    them get their instances' number (2P2D) or the folder's name.
+    them get their instances' number (2P2D) or the folder's name. And what else differs between the first sweep and another.
 
     Raises UserError where the sweeps vary other options, or their requests, GPUs, hosts or models are not the same.
     """
@@ -102,13 +104,14 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
             )
         )
     check_other_runs((run.run_id, sweep) for sweep, of in rows.items() for _varied, run in of)
+    differing: list[tables.Differing] = []
     first, *others = rows
     for other in others:
         a, b = rows[first][0], rows[other][0]
         if {*a[0]} != {*b[0]}:
             raise UserError(f"{first} varies {', '.join(a[0])} and {other} {', '.join(b[0])}: report them apart")
         b = next((row for row in rows[other] if row[0] == a[0]), b)
-        check_alike((first, a[1]), (other, b[1]), a[0])
+        differing += [(first, other, each) for each in check_alike((first, a[1]), (other, b[1]), a[0])]
     layouts: dict[tuple[Path, str], set[str | None]] = {}
     for sweep, of in rows.items():
         for _varied, run in of:
@@ -124,7 +127,7 @@ def joined(sweeps: Mapping[Path, Sequence[tuple[Mapping[str, Any], Sequence[Path
         ({key: varied[key] for key in keys}, msgspec.structs.replace(run, name=called[sweep, run.name]))
         for sweep, of in rows.items()
         for varied, run in of
-    ]
+    ], differing
 
 
 def table(rows: Sequence[Row]) -> tables.Table:

