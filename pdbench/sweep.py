@@ -93,8 +93,12 @@ def with_slo(options: Options, slo: str) -> Options:
     return limited
 
 
-def check_running(points: Sequence[Point]) -> None:
-    """Raises UserError where points differ in how servers are started, which changes nothing of one that runs already."""
+def check_running(points: Sequence[Point], against: str | None) -> None:
+    """Raises UserError where deployments are named, or points differ in how servers are started: neither changes one that runs already."""
+    if against:
+        raise UserError(
+            f"--against {against}: these would be started, and --url names a server that runs: give one of the two"
+        )
     ours = {field.name for field in dataclasses.fields(ServerConfig)}
     fixed = [name for name in points[0].varied if name not in ours and hasattr(points[0].options.serve, name)]
     if fixed:

@@ -334,6 +334,11 @@ def test_options_that_change_nothing_of_a_server_that_runs_are_no_points(tmp_pat
     done = call_pdbench(command, "--slo", "ttft=9", *server, "prefill_instances=1,2", "model=m", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "--vary prefill_instances: it changes nothing of the server" in done.stderr
+    done = call_pdbench(command, "--slo", "ttft=9", *server, "--against", "replicas", cwd=tmp_path)
+    assert done.returncode == 1 and "--against replicas: these would be started" in done.stderr
+    (tmp_path / "mine.toml").write_text('against = "replicas"')
+    done = call_pdbench(command, "mine.toml", "--slo", "ttft=9", *server, cwd=tmp_path)
+    assert "no OpenAI-compatible server answers" in done.stderr
 
 
 def test_curves_have_integer_ticks_and_name_the_slo():

@@ -181,7 +181,7 @@ def sweep(
     /,
     *,
     vary: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
-    against: str = "single,disaggregated",
+    against: str | None = None,
     url: str | None = None,
     trials: Count[int] = 1,
     slo: str = "",
@@ -199,7 +199,7 @@ def sweep(
     vary
         KEY=V1,V2,... of any option, several for all combinations: concurrency=1,2,4,8 prefill_instances=1,2.
     against
-        Deployments to measure at every point, with commas between.
+        Deployments to measure at every point, with commas between; default: single,disaggregated.
     url
         Measure the server that runs here instead of starting deployments.
     trials
@@ -220,6 +220,9 @@ def sweep(
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
     say_without_effect([point.options.load for point in points])
+    if url is not None:
+        sweep.check_running(points, against)
+    against = against or "single,disaggregated"
     kinds = turns.deployments(against)
     progress = progress_to(live)
     parts = [""] if url is not None or fresh_servers else [*dict.fromkeys(kinds)]
@@ -240,7 +243,6 @@ def sweep(
     together = against if url is None and fresh_servers else None  # else each deployment of a point is kept apart
     context = {"against": together, "url": url, "trials": trials, "cluster": nodes}
     if url is not None:
-        sweep.check_running(points)
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: sweep.saved(out)) as (site, servers):
         for point in points:

@@ -31,6 +31,8 @@ REPLACES = {
     "stages": ("rate", "ramp_to", *_TRACE),
     "trace": ("rate", "ramp_to", "stages", "prompt_file"),
     "prompt_file": _TRACE,
+    "url": ("against",),
+    "against": ("url",),
 }
 """A flag takes the place of these options of a recipe; the recipe's would contradict it."""
 

@@ -86,7 +86,7 @@ def search(
         slo_search.check(point.options.load, point.varied)
     say_without_effect([replace(point.options.load, rate=1.0) for point in points])
     if url is not None:
-        sweep.check_running(points)
+        sweep.check_running(points, against)
         experiment.check_answers(url, [point.options for point in points])
     with servers_stay(cluster, out, live, lambda: slo_search.saved(out)) as (site, servers):
         for point in points:
