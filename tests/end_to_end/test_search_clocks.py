@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import struct
 import time
 from math import inf
@@ -69,9 +70,13 @@ def test_cheapest_clocks_are_those_of_the_law(nvml_library: Path, tmp_path: Path
         command += ["--arrival", "constant", "--warmup", "1", "--idle-s", "0", "--cooldown-s", "0"]
         scripted = environment(nvml_library, **settings)
         scripted["PYTHONPATH"] = f"{ROOT}:{scripted['PYTHONPATH']}"
-        done = run_pdbench(*command, cwd=tmp_path, timeout_s=200, **scripted)
+        for _ in range(3):  # a machine that stood still makes loads `client-limited`, which says nothing of clocks
+            shutil.rmtree(tmp_path / "search", ignore_errors=True)
+            done = run_pdbench(*command, cwd=tmp_path, timeout_s=200, **scripted)
+            saved = json.loads((tmp_path / "search" / "search.json").read_text())
+            if not any(point["client_limited"] for point in saved["points"]):
+                break
         assert done.returncode == 0, done.stdout + done.stderr
-        saved = json.loads((tmp_path / "search" / "search.json").read_text())
         tuned = saved["deployments"][0]["tuned"]
         found = (tuned["setting"]["prefill_clock"], tuned["setting"]["decode_clock"])
         costs = {pair: joules(*pair) for pair in itertools.product(PREFILL, DECODE)}
