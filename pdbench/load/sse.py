@@ -102,6 +102,11 @@ class EventReader:
             self._comment = content[1:].strip()
         elif content.startswith(b"event:"):
             self._name = content[6:].strip().lower()
+        elif content.startswith(b"error:") and content[6:].strip() not in (b"", b"null"):
+            # llama.cpp names the field so, not the event.
+            self._end_event(events)
+            self._name, self._data = b"error", [content[6:].strip()]
+            self._end_event(events)
         elif self._json or stripped.startswith(b"{") or is_done(stripped):
             self._json += content
             if is_whole(self._json):

@@ -202,6 +202,8 @@ case("event: error with JSON", [FIVE[0], b'event: error\ndata: {"message": "engi
      Truth(error="server_error"))
 case("event: error, a comment only", [FIVE[0], b"event: error\n: engine died\n\n" + DONE],
      Truth(error="server_error"))
+case("error: for data:, then [DONE]", [FIVE[0], b'error: {"code":500,"message":"engine died","type":"server_error"}\n\n' + DONE],
+     Truth(error="server_error", tokens=1))
 case("error after the finish", [FIVE[0], sse(text("", "stop")), sse({"error": "lost"}) + DONE],
      Truth(error="server_error"))
 case("error null is none", [sse(text("a ", error=None)), sse({**text("b "), "error": None}), sse(text("", "stop"),
