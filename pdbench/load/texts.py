@@ -7,12 +7,10 @@ TOKEN_BYTES = 16
 """Few tokens are longer."""
 _TWO_WORDS = re.compile(r"\w\s+\w")
 _SPLIT_WORD = re.compile(r"\w\0(?=\w)")
-_LETTERS = r"[A-Za-z\x80-\U0010ffff]"
 # Tokenizers first split texts into such pieces (GPT-2's pattern and its heirs; SentencePiece's are no larger), and no token spans two.
-# All that is no ASCII counts as letters, so that no script has too many.
-_PIECES = re.compile(
-    rf"[^\sA-Za-z0-9\x80-\U0010ffff]?{_LETTERS}+(?:'[a-z]{{1,2}})?|[0-9]+|[^\sA-Za-z0-9\x80-\U0010ffff]+"
-)
+# What is no ASCII and no letter (marks, signs) is a part of the word or of the signs beside it, so that no script has too many.
+_SIGN, _MARK, _ANY = r"(?:[^\w\s]|_)", r"[^\w\s\x00-\x7f]", r"[^\s\x00-@\[-`{-\x7f]"
+_PIECES = re.compile(rf"{_SIGN}?{_MARK}*[^\W\d_]{_ANY}*(?:'[a-z]{{1,2}})?|[0-9]+|{_SIGN}+|{_ANY}+")
 _BLIND = 2.5
 """Where more chunks than this make one piece (scripts without spaces), pieces do not show whether a chunk holds two tokens."""
 _ODD = 1.02

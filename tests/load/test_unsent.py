@@ -7,6 +7,7 @@ from math import nan
 
 import pytest
 
+from pdbench.load.texts import fewest_tokens
 from pdbench.records import RequestRecord
 from tests.load.test_counting import FINISH, Piece, ids, record_of, timings, with_reasoning
 from tests.load.test_mean_tbt import judged
@@ -51,6 +52,14 @@ def test_a_stop_string_that_is_counted_and_not_sent_divides_nothing(way, unsent)
     record = answer(way(TOKENS), len(TOKENS) + unsent, **STOP)
     assert (record.output_tokens, record.unsent_tokens, record.notes) == (len(TOKENS) + unsent, unsent, [])
     assert mean_tbt_ms(record) == 10 and not record.coarse
+
+
+@pytest.mark.parametrize("signs", ["：**", "”.", "，{", "🎉!", '…")'])
+def test_signs_of_ascii_and_others_are_one_token(signs):
+    """Taken for two, they held the end of the text: mean TBT was 8.6 ms."""
+    record = answer(chunks(["要点", signs, "预", "填充", " and", " de", "code"]), 8)
+    assert record.unsent_tokens == 1 and mean_tbt_ms(record) == 10
+    assert fewest_tokens([signs, "नमस्ते", " x", "²"]) == 4
 
 
 @pytest.mark.parametrize(("texts", "size", "tokens"), [(WORDS, 1, 13), (["lowor"] * 10, 2, 20), (WORDS, 2, 23)])
