@@ -35,6 +35,16 @@ class Answer(msgspec.Struct, kw_only=True, gc=False):
         return self.marked or self.tools
 
     @property
+    def cut(self) -> bool:
+        """May chunks end anywhere in a token? A server holds back what may begin a stop string, as many letters as that has at most."""
+        return self.end_tokens > 1
+
+    @property
+    def fewest(self) -> int:
+        """A lower bound for the tokens in the chunks, by their text."""
+        return fewest_tokens(["".join(self.texts)] if self.cut else self.texts)
+
+    @property
     def most_at_end(self) -> float:
         return inf if self.hidden else self.ends * self.end_tokens
 
@@ -52,7 +62,7 @@ def unsent_reasoning(record: RequestRecord, answer: Answer, total: int) -> int |
         return 0
     if size < total:  # a token has a byte at least: none came, or a summary
         return None if answer.marked else answer.reasoning
-    if answer.marked or fewest_tokens(answer.texts) > rest or size > TOKEN_BYTES * rest:
+    if answer.marked or answer.fewest > rest or size > TOKEN_BYTES * rest:
         return 0
     if rest - instants <= max(_few(rest), answer.most_at_end) and are_tokens(answer.texts):
         return answer.reasoning
@@ -63,7 +73,7 @@ def unsent_at_end(record: RequestRecord, answer: Answer, total: int) -> int | No
     """Of `total` tokens without hidden reasoning, those of ends and hidden choices. None where nothing tells whether they are in chunks of
     several tokens instead."""
     instants, by_chunks = len(record.token_s), _by_chunks(record)
-    missing = max(0, total - (max(instants, fewest_tokens(answer.texts)) if by_chunks else instants))
+    missing = max(0, total - (max(instants, answer.fewest) if by_chunks else instants))
     if total - instants <= answer.ends:
         return missing
     if answer.most_at_end <= answer.ends:
@@ -80,8 +90,8 @@ def bound_first(record: RequestRecord, answer: Answer, most: int) -> None:
     instants, known, choices = len(record.token_s), record.first_tokens, len(set(record.token_choice)) or 1
     sent = (record.output_tokens or 0) - (record.unsent_tokens or 0)
     first, size, first_size = [answer.first_text], bytes_of(answer.texts), bytes_of([answer.first_text])
-    pieces, least_first, later = fewest_tokens(answer.texts), known, instants - known
-    if _by_chunks(record) or record.coarse:
+    pieces, least_first, later = answer.fewest, known, instants - known
+    if (_by_chunks(record) or record.coarse) and not answer.cut:
         least_first = max(known, fewest_tokens(first))
         later = max(later, pieces - fewest_tokens(first))
     share = first_size / size if size else 1 / instants
@@ -92,7 +102,8 @@ def bound_first(record: RequestRecord, answer: Answer, most: int) -> None:
         if first_size and not answer.parsed:  # a token has a byte at least
             # A stop string of the server's own may have ended the text, too, unless chunks plainly hold several tokens.
             end_tokens = answer.end_tokens if pieces > instants else max(answer.end_tokens, UNSEEN_TOKENS)
-            later = max(later, most - answer.ends * end_tokens - max(known, first_size))
+            held_back = answer.end_tokens - 1  # of them a token each
+            later = max(later, most - answer.ends * end_tokens - max(known, first_size + held_back))
         later = max(0, min(later, most - known))
         record.later_tokens = [later, max(later, most - least_first)]
 

@@ -69,6 +69,24 @@ def test_mean_tbt_is_unknown_where_nothing_tells_a_stop_string_from_larger_chunk
     assert mean_tbt_ms(record) == nan and judged(record, 9.95) == judged(record, 9.5) == "undecided"
 
 
+@pytest.mark.parametrize("stop", ["</answer>", "<|im_end|>\n<|im_start|>user"])
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("count", [10, 22])
+def test_a_server_that_holds_back_what_may_begin_a_stop_string_cuts_tokens(stop, ended, count):
+    """Halves of words are no tokens: mean TBT was judged by one for each, as if all tokens had come after the first chunk."""
+    tokens = [*TOKENS[:count], *(["</", "answer", ">"] if ended else [])]
+    whole, sent, pieces, waits = "".join(TOKENS[:count]), 0, [], 1
+    for place in range(1, len(tokens) + 1):
+        safe = len(whole) if place == len(tokens) else min(len("".join(tokens[:place])) - len(stop) + 1, len(whole))
+        if safe > sent:
+            pieces.append((waits, token(whole[sent:safe], None)))
+            sent, waits = safe, 0
+        waits += 1
+    record = record_of(pieces, token("", None, "stop" if ended else "length"), usage(5, len(tokens)), stop=[stop])
+    assert record.output_tokens == len(tokens)
+    assert judged(record, 9.95) in ("undecided", "missed") and judged(record, 10.05) in ("undecided", "met")
+
+
 @pytest.mark.parametrize("unsent", [2, 5, 8])
 @pytest.mark.parametrize("texts", [TOKENS, WORDS])
 def test_a_limit_is_judged_by_a_stop_string_of_the_servers_own_too(texts, unsent):
