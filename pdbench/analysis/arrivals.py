@@ -127,8 +127,9 @@ def _in_first_piece(token_s: Array, head: IntArray, tail: IntArray) -> IntArray:
     count = np.ones(len(head), dtype=np.int64)
     for row in np.flatnonzero((tail > head) & (token_s[np.minimum(head + 1, tail)] - token_s[head] <= AT_ONCE_S[1])):
         gaps_s = np.diff(token_s[head[row] : tail[row] + 1])
-        median_s = np.quantile(gaps_s, 0.5, method="lower")
-        large_s = np.quantile(gaps_s, USUAL_LARGE, method="higher")
+        apart_s = gaps_s[gaps_s > 0] if gaps_s.any() else gaps_s  # tokens of one chunk say nothing of pieces
+        median_s = np.quantile(apart_s, 0.5, method="lower")
+        large_s = np.quantile(apart_s, USUAL_LARGE, method="higher")
         usual_s = median_s if median_s > AT_ONCE_S[1] else large_s  # most gaps are within pieces, or none is
         limit_s = min(max(AT_ONCE * usual_s, min(AT_ONCE * gaps_s.mean(), AT_ONCE_S[0])), AT_ONCE_S[1])
         later = gaps_s > limit_s

@@ -61,6 +61,18 @@ def test_events_of_a_gateways_first_piece_came_together(size, pieces, inside_ms,
     assert timings(arrived(gaps_ms)).requests.mean_tbt_ms == pytest.approx([truth_ms])
 
 
+@pytest.mark.parametrize("inside_ms", [0.002, 0.3, 0.9])
+@pytest.mark.parametrize(("tokens", "size", "pieces"), [(8, 8, 5), (3, 6, 10)])
+def test_tokens_of_one_chunk_do_not_hide_the_pieces_of_a_gateway(tokens, size, pieces, inside_ms):
+    """Chunks of so many tokens with ids, 10 ms each, so many chunks per piece: mean TBT of 8 tokens, 8 chunks was 8.2 ms."""
+    chunk_ms = [0.0] * (tokens - 1)
+    piece_ms = [*chunk_ms, *([inside_ms, *chunk_ms] * (size - 1))]
+    whole_ms = 10.0 * tokens * size
+    gaps_ms = [*piece_ms, *([whole_ms - inside_ms * (size - 1), *piece_ms] * (pieces - 1))]
+    truth_ms = sum(gaps_ms) / (tokens * size * (pieces - 1))
+    assert timings(arrived(gaps_ms)).requests.mean_tbt_ms == pytest.approx([truth_ms])
+
+
 @pytest.mark.parametrize("finish", ["stop", "length"])
 @pytest.mark.parametrize("sizes", [[1, 2], [1, 1, 2], [1, 2, 1], [2, 1], [2, 1, 1]], ids=str)
 def test_a_chunk_of_two_words_has_the_token_that_usage_counts(sizes, finish):
