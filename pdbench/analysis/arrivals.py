@@ -100,6 +100,10 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
             for tokens in (later, np.where(estimated, most, later), np.where(estimated, fewest, later))
         )
         weight = np.where(counted & (counts > 0), output_tokens / counts, 1.0)
+    # Of answers that were cut nobody said how many tokens their chunks held: as many as the others'.
+    whole = ok & chunks
+    if whole.any():
+        weight[chunks & ~answered & np.isnan(reported)] = output_tokens[whole].sum() / counts[whole].sum()
     # A few answers in larger chunks are left out; where there are more, the run has none.
     no_gaps = coarse | (coarse.sum() > COARSE_REQUESTS * ok.sum())
     return Arrivals(

@@ -49,6 +49,18 @@ def test_gaps_never_cross_requests_and_failed_ones_have_none():
     assert np.isnan(timings.requests.ttft_ms[2])
 
 
+def test_chunks_of_an_answer_that_was_cut_stand_for_as_many_tokens_as_the_others():
+    """One token each, tokens/s of a load of which half the answers fail were a third too low."""
+    whole = request(0, output_tokens=16, counted_by="chunks")
+    cut = request(1, output_tokens=None, counted_by="chunks", error=RequestError("truncated", "cut"))
+    run = tiny_run(whole, cut, trials=[Trial(index=0, start_s=1.0, end_s=2.0)])
+    assert summarize(run).throughput.output_tokens_per_s == pytest.approx(32)
+    unknown = request(0, output_tokens=None, counted_by="chunks")
+    run = tiny_run(unknown, cut, trials=run.trials)
+    assert summarize(run).throughput.output_tokens_per_s is None
+    assert summarize(tiny_run(cut, trials=run.trials)).throughput.output_tokens_per_s == pytest.approx(4)
+
+
 def test_warm_up_is_left_out_and_order_is_of_sending():
     run = tiny_run(request(1, sent_s=5.0, token_s=[5.1], end_s=5.2), request(0), request(2, warmup=True))
     assert timings_of(run).requests.id == ["r0", "r1"]
