@@ -94,6 +94,9 @@ def bound_first(record: RequestRecord, answer: Answer, most: int) -> None:
     if (_by_chunks(record) or record.coarse) and not answer.cut:
         least_first = max(known, fewest_tokens(first))
         later = max(later, pieces - fewest_tokens(first))
+    elif _by_chunks(record):  # all but what may have been there, held back, and a token that was begun
+        rest = "".join(answer.texts)[len(answer.first_text) + answer.end_tokens - 1 :]
+        later = max(later, fewest_tokens([rest]) - 1)
     share = first_size / size if size else 1 / instants
     record.first_tokens = max(known, min(max(round(share * sent) if record.coarse else 1, least_first), sent - later))
     if choices > 1:

@@ -87,6 +87,11 @@ def test_a_server_that_holds_back_what_may_begin_a_stop_string_cuts_tokens(stop,
     assert judged(record, 9.95) in ("undecided", "missed") and judged(record, 10.05) in ("undecided", "met")
 
 
+def test_the_text_after_the_first_chunk_bounds_its_tokens_beside_a_stop_string():
+    record = record_of(chunks(["word " * 4] * 10, 4), token("", None, "length"), usage(5, 40), stop=["</answer>"])
+    assert [judged(record, limit_ms) for limit_ms in (9.0, 10.0, 12.0)] == ["missed", "undecided", "met"]
+
+
 @pytest.mark.parametrize("unsent", [2, 5, 8])
 @pytest.mark.parametrize("texts", [TOKENS, WORDS])
 def test_a_limit_is_judged_by_a_stop_string_of_the_servers_own_too(texts, unsent):
