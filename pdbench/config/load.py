@@ -134,10 +134,15 @@ def is_open_loop(load: Mapping[str, Any]) -> bool:
     return any(load.get(name) for name in ("rate", "stages", "trace"))
 
 
+def dropped_fields(load: Mapping[str, Any]) -> set[str]:
+    """--drop-fields of a load, given as saved: with commas or blanks between the names."""
+    return {name for word in load.get("drop_fields") or () for name in word.split(",") if name}
+
+
 def most_output_tokens(load: Mapping[str, Any]) -> int | None:
     """What each request of a load, given as saved, generates at most; None where requests differ, or its fields may say otherwise."""
     varies = load.get("output_distribution", "fixed") != "fixed" or load.get("trace") or load.get("reply_lengths")
     limit, extra = load.get("max_tokens_field", "max_tokens"), load.get("extra_body") or ""
-    if varies or limit in (load.get("drop_fields") or ()) or "max_tokens" in extra or "max_completion_tokens" in extra:
+    if varies or limit in dropped_fields(load) or "max_tokens" in extra or "max_completion_tokens" in extra:
         return None
     return 1 if load.get("phase") == "prefill" else load.get("output_tokens")

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, dropped_fields
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.load.prompts import Prompt
 from pdbench.records import Flag
@@ -25,7 +25,7 @@ _REFUSAL = re.compile(
 
 def extra_body(config: LoadConfig) -> dict[str, Any]:
     """The fields of --extra-body that are sent. Raises UserError where it or --drop-fields cannot be used."""
-    dropped = _dropped(config)
+    dropped = dropped_fields(vars(config))
     if needed := _NEEDED_FIELDS & dropped:
         raise UserError(f"--drop-fields {' '.join(sorted(needed))}: no request can do without")
     try:
@@ -79,7 +79,7 @@ def request_body(
         body |= extra_body(config)
     if greedy and "temperature" in body:
         body["temperature"] = 0.0
-    for name in _dropped(config):
+    for name in dropped_fields(vars(config)):
         body.pop(name, None)
     return msgspec.json.encode(body)
 
@@ -117,8 +117,3 @@ def refusal_flags(refused: Collection[str]) -> list[Flag]:
 
 def _other_length_field(name: str) -> str:
     return _LENGTH_FIELDS[1 - _LENGTH_FIELDS.index(name)]
-
-
-def _dropped(config: LoadConfig) -> set[str]:
-    """--drop-fields, with commas or blanks between the names."""
-    return {name for word in config.drop_fields for name in word.split(",") if name}

@@ -6,7 +6,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, dropped_fields
 from pdbench.errors import UserError
 from pdbench.load import plan, prompts
 from pdbench.load.traces import trace_of
@@ -49,7 +49,7 @@ def _unknown(config: LoadConfig) -> dict[str, bool]:
         "--phase decode": config.phase == "decode",
         "--no-ignore-eos": config.ignore_eos is False,
         "--extra-body": any(name in config.extra_body for name in stops),
-        "--drop-fields": not {config.max_tokens_field, "ignore_eos"}.isdisjoint(config.drop_fields),
+        "--drop-fields": not {config.max_tokens_field, "ignore_eos"}.isdisjoint(dropped_fields(vars(config))),
     }
 
 

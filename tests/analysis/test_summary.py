@@ -93,9 +93,17 @@ def test_goodput_counts_a_failed_request_as_missing_the_slo():
         ({"output_distribution": "lognormal"}, 1),
         ({"trace": "azure.csv"}, 1),
         ({"max_tokens_field": "max_tokens", "drop_fields": ["max_tokens"]}, 1),
+        ({"max_tokens_field": "max_tokens", "drop_fields": ["seed,max_tokens"]}, 1),
         ({"extra_body": '{"max_tokens": 500}'}, 1),
     ],
-    ids=["as many tokens as asked for", "of many lengths", "of a trace", "without a limit", "with a limit of its own"],
+    ids=[
+        "as many tokens as asked for",
+        "of many lengths",
+        "of a trace",
+        "without a limit",
+        "without, in one word",
+        "with a limit of its own",
+    ],
 )
 def test_stream_that_was_cut_off_has_missed_its_mean_tbt_once_no_further_token_can_help(more, counted):
     stopped = RequestError("interrupted", "the load was stopped")

@@ -212,6 +212,7 @@ def test_arrivals_are_those_of_bench() -> None:
         ("ignore_eos", False, "--no-ignore-eos"),
         ("extra_body", '{"max_tokens": 4}', "--extra-body"),
         ("drop_fields", ("ignore_eos",), "--drop-fields"),
+        ("drop_fields", ("seed,ignore_eos",), "--drop-fields"),
     ],
 )
 def test_loads_of_which_answers_are_not_as_long_as_asked_are_refused(option: str, value: object, words: str) -> None:
