@@ -8,7 +8,7 @@ from math import ceil
 
 from pdbench.config import ProxyConfig
 from pdbench.events import ProxyEvent
-from pdbench.proxy import first_token, messages
+from pdbench.proxy import first_token, kv_protocols, messages
 from pdbench.proxy.client import ClientConnection, EventStream
 from pdbench.proxy.instances import Instance, InstanceTable, choose
 from pdbench.proxy.kv_protocols import PROTOCOLS, Handoff, decode_body, prefill_body
@@ -123,8 +123,8 @@ class RequestHandler:
             self.event.prompt_tokens = request.tokens = messages.prompt_tokens(prompt)
             if protocol.has_prefill and protocol.decode_can_prefill:
                 self.event.decode_alone = self._why_decode_alone()
-            may_open = protocol.is_pdbench and context.config.first_token != "decode"
-            self.wants_first_token = may_open and self.event.decode_alone is None and first_token.is_exact(request)
+            may_open = kv_protocols.may_open(context.config) and self.event.decode_alone is None
+            self.wants_first_token = may_open and first_token.is_exact(request)
             await context.admit()
             try:
                 self.event.admitted_s = time.monotonic()

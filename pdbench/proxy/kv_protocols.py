@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from pdbench.config import ProxyConfig
 from pdbench.proxy.instances import Address
 from pdbench.proxy.messages import ClientRequest, value_of
 
@@ -134,6 +135,11 @@ def _builtin_id(handoff: Handoff, name: bytes) -> bytes:
 def _nixl_push_id(handoff: Handoff, name: bytes) -> bytes:
     """Prefill writes to the decode request of the same name, whoever sent it: a client's own name would let it read others' KV."""
     return b"%b-%b" % (name, handoff.transfer_id.encode())
+
+
+def may_open(config: ProxyConfig) -> bool:
+    """May prefill's token open a client's stream?"""
+    return PROTOCOLS[config.connector].is_pdbench and config.first_token != "decode"
 
 
 # pdbench/kv: a transfer id in both requests; decode fetches from prefill's KV address.

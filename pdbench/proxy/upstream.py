@@ -13,6 +13,7 @@ import msgspec
 
 from pdbench.config import ProxyConfig
 from pdbench.proxy.instances import Address, Instance, InstanceTable, State
+from pdbench.proxy.kv_protocols import may_open
 from pdbench.proxy.messages import Headers, header
 from pdbench.proxy.relay import Relay
 
@@ -330,8 +331,8 @@ async def _check_health(pool: ConnectionPool, instance: Instance, key: bytes) ->
     request = await _ask(pool, instance, b"/health", key)
     if request.error is None and request.status is not None:
         if request.status < 500:  # servers without a /health answer 404, and they are alive too
-            known = table.healthy(instance) or instance.role != "decode"
-            table.passed(instance, None if known else await _max_model_len(pool, instance, key))
+            asks = may_open(config) and instance.role == "decode" and not table.healthy(instance)
+            table.passed(instance, await _max_model_len(pool, instance, key) if asks else None)
         else:
             table.failed(instance, config.unhealthy_after)
     wait_s = config.health_interval_s
