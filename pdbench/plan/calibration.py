@@ -196,14 +196,15 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             ingress_s -= proxy_s(parts) if role == "replica" else 0.0
             costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s)
             box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
-    chunks = min(min(prompts), limits.max_num_batched_tokens), min(max(prompts), limits.max_num_batched_tokens)
-    launches = {limits.launch(tokens) for tokens in chunks}
+    shortest, longest = min(prompts), max(prompts)
+    chunks = min(shortest, limits.max_num_batched_tokens), min(longest, limits.max_num_batched_tokens)
+    launches = sorted({limits.launch(tokens) for tokens in chunks})
     return RoleCalibration(
         engine=Engine(costs=costs, limits=limits, box=box),
         samples=prefill.samples.tolist(),
         speeds=prefill.speeds,
         assumed=assumed,
-        prompt_lengths=(int(min(prompts)), int(max(prompts))),
+        prompt_lengths=(shortest, longest),
         chunks=chunks,
         launches=("within", "beyond") if costs.host_eager_s is not None else tuple(launches),
         power=_power(parts, limits, costs.ingress_s),
