@@ -158,6 +158,11 @@ class Receiver:
         self._ended = later
         return received, failed
 
+    @property
+    def is_waiting(self) -> bool:
+        """Is a fetch under way? The caller holds the lock."""
+        return bool(self._receives)
+
     def tick(self) -> None:
         """Called regularly, from any thread: give up the fetches whose prefill shows no sign of life."""
         now_s = time.monotonic()
@@ -347,20 +352,22 @@ class Receiver:
         if not 0 < message.count <= self._context.piece_blocks or message.bytes != size:
             raise ChannelClosedError(f"a piece of {message.count} blocks and {message.bytes} bytes, which fits nothing")
         begun_s = time.monotonic()
-        seconds = link.receive(message.bytes)
         with self._changed:
             wanted = self._wanted(message.transfer_id, address)
-            if wanted is None or wanted[0].given_up is not None:
+            block_ids: list[int] = []
+            if wanted is not None and wanted[0].given_up is None:
+                receive, part = wanted
+                blocks, start = receive.fetch.blocks, message.start - receive.fetch.start_block
+                if start != part.record.blocks or start + message.count > len(blocks):
+                    raise ChannelClosedError(f"blocks {message.start}+{message.count} came out of order")
+                block_ids = blocks[start : start + message.count]
+        seconds = link.receive(message.bytes, block_ids)
+        with self._changed:
+            if not block_ids or part.is_over or receive.given_up is not None:
                 return
-            receive, part = wanted
-            blocks, start = receive.fetch.blocks, message.start - receive.fetch.start_block
-            if start != part.record.blocks or start + message.count > len(blocks):
-                raise ChannelClosedError(f"blocks {message.start}+{message.count} came out of order")
             part.writing, part.alive_s = True, time.monotonic()
-        received_s = time.monotonic()
         try:
-            link.unpack(message.bytes, blocks[start : start + message.count], receive.event)
-            copy_s = time.monotonic() - received_s
+            copy_s = link.unpack(message.bytes, receive.event)
         except BaseException as error:
             with self._changed:
                 part.writing = False

@@ -347,23 +347,32 @@ class Sender:
                 event, block_ids = send.event, send.blocks[start:stop]
                 last = stop == len(send.transfer.ends)
                 send.gathering += 1
+            header = Blocks(send.transfer_id, start, stop - start, len(block_ids) * link.block_bytes)
             try:
-                count, ready_s = link.pack(block_ids, event)
-                copy_s = time.monotonic() - ready_s
+                ready_s = link.pack(block_ids, event)
+                with self._changed:
+                    ended = send.ended
+                begun_s = time.monotonic()
+                # Of a transfer that is over, decode takes what is on its way, for nobody.
+                is_begun = link.begin_send(msgspec.structs.replace(header, transfer_id="") if ended else header)
+                copy_s = link.copied()
             finally:
                 with self._changed:
                     send.gathering -= 1
-                    if ended := send.ended:
+                    if send.ended:
                         self._settle(send)
                     self._changed.notify_all()
+            if not is_begun:
+                if ended:
+                    return
+                begun_s = time.monotonic()
+            seconds = link.end_send(header)
             if ended:
                 return
-            packed_s = time.monotonic()
-            seconds = link.send(Blocks(send.transfer_id, start, stop - start, count), count)
             with self._changed:
                 reader.sent = stop
                 reader.record.ready_s = ready_s
-                reader.record.moved(count, stop - start, packed_s, seconds, copy_s)
+                reader.record.moved(header.bytes, header.count, begun_s, seconds, copy_s)
                 if last and not send.ended:
                     reader.done = True
                     self._context.finish(reader.record)

@@ -1,7 +1,7 @@
 """How a pair of workers moves packed blocks: over the control connection (tcp), or from GPU to GPU by NCCL (nccl); docs/kv-protocol.md.
 
-With nccl prefill launches its send before the header leaves, and decode posts the matching receive when the header arrives: pieces
-stay in order, and no GPU waits for longer than a header takes.
+With nccl prefill launches its send behind the copy of the blocks, both while the forward pass still runs; the header leaves when that is over,
+and decode posts the matching receive when the header arrives: pieces stay in order, and no GPU waits for longer than a header takes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NCCL_POLL_S = 0.00005
 class Link(ABC):
     """What moves a pair's blocks: prefill packs and sends, decode receives and unpacks, one piece at a time, in order.
 
-    One thread uses it at a time, `close` may come from any. The buffer is reused by the next piece. `after` is a CUDA event of the
+    One thread uses it at a time, `close` may come from any. The buffer is reused by the next piece. `after` is a CUDA event (blocking) of the
     forward pass that must be over first, None where there is none to wait for. Every method may raise ChannelClosedError.
     """
 
@@ -41,59 +41,91 @@ class Link(ABC):
         self.channel, self._packer, self.block_bytes = channel, packer, packer.block_bytes
         # Higher priority than the model's stream: a copy of well under a millisecond does not queue behind its kernels.
         self.stream: Any = torch.cuda.Stream(self._packer.device, priority=-1) if on_gpu else None
-        # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
-        self._passed: Any = torch.cuda.Event(blocking=True) if on_gpu else None
+        # They do not sleep when waited for: a copy takes less time than it takes to be woken.
+        self._copying: Any
+        self._copied: Any
+        self._copying, self._copied = _timing() if on_gpu else (None, None)
+        self._copy_s = 0.0
         self._staging = self._buffer(staging_bytes)
         self._numbers = BlockNumbers(piece_blocks, packer.device)
 
-    def pack(self, block_ids: Sequence[int], after: Any) -> tuple[int, float]:
-        """Gather blocks, which may be overwritten then; returns the bytes, and when (time.monotonic()) the pass was over."""
-        ready_s = time.monotonic()
-        with self._on_stream(after):
-            packed = self._packer.gather(self._numbers.put(block_ids), self._staging)
-            if self._host is not None:
-                self._host[: packed.numel()].copy_(packed, non_blocking=True)
-        if self._passed is not None:
+    def pack(self, block_ids: Sequence[int], after: Any) -> float:
+        """Begin to copy blocks into the buffer; returns when (time.monotonic()) the pass before that was over."""
+        self._gather(block_ids, after)
+        if after is not None:
+            # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
             after.synchronize()
-            ready_s = time.monotonic()
-            self._passed.synchronize()
-        return packed.numel(), ready_s
+        return time.monotonic()
+
+    def begin_send(self, header: Blocks) -> bool:
+        """Send the header if the bytes are to follow in any case; False where nothing has left."""
+        return False
+
+    def copied(self) -> float:
+        """Wait for the last copy: from then on blocks that were packed may be overwritten. Returns the seconds that it took, by the GPU's clock."""
+        if self._copied is None:
+            return self._copy_s
+        self._copied.synchronize()
+        return float(self._copying.elapsed_time(self._copied)) / 1e3
 
     @abstractmethod
-    def send(self, header: Blocks, count: int) -> float:
-        """Send header and the `count` bytes packed last; returns the seconds on the wire, when the buffer is free again."""
+    def end_send(self, header: Blocks) -> float:
+        """Send the rest; returns the seconds on the wire, when the buffer is free again."""
 
     @abstractmethod
-    def receive(self, count: int) -> float:
-        """Receive the `count` bytes behind a header; returns the seconds on the wire."""
+    def receive(self, count: int, block_ids: Sequence[int]) -> float:
+        """Receive the `count` bytes behind a header, which `unpack` shall put into these blocks; returns the seconds on the wire."""
 
-    def unpack(self, count: int, block_ids: Sequence[int], after: Any) -> None:
-        """Scatter the bytes received last; returns when they are in the cache."""
+    def unpack(self, count: int, after: Any) -> float:
+        """Scatter the bytes received last; returns when they are in the cache, the seconds that it took."""
+        if after is not None:
+            after.synchronize()
         packed = self._staging[:count]
-        with self._on_stream(after):
+        with self._on_stream():
             if self._host is not None:
                 packed.copy_(self._host[:count], non_blocking=True)
-            self._packer.scatter(packed, self._numbers.put(block_ids))
-        if self._passed is not None:
-            self._passed.synchronize()
+            self._packer.scatter(packed, self._index)
+        return self.copied()
 
     def close(self) -> None:
         """End it; a method that waits raises ChannelClosedError."""
         self.channel.close()
 
+    def _put(self, block_ids: Sequence[int]) -> None:
+        """Have the numbers for `unpack` on the device; while the bytes come, since each call may have to wait for the interpreter's lock."""
+        with torch.cuda.stream(self.stream):
+            self._index = self._numbers.put(block_ids)
+
+    def _gather(self, block_ids: Sequence[int], after: Any) -> int:
+        """Launch the copy into the buffer; returns its bytes."""
+        with self._on_stream(after):
+            packed = self._packer.gather(self._numbers.put(block_ids), self._staging)
+            if self._host is not None:
+                self._host[: packed.numel()].copy_(packed, non_blocking=True)
+        return packed.numel()
+
     @contextmanager
-    def _on_stream(self, after: Any) -> Iterator[None]:
-        """Do what follows on the link's stream and behind `after`, with `_passed` at its end; on CPU now."""
+    def _on_stream(self, after: Any = None) -> Iterator[None]:
+        """Do what follows on the link's stream and behind `after`, between the events of a copy; on CPU now."""
+        begun_s = time.monotonic()
         with torch.cuda.stream(self.stream):
             if after is not None:
                 self.stream.wait_event(after)
+            if self._copying is not None:
+                self._copying.record()
             yield
-            if self._passed is not None:
-                self._passed.record()
+            if self._copied is not None:
+                self._copied.record()
+        self._copy_s = time.monotonic() - begun_s
 
     def _buffer(self, size: int) -> torch.Tensor:
         with torch.cuda.stream(self.stream):
             return torch.empty(size, dtype=torch.uint8, device=self._packer.device)
+
+
+def _timing() -> tuple[Any, Any]:
+    """Two events with the GPU's clock."""
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def open_link(context: WorkerContext, channel: Channel, share: Share, sends: bool) -> Link:
@@ -121,15 +153,17 @@ class TcpLink(Link):
             self._host = torch.empty(context.staging_bytes, dtype=torch.uint8, pin_memory=True)
         self._bytes = memoryview((self._staging if self._host is None else self._host).numpy())
 
-    def send(self, header: Blocks, count: int) -> float:
+    def end_send(self, header: Blocks) -> float:
         begun_s = time.monotonic()
-        self.channel.send(header, self._bytes[:count])
+        self.channel.send(header, self._bytes[: header.bytes])
         return time.monotonic() - begun_s
 
-    def receive(self, count: int) -> float:
+    def receive(self, count: int, block_ids: Sequence[int]) -> float:
         begun_s = time.monotonic()
         self.channel.receive_into(self._bytes[:count])
-        return time.monotonic() - begun_s
+        seconds = time.monotonic() - begun_s
+        self._put(block_ids)
+        return seconds
 
 
 class NcclLink(Link):
@@ -140,7 +174,7 @@ class NcclLink(Link):
         self._using = threading.Lock()
         self._closed = threading.Event()
         self._comm: Any = None
-        self._begun, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._begun, self._ended = _timing()
         try:
             self._open_in_time()
             # Only now: a peer that dies while NCCL opens can leave a thread behind in NCCL, which must not hold much.
@@ -149,15 +183,18 @@ class NcclLink(Link):
             self.close()
             raise
 
-    def send(self, header: Blocks, count: int) -> float:
-        """The seconds returned are from launch to end, the peer's answer included."""
-        self._launch(count)
+    def begin_send(self, header: Blocks) -> bool:
         self.channel.send(header)
+        return True
+
+    def end_send(self, header: Blocks) -> float:
+        """The seconds returned are the GPU's, from the end of the copy to the end, the peer's answer included."""
         return self._finish()
 
-    def receive(self, count: int) -> float:
+    def receive(self, count: int, block_ids: Sequence[int]) -> float:
         """The seconds returned are by the GPU's clock."""
         self._launch(count)
+        self._put(block_ids)
         return self._finish()
 
     def close(self) -> None:
@@ -169,6 +206,11 @@ class NcclLink(Link):
                 self._start_thread("kv-nccl-abort", self._abort)
             except RuntimeError:  # no more threads on this machine
                 self._abort()
+
+    def _gather(self, block_ids: Sequence[int], after: Any) -> int:
+        count = super()._gather(block_ids, after)
+        self._launch(count)
+        return count
 
     def _open_in_time(self) -> None:
         """Open in a thread of its own and wait for it. Raises ChannelClosedError when that fails or does not end."""

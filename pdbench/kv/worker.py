@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 # How long a step without a forward pass waits for a transfer to end. It hands the interpreter to the threads that move KV,
-# which a busy loop would starve, and it bounds by how much a new request can be delayed.
+# which a busy loop would starve, and it bounds by how much a new request can be delayed. vLLM itself then sleeps 1 ms, in which the end
+# of a transfer is not heard: where nothing can begin before KV has come, a longer wait hears more of them at once.
 IDLE_WAIT_S = 0.0005
+FETCH_WAIT_S = 0.002
 # How long a thread that moves KV waits at most for the interpreter while the engine's thread computes in Python (5 ms by default);
 # a handoff has half a dozen such waits.
 SWITCH_INTERVAL_S = 0.0001
@@ -152,7 +154,8 @@ class KvWorker:
             self._sender.step(plan, self._mark() if plan.prefilled else None)
         with self._changed:
             reports = self._take_reports()
-            if plan.idle and not (reports.sent or reports.received) and self._changed.wait(IDLE_WAIT_S):
+            wait_s = FETCH_WAIT_S if self._receiver.is_waiting else IDLE_WAIT_S
+            if plan.idle and not (reports.sent or reports.received) and self._changed.wait(wait_s):
                 reports = self._take_reports()
         return reports
 

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from pdbench.kv.transports import TcpLink
 from tests.support.kv import (
     BLOCK,
     BLOCKS,
@@ -144,6 +145,43 @@ def test_decode_that_gives_up_frees_both_sides(kv_pair, when):
     if when == "after prefill":
         cancel(d, transfer, p.port)
     settled(p, d, transfer, failed=True)
+
+
+def test_bytes_that_cannot_be_called_back_go_to_nobody(kv_pair, monkeypatch):
+    """As over nccl, where the send is launched before the forward pass is over: prefill is aborted in between."""
+    packed, go_on, pack = threading.Event(), threading.Event(), TcpLink.pack
+
+    def pack_and_wait(link, block_ids, after):
+        ready_s = pack(link, block_ids, after)
+        packed.set()
+        assert go_on.wait(30)
+        return ready_s
+
+    def begin_send(link, header):
+        link.channel.send(header)
+        return True
+
+    def end_send(link, header):
+        with link.channel._using():
+            link.channel._socket.sendall(link._bytes[: header.bytes])
+        return 0.1
+
+    for name, change in (("pack", pack_and_wait), ("begin_send", begin_send), ("end_send", end_send)):
+        monkeypatch.setattr(TcpLink, name, change)
+    p, d = kv_pair
+    aborted, after = new_transfer(8), new_transfer(8)
+    before = d.blocks([10, 11])
+    fetch(d, aborted, [10, 11], p.port)
+    prefill(p, aborted, [1, 2], ended=False)
+    assert packed.wait(30)
+    p.end(aborted, kept=False, error="prefill was aborted")
+    go_on.set()
+    d.until(lambda: d.failed == [aborted.request_id])
+    assert torch.equal(d.blocks([10, 11]), before)
+    prefill(p, after, [3, 4])  # the next one goes over the same connection
+    fetch(d, after, [12, 13], p.port)
+    settled(p, d, after)
+    assert torch.equal(d.blocks([12, 13]), p.blocks([3, 4]))
 
 
 def test_other_prompt_under_the_transfer_id_is_refused_and_the_right_one_served(kv_pair):

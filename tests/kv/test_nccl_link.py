@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from pdbench.kv import transports
-from pdbench.kv.channel import Channel, ChannelClosedError
+from pdbench.kv.channel import Blocks, Channel, ChannelClosedError
 from pdbench.kv.transports import NcclLink
 from pdbench.kv.worker import Threads
+
+HEADER = Blocks("t", 0, 1, 100)
 
 
 class Event:
@@ -26,8 +29,21 @@ class Event:
     def query(self):
         return True
 
+    def synchronize(self):
+        pass
+
     def elapsed_time(self, _):
         return 0.1
+
+
+class Pass(Event):
+    """A forward pass; `seen` is what had been launched when somebody waited for it."""
+
+    def __init__(self, launched):
+        self.launched, self.seen = launched, []
+
+    def synchronize(self):
+        self.seen.append(list(self.launched()))
 
 
 class Library:
@@ -58,7 +74,8 @@ def library(monkeypatch):
     library = Library()
     monkeypatch.setattr(transports.pynccl, "NCCLLibrary", lambda: library)
     monkeypatch.setattr(transports.pynccl, "cudaStream_t", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=0))
+    stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
@@ -66,19 +83,40 @@ def library(monkeypatch):
 
 
 @pytest.fixture
-def channel():
-    """One end of a connection whose other end says nothing."""
+def ends():
+    """Both ends of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
     with ours, theirs:
-        yield Channel(ours, 5.0)
+        yield Channel(ours, 5.0), Channel(theirs, 5.0)
+
+
+@pytest.fixture
+def channel(ends):
+    """One end of a connection whose other end says nothing."""
+    return ends[0]
 
 
 def opened(channel, threads):
-    packer = SimpleNamespace(device=torch.device("cpu"), block_bytes=100)
+    packer = SimpleNamespace(
+        device=torch.device("cpu"), block_bytes=100, gather=lambda index, out: out[: 100 * len(index)]
+    )
     context = SimpleNamespace(packer=packer, staging_bytes=1000, piece_blocks=4, start_thread=threads.start)
     return NcclLink(context, context.packer, channel, sends=True)
+
+
+def test_send_is_launched_behind_the_copy_and_the_header_leaves_before_it_is_over(library, ends):
+    threads = Threads()
+    link = opened(ends[0], threads)
+    assert ends[1].receive() == {"type": "nccl", "id": b"id".hex()}
+    passed = Pass(lambda: library.sent)
+    ready_s = link.pack([3], passed)
+    assert passed.seen == [[1, 100]] and ready_s <= time.monotonic()  # launched while the forward pass still ran
+    assert link.begin_send(HEADER) and ends[1].receive(Blocks) == HEADER  # `copied` comes after it
+    assert link.copied() == link.end_send(HEADER) == pytest.approx(1e-4)
+    link.close()
+    threads.join(60)
 
 
 def test_close_aborts_the_communicator_once(library, channel):
@@ -89,7 +127,7 @@ def test_close_aborts_the_communicator_once(library, channel):
     threads.join(60)
     assert library.aborted == ["comm"]
     with pytest.raises(ChannelClosedError):
-        link.send({}, 10)
+        link.pack([1], Event())
 
 
 def test_close_aborts_where_no_thread_can_start(library, channel, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pdbench.kv.connector import PdKvConnector
 from pdbench.kv.metrics import TransferRecorder
 from pdbench.kv.ranks import held
 from pdbench.kv.scheduler import Fetch, StepPlan
+from pdbench.kv.worker import FETCH_WAIT_S, IDLE_WAIT_S
 from tests.support.kv import (
     BLOCK,
     BLOCKS,
@@ -301,6 +303,21 @@ def halves(worker, ranks):
     scheduling, working = (object.__new__(PdKvConnector) for _ in range(2))
     scheduling._ranks, working._worker = ranks, worker
     return scheduling, working
+
+
+def test_idle_step_waits_longer_for_what_it_fetches_than_for_what_it_keeps(kv_pair, monkeypatch):
+    p, d = kv_pair
+    waited, wait = [], threading.Condition.wait
+    monkeypatch.setattr(threading.Condition, "wait", lambda self, s=None: waited.append(s) or wait(self, s))
+    transfer = new_transfer(8)
+    fetch(d, transfer, [1, 2], p.port)
+    d.step()
+    assert FETCH_WAIT_S in waited
+    d.step(cancelled=[(dataclasses.replace(transfer, host="127.0.0.1", port=p.port), "over")])
+    waited.clear()
+    prefill(p, new_transfer(8), [1, 2])
+    p.step()
+    assert IDLE_WAIT_S in waited and FETCH_WAIT_S not in waited
 
 
 def test_step_output_reports_what_arrived_meanwhile(kv_pair, monkeypatch):
