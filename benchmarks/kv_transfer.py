@@ -116,6 +116,7 @@ class Measurement:
             ("load", self.load),
             ("arrivals", self.arrivals_without_kv),
         ]
+        stages = [stage for stage in stages if stage[0] in ("warm-up", *self.options.stages.split(","))]
         with proxy(self.pair) as self.proxy_url, proxy(self.pair, "--first-token", "decode") as self.late_url:
             for name, stage in stages:
                 if time.monotonic() > self.until_s:
@@ -155,14 +156,23 @@ class Measurement:
                 size / max(rank["wire_s"] for rank in ranks) / 1e9 for size, (_, ranks) in zip(sizes, both, strict=True)
             ]
             by_rank = [rank["bytes"] / rank["wire_s"] / 1e9 for _, ranks in both for rank in ranks]
-            # Of one rank, the slowest: how long its KV was copied on either side.
-            copies = [
-                [max(rank["copy_s"] for rank in ranks) * 1e3 for ranks in side] for side in zip(*both, strict=True)
-            ]
             handoffs = [
                 (max(rank["reported_s"] for rank in ranks) - max(rank["ready_s"] for rank in sends)) * 1e3
                 for sends, ranks in both
             ]
+            # Of the slowest rank: how long its KV was copied on either side; and when, from the last one's KV being ready, the others were over.
+            parts = {
+                "gather": [max(rank["copy_s"] for rank in sends) for sends, _ in both],
+                "scatter": [max(rank["copy_s"] for rank in ranks) for _, ranks in both],
+            }
+            for what, at, side in (
+                ("sent", "first_byte_s", 0),
+                ("at_decode", "first_byte_s", 1),
+                ("in_blocks", "end_s", 1),
+            ):
+                parts[what] = [
+                    max(rank[at] for rank in pair[side]) - max(rank["ready_s"] for rank in pair[0]) for pair in both
+                ]
             self.results[f"wire {tokens}"] = {
                 "gb_per_s_p50": quantile(rates, 0.5),
                 "rank_gb_per_s_p50": quantile(by_rank, 0.5),
@@ -170,7 +180,7 @@ class Measurement:
                 "handoff_ms_p99": quantile(handoffs, 0.99),
                 "wire_ms_p50": quantile([max(rank["wire_s"] for rank in ranks) * 1e3 for _, ranks in both], 0.5),
                 **{
-                    f"{what}_ms_p50": quantile(ms, 0.5) for what, ms in zip(("gather", "scatter"), copies, strict=False)
+                    f"{what}_ms_p50": quantile([1e3 * each for each in seconds], 0.5) for what, seconds in parts.items()
                 },
                 "bytes": sizes[0] if sizes else None,
                 "transfers": len(both),
@@ -352,6 +362,14 @@ def judged(
             (f"of it {what} p50 ms", get("wire 2048", f"{what}_ms_p50"), None, None)
             for what in ("gather", "wire", "scatter")
         ),
+        *(
+            (f"from KV ready until {what} p50 ms, 2048 tokens", get("wire 2048", f"{name}_ms_p50"), None, None)
+            for name, what in (
+                ("sent", "the first byte leaves"),
+                ("at_decode", "it is at decode"),
+                ("in_blocks", "all is in decode's blocks"),
+            )
+        ),
         ("TTFT p50 ms without a proxy, 2048 tokens", get("wire 2048", "ttft_ms_p50"), None, None),
         *((f"TTFT p50 ms more than single, {n} tokens", extra[n], None, 1 if n == 512 else None) for n in extra),
         (f"failed of {options.requests}, {at_once}", get(many, "failed"), None, 0),
@@ -408,6 +426,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=30, help="requests of each length in the stages one at a time")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the longest prompt")
     parser.add_argument("--stream-tokens", type=int, default=1500, help="output tokens of the streams beside transfers")
+    parser.add_argument(
+        "--stages", default="handoff,ttft,tbt,load,arrivals", help="which to measure; arrivals needs load"
+    )
     parser.add_argument("--limit-s", type=float, default=480.0, help="no stage starts later than this")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each side")
     parser.add_argument("--cpu", action="store_true", help="serve on CPU, to try the benchmark itself")
