@@ -208,8 +208,10 @@ def start(
         else:
             command += ["--dtype", "bfloat16", "--max-model-len", "16384", "--gpu-memory-utilization", "0.7"]
             first = 0 if shared_gpu else index * tensor_parallel
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = visible.split(",") if visible else [str(gpu) for gpu in range(2 * tensor_parallel)]
             environment |= {
-                "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(tensor_parallel)),
+                "CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + tensor_parallel]),
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_USE_FLASHINFER_SAMPLER": "0",
             }

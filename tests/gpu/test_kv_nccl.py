@@ -121,7 +121,8 @@ def test_peer_leaves_and_returns(pair):
 def started(folder, model=None, arguments=()):
     """Real vLLM: prefill on the first GPU, decode on the second, a tiny model, failed transfers fail their request."""
     arguments = ["--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "256", *arguments]
-    arguments += ["--gpu-memory-utilization", "0.2"]
+    # With a size of its own for the cache, vLLM does not take for its own what another pair on the same GPUs takes or frees meanwhile.
+    arguments += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2G"]
     shared = GPUS < 2
     model = str(model or tiny_model())
     running = kv_servers.start("p2p-nccl", model, folder, False, arguments, TRANSFER_TIMEOUT_S, shared_gpu=shared)
