@@ -6,7 +6,7 @@ import numpy as np
 
 from pdbench.analysis.metrics import Array, Timings, inside
 from pdbench.config import is_open_loop
-from pdbench.records import Flag, Run
+from pdbench.records import Flag, Interval, Run
 
 FEW_SHARE = 0.1
 OPEN_WINDOWS = ("completion to completion", "first completion")
@@ -16,6 +16,8 @@ FEW_ENDED = 8
 1.5 times their distance have 10 % too many."""
 FILLING_SHARE = 0.03
 """Requests that were in flight in a window fall short of what a load without a beginning has by so much."""
+FEW_ROUNDS = 4
+"""So many rounds of a closed loop, at least, say how far they differ."""
 UNCERTAIN_SHARE = 0.1
 """Rates that a load's seed changes by more than this (standard error) are said to."""
 
@@ -112,25 +114,55 @@ def filling_share(lasted_s: Array, amount: Array, start_s: float, end_s: float) 
 
 
 def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
-    """A steady rate whose random arrivals (and lengths) make few requests' figures a matter of luck: n ends of intervals with the coefficient
-    of variation c have a rate with the relative standard error c / sqrt(n); tokens/s add the variation of a request's output tokens."""
+    """A steady rate or a closed loop whose random arrivals and lengths make few requests' figures a matter of luck. Of n independent intervals,
+    the ends in them have the relative standard error std / sqrt(n) of the intervals over their mean, and tokens/s of tokens less intervals, each
+    over its mean (Cox, Renewal Theory, 1962). At a rate, intervals lie between arrivals, and no tokens change them. In a closed loop they are
+    rounds of its streams, in which servers may have worked on any of the requests; what equal lengths leave to chance is not the seed's."""
     load, requests = run.config.get("load") or {}, timings.requests
-    if not load.get("rate") or load.get("ramp_to") or load.get("phase") == "decode":
+    if load.get("ramp_to") or load.get("phase") == "decode" or (is_open_loop(load) and not load.get("rate")):
         return
-    ended = int(np.count_nonzero(requests.ok & inside(requests.end_s, timings.windows)))
-    apart_s = np.concatenate([np.diff(np.sort(requests.sent_s[requests.trial == trial.index])) for trial in run.trials])
-    if not ended or len(apart_s) < 2:
+    ok = requests.ok
+    ended = int(np.count_nonzero(ok & inside(requests.end_s, timings.windows)))
+    if not ended:
         return
-    arrivals, lengths = _variation(apart_s), _variation(requests.output_tokens[requests.ok])
-    of_requests, of_tokens = (100 * variation / ended**0.5 for variation in (arrivals, np.hypot(arrivals, lengths)))
-    if of_tokens > 100 * UNCERTAIN_SHARE:
+    of_lengths, of_prompts = (
+        _over_mean(tokens[ok]).std() for tokens in (requests.output_tokens, requests.prompt_tokens)
+    )
+    if load.get("rate"):
+        apart_s = [np.diff(np.sort(requests.sent_s[requests.trial == trial.index])) for trial in run.trials]
+        intervals = _over_mean(np.concatenate(apart_s))
+        if len(intervals) < 2:
+            return
+        number, of_requests, of_tokens = ended, intervals.std(), np.hypot(intervals.std(), of_lengths)
+    else:
+        edges_s = [
+            _rounds(requests.end_s[ok], window, load.get("concurrency") or 1, ended) for window in timings.windows
+        ]
+        intervals = _over_mean(np.concatenate([np.diff(edges) for edges in edges_s]))
+        if len(intervals) < 2:
+            return
+        came = [np.histogram(timings.token_s, edges, weights=timings.token_weight)[0] for edges in edges_s]
+        number, tokens = len(intervals) - 1, _over_mean(np.concatenate(came))
+        most = (of_lengths + of_prompts) * (number / ended) ** 0.5
+        of_requests, of_tokens = min(most, intervals.std()), min(most, (tokens - intervals).std())
+    requests_pct, tokens_pct = 100 * of_requests / number**0.5, 100 * of_tokens / number**0.5
+    if max(requests_pct, tokens_pct) > 100 * UNCERTAIN_SHARE:
         yield Flag(
             "rate-uncertain",
-            f"{ended} requests ended in the windows: another seed's requests/s would differ by about {of_requests:.0f} %, its tokens/s by {of_tokens:.0f} % (standard "
-            "error); runs of the same arrivals can be compared; raise --requests or --trials",
+            f"{ended} requests ended in the windows: another seed's requests/s would differ by about {requests_pct:.0f} %, its tokens/s by {tokens_pct:.0f} % (standard "
+            "error); runs of the same arrivals and lengths can be compared; raise --requests or --trials",
         )
 
 
-def _variation(values: Array) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.std() / values.mean()) if len(values) and values.mean() > 0 else 0.0
+def _rounds(end_s: Array, window: Interval, streams: int, ended: int) -> Array:
+    """The edges of a window's rounds, in each of which as many requests end as there are streams; where these are few, of shorter ones."""
+    ends = np.sort(end_s[inside(end_s, [window])])
+    size = max(1, min(streams, ended // FEW_ROUNDS))
+    return np.concatenate([window[:1], ends[size - 1 :: size]])
+
+
+def _over_mean(values: Array) -> Array:
+    """Values over the mean of those that are known; 1 for the others."""
+    known = np.isfinite(values)
+    mean = values[known].mean() if known.any() else 0.0
+    return np.where(known, values, mean) / mean if mean > 0 else np.ones(len(values))

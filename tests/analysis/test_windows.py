@@ -1,4 +1,6 @@
-"""What is said of an open loop's rates, beside simulated loads whose truth is known: Poisson arrivals at 2 requests/s, no queue."""
+"""What is said of rates, beside simulated loads whose truth is known: Poisson arrivals at 2 requests/s without a queue, and closed loops."""
+
+import heapq
 
 import numpy as np
 import pytest
@@ -27,6 +29,32 @@ def open_run(
             RequestRecord(id=str(index), planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[-1])
         )
     start_s, end_s, name = window([ClientResult(requests=run.requests)], True)
+    run.trials = [Trial(index=0, start_s=start_s, end_s=end_s, client={"window": name})]
+    return run
+
+
+def closed_run(
+    streams: int, count: int, seed: int, token_sigma: float, prompt_sigma: float, prompt_s: float, noise: float = 0.0
+) -> Run:
+    """One prompt at a time is computed, in `prompt_s` in the mean, and 64 tokens in the mean follow, 10 ms apart; lengths are lognormal."""
+    random = np.random.default_rng(seed)
+    tokens, prompts, slow = (
+        random.lognormal(-(sigma**2) / 2, sigma, count) for sigma in (token_sigma, prompt_sigma, noise)
+    )
+    run = Run(name="r", clock=Clock(0, 0), config={"load": {"concurrency": streams}}, host={}, versions={})
+    free, prefilled_s = [0.0] * streams, 0.0
+    for index in range(count):
+        at_s = heapq.heappop(free)
+        prefilled_s = max(at_s, prefilled_s) + prompt_s * prompts[index] * slow[index]
+        token_s = (prefilled_s + 0.01 * slow[index] * np.arange(max(1, round(64 * tokens[index])))).tolist()
+        heapq.heappush(free, token_s[-1])
+        run.requests.append(
+            RequestRecord(
+                id=str(index), planned_s=at_s, sent_s=at_s, token_s=token_s, end_s=token_s[-1], prompt_tokens=round(100 * prompts[index]),
+                output_tokens=len(token_s),
+            )
+        )  # fmt: skip
+    start_s, end_s, name = window([ClientResult(requests=run.requests, streams=streams)], False)
     run.trials = [Trial(index=0, start_s=start_s, end_s=end_s, client={"window": name})]
     return run
 
@@ -67,6 +95,34 @@ def test_tokens_per_s_are_said_to_be_uncertain_by_the_tokens_and_not_by_the_dura
 def test_even_arrivals_and_many_requests_are_not_said_to_be_uncertain():
     assert not flags(open_run(16, 1, 1.0, 0.0, "constant"), "rate-uncertain")
     assert not flags(open_run(400, 1, 1.0, 0.5), "rate-uncertain")
+
+
+@pytest.mark.parametrize(
+    ("streams", "count", "token_sigma", "prompt_sigma", "prompt_s"),
+    [(1, 16, 1.0, 0.0, 0.2), (1, 16, 1.0, 0.0, 2.0), (2, 16, 0.5, 1.0, 1.0), (8, 64, 0.0, 1.0, 0.3), (8, 24, 0.7, 0.0, 0.01)],
+)  # fmt: skip
+def test_rates_of_random_lengths_in_closed_loops_are_said_to_be_uncertain_by_about_their_spread(
+    streams, count, token_sigma, prompt_sigma, prompt_s
+):
+    """They had no flag: tokens/s of 16 lognormal requests differ by 22 % from seed to seed."""
+    runs = [closed_run(streams, count, seed, token_sigma, prompt_sigma, prompt_s) for seed in range(60)]
+    found = [analyze(run).summary.throughput for run in runs]
+    details = [flag.detail for run in runs for flag in flags(run, "rate-uncertain")]
+    assert len(details) > 20
+    for rates, words in (
+        ([each.requests_per_s for each in found], "requests/s would differ by about "),
+        ([each.output_tokens_per_s for each in found], "tokens/s by "),
+    ):
+        said_pct = [float(detail.partition(words)[2].partition(" %")[0]) for detail in details]
+        assert np.median(said_pct) == pytest.approx(100 * np.std(rates) / np.mean(rates), rel=0.35, abs=2)
+
+
+@pytest.mark.parametrize(("streams", "count"), [(1, 3), (1, 16), (8, 64)])
+def test_equal_lengths_in_a_closed_loop_and_many_requests_are_not_said_to_be_uncertain(streams, count):
+    for seed in range(20):
+        assert not flags(closed_run(streams, count, seed, 0.0, 0.0, 0.2, noise=0.7), "rate-uncertain")
+    assert not flags(closed_run(streams, 1, 0, 0.0, 0.0, 0.2), "rate-uncertain")
+    assert not flags(closed_run(streams, 400, 1, 0.7, 0.7, 0.2), "rate-uncertain")
 
 
 @pytest.mark.parametrize(("count", "sigma", "missing"), [(32, 1.0, True), (64, 1.0, True), (400, 0.5, False)])
