@@ -21,7 +21,9 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy
 import psutil
 from rich.console import Console
@@ -174,7 +176,6 @@ def as_client(url: str, load: dict, out: str, processes: int, viewers: int) -> N
     )
     # As a command is started: a viewer would inherit what `pinned` gave; the client takes its own priority.
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    before = psutil.Process().memory_info().rss
     with contextlib.ExitStack() as watching:
         if viewers:
             printed = io.StringIO()
@@ -191,9 +192,23 @@ def as_client(url: str, load: dict, out: str, processes: int, viewers: int) -> N
         "requests": [{"sent_s": record.sent_s, "token_s": record.token_s} for record in measured],
         "client": result.trial.client,
         "limited": any(flag.name == "client-limited" for flag in result.flags),
-        "bytes_per_token": (psutil.Process().memory_info().rss - before) / kept,
+        "bytes_per_token": size_of(result.requests, set()) / kept,
     }
     Path(out).write_text(json.dumps(written))
+
+
+def size_of(kept: Any, seen: set[int]) -> int:
+    """The bytes of a value and all in it that is not `seen`. The process grows by more: imports, sockets, steps of a mebibyte."""
+    if id(kept) in seen:
+        return 0
+    seen.add(id(kept))
+    if isinstance(kept, dict):
+        parts = [*kept, *kept.values()]
+    elif isinstance(kept, msgspec.Struct):
+        parts = [getattr(kept, name) for name in kept.__struct_fields__]
+    else:
+        parts = kept if isinstance(kept, list | tuple) else []
+    return sys.getsizeof(kept) + sum(size_of(part, seen) for part in parts)
 
 
 def bare(load: Load, url: str, folder: Path, options: argparse.Namespace) -> tuple[CpuWatch, Figures]:
