@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 
+from pdbench.records import COARSE_SHARE
+
 TOKEN_BYTES = 16
 """Few tokens are longer."""
-_TWO_WORDS = re.compile(r"\w\s+\w")
 _SPLIT_WORD = re.compile(r"\w\0(?=\w)")
 # Tokenizers first split texts into such pieces (GPT-2's pattern and its heirs; SentencePiece's are no larger), and no token spans two.
 # What is no ASCII and no letter (marks, signs) is a part of the word or of the signs beside it, so that no script has too many.
@@ -19,6 +20,9 @@ _SINGLE_SHARE = 0.1
 """In such scripts one letter in so many chunks, at least, is a chunk of its own, if these are tokens; chunks of two tokens hardly ever are one."""
 _SPLIT_SHARE = 0.02
 """So many tokens, at least, go on in a word that the one before began. Chunks that never do may be whole words, of any number of tokens."""
+
+_MARKERS = 2
+"""Tokens of an answer that are several pieces, as `<think>` and `</think>`."""
 
 
 def bytes_of(texts: Sequence[str]) -> int:
@@ -53,10 +57,11 @@ def echoed_chunks(texts: Sequence[str], prompt: object) -> int:
 
 
 def coarse(texts: Sequence[str]) -> bool:
-    """Do most chunks hold more than a token: two words, or more bytes than tokens have?"""
+    """Do chunks plainly hold more than a token: several of them more than one piece, or most that or more bytes than tokens have?"""
     texts = [text for text in texts if text]
-    several = sum(1 for text in texts if len(text) > TOKEN_BYTES or _TWO_WORDS.search(text))
-    return 2 * several > len(texts)
+    pieces = [fewest_tokens([text]) > 1 for text in texts]
+    larger = sum(1 for text, several in zip(texts, pieces, strict=True) if several or len(text) > TOKEN_BYTES)
+    return 2 * larger > len(texts) or sum(pieces) > max(_MARKERS, COARSE_SHARE * len(texts))
 
 
 def joined(texts: Sequence[str]) -> str:

@@ -157,3 +157,17 @@ def test_a_marker_that_a_parser_holds_back_is_one_of_the_tokens_between(end, uns
     pieces = [*ids(4, "reasoning"), (2, ids(1)[0][1]), *ids(4), (1, end)]
     record = record_of(pieces, usage(5, len(pieces) + 1))
     assert record.unsent_tokens == unsent and mean_tbt_ms(record) == 10
+
+
+@pytest.mark.parametrize("several", [" b c", "foo(bar", ", so", " 12 a"])
+def test_chunks_of_several_pieces_hold_more_tokens_than_one_each(several):
+    """Without ids and usage, an answer of which two chunks in five have two tokens had 100 of 140, and the rate of so many."""
+    pieces = [*chunks([" word"] * 3), *chunks([several] * 2, 2)] * 20
+    record = record_of(pieces, token("", None, "stop"))
+    assert (record.output_tokens, record.notes) == (None, ["tokens-unknown"])
+
+
+def test_markers_of_several_pieces_leave_one_token_per_chunk():
+    texts = ["<think>", " word", "s", " so", "</think>", " yes", ",", " it", "'s", " 12", "\n"]
+    record = record_of(chunks(texts), token("", None, "stop"))
+    assert (record.output_tokens, record.notes) == (11, [])
