@@ -72,7 +72,7 @@ def ramps_in_window(run: Run, timings: Timings) -> Iterator[Flag]:
         window, why = str(trial.client.get("window", "")), None
         off = "requests/s, tokens/s and energy are of less than this load; raise --requests or --duration-s"
         maybe_off = "requests/s, tokens/s and energy may be off by over 5 %; raise --requests or --duration-s"
-        if here.sum() < 2 or length_s <= 0:
+        if not here.any() or length_s <= 0:
             continue
         sent_s, end_s = requests.sent_s[here], requests.end_s[here]
         span = [(trial.start_s, trial.end_s)]

@@ -125,6 +125,14 @@ def test_equal_lengths_in_a_closed_loop_and_many_requests_are_not_said_to_be_unc
     assert not flags(closed_run(streams, 400, 1, 0.7, 0.7, 0.2), "rate-uncertain")
 
 
+@pytest.mark.parametrize(
+    "run", [open_run(1, 1, 1.0, 0.0), closed_run(8, 1, 1, 0.0, 0.0, 0.2)], ids=["rate", "8 streams"]
+)
+def test_single_request_of_a_larger_load_is_flagged(run):
+    """Its own time was the rate, 1 request/s at --rate 2, without a word."""
+    assert "100 % was filling and draining" in flags(run, "ramps-in-window")[0].detail
+
+
 @pytest.mark.parametrize(("count", "sigma", "missing"), [(32, 1.0, True), (64, 1.0, True), (400, 0.5, False)])
 def test_window_that_begins_before_the_longest_requests_are_in_flight_is_flagged(count, sigma, missing):
     """Tokens/s of lognormal lengths are 8 to 20 % too low in 64 and 32 requests of 4 s."""
