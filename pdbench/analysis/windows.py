@@ -133,7 +133,11 @@ def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
         intervals = _over_mean(np.concatenate(apart_s))
         if len(intervals) < 2:
             return
-        number, of_requests, of_tokens = ended, intervals.std(), np.hypot(intervals.std(), of_lengths)
+        # All of a trial's arrivals stand in a fixed time: only what lies outside of the windows is left to chance.
+        window_s = 0.0 if load.get("steady_s") else sum(end - start for start, end in timings.windows)
+        outside = max(0.0, 1 - window_s * load["rate"] / len(requests.sent_s))
+        of_requests = intervals.std() * outside**0.5
+        number, of_tokens = ended, np.hypot(of_requests, of_lengths)
     else:
         edges_s = [
             _rounds(requests.end_s[ok], window, load.get("concurrency") or 1, ended) for window in timings.windows
