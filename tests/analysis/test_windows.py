@@ -172,3 +172,13 @@ def test_tokens_per_s_are_said_to_be_too_low_by_the_tokens_that_are_missing(toke
     ]
     assert len(said_pct) > 30
     assert np.mean(said_pct) == pytest.approx(100 * (1 - found_per_s / sent_per_s), abs=6)
+
+
+@pytest.mark.parametrize(("steady_s", "few"), [(3.0, True), (6.0, False)])
+def test_few_ends_in_a_steady_window_are_flagged(steady_s, few):
+    """7 ends in 3 s of a rate of 2 had no flag: 17 % too many."""
+    run = open_run(40, 1, 1.0, 0.0, "constant")
+    run.config["load"]["steady_s"] = steady_s
+    window_is = f"the {steady_s:g} s through which the load held steady"
+    run.trials = [Trial(index=0, start_s=8.0, end_s=8.0 + steady_s, client={"window": window_is})]
+    assert bool(flags(run, "ramps-in-window")) == few
