@@ -141,7 +141,7 @@ def flags(client: dict[str, Any]) -> list[Flag]:
     if chunks := client["counted_by"].get("chunks", 0) + client["counted_by"].get("mixed", 0):
         detail = (
             f"{chunks} responses without token ids: instants are those of chunks. Tokens, throughput, J per token and mean "
-            "TBT follow the server's usage; how many tokens the first chunk held is estimated by its share of the text; per-gap TBT is given only where a chunk holds one token"
+            "TBT follow the server's usage, where there is none a chunk counts as a token; how many tokens the first chunk held is estimated by its share of the text; per-gap TBT is given only where a chunk holds one token"
         )
         result.append(Flag("tokens-counted-by-chunks", detail))
     result += [Flag(note, f"{count} responses: {NOTES.get(note, note)}") for note, count in client["notes"].items()]
