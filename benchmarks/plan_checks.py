@@ -91,6 +91,9 @@ SETS = (
         "h200x2-1p1d-graphs/*_results",
     )),
     Set("h200x2-replicas, 1P1D", "deployment", ("h200x2-replicas/disagg*",), ("h200x2-replicas/*_results",)),
+    Set("h200x2-dense", "rate", ("h200x2-dense/rate=[28].0/*_results",), ("h200x2-dense/rate=*/*_results",)),
+    Set("h200x2-dense, 1P1D", "deployment", ("h200x2-dense/rate=*/disagg*",), ("h200x2-dense/rate=*/*_results",)),
+    Set("h200x2-dense, replicas", "deployment", ("h200x2-dense/rate=*/replicas*",), ("h200x2-dense/rate=*/*_results",)),
     Set("h200x2-p2p-nccl, 1P1D", "deployment", ("h200x2-p2p-nccl/disagg*",), ("h200x2-p2p-nccl/*_results",)),
     Set("h200x2-p2p-nccl, vLLM 0.26", "vLLM 0.33, start of a host", ("h200x2-p2p-nccl/*_results",), (
         "h200x2-replicas/*_results", "h200x2-resident/*_results",
