@@ -20,7 +20,7 @@ from pdbench.config import LoadConfig, is_open_loop
 from pdbench.errors import UserError
 
 Verdict = Literal["better", "worse", "same", "unclear", "unjudged"]
-Unjudged = Literal["one-trial", "few-values", "zero", "slo-undecided"]
+Unjudged = Literal["cut-short", "one-trial", "few-values", "zero", "slo-undecided"]
 Starts = Literal["each", "joined", "one", "unknown"]
 """Whether every trial had its own server start, some shared one, or all did."""
 LEVEL = 0.05
@@ -71,8 +71,8 @@ class Difference:
 
     @property
     def leaning(self) -> Verdict:
-        """What one trial hints at: better or worse when it changed by more than 5 %, else the same; of bounds nothing."""
-        if self.unjudged == "slo-undecided":
+        """What one trial hints at: better or worse when it changed by more than 5 %, else the same; of bounds, or without a whole trial, nothing."""
+        if self.unjudged in ("slo-undecided", "cut-short"):
             return "unjudged"
         change = self.change
         if change is None or 1 / (1 + NOTABLE) <= change <= 1 + NOTABLE:
@@ -330,7 +330,7 @@ def judge(
     if is_bound:
         return replace(seen, unjudged="slo-undecided")
     if seen.trials < 2:
-        return replace(seen, unjudged="one-trial")
+        return replace(seen, unjudged="one-trial" if seen.trials else "cut-short")
     if values is not None and values < (metric.values_needed or 0):
         return replace(seen, unjudged="few-values")
     seen = replace(seen, difference=effect(left, right, design).interval(confidence))

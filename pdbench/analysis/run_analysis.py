@@ -45,8 +45,8 @@ READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "pow
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric over all trials together and in each (trial index -> value), but for those that were cut short beside others; `count` values
-    are behind a latency's quantile."""
+    """One metric over all trials together and in each (trial index -> value) but those that were cut short; `count` values are behind a
+    latency's quantile."""
 
     value: float
     trials: dict[int, float]
@@ -223,7 +223,7 @@ def analyze(run: Run) -> RunAnalysis:
 
     totals = totals_in(timings.windows)
     cut = failures.cut_short(run)
-    whole = [trial for trial in run.trials if trial.index not in cut] or run.trials
+    whole = [trial for trial in run.trials if trial.index not in cut]
     in_trial = {trial.index: totals_in([(trial.start_s, trial.end_s)]) for trial in whole}
     summary = _summary(run, timings, meters, totals, cache)
     return RunAnalysis(

@@ -38,6 +38,8 @@ def judgement(line: Difference) -> str:
         reason = _("not judged: it was zero in a trial")
         if line.unjudged == "few-values":
             reason = _("not judged: {0} values, needs {1}", line.values, line.metric.values_needed)
+        if line.unjudged == "cut-short":
+            reason = _("not judged: no whole trial of both")
         if line.unjudged == "slo-undecided":
             reason = _("not judged: a lower bound (slo-undecided)")
         return f"{change}, {reason}" if change else reason
@@ -81,7 +83,9 @@ def percent(ratio: float) -> str:
 
 
 def advice(comparison: Comparison) -> str:
-    """What to do where a run has one trial; empty where there are more."""
+    """What to do where a run has one trial, or no whole one; empty where there are more."""
+    if any(line.unjudged == "cut-short" for line in comparison.differences):
+        return _("Trials that were cut short are not compared: measure again, or go on with --resume.")
     if not comparison.one_trial:
         return ""
     return _(
@@ -104,6 +108,8 @@ def next_step(comparison: Comparison) -> str:
 def basis(comparison: Comparison) -> str:
     """What the intervals rest on: `6 pairs, each turn on its own server start, of this load in general`."""
     trials = min((line.trials for line in comparison.differences), default=0)
+    if not trials:
+        return _("no whole trial of both")
     if not comparison.paired:
         return _("one trial each, measured apart") if trials == 1 else _("{0} trials each, measured apart", trials)
     starts = {
@@ -139,7 +145,7 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     first = lines.get(comparison.primary)
     if first is not None and first.verdict == "unclear":
         parts.append(_("{0} not decided", title(first.metric.name)))
-    if first is not None and first.unjudged == "slo-undecided":
+    if first is not None and first.unjudged in ("slo-undecided", "cut-short"):
         parts.append(f"{title(first.metric.name)} {judgement(first)}")
     if comparison.one_trial:
         parts = [_("one trial, nothing is decided")]

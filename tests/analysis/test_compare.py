@@ -10,7 +10,7 @@ from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
 from pdbench.analysis.statistics import effect, holm
 from pdbench.errors import UserError
-from pdbench.records import Clock, Flag
+from pdbench.records import Clock
 from pdbench.report import answer
 from tests.support.runs import build_run
 
@@ -365,33 +365,3 @@ def test_version_that_a_run_does_not_hold_is_unknown() -> None:
     a, b = build_run("single"), build_run("single")
     del b.versions["vllm"]  # of an older pdbench
     assert [str(found) for found in compare_runs(a, b).mismatches] == ["vllm version: 0.26.0 against unknown"]
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        Flag("interrupted", "trial 4: stopped by Ctrl-C"),
-        Flag("interrupted", "stopped by Ctrl-C"),  # of an older pdbench
-        Flag("server-died", "trial 4: single-0 died"),
-        Flag("node-lost", "10.0.0.2 is lost"),
-    ],
-    ids=lambda flag: flag.detail,
-)
-def test_trial_that_was_cut_short_is_no_trial_of_a_comparison(flag):
-    """One request of it, twice as slow, had counted as a whole trial."""
-    cut, whole = (build_run(trials=4, spread=1e-3, trial_spread=1e-3, seed=seed) for seed in (1, 2))
-    first, *others = [request for request in cut.requests if request.trial == 3]
-    cut.requests = [request for request in cut.requests if request not in others]
-    first.token_s = [first.sent_s + 2 * (at_s - first.sent_s) for at_s in first.token_s]
-    first.end_s = first.token_s[-1]
-    cut.flags = [flag]
-    analysis = analyze(cut)
-    assert set(analysis.figures["ttft_p50_ms"].trials) == set(analysis.starts) == {0, 1, 2}
-    ttft = line_of(compare_runs(cut, whole), "ttft_p50_ms")
-    assert ttft.trials == 3 and ttft.ratio.high / ttft.ratio.low < 1.02
-
-
-def test_run_that_was_cut_short_in_its_only_trial_is_not_judged():
-    cut, whole = build_run(trials=1), build_run(trials=1, seed=1)
-    cut.flags = [Flag("interrupted", "trial 1: stopped by Ctrl-C")]
-    assert {line.unjudged for line in compare_runs(cut, whole).differences} == {"one-trial"}

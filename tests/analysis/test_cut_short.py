@@ -1,0 +1,50 @@
+"""Trials that Ctrl-C or a death cut short, in comparisons."""
+
+import pytest
+
+from pdbench.analysis import thresholds
+from pdbench.analysis.compare import compare
+from pdbench.analysis.run_analysis import analyze
+from pdbench.records import Flag
+from pdbench.report import answer
+from tests.support.runs import build_run
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        Flag("interrupted", "trial 4: stopped by Ctrl-C"),
+        Flag("interrupted", "stopped by Ctrl-C"),  # of an older pdbench
+        Flag("server-died", "trial 4: single-0 died"),
+        Flag("node-lost", "10.0.0.2 is lost"),
+    ],
+    ids=lambda flag: flag.detail,
+)
+def test_trial_that_was_cut_short_is_no_trial_of_a_comparison(flag):
+    """One request of it, twice as slow, had counted as a whole trial."""
+    cut, whole = (build_run(trials=4, spread=1e-3, trial_spread=1e-3, seed=seed) for seed in (1, 2))
+    first, *others = [request for request in cut.requests if request.trial == 3]
+    cut.requests = [request for request in cut.requests if request not in others]
+    first.token_s = [first.sent_s + 2 * (at_s - first.sent_s) for at_s in first.token_s]
+    first.end_s = first.token_s[-1]
+    cut.flags = [flag]
+    analysis = analyze(cut)
+    assert set(analysis.figures["ttft_p50_ms"].trials) == set(analysis.starts) == {0, 1, 2}
+    lines = compare(analysis, analyze(whole)).differences
+    ttft = next(line for line in lines if line.metric.name == "ttft_p50_ms")
+    assert ttft.trials == 3 and ttft.ratio.high / ttft.ratio.low < 1.02
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_run_whose_trials_were_all_cut_short_is_not_judged(trials):
+    """Three stopped trials had been compared as whole ones, with intervals and verdicts."""
+    cut, whole = build_run("cut", trials=trials, ttft_ms=10), build_run("whole", trials=trials, seed=1)
+    cut.flags = [Flag("interrupted", f"trial {trial + 1}: stopped by Ctrl-C") for trial in range(trials)]
+    runs = {run.name: analyze(run) for run in (cut, whole)}
+    comparison = compare(*runs.values())
+    assert {(line.unjudged, line.leaning) for line in comparison.differences} == {("cut-short", "unjudged")}
+    words = answer.headline(comparison, runs)
+    assert "not judged: no whole trial of both. (no whole trial of both; flags: interrupted" in words
+    assert "cut short" in answer.next_step(comparison)
+    condition = thresholds.parse("ttft_p50_ms > +5%")
+    assert thresholds.evaluate(comparison, [condition])[0].outcome == "uncertain"
