@@ -19,7 +19,16 @@ MAY_IMPORT = {
     "proxy": BASE,
     "analysis": ("records", "failures", "files", "events", "errors", "config"),
     "search": (),  # what loads say, whoever sends them
-    "plan": ("analysis", "load", "records", "files", "events", "errors", "config"),  # the load as bench would send it
+    "plan": (
+        "analysis",
+        "load",
+        "records",
+        "failures",
+        "files",
+        "events",
+        "errors",
+        "config",
+    ),  # the load as bench would send it
     "report": (
         "plan",
         "search",

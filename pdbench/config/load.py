@@ -9,6 +9,8 @@ from cyclopts import Parameter
 from pdbench.config.groups import LOAD, Arrivals, Prompts, Requests, Statistics, Words
 from pdbench.config.types import Count, CountOrZero, NotNegative, Positive, Seconds, Share, Spread, WarmUp
 
+_TIMEOUT_TOKENS = 256
+
 
 @Parameter(name="*", group=LOAD)
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,11 @@ def is_open_loop(load: Mapping[str, Any]) -> bool:
 def dropped_fields(load: Mapping[str, Any]) -> set[str]:
     """--drop-fields of a load, given as saved: with commas or blanks between the names."""
     return {name for word in load.get("drop_fields") or () for name in word.split(",") if name}
+
+
+def answer_timeout_s(request_timeout_s: float, asked_tokens: int) -> float:
+    """How long an answer may take until it is whole, by --request-timeout-s."""
+    return request_timeout_s * max(1.0, asked_tokens / _TIMEOUT_TOKENS)
 
 
 def most_output_tokens(load: Mapping[str, Any]) -> int | None:

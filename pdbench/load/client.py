@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from pdbench.config import LoadConfig
+from pdbench.config import LoadConfig, answer_timeout_s
 from pdbench.errors import UserError
 from pdbench.http import ServerUrl, authorization, split_url
 from pdbench.load.connection import Address, ArrivalClock, Connection, enable_stamps, files_left, words
@@ -29,8 +29,6 @@ _PROBE_TIMEOUT_S = 2.0
 # A stream is free this long after `[DONE]`, or after finish and usage without it, also where the server leaves the body open: another
 # connection takes the next request then.
 _OPEN_AFTER_DONE_S, _OPEN_AFTER_USAGE_S = 0.001, 0.25
-# --request-timeout-s is for an answer of at most this many tokens; a longer one has proportionally more time.
-_TIMEOUT_TOKENS = 256
 # epoll_wait counts whole milliseconds: what remains of a wait is left to select(2), which counts microseconds.
 _MILLISECOND_S = 0.001
 _HIGHEST_FOR_SELECT = 1023
@@ -208,7 +206,7 @@ class Client:
                 self._settle(connection, ("closed", ""))
             elif waited_s > limit_s and not tokens:
                 self._settle(connection, ("timeout", f"no token after {limit_s:g} s"))
-            elif waited_s > limit_s and waited_s > (whole_s := limit_s * _time_share(response)):
+            elif waited_s > limit_s and waited_s > (whole_s := answer_timeout_s(limit_s, response.asked_tokens or 0)):
                 self._settle(connection, ("timeout", f"not whole after {whole_s:g} s"))
             elif byte_s is not None and now_s - byte_s > silence_s:
                 self._settle(connection, ("stall", f"no byte for {silence_s:g} s in mid-response"))
@@ -240,11 +238,6 @@ def fetch(
         while not client.poll(client.clock.now() + 1.0):
             client.freed_s.clear()
     return record
-
-
-def _time_share(response: Response) -> float:
-    """How much longer than --request-timeout-s an answer may take."""
-    return max(1.0, (response.asked_tokens or 0) / _TIMEOUT_TOKENS)
 
 
 def _reachable_addresses(server: ServerUrl) -> list[Address]:

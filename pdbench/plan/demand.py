@@ -37,6 +37,7 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
         output_tokens=outputs,
         cached_tokens=cached,
         streams=plan.streams(config),
+        timeout_s=config.request_timeout_s,
         blocks=blocks if any(blocks) else None,
         block_tokens=block_tokens,
     )

@@ -22,6 +22,7 @@ token.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -202,7 +203,7 @@ class Demand:
     """The requests, one array entry each, in order of `t_s` (seconds from the load's start). `cached_tokens` of a prompt need no computing.
 
     `streams`: at most so many in flight at the client (None: no limit); with all `t_s` 0 that is a closed loop. A request is sent at
-    max(t_s, a stream is free), and its times count from there.
+    max(t_s, a stream is free), and its times count from there. `timeout_s` is the load's --request-timeout-s (inf: no request was ended by it).
 
     `blocks` are what a request shares with others, in order, `block_tokens` prompt tokens each: those that the instance which computes the prompt
     knows need no computing, up to the first that it does not. `cached_tokens` then are what one cache of all instances would have.
@@ -213,6 +214,7 @@ class Demand:
     output_tokens: IntArray
     cached_tokens: IntArray
     streams: int | None = None
+    timeout_s: float = inf
     blocks: Sequence[Sequence[Hashable]] | None = None
     block_tokens: IntArray | None = None
 

@@ -8,6 +8,7 @@ from itertools import chain, count, islice
 import msgspec
 import numpy as np
 
+from pdbench import failures
 from pdbench.analysis.arrivals import Array, BoolArray
 from pdbench.errors import UserError
 from pdbench.plan import power, seconds
@@ -58,7 +59,7 @@ class Day:
 @dataclass(frozen=True)
 class Draw:
     """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
-    calibrated box, by what is beyond; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the wait for a stream, of the last third of the requests over the first third's: above
+    calibrated box, by what is beyond, `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the wait for a stream, of the last third of the requests over the first third's: above
     `GROWTH` the queue grows."""
 
     figures: dict[str, float]
@@ -66,6 +67,7 @@ class Draw:
     preempted: bool
     seconds_ms: dict[str, float]
     growth: float
+    timed_out_pct: float
 
 
 def predict(
@@ -132,9 +134,9 @@ def draw_of(
 
     Raises UserError where a request can never run.
     """
-    ttft_s, e2e_s, tbt_s, gap_s, gap_count = (
+    ttft_s, e2e_s, tbt_s, gap_s, gap_count, timed_out = (
         np.concatenate([getattr(result, name) for result in results])
-        for name in ("ttft_s", "e2e_s", "mean_tbt_s", "gap_s", "gap_count")
+        for name in ("ttft_s", "e2e_s", "mean_tbt_s", "gap_s", "gap_count", "timed_out")
     )
     if np.isnan(e2e_s).any():
         raise UserError("a request does not fit into the KV cache: serve with a smaller model length, or more memory")
@@ -161,7 +163,7 @@ def draw_of(
     figures["output_tokens_per_s"] = tokens_here / window_s
     good_here = 0
     if any(limit is not None for limit in slo):
-        good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf))
+        good = (1e3 * ttft_s <= (slo[0] or np.inf)) & ~(1e3 * tbt_s > (slo[1] or np.inf)) & ~timed_out
         ended_here = np.concatenate([_ended_within(result) for result in results])
         good_here = int(np.sum(good & ended_here))
         figures["goodput_requests_per_s"] = good_here / window_s
@@ -188,7 +190,8 @@ def draw_of(
     taken = [result.ttft_s + result.waited_s for result in results]
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
     is_preempted = any(instance.preemptions for instance in instances)
-    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth))
+    timed_out_pct = 100 * float(np.mean(timed_out))
+    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth), timed_out_pct)
 
 
 def _share_within(result: Simulated) -> Array:
@@ -220,10 +223,20 @@ def prediction_of(
         load=load,
         figures=figures,
         outside=outside,
-        refusal=refusal or beyond(outside, is_preempted, figures),
+        refusal=refusal or beyond(outside, is_preempted, figures) or _ended(drawn),
         saturated=refusal is None and bool(np.median([draw.growth for draw in drawn]) > GROWTH),
         seconds_ms=usual.seconds_ms,
         draws=len(drawn),
+    )
+
+
+def _ended(drawn: Sequence[Draw]) -> str | None:
+    """Why a run of this load would not count: clients give up, and servers drop what the simulation goes on with."""
+    ended_pct = float(np.median([draw.timed_out_pct for draw in drawn]))
+    if ended_pct <= failures.LIMIT_PCT:
+        return None
+    return (
+        f"{ended_pct:.0f} % of the requests would be ended by --request-timeout-s: give a lower load, or a longer limit"
     )
 
 

@@ -13,7 +13,8 @@ from itertools import chain
 
 import numpy as np
 
-from pdbench.analysis.arrivals import Array, IntArray
+from pdbench.analysis.arrivals import Array, BoolArray, IntArray
+from pdbench.config import answer_timeout_s
 from pdbench.load.self_check import FILLED_SHARE, closed_window, open_window
 from pdbench.plan.batch import Pool, Tokens
 from pdbench.plan.engine import Demand, Deployment, Role, known_first
@@ -34,7 +35,7 @@ class Simulated:
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
     weighted histogram (values in any order, equal ones may repeat). `window` is the time at full load, as
     `load.self_check` has it. `waited_s` is from a
-    request's instant in the load to its sending (0 in a closed loop).
+    request's instant in the load to its sending (0 in a closed loop). `timed_out`: the client would have ended it before.
     """
 
     way_in_s: float
@@ -51,6 +52,7 @@ class Simulated:
     instances: list[Instance]
     window: Interval
     waited_s: Array
+    timed_out: BoolArray
     output_tokens: IntArray
     events: int
 
@@ -230,6 +232,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     first_s[~done] = last_s[~done] = np.nan
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_tbt_s = np.where(demand.output_tokens > 1, (last_s - first_s) / (demand.output_tokens - 1), np.nan)
+    whole_s = np.array([answer_timeout_s(demand.timeout_s, tokens) for tokens in demand.output_tokens.tolist()])
     return Simulated(
         way_in_s=way_in_s,
         sent_s=sent_s,
@@ -244,6 +247,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         joined_s=np.array(back[0].pool.scheduled_s) if split else np.full(total, math.nan),
         instances=instances,
         window=_window(demand, sent_s[done], last_s[done]),
+        timed_out=(first_s - sent_s > demand.timeout_s) | (last_s - sent_s > whole_s),
         output_tokens=demand.output_tokens,
         waited_s=np.zeros(total) if demand.is_closed else sent_s - demand.t_s,
         events=events,

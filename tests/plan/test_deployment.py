@@ -1,12 +1,14 @@
-"""What a calibration does not carry."""
+"""What a calibration does not carry, and what clients would not wait for."""
 
 import msgspec
 import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.plan.demand import demand_of_load
-from pdbench.plan.deployment import parse_layout, unfit
+from pdbench.plan.deployment import deployment_of, parse_layout, unfit
 from pdbench.plan.engine import Launch
+from pdbench.plan.predict import draw_of, predict
+from pdbench.plan.simulate import simulate
 from tests.plan.test_predict import calibration, role
 
 
@@ -35,3 +37,17 @@ def test_steps_of_a_kind_that_did_not_calibrate_are_refused(
         [demand_of_load(LoadConfig(rate=2.0, requests=40, input_tokens=1500), 0)],
     )
     assert why is None if words is None else why is not None and words in why
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "is_ended"), [(1e-3, True), (0.5, True), (5.0, False)], ids=["first", "whole", "none"]
+)
+def test_requests_that_a_client_would_have_ended_are_not_good(timeout_s: float, is_ended: bool) -> None:
+    """All had met an SLO, after --request-timeout-s too: to the first token, or as a whole for each 256 tokens."""
+    load = LoadConfig(rate=1.0, requests=40, input_tokens=1500, output_tokens=512, request_timeout_s=timeout_s)
+    single, known = parse_layout("single"), calibration()
+    result = simulate(deployment_of(known, single), demand_of_load(load, 0))
+    assert draw_of([result], known, (1e6, None)).figures["slo_met_pct"] == (0 if is_ended else 100)
+    refusal = predict(known, single, lambda draw: [demand_of_load(load, draw)], "", draws=4).refusal
+    words = "100 % of the requests would be ended by --request-timeout-s: give a lower load, or a longer limit"
+    assert refusal == (words if is_ended else None)
