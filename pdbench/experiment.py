@@ -139,10 +139,10 @@ def run(
                     if trial.index == pair:
                         trial.start = servers.starts
                 for device in result.devices:
-                    before = servers.idle.get(device.id, Idle({}, {}))
+                    before = servers.idle.get(device.label, Idle({}, {}))
                     device.idle_power_w = before.power_w | device.idle_power_w
                     device.idle_utilization_pct = before.utilization_pct | device.idle_utilization_pct
-                    servers.idle[device.id] = Idle(dict(device.idle_power_w), dict(device.idle_utilization_pct))
+                    servers.idle[device.label] = Idle(dict(device.idle_power_w), dict(device.idle_utilization_pct))
                 _save(result, folders[kind], runs)
             turns_done += 1
         if 0 < turns_done < left:

@@ -153,8 +153,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     `fine_power` holds the driver's own buffer as (t_s, power_w), finer than the samples; `energy_ticks` the energy counter as (t_s,
     energy_j), each at the instant the counter moved. `not_measured` maps a field to the reason; `sampling` reports the achieved interval
     (docs/power.md); `statistics` maps a field to its avg (of a power: energy over time), min and max over all samples, idle and
-    warm-up included; `idle_utilization_pct` a kind of idle power to the GPU's mean utilisation meanwhile. `settings`: of a GPU.
-    """
+    warm-up included; `idle_utilization_pct` a kind of idle power to the GPU's mean utilisation meanwhile. `settings`: of a GPU."""
 
     id: str
     kind: str
@@ -173,14 +172,17 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     default_power_limit_w: float | None = None
     settings: dict[str, bool | Reading] = {}
 
+    @property
+    def label(self) -> str:
+        """Its id, with its host where a run has several: every host counts its GPUs from 0."""
+        return self.id if self.host is None else f"{self.host}/{self.id}"
+
 
 class Trial(msgspec.Struct, kw_only=True):
-    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself.
-
-    `start` counts the server starts of its run: trials with the same number were measured on the same servers; None where it
-    was not recorded. `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its
-    own counts. `cpu_steal_pct` is the share of this host's cores that its hypervisor took during the load.
-    """
+    """One repetition: its measured window on the run's clock, ramp-up and drain left out, and the client's check of itself. `start` counts the
+    server starts of its run: trials with the same number were measured on the same servers; None where it was not recorded.
+    `start_temperature_c` maps a GPU to its temperature before the first request, `prefix_cache` an instance to its own counts.
+    `cpu_steal_pct` is the share of this host's cores that its hypervisor took during the load."""
 
     index: Annotated[int, msgspec.Meta(ge=0, le=10**6)]
     start: int | None = None
@@ -214,7 +216,7 @@ class Gate(msgspec.Struct, kw_only=True):
 class Run(msgspec.Struct, kw_only=True):
     """A deployment under one load: all of its trials, requests and devices. `config` is all options as used.
 
-    `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its device ids, `engines` a server to its limits.
+    `name` is the deployment (single, disaggregated, replicas, ...). `roles` maps a role to its devices' labels, `engines` a server to its limits.
     `events` are the proxy's and connector's own instants, joined to requests by id, `servers` what each counted. `run_id`, `revision` (which saving of the
     run it is) and `device_files` say what belongs together in a folder; runs saved before they existed have no id.
     """
@@ -249,10 +251,8 @@ class _DeviceFile(msgspec.Struct, kw_only=True):
 
 
 def save_run(run: Run, folder: Path) -> Path:
-    """Write `NAME_results.json` and one `ROLE_gpu_data.json` per role into `folder`, all or nothing; returns the results file.
-
-    Raises UserError when it cannot be written, or when a name is none for a file.
-    """
+    """Write `NAME_results.json` and one `ROLE_gpu_data.json` per role into `folder`, all or nothing; returns the results file. Raises UserError
+    when it cannot be written, or when a name is none for a file."""
     run.run_id = run.run_id or secrets.token_hex(4)
     run.revision += 1
     by_role: dict[str, list[DeviceRecord]] = {}

@@ -135,7 +135,7 @@ def measure(
         run.flags += [flag for flag in clocks.clock_flags(locks, devices) if flag not in run.flags]
         run.roles = {}
         for device in run.devices:
-            run.roles.setdefault(device.role or "host", []).append(device.id)
+            run.roles.setdefault(device.role or "host", []).append(device.label)
         events, requests = measurement.events(), [request for request in run.requests if request.trial in trials]
         has_prefill = {"proxy", "prefill"} <= {server.role for server in info.servers}
         has_prefill |= info.name == "bench" and any(flag.name == "event-log-missing" for flag in run.flags)

@@ -95,7 +95,7 @@ class Servers:
     """The servers that are up: those of the deployment whose turn it is or, resident, of all.
 
     With `stay` they stay up from one `experiment.run` to the next, for as long as the next needs the same. `starts` is the number of
-    the last start, `flags` what was found before the first, `idle` what the GPUs drew without load (device id -> kind -> watts), `gates` the last start's check by deployment,
+    the last start, `flags` what was found before the first, `idle` what the GPUs drew without load (device's label -> kind -> watts), `gates` the last start's check by deployment,
     `reference` the answers that it is judged by; all runs on these servers have one `clock`.
     """
 

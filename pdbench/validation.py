@@ -73,7 +73,7 @@ def check_run(run: "Run", path: Path) -> None:
 def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
     """Raises UserError for device records without a name, or with readings that do not follow each other in time."""
     for device in devices:
-        where = f"device {shown(device.id)}"
+        where = f"device {shown(device.label)}"
         for name in ("id", "kind", "role", "host"):
             if (text := getattr(device, name)) is not None:
                 _check_words(path, f"{where}: {name}", text)
@@ -117,7 +117,7 @@ def drop_impossible_counters(run: "Run") -> None:
                 device.energy_ticks = []
                 for sample in device.samples:
                     sample.energy_j = None
-                detail = f"{device.id}: the energy counter falls by {fall_j:g} J and leaps back: not used"
+                detail = f"{device.label}: the energy counter falls by {fall_j:g} J and leaps back: not used"
                 run.flags.append(Flag("energy-counter-impossible", detail))
                 break
 

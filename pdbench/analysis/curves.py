@@ -6,7 +6,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.energy import ROLE_ORDER, device_name, why_not_measured
+from pdbench.analysis.energy import ROLE_ORDER, why_not_measured
 from pdbench.analysis.meter import union
 from pdbench.analysis.metrics import Array, BoolArray, IntArray, Timings, mean_ttft_parts_ms, quantiles
 from pdbench.analysis.power_curve import power_curve, sampled
@@ -105,10 +105,10 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
 
 def curves_of(run: Run, timings: Timings) -> Curves:
     axis = time_axis(run)
-    devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device_name(device)))
+    devices = sorted(run.devices, key=lambda device: (ROLE_ORDER.get(device.role or "", 2), device.label))
     lines = {
         field: {
-            device_name(device): line
+            device.label: line
             for device in devices
             # Power is the driver's fine buffer where there is one.
             if (line := _line(power_curve(device) if field == "power_w" else sampled(device, field), axis))

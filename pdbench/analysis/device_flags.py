@@ -31,7 +31,7 @@ def clocks_set(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     if max(clocks_mhz) < most_mhz - CLOCK_STEP_MHZ:
         yield Flag(
             "clocks-set",
-            f"{meter.device.id}: its clocks were set before the run, it ran at {max(clocks_mhz):.0f} of {most_mhz:.0f} MHz at most: "
+            f"{meter.device.label}: its clocks were set before the run, it ran at {max(clocks_mhz):.0f} of {most_mhz:.0f} MHz at most: "
             "`sudo nvidia-smi -rgc` and `-rac` free them; else compare only with runs that had the same",
         )
 
@@ -45,14 +45,14 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
         last_s = device.samples[-1].t_s
         yield Flag(
             "device-lost",
-            f"{device.id}: nothing could be read after {last_s:.0f} s of the run ({reason}): energy is not known from then on; "
+            f"{device.label}: nothing could be read after {last_s:.0f} s of the run ({reason}): energy is not known from then on; "
             "`dmesg` says more (NVRM, Xid), and a GPU that fell off the bus needs a reset",
         )
     if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
         both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
-        yield Flag("energy-residual", f"{device.id}: {both} ({energy.residual_pct:+.1f} %)")
+        yield Flag("energy-residual", f"{device.label}: {both} ({energy.residual_pct:+.1f} %)")
     if (uncertain_j := energy.uncertain_j) is not None:
-        coarse = f"{device.id}: the windows are short for how far its readings are apart"
+        coarse = f"{device.label}: the windows are short for how far its readings are apart"
         if energy.energy_j is None:
             yield Flag("energy-coarse", f"{coarse}; energy is not given")
         elif 100 * uncertain_j > COARSE_PCT * energy.energy_j:
@@ -62,37 +62,37 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
     if energy.counter_resets:
         times = f"jumped {energy.counter_resets} times, back or by more than can be; {instead}"
-        yield Flag("energy-counter-reset", f"{device.id}: the energy counter {times}")
+        yield Flag("energy-counter-reset", f"{device.label}: the energy counter {times}")
     if energy.counter_still_s:
         stood = f"stood still for {energy.counter_still_s:.1f} s while the device drew power; {instead}"
-        yield Flag("energy-counter-still", f"{device.id}: the energy counter {stood}")
+        yield Flag("energy-counter-still", f"{device.label}: the energy counter {stood}")
     if energy.counter_j is None and energy.integral_j and (stood_s := meter.power_still_s(windows)) > POWER_STILL_S:
         yield Flag(
             "power-still",
-            f"{device.id}: the power stood at one value for {stood_s:.0f} s and no energy counter checks it: its meter is not refreshed, "
+            f"{device.label}: the power stood at one value for {stood_s:.0f} s and no energy counter checks it: its meter is not refreshed, "
             "do not trust its energy",
         )
     if (gaps_s := length_s(gaps)) > EDGE_S and (device.kind == "gpu" or not energy.counter_still_s):
         known = "energy is not known" if energy.energy_j is None else "energy is the counter's alone, nothing checks it"
         yield Flag(
             "power-gaps",
-            f"{device.id}: no power was read for {gaps_s:.1f} s of the measured windows, from {gaps[0][0]:.0f} s of the run on: peaks and the energy of "
+            f"{device.label}: no power was read for {gaps_s:.1f} s of the measured windows, from {gaps[0][0]:.0f} s of the run on: peaks and the energy of "
             f"phases there are not known; {known}",
         )
     for kind, busy_pct in device.idle_utilization_pct.items():
         if busy_pct is not None and busy_pct > IDLE_BUSY_PCT:
             yield Flag(
                 "idle-busy",
-                f"{device.id}: the GPU was busy for {busy_pct:.0f} % of the time in which its {kind} idle power was measured: that is too high, and what "
+                f"{device.label}: the GPU was busy for {busy_pct:.0f} % of the time in which its {kind} idle power was measured: that is too high, and what "
                 "lies above idle too low; measure again while nobody computes there",
             )
     shortest_s = min((end - start for start, end in windows), default=0.0)
     if energy.energy_j is not None and shortest_s < SHORT_S:
         needs = f"short for energy, needs at least {SHORT_S:g} s: raise --requests"
-        yield Flag("short-window", f"{device.id}: a window of {shortest_s:.1f} s is {needs}")
+        yield Flag("short-window", f"{device.label}: a window of {shortest_s:.1f} s is {needs}")
     during = meter.samples_in(windows)
     reasons = Counter(reason for sample in during for reason in sample.throttle or () if reason not in HARMLESS)
     for reason, count in reasons.items():
         share_pct = 100 * count / len(during)
         if share_pct >= THROTTLED_PCT:
-            yield Flag("throttled", f"{device.id}: {reason} in {share_pct:.0f} % of the samples")
+            yield Flag("throttled", f"{device.label}: {reason} in {share_pct:.0f} % of the samples")

@@ -122,11 +122,6 @@ def metered(meters: Sequence[Meter]) -> list[Meter]:
     return gpus or [meter for meter in meters if meter.device.kind in ("cpu", "dram")]
 
 
-def device_name(device: DeviceRecord) -> str:
-    """A device's id, with its host where a run has several: every host counts its GPUs from 0."""
-    return device.id if device.host is None else f"{device.host}/{device.id}"
-
-
 def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Totals, cache: PrefixCache | None) -> Energy:
     """The energy of a run over its trials' windows, of which `totals` are the counts."""
     windows, counted = union(timings.windows), metered(meters)
@@ -180,8 +175,8 @@ def _why_no_energy(run: Run, meters: Sequence[Meter], windows: Sequence[Interval
     silent = [meter.device for meter in meters if meter.energy_in(windows).energy_j is None]
     why = why_not_measured(silent or run.devices, ("power_w", "energy_j"))
     if 0 < len(silent) < len(meters):
-        why = f"{', '.join(device.id for device in silent)}: {why}"
-    with_gaps = [device.id for device in silent if not device.not_measured.keys() & {"power_w", "energy_j"}]
+        why = f"{', '.join(device.label for device in silent)}: {why}"
+    with_gaps = [device.label for device in silent if not device.not_measured.keys() & {"power_w", "energy_j"}]
     if with_gaps and windows:
         why = f"{', '.join(with_gaps)} could not be read all through the measured windows"
     return why

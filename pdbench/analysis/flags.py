@@ -49,8 +49,8 @@ def flags_of(
     servers = [*server_flags(run), *server_stalled(run, timings)]
     again = {"requests-failed", *(flag.name for flag in servers)}  # a run that went on has more
     flags = [flag for flag in dict.fromkeys(run.flags) if flag.name not in again]
-    # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device's id.
-    present = {(flag.name, flag.detail.partition(":")[0]) for flag in flags}
+    # A saved run has its devices' flags already, perhaps in another version's words; a detail begins with the device (once without its host).
+    present = {(flag.name, flag.detail.partition(": ")[0]) for flag in flags}
     names = {flag.name for flag in flags}
     found = [
         *prefix_cache_flags(run, cache),
@@ -75,8 +75,12 @@ def flags_of(
         found = [*device_flags(meter, windows)]
         if (meter.device.role, meter.device.index) not in ours:
             found += clocks_set(meter, windows)
-        flags += [flag for flag in found if (flag.name, meter.device.id) not in present]
-    flags += [flag for flag in phase_flags(energy) if (flag.name, flag.detail.partition(":")[0]) not in present]
+        flags += [
+            flag
+            for flag in found
+            if not {(flag.name, name) for name in (meter.device.label, meter.device.id)} & present
+        ]
+    flags += [flag for flag in phase_flags(energy) if (flag.name, flag.detail.partition(": ")[0]) not in present]
     return flags
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pdbench import __version__, failures
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.device_flags import POWER_CAPS
-from pdbench.analysis.energy import ROLE_ORDER, Energy, device_name, energy_of, joules, metered
+from pdbench.analysis.energy import ROLE_ORDER, Energy, energy_of, joules, metered
 from pdbench.analysis.flags import flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
@@ -337,7 +337,7 @@ def _summary(run: Run, timings: Timings, meters: list[Meter], totals: Totals, ca
         ),
         energy=energy_of(run, timings, meters, totals, cache),
         servers=servers_of(run),
-        devices={device_name(meter.device): _device(meter, timings.windows) for meter in meters},
+        devices={meter.device.label: _device(meter, timings.windows) for meter in meters},
     )
 
 

@@ -14,7 +14,7 @@ from pdbench.analysis.compare import comparisons
 from pdbench.analysis.curves import SERVER_FIELDS
 from pdbench.analysis.energy import why_not_measured
 from pdbench.analysis.run_analysis import load_analysis
-from pdbench.live.state import DEVICE_FIELDS, LATENCIES, WINDOW_S, State, device_id
+from pdbench.live.state import DEVICE_FIELDS, LATENCIES, WINDOW_S, State
 from pdbench.report import commands, page, tables, text
 from pdbench.report.chart_types import Axis, Chart, Panel, Series, shades
 from pdbench.report.charts import device_lines
@@ -111,7 +111,7 @@ def _devices(state: State) -> DrawnChart:
     for figure, words in DEVICE_FIELDS.items():
         lines = {of: line for (known, of), line in state.lines.items() if known == figure}
         keys += [(figure, of) for of in lines]
-        devices = [(device_id(state.devices[of]), state.devices[of], line) for of, line in lines.items()]
+        devices = [(state.devices[of].label, state.devices[of], line) for of, line in lines.items()]
         series = device_lines(figure, [(name, device.role, device.kind, line) for name, device, line in devices])
         y, height = Axis(label=text.label(figure), low=0), 3.0 if figure == "power_w" else 2.0
         panels.append(Panel(title=_(words), series=series, x=_seconds(), y=y, height=height))

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from pdbench.analysis.metrics import Array
-from pdbench.live.state import State, device_id
+from pdbench.live.state import State
 
 BOUNDS_S = tuple(float(f"{10 ** (step / 12):.3g}") for step in range(-48, 37))
 """Of every histogram: twelve a decade from 0.1 ms to 1,000 s, so that a quantile read off it is right within about 10 %."""
@@ -76,7 +76,7 @@ class Metrics:
         power = GaugeMetricFamily("pdbench_device_power_watts", "Power of a device now.", labels=labels)
         words = "Energy of a device since the start."
         energy = CounterMetricFamily("pdbench_device_energy_joules", words, labels=labels)
-        of_device = {name: [device_id(each), each.kind, each.role or ""] for name, each in state.devices.items()}
+        of_device = {name: [each.label, each.kind, each.role or ""] for name, each in state.devices.items()}
         for (figure, name), value in state.latest.items():
             if figure == "in_flight":
                 in_flight.add_metric([name], value)

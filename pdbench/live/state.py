@@ -166,7 +166,7 @@ class State:
             self.flags |= dict.fromkeys((message.deployment, flag) for flag in message.flags)
         elif isinstance(message, Devices):
             for device in message.devices:
-                key = f"{device.role or ''} {device_id(device)}".strip()  # a GPU has a role in each deployment
+                key = f"{device.role or ''} {device.label}".strip()  # a GPU has a role in each deployment
                 before_s, before = self._seen.get(key, (now_s, None))
                 if before is None or device.samples[-1].t_s > before.t_s:  # a lost one repeats its last sample
                     self._add_joules(key, before, device)
@@ -267,10 +267,6 @@ class State:
 def _mean_w(sample: DeviceSample) -> float | None:
     """The device's own mean over a second, where it gives one: instants may all meet one phase of a load's steps."""
     return sample.power_w if sample.power_average_w is None else sample.power_average_w
-
-
-def device_id(device: DeviceRecord) -> str:
-    return f"{device.host}:{device.id}" if device.host else device.id
 
 
 def _forget(recent: deque[Any], now_s: float) -> None:

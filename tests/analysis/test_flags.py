@@ -46,6 +46,18 @@ def test_power_cap_is_flagged() -> None:
     assert names(a_run(40, throttle=["sw_power_cap"])) == ["throttled"]
 
 
+def test_flags_of_several_hosts_name_the_host_of_each_device() -> None:
+    """gpu0 of both hosts had one name, and where one was flagged when the run was saved, the other never was."""
+    run = a_run(40, throttle=["sw_power_cap"])
+    run.devices = [msgspec.structs.replace(run.devices[0], host=host) for host in ("10.0.0.1", "fd00::2")]
+    details = [flag.detail.partition(": ")[0] for flag in analyze(run).flags]
+    assert details == ["10.0.0.1/gpu0", "fd00::2/gpu0"]
+    run.flags = analyze(run).flags[:1]
+    assert [flag.detail.partition(": ")[0] for flag in analyze(run).flags] == details
+    run.devices[1].samples = run.devices[1].samples[:200]
+    assert "fd00::2/gpu0" in (analyze(run).summary.energy.not_measured or "")
+
+
 def test_window_under_30_s_is_flagged_as_short_for_energy() -> None:
     assert names(a_run(20)) == ["short-window"]
 
