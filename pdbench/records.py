@@ -169,7 +169,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     statistics: dict[str, dict[str, float | None]] = {}
     idle_power_w: dict[str, Power | None] = {}
     idle_utilization_pct: dict[str, Reading | None] = {}
-    default_power_limit_w: float | None = None
+    default_power_limit_w: Power | None = None
     settings: dict[str, bool | Reading] = {}
 
     @property
@@ -371,9 +371,8 @@ def _read_run(path: Path) -> tuple[Run, bool]:
         except NOT_JSON:
             schema = SCHEMA  # half a file
         if schema in READABLE:
-            raise UserError(
-                f"{path} does not hold a whole run ({error}): measure again, or restore the file"
-            ) from error
+            remedy = "measure again, or restore the file"
+            raise validation.unreadable(path, saved, error, "does not hold a whole run", remedy) from error
     _check_schema(schema, path)
     validation.check_keys(saved, run, path)
     if schema != SCHEMA:
@@ -388,7 +387,7 @@ def _read_devices(path: Path) -> tuple[_DeviceFile, bool]:
         content = msgspec.json.decode(saved, type=_DeviceFile)
     except NOT_JSON as error:
         remedy = "restore the file, or name a *_gpu_data.json or monitor's own file"
-        raise UserError(f"{path} holds no device samples ({error}): {remedy}") from error
+        raise validation.unreadable(path, saved, error, "holds no device samples", remedy) from error
     _check_schema(content.schema, path)
     validation.check_devices(content.devices, path)
     return content, files.is_edited(saved)

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from pdbench import files
-from pdbench.errors import UserError
+from pdbench.errors import NOT_JSON, UserError
 
 if TYPE_CHECKING:
     from pdbench.events import ServerSeries
@@ -35,10 +35,56 @@ _COUNTS = (
 """Of a request, as servers gave them."""
 
 
+_NAMED = {
+    "devices": ("device", "id"),
+    "requests": ("request", "id"),
+    "trials": ("trial", "index"),
+    "servers": ("server", "server"),
+}
+"""Lists of a file -> what an entry is, and the field that names it."""
+_KINDS = {"float": "number", "int": "whole number", "str": "text", "bool": "true or false", "array": "list"}
+
+
 class _Gpu(msgspec.Struct):
     """Of the facts about a host: what must be known of each of its GPUs."""
 
     name: str
+
+
+def unreadable(path: Path, saved: bytes, error: Exception, holds: str, remedy: str) -> UserError:
+    """Why a file could not be decoded: the value that cannot be and whose it is; of what is no such file, that it `holds` none."""
+    try:
+        where, what = problem(msgspec.json.decode(saved), error)
+    except NOT_JSON:
+        where, what = "", ""
+    return _wrong(path, where, what) if where else UserError(f"{path} {holds} ({error}): {remedy}")
+
+
+def problem(content: Any, error: Exception) -> tuple[str, str]:
+    """Where in `content` msgspec found what it refuses (empty: as a whole), and what is wrong there."""
+    message, _, at = str(error).partition(" - at `")
+    owner, where = "", ""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", at.partition("[...]")[0]):
+        content = content[name] if name else content[int(index)]
+        if index and where in _NAMED and isinstance(content, dict):
+            kind, key = _NAMED[where]
+            owner, where = f"{kind} {shown(str(content.get(key, index)))}", ""
+        else:
+            where += f"[{index}]" if index else f".{name}" if where else name
+    value = (
+        "a value there"
+        if "[...]" in at or isinstance(content, dict | list)
+        else shown(msgspec.json.encode(content).decode())
+    )
+    if match := re.fullmatch(r"Expected `.+?` ([<>])= (\S+)", message):
+        message = f"{value} cannot be, it is {'at least' if match[1] == '>' else 'at most'} {float(match[2]):g}"
+    elif match := re.fullmatch(r"Expected `(\w+).*`, got `\w+`", message):
+        message = f"{value} is no {_KINDS.get(match[1], match[1])}"
+    elif match := re.fullmatch(r"Object missing required field `(\w+)`", message):
+        message = f"{match[1]} is missing"
+    else:
+        message = f"{value} cannot be ({message})"
+    return ": ".join(filter(None, (owner, where))), message
 
 
 def check_keys(saved: bytes, run: "Run", path: Path) -> None:
@@ -132,7 +178,8 @@ def _check_config(run: "Run", path: Path) -> None:
         try:
             msgspec.convert(value, kind | None)
         except msgspec.ValidationError as error:
-            raise _wrong(path, name, str(error)) from None
+            where, what = problem(value, error)
+            raise _wrong(path, f"{name}: {where}" if where else name, what) from None
     for section in ("load", "power", "serve"):
         for key, value in (run.config.get(section) or {}).items():
             if isinstance(value, float) and not abs(value) <= 1e15:

@@ -24,7 +24,7 @@ from pdbench.files import device_files, read_whole, results_files, write_all, wr
 from pdbench.records import Clock, DeviceRecord, DeviceSample, Run, load_devices, load_run, save_run
 from pdbench.report import answer, llmd, servers, tables, text
 from pdbench.report.text import translate as _
-from pdbench.validation import check_devices, check_other_runs
+from pdbench.validation import check_devices, check_other_runs, problem
 
 PICTURES, COMPARISON = 4, "performance_comparison.png"
 DEFAULT_FOLDERS = (Path("single_results"), Path("replicas_results"), Path("disaggregated_results"))
@@ -315,8 +315,12 @@ def read_devices(source: Path) -> list[DeviceRecord]:
                 cells["throttle"] = cells["throttle"].split()
             device = DeviceRecord(id=row["device"], kind=row["kind"], name=row["name"])
             samples = devices.setdefault(row["device"], device).samples
-            samples.append(msgspec.convert(cells, DeviceSample, strict=False))
-    except (KeyError, UnicodeDecodeError, msgspec.ValidationError, csv.Error) as error:
+            try:
+                samples.append(msgspec.convert(cells, DeviceSample, strict=False))
+            except msgspec.ValidationError as error:
+                words = ": ".join(filter(None, problem(cells, error)))
+                raise ValueError(f"device {row['device']}, row {len(samples) + 1}: {words}") from None
+    except (KeyError, ValueError, csv.Error) as error:
         raise UserError(
             f"{source} is not monitor's CSV ({error}): restore it, or name one that `pdbench monitor` wrote"
         ) from None

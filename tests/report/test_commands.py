@@ -101,7 +101,7 @@ def test_every_run_of_a_report_has_a_picture_of_its_own(tmp_path):
         ("gpu-0,gpu,H200,nan", "nan s is no time of a run"),
         ("gpu-0,gpu,H200,2\ngpu-0,gpu,H200,1", "not in the order of time"),
         ("gpu-0,gpu,H200,x", "is not monitor's CSV"),
-        ("gpu-0,gpu,H200,1,-5", r"Expected `float` >= 0.0 - at `\$.power_w`"),
+        ("gpu-0,gpu,H200,1,-5", r'device gpu-0, row 1: power_w: "-5" cannot be, it is at least 0'),
         ("gpu-0", "is not monitor's CSV"),
     ],
 )
