@@ -85,6 +85,7 @@ class Meter:
             )
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
         self._most_w = highest_limit_w(device) or MOST_W
+        self._tick_error_s = (device.sampling.get("energy_tick_error_ms") or 0.0) / 1e3 if len(ticks) > 1 else 0.0
 
     def whole(self) -> list[Interval]:
         """The time from the counter's first reading to its last one, or the power curve's where there is no counter, without that in which
@@ -184,7 +185,7 @@ class Meter:
         edges = np.array(windows, dtype=float).ravel()
         edges = edges[~np.isin(edges, np.array(self.whole()))]
         by_curve = self._curve.uncertain_j(edges)
-        if not is_counted or len(self._t) < 2:
+        if not is_counted or not windows:
             return float(by_curve.sum())
         place = np.clip(np.searchsorted(self._t, edges, side="right") - 1, 0, len(self._t) - 2)
         joules, after_s, before_s = self._steps[place], edges - self._t[place], self._t[place + 1] - edges
@@ -204,7 +205,20 @@ class Meter:
         if self.device.kind == "gpu":  # RAPL's power is its counter's slope
             cut = np.unique(place[sampled_alone]).tolist()
             unseen_j = sum(abs(float(self._steps[i]) - (drawn_j[i] or 0.0)) for i in cut)
-        return float(np.where(outside, by_curve, bounds).sum()) + unseen_j
+        return float(np.where(outside, by_curve, bounds).sum()) + unseen_j + self._misplaced_j(windows)
+
+    def _misplaced_j(self, windows: Sequence[Interval]) -> float:
+        """What the windows gain or lose where the counter's readings are not quite at the moves: a shifted one gives joules of the step before to the
+        one after, and counts by how unequal these steps' shares in the windows are."""
+        edges, curve = np.array(windows, dtype=float).ravel(), self._curve
+        t, area = (curve.t, curve.area) if len(curve.t) > 1 else (self._t, self._t)
+        at_edges, at_steps = np.interp(edges, t, area), np.interp(self._t, t, area)
+        before = np.searchsorted(edges, self._t, side="right")
+        full = np.concatenate([[0.0], np.cumsum(at_edges[1::2] - at_edges[::2])])
+        since = np.where(before % 2, at_steps - at_edges[np.maximum(before - 1, 0)], 0.0)
+        shares = np.diff(full[before // 2] + since) / np.maximum(np.diff(at_steps), 1e-9)
+        highest_w = float(curve.w.max(initial=0.0)) or float(np.nanmax(self._steps / np.diff(self._t)))
+        return self._tick_error_s * highest_w * float(np.abs(np.diff(shares, prepend=0.0, append=0.0)).sum())
 
     def _unknown_j(self, windows: Sequence[Interval]) -> float:
         """The joules of holes in which an edge of the windows lies."""

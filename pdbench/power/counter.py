@@ -19,7 +19,7 @@ class CounterEdgeTracker:
     A counter that moves every 100 ms is up to 100 ms old when it is read at any other moment, which is 10 % of a 1 s window. The tracker polls
     until it sees the counter move, learns the period, sleeps, and wakes shortly before a later move. Each reading kept is good to about one
     poll; only of a counter that does not move for ten seconds, or whose moves all fall into other readings, any are kept. `due_s` is when it
-    wants a reading, `anchor_s` apart at most; `edges` are (monotonic s, joules).
+    wants a reading, `anchor_s` apart at most; `edges` are (monotonic s, joules), at most `error_s` from the moves.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,7 @@ class CounterEdgeTracker:
         self.due_s, self.anchor_s = 0.0, ANCHOR_S
         self.finishing = False
         self.period_s: float | None = None  # None before two edges
+        self.error_s = 0.0
         self._last: tuple[float, float] | None = None
         self._awake_s = 0.0
         self._stride, self._blurred = 1, 0
@@ -46,11 +47,14 @@ class CounterEdgeTracker:
             unread_s = at_s - self._last[0]
             if unread_s <= SLOW_POLL_S * (2 if self._last[0] - self._awake_s > _STILL_S else 1):
                 self._edge((self._last[0] + at_s) / 2, energy_j)
+                self.error_s = max(self.error_s, unread_s / 2 + now_s - at_s)
             elif self._blurred < _MOST_BLURRED:  # other devices were read meanwhile: its next move may be seen
                 self._last, self._awake_s, self.due_s = (at_s, energy_j), at_s, now_s + POLL_S
                 self._blurred += 1
             else:
-                self._keep(at_s - min(unread_s, self.period_s or _USUAL_S) / 2, energy_j, at_s + self.anchor_s)
+                old_s = min(unread_s, self.period_s or _USUAL_S)
+                self._keep(at_s - old_s / 2, energy_j, at_s + self.anchor_s)
+                self.error_s = max(self.error_s, old_s / 2 + now_s - at_s)
         elif at_s - self._awake_s > (_STILL_S if self.edges and self.edges[-1][1] == energy_j else _STOPPED_S):
             # It does not move at all. What it was first seen at is not known better than that; then any moment is as good.
             if not self.edges or self.edges[-1][1] != energy_j:

@@ -304,6 +304,7 @@ class _Device:
                 record.not_measured |= dict.fromkeys(("device", "power_w", "energy_j"), reason)
             period_s = self.counter.period_s
             refresh = {"energy_refresh_ms": None if period_s is None else 1000 * period_s}
+            refresh["energy_tick_error_ms"] = 1000 * self.counter.error_s if self.counter.edges else None
             record.sampling = _sampling_statistics(self.samples, self.fine) | figures | refresh
             for name, (start_s, end_s) in self.idle_windows.items():
                 # The fine curve of a window of steady power, or the samples where there is none; of a device that gives an average alone, that.
