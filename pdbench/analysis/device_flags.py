@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pdbench.analysis.meter import Meter, length_s
+from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, length_s
 from pdbench.analysis.power_curve import EDGE_S
 from pdbench.records import Flag, Interval
 
@@ -51,14 +51,17 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
     if energy.residual_pct is not None and abs(energy.residual_pct) > RESIDUAL_LIMIT_PCT:
         both = f"integral {energy.integral_j:.1f} J, counter {energy.counter_j:.1f} J"
         yield Flag("energy-residual", f"{device.label}: {both} ({energy.residual_pct:+.1f} %)")
-    if (uncertain_j := energy.uncertain_j) is not None:
-        coarse = f"{device.label}: the windows are short for how far its readings are apart"
-        if energy.energy_j is None:
+    scopes = {f"{device.label}, {scope}": part for scope, part in meter.scopes_in(windows).items() if scope != "gpu"}
+    parts: dict[str, EnergyWindow | PowerScope] = {device.label: energy, **scopes}
+    for name, part in parts.items():
+        coarse = f"{name}: the windows are short for how far its readings are apart"
+        if part.uncertain_j is None:
+            continue
+        if part.energy_j is None:
             yield Flag("energy-coarse", f"{coarse}; energy is not given")
-        elif 100 * uncertain_j > COARSE_PCT * energy.energy_j:
-            yield Flag(
-                "energy-coarse", f"{coarse}; energy may be off by up to {100 * uncertain_j / energy.energy_j:.0f} %"
-            )
+        elif 100 * part.uncertain_j > COARSE_PCT * part.energy_j:
+            share_pct = 100 * part.uncertain_j / part.energy_j
+            yield Flag("energy-coarse", f"{coarse}; energy may be off by up to {share_pct:.0f} %")
     instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
     if energy.counter_resets:
         times = f"jumped {energy.counter_resets} times, back or by more than can be; {instead}"

@@ -47,10 +47,11 @@ class EnergyWindow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PowerScope(msgspec.Struct, frozen=True, kw_only=True):
-    """Power and energy of a part of a GPU's board, or of the board with more around it."""
+    """Power and energy of a part of a GPU's board, or of the board with more around it; `uncertain_j` as of an `EnergyWindow`."""
 
     mean_power_w: float | None
     energy_j: float | None
+    uncertain_j: float | None = None
 
 
 class Meter:
@@ -131,10 +132,14 @@ class Meter:
         if self.device.kind != "gpu":
             return {}
         windows, own = union(windows), self.energy_in(windows)
-        scopes = {"gpu": PowerScope(mean_power_w=own.mean_power_w, energy_j=own.energy_j)}
+        scopes = {"gpu": PowerScope(mean_power_w=own.mean_power_w, energy_j=own.energy_j, uncertain_j=own.uncertain_j)}
         for scope, curve in self._scopes.items():
-            joules = total([curve.energy_j(start, end) for start, end in windows])
-            scopes[scope] = PowerScope(mean_power_w=per(joules, length_s(windows)), energy_j=joules)
+            joules, uncertain_j = total([curve.energy_j(start, end) for start, end in windows]), None
+            if joules is not None:
+                uncertain_j = float(curve.uncertain_j(self._inner_edges(windows)).sum())
+                joules = None if uncertain_j > REFUSED_SHARE * joules else joules
+            mean_w = per(joules, length_s(windows))
+            scopes[scope] = PowerScope(mean_power_w=mean_w, energy_j=joules, uncertain_j=uncertain_j)
         return scopes
 
     def power_still_s(self, windows: Sequence[Interval]) -> float:
@@ -182,8 +187,7 @@ class Meter:
     def _uncertain_j(self, windows: Sequence[Interval], *, is_counted: bool) -> float:
         """The joules that may lie on the other side of the windows' edges, at most; those of holes are in `_unknown_j`. Beyond the record's own
         edges nothing was read that could belong inside."""
-        edges = np.array(windows, dtype=float).ravel()
-        edges = edges[~np.isin(edges, np.array(self.whole()))]
+        edges = self._inner_edges(windows)
         by_curve = self._curve.uncertain_j(edges)
         if not is_counted or not windows:
             return float(by_curve.sum())
@@ -206,6 +210,11 @@ class Meter:
             cut = np.unique(place[sampled_alone]).tolist()
             unseen_j = sum(abs(float(self._steps[i]) - (drawn_j[i] or 0.0)) for i in cut)
         return float(np.where(outside, by_curve, bounds).sum()) + unseen_j + self._misplaced_j(windows)
+
+    def _inner_edges(self, windows: Sequence[Interval]) -> Array:
+        """The windows' edges that are not those of the record itself."""
+        edges = np.array(windows, dtype=float).ravel()
+        return edges[~np.isin(edges, np.array(self.whole()))]
 
     def _misplaced_j(self, windows: Sequence[Interval]) -> float:
         """What the windows gain or lose where the counter's readings are not quite at the moves: a shifted one gives joules of the step before to the

@@ -18,14 +18,17 @@ AVERAGED_S = 1.0
 class Curve:
     """Power over time as straight lines between points; energy is their area. `missing`: where points are missing, a hole
     inside, or more than a moment before the first and after the last one. `means_s`: each point is the mean of so long (0: it is of an instant).
-    Between instants power may have been anything up to `most_w`.
+    Between instants power may have been anything up to `most_w`, within the device's own means of a second up to the highest that was read.
+    `reads` has rows of (t_s, read_s) of the samples, which are of any instant of their reading.
     """
 
-    def __init__(self, points: Array, means_s: float = 0.0, most_w: float = 0.0) -> None:
+    def __init__(self, points: Array, means_s: float = 0.0, most_w: float = 0.0, reads: Array | None = None) -> None:
         self.t, self.w = points.T
         self._means_s = means_s
         self._span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
-        self._most_w, self._stands_s = max(most_w, self._span_w), stands_s(points)
+        self._stands_s = stands_s(points)
+        self._most_w = max([0.0 if means_s >= AVERAGED_S else most_w, *self.w.tolist()])
+        self._read_t, self._read_s = (np.empty((0, 2)) if reads is None else reads).T
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
         self._hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
@@ -44,8 +47,8 @@ class Curve:
 
     def uncertain_j(self, at_s: Array, known_s: Array | float = np.inf) -> Array:
         """For each instant, how many joules may lie on the other side of it than the lines say, at most: where between two points the
-        power jumped is not known; a counter was read within `known_s`. Between means the jump may be as high as the powers differ that were
-        ever read, between instants power may go up to the highest limit and back."""
+        power jumped is not known; a counter was read within `known_s`. Between means of the driver's buffer the jump may be as high as the powers
+        differ that were ever read; between instants power may go up to the highest limit and back, within means of a second down to 0."""
         if len(self.t) < 2:
             return np.full(len(at_s), np.inf)
         place = np.clip(np.searchsorted(self.t, at_s, side="right"), 1, len(self.t) - 1)
@@ -57,9 +60,16 @@ class Curve:
         alone = (after_s - before_s > self._hole_s) | (at_s < before_s) | (at_s > after_s)
         # What is read may be as old as the meter's refresh: a late curve has a window's first jump late and the jump at its end in time.
         late_j = self._span_w * np.minimum(self._stands_s / 2, known_s)
-        return late_j + np.where(instants, self._most_w, self._span_w) * np.minimum(
-            np.where(alone, beyond_s, within_s), known_s
-        )
+        of_samples = instants | (self._means_s >= AVERAGED_S)
+        unsure_s = np.where(alone, beyond_s, within_s) + np.where(of_samples, self._reading_s(at_s) / 2, 0.0)
+        return late_j + np.where(of_samples, self._most_w, self._span_w) * np.minimum(unsure_s, known_s)
+
+    def _reading_s(self, at_s: Array) -> Array:
+        """How long, at most, the readings around each instant took."""
+        if not len(self._read_t):
+            return np.zeros(len(at_s))
+        place = np.searchsorted(self._read_t, at_s)
+        return np.max([self._read_s[np.clip(place + step, 0, len(self._read_t) - 1)] for step in (-1, 0, 1)], axis=0)
 
     def between_instants(self, at_s: Array) -> BoolArray:
         """Are the points around each instant themselves of instants: samples, where the driver's buffer does not reach?"""
@@ -148,7 +158,8 @@ def scope_of(device: DeviceRecord, field: str) -> Curve:
     """The curve of a superchip's power beyond the GPU's, of which some drivers give an average alone."""
     points = sampled(device, field)
     averages = bool(device.settings.get(f"{field}_averaged")) and len(points) > 0
-    return Curve(_in_the_middle(points) if averages else points, AVERAGED_S if averages else 0.0)
+    means_s = AVERAGED_S if averages else 0.0
+    return Curve(_in_the_middle(points) if averages else points, means_s, reads=sampled(device, "read_s"))
 
 
 def fine_step_s(device: DeviceRecord) -> float:
@@ -159,7 +170,8 @@ def fine_step_s(device: DeviceRecord) -> float:
 
 def curve_of(device: DeviceRecord) -> Curve:
     averages = not any(sample.power_w is not None for sample in device.samples)
-    return Curve(power_curve(device), AVERAGED_S if averages else fine_step_s(device), highest_limit_w(device))
+    means_s = AVERAGED_S if averages else fine_step_s(device)
+    return Curve(power_curve(device), means_s, highest_limit_w(device), sampled(device, "read_s"))
 
 
 def highest_limit_w(device: DeviceRecord) -> float:

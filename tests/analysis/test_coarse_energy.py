@@ -100,10 +100,10 @@ def test_bound_of_bursts_holds(intervals: float, fine: bool, interval_s: float, 
             assert window.uncertain_j < 0.1 * window.energy_j
     # What it used in all is as well known as ever.
     whole = Meter(device).energy_in([(2.0, 58.0)])
-    assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.01 * whole.energy_j
+    assert whole.energy_j and whole.uncertain_j is not None and whole.uncertain_j < 0.011 * whole.energy_j
 
 
-@pytest.mark.parametrize(("wait_s", "words"), [(0.06, "is not given"), (0.6, "may be off by up to"), (2.0, None)])
+@pytest.mark.parametrize(("wait_s", "words"), [(0.06, "is not given"), (0.6, "may be off by up to"), (2.8, None)])
 def test_waits_too_short_for_the_power_curve_are_flagged(wait_s: float, words: str | None) -> None:
     """They had joules that were uncertain by more than themselves, without a flag."""
     run = disaggregated()
@@ -248,9 +248,59 @@ def test_phases_too_short_for_the_power_curve_are_flagged(length_s: float, words
     prefill = analysis.summary.energy.roles["prefill"]
     assert (prefill.phase_j is None) == (words == "is not given")
     assert prefill.total_j is not None
-    assert [detail for detail in details if detail.startswith("prefill")] == [
-        detail for detail in details if words and words in detail and detail.startswith("prefill")
+    assert [detail for detail in details if detail.startswith("prefill: its phases")] == [
+        detail for detail in details if words and words in detail and detail.startswith("prefill: its phases")
     ]
-    assert any(detail.startswith("prefill") for detail in details) == (words is not None)
+    assert any(detail.startswith("prefill: its phases") for detail in details) == (words is not None)
     with text.language("zh"):
         assert all("阶段" in text.translate(detail) and " its " not in text.translate(detail) for detail in details)
+
+
+def stepped_means(every_s: float, read_s: float, end_s: float, field: str, counted: bool = False) -> DeviceRecord:
+    """Idle until 5 s, then busy until `end_s`: means of a second, each of any instant of its reading, read one after the other."""
+
+    def mean_w(t_s: float) -> float:
+        return REST_W + (BURST_W - REST_W) * max(0.0, min(t_s, end_s) - max(t_s - 1, 5.0))
+
+    samples = [
+        DeviceSample(t_s=t_s, read_s=read_s, **{field: mean_w(t_s + read_s / 2)})
+        for t_s in np.arange(0, end_s + 5, every_s).tolist()
+    ]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples, settings={f"{field}_averaged": True})
+    if counted:
+        for sample in samples:
+            sample.power_w, sample.energy_j = BURST_W, BURST_W * sample.t_s
+    return device
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.4, 0.9, 1.3])
+@pytest.mark.parametrize(("every_s", "read_s"), [(0.1, 0.003), (1.6, 0.2)])
+def test_bound_of_means_counts_how_long_a_reading_takes(phase_s: float, every_s: float, read_s: float) -> None:
+    """Eight GPUs that take 200 ms each are read every 1.6 s: nobody knows of which instant of the reading a power is."""
+    device = stepped_means(every_s, read_s, 35.0 + phase_s, "power_average_w")
+    window = energy_over(device, 5.0, 35.0 + phase_s)
+    assert window.energy_j is not None and window.uncertain_j is not None
+    assert abs(window.energy_j - BURST_W * (30 + phase_s)) <= window.uncertain_j
+    assert window.uncertain_j >= BURST_W * read_s
+
+
+def test_means_of_a_gpu_that_is_never_idle_have_a_bound() -> None:
+    """All powers were alike, so that the edges had counted as known: 0 J."""
+    samples = [DeviceSample(t_s=at_s, power_average_w=400.0) for at_s in np.arange(0, 60, 0.1).tolist()]
+    device = DeviceRecord(id="gpu0", kind="gpu", name="G", samples=samples)
+    window = energy_over(device, 10, 20)
+    assert (window.energy_j, window.uncertain_j) == (pytest.approx(4000), pytest.approx(2 * 400 / 4))
+    assert "energy-coarse" in [flag.name for flag in device_flags(Meter(device), [(10.0, 16.0)])]
+
+
+@pytest.mark.parametrize("scope", ["module", "memory"])
+def test_powers_of_other_scopes_have_a_bound(scope: str) -> None:
+    device = stepped_means(0.1, 0.003, 25.0, f"{scope}_power_w", counted=True)
+    meter = Meter(device)
+    known = meter.scopes_in([(5.0, 25.0)])[scope]
+    assert known.energy_j and known.uncertain_j
+    assert abs(known.energy_j - BURST_W * 20) <= known.uncertain_j < 0.05 * known.energy_j
+    short = meter.scopes_in([(5.0, 5.2)])
+    assert (short[scope].energy_j, short[scope].mean_power_w) == (None, None)
+    assert short["gpu"].uncertain_j == meter.energy_in([(5.0, 5.2)]).uncertain_j
+    assert [flag.detail for flag in device_flags(meter, [(5.0, 5.2)]) if f"gpu0, {scope}:" in flag.detail]

@@ -89,6 +89,9 @@ def test_windows_are_a_set_of_instants(first: list[Interval], second: list[Inter
 @given(intervals)
 def test_energy_of_windows_adds_up(windows: list[Interval]) -> None:
     joined = Meter(gpu()).energy_in(windows)
+    if joined.uncertain_j and joined.energy_j is None:
+        assert joined.uncertain_j > 200 * joined.duration_s
+        return
     assert joined.integral_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
     assert joined.counter_j == pytest.approx(400 * joined.duration_s, abs=1e-6)
 
