@@ -27,7 +27,7 @@ class Curve:
         self._means_s = means_s
         self._span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
         self._stands_s = stands_s(points)
-        self._most_w = max([0.0 if means_s >= AVERAGED_S else most_w, *self.w.tolist()])
+        self._most_w = float(np.max(self.w, initial=0.0 if means_s >= AVERAGED_S else most_w))
         self._read_t, self._read_s = (np.empty((0, 2)) if reads is None else reads).T
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
