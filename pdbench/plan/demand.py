@@ -24,7 +24,7 @@ def demand_of_load(config: LoadConfig, trial: int) -> Demand:
     plan.check(config)
     if option := next((option for option, is_given in _unknown(config).items() if is_given), None):
         raise UserError(f"{option}: what plan predicts are whole answers of --output-tokens each: leave it out")
-    if plan.is_endless(config):
+    if plan.is_endless(config) or config.steady_s is not None:
         what = "--steady-s" if config.steady_s is not None else "a closed loop's --duration-s"
         raise UserError(f"{what} ends a load by time, after an unknown number of requests: give --requests instead")
     instants = islice(plan.planned_instants(config, trial), plan.request_limit(config))

@@ -1,9 +1,12 @@
 """What a calibration does not carry, and what clients would not wait for."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
 from pdbench.config import LoadConfig
+from pdbench.errors import UserError
 from pdbench.plan.demand import demand_of_load
 from pdbench.plan.deployment import deployment_of, parse_layout, unfit
 from pdbench.plan.engine import Launch
@@ -51,3 +54,10 @@ def test_requests_that_a_client_would_have_ended_are_not_good(timeout_s: float, 
     refusal = predict(known, single, lambda draw: [demand_of_load(load, draw)], "", draws=4).refusal
     words = "100 % of the requests would be ended by --request-timeout-s: give a lower load, or a longer limit"
     assert refusal == (words if is_ended else None)
+
+
+def test_load_that_may_end_before_its_duration_is_refused() -> None:
+    load = LoadConfig(rate=2.0, input_tokens=100, duration_s=20.0)
+    assert len(demand_of_load(load, 0)) > 20
+    with pytest.raises(UserError, match="--steady-s ends a load by time"):
+        demand_of_load(replace(load, steady_s=5.0), 0)
