@@ -45,8 +45,8 @@ READINGS = (*FIELDS, "memory_used_mib", "module_power_w", "memory_power_w", "pow
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric over all trials together and in each (trial index -> value) but those that were cut short; `count` values are behind a
-    latency's quantile."""
+    """One metric over all trials together and in each (trial index -> value) but those that were cut short; `count` values of these are
+    behind a latency's quantile."""
 
     value: float
     trials: dict[int, float]
@@ -282,9 +282,9 @@ def _figures(timings: Timings, totals: Totals, in_trial: dict[int, Totals]) -> d
             each = {index: trial.ratio(metric.name) for index, trial in in_trial.items()}
         else:
             latency, share = timings.latencies[metric.latency], np.array(metric.quantile)
-            count = len(latency.rising)
-            value = float(quantiles(latency.rising, share)) if count else None
+            value = float(quantiles(latency.rising, share)) if len(latency.rising) else None
             by_trial = {index: values for index, values in latency.by_trial.items() if index in in_trial}
+            count = sum(map(len, by_trial.values()))
             each = {index: float(quantiles(values, share)) for index, values in by_trial.items()}
         if value is not None:
             trials = {index: figure for index, figure in each.items() if figure is not None}

@@ -48,3 +48,12 @@ def test_run_whose_trials_were_all_cut_short_is_not_judged(trials):
     assert "cut short" in answer.next_step(comparison)
     condition = thresholds.parse("ttft_p50_ms > +5%")
     assert thresholds.evaluate(comparison, [condition])[0].outcome == "uncertain"
+
+
+def test_values_of_a_trial_that_was_cut_short_do_not_make_a_quantile_judged() -> None:
+    """Its 16 values beside 32 of two whole trials had made the 40 that are needed."""
+    cut, whole = (build_run(trials=3, seed=seed) for seed in (1, 2))
+    cut.flags = [Flag("interrupted", "trial 3: stopped by Ctrl-C")]
+    lines = {line.metric.name: line for line in compare(analyze(cut), analyze(whole)).differences}
+    assert (lines["ttft_p90_ms"].unjudged, lines["ttft_p90_ms"].values) == ("few-values", 32)
+    assert lines["ttft_p50_ms"].verdict != "unjudged"
