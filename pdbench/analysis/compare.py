@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pdbench import failures
 from pdbench.analysis.metrics import METRICS, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
 from pdbench.analysis.slo import SLO
@@ -103,7 +104,7 @@ class Comparison:
     """All metrics that both runs have, and what else differs between them.
 
     `design` is how their trials belong together. `same_arrivals`: all trials replayed one trace, so what is said is of these
-    arrivals. `gpus` are how many each deployment used (None: no GPU).
+    arrivals. `gpus` are how many each deployment used (None: no GPU). `void` names those whose figures do not count.
     """
 
     names: tuple[str, str]
@@ -114,6 +115,7 @@ class Comparison:
     gpus: tuple[int | None, int | None]
     differences: list[Difference]
     mismatches: list[Mismatch]
+    void: tuple[str, ...] = ()
 
     @property
     def paired(self) -> bool:
@@ -195,6 +197,11 @@ def compare(
         gpus=(a.gpus, b.gpus),
         differences=sorted(by_name.values(), key=lambda line: line.metric.name != first),
         mismatches=mismatches,
+        void=tuple(
+            name
+            for name, run in zip(names, (a, b), strict=True)
+            if failures.void(run.flags, run.summary.errors, run.summary.requests.sent)
+        ),
     )
 
 

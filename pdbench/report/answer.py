@@ -131,6 +131,7 @@ def headline(comparison: Comparison, runs: Runs) -> str:
     elif not comparison.equal_hardware:
         counts = (number(count or 0) for count in comparison.gpus)
         where = _("Scaling, not a verdict: {0} ({2} GPUs against {1})", where, *counts)
+    where = ": ".join(filter(None, (_not_counting(comparison), where)))
     lines = {line.metric.name: line for line in comparison.differences}
     shown = [lines[name] for name in dict.fromkeys((comparison.primary, *HEADLINE)) if name in lines]
     groups = {
@@ -179,7 +180,14 @@ def confidence(comparison: Comparison) -> str:
     """How sure the answer is, or what to do where it is not."""
     if not comparison.differences:
         return _("These runs share no metric.")
-    return advice(comparison) or _("Better and worse are said with 95 % confidence ({0}):", basis(comparison))
+    words = advice(comparison) or _("Better and worse are said with 95 % confidence ({0}):", basis(comparison))
+    return ": ".join(filter(None, (_not_counting(comparison), words)))
+
+
+def _not_counting(comparison: Comparison) -> str:
+    """Whose figures do not count, whatever is better or worse; empty where all do."""
+    names = ", ".join(comparison.void)
+    return _("THE FIGURES OF {0} DO NOT COUNT (its flags say why)", names) if names else ""
 
 
 def threshold(result: ThresholdResult) -> str:

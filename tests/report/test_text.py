@@ -171,6 +171,18 @@ def test_every_translation_takes_the_same_values():
         assert chinese and set(re.findall(r"{\d}", english)) >= set(re.findall(r"{\d}", chinese)), english
 
 
+@pytest.mark.parametrize("flag", ["gate-failed", "server-died", "requests-failed"])
+def test_answer_begins_with_whose_figures_do_not_count(flag):
+    """It began with what was better, by how much."""
+    run = build_run("b", ttft_ms=10, failed=3 * (flag == "requests-failed"))
+    run.flags += [Flag(flag, "x")] * (flag != "requests-failed")
+    runs = {"a": analyze(build_run("a")), "b": analyze(run)}
+    comparison = compare(*runs.values())
+    for words in (answer.headline(comparison, runs), answer.confidence(comparison)):
+        assert "THE FIGURES OF b DO NOT COUNT" in words.split(": ")[0]
+    assert not compare(runs["a"], analyze(build_run("c", flags=[Flag("throttled", "x")]))).void
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_headline_of_runs_on_one_gpu_each_says_so(lang):
     runs = {name: analyze(build_run("single", seed=seed)) for seed, name in enumerate(("a", "b"))}
