@@ -58,6 +58,8 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["bench", "--rate", "0.001", "--duration-s", "1"], "this load sends no request"),
         (["bench", "--extra-body", "[" * 20_000], "--extra-body is not JSON"),
         (["bench", "--stages", "0:5"], "this load sends no request"),
+        (["bench", "--primary", "tbt"], "--primary: no metric tbt; there are ttft_p50_ms"),
+        (["sweep", "--vary", "primary=e2e_p50_ms,tbt"], "--primary: no metric tbt; there are"),
         (["monitor", "--out", "/dev/null/x.json"], "cannot write into /dev/null"),
         (
             ["run", "--against", "single", "--prefill-clock", "1200", "--single-port", str(free_port())],

@@ -43,8 +43,13 @@ DEFAULTS = Options()
 MEASURING = Group("Measurement and output", sort_key=0)
 
 
-def say_without_effect(loads: Sequence[LoadConfig]) -> None:
-    """Name what was set and changes none of the loads; of a recipe's options, only those that no flag left without effect."""
+def check_loads(loads: Sequence[LoadConfig]) -> None:
+    """Name what was set and changes none of the loads; of a recipe's options, only those that no flag left without effect. Raises UserError for
+    a --primary that is no metric: `pdbench compare` would take another in its place."""
+    from pdbench.analysis import thresholds
+
+    for load in loads:
+        thresholds.check_metric(load.primary, "--primary")
     settings = {key: value for each in app.config if isinstance(each, Settings) for key, value in each.config.items()}
     settings = {field.name: settings[field.name] for field in fields(LoadConfig) if field.name in settings}
     alone = recipe.without_effect(LoadConfig(**settings))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console, say_without_effect
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, check_loads, console
 from pdbench.config import (
     ClusterConfig,
     LiveConfig,
@@ -123,8 +123,7 @@ def run(
 
     design = design or PairConfig()
     until = thresholds.parse_width(design.until) if design.until else None
-    thresholds.check_metric(options.load.primary, "--primary")
-    say_without_effect([options.load])
+    check_loads([options.load])
     with _measuring(cluster, out, live) as (site, runs):
         kinds = turns.deployments(against) if against else site.kinds()
         if until and len(kinds) < 2:
@@ -170,7 +169,7 @@ def bench(
 
     served = ServeConfig(**asdict(server or ServerConfig()))
     options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
-    say_without_effect([options.load])
+    check_loads([options.load])
     with _measuring(cluster, out, live) as (site, runs):
         experiment.bench(url, trials, options, out, progress_to(live), site, runs)
 
@@ -219,7 +218,7 @@ def sweep(
     from pdbench.report import sweep as sweeps
 
     points = sweep.points(sweep.with_slo(options, slo), vary)
-    say_without_effect([point.options.load for point in points])
+    check_loads([point.options.load for point in points])
     if url is not None:
         sweep.check_running(points, against)
     against = against or "single,disaggregated"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import app, console, say_without_effect
+from pdbench.cli.app import app, check_loads, console
 from pdbench.config import LiveConfig, LoadConfig
 from pdbench.config.types import Count, Interval, Positive
 from pdbench.errors import UserError
@@ -252,7 +252,7 @@ def plan(
         option = "--max-gpus" if max_gpus else "--cheapest"
         raise UserError(f"{option} limits a search: give --search too, or leave it out")
     if load:
-        say_without_effect([load])
+        check_loads([load])
     with text.language(lang):
         planning.plan(
             runs,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, console, say_without_effect
+from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, check_loads, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
 from pdbench.config.types import Count, Positive
@@ -84,7 +84,7 @@ def search(
         raise UserError("--tune-at says where --tune compares: give --tune KEY=V1,V2,... too")
     for point in points:
         slo_search.check(point.options.load, point.varied)
-    say_without_effect([replace(point.options.load, rate=1.0) for point in points])
+    check_loads([replace(point.options.load, rate=1.0) for point in points])
     if url is not None:
         sweep.check_running(points, against)
         experiment.check_answers(url, [point.options for point in points])

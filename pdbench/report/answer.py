@@ -148,6 +148,9 @@ def headline(comparison: Comparison, runs: Runs) -> str:
         parts.append(_("{0} not decided", title(first.metric.name)))
     if first is not None and first.unjudged in ("slo-undecided", "cut-short"):
         parts.append(f"{title(first.metric.name)} {judgement(first)}")
+    declared = (b.config.get("load") or {}).get("primary")
+    if declared and declared not in lines:
+        parts.append(_("{0}, the --primary of the runs, is not measured in both", declared))
     if comparison.one_trial:
         parts = [_("one trial, nothing is decided")]
     names = list(dict.fromkeys(name for run in comparison.names for name in flag_names(runs[run])))

@@ -183,6 +183,15 @@ def test_answer_begins_with_whose_figures_do_not_count(flag):
     assert not compare(runs["a"], analyze(build_run("c", flags=[Flag("throttled", "x")]))).void
 
 
+def test_answer_says_that_the_declared_metric_was_not_measured():
+    """E2E p50 had stood in its place without a word."""
+    runs = {name: build_run(name, gpu=False, load={"primary": "j_per_output_token"}) for name in ("a", "b")}
+    runs = {name: analyze(run) for name, run in runs.items()}
+    comparison = compare(*runs.values())
+    assert comparison.primary == "e2e_p50_ms"
+    assert "j_per_output_token, the --primary of the runs, is not measured in both" in answer.headline(comparison, runs)
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_headline_of_runs_on_one_gpu_each_says_so(lang):
     runs = {name: analyze(build_run("single", seed=seed)) for seed, name in enumerate(("a", "b"))}
