@@ -14,6 +14,8 @@ POWER_STILL_S = 10.0
 """No GPU under load draws the same power this long, to the milliwatt."""
 CLOCKS_SET_PCT, CLOCK_STEP_MHZ = 50.0, 15.0
 RESIDUAL_LIMIT_PCT = COARSE_PCT = 3.0
+# Of module or memory, which no figure is made of.
+SCOPE_COARSE_PCT = 10.0
 IDLE_BUSY_PCT = 5.0
 """Idle GPUs show 0 %, those with an idle engine too (44 runs on H100 and H200); at 5 % idle power is too high by up to 5 % of a load's."""
 POWER_CAPS = {"sw_power_cap", "hw_power_brake"}
@@ -59,8 +61,9 @@ def device_flags(meter: Meter, windows: Sequence[Interval]) -> Iterator[Flag]:
             continue
         if part.energy_j is None:
             yield Flag("energy-coarse", f"{coarse}; energy is not given")
-        elif 100 * part.uncertain_j > COARSE_PCT * part.energy_j:
-            share_pct = 100 * part.uncertain_j / part.energy_j
+            continue
+        share_pct = 100 * part.uncertain_j / part.energy_j if part.energy_j else 0.0
+        if share_pct > (COARSE_PCT if part is energy else SCOPE_COARSE_PCT):
             yield Flag("energy-coarse", f"{coarse}; energy may be off by up to {share_pct:.0f} %")
     instead = "energy is not measured there" if energy.energy_j is None else "the integral stands in there"
     if energy.counter_resets:

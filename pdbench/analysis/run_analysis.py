@@ -37,7 +37,7 @@ from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import check_name, device_files, is_edited, results_files, sealed, write_whole
 from pdbench.records import Clock, Flag, Gate, Interval, Run, load_run
 
-SCHEMA = "pdbench-analysis/9"
+SCHEMA = "pdbench-analysis/10"
 FILE = "analysis.json"
 COUNTED_SHARE = 0.01
 METADATA = ("run_id", "name", "clock", "config", "host", "versions", "gate")
