@@ -107,7 +107,7 @@ class PdKvConnector(KVConnectorBase_V1, compat.hybrid_base()):  # type: ignore[m
         self._working.before_forward(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Before the forward pass, or (from vLLM 0.29 on) right after its launch."""
+        """Before the forward pass, or (from vLLM 0.29 on) right after its launch: there `handle_preemptions` has done it already."""
         self._working.load(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:

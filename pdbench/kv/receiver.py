@@ -138,15 +138,16 @@ class Receiver:
                 elif ours is None and transfer.host:
                     self._place((transfer.host, transfer.port), Cancel(transfer.transfer_id, reason))
 
-    def take_reports(self, failures: bool = True) -> tuple[set[str], dict[str, list[int]]]:
+    def take_reports(self, failures: bool = True, successes: bool = True) -> tuple[set[str], dict[str, list[int]]]:
         """Requests whose fetches ended since the last call, and the blocks of those that failed. The caller holds the lock.
 
-        Without `failures`, failed fetches wait for a later call.
+        Without `failures`, failed fetches wait for a later call, without `successes` the others.
         """
         received, failed, later = set(), {}, []
         for receive in self._ended:
             request_id = receive.fetch.transfer.request_id
-            if not (failures or receive.given_up is None) or not self._may_report(request_id):
+            is_wanted = successes if receive.given_up is None else failures
+            if not is_wanted or not self._may_report(request_id):
                 later.append(receive)
                 continue
             for part in receive.parts.values():

@@ -98,7 +98,9 @@ class KvWorker:
         packer.warm_up()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._on_gpu = packer.device.type == "cuda"
-        self._new_blocks_idle, self._passes_before = new_blocks_idle, None
+        self._new_blocks_idle = new_blocks_idle
+        self._loaded: StepPlan | None = None
+        self._taken = False  # has `take_received` been called since the last step?
         self._drafting: list[PrefillProgress] | None = [] if packer.drafts else None
         if options.transport == "nccl" and not self._on_gpu:
             where = f"this cache is on {packer.device}"
@@ -131,15 +133,19 @@ class KvWorker:
         self.after_drafting()
         if self._sender is not None and plan.preempted:
             self._sender.preempted(plan.preempted)
-        # Marked here: `load` may come after the step's own launch, and that forward pass does not use blocks that are to be filled.
-        self._passes_before = self._mark() if plan.fetches and not self._new_blocks_idle else None
+        self.load(plan)
 
     def load(self, plan: StepPlan) -> None:
+        """Ask for what the step fetches, once: before the launch of its forward pass, which takes some milliseconds."""
+        if plan is self._loaded:
+            return
+        self._loaded = plan
         if self._sender is not None and plan.offers:
             # Before the fetches, whose ends withdraw them. Their blocks come in `after_forward`: this step may still write them.
             self._sender.step(StepPlan(expected=plan.offers), None)
         if plan.fetches or plan.cancelled:
-            self._receiver.step(plan, self._passes_before)
+            # The step's own forward pass does not use the blocks that are to be filled, those before it may.
+            self._receiver.step(plan, self._mark() if plan.fetches and not self._new_blocks_idle else None)
 
     def after_forward(self, plan: StepPlan) -> Reports:
         """The step's forward pass is launched (on CPU: done): what it computes may travel once it is over.
@@ -153,7 +159,9 @@ class KvWorker:
                 plan = replace(plan, prefilled=[])
             self._sender.step(plan, self._mark() if plan.prefilled else None)
         with self._changed:
-            reports = self._take_reports()
+            # What is returned here reaches the scheduler with this step's output, a step later than by `take_received`.
+            soon, self._taken = self._taken and not plan.idle, False
+            reports = self._take_reports(successes=not soon)
             wait_s = FETCH_WAIT_S if self._receiver.is_waiting else IDLE_WAIT_S
             if plan.idle and not (reports.sent or reports.received) and self._changed.wait(wait_s):
                 reports = self._take_reports()
@@ -166,8 +174,9 @@ class KvWorker:
             self._drafting = []
 
     def take_received(self) -> set[str]:
-        """Requests whose KV came since the last report; failures wait for `after_forward`."""
+        """Requests whose KV came since the last report; failures wait for `after_forward`. Called when a step's output is there."""
         with self._changed:
+            self._taken = True
             return self._receiver.take_reports(failures=False)[0]
 
     def asked(self, transfer_id: str) -> FetchRequest | None:
@@ -183,9 +192,9 @@ class KvWorker:
         self._threads.join(CLOSE_TIMEOUT_S)
         self.recorder.close()
 
-    def _take_reports(self) -> Reports:
+    def _take_reports(self, successes: bool = True) -> Reports:
         sent = self._sender.take_reports() if self._sender is not None else set()
-        return Reports(sent, *self._receiver.take_reports())
+        return Reports(sent, *self._receiver.take_reports(successes=successes))
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event behind all that is launched so far on the engine's stream; None on CPU, where all of it is done."""

@@ -56,11 +56,12 @@ class Engine:
             structured_output_manager=StructuredOutputManager(config),
             block_size=size,
         )
-        self.now, self.ends, self.passes, self.queue = 0.0, [], [], deque()
+        self.now, self.launch_time, self.ends, self.passes, self.queue = 0.0, 0.0, [], [], deque()
         self.arrivals, self.asked_in = {}, None
         worker = object.__new__(KvWorker)
         worker._changed, worker._sender, worker._receiver = threading.Condition(), None, self
         worker._new_blocks_idle, worker._mark = new_blocks_idle, lambda: len(self.ends)
+        worker._loaded, worker._taken = None, False
         self.worker, half = worker, object.__new__(PdKvConnector)
         half._worker = worker
         monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", half)
@@ -69,12 +70,14 @@ class Engine:
 
     def step(self, plan, event):
         for fetch in plan.fetches:
-            self.asked_in = len(self.ends) - 1
+            self.asked_in = len(self.ends)
             over = self.ends[event - 1] if event else 0.0
             self.arrivals[fetch.transfer.request_id] = max(self.now + WIRE, over) + WRITE
 
-    def take_reports(self, failures=True):
-        arrived = {name for name, at in self.arrivals.items() if at <= self.now}
+    is_waiting = False
+
+    def take_reports(self, failures=True, successes=True):
+        arrived = {name for name, at in self.arrivals.items() if at <= self.now and successes}
         for name in arrived:
             del self.arrivals[name]
         return arrived, {}
@@ -91,14 +94,16 @@ class Engine:
         output = self.scheduler.schedule()
         self.worker.before_forward(output.kv_connector_metadata)
         assert output.total_num_scheduled_tokens, "another request is decoding all the time"
+        self.now += self.launch_time
         self.ends.append(max([self.now, *self.ends[-1:]]) + 1)
         self.passes.append(set(output.num_scheduled_tokens))
-        self.worker.load(output.kv_connector_metadata)  # from vLLM 0.29 on after the launch
+        self.worker.load(output.kv_connector_metadata)  # vLLM's own hook, from 0.29 on after the launch
         received = self.worker.after_forward(output.kv_connector_metadata).received
         self.queue.append((output, KVConnectorOutput(finished_recving=received or None), self.ends[-1]))
         if len(self.queue) < 2:
             return
-        output, reports, self.now = self.queue.popleft()
+        output, reports, end = self.queue.popleft()
+        self.now = max(self.now, end)
         names = list(output.num_scheduled_tokens)
         places = {name: place for place, name in enumerate(names)}
         sampled = ModelRunnerOutput(names, places, [[7] for _ in names], kv_connector_output=reports)
@@ -118,6 +123,13 @@ class Engine:
 
 def test_arrival_is_used_in_the_step_after_the_request_for_it(vllm_config, monkeypatch):
     assert Engine(vllm_config, True, monkeypatch).steps_to_first_use() == 1
+
+
+def test_arrival_during_a_launch_is_told_with_the_output_before(vllm_config, monkeypatch):
+    """It would reach the scheduler with the output of the step that is being launched, one later."""
+    engine = Engine(vllm_config, True, monkeypatch)
+    engine.launch_time = 0.5  # more than KV takes
+    assert engine.steps_to_first_use() == 1
 
 
 def test_block_that_a_pass_may_use_is_written_behind_earlier_passes_only(vllm_config, monkeypatch):

@@ -347,6 +347,17 @@ def test_step_output_reports_what_arrived_meanwhile(kv_pair, monkeypatch):
     assert output.finished_recving is None  # once and no more
 
 
+def test_arrival_waits_for_the_next_output_and_no_longer(kv_pair):
+    p, d = kv_pair
+    transfer = new_transfer(8)
+    fetch(d, transfer, [3, 4], p.port, idle=False)
+    assert d.worker.take_received() == set()
+    prefill(p, transfer, [1, 2])
+    wait_until(lambda: d.worker._receiver._ended, PATIENCE_S)
+    assert not d.step(idle=False).received  # the output of the step before will tell it
+    assert d.step(idle=False).received == {transfer.request_id}  # no output came
+
+
 @pytest.mark.parametrize(("ranks", "agent"), [(2, "worker"), (1, None)])
 def test_step_output_is_left_to_vllm_with_other_ranks_or_processes(kv_pair, monkeypatch, ranks, agent):
     _, d = kv_pair
