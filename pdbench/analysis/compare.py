@@ -15,8 +15,8 @@ import numpy as np
 from pdbench import failures
 from pdbench.analysis.metrics import METRICS, Metric
 from pdbench.analysis.run_analysis import Figure, RunAnalysis
+from pdbench.analysis.significance import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.analysis.slo import SLO
-from pdbench.analysis.statistics import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.config import LoadConfig, is_open_loop
 from pdbench.errors import UserError
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pdbench.analysis.compare import COUNTED_BY, Comparison, Difference
 from pdbench.analysis.metrics import METRICS
-from pdbench.analysis.statistics import ConfidenceInterval
+from pdbench.analysis.significance import ConfidenceInterval
 from pdbench.errors import UserError
 
 Outcome = Literal["fails", "passes", "uncertain"]

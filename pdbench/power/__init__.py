@@ -1,1 +1,1 @@
-"""Device meters, the sampler and energy."""
+"""Device meters and the sampler; energy over windows is in `analysis`."""

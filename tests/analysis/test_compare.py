@@ -8,7 +8,7 @@ from pdbench.analysis import thresholds
 from pdbench.analysis.compare import compare, judge
 from pdbench.analysis.metrics import METRICS
 from pdbench.analysis.run_analysis import Figure, analyze
-from pdbench.analysis.statistics import effect, holm
+from pdbench.analysis.significance import effect, holm
 from pdbench.errors import UserError
 from pdbench.records import Clock
 from pdbench.report import answer

@@ -18,7 +18,7 @@ import pytest
 from pdbench.analysis.compare import judge
 from pdbench.analysis.metrics import METRICS, quantiles
 from pdbench.analysis.run_analysis import Figure, analyze
-from pdbench.analysis.statistics import Design, effect, holm
+from pdbench.analysis.significance import Design, effect, holm
 from pdbench.records import Run
 from tests.analysis.test_golden import ROOT
 
