@@ -41,6 +41,8 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         (["sweep", "--against", "singel", "--vary", "seed=1"], "choose from single"),
         (["run", "--trials", "0"], "for --trials. Give 1 to 10,000,000"),
         (["bench", "--requests", "1.5"], "not a whole number"),
+        (["bench", "--bogus", "3"], "Try `pdbench bench --help`"),
+        (["bogus"], "Try `pdbench --help`"),
         (["bench", "--temperature", "nan"], "for --temperature. Give 0 or more"),
         (["bench", "--slo-ttft-ms=-5"], "for --slo-ttft-ms. Give a number above 0"),
         (["bench", "--idle-s=-1"], "for --idle-s. Give 0 or more"),

@@ -75,5 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
         stderr.print(f"[red]pdbench:[/red] {escape(str(error))}")
         sys.exit(error.exit_code)
     except cyclopts.CycloptsError as error:
-        stderr.print(f"[red]pdbench:[/red] {escape(str(error).strip())} Try `pdbench --help`.")
+        command = " ".join(("pdbench", *(error.command_chain or ())))
+        stderr.print(f"[red]pdbench:[/red] {escape(str(error).strip())} Try `{command} --help`.")
         sys.exit(2)
