@@ -124,6 +124,7 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     assert "--max-model-len 256" in done.stdout
     assert "--port 8111" in done.stdout
     assert done.stdout.count("(set PDBENCH_KV_SECRET to the same secret for all)") == 2
+    assert not any(line.startswith(" ") for line in done.stdout.splitlines())
 
 
 def test_slo_of_a_flag_overrides_the_recipes_limits() -> None:

@@ -289,9 +289,9 @@ def serve(
         raise UserError("serve starts one deployment: give --single, or --against with one name")
     if show:
         for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
-            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in command.environment.items())
+            settings = "".join(f"{key}={shlex.quote(value)} " for key, value in command.environment.items())
             secrets = "".join(f" (set {name} to the same secret for all)" for name in command.secret_names)
-            line = f"# {command.name}{secrets}\n{settings} {shlex.join(command.argv)}"
+            line = f"# {command.name}{secrets}\n{settings}{shlex.join(command.argv)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     with (
