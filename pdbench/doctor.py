@@ -58,7 +58,8 @@ def report(findings: Sequence[Finding], console: Console) -> int:
         state = f"[{_STYLES[finding.state]}]{finding.state:5}[/]"
         console.print(f"  {state} {escape(finding.text)}{remedy}", soft_wrap=True)
     wrong = sum(finding.state == WRONG for finding in findings)
-    console.print(f"\n{wrong} thing(s) to fix before a run." if wrong else "\nThis machine can run pdbench.")
+    things = "1 thing" if wrong == 1 else f"{wrong} things"
+    console.print(f"\n{things} to fix before a run." if wrong else "\nThis machine can run pdbench.")
     return 1 if wrong else 0
 
 
