@@ -54,7 +54,8 @@ def read(body: bytes, *, salted: bool = True) -> Answer:
         prompt_ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids") or []
         return Answer(text, tokens, likeliest, list(choice.get("token_ids") or []), list(prompt_ids), salted)
     except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
-        raise OSError(f"an answer that cannot be read ({type(error).__name__})") from None
+        begin = body[:60].decode("utf-8", "replace")
+        raise OSError(f"{begin!r}, which is no completion in JSON ({type(error).__name__})") from None
 
 
 def compare(answer: Answer, token_ids: Sequence[int], text: str) -> tuple[str, int | None, float | None]:

@@ -138,7 +138,10 @@ class Canaries:
         self._left_out = left_out
         if status != 200:
             raise OSError(f"{self._url} answers {status}: {answer[:200].decode('utf-8', 'replace')}")
-        return read(answer, salted=not left_out)
+        try:
+            return read(answer, salted=not left_out)
+        except OSError as error:
+            raise OSError(f'{self._url} answers "stream": false with {error}') from None
 
     def _follow(self, load: TrialLoad, planned: PlannedRequest, known: Answer, canary: Canary) -> None:
         """Judge what came after a near tie."""

@@ -22,7 +22,7 @@ from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from pdbench.site import Site
 from tests.support.proxy_processes import proxy
-from tests.support.servers import Peer, ScriptedServer, stream, token, usage
+from tests.support.servers import Peer, ScriptedServer, completions, stream, token, tokens, usage
 
 IDS = [11, 12, 13]
 LIKELIEST = [
@@ -342,6 +342,14 @@ def test_load_without_one_right_answer_has_no_canaries(tmp_path: Path) -> None:
         run = bench(server.url, tmp_path, extra_body='{"n": 2}')
     assert verdicts(run) == [] and run.gate is None
     assert "n in --extra-body" in flags(run, "canaries-off")[0]
+
+
+def test_server_that_always_streams_is_named_with_what_it_sent(tmp_path: Path) -> None:
+    models, always = completions(), stream(tokens(20))
+    with ScriptedServer(lambda peer: (models if peer.method == "GET" else always)(peer)) as server:
+        run = bench(server.url, tmp_path)
+    (why,) = flags(run, "canaries-off")
+    assert f'{server.url} answers "stream": false with \'data: {{' in why and "no completion in JSON" in why
 
 
 def test_sampled_load_asks_its_canaries_greedily(tmp_path: Path) -> None:
