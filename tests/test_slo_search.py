@@ -281,7 +281,7 @@ def test_run_at_the_rate_found_that_was_too_short_confirms_nothing(tmp_path: Pat
         and entry.rate_per_s_per_gpu == whole.rate_per_s_per_gpu
     )
     assert whole.attained_pct is not None and whole.goodput_per_s is not None
-    assert document.sentence.endswith("; no run confirms d0's rate: its last one was too short, or does not count.")
+    assert document.sentence.endswith("; no run confirms the rate of d0: the last was too short, or does not count.")
     entry.attained_pct = 40.0
     present(document, tmp_path, CONSOLE)
     assert document.sentence.endswith("; d0's confirming run kept it for 40.0 % of its requests.")

@@ -51,6 +51,10 @@ def sentence(document: Document) -> str:
         judged = not {point.run for point in document.points if point.undecided_pct} & {best.run, second.run}
         if best.j_per_good_request and second.j_per_good_request and judged:
             words += _(", for {0} energy per good request", _change(best.j_per_good_request, second.j_per_good_request))
+    if unconfirmed := [entry.name for entry in found if entry.run and entry.attained_pct is None]:
+        words += _(
+            "; no run confirms the rate of {0}: the last was too short, or does not count", _(", ").join(unconfirmed)
+        )
     for entry in ordered:
         void = [point.void for point in document.points if point.void and point.deployment == entry.name]
         if entry in unknown:
@@ -64,8 +68,6 @@ def sentence(document: Document) -> str:
         if entry.rate_per_s and entry.attained_pct is not None and round(entry.attained_pct, 1) < document.attain_pct:
             share = text.number(entry.attained_pct)
             words += _("; {0}'s confirming run kept it for {1} % of its requests", entry.name, share)
-        elif entry.rate_per_s and entry.run and entry.attained_pct is None:
-            words += _("; no run confirms {0}'s rate: its last one was too short, or does not count", entry.name)
         if entry.rate_per_s and any(point.undecided_pct for _rate, point in document.loads(entry.name)):
             words += _(
                 "; {0} may carry more: answers of which nobody knows whether they kept the SLO count as missed",
