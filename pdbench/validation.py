@@ -129,13 +129,13 @@ def check_devices(devices: Sequence["DeviceRecord"], path: Path) -> None:
 
 
 def check_other_runs(runs: Iterable[tuple[str | None, Path]]) -> None:
-    """Raises UserError where two of these folders hold one run, by its id; runs saved before they had ids cannot be told."""
-    places: dict[str, Path] = {}
+    """Raises UserError where two of these folders hold one run, by its id; by its folder where it was saved before runs had ids."""
+    places: dict[str | Path, Path] = {}
     for run_id, folder in runs:
-        if run_id in places:
-            raise UserError(f"{places[run_id]} and {folder} hold the same run, which would count twice: name it once")
-        if run_id is not None:
-            places[run_id] = folder
+        key = run_id or folder.resolve()
+        if key in places:
+            raise UserError(f"{places[key]} and {folder} hold the same run, which would count twice: name it once")
+        places[key] = folder
 
 
 def flag_edited(run: "Run", edited: Sequence[str]) -> None:

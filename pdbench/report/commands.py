@@ -118,7 +118,7 @@ def compare_folders(
     conditions = [thresholds.parse(condition) for condition in fail_if]
     thresholds.check_metric(primary, "--primary")
     if folders and len(folders) != 2:
-        raise UserError(f"compare takes two results folders, {len(folders)} were given: `pdbench compare A B`")
+        raise UserError(f"compare takes two results folders, not {len(folders)}: `pdbench compare A B`")
     _check_png(picture)
     measured = [path for path in DEFAULT_FOLDERS if results_files(path)]
     paths = list(folders) or (measured if len(measured) == 2 else [DEFAULT_FOLDERS[0], DEFAULT_FOLDERS[-1]])

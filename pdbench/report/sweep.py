@@ -103,7 +103,7 @@ def joined(
                 [*map(_order, row[0].values())],
             )
         )
-    check_other_runs((run.run_id, sweep) for sweep, of in rows.items() for _varied, run in of)
+    check_other_runs((run.run_id, sweep) for sweep, of in rows.items() for _varied, run in of if run.run_id)
     differing: list[tables.Differing] = []
     first, *others = rows
     for other in others:

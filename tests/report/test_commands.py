@@ -14,6 +14,7 @@ from pdbench.analysis.run_analysis import analyze
 from pdbench.errors import UserError
 from pdbench.records import load_run, save_run
 from pdbench.report import commands, mpl, tables, text
+from tests.support.processes import ROOT
 from tests.support.reports import gate
 from tests.support.runs import build_run
 
@@ -192,6 +193,12 @@ def test_comparison_of_a_run_with_itself_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"hold the same run, .*name it once"):
             commands.report([tmp_path / "a", tmp_path / other], tmp_path / "report", None, Console(file=io.StringIO()))
     assert not (tmp_path / "report").exists()
+    old = tmp_path / "old"
+    old.mkdir()
+    # Saved before runs had ids.
+    shutil.copy(ROOT / "tests/data/recorded_single_cpu_results.json", old / "single_results.json")
+    with pytest.raises(UserError, match=r"hold the same run, .*name it once"):
+        commands.compare_folders([old, tmp_path / "a" / ".." / "old"], *given)
 
 
 def test_unknown_metric_of_a_condition_is_refused_before_anything_is_read(tmp_path):
