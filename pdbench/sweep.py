@@ -337,8 +337,9 @@ def differences(before: Any, now: Any) -> str:
     before, now = _flat(before), _flat(now)
     keys = [key for key in before | now if before.get(key) != now.get(key)]
     before, now = ({key: "none" if side.get(key) is None else side[key] for key in keys} for side in (before, now))
-    named = [f"{key.rpartition('.')[2]} {before[key]} instead of {now[key]}" for key in keys[:3]]
-    return ", ".join(named) + (f" and {len(keys) - 3} more" if keys[3:] else "")
+    # Once where it stands in several places, as an SLO in the load and in the answer.
+    named = [*dict.fromkeys(f"{key.rpartition('.')[2]} {before[key]} instead of {now[key]}" for key in keys)]
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if named[3:] else "")
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

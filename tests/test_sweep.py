@@ -390,3 +390,8 @@ def test_points_that_do_not_count_are_on_no_curve_and_curves_go_by_the_options_v
     panel = sweeps.curves(rows).panels[3]
     assert [list(series.x) for series in panel.series] == [[1.0, 2.0, 4.0, 8.0], [16.0]]
     assert panel.series[1].name == "does not count"
+
+
+def test_difference_that_stands_in_several_places_is_named_once() -> None:
+    before, now = ({"load": {"slo_tbt_ms": limit}, "slo": {"slo_tbt_ms": limit}} for limit in (15.0, 20.0))
+    assert sweep.differences(before, now) == "slo_tbt_ms 15.0 instead of 20.0"
