@@ -256,7 +256,11 @@ def _search_rate(
                 continue
             if point.void or client_was_the_limit(run, point):
                 limited += 1
-                words = "higher rates need more --client-processes" if limited == MOST_LIMITED else "again"
+                words = (
+                    "higher rates need more --client-processes"
+                    if limited == MOST_LIMITED
+                    else "it does not count, another follows"
+                )
                 loads.console.print(
                     f"  {point.void or f'the client was the limit: {words}'}", markup=False, soft_wrap=True
                 )
