@@ -46,8 +46,10 @@ class Link(ABC):
         self._copied: Any
         self._copying, self._copied = _timing() if on_gpu else (None, None)
         self._copy_s = 0.0
+        # Memory of the stream: what was launched may still use it when the link is closed and gone, and what gets it next comes behind that.
         self._staging = self._buffer(staging_bytes)
-        self._numbers = BlockNumbers(piece_blocks, packer.device)
+        with torch.cuda.stream(self.stream):
+            self._numbers = BlockNumbers(piece_blocks, packer.device)
 
     def pack(self, block_ids: Sequence[int], after: Any) -> float:
         """Begin to copy blocks into the buffer; returns when (time.monotonic()) the pass before that was over."""

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +52,14 @@ class Library:
     def __init__(self):
         self.peer_came, self.opened, self.sent, self.aborted = threading.Event(), threading.Event(), [], []
         self.peer_came.set()
+        self.streams = [None]
+
+    @contextmanager
+    def on_stream(self, stream):
+        """torch.cuda.stream; the last of `streams` is the current one."""
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
 
     def ncclGetUniqueId(self):  # noqa: N802 (NCCL's own names)
         return SimpleNamespace(internal=b"id")
@@ -77,8 +85,8 @@ def library(monkeypatch):
     stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", library.on_stream)
     return library
 
 
@@ -115,6 +123,18 @@ def test_send_is_launched_behind_the_copy_and_the_header_leaves_before_it_is_ove
     assert passed.seen == [[1, 100]] and ready_s <= time.monotonic()  # launched while the forward pass still ran
     assert link.begin_send(HEADER) and ends[1].receive(Blocks) == HEADER  # `copied` comes after it
     assert link.copied() == link.end_send(HEADER) == pytest.approx(1e-4)
+    link.close()
+    threads.join(60)
+
+
+def test_memory_that_a_closed_link_may_still_use_is_its_streams(library, channel, monkeypatch):
+    """The allocator gives memory of another stream to the model at once, while a copy of block numbers waits behind NCCL."""
+    threads, empty, current = Threads(), torch.empty, []
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, **more: current.append(library.streams[-1]) or empty(*sizes, **more)
+    )
+    link = opened(channel, threads)
+    assert current and all(stream is link.stream for stream in current)
     link.close()
     threads.join(60)
 
