@@ -186,7 +186,8 @@ class NcclLink(Link):
             raise
 
     def begin_send(self, header: Blocks) -> bool:
-        self.channel.send(header)
+        # Before vLLM may overwrite blocks it waits for the copy, and so for this, but never for the network (`Sender.preempted`).
+        self.channel.send(header, wait=False)
         return True
 
     def end_send(self, header: Blocks) -> float:

@@ -139,6 +139,19 @@ def test_memory_that_a_closed_link_may_still_use_is_its_streams(library, channel
     threads.join(60)
 
 
+def test_header_does_not_wait_for_a_decode_that_reads_nothing(library, channel):
+    """vLLM's engine may wait for it, where it preempts a request whose blocks are on their way."""
+    threads = Threads()
+    link = opened(channel, threads)
+    begun_s = time.monotonic()
+    with pytest.raises(ChannelClosedError, match="took no data"):
+        for _ in range(1_000_000):
+            link.begin_send(HEADER)
+    assert time.monotonic() - begun_s < channel.timeout_s
+    link.close()
+    threads.join(60)
+
+
 def test_close_aborts_the_communicator_once(library, channel):
     threads = Threads()
     link = opened(channel, threads)
