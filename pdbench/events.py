@@ -52,7 +52,7 @@ class TransferEvent(msgspec.Struct, kw_only=True, tag="kv_transfer", tag_field="
     """One finished KV transfer on one side ("send" or "receive"). Instants are None for what never happened.
 
     `wire_s` is the time in which its bytes moved, `copy_s` that in which they were gathered from the cache (send side, once its forward pass
-    was over) or written into it; `ready_s` (send side): its last forward pass was over; `reported_s`
+    was over) or written into it; `ready_s` (send side): its last forward pass was over and decode had asked; `reported_s`
     (receive side): vLLM was told, from then on it can schedule the request. `direction`: a "handoff" goes from prefill to decode, a
     "return" brings prefill what decode has of the same request's prompt.
     """

@@ -53,11 +53,13 @@ class Link(ABC):
 
     def pack(self, block_ids: Sequence[int], after: Any) -> float:
         """Begin to copy blocks into the buffer; returns when (time.monotonic()) the pass before that was over."""
+        ready_s = time.monotonic()
         self._gather(block_ids, after)
         if after is not None:
             # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
             after.synchronize()
-        return time.monotonic()
+            ready_s = time.monotonic()
+        return ready_s
 
     def begin_send(self, header: Blocks) -> bool:
         """Send the header if the bytes are to follow in any case; False where nothing has left."""

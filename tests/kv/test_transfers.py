@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.outputs import KVConnectorOutput
 
 from pdbench.events import TransferEvent
+from pdbench.kv.blocks import BlockPacker
 from pdbench.kv.connector import PdKvConnector
 from pdbench.kv.metrics import TransferRecorder
 from pdbench.kv.ranks import held
@@ -286,6 +287,18 @@ def test_event_log_and_statistics_of_both_sides(tmp_path):
     assert (send["side"], receive["side"]) == ("send", "receive")
     assert receive["reported_s"] >= receive["end_s"] and send["ready_s"] <= send["end_s"]
     assert failure["error"] and failure["wire_s"] is failure["copy_s"] is None and failure["bytes"] == 0
+
+
+def test_handoff_begins_before_the_copy(tmp_path, monkeypatch):
+    """On CPU, too, where the copy is over as soon as it is launched."""
+    port, log, gathered, gather = free_port(), tmp_path / "p.jsonl", [], BlockPacker.gather
+    monkeypatch.setattr(BlockPacker, "gather", lambda *what: gathered.append(time.monotonic()) or gather(*what))
+    with instances(lambda: Instance("prefill", port, event_log=str(log)), lambda: Instance("decode")) as (p, d):
+        transfer = new_transfer(8)
+        prefill(p, transfer, [1, 2])
+        fetch(d, transfer, [10, 11], port)
+        settled(p, d, transfer)
+    assert json.loads(log.read_text())["ready_s"] <= gathered[-1]
 
 
 def test_event_log_that_cannot_be_written_is_logged_once_and_holds_nothing(caplog):
