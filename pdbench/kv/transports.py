@@ -163,11 +163,10 @@ class TcpLink(Link):
         return time.monotonic() - begun_s
 
     def receive(self, count: int, block_ids: Sequence[int]) -> float:
+        self._put(block_ids)
         begun_s = time.monotonic()
         self.channel.receive_into(self._bytes[:count])
-        seconds = time.monotonic() - begun_s
-        self._put(block_ids)
-        return seconds
+        return time.monotonic() - begun_s
 
 
 class NcclLink(Link):
