@@ -147,15 +147,8 @@ def test_decode_that_gives_up_frees_both_sides(kv_pair, when):
     settled(p, d, transfer, failed=True)
 
 
-def test_bytes_that_cannot_be_called_back_go_to_nobody(kv_pair, monkeypatch):
-    """As over nccl, where the send is launched before the forward pass is over: prefill is aborted in between."""
-    packed, go_on, pack = threading.Event(), threading.Event(), TcpLink.pack
-
-    def pack_and_wait(link, block_ids, after):
-        ready_s = pack(link, block_ids, after)
-        packed.set()
-        assert go_on.wait(30)
-        return ready_s
+def act_as_nccl(monkeypatch):
+    """TcpLink's header leaves while blocks are still copied, and its bytes in any case."""
 
     def begin_send(link, header):
         link.channel.send(header)
@@ -166,22 +159,109 @@ def test_bytes_that_cannot_be_called_back_go_to_nobody(kv_pair, monkeypatch):
             link.channel._socket.sendall(link._bytes[: header.bytes])
         return 0.1
 
-    for name, change in (("pack", pack_and_wait), ("begin_send", begin_send), ("end_send", end_send)):
-        monkeypatch.setattr(TcpLink, name, change)
+    monkeypatch.setattr(TcpLink, "begin_send", begin_send)
+    monkeypatch.setattr(TcpLink, "end_send", end_send)
+
+
+class Pause:
+    """Holds the thread that calls a method, before or after what it does, until `go_on`."""
+
+    def __init__(self, monkeypatch, name, before=False):
+        self.reached, self.go_on, method = threading.Event(), threading.Event(), getattr(TcpLink, name)
+
+        def call(*arguments):
+            result = None if before else method(*arguments)
+            self.reached.set()
+            assert self.go_on.wait(30)
+            return method(*arguments) if before else result
+
+        monkeypatch.setattr(TcpLink, name, call)
+
+
+def moves(p, d, here, there):
+    """One more transfer goes over the pair's connection."""
+    transfer = new_transfer(BLOCK * len(here))
+    prefill(p, transfer, here)
+    fetch(d, transfer, there, p.port)
+    settled(p, d, transfer)
+    assert torch.equal(p.blocks(here), d.blocks(there))
+
+
+def test_bytes_that_cannot_be_called_back_go_to_nobody(kv_pair, monkeypatch):
+    """As over nccl, where the send is launched before the forward pass is over: prefill is aborted in between."""
+    act_as_nccl(monkeypatch)
+    packed = Pause(monkeypatch, "pack")
     p, d = kv_pair
-    aborted, after = new_transfer(8), new_transfer(8)
-    before = d.blocks([10, 11])
+    aborted, before = new_transfer(8), d.blocks([10, 11])
     fetch(d, aborted, [10, 11], p.port)
     prefill(p, aborted, [1, 2], ended=False)
-    assert packed.wait(30)
-    p.end(aborted, kept=False, error="prefill was aborted")
-    go_on.set()
-    d.until(lambda: d.failed == [aborted.request_id])
+    assert packed.reached.wait(30)
+    p.end(aborted, kept=True, error="prefill was aborted")
+    assert p.sent == []  # vLLM keeps the blocks, which are still read
+    packed.go_on.set()
+    settled(p, d, aborted, failed=True)
     assert torch.equal(d.blocks([10, 11]), before)
-    prefill(p, after, [3, 4])  # the next one goes over the same connection
-    fetch(d, after, [12, 13], p.port)
-    settled(p, d, after)
-    assert torch.equal(d.blocks([12, 13]), p.blocks([3, 4]))
+    moves(p, d, [3, 4], [12, 13])  # the next one goes over the same connection
+
+
+def test_bytes_that_come_after_decode_gave_up_are_not_written(kv_pair, monkeypatch):
+    p, d = kv_pair
+    received = Pause(monkeypatch, "receive")
+    given_up, before = new_transfer(8), d.blocks([10, 11])
+    prefill(p, given_up, [1, 2])
+    fetch(d, given_up, [10, 11], p.port)
+    assert received.reached.wait(30)
+    cancel(d, given_up, p.port)
+    d.until(lambda: d.failed == [given_up.request_id])
+    received.go_on.set()
+    moves(p, d, [3, 4], [12, 13])
+    assert torch.equal(d.blocks([10, 11]), before)
+
+
+@pytest.mark.parametrize("name", ["pack", "begin_send", "copied", "end_send"])
+def test_piece_that_breaks_off_ends_the_connection(kv_pair, monkeypatch, name):
+    """Else the next header would be followed by its bytes."""
+    act_as_nccl(monkeypatch)
+    p, d = kv_pair
+    moves(p, d, [1, 2], [8, 9])
+    broken, before, method = new_transfer(8), d.blocks([10, 11]), getattr(TcpLink, name)
+    links = []
+
+    def fail(link, *arguments):
+        if threading.current_thread().name != "kv-send" or links:
+            return method(link, *arguments)
+        links.append(link)
+        if name != "end_send":
+            method(link, *arguments)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(TcpLink, name, fail)
+    fetch(d, broken, [10, 11], p.port)
+    prefill(p, broken, [3, 4])
+    settled(p, d, broken, failed=True)
+    assert torch.equal(d.blocks([10, 11]), before)
+    moves(p, d, [5, 6], [12, 13])
+
+
+def test_preempted_blocks_are_overwritten_after_their_copy(kv_pair, monkeypatch):
+    """Not before, though the header has left and the send is launched."""
+    act_as_nccl(monkeypatch)
+    p, d = kv_pair
+    copying = Pause(monkeypatch, "copied", before=True)
+    transfer = new_transfer(8)
+    fetch(d, transfer, [10, 11], p.port)
+    prefill(p, transfer, [1, 2], [4], ended=False)
+    assert copying.reached.wait(30)
+    engine = threading.Thread(target=p.step, kwargs={"preempted": [transfer.request_id]})
+    engine.start()
+    engine.join(0.2)
+    assert engine.is_alive()
+    copying.go_on.set()
+    engine.join(30)
+    assert not engine.is_alive()
+    p.compute(transfer, [3, 4], replace=True)
+    p.end(transfer)
+    settled(p, d, transfer)
 
 
 def test_other_prompt_under_the_transfer_id_is_refused_and_the_right_one_served(kv_pair):
