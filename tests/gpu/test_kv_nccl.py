@@ -10,6 +10,8 @@ import json
 import secrets
 import signal
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,6 +117,28 @@ def test_peer_leaves_and_returns(pair):
         fetch(d, third, [14, 15], p.port)
         settled(returned, d, third)
         assert torch.equal(returned.blocks([3, 4]).cpu(), d.blocks([14, 15]).cpu())
+
+
+def test_engine_may_free_memory_while_a_send_waits_for_its_pass(pair):
+    """That waits for all that is launched on the GPU, the send among it, and may hold a lock of the driver meanwhile; decode has no header yet."""
+    p, d = pair
+    for _ in range(10):
+        transfer = new_transfer(16)
+        fetch(d, transfer, [10, 11, 12, 13], p.port)
+        p.step(expected=[transfer])
+        with torch.cuda.device(0):
+            spare = torch.empty(256 << 20, dtype=torch.uint8, device="cuda:0")
+            torch.cuda._sleep(200_000_000)  # the forward pass
+            p.compute(transfer, [1, 2, 3, 4], replace=True)
+            del spare
+            time.sleep(0.02)  # copy and send are launched by now
+            engine = threading.Thread(target=torch.cuda.empty_cache, daemon=True)
+        engine.start()
+        engine.join(20)
+        assert not engine.is_alive()
+        p.end(transfer)
+        settled(p, d, transfer)
+        assert torch.equal(p.blocks([1, 2, 3, 4]).cpu(), d.blocks([10, 11, 12, 13]).cpu())
 
 
 @contextmanager
