@@ -82,6 +82,10 @@ class Engine:
             del self.arrivals[name]
         return arrived, {}
 
+    @property
+    def is_waiting(self):
+        return bool(self.arrivals)
+
     # The engine's loop
 
     def add(self, tokens, **parameters):
