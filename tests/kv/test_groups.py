@@ -6,6 +6,8 @@ its tokens' KV depends on into a table, and finds there what its attention reads
 
 import random
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,12 +16,7 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
-    get_request_block_hasher,
-    init_none_hash,
-)
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
@@ -79,7 +76,11 @@ def layers_of(config, specs):
     """The caches that vLLM makes of one kind of layer per name, filled with random numbers, and the number of each layer's group."""
     from vllm.v1.kv_cache_interface import create_kv_cache_views  # vLLM before 0.29 has none
 
-    cache = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, dict(specs)), 1 << 20)
+    at = (
+        "kv_cache_utils" if find_spec("vllm.v1.core.kv_cache_planning") is None else "kv_cache_planning"
+    )  # from 0.33 on
+    planning = import_module(f"vllm.v1.core.{at}")
+    cache = planning.get_kv_cache_config_from_groups(config, planning.get_kv_cache_groups(config, dict(specs)), 1 << 20)
     group_of = {name: number for number, group in enumerate(cache.kv_cache_groups) for name in group.layer_names}
     memory = torch.randn(cache.kv_cache_tensors[0].size // 4).view(torch.int8)
     layout, layers = config.cache_config.get_resolved_kv_cache_layout(), {}
