@@ -69,7 +69,7 @@ class _Send:
     """One transfer: prefill's `transfer` and decode's `readers` by rank, either of which may come first.
 
     `blocks` are those that are computed, from the transfer's start on; `event` is the CUDA event of the last forward pass;
-    `gathering` how many copies of its blocks are under way, the last one since `gathering_s`.
+    `gathering` how many copies of its blocks are under way.
     """
 
     transfer_id: str
@@ -78,7 +78,6 @@ class _Send:
     blocks: list[int] = field(default_factory=list)
     event: Any = None
     gathering: int = 0
-    gathering_s: float = 0.0
     prefill_end: PrefillEnd | None = None
     prefill_end_s: float = 0.0
     ended: bool = False
@@ -183,11 +182,8 @@ class Sender:
 
     def tick(self) -> None:
         """Called regularly, from any thread: end what is overdue, and tell decode that its prefill still waits or computes."""
-        now_s, stuck = time.monotonic(), list[Link]()
+        now_s = time.monotonic()
         with self._changed:
-            for send in self._by_request.values():
-                if send.gathering and now_s - send.gathering_s > self._timeout_s:
-                    stuck += [reader.peer.link for reader in send.readers.values()]
             for send in list(self._by_transfer.values()):
                 asked_s = min((reader.record.asked_s or 0.0 for reader in send.readers.values()), default=0.0)
                 if send.transfer is None and now_s - asked_s > self._timeout_s:
@@ -200,10 +196,6 @@ class Sender:
                     for reader in send.readers.values():
                         if send.transfer is not None and not reader.done:
                             reader.peer.post(Waiting(send.transfer_id))
-        # A send that is launched waits on the GPU for decode, which has no header. A call that waits for the whole GPU may hold up both this
-        # copy's thread and the engine's: aborted, the send lets them go on.
-        for link in stuck:
-            link.close()
 
     def close(self) -> None:
         self._listener.close()
@@ -354,7 +346,7 @@ class Sender:
                 start, stop = reader.sent, min(len(send.blocks), reader.sent + piece_blocks)
                 event, block_ids = send.event, send.blocks[start:stop]
                 last = stop == len(send.transfer.ends)
-                send.gathering, send.gathering_s = send.gathering + 1, time.monotonic()
+                send.gathering += 1
             header = Blocks(send.transfer_id, start, stop - start, len(block_ids) * link.block_bytes)
             try:
                 ready_s = link.pack(block_ids, event)

@@ -243,25 +243,6 @@ def test_piece_that_breaks_off_ends_the_connection(kv_pair, monkeypatch, name):
     moves(p, d, [5, 6], [12, 13])
 
 
-def test_copy_that_does_not_end_is_given_up_after_the_timeout(monkeypatch):
-    """As where a launched send keeps the GPU from what its own thread waits for: only the link's end lets that go on."""
-    port, close, pack, closed = free_port(), TcpLink.close, TcpLink.pack, threading.Event()
-
-    def pack_until_closed(link, block_ids, after):
-        assert closed.wait(30)
-        return pack(link, block_ids, after)
-
-    monkeypatch.setattr(TcpLink, "pack", pack_until_closed)
-    monkeypatch.setattr(TcpLink, "close", lambda link: (close(link), closed.set()))
-    act_as_nccl(monkeypatch)
-    with instances(lambda: Instance("prefill", port, timeout_s=0.5), lambda: Instance("decode")) as (p, d):
-        transfer = new_transfer(8)
-        fetch(d, transfer, [10, 11], port)
-        prefill(p, transfer, [1, 2])
-        settled(p, d, transfer, failed=True)
-        moves(p, d, [3, 4], [12, 13])
-
-
 def test_preempted_blocks_are_overwritten_after_their_copy(kv_pair, monkeypatch):
     """Not before, though the header has left and the send is launched."""
     act_as_nccl(monkeypatch)
