@@ -352,9 +352,8 @@ class Sender:
                 ready_s = link.pack(block_ids, event)
                 with self._changed:
                     ended = send.ended
-                begun_s = time.monotonic()
-                # Of a transfer that is over, decode takes what is on its way, for nobody.
-                is_begun = link.begin_send(msgspec.structs.replace(header, transfer_id="") if ended else header)
+                if not ended:
+                    link.begin_send(header)
                 copy_s = link.copied()
             finally:
                 with self._changed:
@@ -362,17 +361,13 @@ class Sender:
                     if send.ended:
                         self._settle(send)
                     self._changed.notify_all()
-            if not is_begun:
-                if ended:
-                    return
-                begun_s = time.monotonic()
-            seconds = link.end_send(header)
             if ended:
                 return
+            seconds = link.end_send(header)
             with self._changed:
                 reader.sent = stop
                 reader.record.ready_s = ready_s
-                reader.record.moved(header.bytes, header.count, begun_s, seconds, copy_s)
+                reader.record.moved(header.bytes, header.count, link.sent_s, seconds, copy_s)
                 if last and not send.ended:
                     reader.done = True
                     self._context.finish(reader.record)

@@ -1,7 +1,8 @@
 """How a pair of workers moves packed blocks: over the control connection (tcp), or from GPU to GPU by NCCL (nccl); docs/kv-protocol.md.
 
-With nccl prefill launches its send behind the copy of the blocks, both while the forward pass still runs; the header leaves when that is over,
-and decode posts the matching receive when the header arrives: pieces stay in order, and no GPU waits for longer than a header takes.
+With nccl the forward pass is over and the copy of the blocks under way when prefill launches its send behind that; then the header leaves, and
+decode posts the matching receive when it arrives. Pieces stay in order, no GPU waits for longer than a header takes, and nothing waits for a GPU
+between launch and header: a call that waits for all of the GPU, the send among it, could hold it up.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Link(ABC):
         self._copying: Any
         self._copied: Any
         self._copying, self._copied = _timing() if on_gpu else (None, None)
-        self._copy_s = 0.0
+        self._copy_s = self.sent_s = 0.0
         # Memory of the stream: what was launched may still use it when the link is closed and gone, and what gets it next comes behind that.
         self._staging = self._buffer(staging_bytes)
         with torch.cuda.stream(self.stream):
@@ -54,16 +55,18 @@ class Link(ABC):
     def pack(self, block_ids: Sequence[int], after: Any) -> float:
         """Begin to copy blocks into the buffer; returns when (time.monotonic()) the pass before that was over."""
         ready_s = time.monotonic()
-        self._gather(block_ids, after)
+        with self._on_stream(after):
+            packed = self._packer.gather(self._numbers.put(block_ids), self._staging)
+            if self._host is not None:
+                self._host[: packed.numel()].copy_(packed, non_blocking=True)
         if after is not None:
             # Sleeps in the driver without the interpreter's lock, for as long as the forward pass takes.
             after.synchronize()
             ready_s = time.monotonic()
         return ready_s
 
-    def begin_send(self, header: Blocks) -> bool:
-        """Send the header if the bytes are to follow in any case; False where nothing has left."""
-        return False
+    def begin_send(self, header: Blocks) -> None:  # noqa: B027 (some transports send all at once)
+        """As much of sending header and bytes as need not wait until they are `copied`."""
 
     def copied(self) -> float:
         """Wait for the last copy: from then on blocks that were packed may be overwritten. Returns the seconds that it took, by the GPU's clock."""
@@ -74,7 +77,7 @@ class Link(ABC):
 
     @abstractmethod
     def end_send(self, header: Blocks) -> float:
-        """Send the rest; returns the seconds on the wire, when the buffer is free again."""
+        """Send the rest; returns the seconds on the wire, when the buffer is free again. `sent_s` is when the header left."""
 
     @abstractmethod
     def receive(self, count: int, block_ids: Sequence[int]) -> float:
@@ -99,14 +102,6 @@ class Link(ABC):
         """Have the numbers for `unpack` on the device; while the bytes come, since each call may have to wait for the interpreter's lock."""
         with torch.cuda.stream(self.stream):
             self._index = self._numbers.put(block_ids)
-
-    def _gather(self, block_ids: Sequence[int], after: Any) -> int:
-        """Launch the copy into the buffer; returns its bytes."""
-        with self._on_stream(after):
-            packed = self._packer.gather(self._numbers.put(block_ids), self._staging)
-            if self._host is not None:
-                self._host[: packed.numel()].copy_(packed, non_blocking=True)
-        return packed.numel()
 
     @contextmanager
     def _on_stream(self, after: Any = None) -> Iterator[None]:
@@ -158,9 +153,9 @@ class TcpLink(Link):
         self._bytes = memoryview((self._staging if self._host is None else self._host).numpy())
 
     def end_send(self, header: Blocks) -> float:
-        begun_s = time.monotonic()
+        self.sent_s = time.monotonic()
         self.channel.send(header, self._bytes[: header.bytes])
-        return time.monotonic() - begun_s
+        return time.monotonic() - self.sent_s
 
     def receive(self, count: int, block_ids: Sequence[int]) -> float:
         self._put(block_ids)
@@ -186,10 +181,11 @@ class NcclLink(Link):
             self.close()
             raise
 
-    def begin_send(self, header: Blocks) -> bool:
+    def begin_send(self, header: Blocks) -> None:
+        self._launch(header.bytes)
+        self.sent_s = time.monotonic()
         # Before vLLM may overwrite blocks it waits for the copy, and so for this, but never for the network (`Sender.preempted`).
         self.channel.send(header, wait=False)
-        return True
 
     def end_send(self, header: Blocks) -> float:
         """The seconds returned are the GPU's, from the end of the copy to the end, the peer's answer included."""
@@ -210,11 +206,6 @@ class NcclLink(Link):
                 self._start_thread("kv-nccl-abort", self._abort)
             except RuntimeError:  # no more threads on this machine
                 self._abort()
-
-    def _gather(self, block_ids: Sequence[int], after: Any) -> int:
-        count = super()._gather(block_ids, after)
-        self._launch(count)
-        return count
 
     def _open_in_time(self) -> None:
         """Open in a thread of its own and wait for it. Raises ChannelClosedError when that fails or does not end."""

@@ -119,8 +119,8 @@ def test_peer_leaves_and_returns(pair):
         assert torch.equal(returned.blocks([3, 4]).cpu(), d.blocks([14, 15]).cpu())
 
 
-def test_engine_may_free_memory_while_a_send_waits_for_its_pass(pair):
-    """That waits for all that is launched on the GPU, the send among it, and may hold a lock of the driver meanwhile; decode has no header yet."""
+def test_engine_may_free_memory_while_a_transfer_waits_for_its_pass(pair):
+    """That waits for all that is launched on the GPU and may hold a lock of the driver meanwhile; decode has no header yet."""
     p, d = pair
     for _ in range(10):
         transfer = new_transfer(16)
@@ -131,7 +131,7 @@ def test_engine_may_free_memory_while_a_send_waits_for_its_pass(pair):
             torch.cuda._sleep(200_000_000)  # the forward pass
             p.compute(transfer, [1, 2, 3, 4], replace=True)
             del spare
-            time.sleep(0.02)  # copy and send are launched by now
+            time.sleep(0.02)  # the copy is launched by now
             engine = threading.Thread(target=torch.cuda.empty_cache, daemon=True)
         engine.start()
         engine.join(20)

@@ -114,15 +114,19 @@ def opened(channel, threads):
     return NcclLink(context, context.packer, channel, sends=True)
 
 
-def test_send_is_launched_behind_the_copy_and_the_header_leaves_before_it_is_over(library, ends):
+def test_send_and_header_come_after_the_pass_and_before_the_copy_is_over(library, ends):
     threads = Threads()
     link = opened(ends[0], threads)
     assert ends[1].receive() == {"type": "nccl", "id": b"id".hex()}
     passed = Pass(lambda: library.sent)
     ready_s = link.pack([3], passed)
-    assert passed.seen == [[1, 100]] and ready_s <= time.monotonic()  # launched while the forward pass still ran
-    assert link.begin_send(HEADER) and ends[1].receive(Blocks) == HEADER  # `copied` comes after it
+    assert passed.seen == [[1]] and library.sent == [
+        1
+    ]  # a send that waits for its header must not wait for a pass, too
+    link.begin_send(HEADER)  # `copied` comes after it
+    assert ends[1].receive(Blocks) == HEADER and library.sent == [1, 100]
     assert link.copied() == link.end_send(HEADER) == pytest.approx(1e-4)
+    assert ready_s <= link.sent_s <= time.monotonic()
     link.close()
     threads.join(60)
 
@@ -160,7 +164,7 @@ def test_close_aborts_the_communicator_once(library, channel):
     threads.join(60)
     assert library.aborted == ["comm"]
     with pytest.raises(ChannelClosedError):
-        link.pack([1], Event())
+        link.begin_send(HEADER)
 
 
 def test_close_aborts_where_no_thread_can_start(library, channel, monkeypatch):

@@ -74,8 +74,6 @@ class Engine:
             over = self.ends[event - 1] if event else 0.0
             self.arrivals[fetch.transfer.request_id] = max(self.now + WIRE, over) + WRITE
 
-    is_waiting = False
-
     def take_reports(self, failures=True, successes=True):
         arrived = {name for name, at in self.arrivals.items() if at <= self.now and successes}
         for name in arrived:
