@@ -84,7 +84,9 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         differs=differs,
         measured=measured,
         trials=of_trials,
-        seconds_ms=seconds.of_run(run, {name for part in parts for name in part.requests}),
+        seconds_ms=seconds.of_run(
+            run, {name for part in parts for name, request in part.requests.items() if not request.warmup}
+        ),
         predicted=blind,
         at_own_speed=known if blind.figures and all(speeds.values()) else None,
     )

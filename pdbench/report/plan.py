@@ -258,6 +258,8 @@ def seconds_chart(checks: Sequence[Check], predictions: Sequence[Prediction]) ->
         panels.append(_parts(f"{name}: {check.path}", of_check))
     panels = [panel for panel in panels if panel.series]
     caption = _("From sending to the last token. Compute: steps with the prompt, until its token is handed out.")
+    if any(check.seconds_ms for check in checks):
+        caption += " " + _("Compare way in and queue together: measured, the queue begins at the API server.")
     if not all(check.seconds_ms for check in checks):
         caption += " " + _("Without a measured bar: not measured, the run's servers did not log its prompts.")
     return Chart(key="seconds", title=_("One request's seconds"), panels=panels, caption=caption)
