@@ -1,6 +1,7 @@
 """What `pdbench plan` found: calibrations, predictions, checks and searches as tables and charts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -124,11 +125,11 @@ def search(of: Search, *, on_gpus: bool) -> Table:
             lines.append(_("{0}: refused: {1}", each.layout.name, _(each.refusal)))
         elif each.verdict == "met":
             verdict = _("cheapest") if not place else _("tie") if each.layout.name in of.ties else verdict
-        figures = (_with_interval(each.figures.get(name)) for name in SEARCHED)
+        # A refused one's figures are a guess: only the picture shows where it would be.
+        known = {} if each.refusal else each.figures
+        figures = (_with_interval(known.get(name)) for name in SEARCHED)
         rows.append([each.layout.name, each.layout.gpus, verdict, *figures])
         styles.append({"met": "" if place else "better", "not decided": ""}.get(each.verdict or "", "worse"))
-    slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
-    limits = ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
     if not of.candidates or of.candidates[0].verdict != "met":
         words = "No deployment of at most {0} GPUs surely keeps the SLO in steps that the runs have reached."
         words = words if on_gpus else words.replace("GPUs", "instances")
@@ -138,8 +139,13 @@ def search(of: Search, *, on_gpus: bool) -> Table:
     lines.append(_("Met: the whole interval is at 99 % or above; not decided: 99 % lies in it."))
     labels = map(text.label, SEARCHED)
     header = ["", _("GPUs" if on_gpus else "instances"), "", *labels]
-    title = _("Search: 99 % of requests within {0}", limits)
+    title = _("Search: 99 % of requests within {0}", _limits(of))
     return Table(title=title, header=header, rows=rows, styles=styles, note="\n\n".join(lines))
+
+
+def _limits(of: Search) -> str:
+    slo = ((_("TTFT"), of.slo_ttft_ms), (_("mean TBT"), of.slo_tbt_ms))
+    return ", ".join(f"{title} {limit:g} ms" for title, limit in slo if limit)
 
 
 def _bounded(value: float, low: float, high: float) -> str:
@@ -315,8 +321,13 @@ def predictions_chart(of: Sequence[Prediction], *, on_gpus: bool) -> Chart:
 
 def search_chart(of: Search, *, on_gpus: bool) -> Chart:
     """Joules per token against GPUs: which deployments keep the SLO, which do not, of which nothing is known."""
-    panel = _by_gpus(of.candidates, "j_per_output_token", on_gpus=on_gpus)
+    words = [*(_load(each) for each in of.candidates[:1]), _("99 % of requests within {0}", _limits(of))]
+    panel = replace(
+        _by_gpus(of.candidates, "j_per_output_token", on_gpus=on_gpus), title=_("; ").join(filter(None, words))
+    )
     caption = _("Bars are 90 % intervals.")
+    if any(each.refusal and each.figures for each in of.candidates):
+        caption += " " + _("Refused: where it would be, at costs that are guessed.")
     return Chart(key="search", title=_("Deployments near the cheapest"), panels=[panel], caption=caption)
 
 

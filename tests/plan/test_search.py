@@ -35,7 +35,7 @@ def found(
     def demands(draw: int) -> Demand:
         return demand_of_load(LoadConfig(rate=rate, requests=200, input_tokens=1500, output_tokens=48), draw)
 
-    result = search(made, demands, "", slo=slo, most_gpus=most, by_joules=by_joules)
+    result = search(made, demands, f"{rate:g} requests/s", slo=slo, most_gpus=most, by_joules=by_joules)
     return result, Trials(made, demands, "", slo)
 
 
@@ -92,6 +92,10 @@ def test_deployments_beyond_the_calibration_are_refused_and_not_chosen() -> None
     assert narrow.candidates[0].layout.gpus > wide.candidates[0].layout.gpus
     reasons = [each.refusal for each in narrow.candidates if each.refusal]
     assert any("more sequences in one step than any run" in reason for reason in reasons)
+    rows = [row for row in report.search(narrow, on_gpus=True).rows if row[2] == "refused"]
+    assert rows and all(row[3:] == [None] * 4 for row in rows), "no figures of what is refused"
+    assert "25 requests/s" in (panel := report.search_chart(narrow, on_gpus=True).panels[0]).title
+    assert "TTFT" in panel.title
 
 
 def test_many_small_decode_instances_are_found() -> None:
