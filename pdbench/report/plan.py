@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -108,10 +109,10 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     )
     one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
     counts = [each.layout.gpus for each in of]
-    names = [_(one if n == 1 else several, each.layout.name, n) for each, n in zip(of, counts, strict=True)]
+    names = [_(one if n == 1 else several, each.layout.name, f"{n:,}") for each, n in zip(of, counts, strict=True)]
     title = _("Predicted: {0}", _load(of[0]))
     if not rows:
-        return Table(title=title, note="\n".join(lines[:-1]))
+        return Table(title=title, note="\n\n".join(lines[:-1]))
     return Table(title=title, header=["", *names], rows=rows, note="\n\n".join(lines))
 
 
@@ -176,14 +177,16 @@ def check(of: Check) -> Table:
     styles = []
     for name, (figure, measured, own) in _compared(of).items():
         inside = _is_inside(figure, measured)
-        words = _bounded(measured, *of.trials.get(name, (measured, measured)))
+        low, high = of.trials.get(name, (measured, measured))
+        words = _bounded(measured, low, high) if low < high else text.number(measured)
         errors = error(figure, measured), error(own, measured)
         rows.append([text.label(name), words, _with_interval(figure), _("yes") if inside else _("no"), *errors])
         styles.append("" if inside else "worse")
     name = of.predicted.layout.name
     lines = []
     if rows:
-        lines.append(_("Measured: all trials together, and the trials' least and most."))
+        if any(low < high for low, high in of.trials.values()):
+            lines.append(_("Measured: all trials together, and the trials' least and most."))
         lines.append(
             _("At its own speed: with the speed of its own prefill steps known; what is left is the model's error.")
         )
@@ -199,22 +202,34 @@ def check(of: Check) -> Table:
 
 
 def overview(of: Sequence[Check]) -> Table:
-    """Several checks, a row each: how far off from arrivals alone, and at the run's own speed."""
+    """Several checks, two rows each: how far off from arrivals alone, and at the run's own speed."""
     rows: list[list[Value]] = []
-    for each in of:
+    for each, name in zip(of, _apart(of), strict=True):
         compared = _compared(each)
         inside = sum(_is_inside(figure, measured) for figure, measured, _own in compared.values())
-        errors: list[Value] = []
-        for name in OVERVIEW:
-            figure, measured, own = compared.get(name, (None, 0.0, None))
-            errors.append(f"{error(figure, measured)} ({error(own, measured) or '–'})" if figure else None)
-        name = f"{each.path}, {each.predicted.layout.name}"
-        verdict = _("refused") if each.predicted.refusal else ""
-        held_out = _("yes") if each.held_out else _("no")
-        rows.append([name, held_out, verdict, _("{0} of {1}", inside, len(compared)), *errors])
-    header = ["", _("held out"), "", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
-    note = _("Error of the prediction from arrivals alone, and in brackets at the run's own speed.")
-    return Table(title=_("Checks"), header=header, rows=rows, note=note)
+        known = [compared.get(name, (None, 0.0, None)) for name in OVERVIEW]
+        verdict = _("{0} of {1}", inside, len(compared))
+        verdict = f"{verdict} ({_('refused')})" if each.predicted.refusal else verdict
+        rows.append([name, verdict, *(error(figure, measured) for figure, measured, _own in known)])
+        if each.at_own_speed:
+            rows.append([_("at its own speed"), "", *(error(own, measured) for _figure, measured, own in known)])
+    header = ["", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
+    lines = [_("Errors of the prediction from arrivals alone, and with the speed of the run's own prefill steps known.")]
+    calibrating = [each.path for each in of if not each.held_out]
+    if calibrating:
+        lines.append(_("Their errors are smaller than another run's, as they calibrated: {0}", ", ".join(calibrating)))
+    return Table(title=_("Checks"), header=header, rows=rows, note="\n\n".join(lines))
+
+
+def _apart(checks: Sequence[Check]) -> list[str]:
+    """What tells the runs from each other, in words that fit into a narrow column: their deployments, and the folders that not all of them are in."""
+    parts = [Path(each.path).parts for each in checks]
+    shared = next((place for place, names in enumerate(zip(*parts, strict=False)) if len({*names}) > 1), 0)
+    named = []
+    for each, names in zip(checks, parts, strict=True):
+        folders = names[shared:-1] if names[-1].endswith("_results") else names[shared:]
+        named.append(", ".join([*folders, each.predicted.layout.name]))
+    return named
 
 
 def error(figure: Figure | None, measured: float) -> Value:

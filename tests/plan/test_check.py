@@ -1,12 +1,19 @@
 """A run beside its prediction: what is taken of the run itself."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pdbench.events import ProxyEvent
 from pdbench.plan.check import own_speed
+from pdbench.plan.deployment import parse_layout
+from pdbench.plan.records import Check, Figure, Prediction
 from pdbench.plan.steps import Part, Stream, visits_of
 from pdbench.records import Clock, Run
+from pdbench.report import plan as report
+from pdbench.report.tables import Terminal
 from tests.plan.test_predict import calibration
 
 
@@ -31,3 +38,41 @@ def test_own_speed_is_that_of_all_instances_of_a_role() -> None:
     speed = both["host_prefill_s"] / costs.host_prefill_s
     assert 1 < speed < 2
     assert sorted(np.multiply(speed, both["noise"][0])) == pytest.approx([1.0] * 10 + [2.0] * 10)
+
+
+def checked(path: str, layout: str, held_out: bool = True, trials: tuple[float, ...] = (50.0,)) -> Check:
+    figures = {name: Figure(51.0, 40.0, 70.0) for name in report.OVERVIEW}
+    made = Prediction(layout=parse_layout(layout), load="", figures=figures)
+    measured = dict.fromkeys(figures, 50.0)
+    spread = {name: [min(trials), max(trials)] for name in figures}
+    return Check(
+        path=path,
+        held_out=held_out,
+        differs=[],
+        measured=measured,
+        trials=spread,
+        seconds_ms={},
+        predicted=made,
+        at_own_speed=made,
+    )
+
+
+def test_table_of_several_checks_names_them_in_a_narrow_terminal() -> None:
+    checks = [
+        checked("results/long-name-of-a-host/rates/rate=8.0/replicas_results", "replicas:2"),
+        checked("results/long-name-of-a-host/rates/rate=16.0/disaggregated_results", "1p1d", held_out=False),
+    ]
+    table = report.overview(checks)
+    assert [row[0] for row in table.rows[::2]] == ["rate=8.0, replicas:2", "rate=16.0, 1p1d"]
+    assert table.note.endswith("rates/rate=16.0/disaggregated_results")
+    written = io.StringIO()
+    Console(file=written, width=80).print(Terminal(table))
+    rows = [line.split()[0] for line in written.getvalue().splitlines() if "7 of 7" in line]
+    assert rows == ["rate=8.0,", "rate=16.0,"], "no name is broken within a word"
+
+
+@pytest.mark.parametrize(("trials", "words"), [((50.0,), "50.0"), ((45.0, 55.0), "50.0 (45.0-55.0)")])
+def test_one_trial_has_no_least_and_most(trials: tuple[float, ...], words: str) -> None:
+    table = report.check(checked("replicas_results", "replicas:2", trials=trials))
+    assert table.rows[0][1] == words
+    assert ("least and most" in table.note) == (len(trials) > 1)
