@@ -153,17 +153,17 @@ def unfit(calibration: Calibration, layout: Layout, demands: Sequence[Demand]) -
         lengths = np.concatenate([demand.prompt_tokens - demand.cached_tokens for demand in demands])
         low, high = np.quantile(lengths, (0.05, 0.95))
         if (low < 0.8 * shortest or high > 1.25 * longest) and not calibrated.knows_lengths:
-            length = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
+            length = f"{low:,.0f} to {high:,.0f}" if high > low else f"{low:,.0f}"
             computed = " to compute" if any(demand.cached_tokens.any() for demand in demands) else ""
             return (
-                f"prompts of {length} tokens{computed}, and {role} was calibrated with {shortest} to {longest}: what a token costs is not known; "
+                f"prompts of {length} tokens{computed}, and {role} was calibrated with {shortest:,} to {longest:,}: what a token costs is not known; "
                 "measure spread lengths (`pdbench calibrate`, or --input-distribution lognormal --output-distribution lognormal)"
             )
         limits, least = calibrated.engine.limits, calibrated.chunks[0]
         chunks = [min(round(tokens), limits.max_num_batched_tokens) for tokens in (low, high)]
         if chunks[1] < 0.8 * least and not calibrated.knows_lengths:
             return (
-                f"prompts are computed {chunks[1]} tokens at a time, and {role} was calibrated with {least} and more: what a token costs is not known; "
+                f"prompts are computed {chunks[1]:,} tokens at a time, and {role} was calibrated with {least:,} and more: what a token costs is not known; "
                 "measure spread lengths (`pdbench calibrate`), or calibrate with the same --max-num-batched-tokens"
             )
         for launch in sorted({limits.launch(tokens) for tokens in chunks} - {*calibrated.launches}):

@@ -84,7 +84,7 @@ class Terminal:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = self.table
         if not table.rows:
-            yield Text(f"{table.title}: {table.note}", style="dim")
+            yield Text(table.title + ("\n" if "\n" in table.note else ": ") + table.note, style="dim")
             return
         columns = [list(column) for column in zip(table.header, *table.cells, strict=True)]
         fits = sum(max(map(cell_len, column)) + 3 for column in columns) <= options.max_width + 1

@@ -105,6 +105,7 @@ def test_refused_predictions_say_why_in_chinese():
             )
             table = report.predictions([of], on_gpus=True)
             assert not english_in(table.note) and not english_in(table.title), table.note
+            assert ", or " not in table.note
 
 
 def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
