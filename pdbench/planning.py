@@ -19,6 +19,7 @@ from pdbench.plan.demand import demand_of_load, with_requests
 from pdbench.plan.deployment import parse_layout
 from pdbench.plan.predict import UNCOUNTED_SLO, predict
 from pdbench.plan.records import Calibration, Prediction
+from pdbench.plan.remedy import command_for
 from pdbench.plan.search import search
 from pdbench.records import Run, load_run
 from pdbench.report import mpl, tables
@@ -109,7 +110,8 @@ def plan(
             found, lambda draw: demand_of_load(load, draw), words, slo=slo, most_gpus=most_gpus, by_joules=by_joules
         )
         save(document.FILE, result)
-        show(report.search(result, on_gpus=found.on_gpus))
+        refused = [each for each in result.candidates if each.refusal]
+        show(report.search(result, on_gpus=found.on_gpus, remedy=command_for(found, refused, load)))
         drawn.append(partial(report.search_chart, result, on_gpus=found.on_gpus))
         # The best of each kind with all its figures.
         best = {each.layout.kind: each for each in reversed(result.candidates) if not each.refusal}
@@ -121,7 +123,8 @@ def plan(
     ]
     if predicted:
         save("predictions.json", predicted)
-        show(report.predictions(predicted, on_gpus=found.on_gpus))
+        refused = [each for each in predicted if each.refusal]
+        show(report.predictions(predicted, on_gpus=found.on_gpus, remedy=command_for(found, refused, load)))
         drawn.append(partial(report.predictions_chart, predicted, on_gpus=found.on_gpus))
     drawn.append(partial(report.seconds_chart, checks, predicted))
     files["plan.md"] = ("\n\n".join(map(tables.markdown, shown)) + "\n").encode()

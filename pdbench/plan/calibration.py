@@ -82,12 +82,21 @@ def calibrate(runs: Mapping[Path, Run]) -> Calibration:
         raise UserError(f"these runs calibrate no engine: {'; '.join(missing)}")
     share_eager(roles)
     handoff = handoff_of(by_role["decode"], roles["decode"].engine) if "decode" in roles else None
-    missing += _missing(roles, handoff, [*runs.values()])
+    command = calibrate_command([*runs.values()])
+    missing += _missing(roles, handoff, command)
     # The largest ratio of two trials' speeds, of steps with prompts or without.
     series = [each for role in roles.values() for each in (role.speeds, role.decode_speeds) if each]
     drift = max(max(each) / min(each) for each in series)
     between_s = proxy_s(by_role["prefill"] or by_role["replica"])
-    return Calibration(sources=sources, roles=roles, missing=missing, drift=drift, handoff=handoff, proxy_s=between_s)
+    return Calibration(
+        sources=sources,
+        roles=roles,
+        missing=missing,
+        drift=drift,
+        handoff=handoff,
+        proxy_s=between_s,
+        command=command,
+    )
 
 
 def check_suitable(path: Path, run: Run) -> None:
@@ -300,7 +309,7 @@ def proxy_s(parts: list[Part]) -> float:
     return float(np.nanmedian(took)) if took else 0.0
 
 
-def _missing(roles: Mapping[Role, RoleCalibration], handoff: Handoff | None, runs: Sequence[Run]) -> list[str]:
+def _missing(roles: Mapping[Role, RoleCalibration], handoff: Handoff | None, command: str) -> list[str]:
     """What would make predictions possible, or surer, and last the command that measures it."""
     wanted = []
     computing = {name: role for name, role in roles.items() if role.computes}
@@ -317,7 +326,7 @@ def _missing(roles: Mapping[Role, RoleCalibration], handoff: Handoff | None, run
         wanted.append("power, which GPUs show whose power is read, in 20 s or longer (docs/power.md)")
     if any(role.engine.limits.kv_cache_tokens is None for role in roles.values()):
         wanted.append("the size of the KV cache, which runs of this pdbench save")
-    return [*wanted, f"all of this is measured by `{calibrate_command(runs)}`"] if wanted else []
+    return [*wanted, f"all of this is measured by `{command}`"] if wanted else []
 
 
 def calibrate_command(runs: Sequence[Run]) -> str:

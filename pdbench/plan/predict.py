@@ -31,6 +31,7 @@ PAUSES_ERROR = 0.5
 steps took 0.18 to 0.37 times a step on top on two H100s, 0.46 to 0.78 on four of another start (docs/results/plan)."""
 WINDOW_ERROR = 0.03
 """Standard deviation of the logarithm of tokens/s and goodput over what was measured, in 41 runs: where the window begins and ends in the load."""
+PREEMPTED = "the KV cache would be full and requests preempted: no run shows what that costs"
 TOO_WIDE = 6.0
 """An interval whose ends differ by more than this factor says nothing."""
 Slo = tuple[float | None, float | None]
@@ -267,7 +268,7 @@ def beyond(shares: Mapping[str, float], preempted: bool, figures: Mapping[str, F
             "for example `--rate R --ramp-to 2R`"
         )
     if preempted:
-        return "the KV cache would be full and requests preempted: no run shows what that costs"
+        return PREEMPTED
     ttft = figures.get("ttft_p50_ms")
     if ttft and ttft.high > TOO_WIDE * ttft.low:
         return (

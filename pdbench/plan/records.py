@@ -84,7 +84,8 @@ class RoleCalibration(msgspec.Struct, frozen=True, kw_only=True):
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a prediction needs, from one or several runs; `handoff` is None where no run shows it. `drift` is the largest ratio of
-    two trials' speeds; `missing` says what was not measured and the command that measures it."""
+    two trials' speeds; `missing` says what was not measured and the command that measures it, `command` is
+    `pdbench calibrate` with the model, options and lengths of the runs."""
 
     schema: str = SCHEMA
     sources: list[Source]
@@ -93,6 +94,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     proxy_s: float = 0.0
     drift: float = 1.0
     missing: list[str] = []
+    command: str = ""
 
     @property
     def on_gpus(self) -> bool:

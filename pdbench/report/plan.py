@@ -29,6 +29,7 @@ VERDICTS: dict[str | None, tuple[str, str, str]] = {
     None: ("", GREY, "o"),
 }
 """Of a deployment: its words, its colour and its point."""
+REMEDY = "What was refused is measured by `{0}`"
 SECONDS = {"way_in": ("Way in", "send"), "decode": ("Decode's steps", "decode_step")}
 """Parts of a request's time that are no phase of a run: their words, and the phase whose colour they have."""
 
@@ -89,8 +90,8 @@ def calibration(found: Calibration) -> Table:
     return Table(title=_("Calibrated"), header=["", *map(_, found.roles)], rows=rows, note="\n\n".join(lines))
 
 
-def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
-    """Figures with their intervals, a column per deployment; a refused one has its reason below."""
+def predictions(of: Sequence[Prediction], *, on_gpus: bool, remedy: str | None = None) -> Table:
+    """Figures with their intervals, a column per deployment; a refused one has its reason below, and the command that measures what is missing."""
     rows: list[list[Value]] = [
         [text.label(name), *(_with_interval(each.figures.get(name)) for each in of)]
         for name in FIGURES
@@ -104,6 +105,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
         if each.saturated:
             words = "{0}: the queue grows: it cannot keep up, and its times depend on how long the load lasts"
             lines.append(_(words, name))
+    lines += [_(REMEDY, remedy)] if remedy else []
     lines.append(
         _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
     )
@@ -116,8 +118,8 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool) -> Table:
     return Table(title=title, header=["", *names], rows=rows, note="\n\n".join(lines))
 
 
-def search(of: Search, *, on_gpus: bool) -> Table:
-    """Every deployment that was tried near the best, the cheapest first; a reason for each that is refused."""
+def search(of: Search, *, on_gpus: bool, remedy: str | None = None) -> Table:
+    """Every deployment that was tried near the best, the cheapest first; a reason for each that is refused, and the command that measures what is missing."""
     rows: list[list[Value]] = []
     styles, lines = [], []
     for place, each in enumerate(of.candidates):
@@ -135,6 +137,7 @@ def search(of: Search, *, on_gpus: bool) -> Table:
         words = "No deployment of at most {0} GPUs surely keeps the SLO in steps that the runs have reached."
         words = words if on_gpus else words.replace("GPUs", "instances")
         lines.insert(0, _(words, f"{of.most_gpus:,}"))
+    lines += [_(REMEDY, remedy)] if remedy else []
     words = "{0} simulations of {1} requests. In brackets: 90 % intervals."
     lines.append(_(words, f"{of.simulations:,}", f"{of.requests:,}"))
     lines.append(_("Met: the whole interval is at 99 % or above; not decided: 99 % lies in it."))
@@ -214,7 +217,9 @@ def overview(of: Sequence[Check]) -> Table:
         if each.at_own_speed:
             rows.append([_("at its own speed"), "", *(error(own, measured) for _figure, measured, own in known)])
     header = ["", _("in the interval"), *(text.label(name) for name in OVERVIEW)]
-    lines = [_("Errors of the prediction from arrivals alone, and with the speed of the run's own prefill steps known.")]
+    lines = [
+        _("Errors of the prediction from arrivals alone, and with the speed of the run's own prefill steps known.")
+    ]
     calibrating = [each.path for each in of if not each.held_out]
     if calibrating:
         lines.append(_("Their errors are smaller than another run's, as they calibrated: {0}", ", ".join(calibrating)))

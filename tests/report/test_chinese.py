@@ -103,7 +103,7 @@ def test_refused_predictions_say_why_in_chinese():
             of = Prediction(
                 layout=Layout("single", {"single": 1}), load="12 requests/s, 1,000 requests", refusal=refusal
             )
-            table = report.predictions([of], on_gpus=True)
+            table = report.predictions([of], on_gpus=True, remedy="--rate 3")
             assert not english_in(table.note) and not english_in(table.title), table.note
             assert ", or " not in table.note
 
@@ -112,7 +112,9 @@ def test_calibration_says_in_chinese_what_is_assumed_and_what_is_missing():
     bare = msgspec.structs.replace(
         role(sure=9.0), speeds=[1.0], power=None, assumed=["--max-num-seqs 1024 (vLLM's default)", "asynchronous scheduling (vLLM's default)", "a server with a GPU", "5 ms from sending to scheduling (a single instance's run would show it)"]
     )  # fmt: skip
-    found = calibration(roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, None, []))
+    found = calibration(
+        roles={"single": bare, "decode": bare}, missing=_missing({"single": bare}, None, "pdbench calibrate")
+    )
     with text.language("zh"):
         note = report.calibration(found).note
     assert not english_in(note) and note.count("缺少") == len(found.missing) >= 5

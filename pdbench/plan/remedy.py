@@ -1,0 +1,57 @@
+"""The command that measures what predictions were refused for."""
+
+import shlex
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdbench.config import LoadConfig
+from pdbench.load.arrivals import read_stages
+from pdbench.plan.calibration import SENT
+from pdbench.plan.demand import demand_of_load
+from pdbench.plan.predict import PREEMPTED
+from pdbench.plan.records import Calibration, Prediction
+
+BEYOND, BEGINNING = 1.25, 0.1
+"""A ramp ends above the rate to be predicted, so that it stays a while in steps as large, and begins at a share of its end."""
+MODEL_LEN = 1024
+"""Model lengths are rounded up to a multiple of this."""
+
+
+def command_for(calibration: Calibration, refused: Sequence[Prediction], load: LoadConfig) -> str | None:
+    """`pdbench calibrate` as the runs were served, with this load's lengths and a ramp up to what one instance of the refused deployments gets of
+    it. None where that tells nothing: of queues that grow (a ramp's would, too), of a full KV cache, and of runs that do not say how they were served."""
+    layouts = [each.layout for each in refused if not each.saturated and each.refusal != PREEMPTED]
+    if not layouts or not calibration.command:
+        return None
+    demand = demand_of_load(load, 0)
+    lengths = {name: getattr(load, name) for name in SENT}
+    if load.trace:
+        means = {"input_tokens": demand.prompt_tokens.mean(), "output_tokens": demand.output_tokens.mean()}
+        lengths |= {name: max(1, round(float(mean))) for name, mean in means.items()}
+    # `calibrate` leaves outputs eight times their mean, or a third of the length, beside the longest prompt.
+    longest = int(demand.prompt_tokens.max())
+    needed = longest + min(8 * (lengths["output_tokens"] or 1), longest // 2) + 16
+    needed = max(needed, int(np.max(demand.prompt_tokens + demand.output_tokens)))
+    model_len = "--max-model-len="
+    words = []
+    for word in shlex.split(calibration.command):
+        if word.startswith(model_len):
+            given = int(word.removeprefix(model_len))
+            words.append(f"{model_len}{max(given, -(-needed // MODEL_LEN) * MODEL_LEN)}")
+        elif not word.startswith(tuple(map(_option, SENT))):
+            words.append(word)
+    words += [f"{_option(name)}{value}" for name, value in lengths.items() if value is not None]
+    stages = read_stages(load.stages) if load.stages else []
+    if rate := max(load.rate or 0.0, load.ramp_to or 0.0, *(stage[0] for stage in stages)):
+        replicas = 2 if "replicas" in calibration.command else 1
+        # The role of which there are fewer gets most of the load.
+        end = BEYOND * max(
+            rate / min(layout.instances.values()) * (replicas if layout.kind == "replicas" else 1) for layout in layouts
+        )
+        words += [f"--rate={BEGINNING * end:.3g}", f"--ramp-to={end:.3g}"]
+    return shlex.join(words)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}="
