@@ -24,6 +24,7 @@ from pdbench.plan.search import search
 from pdbench.records import Run, load_run
 from pdbench.report import mpl, tables
 from pdbench.report import plan as report
+from pdbench.report.plan_distributions import distributions_chart
 from pdbench.report.search_files import check_no_measured_search
 from pdbench.report.text import translate as _
 from pdbench.search import document
@@ -103,7 +104,7 @@ def plan(
         show(report.overview(checks))
     if checks:
         save("checks.json", checks)
-        drawn.append(partial(report.checks_chart, checks))
+        drawn += [partial(report.checks_chart, checks), partial(distributions_chart, checks)]
     slo = load.slo_ttft_ms, load.slo_tbt_ms
     if most_gpus is not None:
         result = search(

@@ -11,7 +11,7 @@ import numpy as np
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import is_open_loop
 from pdbench.errors import UserError
-from pdbench.plan import fit, seconds
+from pdbench.plan import distributions, fit, seconds
 from pdbench.plan.calibration import ALIKE, ALIKE_LIMITS, source_of
 from pdbench.plan.deployment import role_of, sized
 from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
@@ -78,15 +78,17 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
     source, others = source_of(path, run, parts), calibration.sources
     ids = {other.run_id or other.path for other in others}
     differs += [name for name in ALIKE if getattr(source, name) not in {getattr(other, name) for other in others}]
+    requests = {
+        request.id: request for part in parts for request in part.requests.values() if not request.warmup
+    }  # of all trials, each once
     return Check(
         path=str(path),
         held_out=(source.run_id or source.path) not in ids,
         differs=differs,
         measured=measured,
         trials=of_trials,
-        seconds_ms=seconds.of_run(
-            run, {name for part in parts for name, request in part.requests.items() if not request.warmup}
-        ),
+        seconds_ms=seconds.of_run(run, {*requests}),
+        distributions_ms=distributions.of_requests([*requests.values()]),
         predicted=blind,
         at_own_speed=known if blind.figures and all(speeds.values()) else None,
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
 import msgspec
@@ -11,7 +11,7 @@ import numpy as np
 from pdbench import failures
 from pdbench.analysis.arrivals import Array, BoolArray
 from pdbench.errors import UserError
-from pdbench.plan import power, seconds
+from pdbench.plan import distributions, power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
 from pdbench.plan.engine import Demand, Deployment, Layout
 from pdbench.plan.records import Calibration, Figure, Prediction
@@ -61,7 +61,7 @@ class Day:
 class Draw:
     """One simulation of a load's trials. `figures` are named as a run's; `outside` is the share of the busy time in steps beyond the
     calibrated box, by what is beyond, `timed_out_pct` of the requests that the client would have ended; `seconds_ms` the mean request's parts (seconds.py); `growth` the mean TTFT, with the wait for a stream, of the last third of the requests over the first third's: above
-    `GROWTH` the queue grows."""
+    `GROWTH` the queue grows. `distributions_ms` only where they were asked for."""
 
     figures: dict[str, float]
     outside: dict[str, float]
@@ -69,6 +69,7 @@ class Draw:
     seconds_ms: dict[str, float]
     growth: float
     timed_out_pct: float
+    distributions_ms: distributions.Distributions = field(default_factory=dict)
 
 
 def predict(
@@ -85,21 +86,21 @@ def predict(
     """Figures with 90 % intervals of a deployment under a load.
 
     `demands` gives the trials' requests of draw number n, whose figures are pooled as a run's are. `slo` are the limits of TTFT and
-    mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused.
+    mean TBT in ms. `speeds` sets the engines of a trial of its own accord (--check knows them). `anyway`: figures although refused, and distributions.
     """
     begin_s = time.process_time()
     layout = sized(calibration, layout)
     drawn: list[Draw] = []
 
-    def draw(day: Day) -> Draw:
+    def draw(day: Day, *, distributed: bool = False) -> Draw:
         results = [
             simulate(speeds(day.deployment, trial) if speeds else day.deployment, demand, seed=day.number)
             for trial, demand in enumerate(demands(day.number))
         ]
-        return draw_of(results, calibration, slo, pauses=day.pauses)
+        return draw_of(results, calibration, slo, pauses=day.pauses, distributed=distributed)
 
     try:
-        usual = draw(usual_day(calibration, layout))
+        usual = draw(usual_day(calibration, layout), distributed=anyway)
         for day in islice(days_of(calibration, layout), draws):
             if len(drawn) >= LEAST_DRAWS and time.process_time() - begin_s > BUDGET_S:
                 break
@@ -129,7 +130,12 @@ def days_of(calibration: Calibration, layout: Layout) -> Iterator[Day]:
 
 
 def draw_of(
-    results: Sequence[Simulated], calibration: Calibration, slo: Slo = (None, None), *, pauses: float = 1.0
+    results: Sequence[Simulated],
+    calibration: Calibration,
+    slo: Slo = (None, None),
+    *,
+    pauses: float = 1.0,
+    distributed: bool = False,
 ) -> Draw:
     """Several trials' figures together; power and energy where they were calibrated. Decode's pauses are `pauses` times as long as calibrated.
 
@@ -192,7 +198,8 @@ def draw_of(
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
     is_preempted = any(instance.preemptions for instance in instances)
     timed_out_pct = 100 * float(np.mean(timed_out))
-    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth), timed_out_pct)
+    whole = distributions.of_simulated(results, jitter, slowest_s) if distributed else {}
+    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth), timed_out_pct, whole)
 
 
 def _share_within(result: Simulated) -> Array:
@@ -227,6 +234,7 @@ def prediction_of(
         refusal=refusal or beyond(outside, is_preempted, figures) or _ended(drawn),
         saturated=refusal is None and bool(np.median([draw.growth for draw in drawn]) > GROWTH),
         seconds_ms=usual.seconds_ms,
+        distributions_ms=usual.distributions_ms,
         draws=len(drawn),
     )
 

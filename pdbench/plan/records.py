@@ -115,7 +115,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
     given, and the measurement that is missing. `saturated`: the queue grows, and the figures with the load's length.
-    `seconds_ms`: the mean request's parts (plan/seconds.py), at the costs' best estimate.
+    `seconds_ms`: the mean request's parts (plan/seconds.py), at the costs' best estimate, as are
+    `distributions_ms` (plan/distributions.py), which checks have.
     """
 
     schema: str = SCHEMA
@@ -126,6 +127,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str | None = None
     saturated: bool = False
     seconds_ms: dict[str, float] = {}
+    distributions_ms: dict[str, list[float]] = {}
     draws: int = 0
 
     @property
@@ -156,7 +158,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """A run beside its predictions: from its arrivals alone, and with its own prefill speed (None after a refusal). `trials` are the
-    least and largest value of its trials. `held_out`: it did not calibrate. `seconds_ms`: the mean request's parts as
+    least and largest value of its trials. `held_out`: it did not calibrate. `seconds_ms` and `distributions_ms`: the mean request's parts, and how long all took, as
     measured; empty where the run does not tell. `differs`: in what it is not like the runs that did."""
 
     path: str
@@ -165,5 +167,6 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     measured: dict[str, float]
     trials: dict[str, list[float]]
     seconds_ms: dict[str, float]
+    distributions_ms: dict[str, list[float]] = {}
     predicted: Prediction
     at_own_speed: Prediction | None

@@ -9,6 +9,7 @@ from pdbench.plan.calibration import calibrate
 from pdbench.plan.check import check
 from pdbench.plan.records import Calibration, Check
 from pdbench.records import Run, load_run
+from pdbench.report.plan_distributions import distributions_chart
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ARCHIVE = RESULTS / "h200x2-p2p-nccl" / "runs.tar.xz"
@@ -113,3 +114,15 @@ def test_measured_seconds_are_those_of_the_measured_requests(tmp_path: Path) -> 
     assert len(measured) < len(run.requests)
     e2e_ms = [1e3 * (request.token_s[-1] - request.sent_s) for request in measured if request.sent_s is not None]
     assert sum(answer.seconds_ms.values()) == pytest.approx(sum(e2e_ms) / len(e2e_ms))
+    chart = distributions_chart([answer])
+    assert [panel.title.partition(",")[0] for panel in chart.panels] == ["TTFT", "TBT", "E2E"]
+    assert not distributions_chart([answer] * 5).panels
+    for panel, name in zip(chart.panels, ("ttft", "tbt", "e2e"), strict=True):
+        bars, *curves = panel.series
+        assert [series.name for series in curves] == ["measured", "predicted"]
+        for part, place in (("p50", 50), ("p90", 90), ("p99", 99)):
+            measured = curves[0].x[curves[0].y.index(place)]
+            assert measured == pytest.approx(answer.measured[f"{name}_{part}_ms"], rel=0.01)
+            assert answer.predicted.figures[f"{name}_{part}_ms"].low in bars.x
+        for series in curves:
+            assert series.x == sorted(series.x)
