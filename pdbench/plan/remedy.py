@@ -43,7 +43,10 @@ def command_for(calibration: Calibration, refused: Sequence[Prediction], load: L
             words.append(word)
     words += [f"{_option(name)}{value}" for name, value in lengths.items() if value is not None]
     stages = read_stages(load.stages) if load.stages else []
-    if rate := max(load.rate or 0.0, load.ramp_to or 0.0, *(stage[0] for stage in stages)):
+    rate = max(load.rate or 0.0, load.ramp_to or 0.0, *(stage[0] for stage in stages))
+    if load.trace and demand.t_s[-1] > 0:
+        rate = len(demand) / float(demand.t_s[-1])
+    if rate:
         replicas = 2 if "replicas" in calibration.command else 1
         # The role of which there are fewer gets most of the load.
         end = BEYOND * max(

@@ -1,5 +1,8 @@
 """The command below refusals."""
 
+import json
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -34,6 +37,14 @@ def test_lengths_are_those_of_the_load() -> None:
     command = command_for(calibration(command=COMMAND), [refused("1p1d")], long) or ""
     assert "--max-model-len=7168" in command and command.endswith("--input-tokens=6000 --output-tokens=100")
     assert command.count("--input-tokens") == 1 and "--rate" not in command
+
+
+def test_ramp_of_a_trace_is_of_its_mean_rate(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 100 * number, "input_length": 1000, "output_length": 40} for number in range(101)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    command = command_for(calibration(command=COMMAND), [refused("2p2d")], LoadConfig(trace=str(trace))) or ""
+    assert command.endswith("--input-tokens=1000 --output-tokens=40 --rate=0.631 --ramp-to=6.31")
 
 
 def test_no_command_is_given_that_would_not_help() -> None:
