@@ -47,11 +47,12 @@ def command_for(calibration: Calibration, refused: Sequence[Prediction], load: L
     if load.trace and demand.t_s[-1] > 0:
         rate = len(demand) / float(demand.t_s[-1])
     if rate:
+        # The role of which there are fewer gets most of the load; replicas that calibrate share theirs by two.
         replicas = 2 if "replicas" in calibration.command else 1
-        # The role of which there are fewer gets most of the load.
-        end = BEYOND * max(
-            rate / min(layout.instances.values()) * (replicas if layout.kind == "replicas" else 1) for layout in layouts
-        )
+        shares = [
+            min(layout.instances.values()) / (1 if layout.kind == "disaggregated" else replicas) for layout in layouts
+        ]
+        end = BEYOND * rate / min(shares)
         words += [f"--rate={BEGINNING * end:.3g}", f"--ramp-to={end:.3g}"]
     return shlex.join(words)
 

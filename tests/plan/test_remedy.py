@@ -24,7 +24,7 @@ def refused(layout: str, **changes: object) -> Prediction:
 
 
 @pytest.mark.parametrize(
-    ("layout", "ramp_to"), [("4p4d", "18.8"), ("2p6d", "37.5"), ("replicas:10", "15"), ("single", "75")]
+    ("layout", "ramp_to"), [("4p4d", "18.8"), ("2p6d", "37.5"), ("replicas:10", "15"), ("single", "150")]
 )
 def test_ramp_ends_beyond_what_an_instance_gets(layout: str, ramp_to: str) -> None:
     command = command_for(calibration(command=COMMAND), [refused(layout)], LOAD) or ""
