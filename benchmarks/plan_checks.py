@@ -192,25 +192,29 @@ def order(found: dict[str, list[Check]]) -> str:
 
 
 def chart_of(checks: Sequence[Check]) -> Chart:
-    """Predicted against measured, a panel per figure; refused ones in grey."""
+    """Predicted with its interval against measured, a panel per figure; refused ones in grey, without."""
     panels = []
     for name, words in zip(GOALS_PCT, NAMES, strict=True):
         series, ends = list[Series](), list[float]()
         for refused, shade in ((True, GREY), (False, BLUE)):
             points = [
-                (each.measured[name], figure.value)
+                (each.measured[name], figure)
                 for each in checks
                 if bool(each.predicted.refusal) is refused
                 and (figure := each.predicted.figures.get(name))
                 and each.measured.get(name)
             ]
-            measured, predicted = [list(values) for values in zip(*points, strict=True)] if points else ([], [])
+            measured, predicted = [at for at, _ in points], [figure.value for _, figure in points]
             label = "refused" if refused else "predicted"
+            if not refused:
+                places = [place for at in measured for place in (at, at, np.nan)]
+                bars = [end for _, figure in points for end in (figure.low, figure.high, np.nan)]
+                series.append(Series(x=places, y=bars, shade=shade, width=2, opacity=0.3))
             series.append(Series(kind="points", name=label, x=measured, y=predicted, shade=shade, size=6))
             ends += [*measured, *predicted]
         low, high = 0.8 * min(ends), 1.25 * max(ends)
         exact = Series(x=[low, high], y=[low, high], shade=MUTED, width=1, dash="dot")
-        places = [step * 10.0**power for power in range(-1, 6) for step in (1, 2, 5)]
+        places = [step * 10.0**power for power in range(-1, 6) for step in ((1, 2, 5) if high < 1000 * low else (1,))]
         places = [place for place in places if low <= place <= high]
         ticks = places, [f"{place:g}" for place in places]
         unit = "J" if name.startswith("j_") else "ms"
@@ -219,7 +223,7 @@ def chart_of(checks: Sequence[Check]) -> Chart:
         )
         panels.append(Panel(title=words, series=[exact, *series], x=x, y=y))
     title = f"{len(checks)} checks of runs that did not calibrate: exact on the dotted line"
-    return Chart(key="checks", title=title, panels=panels)
+    return Chart(key="checks", title=title, panels=panels, caption="Bars are 90 % intervals.")
 
 
 def rate_of(of: Check) -> object:
