@@ -116,6 +116,9 @@ def scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     base: type = getattr(import_module(f"vllm.v1.core.sched.{module}"), name)
     path = os.environ.get(LOG_VARIABLE)
     if path:
+        limits, switch = vllm_config.scheduler_config, "enabled" if asynchronous else "disabled"
+        # vLLM says neither in its own log where it is a default (server_metrics reads the line).
+        print(f"max_num_seqs={limits.max_num_seqs}, Asynchronous scheduling is {switch}", flush=True)
         base = type(f"Logged{base.__name__}", (_Logged, base), {"prompt_log": PromptLog(path)})
     return base(vllm_config, *args, **kwargs)
 

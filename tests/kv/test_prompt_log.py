@@ -17,6 +17,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pdbench.events import PromptEvent, parse
 from pdbench.kv import prompt_log
+from pdbench.server_metrics import parse_facts
 from pdbench.serving.models import tiny_model
 from tests.kv.test_scheduler import decode_of, prefill_of, request_of, step_of
 
@@ -178,8 +179,12 @@ def scheduler_of(monkeypatch: pytest.MonkeyPatch, path: Path, *, ahead: bool):
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["one step at a time", "a step ahead"])
-def test_vllms_own_scheduler_logs_its_prompts(ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_own_scheduler_logs_its_prompts(
+    ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     scheduler = scheduler_of(monkeypatch, tmp_path / "single-0.events.jsonl", ahead=ahead)
+    facts = parse_facts("single", capfd.readouterr().out, "")
+    assert (facts.max_num_seqs, facts.async_scheduling) == (8, ahead), "also where both are vLLM's defaults"
     assert isinstance(scheduler, Scheduler) and isinstance(scheduler, AsyncScheduler) == ahead
     for name, tokens in (("long", 300), ("short", 20), ("left", 10)):
         request = Request(name, [1] * tokens, SamplingParams(max_tokens=3, ignore_eos=True), None)
