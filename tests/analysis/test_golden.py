@@ -17,8 +17,12 @@ ROUNDED = 0.51e-4
 
 
 @pytest.fixture(scope="module")
-def analyses(tmp_path_factory) -> dict[str, RunAnalysis]:
-    folder = tmp_path_factory.mktemp("recorded")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("recorded")
+
+
+@pytest.fixture(scope="module")
+def analyses(folder) -> dict[str, RunAnalysis]:
     by_name = {}
     for name in GOLDEN:
         result, _, deployment = name.partition("/")
@@ -114,8 +118,7 @@ def test_pooled_metrics_parts_and_flags_of_recorded_run_keep_their_numbers(analy
     assert sorted({flag.name for flag in analysis.flags}) == GOLDEN[name]["flags"]
 
 
-def test_saved_analysis_of_recorded_run_is_read_back_equal(analyses, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "recorded0" / "h200x2-p2p-nccl" / "single_results"
-    again = load_analysis(folder)
+def test_saved_analysis_of_recorded_run_is_read_back_equal(analyses, folder):
+    again = load_analysis(folder / "h200x2-p2p-nccl" / "single_results")
     assert again.source and again.summary == analyses["h200x2-p2p-nccl/single_results"].summary
     assert again.figures == analyses["h200x2-p2p-nccl/single_results"].figures
