@@ -35,7 +35,7 @@ from tests.support.kv import (
     prefill,
     settled,
 )
-from tests.support.processes import free_port
+from tests.support.processes import free_port, lines_of
 
 pytestmark = pytest.mark.usefixtures("kv_secret")
 
@@ -69,9 +69,7 @@ def test_connection_that_just_closed_fails_its_fetches_once(tmp_path, noticed_by
         prefill(p, after, [4, 5])
         fetch(d, after, [16, 17], p.port)
         settled(p, d, after)
-    ends = [
-        line for line in map(json.loads, log.read_text().splitlines()) if line["transfer_id"] == waiting.transfer_id
-    ]
+    ends = [line for line in map(json.loads, lines_of(log)) if line["transfer_id"] == waiting.transfer_id]
     assert len(ends) == 1 and ends[0]["error"]
 
 

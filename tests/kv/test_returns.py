@@ -11,7 +11,7 @@ import torch
 from pdbench.kv.scheduler import Fetch, PrefillProgress
 from pdbench.kv.transports import Link
 from tests.support.kv import BLOCK, LAYERS, PATIENCE_S, Instance, instances, new_transfer, settled
-from tests.support.processes import free_port
+from tests.support.processes import free_port, lines_of
 
 pytestmark = pytest.mark.usefixtures("kv_secret")
 TOKENS, HELD = 30, 5  # of the prompt's 8 blocks decode has 5
@@ -54,7 +54,7 @@ def take(p, d, transfer, start=2):
 
 
 def records(tmp_path, name, direction):
-    lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+    lines = [json.loads(line) for line in lines_of(tmp_path / name)]
     return [line for line in lines if line["direction"] == direction]
 
 

@@ -16,7 +16,7 @@ from pdbench.serving.machine import inspect
 from pdbench.serving.models import tiny_model
 from tests.conftest import commands, serve_config, start
 from tests.support.kv import PATIENCE_S, SMALL_CHUNKS, Server, new_id, prompt_of, tiny_qwen2, wait_free
-from tests.support.processes import wait_until
+from tests.support.processes import lines_of, wait_until
 
 MACHINE = inspect()
 pytestmark = [
@@ -106,7 +106,7 @@ def assert_handed_over_both_ways(pair, lengths):
 def test_instances_hand_over_to_each_other(pair):
     assert_handed_over_both_ways(pair, LENGTHS)
     for server in pair:
-        log = server.log.with_suffix(".events.jsonl").read_text().splitlines()
+        log = lines_of(server.log.with_suffix(".events.jsonl"))
         moved = [line for line in map(json.loads, log) if line["event"] == "kv_transfer" and line["error"] is None]
         width = int(server.argv[server.argv.index("--tensor-parallel-size") + 1])
         assert {line["rank"] for line in moved} == set(range(width))

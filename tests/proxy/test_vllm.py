@@ -17,7 +17,7 @@ from pdbench.serving.deployment import DeploymentInfo, ServerInfo
 from pdbench.serving.models import tiny_model
 from tests.support.kv import Server as VllmServer
 from tests.support.kv import new_id, wait_free
-from tests.support.processes import wait_until
+from tests.support.processes import lines_of, wait_until
 from tests.support.proxy_processes import instance, proxy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
@@ -43,7 +43,7 @@ def kv_use(url: str) -> float:
 def events(running: DeploymentInfo) -> list[dict]:
     """What the proxy logged."""
     log = next(server.event_log for server in running.servers if server.role == "proxy")
-    return [msgspec.json.decode(line) for line in Path(log).read_bytes().splitlines()]
+    return [msgspec.json.decode(line) for line in lines_of(log)]
 
 
 def wait_for_no_kv(running: DeploymentInfo) -> None:
@@ -137,7 +137,7 @@ def test_prompts_of_other_apis_come_from_prefill(single: DeploymentInfo, disaggr
     log = next(server.event_log for server in disaggregated.servers if server.role == "decode")
 
     def prompts() -> list[dict]:
-        lines = [line for line in Path(log).read_bytes().splitlines() if b'"event":"prompt"' in line]
+        lines = [line for line in lines_of(log) if '"event":"prompt"' in line]
         return [prompt for prompt in map(msgspec.json.decode, lines) if prompt["transfer_id"] == event["transfer_id"]]
 
     wait_until(prompts)

@@ -30,6 +30,11 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, what: s
         time.sleep(min(0.02 + waited_s / 10, 0.2))  # some conditions cost much to look at
 
 
+def lines_of(log: str | Path) -> list[str]:
+    """The lines of a file to which another process may be writing: its last one counts once it is whole."""
+    return Path(log).read_text().rpartition("\n")[0].splitlines()
+
+
 def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
     """A TCP port that nothing listens on now, the first of `count` such ports in a row.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from tests.support.processes import ROOT, ending_with_tests, wait_until
+from tests.support.processes import ROOT, ending_with_tests, lines_of, wait_until
 
 
 class Answer(NamedTuple):
@@ -52,7 +52,7 @@ class Server:
 
     def lines(self) -> list[dict[str, Any]]:
         """What it logged."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return [json.loads(line) for line in lines_of(self.log)] if self.log.exists() else []
 
     def requests(self) -> list[dict[str, Any]]:
         """The requests that an instance got."""
