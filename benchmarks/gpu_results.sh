@@ -4,7 +4,7 @@
 # GROUP: two-gpu or connector (two lanes of two GPUs each, at the same time: about 26 and 10 minutes; on two GPUs connector's lanes come one
 # after the other, about 20), tensor-parallel (about 16), tensor-parallel-load (about 22, first-token beside it), dense-lanes (about 5), fleet (about 26),
 # fleet-tuned (about 24), fleet-512 (about 16), on two GPUs rivals (about 25; needs nixl and
-# mooncake), wire (about 6), first-token (about 8) or dense (about 10); default: all but the last three.
+# mooncake), wire (about 6), first-token (about 8), dense (about 7) or calibrate (about 24); default: all but the last four.
 # No step begins later than SECONDS after the start; each leaves a folder and a log in OUT and prints one line; one that fails ends no other.
 # CONNECTORS names those of rivals (default: all, with commas between). MODEL is a model folder (default: DeepSeek-V2-Lite's shape with random weights, made in OUT), PDBENCH_PYTHON the Python that has pdbench and vLLM.
 set -u
@@ -125,6 +125,12 @@ dense_lanes() {
     wait
 }
 
+calibrate() { # then loads of other rates and lengths, and two replicas, for `pdbench plan OUT/calibrate --check OUT/held-out/*/*_results`
+    vllm="--kv-cache-memory-bytes 33000000000" measure calibrate 830 calibrate calibrate --against disaggregated,single --max-minutes 13
+    vllm="--kv-cache-memory-bytes 33000000000" measure held-out 700 sweep calibrate --against disaggregated,replicas --vary rate=8,20 \
+        input_tokens=512,2048 --duration-s 25 $slo
+}
+
 second_turn() {
     step second-turn 240 env CUDA_VISIBLE_DEVICES=0,1 "$python" benchmarks/second_turn.py --connector p2p-nccl --model "$model" --conversations 10 \
         --prompt 2048 --answer 384 --new 64 "--vllm-args=--load-format dummy $alone"
@@ -217,8 +223,9 @@ for group in "$@"; do
     first-token) first_token "" ;;
     dense) dense dense replicas,disaggregated "" ;;
     dense-lanes) dense_lanes ;;
+    calibrate) calibrate ;;
     *)
-        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes" >&2
+        echo "no group $group: two-gpu, connector, tensor-parallel, tensor-parallel-load, fleet, fleet-tuned, fleet-512, rivals, wire, first-token, dense, dense-lanes, calibrate" >&2
         exit 2
         ;;
     esac
