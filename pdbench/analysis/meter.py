@@ -86,6 +86,8 @@ class Meter:
                 self._t, self._steps, self._curve, max(HOLE_S, 3 * usual_s)
             )
         self._total = np.concatenate([[0.0], np.nancumsum(self._steps)])
+        # Summary, flags and scopes ask for the same windows.
+        self._energies: dict[tuple[Interval, ...], EnergyWindow] = {}
         self._most_w = highest_limit_w(device) or MOST_W
         self._tick_error_s = (device.sampling.get("energy_tick_error_ms") or 0.0) / 1e3 if len(ticks) > 1 else 0.0
 
@@ -98,7 +100,12 @@ class Meter:
 
     def energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
         """The energy in all `windows` together; overlapping windows count once. No window is an energy of 0 J."""
-        windows = union(windows)
+        key = tuple(union(windows))
+        if key not in self._energies:
+            self._energies[key] = self._energy_in(key)
+        return self._energies[key]
+
+    def _energy_in(self, windows: Sequence[Interval]) -> EnergyWindow:
         duration_s = length_s(windows)
         still_s = length_s(intersection(self._still, windows))
         integral_j = total([self._curve.energy_j(start, end) for start, end in windows])
