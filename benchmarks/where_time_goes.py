@@ -9,7 +9,7 @@ token prefill sent, over that of the other run's requests, with the 95 % interva
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,18 @@ def steps(found: list[events.Event]) -> None:
 
 
 def pause(found: list[events.Event], *, by_decode: bool) -> None:
-    """From the proxy's request to decode until the proxy has its first byte."""
+    """From the proxy's request to decode until the proxy has its first byte; and what passes on decode until the step begins that uses the KV."""
+    received = {
+        each.transfer_id: each for each in found if isinstance(each, events.TransferEvent) and each.side == "receive"
+    }
     ways = {each.transfer_id: each for each in found if isinstance(each, events.ProxyEvent) and each.transfer_id}
     parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(where: str, names: Sequence[str], instants: Sequence[float | None]) -> None:
+        for name, first, last in zip(names, instants, instants[1:], strict=False):
+            if first is not None and last is not None:
+                parts[where][name].append(last - first)
+
     for event in found:
         if not isinstance(event, events.PromptEvent) or not event.server.startswith("decode"):
             continue
@@ -55,10 +64,12 @@ def pause(found: list[events.Event], *, by_decode: bool) -> None:
             event.end_s[-1],
             way.first_byte_s,
         ]
-        names = ("to API server", "to engine", "to step", "step", "to proxy")
-        for name, first, last in zip(names, instants, instants[1:], strict=False):
-            if first is not None and last is not None:
-                parts[event.server if by_decode else "decode"][name].append(last - first)
+        server = event.server if by_decode else "decode"
+        add(server, ("to API server", "to engine", "to step", "step", "to proxy"), instants)
+        if kv := received.get(event.transfer_id or ""):
+            names = ("to asking for KV", "until it is in the blocks", "until that is told", "until the step begins")
+            instants = [event.taken_s, kv.asked_s, kv.end_s, kv.reported_s, event.begin_s[0]]
+            add(f"{server}, to step", names, instants)
     for server, named in parts.items():
         print(f"  {server}:", *(f"{name} {spread(took)};" for name, took in named.items()))
 
