@@ -126,8 +126,9 @@ dense_lanes() {
 }
 
 calibrate() { # then loads of other rates and lengths, and two replicas, for `pdbench plan OUT/calibrate --check OUT/held-out/*/*_results`
-    vllm="--kv-cache-memory-bytes 33000000000" measure calibrate 830 calibrate calibrate --against disaggregated,single --max-minutes 13
-    vllm="--kv-cache-memory-bytes 33000000000" measure held-out 700 sweep calibrate --against disaggregated,replicas --vary rate=8,20 \
+    local vllm="--kv-cache-memory-bytes 33000000000"
+    measure calibrate 830 calibrate calibrate --against disaggregated,single --max-minutes 13
+    measure held-out 700 sweep calibrate --against disaggregated,replicas --vary rate=8,20 \
         input_tokens=512,2048 --duration-s 25 $slo
 }
 

@@ -18,7 +18,7 @@ REPEATS = 30
 
 
 def cache(heads: int, size: int) -> dict[str, torch.Tensor]:
-    """Layers of random bytes in bfloat16, (blocks, tokens, size), or with heads (blocks, tokens, heads, size)."""
+    """Layers in bfloat16, (blocks, tokens, size), or with heads (blocks, tokens, heads, size)."""
     shape = (BLOCKS, BLOCK_TOKENS, heads, size) if heads else (BLOCKS, BLOCK_TOKENS, size)
     return {str(layer): torch.empty(shape, dtype=torch.bfloat16, device="cuda") for layer in range(LAYERS)}
 
