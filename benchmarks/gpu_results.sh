@@ -20,7 +20,10 @@ model=${MODEL:-$out/deepseek-v2-lite}
 case "$*" in *dense*) "$python" -m pdbench.serving.models llama-3.1-8b "$out/llama-3.1-8b" || exit 1 ;; esac
 
 # Graphs for every batch of decode and for one or two prompts of 2,048 tokens with it: others are launched kernel by kernel.
-graphs=$(sed -n 's/^vllm_args = "\(.*\)"$/\1/p' recipes/gpu-1p1d-graphs.toml)
+vllm_args_of() { # vllm_args_of RECIPE
+    sed -n 's/^vllm_args = "\(.*\)"$/\1/p' "recipes/$1.toml"
+}
+graphs=$(vllm_args_of gpu-1p1d-graphs)
 alone="$graphs --kv-cache-memory-bytes 33000000000"
 resident="$graphs --kv-cache-memory-bytes 4000000000"
 lane_b="--prefill-gpus 2 --decode-gpus 3 --prefill-port 9100 --decode-port 9200 --proxy-port 9000 --single-port 9000 --kv-port 22001"
@@ -125,11 +128,10 @@ dense_lanes() {
     wait
 }
 
-calibrate() { # then loads of other rates and lengths, and two replicas, for `pdbench plan OUT/calibrate --check OUT/held-out/*/*_results`
-    local vllm="--kv-cache-memory-bytes 33000000000"
-    measure calibrate 830 calibrate calibrate --against disaggregated,single --max-minutes 13
-    measure held-out 700 sweep calibrate --against disaggregated,replicas --vary rate=8,20 \
-        input_tokens=512,2048 --duration-s 25 $slo
+calibrate() { # then loads of other rates, lengths and bursts, and two replicas, for `pdbench plan OUT/calibrate --check OUT/held-out/*/*_results`
+    local vllm="$(vllm_args_of calibrate) --kv-cache-memory-bytes 33000000000"
+    measure calibrate 800 calibrate calibrate --against disaggregated,single --max-minutes 12.5
+    measure held-out 760 sweep calibrate --against disaggregated,replicas --vary trace=$("$python" benchmarks/held_out.py "$out/loads" --seconds 20) $slo
 }
 
 second_turn() {
