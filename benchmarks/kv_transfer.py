@@ -87,6 +87,12 @@ def transfers(pair: Pair, requests: list[Timed], ranks: int) -> list[tuple[list[
     return [(send, receive) for send, receive in both if len(send) == len(receive) == ranks]
 
 
+def wire_seconds(sends: list[dict[str, Any]], receives: list[dict[str, Any]]) -> list[float]:
+    """Seconds on the wire of each of the receiving ranks, by the side that waited less for the other."""
+    by_rank = {send["rank"]: send["wire_s"] for send in sends}
+    return [min(receive["wire_s"], by_rank[receive["rank"]]) for receive in receives]
+
+
 def own_counters(pair: Pair) -> tuple[float, float]:
     """Bytes moved and seconds taken by the counters that vLLM's NIXL and Mooncake connectors keep, on whichever side does the work."""
     pages = [metrics(url) for url in pair.urls]
@@ -145,17 +151,17 @@ class Measurement:
 
     async def handoff(self) -> None:
         """One request at a time: bytes, wire rate and handoff of each length, from both sides' event logs. All ranks together move a
-        request's bytes in the time of the slowest, and it is handed over when the last of them has said so."""
+        request's bytes in the time of the slowest, and it is handed over when the last of them has said so. Either side's clock may count a wait
+        for the other's launch as time on the wire: the shorter of the two is the wire's."""
         before = await asyncio.to_thread(own_counters, self.pair)
         for tokens in (512, 2048, self.options.long):
             requests = [await self.pair.ask(self.prompt(tokens), 2) for _ in range(self.options.repeat)]
             await asyncio.sleep(0.5)
             both = transfers(self.pair, requests, self.options.tensor_parallel)
             sizes = [sum(rank["bytes"] for rank in ranks) for _, ranks in both]
-            rates = [
-                size / max(rank["wire_s"] for rank in ranks) / 1e9 for size, (_, ranks) in zip(sizes, both, strict=True)
-            ]
-            by_rank = [rank["bytes"] / rank["wire_s"] / 1e9 for _, ranks in both for rank in ranks]
+            on_wire = [(ranks, wire_seconds(sends, ranks)) for sends, ranks in both]
+            rates = [size / max(seconds) / 1e9 for size, (_, seconds) in zip(sizes, on_wire, strict=True)]
+            by_rank = [rank["bytes"] / took / 1e9 for each in on_wire for rank, took in zip(*each, strict=True)]
             handoffs = [
                 (max(rank["reported_s"] for rank in ranks) - max(rank["ready_s"] for rank in sends)) * 1e3
                 for sends, ranks in both
@@ -178,7 +184,7 @@ class Measurement:
                 "rank_gb_per_s_p50": quantile(by_rank, 0.5),
                 "handoff_ms_p50": quantile(handoffs, 0.5),
                 "handoff_ms_p99": quantile(handoffs, 0.99),
-                "wire_ms_p50": quantile([max(rank["wire_s"] for rank in ranks) * 1e3 for _, ranks in both], 0.5),
+                "wire_ms_p50": quantile([max(seconds) * 1e3 for _, seconds in on_wire], 0.5),
                 **{
                     f"{what}_ms_p50": quantile([1e3 * each for each in seconds], 0.5) for what, seconds in parts.items()
                 },

@@ -1,8 +1,8 @@
 """How a pair of workers moves packed blocks: over the control connection (tcp), or from GPU to GPU by NCCL (nccl); docs/kv-protocol.md.
 
-With nccl the forward pass is over and the copy of the blocks under way when prefill launches its send behind that; then the header leaves, and
-decode posts the matching receive when it arrives. Pieces stay in order, no GPU waits for longer than a header takes, and nothing waits for a GPU
-between launch and header: a call that waits for all of the GPU, the send among it, could hold it up.
+With nccl the forward pass is over and the copy of the blocks under way when the header leaves; then prefill launches its send behind the copy,
+while decode, which got the header, posts the matching receive. Pieces stay in order, and decode's GPU alone waits, for as long as a launch takes:
+prefill's never waits for a header that a call which waits for all of the GPU, the send among it, could hold up.
 """
 
 from __future__ import annotations
@@ -182,10 +182,10 @@ class NcclLink(Link):
             raise
 
     def begin_send(self, header: Blocks) -> None:
-        self._launch(header.bytes)
         self.sent_s = time.monotonic()
         # Before vLLM may overwrite blocks it waits for the copy, and so for this, but never for the network (`Sender.preempted`).
         self.channel.send(header, wait=False)
+        self._launch(header.bytes)
 
     def end_send(self, header: Blocks) -> float:
         """The seconds returned are the GPU's, from the end of the copy to the end, the peer's answer included."""
