@@ -94,6 +94,9 @@ SETS = (
     Set("h200x2-dense", "rate", ("h200x2-dense/rate=[28].0/*_results",), ("h200x2-dense/rate=*/*_results",)),
     Set("h200x2-dense, 1P1D", "deployment", ("h200x2-dense/rate=*/disagg*",), ("h200x2-dense/rate=*/*_results",)),
     Set("h200x2-dense, replicas", "deployment", ("h200x2-dense/rate=*/replicas*",), ("h200x2-dense/rate=*/*_results",)),
+    Set("h200x2-calibrated", "rate, lengths, bursts, deployment, start of servers", (
+        "h200x2-calibrated/calibrate/load=*/*_results",
+    ), ("h200x2-calibrated/held-out/*/*_results",)),
     Set("h200x2-p2p-nccl, 1P1D", "deployment", ("h200x2-p2p-nccl/disagg*",), ("h200x2-p2p-nccl/*_results",)),
     Set("h200x2-p2p-nccl, vLLM 0.26", "vLLM 0.33, start of a host", ("h200x2-p2p-nccl/*_results",), (
         "h200x2-replicas/*_results", "h200x2-resident/*_results",
@@ -176,12 +179,12 @@ def goals(found: dict[str, list[Check]]) -> Table:
 
 
 def order(found: dict[str, list[Check]]) -> str:
-    """How often two deployments are in the right order, of those whose intervals do not overlap: pairs of one set and one rate."""
+    """How often two deployments are in the right order, of those whose intervals do not overlap: pairs of one set and one load."""
     right = total = 0
     for checks in found.values():
         taken = [one for one in checks if not one.predicted.refusal]
         for one, other in combinations(taken, 2):
-            if rate_of(one) is None or rate_of(one) != rate_of(other) or one.predicted.layout == other.predicted.layout:
+            if load_of(one) is None or load_of(one) != load_of(other) or one.predicted.layout == other.predicted.layout:
                 continue
             for name in GOALS_PCT:
                 a, b = one.predicted.figures.get(name), other.predicted.figures.get(name)
@@ -226,9 +229,11 @@ def chart_of(checks: Sequence[Check]) -> Chart:
     return Chart(key="checks", title=title, panels=panels, caption="Bars are 90 % intervals.")
 
 
-def rate_of(of: Check) -> object:
+def load_of(of: Check) -> object:
     load = counting_run(Path(of.path)).config.get("load") or {}
-    return load.get("rate") and (load.get("rate"), load.get("input_tokens"), load.get("output_tokens"))
+    return load.get("trace") or (
+        load.get("rate") and (load["rate"], load.get("input_tokens"), load.get("output_tokens"))
+    )
 
 
 def row_of(of: Check) -> list[Value]:

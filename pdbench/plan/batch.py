@@ -61,6 +61,7 @@ class Pool:
         self.host_s[0] = 0.0  # an empty step, while the last tokens are awaited
         self.gpu_s = costs.gpu_step_s(np.arange(self.most + 1)).tolist()
         self.noise = list(chain.from_iterable(costs.noise)) or [1.0]
+        self.gpu_noise = list(chain.from_iterable(costs.gpu_noise)) or self.noise
         self.budget, self.block, self.captured = limits.max_num_batched_tokens, limits.block_size, limits.captured
         self.joins, self.per_context_s = role == "decode", costs.gpu_per_context_token_s
         self.scheduled_s = [math.nan] * len(sizes)  # when each request's first step here was scheduled

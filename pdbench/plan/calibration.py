@@ -15,7 +15,7 @@ from pdbench.config import LoadConfig, ServeConfig
 from pdbench.config.serving import last_value
 from pdbench.errors import UserError
 from pdbench.plan import fit, power
-from pdbench.plan.engine import Box, Engine, Handoff, Kind, Limits, Role
+from pdbench.plan.engine import COSTS, Box, Costs, Engine, Handoff, Kind, Limits, Role
 from pdbench.plan.limits import gpus_each, limits_of
 from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.records import Calibration, PowerCosts, RoleCalibration, Source
@@ -171,17 +171,19 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
     visits = [part.visits for part in parts if part.visits is not None]
     decode = fit.decode_costs(steps, sizes) if steps else None
     if decode is None:
-        if ways_in_s := [way_in_s for visit in visits for way_in_s in visit.ways_in_s()]:
-            ingress_s = float(np.median(ways_in_s))
+        tokens, took_s = (np.concatenate(parts) for parts in zip(*(visit.ways_in() for visit in visits), strict=True))
+        if len(tokens):
+            way_in = fit.way_in(tokens, took_s)
         elif colocated:
-            ingress_s = colocated.engine.costs.ingress_s
+            way_in = colocated.engine.costs.ingress_s, colocated.engine.costs.ingress_per_token_s
         else:
-            ingress_s = USUAL_INGRESS_S
+            way_in = USUAL_INGRESS_S, 0.0
             assumed.append(
-                f"{1e3 * ingress_s:.0f} ms from sending to scheduling (a single instance's run would show it)"
+                f"{1e3 * USUAL_INGRESS_S:.0f} ms from sending to scheduling (a single instance's run would show it)"
             )
-        prefill = prefill_alone(visits, trials, limits, ingress_s)
-        costs, box = prefill.costs, Box(prompt_tokens=max(int(visit.steps()[0].max()) for visit in visits))
+        prefill = prefill_alone(visits, trials, limits, way_in)
+        together = max(int(visit.steps()[0].max()) for visit in visits)
+        costs, box = prefill.costs, Box(prompt_tokens=min(together, limits.max_num_batched_tokens))
     else:
         box = Box(
             prompt_tokens=0,
@@ -193,17 +195,19 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
             host_s = colocated.engine.costs.host_decode_s if colocated else 0.7 * fastest_s
             join_s = fit.join_cost(steps, decode.costs)
             costs = msgspec.structs.replace(decode.costs, host_decode_s=host_s, join_s=join_s)
-            prefill = fit.Prefill(costs, np.array([[0.0, 0.0, 0.0, 0.0, host_s]]), [1.0])
+            prefill = fit.Prefill(costs, np.array([[getattr(costs, name) for name in COSTS]]), [1.0])
         else:
             engine = Engine(costs=decode.costs, limits=limits)
             chains = fit.chains(steps, trials, engine)
             prefill = fit.prefill_costs(chains, engine)
             sent_s = {name: float(request.sent_s or 0) for part in parts for name, request in part.requests.items()}
-            ingress_s = fit.most_common(
-                np.array([row for part in steps for row in fit.schedulable(part, sent_s, limits).values()])
+            computed = {stream.id: stream.prompt_tokens for part in parts for stream in part.streams}
+            between = {name: row for part in steps for name, row in fit.schedulable(part, sent_s, limits).items()}
+            ingress_s, per_token_s = fit.way_in_between(
+                np.array([computed[name] for name in between]), np.array([*between.values()])
             )
             ingress_s -= proxy_s(parts) if role == "replica" else 0.0
-            costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s)
+            costs = msgspec.structs.replace(prefill.costs, ingress_s=ingress_s, ingress_per_token_s=per_token_s)
             box = msgspec.structs.replace(box, prompt_tokens=int(chains.prompt.max()))
     shortest, longest = min(prompts), max(prompts)
     chunks = min(shortest, limits.max_num_batched_tokens), min(longest, limits.max_num_batched_tokens)
@@ -216,7 +220,7 @@ def _calibrate_role(role: Role, parts: list[Part], known: Mapping[Role, RoleCali
         prompt_lengths=(shortest, longest),
         chunks=chunks,
         launches=("within", "beyond") if costs.host_eager_s is not None else tuple(launches),
-        power=_power(parts, limits, costs.ingress_s),
+        power=_power(parts, limits, costs),
         gpus=gpus_each(parts[0].run, role),
         jitter=decode.jitter if decode else [],
         decode_speeds=decode.speeds if decode else [],
@@ -239,7 +243,7 @@ def share_eager(roles: dict[Role, RoleCalibration]) -> None:
             )
 
 
-def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | None:
+def _power(parts: list[Part], limits: Limits, costs: Costs) -> PowerCosts | None:
     """Of instances whose devices are known."""
     measured = []
     for part in parts:
@@ -251,7 +255,7 @@ def _power(parts: list[Part], limits: Limits, ingress_s: float) -> PowerCosts | 
             use = power.use_of_steps(part.steps, limits, edges)
         else:
             assert part.visits is not None
-            use = power.use_of_visits(part.visits, ingress_s, edges)
+            use = power.use_of_visits(part.visits, costs, edges)
         measured.append((part.devices, edges, use))
     return power.fit_power(measured)
 

@@ -128,24 +128,27 @@ def demand_of(run: Run, part: Part) -> Demand:
 def own_speed(calibration: Calibration, parts: Sequence[Part]) -> dict[str, Any]:
     """Fields of `Costs` with the speed of the prefill steps of a trial's instances of one role, and their series around
     it, one instance's after the other's; none if too few show it."""
-    ratios = []
+    ratios, computing = [np.empty(0)], [np.empty(0, bool)]
     for part in parts:
         engine = role_of(calibration, part.role).engine
         costs = engine.costs
         if part.visits is not None:
             visits, alone = part.visits, part.visits.alone()
-            took_s, tokens = (visits.done_s - visits.sent_s)[alone] - costs.ingress_s, visits.prompt[alone]
+            tokens = visits.prompt[alone]
+            took_s = (visits.done_s - visits.sent_s)[alone] - costs.way_in_s(tokens)
             ratios.append(took_s / costs.prompt_step_s(tokens, engine.limits.captured))
+            computing.append(costs.by_gpu(tokens, engine.limits.captured))
         else:
             assert part.steps is not None
             chains = fit.chains([part.steps], [0], engine)
             if not len(chains.took_s):
                 continue
-            factors, measured = fit.prompt_factors(chains, costs, engine.limits)
+            factors, measured, of_gpu = fit.prompt_factors(chains, costs, engine.limits)
             measured[:, 1:] &= chains.prompt[:, :-1] == 0  # after another prompt it may have waited for the GPU
             ratios.append(factors[measured])
-    ratio = np.concatenate([np.empty(0), *ratios])
+            computing.append(of_gpu[measured])
+    ratio = np.concatenate(ratios)
     if len(ratio) < fit.LEAST_STEPS:
         return {}
     speed = float(np.median(ratio))
-    return fit.at_speed(costs, speed) | {"noise": (tuple((ratio / speed).tolist()),)}
+    return fit.at_speed(costs, speed) | fit.series(ratio / speed, np.concatenate(computing), np.zeros(len(ratio), int))

@@ -79,7 +79,8 @@ def role_of(calibration: Calibration, role: Role) -> RoleCalibration:
         costs = msgspec.structs.replace(
             decode.engine.costs,
             **{
-                name: getattr(prefill.engine.costs, name) for name in (*COSTS[:4], "host_eager_s", "ingress_s", "noise")
+                name: getattr(prefill.engine.costs, name)
+                for name in (*COSTS[:-1], "host_eager_s", "ingress_s", "ingress_per_token_s", "noise", "gpu_noise")
             },
             join_s=0.0,
         )
@@ -125,7 +126,9 @@ def drawn(role: RoleCalibration, random: np.random.Generator, share: float) -> E
     factor = float(np.exp(random.normal(0, max(DECODE_ERROR, spread))))
     changed: dict[str, Any] = {"gpu_decode_s": {size: factor * cost for size, cost in costs.gpu_decode_s.items()}}
     if role.computes:
-        changed["noise"] = (costs.noise[int(random.integers(len(costs.noise)))],)
+        for name in ("noise", "gpu_noise"):
+            if of_trials := getattr(costs, name):
+                changed[name] = (of_trials[int(random.integers(len(of_trials)))],)
         changed |= fit.at_speed(costs, another_speed(role.speeds, share))
     return msgspec.structs.replace(role.engine, costs=msgspec.structs.replace(costs, **changed))
 

@@ -2,13 +2,17 @@
 
 An engine runs one step after the other. Step k is scheduled at s_k; then the host launches it and the GPU computes it, side by side:
 
-    host(k) = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph
-              host_prefill_s * noise + host_per_prompt_token_s * p   p prompt tokens beside them, within the graphs: these leave attention out,
-                                                                     which is launched piece by piece
-              host_eager_s * noise + host_per_prompt_token_s * p     beyond the graphs, with a prompt or without: kernel by kernel
-    gpu(k)  = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
-              + (gpu_prefill_s + gpu_per_prompt_token_s * p) * noise  p > 0 prompt tokens in the step
-    done(k) = max(max(done(k-1), s_k) + gpu(k), s_k + host(k))
+    host(k)  = host_decode_s                                    no prompt, at most `Limits.captured` tokens: replayed as one CUDA graph
+               host_prefill_s * noise + host_per_prompt_token_s * p   p prompt tokens beside them, within the graphs: these leave attention out,
+                                                                      which is launched piece by piece
+               host_eager_s * noise + host_per_prompt_token_s * p     beyond the graphs, with a prompt or without: kernel by kernel
+               the first part times alike_launch where one kind of attention kernels computes all: no sequence decodes beside the prompts, or
+               no prompt has more than `SHORT_PROMPT` tokens in the step
+    gpu(k)   = gpu_decode(n) + gpu_per_context_token_s * context       n running sequences that get a token, their context in tokens
+               + (gpu_prefill_s + gpu_per_prompt_token_s * p) * gpu_noise  p > 0 prompt tokens in the step
+    begin(k) = max(done(k-1), s_k + before_gpu_s)                      before_gpu_s only with a prompt: its inputs are prepared, while the GPU
+                                                                       may still compute the step before
+    done(k)  = max(begin(k) + gpu(k), s_k + host(k))
 
 With asynchronous scheduling, s_(k+1) = max(s_k + host(k), done(k-1)), where the tokens of step k-1 are handed out: those of step k one
 step later (at done(k) when nothing follows). Without it, s_(k+1) = done(k) and the tokens of step k go out there. Either is join_s later for each sequence of step k whose KV cache came from
@@ -34,8 +38,13 @@ Kind = Literal["single", "replicas", "disaggregated"]
 Role = Literal["single", "replica", "prefill", "decode"]
 Launch = Literal["within", "beyond"]
 """How a step is launched: as a CUDA graph, which leaves attention out where it holds a prompt, or beyond the graphs kernel by kernel."""
-COSTS = ("host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "host_decode_s")
-"""Those of `Costs` that steps with prompts tell."""
+COSTS = (
+    "host_prefill_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "before_gpu_s", "alike_launch", "host_decode_s",
+)  # fmt: skip
+"""Those of `Costs` that steps with prompts tell; the last one is of steps without."""
+SHORT_PROMPT = 512
+"""Up to so many tokens of a prompt in a step vLLM's FLASH_ATTN_MLA backend computes with decode's kernels (its `reorder_batch_threshold`); longer
+ones have kernels of their own, which are launched beside decode's."""
 ANY = 10**12
 """Of what `Box` does not bound."""
 
@@ -45,9 +54,10 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     on either side of the graphs' end) all steps with prompts are launched in `host_prefill_s`.
 
     `gpu_decode_s` maps a captured graph size to the GPU's time for a decode step of up to so many sequences, rising sizes; beyond the
-    largest, each further sequence adds `gpu_per_sequence_s`. `ingress_s` is from the client's sending until the engine may schedule the
-    request (HTTP, tokenizing). `noise` are factors on a prompt's part of a step, one per successive prefill step, in the order they were
-    measured (they have memory): a series per trial, one after the other; empty: no noise.
+    largest, each further sequence adds `gpu_per_sequence_s`. `ingress_s` and `ingress_per_token_s` of the prompt are from the client's sending
+    until the engine may schedule the request (HTTP, tokenizing). `noise` are factors on the launch of a prompt's step, one per successive prefill step, in the order they were
+    measured (they have memory): a series per trial, one after the other; empty: no noise. `gpu_noise` are those on the GPU's part; empty: the same as
+    the launch's.
     """
 
     host_decode_s: float = 0.0
@@ -59,17 +69,26 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     gpu_per_context_token_s: float = 0.0
     gpu_prefill_s: float = 0.0
     gpu_per_prompt_token_s: float = 0.0
+    before_gpu_s: float = 0.0
+    alike_launch: float = 1.0
     join_s: float = 0.0
     ingress_s: float = 0.0
+    ingress_per_token_s: float = 0.0
     noise: tuple[tuple[float, ...], ...] = ()
+    gpu_noise: tuple[tuple[float, ...], ...] = ()
 
     @property
     def beyond_graphs_s(self) -> float:
         return self.host_prefill_s if self.host_eager_s is None else self.host_eager_s
 
-    def host_prompt_s(self, tokens: IntArray, beyond: BoolArray) -> Array:
-        """The host's time to launch steps of so many prompt tokens, some `beyond` the graphs, without noise."""
+    def way_in_s(self, prompt_tokens: IntArray) -> Array:
+        """From the client's sending of such prompts until the engine may schedule them."""
+        return self.ingress_s + self.ingress_per_token_s * prompt_tokens.astype(np.float64)
+
+    def host_prompt_s(self, tokens: IntArray, beyond: BoolArray, alike: BoolArray | bool) -> Array:
+        """The host's time to launch steps of so many prompt tokens, some `beyond` the graphs, some with all sequences computed `alike`, without noise."""
         launch_s = np.where(beyond, self.beyond_graphs_s, self.host_prefill_s)
+        launch_s = np.where(alike, self.alike_launch, 1.0) * launch_s
         return np.asarray(launch_s + self.host_per_prompt_token_s * tokens.astype(np.float64))
 
     def gpu_prompt_s(self, tokens: IntArray) -> Array:
@@ -77,8 +96,13 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         return self.gpu_prefill_s + self.gpu_per_prompt_token_s * tokens.astype(np.float64)
 
     def prompt_step_s(self, tokens: IntArray, captured: int) -> Array:
-        """How long a step of prompts alone takes, without noise: as long as its launch or its computation, whichever is longer."""
-        return np.maximum(self.host_prompt_s(tokens, tokens > captured), self.gpu_prompt_s(tokens))
+        """How long a step of one prompt alone takes, without noise: as long as its launch or its computation, whichever is longer."""
+        computed_s = self.before_gpu_s + self.gpu_prompt_s(tokens)
+        return np.maximum(self.host_prompt_s(tokens, tokens > captured, alike=True), computed_s)
+
+    def by_gpu(self, tokens: IntArray, captured: int) -> BoolArray:
+        """Does the GPU take longer for a step of one prompt alone than its launch does?"""
+        return self.before_gpu_s + self.gpu_prompt_s(tokens) > self.host_prompt_s(tokens, tokens > captured, alike=True)
 
     def gpu_step_s(self, sequences: IntArray, context: Array | IntArray | int = 0) -> Array:
         """The GPU's time for decode steps of so many sequences with so much context; none for steps without sequences."""
@@ -192,10 +216,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     handoff: Handoff = Handoff()
     proxy_s: float = 0.0
 
-    @property
-    def way_in_s(self) -> float:
-        """From the client's sending until the first engine may schedule a request."""
-        return self.engines[self.layout.front].costs.ingress_s + (self.proxy_s if self.layout.kind != "single" else 0.0)
+    def way_in_s(self, prompt_tokens: IntArray) -> Array:
+        """From the client's sending of such prompts until the first engine may schedule them."""
+        costs = self.engines[self.layout.front].costs
+        return costs.way_in_s(prompt_tokens) + (self.proxy_s if self.layout.kind != "single" else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,24 @@ from typing import Any
 import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
+from scipy.stats import theilslopes
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray
-from pdbench.plan.engine import COSTS, Costs, Engine, Limits
+from pdbench.plan.engine import COSTS, SHORT_PROMPT, Costs, Engine, Limits
 from pdbench.plan.steps import Steps
 
 ROBUST = 0.15
 """Relative error from which on a step counts less (soft l1): a hiccup of the host is no cost."""
-PRIOR_SD = 2.0
-"""Standard deviation of a cost's logarithm before anything was measured: it only keeps the fit from running away."""
+PRIOR_SD = np.array([0.1 if name == "alike_launch" else 2.0 for name in COSTS])
+"""Standard deviation of the logarithm of each of `COSTS` before anything was measured: it only keeps the fit from running away. A launch of one
+kind of kernels is as long as one of both kinds unless short prompts say otherwise."""
+BEFORE_GPU_S = 3e-3
+"""`Costs.before_gpu_s` before anything was measured."""
 JITTER_SHARES = (np.arange(500) + 0.5) / 500
 """Fine enough for the slowest of a machine's pauses in one step of a hundred: where handoffs take most of the last hundredth, p99 shows them."""
 SAMPLES = 40
+MOST_PER_TOKEN_S = 6e-6
+"""A tokenizer that takes longer than this for a token is not one."""
 LEAST_STEPS = 5
 """A graph size with fewer steps than this is not calibrated."""
 
@@ -103,28 +109,31 @@ class Chains:
     """Runs of steps around prompts, one row each: from the calm step before the first prompt until prompts are gone.
 
     `took_s` is from a step's scheduling to the next one's (0 beyond a chain's end), `prompt` its prompt tokens, `decode_s` the GPU's
-    time for the running streams' part, `trial` the row's trial; `beyond` the CUDA graphs are steps of more tokens than these hold.
+    time for the running streams' part, `trial` the row's trial; `beyond` the CUDA graphs are steps of more tokens than these hold, `alike` those whose sequences
+    one kind of attention kernels computes (`SHORT_PROMPT`).
     """
 
     took_s: Array
     prompt: IntArray
     beyond: BoolArray
+    alike: BoolArray
     decode_s: Array
     trial: IntArray
 
 
 def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Chains:
     """The chains of instances that compute prompts while streams run; `trials` names each Steps' trial. Of the engine only decode's costs count."""
-    rows: list[tuple[Array, IntArray, Array, BoolArray, int]] = []
+    rows: list[tuple[Array, IntArray, Array, BoolArray, BoolArray, int]] = []
     limits, lag = engine.limits, engine.limits.lag
     for part, trial in zip(steps, trials, strict=True):
         since = part.since
         running = part.sequences - part.firsts
-        prompt = part.prompt.copy()
+        prompt, longest = part.prompt.copy(), part.longest.copy()
         for k in range(len(prompt) - 1, 0, -1):  # what is over the budget was a chunk in the step before
             over = max(0, int(prompt[k] - max(0, limits.max_num_batched_tokens - running[k])))
             prompt[k] -= over
             prompt[k - 1] += over
+            longest[k], longest[k - 1] = min(longest[k], prompt[k]), max(longest[k - 1], over)
         gpu_s = engine.costs.gpu_step_s(running, part.context)
         k = 0
         for start in np.flatnonzero(prompt > 0):
@@ -136,13 +145,18 @@ def chains(steps: Sequence[Steps], trials: Sequence[int], engine: Engine) -> Cha
             k = end
             here = np.arange(start - 1, end)
             took_s = part.handed_s[here - lag + 1] - part.handed_s[here - lag]
-            rows.append((took_s, prompt[here], gpu_s[here], prompt[here] + running[here] > limits.captured, trial))
+            beyond = prompt[here] + running[here] > limits.captured
+            alike = (running[here] == 0) | (longest[here] <= SHORT_PROMPT)
+            rows.append((took_s, prompt[here], gpu_s[here], beyond, alike, trial))
     shape = len(rows), max((len(row[0]) for row in rows), default=0)
-    took_s, decode_s, tokens, beyond = np.zeros(shape), np.zeros(shape), np.zeros(shape, int), np.zeros(shape, bool)
+    took_s, decode_s, tokens = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
+    beyond, alike = np.zeros(shape, bool), np.zeros(shape, bool)
     for place, (of_row_s, *others, _) in enumerate(rows):
         steps_here = place, slice(len(of_row_s))
-        took_s[steps_here], (tokens[steps_here], decode_s[steps_here], beyond[steps_here]) = of_row_s, others
-    return Chains(took_s, tokens, beyond, decode_s, np.array([row[4] for row in rows], dtype=int))
+        took_s[steps_here] = of_row_s
+        for array, values in zip((tokens, decode_s, beyond, alike), others, strict=True):
+            array[steps_here] = values
+    return Chains(took_s, tokens, beyond, alike, decode_s, np.array([row[-1] for row in rows], dtype=int))
 
 
 def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
@@ -162,12 +176,13 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     fixed = msgspec.structs.replace(engine.costs, host_eager_s=eager_s(beyond, len(within)))
 
     def values_of(logs: Array) -> Array:
-        values = np.exp(logs[..., :5])
-        values[..., 4] = np.minimum(values[..., 4], fastest_s)
+        values = np.exp(logs[..., : len(COSTS)])
+        values[..., -1] = np.minimum(values[..., -1], fastest_s)
         return values
 
     def speeds_of(logs: Array) -> Array:
-        return np.exp(np.append(logs[5:], -logs[5:].sum()))
+        of_trials = logs[len(COSTS) :]
+        return np.exp(np.append(of_trials, -of_trials.sum()))
 
     def costs_of(logs: Array) -> Costs:
         return with_values(fixed, values_of(logs))
@@ -181,50 +196,68 @@ def prefill_costs(observed: Chains, engine: Engine) -> Prefill:
     typical = float(np.median(observed.took_s[is_prefill & valid]))
     short = float(np.median(observed.took_s[valid & ~is_prefill]))
     per_token = typical / float(np.median(tokens[is_prefill & valid]))
-    prior = np.log([0.8 * typical, 0.02 * per_token, 1e-3, 0.5 * per_token, 0.7 * short])
-    starts = [prior + np.log([1, a, 1, b, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
+    prior = np.log([0.8 * typical, 0.02 * per_token, 1e-3, 0.5 * per_token, BEFORE_GPU_S, 1.0, 0.7 * short])
+    starts = [prior + np.log([1, a, 1, b, 1, 1, 1]) for a, b in ((1.0, 1.0), (10.0, 0.6), (1.0, 1.9))]
     starts = [np.append(start, np.zeros(len(trials) - 1)) for start in starts]
-    logs, samples = fit_logs(misfit, starts, prior, count=5)
+    logs, samples = fit_logs(misfit, starts, prior, count=len(COSTS))
     costs, speeds = costs_of(logs), speeds_of(logs)
-    factors, measured = prompt_factors(observed, costs, engine.limits, speeds[which])
+    factors, measured, of_gpu = prompt_factors(observed, costs, engine.limits, speeds[which])
     usual = np.median(tokens[is_prefill & valid])
-    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual, usual > engine.limits.captured)
+    by_gpu = costs.gpu_prompt_s(usual) > costs.host_prompt_s(usual, usual > engine.limits.captured, alike=False)
     if by_gpu and measured.any():  # then trials differ by the GPU's speed, not by that of its host
         own = [factors[measured & (which == place)[:, None]] for place in range(len(trials))]
         logs_of_trials = np.array([np.log(np.median(of_trial)) if len(of_trial) else np.nan for of_trial in own])
         speeds = np.exp(np.nan_to_num(logs_of_trials - np.nanmean(logs_of_trials)))
         factors = factors / speeds[which][:, None]
-    noise = tuple(tuple(factors[measured & (which == place)[:, None]].tolist()) for place in range(len(trials)))
-    return Prefill(msgspec.structs.replace(costs, noise=noise), values_of(samples), speeds.tolist())
+    of_trial = np.broadcast_to(which[:, None], measured.shape)
+    noise = series(factors[measured], of_gpu[measured], of_trial[measured])
+    return Prefill(msgspec.structs.replace(costs, **noise), values_of(samples), speeds.tolist())
+
+
+def series(factors: Array, of_gpu: BoolArray, trials: IntArray) -> dict[str, Any]:
+    """The noise of `Costs` from factors on steps with prompts in the order of time, those on the GPU's part apart from those on the launch;
+    a trial with hardly any has no series of its own."""
+
+    def apart(of: BoolArray) -> tuple[tuple[float, ...], ...]:
+        own = [factors[of & (trials == trial)] for trial in np.unique(trials)]
+        long = [each for each in own if len(each) >= LEAST_STEPS] or [factors[of]]
+        return tuple(tuple(each.tolist()) for each in long if len(each))
+
+    launch, computing = apart(~of_gpu), apart(of_gpu)
+    return {"noise": launch or computing, "gpu_noise": computing if launch and of_gpu.sum() >= LEAST_STEPS else ()}
 
 
 def durations(observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0) -> Array:
     """How long each step of chains takes by the recursion of `plan.engine`, from the instant at which it was really scheduled; the host launches
     a row's prompts in `speeds` times as long."""
     speed, is_prefill = np.broadcast_to(speeds, len(observed.trial))[:, None], observed.prompt > 0
-    launch = np.where(is_prefill, speed * costs.host_prompt_s(observed.prompt, observed.beyond), costs.host_decode_s)
+    host_s = costs.host_prompt_s(observed.prompt, observed.beyond, observed.alike)
+    launch = np.where(is_prefill, speed * host_s, costs.host_decode_s)
+    before = np.where(is_prefill, speed * costs.before_gpu_s, 0.0)
     work = observed.decode_s + np.where(is_prefill, costs.gpu_prompt_s(observed.prompt), 0.0)
     if not limits.async_scheduling:
-        return np.asarray(np.maximum(launch, work))
+        return np.asarray(np.maximum(launch, before + work))
     took = np.empty_like(work)
     behind = work[:, 0]  # how far the GPU is behind the scheduling
     for step in range(work.shape[1]):
         took[:, step] = np.maximum(launch[:, step], behind)
-        behind = np.maximum(behind + work[:, step] - observed.took_s[:, step], 0.0)
+        behind = np.maximum(np.maximum(behind, before[:, step]) + work[:, step] - observed.took_s[:, step], 0.0)
     return took
 
 
 def prompt_factors(
     observed: Chains, costs: Costs, limits: Limits, speeds: Array | float = 1.0
-) -> tuple[Array, BoolArray]:
-    """How many times as long as `costs` and `speeds` say the prompt of each step took, and of which steps that is seen.
+) -> tuple[Array, BoolArray, BoolArray]:
+    """How many times as long as `costs` and `speeds` say the prompt of each step took, of which steps that is seen, and which were as long as the
+    GPU's part.
 
     Where the host launches a prompt for longer than the GPU computes it, its own step shows that; else what is over in it and, with asynchronous
     scheduling, in the next one, which waits for the GPU.
     """
     usual_s, valid = durations(observed, costs, limits, speeds), observed.took_s > 0
     speed = np.broadcast_to(speeds, len(observed.trial))[:, None]
-    host_s, gpu_s = speed * costs.host_prompt_s(observed.prompt, observed.beyond), costs.gpu_prompt_s(observed.prompt)
+    host_s = speed * costs.host_prompt_s(observed.prompt, observed.beyond, observed.alike)
+    gpu_s = costs.gpu_prompt_s(observed.prompt)
     over_s, shown = np.where(valid, observed.took_s - usual_s, 0.0), valid.copy()
     if limits.async_scheduling:
         over_s[:, :-1] += over_s[:, 1:].copy()
@@ -233,7 +266,7 @@ def prompt_factors(
     by_gpu = gpu_s > host_s
     factors = np.where(by_gpu, 1 + over_s / gpu_s, observed.took_s / np.maximum(usual_s, 1e-9))
     by_host = valid & (usual_s <= host_s + 1e-9)
-    return np.maximum(factors, 0.1), (observed.prompt > 0) & np.where(by_gpu, shown, by_host)
+    return np.maximum(factors, 0.1), (observed.prompt > 0) & np.where(by_gpu, shown, by_host), by_gpu
 
 
 def fit_logs(
@@ -246,17 +279,18 @@ def fit_logs(
     """
 
     def both(logs: Array) -> Array:
-        weak = (logs[: len(prior)] - prior) / PRIOR_SD
+        weak = (logs[: len(prior)] - prior) / PRIOR_SD[: len(prior)]
         return np.concatenate([misfit(logs) / ROBUST, weak])
 
     def cost(logs: Array) -> float:
         return float(np.sum(np.sqrt(1 + both(logs) ** 2) - 1))
 
     if rough:  # slopes mislead where a small change of a cost moves a prompt into another step
-        start = min(starts, key=cost)
-        simplex = start + np.vstack([np.zeros(len(prior)), 0.2 * np.eye(len(prior))])
-        options = {"initial_simplex": simplex, "maxfev": 200, "xatol": 0.005, "fatol": 0.01}
-        best = minimize(cost, start, method="Nelder-Mead", options=options).x
+        best = min(starts, key=cost)
+        for width in (0.2, -0.4, 0.2):  # a simplex that shrank too early goes on as a new one
+            simplex = best + np.vstack([np.zeros(len(prior)), width * np.eye(len(prior))])
+            options = {"initial_simplex": simplex, "maxfev": 200, "xatol": 0.005, "fatol": 0.01}
+            best = minimize(cost, best, method="Nelder-Mead", options=options).x
         slopes = np.stack(
             [(both(best + shift) - both(best - shift)) / 0.1 for shift in 0.05 * np.eye(len(best))], axis=1
         )
@@ -270,7 +304,7 @@ def fit_logs(
         best, slopes = solution.x, solution.jac
     spread = max(1.0, float(np.median(np.abs(misfit(best)))) * 1.4826 / ROBUST) ** 2
     values, axes = np.linalg.eigh(slopes.T @ slopes)
-    deviations = np.minimum(np.sqrt(spread / np.maximum(values, 1e-9)), PRIOR_SD)
+    deviations = np.minimum(np.sqrt(spread / np.maximum(values, 1e-9)), max(PRIOR_SD))
     random = np.random.default_rng(0)
     normal = random.normal(size=(2 * SAMPLES, len(best)))
     drawn = best + (normal * deviations) @ axes.T
@@ -295,13 +329,35 @@ def schedulable(steps: Steps, came_s: Mapping[str, float], limits: Limits) -> di
     }
 
 
-def most_common(intervals: Array) -> float:
-    """The value that lies in most of the intervals (the middle of where that holds)."""
-    edges = np.sort(intervals.ravel())
-    middles = (edges[1:] + edges[:-1]) / 2
-    counts = ((intervals[:, :1] <= middles) & (middles <= intervals[:, 1:])).sum(axis=0)
-    best = np.flatnonzero(counts == counts.max())
-    return float(middles[best].mean())
+def way_in(tokens: IntArray, took_s: Array) -> tuple[float, float]:
+    """(seconds, and per token) of a robust line; the median of prompts that are about as long."""
+    if not _differ(tokens):
+        return float(np.median(took_s)), 0.0
+    some = np.linspace(0, len(tokens) - 1, min(len(tokens), 1000)).astype(int)  # the slopes of all pairs
+    line = theilslopes(took_s[some], tokens[some])
+    slope = max(0.0, float(line.slope))
+    return max(0.0, float(np.median(took_s - slope * tokens))), slope
+
+
+def way_in_between(tokens: IntArray, intervals: Array) -> tuple[float, float]:
+    """The same where only the intervals (rows of earliest and latest) are known in which prompts came: of the slopes that the one is chosen
+    with which one value lies in most of them (the middle of where that holds)."""
+    found = []
+    for per_token_s in np.linspace(0, MOST_PER_TOKEN_S, 31) if _differ(tokens) else (0.0,):
+        rest = intervals - per_token_s * tokens[:, None]
+        edges = np.sort(rest.ravel())
+        middles = (edges[1:] + edges[:-1]) / 2
+        counts = np.searchsorted(np.sort(rest[:, 0]), middles, "right") - np.searchsorted(
+            np.sort(rest[:, 1]), middles, "left"
+        )
+        best = np.flatnonzero(counts == counts.max())
+        found.append((int(counts.max()), -float(per_token_s), float(middles[best].mean())))
+    _, slope, value = max(found)
+    return max(0.0, value), -slope
+
+
+def _differ(tokens: IntArray) -> bool:
+    return bool(len(tokens) and np.ptp(tokens) > 0.2 * tokens.mean())
 
 
 def eager_s(beyond_s: Sequence[float] | Array, within: int) -> float | None:
@@ -316,7 +372,9 @@ def with_values(costs: Costs, values: Iterable[float]) -> Costs:
 
 def at_speed(costs: Costs, factor: float) -> dict[str, Any]:
     """Fields of `Costs` of the same engine where steps with prompts take so many times as long, launched by the host or computed by the GPU."""
-    names = ("host_prefill_s", "host_eager_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s")
+    names = (
+        "host_prefill_s", "host_eager_s", "host_per_prompt_token_s", "gpu_prefill_s", "gpu_per_prompt_token_s", "before_gpu_s",
+    )  # fmt: skip
     return {name: factor * value for name in names if (value := getattr(costs, name)) is not None}
 
 

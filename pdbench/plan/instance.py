@@ -8,6 +8,7 @@ import math
 from bisect import insort
 
 from pdbench.plan.batch import LAST, ONLY, PAUSES, Batch, Pool, Tokens
+from pdbench.plan.engine import SHORT_PROMPT
 
 
 class Instance(Batch):
@@ -243,7 +244,7 @@ class Instance(Batch):
         k, running, pool, costs, waiting = self.k, self.running, self.pool, self.costs, self.waiting
         n, opening = len(running), list[int]()
         room = pool.budget - n
-        prompt_tokens = prompts = joining = 0
+        prompt_tokens = prompts = joining = longest = 0
         context = self.base + n * k
         while room > 0 and (self.partial or waiting):
             if self.partial:
@@ -281,9 +282,11 @@ class Instance(Batch):
                 prompts += 1
                 if count > room:
                     prompt_tokens += room
+                    longest = max(longest, room)
                     self.partial = request, computed + room, size
                     break
                 prompt_tokens += count
+                longest = max(longest, count)
                 room -= count
             self.order += 1
             end = k + pool.outputs[request]
@@ -302,14 +305,18 @@ class Instance(Batch):
         host, gpu = costs.host_decode_s, pool.gpu_s[n + joining] + costs.gpu_per_context_token_s * context
         if prompt_tokens:
             noise = pool.noise[self.noise_at % len(pool.noise)]
+            gpu_noise = pool.gpu_noise[self.noise_at % len(pool.gpu_noise)]
             self.noise_at += 1
             launch = costs.host_prefill_s if prompt_tokens + n <= pool.captured else costs.beyond_graphs_s
+            if not n + joining or longest <= SHORT_PROMPT:
+                launch *= costs.alike_launch
             host = launch * noise + costs.host_per_prompt_token_s * prompt_tokens
-            gpu += (costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens) * noise
+            gpu += (costs.gpu_prefill_s + costs.gpu_per_prompt_token_s * prompt_tokens) * gpu_noise
         elif n + joining > pool.captured:
             host = costs.beyond_graphs_s
         s, d = self.s, self.d
-        begins, launched = (d if d > s else s), s + host
+        ready = s + costs.before_gpu_s if prompt_tokens else s
+        begins, launched = (d if d > ready else ready), s + host
         done = begins + gpu if begins + gpu > launched else launched
         after, weight = (done, n) if self.lag == 1 else (launched if launched > d else d, self.weight)
         after += costs.join_s * joining

@@ -9,7 +9,7 @@ from pdbench.analysis.arrivals import Array, IntArray
 from pdbench.analysis.device_flags import IDLE_BUSY_PCT
 from pdbench.analysis.energy import ENGINE_READY
 from pdbench.analysis.meter import Meter, union
-from pdbench.plan.engine import Limits
+from pdbench.plan.engine import Costs, Limits
 from pdbench.plan.instance import Instance
 from pdbench.plan.records import PowerCosts
 from pdbench.plan.steps import Steps, Visits
@@ -44,9 +44,11 @@ def use_of_steps(steps: Steps, limits: Limits, edges: Array) -> Array:
     )
 
 
-def use_of_visits(visits: Visits, ingress_s: float, edges: Array) -> Array:
+def use_of_visits(visits: Visits, costs: Costs, edges: Array) -> Array:
     """The same of an instance that only prefills: it works as long as a prompt is there."""
-    busy = np.array(union(list(zip(visits.sent_s + ingress_s, visits.done_s, strict=True)))).reshape(-1, 2)
+    busy = np.array(
+        union(list(zip(visits.sent_s + costs.way_in_s(visits.prompt), visits.done_s, strict=True)))
+    ).reshape(-1, 2)
     nothing = np.zeros(len(edges) - 1)
     tokens = np.histogram(visits.done_s, edges, weights=visits.prompt)[0] / WINDOW_S
     return np.stack([nothing, nothing, _share(busy[:, 0], busy[:, 1], 1.0, edges), tokens], axis=1)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pdbench.plan.engine import COSTS, Engine, Handoff, Launch, Layout, Role
 
-SCHEMA = "pdbench-plan/7"
+SCHEMA = "pdbench-plan/8"
 ATTAIN_PCT = 99.0
 """Share of the requests that must be within the SLO."""
 UNSURE = 0.3

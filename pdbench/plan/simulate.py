@@ -30,7 +30,7 @@ _GAPS = 1 << 15
 class Simulated:
     """One entry per request in the order of `Demand`, seconds. NaN: a request that can never run (its prompt and output exceed the KV cache).
 
-    `sent_s` is when it was sent, its engine might schedule it `way_in_s` later; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
+    `sent_s` is when it was sent, its engine might schedule it its `way_in_s` later; `ttft_s` and `e2e_s` count from there, as the client sees them; `mean_tbt_s` is NaN with one token.
     `scheduled_s` is when its first step was scheduled; disaggregated, `computed_s` when prefill's answer was there, `ready_s` when its KV cache
     was at decode and `joined_s` when decode's first step was scheduled (else NaN). `gap_s` and `gap_count` are all gaps between tokens as a
     weighted histogram (values in any order, equal ones may repeat). `window` is the time at full load, as
@@ -38,7 +38,7 @@ class Simulated:
     request's instant in the load to its sending (0 in a closed loop). `timed_out`: the client would have ended it before.
     """
 
-    way_in_s: float
+    way_in_s: Array
     sent_s: Array
     ttft_s: Array
     e2e_s: Array
@@ -113,7 +113,9 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     prompts, outputs, due = demand.prompt_tokens.tolist(), demand.output_tokens.tolist(), demand.t_s.tolist()
     cached = np.minimum(demand.cached_tokens, demand.prompt_tokens - 1).tolist()
     tokens = Tokens([math.nan] * total, [math.nan] * total)
-    layout, handoff, way_in_s = deployment.layout, deployment.handoff, deployment.way_in_s
+    layout, handoff = deployment.layout, deployment.handoff
+    ways_in = deployment.way_in_s(demand.prompt_tokens)
+    way_in_s = ways_in.tolist()
     split = layout.kind == "disaggregated"
 
     def instances_of(role: Role, sizes: list[int], cached: list[int], outputs: list[int]) -> list[Instance]:
@@ -141,14 +143,16 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
     computed, ready = [math.nan] * total, [math.nan] * total
     noise = list(chain.from_iterable(handoff.noise))
     noise_at = generator.randrange(len(noise)) if noise else 0
-    # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time, but for those
-    # that wait for a stream.
+    # Instant, what happens, request or instance, version of the instance's wake. Arrivals are beside it, in order of time (a long prompt
+    # may be overtaken on its way in), but for those that wait for a stream.
     queue: list[tuple[float, int, int, int]] = []
     place = events = 0
     decoders_begin, arrives_s = len(front), math.inf
     if streams is None:
         sent = due
-        due_in = [*(at_s + way_in_s for at_s in due), math.inf]
+        at_s = demand.t_s + ways_in
+        in_order = np.argsort(at_s, kind="stable")
+        due_in, coming = [*at_s[in_order].tolist(), math.inf], in_order.tolist()
         arrives_s = due_in[0]
 
     def send(free_s: float) -> None:
@@ -158,7 +162,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             request, place = place, place + 1
             sent[request] = due[request] if due[request] > free_s else free_s
             if can_run[request]:
-                heappush(queue, (sent[request] + way_in_s, _ARRIVES, request, 0))
+                heappush(queue, (sent[request] + way_in_s[request], _ARRIVES, request, 0))
                 return
 
     for _ in range(streams or 0):
@@ -169,7 +173,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
             if what != _WAKES:
                 heappop(queue)
         elif place < total:
-            now_s, what, number = arrives_s, _ARRIVES, place
+            now_s, what, number = arrives_s, _ARRIVES, coming[place]
             place += 1
             arrives_s = due_in[place]
             if not can_run[number]:
@@ -234,7 +238,7 @@ def _simulate(deployment: Deployment, demand: Demand, generator: random.Random) 
         mean_tbt_s = np.where(demand.output_tokens > 1, (last_s - first_s) / (demand.output_tokens - 1), np.nan)
     whole_s = np.array([answer_timeout_s(demand.timeout_s, tokens) for tokens in demand.output_tokens.tolist()])
     return Simulated(
-        way_in_s=way_in_s,
+        way_in_s=ways_in,
         sent_s=sent_s,
         ttft_s=first_s - sent_s,
         e2e_s=last_s - sent_s,

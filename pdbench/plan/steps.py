@@ -30,7 +30,8 @@ LEAST_REQUESTS, MOST_FAILED = 30, 0.1
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     """Consecutive steps of one instance. One entry per step: `handed_s` (its first token's arrival), `sequences` (tokens),
-    `context` (their prompts and earlier tokens, summed), `firsts` (streams that begin), `prompt` (those streams' computed prompt tokens).
+    `context` (their prompts and earlier tokens, summed), `firsts` (streams that begin), `prompt` (those streams' computed prompt tokens) and
+    `longest` (of one of them).
 
     `first_step` maps a request's id to the step of its first token here. `since` counts from 0 where a segment begins: before it the engine may
     have rested.
@@ -41,6 +42,7 @@ class Steps:
     context: IntArray
     firsts: IntArray
     prompt: IntArray
+    longest: IntArray
     since: IntArray
     first_step: dict[str, int]
 
@@ -65,10 +67,11 @@ class Visits:
     done_s: Array
     prompt: IntArray
 
-    def ways_in_s(self) -> list[float]:
-        """From the proxy's sending until the engine took a prompt. An engine that is busy takes none before its step ends, so only
+    def ways_in(self) -> tuple[IntArray, Array]:
+        """(tokens, seconds) from the proxy's sending until the engine took a prompt. An engine that is busy takes none before its step ends, so only
         prompts that met an idle one tell."""
-        return (self.taken_s - self.sent_s)[self.idle() & ~np.isnan(self.taken_s)].tolist()
+        tell = self.idle() & ~np.isnan(self.taken_s)
+        return self.prompt[tell], (self.taken_s - self.sent_s)[tell]
 
     def idle(self) -> BoolArray:
         """Was nobody else there when it was sent?"""
@@ -179,7 +182,7 @@ def rebuild(streams: Sequence[Stream]) -> Steps:
             count += longer
         places.append((place, stream))
     handed_s, sequences, context = np.full(count, np.inf), np.zeros(count, int), np.zeros(count, int)
-    firsts, prompt = np.zeros(count, int), np.zeros(count, int)
+    firsts, prompt, longest = np.zeros(count, int), np.zeros(count, int), np.zeros(count, int)
     for place, stream in places:
         here = slice(place, place + len(stream.token_s))
         handed_s[here] = np.minimum(handed_s[here], stream.token_s)
@@ -187,12 +190,14 @@ def rebuild(streams: Sequence[Stream]) -> Steps:
         context[here] += stream.prompt_tokens + np.arange(len(stream.token_s))
         firsts[place] += 1
         prompt[place] += stream.computed
+        longest[place] = max(longest[place], stream.computed)
     return Steps(
         handed_s=handed_s,
         sequences=sequences,
         context=context,
         firsts=firsts,
         prompt=prompt,
+        longest=longest,
         since=np.arange(count) - np.repeat(begins, np.diff([*begins, count])),
         first_step={stream.id: place for place, stream in places},
     )

@@ -42,20 +42,24 @@ def _load(of: Prediction) -> str:
 def calibration(found: Calibration) -> Table:
     """What a step costs in each role, what the runs reached, how the machine drifted."""
 
+    def ms(cost: str) -> Callable[[RoleCalibration], Value]:
+        return lambda role: None if (value := getattr(role.engine.costs, cost)) is None else 1e3 * value
+
     def per_thousand(cost: str) -> Callable[[RoleCalibration], Value]:
         return lambda role: 1e6 * getattr(role.engine.costs, cost) if role.knows_lengths else _("not known")
 
-    def eager_ms(role: RoleCalibration) -> Value:
-        eager_s = role.engine.costs.host_eager_s
-        return None if eager_s is None else 1e3 * eager_s
+    def alike_ms(role: RoleCalibration) -> Value:
+        return 1e3 * role.engine.costs.alike_launch * role.engine.costs.host_prefill_s
 
     roles = found.roles
     computing = [name for name, role in roles.items() if role.computes]  # decode computes no prompts
     decoding = [name for name in roles if name != "prefill"]
     described: list[tuple[str, Iterable[str], Callable[[RoleCalibration], Value]]] = [
-        (_("a prompt's step, host, ms"), computing, lambda role: 1e3 * role.engine.costs.host_prefill_s),
-        (_("a step beyond the CUDA graphs, host, ms"), computing, eager_ms),
+        (_("a prompt's step, host, ms"), computing, ms("host_prefill_s")),
+        (_("of one kind of attention kernels, host, ms"), computing, alike_ms),
+        (_("a step beyond the CUDA graphs, host, ms"), computing, ms("host_eager_s")),
         (_("and per 1,000 prompt tokens, host, ms"), computing, per_thousand("host_per_prompt_token_s")),
+        (_("before the GPU begins with a prompt, ms"), computing, ms("before_gpu_s")),
         (_("per 1,000 prompt tokens, GPU, ms"), computing, per_thousand("gpu_per_prompt_token_s")),
         (
             _("a decode step of 1 sequence, without its context, ms"),
@@ -67,7 +71,8 @@ def calibration(found: Calibration) -> Table:
             decoding,
             lambda role: 1e3 * max(role.engine.costs.gpu_decode_s.values()),
         ),
-        (_("on the way in, ms"), computing, lambda role: 1e3 * role.engine.costs.ingress_s),
+        (_("on the way in, ms"), computing, ms("ingress_s")),
+        (_("and per 1,000 prompt tokens on the way in, ms"), computing, per_thousand("ingress_per_token_s")),
         (_("most prompt tokens in a step"), computing, lambda role: role.engine.box.prompt_tokens),
         (_("most sequences in a step"), decoding, lambda role: role.engine.box.sequences),
         (_("prompt lengths"), roles, lambda role: "{:,}-{:,}".format(*role.prompt_lengths)),
@@ -81,6 +86,7 @@ def calibration(found: Calibration) -> Table:
         [title, *(value(role) if name in of else None for name, role in roles.items())]
         for title, of, value in described
     ]
+    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
     notes = sorted({note for role in found.roles.values() for note in role.assumed})
     lines = [_("Assumed: {0}", _("; ").join(map(_, notes)))] if notes else []
     if found.handoff is not None:

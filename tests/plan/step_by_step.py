@@ -7,11 +7,12 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 import pytest
 
-from pdbench.plan.engine import Demand, Deployment, Engine, Role
+from pdbench.plan.engine import SHORT_PROMPT, Demand, Deployment, Engine, Role
 from pdbench.proxy import instances as proxy
 
 
@@ -119,7 +120,7 @@ class SlowEngine:
     def run(self, scheduled: dict[int, int]) -> None:
         """The step's time, and who gets a token of it."""
         members = [sequence for sequence in self.running if sequence.request.number in scheduled]
-        decoding, prompt_tokens, context, joins = 0, 0, 0, False
+        decoding, prompt_tokens, longest, context, joins = 0, 0, 0, 0, False
         getting = []
         for sequence in members:
             whole, count = sequence.recompute or sequence.size, scheduled[sequence.request.number]
@@ -130,25 +131,31 @@ class SlowEngine:
                 sequence.joined = False
             else:
                 prompt_tokens += count
+                longest = max(longest, count)
             if sequence.computed >= whole:
                 sequence.tokens += 1
                 getting.append(sequence)
         host = gpu = 0.0
-        factor = 1.0
+        factor = gpu_factor = 1.0
         if members:
             host = self.costs.host_decode_s
             if prompt_tokens or decoding > self.limits.captured:  # graphs of whole steps hold no prompts
                 noise = list(itertools.chain(*self.costs.noise))
+                gpu_noise = list(itertools.chain(*self.costs.gpu_noise)) or noise
                 factor = noise[self.noise_at % len(noise)] if noise and prompt_tokens else 1.0
+                gpu_factor = gpu_noise[self.noise_at % len(gpu_noise)] if noise and prompt_tokens else 1.0
                 self.noise_at += prompt_tokens > 0
                 eager = prompt_tokens + decoding > self.limits.captured
                 launch = self.costs.beyond_graphs_s if eager else self.costs.host_prefill_s
+                if prompt_tokens and (not decoding or longest <= SHORT_PROMPT):
+                    launch *= self.costs.alike_launch
                 host = launch * factor + self.costs.host_per_prompt_token_s * prompt_tokens
             gpu = float(self.costs.gpu_step_s(np.array(decoding), context))
             if prompt_tokens:
-                gpu += (self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens) * factor
+                gpu += (self.costs.gpu_prefill_s + self.costs.gpu_per_prompt_token_s * prompt_tokens) * gpu_factor
             self.steps.append((self.s, scheduled))
-        done = max(max(self.d, self.s) + gpu, self.s + host)
+        before = self.costs.before_gpu_s if prompt_tokens else 0.0
+        done = max(max(self.d, self.s + before) + gpu, self.s + host)
         self.s = max(self.s + host, self.d) if self.limits.async_scheduling else done
         self.s += self.costs.join_s * joins
         self.d = done
@@ -182,11 +189,16 @@ def step_by_step(
             name = "prefill" if role == "prefill" else "decode"
             table.passed(table.add(name, proxy.Address(f"{role}-{number}", 1, "kv", 1)))
     slots = {role: table.ready("prefill" if role == "prefill" else "decode") for role in roles}
-    way_in_s = deployment.engines[roles[0]].costs.ingress_s + (deployment.proxy_s if layout.kind != "single" else 0.0)
+    costs = deployment.engines[roles[0]].costs
+    proxy_s = deployment.proxy_s if layout.kind != "single" else 0.0
 
     columns = zip(demand.prompt_tokens, demand.cached_tokens, demand.output_tokens, strict=True)
     requests = [Request(i, int(p), min(int(c), int(p) - 1), int(o)) for i, (p, c, o) in enumerate(columns)]
-    arrivals = [(float(t_s) + way_in_s, 0, request) for t_s, request in zip(demand.t_s, requests, strict=True)]
+    arrivals = [
+        (float(t_s) + costs.ingress_s + costs.ingress_per_token_s * request.prompt + proxy_s, 0, request)
+        for t_s, request in zip(demand.t_s, requests, strict=True)
+    ]
+    arrivals.sort(key=itemgetter(0))
     joins: list[tuple[float, int, Request]] = []
     counted: dict[int, proxy.Instance] = {}
     chosen: dict[int, int] = {}

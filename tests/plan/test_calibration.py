@@ -228,9 +228,10 @@ def test_prefill_itself_says_when_it_took_a_prompt_that_met_it_idle() -> None:
     }
     run = Run(name="disaggregated", clock=Clock(0.0, 0.0), config={}, host={}, versions={})
     streams = [Stream(name, [1.2], 9, 9) for name in ways]
-    assert not visits_of(run, streams, ways).ways_in_s()
+    assert not len(visits_of(run, streams, ways).ways_in()[0])
     run.events = [
         PromptEvent(server="prefill-0", request_id=name, transfer_id=name, taken_s=at_s)
         for name, at_s in (("first", 1.004), ("second", 1.05))  # the second waits for the first one's step
     ]
-    assert visits_of(run, streams, ways).ways_in_s() == [pytest.approx(0.004)]
+    tokens, took_s = visits_of(run, streams, ways).ways_in()
+    assert (tokens.tolist(), took_s.tolist()) == ([9], [pytest.approx(0.004)])

@@ -5,7 +5,7 @@ import pytest
 
 from pdbench.config.serving import last_value
 from pdbench.plan import fit
-from pdbench.plan.engine import COSTS, Costs, Demand, Deployment, Engine, Layout, Limits
+from pdbench.plan.engine import COSTS, SHORT_PROMPT, Costs, Demand, Deployment, Engine, Layout, Limits
 from pdbench.plan.prefill import prefill_alone
 from pdbench.plan.simulate import simulate, weighted_quantiles
 from pdbench.plan.steps import Steps, Stream, Visits, rebuild
@@ -17,7 +17,9 @@ CONTEXT = 2e-8
 LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16)
 
 
-def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[list[Stream], dict[str, int], list[float]]:
+def engine_run(
+    seed: int, requests: int = 150, noise: float = 0.02, before: float = 0.0, alike: float = 1.0
+) -> tuple[list[Stream], dict[str, int], list[float]]:
     """Streams of an engine that runs by the module's recursion, a prompt at a time; each request's true first step, and when it could be scheduled."""
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(0.1, requests))
@@ -45,8 +47,9 @@ def engine_run(seed: int, requests: int = 150, noise: float = 0.02) -> tuple[lis
         p = 0 if new is None else int(prompts[new])
         decode = (TABLE[next(size for size in SIZES if size >= n)] + CONTEXT * context) if n else 0.0
         factor = np.exp(random.normal(0, noise))
-        host = factor * (HOST + HOST_TOKEN * p) if p else HOST_DECODE
-        finished = max(done, now) + decode + (GPU + GPU_TOKEN * p if p else 0.0)
+        launch = HOST * alike if not n or p <= SHORT_PROMPT else HOST
+        host = factor * (launch + HOST_TOKEN * p) if p else HOST_DECODE
+        finished = max(done, now + (before if p else 0.0)) + decode + (GPU + GPU_TOKEN * p if p else 0.0)
         next_s = max(now + host, done)
         hand_out(next_s)
         done = max(finished, now + host)
@@ -129,7 +132,9 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
         took_s = np.full((60, 3), 0.005)
         took_s[:, 1] = np.maximum(host_s * (factors if host_s > gpu_s else 1.0), 0.005)
         took_s[:, 2] = np.maximum(0.005, 0.005 + gpu_s * factors - took_s[:, 1] + 0.005)
-        found = fit.prefill_costs(fit.Chains(took_s, tokens, tokens > 8192, decode_s, np.zeros(60, dtype=int)), engine)
+        found = fit.prefill_costs(
+            fit.Chains(took_s, tokens, tokens > 8192, tokens < 0, decode_s, np.zeros(60, dtype=int)), engine
+        )
         spread = float(np.std(np.log(found.costs.noise[0])))
         assert len(found.costs.noise[0]) == 60 and 0.06 < spread < 0.14, (host_s, spread)
 
@@ -137,20 +142,45 @@ def test_noise_of_a_prompt_is_that_of_the_longer_step() -> None:
 def test_host_launches_no_decode_step_slower_than_the_fastest_one_took() -> None:
     took = np.tile([0.004, 0.05, 0.0035, 0.004], (40, 1))
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
-    observed = fit.Chains(took, prompt, prompt > 0, np.full(took.shape, 0.004), np.zeros(40, int))
+    observed = fit.Chains(took, prompt, prompt > 0, prompt < 0, np.full(took.shape, 0.004), np.zeros(40, int))
     prefill = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.003}), limits=LIMITS))
-    assert prefill.costs.host_decode_s <= 0.003 and prefill.samples[:, 4].max() <= 0.003
+    assert prefill.costs.host_decode_s <= 0.003 and prefill.samples[:, -1].max() <= 0.003
 
 
 def test_prefill_costs_are_found_again(steps: list[Steps]) -> None:
     engine = Engine(costs=fit.decode_costs(steps, SIZES).costs, limits=LIMITS)
     prefill = fit.prefill_costs(fit.chains(steps, [0, 1], engine), engine)
     for tokens in (500, 2000, 3000):
-        host, host_token, gpu, gpu_token, _ = values_of(prefill)
+        host, host_token, gpu, gpu_token, *_ = values_of(prefill)
         assert host + host_token * tokens == pytest.approx(HOST + HOST_TOKEN * tokens, rel=0.06)
         assert gpu + gpu_token * tokens == pytest.approx(GPU + GPU_TOKEN * tokens, rel=0.10)
     assert spread_of(prefill) < 0.1
     assert prefill.speeds == pytest.approx([1, 1], abs=0.03)
+
+
+def test_what_comes_before_the_gpu_and_a_launch_of_one_kind_are_found_again() -> None:
+    steps = [rebuild(engine_run(seed, before=0.009, alike=0.6)[0]) for seed in (1, 2)]
+    engine = Engine(costs=fit.decode_costs(steps, SIZES).costs, limits=LIMITS)
+    costs = fit.prefill_costs(fit.chains(steps, [0, 1], engine), engine).costs
+    assert costs.before_gpu_s + costs.gpu_prefill_s == pytest.approx(0.009 + GPU, rel=0.1)
+    assert costs.gpu_per_prompt_token_s == pytest.approx(GPU_TOKEN, rel=0.05)
+    assert costs.alike_launch == pytest.approx(0.6, abs=0.05)
+
+
+def test_way_in_grows_with_the_prompt_where_prompts_differ() -> None:
+    random = np.random.default_rng(1)
+    tokens = random.integers(100, 7000, 300)
+    took_s = 0.004 + 1.8e-6 * tokens + np.abs(random.normal(0, 1e-4, 300))
+    took_s[::20] += 0.05  # the machine stood still
+    assert fit.way_in(tokens, took_s) == (pytest.approx(0.0041, abs=1e-4), pytest.approx(1.8e-6, rel=0.03))
+    alike = np.full(300, 2048)
+    assert fit.way_in(alike, took_s) == (float(np.median(took_s)), 0.0)
+    since_s = random.uniform(0, 0.005, 300)  # the scheduling before is so long ago
+    between = np.stack([0.004 + 1.8e-6 * tokens - since_s, 0.004 + 1.8e-6 * tokens - since_s + 0.005], axis=1)
+    found_s, slope_s = fit.way_in_between(tokens, between)
+    assert found_s + 3500 * slope_s == pytest.approx(0.004 + 3500 * 1.8e-6, abs=3e-4)
+    assert slope_s == pytest.approx(1.8e-6, abs=0.3e-6)
+    assert fit.way_in_between(alike, between - 1.8e-6 * tokens[:, None]) == (pytest.approx(0.004, abs=3e-4), 0.0)
 
 
 def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:
@@ -165,26 +195,27 @@ def test_running_streams_take_their_time_on_an_engine_without_graphs() -> None:
 def test_fixed_lengths_leave_the_price_of_a_token_unknown() -> None:
     took = np.tile([0.0, 0.004, 0.05, 0.0025, 0.004], (40, 1))[:, 1:]
     prompt = np.tile([0, 2048, 0, 0], (40, 1))
-    observed = fit.Chains(took, prompt, prompt > 0, np.full(took.shape, 0.004), np.zeros(40, int))
+    observed = fit.Chains(took, prompt, prompt > 0, prompt < 0, np.full(took.shape, 0.004), np.zeros(40, int))
     assert spread_of(fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=LIMITS))) > 0.3
 
 
-def test_costs_of_an_instance_that_only_prefills_are_found_again() -> None:
+@pytest.mark.parametrize("before_s", [0.0, 0.008])
+def test_costs_of_an_instance_that_only_prefills_are_found_again(before_s: float) -> None:
     random = np.random.default_rng(5)
     prompt = np.clip(random.lognormal(7.3, 0.6, 150).astype(int), 100, 6000)
     one = np.ones_like(prompt)
     demand = Demand(
         t_s=np.cumsum(random.exponential(0.03, 150)), prompt_tokens=prompt, output_tokens=one, cached_tokens=0 * one
     )
-    costs = fit.with_values(Costs(ingress_s=0.005), [HOST, HOST_TOKEN, GPU, GPU_TOKEN, 1e-3])
+    costs = fit.with_values(Costs(ingress_s=0.005), [HOST, HOST_TOKEN, GPU, GPU_TOKEN, before_s, 1.0, 1e-3])
     engine = Engine(costs=costs, limits=LIMITS)
     answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 2e-4, 150)
     visits = Visits(answered.sent_s, np.full(150, np.nan), done_s, prompt)
-    host, host_token, gpu, gpu_token, _ = values_of(prefill_alone([visits], [0], LIMITS, 0.005))
-    for tokens in (300, 1500, 6000):
-        took = max(HOST + HOST_TOKEN * tokens, GPU + GPU_TOKEN * tokens)
-        assert max(host + host_token * tokens, gpu + gpu_token * tokens) == pytest.approx(took, rel=0.05)
+    found = prefill_alone([visits], [0], LIMITS, (0.005, 0.0)).costs
+    lengths = np.array([300, 1500, 6000])
+    assert found.prompt_step_s(lengths, 0) == pytest.approx(costs.prompt_step_s(lengths, 0), rel=0.06)
+    assert found.gpu_prompt_s(lengths[2:]) == pytest.approx(costs.gpu_prompt_s(lengths[2:]), rel=0.05), "in a queue"
 
 
 @pytest.mark.parametrize("gpu_s", [0.012, 0.024])
@@ -199,12 +230,14 @@ def test_launch_beyond_the_graphs_is_found_in_the_queue_of_prefill(gpu_s: float)
         output_tokens=one,
         cached_tokens=0 * one,
     )
-    costs = fit.with_values(Costs(ingress_s=0.005, host_eager_s=0.08), [0.025, 1e-7, 0.005, gpu_s / 2048, 1e-3])
+    costs = fit.with_values(
+        Costs(ingress_s=0.005, host_eager_s=0.08), [0.025, 1e-7, 0.005, gpu_s / 2048, 0.0, 1.0, 1e-3]
+    )
     engine = Engine(costs=costs, limits=limits)
     answered = simulate(Deployment(layout=Layout("single", {"single": 1}), engines={"single": engine}), demand)
     done_s = answered.sent_s + answered.ttft_s + random.normal(0, 1e-4, 400)
     visits = Visits(answered.sent_s, np.full(400, np.nan), done_s, demand.prompt_tokens)
-    found = prefill_alone([visits], [0], limits, 0.005).costs
+    found = prefill_alone([visits], [0], limits, (0.005, 0.0)).costs
     assert found.host_eager_s == pytest.approx(0.08, rel=0.1)
     again = simulate(
         Deployment(layout=Layout("single", {"single": 1}), engines={"single": Engine(costs=found, limits=limits)}),
@@ -218,7 +251,7 @@ def test_launch_beyond_the_graphs_is_found_beside_running_streams() -> None:
     took_s, prompt = np.tile([0.004, 0.03, 0.004], (80, 1)), np.tile([0, 2048, 0], (80, 1))
     took_s[::4, 1], prompt[::4, 1] = 0.085, 6144
     limits = Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=4224)
-    observed = fit.Chains(took_s, prompt, prompt > 4224, np.full(took_s.shape, 0.004), np.zeros(80, int))
+    observed = fit.Chains(took_s, prompt, prompt > 4224, prompt < 0, np.full(took_s.shape, 0.004), np.zeros(80, int))
     found = fit.prefill_costs(observed, Engine(costs=Costs(gpu_decode_s={1: 0.004}), limits=limits)).costs
     assert found.host_eager_s == pytest.approx(0.085)
     assert found.host_prefill_s + 2048 * found.host_per_prompt_token_s < 0.035

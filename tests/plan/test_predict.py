@@ -45,7 +45,9 @@ def role(sure: float = 0.05, **costs: object) -> RoleCalibration:
         limits=Limits(max_num_batched_tokens=8192, max_num_seqs=64, captured=16),
         box=Box(prompt_tokens=4096, sequences=16, context_tokens=40_000),
     )
-    samples = [[0.03, 1e-6, 0.001, 1e-5 * float(np.exp(sure * step)), 0.002] for step in np.linspace(-1.7, 1.7, 21)]
+    samples = [
+        [0.03, 1e-6, 0.001, 1e-5 * float(np.exp(sure * step)), 0.0, 1.0, 0.002] for step in np.linspace(-1.7, 1.7, 21)
+    ]
     return RoleCalibration(
         engine=engine, samples=samples, speeds=[0.98, 1.0, 1.02], power=WATTS, prompt_lengths=(900, 2100)
     )
@@ -113,7 +115,7 @@ def test_an_engine_of_more_gpus_is_not_put_together_from_fewer() -> None:
 def test_another_day_is_another_day_for_the_gpu_too() -> None:
     """With CUDA graphs of a prompt's length its step is the GPU's work, and what differs between trials is that."""
     on_gpu = {"host_prefill_s": 0.002, "host_per_prompt_token_s": 0.0, "gpu_per_prompt_token_s": 2e-5}
-    samples = [[0.002, 0.0, 0.001, 2e-5, 0.002]]
+    samples = [[0.002, 0.0, 0.001, 2e-5, 0.0, 1.0, 0.002]]
     found = calibration(roles={"single": msgspec.structs.replace(role(**on_gpu), samples=samples)})
     ttft = predicted(found).figures["ttft_p50_ms"]
     assert ttft.high > 1.2 * ttft.low

@@ -17,7 +17,8 @@ def engine(*, host_bound: bool = True, eager_s: float | None = None, **limits: o
     costs = Costs(
         host_decode_s=0.0036 if host_bound else 0.0005, host_prefill_s=0.05 if host_bound else 0.004, host_per_prompt_token_s=1e-7,
         gpu_decode_s=GRAPHS, gpu_per_sequence_s=0.00005, gpu_per_context_token_s=3e-8, gpu_prefill_s=0.002,
-        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, noise=((1.0, 1.2), (0.9, 1.1)), host_eager_s=eager_s,
+        gpu_per_prompt_token_s=1.1e-5, join_s=0.001, ingress_s=0.007, ingress_per_token_s=2e-6, before_gpu_s=0.003,
+        alike_launch=0.7, noise=((1.0, 1.2), (0.9, 1.1)), gpu_noise=((1.1, 0.95, 1.0),), host_eager_s=eager_s,
     )  # fmt: skip
     return Engine(costs=costs, limits=Limits(**(fields | limits)))  # type: ignore[arg-type]
 
