@@ -144,8 +144,6 @@ class Gpu:
     memory_total_mib: float | None
     memory_used_mib: float | None
     uuid: str = ""
-    processes: int = 0
-    """That compute on it, as far as NVML sees them: in a container often none."""
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -157,11 +155,8 @@ def _gpus() -> tuple[Gpu, ...]:
             with suppress(nv.NVMLError):
                 memory = nv.nvmlDeviceGetMemoryInfo(handle)
                 total_mib, used_mib = float(memory.total // 2**20), float(memory.used // 2**20)
-            processes = 0
-            with suppress(nv.NVMLError):
-                processes = len(nv.nvmlDeviceGetComputeRunningProcesses(handle))
             name, uuid = nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetUUID(handle)
-            inventory.append(Gpu(index, name, driver, total_mib, used_mib, uuid, processes))
+            inventory.append(Gpu(index, name, driver, total_mib, used_mib, uuid))
     return tuple(inventory)
 
 

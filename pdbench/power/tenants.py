@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import inf, isfinite
@@ -38,11 +39,12 @@ def gpus_of(processes: Iterable[int]) -> list[int]:
 
 def in_use(gpus: Sequence[int]) -> Iterator[Flag]:
     """A flag for each of these GPUs on which somebody's processes are before ours start."""
+    processes = Counter(index for index, _pid in nvml.computing())  # in a container often none
     for gpu in nvml.gpus():
         used_mib, total_mib = gpu.memory_used_mib or 0.0, gpu.memory_total_mib or inf
-        if gpu.index in gpus and (gpu.processes or used_mib > max(USED_MIB, USED_SHARE * total_mib)):
+        if gpu.index in gpus and (processes[gpu.index] or used_mib > max(USED_MIB, USED_SHARE * total_mib)):
             held = f"{used_mib:,.0f} of {total_mib:,.0f} MiB" if isfinite(total_mib) else "its memory"
-            whose = f"other processes ({gpu.processes}) hold" if gpu.processes else "others hold"
+            whose = f"other processes ({processes[gpu.index]}) hold" if processes[gpu.index] else "others hold"
             yield Flag(
                 "gpu-in-use",
                 f"gpu{gpu.index}: {whose} {held} before any server starts: their work and power are in these figures; "
