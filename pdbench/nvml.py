@@ -5,7 +5,9 @@ A GPU is named by its NVML index: the driver's order, which CUDA shares under CU
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -15,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 import pynvml as nv
 
 from pdbench.errors import UserError
-from pdbench.patience import NoAnswerError, within
 
 _LOST = {
     nv.NVML_ERROR_GPU_IS_LOST,
@@ -93,16 +94,24 @@ class GpuError(Exception):
 
 
 def bounded(call: Callable[P, T], otherwise: Callable[[], T] | None = None) -> Callable[P, T]:
-    """The call, given up after ANSWER_S: then it gives `otherwise()`, or raises GpuError."""
+    """The call, given up after ANSWER_S: then it gives `otherwise()`, or raises GpuError. Its thread cannot be ended, but is waited for no longer."""
 
     @wraps(call)
     def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return within(ANSWER_S, partial(call, *args, **kwargs))
-        except NoAnswerError:
-            if otherwise is None:
-                raise GpuError(None) from None
-            return otherwise()
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(call(*args, **kwargs))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="pdbench-nvml", daemon=True).start()
+        if wait([done], ANSWER_S).done:
+            return done.result()
+        if otherwise is None:
+            raise GpuError(None)
+        return otherwise()
 
     return answered
 
@@ -166,9 +175,9 @@ gpus = bounded(_gpus, otherwise=tuple)  # all of this host that answer; none wit
 def check_answers() -> None:
     """Raises UserError where the driver hangs; one that is not there, or refuses, answers."""
     try:
-        within(ANSWER_S, _gpus)
-    except NoAnswerError:
-        raise UserError(str(GpuError(None))) from None
+        bounded(_gpus)()
+    except GpuError as error:
+        raise UserError(str(error)) from None
 
 
 @partial(bounded, otherwise=dict)

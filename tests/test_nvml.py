@@ -1,11 +1,14 @@
-"""The GPU inventory over the scripted NVML: what machine.py, doctor and the cluster know of a host's GPUs."""
+"""The GPU inventory over the scripted NVML: what machine.py, doctor and the cluster know of a host's GPUs; calls of it that may hang."""
 
+import errno
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pdbench import nvml
 from tests.support.fake_nvml import child
 
 INVENTORY = """
@@ -75,3 +78,21 @@ def test_links_are_named_as_in_nvidia_smi_topo(
     found = inventory(nvml_library, gpus="3", **settings)
     assert found["facts"]["gpu_links"] == links
     assert all(found["links"][link[::-1]] == found["links"][link] for link in links)
+
+
+def test_call_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(nvml, "ANSWER_S", 0.05)
+    with pytest.raises(nvml.GpuError, match=r"did not answer within 0\.05 s"):
+        nvml.bounded(held.wait)()
+    held.set()
+
+
+def test_time_out_of_the_library_itself_is_no_hang() -> None:
+    """A library's ETIMEDOUT had read as a driver that did not answer within 20 s."""
+
+    def refused() -> None:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    with pytest.raises(TimeoutError, match="Connection timed out"):
+        nvml.bounded(refused)()
