@@ -19,6 +19,7 @@ from pdbench.host import LocalHost, own_address
 from pdbench.http import host_port, netloc
 from pdbench.serving import plan, vllm
 from pdbench.serving.machine import Machine, installed_version, port_owner
+from pdbench.serving.models import hub_cache
 from pdbench.serving.vllm import Command
 
 FINE, NOTE, WRONG = "fine", "note", "wrong"
@@ -112,8 +113,7 @@ def _start(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         owner = port_owner(address, port)
         text = f"port {port} for {command.name}: {owner or 'free'}"
         yield finding(*_passed(not owner, text, f"end it, or choose another port for {command.name}"))
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-    if not vllm.is_local(model) and not (cache / f"models--{model.replace('/', '--')}").is_dir():
+    if not vllm.is_local(model) and not hub_cache(model).is_dir():
         remedy = "it is downloaded at start; without a network give --model a folder"
         yield finding(NOTE, f"{model} is not in the hub's cache here", remedy)
 

@@ -102,8 +102,7 @@ def weights_mib(model: str, *, halve_float32: bool) -> float | None:
     """
     folder = Path(model)
     if not folder.is_dir():
-        cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-        snapshots = (cache / f"models--{model.replace('/', '--')}" / "snapshots").glob("*")
+        snapshots = (hub_cache(model) / "snapshots").glob("*")
         folder = max(snapshots, key=lambda each: each.stat().st_mtime, default=folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -117,6 +116,12 @@ def weights_mib(model: str, *, halve_float32: bool) -> float | None:
         return None if size is None else float(size) / 2**20 / (2 if is_float32 and halve_float32 else 1)
     except (OSError, *NOT_JSON, KeyError, TypeError, AttributeError):
         return None
+
+
+def hub_cache(model: str) -> Path:
+    """Where the hub's model is on this host once it was downloaded."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return cache / "hub" / f"models--{model.replace('/', '--')}"
 
 
 def shape_model(folder: Path, shape: str = "deepseek-v2-lite") -> Path:
