@@ -110,7 +110,17 @@ class Canaries:
         run.flags += [flag for flag in flags if flag not in run.flags]
         if judged:
             failed = [flag for flag in run.flags if flag.name in ("canary-failed", "reference-wrong")]
-            run.gate = _with_canaries(run.gate, [canary for _, canary in judged], failed)
+            no_gate = Gate(
+                passed=True, prompts=0, equal_outputs=None, prompt_tokens=None, external_kv_tokens=None, detail=""
+            )
+            gate = run.gate or no_gate
+            verdicts = Counter(canary.verdict for _, canary in judged if canary.verdict)
+            run.gate = msgspec.structs.replace(
+                gate,
+                passed=gate.passed and not failed,
+                detail=failed[0].detail if failed and gate.passed else gate.detail,
+                canaries=dict(Counter(gate.canaries) + verdicts),
+            )
 
     def _ask(self, load: TrialLoad, planned: PlannedRequest, salt: str, tokens: int = TOKENS) -> Answer:
         """Raises OSError when the reference does not answer."""
@@ -241,15 +251,3 @@ def _check_greedy(config: LoadConfig) -> None:
     for name in ("n", "best_of", "echo", "use_beam_search"):
         if extra.get(name) not in (None, False, 1):
             raise UserError(f"{name} in --extra-body asks for more than one greedy continuation")
-
-
-def _with_canaries(gate: Gate | None, canaries: Sequence[Canary], failed: Sequence[Flag]) -> Gate:
-    no_gate = Gate(passed=True, prompts=0, equal_outputs=None, prompt_tokens=None, external_kv_tokens=None, detail="")
-    gate = gate or no_gate
-    found = Counter(canary.verdict for canary in canaries if canary.verdict)
-    return msgspec.structs.replace(
-        gate,
-        passed=gate.passed and not failed,
-        detail=failed[0].detail if failed and gate.passed else gate.detail,
-        canaries=dict(Counter(gate.canaries) + found),
-    )

@@ -8,7 +8,6 @@ how much of the prompts came as external KV.
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from pdbench.answers import LIKELIEST, TOKENS, Answer, compare, follow, read, too_many
@@ -115,12 +114,21 @@ def _verdict(url: str | None, body: dict[str, Any], output: RequestRecord, refer
         url is None or not ids[0] or len(ids[0]) != len(ids[1]) or ids[0] == ids[1]
     ):  # too short, or another text of the same tokens
         return "has another answer"
+
+    def ask(prompt: str | Sequence[int], tokens: int) -> Answer:
+        """The greedy answer with the likeliest tokens at every place. Raises OSError where there is none."""
+        asked = {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True, "return_token_ids": True}
+        sent = json.dumps(body | asked | {"prompt": prompt, "max_tokens": tokens}).encode()
+        status, content = request(url, "/v1/completions", timeout_s=PATIENCE_S, body=sent)
+        if status != 200:
+            raise OSError(f"{url} answers {status}")
+        return read(content)
+
     try:
-        answer = _explained(url, body)
+        answer = ask(body["prompt"], TOKENS)
         for record, token_ids in zip((output, reference), ids, strict=True):
             verdict, place, gap = compare(answer, token_ids, record.text)
             if verdict == "undecided":
-                ask = partial(_go_on, url, body)
                 verdict, place, gap = follow(answer, token_ids, place, ask)
             if verdict not in SOUND:
                 apart = f", {gap:.1f} nats apart" if gap is not None else ""
@@ -128,19 +136,6 @@ def _verdict(url: str | None, body: dict[str, Any], output: RequestRecord, refer
     except OSError as error:
         return f"has another answer, perhaps at a near tie: {error}"
     return "near-tie"
-
-
-def _go_on(url: str, body: dict[str, Any], prompt: Sequence[int], tokens: int) -> Answer:
-    return _explained(url, body | {"prompt": prompt, "max_tokens": tokens})
-
-
-def _explained(url: str, body: dict[str, Any]) -> Answer:
-    """The greedy answer with the likeliest tokens at every place. Raises OSError where there is none."""
-    asked = {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True, "return_token_ids": True}
-    status, content = request(url, "/v1/completions", timeout_s=PATIENCE_S, body=json.dumps(body | asked).encode())
-    if status != 200:
-        raise OSError(f"{url} answers {status}")
-    return read(content)
 
 
 def _outputs(url: str, model: str, nonce: int) -> list[RequestRecord]:
