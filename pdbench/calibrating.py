@@ -18,7 +18,7 @@ from pdbench.config import DeploymentKind, LoadConfig, Options
 from pdbench.errors import UserError, WriteError
 from pdbench.load.generator import Progress
 from pdbench.load.input_files import span
-from pdbench.turns import START_S, TURN_S, deployments
+from pdbench.turns import START_S, TURN_S
 
 FULL_STREAMS, FULL_REQUESTS = 32, 96
 BURST_STREAMS, BURST_REQUESTS = 8, 48
@@ -176,10 +176,21 @@ def run(
         failed: list[str] = []
 
         def send(
-            options: Options, folder: Path, name: str, deadline: Deadline = deadline, failed: list[str] = failed
+            options: Options,
+            folder: Path,
+            name: str,
+            kind: DeploymentKind = kind,
+            deadline: Deadline = deadline,
+            failed: list[str] = failed,
         ) -> list[Path]:
             try:
-                return _send(measure, deadline, out, plan, options, folder, name)
+                if deadline.left_s <= 0:
+                    raise UserError("the time is up: give more --max-minutes")
+                if options.load.concurrency is None:
+                    left = plan.ramps - int(folder.name.rpartition("-")[2]) + 1
+                    most_s = min(plan.ramp_s, deadline.left_s / left - TURN_S)
+                    options = replace(options, load=ramp(options.load, out, kind, most_s))
+                return [measure(kind, options, folder, deadline)]
             except UserError as error:
                 failed.append(f"{name}, {folder.name.removeprefix('load=')}: {error}")
                 raise
@@ -195,19 +206,6 @@ def run(
                 raise
         gaps += failed
     return found, gaps
-
-
-def _send(
-    measure: Measure, deadline: Deadline, out: Path, plan: Schedule, options: Options, folder: Path, kind: str
-) -> list[Path]:
-    name = deployments(kind)[0]
-    if deadline.left_s <= 0:
-        raise UserError("the time is up: give more --max-minutes")
-    if options.load.concurrency is None:
-        left = plan.ramps - int(folder.name.rpartition("-")[2]) + 1
-        most_s = min(plan.ramp_s, deadline.left_s / left - TURN_S)
-        options = replace(options, load=ramp(options.load, out, name, most_s))
-    return [measure(name, options, folder, deadline)]
 
 
 def saved(out: Path) -> str:
