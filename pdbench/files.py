@@ -279,13 +279,8 @@ def _complete(folder: Path, token: str) -> None:
     _flush(folder)
 
 
-def read_whole(path: Path) -> bytes:
-    """Raises UserError as `read_head`."""
-    return read_head(path, -1)
-
-
-def read_head(path: Path, size: int) -> bytes:
-    """The first `size` bytes, -1: all.
+def read_whole(path: Path, size: int = -1) -> bytes:
+    """All of a file, or its first `size` bytes.
 
     Raises UserError, for a missing file because of FileNotFoundError, when it cannot be read or is packed.
     """
@@ -322,7 +317,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def run_ids(folder: Path) -> list[str]:
     """Which run the results files of `folder` hold, by their first lines."""
-    found = [re.search(rb'"run_id": ?"([0-9a-f]+)"', read_head(path, 400)) for path in results_files(folder)]
+    found = [re.search(rb'"run_id": ?"([0-9a-f]+)"', read_whole(path, 400)) for path in results_files(folder)]
     return [match[1].decode() if match else "" for match in found]
 
 
