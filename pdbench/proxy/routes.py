@@ -22,7 +22,13 @@ _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 async def serve(context: ProxyContext, request: ClientRequest, client: ClientConnection) -> None:
     try:
-        access, methods = find(request.path)
+        parts = request.path.split(b"/")
+        if len(parts) > 2 and parts[1] == b"instances":
+            parts[2] = b"{id}"
+        route = ROUTES.get(b"/".join(parts))
+        if route is None:
+            raise RequestError(404, f"no such path; the proxy serves {b', '.join(ROUTES).decode()}")
+        access, methods = route
         if request.method not in methods:
             text = f"this path takes {b' or '.join(methods).decode()}"
             raise RequestError(405, text, headers=[(b"allow", b", ".join(methods))])
@@ -33,17 +39,6 @@ async def serve(context: ProxyContext, request: ClientRequest, client: ClientCon
         await methods[request.method](context, request, client)
     except RequestError as error:
         client.respond(error.status, error.body, error.headers)
-
-
-def find(path: bytes) -> "Route":
-    """Who may use a path and its handler for each method; raises RequestError(404)."""
-    parts = path.split(b"/")
-    if len(parts) > 2 and parts[1] == b"instances":
-        parts[2] = b"{id}"
-    route = ROUTES.get(b"/".join(parts))
-    if route is None:
-        raise RequestError(404, f"no such path; the proxy serves {b', '.join(ROUTES).decode()}")
-    return route
 
 
 def _has_key(request: ClientRequest, key: bytes) -> bool:

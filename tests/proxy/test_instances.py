@@ -251,7 +251,8 @@ def test_invalid_instance_is_refused(dead, body):
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [("GET", "/instances/x", 405), ("DELETE", "/instances", 405), ("POST", "/instances/decode-0/dance", 404),
-     ("DELETE", "/instances/prefill-9", 404), ("GET", "/instances/decode-0", 405)],
+     ("POST", "/instances/x/drain/y", 404), ("GET", "/instances/x/drain", 405), ("DELETE", "/instances/prefill-9", 404),
+     ("GET", "/instances/decode-0", 405)],
 )  # fmt: skip
 def test_unknown_instance_path_or_method_is_refused(dead, method, target, status):
     assert dead.request(method, target).status == status

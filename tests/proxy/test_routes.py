@@ -1,13 +1,10 @@
-"""The route table is what the OpenAPI description describes, and what the proxy answers by."""
+"""The route table is what the OpenAPI description describes."""
 
 import json
 from pathlib import Path
 
-import pytest
-
 import pdbench.proxy
-from pdbench.proxy.messages import RequestError
-from pdbench.proxy.routes import ROUTES, find
+from pdbench.proxy.routes import ROUTES
 
 DESCRIPTION = json.loads((Path(pdbench.proxy.__file__).parent / "openapi.json").read_text())
 
@@ -32,18 +29,3 @@ def test_openapi_references_resolve():
             check(child)
 
     check(DESCRIPTION)
-
-
-@pytest.mark.parametrize(
-    ("path", "methods"),
-    [(b"/v1/models", (b"GET",)), (b"/instances", (b"GET", b"POST")), (b"/instances/x", (b"DELETE",)),
-     (b"/instances/x/drain", (b"POST",))],
-)  # fmt: skip
-def test_methods_of_a_path(path, methods):
-    assert tuple(find(path)[1]) == methods
-
-
-@pytest.mark.parametrize("path", [b"/instances/x/y", b"/instances/x/drain/y", b"/v1/x/drain"])
-def test_unknown_path_is_a_404(path):
-    with pytest.raises(RequestError, match="no such path"):
-        find(path)

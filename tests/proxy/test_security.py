@@ -66,7 +66,7 @@ def test_ambiguous_or_malformed_http_is_refused_and_closed(guarded, data):
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [("PUT", "/v1/completions", 405), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/x", 404),
-     ("GET", "/v1/../instances", 404), ("POST", "/reset_prefix_cache", 404), ("GET", "//health", 404)],
+     ("GET", "/v1/../instances", 404), ("POST", "/reset_prefix_cache", 404), ("GET", "//health", 404), ("POST", "/v1/x/drain", 404)],
 )  # fmt: skip
 def test_unknown_path_or_method_is_refused(guarded, method, target, status):
     answer = guarded[0].request(method, target)
