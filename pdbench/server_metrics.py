@@ -182,13 +182,12 @@ class _Reader:
         """The figures of now; None where none come in time, or none that are known."""
         with self._reading:
             begin_s = self._clock.now()
-            page = self._scrape()
-            read = figures(page) if page else {}
+            page = scrape(self._url, path=self._path) or ""
+            read = figures(page)
             if not read and self._path != "/metrics" and self._clock.now() - begin_s < TIMEOUT_S:
                 self._path = "/metrics"  # whole pages are all that it has
-                page = self._scrape()
-                read = figures(page) if page else {}
-            elif page and read and not self.readings:
+                read = figures(scrape(self._url, path=self._path) or "")
+            elif read and not self.readings:
                 family = "vllm:" if "vllm:" in page else "sglang:"
                 names = sorted(name for name in _ALL_NAMES if name.startswith(family))
                 self._path = _NAMED + urlencode({"name[]": names}, doseq=True)
@@ -199,9 +198,6 @@ class _Reader:
             self.readings.append((t_s, read))
         self._on_reading(self.server.name, read)
         return read
-
-    def _scrape(self) -> str | None:
-        return scrape(self._url, timeout_s=TIMEOUT_S, path=self._path)
 
     def series(self) -> ServerSeries:
         with self._reading:
