@@ -82,20 +82,6 @@ def test_an_empty_folder_names_the_remedy(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_run(a_run(), tmp_path)
-    before = path.read_bytes()
-
-    def full(self: Path, target: Path) -> Path:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(UserError, match="No space"):
-        save_run(a_run(), tmp_path)
-    assert path.read_bytes() == before
-    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
-
-
 def test_the_clock_puts_other_processes_instants_on_the_runs_zero() -> None:
     assert Clock(monotonic_s=5.0, unix_s=1000.0).of_monotonic(7.5) == 2.5
 

@@ -28,6 +28,10 @@ def guarded(tmp_path_factory):
     [
         POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+        POST
+        + b"Content-Length: 27\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        + POST
+        + b"Content-Length: 2\r\n\r\n{}",
         POST + b"Content-Length: 27\r\nContent-Length: 28\r\n\r\n" + BODY,
         POST + b"Content-Length: +27\r\n\r\n" + BODY,
         POST + b"Content-Length : 27\r\n\r\n" + BODY,
@@ -180,16 +184,6 @@ def test_pipelined_requests_are_answered_in_order_and_limited(guarded):
         while piece := connection.recv(65536):
             received += piece
         assert b"429 Too Many Requests" in received
-
-
-def test_smuggled_request_is_not_forwarded(guarded):
-    server, decode = guarded
-    before = len(decode.requests())
-    inner = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
-    with server.connect() as connection:
-        connection.sendall(POST + b"Content-Length: 27\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner)
-        assert read_answer(connection).status == 400
-    assert len(decode.requests()) == before
 
 
 def test_hop_by_hop_headers_are_not_forwarded(guarded):

@@ -71,8 +71,11 @@ def test_unknown_error_is_shown_with_its_line(log: str, cause: str | None) -> No
         ),
         (f"{API}OSError: [Errno 98] Address already in use", "its port is taken"),
         ("ModuleNotFoundError: No module named 'vllm'", "a package is missing"),
+        ("Out of memory: Killed process 7 (python)", "the system ended it"),
+        ("RuntimeError: No CUDA GPUs are available", "nvidia-smi"),
+        ("error: unrecognized arguments: --nonsense", "--vllm-args"),
     ],
-    ids=["memory", "does not fit", "port stolen", "package"],
+    ids=["memory", "does not fit", "port stolen", "package", "killed", "no GPU", "option"],
 )
 def test_known_sign_brings_its_remedy(log: str, words: str) -> None:
     assert words in (likely_cause(log) or "")
