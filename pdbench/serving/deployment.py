@@ -315,13 +315,13 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def claim(folder: Path) -> IO[bytes]:
-    """The folder for one deployment's logs, until the file is closed or this process ends, in whatever way.
+    """The folder for one deployment's logs, until the file is closed or this process ends, in whatever way; `--out` may name it, too.
 
     Raises UserError while another has it (the logs and events of one would be the other's), or when it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("ab")
+        lock = (folder / ".servers.lock").open("ab")
     except OSError as error:
         raise cannot_write(folder, error) from None
     if not lock_for_us(lock):

@@ -15,6 +15,7 @@ from rich.console import Console
 from pdbench import http, turns
 from pdbench.config import ClusterConfig, DeploymentKind, PairConfig, ServeConfig
 from pdbench.errors import UserError
+from pdbench.files import hold
 from pdbench.serving import deployment as deployments
 from pdbench.serving.deployment import DeploymentInfo, ServerInfo, States
 from pdbench.site import Site, open_site
@@ -173,7 +174,8 @@ def test_log_folder_belongs_to_one_deployment(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--log-dir"):
         deployments.claim(tmp_path / "logs")
     claim.close()
-    deployments.claim(tmp_path / "logs").close()
+    with hold(tmp_path / "logs"):  # by --out
+        deployments.claim(tmp_path / "logs").close()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give --log-dir a folder that you may write"):
         deployments.claim(tmp_path / "file" / "logs")
