@@ -227,9 +227,8 @@ class OpenGpu:
         self._powers = dict(_POWER_FIELDS)
         self.not_measured: dict[str, str] = {}
         self.default_power_limit_w: float | None = None
-        with _errors(), ExitStack() as opened:
-            nv.nvmlInit()
-            opened.callback(nv.nvmlShutdown)
+        with ExitStack() as opened:
+            opened.enter_context(_session())
             if index >= (count := int(nv.nvmlDeviceGetCount())):
                 raise LookupError(f"the driver sees {count} GPUs, none of index {index}")
             self._handle = nv.nvmlDeviceGetHandleByIndex(index)
