@@ -31,6 +31,7 @@ from tests.support.kv import (
     cancel,
     fetch,
     instances,
+    moves,
     new_transfer,
     prefill,
     settled,
@@ -45,10 +46,8 @@ def test_connection_that_just_closed_fails_its_fetches_once(tmp_path, noticed_by
     """The thread that reads sees the end of a connection first; the engine may be about to write to it."""
     port, log = free_port(), tmp_path / "d.jsonl"
     with instances(lambda: Instance("prefill", port), lambda: Instance("decode", event_log=str(log))) as (p, d):
-        good, waiting, next_one = new_transfer(8), new_transfer(8), new_transfer(8)
-        prefill(p, good, [1, 2])
-        fetch(d, good, [10, 11], p.port)
-        settled(p, d, good)
+        waiting, next_one = new_transfer(8), new_transfer(8)
+        moves(p, d, [1, 2], [10, 11])
         fetch(d, waiting, [12, 13], p.port)
         receiver = d.worker._receiver
         (peer,) = receiver._instances["127.0.0.1", p.port].peers.values()
@@ -65,20 +64,15 @@ def test_connection_that_just_closed_fails_its_fetches_once(tmp_path, noticed_by
         d.until(lambda: waiting.request_id in d.failed)
         if noticed_by == "a step":
             d.until(lambda: next_one.request_id in d.received)
-        after = new_transfer(8)
-        prefill(p, after, [4, 5])
-        fetch(d, after, [16, 17], p.port)
-        settled(p, d, after)
+        moves(p, d, [4, 5], [16, 17])
     ends = [line for line in map(json.loads, lines_of(log)) if line["transfer_id"] == waiting.transfer_id]
     assert len(ends) == 1 and ends[0]["error"]
 
 
 def test_unpack_error_fails_the_fetch_of_a_lost_peer(kv_pair, monkeypatch):
     p, d = kv_pair
-    good, bad = new_transfer(8), new_transfer(8)
-    prefill(p, good, [1, 2])
-    fetch(d, good, [10, 11], p.port)
-    settled(p, d, good)
+    bad = new_transfer(8)
+    moves(p, d, [1, 2], [10, 11])
     receiver = d.worker._receiver
     (instance,) = receiver._instances.values()
     (peer,) = instance.peers.values()
@@ -171,10 +165,7 @@ def test_machine_without_more_threads_fails_the_fetch_and_not_the_engine(monkeyp
             failing = new_transfer(8)
             fetch(d, failing, [10, 11], p.port)
             d.until(lambda: d.failed == [failing.request_id])
-        good = new_transfer(8)
-        prefill(p, good, [1, 2])
-        fetch(d, good, [10, 11], p.port)
-        settled(p, d, good)
+        moves(p, d, [1, 2], [10, 11])
 
 
 def connected(p):

@@ -14,6 +14,7 @@ from tests.support.kv import (
     cancel,
     fetch,
     instances,
+    moves,
     new_transfer,
     prefill,
     settled,
@@ -177,15 +178,6 @@ class Pause:
         monkeypatch.setattr(TcpLink, name, call)
 
 
-def moves(p, d, here, there):
-    """One more transfer goes over the pair's connection."""
-    transfer = new_transfer(BLOCK * len(here))
-    prefill(p, transfer, here)
-    fetch(d, transfer, there, p.port)
-    settled(p, d, transfer)
-    assert torch.equal(p.blocks(here), d.blocks(there))
-
-
 def test_prefill_aborted_while_its_blocks_are_copied_sends_nothing(kv_pair, monkeypatch):
     act_as_nccl(monkeypatch)
     packed = Pause(monkeypatch, "pack")
@@ -330,19 +322,13 @@ def test_second_fetch_of_one_transfer_id_fails(kv_pair):
 
 def test_prefill_that_dies_fails_its_fetches_and_serves_again_when_it_returns(kv_pair):
     p, d = kv_pair
-    good, waiting = new_transfer(8), new_transfer(8)
-    prefill(p, good, [1, 2])
-    fetch(d, good, [10, 11], p.port)
-    settled(p, d, good)
+    waiting = new_transfer(8)
+    moves(p, d, [1, 2], [10, 11])
     fetch(d, waiting, [12, 13], p.port)
     p.worker.close()
     d.until(lambda: d.failed == [waiting.request_id])
     with instances(lambda: Instance("prefill", p.port)) as returned:
-        after = new_transfer(8)
-        prefill(returned, after, [4, 5])
-        fetch(d, after, [14, 15], p.port)
-        settled(returned, d, after)
-        assert torch.equal(returned.blocks([4, 5]), d.blocks([14, 15]))
+        moves(returned, d, [4, 5], [14, 15])
 
 
 def test_decode_that_dies_frees_what_it_requested(kv_pair):

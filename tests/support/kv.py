@@ -157,6 +157,15 @@ def settled(p, d, transfer, failed=False):
     assert d.received.count(name) == 1 and p.sent.count(name) == 1
 
 
+def moves(p, d, here, there):
+    """One more transfer goes over the pair's connection."""
+    transfer = new_transfer(BLOCK * len(here))
+    prefill(p, transfer, here)
+    fetch(d, transfer, there, p.port)
+    settled(p, d, transfer)
+    assert torch.equal(p.blocks(here), d.blocks(there))
+
+
 # Real vLLM
 
 TRANSFER_TIMEOUT_S = 6.0
