@@ -190,6 +190,13 @@ def request_for(plan, returns_at=("127.0.0.2", 99)):
     return FetchRequest("t", transfer.tokens, transfer.fingerprint, fetch.start_block, 10, returns_at)
 
 
+def asking(consumer):
+    """The step in which decode, which has 64 tokens of a prompt of 100, asks for the others."""
+    consumer.new_request(decode_of(100))
+    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
+    return consumer.plan_step(step_of({}))
+
+
 def returning_prefill(**more):
     return request_of(100, transfer_id="t", do_remote_decode=True, return_kv=True, **more)
 
@@ -199,9 +206,7 @@ def test_prefill_fetches_what_decode_has_of_a_prompt(returning):
     request = returning_prefill()
     producer.new_request(request)
     assert producer.matched_tokens(request, 16) == (None, False)  # decode has not asked yet
-    consumer.new_request(decode_of(100))
-    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
-    plan = consumer.plan_step(step_of({}))
+    plan = asking(consumer)
     asked.by_transfer["t"] = request_for(plan)
     (offer,), (progress,) = plan.offers, plan.prefilled
     assert progress.blocks == [11, 12, 13, 14] and progress.replace and offer.returned
@@ -251,9 +256,7 @@ def test_prefill_waits_for_decodes_word_no_longer_than_the_option_says():
 )
 def test_prefill_computes_what_decode_has_not_or_does_not_return(returning, wrong):
     producer, consumer, asked = returning
-    consumer.new_request(decode_of(100))
-    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
-    asked.by_transfer["t"] = msgspec.structs.replace(request_for(consumer.plan_step(step_of({}))), **wrong)
+    asked.by_transfer["t"] = msgspec.structs.replace(request_for(asking(consumer)), **wrong)
     request = returning_prefill()
     producer.new_request(request)
     assert producer.matched_tokens(request, 16) == (0, False)
@@ -262,25 +265,19 @@ def test_prefill_computes_what_decode_has_not_or_does_not_return(returning, wron
 @pytest.mark.parametrize("parameter", [True, False])
 def test_nothing_returns_without_the_option_and_the_parameter(returning, parameter):
     producer, consumer, asked = returning
-    consumer.new_request(decode_of(100))
-    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
-    asked.by_transfer["t"] = request_for(consumer.plan_step(step_of({})))
+    asked.by_transfer["t"] = request_for(asking(consumer))
     producer.options = Options(return_kv=not parameter)
     request = request_of(100, transfer_id="t", do_remote_decode=True, return_kv=parameter)
     producer.new_request(request)
     assert producer.matched_tokens(request, 16) == (0, False)
     consumer.options = Options()
-    consumer.new_request(decode_of(100))
-    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
-    plan = consumer.plan_step(step_of({}))
+    plan = asking(consumer)
     assert plan.fetches and not plan.offers and not plan.prefilled
 
 
 def test_aborted_prefill_cancels_what_it_takes_back(returning):
     producer, consumer, asked = returning
-    consumer.new_request(decode_of(100))
-    consumer.allocated(decode_of(100), Blocks([11, 12, 13, 14, 15, 16, 17]), 100 - 64)
-    asked.by_transfer["t"] = request_for(consumer.plan_step(step_of({})))
+    asked.by_transfer["t"] = request_for(asking(consumer))
     request = returning_prefill()
     producer.new_request(request)
     assert producer.matched_tokens(request, 0) == (64, True)  # decode's word is there already: no wait
