@@ -327,6 +327,18 @@ def test_missing_event_log_is_flagged_and_decodes_queue_is_not_the_requests(
     assert "queue" not in measured_run.requests[0].phases
 
 
+def bench_of_proxy(folder: Path, has_prefill: bool, load: Callable[[int], LoadResult], power: PowerConfig) -> Run:
+    """A bench of a proxy that logs elsewhere than --log-dir says."""
+    options = replace(OPTIONS, power=power, serve=ServeConfig(model="m", log_dir=str(folder / "other")))
+    runs: dict[Path, Run] = {}
+    with instance(folder, "a") as a, instance(folder, "b") as b:
+        instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
+        with proxy(folder, **instances) as server:
+            experiment.bench(server.url, 1, options, folder / "out", Console(quiet=True), FakeSite(load), runs)
+    (run,) = runs.values()
+    return run
+
+
 @pytest.mark.parametrize("has_prefill", [True, False])
 def test_bench_of_a_proxy_that_logs_elsewhere_says_so(tmp_path: Path, has_prefill: bool) -> None:
     def load(number: int) -> LoadResult:
@@ -334,30 +346,14 @@ def test_bench_of_a_proxy_that_logs_elsewhere_says_so(tmp_path: Path, has_prefil
         result.requests[0].phases["queue"] = (0.1, 0.4)
         return result
 
-    options = replace(OPTIONS, serve=ServeConfig(model="m", log_dir=str(tmp_path / "other")))
-    runs: dict[Path, Run] = {}
-    with instance(tmp_path, "a") as a, instance(tmp_path, "b") as b:
-        instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
-        with proxy(tmp_path, **instances) as server:
-            site = FakeSite(load)
-            experiment.bench(server.url, 1, options, tmp_path / "out", Console(quiet=True), site, runs)
-    (run,) = runs.values()
+    run = bench_of_proxy(tmp_path, has_prefill, load, OPTIONS.power)
     assert [flag.name for flag in run.flags] == ["event-log-missing"] * has_prefill
     assert list(run.requests[0].phases) == ["decode_queue" if has_prefill else "queue"]
 
 
 @pytest.mark.parametrize("has_prefill", [True, False])
 def test_process_of_a_proxy_is_not_measured_as_the_server(tmp_path: Path, has_prefill: bool) -> None:
-    options = replace(
-        OPTIONS, power=PowerConfig(idle_s=0), serve=ServeConfig(model="m", log_dir=str(tmp_path / "other"))
-    )
-    runs: dict[Path, Run] = {}
-    with instance(tmp_path, "a") as a, instance(tmp_path, "b") as b:
-        instances = {"prefill": [a], "decode": [b]} if has_prefill else {"decode": [a, b]}
-        with proxy(tmp_path, **instances) as server:
-            site = FakeSite(measured)
-            experiment.bench(server.url, 1, options, tmp_path / "out", Console(quiet=True), site, runs)
-    (run,) = runs.values()
+    run = bench_of_proxy(tmp_path, has_prefill, measured, PowerConfig(idle_s=0))
     assert run.devices == []
     details = {flag.name: flag.detail for flag in run.flags}
     assert ("event-log-missing" in details) == has_prefill

@@ -169,15 +169,23 @@ def test_turns_after_another_boot_come_after_those_before_it(tmp_path: Path, gat
     assert 3600 <= clock.now() < 3900
 
 
-def test_resumed_run_measures_an_interrupted_turn_again(tmp_path: Path, gates: list[Gate]) -> None:
-    def interrupted(number: int) -> LoadResult:
-        flags = (Flag("interrupted", "stopped by Ctrl-C"),) if number == 2 else ()
-        return measured(0, None, *flags)
+@pytest.mark.parametrize(
+    ("flag", "error", "words"),
+    [
+        (Flag("interrupted", "stopped by Ctrl-C"), KeyboardInterrupt, ""),
+        (Flag("client-lost", "client 1 died"), UserError, "client 1 died"),
+    ],
+    ids=["interrupted", "client lost"],
+)
+def test_resumed_run_measures_a_turn_again_that_was_cut_short(
+    tmp_path: Path, gates: list[Gate], flag: Flag, error: type[BaseException], words: str
+) -> None:
+    def cut_short(number: int) -> LoadResult:
+        return measured(0, None, *[flag] * (number == 2))
 
-    with pytest.raises(KeyboardInterrupt):
-        run_pairs(tmp_path, FakeSite(interrupted), {}, ONE)
-    runs: dict[Path, Run] = {}
-    run_pairs(tmp_path, indexed(tmp_path, [0]), runs, PairConfig(pairs=1, resident=False, resume=True))
+    with pytest.raises(error, match=words):
+        run_pairs(tmp_path, FakeSite(cut_short), {}, ONE)
+    run_pairs(tmp_path, indexed(tmp_path, [0]), {}, PairConfig(pairs=1, resident=False, resume=True))
     disaggregated = load_run(tmp_path / "disaggregated_results")
     assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
 
@@ -211,17 +219,6 @@ def test_resumed_run_forgets_flags_whose_figures_change_with_more_trials(tmp_pat
     save_run(runs[folder], folder)
     given = {"single": folder}, {"single": sites.OPTIONS.serve}, PairConfig(resident=False), sites.OPTIONS
     assert turns.saved_runs(*given)["single"].flags == [kept]
-
-
-def test_turn_that_lost_a_client_is_measured_again(tmp_path: Path, gates: list[Gate]) -> None:
-    def lost(number: int) -> LoadResult:
-        return measured(0, None, *[Flag("client-lost", "client 1 died")] * (number == 2))
-
-    with pytest.raises(UserError, match="client 1 died"):
-        run_pairs(tmp_path, FakeSite(lost), {}, ONE)
-    run_pairs(tmp_path, indexed(tmp_path, [0]), {}, PairConfig(pairs=1, resident=False, resume=True))
-    disaggregated = load_run(tmp_path / "disaggregated_results")
-    assert [trial.index for trial in disaggregated.trials] == [0] and disaggregated.flags == []
 
 
 def test_resume_refuses_a_run_with_other_options(tmp_path: Path, gates: list[Gate]) -> None:
