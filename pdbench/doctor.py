@@ -143,12 +143,11 @@ def examine(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
         yield finding(*_passed(not owner, text, "choose another --kv-port"))
     except UserError as error:
         yield finding(WRONG, str(error))
-    for (first, second), link in sorted(nvml.links().items()):
-        if first < second:
-            fast = link.startswith("NV")
-            text = f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}"
-            remedy = "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
-            yield finding(*_passed(fast, text, remedy, NOTE))
+    for (first, second), link in nvml.links().items():
+        fast = link.startswith("NV")
+        text = f"GPU {first} - GPU {second}: {link}{' (NVLink)' if fast else ''}"
+        remedy = "KV goes over PCIe: expect a slower handoff; --connector tcp if NCCL reports no P2P"
+        yield finding(*_passed(fast, text, remedy, NOTE))
     finding = partial(Finding, "Test and measurement")
     if machine.gpus:
         root = os.geteuid() == 0

@@ -182,7 +182,7 @@ def check_answers() -> None:
 
 @partial(bounded, otherwise=dict)
 def links() -> dict[tuple[int, int], str]:
-    """(GPU, GPU) -> their link in the words of `nvidia-smi topo -m`: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
+    """Two GPUs, the lower index first -> their link as `nvidia-smi topo -m` has it: NV18 is 18 NVLinks; PIX, PXB, PHB, NODE, SYS are PCIe."""
     named: dict[tuple[int, int], str] = {}
     with suppress(GpuError), _session():
         handles = dict(_handles())
@@ -193,7 +193,7 @@ def links() -> dict[tuple[int, int], str]:
                 for link in range(nv.NVML_NVLINK_MAX_LINKS):
                     if nv.nvmlDeviceGetNvLinkState(handle, link):
                         ends[index].append(nv.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId)
-        for first, second in itertools.permutations(handles, 2):
+        for first, second in itertools.combinations(handles, 2):
             # Behind NVSwitch no link ends at a GPU: all of them lead to every GPU that is there.
             switched = sum(end not in buses.values() for end in ends[first]) if ends[second] else 0
             if count := ends[first].count(buses[second]) or switched:

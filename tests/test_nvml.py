@@ -15,9 +15,7 @@ INVENTORY = """
 import dataclasses, json
 from pdbench import nvml
 from pdbench.serving import machine
-links = {f"{a}-{b}": link for (a, b), link in nvml.links().items()}
-facts = machine.host_facts()
-print(json.dumps({"gpus": [dataclasses.asdict(gpu) for gpu in nvml.gpus()], "links": links, "facts": facts}))
+print(json.dumps({"gpus": [dataclasses.asdict(gpu) for gpu in nvml.gpus()], "facts": machine.host_facts()}))
 """
 
 
@@ -51,13 +49,13 @@ def test_gpu_whose_memory_is_not_reported_is_in_the_inventory(nvml_library: Path
 
 def test_lost_gpu_hides_no_other(nvml_library: Path) -> None:
     found = inventory(nvml_library, gpus="3", fail="0:*:15", links="switch:18")
-    assert [gpu["index"] for gpu in found["gpus"]] == [1, 2] and found["links"]["1-2"] == "NV18"
+    assert [gpu["index"] for gpu in found["gpus"]] == [1, 2] and found["facts"]["gpu_links"] == {"1-2": "NV18"}
 
 
 def test_host_without_driver_has_no_gpus(nvml_library: Path) -> None:
     found = inventory(nvml_library, fail="-2:Init:9")
-    assert found["gpus"] == [] and found["links"] == {}
-    assert found["facts"]["gpus"] == [] and found["facts"]["driver"] is None
+    assert found["gpus"] == found["facts"]["gpus"] == []
+    assert found["facts"]["gpu_links"] == {} and found["facts"]["driver"] is None
 
 
 @pytest.mark.parametrize(
@@ -75,9 +73,7 @@ def test_host_without_driver_has_no_gpus(nvml_library: Path) -> None:
 def test_links_are_named_as_in_nvidia_smi_topo(
     settings: dict[str, str], links: dict[str, str], nvml_library: Path
 ) -> None:
-    found = inventory(nvml_library, gpus="3", **settings)
-    assert found["facts"]["gpu_links"] == links
-    assert all(found["links"][link[::-1]] == found["links"][link] for link in links)
+    assert inventory(nvml_library, gpus="3", **settings)["facts"]["gpu_links"] == links
 
 
 def test_call_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
