@@ -7,8 +7,8 @@ Counts that cannot be are refused, those that contradict what arrived leave `out
 
 import msgspec
 
-from pdbench.load.asked import Asked
 from pdbench.load.chunks import Part, Usage, failed
+from pdbench.load.request_fields import Asked
 from pdbench.load.texts import bytes_of, coarse, echoed_chunks
 from pdbench.load.unsent import UNSEEN_TOKENS, Answer, bound_first, unsent_at_end, unsent_reasoning
 from pdbench.records import RequestRecord

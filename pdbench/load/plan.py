@@ -16,7 +16,8 @@ from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import arrivals, prompts, request_fields
 from pdbench.load.input_files import read_duration, span
-from pdbench.load.prompts import FilePrompt, Prompt, prompt_file_of
+from pdbench.load.prompts import FilePrompt, prompt_file_of
+from pdbench.load.request_fields import Prompt
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer, template_tokens
 from pdbench.load.traces import read_trace, trace_of
 from pdbench.records import Clock, Flag

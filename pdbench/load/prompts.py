@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load.input_files import InputFile, blank, in_line, short
+from pdbench.load.request_fields import Prompt
 from pdbench.load.tokenizer import Tokenizer
 
-Prompt = str | tuple[int, ...]
 _QUESTIONS = 16
 _NUMBER_TOKENS = 16
 _SENTENCE, _WORD = "No. 1.", 8

@@ -12,10 +12,10 @@ import httptools
 import msgspec
 
 from pdbench.load import chunks, counting, texts
-from pdbench.load.asked import asked_of
 from pdbench.load.chunks import Event, Part, error_text
 from pdbench.load.counting import Counter
 from pdbench.load.plain import plain_end
+from pdbench.load.request_fields import asked_of
 from pdbench.load.sse import EventReader, InflatingReader, is_done, looks_like_stream
 from pdbench.records import RequestError, RequestRecord
 
