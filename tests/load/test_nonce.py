@@ -1,6 +1,5 @@
 """The nonce makes every prompt of a measurement new and changes nothing else; what prompts share on purpose they still share."""
 
-import dataclasses
 import json
 from itertools import takewhile
 
@@ -8,15 +7,13 @@ import pytest
 
 from pdbench.config import LoadConfig
 from pdbench.load import plan
-from pdbench.load.clients import run_load
-from pdbench.load.plan import PlannedRequest, TrialLoad
+from pdbench.load.plan import PlannedRequest
 from pdbench.load.prompts import Tokenizer
-from pdbench.records import Clock
-from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
+from tests.load.test_generator import load
 from tests.support.servers import ScriptedServer, stream, tokens
 
 
-def planned(tokenizer: Tokenizer, nonce: str | None, trial: int = 0, **options) -> list[PlannedRequest]:  # noqa: F811
+def planned(tokenizer: Tokenizer, nonce: str | None, trial: int = 0, **options) -> list[PlannedRequest]:
     return list(plan.planned_requests(LoadConfig(nonce=nonce, **options), tokenizer, trial))
 
 
@@ -37,7 +34,7 @@ def trace_file(tmp_path, *rows: tuple[int, list[int]]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["built-in", "short", "exact", "lognormal", "shared", "trace", "blocks", "file"])
-def test_every_prompt_is_new_with_another_nonce_and_nothing_else_changes(kind, tokenizer, tmp_path):  # noqa: F811
+def test_every_prompt_is_new_with_another_nonce_and_nothing_else_changes(kind, tokenizer, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     (tmp_path / "own.jsonl").write_text('{"arrival_s": 0, "input_tokens": 300, "output_tokens": 9}\n' * 3)
     options = {
@@ -61,7 +58,7 @@ def test_every_prompt_is_new_with_another_nonce_and_nothing_else_changes(kind, t
             assert a.prompt_tokens == b.prompt_tokens == tokenizer.count(a.prompt)
 
 
-def test_trials_and_warm_up_share_no_prompt(tokenizer):  # noqa: F811
+def test_trials_and_warm_up_share_no_prompt(tokenizer):
     config = LoadConfig(nonce="a", input_tokens=100, warmup=8)
     parts = [list(plan.planned_requests(config, tokenizer, trial)) for trial in (0, 1)]
     parts += [plan.warmup_requests(config, tokenizer, trial) for trial in (0, 1)]
@@ -69,7 +66,7 @@ def test_trials_and_warm_up_share_no_prompt(tokenizer):  # noqa: F811
     assert len(set(texts)) == len(texts)
 
 
-def test_prefix_groups_stay_shared_within_their_trial(tokenizer):  # noqa: F811
+def test_prefix_groups_stay_shared_within_their_trial(tokenizer):
     options = {"input_tokens": 200, "shared_prefix": 0.5, "prefix_groups": 2, "requests": 4}
     first, second, third, _ = planned(tokenizer, "a", **options)
     warmup = plan.warmup_requests(LoadConfig(nonce="a", **options), tokenizer, 0)
@@ -81,7 +78,7 @@ def test_prefix_groups_stay_shared_within_their_trial(tokenizer):  # noqa: F811
         assert tokenizer.count(first.prompt[: common(first.prompt, apart.prompt)]) < 16
 
 
-def test_blocks_of_a_trace_stay_shared_and_the_shared_ones_are_counted(tokenizer, tmp_path):  # noqa: F811
+def test_blocks_of_a_trace_stay_shared_and_the_shared_ones_are_counted(tokenizer, tmp_path):
     """Equal ids and lengths are equal prompts; a longer prompt continues a shorter one's last block."""
     rows = [(1024, [1, 2]), (1024, [1, 2]), (1400, [1, 2, 3]), (700, [1, 9]), (700, [8, 2])]
     requests = planned(tokenizer, "a", trace=trace_file(tmp_path, *rows))
@@ -103,14 +100,13 @@ def test_prompts_of_a_file_are_numbered_unless_verbatim_where_repeats_are_told(t
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"prompt {index}\n" for index in range(12)))
     with ScriptedServer(stream(tokens(2))) as server:
-        config = LoadConfig(prompt_file=str(path), requests=36, concurrency=4, warmup=0, nonce="a")
-        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
+        options = {"prompt_file": str(path), "requests": 36, "concurrency": 4, "warmup": 0, "nonce": "a"}
+        result = load(server, **options)
         sent = [peer.json["prompt"] for peer in server.requests]
         assert len(set(sent)) == 36 and all(text.partition("\n")[2].startswith("prompt ") for text in sent)
         assert not flags(result)
         server.requests.clear()
-        verbatim = dataclasses.replace(config, verbatim_prompts=True)
-        result = run_load(TrialLoad(verbatim, server.url, "m", Clock.start()))
+        result = load(server, **options, verbatim_prompts=True)
         assert {peer.json["prompt"] for peer in server.requests} == set(path.read_text().splitlines())
     assert [flag.detail for flag in flags(result)] == ["36 requests from 12 prompts: 24 repeat"]
 
@@ -118,6 +114,5 @@ def test_prompts_of_a_file_are_numbered_unless_verbatim_where_repeats_are_told(t
 def test_repeated_prompts_of_token_ids_are_told(tmp_path):
     (tmp_path / "ids.jsonl").write_text('{"prompt": [5, 6, 7]}\n{"prompt": [8, 9]}\n')
     with ScriptedServer(stream(tokens(2))) as server:
-        config = LoadConfig(prompt_file=str(tmp_path / "ids.jsonl"), requests=3, warmup=0)
-        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
+        result = load(server, prompt_file=str(tmp_path / "ids.jsonl"), requests=3, warmup=0)
     assert [flag.name for flag in flags(result)] == ["prompts-repeat"]

@@ -8,11 +8,8 @@ import pytest
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
-from pdbench.load.clients import run_load
-from pdbench.load.plan import TrialLoad
 from pdbench.load.prompts import read_prompt_file
-from pdbench.records import Clock
-from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
+from tests.load.test_generator import load
 from tests.support.servers import ScriptedServer, stream, tokens
 
 HUMAN, GPT = {"from": "human", "value": "Question?"}, {"from": "gpt", "value": "A long answer."}
@@ -126,7 +123,7 @@ def test_bad_prompt_file_is_a_user_error(tmp_path, name, content, message):
         read_prompt_file(tmp_path / "missing.txt")
 
 
-def test_reply_lengths_are_those_of_the_replies(tmp_path, tokenizer):  # noqa: F811
+def test_reply_lengths_are_those_of_the_replies(tmp_path, tokenizer):
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": [SYSTEM, HUMAN, GPT]}]))
     config = LoadConfig(prompt_file=str(tmp_path / "a.json"), reply_lengths=True, requests=3)
     planned = list(plan.planned_requests(config, tokenizer, 0))
@@ -135,9 +132,8 @@ def test_reply_lengths_are_those_of_the_replies(tmp_path, tokenizer):  # noqa: F
 
 def test_token_ids_are_sent_as_token_ids(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": [5, 6, 7]}\n{"prompt_token_ids": [8, 9]}\n')
-    config = LoadConfig(prompt_file=str(tmp_path / "a.jsonl"), requests=2, warmup=0)
     with ScriptedServer(stream(tokens(2))) as server:
-        run_load(TrialLoad(config, server.url, "m", Clock.start()))
+        load(server, prompt_file=str(tmp_path / "a.jsonl"), requests=2, warmup=0)
         assert [peer.json["prompt"] for peer in server.requests] == [[5, 6, 7], [8, 9]]
     with pytest.raises(UserError, match="token ids, which a chat cannot take"):
         plan.check_files(LoadConfig(prompt_file=str(tmp_path / "a.jsonl"), endpoint="chat"))

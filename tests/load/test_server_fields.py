@@ -7,12 +7,9 @@ import pytest
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
-from pdbench.load.clients import LoadResult, run_load
-from pdbench.load.plan import TrialLoad
 from pdbench.load.request_fields import request_body
 from pdbench.load.tokenizer import Tokenizer, load_tokenizer, server_tokenizer
-from pdbench.records import Clock
-from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
+from tests.load.test_generator import load
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, token, usage
 
 TEMPLATE = 11
@@ -21,7 +18,7 @@ TEMPLATE = 11
 class TokenizingServer:
     """Answers as vLLM ("vllm"), SGLang or llama.cpp do on /tokenize and /detokenize; `kind` "none" has neither."""
 
-    def __init__(self, tokenizer: Tokenizer, kind: str, *, honest_usage: bool = True) -> None:  # noqa: F811
+    def __init__(self, tokenizer: Tokenizer, kind: str, *, honest_usage: bool = True) -> None:
         self.tokenizer, self.kind, self.honest_usage = tokenizer, kind, honest_usage
         self.prompts: list[int] = []
 
@@ -64,54 +61,50 @@ class TokenizingServer:
         return TEMPLATE + len(self.tokenizer.encode(messages[0]["content"].strip()))
 
 
-def measure(url: str, **options) -> LoadResult:
-    return run_load(TrialLoad(LoadConfig(warmup=0, **options), url, "m", Clock.start()))
-
-
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama"])
-def test_model_without_tokenizer_json_is_measured_by_the_servers_tokenize(kind, tokenizer, tmp_path):  # noqa: F811
+def test_model_without_tokenizer_json_is_measured_by_the_servers_tokenize(kind, tokenizer, tmp_path):
     (tmp_path / "tekken.json").write_text("{}")
     answer = TokenizingServer(tokenizer, kind)
     with ScriptedServer(answer) as server:
-        measure(server.url, input_tokens=123, requests=4, tokenizer=str(tmp_path))
+        load(server, warmup=0, input_tokens=123, requests=4, tokenizer=str(tmp_path))
         assert answer.prompts == [123] * 4
         (tmp_path / "t.jsonl").write_text(
             '{"timestamp": 0, "input_length": 700, "output_length": 4, "hash_ids": [1, 2]}\n'
         )
-        measure(server.url, trace=str(tmp_path / "t.jsonl"), tokenizer=str(tmp_path))
+        load(server, warmup=0, trace=str(tmp_path / "t.jsonl"), tokenizer=str(tmp_path))
         assert answer.prompts[4:] == [700]
 
 
-def test_no_tokenizer_anywhere_is_a_user_error(tokenizer, tmp_path):  # noqa: F811
+def test_no_tokenizer_anywhere_is_a_user_error(tokenizer, tmp_path):
     with ScriptedServer(TokenizingServer(tokenizer, "none")) as server:
         with pytest.raises(UserError, match=r"and http://127.0.0.1:\d+ has no /tokenize: give --tokenizer FOLDER"):
-            measure(server.url, input_tokens=123, tokenizer=str(tmp_path))
+            load(server, warmup=0, input_tokens=123, tokenizer=str(tmp_path))
         assert server_tokenizer(server.url, "m") is None
     assert server_tokenizer(server.url, "m") is None
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "none"])
-def test_lengths_on_the_chat_endpoint_are_exact_with_the_template(kind, tokenizer, tokenizer_folder, tmp_path):  # noqa: F811
+def test_lengths_on_the_chat_endpoint_are_exact_with_the_template(kind, tokenizer, tokenizer_folder, tmp_path):
     """vLLM's /tokenize takes messages; of other servers the usage of two short answers tells it."""
     answer = TokenizingServer(tokenizer, kind)
     options = {"endpoint": "chat", "tokenizer": tokenizer_folder}
     with ScriptedServer(answer) as server:
-        result = measure(server.url, input_tokens=100, requests=5, **options)
+        result = load(server, warmup=0, input_tokens=100, requests=5, **options)
         assert answer.prompts == [100] * 5 and "chat-template-unknown" not in {flag.name for flag in result.flags}
         rows = [{"timestamp": 100 * at, "input_length": 600, "output_length": 4, "hash_ids": [1, 2]} for at in range(2)]
         (tmp_path / "t.jsonl").write_text(
             "".join(json.dumps(row | {"input_length": n}) + "\n" for row, n in zip(rows, (600, 5), strict=True))
         )
-        measure(server.url, trace=str(tmp_path / "t.jsonl"), trace_block_tokens=512, **options)
+        load(server, warmup=0, trace=str(tmp_path / "t.jsonl"), trace_block_tokens=512, **options)
         assert answer.prompts[5:] == [600, TEMPLATE + 1]
         with pytest.raises(UserError, match="--input-tokens 11: the chat template alone has 11 tokens"):
-            measure(server.url, input_tokens=TEMPLATE, **options)
+            load(server, warmup=0, input_tokens=TEMPLATE, **options)
 
 
-def test_unknown_chat_template_is_flagged(tokenizer, tokenizer_folder):  # noqa: F811
+def test_unknown_chat_template_is_flagged(tokenizer, tokenizer_folder):
     answer = TokenizingServer(tokenizer, "none", honest_usage=False)
     with ScriptedServer(answer) as server:
-        result = measure(server.url, input_tokens=100, endpoint="chat", tokenizer=tokenizer_folder, requests=2)
+        result = load(server, warmup=0, input_tokens=100, endpoint="chat", tokenizer=tokenizer_folder, requests=2)
     assert answer.prompts == [100 + TEMPLATE] * 2
     assert "chat-template-unknown" in {flag.name for flag in result.flags}
 
@@ -138,7 +131,7 @@ def refusing(*fields: str):
 @pytest.mark.parametrize("fields", [*((name,) for name in REFUSALS), tuple(REFUSALS)])
 def test_refused_fields_are_left_out_and_flagged(fields):
     with ScriptedServer(refusing(*fields)) as server:
-        result = measure(server.url, requests=3, output_tokens=7, phase="prefill")
+        result = load(server, warmup=0, requests=3, output_tokens=7, phase="prefill")
         last = server.requests[-1].json
     assert [record.error for record in result.requests] == [None] * 3
     assert not set(fields) & last.keys()
@@ -162,7 +155,7 @@ def test_refused_fields_are_left_out_and_flagged(fields):
 )
 def test_errors_about_values_and_fields_that_the_user_gave_stay_errors(message, options):
     with ScriptedServer(refusal(b"400 Bad Request", message)) as server:
-        result = measure(server.url, requests=2, **options)
+        result = load(server, warmup=0, requests=2, **options)
         assert len(server.requests) == 2
     assert [record.error.kind for record in result.requests] == ["http_400"] * 2
 
@@ -180,7 +173,7 @@ def test_fields_are_dropped_and_renamed_on_request():
         plan.check(LoadConfig(drop_fields=("stream",)))
 
 
-def test_special_tokens_before_a_prompt_are_known(tokenizer, tokenizer_folder):  # noqa: F811
+def test_special_tokens_before_a_prompt_are_known(tokenizer, tokenizer_folder):
     assert (tokenizer.start, tokenizer.added) == ((0,), 1)
     loaded = load_tokenizer(tokenizer_folder)
     assert loaded is not None and loaded.for_chat(9).count(" a \n") == 9 + len(loaded.encode("a"))

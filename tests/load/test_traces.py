@@ -10,12 +10,9 @@ import pytest
 from pdbench.config import LoadConfig
 from pdbench.errors import UserError
 from pdbench.load import plan
-from pdbench.load.clients import run_load
 from pdbench.load.input_files import read_duration, span
-from pdbench.load.plan import TrialLoad
 from pdbench.load.traces import Trace, read_trace
-from pdbench.records import Clock
-from tests.load.test_plan import tokenizer, tokenizer_folder  # noqa: F401
+from tests.load.test_generator import load
 from tests.support.servers import ScriptedServer, stream, tokens
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -92,11 +89,10 @@ def test_every_trace_format_is_read_in_its_unit(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["azure2023.csv", "burstgpt.csv", "mooncake.jsonl", "own.jsonl", "bailian.jsonl"])
-def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, name):  # noqa: F811
+def test_every_trace_format_is_replayed(tmp_path, tokenizer, tokenizer_folder, name):
     (tmp_path / name).write_text(TRACES[name])
     with ScriptedServer(stream(tokens(3))) as server:
-        config = LoadConfig(trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
-        result = run_load(TrialLoad(config, server.url, "m", Clock.start()))
+        result = load(server, trace=str(tmp_path / name), time_scale=0.05, warmup=0, tokenizer=tokenizer_folder)
         sent = [(tokenizer.count(peer.json["prompt"]), peer.json["max_tokens"]) for peer in server.requests]
     assert sorted(sent) == [(374, 44), (396, 109)]
     first, second = result.requests
@@ -284,7 +280,7 @@ def test_block_ids_of_sessions_are_apart_unless_their_scope_is_global(tmp_path):
     assert first.block_ids == second.block_ids
 
 
-def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):  # noqa: F811
+def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):
     path = tmp_path / "mooncake.jsonl"
     path.write_text(lines(*(mooncake(1000 * at, 1100, 9, hash_ids=[7, 8, last]) for at, last in enumerate((9, 9, 10)))))
     first, same, other = plan.planned_requests(LoadConfig(trace=str(path), time_scale=0.5), tokenizer, 0)
@@ -299,7 +295,7 @@ def test_trace_plan_keeps_instants_lengths_and_prefixes(tmp_path, tokenizer):  #
     assert 1024 <= tokenizer.count(first.prompt[:common]) <= 1032
 
 
-def test_blocks_of_16_tokens_stand_where_the_servers_do(tmp_path, tokenizer):  # noqa: F811
+def test_blocks_of_16_tokens_stand_where_the_servers_do(tmp_path, tokenizer):
     (tmp_path / "t.jsonl").write_text(
         lines(*(BAILIAN | mooncake(at, 330, hash_ids=[*range(20), last]) for at, last in enumerate((1, 2))))
     )
@@ -308,7 +304,7 @@ def test_blocks_of_16_tokens_stand_where_the_servers_do(tmp_path, tokenizer):  #
     assert a[:320] == b[:320] and a[320:] != b[320:] and len(a) == len(b) == 330
 
 
-def test_trace_is_replayed_whole_in_part_or_as_many_rows_as_asked(tmp_path, tokenizer):  # noqa: F811
+def test_trace_is_replayed_whole_in_part_or_as_many_rows_as_asked(tmp_path, tokenizer):
     path = tmp_path / "t.csv"
     instants = [60 * at for at in range(20)] + [1200 + 0.5 * at for at in range(200)]
     path.write_text(AZURE + "".join(f"{at},20,3\n" for at in instants))
@@ -377,7 +373,7 @@ def test_rows_that_the_model_cannot_take_are_told_and_refused_when_they_are_all(
         plan.rows_too_long(config, 500)
 
 
-def test_blocks_are_sent_as_token_ids_where_their_text_would_be_other_tokens(tmp_path, tokenizer):  # noqa: F811
+def test_blocks_are_sent_as_token_ids_where_their_text_would_be_other_tokens(tmp_path, tokenizer):
     # As tokenizers that drop blanks or case do.
     lossy = replace(tokenizer, decode=lambda ids: tokenizer.decode(ids).upper())
     (tmp_path / "t.jsonl").write_text(lines(*[mooncake(0, 700, hash_ids=[1, 2])] * 2))

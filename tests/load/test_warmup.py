@@ -13,10 +13,9 @@ from pdbench import experiment
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import LoadConfig, Options, PowerConfig, ServeConfig
 from pdbench.load import plan
-from pdbench.load.clients import run_load
-from pdbench.load.plan import TrialLoad
-from pdbench.records import Clock, Run
+from pdbench.records import Run
 from pdbench.site import Site
+from tests.load.test_generator import load
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, tokens
 
 
@@ -48,8 +47,8 @@ def compiling_server(sleep_s: float, slept: list[str]) -> Callable[[Peer], bool]
 def bench(out: Path, slept: list[str], **options: object) -> Run:
     runs: dict[Path, Run] = {}
     with ScriptedServer(compiling_server(1.0, slept)) as server:
-        load = LoadConfig(concurrency=8, requests=48, **options)
-        measured = Options(ServeConfig(model="m"), load, PowerConfig(power=False))
+        sent = LoadConfig(concurrency=8, requests=48, **options)
+        measured = Options(ServeConfig(model="m"), sent, PowerConfig(power=False))
         experiment.bench(server.url, 1, measured, out, Console(quiet=True), Site(), runs)
     (run,) = runs.values()
     return run
@@ -70,8 +69,7 @@ def test_too_small_a_warm_up_is_flagged(tmp_path: Path) -> None:
 
 def test_batches_grow_during_the_warm_up() -> None:
     with ScriptedServer(stream(tokens(3), pause_s=0.2)) as server:
-        load = TrialLoad(LoadConfig(concurrency=4, requests=4, warmup=6), server.url, "m", Clock.start())
-        result = run_load(load)
+        result = load(server, concurrency=4, requests=4, warmup=6)
     warmup = sorted((request for request in result.requests if request.warmup), key=lambda request: request.sent_s)
     planned_s, sent_s = ([getattr(request, name) for request in warmup] for name in ("planned_s", "sent_s"))
     assert all(after - before > 0.005 for before, after in pairwise(planned_s[:4])) and len(sent_s) == 6
@@ -102,10 +100,10 @@ def test_warm_up_size(options: dict, size: int) -> None:
 
 
 def test_resolved_load_says_what_will_be_done() -> None:
-    load = plan.resolved(LoadConfig(concurrency=16, nonce="ab"))
-    assert (load.warmup, load.requests) == (16, 16)
-    assert plan.describe(load) == "16 at a time, 16 requests, after a warm-up of 16, nonce ab"
-    assert plan.resolved(load) == load
+    closed = plan.resolved(LoadConfig(concurrency=16, nonce="ab"))
+    assert (closed.warmup, closed.requests) == (16, 16)
+    assert plan.describe(closed) == "16 at a time, 16 requests, after a warm-up of 16, nonce ab"
+    assert plan.resolved(closed) == closed
     ramp = plan.resolved(LoadConfig(rate=1.0, ramp_to=4.0, concurrency=3, nonce="ab"))
     assert ramp.requests is None
     assert plan.describe(ramp) == (
