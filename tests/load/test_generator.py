@@ -17,6 +17,7 @@ from pdbench.load.clients import LoadResult, run_load
 from pdbench.load.generator import run_client
 from pdbench.load.plan import TrialLoad
 from pdbench.records import Clock, RequestRecord
+from tests.load.test_client import finish
 from tests.support.processes import wait_until
 from tests.support.servers import Peer, ScriptedServer, refusal, stream, token, tokens, usage
 
@@ -369,9 +370,6 @@ def test_server_that_counts_other_prompt_tokens_is_noted(counted, cached, prompt
     details = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
     last = {"choices": [], "usage": {"prompt_tokens": counted, "completion_tokens": 1, **details}}
     with ScriptedServer(stream([token("x", [1], "stop"), last])) as server, Client(server.url) as client:
-        record = RequestRecord(id="r", planned_s=0.0, prompt_tokens=1000)
-        client.start(record, b"{}")
-        while not client.poll(client.clock.now() + 0.1):
-            pass
+        record = finish(client, RequestRecord(id="r", planned_s=0.0, prompt_tokens=1000))
     assert record.error is None and record.prompt_tokens == prompt_tokens
     assert record.notes == ["prompt-tokens-differ"] * flagged

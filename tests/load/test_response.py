@@ -121,16 +121,6 @@ def test_tokens_of_an_answer_that_was_cut_are_those_that_came(payloads, output_t
     assert (record.error.kind, len(record.token_s), record.output_tokens) == ("server_error", 2, output_tokens)
 
 
-def test_finish_replaces_a_missing_done_but_not_an_error_after_it():
-    record = response_to(
-        [SSE_HEAD + chunk(event(token("a", [1]))) + chunk(event(token("b", [2], "stop"))) + chunk(b"")]
-    )
-    assert record.error is None and record.output_tokens == 2 and record.finish_reason == "stop"
-    record = RequestRecord(id="r", planned_s=0.0)
-    Response(record).feed(SSE_HEAD + chunk(event(token("a", [1], "stop"))) + chunk(event({"error": "lost"})), 1.0)
-    assert record.error is not None and record.error.kind == "server_error"
-
-
 @pytest.mark.parametrize("odd", [{"object": ["x"]}, {"type": {"of": 1}}, {"object": [], "type": []}])
 def test_an_error_whose_type_is_no_text_is_the_servers(odd):
     record = RequestRecord(id="r", planned_s=0.0)
