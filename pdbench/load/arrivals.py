@@ -8,11 +8,6 @@ from collections.abc import Iterable, Iterator
 from pdbench.errors import UserError
 
 
-def poisson(rate: float, seed: int | str) -> Iterator[float]:
-    """Endless arrivals of a Poisson process, `rate` per second."""
-    return gamma(rate, 1.0, seed)
-
-
 def constant(rate: float) -> Iterator[float]:
     """Endless arrivals, one every 1/rate seconds, the first after one gap."""
     return (index / rate for index in itertools.count(1))
@@ -43,7 +38,7 @@ def scaled(instants: Iterator[float], count: int, span_s: float) -> Iterator[flo
 def changing(phases: Iterable[tuple[float, float, float]], seed: int | str) -> Iterator[float]:
     """Poisson arrivals whose rate goes linearly through phases of (first rate, last rate, seconds); ends with the last phase."""
     begin_s, summed = 0.0, 0.0
-    units = poisson(1.0, seed)
+    units = gamma(1.0, 1.0, seed)
     unit = next(units)
     for first, last, length_s in phases:
         slope, expected = (last - first) / length_s, (first + last) / 2 * length_s
