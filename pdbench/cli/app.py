@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pdbench import __version__
 from pdbench.cli import recipe
-from pdbench.config import LoadConfig, Options
+from pdbench.config import LoadConfig
 
 
 class Output(Console):
@@ -39,7 +39,6 @@ _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
 app = App(name="pdbench", help=_HELP, version=__version__, console=console, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
 Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
-DEFAULTS = Options()
 MEASURING = Group("Measurement and output", sort_key=0)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, check_loads, console
+from pdbench.cli.app import MEASURING, Recipe, app, check_loads, console
 from pdbench.config import (
     ClusterConfig,
     LiveConfig,
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _measuring(
-    cluster: ClusterConfig | None, out: Path, live: LiveConfig | None
-) -> "Iterator[tuple[Site, dict[Path, Run]]]":
+def _measuring(cluster: ClusterConfig | None, out: Path, live: LiveConfig) -> "Iterator[tuple[Site, dict[Path, Run]]]":
     """Where to measure, and the runs by folder to fill; they are shown afterwards, also what was measured before a failure.
 
     Raises UserError when the figures of a run do not count.
@@ -62,7 +60,7 @@ def _measuring(
 
 @contextmanager
 def servers_stay(
-    cluster: ClusterConfig | None, out: Path, live: LiveConfig | None, saved: Callable[[], str]
+    cluster: ClusterConfig | None, out: Path, live: LiveConfig, saved: Callable[[], str]
 ) -> "Iterator[tuple[Site, turns.Servers]]":
     """Where to measure many runs, and servers that stay up between them; `saved` says on Ctrl-C what is left."""
     from pdbench import turns
@@ -90,9 +88,9 @@ def kept(keep: Callable[[Run, Path], object]) -> Iterator[dict[Path, Run]]:
         publisher.leave(runs)
 
 
-def progress_to(live: LiveConfig | None) -> Console:
+def progress_to(live: LiveConfig) -> Console:
     """Where progress is printed: nowhere with --quiet."""
-    return Console(quiet=True) if live and live.quiet else console
+    return Console(quiet=True) if live.quiet else console
 
 
 @app.command(group_parameters=MEASURING)
@@ -102,10 +100,10 @@ def run(
     *,
     against: str | None = None,
     out: Path = Path(),
-    design: PairConfig | None = None,
-    options: Options = DEFAULTS,
+    design: PairConfig = PairConfig(),
+    options: Options = Options(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Start each deployment, send it the same load, measure, compare: the whole job.
 
@@ -121,7 +119,6 @@ def run(
     from pdbench.analysis import thresholds
     from pdbench.report import commands
 
-    design = design or PairConfig()
     until = thresholds.parse_width(design.until) if design.until else None
     check_loads([options.load])
     with _measuring(cluster, out, live) as (site, runs):
@@ -148,11 +145,11 @@ def bench(
     url: str = "http://127.0.0.1:8000",
     trials: Count[int] = 1,
     out: Path = Path(),
-    server: ServerConfig | None = None,
-    load: LoadConfig | None = None,
-    power: PowerConfig | None = None,
+    server: ServerConfig = ServerConfig(),
+    load: LoadConfig = LoadConfig(),
+    power: PowerConfig = PowerConfig(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Send the load to servers that run, ours or any OpenAI-compatible ones, and measure.
 
@@ -167,8 +164,8 @@ def bench(
     """
     from pdbench import experiment
 
-    served = ServeConfig(**asdict(server or ServerConfig()))
-    options = Options(serve=served, load=load or LoadConfig(), power=power or PowerConfig())
+    served = ServeConfig(**asdict(server))
+    options = Options(serve=served, load=load, power=power)
     check_loads([options.load])
     with _measuring(cluster, out, live) as (site, runs):
         experiment.bench(url, trials, options, out, progress_to(live), site, runs)
@@ -187,9 +184,9 @@ def sweep(
     fresh_servers: bool = False,
     out: Path = Path("sweep"),
     lang: Literal["en", "zh"] = "en",
-    options: Options = DEFAULTS,
+    options: Options = Options(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Measure every combination of some options, one folder per point; the same command again resumes it.
 
@@ -262,9 +259,9 @@ def serve(
     single: bool = False,
     against: str | None = None,
     show: bool = False,
-    serve: ServeConfig | None = None,
+    serve: ServeConfig = ServeConfig(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Start prefill, decode and the proxy (or --single: one instance) and keep them up until Ctrl-C.
 
@@ -288,7 +285,7 @@ def serve(
     if others or (single and against):
         raise UserError("serve starts one deployment: give --single, or --against with one name")
     if show:
-        for command in Site().deployment(kind, serve or ServeConfig()).commands.values():
+        for command in Site().deployment(kind, serve).commands.values():
             settings = "".join(f"{key}={shlex.quote(value)} " for key, value in command.environment.items())
             secrets = "".join(f" (set {name} to the same secret for all)" for name in command.secret_names)
             line = f"# {command.name}{secrets}\n{settings}{shlex.join(command.argv)}"
@@ -298,7 +295,7 @@ def serve(
         stop_on_signals(),
         publisher.opened(live, console),
         open_site(cluster) as site,
-        turns.started(site.deployment(kind, serve or ServeConfig()), progress_to(live)) as deployment,
+        turns.started(site.deployment(kind, serve), progress_to(live)) as deployment,
         ExitStack() as following,
     ):
         info = deployment.info()
@@ -316,18 +313,20 @@ def serve(
 
 
 @app.command
-def doctor(recipe: Recipe = None, /, *, serve: ServeConfig | None = None, cluster: ClusterConfig | None = None) -> None:
+def doctor(
+    recipe: Recipe = None, /, *, serve: ServeConfig = ServeConfig(), cluster: ClusterConfig | None = None
+) -> None:
     """Say whether this machine (or every node of --cluster) can do it, and what to fix."""
     from pdbench import doctor
     from pdbench.site import open_site
 
     with open_site(cluster) as site:
-        sys.exit(doctor.report(site.findings(serve or ServeConfig()), console))
+        sys.exit(doctor.report(site.findings(serve), console))
 
 
 @app.command
-def proxy(recipe: Recipe = None, /, *, proxy: ProxyConfig | None = None) -> None:
+def proxy(recipe: Recipe = None, /, *, proxy: ProxyConfig = ProxyConfig()) -> None:
     """Forward requests to prefill and decode instances until Ctrl-C or SIGTERM; docs/proxy.md says how."""
     from pdbench.proxy.server import serve
 
-    serve(proxy or ProxyConfig())
+    serve(proxy)

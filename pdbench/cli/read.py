@@ -81,7 +81,7 @@ def monitor(
 
 
 @app.command
-def watch(*urls: str, gpus: str | None = None, live: LiveConfig | None = None) -> None:
+def watch(*urls: str, gpus: str | None = None, live: LiveConfig = LiveConfig()) -> None:
     """Follow servers that somebody else runs and loads in a live page: their /metrics, and this host's devices. Sends no load.
 
     Parameters
@@ -102,7 +102,7 @@ def watch(*urls: str, gpus: str | None = None, live: LiveConfig | None = None) -
     readers = open_host(_indices(gpus))
     with (
         stop_on_signals(),
-        publisher.opened(replace(live or LiveConfig(), live=True), console),
+        publisher.opened(replace(live, live=True), console),
         servers.followed(names, readers),
     ):
         console.print(f"watching {', '.join(names)}; Ctrl-C ends it")
@@ -220,7 +220,7 @@ def plan(
     cheapest: Literal["gpus", "joules"] | None = None,
     out: Path = Path("plan"),
     lang: Literal["en", "zh"] = "en",
-    load: LoadConfig | None = None,
+    load: LoadConfig = LoadConfig(),
 ) -> None:
     """Predict deployments that were not measured, from runs that were: latencies, throughput and joules with intervals, or a refusal.
 
@@ -251,14 +251,13 @@ def plan(
     if not search and (max_gpus or cheapest):
         option = "--max-gpus" if max_gpus else "--cheapest"
         raise UserError(f"{option} limits a search: give --search too, or leave it out")
-    if load:
-        check_loads([load])
+    check_loads([load])
     with text.language(lang):
         planning.plan(
             runs,
             check,
             deployment,
-            load or LoadConfig(),
+            load,
             out,
             console,
             most_gpus=(max_gpus or 8) if search else None,

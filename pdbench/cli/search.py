@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import DEFAULTS, MEASURING, Recipe, app, check_loads, console
+from pdbench.cli.app import MEASURING, Recipe, app, check_loads, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
 from pdbench.config.types import Count, Positive
@@ -36,9 +36,9 @@ def search(
     max_minutes: Positive[float | None] = None,
     lang: Literal["en", "zh"] = "en",
     out: Path = Path("search"),
-    options: Options = DEFAULTS,
+    options: Options = Options(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Find the highest rate that each deployment holds within an SLO, and what it costs there; the same command again resumes it.
 
@@ -137,9 +137,9 @@ def calibrate(
     trials: Count[int] = 5,
     max_minutes: Positive[float] = 30.0,
     out: Path = Path("calibration"),
-    options: Options = DEFAULTS,
+    options: Options = Options(),
     cluster: ClusterConfig | None = None,
-    live: LiveConfig | None = None,
+    live: LiveConfig = LiveConfig(),
 ) -> None:
     """Measure what `pdbench plan` is calibrated by, and say what that shows; the same command again resumes it.
 

@@ -176,10 +176,10 @@ _publisher: Publisher | None = None
 
 
 @contextmanager
-def opened(config: LiveConfig | None, console: Console) -> Iterator[None]:
+def opened(config: LiveConfig, console: Console) -> Iterator[None]:
     """A viewer while the block runs, where --live or --prometheus-port asks for one."""
     global _publisher
-    if config is None or not (config.live or config.prometheus_port is not None):
+    if not config.live and config.prometheus_port is None:
         yield
         return
     _publisher = publisher = Publisher(config, console)
