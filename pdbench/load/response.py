@@ -102,9 +102,11 @@ class Response:
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if not self.complete:
+            if self.whole_s is not None and not self.complete:
+                self._end()
+            elif not self.complete:
                 upgrade = isinstance(error, httptools.HttpParserUpgrade)
-                self._bad_http(f"not HTTP/1.1: {'it switches protocols' if upgrade else error}", at_s)
+                self.fail("bad_http", f"not HTTP/1.1: {'it switches protocols' if upgrade else error}", at_s)
             self.keep_alive = False
         if self._chunks > before + 1:
             self.merged_reads += 1
@@ -357,12 +359,6 @@ class Response:
         kind = self._content_type.decode("latin-1") or "a response without content-type"
         what = "a whole answer" if any(event.parts for event in found) else "this"
         self.fail("not_a_stream", f"{kind} where an event stream was expected, {what}: {body[:120]!r}", at_s)
-
-    def _bad_http(self, message: str, at_s: float) -> None:
-        if self.whole_s is not None:
-            self._end()
-        else:
-            self.fail("bad_http", message, at_s)
 
     def _end(self) -> None:
         """The stream came to its end: a success unless it was aborted, empty or shorter than it had to be."""
