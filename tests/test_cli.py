@@ -17,10 +17,6 @@ from tests.support.processes import ROOT, call_pdbench, free_port, wait_until
 from tests.support.servers import Peer, ScriptedServer, completions, stream, tokens
 
 
-def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return call_pdbench(*arguments, cwd=cwd)
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -86,7 +82,7 @@ def pdbench(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
 )
 def test_bad_input_is_one_line_and_a_failure(arguments: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
-    done = pdbench(*arguments, cwd=tmp_path)
+    done = call_pdbench(*arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -108,7 +104,7 @@ def test_streams_beyond_the_limit_of_files_are_refused_before_the_load(tmp_path:
 
 def test_an_unknown_recipe_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("max_model_lenght = 3\n")
-    done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+    done = call_pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
     assert done.returncode == 2
     assert "max_model_lenght" in done.stderr
     assert "mine.toml" in done.stderr
@@ -119,7 +115,7 @@ def test_a_flag_overrides_the_recipe(place: int, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("max_model_len = 128\nprefill_port = 8111\n")
     words = ["--show", "--max-model-len", "256"]
     words.insert(place, "mine.toml")
-    done = pdbench("serve", *words, cwd=tmp_path)
+    done = call_pdbench("serve", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--max-model-len 256" in done.stdout
     assert "--port 8111" in done.stdout
@@ -173,7 +169,7 @@ def test_option_that_changes_no_prediction_is_named(tmp_path: Path) -> None:
 
 def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("prefill_port = 8111\n[serve]\nmax_model_len = 128\n[load]\nrate = 2.0\n")
-    done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+    done = call_pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--max-model-len 128" in done.stdout and "--port 8111" in done.stdout
     for text, refused in (
@@ -181,7 +177,7 @@ def test_recipe_sections_are_read_and_an_unknown_section_or_key_is_refused(tmp_p
         ("[load]\nmodel = 'm'\n", "no option model in [load]"),
     ):
         (tmp_path / "mine.toml").write_text(text)
-        done = pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
+        done = call_pdbench("serve", "mine.toml", "--show", cwd=tmp_path)
         assert done.returncode != 0 and refused in done.stderr
 
 
@@ -234,7 +230,7 @@ def test_section_of_a_recipe_sets_no_option_of_another_command(tmp_path: Path) -
 
 
 def test_a_second_recipe_is_refused(tmp_path: Path) -> None:
-    done = pdbench("run", "a.toml", "--trials", "1", "b.toml", cwd=tmp_path)
+    done = call_pdbench("run", "a.toml", "--trials", "1", "b.toml", cwd=tmp_path)
     assert done.returncode == 1
     assert "a.toml and b.toml" in done.stderr
 
@@ -243,14 +239,14 @@ def test_a_second_recipe_is_refused(tmp_path: Path) -> None:
 def test_a_recipe_may_hold_options_of_every_command(command: str, tmp_path: Path) -> None:
     recipe = "against = 'single'\nurl = 'http://127.0.0.1:1'\nfallback = 'recompute'\nslo_ttft_ms = 100.0\n"
     (tmp_path / "mine.toml").write_text(f"{recipe}vary = ['concurrency=1']\nsingle = true\ntrials = 0\n")
-    done = pdbench(command, "mine.toml", *(["--show"] if command == "serve" else []), cwd=tmp_path)
+    done = call_pdbench(command, "mine.toml", *(["--show"] if command == "serve" else []), cwd=tmp_path)
     expected = {"serve": "", "proxy": "no prefill instance"}.get(command, "[trials] provided by mine.toml")
     assert "Unknown option" not in done.stderr
     assert expected in done.stderr
 
 
 def test_compare_that_cannot_judge_is_told_from_a_condition_that_is_met(tmp_path: Path) -> None:
-    done = pdbench("compare", "--fail-if", "tbt_p99_ms > +5%", cwd=tmp_path)
+    done = call_pdbench("compare", "--fail-if", "tbt_p99_ms > +5%", cwd=tmp_path)
     assert done.returncode == 2
     assert "nothing measured" in done.stderr
 
@@ -258,15 +254,15 @@ def test_compare_that_cannot_judge_is_told_from_a_condition_that_is_met(tmp_path
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))
 def test_every_recipe_has_only_known_keys_for_every_command(recipe: str, tmp_path: Path) -> None:
     for command in (["serve", f"{ROOT}/recipes/{recipe}", "--show"], ["doctor", f"{ROOT}/recipes/{recipe}"]):
-        assert "Unknown option" not in pdbench(*command, cwd=tmp_path).stderr
-    done = pdbench("run", f"{ROOT}/recipes/{recipe}", "--trials", "0", cwd=tmp_path)
+        assert "Unknown option" not in call_pdbench(*command, cwd=tmp_path).stderr
+    done = call_pdbench("run", f"{ROOT}/recipes/{recipe}", "--trials", "0", cwd=tmp_path)
     assert "for --trials" in done.stderr  # its options were all understood
 
 
 def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = pdbench("serve", "--single", "--single-port", str(port), cwd=tmp_path)
+        done = call_pdbench("serve", "--single", "--single-port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert f"port {port} for single-0 is taken by" in done.stderr
     assert not (tmp_path / "logs").exists()
@@ -275,7 +271,7 @@ def test_a_taken_port_names_its_owner(tmp_path: Path) -> None:
 
 def test_an_unwritable_results_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = pdbench("run", "--out", "file/results", cwd=tmp_path)
+    done = call_pdbench("run", "--out", "file/results", cwd=tmp_path)
     assert done.returncode == 1
     assert "--out" in done.stderr
     assert "starting" not in done.stdout
@@ -352,7 +348,7 @@ def models(peer: Peer) -> bool:
 
 
 def test_doctor_reports_every_section_and_its_verdict(tmp_path: Path) -> None:
-    done = pdbench("doctor", cwd=tmp_path)
+    done = call_pdbench("doctor", cwd=tmp_path)
     for section in ("Servers start", "KV transfer", "Test and measurement"):
         assert section in done.stdout
     assert ("wrong" in done.stdout) == (done.returncode == 1)
@@ -365,7 +361,7 @@ def test_help_has_every_option_of_the_command_under_a_heading(command: str) -> N
         "bench": (ServerConfig, LoadConfig, PowerConfig, ClusterConfig),
         "proxy": (ProxyConfig,),
     }.get(command, (ServeConfig, LoadConfig, PowerConfig, ClusterConfig))
-    printed = pdbench(command, "--help").stdout
+    printed = call_pdbench(command, "--help", cwd=ROOT).stdout
     panels = printed.split("╭─ ")[1:]
     assert len(panels) >= 4
     assert max(panel.count("│ --") for panel in panels) <= 15

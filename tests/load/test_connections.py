@@ -14,7 +14,7 @@ from pdbench.load import client as client_module
 from pdbench.load import response
 from pdbench.load.client import Client, fetch
 from pdbench.records import RequestRecord
-from tests.load.test_client import BODY, finish
+from tests.load.test_client import BODY, finish, send
 from tests.load.test_generator import load
 from tests.support.processes import ROOT
 from tests.support.servers import Peer, ScriptedServer, chunk, event, stream, tokens, usage
@@ -51,11 +51,7 @@ def test_idle_connection_is_retired_before_the_server_closes_it(monkeypatch):
 def test_idle_connections_take_turns():
     with ScriptedServer(stream(tokens(2))) as server, Client(server.url) as client:
         for _ in range(2):
-            records = [RequestRecord(id=str(index), planned_s=0.0) for index in range(3)]
-            for record in records:
-                client.start(record, b"{}")
-            while any(record.end_s is None for record in records):
-                client.poll(client.clock.now() + 0.1)
+            send(client, 3)
         used = []
         for index in range(3):
             finish(client, RequestRecord(id=f"turn{index}", planned_s=0.0))
@@ -71,11 +67,7 @@ def test_all_reachable_addresses_are_used_in_turn(monkeypatch):
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolved)
             with Client(f"http://pair:{first.port}") as client:
                 assert client.addresses == hosts[:2]
-                records = [RequestRecord(id=str(index), planned_s=0.0) for index in range(8)]
-                for record in records:
-                    client.start(record, b"{}")
-                while any(record.end_s is None for record in records):
-                    client.poll(client.clock.now() + 0.1)
+                records = send(client, 8)
             assert all(record.error is None for record in records)
             assert first.connections >= 5 and second.connections >= 5  # a probe each
 

@@ -10,7 +10,7 @@ import pytest
 from pdbench.load.texts import fewest_tokens
 from pdbench.records import RequestRecord
 from tests.load.test_counting import FINISH, Piece, ids, record_of, timings, with_reasoning
-from tests.load.test_mean_tbt import judged
+from tests.load.test_mean_tbt import answer, judged
 from tests.support.servers import token, usage
 from tests.support.streams import delta
 
@@ -27,10 +27,6 @@ def chunks(texts: list[str], size: int = 1) -> list[Piece]:
 
 def with_ids(texts: list[str]) -> list[Piece]:
     return [(1, token(text, [place])) for place, text in enumerate(texts)]
-
-
-def answer(pieces: list[Piece], tokens: int, **body: object) -> RequestRecord:
-    return record_of(pieces, token("", None, "stop"), usage(5, tokens), **body)
 
 
 def mean_tbt_ms(record: RequestRecord) -> object:
