@@ -52,7 +52,7 @@ def main() -> None:
         )
         for host in hosts.all[:-1]:
             host.start_ray(head, cpus=cpus)
-        hosts.wait_for_nodes(options.nodes)
+        hosts.wait_for_nodes(hosts.all)
         inside = ["--inside", f"{head.address}:6379", "--nodes", str(options.nodes)]
         inside += ["--instances", str(options.instances), "--devices", str(options.devices)]
         done = head.run(sys.executable, __file__, *inside, "--seconds", str(options.seconds), timeout_s=500)
