@@ -10,7 +10,7 @@ from cyclopts.config import Dict as Settings
 from rich.console import Console
 from rich.markup import escape
 
-from pdbench.cli import measure, read, recipe, search  # noqa: F401  # they register their commands
+from pdbench.cli import measure, read, recipe, search  # they register their commands
 from pdbench.cli.app import app, console
 from pdbench.errors import UserError
 

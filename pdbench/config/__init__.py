@@ -15,25 +15,6 @@ from pdbench.config.measuring import LiveConfig, PairConfig, PowerConfig
 from pdbench.config.proxy import ProxyConfig
 from pdbench.config.serving import ClusterConfig, ServeConfig, ServerConfig
 
-__all__ = [
-    "ClusterConfig",
-    "Connector",
-    "DeploymentKind",
-    "FirstToken",
-    "LiveConfig",
-    "LoadConfig",
-    "Options",
-    "PairConfig",
-    "PowerConfig",
-    "ProxyConfig",
-    "ServeConfig",
-    "ServerConfig",
-    "answer_timeout_s",
-    "dropped_fields",
-    "is_open_loop",
-    "most_output_tokens",
-]
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
