@@ -130,14 +130,6 @@ def test_node_that_joins_after_pdbench_has_looked_gets_a_server(joined: Hosts) -
 
 
 @pytest.mark.slow
-def test_node_that_dies_ends_the_run(hosts: Hosts) -> None:
-    process, folder = running_load(hosts, "died")
-    hosts.all[0].kill()
-    marked(process, folder, hosts)
-    wait_until(lambda: nothing_left(hosts), PATIENCE_S, "nothing is left")
-
-
-@pytest.mark.slow
 def test_cut_of_the_head_ends_the_run(hosts: Hosts) -> None:
     third = hosts.all[2]
     process, folder = running_load(hosts, "alone")
