@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict as Settings
@@ -39,6 +39,7 @@ _HELP = "Does prefill/decode disaggregation pay, in milliseconds and in joules?"
 app = App(name="pdbench", help=_HELP, version=__version__, console=console, suppress_keyboard_interrupt=False)
 _RECIPE_HELP = "A TOML file that sets options; a flag overrides what it sets."
 Recipe = Annotated[Path | None, Parameter(help=_RECIPE_HELP, validator=recipe.check)]
+Language = Literal["en", "zh"]
 MEASURING = Group("Measurement and output", sort_key=0)
 
 

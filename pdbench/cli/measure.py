@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from pdbench.cli.app import MEASURING, Recipe, app, check_loads, console
+from pdbench.cli.app import MEASURING, Language, Recipe, app, check_loads, console
 from pdbench.config import (
     ClusterConfig,
     LiveConfig,
@@ -183,7 +183,7 @@ def sweep(
     slo: str = "",
     fresh_servers: bool = False,
     out: Path = Path("sweep"),
-    lang: Literal["en", "zh"] = "en",
+    lang: Language = "en",
     options: Options = Options(),
     cluster: ClusterConfig | None = None,
     live: LiveConfig = LiveConfig(),

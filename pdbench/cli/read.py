@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import app, check_loads, console
+from pdbench.cli.app import Language, app, check_loads, console
 from pdbench.config import LiveConfig, LoadConfig
 from pdbench.config.types import Count, Interval, Positive
 from pdbench.errors import UserError
@@ -22,7 +22,7 @@ def compare(
     fail_if: tuple[str, ...] = (),
     anyway: bool = False,
     primary: str | None = None,
-    lang: Literal["en", "zh"] = "en",
+    lang: Language = "en",
     picture: Path = Path("performance_comparison.png"),
 ) -> None:
     """Judge one saved run against another: is it better, by how much, how sure; --fail-if makes it a gate for CI.
@@ -141,7 +141,7 @@ def report(
     sort_by: str | None = None,
     llm_d: bool = False,
     otlp: str | None = None,
-    lang: Literal["en", "zh"] = "en",
+    lang: Language = "en",
 ) -> None:
     """Draw saved runs: one HTML page with verdicts and interactive figures, Markdown, CSV of all requests, pictures.
 
@@ -219,7 +219,7 @@ def plan(
     max_gpus: Count[int | None] = None,
     cheapest: Literal["gpus", "joules"] | None = None,
     out: Path = Path("plan"),
-    lang: Literal["en", "zh"] = "en",
+    lang: Language = "en",
     load: LoadConfig = LoadConfig(),
 ) -> None:
     """Predict deployments that were not measured, from runs that were: latencies, throughput and joules with intervals, or a refusal.

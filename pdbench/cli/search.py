@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 from itertools import product
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from pdbench.cli.app import MEASURING, Recipe, app, check_loads, console
+from pdbench.cli.app import MEASURING, Language, Recipe, app, check_loads, console
 from pdbench.cli.measure import kept, progress_to, servers_stay
 from pdbench.config import ClusterConfig, DeploymentKind, LiveConfig, LoadConfig, Options, PairConfig
 from pdbench.config.types import Count, Positive
@@ -34,7 +34,7 @@ def search(
     tune: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     tune_at: Positive[float | None] = None,
     max_minutes: Positive[float | None] = None,
-    lang: Literal["en", "zh"] = "en",
+    lang: Language = "en",
     out: Path = Path("search"),
     options: Options = Options(),
     cluster: ClusterConfig | None = None,
