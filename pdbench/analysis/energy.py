@@ -8,8 +8,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.meter import COARSE, REFUSED_SHARE, Meter, difference, intersection, length_s, total, union
-from pdbench.analysis.metrics import Timings, inside
-from pdbench.analysis.ratios import RATIOS, Totals, per
+from pdbench.analysis.metrics import RATIOS, Timings, Totals, inside, per
 from pdbench.analysis.servers import PrefixCache
 from pdbench.events import TransferEvent
 from pdbench.records import DeviceRecord, Flag, Interval, Run

@@ -6,9 +6,8 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import Array, BoolArray, inside
+from pdbench.analysis.metrics import Array, BoolArray, inside, per
 from pdbench.analysis.power_curve import HOLE_S, Curve, curve_of, highest_limit_w, sampled, scope_of
-from pdbench.analysis.ratios import per
 from pdbench.records import DeviceRecord, DeviceSample, Interval
 
 STANDS_STILL, READS_ZERO = "the energy counter stands still", "the power reads 0 W, which no GPU draws"

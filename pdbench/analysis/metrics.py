@@ -1,4 +1,5 @@
-"""A run's records to arrays: every request's times as docs/metrics.md defines them, derived here and nowhere else.
+"""A run's records to arrays: every request's times as docs/metrics.md defines them, and what windows held, one over another (rates, joules
+per token); derived here and nowhere else.
 
 NaN in an array is None in the records: not measured.
 """
@@ -12,7 +13,6 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
-from pdbench.analysis.ratios import Totals
 from pdbench.analysis.slo import Judged, judge
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
@@ -58,6 +58,22 @@ METRICS = {
         Metric("mean_power_w", True),
     )
 }
+
+
+RATIOS = {
+    "requests_per_s": ("requests", "window_s"),
+    "output_tokens_per_s": ("output_tokens", "window_s"),
+    "output_tokens_per_s_per_device": ("output_tokens", "device_s"),
+    "goodput_requests_per_s": ("good_requests", "window_s"),
+    "mean_power_w": ("energy_j", "window_s"),
+    "j_per_output_token": ("energy_j", "output_tokens"),
+    "j_per_request": ("energy_j", "requests"),
+    "output_tokens_per_j": ("output_tokens", "energy_j"),
+    "goodput_requests_per_s_per_device": ("good_requests", "device_s"),
+    "j_per_good_request": ("energy_j", "good_requests"),
+    "goodput_per_w": ("good_requests", "energy_j"),  # good requests per second over mean watts
+}
+"""Every figure that a window has once: what is divided by what."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +130,24 @@ class Latency:
 
     rising: Array
     by_trial: dict[int, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What some windows held. None: not measured (energy, tokens; requests of one batch that decodes, which ends after its window), no SLO
+    (good requests), no GPU (device seconds)."""
+
+    window_s: float
+    device_s: float | None
+    output_tokens: int | None
+    requests: int | None
+    good_requests: int | None
+    energy_j: float | None
+
+    def ratio(self, name: str) -> float | None:
+        """One of `RATIOS`; None where a part of it is unknown or there is nothing to divide by."""
+        above, below = RATIOS[name]
+        return per(getattr(self, above), getattr(self, below))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,3 +345,8 @@ def spread(rising: Array) -> Spread | None:
     p50, p90, p99 = quantiles(rising, np.array([0.5, 0.9, 0.99])).tolist()
     low, high = float(rising[0]), float(rising[-1])
     return Spread(mean=float(rising.mean()), p50=p50, p90=p90, p99=p99, min=low, max=high, count=len(rising))
+
+
+def per(top: float | None, bottom: float | None) -> float | None:
+    """A ratio; None when either is not known or there is nothing to divide by."""
+    return None if top is None or bottom is None or not bottom > 0 else float(top / bottom)

@@ -18,8 +18,19 @@ from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, energy_of, joules, metered
 from pdbench.analysis.flags import flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
-from pdbench.analysis.metrics import METRICS, Array, Requests, Spread, Timings, quantiles, rising, spread, timings_of
-from pdbench.analysis.ratios import Totals, per
+from pdbench.analysis.metrics import (
+    METRICS,
+    Array,
+    Requests,
+    Spread,
+    Timings,
+    Totals,
+    per,
+    quantiles,
+    rising,
+    spread,
+    timings_of,
+)
 from pdbench.analysis.servers import PrefixCache, ServerSummary, prefix_cache_of, servers_of
 from pdbench.analysis.slo import SLO
 from pdbench.errors import NOT_JSON, UserError

@@ -8,8 +8,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from pdbench.analysis.metrics import Array
-from pdbench.analysis.ratios import per
+from pdbench.analysis.metrics import Array, per
 from pdbench.events import LogLine, ServerSeries
 from pdbench.records import Flag, Run
 

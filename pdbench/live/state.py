@@ -9,9 +9,8 @@ from typing import Any
 
 from pdbench import failures
 from pdbench.analysis.curves import SERVER_FIELDS
-from pdbench.analysis.metrics import Timings, spread, timings_of_requests
+from pdbench.analysis.metrics import Timings, per, spread, timings_of_requests
 from pdbench.analysis.power_curve import HOLE_S
-from pdbench.analysis.ratios import per
 from pdbench.live.publisher import Buckets, Devices, End, Flags, Message, ServerReading, Stage, TimeLeft, Turn
 from pdbench.load.generator import Progress
 from pdbench.records import DeviceRecord, DeviceSample, Flag, RequestRecord

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdbench import failures
-from pdbench.analysis.ratios import per
+from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.files import write_whole
 from pdbench.report import tables, text
