@@ -208,9 +208,8 @@ def outcome_of(run: Run, rate: float, held: bool | None) -> Outcome:
     slo, ok = timings.slo, timings.requests.ok & ~timings.slo.undecided
     unknown = np.flatnonzero(~slo.counted)
     end = int(unknown[0]) if len(unknown) else len(slo.counted)
-    cut = np.array([kind == failures.INTERRUPTED for kind in timings.requests.error], dtype=bool)
     worst = np.max([np.nan_to_num(ratio, nan=0.0) for ratio in slo.ratios.values()], axis=0)
-    score = np.where(ok | cut, worst, inf)[:end]
+    score = np.where(ok | timings.requests.cut, worst, inf)[:end]
     tokens = timings.requests.prompt_tokens
     work = np.where(np.isnan(tokens), np.nanmean(tokens) if np.isfinite(tokens).any() else 1.0, tokens)
     sent_s = timings.requests.sent_s

@@ -119,6 +119,11 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     first_gap_ms: Array
     counted_by: list[str | None]
 
+    @property
+    def cut(self) -> BoolArray:
+        """Was it in flight when the load was stopped?"""
+        return np.array([kind == INTERRUPTED for kind in self.error], dtype=bool)
+
     def first_sent_by(self, *senders: str) -> BoolArray:
         """Did one of these send the request's first token?"""
         return np.array([sender in senders for sender in self.first_token], dtype=bool)
@@ -255,13 +260,12 @@ def timings_of(run: Run) -> Timings:
         counted_by=[record.counted_by for record in records],
     )
     tbt_ms, tbt_request = (np.diff(token_s) * 1e3)[is_gap], request[1:][is_gap]
-    cut = np.array([kind == INTERRUPTED for kind in requests.error], dtype=bool)
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         is_batch=(run.config.get("load") or {}).get("phase") == "decode",
         requests=requests,
         first_s=arrivals.first_s,
-        slo=judge(run.config.get("load") or {}, arrivals, sent_s, end_s, cut),
+        slo=judge(run.config.get("load") or {}, arrivals, sent_s, end_s, requests.cut),
         phase_s=phase_s,
         tbt_ms=tbt_ms,
         tbt_request=tbt_request,
@@ -289,7 +293,7 @@ def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:
     Over the requests that succeeded and have a phase; None where there are none.
     """
     phase_s = timings.phase_s
-    by_prefill = np.array([sender == "prefill" for sender in timings.requests.first_token], dtype=bool)
+    by_prefill = timings.requests.first_sent_by("prefill")
     spans = {}
     for name in PHASES[1:]:
         hidden = by_prefill & (name in AFTER_PREFILL)
