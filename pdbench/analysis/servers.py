@@ -250,7 +250,7 @@ def server_flags(run: Run) -> Iterator[Flag]:
             load, line = of_flag[0]
             more = f" and {len(of_flag) - 1} more" if len(of_flag) > 1 else ""
             text = line.text.replace(";", ",")  # a flag's parts have semicolons between them
-            where = f'{series.server}: "{text}"{more} in its log, first seen {_instant(load, line.t_s)}'
+            where = f'{series.server}: "{text}"{more} in its log, first seen {instant(load, line.t_s)}'
             yield Flag(flag, f"{where}: {line.meaning}")
 
 
@@ -308,7 +308,7 @@ def _preempted(series: ServerSeries, loads: Sequence[Load]) -> Iterator[Flag]:
     for load in loads:
         rise = _rise(series, "preemptions", load)
         if rise is not None and rise[1][-1] > 0:
-            first = first or _instant(load, float(rise[0][np.flatnonzero(rise[1])[0]]))
+            first = first or instant(load, float(rise[0][np.flatnonzero(rise[1])[0]]))
             count += float(rise[1][-1])
     if first:
         detail = f"{series.server}: {count:.0f} preemptions, first seen {first}: their requests were computed again"
@@ -322,7 +322,7 @@ def _kv_full(series: ServerSeries, loads: Sequence[Load]) -> Iterator[Flag]:
         during = (t_s >= load.start_s) & (t_s <= load.end_s) & np.isfinite(used)
         readings.append(used[during])
         if (full := t_s[during][used[during] >= KV_FULL]).size:
-            first = first or _instant(load, float(full[0]))
+            first = first or instant(load, float(full[0]))
     if first:
         used = np.concatenate(readings)
         share_pct, limit_pct = 100 * np.count_nonzero(used >= KV_FULL) / len(used), 100 * KV_FULL
@@ -348,7 +348,7 @@ def _growth(series: ServerSeries, load: Load, requests: float) -> str | None:
     growth = means[-1] - means[0]
     if len(means) < 4 or (np.diff(means) <= 0).any() or growth <= QUEUE_SIGMAS * sqrt(0.75 * requests):
         return None
-    half = _instant(load, float(t_s[waiting > (means[0] + means[-1]) / 2][0]))
+    half = instant(load, float(t_s[waiting > (means[0] + means[-1]) / 2][0]))
     came, left = requests / length_s, growth / (0.75 * length_s)
     return (
         f"its queue grew from {means[0]:.0f} to {means[-1]:.0f} requests, past half of that {half}: of {came:.3g} requests/s that came, "
@@ -356,7 +356,8 @@ def _growth(series: ServerSeries, load: Load, requests: float) -> str | None:
     )
 
 
-def _instant(load: Load, t_s: float) -> str:
+def instant(load: Load, t_s: float) -> str:
+    """A server's clock may be a little ahead of the client's."""
     return f"{max(0.0, t_s - load.start_s):.1f} s into trial {load.trial + 1}"
 
 

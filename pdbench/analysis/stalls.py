@@ -7,7 +7,7 @@ import numpy as np
 
 from pdbench.analysis.arrivals import BoolArray
 from pdbench.analysis.metrics import Timings
-from pdbench.analysis.servers import loads_of
+from pdbench.analysis.servers import instant, loads_of
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.records import Flag, Run
 
@@ -46,14 +46,14 @@ def server_stalled(run: Run, timings: Timings) -> Iterator[Flag]:
     if found:
         longest = max(found, key=lambda each: each.end_s - each.begin_s)
         loads = loads_of(run)
-        # A server's clock may be a little ahead of the client's: what began before the first load is of it.
+        # By a server's clock it may have begun a little before the first load.
         load = next((load for load in reversed(loads) if load.start_s <= longest.begin_s), loads[0])
         more = f" (and {len(found) - 1} shorter ones)" if len(found) > 1 else ""
         yield Flag(
             "server-stalled",
-            f"{longest.server}: {longest.whose} got nothing for {longest.end_s - longest.begin_s:.1f} s, {max(0.0, longest.begin_s - load.start_s):.1f} s "
-            f"into trial {load.trial + 1}{more}, far longer than a step takes: it stood still (stopped, or without a core), or what passes its "
-            "tokens on did; latencies hold that time: measure again",
+            f"{longest.server}: {longest.whose} got nothing for {longest.end_s - longest.begin_s:.1f} s, {instant(load, longest.begin_s)}{more}, "
+            "far longer than a step takes: it stood still (stopped, or without a core), or what passes its tokens on did; "
+            "latencies hold that time: measure again",
         )
 
 
