@@ -217,27 +217,21 @@ def _role_energy(
 def phase_flags(energy: Energy) -> Iterator[Flag]:
     """Roles whose phases, or the waits between them, are too short for the power's readings; one flag per role."""
     for name, role in energy.roles.items():
-        phase, waiting = (
-            _uncertain_share(used_j, uncertain_j)
-            for used_j, uncertain_j in (
-                (role.phase_j, role.phase_uncertain_j),
-                (role.waiting_j, role.waiting_uncertain_j),
-            )
-        )
+        phase = _uncertain_share(role.phase_j, role.phase_uncertain_j)
+        waiting = _uncertain_share(role.waiting_j, role.waiting_uncertain_j)
         words = "short for how far readings of power are apart"
         if phase == inf:
-            yield Flag("energy-coarse", f"{name}: its phases are {words}; energy by phase is not given")
+            detail = f"phases are {words}; energy by phase is not given"
         elif phase > PHASES_COARSE_SHARE:
             share_pct = 100 * (phase if waiting == inf else max(phase, waiting))
-            detail = f"{name}: its phases are {words}; its energy by phase may be off by up to {share_pct:.0f} %"
-            yield Flag("energy-coarse", detail)
+            detail = f"phases are {words}; its energy by phase may be off by up to {share_pct:.0f} %"
         elif waiting == inf:
-            yield Flag("energy-coarse", f"{name}: its waits between phases are {words}; their energy is not given")
+            detail = f"waits between phases are {words}; their energy is not given"
         elif waiting > PHASES_COARSE_SHARE:
-            detail = (
-                f"{name}: its waits between phases are {words}; their energy may be off by up to {100 * waiting:.0f} %"
-            )
-            yield Flag("energy-coarse", detail)
+            detail = f"waits between phases are {words}; their energy may be off by up to {100 * waiting:.0f} %"
+        else:
+            continue
+        yield Flag("energy-coarse", f"{name}: its {detail}")
 
 
 def _uncertain_share(used_j: float | None, uncertain_j: float | None) -> float:
