@@ -63,7 +63,9 @@ def judge(load: dict[str, Any], arrivals: Arrivals, sent_s: Array, end_s: Array,
     until_s = np.where(np.isfinite(arrivals.first_s), arrivals.first_s, end_s)
     first_ms, took_ms = (np.where(cut | ok, (at_s - sent_s) * 1e3, np.nan) for at_s in (until_s, end_s))
     least_mean_ms, most_mean_ms = arrivals.mean_tbt_bounds_ms
-    cut_mean_ms = _least_mean_tbt_ms(load, end_s - arrivals.first_s)
+    # Cut off after its first token: as if all tokens that were asked for had come; not known where nobody knows how many.
+    gaps = (most_output_tokens(load) or 1) - 1
+    cut_mean_ms = (end_s - arrivals.first_s) * 1e3 / gaps if gaps > 0 else np.nan
     bounds = {
         "slo_ttft_ms": (first_ms, first_ms),
         "slo_tbt_ms": (np.where(cut, cut_mean_ms, least_mean_ms), most_mean_ms),
@@ -81,12 +83,6 @@ def judge(load: dict[str, Any], arrivals: Arrivals, sent_s: Array, end_s: Array,
         counted=~cut | missed,
         undecided=undecided,
     )
-
-
-def _least_mean_tbt_ms(load: dict[str, Any], decoding_s: Array) -> Array:
-    """Of requests cut off so long after their first token: as if all tokens that were asked for had come, ms; NaN where nobody knows how many."""
-    gaps = (most_output_tokens(load) or 1) - 1
-    return decoding_s * 1e3 / gaps if gaps > 0 else np.full_like(decoding_s, np.nan)
 
 
 def _gap_bounds_ms(arrivals: Arrivals, share: float) -> tuple[Array, Array]:
