@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pdbench import failures
 from pdbench.analysis.metrics import METRICS, Metric
-from pdbench.analysis.run_analysis import Figure, RunAnalysis
+from pdbench.analysis.run_analysis import Figure, RunAnalysis, is_foreign
 from pdbench.analysis.significance import NOTABLE, STOPPING_CONFIDENCE, ConfidenceInterval, Design, Effect, effect, holm
 from pdbench.analysis.slo import SLO
 from pdbench.config import LoadConfig, is_open_loop
@@ -197,11 +196,7 @@ def compare(
         gpus=(a.gpus, b.gpus),
         differences=sorted(by_name.values(), key=lambda line: line.metric.name != first),
         mismatches=mismatches,
-        void=tuple(
-            name
-            for name, run in zip(names, (a, b), strict=True)
-            if failures.void(run.flags, run.summary.errors, run.summary.requests.sent)
-        ),
+        void=tuple(name for name, run in zip(names, (a, b), strict=True) if run.void()),
     )
 
 
@@ -228,7 +223,7 @@ def mismatches_of(a: RunAnalysis, b: RunAnalysis) -> list[Mismatch]:
     """Every difference of schema, host, GPUs, driver, model, load, and of a host's GPUs if all are others (refused); of settings, SLO, versions,
     lengths and which of a host's GPUs were used (noted)."""
     sides, lengths = [], []
-    versions = ("pdbench",) if a.is_foreign or b.is_foreign else NOTED_VERSIONS  # a foreign server's are not known
+    versions = ("pdbench",) if is_foreign(a) or is_foreign(b) else NOTED_VERSIONS  # a foreign server's are not known
     for run in (a, b):
         # An option that pdbench did not have yet when a run was measured had the effect of its default.
         load = asdict(LoadConfig()) | (run.config.get("load") or {})

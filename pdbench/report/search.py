@@ -8,7 +8,6 @@ from msgspec import structs
 from rich.console import Console
 from rich.text import Text
 
-from pdbench import failures
 from pdbench.analysis.metrics import per
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.files import write_whole
@@ -59,7 +58,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
         point.j_per_good_request = goodput.j_per_good_request if settled else None
     for entry in document.deployments:
         if sent := next((point.run for point in document.points if point.deployment == entry.name), None):
-            _enter_hardware(entry, load(sent))
+            hardware = load(sent)  # of any of its loads: all run on the same servers
+            entry.gpus, entry.layout = hardware.gpus, text.layout(hardware)
+            entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus)
         if entry.run:
             analyses.append(load(entry.run))
             _enter_figures(entry, analyses[-1], document.attain_pct)
@@ -93,21 +94,14 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
 def _settled(analysis: RunAnalysis) -> bool:
     """Do goodput and energy say anything of the run's load: does it count, and were servers at some time as busy as it makes them?"""
     ramps = any(flag.name == "ramps-in-window" for flag in analysis.flags)
-    return not ramps and not failures.void(analysis.flags, None, 0)
-
-
-def _enter_hardware(entry: Held, analysis: RunAnalysis) -> None:
-    """Of any of its loads: all run on the same servers."""
-    entry.gpus = analysis.gpus
-    entry.layout = text.layout(analysis)
-    entry.rate_per_s_per_gpu = per(entry.rate_per_s, entry.gpus) if entry.rate_per_s else None
+    return not ramps and not analysis.void(overload=True)
 
 
 def _enter_figures(entry: Held, analysis: RunAnalysis, attain_pct: float) -> None:
     """Of the confirming run. One that does not count says nothing; one that ended before its servers were busy may refute, but not confirm."""
     goodput = analysis.summary.goodput
     settled = _settled(analysis)
-    if failures.void(analysis.flags, None, 0) or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
+    if analysis.void(overload=True) or (not settled and round(entry.attained_pct or 0.0, 1) >= attain_pct):
         entry.attained_pct = None
     entry.goodput_per_s = goodput.requests_per_s if settled else None
     entry.goodput_per_s_per_gpu = goodput.requests_per_s_per_device if settled else None
@@ -126,8 +120,7 @@ def _enter_scales(entry: Held, document: Document) -> None:
     )
     for scale in entry.slo_scale:
         scale.goodput_per_s = share * scale.rate_per_s
-        if entry.gpus:
-            scale.goodput_per_s_per_gpu = share * scale.rate_per_s / entry.gpus
+        scale.goodput_per_s_per_gpu = per(scale.goodput_per_s, entry.gpus)
         if spent and spent[0][0] <= scale.rate_per_s <= spent[-1][0]:
             rates, joules = zip(*spent, strict=True)
             scale.j_per_good_request = float(np.interp(scale.rate_per_s, rates, joules)) / share

