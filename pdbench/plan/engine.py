@@ -177,11 +177,6 @@ class Layout(msgspec.Struct, frozen=True):
         return "prefill" if self.kind == "disaggregated" else next(iter(self.instances))
 
     @property
-    def back(self) -> Role:
-        """Whose instances generate the answers."""
-        return "decode" if self.kind == "disaggregated" else self.front
-
-    @property
     def name(self) -> str:
         """As --deployment takes it."""
         if self.kind == "disaggregated":
