@@ -64,7 +64,7 @@ def main() -> None:
         begin_s = time.process_time()
         result = simulate(deployment, demand)
         cpu_s = time.process_time() - begin_s
-        tbt_s = weighted_quantiles(result.gap_s, result.gap_count, {"p99": 0.99})["p99"]
+        (tbt_s,) = weighted_quantiles(result.gap_s, result.gap_count, [0.99])
         table.add_row(
             deployment.layout.name,
             f"{count:,}",

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from pdbench.analysis.run_analysis import analyze
 from pdbench.config import is_open_loop
 from pdbench.errors import UserError
-from pdbench.plan import distributions, fit, seconds
+from pdbench.plan import fit, seconds
 from pdbench.plan.calibration import ALIKE, ALIKE_LIMITS, source_of
 from pdbench.plan.deployment import role_of, sized
 from pdbench.plan.engine import Demand, Deployment, Kind, Layout, Role
@@ -61,12 +61,10 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
 
     def own(deployment: Deployment, trial: int) -> Deployment:
         engines = {
-            role: msgspec.structs.replace(
-                engine, costs=msgspec.structs.replace(engine.costs, **speeds.get((trial, role), {}))
-            )
+            role: replace(engine, costs=replace(engine.costs, **speeds.get((trial, role), {})))
             for role, engine in deployment.engines.items()
         }
-        return msgspec.structs.replace(deployment, engines=engines)
+        return replace(deployment, engines=engines)
 
     known = predict(calibration, layout, lambda draw: demands, words, slo=limits, speeds=own, draws=draws, anyway=True)
     measured = {name: figure.value for name, figure in analysis.figures.items()}
@@ -87,8 +85,8 @@ def check(calibration: Calibration, path: Path, run: Run, draws: int = DRAWS) ->
         differs=differs,
         measured=measured,
         trials=of_trials,
-        seconds_ms=seconds.of_run(run, {*requests}),
-        distributions_ms=distributions.of_requests([*requests.values()]),
+        seconds_ms=seconds.parts_of_run(run, {*requests}),
+        distributions_ms=seconds.distributions_of_requests([*requests.values()]),
         predicted=blind,
         at_own_speed=known if blind.figures and all(speeds.values()) else None,
     )
@@ -101,11 +99,11 @@ def _as_served(calibration: Calibration, run: Run, role: Role) -> tuple[Calibrat
     except UserError:
         return calibration, []  # predict says what is missing
     limits, before = limits_of(run, role)[0], calibrated.engine.limits
-    engine = msgspec.structs.replace(calibrated.engine, limits=limits)
-    roles = {**calibration.roles, role: msgspec.structs.replace(calibrated, engine=engine)}
+    engine = replace(calibrated.engine, limits=limits)
+    roles = {**calibration.roles, role: replace(calibrated, engine=engine)}
     pairs = {name: (getattr(limits, name), getattr(before, name)) for name in (*ALIKE_LIMITS, "kv_cache_tokens")}
     others = [name for name, (now, then) in pairs.items() if now != then and None not in (now, then)]
-    return msgspec.structs.replace(calibration, roles=roles), others
+    return replace(calibration, roles=roles), others
 
 
 def demand_of(run: Run, part: Part) -> Demand:

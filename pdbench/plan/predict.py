@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from pdbench import failures
 from pdbench.analysis.arrivals import Array, BoolArray
 from pdbench.errors import UserError
-from pdbench.plan import distributions, power, seconds
+from pdbench.plan import power, seconds
 from pdbench.plan.deployment import deployment_of, role_of, sized, unfit
 from pdbench.plan.engine import Demand, Deployment, Layout
 from pdbench.plan.records import Calibration, Figure, Prediction
@@ -69,7 +69,7 @@ class Draw:
     seconds_ms: dict[str, float]
     growth: float
     timed_out_pct: float
-    distributions_ms: distributions.Distributions = field(default_factory=dict)
+    distributions_ms: dict[str, list[float]] = field(default_factory=dict)
 
 
 def predict(
@@ -110,7 +110,7 @@ def predict(
     refusal = unfit(calibration, layout, demands(0)) if speeds is None else None
     prediction = prediction_of(layout, load, drawn, usual, refusal)
     if prediction.refusal and not anyway:
-        return msgspec.structs.replace(prediction, figures={}, seconds_ms={})
+        return replace(prediction, figures={}, seconds_ms={})
     return prediction
 
 
@@ -154,9 +154,8 @@ def draw_of(
     box = streaming.engine.box
     slowest_s = float(streaming.engine.costs.gpu_step_s(np.array(box.sequences), box.context_tokens))
     jitter = [share * pauses if share > 0 else share for share in streaming.jitter]
-    quantiles_s = weighted_quantiles(gap_s, gap_count, _SHARES, jitter or (0.0,), slowest_s)
-    if len(gap_s):
-        figures |= {f"tbt_{name}_ms": 1e3 * value for name, value in quantiles_s.items()}
+    if quantiles_s := weighted_quantiles(gap_s, gap_count, _SHARES.values(), jitter, slowest_s):
+        figures |= {f"tbt_{name}_ms": 1e3 * value_s for name, value_s in zip(_SHARES, quantiles_s, strict=True)}
     if np.isfinite(tbt_s).any():
         figures["mean_tbt_p50_ms"] = 1e3 * float(np.nanmedian(tbt_s))
     figures |= {f"e2e_{name}_ms": 1e3 * float(np.quantile(e2e_s, share)) for name, share in _SHARES.items()}
@@ -198,8 +197,9 @@ def draw_of(
     growth = np.mean([took_s[-third:].mean() / took_s[:third].mean() for took_s in taken])
     is_preempted = any(instance.preemptions for instance in instances)
     timed_out_pct = 100 * float(np.mean(timed_out))
-    whole = distributions.of_simulated(results, jitter, slowest_s) if distributed else {}
-    return Draw(figures, outside, is_preempted, seconds.of_simulated(results), float(growth), timed_out_pct, whole)
+    parts_ms = seconds.parts_of_simulated(results)
+    whole = seconds.distributions_of_simulated(results, jitter, slowest_s) if distributed else {}
+    return Draw(figures, outside, is_preempted, parts_ms, float(growth), timed_out_pct, whole)
 
 
 def _share_within(result: Simulated) -> Array:

@@ -115,8 +115,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     `outside` is the share of the busy time in steps beyond the calibrated box, by what was beyond. `refusal`: why no figure is
     given, and the measurement that is missing. `saturated`: the queue grows, and the figures with the load's length.
-    `seconds_ms`: the mean request's parts (plan/seconds.py), at the costs' best estimate, as are
-    `distributions_ms` (plan/distributions.py), which checks have.
+    `seconds_ms`: the mean request's parts, at the costs' best estimate, as are `distributions_ms`, which checks have (plan/seconds.py).
     """
 
     schema: str = SCHEMA

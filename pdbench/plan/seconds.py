@@ -1,19 +1,21 @@
-"""Where a request's time goes, predicted and measured: the parts of the mean request, in ms, which add up to its E2E."""
+"""Where requests' time goes, predicted and measured: the parts of the mean request, which add up to its E2E, and how long all took; in ms."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from pdbench.analysis.arrivals import Array
-from pdbench.plan.simulate import Simulated
-from pdbench.records import Run
+from pdbench.plan.simulate import Simulated, weighted_quantiles
+from pdbench.records import RequestRecord, Run
 
 PARTS = ("way_in", "queue", "compute", "handoff", "decode_wait", "decode")
 """From the client to the engine; until its first step; steps with its prompt, until its token; prefill to decode; until decode's first step;
 decode's steps."""
+SHARES = tuple(percent / 100 for percent in range(1, 100))
+"""Of the requests, or of the gaps between tokens: distributions are their quantiles there."""
 
 
-def of_simulated(results: Sequence[Simulated]) -> dict[str, float]:
+def parts_of_simulated(results: Sequence[Simulated]) -> dict[str, float]:
     """Of all requests of some trials of one deployment."""
     rows = []
     for each in results:
@@ -23,7 +25,7 @@ def of_simulated(results: Sequence[Simulated]) -> dict[str, float]:
     return _means([*np.concatenate(rows, axis=1)])
 
 
-def of_run(run: Run, names: set[str]) -> dict[str, float]:
+def parts_of_run(run: Run, names: set[str]) -> dict[str, float]:
     """Of these requests, by what client, proxy and servers noted; empty where that does not tell the steps."""
     rows = []
     for request in run.requests:
@@ -45,3 +47,29 @@ def _means(instants: list[Array]) -> dict[str, float]:
     if np.isnan(parts["handoff"]).all():
         parts["decode"] = instants[-1] - instants[3]
     return {name: 1e3 * float(np.nanmean(part)) for name, part in parts.items() if np.isfinite(part).any()}
+
+
+def distributions_of_simulated(
+    results: Sequence[Simulated], jitter: Sequence[float], slowest_s: float
+) -> dict[str, list[float]]:
+    """`jitter` is decode's pauses as shares of a step of at most `slowest_s` (`weighted_quantiles`)."""
+    ttft_s, e2e_s, gap_s, gap_count = (
+        np.concatenate([getattr(result, name) for result in results])
+        for name in ("ttft_s", "e2e_s", "gap_s", "gap_count")
+    )
+    tbt_s = np.array(weighted_quantiles(gap_s, gap_count, SHARES, jitter, slowest_s))
+    return _in_ms(np.quantile(ttft_s, SHARES), tbt_s, np.quantile(e2e_s, SHARES))
+
+
+def distributions_of_requests(requests: Sequence[RequestRecord]) -> dict[str, list[float]]:
+    """Of measured requests, every one answered."""
+    sent_s = np.array([request.sent_s for request in requests], dtype=float)
+    first_s, last_s = (np.array([request.token_s[place] for request in requests]) for place in (0, -1))
+    gaps_s = np.concatenate([np.diff(request.token_s) for request in requests])
+    tbt_s = np.quantile(gaps_s, SHARES) if len(gaps_s) else np.empty(0)
+    return _in_ms(np.quantile(first_s - sent_s, SHARES), tbt_s, np.quantile(last_s - sent_s, SHARES))
+
+
+def _in_ms(ttft_s: Array, tbt_s: Array, e2e_s: Array) -> dict[str, list[float]]:
+    found = {"ttft": ttft_s, "tbt": tbt_s, "e2e": e2e_s}
+    return {name: (1e3 * values).tolist() for name, values in found.items() if np.isfinite(values).any()}

@@ -6,7 +6,7 @@ One queue holds the instants at which something changes; between them the instan
 import gc
 import math
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
@@ -280,25 +280,21 @@ def _window(demand: Demand, sent_s: Array, ended_s: Array) -> Interval:
 
 
 def weighted_quantiles(
-    values: Array,
-    counts: IntArray,
-    shares: Mapping[str, float],
-    jitter: Sequence[float] = (0.0,),
-    most: float = 1e9,
-) -> dict[str, float]:
+    values: Array, counts: IntArray, shares: Iterable[float], jitter: Sequence[float] = (), most: float = 1e9
+) -> list[float]:
     """Quantiles of values that stand for `counts` equal ones each, to any of which any of `jitter` is added, as a share (over -1) of the
-    value, or of `most` where that is less; NaN without any."""
+    value, or of `most` where that is less; none without any value."""
+    if not len(values):
+        return []
     order = np.argsort(values)
     values, below = values[order], np.append(0, np.cumsum(counts[order]))
-    if not len(values):
-        return dict.fromkeys(shares, float("nan"))
-    parts, found = np.sort(jitter), {}
-    for name, share in shares.items():
+    parts, found = np.sort(jitter or (0.0,)), []
+    for share in shares:
         low, high = 0.0, float(values[-1] * (1 + max(parts[-1], 0.0)))
         while high - low > 1e-9:
             middle = (low + high) / 2
             largest = np.where(middle <= most * (1 + parts), middle / (1 + parts), middle - most * parts)
             reached = below[np.searchsorted(values, largest, side="right")].mean() >= share * below[-1]
             low, high = (low, middle) if reached else (middle, high)
-        found[name] = high
+        found.append(high)
     return found

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pdbench.plan.distributions import SHARES
 from pdbench.plan.records import Check
+from pdbench.plan.seconds import SHARES
 from pdbench.report.chart_types import INK, SHADES, Axis, Chart, Panel, Series
 from pdbench.report.text import translate as _
 

@@ -16,7 +16,7 @@ from pdbench.plan.deployment import deployment_of, parse_layout, role_of, sized
 from pdbench.plan.engine import Box, Costs, Engine, Handoff, Limits, Role
 from pdbench.plan.predict import predict
 from pdbench.plan.records import Calibration, PowerCosts, Prediction, RoleCalibration
-from pdbench.plan.seconds import PARTS, of_simulated
+from pdbench.plan.seconds import PARTS, parts_of_simulated
 from pdbench.plan.simulate import simulate
 from pdbench.planning import CALIBRATION, plan, read_calibration
 from pdbench.records import Flag, save_run
@@ -366,7 +366,7 @@ def test_parts_of_the_mean_request_add_up(wanted: str, opens: float) -> None:
     layout = msgspec.structs.replace(layout, instances=dict(reversed(layout.instances.items())))
     deployment = deployment_of(found, layout)
     result = simulate(deployment, demand)
-    parts = of_simulated([result])
+    parts = parts_of_simulated([result])
     assert sum(parts.values()) == pytest.approx(1e3 * result.e2e_s.mean(), rel=1e-6)
     assert set(parts) == ({"way_in", "queue", "compute", "decode"} if wanted == "single" else set(PARTS))
     assert parts["way_in"] == pytest.approx(5 if wanted == "single" else 7) and min(parts.values()) >= 0
