@@ -95,7 +95,7 @@ def plan(
         except UserError as error:
             if len(checked) == 1:
                 raise
-            console.print(_("not checked: {0}", error), markup=False, soft_wrap=True)
+            tables.say(console, _("not checked: {0}", error))
             continue
         show(report.check(checks[-1]))
     if checked and not checks:
@@ -136,7 +136,7 @@ def plan(
             picture = mpl.chart_picture(describe, width, lambda rows: 2.4 + 5 * rows)
             files[f"{chart.key}.png"] = picture
     write_all(out, "plan", files)
-    console.print(_("saved in {0}", str(out)), markup=False, soft_wrap=True)
+    tables.say(console, _("saved in {0}", str(out)))
     if predicted and most_gpus is None and all(each.refusal for each in predicted):
         raise UserError("no deployment is predicted: the tables say what to measure first")
 
@@ -178,7 +178,7 @@ def suitable_runs(folders: Sequence[Path], console: Console) -> dict[Path, Run]:
             check_suitable(folder, run)
             runs[folder] = run
         except UserError as error:
-            console.print(f"left out: {error}", markup=False, soft_wrap=True)
+            tables.say(console, f"left out: {error}")
     if not runs:
         raise UserError("no run is left that calibrates: read the lines above")
     return runs

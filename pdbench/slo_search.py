@@ -28,7 +28,7 @@ from pdbench.load import plan
 from pdbench.load.input_files import span
 from pdbench.power import clocks
 from pdbench.records import Run
-from pdbench.report import search_files
+from pdbench.report import search_files, tables
 from pdbench.search.clocks import axes
 from pdbench.search.document import FILE, Closest, Document, Held, Point, Scaled
 from pdbench.search.evidence import LEAST_REQUESTS, Array
@@ -256,15 +256,10 @@ def _search_rate(
                 continue
             if point.void or client_was_the_limit(run, point):
                 limited += 1
-                words = (
-                    "higher rates need more --client-processes"
-                    if limited == MOST_LIMITED
-                    else "it does not count, another follows"
-                )
-                loads.console.print(
-                    f"  {point.void or f'the client was the limit: {words}'}", markup=False, soft_wrap=True
-                )
-                if limited == MOST_LIMITED:
+                is_last = limited == MOST_LIMITED
+                words = "higher rates need more --client-processes" if is_last else "it does not count, another follows"
+                tables.say(loads.console, f"  {point.void or f'the client was the limit: {words}'}")
+                if is_last:
                     entry.client_limited = not point.void
                     break
                 continue

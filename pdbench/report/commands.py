@@ -45,7 +45,7 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
         name = analysis.name
         shown = [*tables.run_summary(analysis), *servers.table({name: analysis})]
         console.print(*map(tables.Terminal, shown), *tables.warnings(name, analysis), sep="\n")
-        say(console, f"results: {folder}/")
+        tables.say(console, f"results: {folder}/")
         drawn.append(mpl.picture(mpl.performance_analysis, analysis, name))
         write_whole(picture_of(folder, name), drawn[-1])  # last: a disk that is full costs no table
     if len(analyses) > 1:
@@ -56,8 +56,8 @@ def present(analyses: Mapping[Path, RunAnalysis], out: Path, console: Console) -
         for each in compared:
             _print_comparison(each, named, console)
         write_whole(out / COMPARISON, files[COMPARISON])
-        say(console, f"picture: {out / COMPARISON}")
-        say(console, f"report: {out / 'report' / 'report.html'}")
+        tables.say(console, f"picture: {out / COMPARISON}")
+        tables.say(console, f"report: {out / 'report' / 'report.html'}")
 
 
 def picture_of(folder: Path, name: str) -> Path:
@@ -142,11 +142,13 @@ def compare_folders(
     mpl.say_when_english(console)
     try:
         write_whole(picture, mpl.picture(mpl.comparison, runs, [compared]))
-        say(console, _("picture: {0}", picture))
+        tables.say(console, _("picture: {0}", picture))
     except WriteError as error:
         if not results:
             raise
-        say(console, _("no picture: {0}", error))  # what the conditions came to is known, and the exit code says it
+        tables.say(
+            console, _("no picture: {0}", error)
+        )  # what the conditions came to is known, and the exit code says it
     return thresholds.exit_code(results)
 
 
@@ -185,11 +187,11 @@ def report(
         mpl.say_when_english(console)
     runs = dict(zip(names_of(analyses, folders), analyses, strict=True))
     files = [*_write_report(runs, rows, out, sort_by, [], llm_d=llm_d)[1]]
-    say(console, _("report: {0}", out / "report.html"))
-    say(console, _("beside it: {0}", ", ".join(files[1:])))
+    tables.say(console, _("report: {0}", out / "report.html"))
+    tables.say(console, _("beside it: {0}", ", ".join(files[1:])))
     for folder, analysis in zip(folders, analyses, strict=True) if otlp else ():
         sent = collector.send(traces.spans(load_run(folder), analysis))
-        say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
+        tables.say(console, _("sent to {0}: {1} spans of {2}", otlp, sent, folder))
 
 
 def _check_png(picture: Path) -> None:
@@ -288,7 +290,7 @@ def plot(source: Path, picture: Path | None, console: Console) -> None:
         analysis = analyze(Run(name=source.name, clock=Clock(0, 0), config={}, host={}, versions={}, devices=devices))
     picture = picture or (source / "devices.png" if source.is_dir() else source.with_suffix(".png"))
     write_whole(picture, mpl.chart_picture(lambda: charts.monitored(analysis, devices), 15, lambda rows: 10))
-    say(console, f"drawn: {picture}")
+    tables.say(console, f"drawn: {picture}")
 
 
 def read_devices(source: Path) -> list[DeviceRecord]:
@@ -321,8 +323,3 @@ def read_devices(source: Path) -> list[DeviceRecord]:
         ) from None
     check_devices([*devices.values()], source)
     return [*devices.values()]
-
-
-def say(console: Console, line: str) -> None:
-    """One line as it is: brackets in a path are no markup."""
-    console.print(line, markup=False, soft_wrap=True)

@@ -81,7 +81,7 @@ def say_when_english(console: Console) -> None:
     """Say why pictures are in English where the rest is not."""
     if text.LANGUAGE.get() == "zh" and chinese_font() is None:
         words = "no font with Chinese characters was found, so the pictures are in English: install one, such as fonts-noto-cjk"
-        console.print(_(words), markup=False, soft_wrap=True)
+        tables.say(console, _(words))
 
 
 def picture(draw: Callable[..., Figure], *arguments: object) -> bytes:

@@ -84,10 +84,9 @@ def present(document: Document, out: Path, console: Console) -> list[RunAnalysis
     for shown in (table(document) if document.searched() else None, clocks_table(document)):
         if shown:
             console.print(tables.Terminal(shown))
-    console.print(*warnings, sep="\n", end="\n" if warnings else "", soft_wrap=True)
+    tables.say(console, *warnings)
     if pictures:
-        names = " ".join(str(out / name) for name in pictures)
-        console.print(f"answer: {out / FILE}  picture: {names}", markup=False, soft_wrap=True)
+        tables.say(console, f"answer: {out / FILE}  picture: {' '.join(str(out / name) for name in pictures)}")
     return analyses
 
 

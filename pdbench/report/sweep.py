@@ -60,7 +60,7 @@ def show(rows: Sequence[Row], out: Path, console: Console) -> None:
     write_whole(out / TABLE, csv_of(rows).encode())
     console.print(tables.Terminal(table(rows)))
     _draw(rows, out)
-    commands.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
+    tables.say(console, _("curves: {0}  table: {1}", out / CURVES, out / TABLE))
 
 
 def missing(rows: Sequence[Row]) -> list[str]:

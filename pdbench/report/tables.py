@@ -381,3 +381,9 @@ def differing(found: Sequence[Differing]) -> list[Text]:
     return [
         Text.assemble((_("differs: "), "yellow"), f"{first}, {other}: {_(str(each))}") for first, other, each in found
     ]
+
+
+def say(console: Console, *lines: str | Text) -> None:
+    """Each line as it is: brackets in a path are no markup."""
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
