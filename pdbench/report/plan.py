@@ -115,9 +115,7 @@ def predictions(of: Sequence[Prediction], *, on_gpus: bool, remedy: str | None =
     lines.append(
         _("In brackets: 90 % intervals; costs, the machine's speed from trial to trial and arrivals vary in them.")
     )
-    one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
-    counts = [each.layout.gpus for each in of]
-    names = [_(one if n == 1 else several, each.layout.name, f"{n:,}") for each, n in zip(of, counts, strict=True)]
+    names = [text.with_gpus(each.layout.name, each.layout.gpus, on_gpus=on_gpus) for each in of]
     title = _("Predicted: {0}", _load(of[0]))
     if not rows:
         return Table(title=title, note="\n\n".join(lines[:-1]))

@@ -24,9 +24,7 @@ def sentence(document: Document) -> str:
     found = [entry for entry in ordered if entry.rate_per_s]
     parts: list[str] = []
     for entry in found:
-        name = named(entry)
-        if entry.gpus:
-            name = _("{0} (1 GPU)" if entry.gpus == 1 else "{0} ({1} GPUs)", name, entry.gpus)
+        name = text.with_gpus(named(entry), entry.gpus) if entry.gpus else named(entry)
         rate, low, high = map(text.number, (entry.rate_per_s, entry.low, entry.high))
         bounds = _("({0} to {1})", low, high) if entry.high is not None else _("or more")
         parts.append(_("{0} {1} {2}" if parts else "{0} carries {1} requests/s {2}", name, rate, bounds))

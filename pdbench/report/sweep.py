@@ -260,11 +260,10 @@ def _panel(rows: Sequence[Row], metric: str, title: str, by_option: bool = False
 
 def _with_gpus(name: str, runs: Sequence[RunAnalysis], rows: Sequence[Row]) -> str:
     """With their number of GPUs where that is not the same in all rows."""
-    numbers = {run.gpus for run in runs}
-    if len({run.gpus for _varied, run in rows}) == 1 or len(numbers) > 1 or None in numbers:
+    number, *others = {run.gpus for run in runs}
+    if len({run.gpus for _varied, run in rows}) == 1 or others or number is None:
         return name
-    (number,) = numbers
-    return _("{0} (1 GPU)" if number == 1 else "{0} ({1} GPUs)", name, number)
+    return text.with_gpus(name, number)
 
 
 def _is_number(value: Any) -> bool:

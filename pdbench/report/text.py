@@ -308,6 +308,12 @@ def told_apart(names: Sequence[str], layouts: Sequence[str | None], otherwise: S
     ]
 
 
+def with_gpus(name: str, count: int, *, on_gpus: bool = True) -> str:
+    """`2p1d (3 GPUs)`; on a host without any instances are counted."""
+    one, several = ("{0} (1 GPU)", "{0} ({1} GPUs)") if on_gpus else ("{0} (1 instance)", "{0} ({1} instances)")
+    return _(one if count == 1 else several, name, f"{count:,}")
+
+
 def flag_names(analysis: RunAnalysis) -> list[str]:
     return list(dict.fromkeys(flag.name for flag in analysis.flags))
 
