@@ -11,7 +11,7 @@ from pdbench.analysis.run_analysis import load_analysis
 from pdbench.errors import NOT_JSON, UserError
 from pdbench.files import holds, is_edited, sealed, write_whole
 from pdbench.report import tables, text
-from pdbench.search.document import FILE, Document, Held
+from pdbench.search.document import FILE, Document
 
 JOINED = "joined"
 """The command's key of an answer that was put together."""
@@ -99,14 +99,9 @@ def _name_apart(folders: Sequence[Path], found: Sequence[Document]) -> None:
     )
     for (_folder, each, entry), name in zip(entries, names, strict=True):
         entry.layout = None if name == entry.layout else entry.layout
-        _rename(each, entry, name)
-
-
-def _rename(document: Document, entry: Held, name: str) -> None:
-    """A deployment, and its loads with it."""
-    for point in document.points:
-        point.deployment = name if point.deployment == entry.name else point.deployment
-    entry.name = name
+        for point in each.points:
+            point.deployment = name if point.deployment == entry.name else point.deployment
+        entry.name = name
 
 
 def _check_measured_alike(folders: Sequence[Path], found: Sequence[Document]) -> list[tables.Differing]:
