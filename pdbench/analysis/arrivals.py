@@ -28,9 +28,10 @@ USUAL_LARGE = 0.95
 class Arrivals:
     """One entry per request: `answered` (no error), `ok` (and a token), `first_s`, `second_s`,
     `answer_s` (first token that is no reasoning), `mean_tbt_ms`, `mean_tbt_bounds_ms` (the least and the most it can be where nobody knows how many
-    tokens came after the first arrival; else itself), `output_tokens`, `sent_tokens` of them, `weight` (tokens per instant), `coarse` (chunks hold several tokens); NaN is unknown.
+    tokens came after the first arrival; else itself), `output_tokens`, `sent_tokens` of them, `coarse` (chunks hold several tokens); NaN is unknown.
 
-    One entry per instant: `token_s`, and `request`, its row. One per pair of neighbours: `is_gap` (of one successful answer),
+    One entry per instant, failed requests' too: `token_s`, `request`, its row, and `weight`, how many tokens it stands for (1 unless counted by
+    chunks; NaN: unknown). One per pair of neighbours: `is_gap` (of one successful answer),
     `coarse_gap` (between chunks of several tokens).
     """
 
@@ -43,10 +44,10 @@ class Arrivals:
     mean_tbt_bounds_ms: tuple[Array, Array]
     output_tokens: Array
     sent_tokens: Array
-    weight: Array
     coarse: BoolArray
     token_s: Array
     request: IntArray
+    weight: Array
     is_gap: BoolArray
     coarse_gap: BoolArray
 
@@ -59,8 +60,7 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
     request = np.repeat(np.arange(len(records)), counts)
     begin = np.cumsum(counts) - counts
     # A sequence is one choice of one request: its first token is at `head`, its last at `tail`.
-    starts = np.ones(len(token_s), dtype=bool)
-    starts[1:] = request[1:] != request[:-1]
+    starts = np.diff(request, prepend=-1) != 0
     first_s, second_s = np.full((2, len(records)), np.nan)
     first_s[counts > 0] = token_s[begin[counts > 0]]
     second_s[counts > 1] = token_s[begin[counts > 1] + 1]
@@ -116,10 +116,10 @@ def arrivals_of(records: Sequence[RequestRecord]) -> Arrivals:
         mean_tbt_bounds_ms=(least_ms, most_ms),
         output_tokens=output_tokens,
         sent_tokens=sent,
-        weight=weight,
         coarse=coarse,
         token_s=token_s,
         request=request,
+        weight=weight[request],
         is_gap=~starts[1:] & ok[request[1:]],
         coarse_gap=no_gaps[request[1:]],
     )

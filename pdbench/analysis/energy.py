@@ -141,7 +141,7 @@ def energy_of(run: Run, timings: Timings, meters: Sequence[Meter], totals: Total
     split = ROLE_ORDER.keys() <= roles.keys()
     prefilled_s = timings.phase_s["prefill"][:, 1]
     # A prompt had been computed at prefill's end, or (where that was not measured) when its first token came.
-    computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.first_s)
+    computed_s = np.where(np.isfinite(prefilled_s), prefilled_s, timings.arrivals.first_s)
     # Not those that decode computed alone.
     by_prefill = ~timings.requests.first_sent_by("decode_alone")
     prompt_tokens = timings.requests.prompt_tokens[by_prefill & inside(computed_s, windows)].sum() * (

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pdbench.analysis.arrivals import Array, BoolArray, IntArray, arrivals_of, column
+from pdbench.analysis.arrivals import Array, Arrivals, BoolArray, IntArray, arrivals_of, column
 from pdbench.analysis.slo import Judged, judge
 from pdbench.events import ProxyEvent, ways_of
 from pdbench.failures import INTERRUPTED
@@ -159,25 +159,20 @@ class Totals:
 class Timings:
     """All of a run's measured instants and durations; `windows` are its trials'; `is_batch`: its requests decode together and end after those.
 
-    One entry per request: `first_s` (first token), `slo` (which met the SLO), `phase_s` (phase -> rows of start, end).
+    One entry per request: `slo` (which met the SLO), `phase_s` (phase -> rows of start, end).
     One entry per gap between two tokens of a successful request: `tbt_ms`, its request's row `tbt_request`, its instant `tbt_s`.
-    Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`. `token_s` holds every arrival, of
-    failed requests too; `token_request` is its request's row, `token_weight` how many tokens it stands for (1 unless counted by chunks;
-    NaN: unknown).
+    Gaps between chunks of several tokens are no token gaps: they are in `inter_chunk_ms`.
     """
 
     windows: list[Interval]
     is_batch: bool
     requests: Requests
-    first_s: Array
+    arrivals: Arrivals
     slo: Judged
     phase_s: dict[str, Array]
     tbt_ms: Array
     tbt_request: IntArray
     tbt_s: Array
-    token_s: Array
-    token_request: IntArray
-    token_weight: Array
     inter_chunk_ms: Array
 
     @cached_property
@@ -199,7 +194,7 @@ class Timings:
     def totals(self, windows: Sequence[Interval], energy_j: float | None, gpus: int) -> Totals:
         """What windows held: tokens that arrived in them (failed requests' too), requests that ended in them."""
         ended = inside(self.requests.end_s, windows)
-        tokens = float(self.token_weight[inside(self.token_s, windows)].sum())
+        tokens = float(self.arrivals.weight[inside(self.arrivals.token_s, windows)].sum())
         good = None if self.is_batch or not self.slo.goodput_known else self.slo.in_slo
         window_s = sum((end - start for start, end in windows), 0.0)
         return Totals(
@@ -224,8 +219,7 @@ def timings_of(run: Run) -> Timings:
     records.sort(key=lambda record: record.planned_s if record.sent_s is None else record.sent_s)
     sent_s, end_s, planned_s = (column(records, name) for name in ("sent_s", "end_s", "planned_s"))
     arrivals = arrivals_of(records)
-    token_s, request, ok = arrivals.token_s, arrivals.request, arrivals.ok
-    is_gap = arrivals.is_gap & ~arrivals.coarse_gap
+    ok, gaps_ms, is_gap = arrivals.ok, np.diff(arrivals.token_s) * 1e3, arrivals.is_gap & ~arrivals.coarse_gap
     # A canary's prompt that a cache may know says nothing of prefill.
     fresh = ok & np.array([record.canary is None or not record.canary.repeated for record in records], dtype=bool)
     unknown = (np.nan, np.nan)
@@ -259,21 +253,17 @@ def timings_of(run: Run) -> Timings:
         first_gap_ms=np.where(ok, (arrivals.second_s - arrivals.first_s) * 1e3, np.nan),
         counted_by=[record.counted_by for record in records],
     )
-    tbt_ms, tbt_request = (np.diff(token_s) * 1e3)[is_gap], request[1:][is_gap]
     return Timings(
         windows=[(trial.start_s, trial.end_s) for trial in run.trials],
         is_batch=(run.config.get("load") or {}).get("phase") == "decode",
         requests=requests,
-        first_s=arrivals.first_s,
+        arrivals=arrivals,
         slo=judge(run.config.get("load") or {}, arrivals, sent_s, end_s, requests.cut),
         phase_s=phase_s,
-        tbt_ms=tbt_ms,
-        tbt_request=tbt_request,
-        tbt_s=token_s[1:][is_gap],
-        token_s=token_s,
-        token_request=request,
-        token_weight=arrivals.weight[request],
-        inter_chunk_ms=(np.diff(token_s) * 1e3)[arrivals.is_gap & arrivals.coarse_gap],
+        tbt_ms=gaps_ms[is_gap],
+        tbt_request=arrivals.request[1:][is_gap],
+        tbt_s=arrivals.token_s[1:][is_gap],
+        inter_chunk_ms=gaps_ms[arrivals.is_gap & arrivals.coarse_gap],
     )
 
 
@@ -308,7 +298,7 @@ def mean_ttft_parts_ms(timings: Timings) -> dict[str, float] | None:
     if not split.any():
         return None
     reached, parts = timings.requests.sent_s[split], {}
-    first = timings.first_s[split]
+    first = timings.arrivals.first_s[split]
     edges = [span[split].T for span in spans.values()]
     for place, (name, (start, end)) in enumerate(zip(spans, edges, strict=True)):
         later = [np.where(begin >= start, begin, np.inf) for begin, _ in edges[place + 1 :]]

@@ -58,7 +58,7 @@ def server_stalled(run: Run, timings: Timings) -> Iterator[Flag]:
 
 
 def _of_streams(run: Run, timings: Timings, ways: dict[str, ProxyEvent]) -> Iterator[Silence]:
-    token_s, request = timings.token_s, timings.token_request
+    token_s, request = timings.arrivals.token_s, timings.arrivals.request
     gap_s, of_one = np.diff(token_s), np.diff(request) == 0
     steps_s = gap_s[of_one & (gap_s > 0)]
     limit_s = max(STALL_S, STALL_GAPS * float(np.median(steps_s))) if len(steps_s) else np.inf
@@ -77,7 +77,7 @@ def _of_streams(run: Run, timings: Timings, ways: dict[str, ProxyEvent]) -> Iter
         for place in np.flatnonzero(np.diff(arrivals_s) > limit_s):
             begin_s, end_s = float(arrivals_s[place]), float(arrivals_s[place + 1])
             streams = int(np.count_nonzero((token_s[waiting] <= begin_s) & (token_s[waiting + 1] >= end_s)))
-            ended = (timings.first_s <= begin_s) | (timings.requests.end_s <= begin_s)
+            ended = (timings.arrivals.first_s <= begin_s) | (timings.requests.end_s <= begin_s)
             prompts = here & ~through_prefill & (timings.requests.sent_s <= begin_s) & ~ended
             if streams >= STREAMS and not _explain(timings, prompts, end_s - begin_s, budget):
                 yield Silence(begin_s, end_s, server or run.name, f"all of its {streams} streams")
@@ -104,9 +104,9 @@ def _of_prompts(timings: Timings, ways: dict[str, ProxyEvent]) -> Iterator[Silen
 
 def _sent_by_decode(timings: Timings) -> BoolArray:
     """Is an arrival no first token that prefill sent? These come while decode stands still."""
-    first = np.ones(len(timings.token_request), dtype=bool)
-    first[1:] = np.diff(timings.token_request) != 0
-    return ~(first & timings.requests.first_sent_by("prefill")[timings.token_request])
+    request = timings.arrivals.request
+    first = np.diff(request, prepend=-1) != 0
+    return ~(first & timings.requests.first_sent_by("prefill")[request])
 
 
 def _explain(timings: Timings, waits: BoolArray, silent_s: float, budget: float) -> bool:

@@ -145,7 +145,8 @@ def rate_uncertain(run: Run, timings: Timings) -> Iterator[Flag]:
         intervals = _over_mean(np.concatenate([np.diff(edges) for edges in edges_s]))
         if len(intervals) < 2:
             return
-        came = [np.histogram(timings.token_s, edges, weights=timings.token_weight)[0] for edges in edges_s]
+        token_s, weight = timings.arrivals.token_s, timings.arrivals.weight
+        came = [np.histogram(token_s, edges, weights=weight)[0] for edges in edges_s]
         number, tokens = len(intervals) - 1, _over_mean(np.concatenate(came))
         most = (of_lengths + of_prompts) * (number / ended) ** 0.5
         of_requests, of_tokens = min(most, intervals.std()), min(most, (tokens - intervals).std())
