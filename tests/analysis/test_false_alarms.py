@@ -108,7 +108,6 @@ def test_pairs_raise_few_false_alarms(world, pairs, limit):
 @pytest.mark.parametrize("pairs", [3, 6])
 def test_family_of_metrics_raises_few_false_alarms(world, pairs):
     """After Holm: the share of comparisons with any metric called better or worse that was not declared primary."""
-    any_found = np.zeros(EXPERIMENTS, dtype=bool)
     figures = {name: values for name, values in simulate(world, pairs).items() if name != "e2e_p50_ms"}
     p = [
         [effect(*np.log(values[experiment].T), "pairs").p for values in figures.values()]

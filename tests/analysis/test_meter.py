@@ -111,6 +111,7 @@ def test_slow_counter_is_a_counter(refresh_s: float, power: str | None) -> None:
                 assert (power, refresh_s, end) == (None, 2.0, 35.7)
                 continue
             assert window.counter_j == pytest.approx(500 * (end - start), abs=window.uncertain_j + 0.1 * 500 + 1)
+            assert window.counter_still_s == 0
 
 
 @pytest.mark.parametrize("interval_s", [0.05, 1.0, 2.0, 10.0])
