@@ -22,13 +22,13 @@ class Curve:
     `reads` has rows of (t_s, read_s) of the samples, which are of any instant of their reading.
     """
 
-    def __init__(self, points: Array, means_s: float = 0.0, most_w: float = 0.0, reads: Array | None = None) -> None:
+    def __init__(self, points: Array, means_s: float, reads: Array, most_w: float = 0.0) -> None:
         self.t, self.w = points.T
         self._means_s = means_s
         self._span_w = float(np.ptp(self.w)) if len(self.w) else 0.0
         self._stands_s = stands_s(points)
         self._most_w = float(np.max(self.w, initial=0.0 if means_s >= AVERAGED_S else most_w))
-        self._read_t, self._read_s = (np.empty((0, 2)) if reads is None else reads).T
+        self._read_t, self._read_s = reads.T
         steps = np.diff(self.t)
         self.area = np.concatenate([[0.0], np.cumsum(steps * (self.w[1:] + self.w[:-1]) / 2)])
         self._hole_s = max(HOLE_S, 3 * float(np.median(steps))) if len(steps) else HOLE_S
@@ -159,7 +159,7 @@ def scope_of(device: DeviceRecord, field: str) -> Curve:
     points = sampled(device, field)
     averages = bool(device.settings.get(f"{field}_averaged")) and len(points) > 0
     means_s = AVERAGED_S if averages else 0.0
-    return Curve(_in_the_middle(points) if averages else points, means_s, reads=sampled(device, "read_s"))
+    return Curve(_in_the_middle(points) if averages else points, means_s, sampled(device, "read_s"))
 
 
 def fine_step_s(device: DeviceRecord) -> float:
@@ -171,7 +171,7 @@ def fine_step_s(device: DeviceRecord) -> float:
 def curve_of(device: DeviceRecord) -> Curve:
     averages = not any(sample.power_w is not None for sample in device.samples)
     means_s = AVERAGED_S if averages else fine_step_s(device)
-    return Curve(power_curve(device), means_s, highest_limit_w(device), sampled(device, "read_s"))
+    return Curve(power_curve(device), means_s, sampled(device, "read_s"), highest_limit_w(device))
 
 
 def highest_limit_w(device: DeviceRecord) -> float:
