@@ -11,7 +11,7 @@ from pdbench.errors import UserError
 
 Outcome = Literal["fails", "passes", "uncertain"]
 FAILED, UNCERTAIN = 1, 3
-_SHAPE = re.compile(r"\s*(\w+)\s*(>|<)\s*([+-]?)\s*(\d+(?:\.\d+)?)\s*(%?)\s*")
+_SHAPE = re.compile(r"\s*(\w+)\s*(>|<)\s*([+-])\s*(\d+(?:\.\d+)?)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def narrow_enough(comparison: Comparison, metric: str, width: float) -> bool:
 def parse(text: str) -> Condition:
     """`METRIC > +5%`, `METRIC < -5%`, `METRIC > +3` (in its unit). Raises UserError when it is none of these."""
     match = _SHAPE.fullmatch(text)
-    if match is None or not match[3]:
+    if match is None:
         word = re.match(r"\s*(\w*)", text)
         known = "" if word and word[1] in METRICS else f"; METRIC is one of {', '.join(METRICS)}"
         raise UserError(
