@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from pdbench import __version__, failures
+from pdbench.analysis.arrivals import Array
 from pdbench.analysis.curves import FIELDS, Curves, curves_of
 from pdbench.analysis.device_flags import POWER_CAPS
 from pdbench.analysis.energy import ROLE_ORDER, Energy, energy_of, joules, metered
@@ -20,7 +21,6 @@ from pdbench.analysis.flags import flags_of
 from pdbench.analysis.meter import EnergyWindow, Meter, PowerScope, mean_powers_w
 from pdbench.analysis.metrics import (
     METRICS,
-    Array,
     Requests,
     Spread,
     Timings,
@@ -257,11 +257,8 @@ def load_analysis(folder: Path | str) -> RunAnalysis:
     try:
         data = (folder / FILE).read_bytes()
         saved = msgspec.json.decode(data, type=RunAnalysis, dec_hook=_array)
-        if (
-            source
-            and not is_edited(data)
-            and (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source)
-        ):
+        is_of_these = (saved.schema, saved.pdbench, saved.source) == (SCHEMA, __version__, source)
+        if source and is_of_these and not is_edited(data):
             check_name(saved.name, f"{folder / FILE}: name")
             return saved
     except (OSError, *NOT_JSON):
