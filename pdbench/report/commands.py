@@ -124,14 +124,13 @@ def compare_folders(
     a, b = map(load_analysis, paths)
     check_other_runs([(a.run_id, paths[0]), (b.run_id, paths[1])])
     first, second = names_of((a, b), paths)
-    names = first, second
-    runs = dict(zip(names, (a, b), strict=True))
+    runs = {first: a, second: b}
     for name, run in runs.items() if conditions and not anyway else ():
         if why := run.void():
             raise UserError(f"--fail-if: {name}: {why}: measure again, or judge it with --anyway")
-    compared = compare(a, b, anyway, names, primary)
+    compared = compare(a, b, anyway, (first, second), primary)
     results = thresholds.evaluate(compared, conditions)
-    warnings = [*tables.warnings(names[0], a), *tables.warnings(names[1], b)]
+    warnings = [line for name, run in runs.items() for line in tables.warnings(name, run)]
     _print_comparison(compared, runs, console)
     console.print(*warnings, sep="\n", end="\n" if warnings else "")
     for result in results:
